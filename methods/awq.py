@@ -24,20 +24,13 @@ CARD = {
     "needs": ["gram", "absmean", "sample"],
     "keeps_zeros": True,
     "parameters": {
-        "grid": {
-            "type": "integer",
-            "minimum": 1,
-            "description": "Ratios tried, k / grid for k = 0 to grid - 1; 1 leaves the inputs unscaled.",
-        },
-        "clip": {
-            "type": "boolean",
-            "description": "Search clipped ranges too, in every layer (the released code leaves q and k out).",
-        },
+        "grid": {"type": "integer", "minimum": 1, "description": "Ratios tried, k / grid; 1 leaves inputs unscaled."},
+        "clip": {"type": "boolean", "description": "Clip ranges too, in every layer (released code: not in q and k)."},
         "convention": {
             "enum": ["exact", "official"],
-            "description": "exact: free of the scales of activations and weights, 0 in every range, and clipping only "
-            "where it lowers the layer's error. official: the released code's floors of 1e-4 on (mean |x|)^ratio and "
-            "1e-5 on a range, ranges that may leave 0 out, and clipping whatever it does to the layer's error.",
+            "description": "exact: free of the scales of activations and weights, 0 in every range, clipping where it "
+            "lowers the layer's error. official: the released code's floors of 1e-4 on (mean |x|)^ratio and 1e-5 on "
+            "a range, ranges that may leave 0 out, clipping in any case.",
         },
     },
 }
@@ -80,7 +73,7 @@ class AWQ(Method):
         best = rounded(layer.weight, scale, target, official)
         if self.clip:
             sample, _ = ops.normalised(layer.statistics.sample)
-            tried = clip_limits(layer.weight * scale, sample / scale, unit, target, official)
+            tried = clip_limits(layer.weight * scale, sample, unit, target, official)
             clipped = rounded(layer.weight, scale, target, official, tried)
             if official or loss(clipped) < losses[step]:
                 best, limits = clipped, tried
@@ -100,7 +93,7 @@ def rounded(weight: Tensor, scale: Tensor, target: Target, official: bool, limit
     scaled = weight * scale
     if limits is not None:
         scaled = scaled.clamp(-limits[:, group_of], limits[:, group_of])
-    fit = official_grid if official and not target.symmetric else ops.fit_grid
+    fit = ops.official_awq_grid if official and not target.symmetric else ops.fit_grid
     grid = fit(scaled, target)
     codes = grid.codes(scaled, group_of)
     values = ops.dequantise(codes, grid.scales, grid.zeros, group_of, scale)
@@ -124,17 +117,3 @@ def clip_limits(weight: Tensor, sample: Tensor, unit: float, target: Target, off
             limits, least = torch.where(error < least, share * largest, limits), torch.minimum(error, least)
         best.append(limits)
     return torch.cat(best, 1)
-
-
-def official_grid(weight: Tensor, target: Target) -> ops.Grid:
-    """Asymmetric min-max grid of the released code: 0 is not forced into the range, which is at least 1e-5 wide.
-
-    The zero point is clamped to the codes, so that a range without 0 is rounded to one end of the grid.
-    """
-    assert target.bits is not None
-    scales, zeros, most = [], [], 2**target.bits - 1
-    for piece in weight.split(target.group or weight.shape[1], 1):
-        low, high = piece.aminmax(dim=1)
-        scales.append((high - low).clamp(min=1e-5) / most)
-        zeros.append((-torch.round(low / scales[-1])).clamp(0, most))
-    return ops.Grid(torch.stack(scales, 1), torch.stack(zeros, 1), target.bits)
