@@ -73,7 +73,7 @@ class AWQ(Method):
         best = rounded(layer.weight, scale, target, official)
         if self.clip:
             sample, _ = ops.normalised(layer.statistics.sample)
-            tried = clip_limits(layer.weight * scale, sample, unit, target, official)
+            tried = clip_limits(layer.weight * scale, sample / scale, unit, target, official)
             clipped = rounded(layer.weight, scale, target, official, tried)
             if official or loss(clipped) < losses[step]:
                 best, limits = clipped, tried
