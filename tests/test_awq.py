@@ -241,6 +241,14 @@ def test_dead_inputs_get_the_smallest_scale(convention: str):
     assert torch.equal(compress(layers.build("all inputs dead"), FOUR).input_scale, torch.ones(64))
 
 
+def test_a_group_of_dead_inputs_is_not_clipped():
+    """All ranges are as good there, and the first, the whole one, is taken."""
+    layer = layers.make(Recipe(dead=tuple(range(16))))
+    result = compress(layer, FOUR, convention="official")
+    largest = (layer.weight * result.input_scale)[:, :16].abs().amax(1)
+    assert torch.equal(result.info["clip"][:, 0], largest)
+
+
 def test_without_statistics_it_is_one_sentence():
     layer = replace(layers.build("correlated"), statistics=None)
     with pytest.raises(ValueError, match=r"^awq needs absmean and sample, but correlated has no statistics\.$"):
