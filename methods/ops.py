@@ -199,6 +199,20 @@ def _scale_and_zero(low: Tensor, high: Tensor, bits: int, symmetric: bool) -> tu
     return scale, zero
 
 
+def official_awq_grid(weight: Tensor, target: Target) -> Grid:
+    """Asymmetric min-max grid of the released AWQ code: 0 is not forced into the range, which is at least 1e-5 wide.
+
+    The zero point is clamped to the codes, so that a range without 0 is rounded to one end of the grid.
+    """
+    assert target.bits is not None
+    scales, zeros, most = [], [], 2**target.bits - 1
+    for piece in weight.split(target.group or weight.shape[1], 1):
+        low, high = piece.aminmax(dim=1)
+        scales.append((high - low).clamp(min=1e-5) / most)
+        zeros.append((-torch.round(low / scales[-1])).clamp(0, most))
+    return Grid(torch.stack(scales, 1), torch.stack(zeros, 1), target.bits)
+
+
 class Best:
     """The best of a method's sparse iterates, and the path of the loss of the best so far.
 

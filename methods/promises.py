@@ -104,7 +104,8 @@ def _grid(layer: Layer, target: Target, result: Compressed) -> str | None:
     values = ops.dequantise(result.codes, result.scales, result.zeros, group_of, result.input_scale)
     kept = values if result.mask is None else torch.where(result.mask, values, 0.0)
     wrong = int((kept != result.weight).sum())
-    return f"promise 3: scales * (codes - zeros) must equal the weight, {wrong} entries differ" if wrong else None
+    by = "" if result.input_scale is None else " / input_scale"
+    return f"promise 3: scales * (codes - zeros){by} must equal the weight, {wrong} entries differ" if wrong else None
 
 
 def _unchanged(layer: Layer, target: Target, result: Compressed) -> str | None:

@@ -43,6 +43,7 @@ PARAMETERS: dict[str, list[dict[str, Any]]] = {
     "sparsegpt": [{"blocksize": 16}],
     "rtn": [{"mse": True}],
     "gptq": [{"blocksize": 16}, {"act_order": True}, {"act_order": True, "static_groups": True, "mse": True}],
+    "awq": [{"grid": 4, "clip": False}, {"convention": "official"}],
     "awp": [{"step": "spectral", "iterations": 20}],
     "frank_wolfe": [{"step": "line_search", "keep": 0.5, "iterations": 20}],
     "sparse_swaps": [{"warm_start": "magnitude", "swaps": None}],
@@ -146,7 +147,7 @@ def assert_pattern(layer: Layer, target: Target, result: Compressed) -> None:
 
 
 def assert_grid(layer: Layer, target: Target, result: Compressed) -> None:
-    """Promise 3: scale * (code - zero) in float32 is the weight at kept entries, and codes fit the bits."""
+    """Promise 3: scale * (code - zero) / input scale in float32 is the weight at kept entries, and codes fit."""
     if target.bits is None:
         return
     assert result.codes is not None and result.scales is not None and result.zeros is not None, layer.name
@@ -157,6 +158,10 @@ def assert_grid(layer: Layer, target: Target, result: Compressed) -> None:
     assert scales.shape == zeros.shape == (len(codes), group_of.max() + 1), layer.name
     assert (np.isfinite(scales) & (scales > 0)).all() and np.isfinite(zeros).all(), layer.name
     values = scales[:, group_of] * (codes.astype(np.float32) - zeros[:, group_of])
+    if result.input_scale is not None:
+        divisor = result.input_scale.numpy()
+        assert divisor.shape == (inputs,) and (np.isfinite(divisor) & (divisor > 0)).all(), layer.name
+        values = values / divisor
     kept = np.ones_like(codes, bool) if result.mask is None else result.mask.numpy()
     assert np.array_equal(values[kept], result.weight.numpy()[kept]), f"{layer.name}: dequantised codes"
 
@@ -184,7 +189,7 @@ def assert_deterministic(case: Case, name: str) -> None:
         assert np.random.get_state()[1].tolist() == states[1], f"{name}: numpy's global generator was used"  # type: ignore[index]
         assert random.getstate() == states[2], f"{name}: Python's global generator was used"
     first, second = results
-    for key in ("weight", "mask", "codes", "scales", "zeros", "group_of"):
+    for key in ("weight", "mask", "codes", "scales", "zeros", "group_of", "input_scale"):
         a, b = getattr(first, key), getattr(second, key)
         assert (a is None) == (b is None) and (a is None or torch.equal(a, b)), f"{name}: {key} differs"
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +31,29 @@ class Official:
     arrays: dict[str, np.ndarray]
 
     def layer(self) -> Layer:
-        nothing = torch.zeros(0)
-        mean, variance = (torch.tensor(self.arrays[name]) for name in ("mean", "sequence_variance"))
-        statistics = Statistics(self.length, mean, nothing, variance, nothing)
+        nothing = np.zeros(0, np.float32)
+        mean, variance = self.arrays["mean"], self.arrays["sequence_variance"]
+        absmean = self.arrays.get("absmean", nothing)  # of layers that AWQ was run on
+        sample = self.sample if len(absmean) else nothing
+        statistics = Statistics(self.length, *map(torch.tensor, (mean, absmean, variance, sample)))
         return Layer(self.name, torch.tensor(self.weight), Gram(torch.tensor(self.gram), self.tokens), statistics)
+
+    @cached_property
+    def sample(self) -> np.ndarray:
+        """[in, in] float32, as good as the sampled tokens: the same second moments within every run of 128 inputs.
+
+        Of a layer whose sample is not stored, the second moments of all tokens.
+        """
+        moments = self.gram.astype(np.float64)
+        if "clip_gram" in self.arrays:
+            moments = np.zeros_like(moments)
+            for run, upper in enumerate(self.arrays["clip_gram"]):
+                block = np.zeros((128, 128))
+                block[np.triu_indices(128)] = upper
+                moments[128 * run : 128 * (run + 1), 128 * run : 128 * (run + 1)] = block + np.triu(block, 1).T
+        values, vectors = np.linalg.eigh(moments)
+        root = vectors * np.sqrt(values.clip(min=0)) @ vectors.T
+        return (len(moments) ** 0.5 * root).astype(np.float32)
 
     def target(self, case: str) -> Target:
         return Target(**self.cases[case]["target"])
@@ -51,8 +70,24 @@ class Official:
             result = np.full_like(self.weight, np.nan)
             result[::step] = rows
             return result
+        if entry["kind"] == "scale":
+            return self.scaled(case, clipped=False)
         scale, zero = self.grid(case)
         return scale * (self.codes(case).astype(np.float32) - zero)
+
+    def scaled(self, case: str, clipped: bool) -> np.ndarray:
+        """[out, in] float32, Q(W s) / s of AWQ's scales s, W s clipped or not, with the released code's quantiser."""
+        target, scale = self.target(case), self.arrays[f"{case}/input_scale"]
+        assert target.bits is not None and target.group is not None
+        weight, most = (self.weight * scale).reshape(len(self.weight), -1, target.group), 2**target.bits - 1
+        if clipped:
+            limits = self.arrays[f"{case}/clip"][:, :, None]
+            weight = weight.clip(-limits, limits)
+        low, high = weight.min(2, keepdims=True), weight.max(2, keepdims=True)
+        step = (high - low).clip(min=np.float32(1e-5)) / np.float32(most)
+        zero = (-np.rint(low / step)).clip(0, most)
+        codes = (np.rint(weight / step) + zero).clip(0, most)
+        return ((codes - zero) * step).reshape(self.weight.shape) / scale
 
     def nonzero(self, case: str) -> np.ndarray:
         """[out, in] bool, where the official weight is not zero."""
@@ -96,6 +131,10 @@ def load(name: str) -> Official:
         arrays = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
     about = json.loads(metadata["layer"])
     cases = {case["id"]: case for case in json.loads(metadata["cases"])}
+    with safe_open(FOLDER / "official-awq.safetensors", "numpy") as file:
+        cases |= {case["id"]: case for case in json.loads(file.metadata()["cases"]).get(name, [])}
+        own = [key for key in file.keys() if key.startswith(f"{name}/")]  # noqa: SIM118 (not a dict)
+        arrays |= {key.removeprefix(f"{name}/"): file.get_tensor(key) for key in own}
     weight = (arrays.pop("weight").astype(np.uint32) << 16).view(np.float32)
     upper = np.zeros((about["inputs"], about["inputs"]), np.float32)
     upper[np.triu_indices(about["inputs"])] = arrays.pop("gram")

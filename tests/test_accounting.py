@@ -48,6 +48,14 @@ def test_a_whole_layer_by_hand():
     assert bits_per_weight(Target(pattern="2:4", bits=4, group=4), 0.5, 4, 8) == expected
 
 
+def test_an_input_scale_by_hand():
+    """AWQ at 4 bits in groups of 4 on a layer [8, 12]: beside codes and grids 16 bits for each of 12 inputs."""
+    target = Target(bits=4, group=4)
+    codes, grids, input_scale = 8 * 12 * 4, 8 * 3 * (16 + 4), 12 * 16
+    assert bits_per_weight(target, 1.0, 8, 12, input_scale=True) == (codes + grids + input_scale) / (8 * 12)
+    assert bits_per_weight(target, 1.0, 8, 12) == (codes + grids) / (8 * 12)
+
+
 def test_pruning_more_costs_less():
     costs = [bits_per_weight(Target(share), 1 - share, 8, INPUTS) for share in (0.25, 0.5, 0.75)]
     assert costs == sorted(costs, reverse=True) and costs[1] < 16

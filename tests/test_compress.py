@@ -236,6 +236,15 @@ def test_rows_of_a_cell(case, capsys):
     assert "wanda 2:4 shared" in capsys.readouterr().err  # the progress bar
 
 
+@pytest.mark.parametrize("mode", ["shared", "sequential"])
+def test_the_input_scale_of_awq_is_counted(case, mode):
+    target = Target(bits=4, group=8)
+    plain, scaled = (rows(case.run(name, target, mode)) for name in ("rtn", "awq"))
+    for without, row in zip(plain, scaled, strict=True):
+        assert row["bits_per_weight"] == pytest.approx(without["bits_per_weight"] + 16 / row["out"], rel=1e-12)
+    assert sum(row["output_error"] for row in scaled) < sum(row["output_error"] for row in plain)
+
+
 def inside(row: dict[str, Any]) -> str:
     return "self_attn" if row["kind"] in ("q_proj", "k_proj", "v_proj", "o_proj") else "mlp"
 

@@ -129,6 +129,16 @@ VIOLATIONS: dict[str, tuple[Target, Damage, str]] = {
     ),
     "scales of another shape": (GRID, lambda r: replace(r, scales=r.scales[:, :1], zeros=r.zeros[:, :1]), "promise 3"),
     "group_of of another shape": (GRID, lambda r: replace(r, group_of=torch.zeros(3, dtype=torch.int64)), "promise 3"),
+    "input_scale of another shape": (
+        GRID,
+        lambda r: replace(r, input_scale=torch.ones(3)),
+        "promise 3: input_scale must be [64], [3] came",
+    ),
+    "input_scale of other weights": (
+        GRID,
+        lambda r: replace(r, input_scale=torch.full((64,), 2.0)),
+        "promise 3: scales * (codes - zeros) / input_scale must equal the weight",
+    ),
     "changed at sparsity 0": (
         DENSE,
         lambda r: replace(r, weight=with_entry(r.weight, (0, 0), 1.0)),
@@ -230,6 +240,10 @@ def off_grid(layer: Layer, target: Target, rng: torch.Generator) -> Compressed:
     return wrong_codes(honest(layer, target))
 
 
+def other_input_scale(layer: Layer, target: Target, rng: torch.Generator) -> Compressed:
+    return replace(honest(layer, target), input_scale=torch.full_like(layer.weight[0], 2.0))
+
+
 def turned(layer: Layer, target: Target, rng: torch.Generator) -> Compressed:
     return Compressed(-layer.weight)
 
@@ -245,6 +259,7 @@ FAULTS = [
     ("2 pattern", BLOCK, one_entry_more),
     ("2 ties", ROW, last_index_first),
     ("3 grid", GRID, off_grid),
+    ("3 grid", GRID, other_input_scale),
     ("4 deterministic", ROW, global_random),
     ("4 deterministic", ROW, seeds_globally),
     ("5 scale", ROW, absolute_threshold),

@@ -82,7 +82,7 @@ class Solver:
             "output_error": relative,
             "absolute_error": absolute,
             "achieved_sparsity": float((result.weight == 0).double().mean()),
-            "bits_per_weight": bits_per_weight(self.target, kept, rows, inputs),
+            "bits_per_weight": bits_per_weight(self.target, kept, rows, inputs, result.input_scale is not None),
             "damping": result.info.get("damping"),
             "seconds": seconds,
             "peak_mb": peak_mb(),
