@@ -37,6 +37,7 @@ TARGETS = [
     Target(bits=4, symmetric=True),
     Target(pattern="2:4", bits=4),
     Target(0.5, bits=4, group=16),
+    Target(0.5, "1x16", bits=4, group=16),
 ]
 # Parameters tried beside the defaults: what makes a method take another path on layers as small as these.
 PARAMETERS: dict[str, list[dict[str, Any]]] = {
@@ -51,6 +52,7 @@ PARAMETERS: dict[str, list[dict[str, Any]]] = {
     "admm": [{"iterations": 3, "refresh": 0}],
     "alps": [{"iterations": 4, "refinements": 0}],
     "reconstruct": [{"mask_from": "ria", "damping": 0.01}],
+    "gqsa": [{"damping": 1.0}],
 }
 # In place of the defaults, which take minutes: a step is a step, the thousandth finds no new path through the code.
 FEWER: dict[str, dict[str, Any]] = {"frank_wolfe": {"iterations": 200}}

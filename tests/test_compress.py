@@ -93,8 +93,17 @@ class Case:
         write_gram(self.folder / "gram", shared(Stream(load(self.spec), tokens(SAMPLES, LENGTH))))
         return self
 
-    def run(self, method: str, target: Target, mode: str = "shared", out: str = "", own: Path | None = None) -> Path:
+    def run(
+        self,
+        method: str,
+        target: Target,
+        mode: str = "shared",
+        out: str = "",
+        own: Path | None = None,
+        tune: dict[str, Any] | None = None,
+    ) -> Path:
         """Compress as the workflow does and return the cell's folder."""
+        entry = {"tune": tune} if tune else None
         config = {
             "models": {"tiny": self.spec},
             "texts": {"words": {"path": "words.txt"}},
@@ -102,7 +111,7 @@ class Case:
             "evaluation": {"words": {"text": "words", "length": LENGTH}},
             "modes": [mode],
             "targets": [{key: value for key, value in target.as_dict().items() if value is not None}],
-            "methods": {method: None} if method != "dense" else {"dense": None, "magnitude": None},
+            "methods": {method: entry} if method != "dense" else {"dense": None, "magnitude": None},
             "method_paths": [str(own)] if own else [],
         }
         folder = self.folder / (out or f"cells/{method} {target.label} {mode}".replace(":", "of"))

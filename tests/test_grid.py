@@ -283,6 +283,32 @@ def test_warm_starts_are_complete_with_their_defaults(warm):
     }
 
 
+def test_tuning_is_part_of_a_cell_with_its_defaults():
+    targets = [{"sparsity": 0.5, "pattern": "1x16", "bits": 4, "group": 16}]
+    entries = {"gqsa": None, "gqsa-tuned": {"method": "gqsa", "tune": {"blocks": {"epochs": 3}, "end": {}}}}
+    plain, tuned = plan(study(targets=targets, methods=entries, modes=["shared"])).cells
+    assert plain.columns["comparison"] == "pruned and quantised" and tuned.columns["comparison"] == "tuned"
+    blocks, end = tuned.spec["tune"]["blocks"], tuned.spec["tune"]["end"]
+    assert blocks["epochs"] == 3 and set(blocks) == {"epochs", "batch", "weights", "grid"}
+    assert set(end) == {"epochs", "batch", "grid"}
+    assert json.loads(tuned.columns["params"]) == {"damping": 0.01, "tune": {"blocks": blocks, "end": end}}
+    other = {"gqsa-tuned": {"method": "gqsa", "tune": {"blocks": {"epochs": 4}, "end": {}}}}
+    assert plan(study(targets=targets, methods=other, modes=["shared"])).cells[0].cell != tuned.cell
+    # A cell without stages is what it was before there were any.
+    spec = {"label": "gqsa", "method": "gqsa", "params": {"damping": 0.01}, "seed": 0}
+    target = {"sparsity": 0.5, "pattern": "1x16", "bits": 4, "group": 16, "symmetric": False}
+    assert plain.cell == identity("gqsa", {**spec, "target": target}) and "tune" not in plain.spec
+
+
+def test_a_stage_that_trains_grids_skips_targets_without_one():
+    targets = [{"pattern": "2:4"}, {"pattern": "2:4", "bits": 4}]
+    entries = {name: {"method": "sparsegpt", "tune": {name: {}}} for name in ("blocks", "end")}
+    planned = plan(study(targets=targets, methods=entries))
+    assert set(labels(planned)) == {("blocks", "2:4"), ("blocks", "2:4 4b"), ("end", "2:4 4b")}
+    reason = "tune.end trains scales and zeros, of which there are none without bits"
+    assert planned.skipped == [{"label": "end", "method": "sparsegpt", "target": "2:4", "reason": reason}]
+
+
 def test_unsupported_pairs_are_skipped_with_the_reason(warm):
     targets = [{"sparsity": 0.5}, {"bits": 4}, {"pattern": "2:4", "bits": 4}, {"sparsity": 0.5, "pattern": "1x4"}]
     methods = {"dense": None, "magnitude": None, "rtn": None, "warm": {"warm_start": "wanda"}, "sparsegpt": None}
@@ -431,6 +457,35 @@ WRONG = {
     "unreaching": (
         study(methods={"magnitude": None, "rtn": None}),
         "methods.rtn: rtn reaches none of the targets (rtn does not prune).",
+    ),
+    "no stage": (study(methods={"wanda": {"tune": {}}}), "methods.wanda.tune is wrong: {} should be non-empty."),
+    "stage": (
+        study(methods={"wanda": {"tune": {"block": {}}}}),
+        "methods.wanda.tune has no key 'block'; its keys are blocks, end.",
+    ),
+    "setting of a stage": (
+        study(methods={"wanda": {"tune": {"blocks": {"lr": 1}}}}),
+        "methods.wanda.tune.blocks has no key 'lr'; its keys are epochs, batch, weights, grid.",
+    ),
+    "weights in the end": (
+        study(methods={"wanda": {"tune": {"end": {"weights": 1}}}}),
+        "methods.wanda.tune.end has no key 'weights'; its keys are epochs, batch, grid.",
+    ),
+    "no epoch": (
+        study(methods={"wanda": {"tune": {"blocks": {"epochs": 0}}}}),
+        "methods.wanda.tune.blocks.epochs is wrong: 0 is less than the minimum of 1.",
+    ),
+    "rate as text": (
+        study(methods={"wanda": {"tune": {"blocks": {"weights": "1e-3"}}}}),
+        "methods.wanda.tune.blocks.weights is wrong: '1e-3' is not of type 'number'; YAML reads 1e-3 as text",
+    ),
+    "end without bits": (
+        study(methods={"wanda": {"tune": {"end": {}}}}),
+        "methods.wanda: wanda reaches none of the targets (tune.end trains scales and zeros, of which there are none",
+    ),
+    "tuned control": (
+        study(methods={"dense": {"tune": {"blocks": {}}}, "wanda": None}),
+        "methods.dense: dense changes nothing, so that there is nothing to tune.",
     ),
     "text": (edited("calibration/words/text", "a"), "calibration.words.text names 'a'; the texts are train, test."),
     "evaluated text": (edited("evaluation/words/text", "a"), "evaluation.words.text names 'a'; the texts are train"),

@@ -16,6 +16,7 @@ rule compress:
             *scripts("compress", "calibrate", "propagate", "taps", "models", "accounting", "table_schema"),
             TABLE_SCHEMA,
         ],
+        tune=lambda wildcards: scripts("tune") if "tune" in cell_of(wildcards).spec else [],
     output:
         weights=KEPT("results/cells/{model}/{calib}/{mode}/{cell}/weights.safetensors"),
         layers="results/cells/{model}/{calib}/{mode}/{cell}/layers.parquet",
@@ -26,7 +27,7 @@ rule compress:
     benchmark:
         "results/cells/{model}/{calib}/{mode}/{cell}/benchmark.tsv"
     resources:
-        mem_mb=model_mb,
+        mem_mb=lambda wildcards: model_mb(wildcards) * (3 if "tune" in cell_of(wildcards).spec else 1),
     params:
         model=model_json,
         cell=lambda wildcards: cell_of(wildcards).params,

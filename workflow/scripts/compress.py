@@ -10,7 +10,8 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,7 @@ from workflow.scripts.runtime import (
 from workflow.scripts.table_schema import from_rows
 from workflow.scripts.taps import Tap, tapped_linears
 from workflow.scripts.text import read_tokens
+from workflow.scripts.tune import Tuner
 
 
 @dataclass(frozen=True)
@@ -67,14 +69,18 @@ class Solver:
         written = [name for name, state in inputs_state(layer).items() if state != before[name]]
         if written:  # the score would compare the result with itself
             broken = f"promise 1: the inputs must be untouched, the {written[0]} was written to"
-        else:
-            broken = broken_promise(layer, self.target, result)
+            raise InputError(f"{self.name} broke its contract on {layer.name}: {broken}.")
+        return result, self.row(layer, result, seconds)
+
+    def row(self, layer: Layer, result: Compressed, seconds: float) -> dict[str, Any]:
+        """The numbers of a result, once it has kept its promises. Raises InputError for the first that is broken."""
+        broken = broken_promise(layer, self.target, result)
         if broken:
             raise InputError(f"{self.name} broke its contract on {layer.name}: {broken}.")
         rows, inputs = layer.weight.shape
         absolute, relative = output_error(layer, result.weight)
         kept = 1.0 if result.mask is None else float(result.mask.float().mean())
-        return result, {
+        return {
             "layer": layer.name,
             "kind": layer.name.rpartition(".")[2],
             "out": rows,
@@ -148,6 +154,20 @@ def sequential_blocks(stream: Stream) -> Iterator[tuple[int, list[Tap]]]:
             stream.advance(index)
 
 
+@contextmanager
+def bar(model: PreTrainedModel, title: str) -> Iterator[Callable[[Mapping[str, Any]], None]]:
+    """A progress bar over the layers, as a function of their rows."""
+    with tqdm(total=models.count_linears(model), desc=title, unit="layer", mininterval=1.0) as shown:
+
+        def progress(row: Mapping[str, Any]) -> None:
+            shown.set_postfix_str(
+                f"{row['kind']} error {row['output_error']:.4f} in {row['seconds']:.2f} s", refresh=False
+            )
+            shown.update()
+
+        yield progress
+
+
 def calibration_facts(info: Mapping[str, Any]) -> dict[str, Any]:
     """The columns about the calibration set, from what the tokens' file says of itself."""
     facts = {"calibration_text": info["dataset"], "calibration_sha256": info["sha256"]}
@@ -162,22 +182,33 @@ def run(args: argparse.Namespace) -> None:
     solver = Solver(entry["name"], method, Target(**args.cell["target"]), columns["seed"])
     tokens, info = read_tokens(args.tokens)
     model = models.load(args.model, args.device)
-    count = models.count_linears(model)
+    sequences, stages, solve = torch.from_numpy(tokens), args.cell.get("tune"), solver.solve
     title = f"{columns['label']} {columns['target']} {columns['mode']}"
-    if columns["mode"] == "shared":
-        blocks = shared_blocks(args.gram)
-    else:
-        blocks = sequential_blocks(Stream(model, torch.from_numpy(tokens)))
+
+    def blocks() -> tuple[Iterator[tuple[int, list[Tap]]], Stream | None]:
+        """The taps of each block, and in sequential mode the stream that they come from."""
+        if columns["mode"] == "shared":
+            return shared_blocks(args.gram), None
+        stream = Stream(model, sequences)
+        return sequential_blocks(stream), stream
+
+    tuner = Tuner(model, sequences, stages or {}, solver.target, solver.seed)
+    if stages:
+        with bar(model, f"{title}, tuned") as progress:
+            for _ in visit(model, tuner.walk(*blocks()), tuner.keep(solver.solve), progress):
+                pass
+            tuner.end()
+        # What came out is scored as if the method had returned it, on the model as it was.
+        model = models.load(args.model, args.device)
+        told = replace(solver, name=f"{solver.name}, tuned,")
+
+        def solve(layer: Layer) -> tuple[Compressed, dict[str, Any]]:
+            result, row = tuner.results[layer.name]
+            return result, told.row(layer, result, row["seconds"])
+
     rows, traces, weights = [], [], {}
-    with tqdm(total=count, desc=title, unit="layer", mininterval=1.0) as bar:
-
-        def progress(row: Mapping[str, Any]) -> None:
-            bar.set_postfix_str(
-                f"{row['kind']} error {row['output_error']:.4f} in {row['seconds']:.2f} s", refresh=False
-            )
-            bar.update()
-
-        for row, trace, weight in visit(model, blocks, solver.solve, progress):
+    with bar(model, title) as progress:
+        for row, trace, weight in visit(model, blocks()[0], solve, progress):
             rows.append({**columns, **row})
             traces += [{**columns, "layer": row["layer"], "criterion": criterion, **point} for point in trace]
             weights[row["layer"]] = weight.to(model.dtype).contiguous()
@@ -195,6 +226,7 @@ def run(args: argparse.Namespace) -> None:
     }
     seconds = time.perf_counter() - start
     record = {"columns": columns, "provenance": facts, "seconds": seconds, "peak_mb": peak_mb()}
+    record |= {"tuning": tuner.history} if stages else {}
     write_atomic(args.out / "cell.json", json.dumps(record, indent=2) + "\n")
 
 

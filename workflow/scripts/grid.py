@@ -19,7 +19,7 @@ from workflow.scripts import sources
 from workflow.scripts.runtime import InputError
 
 SCHEMA = yaml.safe_load((Path(__file__).parents[1] / "schemas" / "config.schema.yaml").read_text("utf-8"))
-RESERVED = ("method", "targets", "chain")  # keys of a method's entry that are not its parameters
+RESERVED = ("method", "targets", "chain", "tune")  # keys of a method's entry that are not its parameters
 
 
 def canonical(value: Any) -> str:
@@ -206,9 +206,12 @@ def plan(config: Mapping[str, Any], check_sources: bool = False) -> Plan:
         for kind in ("calibration", "evaluation")
     )
     cells, skipped = [], []
-    for label, method, params, own_targets in entries:
+    for label, method, params, tune, own_targets in entries:
         settings = {"label": label, "method": method, "params": params, "seed": full["seed"]}
+        settings |= {"tune": tune} if tune else {}
         if catalogue[method].control and not catalogue[method].card["patterns"]:
+            if tune:
+                raise InputError(f"methods.{label}: {method} changes nothing, so that there is nothing to tune.")
             # A control that changes nothing is one cell of the model, whatever the calibration and mode.
             places = [(model, next(iter(calibrations)), full["modes"][0]) for model in models]
             cells += [_cell(catalogue, settings, Target(), models, calibrations, *place) for place in places]
@@ -216,6 +219,8 @@ def plan(config: Mapping[str, Any], check_sources: bool = False) -> Plan:
         reached = 0
         for target in own_targets if own_targets is not None else targets:
             reason = catalogue.refusal(method, params, target)
+            if not reason and "end" in tune and target.bits is None:
+                reason = "tune.end trains scales and zeros, of which there are none without bits"
             if reason:
                 skipped.append({"label": label, "method": method, "target": target.label, "reason": reason})
                 continue
@@ -233,8 +238,10 @@ def plan(config: Mapping[str, Any], check_sources: bool = False) -> Plan:
     return Plan(full, catalogue, models, calibrations, evaluations, list(unique.values()), skipped)
 
 
-def _entries(catalogue: Catalogue, label: str, raw: Mapping[str, Any]) -> Iterator[tuple[str, str, dict, list | None]]:
-    """(label, method, complete params, own targets) of a config entry; lists of values are swept."""
+def _entries(
+    catalogue: Catalogue, label: str, raw: Mapping[str, Any]
+) -> Iterator[tuple[str, str, dict, dict, list | None]]:
+    """(label, method, complete params, tuning stages, own targets) of a config entry; lists of values are swept."""
     where = f"methods.{label}"
     if "chain" in raw:
         if "method" in raw:
@@ -255,7 +262,7 @@ def _entries(catalogue: Catalogue, label: str, raw: Mapping[str, Any]) -> Iterat
     for values in itertools.product(*(params[key] for key in swept)):
         chosen = dict(zip(swept, values, strict=True))
         name = ".".join([label, *(f"{key}_{_slug(value)}" for key, value in chosen.items())])
-        yield name, method, catalogue.complete(method, {**params, **chosen}, where), targets
+        yield name, method, catalogue.complete(method, {**params, **chosen}, where), raw.get("tune", {}), targets
 
 
 def _slug(value: Any) -> str:
@@ -281,18 +288,19 @@ def _cell(
     mode: str,
 ) -> Cell:
     name = identity(settings["label"], {**settings, "target": target.as_dict()})
+    tune = {"tune": settings["tune"]} if "tune" in settings else {}
     columns = {
         "model": models[model]["name"],
         "calibration": calibrations[calib]["name"],
         "mode": mode,
         "label": settings["label"],
         "method": settings["method"],
-        "comparison": catalogue[settings["method"]].comparison(target),
+        "comparison": "tuned" if tune else catalogue[settings["method"]].comparison(target),
         "target": target.label,
         **target.as_dict(),
-        "params": canonical(settings["params"]),
+        "params": canonical({**settings["params"], **tune}),
         "seed": settings["seed"],
         "cell": name,
     }
     method = {"name": settings["method"], "params": settings["params"]}
-    return Cell(model, calib, mode, name, {"columns": columns, "method": method, "target": target.as_dict()})
+    return Cell(model, calib, mode, name, {"columns": columns, "method": method, "target": target.as_dict(), **tune})

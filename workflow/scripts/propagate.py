@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from typing import Any
@@ -32,7 +32,7 @@ class Call:
     kwargs: dict[str, Any]
     keyword: bool  # hidden states came as a keyword, else as the first positional argument
 
-    def replay(self, block: nn.Module, hidden: Tensor) -> Tensor:
+    def replay(self, block: Callable[..., Any], hidden: Tensor) -> Tensor:
         """Output hidden states of the block."""
         output = (
             block(*self.args, **{**self.kwargs, HIDDEN: hidden})
@@ -143,9 +143,13 @@ class Stream:
 
     def _forward(self, index: int, batch: int) -> Tensor:
         """Output of a block for one batch, on the CPU."""
-        hidden = self.inputs[batch].to(self.device, copy=True)  # a block may write into its input
         with torch.no_grad():  # inference mode would keep no version counters, which tell the taps apart
-            return self._calls[batch][index].replay(self.blocks[index], hidden).to("cpu")
+            return self.replay(self.blocks[index], index, batch, self.inputs[batch]).to("cpu")
+
+    def replay(self, block: Callable[..., Any], index: int, batch: int, hidden: Tensor) -> Tensor:
+        """What `block` gives for hidden states when it is called as block `index` is for this batch, with gradients."""
+        own = hidden.to(self.device, copy=True)  # a block may write into its input
+        return self._calls[batch][index].replay(block, own)
 
     def collect(self, index: int) -> tuple[list[Tap], list[Tensor]]:
         """Taps of a block, with the statistics of the present inputs, and the block's outputs per batch.

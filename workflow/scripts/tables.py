@@ -17,7 +17,7 @@ import pandas as pd
 from workflow.scripts.runtime import report_errors, write_atomic
 from workflow.scripts.table_schema import read_table
 
-COMPARISONS = ("control", "mask-only", "weight-updating", "quantised", "pruned and quantised")
+COMPARISONS = ("control", "mask-only", "weight-updating", "quantised", "pruned and quantised", "tuned")
 UNSUPPORTED = "–"
 LATEX = {
     "\\": r"\textbackslash{}",

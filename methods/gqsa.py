@@ -1,0 +1,64 @@
+"""GQSA, its one-shot part: whole blocks of a row go by their Hessian saliency, what stays is quantised per group.
+
+Zeng et al.; its two optimisation stages, BQPO and E2E-OQP, work on blocks and models: `tune` in the config.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from methods import ops
+from methods.base import Compressed, Layer, Method, Target
+
+CARD = {
+    "title": "GQSA",
+    "paper": "GQSA: Group Quantization and Sparsity for Accelerating Large Language Model Inference",
+    "arxiv": "2412.17560",
+    "patterns": ["1xb"],
+    "bits": [2, 3, 4, 5, 6, 7, 8],
+    "updates_weights": False,
+    "needs": ["gram"],
+    "parameters": {
+        "damping": {
+            "type": "number",
+            "exclusiveMinimum": 0,
+            "description": "Added to the Gram's diagonal, as a share of its mean.",
+        },
+    },
+}
+
+
+@dataclass(frozen=True)
+class GQSA(Method):
+    """Keeps the blocks with the largest mean of w_ij^2 / [H^-1]_jj^2, equally many in every row, on a min-max grid.
+
+    The paper's grid is asymmetric and has a scale and zero per block, `group` = b of 1xb. A group may also be shorter
+    or longer than a block, or none for a whole row: its grid is that of the kept weights in it. H is the damped Gram;
+    the weight of a dead input has no saliency. Precondition: a finite Gram.
+    """
+
+    damping: float = 0.01
+
+    def compress(self, layer: Layer, target: Target, rng: torch.Generator) -> Compressed:
+        ops.require("gqsa", CARD, target)
+        if target.sparsity == 0:
+            return Compressed(layer.weight.clone())
+        score, damping = saliency(layer, self.damping)
+        mask = ops.prune_mask(score, target)
+        kept = torch.where(mask, layer.weight, 0.0)
+        if target.bits is None:
+            return Compressed(kept, mask, info={"damping": damping})
+        grid = ops.fit_grid(kept, target)  # every range includes zero: pruned weights do not widen it
+        group_of = ops.groups_of(kept.shape[1], target.group, kept.device)
+        codes = grid.codes(kept, group_of)
+        weight = torch.where(mask, grid.values(codes, group_of), 0.0)
+        return Compressed(weight, mask, codes, grid.scales, grid.zeros, info={"damping": damping})
+
+
+def saliency(layer: Layer, damping: float) -> tuple[Tensor, float]:
+    """[out, in] float64 w_ij^2 / [H^-1]_jj^2, 0 for dead inputs, and the damping used; float32 would overflow."""
+    factor, used = layer.gram.inverse_factor(damping)
+    inverse_diagonal = factor.double().square().sum(0)  # [in], H^-1 = Ut U
+    score = (layer.weight.double() / inverse_diagonal) ** 2
+    return torch.where(layer.gram.dead, 0.0, score), used
