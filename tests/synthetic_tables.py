@@ -227,12 +227,17 @@ def traces_table(cells: Sequence[SyntheticCell], blocks: int = 8) -> pd.DataFram
 def cells_table(
     cells: Sequence[SyntheticCell], failed: Sequence[tuple[str, str, str]] = (), text: str = "docs"
 ) -> pd.DataFrame:
-    """The `cells` table: perplexity and mean_output_error. failed: (method, target, mode) triples that failed."""
+    """The `cells` table: perplexity, mean_output_error, bits_per_weight; failed: (method, target, mode) triples."""
     rows = []
     for of in cells:
         broken = (of.columns["method"], of.columns["target"], of.columns["mode"]) in failed
         error = float(np.mean(layer_frame(of)["output_error"].to_list()))
-        for metric, value in (("perplexity", perplexity_of(of)), ("mean_output_error", error)):
+        size = 16 * (1 - of.columns["sparsity"]) * (of.columns["bits"] or 16) / 16 + (of.columns["sparsity"] > 0)
+        for metric, value in (
+            ("perplexity", perplexity_of(of)),
+            ("mean_output_error", error),
+            ("bits_per_weight", size),
+        ):
             rows.append(
                 dict(of.columns)
                 | {

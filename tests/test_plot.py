@@ -35,6 +35,7 @@ from workflow.scripts.figure_convergence import BOUND, convergence, typical_laye
 from workflow.scripts.figure_depth import error_along_depth, error_reduction
 from workflow.scripts.figure_errors import error_relative, gap_to_bound, ratios
 from workflow.scripts.figure_page import chosen_target
+from workflow.scripts.figure_pareto import pareto_front, perplexity_vs_bits, sized
 from workflow.scripts.figure_perplexity import perplexity_vs_sparsity
 from workflow.scripts.figure_style import LOOKS, look, looks, save, strokes, styled
 from workflow.scripts.runtime import InputError
@@ -43,6 +44,7 @@ ROOT = Path(__file__).parents[1]
 TABLES = {"cells": cells_table, "layers": layers_table, "traces": traces_table}
 DRAW = {
     "perplexity_vs_sparsity": perplexity_vs_sparsity,
+    "perplexity_vs_bits": perplexity_vs_bits,
     "error_along_depth": error_along_depth,
     "error_relative": error_relative,
     "error_reduction": error_reduction,
@@ -127,6 +129,40 @@ def test_perplexities_are_those_of_the_table():
         "control", "random", "mask-only", "magnitude", "wanda", "weight-updating", "sparsegpt", "dense",
         "beyond the axis",
     ]  # fmt: skip
+
+
+def test_the_front_is_what_nothing_beats_in_size_and_perplexity():
+    data = sized(cells_table(plan(tuple(METHODS), modes=("shared",))))
+    front = pareto_front(data)
+    contest = data[data["comparison"] != "control"]
+    assert list(front["size"]) == sorted(front["size"]) and list(front["value"]) == sorted(front["value"])[::-1]
+    for row in contest.dropna(subset=["size", "value"]).itertuples():
+        as_good = contest[(contest["size"] <= row.size) & (contest["value"] <= row.value)]
+        better = as_good[(as_good["size"] < row.size) | (as_good["value"] < row.value)]
+        assert (row.cell in set(front["cell"])) == better.empty
+
+
+def test_the_front_takes_one_of_equals_and_no_control():
+    rows = [("a", "mask-only", 2.0, 5.0), ("b", "mask-only", 2.0, 5.0), ("c", "control", 1.0, 1.0)]
+    rows += [("d", "quantised", 3.0, 5.0), ("e", "quantised", 3.0, 4.0), ("f", "quantised", 4.0, float("nan"))]
+    data = pd.DataFrame(rows, columns=["cell", "comparison", "size", "value"]).assign(target="2:4")
+    assert list(pareto_front(data)["cell"]) == ["a", "e"]
+
+
+def test_every_cell_stands_at_its_size_and_perplexity():
+    cells = cells_table(plan(("wanda", "rtn"), modes=("shared",)), failed=[("wanda", "2:4", "shared")])
+    with styled():
+        figure = perplexity_vs_bits(cells)
+    (axes,) = panels(figure)
+    own = sized(cells).query("label == 'wanda'").dropna(subset="value")
+    (line,) = [line for line in axes.get_lines() if line.get_color() == LOOKS["wanda"].colour]
+    assert np.asarray(line.get_xydata()) == pytest.approx(own[["size", "value"]].to_numpy(dtype=float))
+    front = pareto_front(sized(cells))
+    named = ", ".join(
+        f"({number}) {'dense' if row.target == 'dense' else f'{row.label} {row.target}'}"
+        for number, row in enumerate(front.itertuples(), 1)
+    )
+    assert f"Front: {named}." in notes(figure).replace("\n", " ") and "wanda 2:4 shared (failed)" in notes(figure)
 
 
 def test_a_failed_cell_is_a_gap_and_is_said():

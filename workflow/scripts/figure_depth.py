@@ -23,7 +23,8 @@ from workflow.scripts.figure_page import (
     page,
     place_title,
 )
-from workflow.scripts.figure_style import COMPARISONS, Look, looks, strokes
+from workflow.scripts.figure_style import Look, looks, strokes
+from workflow.scripts.table_schema import COMPARISONS
 
 KINDS_PER_ROW = 4
 TITLE_CHARACTERS = 32  # what stands beside each other above a panel

@@ -9,10 +9,12 @@ from matplotlib.figure import Figure, SubFigure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 
-from workflow.scripts.figure_style import COMPARISONS, WIDTH, looks, strokes
+from workflow.scripts.figure_style import WIDTH, Look, looks, strokes
+from workflow.scripts.table_schema import COMPARISONS
 
 Entry = tuple[str, str, str]  # label, method, comparison
 PLACE = ["model", "calibration", "mode"]  # what a band of panels is about
+BEYOND = {"linestyle": "none", "marker": 6, "markersize": 5}  # an arrowhead that points up
 LINE = 0.15  # inches per line of the legend
 
 
@@ -93,6 +95,18 @@ def nothing(sentence: str) -> Figure:
     return figure
 
 
+def not_drawn(rows: pd.DataFrame) -> str:
+    """What has no value, for the reader of the figure: label, target and mode of up to six cells."""
+    absent = rows[rows["value"].isna()]
+    words = [
+        f"{row.label} {row.target} {row.mode} ({row.status if row.status != 'done' else 'diverged'})"
+        for row in absent.itertuples()
+    ]
+    words = list(dict.fromkeys(words))
+    more = f" and {len(words) - 6} more" if len(words) > 6 else ""
+    return f"Not drawn: {', '.join(words[:6])}{more}." if words else ""
+
+
 def log_limits(low: float, high: float, margin: float = 0.07) -> tuple[float, float]:
     """[low, high] with a margin on either side, as a share of the logarithmic length."""
     spread = max(high / low, 1.02) ** margin
@@ -118,3 +132,11 @@ def log_scale(axes: Axes, low: float, high: float) -> None:
 def dodge(position: int, count: int, width: float) -> float:
     """Offset of the position-th of `count` marks that share a place `width` wide."""
     return 0.0 if count < 2 else width * (position / (count - 1) - 0.5)
+
+
+def mark_beyond(axes: Axes, x: Sequence[float], values: Sequence[float], own: Look) -> None:
+    """Mark values above the axis with an arrowhead on its upper edge."""
+    top = axes.get_ylim()[1]
+    outside = [place for place, value in zip(x, values, strict=True) if value > top]
+    if outside:
+        axes.plot(outside, [top] * len(outside), color=own.colour, clip_on=False, **BEYOND)[0].set_in_layout(False)

@@ -11,12 +11,21 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure, SubFigure
 from matplotlib.lines import Line2D
 
-from workflow.scripts.figure_page import dodge, entries, log_limits, log_scale, nothing, page
+from workflow.scripts.figure_page import (
+    BEYOND,
+    dodge,
+    entries,
+    log_limits,
+    log_scale,
+    mark_beyond,
+    not_drawn,
+    nothing,
+    page,
+)
 from workflow.scripts.figure_style import Look, looks, strokes
 
 Entry = tuple[str, str, str]  # label, method, comparison
 DENSE = {"color": "black", "linestyle": (0, (6, 2)), "linewidth": 0.9}
-BEYOND = {"linestyle": "none", "marker": 6, "markersize": 5}  # an arrowhead that points up
 
 
 def perplexity_vs_sparsity(cells: pd.DataFrame) -> Figure:
@@ -48,18 +57,6 @@ def perplexity_vs_sparsity(cells: pd.DataFrame) -> Figure:
         model, calibration, text = names
         band.suptitle(f"{model}, perplexity on {text}, calibrated on {calibration}", x=0.01, ha="left")
     return figure
-
-
-def not_drawn(rows: pd.DataFrame) -> str:
-    """What has no value, for the reader of the figure: label, target and mode of up to six cells."""
-    absent = rows[rows["value"].isna()]
-    words = [
-        f"{row.label} {row.target} {row.mode} ({row.status if row.status != 'done' else 'diverged'})"
-        for row in absent.itertuples()
-    ]
-    words = list(dict.fromkeys(words))
-    more = f" and {len(words) - 6} more" if len(words) > 6 else ""
-    return f"Not drawn: {', '.join(words[:6])}{more}." if words else ""
 
 
 def _limits(data: pd.DataFrame, dense: Sequence[float]) -> tuple[float, float]:
@@ -107,7 +104,7 @@ def _sparsity_lines(
         values = line.set_index("sparsity")["value"].reindex(sparsities)
         percent = [100 * sparsity for sparsity in sparsities]
         axes.plot(percent, values, **strokes(style[label], comparison))
-        _beyond(axes, percent, list(values), style[label])
+        mark_beyond(axes, percent, list(values), style[label])
     axes.set_xticks([100 * sparsity for sparsity in sparsities], [f"{100 * value:g} %" for value in sparsities])
     spread = 100 * (max(sparsities) - min(sparsities)) or 10.0
     axes.set_xlim(100 * min(sparsities) - 0.1 * spread, 100 * max(sparsities) + 0.1 * spread)
@@ -121,15 +118,7 @@ def _pattern_points(
         points = data[(data["label"] == label) & (data["comparison"] == comparison)]
         x = [patterns.index(target) + dodge(position, len(shown), 0.7) for target in points["target"]]
         axes.plot(x, points["value"], **{**strokes(style[label], comparison), "linestyle": "none"})
-        _beyond(axes, x, list(points["value"]), style[label])
+        mark_beyond(axes, x, list(points["value"]), style[label])
     axes.set_xticks(range(len(patterns)), [target.replace(" ", "\n") for target in patterns])
     axes.set_xlim(-0.5, len(patterns) - 0.5)
     axes.set_xlabel("other patterns")
-
-
-def _beyond(axes: Axes, x: Sequence[float], values: Sequence[float], own: Look) -> None:
-    """Mark values above the axis with an arrowhead on its upper edge."""
-    top = axes.get_ylim()[1]
-    outside = [place for place, value in zip(x, values, strict=True) if value > top]
-    if outside:
-        axes.plot(outside, [top] * len(outside), color=own.colour, clip_on=False, **BEYOND)[0].set_in_layout(False)

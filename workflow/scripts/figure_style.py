@@ -15,7 +15,6 @@ from matplotlib import style
 from matplotlib.figure import Figure
 
 WIDTH = 7.0  # inches, the text width of a two-column page
-COMPARISONS = ("control", "mask-only", "weight-updating", "quantised", "pruned and quantised")
 RC = {
     "font.family": "DejaVu Sans",  # comes with matplotlib: the same on every machine
     "font.size": 8,

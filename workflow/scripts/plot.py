@@ -21,6 +21,7 @@ class Drawing(NamedTuple):
 # The caption of a figure is workflow/report/FIGURE.rst. The Snakefile reads this list: nothing heavy is imported here.
 FIGURES = {
     "perplexity_vs_sparsity": Drawing(("cells",), "workflow.scripts.figure_perplexity"),
+    "perplexity_vs_bits": Drawing(("cells",), "workflow.scripts.figure_pareto"),
     "error_along_depth": Drawing(("layers",), "workflow.scripts.figure_depth"),
     "error_relative": Drawing(("layers",), "workflow.scripts.figure_errors"),
     "error_reduction": Drawing(("layers",), "workflow.scripts.figure_depth"),

@@ -30,6 +30,9 @@ def document() -> dict[str, Any]:
     return yaml.safe_load(SCHEMA.read_text(encoding="utf-8"))
 
 
+COMPARISONS: tuple[str, ...] = tuple(document()["$defs"]["comparison"]["enum"])  # in the order of tables and legends
+
+
 @cache
 def columns(table: str) -> dict[str, dict[str, Any]]:
     """{column: its JSON Schema} of a table, in the order of the columns."""

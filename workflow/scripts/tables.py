@@ -15,9 +15,8 @@ from typing import Any
 import pandas as pd
 
 from workflow.scripts.runtime import report_errors, write_atomic
-from workflow.scripts.table_schema import read_table
+from workflow.scripts.table_schema import COMPARISONS, read_table
 
-COMPARISONS = ("control", "mask-only", "weight-updating", "quantised", "pruned and quantised", "tuned")
 UNSUPPORTED = "–"
 LATEX = {
     "\\": r"\textbackslash{}",
