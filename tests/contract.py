@@ -42,7 +42,8 @@ TARGETS = [
 PARAMETERS: dict[str, list[dict[str, Any]]] = {
     "sparsegpt": [{"blocksize": 16}],
     "rtn": [{"mse": True}],
-    "awp": [{"step": "spectral", "iterations": 20}],
+    "awp": [{"step": "spectral", "iterations": 20}, {"rounding": "gradual", "iterations": 20}],
+    "chain": [{"chain": ["rtn", "wanda"]}, {"chain": ["wanda", {"awp": {"rounding": "gradual", "iterations": 20}}]}],
     "frank_wolfe": [{"step": "line_search", "keep": 0.5, "iterations": 20}],
     "sparse_swaps": [{"warm_start": "magnitude", "swaps": None}],
     "dsnot": [{"warm_start": "sparsegpt", "cycles": 5}],

@@ -20,7 +20,7 @@ from workflow.scripts.runtime import InputError
 
 SCHEMA = yaml.safe_load((Path(__file__).parents[1] / "schemas" / "config.schema.yaml").read_text("utf-8"))
 CERTIFIED = ("row", "layer", "n:m")  # patterns for which the error of every mask has a bound
-RESERVED = ("method", "targets", "chain")  # keys of a method's entry that are not its parameters
+RESERVED = ("method", "targets")  # keys of a method's entry that are not its parameters
 
 
 def canonical(value: Any) -> str:
@@ -239,7 +239,7 @@ def _entries(catalogue: Catalogue, label: str, raw: Mapping[str, Any]) -> Iterat
     if "chain" in raw:
         if "method" in raw:
             raise CatalogueError(f"{where}: a chain names its methods itself, method: {raw['method']} came with it.")
-        raw = {**raw, "method": "chain", "steps": raw["chain"]}
+        raw = {**raw, "method": "chain"}
     method = raw.get("method", label)
     entry = catalogue.find(method, where)
     params = {key: value for key, value in raw.items() if key not in RESERVED}
