@@ -1,90 +1,120 @@
-"""AWP, its pruning part: projected gradient descent, that is iterative hard thresholding, on the layer problem.
+"""AWP: projected gradient descent on the layer problem, to prune (iterative hard thresholding), to quantise, or both.
 
-Liu et al.: gradient step on tr((W - Theta) G (W - Theta)t), then keep the largest entries, from a pruned start.
+Liu et al.: gradient step on tr((W - Theta) G (W - Theta)t), then the nearest weight that is sparse, on a grid, or both.
 """
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from methods import ops
-from methods.base import Compressed, Gram, Layer, Method, Target
+from methods.base import Compressed, Layer, Method, Target
+from methods.projection import Projection, step_size
+from methods.rtn import RTN
 
 CARD = {
     "title": "AWP",
     "paper": "AWP: Activation-Aware Weight Pruning and Quantization with Projected Gradient Descent",
     "arxiv": "2506.10205",
-    "patterns": ["row", "layer", "n:m", "1xb"],
-    "bits": [],
+    "patterns": ["dense", "row", "layer", "n:m", "1xb"],
+    "bits": [2, 3, 4, 5, 6, 7, 8],
     "updates_weights": True,
     "needs": ["gram"],
+    "keeps_zeros": True,
     "criterion": "error",
     "parameters": {
-        "warm_start": {"format": "method", "description": "Method whose result is the first iterate."},
+        "warm_start": {"format": "method", "asked": "pruning", "description": "Method that prunes the first iterate."},
         "step": {
             "enum": ["frobenius", "spectral"],
-            "description": "frobenius: 2 / ||G||_F, as published. spectral: 1 / lambda_max(G), which never ascends.",
+            "description": "frobenius: 2 / ||G||_F, and 1.5 / ||G||_F in iterations that round. spectral: 1 / "
+            "lambda_max(G), with which pruning never ascends.",
         },
-        "iterations": {"type": "integer", "minimum": 0, "description": "Gradient steps at most."},
+        "iterations": {
+            "type": ["integer", "null"],
+            "minimum": 0,
+            "description": "Gradient steps at most; null: 200 to prune, 10 to quantise, 100 for both.",
+        },
         "tolerance": {
             "type": "number",
             "minimum": 0,
-            "description": "Stop when ||(W - Theta) G||_F / ||W||_F is below this, G in units of its mean diagonal.",
+            "description": "Pruning stops when ||(W - Theta) G||_F / ||W||_F is below this, G in units of its mean "
+            "diagonal.",
+        },
+        "rounding": {
+            "enum": ["full", "gradual"],
+            "description": "full: all weights in every iteration that rounds. gradual (not in the paper): a rising "
+            "share, nearest to the grid first, so that the others make up for them; wants 200 iterations.",
         },
     },
 }
+ITERATIONS = {(True, False): 200, (False, True): 10, (True, True): 100}  # by whether it prunes, quantises
 
 
 @dataclass(frozen=True)
 class AWP(Method):
-    """Theta <- keep the largest of Theta + step (W - Theta) G; the best iterate, warm start included, is the result.
+    """Theta <- projection of Theta + step (W - Theta) G; the best iterate that meets the target is the result.
 
-    The published stopping rule has G as it is, so that it would stop earlier where activations are small; here G is in
-    units of its mean diagonal. Precondition: a finite Gram.
+    To prune, Theta starts from the warm start. With bits it starts from W, whose first projection is RTN's; grids are
+    min-max and fitted anew in every projection, and the result is no worse than RTN or the warm start rounded.
+    `Projection` has the schedule of pruning and quantising together, which begins at W too.
+
+    No official code is known, and of the quantised part step, iterations and schedule are as reported, not checked
+    against the paper. Chosen here: the linear ramp, the step by phase, min-max grids, best iterates; quantised
+    errors jump, so that the trace has the best so far; and the stopping rule, which with G as it is would depend on
+    the scale of the activations, has G in units of its mean diagonal. Precondition: a finite Gram.
     """
 
     warm_start: Any = "wanda"
     step: str = "frobenius"
-    iterations: int = 200
+    iterations: int | None = None
     tolerance: float = 1e-4
+    rounding: str = "full"
 
     def compress(self, layer: Layer, target: Target, rng: torch.Generator) -> Compressed:
         ops.require("awp", CARD, target)
-        if target.sparsity == 0:
+        if target.label == "dense":
             return Compressed(layer.weight.clone())
-        start = time.perf_counter()
-        best = self.warm_start.compress(layer, target, rng)
-        weight, unit = ops.normalised(layer.weight)
-        gram, gram_unit = ops.normalised(layer.gram.matrix)
-        step = step_size(layer.gram, gram, gram_unit, self.step)
+        began = time.perf_counter()
+        if target.bits:  # float32 cannot tell two roundings of nearly the same error apart
+            (weight, gram), unit, gram_unit = ops.in_float64(layer), 1.0, 1.0
+        else:
+            weight, unit = ops.normalised(layer.weight)
+            gram, gram_unit = ops.normalised(layer.gram.matrix)
+        steps = [step_size(layer.gram, gram, gram_unit, self.step, rounds) for rounds in (False, True)]
         small = self.tolerance * float(weight.norm()) * float(gram.diagonal().mean())
+        iterations = (
+            ITERATIONS[bool(target.sparsity), bool(target.bits)] if self.iterations is None else self.iterations
+        )
+        projection = Projection(target, layer.keep, iterations, self.rounding == "gradual")
 
-        theta, mask = (best.weight.double() / unit).float(), best.mask
+        start = self._start(layer, target, rng)
+        theta, found, best = (start.weight.double() / unit).float(), None, None
         least, trace = float("inf"), []
-        for iteration in range(self.iterations + 1):
+        for iteration in range(iterations + 1):
             missing = weight - theta
             gradient = missing @ gram  # [out, in], minus half the gradient
-            objective = float(ops.inner(gradient, missing).sum()) * unit**2 * gram_unit
-            trace.append((iteration, time.perf_counter() - start, objective))
-            if objective < least:
-                least = objective
-                best = best if iteration == 0 else Compressed((theta.double() * unit).float(), mask)
-            if iteration == self.iterations or float(gradient.norm()) <= small:
+            if iteration == 0 or projection.reaches(iteration):
+                objective = float(ops.inner(gradient, missing).sum()) * unit**2 * gram_unit
+                if objective < least:
+                    least, best = objective, found
+                trace.append((iteration, time.perf_counter() - began, least if target.bits else objective))
+            if iteration == iterations or (not target.bits and float(gradient.norm()) <= small):
                 break
-            theta, mask = project(theta + step * gradient, target)
-        return Compressed(best.weight, best.mask, trace=tuple(trace))
+            descended = theta + steps[iteration >= projection.unrounded] * gradient
+            found = projection((weight if target.bits and iteration == 0 else descended).float(), iteration + 1)
+            theta = found.weight
+        if best is None:
+            return replace(start, trace=tuple(trace))
+        mask = best.mask if target.sparsity else None
+        return replace(best, weight=(best.weight.double() * unit).float(), mask=mask, trace=tuple(trace))
 
-
-def step_size(gram: Gram, matrix: Tensor, unit: float, step: str) -> float:
-    """2 / ||G||_F or 1 / lambda_max(G) of the matrix = G / unit; 0 where all inputs are dead and no step helps."""
-    size = float(matrix.double().norm()) / 2 if step == "frobenius" else gram.largest_eigenvalue / unit
-    return 1 / size if size > 0 else 0.0
-
-
-def project(weight: Tensor, target: Target) -> tuple[Tensor, Tensor]:
-    """The nearest weight of the target's pattern, and its mask: the blocks of largest sum of squares stay."""
-    mask = ops.prune_mask(weight.square() if target.block else weight.abs(), target)
-    return torch.where(mask, weight, 0.0), mask
+    def _start(self, layer: Layer, target: Target, rng: torch.Generator) -> Compressed:
+        """The warm start, rounded if the target has bits: what the result is never worse than."""
+        if not target.sparsity:
+            return RTN().compress(layer, target, rng)
+        pruned = self.warm_start.compress(layer, target.pruning, rng)
+        if not target.bits:
+            return pruned
+        return replace(RTN().compress(replace(layer, weight=pruned.weight), target.grid, rng), mask=pruned.mask)

@@ -47,6 +47,7 @@ CARD_SCHEMA = {
         "random": {"type": "boolean"},
         "criterion": {"enum": CRITERIA},
         "keeps_zeros": {"type": "boolean"},
+        "joint_only": {"type": "boolean"},
     },
 }
 
@@ -82,7 +83,7 @@ class Entry:
 
     @property
     def chains(self) -> list[str]:
-        """Names of the parameters that hold several methods, which are called one after another."""
+        """Names of the parameters that hold two methods, one of which prunes and the other quantises."""
         found = self.card["parameters"].items()
         return [name for name, schema in found if schema.get("items", {}).get("format") == "method"]
 
@@ -151,14 +152,13 @@ class Catalogue(Mapping[str, Entry]):
             raise CatalogueError(f"{where}: {name} has no parameter {unknown[0]!r}; its parameters are: {known}.")
         full = {key: params.get(key, entry.defaults[key]) for key in entry.card["parameters"]}
         for key, schema in entry.card["parameters"].items():
+            inside = () if key in params else (*outer, name)
             if schema.get("format") == "method":
-                inside = () if key in params else (*outer, name)
                 full[key] = self._complete_warm_start(full[key], f"{where}.{key}", inside)
                 continue
             if key in entry.chains and isinstance(full[key], list):
-                full[key] = [
-                    self._complete_warm_start(step, f"{where}.{key}.{i}", (name,)) for i, step in enumerate(full[key])
-                ]
+                steps = enumerate(full[key])
+                full[key] = [self._complete_warm_start(step, f"{where}.{key}.{i}", inside) for i, step in steps]
             if isinstance(full[key], float) and not math.isfinite(full[key]):  # nan passes any limit
                 raise CatalogueError(f"{where}: {name}'s {key} is wrong: {full[key]} is not finite.")
             errors = list(jsonschema.Draft202012Validator(schema).iter_errors(full[key]))
@@ -186,29 +186,30 @@ class Catalogue(Mapping[str, Entry]):
         if own:
             return own
         if entry.chains:
-            return self._chain_refusal([step for _, *step in entry.inner(params)], target)
+            return self._chain_refusal([tuple(step) for _, *step in entry.inner(params)], target)
         for key, inner, inner_params in entry.inner(params):
-            reason = self.refusal(inner, inner_params, target)
+            pruning = entry.card["parameters"][key].get("asked") == "pruning"
+            part = target.pruning if pruning else target
+            reason = None if pruning and not target.sparsity else self.refusal(inner, inner_params, part)
             if reason:
                 return f"its {key} cannot: {reason}"
         return None
 
-    def _chain_refusal(self, steps: list[list[Any]], target: Target) -> str | None:
+    def _chain_refusal(self, steps: list[tuple[str, Mapping[str, Any]]], target: Target) -> str | None:
         """Why two methods, one after the other, cannot prune and quantise to the target, or None."""
-        (first, _), (second, _) = steps
-        parts = target.pruning, target.grid
-        reasons = [
-            [self.refusal(*step, part) for step, part in zip(steps, order, strict=True)]
-            for order in (parts, parts[::-1])
-        ]
-        for reason, keeps, lost in (
-            (reasons[0], self[second].card.get("keeps_zeros"), "zeros"),
-            (reasons[1], not self[second].card["updates_weights"], "grid"),
-        ):
-            if reason == [None, None]:
-                return None if keeps else f"{second} does not keep the {lost} of {first}"
-        told = next(reason for order in reasons for reason in order if reason)
-        return f"one of {first} and {second} must prune and the other quantise: {told}"
+        quantises = [self.refusal(*step, target.grid) for step in steps]
+        if None not in quantises:
+            return f"none of its methods quantises: {quantises[0]}, {quantises[1]}"
+        prunes_first = quantises[1] is None
+        pruner, quantiser = steps if prunes_first else steps[::-1]
+        cannot = self.refusal(*pruner, target.pruning)
+        if cannot:
+            return f"{quantiser[0]} quantises, and the other of its methods cannot prune: {cannot}"
+        if not self[quantiser[0]].card.get("keeps_zeros"):
+            return f"{quantiser[0]} does not keep the zeros of {pruner[0]}"
+        if not prunes_first and self[pruner[0]].card["updates_weights"]:
+            return f"{pruner[0]} changes the weights that {quantiser[0]} has put on a grid"
+        return None
 
     def sources(self, name: str, params: Mapping[str, Any]) -> list[Path]:
         """Files whose code decides the method's results: its own with what it imports, its warm starts', the shared."""

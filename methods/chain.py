@@ -16,13 +16,14 @@ CARD = {
     "bits": [2, 3, 4, 5, 6, 7, 8],
     "updates_weights": True,
     "needs": ["gram", "mean", "absmean", "sequence_variance", "sample"],
+    "joint_only": True,
     "parameters": {
-        "steps": {
+        "chain": {
             "type": "array",
             "items": {"format": "method"},
             "minItems": 2,
             "maxItems": 2,
-            "description": "Two methods: [wanda, gptq] prunes first, [gptq, wanda] quantises first.",
+            "description": "Two methods: [wanda, rtn] prunes first, [rtn, wanda] quantises first.",
         },
     },
 }
@@ -33,28 +34,38 @@ class Chain(Method):
     """The second method works on what the first returns, and keeps its zeros or its grid exactly.
 
     Pruned first: the second sees the pruned weight and its mask (`Layer.keep`), so that the error it lowers is that of
-    quantising the pruned layer. Quantised first: the second, which leaves kept weights as they are, chooses the mask
-    on the quantised weight. Preconditions: those of the two methods.
+    quantising the pruned layer. Quantised first: the second chooses the mask on the quantised weight, and the codes of
+    what goes become the zero point. Preconditions: those of the two methods, and a grid that has an exact zero.
+    Raises ValueError when a pruned weight is not zero on the grid.
     """
 
-    steps: Any = ("wanda", "rtn")
+    chain: Any = ("wanda", "rtn")
 
     def compress(self, layer: Layer, target: Target, rng: torch.Generator) -> Compressed:
         ops.require("chain", CARD, target)
         if target.label == "dense":
             return Compressed(layer.weight.clone())
-        first, second = self.steps
-        if reaches(first, target.pruning) and reaches(second, target.grid):
-            mask = first.compress(layer, target.pruning, rng)
-            result = second.compress(replace(layer, weight=mask.weight, keep=mask.mask), target.grid, rng)
-            if bool((result.weight[~mask.mask] != 0).any()):
-                raise ValueError("the second method of a chain must keep the first one's zeros, it did not")
+        first, second = self.chain
+        if quantises(second, target):
+            pruned = first.compress(layer, target.pruning, rng)
+            result = second.compress(replace(layer, weight=pruned.weight, keep=pruned.mask), target.grid, rng)
         else:
             result = first.compress(layer, target.grid, rng)
-            mask = second.compress(replace(layer, weight=result.weight), target.pruning, rng)
-        return replace(result, weight=torch.where(mask.mask, result.weight, 0.0), mask=mask.mask)
+            pruned = second.compress(replace(layer, weight=result.weight), target.pruning, rng)
+        mask, codes, scales, zeros = pruned.mask, result.codes, result.scales, result.zeros
+        assert mask is not None and codes is not None and scales is not None and zeros is not None
+        group_of = result.group_of
+        if group_of is None:
+            group_of = ops.groups_of(layer.weight.shape[1], target.group, layer.weight.device)
+        if not quantises(second, target):
+            codes = torch.where(mask, codes, zeros[:, group_of].to(torch.uint8))
+        weight = ops.dequantise(codes, scales, zeros, group_of, result.input_scale)
+        if bool((weight[~mask] != 0).any()):
+            raise ValueError("A chain must keep its zeros on the grid, weights that were pruned came back.")
+        info = {**pruned.info, **result.info}
+        return replace(result, weight=weight, mask=mask, codes=codes, trace=(), info=info)
 
 
-def reaches(method: Method, target: Target) -> bool:
-    """Whether the card beside a method lists the target."""
-    return refusal("", vars(sys.modules[type(method).__module__])["CARD"], target) is None
+def quantises(method: Method, target: Target) -> bool:
+    """Whether the card beside the method lists the target's grid."""
+    return refusal("", vars(sys.modules[type(method).__module__])["CARD"], target.grid) is None

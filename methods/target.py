@@ -19,7 +19,8 @@ class Target:
               kept or dropped, floor(sparsity * blocks) dropped in every row. An incomplete last group or block counts
               as if it were filled up with zeros, which go first.
     bits:     width of the integer codes, 2 to 8, or None for floating point.
-    group:    consecutive inputs of a row that share a scale and zero, or None for a whole row.
+    group:    consecutive inputs of a row that share a scale and zero, or None for a whole row. A last group that is
+              short has a scale and zero of its own.
     symmetric: grid centred on zero.
     """
 
@@ -100,9 +101,8 @@ def refusal(name: str, card: Mapping[str, Any], target: Target) -> str | None:
     """Why the method `name` with this card cannot reach the target, in one sentence, or None."""
     if not card["patterns"]:
         return f"{name} is a control that changes nothing"
-    chain = any(schema.get("items", {}).get("format") == "method" for schema in card["parameters"].values())
-    if chain and not (target.sparsity and target.bits):
-        return f"{name} prunes and quantises, one after the other"
+    if card.get("joint_only") and not (target.sparsity and target.bits):
+        return f"{name} prunes and quantises, not one of them alone"
     if target.bits is not None and not card["bits"]:
         return f"{name} does not quantise"
     if target.structure not in card["patterns"]:

@@ -1,4 +1,4 @@
-"""AWP against projected gradient descent written plainly, in float64 and loops."""
+"""AWP against projected gradient descent written plainly, in loops: float64, and float32 for what is on a grid."""
 
 import itertools
 from dataclasses import replace
@@ -7,9 +7,12 @@ import numpy as np
 import pytest
 import torch
 
-from methods.awp import AWP, project
+from methods.awp import AWP
 from methods.base import Gram, Layer, Target
+from methods.chain import Chain
 from methods.magnitude import Magnitude
+from methods.projection import Projection, project, with_share
+from methods.rtn import RTN
 from methods.wanda import Wanda
 from tests import layers
 from tests.brute_force import best_error, output_error
@@ -134,3 +137,195 @@ def test_weights_that_are_not_finite_are_an_error():
     layer = layers.build("correlated")
     with pytest.raises(ValueError, match="must be finite"):
         AWP(Wanda()).compress(replace(layer, weight=layer.weight / 0), Target(0.5), torch.Generator())
+
+
+# ----------------------------------------------------------------------------------------- quantising, alone or as well
+
+QUANTISED = [Target(bits=3, group=4), Target(bits=2), Target(bits=4, group=5, symmetric=True)]
+JOINT = [
+    Target(0.5, bits=3, group=4),
+    Target(0.6, "layer", bits=4, group=8),
+    Target(pattern="2:4", bits=3),
+    Target(pattern="1:8", bits=4, group=8),
+    Target(0.5, "1x4", bits=3, group=8),
+    Target(0.3, bits=2, group=16, symmetric=True),
+]
+
+
+def quantising_oracle(
+    layer: Layer, target: Target, step: str, iterations: int, gradual: bool
+) -> tuple[np.ndarray, list[tuple[int, np.ndarray]]]:
+    """[out, in] float32 of the start, and of every iterate that is on the grid with its number."""
+    weight, gram = layer.weight.double().numpy(), layer.gram.matrix.double().numpy()
+    before = iterations // 2 if target.sparsity else 0
+    wanda = plain_projection(weight * np.sqrt(gram.diagonal()), weight, target, power=1)
+    start = plain_rounding(wanda.astype(np.float32), target)[0]
+    found, theta = [], layer.weight.numpy()
+    for t in range(1, iterations + 1):
+        multiple = {"frobenius": 2.0 if t <= before else 1.5, "spectral": 1.0}[step]
+        size = np.sqrt((gram**2).sum()) if step == "frobenius" else np.linalg.eigvalsh(gram).max()
+        moved = (theta + multiple / size * (weight - theta) @ gram).astype(np.float32)
+        if target.sparsity:
+            moved = plain_projection(moved, moved, ramped(target, min(4 * t / iterations, 1)), power=2)
+        theta = moved
+        if t <= before:
+            continue
+        theta, cells = plain_rounding(moved, target)
+        if gradual and t < iterations:
+            share = 1 - (1 - (t - before) / (iterations - before)) ** 3
+            for i, row in enumerate(moved):
+                kept = sorted((cells[i, j], j) for j in range(len(row)) if not target.sparsity or row[j] != 0)
+                for _, j in kept[int(share * len(kept)) :]:
+                    theta[i, j] = row[j]
+        else:
+            found.append((t, theta))
+    return start, found
+
+
+def ramped(target: Target, share: float) -> Target:
+    if not target.n_of_m:
+        return Target(share * target.sparsity, target.pattern)
+    kept, of = target.n_of_m
+    kept = of - int(share * (of - kept))
+    return Target(pattern=f"{kept}:{of}") if kept < of else Target()
+
+
+def plain_rounding(weight: np.ndarray, target: Target) -> tuple[np.ndarray, np.ndarray]:
+    """[out, in] float32 on the min-max grid of each row and group, and the distances to it in units of its scale."""
+    result, cells = np.zeros_like(weight), np.zeros_like(weight)
+    last, length = np.float32(2**target.bits - 1), target.group or weight.shape[1]
+    for i in range(len(weight)):
+        for begin in range(0, weight.shape[1], length):
+            piece = weight[i, begin : begin + length]
+            low, high = min(piece.min(), np.float32(0)), max(piece.max(), np.float32(0))
+            if target.symmetric:
+                high = max(-low, high)
+                low = -high if low < 0 else low
+            if low == high == 0:
+                continue
+            scale = (high - low) / last
+            zero = np.float32(2 ** (target.bits - 1)) if target.symmetric else np.rint(-low / scale)
+            codes = np.clip(np.rint(piece / scale) + zero, 0, last)
+            result[i, begin : begin + length] = scale * (codes - zero)
+            cells[i, begin : begin + length] = np.abs(result[i, begin : begin + length] - piece) / scale
+    return result, cells
+
+
+@pytest.mark.parametrize("rounding", ["full", "gradual"])
+@pytest.mark.parametrize("step", ["frobenius", "spectral"])
+@pytest.mark.parametrize("target", QUANTISED + JOINT, ids=lambda target: target.label)
+@pytest.mark.parametrize("name", LAYERS)
+def test_quantising_agrees_with_plain_projected_gradient_descent(name: str, target: Target, step: str, rounding: str):
+    layer = layers.make(LAYERS[name], name)
+    result = AWP(Wanda(), step, iterations=24, rounding=rounding).compress(layer, target, torch.Generator())
+    start, iterates = quantising_oracle(layer, target, step, 24, rounding == "gradual")
+    candidates = [(0, start), *iterates]
+    errors = [output_error(layer, torch.from_numpy(iterate)) for _, iterate in candidates]
+    best = min(range(len(errors)), key=errors.__getitem__)
+    np.testing.assert_allclose(result.weight.numpy(), candidates[best][1], rtol=1e-6, atol=1e-12)
+    assert [t for t, _, _ in result.trace] == [t for t, _ in candidates]
+    total = float(torch.trace(layer.weight.double() @ layer.gram.matrix.double() @ layer.weight.double().T))
+    so_far = list(itertools.accumulate(errors, min))
+    assert [value / total for _, _, value in result.trace] == pytest.approx(so_far, rel=1e-6)
+
+
+@pytest.mark.parametrize(("target", "expected"), [(Target(bits=3), 10), (Target(0.5, bits=3), 100), (Target(0.5), 200)])
+def test_iterations_left_open_are_those_of_the_kind_of_target(target: Target, expected: int):
+    layer = layers.build("correlated")
+    assert AWP(Wanda(), tolerance=0.0).compress(layer, target, torch.Generator()).trace[-1][0] == expected
+
+
+@pytest.mark.parametrize("rounding", ["full", "gradual"])
+@pytest.mark.parametrize("name", [name for name in layers.LAYERS if name != "zero weights"])
+def test_is_never_worse_than_rounding_to_nearest(name: str, rounding: str):
+    layer, method = layers.build(name), AWP(Wanda(), iterations=10, rounding=rounding)
+    for bits in (2, 3, 4):
+        for group, symmetric in ((None, False), (16, False), (16, True)):
+            target = Target(bits=bits, group=group, symmetric=symmetric)
+            rounded = RTN().compress(layer, target, torch.Generator())
+            result = method.compress(layer, target, torch.Generator())
+            assert lost(layer, result.weight) <= lost(layer, rounded.weight), target.label
+
+
+@pytest.mark.parametrize("rounding", ["full", "gradual"])
+@pytest.mark.parametrize("target", JOINT, ids=lambda target: target.label)
+def test_both_together_are_never_worse_than_the_warm_start_rounded(target: Target, rounding: str):
+    for name in layers.ORDINARY:
+        layer = layers.build(name)
+        chained = Chain((Wanda(), RTN())).compress(layer, target, torch.Generator())
+        result = AWP(Wanda(), iterations=12, rounding=rounding).compress(layer, target, torch.Generator())
+        assert lost(layer, result.weight) <= lost(layer, chained.weight)
+
+
+def lost(layer: Layer, weight: torch.Tensor) -> float:
+    missing = layer.weight.double() - weight.double()
+    return float(((missing @ layer.gram.matrix.double()) * missing).sum())
+
+
+def test_gradual_rounding_ends_below_full_rounding_which_stays_near_the_start():
+    """A step that is shorter than half a cell of the grid changes nothing; what is not yet rounded moves freely."""
+    layer, target = layers.build("correlated"), Target(bits=3, group=16)
+    start = lost(layer, RTN().compress(layer, target, torch.Generator()).weight)
+    full, gradual = (
+        lost(layer, AWP(Wanda(), iterations=200, rounding=rounding).compress(layer, target, torch.Generator()).weight)
+        for rounding in ("full", "gradual")
+    )
+    assert 0.85 * start < full <= start
+    assert gradual < 0.95 * full
+
+
+@pytest.mark.parametrize("rounding", ["full", "gradual"])
+@pytest.mark.parametrize("target", JOINT, ids=lambda target: target.label)
+@pytest.mark.parametrize("name", layers.LAYERS)
+def test_zeros_are_exact_and_so_are_those_of_the_codes(name: str, target: Target, rounding: str):
+    layer = layers.build(name)
+    result = AWP(Wanda(), iterations=8, rounding=rounding).compress(layer, target, torch.Generator())
+    assert result.codes is not None and result.scales is not None and result.zeros is not None
+    group_of = torch.arange(layer.weight.shape[1]) // (target.group or layer.weight.shape[1])
+    values = result.scales[:, group_of] * (result.codes.float() - result.zeros[:, group_of])
+    assert result.mask is not None and (values[~result.mask] == 0).all()
+    assert torch.equal(values, result.weight)
+
+
+@pytest.mark.parametrize("rounding", ["full", "gradual"])
+def test_zeros_that_came_with_the_layer_stay(rounding: str):
+    layer, method = layers.build("correlated"), AWP(Wanda(), iterations=20, rounding=rounding)
+    pruned = Wanda().compress(layer, Target(0.5), torch.Generator())
+    assert pruned.mask is not None
+    result = method.compress(replace(layer, weight=pruned.weight, keep=pruned.mask), Target(bits=3, group=16), None)
+    rounded = RTN().compress(replace(layer, weight=pruned.weight), Target(bits=3, group=16), torch.Generator())
+    assert result.mask is None and (result.weight[~pruned.mask] == 0).all()
+    assert not torch.equal(result.weight, rounded.weight)  # it moved, else this test says nothing
+
+
+@pytest.mark.parametrize("target", [QUANTISED[0], JOINT[0]], ids=lambda target: target.label)
+def test_no_iteration_is_the_start_rounded(target: Target):
+    layer = layers.build("correlated")
+    result = AWP(Wanda(), iterations=0).compress(layer, target, torch.Generator())
+    pruned = Wanda().compress(layer, target.pruning, torch.Generator()).weight
+    expected = RTN().compress(replace(layer, weight=pruned), target.grid, torch.Generator())
+    assert torch.equal(result.weight, expected.weight) and torch.equal(result.codes, expected.codes)
+    assert [t for t, _, _ in result.trace] == [0]
+
+
+def test_the_sparsity_rises_over_the_first_quarter_and_is_held():
+    weight = torch.randn(3, 64, generator=torch.Generator().manual_seed(0))
+    projection = Projection(Target(0.5, bits=4, group=16), None, 40, False)
+    dropped = [int((~projection(weight, t).mask).sum()) // 3 for t in range(1, 41)]  # type: ignore[operator]
+    assert dropped == [int(0.5 * t / 10 * 64) for t in range(1, 10)] + [32] * 31
+    assert [projection(weight, t).codes is not None for t in (1, 20, 21, 40)] == [False, False, True, True]
+    assert [with_share(Target(pattern="2:4"), share).label for share in (0.4, 0.5, 1.0)] == ["dense", "3:4", "2:4"]
+
+
+def test_gradual_rounding_takes_the_nearest_of_each_row_first():
+    weight = torch.randn(3, 64, generator=torch.Generator().manual_seed(0))
+    target = Target(bits=2, group=16)
+    projection = Projection(target, None, 10, True)
+    rounded = RTN().compress(Layer("layer", weight, Gram(torch.eye(64), 1)), target, torch.Generator())
+    cells = (rounded.weight - weight).abs() / rounded.scales.repeat_interleave(16, 1)  # type: ignore[union-attr]
+    for t in range(1, 11):
+        on_grid = projection(weight, t).weight == rounded.weight
+        count = int((1 - (1 - t / 10) ** 3) * 64)
+        assert on_grid.sum(1).tolist() == [count] * 3
+        if t < 10:
+            assert (cells.where(on_grid, 0.0).amax(1) <= cells.where(~on_grid, torch.inf).amin(1)).all()

@@ -213,6 +213,22 @@ WRONG_ENTRIES = {
     "two warm starts": ("polish", {"warm_start": {"wanda": {}, "magnitude": {}}}, "expected a method's name"),
     "empty warm start": ("polish", {"warm_start": {}}, "here.warm_start: expected a method's name"),
     "warm start is a number": ("polish", {"warm_start": 3}, "here.warm_start: expected a method's name"),
+    "unknown method in a chain": ("chain", {"chain": ["wnada", "rtn"]}, r"here.chain.0: there is no method 'wnada'"),
+    "wrong parameter in a chain": (
+        "chain",
+        {"chain": ["wanda", {"rtn": {"mse": 3}}]},
+        "here.chain.1: rtn's mse is wrong: 3 is not of type 'boolean'",
+    ),
+    "sweep in a chain": (
+        "chain",
+        {"chain": [{"sparsegpt": {"damping": [0.01, 0.1]}}, "rtn"]},
+        "here.chain.0: sparsegpt's damping is wrong",
+    ),
+    "number in a chain": ("chain", {"chain": ["wanda", 3]}, "here.chain.1: expected a method's name .* got 3"),
+    "two methods in a step": ("chain", {"chain": ["rtn", {"ria": {}, "rtn": {}}]}, "here.chain.1: expected a method"),
+    "chain of one": ("chain", {"chain": ["wanda"]}, r"chain's chain is wrong: .* is too short"),
+    "chain of three": ("chain", {"chain": ["wanda", "ria", "rtn"]}, r"chain's chain is wrong: .* is too long"),
+    "chain that is a name": ("chain", {"chain": "wanda"}, "chain's chain is wrong: 'wanda' is not of type 'array'"),
 }
 
 
@@ -228,6 +244,14 @@ def test_a_warm_start_that_starts_from_itself_is_one_sentence(tmp_path: Path):
     (tmp_path / "polish.py").write_text(edited('"magnitude"', '"polish"', POLISH))
     with pytest.raises(CatalogueError, match="polish") as caught:
         Catalogue([tmp_path]).complete("polish", {}, "here")
+    assert_sentence(caught.value)
+
+
+def test_a_chain_that_holds_itself_is_one_sentence(tmp_path: Path):
+    text = (HOME / "chain.py").read_text()
+    (tmp_path / "loop.py").write_text(edited('("wanda", "rtn")', '("loop", "rtn")', text))
+    with pytest.raises(CatalogueError, match="loop") as caught:
+        Catalogue([tmp_path]).complete("loop", {}, "here")
     assert_sentence(caught.value)
 
 
@@ -303,6 +327,82 @@ def test_a_target_that_the_warm_start_cannot_is_refused(folder: Path):
         "its warm_start cannot: first prunes by row, not by n:m"
     )
     assert catalogue.refusal("polish", params, Target(0.5, "1x16")) == "polish prunes by row, n:m, not by 1xb"
+
+
+def test_a_warm_start_may_be_asked_to_prune_alone():
+    """AWP's prunes where bits are asked too, and is not asked at all where nothing is pruned."""
+    catalogue = Catalogue()
+    params = catalogue.complete("awp", {"warm_start": "wanda"}, "test")
+    for target in (Target(0.5), Target(bits=4), Target(0.5, bits=4, group=16), Target(pattern="2:4", bits=3)):
+        assert catalogue.refusal("awp", params, target) is None
+    started = catalogue.complete("awp", {"warm_start": "dsnot"}, "test")
+    assert catalogue.refusal("awp", started, Target(bits=4)) is None
+    sentence = "its warm_start cannot: dsnot prunes by row, n:m, not by layer"
+    assert catalogue.refusal("awp", started, Target(0.5, "layer", bits=4)) == sentence
+
+
+def test_chains_are_completed_and_built():
+    catalogue = Catalogue()
+    swaps = {"sparse_swaps": {"swaps": 3, "warm_start": "magnitude"}}
+    complete = catalogue.complete("chain", {"chain": [swaps, "rtn"]}, "test")
+    (first, second) = complete["chain"]
+    assert first["sparse_swaps"] == {"warm_start": {"magnitude": {"convention": "exact"}}, "swaps": 3}
+    assert second == {"rtn": {"mse": False}}
+    assert catalogue.complete("chain", complete, "test") == complete
+    pruner, quantiser = catalogue.build("chain", complete).chain
+    assert (type(pruner).__name__, type(quantiser).__name__) == ("SparseSwaps", "RTN")
+    assert pruner.swaps == 3 and type(pruner.warm_start).__name__ == "Magnitude"
+
+
+def test_sources_of_a_chain_are_those_of_all_its_methods():
+    catalogue = Catalogue()
+    params = catalogue.complete("chain", {"chain": [{"sparse_swaps": {"warm_start": "ria"}}, "rtn"]}, "test")
+    names = ("chain", "sparse_swaps", "swap_search", "ria", "rtn")
+    assert catalogue.sources("chain", params) == [*(HOME / f"{name}.py" for name in names), *SHARED_SOURCES]
+
+
+KEEPS_NOTHING = edited('"bits": []', '"bits": [4]', edited('["row"]', '["dense"]'))
+CHAINS = {
+    ("wanda", "rtn"): None,
+    ("rtn", "wanda"): None,
+    ("sparsegpt", "rtn"): None,
+    ("awp", "awp"): None,
+    ("wanda", "awp"): None,
+    ("awp", "wanda"): None,
+    ("rtn", "rtn"): "rtn quantises, and the other of its methods cannot prune: rtn does not prune",
+    ("wanda", "ria"): "none of its methods quantises: wanda does not quantise, ria does not quantise",
+    ("wanda", "sparsegpt"): "none of its methods quantises: wanda does not quantise, sparsegpt does not quantise "
+    "without pruning",
+    ("rtn", "sparsegpt"): "sparsegpt changes the weights that rtn has put on a grid",
+    ("rtn", "reconstruct"): "reconstruct changes the weights that rtn has put on a grid",
+    ("wanda", "mine"): "mine does not keep the zeros of wanda",
+    ("mine", "wanda"): "mine does not keep the zeros of wanda",
+    ("chain", "rtn"): "rtn quantises, and the other of its methods cannot prune: chain prunes and quantises, not one "
+    "of them alone",
+}
+
+
+@pytest.mark.parametrize("pair", CHAINS, ids="-".join)
+def test_which_chains_reach_a_target(pair: tuple[str, str], tmp_path: Path):
+    (tmp_path / "mine.py").write_text(KEEPS_NOTHING)
+    catalogue = Catalogue([tmp_path])
+    params = catalogue.complete("chain", {"chain": list(pair)}, "test")
+    assert catalogue.refusal("chain", params, Target(0.5, bits=4, group=16)) == CHAINS[pair]
+
+
+def test_a_chain_is_refused_what_its_methods_cannot():
+    catalogue = Catalogue()
+    params = catalogue.complete("chain", {"chain": ["rtn", {"sparse_swaps": {"warm_start": "dsnot"}}]}, "test")
+    prefix = "rtn quantises, and the other of its methods cannot prune: "
+    said = {
+        Target(0.5): "chain prunes and quantises, not one of them alone",
+        Target(bits=4): "chain prunes and quantises, not one of them alone",
+        Target(0.5, "1x16", bits=4): prefix + "sparse_swaps prunes by row, n:m, not by 1xb",
+    }
+    for target, sentence in said.items():
+        assert catalogue.refusal("chain", params, target) == sentence
+    assert catalogue.refusal("chain", params, Target(pattern="2:4", bits=4)) is None
+    assert catalogue["chain"].comparison(Target(0.5, bits=4)) == "pruned and quantised"
 
 
 def test_sources_are_the_files_that_decide(folder: Path):

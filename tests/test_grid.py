@@ -309,6 +309,46 @@ def test_a_stage_that_trains_grids_skips_targets_without_one():
     assert planned.skipped == [{"label": "end", "method": "sparsegpt", "target": "2:4", "reason": reason}]
 
 
+JOINT = [{"sparsity": 0.5, "bits": 4, "group": 8}]
+
+
+def test_both_orders_of_a_chain_are_cells_of_their_own():
+    methods = {"wanda-rtn": {"chain": ["wanda", "rtn"]}, "rtn-wanda": {"chain": ["rtn", {"wanda": None}]}}
+    planned = plan(study(methods=methods, targets=[*JOINT, {"pattern": "2:4", "bits": 3}]))
+    found = {(cell.columns["label"], cell.columns["target"]): cell for cell in planned.cells if cell.mode == "shared"}
+    targets = ("50% row 4b g8", "2:4 3b")
+    assert list(found) == [(label, target) for label in methods for target in targets]
+    assert len({cell.folder for cell in planned.cells}) == len(planned.cells) == 2 * 2 * 2
+    for (label, _), cell in found.items():
+        assert (cell.columns["method"], cell.columns["comparison"]) == ("chain", "pruned and quantised")
+        steps = {
+            "wanda-rtn": [{"wanda": {}}, {"rtn": {"mse": False}}],
+            "rtn-wanda": [{"rtn": {"mse": False}}, {"wanda": {}}],
+        }
+        assert json.loads(cell.columns["params"]) == {"chain": steps[label]}
+
+
+def test_a_chain_takes_parameters_warm_starts_and_targets():
+    swaps = {"sparse_swaps": {"swaps": 3.0, "warm_start": {"sparsegpt": {"damping": 0.1}}}}
+    planned = plan(study(methods={"wanda": None, "mixed": {"chain": [swaps, "rtn"], "targets": JOINT}}))
+    (cell,) = (cell for cell in planned.cells if cell.columns["label"] == "mixed" and cell.mode == "shared")
+    (first, _) = json.loads(cell.columns["params"])["chain"]
+    sparsegpt = {"blocksize": 128, "convention": "exact", "damping": 0.1}
+    assert first == {"sparse_swaps": {"swaps": 3, "warm_start": {"sparsegpt": sparsegpt}}}
+
+
+def test_a_chain_reaches_targets_with_sparsity_and_bits_alone():
+    planned = plan(
+        study(methods={"wanda": None, "a": {"chain": ["wanda", "rtn"]}}, targets=[{"sparsity": 0.5}, *JOINT])
+    )
+    assert labels(planned) == [("wanda", "50% row"), ("a", "50% row 4b g8")]
+    reasons = {row["label"]: row["reason"] for row in planned.skipped}
+    assert reasons == {
+        "wanda": "wanda does not quantise",
+        "a": "chain prunes and quantises, not one of them alone",
+    }
+
+
 def test_unsupported_pairs_are_skipped_with_the_reason(warm):
     targets = [{"sparsity": 0.5}, {"bits": 4}, {"pattern": "2:4", "bits": 4}, {"sparsity": 0.5, "pattern": "1x4"}]
     methods = {"dense": None, "magnitude": None, "rtn": None, "warm": {"warm_start": "wanda"}, "sparsegpt": None}
@@ -450,6 +490,46 @@ WRONG = {
     ),
     "grid": (edited("targets/0/group", 8), "targets.0 is wrong: Target.group and Target.symmetric describe a grid"),
     "bits": (edited("targets/0/bits", 1), "targets.0.bits is wrong: 1 is less than the minimum of 2."),
+    "more bits": (edited("targets/0/bits", 9), "targets.0.bits is wrong: 9 is greater than the maximum of 8."),
+    "bits in between": (edited("targets/0/bits", 3.5), "targets.0.bits is wrong: 3.5 is not of type 'integer'."),
+    "group": (
+        edited("targets/0", {"bits": 4, "group": 0}),
+        "targets.0.group is wrong: 0 is less than the minimum of 1.",
+    ),
+    "chain with a method": (
+        study(methods={"a": {"method": "rtn", "chain": ["wanda", "rtn"]}}, targets=JOINT),
+        "methods.a: a chain names its methods itself, method: rtn came with it.",
+    ),
+    "chain with a parameter": (
+        study(methods={"a": {"chain": ["wanda", "rtn"], "mse": True}}, targets=JOINT),
+        "methods.a: chain has no parameter 'mse'; its parameters are: chain.",
+    ),
+    "chain of one": (study(methods={"a": {"chain": ["rtn"]}}), "methods.a.chain is wrong: ['rtn'] is too short."),
+    "chain of three": (study(methods={"a": {"chain": ["ria", "ria", "rtn"]}}), "methods.a.chain is wrong: ["),
+    "chain that is a name": (
+        study(methods={"a": {"chain": "wanda"}}),
+        "methods.a.chain is wrong: 'wanda' is not of type 'array'.",
+    ),
+    "unknown method in a chain": (
+        study(methods={"a": {"chain": ["wander", "rtn"]}}),
+        "methods.a.chain.0: there is no method 'wander'",
+    ),
+    "number in a chain": (
+        study(methods={"a": {"chain": ["wanda", 4]}}),
+        "methods.a.chain.1: expected a method's name or {name: {parameters}}, got 4.",
+    ),
+    "sweep in a chain": (
+        study(methods={"a": {"chain": [{"sparsegpt": {"damping": [0.1, 1]}}, "rtn"]}}),
+        "methods.a.chain.0: sparsegpt's damping is wrong: [0.1, 1] is not of type 'number'.",
+    ),
+    "chain that loses its grid": (
+        study(methods={"a": {"chain": ["rtn", "sparsegpt"]}}, targets=JOINT),
+        "methods.a: chain reaches none of the targets (sparsegpt changes the weights that rtn has put on a grid).",
+    ),
+    "chain that does not quantise": (
+        study(methods={"a": {"chain": ["wanda", "sparsegpt"]}}, targets=JOINT),
+        "methods.a: chain reaches none of the targets (none of its methods quantises: wanda does not quantise, ",
+    ),
     "empty target": (edited("targets/0", {}), "config: targets.0 is wrong: {} should be non-empty."),
     "no targets": (study(targets=[]), "config: targets is wrong: [] should be non-empty."),
     "mode": (study(modes=["parallel"]), "modes.0 is wrong: 'parallel' is not one of ['shared', 'sequential']."),

@@ -19,7 +19,7 @@ from workflow.scripts import sources
 from workflow.scripts.runtime import InputError
 
 SCHEMA = yaml.safe_load((Path(__file__).parents[1] / "schemas" / "config.schema.yaml").read_text("utf-8"))
-RESERVED = ("method", "targets", "chain", "tune")  # keys of a method's entry that are not its parameters
+RESERVED = ("method", "targets", "tune")  # keys of a method's entry that are not its parameters
 
 
 def canonical(value: Any) -> str:
@@ -246,7 +246,7 @@ def _entries(
     if "chain" in raw:
         if "method" in raw:
             raise CatalogueError(f"{where}: a chain names its methods itself, method: {raw['method']} came with it.")
-        raw = {**raw, "method": "chain", "steps": raw["chain"]}
+        raw = {**raw, "method": "chain"}
     method = raw.get("method", label)
     entry = catalogue.find(method, where)
     params = {key: value for key, value in raw.items() if key not in RESERVED}
