@@ -22,6 +22,7 @@ include: "workflow/rules/calibrate.smk"
 include: "workflow/rules/compress.smk"
 include: "workflow/rules/evaluate.smk"
 include: "workflow/rules/collect.smk"
+include: "workflow/rules/export.smk"
 include: "workflow/rules/demo.smk"
 
 

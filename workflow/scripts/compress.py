@@ -16,7 +16,6 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
@@ -25,7 +24,7 @@ from methods.base import Compressed, Layer, Method
 from methods.catalogue import Catalogue
 from methods.promises import broken_promise
 from methods.target import Target
-from workflow.scripts import models
+from workflow.scripts import models, packed
 from workflow.scripts.accounting import bits_per_weight
 from workflow.scripts.calibrate import shared_blocks
 from workflow.scripts.propagate import Stream
@@ -45,15 +44,19 @@ from workflow.scripts.text import read_tokens
 
 @dataclass(frozen=True)
 class Solver:
-    """A method at a target, as the runner calls it."""
+    """A method at a target, as the runner calls it; dtype: of the model that it compresses."""
 
     name: str
     method: Method
     target: Target
     seed: int
+    dtype: torch.dtype = torch.float32
 
     def solve(self, layer: Layer) -> tuple[Compressed, dict[str, Any]]:
-        """The layer's result and its row of numbers. Raises InputError naming the layer when the method fails it."""
+        """The layer's result, with the scales that are stored, and its row of numbers.
+
+        Raises InputError naming the layer when the method fails it.
+        """
         rng = torch.Generator().manual_seed(layer_seed(self.seed, layer.name))
         before = inputs_state(layer)
         start = time.perf_counter()
@@ -71,6 +74,7 @@ class Solver:
             broken = broken_promise(layer, self.target, result)
         if broken:
             raise InputError(f"{self.name} broke its contract on {layer.name}: {broken}.")
+        result = packed.rounded(result, self.target, self.dtype)
         rows, inputs = layer.weight.shape
         absolute, relative = output_error(layer, result.weight)
         kept = 1.0 if result.mask is None else float(result.mask.float().mean())
@@ -82,7 +86,14 @@ class Solver:
             "output_error": relative,
             "absolute_error": absolute,
             "achieved_sparsity": float((result.weight == 0).double().mean()),
-            "bits_per_weight": bits_per_weight(self.target, kept, rows, inputs),
+            "bits_per_weight": bits_per_weight(
+                self.target,
+                kept,
+                rows,
+                inputs,
+                input_scale=result.input_scale is not None,
+                reordered=packed.reordered(result, self.target),
+            ),
             "damping": result.info.get("damping"),
             "seconds": seconds,
             "peak_mb": peak_mb(),
@@ -119,14 +130,14 @@ def visit(
     blocks: Iterable[tuple[int, list[Tap]]],
     solve: Callable[[Layer], tuple[Compressed, dict[str, Any]]],
     progress: Callable[[Mapping[str, Any]], None],
-) -> Iterator[tuple[dict[str, Any], list[dict[str, Any]], Tensor]]:
-    """Compress the blocks' layers in place; yields each layer's row, rows of its trace, and weight as written."""
+) -> Iterator[tuple[dict[str, Any], Compressed]]:
+    """Compress the blocks' layers in place; yields each layer's row and result."""
     for index, tap, linear in tapped_linears(model, blocks):
         result, row = solve(Layer(linear.name, linear.weight(), tap.gram, tap.statistics))
         linear.replace(result.weight)
         row |= {"block": index, "tap": tap.name}
         progress(row)
-        yield row, trace_rows(result), linear.weight()
+        yield row, result
 
 
 def trace_rows(result: Compressed) -> list[dict[str, Any]]:
@@ -159,16 +170,16 @@ def run(args: argparse.Namespace) -> None:
     columns, entry = args.cell["columns"], args.cell["method"]
     catalogue = Catalogue(args.method_path)
     method, criterion = catalogue.build(entry["name"], entry["params"]), catalogue[entry["name"]].criterion or "own"
-    solver = Solver(entry["name"], method, Target(**args.cell["target"]), columns["seed"])
     tokens, info = read_tokens(args.tokens)
     model = models.load(args.model, args.device)
+    solver = Solver(entry["name"], method, Target(**args.cell["target"]), columns["seed"], model.dtype)
     count = models.count_linears(model)
     title = f"{columns['label']} {columns['target']} {columns['mode']}"
     if columns["mode"] == "shared":
         blocks = shared_blocks(args.gram)
     else:
         blocks = sequential_blocks(Stream(model, torch.from_numpy(tokens)))
-    rows, traces, weights = [], [], {}
+    rows, traces, stored = [], [], {}
     with tqdm(total=count, desc=title, unit="layer", mininterval=1.0) as bar:
 
         def progress(row: Mapping[str, Any]) -> None:
@@ -177,15 +188,16 @@ def run(args: argparse.Namespace) -> None:
             )
             bar.update()
 
-        for row, trace, weight in visit(model, blocks, solver.solve, progress):
+        for row, result in visit(model, blocks, solver.solve, progress):
             rows.append({**columns, **row})
-            traces += [{**columns, "layer": row["layer"], "criterion": criterion, **point} for point in trace]
-            weights[row["layer"]] = weight.to(model.dtype).contiguous()
+            own = {**columns, "layer": row["layer"], "criterion": criterion}
+            traces += [{**own, **point} for point in trace_rows(result)]
+            stored[row["layer"]] = packed.parts_of(result, solver.target, model.dtype)
     for table, content in (("layers", rows), ("trace", traces)):
         with whole_file(args.out / f"{table}.parquet") as part:
             pq.write_table(from_rows(content, {"trace": "traces"}.get(table, table), title), part)
     with whole_file(args.out / "weights.safetensors") as part:
-        save_file(weights, part)
+        packed.write(part, stored, {row["layer"]: (row["out"], row["in"]) for row in rows}, solver.target)
     fingerprint = json.loads(args.fingerprint.read_text("utf-8"))
     fingerprint.pop("files", None)  # one hash stands for all in the tables
     facts = {
@@ -194,7 +206,7 @@ def run(args: argparse.Namespace) -> None:
         **calibration_facts(info),
     }
     seconds = time.perf_counter() - start
-    record = {"columns": columns, "provenance": facts, "seconds": seconds, "peak_mb": peak_mb()}
+    record = {"columns": columns, "provenance": facts, "seconds": seconds, "peak_mb": peak_mb(), "model": args.model}
     write_atomic(args.out / "cell.json", json.dumps(record, indent=2) + "\n")
 
 
