@@ -200,6 +200,12 @@ def test_refusals_are_one_sentence(case, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_the_library_is_asked_for_where_it_is_absent(case, tmp_path, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(InputError, match="The format compressed-tensors needs the package of that name: pip install it"):
+        save(case, W4, CT, tmp_path / "out")
+
+
 def test_a_packed_folder_that_lacks_a_parameter_is_refused(case, tmp_path):
     folder = save(case, W4S50, "packed", tmp_path / "out")
     rest = load_file(folder / "rest.safetensors")

@@ -7,10 +7,10 @@ rule export:
         sources=scripts("export", "packed", "accounting", "evaluate", "models"),
     output:
         directory("results/exports/{format}/{model}/{calib}/{mode}/{cell}"),
-    wildcard_constraints:
-        format="dense|packed|compressed-tensors",
     log:
         "logs/exports/{format}/{model}/{calib}/{mode}/{cell}.log",
+    wildcard_constraints:
+        format="dense|packed|compressed-tensors",
     resources:
         mem_mb=model_mb,
     params:

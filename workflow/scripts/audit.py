@@ -120,11 +120,11 @@ def open_folder(folder: Path, said: Mapping[str, Any], target: Target, trust_rem
 
 def structure(folder: Path, trust_remote_code: bool) -> tuple[Any, dict[str, Linear]]:
     """A saved model's config, and the linear layers of its blocks as its architecture has them, without weights."""
+    options = {"local_files_only": True, "trust_remote_code": trust_remote_code}
     try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
-        plain = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
-        if hasattr(plain, "quantization_config"):
-            del plain.quantization_config
+        config = AutoConfig.from_pretrained(folder, **options)
+        plain = AutoConfig.from_pretrained(folder, **options)
+        vars(plain).pop("quantization_config", None)
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(plain, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, ImportError) as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib.util
 import json
 import shutil
 import sys
@@ -192,6 +193,10 @@ def export(cell: Path, form: str, out: Path, spec: Mapping[str, Any] | None = No
         raise InputError(f"{cell / 'cell.json'} does not say how its model is loaded: give --model.")
     if form == "compressed-tensors" and file.target.bits is None:
         raise InputError(f"compressed-tensors holds quantised layers, and those of {cell} are not: use --format dense.")
+    if form == "compressed-tensors" and importlib.util.find_spec("compressed_tensors") is None:
+        raise InputError(
+            "The format compressed-tensors needs the package of that name: pip install compressed-tensors."
+        )
     with whole_folder(out) as part:
         model = models.load(spec)
         dtype = model.dtype

@@ -167,7 +167,7 @@ def restored(parts: Mapping[str, Tensor], target: Target, shape: tuple[int, int]
 
     Raises ValueError, without the layer's name, when parts are absent or do not belong together.
     """
-    rows, inputs = shape
+    inputs = shape[1]
     if "" in parts:
         if parts[""].shape != shape:
             raise ValueError(f"a weight {list(shape)} was announced, {_kind(parts[''])} came")
@@ -182,28 +182,40 @@ def restored(parts: Mapping[str, Tensor], target: Target, shape: tuple[int, int]
         weight = torch.zeros(shape)
         weight[kept] = values.float()
         return Compressed(weight, mask)
-    stored = torch.ones(rows, -(-inputs // group_length(target, inputs)), dtype=torch.bool)
+    scales, zeros, group_of = _restored_grid(parts, target, kept)
+    input_scale = parts["input_scale"].float() if "input_scale" in parts else None
+    if input_scale is not None and (input_scale.shape != (inputs,) or not (input_scale > 0).all()):
+        raise ValueError(f"input_scale must be [{inputs}] and positive")
+    groups = ops.groups_of(inputs, target.group) if group_of is None else group_of
+    codes = zeros[:, groups].to(torch.uint8)
+    codes[kept] = unpack(_part(parts, "codes"), target.bits, count)
+    result = Compressed(torch.empty(0), mask, codes, scales, zeros, group_of, input_scale)
+    return replace(result, weight=dequantised(result, target))
+
+
+def _restored_grid(parts: Mapping[str, Tensor], target: Target, kept: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Scales and zeros [out, groups] float32, and the group of each input where groups are no runs of inputs.
+
+    Groups of dropped blocks, which have no grid, get scale 1 and the zero in the middle.
+    """
+    assert target.bits is not None
+    (rows, inputs), length = kept.shape, group_length(target, kept.shape[1])
+    stored = torch.ones(rows, -(-inputs // length), dtype=torch.bool)  # [out, groups]
     if grids_of_blocks(target, inputs) and "group_of" not in parts:
-        stored = kept[:, :: group_length(target, inputs)]
-    packed_scales = _part(parts, "scales")
-    if packed_scales.numel() != int(stored.sum()) or packed_scales.dtype not in HALVES:
-        raise ValueError(f"{int(stored.sum())} scales of 16 bits are needed, {_kind(packed_scales)} came")
-    scales = torch.ones(stored.shape)
-    scales[stored] = packed_scales.float().flatten()
-    if not (torch.isfinite(scales).all() and (scales > 0).all()):
+        stored = kept[:, ::length]
+    count, scales = int(stored.sum()), _part(parts, "scales")
+    if scales.numel() != count or scales.dtype not in HALVES:
+        raise ValueError(f"{count} scales of 16 bits are needed, {_kind(scales)} came")
+    if not ((scales > 0) & torch.isfinite(scales)).all():
         raise ValueError("a scale is not a positive finite number")
-    zeros = torch.full(stored.shape, float(2 ** (target.bits - 1)))
+    filled, zeros = torch.ones(stored.shape), torch.full(stored.shape, float(2 ** (target.bits - 1)))
+    filled[stored] = scales.float().flatten()
     if not target.symmetric:
-        zeros[stored] = unpack(_part(parts, "zeros"), target.bits, int(stored.sum())).float()
+        zeros[stored] = unpack(_part(parts, "zeros"), target.bits, count).float()
     group_of = parts["group_of"].to(torch.int64) if "group_of" in parts else None
     if group_of is not None and (group_of.shape != (inputs,) or int(group_of.max()) >= stored.shape[1]):
         raise ValueError(f"group_of must name one of {stored.shape[1]} groups for each of {inputs} inputs")
-    result = Compressed(torch.empty(0), mask, torch.zeros(shape, dtype=torch.uint8), scales, zeros, group_of)
-    result.codes.copy_(zeros[:, grouping(result, target)])
-    result.codes[kept] = unpack(_part(parts, "codes"), target.bits, count)
-    if "input_scale" in parts:
-        result = replace(result, input_scale=parts["input_scale"].float())
-    return replace(result, weight=dequantised(result, target))
+    return filled, zeros, group_of
 
 
 def _restored_mask(parts: Mapping[str, Tensor], target: Target, shape: tuple[int, int]) -> Tensor | None:
