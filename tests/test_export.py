@@ -202,7 +202,7 @@ def test_refusals_are_one_sentence(case, tmp_path):
 
 def test_the_library_is_asked_for_where_it_is_absent(case, tmp_path, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(InputError, match="The format compressed-tensors needs the package of that name: pip install it"):
+    with pytest.raises(InputError, match="compressed-tensors needs the package of that name: pip install it"):
         save(case, W4, CT, tmp_path / "out")
 
 
