@@ -109,6 +109,8 @@ def _grid(layer: Layer, target: Target, result: Compressed) -> str | None:
         return f"promise 3: zeros must be {expected}, {int(off.sum())} are not"
     if result.input_scale is not None and result.input_scale.shape != (inputs,):
         return f"promise 3: input_scale must be [{inputs}], {_words(result.input_scale.shape)} came"
+    if result.input_scale is not None and not ((result.input_scale > 0) & torch.isfinite(result.input_scale)).all():
+        return "promise 3: input_scale must be positive and finite"
     values = ops.dequantise(result.codes, result.scales, result.zeros, group_of, result.input_scale)
     kept = values if result.mask is None else torch.where(result.mask, values, 0.0)
     wrong = int((kept != result.weight).sum())

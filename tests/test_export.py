@@ -179,6 +179,8 @@ def test_what_compressed_tensors_cannot_express_is_refused_and_packed_holds_it(c
         main(["--cell", str(folder), "--format", form, "--out", str(tmp_path / form)])
         assert_same_logits(open_saved(tmp_path / form, form), expected)
         assert not [line for line in audit.audit(tmp_path / form)[2] if line.fault]
+    change_tensor(tmp_path / "dense", f"{UP}.weight", first_kept_times(1.01))
+    assert [line.fault for line in audit.audit(tmp_path / "dense")[2] if line.fault] == [NOT_SAVED]
     assert {line.note for line in audit.audit(tmp_path / "dense")[2]} == {"holds, its grid cannot be seen"}
 
 
@@ -202,7 +204,9 @@ def test_refusals_are_one_sentence(case, tmp_path):
 
 def test_the_library_is_asked_for_where_it_is_absent(case, tmp_path, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(InputError, match="compressed-tensors needs the package of that name: pip install it"):
+    with pytest.raises(
+        InputError, match="compressed-tensors needs the package of that name: pip install compressed-tensors"
+    ):
         save(case, W4, CT, tmp_path / "out")
 
 
@@ -245,13 +249,30 @@ def first_kept_to_zero(weight):
     weight[row, column] = 0
 
 
+def first_kept_times(factor):
+    def change(weight):
+        row, column = (weight != 0).nonzero()[0]
+        weight[row, column] *= factor
+
+    return change
+
+
+def flip_a_bit(tensor):
+    tensor.view(-1)[5] ^= 1
+
+
 ONE_MORE = first_zero_to(0.5)
+NOT_SAVED = "its weights are not those that were saved"
 TAMPERED = {  # format, target, tensor of UP, change, what is said
     "2:4": ("dense", TWO_OF_FOUR, "weight", ONE_MORE, "2:4 is not kept: 1 groups of 2:4 keep more"),
     "row": ("dense", Target(0.5), "weight", ONE_MORE, "50% row is not kept: 1 rows keep more"),
     "layer": ("dense", Target(0.5, "layer"), "weight", ONE_MORE, "50% layer is not kept: 1 layer keep more"),
     "block": ("dense", Target(0.5, "1x16"), "weight", ONE_MORE, "1 blocks of 1x16 must be zero in every row, 1 rows"),
     "zeros": ("dense", TWO_OF_FOUR, "weight", first_kept_to_zero, "768 zeros were saved, 769 are there"),
+    "value": ("dense", TWO_OF_FOUR, "weight", first_kept_times(1.5), NOT_SAVED),
+    "off its grid": ("dense", W4, "weight", first_kept_times(1.01), "the weights of 1 groups lie on no grid of 4b g16"),
+    "another point of its grid": (CT, W4, "weight_packed", flip_a_bit, NOT_SAVED),
+    "another scale": (CT, W4, "weight_scale", set_value((0, 0), 1), NOT_SAVED),
     "NaN": ("dense", W4, "weight", set_value((0, 0), float("nan")), "a weight is not finite"),
     "codes": (CT, JOINT, "weight_packed", set_value((0, 0), 0x76543210), "2:4 4b g16 is not kept: [12] groups of 2:4"),
     "zero points": (CT, JOINT, "weight_zero_point", set_value((0, 0), 0), "2:4 4b g16 is not kept: .* groups of 2:4"),
@@ -271,11 +292,32 @@ def test_whatever_was_changed_in_a_folder_is_found(case, tmp_path, capsys, kind)
     assert table.count("  holds") == 13  # the other layers
 
 
-def test_a_grid_of_too_many_values_is_found(case, tmp_path):
-    folder = save(case, Target(bits=2, group=16), "dense", tmp_path / "out")
-    change_tensor(folder, f"{UP}.weight", set_value((3, slice(0, 16)), torch.linspace(0.1, 0.2, 16)))
-    with pytest.raises(InputError, match="a group has 16 different values, 2 bits have 4"):
+@pytest.mark.parametrize("part", ["codes", "scales", "zeros"])
+def test_what_was_changed_in_the_packed_layout_is_found(case, tmp_path, part):
+    folder = save(case, W4S50, "packed", tmp_path / "out")
+    change = flip_a_bit if part != "scales" else set_value((0, 0), 1)
+    change_tensor(folder, f"{UP}.{part}", change, "weights.safetensors")
+    with pytest.raises(InputError, match=f"{UP}: ({NOT_SAVED}|... zeros were saved, ... are there)"):
         audit.main([str(folder)])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("bits", [2, 3, 4, 6, 8])
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_dense_weights_show_whether_they_lie_on_a_grid(dtype, bits, symmetric):
+    target = Target(bits=bits, symmetric=symmetric)
+    draw = torch.Generator().manual_seed(bits)
+    codes = torch.randint(2**bits, (40, 32), generator=draw)
+    zeros = torch.full((40, 1), 2 ** (bits - 1)) if symmetric else torch.randint(2**bits, (40, 1), generator=draw)
+    weight = (codes - zeros) * (torch.rand(40, 1, generator=draw) + 0.5).half().float()
+    assert audit.on_grid(weight.to(dtype), target).all()
+    assert audit.on_grid((1e-6 * weight).to(dtype), target).all()
+    if (bits, dtype) == (8, torch.bfloat16):
+        return  # its numbers are coarser than the grid
+    assert not audit.on_grid(torch.randn(40, 32, generator=draw).to(dtype), target).any()
+    widest = 2 ** (bits - 1) - 1 if symmetric else 2**bits - 1
+    ranges = torch.tensor([[0, 1, widest], [0, 1, widest + 1], [0, -1, -widest - 1]]).to(dtype)
+    assert audit.on_grid(ranges, target).tolist() == [True, False, symmetric]
 
 
 def test_a_mask_of_other_counts_is_found_in_the_packed_layout(case, tmp_path):

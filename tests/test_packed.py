@@ -185,10 +185,20 @@ def test_rounding_of_scales_hardly_moves_the_error(bits):
     assert after == pytest.approx(before, rel=2e-2 if bits == 8 else 2e-3) and after != before
 
 
+def test_scales_of_inputs_that_are_all_one_take_no_bits():
+    layer, target = layers.build("correlated"), Target(bits=4, group=16)
+    result = replace(compressed(layer, target), input_scale=torch.ones(64))
+    found = packed.rounded(result, target, torch.float32)
+    assert found.input_scale is None and torch.equal(found.weight, stored(layer, target).weight)
+
+
 def test_scales_that_float16_cannot_hold_are_bfloat16():
     tiny, huge, usual = torch.tensor([1e-12, 1.0]), torch.tensor([1e6, 1.0]), torch.tensor([0.003, 1.0])
     assert packed.half(tiny, torch.float32).dtype == torch.bfloat16 == packed.half(huge, torch.float32).dtype
     assert packed.half(usual, torch.float32).dtype == torch.float16
+    for dtype in (torch.float32, torch.bfloat16):
+        least = packed.half(torch.tensor([1e-44, 3.4e38]), dtype)
+        assert least.dtype == torch.bfloat16 and (least > 0).all() and torch.isfinite(least).all()
 
 
 def test_scales_that_are_not_stored_as_they_are_used_are_refused():
@@ -277,6 +287,10 @@ def test_a_file_that_is_no_such_file(path):
     save_file({**tensors, "stranger": torch.ones(1)}, path, metadata={"layerwise": json.dumps(info)})
     with pytest.raises(InputError, match="has the tensor 'stranger', which belongs to none of its layers"):
         packed.PackedFile(path)
+    for damaged in ("{", "[]", "{}", json.dumps({**info, "target": {"bits": 9}})):
+        save_file(tensors, path, metadata={"layerwise": damaged})
+        with pytest.raises(InputError, match="What .*weights.safetensors says of its layers cannot be read: "):
+            packed.PackedFile(path)
     save_file(tensors, path, metadata={"layerwise": json.dumps({**info, "version": 2})})
     with pytest.raises(InputError, match="is of version 2 of the layout, this code reads 1"):
         packed.PackedFile(path)

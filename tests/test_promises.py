@@ -148,6 +148,11 @@ VIOLATIONS: dict[str, tuple[Target, Damage, str]] = {
         lambda r: replace(r, zeros=r.zeros - 1),
         "promise 3: zeros must be 8, 96 are not",
     ),
+    "an input scale of zero": (
+        GRID,
+        lambda r: replace(r, input_scale=with_entry(torch.ones(64), (5,), 0.0)),
+        "promise 3: input_scale must be positive and finite",
+    ),
     "group_of of another shape": (GRID, lambda r: replace(r, group_of=torch.zeros(3, dtype=torch.int64)), "promise 3"),
     "changed at sparsity 0": (
         DENSE,

@@ -25,7 +25,7 @@ from methods.promises import count_kept, kept_counts
 from methods.target import Target
 from workflow.scripts.accounting import kept_blocks
 from workflow.scripts.cell_results import read_json
-from workflow.scripts.export import MANIFEST, WEIGHTS, model_linears
+from workflow.scripts.export import MANIFEST, WEIGHTS, digest, model_linears
 from workflow.scripts.models import Linear, few, reason
 from workflow.scripts.packed import PackedFile
 from workflow.scripts.runtime import InputError, report_errors
@@ -144,19 +144,38 @@ def read_dense(tensors: Tensors, linear: Linear, target: Target, hidden: bool) -
     """A layer of a folder of dense weights; hidden: its grid cannot be seen in them (act-order, scales of inputs)."""
     stored = tensors.get(f"{linear.name}.weight")
     weight = stored.T if linear.transposed else stored
-    grid = None
-    if target.bits and not hidden:
-        most = most_values(weight, target.group or weight.shape[1])
-        if most > 2**target.bits:
-            grid = f"a group has {most} different values, {target.bits} bits have {2**target.bits}"
+    grid = None if hidden else grid_fault(weight, target)
     note = "holds, its grid cannot be seen" if hidden and target.bits else "holds"
     return Found(weight, None, stored.nbytes, grid, note)
 
 
-def most_values(weight: Tensor, length: int) -> int:
-    """The largest number of different values in a row's run of `length` inputs."""
-    pieces = (piece.sort(1).values for piece in weight.split(length, 1))
-    return max(int((piece.diff(dim=1) != 0).sum(1).max()) + 1 for piece in pieces)
+def grid_fault(weight: Tensor, target: Target) -> str | None:
+    """What is off with the grid of a dequantised weight [out, in], or None."""
+    if target.bits is None:
+        return None
+    off = sum(int((~on_grid(piece, target)).sum()) for piece in weight.split(target.group or weight.shape[1], 1))
+    return f"the weights of {off} groups lie on no grid of {target.grid.label}" if off else None
+
+
+def on_grid(piece: Tensor, target: Target) -> Tensor:
+    """[out] bool: whether some scale makes each row of a group [out, length] whole numbers in a grid's range.
+
+    The largest weight is tried as 1, 2, ... 2^bits - 1 scales. Every weight may be off by the rounding of its dtype and
+    of the largest one's, so that grids as fine as that, 7 and 8 bits in bfloat16, always pass.
+    """
+    assert target.bits is not None
+    most, limits, weight = 2**target.bits - 1, torch.finfo(piece.dtype), piece.double()
+    largest = weight.abs().amax(1, keepdim=True)
+    found = largest[:, 0] == 0
+    for count in reversed(range(1, most + 1)):
+        rows = (~found).nonzero()[:, 0]
+        scale = largest[rows] / count
+        whole = (weight[rows] / scale).round()
+        low, high = whole.amin(1).clamp(max=0), whole.amax(1).clamp(min=0)
+        fits = (high <= most // 2) & (low >= -(most // 2 + 1)) if target.symmetric else high - low <= most
+        near = (weight[rows] - whole * scale).abs() <= limits.eps * (weight[rows].abs() + limits.tiny)
+        found[rows] = fits & near.all(1)
+    return found
 
 
 def read_pack_quantized(tensors: Tensors, linear: Linear, grid: Target, dtype: torch.dtype) -> Found:
@@ -167,6 +186,8 @@ def read_pack_quantized(tensors: Tensors, linear: Linear, grid: Target, dtype: t
     parts = {name: tensors.get(f"{linear.name}.{name}") for name in names}
     if parts["weight_shape"].tolist() != [rows, inputs]:
         raise ValueError(f"its shape must be [{rows}, {inputs}], {parts['weight_shape'].tolist()} came")
+    if f"{linear.name}.weight_g_idx" in tensors.files:
+        raise ValueError("its groups are no runs of consecutive inputs, which this audit cannot read")
     groups, scales = -(-inputs // (grid.group or inputs)), parts["weight_scale"]
     if scales.shape != (rows, groups) or not (torch.isfinite(scales).all() and (scales > 0).all()):
         raise ValueError(f"its scales must be [{rows}, {groups}], positive and finite")
@@ -213,8 +234,8 @@ def pattern_fault(weight: Tensor, mask: Tensor | None, target: Target) -> str | 
     return f"{target.label} is not kept: {wrong} {where} keep {more}" if wrong else None
 
 
-def check(folder: Folder, name: str, target: Target, zeros: int | None) -> Line:
-    """The line of a layer; zeros: how many the folder says were saved."""
+def check(folder: Folder, name: str, target: Target, saved: Mapping[str, Any] | None) -> Line:
+    """The line of a layer; saved: what the folder's manifest says of it."""
     try:
         found = folder.read(name)
     except (ValueError, SafetensorError, InputError) as error:
@@ -226,8 +247,10 @@ def check(folder: Folder, name: str, target: Target, zeros: int | None) -> Line:
     fault = pattern_fault(found.weight, found.mask, target) or found.grid
     if not torch.isfinite(found.weight).all():
         fault = "a weight is not finite"
-    elif fault is None and zeros is not None and counted != zeros:
-        fault = f"{zeros} zeros were saved, {counted} are there"
+    elif fault is None and saved and counted != saved["zeros"]:
+        fault = f"{saved['zeros']} zeros were saved, {counted} are there"
+    elif fault is None and saved and digest(found.weight) != saved["sha256"]:
+        fault = "its weights are not those that were saved"
     return Line(name, *folder.layers[name], counted, found.stored, fault, found.note)
 
 
@@ -241,9 +264,12 @@ def audit(
     """
     if not folder.is_dir():
         raise InputError(f"There is no folder {folder}.")
-    said = read_json(folder / MANIFEST) if (folder / MANIFEST).is_file() else {}
-    if target is None and "target" in said:
-        target = Target(**said["target"])
+    try:
+        said = read_json(folder / MANIFEST) if (folder / MANIFEST).is_file() else {}
+        if target is None and "target" in said:
+            target = Target(**said["target"])
+    except (ValueError, TypeError) as error:
+        raise InputError(f"{folder / MANIFEST} cannot be read: {error}.") from None
     if target is None and (folder / WEIGHTS).is_file():
         target = PackedFile(folder / WEIGHTS).target
     if target is None:
@@ -255,7 +281,7 @@ def audit(
     if layers and layers.keys() != opened.layers.keys():
         others = few(layers.keys() ^ opened.layers.keys())
         raise InputError(f"{folder / MANIFEST} lists other layers than the model has: {others}.")
-    lines = [check(opened, name, target, layers.get(name, {}).get("zeros")) for name in opened.layers]
+    lines = [check(opened, name, target, layers.get(name)) for name in opened.layers]
     return opened.form, target, lines
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import hashlib
 import importlib.util
 import json
 import shutil
@@ -50,9 +51,8 @@ def save_packed(model: PreTrainedModel, file: PackedFile, folder: Path) -> None:
     shutil.copy(file.path, folder / WEIGHTS)
     layers = {f"{name}.weight" for name in file.shapes}
     rest = {name: tensor for name, tensor in model.state_dict().items() if name not in layers}
-    seen: set[int] = set()  # tied parameters are saved once
-    own = {name: t.contiguous() for name, t in rest.items() if not (t.data_ptr() in seen or seen.add(t.data_ptr()))}
-    save_file(own, folder / REST)
+    once = {tensor.data_ptr(): name for name, tensor in rest.items()}.values()  # one name of those tied to each other
+    save_file({name: rest[name].contiguous() for name in once}, folder / REST)
 
 
 def load_packed(folder: Path, trust_remote_code: bool = False) -> PreTrainedModel:
@@ -168,17 +168,24 @@ def read_cell(folder: Path) -> tuple[dict[str, Any], PackedFile]:
 
 
 def manifest(record: Mapping[str, Any], file: PackedFile, form: str, dtype: torch.dtype) -> dict[str, Any]:
-    """What the folder should hold: target, zeros of every layer, and where it comes from."""
+    """What the folder should hold: target, zeros and weights of every layer, and where it comes from."""
     layers = {}
     for name in file.shapes:
         result = file.read(name)
+        weight = result.weight.to(dtype)
         layers[name] = {
-            "zeros": int((result.weight.to(dtype) == 0).sum()),
+            "zeros": int((weight == 0).sum()),
+            "sha256": digest(weight),
             "input_scale": result.input_scale is not None,
             "reordered": reordered(result, file.target),
         }
     own = {"format": form, "target": file.target.as_dict(), "layers": layers}
     return own | {"columns": record["columns"], "provenance": record["provenance"]}
+
+
+def digest(weight: Tensor) -> str:
+    """SHA-256 of a weight [out, in] as its dtype has it, row by row."""
+    return hashlib.sha256(weight.contiguous().view(torch.uint8).numpy()).hexdigest()
 
 
 def export(cell: Path, form: str, out: Path, spec: Mapping[str, Any] | None = None) -> None:

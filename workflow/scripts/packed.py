@@ -55,12 +55,20 @@ def unpack(packed: Tensor, bits: int, count: int) -> Tensor:
 
 
 def half(values: Tensor, dtype: torch.dtype) -> Tensor:
-    """Values in 16 bits: a bfloat16 model's in bfloat16, others' in the one of float16 and bfloat16 whose largest
-    relative error is smaller, which is float16 unless values are tiny or huge. Values are positive."""
+    """Positive values in 16 bits: a bfloat16 model's in bfloat16, others' in the one of float16 and bfloat16 whose
+    largest relative error is smaller, which is float16 unless values are tiny or huge. None becomes zero or infinite.
+    """
+    rounded = [within(values, kind) for kind in HALVES]
     if dtype == torch.bfloat16:
-        return values.to(dtype)
-    errors = [float(((values.to(kind).double() - values) / values).abs().max()) for kind in HALVES]
-    return values.to(HALVES[errors[1] < errors[0]])
+        return rounded[1]
+    errors = [float(((kind.double() - values) / values).abs().max()) for kind in rounded]
+    return rounded[errors[1] < errors[0]]
+
+
+def within(values: Tensor, kind: torch.dtype) -> Tensor:
+    """Positive values in another dtype, those beyond its smallest and largest numbers as these."""
+    limits = torch.finfo(kind)
+    return values.clamp(limits.tiny * limits.eps, limits.max).to(kind)
 
 
 def narrowest(values: Tensor) -> Tensor:
@@ -77,12 +85,16 @@ def narrowest(values: Tensor) -> Tensor:
 def rounded(result: Compressed, target: Target, dtype: torch.dtype) -> Compressed:
     """The result with its scales as they are stored, in 16 bits, and the weight that they give.
 
-    dtype: of the model that the weight is written into. What is not quantised comes back as it is.
+    dtype: of the model that the weight is written into. What is not quantised comes back as it is, and scales of inputs
+    that are all one are left out.
     """
-    if result.codes is None or result.scales is None:
+    if target.bits is None:
         return result
+    assert result.scales is not None
     scales = half(result.scales, dtype).float()
-    input_scale = None if result.input_scale is None else half(result.input_scale, dtype).float()
+    input_scale = result.input_scale
+    if input_scale is not None:
+        input_scale = None if bool((input_scale == 1).all()) else half(input_scale, dtype).float()
     result = replace(result, scales=scales, input_scale=input_scale)
     return replace(result, weight=dequantised(result, target))
 
@@ -282,11 +294,14 @@ class PackedFile:
         except (OSError, SafetensorError) as error:
             raise InputError(f"The weights at {path} cannot be read: {error}.") from None
         text = (self.file.metadata() or {}).get("layerwise")
-        info = json.loads(text) if text else {"version": VERSION, "target": {}, "shapes": {}}
-        if info["version"] != VERSION:
-            raise InputError(f"{path} is of version {info['version']} of the layout, this code reads {VERSION}.")
-        self.target = Target(**info["target"])
-        self.shapes = {name: tuple(shape) for name, shape in info["shapes"].items()}
+        try:
+            info = json.loads(text) if text else {"version": VERSION, "target": {}, "shapes": {}}
+            if info["version"] != VERSION:
+                raise InputError(f"{path} is of version {info['version']} of the layout, this code reads {VERSION}.")
+            self.target = Target(**info["target"])
+            self.shapes = {name: tuple(shape) for name, shape in info["shapes"].items()}
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise InputError(f"What {path} says of its layers cannot be read: {error!r}.") from None
         if not text:
             self.shapes = {name: tuple(self.file.get_slice(name).get_shape()) for name in names}
         self._parts: dict[str, dict[str, str]] = {name: {} for name in self.shapes}
