@@ -153,18 +153,19 @@ def grid_fault(weight: Tensor, target: Target) -> str | None:
     """What is off with the grid of a dequantised weight [out, in], or None."""
     if target.bits is None:
         return None
-    off = sum(int((~on_grid(piece, target)).sum()) for piece in weight.split(target.group or weight.shape[1], 1))
+    groups = ops.grouped(weight, target.group or weight.shape[1], 0.0).flatten(0, 1)
+    off = int((~on_grid(groups, target)).sum())
     return f"the weights of {off} groups lie on no grid of {target.grid.label}" if off else None
 
 
-def on_grid(piece: Tensor, target: Target) -> Tensor:
-    """[out] bool: whether some scale makes each row of a group [out, length] whole numbers in a grid's range.
+def on_grid(groups: Tensor, target: Target) -> Tensor:
+    """[groups] bool: whether some scale makes the weights of each of groups [groups, length] codes less a zero.
 
     The largest weight is tried as 1, 2, ... 2^bits - 1 scales. Every weight may be off by the rounding of its dtype and
     of the largest one's, so that grids as fine as that, 7 and 8 bits in bfloat16, always pass.
     """
     assert target.bits is not None
-    most, limits, weight = 2**target.bits - 1, torch.finfo(piece.dtype), piece.double()
+    most, limits, weight = 2**target.bits - 1, torch.finfo(groups.dtype), groups.double()
     largest = weight.abs().amax(1, keepdim=True)
     found = largest[:, 0] == 0
     for count in reversed(range(1, most + 1)):
