@@ -35,7 +35,8 @@ gallery: reproduce  # the figures and tables that the README shows
 	cp figures/*.png results/tables/main.md figures/gallery/$(STUDY)/
 
 clean:  # everything that can be computed again
-	rm -rf results/text results/tokens results/models results/calibration results/cells results/tables results/partial
+	rm -rf results/text results/tokens results/models results/calibration results/cells results/exports results/tables \
+		results/partial
 	rm -rf figures/*.pdf figures/*.svg figures/*.png logs .snakemake
 
 .venv/installed: requirements.lock

@@ -4,8 +4,7 @@ import sys
 from snakemake.utils import min_version
 
 min_version("9.19")
-# The scripts are run as modules from any working directory; jobs inherit this.
-sys.path.insert(0, workflow.basedir)
+sys.path.insert(0, workflow.basedir)  # the scripts are run as modules from any working directory; jobs inherit this
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [workflow.basedir, os.environ.get("PYTHONPATH")]))
 
 # A study of your own (--configfile) takes the place of the embedded one instead of being added to it.
@@ -22,6 +21,7 @@ include: "workflow/rules/calibrate.smk"
 include: "workflow/rules/compress.smk"
 include: "workflow/rules/evaluate.smk"
 include: "workflow/rules/collect.smk"
+include: "workflow/rules/export.smk"
 include: "workflow/rules/demo.smk"
 
 

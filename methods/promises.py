@@ -75,7 +75,7 @@ def kept_counts(shape: torch.Size, target: Target) -> Tensor:
         sizes = torch.tensor([min(length, inputs - g * length) for g in range(groups)])
         return sizes.clamp(max=most).expand(out, -1)
     if target.pattern == "layer":
-        return torch.tensor([out * inputs - int(target.sparsity * out * inputs)])
+        return torch.tensor([out * inputs - int(target.sparsity * (out * inputs))])
     return torch.full((out,), inputs - int(target.sparsity * inputs))
 
 
@@ -99,8 +99,18 @@ def _grid(layer: Layer, target: Target, result: Compressed) -> str | None:
     for name, tensor in (("scales", result.scales), ("zeros", result.zeros)):
         if tensor.shape != (out, groups):
             return f"promise 3: {name} must be [{out}, {groups}], {_words(tensor.shape)} came"
+    if not ((result.scales > 0) & torch.isfinite(result.scales)).all():
+        return "promise 3: scales must be positive and finite"
+    off = (result.zeros != result.zeros.round()) | (result.zeros < 0) | (result.zeros >= 2**target.bits)
+    if target.symmetric:
+        off |= result.zeros != 2 ** (target.bits - 1)
+    if off.any():
+        expected = f"{2 ** (target.bits - 1)}" if target.symmetric else f"whole numbers in [0, {2**target.bits - 1}]"
+        return f"promise 3: zeros must be {expected}, {int(off.sum())} are not"
     if result.input_scale is not None and result.input_scale.shape != (inputs,):
         return f"promise 3: input_scale must be [{inputs}], {_words(result.input_scale.shape)} came"
+    if result.input_scale is not None and not ((result.input_scale > 0) & torch.isfinite(result.input_scale)).all():
+        return "promise 3: input_scale must be positive and finite"
     values = ops.dequantise(result.codes, result.scales, result.zeros, group_of, result.input_scale)
     kept = values if result.mask is None else torch.where(result.mask, values, 0.0)
     wrong = int((kept != result.weight).sum())

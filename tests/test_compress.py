@@ -28,6 +28,7 @@ from workflow.scripts import compress, fingerprint
 from workflow.scripts.calibrate import read_block, shared, write_gram
 from workflow.scripts.grid import plan
 from workflow.scripts.models import find_blocks, linears, load
+from workflow.scripts.packed import PackedFile
 from workflow.scripts.propagate import Stream
 from workflow.scripts.runtime import InputError
 
@@ -142,7 +143,8 @@ def by_layer(cell: Path, column: str) -> dict[str, Any]:
 
 
 def weights(cell: Path) -> dict[str, torch.Tensor]:
-    return load_file(cell / "weights.safetensors")
+    file = PackedFile(cell / "weights.safetensors")
+    return {layer: file.read(layer).weight for layer in file.shapes}
 
 
 # ---------------------------------------------------------------------------------------------------- what is reported
@@ -204,10 +206,12 @@ def test_the_saved_weights_are_exactly_what_was_scored(case):
 
 def test_a_model_in_half_precision_is_saved_as_it_is_evaluated(tmp_path):
     half = Case(tmp_path, dtype="bfloat16").prepare()
-    saved = weights(half.run("magnitude", TWO_OF_FOUR))
-    assert {weight.dtype for weight in saved.values()} == {torch.bfloat16}
+    cell = half.run("magnitude", TWO_OF_FOUR)
+    kept = [tensor for name, tensor in load_file(cell / "weights.safetensors").items() if name.endswith(".values")]
+    assert len(kept) == 14 and {tensor.dtype for tensor in kept} == {torch.bfloat16}
+    saved = weights(cell)
     for name, dense in dense_weights(load(half.spec)).items():
-        assert torch.equal(saved[name].float(), ops.prune_mask(dense.abs(), TWO_OF_FOUR) * dense)
+        assert torch.equal(saved[name], ops.prune_mask(dense.abs(), TWO_OF_FOUR) * dense)
 
 
 @pytest.mark.parametrize("mode", ["shared", "sequential"])

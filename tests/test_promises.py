@@ -13,7 +13,7 @@ import torch
 from methods import ops
 from methods.base import Compressed, Layer, Method, Target, UnsupportedTarget
 from methods.catalogue import Entry
-from methods.promises import broken_promise
+from methods.promises import broken_promise, count_kept, kept_counts
 from tests import contract, layers
 
 ROW, NM, BLOCK, WHOLE = Target(0.5), Target(pattern="2:4"), Target(0.5, "1x16"), Target(0.5, "layer")
@@ -128,6 +128,31 @@ VIOLATIONS: dict[str, tuple[Target, Damage, str]] = {
         "promise 3: scales * (codes - zeros)",
     ),
     "scales of another shape": (GRID, lambda r: replace(r, scales=r.scales[:, :1], zeros=r.zeros[:, :1]), "promise 3"),
+    "a scale of zero": (
+        GRID,
+        lambda r: replace(r, scales=with_entry(r.scales, (0, 0), 0.0)),
+        "promise 3: scales must be positive and finite",
+    ),
+    "a zero between two codes": (
+        GRID,
+        lambda r: replace(r, zeros=with_entry(r.zeros, (2, 1), 7.5)),
+        "promise 3: zeros must be whole numbers in [0, 15], 1 are not",
+    ),
+    "a zero beyond the codes": (
+        GRID,
+        lambda r: replace(r, zeros=with_entry(r.zeros, (2, 1), 16.0)),
+        "promise 3: zeros must be whole numbers in [0, 15], 1 are not",
+    ),
+    "zeros of a symmetric grid": (
+        Target(bits=4, group=16, symmetric=True),
+        lambda r: replace(r, zeros=r.zeros - 1),
+        "promise 3: zeros must be 8, 96 are not",
+    ),
+    "an input scale of zero": (
+        GRID,
+        lambda r: replace(r, input_scale=with_entry(torch.ones(64), (5,), 0.0)),
+        "promise 3: input_scale must be positive and finite",
+    ),
     "group_of of another shape": (GRID, lambda r: replace(r, group_of=torch.zeros(3, dtype=torch.int64)), "promise 3"),
     "input_scale of another shape": (
         GRID,
@@ -161,6 +186,15 @@ def test_the_runner_names_the_broken_promise(violation: str):
     said = broken_promise(layer, target, damage(honest(layer, target)))
     assert said is not None, "the violation was not seen"
     assert said.startswith(sentence)
+
+
+@pytest.mark.parametrize("share", [0.1, 0.3, 0.5, 0.6, 0.7])
+def test_the_counts_asked_for_are_those_of_the_masks(share: float):
+    """Also where share * out * in, multiplied in another order, rounds to the other side of a whole number."""
+    for shape in ((24, 50), (7, 10), (3, 30)):
+        for target in (Target(share), Target(share, "layer")):
+            mask = ops.prune_mask(torch.rand(shape), target)
+            assert torch.equal(count_kept(mask, target), kept_counts(mask.shape, target))
 
 
 @dataclass(frozen=True)

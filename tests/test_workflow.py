@@ -13,7 +13,10 @@ import torch
 import yaml
 from dag import CONFIG, MODEL, ROOT, TEXTS, Run, snakemake, tiny_project, tiny_study, write_config
 from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer
 
+from methods.target import Target
+from workflow.scripts.audit import audit
 from workflow.scripts.grid import plan
 from workflow.scripts.plot import FIGURES
 
@@ -401,6 +404,22 @@ def test_numbers_that_are_not_finite_name_their_layer(study):
     assert "activations of model.layers.0, tap down_proj, are not finite: the inputs of model.layers" in reasons["huge"]
     for reason in reasons:
         assert "\n" not in reason and reason.removeprefix("compress: ") in done.output
+
+
+# -------------------------------------------------------------------------------------------------------------- export
+
+
+def test_a_cell_is_exported_on_request(study):
+    """Its weights are gone, so that it is computed again, and only it."""
+    cell = next(cell for cell in plan(tiny_study()).cells if cell.columns["label"] == "wanda")
+    folder = cell.folder.replace("cells", "exports/dense", 1)
+    done = study.run(folder)
+    assert done.status == 0 and done.jobs == {"compress": 1, "export": 1}, done.output
+    assert not list(study.folder.rglob("weights.safetensors"))
+    form, target, lines = audit(study.folder / folder)
+    assert (form, target) == ("dense", Target(**cell.spec["target"])) and len(lines) == 2 * LAYERS
+    assert [line.fault for line in lines if line.fault] == []
+    assert AutoTokenizer.from_pretrained(study.folder / folder)("ka lo").input_ids
 
 
 # ------------------------------------------------------------------------------------------------------ embedded study

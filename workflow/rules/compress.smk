@@ -13,7 +13,7 @@ rule compress:
         ),
         methods=method_sources,
         sources=[
-            *scripts("compress", "calibrate", "propagate", "taps", "models", "accounting", "table_schema"),
+            *scripts("compress", "calibrate", "propagate", "taps", "models", "accounting", "packed", "table_schema"),
             TABLE_SCHEMA,
         ],
         tune=lambda wildcards: scripts("tune") if "tune" in cell_of(wildcards).spec else [],

@@ -4,7 +4,7 @@ rule perplexity:
         model="results/models/{model}.json",
         tokens="results/tokens/{model}/evaluation-{evaluation}.safetensors",
         weights="results/cells/{model}/{calib}/{mode}/{cell}/weights.safetensors",
-        sources=scripts("evaluate", "models"),
+        sources=scripts("evaluate", "models", "packed", "accounting"),
     output:
         "results/cells/{model}/{calib}/{mode}/{cell}/perplexity-{evaluation}.json",
     log:

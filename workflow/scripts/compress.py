@@ -17,7 +17,6 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
@@ -26,7 +25,7 @@ from methods.base import Compressed, Layer, Method
 from methods.catalogue import Catalogue
 from methods.promises import broken_promise
 from methods.target import Target
-from workflow.scripts import models
+from workflow.scripts import models, packed
 from workflow.scripts.accounting import bits_per_weight
 from workflow.scripts.calibrate import shared_blocks
 from workflow.scripts.propagate import Stream
@@ -47,15 +46,19 @@ from workflow.scripts.tune import Tuner
 
 @dataclass(frozen=True)
 class Solver:
-    """A method at a target, as the runner calls it."""
+    """A method at a target, as the runner calls it; dtype: of the model that it compresses."""
 
     name: str
     method: Method
     target: Target
     seed: int
+    dtype: torch.dtype = torch.float32
 
     def solve(self, layer: Layer) -> tuple[Compressed, dict[str, Any]]:
-        """The layer's result and its row of numbers. Raises InputError naming the layer when the method fails it."""
+        """The layer's result, with the scales that are stored, and its row of numbers.
+
+        Raises InputError naming the layer when the method fails it.
+        """
         rng = torch.Generator().manual_seed(layer_seed(self.seed, layer.name))
         before = inputs_state(layer)
         start = time.perf_counter()
@@ -70,17 +73,21 @@ class Solver:
         if written:  # the score would compare the result with itself
             broken = f"promise 1: the inputs must be untouched, the {written[0]} was written to"
             raise InputError(f"{self.name} broke its contract on {layer.name}: {broken}.")
-        return result, self.row(layer, result, seconds)
+        return self.judged(layer, result, seconds)
 
-    def row(self, layer: Layer, result: Compressed, seconds: float) -> dict[str, Any]:
-        """The numbers of a result, once it has kept its promises. Raises InputError for the first that is broken."""
+    def judged(self, layer: Layer, result: Compressed, seconds: float) -> tuple[Compressed, dict[str, Any]]:
+        """A result that keeps its promises, with the scales that are stored, and its row of numbers.
+
+        Raises InputError for the first promise that is broken.
+        """
         broken = broken_promise(layer, self.target, result)
         if broken:
             raise InputError(f"{self.name} broke its contract on {layer.name}: {broken}.")
+        result = packed.rounded(result, self.target, self.dtype)
         rows, inputs = layer.weight.shape
         absolute, relative = output_error(layer, result.weight)
-        kept = 1.0 if result.mask is None else float(result.mask.float().mean())
-        return {
+        kept = 1.0 if result.mask is None else int(result.mask.sum()) / result.mask.numel()
+        return result, {
             "layer": layer.name,
             "kind": layer.name.rpartition(".")[2],
             "out": rows,
@@ -88,7 +95,14 @@ class Solver:
             "output_error": relative,
             "absolute_error": absolute,
             "achieved_sparsity": float((result.weight == 0).double().mean()),
-            "bits_per_weight": bits_per_weight(self.target, kept, rows, inputs, result.input_scale is not None),
+            "bits_per_weight": bits_per_weight(
+                self.target,
+                kept,
+                rows,
+                inputs,
+                input_scale=result.input_scale is not None,
+                reordered=packed.reordered(result, self.target),
+            ),
             "damping": result.info.get("damping"),
             "seconds": seconds,
             "peak_mb": peak_mb(),
@@ -125,14 +139,14 @@ def visit(
     blocks: Iterable[tuple[int, list[Tap]]],
     solve: Callable[[Layer], tuple[Compressed, dict[str, Any]]],
     progress: Callable[[Mapping[str, Any]], None],
-) -> Iterator[tuple[dict[str, Any], list[dict[str, Any]], Tensor]]:
-    """Compress the blocks' layers in place; yields each layer's row, rows of its trace, and weight as written."""
+) -> Iterator[tuple[dict[str, Any], Compressed]]:
+    """Compress the blocks' layers in place; yields each layer's row and result."""
     for index, tap, linear in tapped_linears(model, blocks):
         result, row = solve(Layer(linear.name, linear.weight(), tap.gram, tap.statistics))
         linear.replace(result.weight)
         row |= {"block": index, "tap": tap.name}
         progress(row)
-        yield row, trace_rows(result), linear.weight()
+        yield row, result
 
 
 def trace_rows(result: Compressed) -> list[dict[str, Any]]:
@@ -179,9 +193,9 @@ def run(args: argparse.Namespace) -> None:
     columns, entry = args.cell["columns"], args.cell["method"]
     catalogue = Catalogue(args.method_path)
     method, criterion = catalogue.build(entry["name"], entry["params"]), catalogue[entry["name"]].criterion or "own"
-    solver = Solver(entry["name"], method, Target(**args.cell["target"]), columns["seed"])
     tokens, info = read_tokens(args.tokens)
     model = models.load(args.model, args.device)
+    solver = Solver(entry["name"], method, Target(**args.cell["target"]), columns["seed"], model.dtype)
     sequences, stages, solve = torch.from_numpy(tokens), args.cell.get("tune"), solver.solve
     title = f"{columns['label']} {columns['target']} {columns['mode']}"
 
@@ -204,19 +218,20 @@ def run(args: argparse.Namespace) -> None:
 
         def solve(layer: Layer) -> tuple[Compressed, dict[str, Any]]:
             result, row = tuner.results[layer.name]
-            return result, told.row(layer, result, row["seconds"])
+            return told.judged(layer, result, row["seconds"])
 
-    rows, traces, weights = [], [], {}
+    rows, traces, stored = [], [], {}
     with bar(model, title) as progress:
-        for row, trace, weight in visit(model, blocks()[0], solve, progress):
+        for row, result in visit(model, blocks()[0], solve, progress):
             rows.append({**columns, **row})
-            traces += [{**columns, "layer": row["layer"], "criterion": criterion, **point} for point in trace]
-            weights[row["layer"]] = weight.to(model.dtype).contiguous()
+            own = {**columns, "layer": row["layer"], "criterion": criterion}
+            traces += [{**own, **point} for point in trace_rows(result)]
+            stored[row["layer"]] = packed.parts_of(result, solver.target, model.dtype)
     for table, content in (("layers", rows), ("trace", traces)):
         with whole_file(args.out / f"{table}.parquet") as part:
             pq.write_table(from_rows(content, {"trace": "traces"}.get(table, table), title), part)
     with whole_file(args.out / "weights.safetensors") as part:
-        save_file(weights, part)
+        packed.write(part, stored, {row["layer"]: (row["out"], row["in"]) for row in rows}, solver.target)
     fingerprint = json.loads(args.fingerprint.read_text("utf-8"))
     fingerprint.pop("files", None)  # one hash stands for all in the tables
     facts = {
@@ -225,7 +240,7 @@ def run(args: argparse.Namespace) -> None:
         **calibration_facts(info),
     }
     seconds = time.perf_counter() - start
-    record = {"columns": columns, "provenance": facts, "seconds": seconds, "peak_mb": peak_mb()}
+    record = {"columns": columns, "provenance": facts, "seconds": seconds, "peak_mb": peak_mb(), "model": args.model}
     record |= {"tuning": tuner.history} if stages else {}
     write_atomic(args.out / "cell.json", json.dumps(record, indent=2) + "\n")
 

@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from workflow.scripts.models import check_tokens, few, find_blocks, linears, load, set_threads, vocabulary
+from workflow.scripts.packed import PackedFile
 from workflow.scripts.runtime import InputError, record_failure, report_errors, write_atomic
 from workflow.scripts.text import read_tokens
 
@@ -68,26 +68,22 @@ def perplexity(losses: Tensor | Sequence[float]) -> float:
 
 
 def apply_weights(model: nn.Module, path: Path) -> None:
-    """Write a cell's weights (layer name -> [out, in]) into the linear layers of the model's blocks, one at a time.
+    """Write a cell's weights into the linear layers of the model's blocks, one at a time.
 
     Raises InputError when the file cannot be read, or does not hold exactly these layers in their shapes.
     """
     prefix, blocks = find_blocks(model)
     layers = {layer.name: layer for i, block in enumerate(blocks) for layer in linears(block, f"{prefix}.{i}")}
-    try:
-        with safe_open(path, "pt") as file:
-            names = set(file.keys())
-            if names - layers.keys():
-                raise InputError(f"{path} has layers that the model has not: {few(names - layers.keys())}.")
-            if layers.keys() - names:
-                raise InputError(f"{path} lacks layers of the model: {few(layers.keys() - names)}.")
-            for name, layer in layers.items():
-                shape = tuple(file.get_slice(name).get_shape())
-                if shape != layer.shape:
-                    raise InputError(f"{path} should hold {name} as {layer.shape}. Got {shape} instead.")
-                layer.replace(file.get_tensor(name))
-    except (OSError, SafetensorError) as error:
-        raise InputError(f"The weights at {path} cannot be read: {error}.") from None
+    file = PackedFile(path)
+    names = file.shapes.keys()
+    if names - layers.keys():
+        raise InputError(f"{path} has layers that the model has not: {few(names - layers.keys())}.")
+    if layers.keys() - names:
+        raise InputError(f"{path} lacks layers of the model: {few(layers.keys() - names)}.")
+    for name, layer in layers.items():
+        if file.shapes[name] != layer.shape:
+            raise InputError(f"{path} should hold {name} as {layer.shape}. Got {file.shapes[name]} instead.")
+        layer.replace(file.read(name).weight)
 
 
 def evaluate(model: PreTrainedModel, tokens: Tensor, label: str = "perplexity") -> dict[str, Any]:

@@ -1,0 +1,299 @@
+"""The layout of compressed layers: what is stored is what is evaluated, in the bits that the accounting counts."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from methods import ops
+from methods.base import Compressed, Layer
+from methods.promises import broken_promise
+from methods.target import Target
+from tests import layers
+from workflow.scripts import packed
+from workflow.scripts.accounting import bits_per_weight, stored_bits
+from workflow.scripts.compress import output_error
+from workflow.scripts.runtime import InputError
+
+TARGETS = [
+    Target(),
+    Target(0.5),
+    Target(0.6, "layer"),
+    Target(pattern="2:4"),
+    Target(pattern="3:5"),
+    Target(pattern="1:300"),  # places of 9 bits
+    Target(0.5, "1x16"),
+    Target(0.3, "1x7"),
+    *(Target(bits=bits, group=16) for bits in range(2, 9)),
+    Target(bits=4, group=128, symmetric=True),
+    Target(bits=4),
+    Target(0.5, bits=4, group=16),
+    Target(pattern="2:4", bits=3, group=24, symmetric=True),
+    Target(0.5, "1x16", bits=4, group=16),
+    Target(0.5, "1x16", bits=4, group=8),
+    Target(0.5, "1x16", bits=4, group=128),
+    Target(0.5, "1x16", bits=8),
+]
+W4S50 = Target(0.5, "1x16", bits=4, group=16)
+
+
+def compressed(layer: Layer, target: Target) -> Compressed:
+    """The layer pruned by magnitude and rounded to a min-max grid of what is left."""
+    mask = ops.prune_mask(layer.weight.abs(), target) if target.sparsity else None
+    kept = layer.weight if mask is None else torch.where(mask, layer.weight, 0.0)
+    if target.bits is None:
+        return Compressed(kept.clone(), mask)
+    grid, group_of = ops.fit_grid(kept, target), ops.groups_of(kept.shape[1], target.group)
+    codes = grid.codes(kept, group_of)
+    values = grid.values(codes, group_of)
+    return Compressed(values if mask is None else torch.where(mask, values, 0.0), mask, codes, grid.scales, grid.zeros)
+
+
+def stored(layer: Layer, target: Target, dtype: torch.dtype = torch.float32) -> Compressed:
+    return packed.rounded(compressed(layer, target), target, dtype)
+
+
+def parts(result: Compressed, target: Target, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
+    return packed.parts_of(result, target, dtype)
+
+
+def assert_same(found: Compressed, result: Compressed, target: Target) -> None:
+    assert torch.equal(found.weight, result.weight)
+    assert (found.mask is None) == (target.sparsity == 0) and (found.codes is None) == (target.bits is None)
+    kept = slice(None) if result.mask is None else result.mask
+    if found.mask is not None:
+        assert torch.equal(found.mask, result.mask)
+    if found.codes is not None:
+        assert torch.equal(found.codes[kept], result.codes[kept])
+
+
+# ------------------------------------------------------------------------------------------------- what is read back
+
+
+@pytest.mark.parametrize("target", TARGETS, ids=lambda target: target.label)
+@pytest.mark.parametrize("name", layers.LAYERS)
+def test_what_is_read_is_what_was_stored(name, target):
+    layer = layers.build(name)
+    result = stored(layer, target)
+    assert broken_promise(layer, target, result) is None
+    assert_same(packed.restored(parts(result, target), target, tuple(layer.weight.shape)), result, target)
+
+
+@pytest.mark.parametrize("target", TARGETS, ids=lambda target: target.label)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_model_in_half_precision_gets_the_weight_that_is_evaluated(target, dtype):
+    layer = layers.build("correlated")
+    result = stored(layer, target, dtype)
+    found = packed.restored(parts(result, target, dtype), target, tuple(layer.weight.shape))
+    assert torch.equal(found.weight.to(dtype), result.weight.to(dtype))
+
+
+@pytest.mark.parametrize("target", [Target(bits=4, group=16), Target(0.5, bits=3, group=16, symmetric=True), W4S50])
+def test_reordered_groups_and_input_scales_are_stored(target):
+    layer = layers.build("correlated")
+    shuffled = torch.randperm(64, generator=torch.Generator().manual_seed(0)) // 16
+    values = replace(stored(layer, target), group_of=shuffled, input_scale=torch.rand(64) + 0.5)
+    values = packed.rounded(values, target, torch.float32)
+    tensors = parts(values, target)
+    found = packed.restored(tensors, target, (24, 64))
+    assert_same(found, values, target)
+    assert torch.equal(found.group_of, shuffled) and torch.equal(found.input_scale, values.input_scale)
+    kept = 1.0 if values.mask is None else float(values.mask.float().mean())
+    expected = stored_bits(target, kept, 24, 64, input_scale=True, reordered=True)
+    assert {name: tensor.nbytes * 8 for name, tensor in tensors.items()} == expected
+
+
+def test_runs_of_inputs_are_not_stored_as_reordered():
+    layer, target = layers.build("correlated"), Target(bits=4, group=16)
+    result = replace(stored(layer, target), group_of=torch.arange(64) // 16)
+    assert not packed.reordered(result, target) and "group_of" not in parts(result, target)
+
+
+@pytest.mark.parametrize("bits", [1, 2, 3, 5, 8, 9, 16])
+def test_bits_are_packed_from_the_lowest(bits):
+    numbers = torch.randint(2**bits, (37,), generator=torch.Generator().manual_seed(bits))
+    octets = packed.pack(numbers, bits)
+    whole = sum(int(number) << (i * bits) for i, number in enumerate(numbers))
+    assert bytes(octets.numpy()) == whole.to_bytes(math.ceil(37 * bits / 8), "little")
+    assert torch.equal(packed.unpack(octets, bits, 37).long(), numbers)
+    with pytest.raises(ValueError, match=f"37 numbers of {bits} bits take"):
+        packed.unpack(octets[:-1], bits, 37)
+
+
+# ------------------------------------------------------------------------------------------------------------ its size
+
+
+@pytest.mark.parametrize("target", TARGETS, ids=lambda target: target.label)
+@pytest.mark.parametrize("shape", [(24, 64), (10, 160), (5, 201), (1, 50)])
+def test_every_part_takes_the_bytes_that_are_counted(target, shape):
+    layer = layers.make(layers.Recipe(*shape, weights="bfloat16"))
+    result = stored(layer, target)
+    kept = 1.0 if result.mask is None else float(result.mask.double().mean())
+    tensors = parts(result, target)
+    if "" in tensors:
+        tensors = {"values": tensors[""]}
+    expected = {name: math.ceil(round(bits, 6) / 8) for name, bits in stored_bits(target, kept, *shape).items()}
+    assert {name: tensor.nbytes for name, tensor in tensors.items()} == expected
+
+
+FILES = {
+    "dense": (Target(), 16),
+    "50% with a bitmap": (Target(0.5), 8 + 1),
+    "2:4": (Target(pattern="2:4"), 8 + 1),
+    "W4 g128": (Target(bits=4, group=128), 4 + 20 / 128),
+    "W4 g128 symmetric": (Target(bits=4, group=128, symmetric=True), 4 + 16 / 128),
+    "W4S50": (W4S50, 3.125),
+}
+
+
+@pytest.mark.parametrize("case", FILES)
+def test_the_file_is_as_large_as_the_accounting_says(tmp_path, case):
+    target, bits = FILES[case]
+    layer = layers.make(layers.Recipe(48, 256, weights="bfloat16"))
+    result = stored(layer, target)
+    path = tmp_path / "weights.safetensors"
+    packed.write(path, {"layer": parts(result, target)}, {"layer": (48, 256)}, target)
+    kept = 1.0 if result.mask is None else float(result.mask.float().mean())
+    assert bits_per_weight(target, kept, 48, 256) == bits
+    header = 8 + int.from_bytes(path.read_bytes()[:8], "little")
+    assert path.stat().st_size - header == bits * 48 * 256 / 8 and header < 800
+    assert packed.PackedFile(path).stored_bytes("layer") == bits * 48 * 256 / 8
+
+
+# ------------------------------------------------------------------------------------------------------------ rounding
+
+
+def test_scales_are_rounded_to_sixteen_bits_and_the_weight_with_them():
+    layer, target = layers.build("correlated"), Target(bits=4, group=16)
+    before, after = compressed(layer, target), stored(layer, target)
+    assert not torch.equal(before.scales, after.scales) and torch.equal(before.codes, after.codes)
+    assert torch.equal(after.scales.half().float(), after.scales)
+    assert torch.equal(stored(layer, target, torch.bfloat16).scales, before.scales.bfloat16().float())
+    assert packed.rounded(after, target, torch.float32).scales.equal(after.scales)
+    torch.testing.assert_close(after.weight, before.weight, rtol=2**-11, atol=0)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_rounding_of_scales_hardly_moves_the_error(bits):
+    layer, target = layers.build("correlated"), Target(bits=bits, group=16)
+    before, after = (output_error(layer, f(layer, target).weight)[1] for f in (compressed, stored))
+    assert after == pytest.approx(before, rel=2e-2 if bits == 8 else 2e-3) and after != before
+
+
+def test_scales_of_inputs_that_are_all_one_take_no_bits():
+    layer, target = layers.build("correlated"), Target(bits=4, group=16)
+    result = replace(compressed(layer, target), input_scale=torch.ones(64))
+    found = packed.rounded(result, target, torch.float32)
+    assert found.input_scale is None and torch.equal(found.weight, stored(layer, target).weight)
+
+
+def test_scales_that_float16_cannot_hold_are_bfloat16():
+    tiny, huge, usual = torch.tensor([1e-12, 1.0]), torch.tensor([1e6, 1.0]), torch.tensor([0.003, 1.0])
+    assert packed.half(tiny, torch.float32).dtype == torch.bfloat16 == packed.half(huge, torch.float32).dtype
+    assert packed.half(usual, torch.float32).dtype == torch.float16
+    for dtype in (torch.float32, torch.bfloat16):
+        least = packed.half(torch.tensor([1e-44, 3.4e38]), dtype)
+        assert least.dtype == torch.bfloat16 and (least > 0).all() and torch.isfinite(least).all()
+
+
+def test_scales_that_are_not_stored_as_they_are_used_are_refused():
+    layer, target = layers.build("correlated"), Target(bits=4, group=16)
+    with pytest.raises(ValueError, match="scales must be given as they are stored, in 16 bits"):
+        parts(compressed(layer, target), target)
+
+
+def test_updated_weights_of_a_float32_model_keep_their_digits():
+    """Those of a 16-bit checkpoint take 16 bits; others are stored as they are evaluated, in 32."""
+    layer, target = layers.build("bfloat16 weights"), Target(0.5)
+    result = compressed(layer, target)
+    assert parts(result, target)["values"].dtype == torch.bfloat16
+    moved = replace(result, weight=result.weight / 3)
+    assert parts(moved, target)["values"].dtype == torch.float32
+    assert torch.equal(packed.restored(parts(moved, target), target, (24, 64)).weight, moved.weight)
+
+
+# ---------------------------------------------------------------------------------------------------------------- files
+
+
+@pytest.fixture
+def path(tmp_path):
+    """A file of two layers at W4S50."""
+    shapes = {name: tuple(layers.build(name).weight.shape) for name in ("correlated", "two blocks of 128")}
+    tensors = {name: parts(stored(layers.build(name), W4S50), W4S50) for name in shapes}
+    packed.write(tmp_path / "weights.safetensors", tensors, shapes, W4S50)
+    return tmp_path / "weights.safetensors"
+
+
+def test_a_file_says_what_it_holds(path):
+    file = packed.PackedFile(path)
+    assert file.target == W4S50 and file.shapes == {"correlated": (24, 64), "two blocks of 128": (10, 160)}
+    for name in file.shapes:
+        assert_same(file.read(name), stored(layers.build(name), W4S50), W4S50)
+
+
+def test_the_layout_is_the_documented_one(path):
+    """Block sparse rows read by hand from the raw tensors, as docs/export.md describes them."""
+    tensors, shape = load_file(path), (24, 64)
+    get = {part: tensors[f"correlated.{part}"] for part in ("blocks", "codes", "scales", "zeros")}
+    kept = get["blocks"].shape[1]
+    codes = [nibble for octet in get["codes"].tolist() for nibble in (octet & 15, octet >> 4)]
+    zeros = [nibble for octet in get["zeros"].tolist() for nibble in (octet & 15, octet >> 4)]
+    weight = torch.zeros(shape)
+    for row in range(shape[0]):
+        for place in range(row * kept, (row + 1) * kept):  # the row's offsets
+            column = int(get["blocks"].flatten()[place]) * 16
+            block = torch.tensor(codes[16 * place : 16 * place + 16]) - zeros[place]
+            weight[row, column : column + 16] = get["scales"].flatten()[place].float() * block
+    assert torch.equal(weight, stored(layers.build("correlated"), W4S50).weight)
+
+
+def edit(index, value):
+    def change(tensor):
+        tensor[index] = value
+        return tensor
+
+    return change
+
+
+FAULTS = {
+    "codes too short": ("codes", lambda t: t[:-1], "768 numbers of 4 bits take 384 bytes, uint8 \\[383\\] came"),
+    "codes absent": ("codes", lambda t: None, "the tensor 'codes' is absent"),
+    "block twice": ("blocks", edit((3, 1), 0), "the kept columns of a row do not rise, or lie outside it"),
+    "block outside": ("blocks", edit((3, 1), 4), "the kept columns of a row do not rise, or lie outside it"),
+    "blocks of another kind": ("blocks", lambda t: t.int(), "blocks must be \\[24, 2\\] uint16, int32"),
+    "scale": ("scales", edit((0, 0), math.inf), "a scale is not a positive finite number"),
+    "scales in 32 bits": ("scales", lambda t: t.float(), "48 scales of 16 bits are needed, float32"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_damaged_layer_is_named(path, fault):
+    part, change, sentence = FAULTS[fault]
+    info, tensors = packed.PackedFile(path).file.metadata(), load_file(path)
+    changed = change(tensors.pop(f"correlated.{part}"))
+    save_file({**tensors, **({} if changed is None else {f"correlated.{part}": changed})}, path, metadata=info)
+    with pytest.raises(InputError, match=f"^correlated in .*weights.safetensors is damaged: {sentence}"):
+        packed.PackedFile(path).read("correlated")
+
+
+def test_a_file_that_is_no_such_file(path):
+    tensors = load_file(path)
+    info = json.loads(packed.PackedFile(path).file.metadata()["layerwise"])
+    save_file({**tensors, "stranger": torch.ones(1)}, path, metadata={"layerwise": json.dumps(info)})
+    with pytest.raises(InputError, match="has the tensor 'stranger', which belongs to none of its layers"):
+        packed.PackedFile(path)
+    for damaged in ("{", "[]", "{}", json.dumps({**info, "target": {"bits": 9}})):
+        save_file(tensors, path, metadata={"layerwise": damaged})
+        with pytest.raises(InputError, match="What .*weights.safetensors says of its layers cannot be read: "):
+            packed.PackedFile(path)
+    save_file(tensors, path, metadata={"layerwise": json.dumps({**info, "version": 2})})
+    with pytest.raises(InputError, match="is of version 2 of the layout, this code reads 1"):
+        packed.PackedFile(path)
+    path.write_bytes(b"nothing")
+    with pytest.raises(InputError, match="cannot be read"):
+        packed.PackedFile(path)
