@@ -8,7 +8,7 @@ CONFIG := $(if $(filter embedded,$(STUDY)),,--configfile config/$(STUDY).yaml)
 BIN := $(CURDIR)/.venv/bin
 RUN := PATH="$(BIN):$$PATH"
 
-.PHONY: reproduce test smoke lint regression accept gallery clean
+.PHONY: reproduce test smoke lint regression accept gallery decode clean
 
 reproduce: .venv/installed
 	$(RUN) snakemake --cores $(CORES) $(CONFIG)
@@ -33,6 +33,10 @@ accept: reproduce
 gallery: reproduce  # the figures and tables that the README shows
 	mkdir -p figures/gallery/$(STUDY)
 	cp figures/*.png results/tables/main.md figures/gallery/$(STUDY)/
+
+decode: .venv/installed  # times products with packed weights; see docs/decode.md for a quiet machine
+	$(RUN) python -m workflow.scripts.decode --shape 1024 1024 --shape 2048 2048 --shape 4096 4096 --shape 11008 4096 --threads 1 --out results/decode.csv
+	$(RUN) python -m workflow.scripts.figure_decode --table results/decode.csv --out figures/gallery/decode.png
 
 clean:  # everything that can be computed again
 	rm -rf results/text results/tokens results/models results/calibration results/cells results/exports results/tables \

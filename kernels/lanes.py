@@ -1,0 +1,160 @@
+"""Sixteen float32 lanes in one register, for Numba: what LLVM's vectoriser does not find in loops over packed codes.
+
+Each function is a line or two of LLVM IR on vectors, which LLVM splits where the processor's registers are shorter.
+"""
+
+# Numba's extension interface is not annotated.
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
+
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic, models, register_model
+
+LANES = 16
+FLOAT, INT, HALF = ir.FloatType(), ir.IntType(32), ir.IntType(16)
+FLOATS, INTS = ir.VectorType(FLOAT, LANES), ir.VectorType(INT, LANES)
+FAST = ("fast",)  # sums in any order, and fused multiply-add
+
+
+class Lanes(types.Type):
+    def __init__(self) -> None:
+        super().__init__("lanes")
+
+
+@register_model(Lanes)
+class LanesModel(models.PrimitiveModel):
+    def __init__(self, manager, kind) -> None:
+        super().__init__(manager, kind, FLOATS)
+
+
+LANES_TYPE = Lanes()
+
+
+def _constant(kind: ir.Type, values: list):
+    return ir.Constant(ir.VectorType(kind, len(values)), values)
+
+
+def _broadcast(builder, value):
+    """A vector's lanes over and over, up to sixteen of them."""
+    places = _constant(INT, [lane % value.type.count for lane in range(LANES)])
+    return builder.shuffle_vector(value, ir.Constant(value.type, ir.Undefined), places)
+
+
+def _pointer(context, builder, array_type, array, index, kind: ir.Type):
+    """To an element of a C-contiguous array of one axis, as if other values stood there."""
+    data = context.make_array(array_type)(context, builder, array).data
+    return builder.bitcast(builder.gep(data, [index]), kind.as_pointer())
+
+
+@intrinsic
+def none(typing_context):
+    """Sixteen zeros."""
+    return LANES_TYPE(), lambda context, builder, signature, args: ir.Constant(FLOATS, [0.0] * LANES)
+
+
+@intrinsic
+def load(typing_context, array, index):
+    """The sixteen float32 from array[index] on."""
+
+    def build(context, builder, signature, args):
+        return builder.load(_pointer(context, builder, array, args[0], args[1], FLOATS), align=4)
+
+    return LANES_TYPE(array, types.intp), build
+
+
+@intrinsic
+def load_bfloat16(typing_context, array, index):
+    """The sixteen bfloat16, given as uint16, from array[index] on: the upper halves of float32."""
+
+    def build(context, builder, signature, args):
+        halves = builder.load(_pointer(context, builder, array, args[0], args[1], ir.VectorType(HALF, LANES)), align=2)
+        return builder.bitcast(builder.shl(builder.zext(halves, INTS), _constant(INT, [16] * LANES)), FLOATS)
+
+    return LANES_TYPE(array, types.intp), build
+
+
+@intrinsic
+def load_nibbles(typing_context, array, index):
+    """Sixteen codes of 4 bits from array[index] and array[index + 1] (uint32) on, each where it stands in its word.
+
+    Lanes 2i and 2i + 1 are codes i and i + 8, times 16^i: a mask picks them, no shift, and all are float32 exactly.
+    """
+
+    def build(context, builder, signature, args):
+        pair = builder.load(_pointer(context, builder, array, args[0], args[1], ir.VectorType(INT, 2)), align=4)
+        masks = _constant(INT, [0xF << 4 * (lane // 2) for lane in range(LANES)])
+        return builder.uitofp(builder.and_(_broadcast(builder, pair), masks), FLOATS)
+
+    return LANES_TYPE(array, types.intp), build
+
+
+@intrinsic
+def spread(typing_context, number):
+    """One float32 in every lane."""
+
+    def build(context, builder, signature, args):
+        one = ir.VectorType(FLOAT, 1)
+        return _broadcast(builder, builder.insert_element(ir.Constant(one, ir.Undefined), args[0], INT(0)))
+
+    return LANES_TYPE(types.float32), build
+
+
+@intrinsic
+def store(typing_context, array, index, lanes):
+    """Write the lanes as sixteen float32 from array[index] on."""
+
+    def build(context, builder, signature, args):
+        builder.store(args[2], _pointer(context, builder, array, args[0], args[1], FLOATS), align=4)
+        return context.get_dummy_value()
+
+    return types.void(array, types.intp, LANES_TYPE), build
+
+
+@intrinsic
+def select(typing_context, bits, lanes, others):
+    """Lane i of `lanes` where bit i of `bits` (uint16) is set, of `others` elsewhere."""
+
+    def build(context, builder, signature, args):
+        return builder.select(builder.bitcast(args[0], ir.VectorType(ir.IntType(1), LANES)), args[1], args[2])
+
+    return LANES_TYPE(types.uint16, LANES_TYPE, LANES_TYPE), build
+
+
+@intrinsic
+def times(typing_context, a, b):
+    """a * b."""
+    return LANES_TYPE(a, b), lambda context, builder, signature, args: builder.fmul(*args, flags=FAST)
+
+
+@intrinsic
+def plus(typing_context, a, b):
+    """a + b."""
+    return LANES_TYPE(a, b), lambda context, builder, signature, args: builder.fadd(*args, flags=FAST)
+
+
+@intrinsic
+def minus(typing_context, a, b):
+    """a - b."""
+    return LANES_TYPE(a, b), lambda context, builder, signature, args: builder.fsub(*args, flags=FAST)
+
+
+@intrinsic
+def total(typing_context, lanes):
+    """Sum of the sixteen lanes, float32."""
+
+    def build(context, builder, signature, args):
+        kind = ir.FunctionType(FLOAT, [FLOAT, FLOATS])
+        reduce = builder.module.declare_intrinsic("llvm.vector.reduce.fadd.v16f32", fnty=kind)
+        return builder.call(reduce, [FLOAT(0.0), args[0]], fastmath=FAST)
+
+    return types.float32(lanes), build
+
+
+@intrinsic
+def from_bfloat16(typing_context, bits):
+    """float32 of a bfloat16 given as uint16."""
+
+    def build(context, builder, signature, args):
+        return builder.bitcast(builder.shl(builder.zext(args[0], INT), INT(16)), FLOAT)
+
+    return types.float32(types.uint16), build
