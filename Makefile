@@ -1,5 +1,5 @@
 # Two commands do everything: `make reproduce` and `make test`. Each makes .venv if it is missing.
-# STUDY=pruning runs, checks, accepts or shows config/pruning.yaml instead of the embedded study.
+# STUDY=pruning (quantisation, gqsa) runs, checks, accepts or shows config/pruning.yaml instead of the embedded study.
 PYTHON ?= python3
 CORES ?= all
 PIP_FLAGS ?=
