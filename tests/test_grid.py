@@ -678,6 +678,36 @@ ABSENT = {
 }
 
 
+# What config.json says of a model -> a group that divides the inputs of all its layers, and one that does not of one.
+WIDE = {
+    "width": ({"hidden_size": 32}, 16, 24, 32),
+    "mlp": ({"hidden_size": 32, "intermediate_size": 88}, 8, 16, 88),
+    "attention": ({"hidden_size": 64, "num_attention_heads": 4, "head_dim": 24}, 32, 64, 96),
+    "text": ({"text_config": {"hidden_size": 48}, "hidden_size": 32}, 16, 32, 48),
+    "gpt2": ({"n_embd": 24, "n_inner": None}, 12, 16, 24),
+    "larger than a row": ({"hidden_size": 32}, 32, 128, 32),
+}
+
+
+@pytest.mark.parametrize("kind", WIDE)
+@pytest.mark.parametrize("own", [False, True])
+def test_a_group_that_does_not_divide_is_one_sentence_before_any_job(sources, kind, own):
+    config, divides, group, inputs = WIDE[kind]
+    (sources / "tiny/config.json").write_text(json.dumps(config))
+
+    def asking(group: int) -> dict:
+        asked = [{"bits": 4, "group": group}]
+        if own:
+            return study(methods={"rtn": None, "a": {"method": "rtn", "targets": asked}}, targets=[{"bits": 4}])
+        return study(methods={"rtn": None}, targets=asked)
+
+    plan(asking(divides), check_sources=True)
+    with pytest.raises(InputError) as error:
+        plan(asking(group), check_sources=True)
+    told = f"targets: groups of {group} do not divide the {inputs} inputs that layers of the model 'tiny' have."
+    assert str(error.value) == told
+
+
 def test_sources_are_looked_at_only_when_asked(sources):
     plan(study(), check_sources=True)
     no_folder(sources)

@@ -184,8 +184,15 @@ def plan(config: Mapping[str, Any], check_sources: bool = False) -> Plan:
         raise InputError(f"methods: two entries or values of a sweep are called {label}; give one another name.")
     targets = [_target(entry, f"targets.{i}") for i, entry in enumerate(full["targets"])]
     if check_sources:
+        asked = [*targets, *(target for *_, own in entries for target in own or ())]
         for name, spec in full["models"].items():
             sources.check_model(name, spec)
+            for target, size in itertools.product(asked, sources.layer_inputs(spec)):
+                if target.group and size % target.group:
+                    raise InputError(
+                        f"targets: groups of {target.group} do not divide the {size} inputs that layers of the model "
+                        f"{name!r} have."
+                    )
             longest = sources.longest_sequence(spec)
             for kind in ("calibration", "evaluation"):
                 for set_name, entry in full[kind].items():

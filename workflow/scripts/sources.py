@@ -30,6 +30,8 @@ VOCABULARIES = (  # files of which a folder needs one to have a tokenizer
     "sentencepiece.bpe.model",
 )
 TOKENIZER_FILES = (*VOCABULARIES, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "merges.txt")
+# How the config.json of a model calls the inputs of its layers: its width and that of its MLP.
+WIDTHS = ("hidden_size", "n_embd", "n_embed", "intermediate_size", "ffn_dim", "ffn_hidden_size", "n_inner")
 LONGEST_HEADER = 100_000_000  # bytes, the limit of the safetensors format
 OFFLINE_VARIABLES = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
 # What of a model's repository is fetched: what is read, not its copies in other formats.
@@ -70,12 +72,27 @@ def check_model(name: str, spec: Spec) -> None:
 
 def longest_sequence(spec: Spec) -> int | None:
     """Tokens that a local model takes at most, where its config.json says so; None for a hub model."""
-    if "path" not in spec:
-        return None
-    config = _read_json(Path(spec["path"]) / "config.json")
-    config = config.get("text_config") or config
+    config = _model_config(spec)
     found = config.get("max_position_embeddings", config.get("n_positions"))
     return found if isinstance(found, int) else None
+
+
+def layer_inputs(spec: Spec) -> list[int]:
+    """Inputs that the layers of a local model have, as far as its config.json says; none for a hub model."""
+    config = _model_config(spec)
+    heads, length = config.get("num_attention_heads"), config.get("head_dim")
+    found = [config.get(key) for key in WIDTHS]
+    if isinstance(heads, int) and isinstance(length, int):
+        found.append(heads * length)  # of the attention's output projection
+    return sorted({size for size in found if isinstance(size, int)})
+
+
+def _model_config(spec: Spec) -> dict[str, Any]:
+    """The config.json of a local model, its language part; empty for a hub model."""
+    if "path" not in spec:
+        return {}
+    config = _read_json(Path(spec["path"]) / "config.json")
+    return config.get("text_config") or config
 
 
 def weight_files(name: str, folder: Path) -> list[Path]:
