@@ -321,6 +321,12 @@ def test_entries_of_one_method_share_its_colour():
     assert found["wanda.alpha_1"].marker != LOOKS["wanda"].marker
 
 
+def test_entries_of_one_method_have_markers_of_their_own():
+    for method in ("chain", "awp", "brand_new"):
+        found = looks([(f"{method}-{number}", method) for number in range(8)])
+        assert len({own.marker for own in found.values()}) == 8
+
+
 def test_weight_updating_methods_are_open_and_dashed():
     own = LOOKS["sparsegpt"]
     updating, masking = strokes(own, "weight-updating"), strokes(own, "mask-only")

@@ -103,7 +103,7 @@ def _points(axes: Axes, data: pd.DataFrame, dense: pd.DataFrame, front: pd.DataF
         axes.plot(own["size"], own["value"], **{**strokes(style[label], comparison), "linestyle": "none"})
         mark_beyond(axes, own["size"], own["value"], style[label])
     axes.plot(dense["size"], dense["value"], **DENSE)
-    for row, number in named:
-        axes.annotate(
-            str(number), (row.size, row.value), (-4, -3), textcoords="offset points", ha="right", va="top", size=7
-        )
+    for row, number in named:  # on either side in turn, so that neighbours can be told apart
+        side = "left" if number % 2 == 0 else "right"
+        shift = (4 if number % 2 == 0 else -4, -3)
+        axes.annotate(str(number), (row.size, row.value), shift, textcoords="offset points", ha=side, va="top", size=7)

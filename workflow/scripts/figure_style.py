@@ -98,7 +98,8 @@ def looks(labels: Iterable[tuple[str, str]]) -> dict[str, Look]:
     for label, method in entries:
         nth = seen[method] = seen.get(method, -1) + 1
         own = look(method)
-        found[label] = own if nth == 0 else Look(own.colour, SPARE_MARKERS[(nth - 1) % len(SPARE_MARKERS)])
+        spare = [marker for marker in SPARE_MARKERS if marker != own.marker]
+        found[label] = own if nth == 0 else Look(own.colour, spare[(nth - 1) % len(spare)])
     return found
 
 
