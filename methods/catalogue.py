@@ -200,9 +200,11 @@ class Catalogue(Mapping[str, Entry]):
         quantises = [self.refusal(*step, target.grid) for step in steps]
         if None not in quantises:
             return f"none of its methods quantises: {quantises[0]}, {quantises[1]}"
-        prunes_first = quantises[1] is None
+        prunes = [self.refusal(*step, target.pruning) for step in steps]
+        # Of two that quantise the first one prunes, unless the second alone can.
+        prunes_first = quantises[1] is None and not (quantises[0] is None and prunes[0] and not prunes[1])
         pruner, quantiser = steps if prunes_first else steps[::-1]
-        cannot = self.refusal(*pruner, target.pruning)
+        cannot = prunes[0 if prunes_first else 1]
         if cannot:
             return f"{quantiser[0]} quantises, and the other of its methods cannot prune: {cannot}"
         if not self[quantiser[0]].card.get("keeps_zeros"):

@@ -46,6 +46,9 @@ class Target:
             raise ValueError(f"Target.sparsity must be in [0, 1). Got {self.sparsity} instead.")
         if self.sparsity == 0 and self.pattern != "row":  # nothing to prune: one spelling for one target
             object.__setattr__(self, "pattern", "row")
+        for name, value in (("bits", self.bits), ("group", self.group)):
+            if value is not None and not float(value).is_integer():
+                raise ValueError(f"Target.{name} must be a whole number. Got {value} instead.")
         if self.bits is not None and not 2 <= self.bits <= 8:
             raise ValueError(f"Target.bits must be 2 to 8. Got {self.bits} instead.")
         if self.group is not None and self.group < 1:

@@ -104,7 +104,8 @@ class Case:
         tune: dict[str, Any] | None = None,
     ) -> Path:
         """Compress as the workflow does and return the cell's folder."""
-        entry = {"tune": tune} if tune else None
+        entry = {"tune": tune} if tune else {}
+        entry |= {"chain": ["wanda", "rtn"]} if method == "chain" else {}
         config = {
             "models": {"tiny": self.spec},
             "texts": {"words": {"path": "words.txt"}},

@@ -1,6 +1,7 @@
 """Products with packed weights against the weights that they stand for."""
 
 import csv
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -84,6 +85,23 @@ def test_what_does_not_fit_is_one_sentence():
 def test_a_bad_shape_is_one_sentence(tmp_path):
     with pytest.raises(InputError, match="at least one row and one input. Got 0 16 instead."):
         decode.main(["--shape", "0", "16", "--out", str(tmp_path / "decode.csv")])
+
+
+def test_more_threads_than_processors_are_one_sentence(tmp_path):
+    with pytest.raises(InputError, match=r"--threads must be at most the \d+ processors. Got 100000 instead."):
+        decode.main(["--shape", "64", "64", "--threads", "100000", "--out", str(tmp_path / "decode.csv")])
+
+
+def test_a_product_that_is_wrong_is_no_time():
+    (good, base) = decode.entries(32, 64, 1, "cpu")[:2]
+    wrong = replace(good, exact=good.exact + good.exact.abs().max() / 1000)
+    with pytest.raises(InputError, match="The product of dense float32 is wrong by 0.001 of its largest entry."):
+        decode.measure([wrong, base], 1, 1, "cpu")
+
+
+def test_kept_weights_are_counted_as_they_are_stored():
+    bits = {entry.storage: entry.bits for entry in decode.entries(8, 80, 1, "cpu")}
+    assert bits["W4 50% 1x16"] == 3 / 5 * (4 + (16 + 16 + 4) / 16)  # three of five blocks stay
 
 
 def test_the_table_and_its_figure(tmp_path, monkeypatch):

@@ -197,9 +197,32 @@ def test_refusals_are_one_sentence(case, tmp_path):
     (tmp_path / "cell.json").write_text("{}", "utf-8")
     refused("has no weights.safetensors: set keep_weights in the config", tmp_path)
     (tmp_path / "weights.safetensors").write_bytes((pruned / "weights.safetensors").read_bytes())
+    refused("cell.json has no columns", tmp_path)
+    (tmp_path / "cell.json").write_text('{"columns": {}, "provenance": {}}', "utf-8")
     refused("cell.json does not say how its model is loaded: give --model", tmp_path)
+    (tmp_path / "cell.json").write_text("{", "utf-8")
+    refused("cell.json cannot be read: Expecting", tmp_path)
     refused("exists: give --out a new folder", pruned, out=tmp_path)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_model_that_the_cell_is_not_of_is_refused_in_every_format(case, tmp_path):
+    other = Case(tmp_path / "other", "gpt2").prepare()
+    for form in FORMATS:
+        with pytest.raises(InputError, match="has layers that the model has not"):
+            main(
+                [
+                    "--cell",
+                    str(cell(case, W4)),
+                    "--format",
+                    form,
+                    "--out",
+                    str(tmp_path / "out"),
+                    "--model",
+                    other.model,
+                ]
+            )
+        assert not (tmp_path / "out").exists()
 
 
 def test_the_library_is_asked_for_where_it_is_absent(case, tmp_path, monkeypatch):
@@ -216,6 +239,9 @@ def test_a_packed_folder_that_lacks_a_parameter_is_refused(case, tmp_path):
     del rest["model.norm.weight"]
     save_file(rest, folder / "rest.safetensors")
     with pytest.raises(InputError, match="rest.safetensors does not fit the model: model.norm.weight"):
+        load_packed(folder)
+    (folder / "rest.safetensors").unlink()
+    with pytest.raises(InputError, match="is no packed model: it has no rest.safetensors"):
         load_packed(folder)
 
 
@@ -365,6 +391,31 @@ def test_the_audit_takes_a_cell_and_a_target(case, tmp_path, capsys):
     ):
         with pytest.raises(InputError, match=sentence):
             audit.main(list(map(str, arguments)))
+
+
+@pytest.mark.parametrize(
+    ("form", "file", "text", "sentence"),
+    [
+        ("dense", "layerwise.json", '{"target": {}, "layers": {"a": {}}}', "each of its layers needs input_scale, "),
+        ("dense", "layerwise.json", '{"target": {}, "layers": [1]}', "layerwise.json cannot be read"),
+        ("dense", "model.safetensors.index.json", "{}", "says of its weights is of no use: KeyError: 'weight_map'"),
+        ("dense", "model.safetensors.index.json", "{", "says of its weights is of no use: JSONDecodeError"),
+    ],
+)
+def test_what_a_folder_says_of_itself_may_be_damaged(case, tmp_path, form, file, text, sentence):
+    folder = save(case, W4, form, tmp_path / "out")
+    (folder / file).write_text(text, "utf-8")
+    with pytest.raises(InputError, match=sentence):
+        audit.main([str(folder)])
+
+
+def test_a_scheme_of_another_kind_is_a_sentence(case, tmp_path):
+    folder = save(case, W4, CT, tmp_path / "out")
+    config = json.loads((folder / "config.json").read_text("utf-8"))
+    config["quantization_config"]["config_groups"]["group_0"]["weights"]["num_bits"] = 16
+    (folder / "config.json").write_text(json.dumps(config), "utf-8")
+    with pytest.raises(InputError, match="is of no use: ValueError: Target.bits must be 2 to 8"):
+        audit.main([str(folder)])
 
 
 def test_the_command_prints_a_table_and_its_exit_status_tells(case, tmp_path):

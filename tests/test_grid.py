@@ -300,6 +300,12 @@ def test_tuning_is_part_of_a_cell_with_its_defaults():
     assert plain.cell == identity("gqsa", {**spec, "target": target}) and "tune" not in plain.spec
 
 
+def test_a_control_stays_one_when_it_is_tuned():
+    methods = {"random": None, "random-tuned": {"method": "random", "tune": {"blocks": {}}}, "wanda": None}
+    groups = {cell.columns["label"]: cell.columns["comparison"] for cell in plan(study(methods=methods)).cells}
+    assert groups == {"random": "control", "random-tuned": "control", "wanda": "mask-only"}
+
+
 def test_a_stage_that_trains_grids_skips_targets_without_one():
     targets = [{"pattern": "2:4"}, {"pattern": "2:4", "bits": 4}]
     entries = {name: {"method": "sparsegpt", "tune": {name: {}}} for name in ("blocks", "end")}
@@ -526,6 +532,14 @@ WRONG = {
         study(methods={"a": {"chain": ["rtn", "sparsegpt"]}}, targets=JOINT),
         "methods.a: chain reaches none of the targets (sparsegpt changes the weights that rtn has put on a grid).",
     ),
+    "chain whose second does both": (
+        study(methods={"a": {"chain": ["gptq", "awp"]}}, targets=JOINT),
+        "methods.a: chain reaches none of the targets (awp changes the weights that gptq has put on a grid).",
+    ),
+    "chain without methods": (
+        study(methods={"a": {"method": "chain"}}, targets=JOINT),
+        "methods.a: a chain needs its two methods, such as chain: [wanda, gptq].",
+    ),
     "chain that does not quantise": (
         study(methods={"a": {"chain": ["wanda", "sparsegpt"]}}, targets=JOINT),
         "methods.a: chain reaches none of the targets (none of its methods quantises: wanda does not quantise, ",
@@ -533,7 +547,10 @@ WRONG = {
     "empty target": (edited("targets/0", {}), "config: targets.0 is wrong: {} should be non-empty."),
     "no targets": (study(targets=[]), "config: targets is wrong: [] should be non-empty."),
     "mode": (study(modes=["parallel"]), "modes.0 is wrong: 'parallel' is not one of ['shared', 'sequential']."),
-    "unreached": (study(targets=[{"sparsity": 0.5}, {"bits": 4}]), "targets: no method of the study"),
+    "unreached": (
+        study(methods={"wanda": None}, targets=[{"sparsity": 0.5}, {"bits": 4}]),
+        "targets: no method of the study supports 4b (wanda: wanda does not quantise).",
+    ),
     "unreaching": (
         study(methods={"magnitude": None, "rtn": None}),
         "methods.rtn: rtn reaches none of the targets (rtn does not prune).",
@@ -558,6 +575,10 @@ WRONG = {
     "rate as text": (
         study(methods={"wanda": {"tune": {"blocks": {"weights": "1e-3"}}}}),
         "methods.wanda.tune.blocks.weights is wrong: '1e-3' is not of type 'number'; YAML reads 1e-3 as text",
+    ),
+    "rate that is no number": (
+        study(methods={"wanda": {"tune": {"blocks": {"weights": math.nan}}}}),
+        "methods.wanda: tune.blocks.weights is wrong: nan is not finite.",
     ),
     "end without bits": (
         study(methods={"wanda": {"tune": {"end": {}}}}),

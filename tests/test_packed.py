@@ -281,6 +281,18 @@ def test_a_damaged_layer_is_named(path, fault):
         packed.PackedFile(path).read("correlated")
 
 
+@pytest.mark.parametrize("value", [math.inf, math.nan, 0.0, -1.0])
+def test_a_scale_of_inputs_must_be_positive_and_finite(value):
+    layer, target = layers.build("correlated"), Target(bits=4, group=16)
+    result = stored(layer, target)
+    parts = packed.parts_of(result, target, torch.float32)
+    parts["input_scale"] = torch.ones(layer.weight.shape[1], dtype=torch.float16).index_fill(
+        0, torch.tensor([3]), value
+    )
+    with pytest.raises(ValueError, match="positive and finite"):
+        packed.restored(parts, target, tuple(layer.weight.shape))
+
+
 def test_a_file_that_is_no_such_file(path):
     tensors = load_file(path)
     info = json.loads(packed.PackedFile(path).file.metadata()["layerwise"])

@@ -149,6 +149,12 @@ def test_the_front_takes_one_of_equals_and_no_control():
     assert list(pareto_front(data)["cell"]) == ["a", "e"]
 
 
+def test_a_panel_of_controls_alone_has_no_front():
+    with styled():
+        figure = perplexity_vs_bits(cells_table([cell("random", "60% row"), cell("wanda", "60% row", "sequential")]))
+    assert [len(axes.texts) for axes in panels(figure)] == [0, 1]
+
+
 def test_every_cell_stands_at_its_size_and_perplexity():
     cells = cells_table(plan(("wanda", "rtn"), modes=("shared",)), failed=[("wanda", "2:4", "shared")])
     with styled():

@@ -25,10 +25,12 @@ from methods.promises import count_kept, kept_counts
 from methods.target import Target
 from workflow.scripts.accounting import kept_blocks
 from workflow.scripts.cell_results import read_json
-from workflow.scripts.export import MANIFEST, WEIGHTS, digest, model_linears
-from workflow.scripts.models import Linear, few, reason
+from workflow.scripts.export import MANIFEST, WEIGHTS, digest
+from workflow.scripts.models import Linear, few, model_linears, reason
 from workflow.scripts.packed import PackedFile
 from workflow.scripts.runtime import InputError, report_errors
+
+MARKS = {"zeros", "sha256", "input_scale", "reordered"}  # what a manifest says of a layer
 
 
 @dataclass(frozen=True)
@@ -269,13 +271,19 @@ def audit(
         said = read_json(folder / MANIFEST) if (folder / MANIFEST).is_file() else {}
         if target is None and "target" in said:
             target = Target(**said["target"])
-    except (ValueError, TypeError) as error:
+        marks = said.get("layers", {})
+        if not all(isinstance(mark, dict) and mark.keys() >= MARKS for mark in marks.values()):
+            raise ValueError(f"each of its layers needs {', '.join(sorted(MARKS))}")
+    except (ValueError, TypeError, AttributeError) as error:
         raise InputError(f"{folder / MANIFEST} cannot be read: {error}.") from None
     if target is None and (folder / WEIGHTS).is_file():
         target = PackedFile(folder / WEIGHTS).target
     if target is None:
         raise InputError(f"{folder} does not say what its layers should be: give --target.")
-    opened = open_folder(folder, said, target, trust_remote_code)
+    try:
+        opened = open_folder(folder, said, target, trust_remote_code)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:  # what config.json or an index says is of no use
+        raise InputError(f"What {folder} says of its weights is of no use: {type(error).__name__}: {error}.") from None
     if opened.grid not in (None, target.grid):
         raise InputError(f"{folder} declares the grid {opened.grid.label}, that of {target.label} was expected.")
     layers = said.get("layers", {})

@@ -86,7 +86,7 @@ class Solver:
         result = packed.rounded(result, self.target, self.dtype)
         rows, inputs = layer.weight.shape
         absolute, relative = output_error(layer, result.weight)
-        kept = 1.0 if result.mask is None else int(result.mask.sum()) / result.mask.numel()
+        kept = 1.0 if result.mask is None or not self.target.sparsity else int(result.mask.sum()) / result.mask.numel()
         return result, {
             "layer": layer.name,
             "kind": layer.name.rpartition(".")[2],

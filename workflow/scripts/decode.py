@@ -18,10 +18,12 @@ from torch.nn.functional import linear
 
 from kernels.storages import BLOCK, Blocks, Groups, TwoOfFour
 from methods import ops
+from methods.promises import kept_counts
 from methods.target import Target
-from workflow.scripts.accounting import bits_per_weight
+from workflow.scripts.accounting import bits_per_weight, kept_blocks
 from workflow.scripts.runtime import InputError, provenance, report_errors, whole_file
 
+FLOAT32_ERROR, BFLOAT16_ERROR = 1e-5, 1e-2  # of the largest entry of a product
 BASE = "dense bfloat16"
 W4 = Target(bits=4, group=128)
 W4_BLOCKS = Target(0.5, f"1x{BLOCK}", bits=4, group=BLOCK)
@@ -51,7 +53,12 @@ def entries(rows: int, inputs: int, threads: int, device: str) -> list[Entry]:
     moved = x.nbytes + 4 * rows
 
     def bits(target: Target) -> float:
-        return bits_per_weight(target, 1 - target.sparsity, rows, inputs)
+        kept = 1.0
+        if target.block:
+            kept = min(kept_blocks(target, inputs) * target.block / inputs, 1.0)
+        elif target.sparsity:
+            kept = int(kept_counts(torch.Size((rows, inputs)), target).sum()) / (rows * inputs)
+        return bits_per_weight(target, kept, rows, inputs)
 
     exact = weight.double() @ x.double()
     found = [
@@ -119,7 +126,9 @@ def _quantised(weight: Tensor, target: Target) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def measure(found: list[Entry], rounds: int, threads: int, device: str) -> list[dict[str, object]]:
-    """One row per entry, in columns of the table: times are over `rounds` rounds, each of which calls all once.
+    """One row per entry, in columns of the table: times in microseconds, over `rounds` rounds that call all once.
+
+    Raises InputError for a product that is wrong.
 
     One thread on a processor is timed by its own clock, which stands still while other programs have their turns.
     """
@@ -138,6 +147,8 @@ def measure(found: list[Entry], rounds: int, threads: int, device: str) -> list[
     for entry in found:
         place = min((n for n, (other, _, _) in enumerate(calls) if other is entry), key=middle.__getitem__)
         error = (calls[place][2]().double().cpu().flatten() - entry.exact).abs().max() / entry.exact.abs().max()
+        if not error <= (BFLOAT16_ERROR if entry.storage == BASE else FLOAT32_ERROR):
+            raise InputError(f"The product of {entry.storage} is wrong by {float(error):.2g} of its largest entry.")
         rows.append(
             {
                 "storage": entry.storage,
@@ -177,6 +188,8 @@ def main(argv: list[str]) -> None:
             raise InputError(f"--shape needs at least one row and one input. Got {shape[0]} {shape[1]} instead.")
     if args.device == "cuda" and not torch.cuda.is_available():
         raise InputError("--device cuda needs a GPU that torch can use; there is none.")
+    if args.threads > (os.cpu_count() or 1):
+        raise InputError(f"--threads must be at most the {os.cpu_count()} processors. Got {args.threads} instead.")
     pin(args.threads)
     made = provenance(args.device, args.threads)
     machine = torch.cuda.get_device_name() if args.device == "cuda" else f"{made['cpu']}, {made['platform']}"

@@ -17,7 +17,7 @@ from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from workflow.scripts.models import check_tokens, few, find_blocks, linears, load, set_threads, vocabulary
+from workflow.scripts.models import Linear, check_tokens, few, load, model_linears, set_threads, vocabulary
 from workflow.scripts.packed import PackedFile
 from workflow.scripts.runtime import InputError, record_failure, report_errors, write_atomic
 from workflow.scripts.text import read_tokens
@@ -72,10 +72,14 @@ def apply_weights(model: nn.Module, path: Path) -> None:
 
     Raises InputError when the file cannot be read, or does not hold exactly these layers in their shapes.
     """
-    prefix, blocks = find_blocks(model)
-    layers = {layer.name: layer for i, block in enumerate(blocks) for layer in linears(block, f"{prefix}.{i}")}
     file = PackedFile(path)
-    names = file.shapes.keys()
+    for name, layer in layers_of(model, file).items():
+        layer.replace(file.read(name).weight)
+
+
+def layers_of(model: nn.Module, file: PackedFile) -> dict[str, Linear]:
+    """Name -> linear layer of all blocks; InputError when the file does not hold exactly these in their shapes."""
+    layers, path, names = model_linears(model), file.path, file.shapes.keys()
     if names - layers.keys():
         raise InputError(f"{path} has layers that the model has not: {few(names - layers.keys())}.")
     if layers.keys() - names:
@@ -83,7 +87,7 @@ def apply_weights(model: nn.Module, path: Path) -> None:
     for name, layer in layers.items():
         if file.shapes[name] != layer.shape:
             raise InputError(f"{path} should hold {name} as {layer.shape}. Got {file.shapes[name]} instead.")
-        layer.replace(file.read(name).weight)
+    return layers
 
 
 def evaluate(model: PreTrainedModel, tokens: Tensor, label: str = "perplexity") -> dict[str, Any]:

@@ -22,7 +22,7 @@ from methods.base import Compressed
 from methods.target import Target
 from workflow.scripts import models
 from workflow.scripts.cell_results import read_json
-from workflow.scripts.evaluate import apply_weights
+from workflow.scripts.evaluate import apply_weights, layers_of
 from workflow.scripts.models import Linear, few
 from workflow.scripts.packed import PackedFile, reordered
 from workflow.scripts.runtime import InputError, report_errors, write_atomic
@@ -62,6 +62,8 @@ def load_packed(folder: Path, trust_remote_code: bool = False) -> PreTrainedMode
     """
     config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
     model = AutoModelForCausalLM.from_config(config, dtype=config.dtype, trust_remote_code=trust_remote_code)
+    if not (folder / REST).is_file():
+        raise InputError(f"{folder} is no packed model: it has no {REST}.")
     rest = load_file(folder / REST)
     absent, unknown = model.load_state_dict(rest, strict=False)
     parameters = model.state_dict()
@@ -84,7 +86,7 @@ def save_compressed_tensors(model: PreTrainedModel, file: PackedFile, folder: Pa
     from compressed_tensors.utils import get_direct_state_dict, replace_direct_state_dict
 
     target = file.target
-    layers = model_linears(model)
+    layers = layers_of(model, file)
     group = target.group or -1  # -1: one group per row
     arguments = QuantizationArgs(num_bits=target.bits, symmetric=target.symmetric, group_size=group)
     scheme = QuantizationScheme(targets=["Linear"], weights=arguments, format="pack-quantized")
@@ -152,19 +154,20 @@ FORMATS = {"dense": save_dense, "packed": save_packed, "compressed-tensors": sav
 # ---------------------------------------------------------------------------------------------------------------- cells
 
 
-def model_linears(model: nn.Module) -> dict[str, Linear]:
-    """Name -> linear layer of all blocks."""
-    prefix, blocks = models.find_blocks(model)
-    return {layer.name: layer for i, block in enumerate(blocks) for layer in models.linears(block, f"{prefix}.{i}")}
-
-
 def read_cell(folder: Path) -> tuple[dict[str, Any], PackedFile]:
     """What a cell's folder says of itself, and its compressed layers. Raises InputError when it has them no more."""
     if not (folder / "cell.json").is_file():
         raise InputError(f"{folder} is no cell: it has no cell.json.")
     if not (folder / WEIGHTS).is_file():
         raise InputError(f"{folder} has no {WEIGHTS}: set keep_weights in the config, or make the export by Snakemake.")
-    return read_json(folder / "cell.json"), PackedFile(folder / WEIGHTS)
+    try:
+        record = read_json(folder / "cell.json")
+    except ValueError as error:
+        raise InputError(f"{folder / 'cell.json'} cannot be read: {error}.") from None
+    absent = [key for key in ("columns", "provenance") if key not in record]
+    if absent:
+        raise InputError(f"{folder / 'cell.json'} has no {absent[0]}.")
+    return record, PackedFile(folder / WEIGHTS)
 
 
 def manifest(record: Mapping[str, Any], file: PackedFile, form: str, dtype: torch.dtype) -> dict[str, Any]:
@@ -207,6 +210,7 @@ def export(cell: Path, form: str, out: Path, spec: Mapping[str, Any] | None = No
     with whole_folder(out) as part:
         model = models.load(spec)
         dtype = model.dtype
+        layers_of(model, file)  # a model that the cell is not of is refused
         FORMATS[form](model, file, part)
         source = model_folder(spec)
         scripts = [path.name for path in source.glob("*.py")] if spec.get("trust_remote_code") else []

@@ -66,7 +66,7 @@ def perplexity_vs_bits(cells: pd.DataFrame) -> Figure:
 
 
 def sized(cells: pd.DataFrame) -> pd.DataFrame:
-    """The rows of perplexities, with `size`: bits per weight of the compressed layers, mean over all their weights."""
+    """The rows of perplexities of `cells`, with a column `size`: bits per weight, mean over all compressed weights."""
     size = cells.loc[cells["metric"] == "bits_per_weight", [*CELL, "value"]].rename(columns={"value": "size"})
     return cells[cells["metric"] == "perplexity"].merge(size, on=CELL, how="left")
 
@@ -97,7 +97,8 @@ def _scales(axes: Axes, data: pd.DataFrame) -> None:
 
 def _points(axes: Axes, data: pd.DataFrame, dense: pd.DataFrame, front: pd.DataFrame, named, shown, style) -> None:
     right = axes.get_xlim()[1]
-    axes.plot([*front["size"], right], [*front["value"], *front["value"].tail(1)], **FRONT)
+    if len(front):
+        axes.plot([*front["size"], right], [*front["value"], *front["value"].tail(1)], **FRONT)
     for label, _, comparison in shown:
         own = data[(data["label"] == label) & (data["comparison"] == comparison)]
         axes.plot(own["size"], own["value"], **{**strokes(style[label], comparison), "linestyle": "none"})

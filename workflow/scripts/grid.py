@@ -3,6 +3,7 @@
 import hashlib
 import itertools
 import json
+import math
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -240,7 +241,8 @@ def plan(config: Mapping[str, Any], check_sources: bool = False) -> Plan:
     supported = {cell.spec["columns"]["target"] for cell in cells}
     unreached = [target.label for target in targets if target.label not in supported]
     if unreached and not all(catalogue[method].control for _, method, *_ in entries):
-        raise InputError(f"targets: no method of the study supports {unreached[0]}.")
+        reasons = [f" ({row['label']}: {row['reason']})" for row in skipped if row["target"] == unreached[0]]
+        raise InputError(f"targets: no method of the study supports {unreached[0]}{''.join(reasons[:1])}.")
     unique = {cell.folder: cell for cell in cells}
     return Plan(full, catalogue, models, calibrations, evaluations, list(unique.values()), skipped)
 
@@ -255,6 +257,12 @@ def _entries(
             raise CatalogueError(f"{where}: a chain names its methods itself, method: {raw['method']} came with it.")
         raw = {**raw, "method": "chain"}
     method = raw.get("method", label)
+    if method == "chain" and "chain" not in raw:
+        raise CatalogueError(f"{where}: a chain needs its two methods, such as chain: [wanda, gptq].")
+    for stage, rates in raw.get("tune", {}).items():
+        wrong = [key for key, value in rates.items() if not math.isfinite(value)]  # nan passes any limit
+        if wrong:
+            raise CatalogueError(f"{where}: tune.{stage}.{wrong[0]} is wrong: {rates[wrong[0]]} is not finite.")
     entry = catalogue.find(method, where)
     params = {key: value for key, value in raw.items() if key not in RESERVED}
     swept = [
@@ -296,13 +304,14 @@ def _cell(
 ) -> Cell:
     name = identity(settings["label"], {**settings, "target": target.as_dict()})
     tune = {"tune": settings["tune"]} if "tune" in settings else {}
+    comparison = catalogue[settings["method"]].comparison(target)
     columns = {
         "model": models[model]["name"],
         "calibration": calibrations[calib]["name"],
         "mode": mode,
         "label": settings["label"],
         "method": settings["method"],
-        "comparison": "tuned" if tune else catalogue[settings["method"]].comparison(target),
+        "comparison": "tuned" if tune and comparison != "control" else comparison,
         "target": target.label,
         **target.as_dict(),
         "params": canonical({**settings["params"], **tune}),

@@ -196,6 +196,12 @@ def linears(block: nn.Module, prefix: str) -> list[Linear]:
     ]
 
 
+def model_linears(model: nn.Module) -> dict[str, Linear]:
+    """Name -> linear layer of all blocks."""
+    prefix, blocks = find_blocks(model)
+    return {layer.name: layer for i, block in enumerate(blocks) for layer in linears(block, f"{prefix}.{i}")}
+
+
 def count_linears(model: nn.Module) -> int:
     """Linear layers of all blocks."""
     name, blocks = find_blocks(model)

@@ -1,7 +1,8 @@
 """Compressed layers as they are stored: a cell's weights.safetensors (layout: docs/export.md).
 
 A layer is its kept values or codes, what says which weights are kept, scales and zeros, in as many bits as
-`accounting.py` counts. What is read back is, bit for bit, what was scored and evaluated.
+`accounting.py` counts; weights that were changed and not quantised stand in the model's dtype. What is read back is,
+bit for bit, what was scored and evaluated.
 """
 
 from __future__ import annotations
@@ -196,8 +197,10 @@ def restored(parts: Mapping[str, Tensor], target: Target, shape: tuple[int, int]
         return Compressed(weight, mask)
     scales, zeros, group_of = _restored_grid(parts, target, kept)
     input_scale = parts["input_scale"].float() if "input_scale" in parts else None
-    if input_scale is not None and (input_scale.shape != (inputs,) or not (input_scale > 0).all()):
-        raise ValueError(f"input_scale must be [{inputs}] and positive")
+    if input_scale is not None and (
+        input_scale.shape != (inputs,) or not ((input_scale > 0) & torch.isfinite(input_scale)).all()
+    ):
+        raise ValueError(f"input_scale must be [{inputs}], positive and finite")
     groups = ops.groups_of(inputs, target.group) if group_of is None else group_of
     codes = zeros[:, groups].to(torch.uint8)
     codes[kept] = unpack(_part(parts, "codes"), target.bits, count)

@@ -31,7 +31,16 @@ VOCABULARIES = (  # files of which a folder needs one to have a tokenizer
 )
 TOKENIZER_FILES = (*VOCABULARIES, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "merges.txt")
 # How the config.json of a model calls the inputs of its layers: its width and that of its MLP.
-WIDTHS = ("hidden_size", "n_embd", "n_embed", "intermediate_size", "ffn_dim", "ffn_hidden_size", "n_inner")
+WIDTHS = (
+    "hidden_size",
+    "n_embd",
+    "n_embed",
+    "intermediate_size",
+    "ffn_dim",
+    "ffn_hidden_size",
+    "n_inner",
+    "moe_intermediate_size",
+)
 LONGEST_HEADER = 100_000_000  # bytes, the limit of the safetensors format
 OFFLINE_VARIABLES = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
 # What of a model's repository is fetched: what is read, not its copies in other formats.
