@@ -26,13 +26,10 @@ SKIPPED = [{"label": "rtn", "method": "rtn", "target": "2:4", "reason": f"rtn do
 REASON = f"compress: no pivot {EVIL} is left"
 PUBLISHED = {
     "paper": [EVIL, "Wanda"],
-    "metric": "perplexity",
     "published": [7.26, 6.42],
     "verdict": ["not run", "within"],
 }
-SVG = (
-    '<svg xmlns="http://www.w3.org/2000/svg" width="300" height="100"><rect width="300" height="100" fill="red"/></svg>'
-)
+SVG = '<svg xmlns="http://www.w3.org/2000/svg" width="300" height="100"><rect width="9" height="9"/></svg>'
 FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"]
 FLAGS += ["--disable-background-networking", "--disable-component-update", "--disable-sync"]
 CHROMIUM = shutil.which("chromium")
@@ -165,8 +162,7 @@ def opened(browser, folder):
     tab.on("pageerror", lambda error: tab.said.append(str(error)))
     tab.on("dialog", lambda dialog: (tab.said.append(dialog.message), dialog.dismiss()))
     tab.on(
-        "request",
-        lambda request: None if request.url[:5] in ("data:", "file:", "blob:") else tab.said.append(request.url),
+        "request", lambda asked: None if asked.url[:5] in ("data:", "file:", "blob:") else tab.said.append(asked.url)
     )
     tab.goto((folder / "report.html").as_uri(), wait_until="commit")
     tab.wait_for_selector("html[data-ready]", state="attached")
@@ -187,14 +183,18 @@ def column(tab, name: str) -> list[str]:
 def test_tables_sort_and_filter(opened):
     heading = opened.locator("#table-results thead tr").first.locator("th", has_text="mean_output_error")
     heading.click()
+    opened.wait_for_selector("#table-results th[aria-sort=ascending]")
     numbers = [float(text) for text in column(opened, "mean_output_error") if text]
     assert len(numbers) == 9 and numbers == sorted(numbers) and len(set(numbers)) > 5
     heading.click()
+    opened.wait_for_selector("#table-results th[aria-sort=descending]")
     assert [float(text) for text in column(opened, "mean_output_error") if text] == numbers[::-1]
     fields = opened.locator("#table-results thead tr").nth(1).locator("th input")
     fields.nth(1).fill("wanda")
+    opened.wait_for_function("document.querySelectorAll('#table-results tbody tr').length == 3")
     assert column(opened, "label") == ["wanda"] * 3
     fields.nth(2).fill("2:4")
+    opened.wait_for_function("document.querySelectorAll('#table-results tbody tr').length == 1")
     assert column(opened, "target") == ["2:4"]
 
 
@@ -227,7 +227,7 @@ def test_light_and_dark_wide_and_narrow(opened, scheme, width):
     opened.emulate_media(color_scheme=scheme)
     assert opened.evaluate("document.documentElement.scrollWidth") <= width
     paper, ink = opened.evaluate(
-        "[getComputedStyle(document.body).backgroundColor, getComputedStyle(document.body).color]"
+        "(({ backgroundColor, color }) => [backgroundColor, color])(getComputedStyle(document.body))"
     )
     bright = [sum(map(int, re.findall(r"\d+", colour))) / 3 for colour in (paper, ink)]
     assert abs(bright[0] - bright[1]) > 150 and (bright[0] < bright[1]) == (scheme == "dark")

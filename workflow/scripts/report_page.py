@@ -237,7 +237,7 @@ def provenance(views: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return table(header, [row for row in rows if any(value is not None for value in row[1:])])
 
 
-# ------------------------------------------------------------------------------------------------------- the page's parts
+# -------------------------------------------------------------------------------------------------- parts of the page
 
 
 def prose(path: Path) -> str:
@@ -276,7 +276,7 @@ def other_tables(folder: Path, views: Sequence[Mapping[str, Any]]) -> list[dict[
 
 
 def chart(shapes: Sequence[Mapping[str, Any]]) -> str:
-    """The drill-down's chart as Bokeh's JSON: error along the blocks, a line per kind of layer, filled in by page.js."""
+    """The drill-down's chart as Bokeh's JSON: error along the blocks, a line per kind of layer; page.js fills it."""
     from bokeh.embed import json_item
     from bokeh.models import BasicTickFormatter, ColumnDataSource, HoverTool, LogTicker, Range1d
     from bokeh.plotting import figure as new_figure
