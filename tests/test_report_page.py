@@ -189,7 +189,7 @@ def test_tables_sort_and_filter(opened):
     heading.click()
     opened.wait_for_selector("#table-results th[aria-sort=descending]")
     assert [float(text) for text in column(opened, "mean_output_error") if text] == numbers[::-1]
-    fields = opened.locator("#table-results thead tr").nth(1).locator("th input")
+    fields = opened.locator("#table-results thead input")
     fields.nth(1).fill("wanda")
     opened.wait_for_function("document.querySelectorAll('#table-results tbody tr').length == 3")
     assert column(opened, "label") == ["wanda"] * 3
