@@ -8,7 +8,7 @@ CONFIG := $(if $(filter embedded,$(STUDY)),,--configfile config/$(STUDY).yaml)
 BIN := $(CURDIR)/.venv/bin
 RUN := PATH="$(BIN):$$PATH"
 
-.PHONY: reproduce test smoke lint regression accept gallery decode clean
+.PHONY: reproduce test smoke lint regression report accept gallery decode clean
 
 reproduce: .venv/installed
 	$(RUN) snakemake --cores $(CORES) $(CONFIG)
@@ -27,6 +27,9 @@ lint: .venv/installed
 regression: reproduce
 	$(RUN) python -m workflow.scripts.regression check --accepted results/accepted/$(STUDY)
 
+report: reproduce  # the study as one page, results/report.html
+	$(RUN) snakemake --cores $(CORES) $(CONFIG) report_page
+
 accept: reproduce
 	$(RUN) python -m workflow.scripts.regression accept --accepted results/accepted/$(STUDY)
 
@@ -40,7 +43,7 @@ decode: .venv/installed  # times products with packed weights; see docs/decode.m
 
 clean:  # everything that can be computed again
 	rm -rf results/text results/tokens results/models results/calibration results/cells results/exports results/tables \
-		results/partial
+		results/partial results/report.html
 	rm -rf figures/*.pdf figures/*.svg figures/*.png logs .snakemake
 
 .venv/installed: requirements.lock

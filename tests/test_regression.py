@@ -11,7 +11,7 @@ from tests.synthetic_tables import EVALUATIONS, STUDY, cell, layer_frame, write_
 from workflow.scripts import regression
 from workflow.scripts.cell_results import evaluations
 from workflow.scripts.collect import collect
-from workflow.scripts.regression import compare, report
+from workflow.scripts.compare import CELL, compare, report
 from workflow.scripts.runtime import InputError
 
 
@@ -90,7 +90,7 @@ def test_check_after_accept_agrees_in_one_line_per_table(tmp_path, capsys):
     tables = study(tmp_path / "a")
     assert run("accept", tables, tmp_path / "accepted") == 0
     accepted = pd.read_csv(tmp_path / "accepted" / "layers.csv")
-    assert list(accepted.columns) == [*regression.CELL, "layer", "output_error"] and len(accepted) == 28
+    assert list(accepted.columns) == [*CELL, "layer", "output_error"] and len(accepted) == 28
     assert accepted["label"].is_monotonic_increasing
     capsys.readouterr()
     assert run("check", tables, tmp_path / "accepted") == 0
@@ -129,18 +129,6 @@ def test_a_strange_accepted_file_is_a_sentence(tmp_path):
     (tmp_path / "layers.csv").write_text("a,b\n1,2\n")
     with pytest.raises(InputError, match="must have the columns"):
         run("check", tables, tmp_path)
-
-
-def test_compare_two_studies(tmp_path, capsys):
-    before, after = study(tmp_path / "a"), study(tmp_path / "b", 1.05)
-    regression.main(["compare", str(before), str(before)])
-    with pytest.raises(SystemExit):
-        regression.main(["compare", str(before), str(after)])
-    assert "+5.00 %" in capsys.readouterr().out
-    with pytest.raises(SystemExit):
-        regression.main(["compare", str(after), str(before)])
-    assert "-4.76 %" in capsys.readouterr().out
-    regression.main(["compare", str(before), str(after), "--tolerance", "0.06"])
 
 
 def test_a_failed_cell_is_gone(tmp_path):

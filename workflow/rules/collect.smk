@@ -21,6 +21,27 @@ rule tables:
         "{PYTHON} -m workflow.scripts.collect --study {params.study:q} --out results/tables 2> >(tee {log:q} >&2)"
 
 
+rule report_page:
+    """The study as one HTML page that needs no network; not part of `all`. `--report` gives Snakemake's own."""
+    input:
+        TABLES,
+        figures=[f"figures/{figure}.svg" for figure in DRAWN],
+        sources=[
+            *scripts("report_page", "tables", "compare", "cell_results", "table_schema", "grid", "figure_style"),
+            TABLE_SCHEMA,
+        ],
+        page=PAGE,
+    output:
+        "results/report.html",
+    log:
+        "logs/report_page.log",
+    params:
+        study=STUDY,
+    shell:
+        "{PYTHON} -m workflow.scripts.report_page --study {params.study:q} --tables results/tables"
+        " --figures {input.figures:q} --out {output:q} 2> >(tee {log:q} >&2)"
+
+
 for figure, drawing in DRAWN.items():  # a rule each, because the path of a caption knows no wildcards
 
     rule:

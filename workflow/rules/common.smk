@@ -61,6 +61,7 @@ def from_here(path):
 FIGURE_SCRIPTS = scripts(
     "plot", "table_schema", *sorted(path.stem for path in Path(workflow.basedir).glob("workflow/scripts/figure_*.py"))
 )
+PAGE = [from_here(str(path)) for path in sorted(Path(workflow.basedir).glob("workflow/report/**/*.*"))]
 # It decides the columns of what cells and tables write.
 TABLE_SCHEMA = from_here(f"{workflow.basedir}/workflow/schemas/tables.schema.yaml")
 
@@ -149,4 +150,7 @@ def gather_partial():
         files = [f"{out}/figures/{figure}.{kind}" for kind in FORMATS]
         drawing = [sys.executable, "-m", "workflow.scripts.plot", figure, "--tables", f"{out}/tables", "--out", *files]
         subprocess.run(drawing)
+    svgs = [path for figure in DRAWN if Path(path := f"{out}/figures/{figure}.svg").is_file()]
+    page = ["--study", STUDY, "--tables", f"{out}/tables", "--out", f"{out}/report.html", "--figures", *svgs]
+    subprocess.run([sys.executable, "-m", "workflow.scripts.report_page", *page])
     logger.error(f"Some cells failed. What is done, with the reasons of the rest, is in {out}/; the next run retries.")

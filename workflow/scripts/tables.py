@@ -50,13 +50,16 @@ class Section:
 
 @dataclass(frozen=True)
 class Table:
-    """One rendered table. note: sentences on how to read it, the dense value among them."""
+    """One rendered table. note: sentences on how to read it, the dense value among them; model, calibration: whose
+    cells it holds."""
 
     name: str
     title: str
     note: str
     targets: list[str]
     sections: list[Section]
+    model: str = ""
+    calibration: str = ""
 
 
 def number(value: float, metric: str) -> str:
@@ -83,7 +86,8 @@ def tables(cells: pd.DataFrame, metric: str) -> Iterator[Table]:
         modes = part.groupby("mode", sort=False)
         sections = [Section(str(mode), _groups(rows.to_dict("records"), targets, metric)) for mode, rows in modes]
         name = "-".join(filter(None, (metric, model, calibration, text)))
-        yield Table(name, f"{model}, {what}, calibrated on {calibration}", " ".join(notes), targets, sections)
+        title = f"{model}, {what}, calibrated on {calibration}"
+        yield Table(name, title, " ".join(notes), targets, sections, str(model), str(calibration))
 
 
 def _shown(row: Mapping[str, Any], metric: str) -> str:
