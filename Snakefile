@@ -29,6 +29,7 @@ rule all:
     default_target: True
     input:
         TABLES,
+        PUBLISHED,
         expand("figures/{figure}.{format}", figure=DRAWN, format=FORMATS),
 
 
