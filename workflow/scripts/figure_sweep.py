@@ -64,11 +64,10 @@ def sweep(cells: pd.DataFrame) -> Figure:
 
 
 def along(cells: pd.DataFrame, swept: str) -> pd.DataFrame:
-    """The rows with `x`, the swept value (empty where the entry has none), the entry's `label` without it, and `band`."""
+    """The rows with `x`, the swept value (empty where the entry has none), the entry's `label` without it, `band`."""
     rows = cells.copy()
-    rows["x"] = [
-        row[swept] if swept in row else json.loads(row["params"]).get(swept) for row in cells.to_dict("records")
-    ]
+    params = rows["params"].map(json.loads)
+    rows["x"] = rows[swept] if swept in rows else [own.get(swept) for own in params]
     rows["label"] = [_series(row.label, swept, row.x) for row in rows.itertuples()]
     rows["band"] = [_band(row, swept) for row in rows.to_dict("records")]
     return rows
