@@ -28,7 +28,7 @@ include: "workflow/rules/demo.smk"
 rule all:
     default_target: True
     input:
-        TABLES,
+        TABLES + PUBLISHED,
         expand("figures/{figure}.{format}", figure=DRAWN, format=FORMATS),
 
 

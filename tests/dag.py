@@ -19,7 +19,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 ROOT = Path(__file__).parents[1]
-PARTS = ("Snakefile", "methods", "workflow", "profiles", "config")  # what a run reads, the embedded model apart
+# What a run reads, the embedded model apart.
+PARTS = ("Snakefile", "methods", "workflow", "profiles", "config", "resources/published.csv")
 CORES = 2
 HEADER = re.compile(r"^job\s+count\s*$")  # of Snakemake's table of jobs
 CONFIG = Path("config/tiny.yaml")
@@ -58,7 +59,7 @@ def copy_project(to: Path) -> Path:
         if source.is_dir():
             shutil.copytree(source, to / part, ignore=shutil.ignore_patterns("__pycache__"))
         else:
-            to.mkdir(parents=True, exist_ok=True)
+            (to / part).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(source, to / part)
     return to
 

@@ -247,6 +247,7 @@ def cells_table(
                     "status": "failed" if broken else "done",
                     "reason": "compress, out of memory: no room" if broken else None,
                     "contaminated": metric == "perplexity",
+                    "swept": "sparsity",
                 }
             )
     return pd.DataFrame(rows)

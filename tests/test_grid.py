@@ -441,7 +441,7 @@ WRONG = {
     "nothing": ({}, "'models' is a required property."),
     "key": (
         study(sead=1),
-        "config: the study has no key 'sead'; its keys are study, seed, keep_weights, certificates, method_paths",
+        "config: the study has no key 'sead'; its keys are study, seed, keep_weights, certificates, sweep, method_paths",
     ),
     "model key": (edited("models/tiny/dtyp", "float32"), "models.tiny has no key 'dtyp'; its keys are path, hub"),
     "text key": (edited("texts/test/colum", "a"), "texts.test has no key 'colum'; its keys are path"),

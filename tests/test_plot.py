@@ -38,6 +38,7 @@ from workflow.scripts.figure_page import chosen_target
 from workflow.scripts.figure_pareto import pareto_front, perplexity_vs_bits, sized
 from workflow.scripts.figure_perplexity import perplexity_vs_sparsity
 from workflow.scripts.figure_style import LOOKS, look, looks, save, strokes, styled
+from workflow.scripts.figure_sweep import along, sweep
 from workflow.scripts.runtime import InputError
 
 ROOT = Path(__file__).parents[1]
@@ -49,6 +50,7 @@ DRAW = {
     "error_relative": error_relative,
     "error_reduction": error_reduction,
     "gap_to_bound": gap_to_bound,
+    "sweep": sweep,
     "convergence": convergence,
 }
 
@@ -300,6 +302,46 @@ def test_convergence_of_methods_that_made_no_step_or_left_no_trace_of_the_layer(
     absent = (traces["label"] == "alps") & (traces["layer"] == typical_layer(layers[layers["target"] != "dense"]))
     with styled():
         assert len(panels(convergence(traces[(traces["iteration"] == 0) & ~absent], layers))) == 4
+
+
+def test_a_sweep_of_a_target_has_a_line_per_method_and_a_band_per_pattern():
+    cells = cells_table(plan(("wanda", "sparsegpt"), ("50% row", "60% row", "70% row", "2:4"), ("shared",)))
+    with styled():
+        figure = sweep(cells)
+    titles = [band.get_suptitle() for band in figure.subfigs[:-1]]
+    assert titles == ["demo, shared calibration on docs, row, perplexity on docs", titles[1]] and "2:4" in titles[1]
+    error, perplexity, *_ = panels(figure)
+    for axes, metric in ((error, "mean_output_error"), (perplexity, "perplexity")):
+        own = cells.query(f"label == 'wanda' and pattern == 'row' and metric == '{metric}'").sort_values("sparsity")
+        assert values(axes, LOOKS["wanda"].colour) == pytest.approx(list(own["value"]))
+    assert [tick.get_text() for tick in error.get_xticklabels()] == ["50 %", "60 %", "70 %"]
+
+
+def test_a_sweep_of_a_parameter_has_a_level_line_for_who_lacks_it():
+    swept = [cell("sparse_swaps", "60% row", label=f"sparse_swaps.swaps_{swaps}") for swaps in (1, 10, 100)]
+    cells = cells_table([cell("dense", "dense"), cell("wanda", "60% row"), *swept]).assign(swept="swaps")
+    own = cells["label"].str.extract(r"swaps_(\d+)$")[0]
+    cells["params"] = [f'{{"swaps":{swaps}}}' if isinstance(swaps, str) else "{}" for swaps in own]
+    found = along(cells[cells["metric"] == "perplexity"], "swaps")
+    assert list(found["label"]) == ["dense", "wanda", *["sparse_swaps"] * 3]
+    with styled():
+        figure = sweep(cells)
+    axes = panels(figure)[1]
+    assert axes.get_xscale() == "log" and len(values(axes, LOOKS["sparse_swaps"].colour)) == 3
+    level = cells.query("label == 'wanda' and metric == 'perplexity'")["value"].item()
+    (line,) = [line for line in axes.get_lines() if line.get_color() == LOOKS["wanda"].colour]
+    assert list(line.get_ydata()) == [level, level] and legend_texts(figure)[-1] == "dense"
+
+
+def test_a_sweep_of_texts_has_places_and_no_lines():
+    cells = cells_table(plan(("wanda",), ("60% row",), ("shared",)))
+    other = cells[cells["label"] == "wanda"].assign(calibration="other")
+    with styled():
+        axes = panels(sweep(pd.concat([cells, other]).assign(swept="calibration")))[0]
+        none = sweep(cells.assign(swept=None))
+    assert [tick.get_text() for tick in axes.get_xticklabels()] == ["docs", "other"]
+    assert {line.get_linestyle() for line in axes.get_lines()} == {"None"}
+    assert "The study sweeps nothing" in none.texts[0].get_text()
 
 
 def test_the_typical_layer_is_the_one_of_the_median_error():

@@ -23,7 +23,8 @@ from workflow.scripts.plot import FIGURES
 pytestmark = pytest.mark.xdist_group("workflow")
 
 TABLES = ("layers", "cells", "traces", "bounds", "skipped")
-DRAWN = [name for name, drawing in FIGURES.items() if drawing.needs != "traces"]  # the study has no iterative method
+# The study has no iterative method and sweeps nothing.
+DRAWN = [name for name, drawing in FIGURES.items() if drawing.needs not in ("traces", "sweep")]
 LAYERS = 7  # linear layers in a block of a Llama
 BEFORE = {"docstrings", "model", "calibration_tokens", "evaluation_tokens", "gram"}  # rules that no method concerns
 NOTHING = "Nothing to be done"
@@ -426,7 +427,7 @@ def test_a_cell_is_exported_on_request(study):
 
 
 def test_the_embedded_study_is_planned(study):
-    (study.folder / "resources").symlink_to(ROOT / "resources")
+    (study.folder / "resources/demo").symlink_to(ROOT / "resources/demo")
     done = snakemake(study.folder, "--cores", "all", "-n")
     assert done.status == 0, done.output
     planned = plan(yaml.safe_load((ROOT / "config/config.yaml").read_text("utf-8")))

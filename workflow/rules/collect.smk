@@ -21,10 +21,35 @@ rule tables:
         "{PYTHON} -m workflow.scripts.collect --study {params.study:q} --out results/tables 2> >(tee {log:q} >&2)"
 
 
+rule published:
+    """The study's perplexities beside the published ones, the dense model first."""
+    input:
+        cells="results/tables/cells.parquet",
+        numbers=from_here(f"{workflow.basedir}/resources/published.csv"),
+        sources=[
+            *scripts("published", "published_page", "tables", "table_schema", "grid", "sources"),
+            from_here(f"{workflow.basedir}/workflow/schemas/published.schema.yaml"),
+            TABLE_SCHEMA,
+        ],
+    output:
+        [
+            report(table, caption="../report/published.rst", category="Tables") if table.endswith(".md") else table
+            for table in PUBLISHED
+        ],
+    log:
+        "logs/published.log",
+    params:
+        study=STUDY,
+    shell:
+        "{PYTHON} -m workflow.scripts.published --study {params.study:q} --tables results/tables"
+        " 2> >(tee {log:q} >&2)"
+
+
 rule report_page:
     """The study as one HTML page that needs no network; not part of `all`. `--report` gives Snakemake's own."""
     input:
         TABLES,
+        published="results/tables/published.parquet",
         figures=[f"figures/{figure}.svg" for figure in DRAWN],
         sources=[
             *scripts("report_page", "tables", "compare", "cell_results", "table_schema", "grid", "figure_style"),

@@ -36,6 +36,7 @@ TABLES = [
     ),
     *(f"results/tables/main.{kind}" for kind in ("md", "tex")),
 ]
+PUBLISHED = [f"results/tables/published.{kind}" for kind in ("parquet", "csv", "md", "tex")]
 
 
 wildcard_constraints:
@@ -146,6 +147,8 @@ def gather_partial():
     ]
     if subprocess.run(command).returncode:
         return
+    beside = ["-m", "workflow.scripts.published", "--study", STUDY, "--tables", f"{out}/tables"]
+    subprocess.run([sys.executable, *beside])
     for figure in DRAWN:
         files = [f"{out}/figures/{figure}.{kind}" for kind in FORMATS]
         drawing = [sys.executable, "-m", "workflow.scripts.plot", figure, "--tables", f"{out}/tables", "--out", *files]

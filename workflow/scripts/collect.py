@@ -72,12 +72,14 @@ def collect(
     partial: bool = False,
     root: Path = Path(),
     certificates: Collection[str] = (),
+    swept: str | None = None,
 ) -> int:
     """Write the tables of the cells into folder `out` and return how many cells are not whole.
 
     Raises InputError when a cell is failed, missing or broken, unless `partial`: then it is a row with its reason.
     root: folder that the cells' folders are relative to; certificates: paths, relative to it, of the bounds that the
-    study computes; with `partial`, one that is absent, broken or out of date leaves the layers without bounds.
+    study computes; with `partial`, one that is absent, broken or out of date leaves the layers without bounds; swept:
+    what the study varies, the same in every row of `cells`.
     """
     gaps: list[tuple[str, Gap]] = []
     unless_partial = suppress(InputError) if partial else nullcontext()
@@ -107,7 +109,7 @@ def collect(
                         layers = with_bounds(layers, bounds[cell.certificate], root / cell.certificate)
                 writers["layers"].add(layers)
                 writers["traces"].add(compression.trace)
-            writers["cells"].add(from_rows(rows, "cells", cell.folder))
+            writers["cells"].add(from_rows([{**row, "swept": swept} for row in rows], "cells", cell.folder))
         if gaps and not partial:
             folder, gap = gaps[0]
             raise InputError(
@@ -136,6 +138,7 @@ def main(argv: list[str]) -> None:
         args.out,
         args.partial,
         certificates=planned.certificates,
+        swept=planned.config.get("sweep"),
     )
     tables.write(read_table(args.out, "cells"), args.out)
     print(f"{len(planned.cells)} cells, {absent} not whole, {len(planned.skipped)} skipped -> {args.out}")

@@ -22,6 +22,10 @@ from workflow.scripts.runtime import InputError
 SCHEMA = yaml.safe_load((Path(__file__).parents[1] / "schemas" / "config.schema.yaml").read_text("utf-8"))
 RESERVED = ("method", "targets", "tune")  # keys of a method's entry that are not its parameters
 
+# What a study may sweep, besides a parameter of its methods: a column of the table `cells`.
+SWEPT_TARGET = ("sparsity", "bits", "group")
+SWEPT = (*SWEPT_TARGET, "calibration", "calibration_samples", "calibration_length", "calibration_seed")
+
 
 def canonical(value: Any) -> str:
     """One JSON string for equal values, whatever the order of keys; numbers that are equal are spelled alike."""
@@ -102,7 +106,8 @@ class Plan:
         """What figures may need: `certificates`, and `traces` that measure the error of the layer or a relaxed one."""
         criteria = {self.catalogue[cell.columns["method"]].criterion for cell in self.cells}
         traced = criteria & {"error", "relaxed error"}
-        return {name for name, there in (("certificates", self.certificates), ("traces", traced)) if there}
+        given = {"certificates": self.certificates, "traces": traced, "sweep": self.config.get("sweep")}
+        return {name for name, there in given.items() if there}
 
     def warnings(self) -> list[str]:
         """Sentences about choices that make numbers flatter than they are."""
@@ -243,6 +248,12 @@ def plan(config: Mapping[str, Any], check_sources: bool = False) -> Plan:
     if unreached and not all(catalogue[method].control for _, method, *_ in entries):
         reasons = [f" ({row['label']}: {row['reason']})" for row in skipped if row["target"] == unreached[0]]
         raise InputError(f"targets: no method of the study supports {unreached[0]}{''.join(reasons[:1])}.")
+    sweep = full.get("sweep")
+    if sweep is not None and sweep not in SWEPT and not any(sweep in params for _, _, params, *_ in entries):
+        known = ", ".join(SWEPT)
+        raise InputError(
+            f"config: sweep must be {known} or a parameter of a method of the study. Got {sweep!r} instead."
+        )
     unique = {cell.folder: cell for cell in cells}
     return Plan(full, catalogue, models, calibrations, evaluations, list(unique.values()), skipped)
 

@@ -26,6 +26,7 @@ FIGURES = {
     "error_relative": Drawing(("layers",), "workflow.scripts.figure_errors"),
     "error_reduction": Drawing(("layers",), "workflow.scripts.figure_depth"),
     "gap_to_bound": Drawing(("layers",), "workflow.scripts.figure_errors", "certificates"),
+    "sweep": Drawing(("cells",), "workflow.scripts.figure_sweep", "sweep"),
     "convergence": Drawing(("traces", "layers"), "workflow.scripts.figure_convergence", "traces"),
 }
 SUFFIXES = (".pdf", ".svg", ".png")

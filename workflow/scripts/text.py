@@ -34,10 +34,18 @@ def documents(spec: Spec) -> list[str]:
     """The documents of a text, in the order of its files.
 
     A .txt or .raw is one document, or what its `separator` separates (no blank ones); a line of a .jsonl or .json,
-    an element of a JSON list and a row of a .parquet are one each, in its `field` (default "text").
-    Raises InputError, naming the file, for one that cannot be read and for a field that is absent or holds no text.
+    an element of a JSON list and a row of a .parquet are one each, in its `field` (default "text"). With `begins`,
+    those that begin with it.
+    Raises InputError, naming the file, for one that cannot be read and for a field that is absent or holds no text,
+    and when no document begins so.
     """
-    return [document for path in fetch_text(spec) for document in _read(path, spec)]
+    found = [document for path in fetch_text(spec) for document in _read(path, spec)]
+    begins = spec.get("begins", "")
+    chosen = [document for document in found if document.startswith(begins)]
+    if found and not chosen:
+        where = spec.get("path") or spec["hub"]
+        raise InputError(f"None of the {len(found)} documents of {where} begins with {begins!r}, as the text asks.")
+    return chosen
 
 
 def _read(path: Path, spec: Spec) -> list[str]:
