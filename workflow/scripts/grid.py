@@ -15,7 +15,7 @@ import yaml
 
 from methods.catalogue import Catalogue, CatalogueError
 from methods.target import CERTIFIED, Target
-from workflow.scripts import sources
+from workflow.scripts import sources, task_sets
 from workflow.scripts.runtime import InputError
 
 SCHEMA = yaml.safe_load((Path(__file__).parents[1] / "schemas" / "config.schema.yaml").read_text("utf-8"))
@@ -76,13 +76,14 @@ class Cell:
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything that a study computes. models, calibrations, evaluations: id -> spec."""
+    """Everything that a study computes. models, calibrations, evaluations, tasks: id -> spec."""
 
     config: Mapping[str, Any]
     catalogue: Catalogue
     models: Mapping[str, Mapping[str, Any]]
     calibrations: Mapping[str, Mapping[str, Any]]
     evaluations: Mapping[str, Mapping[str, Any]]
+    tasks: Mapping[str, Mapping[str, Any]]
     cells: list[Cell]
     skipped: list[dict[str, Any]]
 
@@ -197,6 +198,8 @@ def plan(config: Mapping[str, Any], check_sources: bool = False) -> Plan:
         used = {entry["text"] for kind in ("calibration", "evaluation") for entry in full[kind].values()}
         for name in sorted(used):
             sources.check_text(name, full["texts"][name])
+        for name, spec in full["tasks"].items():
+            task_sets.check_tasks(name, spec)
     models = {identity(name, spec): {"name": name, **spec} for name, spec in full["models"].items()}
     calibrations, evaluations = (
         {
@@ -205,6 +208,8 @@ def plan(config: Mapping[str, Any], check_sources: bool = False) -> Plan:
         }
         for kind in ("calibration", "evaluation")
     )
+    expanded = {name: task_sets.expanded(spec) for name, spec in full["tasks"].items()}
+    tasks = {identity(name, spec): {"name": name, **spec} for name, spec in expanded.items()}
     cells, skipped = [], []
     for label, method, params, tune, own_targets in entries:
         settings = {"label": label, "method": method, "params": params, "seed": full["seed"]}
@@ -235,7 +240,7 @@ def plan(config: Mapping[str, Any], check_sources: bool = False) -> Plan:
     if unreached and not all(catalogue[method].control for _, method, *_ in entries):
         raise InputError(f"targets: no method of the study supports {unreached[0]}.")
     unique = {cell.folder: cell for cell in cells}
-    return Plan(full, catalogue, models, calibrations, evaluations, list(unique.values()), skipped)
+    return Plan(full, catalogue, models, calibrations, evaluations, tasks, list(unique.values()), skipped)
 
 
 def _entries(
