@@ -128,6 +128,21 @@ def test_what_is_absent_is_one_sentence(tmp_path, spec, sentence):
     assert sentence in line
 
 
+def test_a_task_of_lm_eval_reads_its_data_from_the_folder(tmp_path):
+    """Laid out as `hf download baber/piqa --repo-type dataset --local-dir baber/piqa` does."""
+    data = tmp_path / "data/baber/piqa"
+    data.mkdir(parents=True)
+    row = {"goal": "Open a jar", "sol1": "Turn the lid.", "sol2": "Turn the jar into soup.", "label": 0}
+    for split in ("train", "validation"):
+        (data / f"{split}.jsonl").write_text((json.dumps(row) + "\n") * 3)
+    spec = json.dumps({"tasks": ["piqa"], "folder": "data"})
+    arguments = ["workflow.scripts.zero_shot", "data", "--tasks", spec, "--out", "out.json"]
+    done = run(tmp_path, *arguments, cache=tmp_path / "cache")
+    assert done.returncode == 0, done.stderr
+    record = json.loads((tmp_path / "out.json").read_text("utf-8"))
+    assert record["tasks"] == {"piqa": {"version": "1.0", "items": 3, "data": "baber/piqa"}}
+
+
 def results(likelihood: float) -> dict[str, Any]:
     item = {"filtered_resps": [(-1.0, True), (likelihood, False)]}
     return {
@@ -226,7 +241,7 @@ def text_of_modules(count: int = 12) -> str:
     draw, modules = random.Random(0), []
     for package in ("alpha", "beta"):
         for number in range(count):
-            body = " ".join(f"{package}{draw.choice('abcdef')}{draw.randint(0, 99)}" for _ in range(40))
+            body = " ".join(f"{package}{draw.choice('abcdef')}{draw.randint(0, 99)}" for _ in range(20))
             modules.append(
                 f"{package}.m{number}.run\nReturn the matrix. {body} of the\nwhole new matrix. It ends here now."
             )
