@@ -243,6 +243,9 @@ def cells_table(
                 | {
                     "metric": metric,
                     "text": text if metric == "perplexity" else None,
+                    "task": None,
+                    "task_set": None,
+                    "stderr": None,
                     "value": None if broken else value,
                     "status": "failed" if broken else "done",
                     "reason": "compress, out of memory: no room" if broken else None,

@@ -79,6 +79,19 @@ def test_losses_are_those_of_transformers(tokens, build):
     np.testing.assert_allclose(evaluate.window_losses(model, tokens, batch=4), expected, rtol=1e-5)
 
 
+@pytest.mark.parametrize("build", [llama, gpt2])
+@torch.no_grad()
+def test_perplexity_is_that_of_a_plain_implementation(tokens, build):
+    """One full forward pass per window, nothing batched, everything after it in float64."""
+    model, total, count = build(), 0.0, 0
+    for window in tokens:
+        likelihoods = model(window[None]).logits[0].double().softmax(-1)
+        for position in range(1, LENGTH):
+            total -= math.log(likelihoods[position - 1, window[position]])
+            count += 1
+    assert evaluate.evaluate(model, tokens)["perplexity"] == pytest.approx(math.exp(total / count), rel=1e-5)
+
+
 @pytest.mark.parametrize("batch", [1, 2, 7, 100])
 def test_batches_do_not_matter(tokens, batch):
     model = llama()

@@ -137,7 +137,7 @@ def test_the_snakefile_is_short():
 def test_what_is_planned_needs_no_torch():
     """The Snakefile is parsed again by every remote job."""
     code = "import sys; sys.path.insert(0, '.'); import workflow.scripts.grid, workflow.scripts.plot"
-    code += "; print({'torch', 'transformers', 'matplotlib', 'pandas'} & set(sys.modules))"
+    code += "; print({'torch', 'transformers', 'matplotlib', 'pandas', 'lm_eval', 'datasets'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
 

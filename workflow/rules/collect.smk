@@ -3,9 +3,10 @@ rule tables:
     input:
         [f"{cell.folder}/{name}" for cell in PLAN.cells for name in ("layers.parquet", "trace.parquet", "cell.json")],
         [f"{cell.folder}/perplexity-{text}.json" for cell in PLAN.cells for text in PLAN.evaluations],
+        [f"{cell.folder}/tasks-{tasks}.json" for cell in PLAN.cells for tasks in PLAN.tasks],
         list(PLAN.certificates),
         sources=[
-            *scripts("collect", "cell_results", "bounds", "table_schema", "tables", "grid", "sources"),
+            *scripts("collect", "cell_results", "bounds", "table_schema", "tables", "grid", "sources", "task_sets"),
             TABLE_SCHEMA,
         ],
     output:

@@ -10,7 +10,7 @@ from pathlib import Path
 from snakemake_interface_common.exceptions import WorkflowError
 
 from methods.catalogue import HOME, SHARED_SOURCES
-from workflow.scripts import sources
+from workflow.scripts import sources, task_sets
 from workflow.scripts.grid import canonical, plan
 from workflow.scripts.plot import FIGURES
 from workflow.scripts.runtime import InputError
@@ -43,6 +43,7 @@ wildcard_constraints:
     model="|".join(map(re.escape, PLAN.models)),
     calib="|".join(map(re.escape, PLAN.calibrations)),
     evaluation="|".join(map(re.escape, PLAN.evaluations)),
+    tasks="|".join(map(re.escape, PLAN.tasks)) or "(?!)",  # a study may have none
     mode="shared|sequential",
     cell=r"[^/]+",
     bound=r"[^/]+",
@@ -121,6 +122,11 @@ def json_of(function):
     return lambda wildcards: canonical(function(wildcards))
 
 
+def task_files(wildcards):
+    return list(map(str, task_sets.task_files(PLAN.tasks[wildcards.tasks])))
+
+
+tasks_json = json_of(lambda wildcards: {k: v for k, v in PLAN.tasks[wildcards.tasks].items() if k != "name"})
 model_json = json_of(lambda wildcards: PLAN.models[wildcards.model])
 
 

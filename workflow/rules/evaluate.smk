@@ -18,3 +18,60 @@ rule perplexity:
         "{PYTHON} -m workflow.scripts.evaluate --model {params.model:q} --weights {input.weights:q}"
         " --tokens {input.tokens:q} --name {params.name:q} --threads {threads} --out {output:q}"
         " 2> >(tee {log:q} >&2)"
+
+
+rule docstring_tasks:
+    """The two tasks of the embedded study, from its test text."""
+    input:
+        text="results/text/test.txt",
+        definitions=[
+            from_here(f"{workflow.basedir}/resources/demo/tasks/{task}.yaml") for task in ("last_word", "continuation")
+        ],
+        sources=scripts("docstring_tasks"),
+    output:
+        expand("results/tasks/docstrings/{task}.{kind}", task=("last_word", "continuation"), kind=("yaml", "jsonl")),
+    log:
+        "logs/docstring_tasks.log",
+    params:
+        definitions=lambda wildcards, input: str(Path(input.definitions[0]).parent),
+        out=lambda wildcards, output: str(Path(output[0]).parent),
+    shell:
+        "{PYTHON} -m workflow.scripts.docstring_tasks --text {input.text:q} --definitions {params.definitions:q}"
+        " --out {params.out:q} 2> >(tee {log:q} >&2)"
+
+
+rule task_data:
+    """Load the data of a set of tasks once, so that what is absent is told early and nothing is fetched twice."""
+    input:
+        task_files,
+        sources=scripts("zero_shot", "task_sets"),
+    output:
+        "results/tasks/{tasks}.json",
+    log:
+        "logs/tasks/{tasks}.log",
+    params:
+        tasks=tasks_json,
+    shell:
+        "{PYTHON} -m workflow.scripts.zero_shot data --tasks {params.tasks:q} --out {output:q} 2> >(tee {log:q} >&2)"
+
+
+rule zero_shot:
+    """One cell on one set of zero-shot tasks, by lm-eval."""
+    input:
+        task_files,
+        model="results/models/{model}.json",
+        tasks="results/tasks/{tasks}.json",
+        weights="results/cells/{model}/{calib}/{mode}/{cell}/weights.safetensors",
+        sources=scripts("zero_shot", "task_sets", "evaluate", "models"),
+    output:
+        "results/cells/{model}/{calib}/{mode}/{cell}/tasks-{tasks}.json",
+    log:
+        "logs/cells/{model}/{calib}/{mode}/{cell}/tasks-{tasks}.log",
+    resources:
+        mem_mb=model_mb,
+    params:
+        model=model_json,
+        tasks=tasks_json,
+    shell:
+        "{PYTHON} -m workflow.scripts.zero_shot cell --model {params.model:q} --weights {input.weights:q}"
+        " --tasks {params.tasks:q} --threads {threads} --out {output:q} 2> >(tee {log:q} >&2)"

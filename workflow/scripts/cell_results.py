@@ -43,6 +43,15 @@ class Evaluation:
 
 
 @dataclass(frozen=True)
+class TaskSet:
+    """identity: part of the result's file name; name: of the set in the config; tasks: what was asked of lm-eval."""
+
+    identity: str
+    name: str
+    tasks: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class Gap:
     """Why a result does not exist; status: failed or missing."""
 
@@ -72,6 +81,11 @@ def evaluations(config: Mapping[str, Any], specs: Mapping[str, Mapping[str, Any]
         shared = (name for name, calib in config["calibration"].items() if contaminated(texts[calib["text"]], own))
         found.append(Evaluation(identity, spec["name"], frozenset(shared)))
     return found
+
+
+def task_sets(specs: Mapping[str, Mapping[str, Any]]) -> list[TaskSet]:
+    """The sets of tasks of a plan; specs: id -> spec with its name, as in Plan.tasks."""
+    return [TaskSet(identity, spec["name"], tuple(spec["tasks"])) for identity, spec in specs.items()]
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -166,8 +180,21 @@ def perplexity(folder: Path, evaluation: Evaluation) -> dict[str, Any]:
     return row
 
 
+def task_rows(folder: Path, tasks: TaskSet) -> list[dict[str, Any]]:
+    """The value columns of every task and metric of a set. Raises InputError naming a broken file."""
+    path = folder / f"tasks-{tasks.identity}.json"
+    try:
+        record = read_json(path)
+        rows = [{**row, "status": "done", "lm_eval": record["lm_eval"]} for row in record["rows"]]
+        if not rows or any(not row["task"] or not row["metric"] for row in rows):
+            raise ValueError("it has no rows that name a task and a metric")
+    except BROKEN as error:
+        raise InputError(f"{path} cannot be used: {_message(error)}") from None
+    return rows
+
+
 def gather_cell(
-    cell: PlannedCell, evaluations: Sequence[Evaluation], root: Path = Path()
+    cell: PlannedCell, evaluations: Sequence[Evaluation], root: Path = Path(), tasks: Sequence[TaskSet] = ()
 ) -> tuple[Compression | None, list[dict[str, Any]], Gap | None]:
     """All there is of a cell: its compression, its rows of the `cells` table, and the first gap in it."""
     folder = root / cell.folder
@@ -202,6 +229,20 @@ def gather_cell(
             row |= {"status": own_gap.status, "reason": own_gap.reason}
             gaps.append(own_gap)
         rows.append(row)
+    for task_set in tasks:
+        stage, own_gap, found = f"tasks-{task_set.identity}", gap, []
+        if not gap and f"{stage}.json" in present:
+            try:
+                found = task_rows(folder, task_set)
+            except InputError as error:
+                own_gap = Gap("failed", str(error))
+        elif not gap:
+            own_gap = failure(folder, present, [stage])
+        if own_gap:
+            gaps.append(own_gap)
+            lost = {"metric": "acc", "status": own_gap.status, "reason": own_gap.reason}
+            found = [{**lost, "task": task} for task in task_set.tasks]
+        rows += [{**common, "task_set": task_set.name, **row} for row in found]
     values = layer_metrics(compression) if compression else dict.fromkeys(CELL_METRICS)
     for metric, value in values.items():
         row = common | {"metric": metric, "value": value, "status": gap.status if gap else "done"}

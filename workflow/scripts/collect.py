@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 
 from workflow.scripts import tables
 from workflow.scripts.bounds import read_bounds, with_bounds
-from workflow.scripts.cell_results import Evaluation, Gap, PlannedCell, evaluations, gather_cell
+from workflow.scripts.cell_results import Evaluation, Gap, PlannedCell, TaskSet, evaluations, gather_cell, task_sets
 from workflow.scripts.grid import plan
 from workflow.scripts.runtime import InputError, report_errors, whole_file
 from workflow.scripts.table_schema import arrow_schema, from_rows, read_table, to_frame
@@ -73,6 +73,7 @@ def collect(
     root: Path = Path(),
     certificates: Collection[str] = (),
     swept: str | None = None,
+    tasks: Sequence[TaskSet] = (),
 ) -> int:
     """Write the tables of the cells into folder `out` and return how many cells are not whole.
 
@@ -97,7 +98,7 @@ def collect(
         for writer in writers.values():
             stack.callback(writer.parquet.close)  # after an error too: before the unfinished files are removed
         for cell in cells:
-            compression, rows, gap = gather_cell(cell, evaluations, root)
+            compression, rows, gap = gather_cell(cell, evaluations, root, tasks)
             if gap:
                 gaps.append((cell.folder, gap))
             if gaps and not partial:
@@ -139,6 +140,7 @@ def main(argv: list[str]) -> None:
         args.partial,
         certificates=planned.certificates,
         swept=planned.config.get("sweep"),
+        tasks=task_sets(planned.tasks),
     )
     tables.write(read_table(args.out, "cells"), args.out)
     print(f"{len(planned.cells)} cells, {absent} not whole, {len(planned.skipped)} skipped -> {args.out}")

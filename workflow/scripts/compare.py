@@ -33,13 +33,14 @@ PROVENANCE = _CELLS[_CELLS.index("commit") :]
 # What decides a number beside the cell's spec: rows that differ in these are of two experiments.
 PROTOCOL = [
     *("model_sha256", "dtype", "calibration_sha256", "calibration_samples", "calibration_length", "calibration_seed"),
-    *("calibration_sampling", "eval_sha256", "eval_length", "eval_windows"),
+    *("calibration_sampling", "eval_sha256", "eval_length", "eval_windows", "task_version", "fewshot", "items", "lm_eval"),
 ]
+MEASURED = ["metric", "text", "task_set", "task"]  # what a number of a cell is, and of what
 TIMES = ("solve_seconds", "job_seconds")  # metrics that differ from run to run
 Tables = Mapping[str, pd.DataFrame]  # of one result folder, by name
 ROW = {  # the columns that name a row of a table
     "layers": [*SPEC, "layer"],
-    "cells": [*SPEC, "metric", "text"],
+    "cells": [*SPEC, *MEASURED],
     "traces": [*SPEC, "layer", "iteration"],
     "bounds": ["model", "calibration", "target", "layer"],
     "skipped": ["label", "method", "target"],
@@ -68,10 +69,10 @@ def numbers(data: Tables, cell: Sequence[str] = CELL) -> dict[str, pd.DataFrame]
     that is no time; the columns `cell`, then those that name a number in it, then the number."""
     cells = data["cells"]
     cells = cells[~cells["metric"].isin(TIMES) & cells["value"].notna()]
-    cells = cells.assign(text=cells["text"].fillna(""))
+    cells = cells.fillna(dict.fromkeys(MEASURED, ""))
     return {
         "layers": data["layers"][[*cell, "layer", "output_error"]].reset_index(drop=True),
-        "cells": cells[[*cell, "text", "metric", "value"]].reset_index(drop=True),
+        "cells": cells[[*cell, *MEASURED[::-1], "value"]].reset_index(drop=True),
     }
 
 
@@ -185,7 +186,7 @@ def merge(parts: Mapping[Path, Tables], tolerance: float) -> dict[str, pd.DataFr
 
 
 def _agree(one: Tables, other: Tables, a: str, b: str, tolerance: float) -> None:
-    ends = [frames["cells"][frames["cells"]["status"] == "done"].fillna({"text": ""}) for frames in (one, other)]
+    ends = [frames["cells"][frames["cells"]["status"] == "done"].fillna(dict.fromkeys(MEASURED, "")) for frames in (one, other)]
     both = ends[0].merge(ends[1], on=ROW["cells"], suffixes=("_a", "_b"))
     both["value_a"], both["value_b"] = both["value_a"].isna(), both["value_b"].isna()  # one diverged, the other did not
     for name in [*PROTOCOL, "value"]:

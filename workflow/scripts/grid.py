@@ -16,7 +16,7 @@ import yaml
 
 from methods.catalogue import Catalogue, CatalogueError
 from methods.target import CERTIFIED, Target
-from workflow.scripts import sources
+from workflow.scripts import sources, task_sets
 from workflow.scripts.runtime import InputError
 
 SCHEMA = yaml.safe_load((Path(__file__).parents[1] / "schemas" / "config.schema.yaml").read_text("utf-8"))
@@ -81,13 +81,14 @@ class Cell:
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything that a study computes. models, calibrations, evaluations: id -> spec."""
+    """Everything that a study computes. models, calibrations, evaluations, tasks: id -> spec."""
 
     config: Mapping[str, Any]
     catalogue: Catalogue
     models: Mapping[str, Mapping[str, Any]]
     calibrations: Mapping[str, Mapping[str, Any]]
     evaluations: Mapping[str, Mapping[str, Any]]
+    tasks: Mapping[str, Mapping[str, Any]]
     cells: list[Cell]
     skipped: list[dict[str, Any]]
 
@@ -210,6 +211,8 @@ def plan(config: Mapping[str, Any], check_sources: bool = False) -> Plan:
         used = {entry["text"] for kind in ("calibration", "evaluation") for entry in full[kind].values()}
         for name in sorted(used):
             sources.check_text(name, full["texts"][name])
+        for name, spec in full["tasks"].items():
+            task_sets.check_tasks(name, spec)
     models = {identity(name, spec): {"name": name, **spec} for name, spec in full["models"].items()}
     calibrations, evaluations = (
         {
@@ -218,6 +221,8 @@ def plan(config: Mapping[str, Any], check_sources: bool = False) -> Plan:
         }
         for kind in ("calibration", "evaluation")
     )
+    expanded = {name: task_sets.expanded(spec) for name, spec in full["tasks"].items()}
+    tasks = {identity(name, spec): {"name": name, **spec} for name, spec in expanded.items()}
     cells, skipped = [], []
     for label, method, params, tune, own_targets in entries:
         settings = {"label": label, "method": method, "params": params, "seed": full["seed"]}
@@ -255,7 +260,7 @@ def plan(config: Mapping[str, Any], check_sources: bool = False) -> Plan:
             f"config: sweep must be {known} or a parameter of a method of the study. Got {sweep!r} instead."
         )
     unique = {cell.folder: cell for cell in cells}
-    return Plan(full, catalogue, models, calibrations, evaluations, list(unique.values()), skipped)
+    return Plan(full, catalogue, models, calibrations, evaluations, tasks, list(unique.values()), skipped)
 
 
 def _entries(

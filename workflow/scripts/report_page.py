@@ -54,6 +54,8 @@ class Study(Protocol):
     def cells(self) -> Sequence[PlannedCell]: ...
     @property
     def evaluations(self) -> Mapping[str, Mapping[str, Any]]: ...
+    @property
+    def tasks(self) -> Mapping[str, Mapping[str, Any]]: ...
     def warnings(self) -> list[str]: ...
 
 
@@ -110,16 +112,23 @@ def entries(named: Mapping[str, Mapping[str, Any]], name: str) -> dict[str, Any]
 # --------------------------------------------------------------------------------------------------------------- cells
 
 
-def origin(cell: PlannedCell, metric: str, text: str | None, study: Study) -> tuple[str, str]:
-    """(file, log) that a number of a cell comes from; the folders where the metric is not known here."""
+def origin(cell: PlannedCell, row: Mapping[str, Any], study: Study) -> tuple[str, str]:
+    """(file, log) that a number of a cell, a row of the `cells` table, comes from."""
     logs = f"logs/{cell.folder.removeprefix('results/')}"
-    for identity, spec in study.evaluations.items():
-        if metric == "perplexity" and spec["name"] == text:
-            return f"{cell.folder}/perplexity-{identity}.json", f"{logs}/perplexity-{identity}.log"
-    if metric in CELL_METRICS:
-        file = "cell.json" if metric == "job_seconds" else "layers.parquet"
+    if row["metric"] in CELL_METRICS:
+        file = "cell.json" if row["metric"] == "job_seconds" else "layers.parquet"
         return f"{cell.folder}/{file}", f"{logs}/compress.log"
-    return f"{cell.folder}/", f"{logs}/"
+    kind, specs, name = "perplexity", study.evaluations, plain(row["text"])
+    if plain(row["task"]) is not None:
+        kind, specs, name = "tasks", study.tasks, plain(row["task_set"])
+    identity = next(identity for identity, spec in specs.items() if spec["name"] == name)
+    return f"{cell.folder}/{kind}-{identity}.json", f"{logs}/{kind}-{identity}.log"
+
+
+def measured(row: Mapping[str, Any]) -> tuple[str, str]:
+    """(metric, what it was measured on): the text, or the task of a set; nothing for the layers."""
+    task = plain(row["task"])
+    return row["metric"], plain(row["text"]) or (f"{task} of {row['task_set']}" if task is not None else "")
 
 
 def _key(row: Mapping[str, Any], names: Sequence[str]) -> tuple[Any, ...]:
@@ -146,7 +155,7 @@ def cell_views(study: Study, data: Mapping[str, pd.DataFrame]) -> tuple[list[dic
         rows = part.to_dict("records")
         numbers = []
         for row in rows:
-            file, log = origin(cell, row["metric"], plain(row["text"]), study)
+            file, log = origin(cell, row, study)
             numbers.append([row["row"], *(short(row[name]) for name in NUMBER), file, log])
         gaps = [row for row in rows if plain(row["reason"])]
         views.append(
@@ -157,7 +166,7 @@ def cell_views(study: Study, data: Mapping[str, pd.DataFrame]) -> tuple[list[dic
                 "numbers": numbers,
                 "provenance": {name: plain(rows[0][name]) for name in PROVENANCE},
                 "status": "done" if all(row["status"] == "done" for row in rows) else gaps[0]["status"],
-                "gaps": [[plain(row["metric"]), plain(row["text"]), row["status"], row["reason"]] for row in gaps],
+                "gaps": [[*measured(row), row["status"], row["reason"]] for row in gaps],
                 "layers": _layers_view(of_layers.get(own), shapes),
             }
         )
@@ -182,8 +191,8 @@ def _layers_view(rows: pd.DataFrame | None, shapes: list[dict[str, Any]]) -> dic
 def results(views: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """A row per cell: what was asked, every metric, and where it comes from."""
     first = ("comparison", "label", "target", "mode", "model", "calibration")
-    at = [1 + NUMBER.index(name) for name in ("metric", "text", "value")]
-    values = [{(n[at[0]], n[at[1]]): n[at[2]] for n in view["numbers"]} for view in views]
+    named = [[dict(zip(NUMBER, n[1:-2], strict=True)) for n in view["numbers"]] for view in views]
+    values = [{measured(row): row["value"] for row in rows} for rows in named]
     metrics = list(dict.fromkeys(metric for own in values for metric in own))
     header = [*first, *(" ".join(filter(None, metric)) for metric in metrics)]
     header += ["status", "cell", "params", "folder", "log"]
@@ -370,7 +379,7 @@ def page(study: Study, folder: Path, figures: Sequence[Path]) -> str:
         },
         targets=list(dict.fromkeys(view["spec"]["target"] for view in views)),
         config=yaml.safe_dump(json.loads(json.dumps(config)), sort_keys=False, allow_unicode=True),
-        main=[t for metric in ("perplexity", "mean_output_error") for t in tables.tables(data["cells"], metric)],
+        main=[t for metric in tables.METRICS for t in tables.tables(data["cells"], metric)],
         results=results(views),
         others=other_tables(folder, views),
         figures=[figure(path) for path in figures],

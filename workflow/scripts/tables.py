@@ -27,14 +27,17 @@ LATEX = {
     "|": r"\textbar{}",
     '"': r"\textquotedbl{}",
     "–": "--",
+    "±": r"\ensuremath{\pm}",
     **{character: "\\" + character for character in "&%$#_{}"},
 }
+ACCURACIES = ("acc", "acc_norm")  # of zero-shot tasks; higher is better
+METRICS = ("perplexity", *ACCURACIES, "mean_output_error")  # that have tables, in their order
 MARKDOWN = re.compile(r"([\\`*_{}\[\]<>|#~])")
 
 
 @dataclass(frozen=True)
 class Entry:
-    """What stands in a cell of the table; best: the lowest of its group and column, marked bold."""
+    """What stands in a cell of the table; best: of its group and column, marked bold."""
 
     text: str
     best: bool = False
@@ -63,25 +66,35 @@ class Table:
 
 
 def number(value: float, metric: str) -> str:
-    """A value as printed: perplexities to two decimals while these mean something, errors to three digits."""
+    """A value as printed: perplexities to two decimals while these mean something, accuracies in percent, errors to
+    three digits."""
+    if metric in ACCURACIES:
+        return f"{100 * value:.1f}"
     if metric != "perplexity":
         return f"{value:.3g}"
     return f"{value:.2f}" if value < 100 else f"{value:.1f}" if value < 1000 else f"{value:.4g}"
 
 
 def tables(cells: pd.DataFrame, metric: str) -> Iterator[Table]:
-    """One table per model, calibration set and text of the `cells` table, in its order; the modes are its sections."""
+    """One table per model, calibration set and text or task of the `cells` table, in its order; modes are sections."""
     data = cells[cells["metric"] == metric]
+    if metric in ACCURACIES:
+        data = data.assign(text=data["task"] + " of " + data["task_set"])
     dense = data[data["target"] == "dense"]
     pruned = data[data["target"] != "dense"]
     text_of = pruned["text"].fillna("")
     for (model, calibration, text), part in pruned.groupby(["model", "calibration", text_of], sort=False):
         own = dense[(dense["model"] == model) & (dense["text"].fillna("") == text)]
-        notes = [f"Dense: {_shown(own.to_dict('records')[0], metric)}."] if metric == "perplexity" and len(own) else []
-        notes.append("Lower is better; the best of each group and column is bold where there is a choice.")
+        notes = []
+        if metric != "mean_output_error" and len(own):
+            row = own.to_dict("records")[0]
+            error = row["stderr"] if metric in ACCURACIES else None
+            notes.append(f"Dense: {_shown(row, metric)}{f' ± {number(error, metric)}' if pd.notna(error) else ''}.")
+        better = "In percent, higher" if metric in ACCURACIES else "Lower"
+        notes.append(f"{better} is better; the best of each group and column is bold where there is a choice.")
         if part["contaminated"].eq(True).any():
             notes.append("Calibration and evaluation text come from the same data set.")
-        what = f"perplexity on {text}" if metric == "perplexity" else "mean output error over the layers"
+        what = "mean output error over the layers" if metric == "mean_output_error" else f"{metric} on {text}"
         targets = list(part["target"].drop_duplicates())
         modes = part.groupby("mode", sort=False)
         sections = [Section(str(mode), _groups(rows.to_dict("records"), targets, metric)) for mode, rows in modes]
@@ -100,6 +113,7 @@ def _groups(
     rows: Sequence[Mapping[str, Any]], targets: Sequence[str], metric: str
 ) -> list[tuple[str, list[tuple[str, list[Entry]]]]]:
     groups = []
+    choose = max if metric in ACCURACIES else min
     for comparison in COMPARISONS:
         texts: dict[str, dict[str, str]] = {}
         values: dict[str, list[float]] = {}
@@ -109,7 +123,7 @@ def _groups(
                 if pd.notna(row["value"]):
                     values.setdefault(row["target"], []).append(float(row["value"]))
         # Equal as printed is equally good; alone is not best.
-        best = {target: number(min(column), metric) for target, column in values.items() if len(column) > 1}
+        best = {target: number(choose(column), metric) for target, column in values.items() if len(column) > 1}
         lines = [
             (label, [Entry(own.get(t, UNSUPPORTED), t in own and own[t] == best.get(t)) for t in targets])
             for label, own in texts.items()
@@ -176,8 +190,8 @@ def latex(table: Table) -> str:
 
 
 def document(cells: pd.DataFrame, render: Callable[[Table], str]) -> str:
-    """The perplexity tables, then those of the mean output error."""
-    rendered = [render(table) for metric in ("perplexity", "mean_output_error") for table in tables(cells, metric)]
+    """The perplexity tables, those of zero-shot tasks, then those of the mean output error."""
+    rendered = [render(table) for metric in METRICS for table in tables(cells, metric)]
     return "\n".join(rendered) or "No results yet.\n"
 
 

@@ -1,0 +1,54 @@
+"""Sets of zero-shot tasks as a study names them: the papers' lists, and what is checked before a job. Free of torch.
+
+A set's spec is {tasks, folder, fewshot, items, batch}; its tasks are names of lm-eval, or of the lists here.
+"""
+
+import importlib.util
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from workflow.scripts.runtime import InputError
+
+Spec = Mapping[str, Any]
+
+LISTS = {  # name of a list -> names of lm-eval's tasks
+    # Wanda (arXiv:2306.11695), section 4.1; also of OWL, RIA, DSnoT and SparseFW
+    "wanda-seven": ["boolq", "rte", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa"],
+    # SparseGPT (arXiv:2301.00774), section 4, without StoryCloze, whose text is not public
+    "sparsegpt-four": ["lambada_openai", "piqa", "arc_easy", "arc_challenge"],
+}
+MADE_FOLDERS = (os.path.normpath("results/tasks/docstrings"),)  # written by the workflow
+
+
+def expanded(spec: Spec) -> dict[str, Any]:
+    """The spec with the papers' lists in its tasks written out, each task once."""
+    names = [task for name in spec["tasks"] for task in LISTS.get(name, [name])]
+    return {**spec, "tasks": list(dict.fromkeys(names))}
+
+
+def made(spec: Spec) -> bool:
+    """Whether the workflow writes the folder of the set itself."""
+    return bool(spec.get("folder")) and os.path.normpath(spec["folder"]) in MADE_FOLDERS
+
+
+def task_files(spec: Spec) -> list[Path]:
+    """Files that a job with these tasks depends on; none for the hub's data, which lm-eval's version fixes."""
+    if not spec.get("folder"):
+        return []
+    folder = Path(spec["folder"])
+    if made(spec):
+        return [folder / f"{task}.{kind}" for task in spec["tasks"] for kind in ("yaml", "jsonl")]
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return sorted(path for path in files if not any(part.startswith(".") for part in path.relative_to(folder).parts))
+
+
+def check_tasks(name: str, spec: Spec) -> None:
+    """Raise InputError, in one sentence, when the set `name` cannot be run for a reason that can be seen now."""
+    if importlib.util.find_spec("lm_eval") is None:
+        raise InputError(f"tasks.{name} needs lm-eval, which is not installed: pip install lm-eval.")
+    if not spec.get("folder") or made(spec):
+        return
+    if not Path(spec["folder"]).is_dir():
+        raise InputError(f"tasks.{name}: its folder should be at {spec['folder']}, but there is none.")

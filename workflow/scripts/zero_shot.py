@@ -1,0 +1,181 @@
+"""Zero-shot tasks through lm-eval, in process, on a model with a cell's weights.
+
+Nothing of lm-eval is replaced: `lm_eval run --model hf` on a saved folder, with the same tasks, few-shot examples,
+batch and dtype, gives the same numbers. A set with a folder is run from there, so that the folder's YAML definitions
+and data sets are found, and asks no network.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib.metadata
+import json
+import logging
+import math
+import os
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from workflow.scripts.runtime import InputError, record_failure, report_errors, write_atomic
+from workflow.scripts.task_sets import Spec
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+# lm-eval's perplexity, of answers or per word, is another than the cells' own.
+RENAMED = {"perplexity": "answer_perplexity"}
+
+
+def inside(spec: Spec) -> contextlib.AbstractContextManager[None]:
+    """Work in the set's folder, where lm-eval finds definitions and data sets; stay when it has none."""
+    return contextlib.chdir(spec["folder"]) if spec.get("folder") else contextlib.nullcontext()
+
+
+def load_tasks(spec: Spec) -> Any:
+    """lm-eval's TaskDict of a set, its data loaded. Raises InputError for an unknown task and for data out of reach."""
+    from datasets.exceptions import DatasetsError
+    from lm_eval.tasks import TaskManager
+
+    folder = spec.get("folder")
+    own = [f"{task}.yaml" for task in spec["tasks"] if Path(f"{task}.yaml").is_file()] if folder else []
+    # The library's thousands of definitions take seconds to read: only when one of them is asked for.
+    manager = TaskManager(include_path="." if folder else None, include_defaults=len(own) < len(spec["tasks"]))
+    unknown = [task for task in spec["tasks"] if task not in manager.all_tasks]
+    if unknown:
+        where = f"lm-eval {importlib.metadata.version('lm_eval')}" + (f" or in {folder}" if folder else "")
+        raise InputError(f"There is no task {unknown[0]!r} in {where}.")
+    try:
+        return manager.load(list(spec["tasks"]))
+    except (OSError, ValueError, ImportError, DatasetsError) as error:
+        told = " ".join(str(error).split()) or type(error).__name__
+        if folder:
+            wanted = f"a folder of the data set's name in {folder}"
+        else:
+            wanted = "the network, its copy in the hub's cache, or a `folder`; HF_HUB_OFFLINE=1 forbids fetching"
+        named = ", ".join(spec["tasks"])
+        raise InputError(f"The data of the tasks {named} cannot be loaded; {wanted} is needed: {told}") from None
+
+
+def describe(spec: Spec) -> dict[str, Any]:
+    """Version, items and data set of each task of a set, once its data has been loaded."""
+    loaded = load_tasks(spec)
+    tasks = {
+        name: {"version": str(task.VERSION), "items": len(task.eval_docs), "data": task.config.dataset_path}
+        for name, task in loaded["tasks"].items()
+    }
+    return {"lm_eval": importlib.metadata.version("lm_eval"), "tasks": tasks}
+
+
+def run(model: PreTrainedModel, tokenizer: Any, spec: Spec) -> dict[str, Any]:
+    """lm-eval's results for a model: rows, one per task and metric, and samples, the score of every item.
+
+    A task with a log-likelihood that is not finite has no values, and a reason. Groups stand for their tasks.
+    seconds: of the evaluation, the loading of the data included.
+    """
+    from lm_eval.defaults import DEFAULT_OTHER_SEED
+    from lm_eval.evaluator import evaluate
+    from lm_eval.models.huggingface import HFLM
+
+    start = time.perf_counter()
+    loaded = load_tasks(spec)
+    # As simple_evaluate does, which beside that would look the model's folder up on the hub by its name.
+    for task in loaded["tasks"].values():
+        own = task.get_config("num_fewshot")
+        if own is None or (spec.get("fewshot") is not None and own != 0):
+            task.set_config(key="num_fewshot", value=spec.get("fewshot") or 0)
+        task.set_fewshot_seed(seed=DEFAULT_OTHER_SEED)
+    grouped = {task.task_name for group in loaded["groups"].values() for task in group.get_all_tasks()}
+    inner = {child.name for group in loaded["groups"].values() for child in group.get_all_groups()}
+    top = [group for name, group in loaded["groups"].items() if name not in inner]
+    lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=spec["batch"])
+    found = evaluate(lm=lm, task_dict=loaded, limit=spec.get("items"))
+    members = {group.name: [task.task_name for task in group.get_all_tasks()] for group in top}
+    shown = [*members, *(name for name in loaded["tasks"] if name not in grouped)]
+    return {
+        "rows": [row for name in shown for row in rows_of(name, members.get(name, [name]), found)],
+        "lm_eval": importlib.metadata.version("lm_eval"),
+        "batch": spec["batch"],
+        "seconds": round(time.perf_counter() - start, 3),
+        "samples": {name: scores(items) for name, items in found["samples"].items()},
+    }
+
+
+def rows_of(name: str, members: list[str], found: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """One row per metric of a task, or of the group of tasks `members`, from lm-eval's results."""
+    asked = [response for task in members for item in found["samples"][task] for response in item["filtered_resps"]]
+    broken = sum(not finite(response) for response in asked)
+    row = {
+        "task": name,
+        "task_version": None if (version := found["versions"].get(name)) is None else str(version),
+        "fewshot": max(found["n-shot"][task] for task in members),
+        "items": sum(found["n-samples"][task]["effective"] for task in members),
+    }
+    rows = []
+    for key, value in found["results"][name].items():
+        metric, comma, filtered = key.partition(",")
+        if not comma or metric.endswith("_stderr"):
+            continue
+        stderr = found["results"][name].get(f"{metric}_stderr,{filtered}")
+        own = RENAMED.get(metric, metric) + ("" if filtered == "none" else f",{filtered}")
+        values: dict[str, Any] = {"value": float(value), "stderr": stderr if isinstance(stderr, float) else None}
+        if broken or not math.isfinite(value):
+            reason = f"the model has diverged: {broken} of {len(asked)} log-likelihoods of {name} are NaN or Inf"
+            values = {"value": None, "stderr": None, "reason": reason}
+        rows.append({**row, "metric": own, **values})
+    return rows
+
+
+def finite(response: Any) -> bool:
+    """False for a log-likelihood that is NaN or Inf; text that was generated has none."""
+    numbers = response if isinstance(response, (tuple, list)) else [response]
+    return all(math.isfinite(number) for number in numbers if isinstance(number, float))
+
+
+def scores(items: list[dict[str, Any]]) -> dict[str, list[Any]]:
+    """metric -> the score of every item, in the order of the data."""
+    metrics = [name for name in items[0]["metrics"] if isinstance(items[0][name], (bool, int, float))]
+    ordered = sorted(items, key=lambda item: item["doc_id"])
+    return {name: [int(item[name]) if item[name] in (0, 1) else item[name] for item in ordered] for name in metrics}
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="zero_shot", description=__doc__)
+    parser.add_argument("stage", choices=("data", "cell"), help="data: load a set's data once; cell: evaluate a cell")
+    parser.add_argument("--tasks", type=json.loads, required=True, help="the set's config entry, as JSON")
+    parser.add_argument("--out", type=Path, required=True, help="JSON file for the result")
+    parser.add_argument("--model", type=json.loads, help="the model's config entry, as JSON")
+    parser.add_argument("--weights", type=Path, help="a cell's weights.safetensors")
+    parser.add_argument("--threads", type=int)
+    parser.add_argument("--device", default="cpu")
+    args = parser.parse_args(argv)
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    if args.tasks.get("folder"):  # nothing is fetched; the libraries read this when they are imported
+        os.environ["HF_HUB_OFFLINE"] = "1"
+    if args.stage == "data":
+        with inside(args.tasks):
+            found = describe(args.tasks)
+    else:
+        with record_failure(args.out.parent, args.out.name.removesuffix(".json")):
+            found = evaluate_cell(args)
+    write_atomic(args.out, json.dumps(found, indent=1, allow_nan=False) + "\n")
+
+
+def evaluate_cell(args: argparse.Namespace) -> dict[str, Any]:
+    from workflow.scripts.evaluate import apply_weights
+    from workflow.scripts.models import load, set_threads
+    from workflow.scripts.text import load_tokenizer
+
+    set_threads(args.threads)
+    model = load(args.model, args.device)
+    apply_weights(model, args.weights)
+    tokenizer = load_tokenizer(args.model)
+    with inside(args.tasks):
+        return run(model, tokenizer, args.tasks)
+
+
+if __name__ == "__main__":
+    report_errors(main, sys.argv[1:])
