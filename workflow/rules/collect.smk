@@ -5,7 +5,8 @@ rule tables:
         [f"{cell.folder}/perplexity-{text}.json" for cell in PLAN.cells for text in PLAN.evaluations],
         list(PLAN.certificates),
         sources=[
-            *scripts("collect", "cell_results", "bounds", "table_schema", "tables", "grid", "sources"),
+            *scripts("collect", "cell_results", "bounds", "comparisons", "significance"),
+            *scripts("table_schema", "tables", "grid", "sources"),
             TABLE_SCHEMA,
         ],
     output:

@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from workflow.scripts.runtime import InputError
+from workflow.scripts.significance import bootstrap_interval
 from workflow.scripts.sources import contaminated
 from workflow.scripts.table_schema import first_line, from_rows, typed
 
@@ -146,12 +147,22 @@ def layer_metrics(compression: Compression) -> dict[str, float | None]:
     return dict(zip(CELL_METRICS, values, strict=True))
 
 
+def window_losses(folder: Path, evaluation: Evaluation) -> list[float]:
+    """Mean loss of each window of a perplexity that is finite; none where there is no such perplexity."""
+    try:
+        record = read_json(folder / f"perplexity-{evaluation.identity}.json")
+        return [] if record["perplexity"] is None else [float(loss) for loss in record["losses"]]
+    except BROKEN:
+        return []  # told where the perplexity is read
+
+
 def perplexity(folder: Path, evaluation: Evaluation) -> dict[str, Any]:
     """The value columns of one perplexity. Raises InputError naming a broken file."""
     path = folder / f"perplexity-{evaluation.identity}.json"
     try:
         record = read_json(path)
         value = math.nan if record["perplexity"] is None else float(record["perplexity"])
+        losses = [math.nan if loss is None else float(loss) for loss in record["losses"]]
         row = {
             "value": value,
             "status": "done",
@@ -161,7 +172,9 @@ def perplexity(folder: Path, evaluation: Evaluation) -> dict[str, Any]:
         }
     except BROKEN as error:
         raise InputError(f"{path} cannot be used: {_message(error)}") from None
-    if not math.isfinite(value):
+    if math.isfinite(value):
+        row |= dict(zip(("low", "high"), bootstrap_interval(losses, np.exp) or (None, None), strict=True))
+    else:
         row |= {"value": None, "reason": record.get("reason") or f"the model has diverged: its perplexity is {value}"}
     return row
 

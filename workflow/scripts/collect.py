@@ -1,4 +1,4 @@
-"""Gather the cells of a study into the tables under results/tables: layers, cells, traces, bounds, skipped, main.
+"""Gather the cells of a study into tables: layers, cells, traces, bounds, comparisons, skipped, main.
 
 Rows stand in the order of the plan, columns in the order of workflow/schemas/tables.schema.yaml, so that two CSVs of
 one study can be compared by eye. The tables appear together, or, when anything is wrong, not at all.
@@ -17,12 +17,21 @@ import pyarrow.parquet as pq
 
 from workflow.scripts import tables
 from workflow.scripts.bounds import read_bounds, with_bounds
-from workflow.scripts.cell_results import Evaluation, Gap, PlannedCell, evaluations, gather_cell
+from workflow.scripts.cell_results import (
+    Compression,
+    Evaluation,
+    Gap,
+    PlannedCell,
+    evaluations,
+    gather_cell,
+    window_losses,
+)
+from workflow.scripts.comparisons import ERRORS, Measure, Observation, compare, perplexity
 from workflow.scripts.grid import plan
 from workflow.scripts.runtime import InputError, report_errors, whole_file
 from workflow.scripts.table_schema import arrow_schema, from_rows, read_table, to_frame
 
-TABLES = ("layers", "cells", "traces", "bounds", "skipped")
+TABLES = ("layers", "cells", "traces", "bounds", "comparisons", "skipped")
 FLOAT_FORMAT = "%.9g"
 ROWS_AT_ONCE = 200_000  # rows held in memory before they are written
 
@@ -64,6 +73,17 @@ def write_csv(data: pa.Table, path: Path, header: bool = True) -> None:
     )
 
 
+def observe(
+    folder: Path, columns: Mapping[str, Any], compression: Compression, evaluations: Sequence[Evaluation]
+) -> Observation:
+    """What a cell was measured on: the errors of its layers, and the losses of the windows of each text."""
+    errors = (compression.layers.column(name).to_pylist() for name in ("layer", "output_error"))
+    values: dict[Measure, dict[Any, float]] = {ERRORS: dict(zip(*errors, strict=True))}
+    for evaluation in evaluations:
+        values[perplexity(evaluation.text)] = dict(enumerate(window_losses(folder, evaluation)))
+    return Observation(columns, values)
+
+
 def collect(
     cells: Sequence[PlannedCell],
     skipped: Sequence[Mapping[str, Any]],
@@ -80,6 +100,7 @@ def collect(
     study computes; with `partial`, one that is absent, broken or out of date leaves the layers without bounds.
     """
     gaps: list[tuple[str, Gap]] = []
+    observations: list[Observation] = []
     unless_partial = suppress(InputError) if partial else nullcontext()
     bounds: dict[str, pa.Table] = {}
     for path in certificates:
@@ -107,6 +128,7 @@ def collect(
                         layers = with_bounds(layers, bounds[cell.certificate], root / cell.certificate)
                 writers["layers"].add(layers)
                 writers["traces"].add(compression.trace)
+                observations.append(observe(root / cell.folder, cell.columns, compression, evaluations))
             writers["cells"].add(from_rows(rows, "cells", cell.folder))
         if gaps and not partial:
             folder, gap = gaps[0]
@@ -116,6 +138,8 @@ def collect(
             )
         for table in bounds.values():
             writers["bounds"].add(table)
+        compared = compare(observations, [ERRORS, *(perplexity(evaluation.text) for evaluation in evaluations)])
+        writers["comparisons"].add(from_rows(compared, "comparisons", "the comparisons"))
         writers["skipped"].add(from_rows([dict(row) for row in skipped], "skipped", "the plan"))
         for writer in writers.values():
             writer.close()
@@ -137,7 +161,7 @@ def main(argv: list[str]) -> None:
         args.partial,
         certificates=planned.certificates,
     )
-    tables.write(read_table(args.out, "cells"), args.out)
+    tables.write(read_table(args.out, "cells"), read_table(args.out, "comparisons"), args.out)
     print(f"{len(planned.cells)} cells, {absent} not whole, {len(planned.skipped)} skipped -> {args.out}")
 
 

@@ -33,6 +33,8 @@ def numbers(tables: Path, table: str) -> pd.DataFrame:
     key, value = NUMBERS[table]
     if table == "cells":
         data = data[data["metric"] == "perplexity"].rename(columns={"value": value})
+    if (data.groupby(["model", "calibration"])["seed"].nunique() > 1).any():
+        data = data.assign(calibration=data["calibration"] + " seed " + data["seed"].astype("string"))
     return data.loc[data[value].notna(), [*key, value]].reset_index(drop=True)
 
 

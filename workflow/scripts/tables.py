@@ -6,6 +6,7 @@
 
 import argparse
 import re
+import statistics
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,10 +15,12 @@ from typing import Any
 
 import pandas as pd
 
+from workflow.scripts.comparisons import NO_DIFFERENCE
 from workflow.scripts.runtime import report_errors, write_atomic
 from workflow.scripts.table_schema import COMPARISONS, read_table
 
 UNSUPPORTED = "–"
+SIDES = ["label", "other"]
 LATEX = {
     "\\": r"\textbackslash{}",
     "~": r"\textasciitilde{}",
@@ -34,7 +37,7 @@ MARKDOWN = re.compile(r"([\\`*_{}\[\]<>|#~])")
 
 @dataclass(frozen=True)
 class Entry:
-    """What stands in a cell of the table; best: the lowest of its group and column, marked bold."""
+    """What stands in a cell of the table; best: the lowest of its group and column, or no different: marked bold."""
 
     text: str
     best: bool = False
@@ -66,50 +69,107 @@ def number(value: float, metric: str) -> str:
     return f"{value:.2f}" if value < 100 else f"{value:.1f}" if value < 1000 else f"{value:.4g}"
 
 
-def tables(cells: pd.DataFrame, metric: str) -> Iterator[Table]:
-    """One table per model, calibration set and text of the `cells` table, in its order; the modes are its sections."""
+def spread(values: Sequence[float], metric: str) -> str:
+    """Mean and sample standard deviation of the values of several seeds, with as many decimals; of one, itself."""
+    mean = number(statistics.fmean(values), metric)
+    if len(values) < 2:
+        return mean
+    deviation = statistics.stdev(values)
+    decimals = len(mean.partition(".")[2])
+    return f"{mean} ± {deviation:.2g}" if "e" in mean else f"{mean} ± {deviation:.{decimals}f}"
+
+
+def undecided(comparisons: pd.DataFrame, metric: str) -> set[tuple[str, ...]]:
+    """(model, calibration, text, mode, target, label, other), either way round, where no difference is shown."""
+    compared = "output_error" if metric == "mean_output_error" else metric
+    own = comparisons[(comparisons["metric"] == compared) & (comparisons["verdict"] == NO_DIFFERENCE)]
+    keys = ["model", "calibration", "text", "mode", "target"]
+    pairs = [own[[*keys, *sides]].fillna("").itertuples(index=False, name=None) for sides in (SIDES, SIDES[::-1])]
+    return {row for side in pairs for row in side}
+
+
+def tables(cells: pd.DataFrame, metric: str, comparisons: pd.DataFrame | None = None) -> Iterator[Table]:
+    """One table per model, calibration set and text of the `cells` table, in its order; the modes are its sections.
+
+    Cells that differ in nothing but the seed stand together as mean and standard deviation. comparisons: the table from
+    which the best and what is not shown to differ from it are marked; without it only what is printed alike is as good.
+    """
+    equal = set() if comparisons is None else undecided(comparisons, metric)
     data = cells[cells["metric"] == metric]
     dense = data[data["target"] == "dense"]
     pruned = data[data["target"] != "dense"]
     text_of = pruned["text"].fillna("")
     for (model, calibration, text), part in pruned.groupby(["model", "calibration", text_of], sort=False):
         own = dense[(dense["model"] == model) & (dense["text"].fillna("") == text)]
-        notes = [f"Dense: {_shown(own.to_dict('records')[0], metric)}."] if metric == "perplexity" and len(own) else []
-        notes.append("Lower is better; the best of each group and column is bold where there is a choice.")
+        notes = [f"Dense: {_shown(own.to_dict('records')[:1], metric)}."] if metric == "perplexity" and len(own) else []
+        notes.append(
+            "Lower is better; the best of each group and column, and what is not shown to differ from it, is bold "
+            "where there is a choice."
+        )
+        repeats = part["seed"].nunique()
+        if repeats > 1:
+            notes.append(f"Mean and standard deviation over {repeats} seeds.")
         if part["contaminated"].eq(True).any():
             notes.append("Calibration and evaluation text come from the same data set.")
         what = f"perplexity on {text}" if metric == "perplexity" else "mean output error over the layers"
         targets = list(part["target"].drop_duplicates())
         modes = part.groupby("mode", sort=False)
-        sections = [Section(str(mode), _groups(rows.to_dict("records"), targets, metric)) for mode, rows in modes]
+        sections = [
+            Section(
+                str(mode),
+                _groups(
+                    rows.to_dict("records"),
+                    targets,
+                    metric,
+                    lambda target, *sides, key=(model, calibration, text, mode): (*key, target, *sides) in equal,
+                ),
+            )
+            for mode, rows in modes
+        ]
         name = "-".join(filter(None, (metric, model, calibration, text)))
         yield Table(name, f"{model}, {what}, calibrated on {calibration}", " ".join(notes), targets, sections)
 
 
-def _shown(row: Mapping[str, Any], metric: str) -> str:
-    if pd.notna(row["value"]):
-        return number(float(row["value"]), metric)
-    return "diverged" if row["status"] == "done" else str(row["status"])
+def _shown(rows: Sequence[Mapping[str, Any]], metric: str) -> str:
+    """The rows of the seeds of one setting as an entry; one without a value is not averaged away."""
+    absent = [row for row in rows if pd.isna(row["value"])]
+    if not absent:
+        return spread([float(row["value"]) for row in rows], metric)
+    word = "diverged" if absent[0]["status"] == "done" else str(absent[0]["status"])
+    return word if len(rows) == 1 else f"{word} ({len(absent)} of {len(rows)})"
 
 
 def _groups(
-    rows: Sequence[Mapping[str, Any]], targets: Sequence[str], metric: str
+    rows: Sequence[Mapping[str, Any]],
+    targets: Sequence[str],
+    metric: str,
+    equal: Callable[[str, str, str], bool],
 ) -> list[tuple[str, list[tuple[str, list[Entry]]]]]:
     groups = []
     for comparison in COMPARISONS:
-        texts: dict[str, dict[str, str]] = {}
-        values: dict[str, list[float]] = {}
+        cells: dict[str, dict[str, list[Mapping[str, Any]]]] = {}  # label -> target -> seeds
         for row in rows:
             if row["comparison"] == comparison:
-                texts.setdefault(row["label"], {})[row["target"]] = _shown(row, metric)
-                if pd.notna(row["value"]):
-                    values.setdefault(row["target"], []).append(float(row["value"]))
-        # Equal as printed is equally good; alone is not best.
-        best = {target: number(min(column), metric) for target, column in values.items() if len(column) > 1}
-        lines = [
-            (label, [Entry(own.get(t, UNSUPPORTED), t in own and own[t] == best.get(t)) for t in targets])
-            for label, own in texts.items()
-        ]
+                cells.setdefault(row["label"], {}).setdefault(row["target"], []).append(row)
+        best: dict[str, set[str]] = {}
+        for target in targets:
+            column = {label: own[target] for label, own in cells.items() if target in own}
+            values = {
+                label: statistics.fmean(row["value"] for row in own)
+                for label, own in column.items()
+                if all(pd.notna(row["value"]) for row in own)
+            }
+            if len(values) > 1:  # alone is not best
+                least = min(values, key=values.__getitem__)
+                # Equal as printed is equally good.
+                printed = {label: number(value, metric) for label, value in values.items()}
+                best[target] = {
+                    label for label in values if printed[label] == printed[least] or equal(target, label, least)
+                }
+        lines = []
+        for label, own in cells.items():
+            shown = {target: _shown(found, metric) for target, found in own.items()}
+            lines.append((label, [Entry(shown.get(t, UNSUPPORTED), label in best.get(t, ())) for t in targets]))
         if lines:
             groups.append((comparison, lines))
     return groups
@@ -126,6 +186,8 @@ def escape_markdown(text: str) -> str:
 
 def latex_number(text: str) -> str:
     """An entry in LaTeX: 1.2e+05 becomes 1.2 times a power of ten."""
+    if " ± " in text:
+        return r" \ensuremath{\pm} ".join(map(latex_number, text.split(" ± ")))
     mantissa, e, exponent = text.partition("e")
     if e and exponent.lstrip("+-").isdigit():
         return rf"\ensuremath{{{mantissa} \times 10^{{{int(exponent)}}}}}"
@@ -171,16 +233,17 @@ def latex(table: Table) -> str:
     return "\n".join([*lines, r"\bottomrule", r"\end{tabular}", r"\end{table}", ""])
 
 
-def document(cells: pd.DataFrame, render: Callable[[Table], str]) -> str:
+def document(cells: pd.DataFrame, render: Callable[[Table], str], comparisons: pd.DataFrame | None = None) -> str:
     """The perplexity tables, then those of the mean output error."""
-    rendered = [render(table) for metric in ("perplexity", "mean_output_error") for table in tables(cells, metric)]
+    metrics = ("perplexity", "mean_output_error")
+    rendered = [render(table) for metric in metrics for table in tables(cells, metric, comparisons)]
     return "\n".join(rendered) or "No results yet.\n"
 
 
-def write(cells: pd.DataFrame, out: Path) -> None:
+def write(cells: pd.DataFrame, comparisons: pd.DataFrame, out: Path) -> None:
     """Write main.md and main.tex into folder `out`."""
-    write_atomic(out / "main.md", document(cells, markdown))
-    write_atomic(out / "main.tex", document(cells, latex))
+    write_atomic(out / "main.md", document(cells, markdown, comparisons))
+    write_atomic(out / "main.tex", document(cells, latex, comparisons))
 
 
 def main(argv: list[str]) -> None:
@@ -188,7 +251,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--tables", type=Path, default=Path("results/tables"), help="folder of the tables")
     parser.add_argument("--out", type=Path, help="folder for main.md and main.tex (default: that of the tables)")
     args = parser.parse_args(argv)
-    write(read_table(args.tables, "cells"), args.out or args.tables)
+    write(read_table(args.tables, "cells"), read_table(args.tables, "comparisons"), args.out or args.tables)
 
 
 if __name__ == "__main__":
