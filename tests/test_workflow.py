@@ -22,7 +22,7 @@ from workflow.scripts.plot import FIGURES
 
 pytestmark = pytest.mark.xdist_group("workflow")
 
-TABLES = ("layers", "cells", "traces", "bounds", "skipped")
+TABLES = ("layers", "cells", "traces", "bounds", "comparisons", "skipped")
 DRAWN = [name for name, drawing in FIGURES.items() if drawing.needs != "traces"]  # the study has no iterative method
 LAYERS = 7  # linear layers in a block of a Llama
 BEFORE = {"docstrings", "model", "calibration_tokens", "evaluation_tokens", "gram"}  # rules that no method concerns

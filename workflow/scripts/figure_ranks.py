@@ -31,7 +31,7 @@ class Group(NamedTuple):
     def bars(self) -> list[tuple[int, int]]:
         """Runs of methods, by their places in the order of ranks, that no test tells apart."""
         names = list(self.ranks.index)
-        return bars(list(self.ranks), lambda one, two: frozenset((names[one], names[two])) in self.different)
+        return bars(len(names), lambda one, two: frozenset((names[one], names[two])) in self.different)
 
 
 def method_ranks(comparisons: pd.DataFrame, layers: pd.DataFrame) -> Figure:

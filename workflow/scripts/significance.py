@@ -3,7 +3,7 @@
 Pure functions of arrays; comparisons.py applies them to a study.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -134,13 +134,13 @@ def bootstrap_difference(
     return Difference(float(of(first.mean(axis=1)) - of(second.mean(axis=1))), *percentiles(differences), p)
 
 
-def bars(positions: Sequence[float], differ: Callable[[int, int], bool]) -> list[tuple[int, int]]:
-    """The bars of a critical-difference diagram (Demsar 2006): longest runs (first, last) of items, by their number in
-    the order of `positions`, which is ascending, of which no two differ. A run of one is none."""
+def bars(count: int, differ: Callable[[int, int], bool]) -> list[tuple[int, int]]:
+    """The bars of a critical-difference diagram (Demsar 2006): longest runs (first, last) of `count` items in the
+    order of their ranks of which no two differ. A run of one is none."""
     runs: list[tuple[int, int]] = []
-    for first in range(len(positions)):
+    for first in range(count):
         last = first
-        while last + 1 < len(positions) and not any(differ(one, last + 1) for one in range(first, last + 1)):
+        while last + 1 < count and not any(differ(one, last + 1) for one in range(first, last + 1)):
             last += 1
         if last > first and (not runs or last > runs[-1][1]):
             runs.append((first, last))

@@ -71,9 +71,10 @@ def number(value: float, metric: str) -> str:
 
 def spread(values: Sequence[float], metric: str) -> str:
     """Mean and sample standard deviation of the values of several seeds, with as many decimals; of one, itself."""
-    mean = number(statistics.fmean(values), metric)
+    centre = statistics.fmean(values)
     if len(values) < 2:
-        return mean
+        return number(centre, metric)
+    mean = number(centre, metric) if metric == "perplexity" else f"{centre:#.3g}"  # 0.0500: as precise as 0.0501
     deviation = statistics.stdev(values)
     decimals = len(mean.partition(".")[2])
     return f"{mean} ± {deviation:.2g}" if "e" in mean else f"{mean} ± {deviation:.{decimals}f}"
