@@ -9,6 +9,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from workflow.scripts.comparisons import ERRORS, Observation, compare
+from workflow.scripts.table_schema import from_rows, to_frame
+
 KINDS = {
     "q_proj": ("self_attn", "q_proj,k_proj,v_proj", 256, 256),
     "k_proj": ("self_attn", "q_proj,k_proj,v_proj", 128, 256),
@@ -80,13 +83,14 @@ def cell(
     label: str | None = None,
     calibration: str = "docs",
     params: Mapping[str, Any] | None = None,
+    seed: int = 0,
 ) -> SyntheticCell:
     sparsity, pattern, bits, group = TARGETS.get(target, (0.0, "row", None, None))
     comparison = METHODS.get(method, ("control",))[0]
     if method == "sparsegpt" and bits:
         comparison = "quantised"
     label = label or method
-    name = f"{method}-{label}-{target}".replace(" ", "-").replace("%", "").replace(":", "-")
+    name = f"{method}-{label}-{target}-{seed}".replace(" ", "-").replace("%", "").replace(":", "-")
     columns = {
         "model": model,
         "calibration": calibration,
@@ -101,7 +105,7 @@ def cell(
         "group": group,
         "symmetric": False,
         "params": json.dumps(params or {}, sort_keys=True),
-        "seed": 0,
+        "seed": seed,
         "cell": name,
     }
     return SyntheticCell(f"results/cells/{model}-1/{calibration}-1/{mode}/{name}", columns)
@@ -131,7 +135,7 @@ def layer_frame(of: SyntheticCell, blocks: int = 8) -> pd.DataFrame:
     """Rows of layers.parquet: the error grows with depth, sparsity and the method's factor."""
     columns = of.columns
     rng = np.random.default_rng(len(columns["mode"]) + 100 * len(columns["target"]))  # the layer's
-    own = np.random.default_rng(sum(map(ord, columns["method"] + columns["target"])))  # the method's
+    own = np.random.default_rng(sum(map(ord, columns["method"] + columns["target"])) + 1000 * columns["seed"])
     factor = METHODS.get(columns["method"], ("", 0.0))[1]
     strength = {0.5: 0.02, 0.6: 0.05, 0.7: 0.13}.get(columns["sparsity"], 0.01 if columns["bits"] == 4 else 0.05)
     if ":" in columns["pattern"]:
@@ -196,8 +200,8 @@ def write_cell(root: Path, of: SyntheticCell, texts: Iterable[str] = tuple(EVALU
     for identity in texts:
         result = {
             "perplexity": perplexity_of(of),
-            "mean_loss": 2.5,
-            "losses": [2.5],
+            "mean_loss": float(np.log(perplexity_of(of))),
+            "losses": (np.log(perplexity_of(of)) + np.arange(-3, 4) / 10).tolist(),
             "windows": 7,
             "length": 512,
             "text": {"sha256": "f" * 64},
@@ -222,6 +226,15 @@ def traces_table(cells: Sequence[SyntheticCell], blocks: int = 8) -> pd.DataFram
             frames.append(trace.assign(objective=row["absolute_error"] * (1 + 2.0**steps) / 2))
     empty = pd.DataFrame(columns=list(trace_frame(cells[0]).columns))
     return pd.concat(frames, ignore_index=True) if frames else empty
+
+
+def comparisons_table(cells: Sequence[SyntheticCell]) -> pd.DataFrame:
+    """The `comparisons` table of the errors of the layers."""
+    observations = []
+    for of in cells:
+        errors = layer_frame(of).set_index("layer")["output_error"].to_dict()
+        observations.append(Observation(of.columns, {ERRORS: errors if of.columns["method"] != "dense" else {}}))
+    return to_frame(from_rows(compare(observations), "comparisons", "the comparisons"))
 
 
 def cells_table(

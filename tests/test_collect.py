@@ -29,10 +29,11 @@ from tests.synthetic_tables import (
 )
 from workflow.scripts.cell_results import NEVER_RAN, evaluations
 from workflow.scripts.collect import collect
+from workflow.scripts.comparisons import NO_DIFFERENCE
 from workflow.scripts.runtime import InputError
 from workflow.scripts.table_schema import arrow_schema, document, from_rows, read_table, typed
 from workflow.scripts.tables import document as rendered
-from workflow.scripts.tables import escape_latex, latex, markdown, number, tables
+from workflow.scripts.tables import escape_latex, latex, markdown, number, spread, tables
 
 TEXTS = evaluations(STUDY, EVALUATIONS)
 SKIPPED = [{"label": "rtn", "method": "rtn", "target": "2:4", "reason": "rtn does not prune"}]
@@ -220,12 +221,15 @@ def row_of(table: str) -> dict:
         "traces": columns | {"layer": "l", "iteration": 0, "seconds": 0.1, "objective": 1.0, "criterion": "error"},
         "bounds": columns | {"layer": "l", "lower_bound": 0.1, "plain_bound": 0.05, "bound_gap": 0.0, "seconds": 0.1},
         "cells": columns | {"metric": "perplexity", "value": 2.0, "status": "done"},
+        "comparisons": columns
+        | {"metric": "perplexity", "text": "docs", "other": "wanda", "units": 64, "seeds": 3, "seeds_agree": 3}
+        | {"effect": 0.5, "p": 0.01, "p_holm": 0.02, "verdict": "better"},
         "skipped": SKIPPED[0],
     }[table]
     return {name: extra.get(name) for name in arrow_schema(table).names}
 
 
-@pytest.mark.parametrize("table", ["layers", "traces", "bounds", "cells", "skipped"])
+@pytest.mark.parametrize("table", ["layers", "traces", "bounds", "comparisons", "cells", "skipped"])
 def test_the_check_of_columns_agrees_with_a_validator_of_rows(table):
     schema = document()["tables"][table] | {"$defs": document()["$defs"]}
     validator = jsonschema.Draft202012Validator(schema)
@@ -263,7 +267,7 @@ def certified(root: Path, share: float) -> list[SyntheticCell]:
     for one in cells:
         write_cell(root, one)
     of = layer_frame(cells[0], 2)
-    frame = of[["model", "calibration", "target", "sparsity", "pattern", "layer"]].assign(
+    frame = of[["model", "calibration", "seed", "target", "sparsity", "pattern", "layer"]].assign(
         lower_bound=share * of["output_error"], plain_bound=0.0, bound_gap=0.0, seconds=0.5
     )
     (root / CERTIFICATE).parent.mkdir(parents=True)
@@ -402,6 +406,82 @@ def test_every_latex_row_has_as_many_columns_as_the_table():
 )
 def test_numbers_are_rounded_to_what_they_mean(value, metric, shown):
     assert number(value, metric) == shown
+
+
+REPEATED = [cell(method, "2:4", seed=seed) for method in ("magnitude", "wanda") for seed in range(3)]
+
+
+def test_seeds_stand_together_as_mean_and_standard_deviation():
+    cells = cells_table(REPEATED)
+    cells.loc[cells["metric"] == "perplexity", "value"] = [20.0, 21.0, 22.0, 31.5, 31.5, 31.5]
+    table = next(tables(cells, "perplexity"))
+    rows = lines(markdown(table))
+    assert [row for row in rows if row[0] in ("magnitude", "wanda")] == [
+        ["magnitude", "**21.00 ± 1.00**"],
+        ["wanda", "31.50 ± 0.00"],
+    ]
+    assert "Mean and standard deviation over 3 seeds." in table.note
+    assert r"\textbf{21.00 \ensuremath{\pm} 1.00}" in latex(table)
+    cells.loc[(cells["metric"] == "perplexity") & (cells["seed"] == 1) & (cells["label"] == "magnitude"), "value"] = (
+        None
+    )
+    assert ["magnitude", "diverged (1 of 3)"] in lines(markdown(next(tables(cells, "perplexity"))))
+
+
+@pytest.mark.parametrize(
+    ("values", "metric", "shown"),
+    [
+        ([20.0], "perplexity", "20.00"),
+        ([150.0, 160.0], "perplexity", "155.0 ± 7.1"),
+        ([123456.0, 133456.0], "perplexity", "1.285e+05 ± 7.1e+03"),
+        ([0.0495, 0.0505], "mean_output_error", "0.0500 ± 0.0007"),
+    ],
+)
+def test_a_deviation_has_the_decimals_of_its_mean(values, metric, shown):
+    assert spread(values, metric) == shown
+
+
+def test_what_is_not_shown_to_differ_from_the_best_is_marked_too():
+    cells = cells_table([cell("magnitude", "2:4"), cell("wanda", "2:4"), cell("ria", "2:4")])
+    cells.loc[cells["metric"] == "perplexity", "value"] = [30.0, 20.5, 20.0]
+    verdicts = {("magnitude", "wanda"): "worse", ("magnitude", "ria"): "worse", ("wanda", "ria"): NO_DIFFERENCE}
+    common = {"model": "demo", "calibration": "docs", "mode": "shared", "target": "2:4", "text": "docs"}
+    compared = pd.DataFrame(
+        {**common, "metric": "perplexity", "label": one, "other": two, "verdict": verdict}
+        for (one, two), verdict in verdicts.items()
+    )
+    table = next(tables(cells, "perplexity", compared))
+    (mode,) = table.sections
+    assert {label: entries[0].best for label, entries in mode.groups[0][1]} == {
+        "magnitude": False, "wanda": True, "ria": True,
+    }  # fmt: skip
+    (mode,) = next(tables(cells, "mean_output_error", compared)).sections  # of which nothing is compared
+    assert sum(entries[0].best for _, entries in mode.groups[0][1]) == 1
+
+
+def test_collect_compares_cells_and_gives_intervals(tmp_path):
+    for one in REPEATED:
+        write_cell(tmp_path, one)
+    collect(REPEATED, [], TEXTS, tmp_path / "tables", root=tmp_path)
+    found = read_table(tmp_path / "tables", "comparisons")
+    assert list(found["metric"]) == ["output_error", "perplexity", "perplexity"]
+    assert set(found["label"]) == {"magnitude"} and set(found["other"]) == {"wanda"} and set(found["seeds"]) == {3}
+    assert list(found["units"]) == [14, 7, 7] and list(found["text"].fillna("")) == ["", "docs", "wiki"]
+    assert set(found["verdict"]) == {"worse"}
+    cells = read_table(tmp_path / "tables", "cells")
+    own = cells[cells["metric"] == "perplexity"]
+    assert ((own["low"] < own["value"]) & (own["value"] < own["high"])).all()
+    assert cells.loc[cells["metric"] != "perplexity", ["low", "high"]].isna().all(axis=None)
+
+
+def test_a_cell_without_a_perplexity_is_not_compared_by_it(tmp_path):
+    for one in REPEATED:
+        write_cell(tmp_path, one)
+    for name in EVALUATIONS:
+        (tmp_path / REPEATED[0].folder / f"perplexity-{name}.json").unlink()
+    collect(REPEATED, [], TEXTS, tmp_path / "tables", True, tmp_path)
+    found = read_table(tmp_path / "tables", "comparisons")
+    assert list(found["seeds"]) == [3, 2, 2]
 
 
 def test_a_power_of_ten_in_latex():

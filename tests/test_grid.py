@@ -216,7 +216,7 @@ def test_columns_of_a_cell():
 def test_a_bound_is_computed_once_for_all_masks_of_a_pattern_in_shared_mode():
     whole = plan(study(methods={"magnitude": None, "wanda": None, "sparsegpt": None}))
     targets = {cell.columns["target"] for cell in whole.cells}
-    assert len(whole.certificates) == len(targets) and whole.gives == {"certificates"}
+    assert len(whole.certificates) == len(targets) and whole.gives == {"certificates", "pairs"}
     for cell in whole.cells:
         mask = cell.columns["comparison"] == "mask-only" and cell.mode == "shared"
         assert (cell.certificate in whole.certificates) == mask
@@ -422,6 +422,53 @@ def test_defaults_are_filled_in():
     assert validate(full) == full and study() == study()
 
 
+# -------------------------------------------------------------------------------------------------------------- seeds
+
+ONE = {"text": "train", "samples": 4, "length": 16}
+
+
+def test_paths_of_a_study_with_one_seed_stay():
+    """Digests that results of earlier versions have on disk."""
+    folders = [cell.folder for cell in plan(study()).cells]
+    assert (
+        folders[0] == "results/cells/tiny-6899708f/words-8841c9ae/shared/dense-d2776660"
+        and folders[-1] == "results/cells/tiny-6899708f/words-8841c9ae/sequential/wanda-4fdf658e"
+    )
+
+
+def test_each_seed_is_the_study_of_that_seed_alone():
+    together = plan(study(calibration={"words": {**ONE, "seeds": [3, 0, 7]}}))
+    repeated = [cell for cell in together.cells if cell.columns["label"] != "dense"]
+    for seed in (3, 0, 7):
+        alone = plan(study(seed=seed, calibration={"words": {**ONE, "seed": seed}}))
+        own = [cell for cell in repeated if cell.columns["seed"] == seed]
+        assert own == [cell for cell in alone.cells if cell.columns["label"] != "dense"]
+        (calib,) = alone.calibrations
+        assert (
+            together.calibrations[calib] == alone.calibrations[calib] and together.calibrations[calib]["seed"] == seed
+        )
+    assert len(repeated) == 3 * 2 * 2 * 2 and len({cell.folder for cell in repeated}) == len(repeated)
+    assert sum(cell.columns["label"] == "dense" for cell in together.cells) == 1
+
+
+def test_seeds_of_one_set_leave_the_seed_of_the_others():
+    calibration = {"words": {**ONE, "seeds": [0, 1]}, "others": {**ONE, "seed": 4}}
+    planned = plan(study(seed=9, calibration=calibration))
+    seeds = {(cell.columns["calibration"], cell.columns["seed"]) for cell in planned.cells}
+    assert seeds == {("words", 0), ("words", 1), ("others", 9)}
+
+
+def test_several_seeds_of_one_data_set_are_warned_about_once():
+    texts = {"train": {"path": "train.txt", "dataset": "news"}, "test": {"path": "test.txt", "dataset": "news"}}
+    assert len(plan(study(texts=texts, calibration={"words": {**ONE, "seeds": [0, 1, 2]}})).warnings()) == 1
+
+
+def test_the_plan_says_whether_methods_can_be_compared():
+    assert "pairs" in plan(study()).gives
+    alone = study(methods={"wanda": None, "sparsegpt": None}, calibration={"words": {**ONE, "seeds": [0, 1]}})
+    assert "pairs" not in plan(alone).gives
+
+
 # ------------------------------------------------------------------------------------------------------ contamination
 
 
@@ -441,7 +488,19 @@ WRONG = {
     "nothing": ({}, "'models' is a required property."),
     "key": (
         study(sead=1),
-        "config: the study has no key 'sead'; its keys are study, seed, keep_weights, certificates, sweep, method_paths",
+        "config: the study has no key 'sead'; its keys are study, seed, keep_weights, certificates, sweep,",
+    ),
+    "seed and seeds": (
+        edited("calibration/words/seeds", [0, 1]),
+        "config: calibration.words must have either seed or seeds, got text, samples, length, seed, seeds.",
+    ),
+    "no seed": (
+        study(calibration={"words": dict(text="train", samples=4, length=16)}),
+        "config: calibration.words must have either seed or seeds, got text, samples, length.",
+    ),
+    "a seed twice": (
+        study(calibration={"words": dict(text="train", samples=4, length=16, seeds=[1, 1])}),
+        "config: calibration.words.seeds is wrong: [1, 1] has non-unique elements.",
     ),
     "model key": (edited("models/tiny/dtyp", "float32"), "models.tiny has no key 'dtyp'; its keys are path, hub"),
     "text key": (edited("texts/test/colum", "a"), "texts.test has no key 'colum'; its keys are path"),
@@ -592,7 +651,7 @@ WRONG = {
     "evaluated text": (edited("evaluation/words/text", "a"), "evaluation.words.text names 'a'; the texts are train"),
     "seed": (
         study(calibration={"words": {"text": "train", "samples": 4, "length": 16}}),
-        "calibration.words is wrong: 'seed' is a required property.",
+        "calibration.words must have either seed or seeds, got text, samples, length.",
     ),
     "samples": (edited("calibration/words/samples", 0), "samples is wrong: 0 is less than the minimum of 1."),
     "two sources": (

@@ -23,6 +23,7 @@ from tests.synthetic_tables import (
     SyntheticCell,
     cell,
     cells_table,
+    comparisons_table,
     layers_table,
     plan,
     traces_table,
@@ -37,12 +38,19 @@ from workflow.scripts.figure_errors import error_relative, gap_to_bound, ratios
 from workflow.scripts.figure_page import chosen_target
 from workflow.scripts.figure_pareto import pareto_front, perplexity_vs_bits, sized
 from workflow.scripts.figure_perplexity import perplexity_vs_sparsity
+from workflow.scripts.figure_ranks import groups, method_ranks
 from workflow.scripts.figure_style import LOOKS, look, looks, save, strokes, styled
 from workflow.scripts.figure_sweep import along, sweep
 from workflow.scripts.runtime import InputError
+from workflow.scripts.seeds import repeats
 
 ROOT = Path(__file__).parents[1]
-TABLES = {"cells": cells_table, "layers": layers_table, "traces": traces_table}
+TABLES = {
+    "cells": cells_table,
+    "layers": layers_table,
+    "traces": traces_table,
+    "comparisons": comparisons_table,
+}
 DRAW = {
     "perplexity_vs_sparsity": perplexity_vs_sparsity,
     "perplexity_vs_bits": perplexity_vs_bits,
@@ -52,11 +60,13 @@ DRAW = {
     "gap_to_bound": gap_to_bound,
     "sweep": sweep,
     "convergence": convergence,
+    "method_ranks": method_ranks,
 }
 
 
 def drawn(name: str, cells: list[SyntheticCell]) -> Figure:
-    return DRAW[name](*(TABLES[table](cells) for table in plot.FIGURES[name].tables))
+    drawing = plot.FIGURES[name]
+    return DRAW[name](*(repeats(TABLES[table](cells), table, drawing.repeats) for table in drawing.tables))
 
 
 def panels(figure: Figure) -> list[Axes]:
@@ -88,8 +98,9 @@ def notes(figure: Figure) -> str:
         plan(("wanda",), ("2:4",), ("sequential",)),
         plan(("rtn",), ("4b g128",)),
         [cell("dense", "dense")],
+        [cell(method, "60% row", seed=seed) for method in ("magnitude", "wanda", "ria") for seed in range(3)],
     ],
-    ids=["demo", "two-models", "one-target", "one-pattern", "quantised-only", "dense-only"],
+    ids=["demo", "two-models", "one-target", "one-pattern", "quantised-only", "dense-only", "seeds"],
 )
 @pytest.mark.filterwarnings("error")
 def test_every_figure_draws_every_kind_of_study_without_a_warning(name, cells, tmp_path):
@@ -380,6 +391,61 @@ def test_weight_updating_methods_are_open_and_dashed():
     updating, masking = strokes(own, "weight-updating"), strokes(own, "mask-only")
     assert updating["markerfacecolor"] == "white" and updating["linestyle"] != "-"
     assert masking["markerfacecolor"] == own.colour and masking["linestyle"] == "-"
+
+
+SEEDS = [cell(method, "60% row", seed=seed) for method in METHODS for seed in range(3) if METHODS[method][2]]
+
+
+def test_ranks_are_those_of_brute_force():
+    layers, pairs = layers_table(SEEDS), comparisons_table(SEEDS)
+    masks, updates = groups(pairs, layers)
+    assert [masks.comparison, updates.comparison] == ["mask-only", "weight-updating"]
+    own = layers[layers["comparison"] == "mask-only"]
+    ranks: dict[str, list[float]] = {}
+    for _, place in own.groupby(["seed", "layer"]):
+        for row in place.itertuples():
+            ranks.setdefault(row.label, []).append(1 + int((place["output_error"] < row.output_error).sum()))
+    assert dict(masks.ranks) == pytest.approx({label: np.mean(numbers) for label, numbers in ranks.items()})
+    assert list(masks.ranks.index) == ["sparse_swaps", "ria", "wanda", "magnitude"]
+    told = pairs[(pairs["comparison"] == "mask-only") & (pairs["verdict"] != "no difference shown")]
+    assert masks.different == {frozenset(pair) for pair in zip(told["label"], told["other"], strict=True)}
+    assert frozenset(("magnitude", "wanda")) in masks.different
+
+
+def test_a_bar_joins_methods_that_are_not_told_apart():
+    layers, pairs = layers_table(SEEDS), comparisons_table(SEEDS)
+    pairs["verdict"] = "worse"
+    pairs.loc[(pairs["label"] == "wanda") & (pairs["other"] == "ria"), "verdict"] = "no difference shown"
+    masks, updates = groups(pairs, layers)
+    assert masks.bars() == [(1, 2)] and updates.bars() == []
+    with styled():
+        (axes,) = panels(method_ranks(pairs, layers))
+    bars = [line for line in axes.get_lines() if line.get_linewidth() == 2.5]
+    labels = dict(zip(axes.get_yticks(), (text.get_text().split()[0] for text in axes.get_yticklabels()), strict=True))
+    low, high = bars[0].get_ydata()  # type: ignore[misc]
+    assert len(bars) == 1 and [label for place, label in labels.items() if low < place < high] == ["ria", "wanda"]
+
+
+def test_figures_of_one_number_draw_the_mean_over_the_seeds():
+    cells, layers = cells_table(SEEDS), layers_table(SEEDS)
+    mean = repeats(layers, "layers", "mean")
+    assert len(mean) == len(layers) / 3 and list(mean.columns) == list(layers.columns)
+    name = layers["layer"].iloc[9]
+    here = (layers["layer"] == name) & (layers["label"] == "ria")
+    own = mean[(mean["layer"] == name) & (mean["label"] == "ria")]["output_error"]
+    assert own.item() == pytest.approx(layers.loc[here, "output_error"].mean())
+    assert set(repeats(layers, "layers", "first")["seed"]) == {0} and repeats(layers, "layers", "all") is layers
+    cells.loc[(cells["label"] == "wanda") & (cells["seed"] == 1), ["value", "status", "reason"]] = [
+        None,
+        "failed",
+        "no",
+    ]
+    found = repeats(cells, "cells", "mean").set_index(["label", "metric"])
+    assert len(found) == len(cells) / 3
+    assert found.loc[("wanda", "perplexity"), ["status", "reason"]].tolist() == ["failed", "no"]
+    assert pd.isna(found.loc[("wanda", "perplexity"), "value"])
+    ria = cells[(cells["label"] == "ria") & (cells["metric"] == "perplexity")]["value"]
+    assert found.loc[("ria", "perplexity"), "value"] == pytest.approx(ria.mean())
 
 
 @pytest.mark.parametrize("name", DRAW)

@@ -11,7 +11,7 @@ from tests.synthetic_tables import EVALUATIONS, STUDY, cell, layer_frame, write_
 from workflow.scripts import regression
 from workflow.scripts.cell_results import evaluations
 from workflow.scripts.collect import collect
-from workflow.scripts.compare import CELL, compare, report
+from workflow.scripts.compare import compare, report
 from workflow.scripts.runtime import InputError
 
 
@@ -90,7 +90,7 @@ def test_check_after_accept_agrees_in_one_line_per_table(tmp_path, capsys):
     tables = study(tmp_path / "a")
     assert run("accept", tables, tmp_path / "accepted") == 0
     accepted = pd.read_csv(tmp_path / "accepted" / "layers.csv")
-    assert list(accepted.columns) == [*CELL, "layer", "output_error"] and len(accepted) == 28
+    assert list(accepted.columns) == [*regression.CELL, "layer", "output_error"] and len(accepted) == 28
     assert accepted["label"].is_monotonic_increasing
     capsys.readouterr()
     assert run("check", tables, tmp_path / "accepted") == 0

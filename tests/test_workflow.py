@@ -22,7 +22,7 @@ from workflow.scripts.plot import FIGURES
 
 pytestmark = pytest.mark.xdist_group("workflow")
 
-TABLES = ("layers", "cells", "traces", "bounds", "skipped")
+TABLES = ("layers", "cells", "traces", "bounds", "comparisons", "skipped")
 # The study has no iterative method and sweeps nothing.
 DRAWN = [name for name, drawing in FIGURES.items() if drawing.needs not in ("traces", "sweep")]
 LAYERS = 7  # linear layers in a block of a Llama

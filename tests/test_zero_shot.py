@@ -22,7 +22,7 @@ from test_grid import study
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from workflow.scripts import docstring_tasks, task_sets, zero_shot
-from workflow.scripts.cell_results import TaskSet, gather_cell
+from workflow.scripts.cell_results import TaskSet, gather_cell, task_scores
 from workflow.scripts.evaluate import apply_weights
 from workflow.scripts.grid import plan
 from workflow.scripts.models import find_blocks, linears
@@ -212,10 +212,19 @@ def test_rows_of_the_cells_table(tmp_path):
     assert [row["task"] for row in lost] == list(tasks.tasks) and gap is not None and gap.status == "missing"
     assert all(row["status"] == "missing" and row["reason"] and "value" not in row for row in lost)
     row = {"task": "last_word", "task_version": "1.0", "fewshot": 0, "items": 9, "metric": "acc"}
-    record = {"lm_eval": "0.4.13", "rows": [{**row, "value": 0.5, "stderr": 0.1}]}
+    rows = [{**row, "value": 0.5, "stderr": 0.1}, {**row, "task": "both", "value": 0.25}]
+    rows.append({**row, "task": "weighted", "value": 0.3})  # a group that is not the mean of its items
+    record = {
+        "lm_eval": "0.4.13",
+        "rows": rows,
+        "groups": {"both": ["last_word", "other"], "weighted": ["last_word", "other"]},
+        "samples": {"last_word": {"acc": [1, 0, 1, 0]}, "other": {"acc": [0, 0, 0, 0]}},
+    }
     (folder / "tasks-local-1.json").write_text(json.dumps(record))
     _, rows, gap = gather_cell(of, [], tmp_path, [tasks])
-    (found,) = [row for row in rows if row.get("task")]
+    found, both, weighted = [row for row in rows if row.get("task")]
+    assert found["low"] == 0 and found["high"] == 1 and both["low"] < 0.25 < both["high"] and "low" not in weighted
+    assert list(task_scores(folder, tasks)) == [("last_word", "acc"), ("both", "acc")]
     assert gap is None and (found["task_set"], found["lm_eval"], found["value"]) == ("local", "0.4.13", 0.5)
     (folder / "tasks-local-1.json").write_text('{"lm_eval": "0.4.13", "rows": []}')
     _, rows, gap = gather_cell(of, [], tmp_path, [tasks])

@@ -6,7 +6,8 @@ rule tables:
         [f"{cell.folder}/tasks-{tasks}.json" for cell in PLAN.cells for tasks in PLAN.tasks],
         list(PLAN.certificates),
         sources=[
-            *scripts("collect", "cell_results", "bounds", "table_schema", "tables", "grid", "sources", "task_sets"),
+            *scripts("collect", "cell_results", "bounds", "comparisons", "significance"),
+            *scripts("table_schema", "tables", "grid", "sources", "task_sets"),
             TABLE_SCHEMA,
         ],
     output:

@@ -31,7 +31,7 @@ STUDY = json.dumps(PLAN.config)  # in the order of the config, which is that of 
 TABLES = [
     *(
         f"results/tables/{name}.{kind}"
-        for name in ("layers", "cells", "traces", "bounds", "skipped")
+        for name in ("layers", "cells", "traces", "bounds", "comparisons", "skipped")
         for kind in ("parquet", "csv")
     ),
     *(f"results/tables/main.{kind}" for kind in ("md", "tex")),
@@ -61,7 +61,10 @@ def from_here(path):
 
 # Drawing is cheap: an edit to what draws one figure draws all.
 FIGURE_SCRIPTS = scripts(
-    "plot", "table_schema", *sorted(path.stem for path in Path(workflow.basedir).glob("workflow/scripts/figure_*.py"))
+    "plot",
+    "seeds",
+    "table_schema",
+    *sorted(path.stem for path in Path(workflow.basedir).glob("workflow/scripts/figure_*.py")),
 )
 PAGE = [from_here(str(path)) for path in sorted(Path(workflow.basedir).glob("workflow/report/**/*.*"))]
 # It decides the columns of what cells and tables write.

@@ -59,7 +59,9 @@ rule certificate:
     params:
         model=model_json,
         target=json_of(lambda wildcards: certified(wildcards).spec["target"]),
-        columns=json_of(lambda wildcards: {key: certified(wildcards).columns[key] for key in ("model", "calibration")}),
+        columns=json_of(
+            lambda wildcards: {key: certified(wildcards).columns[key] for key in ("model", "calibration", "seed")}
+        ),
     shell:
         "{PYTHON} -m workflow.scripts.certificate --columns {params.columns:q} --target {params.target:q}"
         " --model {params.model:q} --gram {input.gram:q} --threads {threads} --out {output:q} 2> >(tee {log:q} >&2)"

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,9 +14,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from workflow.scripts.runtime import InputError
+from workflow.scripts.significance import bootstrap_interval
 from workflow.scripts.sources import contaminated
 from workflow.scripts.table_schema import first_line, from_rows, typed
 
+ACCURACIES = ("acc", "acc_norm")  # of zero-shot tasks; higher is better
 CELL_METRICS = ("mean_output_error", "achieved_sparsity", "bits_per_weight", "solve_seconds", "job_seconds")
 NEVER_RAN = "no result and no failure record: an earlier step failed (see logs/), or the job was killed or never ran"
 BROKEN = (ValueError, OSError, KeyError, TypeError, AttributeError, pa.ArrowException, InputError)
@@ -160,12 +163,22 @@ def layer_metrics(compression: Compression) -> dict[str, float | None]:
     return dict(zip(CELL_METRICS, values, strict=True))
 
 
+def window_losses(folder: Path, evaluation: Evaluation) -> list[float]:
+    """Mean loss of each window of a perplexity that is finite; none where there is no such perplexity."""
+    try:
+        record = read_json(folder / f"perplexity-{evaluation.identity}.json")
+        return [] if record["perplexity"] is None else [float(loss) for loss in record["losses"]]
+    except BROKEN:
+        return []  # told where the perplexity is read
+
+
 def perplexity(folder: Path, evaluation: Evaluation) -> dict[str, Any]:
     """The value columns of one perplexity. Raises InputError naming a broken file."""
     path = folder / f"perplexity-{evaluation.identity}.json"
     try:
         record = read_json(path)
         value = math.nan if record["perplexity"] is None else float(record["perplexity"])
+        losses = [math.nan if loss is None else float(loss) for loss in record["losses"]]
         row = {
             "value": value,
             "status": "done",
@@ -175,22 +188,55 @@ def perplexity(folder: Path, evaluation: Evaluation) -> dict[str, Any]:
         }
     except BROKEN as error:
         raise InputError(f"{path} cannot be used: {_message(error)}") from None
-    if not math.isfinite(value):
+    if math.isfinite(value):
+        row |= dict(zip(("low", "high"), bootstrap_interval(losses, np.exp) or (None, None), strict=True))
+    else:
         row |= {"value": None, "reason": record.get("reason") or f"the model has diverged: its perplexity is {value}"}
     return row
 
 
-def task_rows(folder: Path, tasks: TaskSet) -> list[dict[str, Any]]:
-    """The value columns of every task and metric of a set. Raises InputError naming a broken file."""
-    path = folder / f"tasks-{tasks.identity}.json"
+def item_scores(record: Mapping[str, Any]) -> dict[tuple[str, str], list[float]]:
+    """(task or group of tasks, metric) -> the score of every item, of the accuracies that are the mean of these."""
+    found = {}
+    for row in record["rows"]:
+        members = record["groups"].get(row["task"], [row["task"]])
+        own = [record["samples"][task].get(row["metric"]) for task in members]
+        if row["metric"] not in ACCURACIES or row["value"] is None or not all(own):
+            continue
+        scores = [float(score) for items in own for score in items]
+        if math.isclose(statistics.fmean(scores), row["value"], abs_tol=1e-9):  # a group may weigh its tasks
+            found[row["task"], row["metric"]] = scores
+    return found
+
+
+def read_tasks(path: Path) -> tuple[list[dict[str, Any]], dict[tuple[str, str], list[float]]]:
+    """Rows and item scores of a file of tasks. Raises InputError naming one that is broken."""
     try:
         record = read_json(path)
         rows = [{**row, "status": "done", "lm_eval": record["lm_eval"]} for row in record["rows"]]
         if not rows or any(not row["task"] or not row["metric"] for row in rows):
             raise ValueError("it has no rows that name a task and a metric")
+        return rows, item_scores(record)
     except BROKEN as error:
         raise InputError(f"{path} cannot be used: {_message(error)}") from None
+
+
+def task_rows(folder: Path, tasks: TaskSet) -> list[dict[str, Any]]:
+    """The value columns of every task and metric of a set. Raises InputError naming a broken file."""
+    rows, scores = read_tasks(folder / f"tasks-{tasks.identity}.json")
+    for row in rows:
+        own = scores.get((row["task"], row["metric"]))
+        if interval := own and bootstrap_interval(own):
+            row["low"], row["high"] = interval
     return rows
+
+
+def task_scores(folder: Path, tasks: TaskSet) -> dict[tuple[str, str], list[float]]:
+    """(task, metric) -> the score of every item; none where the file is absent or broken."""
+    try:
+        return read_tasks(folder / f"tasks-{tasks.identity}.json")[1]
+    except InputError:
+        return {}  # told where the rows are read
 
 
 def gather_cell(

@@ -38,7 +38,7 @@ def row(layer: Layer, target: Target) -> dict[str, Any]:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--columns", type=json.loads, required=True, help="model and calibration, as JSON")
+    parser.add_argument("--columns", type=json.loads, required=True, help="model, calibration and seed, as JSON")
     parser.add_argument("--target", type=json.loads, required=True, help="target, as JSON")
     parser.add_argument("--model", type=json.loads, required=True, help="model entry of the config, as JSON")
     parser.add_argument("--gram", type=Path, required=True, help="folder of the Grams")

@@ -1,4 +1,4 @@
-"""Gather the cells of a study into the tables under results/tables: layers, cells, traces, bounds, skipped, main.
+"""Gather the cells of a study into tables: layers, cells, traces, bounds, comparisons, skipped, main.
 
 Rows stand in the order of the plan, columns in the order of workflow/schemas/tables.schema.yaml, so that two CSVs of
 one study can be compared by eye. The tables appear together, or, when anything is wrong, not at all.
@@ -17,12 +17,24 @@ import pyarrow.parquet as pq
 
 from workflow.scripts import tables
 from workflow.scripts.bounds import read_bounds, with_bounds
-from workflow.scripts.cell_results import Evaluation, Gap, PlannedCell, TaskSet, evaluations, gather_cell, task_sets
+from workflow.scripts.cell_results import (
+    Compression,
+    Evaluation,
+    Gap,
+    PlannedCell,
+    TaskSet,
+    evaluations,
+    gather_cell,
+    task_scores,
+    task_sets,
+    window_losses,
+)
+from workflow.scripts.comparisons import ERRORS, Measure, Observation, accuracy, compare, perplexity
 from workflow.scripts.grid import plan
 from workflow.scripts.runtime import InputError, report_errors, whole_file
 from workflow.scripts.table_schema import arrow_schema, from_rows, read_table, to_frame
 
-TABLES = ("layers", "cells", "traces", "bounds", "skipped")
+TABLES = ("layers", "cells", "traces", "bounds", "comparisons", "skipped")
 FLOAT_FORMAT = "%.9g"
 ROWS_AT_ONCE = 200_000  # rows held in memory before they are written
 
@@ -64,6 +76,24 @@ def write_csv(data: pa.Table, path: Path, header: bool = True) -> None:
     )
 
 
+def observe(
+    folder: Path,
+    columns: Mapping[str, Any],
+    compression: Compression,
+    evaluations: Sequence[Evaluation],
+    tasks: Sequence[TaskSet],
+) -> Observation:
+    """What a cell was measured on: the errors of its layers, the losses of each text's windows, the scores of items."""
+    errors = (compression.layers.column(name).to_pylist() for name in ("layer", "output_error"))
+    values: dict[Measure, dict[Any, float]] = {ERRORS: dict(zip(*errors, strict=True))}
+    for evaluation in evaluations:
+        values[perplexity(evaluation.text)] = dict(enumerate(window_losses(folder, evaluation)))
+    for tasks_of in tasks:
+        for (task, metric), scores in task_scores(folder, tasks_of).items():
+            values[accuracy(metric, tables.task_title(task, tasks_of.name))] = dict(enumerate(scores))
+    return Observation(columns, values)
+
+
 def collect(
     cells: Sequence[PlannedCell],
     skipped: Sequence[Mapping[str, Any]],
@@ -83,6 +113,7 @@ def collect(
     what the study varies, the same in every row of `cells`.
     """
     gaps: list[tuple[str, Gap]] = []
+    observations: list[Observation] = []
     unless_partial = suppress(InputError) if partial else nullcontext()
     bounds: dict[str, pa.Table] = {}
     for path in certificates:
@@ -110,6 +141,7 @@ def collect(
                         layers = with_bounds(layers, bounds[cell.certificate], root / cell.certificate)
                 writers["layers"].add(layers)
                 writers["traces"].add(compression.trace)
+                observations.append(observe(root / cell.folder, cell.columns, compression, evaluations, tasks))
             writers["cells"].add(from_rows([{**row, "swept": swept} for row in rows], "cells", cell.folder))
         if gaps and not partial:
             folder, gap = gaps[0]
@@ -119,6 +151,8 @@ def collect(
             )
         for table in bounds.values():
             writers["bounds"].add(table)
+        compared = compare(observations)
+        writers["comparisons"].add(from_rows(compared, "comparisons", "the comparisons"))
         writers["skipped"].add(from_rows([dict(row) for row in skipped], "skipped", "the plan"))
         for writer in writers.values():
             writer.close()
@@ -142,7 +176,7 @@ def main(argv: list[str]) -> None:
         swept=planned.config.get("sweep"),
         tasks=task_sets(planned.tasks),
     )
-    tables.write(read_table(args.out, "cells"), args.out)
+    tables.write(read_table(args.out, "cells"), read_table(args.out, "comparisons"), args.out)
     print(f"{len(planned.cells)} cells, {absent} not whole, {len(planned.skipped)} skipped -> {args.out}")
 
 

@@ -21,28 +21,31 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from workflow.scripts import tables
+from workflow.scripts import comparisons, tables
 from workflow.scripts.collect import TABLES, write_csv
+from workflow.scripts.comparisons import ERRORS, Observation
 from workflow.scripts.runtime import InputError, report_errors, whole_file
-from workflow.scripts.table_schema import columns, read_table, typed
+from workflow.scripts.table_schema import columns, from_rows, read_table, to_frame, typed
 
-CELL = ["model", "calibration", "mode", "label", "target", "params"]
+CELL = ["model", "calibration", "seed", "mode", "label", "target", "params"]
 _CELLS = list(columns("cells"))
 SPEC = _CELLS[: _CELLS.index("metric")]  # what was asked of a cell
 PROVENANCE = _CELLS[_CELLS.index("commit") :]
 # What decides a number beside the cell's spec: rows that differ in these are of two experiments.
 PROTOCOL = [
     *("model_sha256", "dtype", "calibration_sha256", "calibration_samples", "calibration_length", "calibration_seed"),
-    *("calibration_sampling", "eval_sha256", "eval_length", "eval_windows", "task_version", "fewshot", "items", "lm_eval"),
+    *("calibration_sampling", "eval_sha256", "eval_length", "eval_windows"),
+    *("task_version", "fewshot", "items", "lm_eval"),
 ]
 MEASURED = ["metric", "text", "task_set", "task"]  # what a number of a cell is, and of what
 TIMES = ("solve_seconds", "job_seconds")  # metrics that differ from run to run
+TOLD = ("seed", "params")  # columns of a key that tell cells apart only where nothing else does
 Tables = Mapping[str, pd.DataFrame]  # of one result folder, by name
 ROW = {  # the columns that name a row of a table
     "layers": [*SPEC, "layer"],
     "cells": [*SPEC, *MEASURED],
     "traces": [*SPEC, "layer", "iteration"],
-    "bounds": ["model", "calibration", "target", "layer"],
+    "bounds": ["model", "calibration", "seed", "target", "layer"],
     "skipped": ["label", "method", "target"],
 }
 TOLERANCE = 0.02
@@ -115,10 +118,11 @@ def report(changes: pd.DataFrame, compared: int, what: str, tolerance: float) ->
         return f"{what}: all {compared} agree within {100 * tolerance:g} %."
     key = list(changes.columns[:-4])
     last = key[-1]
-    # A sweep's labels tell its entries apart: the parameters are shown only where the rest of the key does not.
-    names = [column for column in key if column not in ("params", last)]
-    if changes.drop_duplicates(key).duplicated([*names, last]).any():
-        names.append("params")
+    # A sweep's labels tell its entries apart: parameters and seed are shown only where the rest of the key does not.
+    names = [column for column in key if column not in (*TOLD, last)]
+    for column in TOLD:
+        if column in key and changes.drop_duplicates(key).duplicated([*names, last]).any():
+            names.append(column)
     header = ["cell", last, "accepted", "now", "change"]
     rows = [
         [_name(row, names), str(row[last]), _digits(row["accepted"]), _digits(row["now"]), _percent(row)]
@@ -182,11 +186,21 @@ def merge(parts: Mapping[Path, Tables], tolerance: float) -> dict[str, pd.DataFr
         _agree(merged, parts[folder], where, str(folder), tolerance)
         merged = {table: _joined(table, merged, parts[folder]) for table in TABLES}
         where = "the folders before it"
-    return merged
+    return merged | {"comparisons": compared_errors(merged["layers"])}
+
+
+def compared_errors(layers: pd.DataFrame) -> pd.DataFrame:
+    """The `comparisons` of methods by the errors of their layers. Those by windows and items need the cells' files."""
+    cells = layers.groupby(SPEC, sort=False, dropna=False)
+    observed = []
+    for _, own in cells:
+        columns = {name: None if pd.isna(value) else value for name, value in own[SPEC].iloc[0].items()}
+        observed.append(Observation(columns, {ERRORS: dict(zip(own["layer"], own["output_error"], strict=True))}))
+    return to_frame(from_rows(comparisons.compare(observed), "comparisons", "the merged layers table"))
 
 
 def _agree(one: Tables, other: Tables, a: str, b: str, tolerance: float) -> None:
-    ends = [frames["cells"][frames["cells"]["status"] == "done"].fillna(dict.fromkeys(MEASURED, "")) for frames in (one, other)]
+    ends = [frames["cells"].query("status == 'done'").fillna(dict.fromkeys(MEASURED, "")) for frames in (one, other)]
     both = ends[0].merge(ends[1], on=ROW["cells"], suffixes=("_a", "_b"))
     both["value_a"], both["value_b"] = both["value_a"].isna(), both["value_b"].isna()  # one diverged, the other did not
     for name in [*PROTOCOL, "value"]:
@@ -242,7 +256,7 @@ def write(merged: Tables, out: Path) -> None:
             data = typed(pa.Table.from_pandas(rows, preserve_index=False), table, f"the merged {table} table")
             pq.write_table(data, stack.enter_context(whole_file(out / f"{table}.parquet")))
             write_csv(data, stack.enter_context(whole_file(out / f"{table}.csv")))
-    tables.write(merged["cells"], out)
+    tables.write(merged["cells"], merged["comparisons"], out)
 
 
 def main_merge(argv: list[str]) -> None:

@@ -104,16 +104,23 @@ class Plan:
 
     @property
     def gives(self) -> set[str]:
-        """What figures may need: `certificates`, and `traces` that measure the error of the layer or a relaxed one."""
+        """What figures may need: `certificates`, `traces` that measure the error of the layer or a relaxed one, and
+        `pairs` of methods that may be compared."""
         criteria = {self.catalogue[cell.columns["method"]].criterion for cell in self.cells}
         traced = criteria & {"error", "relaxed error"}
-        given = {"certificates": self.certificates, "traces": traced, "sweep": self.config.get("sweep")}
-        return {name for name, there in given.items() if there}
+        keys = ("label", "model", "calibration", "mode", "comparison", "target")
+        methods = {tuple(cell.columns[key] for key in keys) for cell in self.cells}
+        pairs = len({one[1:] for one in methods}) < len(methods)
+        found = {"certificates": self.certificates, "traces": traced, "pairs": pairs, "sweep": self.config.get("sweep")}
+        return {name for name, there in found.items() if there}
 
     def warnings(self) -> list[str]:
         """Sentences about choices that make numbers flatter than they are."""
         texts = self.config["texts"]
-        pairs = itertools.product(self.calibrations.items(), self.evaluations.items())
+        once: dict[str, tuple[str, Mapping[str, Any]]] = {}  # of the repeats of a calibration set the first
+        for calib_id, calib in self.calibrations.items():
+            once.setdefault(calib["name"], (calib_id, calib))
+        pairs = itertools.product(once.values(), self.evaluations.items())
         return [
             f"calibration {calib_id} and evaluation {eval_id} draw from the same data set, "
             f"{sources.dataset_of(texts[calib['text']])}: data-aware methods may look better than on unseen text."
@@ -217,22 +224,27 @@ def plan(config: Mapping[str, Any], check_sources: bool = False) -> Plan:
     calibrations, evaluations = (
         {
             identity(name, [spec, full["texts"][spec["text"]]]): {"name": name, **spec}
-            for name, spec in full[kind].items()
+            for name, entry in full[kind].items()
+            for spec in _repeats(entry)
         }
         for kind in ("calibration", "evaluation")
     )
     expanded = {name: task_sets.expanded(spec) for name, spec in full["tasks"].items()}
     tasks = {identity(name, spec): {"name": name, **spec} for name, spec in expanded.items()}
+    seeds = {  # of the methods
+        calib: spec["seed"] if "seeds" in full["calibration"][spec["name"]] else full["seed"]
+        for calib, spec in calibrations.items()
+    }
     cells, skipped = [], []
     for label, method, params, tune, own_targets in entries:
-        settings = {"label": label, "method": method, "params": params, "seed": full["seed"]}
+        settings = {"label": label, "method": method, "params": params}
         settings |= {"tune": tune} if tune else {}
         if catalogue[method].control and not catalogue[method].card["patterns"]:
             if tune:
                 raise InputError(f"methods.{label}: {method} changes nothing, so that there is nothing to tune.")
             # A control that changes nothing is one cell of the model, whatever the calibration and mode.
             places = [(model, next(iter(calibrations)), full["modes"][0]) for model in models]
-            cells += [_cell(catalogue, settings, Target(), models, calibrations, *place) for place in places]
+            cells += [_cell(catalogue, settings, Target(), models, calibrations, seeds, *place) for place in places]
             continue
         reached = 0
         for target in own_targets if own_targets is not None else targets:
@@ -244,7 +256,7 @@ def plan(config: Mapping[str, Any], check_sources: bool = False) -> Plan:
                 continue
             reached += 1
             places = itertools.product(models, calibrations, full["modes"])
-            cells += [_cell(catalogue, settings, target, models, calibrations, *place) for place in places]
+            cells += [_cell(catalogue, settings, target, models, calibrations, seeds, *place) for place in places]
         if not reached:
             reason = skipped[-1]["reason"] if skipped else "no target is given"
             raise InputError(f"methods.{label}: {method} reaches none of the targets ({reason}).")
@@ -296,6 +308,12 @@ def _entries(
         yield name, method, catalogue.complete(method, {**params, **chosen}, where), raw.get("tune", {}), targets
 
 
+def _repeats(entry: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """A calibration set with seeds as one of each seed, which is what a study of that seed alone has."""
+    rest = {key: value for key, value in entry.items() if key != "seeds"}
+    return [{**rest, "seed": seed} for seed in entry["seeds"]] if "seeds" in entry else [rest]
+
+
 def _slug(value: Any) -> str:
     text = value if isinstance(value, str) else canonical(value)
     return "".join(c if c.isascii() and c.isalnum() or c in "._-" else "_" for c in text).strip("_")
@@ -314,11 +332,12 @@ def _cell(
     target: Target,
     models: Mapping[str, Any],
     calibrations: Mapping[str, Any],
+    seeds: Mapping[str, int],
     model: str,
     calib: str,
     mode: str,
 ) -> Cell:
-    name = identity(settings["label"], {**settings, "target": target.as_dict()})
+    name = identity(settings["label"], {**settings, "seed": seeds[calib], "target": target.as_dict()})
     tune = {"tune": settings["tune"]} if "tune" in settings else {}
     comparison = catalogue[settings["method"]].comparison(target)
     columns = {
@@ -331,7 +350,7 @@ def _cell(
         "target": target.label,
         **target.as_dict(),
         "params": canonical({**settings["params"], **tune}),
-        "seed": settings["seed"],
+        "seed": seeds[calib],
         "cell": name,
     }
     method = {"name": settings["method"], "params": settings["params"]}

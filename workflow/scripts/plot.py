@@ -11,11 +11,12 @@ from workflow.scripts.runtime import InputError, report_errors, whole_file
 
 class Drawing(NamedTuple):
     """tables: what the figure is drawn from; module: where the function of the figure's name is; needs: what a study
-    must have for it (Plan.gives), or None."""
+    must have for it (Plan.gives), or None; repeats: what is drawn of several seeds: `mean`, `first` or `all`."""
 
     tables: tuple[str, ...]
     module: str
     needs: str | None = None
+    repeats: str = "mean"
 
 
 # The caption of a figure is workflow/report/FIGURE.rst. The Snakefile reads this list: nothing heavy is imported here.
@@ -27,18 +28,19 @@ FIGURES = {
     "error_reduction": Drawing(("layers",), "workflow.scripts.figure_depth"),
     "gap_to_bound": Drawing(("layers",), "workflow.scripts.figure_errors", "certificates"),
     "sweep": Drawing(("cells",), "workflow.scripts.figure_sweep", "sweep"),
-    "convergence": Drawing(("traces", "layers"), "workflow.scripts.figure_convergence", "traces"),
+    "convergence": Drawing(("traces", "layers"), "workflow.scripts.figure_convergence", "traces", "first"),
+    "method_ranks": Drawing(("comparisons", "layers"), "workflow.scripts.figure_ranks", "pairs", "all"),
 }
 SUFFIXES = (".pdf", ".svg", ".png")
 
 
 def draw(name: str, tables: Path, out: list[Path]) -> None:
     """Draw a figure of FIGURES and write it to every file of `out`, in the format of its suffix."""
-    from workflow.scripts import figure_style
+    from workflow.scripts import figure_style, seeds
     from workflow.scripts.table_schema import read_table
 
     drawing = FIGURES[name]
-    data = [read_table(tables, table) for table in drawing.tables]
+    data = [seeds.repeats(read_table(tables, table), table, drawing.repeats) for table in drawing.tables]
     with figure_style.styled():
         figure = getattr(importlib.import_module(drawing.module), name)(*data)
         for path in out:

@@ -14,10 +14,12 @@ from pathlib import Path
 
 import pandas as pd
 
-from workflow.scripts.compare import CELL, TOLERANCE, hold
+from workflow.scripts.compare import TOLERANCE, hold
 from workflow.scripts.runtime import InputError, report_errors, write_atomic
+from workflow.scripts.seeds import told_apart
 from workflow.scripts.table_schema import first_line, read_table
 
+CELL = ["model", "calibration", "mode", "label", "target", "params"]
 # table: (columns that name a number, the number)
 NUMBERS = {"layers": ([*CELL, "layer"], "output_error"), "cells": ([*CELL, "text"], "perplexity")}
 
@@ -28,6 +30,7 @@ def numbers(tables: Path, table: str) -> pd.DataFrame:
     key, value = NUMBERS[table]
     if table == "cells":
         data = data[data["metric"] == "perplexity"].rename(columns={"value": value})
+    data = told_apart(data)
     return data.loc[data[value].notna(), [*key, value]].reset_index(drop=True)
 
 

@@ -128,7 +128,7 @@ def origin(cell: PlannedCell, row: Mapping[str, Any], study: Study) -> tuple[str
 def measured(row: Mapping[str, Any]) -> tuple[str, str]:
     """(metric, what it was measured on): the text, or the task of a set; nothing for the layers."""
     task = plain(row["task"])
-    return row["metric"], plain(row["text"]) or (f"{task} of {row['task_set']}" if task is not None else "")
+    return row["metric"], plain(row["text"]) or ("" if task is None else tables.task_title(task, row["task_set"]))
 
 
 def _key(row: Mapping[str, Any], names: Sequence[str]) -> tuple[Any, ...]:

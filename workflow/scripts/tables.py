@@ -6,6 +6,7 @@
 
 import argparse
 import re
+import statistics
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,10 +15,13 @@ from typing import Any
 
 import pandas as pd
 
+from workflow.scripts.cell_results import ACCURACIES
+from workflow.scripts.comparisons import NO_DIFFERENCE
 from workflow.scripts.runtime import report_errors, write_atomic
 from workflow.scripts.table_schema import COMPARISONS, read_table
 
 UNSUPPORTED = "–"
+SIDES = ["label", "other"]
 LATEX = {
     "\\": r"\textbackslash{}",
     "~": r"\textasciitilde{}",
@@ -30,14 +34,13 @@ LATEX = {
     "±": r"\ensuremath{\pm}",
     **{character: "\\" + character for character in "&%$#_{}"},
 }
-ACCURACIES = ("acc", "acc_norm")  # of zero-shot tasks; higher is better
 METRICS = ("perplexity", *ACCURACIES, "mean_output_error")  # that have tables, in their order
 MARKDOWN = re.compile(r"([\\`*_{}\[\]<>|#~])")
 
 
 @dataclass(frozen=True)
 class Entry:
-    """What stands in a cell of the table; best: of its group and column, marked bold."""
+    """What stands in a cell of the table; best: of its group and column, or not shown to differ from it: bold."""
 
     text: str
     best: bool = False
@@ -65,6 +68,11 @@ class Table:
     calibration: str = ""
 
 
+def task_title(task: Any, task_set: Any) -> Any:
+    """What a task of a set is called, in the tables' titles and in `comparisons`; strings or columns of them."""
+    return task + " of " + task_set
+
+
 def number(value: float, metric: str) -> str:
     """A value as printed: perplexities to two decimals while these mean something, accuracies in percent, errors to
     three digits."""
@@ -75,11 +83,37 @@ def number(value: float, metric: str) -> str:
     return f"{value:.2f}" if value < 100 else f"{value:.1f}" if value < 1000 else f"{value:.4g}"
 
 
-def tables(cells: pd.DataFrame, metric: str) -> Iterator[Table]:
-    """One table per model, calibration set and text or task of the `cells` table, in its order; modes are sections."""
+def spread(values: Sequence[float], metric: str) -> str:
+    """Mean and sample standard deviation of the values of several seeds, with as many decimals; of one, itself."""
+    centre = statistics.fmean(values)
+    if len(values) < 2:
+        return number(centre, metric)
+    # 0.0500: as precise as 0.0501
+    mean = f"{centre:#.3g}" if metric == "mean_output_error" else number(centre, metric)
+    deviation = statistics.stdev(values) * (100 if metric in ACCURACIES else 1)
+    decimals = len(mean.partition(".")[2])
+    return f"{mean} ± {deviation:.2g}" if "e" in mean else f"{mean} ± {deviation:.{decimals}f}"
+
+
+def undecided(comparisons: pd.DataFrame, metric: str) -> set[tuple[str, ...]]:
+    """(model, calibration, text, mode, target, label, other), either way round, where no difference is shown."""
+    compared = "output_error" if metric == "mean_output_error" else metric
+    own = comparisons[(comparisons["metric"] == compared) & (comparisons["verdict"] == NO_DIFFERENCE)]
+    keys = ["model", "calibration", "text", "mode", "target"]
+    pairs = [own[[*keys, *sides]].fillna("").itertuples(index=False, name=None) for sides in (SIDES, SIDES[::-1])]
+    return {row for side in pairs for row in side}
+
+
+def tables(cells: pd.DataFrame, metric: str, comparisons: pd.DataFrame | None = None) -> Iterator[Table]:
+    """One table per model, calibration set and text or task of the `cells` table, in its order; the modes are its sections.
+
+    Cells that differ in nothing but the seed stand together as mean and standard deviation. comparisons: the table from
+    which the best and what is not shown to differ from it are marked; without it only what is printed alike is as good.
+    """
+    equal = set() if comparisons is None else undecided(comparisons, metric)
     data = cells[cells["metric"] == metric]
     if metric in ACCURACIES:
-        data = data.assign(text=data["task"] + " of " + data["task_set"])
+        data = data.assign(text=task_title(data["task"], data["task_set"]))
     dense = data[data["target"] == "dense"]
     pruned = data[data["target"] != "dense"]
     text_of = pruned["text"].fillna("")
@@ -89,45 +123,78 @@ def tables(cells: pd.DataFrame, metric: str) -> Iterator[Table]:
         if metric != "mean_output_error" and len(own):
             row = own.to_dict("records")[0]
             error = row["stderr"] if metric in ACCURACIES else None
-            notes.append(f"Dense: {_shown(row, metric)}{f' ± {number(error, metric)}' if pd.notna(error) else ''}.")
+            notes.append(f"Dense: {_shown([row], metric)}{f' ± {number(error, metric)}' if pd.notna(error) else ''}.")
         better = "In percent, higher" if metric in ACCURACIES else "Lower"
-        notes.append(f"{better} is better; the best of each group and column is bold where there is a choice.")
+        notes.append(
+            f"{better} is better; the best of each group and column, and what is not shown to differ from it, is bold "
+            "where there is a choice."
+        )
+        repeats = part["seed"].nunique()
+        if repeats > 1:
+            notes.append(f"Mean and standard deviation over {repeats} seeds.")
         if part["contaminated"].eq(True).any():
             notes.append("Calibration and evaluation text come from the same data set.")
         what = "mean output error over the layers" if metric == "mean_output_error" else f"{metric} on {text}"
         targets = list(part["target"].drop_duplicates())
         modes = part.groupby("mode", sort=False)
-        sections = [Section(str(mode), _groups(rows.to_dict("records"), targets, metric)) for mode, rows in modes]
+        sections = [
+            Section(
+                str(mode),
+                _groups(
+                    rows.to_dict("records"),
+                    targets,
+                    metric,
+                    lambda target, *sides, key=(model, calibration, text, mode): (*key, target, *sides) in equal,
+                ),
+            )
+            for mode, rows in modes
+        ]
         name = "-".join(filter(None, (metric, model, calibration, text)))
         title = f"{model}, {what}, calibrated on {calibration}"
         yield Table(name, title, " ".join(notes), targets, sections, str(model), str(calibration))
 
 
-def _shown(row: Mapping[str, Any], metric: str) -> str:
-    if pd.notna(row["value"]):
-        return number(float(row["value"]), metric)
-    return "diverged" if row["status"] == "done" else str(row["status"])
+def _shown(rows: Sequence[Mapping[str, Any]], metric: str) -> str:
+    """The rows of the seeds of one setting as an entry; one without a value is not averaged away."""
+    absent = [row for row in rows if pd.isna(row["value"])]
+    if not absent:
+        return spread([float(row["value"]) for row in rows], metric)
+    word = "diverged" if absent[0]["status"] == "done" else str(absent[0]["status"])
+    return word if len(rows) == 1 else f"{word} ({len(absent)} of {len(rows)})"
 
 
 def _groups(
-    rows: Sequence[Mapping[str, Any]], targets: Sequence[str], metric: str
+    rows: Sequence[Mapping[str, Any]],
+    targets: Sequence[str],
+    metric: str,
+    equal: Callable[[str, str, str], bool],
 ) -> list[tuple[str, list[tuple[str, list[Entry]]]]]:
     groups = []
     choose = max if metric in ACCURACIES else min
     for comparison in COMPARISONS:
-        texts: dict[str, dict[str, str]] = {}
-        values: dict[str, list[float]] = {}
+        cells: dict[str, dict[str, list[Mapping[str, Any]]]] = {}  # label -> target -> seeds
         for row in rows:
             if row["comparison"] == comparison:
-                texts.setdefault(row["label"], {})[row["target"]] = _shown(row, metric)
-                if pd.notna(row["value"]):
-                    values.setdefault(row["target"], []).append(float(row["value"]))
-        # Equal as printed is equally good; alone is not best.
-        best = {target: number(choose(column), metric) for target, column in values.items() if len(column) > 1}
-        lines = [
-            (label, [Entry(own.get(t, UNSUPPORTED), t in own and own[t] == best.get(t)) for t in targets])
-            for label, own in texts.items()
-        ]
+                cells.setdefault(row["label"], {}).setdefault(row["target"], []).append(row)
+        best: dict[str, set[str]] = {}
+        for target in targets:
+            column = {label: own[target] for label, own in cells.items() if target in own}
+            values = {
+                label: statistics.fmean(row["value"] for row in own)
+                for label, own in column.items()
+                if all(pd.notna(row["value"]) for row in own)
+            }
+            if len(values) > 1:  # alone is not best
+                first = choose(values, key=values.__getitem__)
+                # Equal as printed is equally good.
+                printed = {label: number(value, metric) for label, value in values.items()}
+                best[target] = {
+                    label for label in values if printed[label] == printed[first] or equal(target, label, first)
+                }
+        lines = []
+        for label, own in cells.items():
+            shown = {target: _shown(found, metric) for target, found in own.items()}
+            lines.append((label, [Entry(shown.get(t, UNSUPPORTED), label in best.get(t, ())) for t in targets]))
         if lines:
             groups.append((comparison, lines))
     return groups
@@ -144,6 +211,8 @@ def escape_markdown(text: str) -> str:
 
 def latex_number(text: str) -> str:
     """An entry in LaTeX: 1.2e+05 becomes 1.2 times a power of ten."""
+    if " ± " in text:
+        return r" \ensuremath{\pm} ".join(map(latex_number, text.split(" ± ")))
     mantissa, e, exponent = text.partition("e")
     if e and exponent.lstrip("+-").isdigit():
         return rf"\ensuremath{{{mantissa} \times 10^{{{int(exponent)}}}}}"
@@ -189,16 +258,16 @@ def latex(table: Table) -> str:
     return "\n".join([*lines, r"\bottomrule", r"\end{tabular}", r"\end{table}", ""])
 
 
-def document(cells: pd.DataFrame, render: Callable[[Table], str]) -> str:
+def document(cells: pd.DataFrame, render: Callable[[Table], str], comparisons: pd.DataFrame | None = None) -> str:
     """The perplexity tables, those of zero-shot tasks, then those of the mean output error."""
-    rendered = [render(table) for metric in METRICS for table in tables(cells, metric)]
+    rendered = [render(table) for metric in METRICS for table in tables(cells, metric, comparisons)]
     return "\n".join(rendered) or "No results yet.\n"
 
 
-def write(cells: pd.DataFrame, out: Path) -> None:
+def write(cells: pd.DataFrame, comparisons: pd.DataFrame, out: Path) -> None:
     """Write main.md and main.tex into folder `out`."""
-    write_atomic(out / "main.md", document(cells, markdown))
-    write_atomic(out / "main.tex", document(cells, latex))
+    write_atomic(out / "main.md", document(cells, markdown, comparisons))
+    write_atomic(out / "main.tex", document(cells, latex, comparisons))
 
 
 def main(argv: list[str]) -> None:
@@ -206,7 +275,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--tables", type=Path, default=Path("results/tables"), help="folder of the tables")
     parser.add_argument("--out", type=Path, help="folder for main.md and main.tex (default: that of the tables)")
     args = parser.parse_args(argv)
-    write(read_table(args.tables, "cells"), args.out or args.tables)
+    write(read_table(args.tables, "cells"), read_table(args.tables, "comparisons"), args.out or args.tables)
 
 
 if __name__ == "__main__":

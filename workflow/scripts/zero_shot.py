@@ -100,6 +100,7 @@ def run(model: PreTrainedModel, tokenizer: Any, spec: Spec) -> dict[str, Any]:
         "lm_eval": importlib.metadata.version("lm_eval"),
         "batch": spec["batch"],
         "seconds": round(time.perf_counter() - start, 3),
+        "groups": members,
         "samples": {name: scores(items) for name, items in found["samples"].items()},
     }
 

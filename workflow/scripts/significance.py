@@ -1,0 +1,153 @@
+"""Whether a difference is more than noise: paired tests with effect sizes, Holm's correction, bootstrap intervals.
+
+Pure functions of arrays; comparisons.py applies them to a study.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from scipy import stats
+
+LEVEL = 0.95  # of every interval
+ALPHA = 1 - LEVEL  # adjusted p-values below it are told as a difference
+RESAMPLES = 10_000
+DRAWS_AT_ONCE = 2**22  # numbers drawn at once, 32 MB
+Floats = NDArray[np.float64]
+
+
+def itself(means: Floats) -> Floats:
+    """The statistic of what is read as a mean, such as accuracy."""
+    return means
+
+
+class SignedRank(NamedTuple):
+    """p: two-sided, of Wilcoxon's signed-rank test; effect: matched-pairs rank-biserial correlation in [-1, 1]."""
+
+    p: float
+    effect: float
+
+
+def signed_rank(differences: ArrayLike) -> SignedRank:
+    """Wilcoxon's test that paired differences [n] are symmetric about zero, with its effect size.
+
+    Zeros are dropped (Wilcoxon 1945). The effect is (sum of the ranks of positive differences - that of negative ones)
+    / sum of all (Kerby 2014): 1 where every difference is positive. Without any difference p is 1 and the effect 0.
+    """
+    differences = np.asarray(differences, dtype=np.float64)
+    differences = differences[differences != 0]
+    if not len(differences):
+        return SignedRank(1.0, 0.0)
+    ranks = stats.rankdata(np.abs(differences))
+    effect = float((np.sign(differences) * ranks).sum() / ranks.sum())
+    return SignedRank(float(stats.wilcoxon(differences).pvalue), effect)
+
+
+def holm(p: ArrayLike) -> Floats:
+    """Adjusted p-values [n] of n tests: below alpha are those that Holm's procedure (1979) rejects at alpha."""
+    p = np.asarray(p, dtype=np.float64)
+    order = np.argsort(p, kind="stable")
+    steps = np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1))
+    adjusted = np.empty_like(p)
+    adjusted[order] = np.minimum(steps, 1.0)
+    return adjusted
+
+
+def friedman(values: ArrayLike) -> float | None:
+    """p of Friedman's test that k treatments [k, n] do not differ over n blocks; None for fewer than three of them."""
+    values = np.asarray(values, dtype=np.float64)
+    if len(values) < 3:
+        return None
+    if (values == values[0]).all():  # all tied: the statistic is 0 / 0
+        return 1.0
+    return float(stats.friedmanchisquare(*values).pvalue)
+
+
+def median_interval(values: ArrayLike) -> tuple[float, float] | None:
+    """Interval of the median of a population, from a sample [n]: two of its order statistics, which need no bootstrap.
+
+    None for fewer than six values, where no such interval reaches LEVEL.
+    """
+    ordered = np.sort(np.asarray(values, dtype=np.float64))
+    left_out = int(stats.binom.ppf(ALPHA / 2, len(ordered), 0.5))
+    return (float(ordered[left_out - 1]), float(ordered[-left_out])) if left_out else None
+
+
+def resampled_means(values: ArrayLike, seed: int = 0) -> Floats:
+    """Means [RESAMPLES, k] of bootstrap samples of n units, from k measurements of each [k, n].
+
+    A bootstrap sample draws the same units for all k, so that what is computed from several columns is paired; so are
+    two calls with as many units and the same seed.
+    """
+    values = np.asarray(values, dtype=np.float64)
+    units = values.shape[1]
+    rng = np.random.default_rng(seed)
+    rows = max(1, DRAWS_AT_ONCE // units)
+    parts = []
+    for start in range(0, RESAMPLES, rows):
+        count = min(rows, RESAMPLES - start)
+        drawn = rng.integers(0, units, (count, units)) + units * np.arange(count)[:, None]
+        times = np.bincount(drawn.ravel(), minlength=count * units).reshape(count, units)
+        parts.append(times @ values.T / units)
+    return np.concatenate(parts)
+
+
+def percentiles(samples: Floats) -> tuple[float, float]:
+    """The interval that leaves out ALPHA / 2 of bootstrap samples on either side."""
+    low, high = np.quantile(samples, (ALPHA / 2, 1 - ALPHA / 2))
+    return float(low), float(high)
+
+
+def bootstrap_interval(values: ArrayLike, statistic: Callable[[Floats], Floats] = itself) -> tuple[float, float] | None:
+    """Percentile interval of a function of the mean of n units [n]: np.exp for perplexity from the losses of windows,
+    the mean itself for accuracy from items that are right (1) or wrong (0). None for fewer than two units."""
+    values = np.asarray(values, dtype=np.float64)
+    return percentiles(statistic(resampled_means(values[None])[:, 0])) if len(values) > 1 else None
+
+
+class Difference(NamedTuple):
+    """value: first minus second; low, high: its interval; p: two-sided."""
+
+    value: float
+    low: float
+    high: float
+    p: float
+
+
+def bootstrap_difference(
+    first: ArrayLike,
+    second: ArrayLike,
+    statistic: Callable[[Floats], Floats] = itself,
+    samples: tuple[Floats, Floats] | None = None,
+) -> Difference:
+    """Paired bootstrap of the difference of two measurements [seeds, n] of the same n units, as bootstrap_interval.
+
+    samples: the resampled_means of both, for one who compares many and has drawn them once.
+
+    What is compared is the mean over the seeds of the statistic of each. p is twice the share of bootstrap samples on
+    the other side of zero, both counted with one more (Davison and Hinkley 1997, 4.11).
+    """
+    first, second = (np.atleast_2d(np.asarray(values, dtype=np.float64)) for values in (first, second))
+
+    def of(values: Floats) -> Floats:
+        return statistic(values).mean(axis=-1)
+
+    one, other = samples or (resampled_means(first), resampled_means(second))
+    differences = of(one) - of(other)
+    tail = min((differences <= 0).sum(), (differences >= 0).sum())
+    p = min(1.0, 2 * (float(tail) + 1) / (len(differences) + 1))
+    return Difference(float(of(first.mean(axis=1)) - of(second.mean(axis=1))), *percentiles(differences), p)
+
+
+def bars(count: int, differ: Callable[[int, int], bool]) -> list[tuple[int, int]]:
+    """The bars of a critical-difference diagram (Demsar 2006): longest runs (first, last) of `count` items in the
+    order of their ranks of which no two differ. A run of one is none."""
+    runs: list[tuple[int, int]] = []
+    for first in range(count):
+        last = first
+        while last + 1 < count and not any(differ(one, last + 1) for one in range(first, last + 1)):
+            last += 1
+        if last > first and (not runs or last > runs[-1][1]):
+            runs.append((first, last))
+    return runs
