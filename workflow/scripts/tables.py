@@ -105,7 +105,7 @@ def undecided(comparisons: pd.DataFrame, metric: str) -> set[tuple[str, ...]]:
 
 
 def tables(cells: pd.DataFrame, metric: str, comparisons: pd.DataFrame | None = None) -> Iterator[Table]:
-    """One table per model, calibration set and text or task of the `cells` table, in its order; the modes are its sections.
+    """One table per model, calibration set and text or task of `cells`, in its order; the modes are its sections.
 
     Cells that differ in nothing but the seed stand together as mean and standard deviation. comparisons: the table from
     which the best and what is not shown to differ from it are marked; without it only what is printed alike is as good.
