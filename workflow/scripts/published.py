@@ -33,7 +33,7 @@ ROOT = Path(__file__).parents[2]
 FILE = ROOT / "resources/published.csv"
 SCHEMA = ROOT / "workflow/schemas/published.schema.yaml"
 # Shares of the published value. Papers that run one method on one model under one protocol agree within 0.5 % for the
-# dense model, mostly within 2 % at half the weights or at 4 bits, and within 5 % beyond (docs/results.md).
+# dense model, mostly within 2 % at half the weights or at 4 bits, and within 5 % beyond (docs/evaluation.md).
 DENSE, NEAR, FAR = 0.005, 0.02, 0.05
 NOT_COMPARABLE = ("evaluation_length", "evaluation_windows")  # perplexities at other lengths are other numbers
 KEYS = ("model", "calibration", "mode", "cell", "text")

@@ -149,7 +149,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--tasks", type=json.loads, required=True, help="the set's config entry, as JSON")
     parser.add_argument("--out", type=Path, required=True, help="JSON file for the result")
     parser.add_argument("--model", type=json.loads, help="the model's config entry, as JSON")
-    parser.add_argument("--weights", type=Path, help="a cell's weights.safetensors")
+    parser.add_argument("--weights", type=Path, help="a cell's weights.safetensors; without it, the model as its folder has it")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args(argv)
@@ -172,7 +172,8 @@ def evaluate_cell(args: argparse.Namespace) -> dict[str, Any]:
 
     set_threads(args.threads)
     model = load(args.model, args.device)
-    apply_weights(model, args.weights)
+    if args.weights:
+        apply_weights(model, args.weights)
     tokenizer = load_tokenizer(args.model)
     with inside(args.tasks):
         return run(model, tokenizer, args.tasks)
