@@ -238,7 +238,7 @@ def test_the_highest_accuracy_is_the_best():
     frame = frame.assign(metric="acc", text=None, task="last_word", task_set="local", contaminated=pd.NA)
     frame = frame.assign(value=[0.5, 0.25, 0.375], stderr=0.04)
     text = document(frame, markdown)
-    assert "acc on last\\_word of local" in text and "Dense: 50.0 ± 4.0. In percent, higher is better" in text
+    assert "acc on last\\_word of local" in text and "Dense: 50.0 (standard error 4.0). In percent, higher is better" in text
     assert "| wanda | **37.5** |" in text and "| magnitude | 25.0 |" in text
 
 

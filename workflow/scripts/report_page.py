@@ -370,6 +370,7 @@ def page(study: Study, folder: Path, figures: Sequence[Path]) -> str:
                 ("text", "texts"),
                 ("calibration", "calibration"),
                 ("evaluation", "evaluation"),
+                ("tasks", "tasks"),
             )
         }
         | {"method": table(["label", "method", "comparison", "params"], methods)},

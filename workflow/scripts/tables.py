@@ -123,7 +123,8 @@ def tables(cells: pd.DataFrame, metric: str, comparisons: pd.DataFrame | None = 
         if metric != "mean_output_error" and len(own):
             row = own.to_dict("records")[0]
             error = row["stderr"] if metric in ACCURACIES else None
-            notes.append(f"Dense: {_shown([row], metric)}{f' ± {number(error, metric)}' if pd.notna(error) else ''}.")
+            noise = f" (standard error {number(error, metric)})" if pd.notna(error) else ""
+            notes.append(f"Dense: {_shown([row], metric)}{noise}.")
         better = "In percent, higher" if metric in ACCURACIES else "Lower"
         notes.append(
             f"{better} is better; the best of each group and column, and what is not shown to differ from it, is bold "
