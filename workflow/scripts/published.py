@@ -233,6 +233,8 @@ def _entries(study: Plan, rows: Sequence[Row], row: Row, model: str, done: Mappi
         if apart := [name for name in NOT_COMPARABLE if name in pair.differs]:
             verdict = "protocol differs"
             reason = reason or f"{apart[0]} is another"
+        elif verdict == "outside" and pair.differs:  # within, a difference of the calibration did no harm
+            verdict, reason = "protocol differs", reason or f"{' and '.join(pair.differs)} may explain it"
         yield full | {"verdict": verdict, "reason": reason}
 
 

@@ -35,9 +35,8 @@ def sections(data: pd.DataFrame) -> Iterator[tuple[str, list[list[str]], list[st
     """(title, lines of COLUMNS, sentences on what has no cell) of every model and paper, in the table's order."""
     for (model, paper), part in data.groupby(["model", "paper"], sort=False):
         here = part[part["cell"].notna()].drop_duplicates(["printed_method", "published", *WHERE])
-        several = [
-            name for name in WHERE if name != "cell" and here.groupby(["label", "target"])[name].nunique().max() > 1
-        ]
+        own = here.groupby(["label", "target"])
+        several = [name for name in ("calibration", "seed", "mode", "text") if own[name].nunique().max() > 1]
         absent = part[part["cell"].isna()]
         sentences = []
         for reason, own in absent.groupby("reason", sort=False):
@@ -49,9 +48,9 @@ def sections(data: pd.DataFrame) -> Iterator[tuple[str, list[list[str]], list[st
 
 
 def _line(row: dict, several: Sequence[str] = ()) -> list[str]:
-    """several: the columns of WHERE that tell the cells of one entry and target apart."""
+    """several: the columns that tell the cells of one entry and target apart."""
     shown = [_shown(row[name]) for name in ("published", "ours", "difference", "tolerance")]
-    remarks = [", ".join(str(row[name]) for name in several) or None]
+    remarks = [", ".join(f"seed {row[name]}" if name == "seed" else str(row[name]) for name in several) or None]
     remarks += [row["differs"], row["reason"], f"assumed: {row['assumed']}" if pd.notna(row["assumed"]) else None]
     remarks += ["secondary"] if row["source_status"] == "secondary" else []
     remark = "; ".join(str(text) for text in remarks if pd.notna(text))
