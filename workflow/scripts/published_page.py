@@ -36,7 +36,7 @@ def sections(data: pd.DataFrame) -> Iterator[tuple[str, list[list[str]], list[st
     for (model, paper), part in data.groupby(["model", "paper"], sort=False):
         here = part[part["cell"].notna()].drop_duplicates(["printed_method", "published", *WHERE])
         own = here.groupby(["label", "target"])
-        several = [name for name in ("calibration", "seed", "mode", "text") if own[name].nunique().max() > 1]
+        several = [name for name in ("calibration", "seed", "mode", "text") if own[name].nunique().gt(1).any()]
         absent = part[part["cell"].isna()]
         sentences = []
         for reason, own in absent.groupby("reason", sort=False):
