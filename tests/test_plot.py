@@ -344,6 +344,19 @@ def test_a_sweep_of_a_parameter_has_a_level_line_for_who_lacks_it():
     assert list(line.get_ydata()) == [level, level] and legend_texts(figure)[-1] == "dense"
 
 
+@pytest.mark.parametrize("swept", ["group", "calibration_samples", "calibration_length", "calibration_seed"])
+def test_a_sweep_of_integers_is_drawn_where_some_have_no_value(swept):
+    """Columns of integers that may be empty, as they are read: of a cell that failed nothing is known."""
+    cells = cells_table(plan(("wanda",), ("60% row",), ("shared",)))
+    many = [cells.assign(swept=swept, **{swept: value, "cell": f"c{value}"}) for value in (16, 32, 64)]
+    lost = cells.assign(swept=swept, value=None, status="failed", reason="out of memory", **{swept: None})
+    table = pd.concat([*many, lost])
+    table[swept] = table[swept].astype("Int64")
+    with styled():
+        axes = panels(sweep(table))[0]
+    assert [tick.get_text() for tick in axes.get_xticklabels()] == ["16", "32", "64"]
+
+
 def test_a_sweep_of_texts_has_places_and_no_lines():
     cells = cells_table(plan(("wanda",), ("60% row",), ("shared",)))
     other = cells[cells["label"] == "wanda"].assign(calibration="other")

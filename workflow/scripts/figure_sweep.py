@@ -6,7 +6,9 @@
 
 import json
 from collections.abc import Hashable, Mapping, Sequence
+from typing import Any
 
+import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -68,9 +70,17 @@ def along(cells: pd.DataFrame, swept: str) -> pd.DataFrame:
     rows = cells.copy()
     params = rows["params"].map(json.loads)
     rows["x"] = rows[swept] if swept in rows else [own.get(swept) for own in params]
+    # A nullable column gives numbers of numpy and pd.NA, of which canonical knows neither.
+    rows["x"] = pd.Series([_plain(value) for value in rows["x"]], index=rows.index, dtype=object)
     rows["label"] = [_series(row.label, swept, row.x) for row in rows.itertuples()]
     rows["band"] = [_band(row, swept) for row in rows.to_dict("records")]
     return rows
+
+
+def _plain(value: Any) -> Any:
+    if value is None or pd.isna(value):
+        return None
+    return value.item() if isinstance(value, np.generic) else value
 
 
 def _series(label: str, swept: str, value: Hashable) -> str:

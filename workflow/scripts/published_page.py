@@ -3,7 +3,7 @@
 # pandas' own annotations lose whether a selection is a column or a frame.
 # pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pandas as pd
@@ -11,13 +11,14 @@ import pandas as pd
 from workflow.scripts.runtime import write_atomic
 from workflow.scripts.tables import escape_latex, escape_markdown, latex_number, number
 
-VERDICTS = ("within", "outside", "protocol differs", "not run")
+VERDICTS = ("within", "outside", "protocol differs", "not checked", "not run")
 COLUMNS = ("method", "target", "published", "ours", "difference", "tolerance", "verdict", "remark")
+WHERE = ("calibration", "mode", "cell", "text")  # a cell is itself only in its mode and calibration
 NOTHING = "No published perplexity is of a model of this study: there is nothing to compare."
 NOTE = (
     "Difference is ours minus published. Within: not more than the tolerance. Protocol differs: our dense perplexity "
-    "is not the published one, or the windows are others, so that nothing is said of the method. A value marked "
-    "secondary is quoted by others."
+    "is not the published one, or the windows are others, so that nothing is said of the method. Not checked: there is "
+    "no dense perplexity to tell whether the protocols agree. A value marked secondary is quoted by others."
 )
 
 
@@ -33,7 +34,9 @@ def summary(data: pd.DataFrame) -> str:
 def sections(data: pd.DataFrame) -> Iterator[tuple[str, list[list[str]], list[str]]]:
     """(title, lines of COLUMNS, sentences on what has no cell) of every model and paper, in the table's order."""
     for (model, paper), part in data.groupby(["model", "paper"], sort=False):
-        here = part[part["cell"].notna()].drop_duplicates(["printed_method", "published", "cell", "text"])
+        here = part[part["cell"].notna()].drop_duplicates(["printed_method", "published", *WHERE])
+        own = here.groupby(["label", "target"])
+        several = [name for name in ("calibration", "seed", "mode", "text") if own[name].nunique().gt(1).any()]
         absent = part[part["cell"].isna()]
         sentences = []
         for reason, own in absent.groupby("reason", sort=False):
@@ -41,12 +44,14 @@ def sections(data: pd.DataFrame) -> Iterator[tuple[str, list[list[str]], list[st
                 f"{row.printed_method}, {row.printed_setting.split(';')[0]}" for row in own.itertuples()
             )
             sentences.append(f"Not run, because {reason}: {'; '.join(names)}.")
-        yield f"{model} and {paper}", [_line(row) for row in here.to_dict("records")], sentences
+        yield f"{model} and {paper}", [_line(row, several) for row in here.to_dict("records")], sentences
 
 
-def _line(row: dict) -> list[str]:
+def _line(row: dict, several: Sequence[str] = ()) -> list[str]:
+    """several: the columns that tell the cells of one entry and target apart."""
     shown = [_shown(row[name]) for name in ("published", "ours", "difference", "tolerance")]
-    remarks = [row["differs"], row["reason"], f"assumed: {row['assumed']}" if pd.notna(row["assumed"]) else None]
+    remarks = [", ".join(f"seed {row[name]}" if name == "seed" else str(row[name]) for name in several) or None]
+    remarks += [row["differs"], row["reason"], f"assumed: {row['assumed']}" if pd.notna(row["assumed"]) else None]
     remarks += ["secondary"] if row["source_status"] == "secondary" else []
     remark = "; ".join(str(text) for text in remarks if pd.notna(text))
     return [row["label"], row["target"], *shown, row["verdict"], remark]
