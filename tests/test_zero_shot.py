@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -143,6 +144,22 @@ def test_a_task_of_lm_eval_reads_its_data_from_the_folder(tmp_path):
     assert record["tasks"] == {"piqa": {"version": "1.0", "items": 3, "data": "baber/piqa"}}
 
 
+def test_a_task_that_shuffles_is_the_same_each_time(tmp_path):
+    """As gpqa does, with Python's own generator: lm-eval's command line seeds it before it loads tasks."""
+    folder = write_folder(tmp_path / "tasks")
+    definition = (folder / "continuation.yaml").read_text("utf-8")
+    (folder / "continuation.yaml").write_text(f"process_docs: !function shuffled.docs\n{definition}")
+    (folder / "shuffled.py").write_text(
+        "import random\n\ndef docs(data):\n    return data.select(random.sample(range(len(data)), len(data)))\n"
+    )
+    spec = {"tasks": ["continuation"], "folder": "."}
+    orders = []
+    for _ in range(2):
+        with contextlib.chdir(folder):
+            orders.append([doc["context"] for doc in zero_shot.load_tasks(spec)["tasks"]["continuation"].eval_docs])
+    assert orders[0] == orders[1]
+
+
 def results(likelihood: float) -> dict[str, Any]:
     item = {"filtered_resps": [(-1.0, True), (likelihood, False)]}
     return {
@@ -238,7 +255,10 @@ def test_the_highest_accuracy_is_the_best():
     frame = frame.assign(metric="acc", text=None, task="last_word", task_set="local", contaminated=pd.NA)
     frame = frame.assign(value=[0.5, 0.25, 0.375], stderr=0.04)
     text = document(frame, markdown)
-    assert "acc on last\\_word of local" in text and "Dense: 50.0 (standard error 4.0). In percent, higher is better" in text
+    assert (
+        "acc on last\\_word of local" in text
+        and "Dense: 50.0 (standard error 4.0). In percent, higher is better" in text
+    )
     assert "| wanda | **37.5** |" in text and "| magnitude | 25.0 |" in text
 
 

@@ -35,11 +35,25 @@ def inside(spec: Spec) -> contextlib.AbstractContextManager[None]:
     return contextlib.chdir(spec["folder"]) if spec.get("folder") else contextlib.nullcontext()
 
 
+def seed_generators() -> None:
+    """Seed the global generators as simple_evaluate does before it loads tasks: some tasks (gpqa) shuffle with them."""
+    import random
+
+    import numpy as np
+    import torch
+    from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
+
+    random.seed(DEFAULT_RANDOM_SEED)
+    np.random.seed(DEFAULT_OTHER_SEED)
+    torch.manual_seed(DEFAULT_OTHER_SEED)
+
+
 def load_tasks(spec: Spec) -> Any:
     """lm-eval's TaskDict of a set, its data loaded. Raises InputError for an unknown task and for data out of reach."""
     from datasets.exceptions import DatasetsError
     from lm_eval.tasks import TaskManager
 
+    seed_generators()
     folder = spec.get("folder")
     own = [f"{task}.yaml" for task in spec["tasks"] if Path(f"{task}.yaml").is_file()] if folder else []
     # The library's thousands of definitions take seconds to read: only when one of them is asked for.
@@ -149,7 +163,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--tasks", type=json.loads, required=True, help="the set's config entry, as JSON")
     parser.add_argument("--out", type=Path, required=True, help="JSON file for the result")
     parser.add_argument("--model", type=json.loads, help="the model's config entry, as JSON")
-    parser.add_argument("--weights", type=Path, help="a cell's weights.safetensors; without it, the model as its folder has it")
+    parser.add_argument(
+        "--weights", type=Path, help="a cell's weights.safetensors; without it, the model as its folder has it"
+    )
     parser.add_argument("--threads", type=int)
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args(argv)
