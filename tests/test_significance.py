@@ -191,6 +191,48 @@ def test_methods_that_do_not_differ_are_seldom_told_apart():
     assert pooled / studies > 2 * ALPHA
 
 
+@pytest.mark.parametrize("measure", [ERRORS, perplexity("wiki")], ids=["layers", "windows"])
+def test_noise_of_the_draw_that_all_units_share_is_seldom_a_difference(measure):
+    """A draw of the calibration shifts a method on all layers and windows at once: three that happen to agree are no
+    evidence, which they do in one study of four."""
+    rng = np.random.default_rng(8)
+    told, agreed, studies = 0, 0, 200
+    for _ in range(studies):
+        level = rng.normal(3, 0.5, LAYERS)
+        level = np.exp(level - 6) if measure is ERRORS else level
+        made = []
+        for label in "ab":
+            for seed in range(3):
+                noise = rng.normal(0, 0.02) + rng.normal(0, 0.01, LAYERS)
+                made.append(
+                    observed(label, seed, measure, level * np.exp(noise) if measure is ERRORS else level + noise)
+                )
+        (row,) = compare(made)
+        told += row["verdict"] != NO_DIFFERENCE
+        agreed += row["p_holm"] < ALPHA and row["seeds_agree"] == 3
+    assert told / studies <= ALPHA + 0.03 and agreed / studies > 0.15
+
+
+def test_a_cell_that_is_lost_takes_its_seed_from_its_own_pairs_alone():
+    rng = np.random.default_rng(9)
+    made = study(rng, {"a": 1.0, "b": 0.8, "c": 0.6, "d": 0.5})
+    made = [
+        one for one in made if one.columns["label"] in "ab" or one.columns["seed"] == "cd".index(one.columns["label"])
+    ]
+    seeds = {(row["label"], row["other"]): row["seeds"] for row in compare(made)}
+    assert seeds == {("a", "b"): 3, **{(x, y): 1 for x in "ab" for y in "cd"}}
+
+
+def test_many_methods_can_still_be_told_apart():
+    """The smallest p of a bootstrap, times the pairs, must stay below the level."""
+    rng = np.random.default_rng(10)
+    hard = rng.normal(3, 0.5, 64)
+    text = perplexity("wiki")
+    made = [observed(f"m{i}", 0, text, hard + 0.5 * i + rng.normal(0, 0.01, 64)) for i in range(24)]
+    rows = compare(made)
+    assert len(rows) == 276 and {row["verdict"] for row in rows} == {"better"}
+
+
 def test_seeds_that_disagree_show_no_difference():
     rng = np.random.default_rng(2)
     level = rng.normal(-3, 1, LAYERS)

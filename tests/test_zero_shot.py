@@ -114,9 +114,12 @@ def test_lm_eval_s_command_line_gives_the_same_numbers(tiny):
 @pytest.mark.parametrize(
     "spec, sentence",
     [
-        ({"tasks": ["last_word"], "folder": "empty"}, "The data of the tasks last_word cannot be loaded; a folder of"),
+        (
+            {"tasks": ["last_word"], "folder": "empty"},
+            "The data of the tasks last_word cannot be used; empty should hold it, in a folder of",
+        ),
         ({"tasks": ["no_such_task"]}, "error: There is no task 'no_such_task' in lm-eval 0.4.13."),
-        ({"tasks": ["piqa"]}, "HF_HUB_OFFLINE=1 forbids fetching is needed: "),
+        ({"tasks": ["piqa"]}, "HF_HUB_OFFLINE=1 forbids fetching: "),
     ],
 )
 def test_what_is_absent_is_one_sentence(tmp_path, spec, sentence):
@@ -160,8 +163,15 @@ def test_a_task_that_shuffles_is_the_same_each_time(tmp_path):
     assert orders[0] == orders[1]
 
 
+def test_the_data_that_were_asked_are_told_apart():
+    items = results(-2.0)["samples"]["t"]
+    other = [{**items[0], "target_hash": "d"}]
+    assert zero_shot.data_hash(items) == zero_shot.data_hash([dict(items[0])]) != zero_shot.data_hash(other)
+
+
 def results(likelihood: float) -> dict[str, Any]:
-    item = {"filtered_resps": [(-1.0, True), (likelihood, False)]}
+    item = {"filtered_resps": [(-1.0, True), (likelihood, False)], "doc_id": 0}
+    item |= {"doc_hash": "a", "prompt_hash": "b", "target_hash": "c"}
     return {
         "results": {"t": {"alias": "t", "acc,none": 0.25, "acc_stderr,none": 0.1, "exact,strict": 0.5}},
         "versions": {"t": 2},
@@ -173,6 +183,7 @@ def results(likelihood: float) -> dict[str, Any]:
 
 def test_a_row_per_metric():
     shared = {"task": "t", "task_version": "2", "fewshot": 0, "items": 1}
+    shared["eval_sha256"] = zero_shot.data_hash(results(-2.0)["samples"]["t"])
     assert zero_shot.rows_of("t", ["t"], results(-2.0)) == [
         {**shared, "metric": "acc", "value": 0.25, "stderr": 0.1},
         {**shared, "metric": "exact,strict", "value": 0.5, "stderr": None},
@@ -226,7 +237,7 @@ def test_rows_of_the_cells_table(tmp_path):
     tasks = TaskSet("local-1", "local", ("last_word", "continuation"))
     _, rows, gap = gather_cell(of, [], tmp_path, [tasks])
     lost = [row for row in rows if row.get("task")]
-    assert [row["task"] for row in lost] == list(tasks.tasks) and gap is not None and gap.status == "missing"
+    assert [row["task"] for row in lost] == [*tasks.tasks, "mean"] and gap is not None and gap.status == "missing"
     assert all(row["status"] == "missing" and row["reason"] and "value" not in row for row in lost)
     row = {"task": "last_word", "task_version": "1.0", "fewshot": 0, "items": 9, "metric": "acc"}
     rows = [{**row, "value": 0.5, "stderr": 0.1}, {**row, "task": "both", "value": 0.25}]
@@ -239,9 +250,10 @@ def test_rows_of_the_cells_table(tmp_path):
     }
     (folder / "tasks-local-1.json").write_text(json.dumps(record))
     _, rows, gap = gather_cell(of, [], tmp_path, [tasks])
-    found, both, weighted = [row for row in rows if row.get("task")]
+    found, both, weighted, mean = [row for row in rows if row.get("task")]
     assert found["low"] == 0 and found["high"] == 1 and both["low"] < 0.25 < both["high"] and "low" not in weighted
     assert list(task_scores(folder, tasks)) == [("last_word", "acc"), ("both", "acc")]
+    assert mean["task"] == "mean" and mean["value"] == pytest.approx((0.5 + 0.25 + 0.3) / 3) and "stderr" not in mean
     assert gap is None and (found["task_set"], found["lm_eval"], found["value"]) == ("local", "0.4.13", 0.5)
     (folder / "tasks-local-1.json").write_text('{"lm_eval": "0.4.13", "rows": []}')
     _, rows, gap = gather_cell(of, [], tmp_path, [tasks])
@@ -254,7 +266,10 @@ def test_the_highest_accuracy_is_the_best():
     frame = frame[frame["metric"] == "perplexity"].copy()
     frame = frame.assign(metric="acc", text=None, task="last_word", task_set="local", contaminated=pd.NA)
     frame = frame.assign(value=[0.5, 0.25, 0.375], stderr=0.04)
-    text = document(frame, markdown)
+    failed = frame.iloc[[-1]].assign(value=None, stderr=None, status="failed", reason="out of memory", label="ria")
+    norm = frame.assign(metric="acc_norm")
+    text = document(pd.concat([frame, failed, norm], ignore_index=True), markdown)
+    assert text.count("| ria | failed |") == 2
     assert (
         "acc on last\\_word of local" in text
         and "Dense: 50.0 (standard error 4.0). In percent, higher is better" in text

@@ -19,6 +19,7 @@ from workflow.scripts.sources import contaminated
 from workflow.scripts.table_schema import first_line, from_rows, typed
 
 ACCURACIES = ("acc", "acc_norm")  # of zero-shot tasks; higher is better
+MEAN = "mean"  # the name of the row that has the mean accuracy over the tasks of a set
 CELL_METRICS = ("mean_output_error", "achieved_sparsity", "bits_per_weight", "solve_seconds", "job_seconds")
 NEVER_RAN = "no result and no failure record: an earlier step failed (see logs/), or the job was killed or never ran"
 BROKEN = (ValueError, OSError, KeyError, TypeError, AttributeError, pa.ArrowException, InputError)
@@ -228,7 +229,21 @@ def task_rows(folder: Path, tasks: TaskSet) -> list[dict[str, Any]]:
         own = scores.get((row["task"], row["metric"]))
         if interval := own and bootstrap_interval(own):
             row["low"], row["high"] = interval
-    return rows
+    return [*rows, *_mean_of_tasks(rows)]
+
+
+def _mean_of_tasks(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The mean of `acc` over the tasks of a set, as papers print it; where a task has none, or is alone, no such row."""
+    own = [row for row in rows if row["metric"] == "acc"]
+    if len(own) < 2 or {row["task"] for row in own} < {row["task"] for row in rows}:
+        return []
+    row: dict[str, Any] = {"task": MEAN, "metric": "acc", "items": sum(row["items"] for row in own)}
+    row |= {"status": "done", "lm_eval": own[0]["lm_eval"]}
+    if lost := [row for row in own if row["value"] is None]:
+        return [row | {"value": None, "reason": f"{lost[0]['task']} has no accuracy"}]
+    if all(row["stderr"] is not None for row in own):
+        row["stderr"] = math.hypot(*(row["stderr"] for row in own)) / len(own)
+    return [row | {"value": statistics.fmean(row["value"] for row in own)}]
 
 
 def task_scores(folder: Path, tasks: TaskSet) -> dict[tuple[str, str], list[float]]:
@@ -286,8 +301,9 @@ def gather_cell(
             own_gap = failure(folder, present, [stage])
         if own_gap:
             gaps.append(own_gap)
-            lost = {"metric": "acc", "status": own_gap.status, "reason": own_gap.reason}
-            found = [{**lost, "task": task} for task in task_set.tasks]
+            lost = {"metric": ACCURACIES[0], "status": own_gap.status, "reason": own_gap.reason}
+            names = [*task_set.tasks, MEAN] if len(task_set.tasks) > 1 else task_set.tasks
+            found = [{**lost, "task": task} for task in names]
         rows += [{**common, "task_set": task_set.name, **row} for row in found]
     values = layer_metrics(compression) if compression else dict.fromkeys(CELL_METRICS)
     for metric, value in values.items():

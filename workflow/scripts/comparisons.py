@@ -1,10 +1,11 @@
 """The `comparisons` table: every two methods of a group on one target, and whether they differ by more than noise.
 
-The units are layers for output_error and windows of the text for perplexity. Seeds repeat the measurement of a unit and
-are no units of their own, because a layer that suits a method does so under every seed: they are averaged, and have to
-agree on the direction.
+The units are layers for output_error, windows of the text for perplexity and items for accuracy. Seeds repeat the
+measurement of a unit and are no units of their own, because a layer that suits a method does so under every seed: they
+are averaged, have to agree on the direction, and from three on have to pass a test of their own.
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
@@ -63,45 +64,58 @@ def compare(observations: Sequence[Observation]) -> list[dict[str, Any]]:
     found = []
     for here in places.values():
         for measure in measures:
-            family = [row for group in COMPARISONS for row in _group(here, group, measure)]
+            groups = [_by_label(here, comparison, measure) for comparison in COMPARISONS]
+            pairs = sum(math.comb(len(by_label), 2) for by_label in groups)
+            family = [row for by_label in groups for row in _group(by_label, measure, pairs)]
             adjusted = significance.holm([row["p"] for row in family])
             for row, p in zip(family, adjusted.tolist(), strict=True):
                 found.append(row | {"p_holm": p, "verdict": _verdict(row, p, measure)})
     return found
 
 
-def _group(here: Sequence[Observation], comparison: str, measure: Measure) -> Iterator[dict[str, Any]]:
-    """The rows of a place, a group and a measure, without what needs the others."""
-    own = [one for one in here if one.columns["comparison"] == comparison and one.values.get(measure)]
+def _by_label(here: Sequence[Observation], comparison: str, measure: Measure) -> dict[str, dict[int, Observation]]:
+    """label -> seed -> the cell, of a group's cells that have the measure."""
     by_label: dict[str, dict[int, Observation]] = {}
-    for one in own:
-        by_label.setdefault(one.columns["label"], {})[one.columns["seed"]] = one
+    for one in here:
+        if one.columns["comparison"] == comparison and one.values.get(measure):
+            by_label.setdefault(one.columns["label"], {})[one.columns["seed"]] = one
+    return by_label
+
+
+def _group(by_label: Mapping[str, Mapping[int, Observation]], measure: Measure, pairs: int) -> Iterator[dict[str, Any]]:
+    """The rows of a place, a group and a measure, without what needs the other groups; pairs: of all groups."""
+    own = [one for cells in by_label.values() for one in cells.values()]
     if len(by_label) < 2:
         return
     every = [set(one.values[measure]) for one in own]
     units = [unit for unit in own[0].values[measure] if all(unit in known for known in every)]
-    seeds = [seed for seed in next(iter(by_label.values())) if all(seed in cells for cells in by_label.values())]
-    if len(units) < 2 or not seeds:
+    if len(units) < 2:
         return
-    values = {  # [seeds, units]
-        label: np.array([[cells[seed].values[measure][unit] for unit in units] for seed in seeds])
-        for label, cells in by_label.items()
-    }
+    rows = {id(one): i for i, one in enumerate(own)}
+    values = np.array([[one.values[measure][unit] for unit in units] for one in own])  # [cells, units]
     common = {name: own[0].columns[name] for name in (*PLACE, *TARGET, "comparison")}
-    common |= {"metric": measure.metric, "text": measure.text, "units": len(units), "seeds": len(seeds)}
-    if not measure.statistic:
-        values = {label: np.log(np.maximum(errors, LEAST)) for label, errors in values.items()}
-        common["friedman_p"] = significance.friedman([errors.mean(axis=0) for errors in values.values()])
-        for label, other in combinations(values, 2):
-            yield common | {"label": label, "other": other} | _ratios(values[label], values[other], measure)
-        return
-    drawn = significance.resampled_means(np.concatenate(list(values.values())))
-    samples = dict(zip(values, np.split(drawn, len(values), axis=1), strict=True))
-    for label, other in combinations(values, 2):
-        found = significance.bootstrap_difference(
-            values[label], values[other], measure.statistic, (samples[label], samples[other])
-        )
-        yield common | {"label": label, "other": other} | _differences(values[label], values[other], found, measure)
+    common |= {"metric": measure.metric, "text": measure.text, "units": len(units)}
+    if measure.statistic:
+        drawn = significance.resampled_means(values, samples=significance.resamples_for(pairs))
+    else:
+        values = np.log(np.maximum(values, LEAST))
+        most = max(map(len, by_label.values()))
+        whole = [[rows[id(one)] for one in cells.values()] for cells in by_label.values() if len(cells) == most]
+        common["friedman_p"] = significance.friedman([values[own].mean(axis=0) for own in whole])
+    for label, other in combinations(by_label, 2):
+        # A cell that is lost under one seed takes that seed from its own pairs alone.
+        seeds = [seed for seed in by_label[label] if seed in by_label[other]]
+        if not seeds:
+            continue
+        first, second = ([rows[id(by_label[name][seed])] for seed in seeds] for name in (label, other))
+        row = common | {"label": label, "other": other, "seeds": len(seeds)}
+        if measure.statistic:
+            found = significance.bootstrap_difference(
+                values[first], values[second], measure.statistic, (drawn[:, first], drawn[:, second])
+            )
+            yield row | _differences(values[first], values[second], found, measure)
+        else:
+            yield row | _ratios(values[first], values[second], measure)
 
 
 def _ratios(first: Floats, second: Floats, measure: Measure) -> dict[str, Any]:
@@ -113,6 +127,7 @@ def _ratios(first: Floats, second: Floats, measure: Measure) -> dict[str, Any]:
     low, high = significance.median_interval(mean) or (None, None)
     median, low, high = (None if value is None else float(np.exp(value)) for value in (np.median(mean), low, high))
     columns = {"median_ratio": median, "low": low, "high": high, "effect": effect, "p": p}
+    columns["p_seeds"] = significance.over_seeds(logs.mean(axis=1))
     return columns | {"seeds_agree": sum(one == np.sign(effect) for one in directions)}
 
 
@@ -124,14 +139,15 @@ def _differences(
     effect = significance.signed_rank(measure.sign * (first - second).mean(axis=0)).effect
     by_seed = measure.statistic(first.mean(axis=1)) - measure.statistic(second.mean(axis=1))
     columns = {"difference": value, "low": low, "high": high, "effect": effect, "p": p}
+    columns["p_seeds"] = significance.over_seeds(by_seed)
     return columns | {"seeds_agree": int((np.sign(by_seed) == np.sign(value)).sum())}
 
 
 def _verdict(row: Mapping[str, Any], p_holm: float, measure: Measure) -> str:
     """better or worse, of the row's label, where the tests and all seeds say so."""
     shown = p_holm < significance.ALPHA and row["seeds_agree"] == row["seeds"]
-    if row.get("friedman_p") is not None:
-        shown &= row["friedman_p"] < significance.ALPHA
+    for gate in ("friedman_p", "p_seeds"):
+        shown &= row.get(gate) is None or row[gate] < significance.ALPHA
     if not shown:
         return NO_DIFFERENCE
     gain = measure.sign * row["difference"] if measure.statistic else row["effect"]

@@ -52,8 +52,18 @@ def last_words(entries: Sequence[tuple[str, str]], draw: random.Random) -> Itera
             yield draw.choice(found)
 
 
+def overlap(context: str, way: str) -> float:
+    """Share of the words of a way on that stand in the context too."""
+    words, known = re.findall(r"\w+", way.lower()), set(re.findall(r"\w+", context.lower()))
+    return sum(word in known for word in words) / max(len(words), 1)
+
+
 def continuations(entries: Sequence[tuple[str, str]], draw: random.Random) -> Iterator[dict[str, object]]:
-    """Beginnings of docstrings, each with how it goes on among others of its package, cut at the same place."""
+    """Beginnings of docstrings, each with how it goes on among others of its package, cut at the same place.
+
+    The others share as large a part of their words with the beginning as the true one does, as nearly as there are any:
+    who counts common words must not find it.
+    """
     cut: dict[str, list[tuple[str, str]]] = {}
     for package, entry in entries:
         space = entry.find(" ", START)
@@ -65,7 +75,10 @@ def continuations(entries: Sequence[tuple[str, str]], draw: random.Random) -> It
             others = sorted({way for _, way in parts} - {true})
             if len(others) < CHOICES - 1:
                 continue
-            choices = [true, *draw.sample(others, CHOICES - 1)]
+            draw.shuffle(others)  # which of equally near ones are taken
+            own = overlap(context, true)
+            others.sort(key=lambda way: abs(overlap(context, way) - own))
+            choices = [true, *others[: CHOICES - 1]]
             draw.shuffle(choices)
             yield {"context": context, "choices": choices, "label": choices.index(true), "package": package}
 
@@ -82,7 +95,8 @@ def make(text: str, items: Mapping[str, int] = ITEMS, seed: int = SEED) -> dict[
     made = {}
     for name, maker in MAKERS.items():
         draw = random.Random(seed)
-        found = list(maker(entries, draw))
+        # Docstrings that are repeated word for word give an item once.
+        found = list({str(item["context"]): item for item in maker(entries, draw)}.values())
         if len(found) < items[name]:
             raise InputError(f"The text should give {items[name]} items of the task {name}, it gives {len(found)}.")
         draw.shuffle(found)

@@ -3,6 +3,7 @@
 Pure functions of arrays; comparisons.py applies them to a study.
 """
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -74,8 +75,23 @@ def median_interval(values: ArrayLike) -> tuple[float, float] | None:
     return (float(ordered[left_out - 1]), float(ordered[-left_out])) if left_out else None
 
 
-def resampled_means(values: ArrayLike, seed: int = 0) -> Floats:
-    """Means [RESAMPLES, k] of bootstrap samples of n units, from k measurements of each [k, n].
+def over_seeds(differences: ArrayLike) -> float | None:
+    """p, two-sided, of the t-test that differences under other draws [seeds] have mean zero; None for fewer than three."""
+    differences = np.asarray(differences, dtype=np.float64)
+    if len(differences) < 3:
+        return None
+    if (differences == differences[0]).all():  # without any spread, as where no seed changes anything
+        return 0.0 if differences[0] else 1.0
+    return float(stats.ttest_1samp(differences, 0.0).pvalue)
+
+
+def resamples_for(comparisons: int) -> int:
+    """Bootstrap samples with which the smallest p of so many comparisons is well below ALPHA after Holm's correction."""
+    return max(RESAMPLES, math.ceil(4 * comparisons / ALPHA))
+
+
+def resampled_means(values: ArrayLike, seed: int = 0, samples: int = RESAMPLES) -> Floats:
+    """Means [samples, k] of bootstrap samples of n units, from k measurements of each [k, n].
 
     A bootstrap sample draws the same units for all k, so that what is computed from several columns is paired; so are
     two calls with as many units and the same seed.
@@ -85,8 +101,8 @@ def resampled_means(values: ArrayLike, seed: int = 0) -> Floats:
     rng = np.random.default_rng(seed)
     rows = max(1, DRAWS_AT_ONCE // units)
     parts = []
-    for start in range(0, RESAMPLES, rows):
-        count = min(rows, RESAMPLES - start)
+    for start in range(0, samples, rows):
+        count = min(rows, samples - start)
         drawn = rng.integers(0, units, (count, units)) + units * np.arange(count)[:, None]
         times = np.bincount(drawn.ravel(), minlength=count * units).reshape(count, units)
         parts.append(times @ values.T / units)

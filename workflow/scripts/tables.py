@@ -34,6 +34,7 @@ LATEX = {
     "±": r"\ensuremath{\pm}",
     **{character: "\\" + character for character in "&%$#_{}"},
 }
+COMPARED = {"mean_output_error": "output_error"}  # what a metric is called in `comparisons`
 METRICS = ("perplexity", *ACCURACIES, "mean_output_error")  # that have tables, in their order
 MARKDOWN = re.compile(r"([\\`*_{}\[\]<>|#~])")
 
@@ -97,11 +98,20 @@ def spread(values: Sequence[float], metric: str) -> str:
 
 def undecided(comparisons: pd.DataFrame, metric: str) -> set[tuple[str, ...]]:
     """(model, calibration, text, mode, target, label, other), either way round, where no difference is shown."""
-    compared = "output_error" if metric == "mean_output_error" else metric
-    own = comparisons[(comparisons["metric"] == compared) & (comparisons["verdict"] == NO_DIFFERENCE)]
+    own = comparisons[
+        (comparisons["metric"] == COMPARED.get(metric, metric)) & (comparisons["verdict"] == NO_DIFFERENCE)
+    ]
     keys = ["model", "calibration", "text", "mode", "target"]
     pairs = [own[[*keys, *sides]].fillna("").itertuples(index=False, name=None) for sides in (SIDES, SIDES[::-1])]
     return {row for side in pairs for row in side}
+
+
+def _place(comparisons: pd.DataFrame, metric: str, model: str, calibration: str, text: str) -> bool:
+    """Whether methods were compared by a metric there."""
+    own = comparisons[comparisons["metric"] == COMPARED.get(metric, metric)]
+    return bool(
+        ((own["model"] == model) & (own["calibration"] == calibration) & (own["text"].fillna("") == text)).any()
+    )
 
 
 def tables(cells: pd.DataFrame, metric: str, comparisons: pd.DataFrame | None = None) -> Iterator[Table]:
@@ -113,6 +123,9 @@ def tables(cells: pd.DataFrame, metric: str, comparisons: pd.DataFrame | None = 
     equal = set() if comparisons is None else undecided(comparisons, metric)
     data = cells[cells["metric"] == metric]
     if metric in ACCURACIES:
+        # Of a set of tasks that failed there is one row per task, under the first metric: it lacks the others too.
+        lost = (cells["metric"] == ACCURACIES[0]) & (cells["status"] != "done") & cells["task"].isin(data["task"])
+        data = cells[(cells["metric"] == metric) | lost]
         data = data.assign(text=task_title(data["task"], data["task_set"]))
     dense = data[data["target"] == "dense"]
     pruned = data[data["target"] != "dense"]
@@ -126,13 +139,14 @@ def tables(cells: pd.DataFrame, metric: str, comparisons: pd.DataFrame | None = 
             noise = f" (standard error {number(error, metric)})" if pd.notna(error) else ""
             notes.append(f"Dense: {_shown([row], metric)}{noise}.")
         better = "In percent, higher" if metric in ACCURACIES else "Lower"
-        notes.append(
-            f"{better} is better; the best of each group and column, and what is not shown to differ from it, is bold "
-            "where there is a choice."
-        )
+        tested = comparisons is not None and _place(comparisons, metric, str(model), str(calibration), str(text))
+        alike = ", and what is not shown to differ from it," if tested else ""
+        notes.append(f"{better} is better; the best of each group and column{alike} is bold where there is a choice.")
         repeats = part["seed"].nunique()
         if repeats > 1:
             notes.append(f"Mean and standard deviation over {repeats} seeds.")
+        elif tested and part["calibration_samples"].notna().any():
+            notes.append("One draw of the calibration: nothing is said of others.")
         if part["contaminated"].eq(True).any():
             notes.append("Calibration and evaluation text come from the same data set.")
         what = "mean output error over the layers" if metric == "mean_output_error" else f"{metric} on {text}"

@@ -12,9 +12,10 @@ from typing import Any
 from workflow.scripts.runtime import InputError
 
 Spec = Mapping[str, Any]
+BATCH = 8  # sequences per forward pass where a set does not say, as in the config schema
 
 LISTS = {  # name of a list -> names of lm-eval's tasks
-    # Wanda (arXiv:2306.11695), section 4.1; also of OWL, RIA, DSnoT and SparseFW
+    # Wanda (arXiv:2306.11695), section 4.1; also of OWL and DSnoT, and of the code that SparseFW was run with
     "wanda-seven": ["boolq", "rte", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa"],
     # SparseGPT (arXiv:2301.00774), section 4, without StoryCloze, whose text is not public
     "sparsegpt-four": ["lambada_openai", "piqa", "arc_easy", "arc_challenge"],
@@ -34,7 +35,7 @@ def made(spec: Spec) -> bool:
 
 
 def task_files(spec: Spec) -> list[Path]:
-    """Files that a job with these tasks depends on; none for the hub's data, which lm-eval's version fixes."""
+    """Files that a job with these tasks depends on; none for the hub's data, of which the rows have a hash."""
     if not spec.get("folder"):
         return []
     folder = Path(spec["folder"])

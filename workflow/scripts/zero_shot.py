@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import hashlib
 import importlib.metadata
 import json
 import logging
@@ -21,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from workflow.scripts.runtime import InputError, record_failure, report_errors, write_atomic
-from workflow.scripts.task_sets import Spec
+from workflow.scripts.task_sets import BATCH, Spec, expanded
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -50,7 +51,6 @@ def seed_generators() -> None:
 
 def load_tasks(spec: Spec) -> Any:
     """lm-eval's TaskDict of a set, its data loaded. Raises InputError for an unknown task and for data out of reach."""
-    from datasets.exceptions import DatasetsError
     from lm_eval.tasks import TaskManager
 
     seed_generators()
@@ -63,15 +63,20 @@ def load_tasks(spec: Spec) -> Any:
         where = f"lm-eval {importlib.metadata.version('lm_eval')}" + (f" or in {folder}" if folder else "")
         raise InputError(f"There is no task {unknown[0]!r} in {where}.")
     try:
-        return manager.load(list(spec["tasks"]))
-    except (OSError, ValueError, ImportError, DatasetsError) as error:
-        told = " ".join(str(error).split()) or type(error).__name__
+        loaded = manager.load(list(spec["tasks"]))
+        for task in loaded["tasks"].values():
+            task.doc_to_text(next(iter(task.eval_docs)))
+        return loaded
+    except Exception as error:  # definitions are others' code and templates: they raise whatever they like
+        told = "; ".join(" ".join(str(one).split()) or type(one).__name__ for one in (error, error.__cause__) if one)
         if folder:
-            wanted = f"a folder of the data set's name in {folder}"
+            wanted = f"{folder} should hold it, in a folder of the data set's name or where the definition says"
         else:
-            wanted = "the network, its copy in the hub's cache, or a `folder`; HF_HUB_OFFLINE=1 forbids fetching"
+            wanted = (
+                "it needs the network, its copy in the hub's cache, or a `folder`; HF_HUB_OFFLINE=1 forbids fetching"
+            )
         named = ", ".join(spec["tasks"])
-        raise InputError(f"The data of the tasks {named} cannot be loaded; {wanted} is needed: {told}") from None
+        raise InputError(f"The data of the tasks {named} cannot be used; {wanted}: {told}") from None
 
 
 def describe(spec: Spec) -> dict[str, Any]:
@@ -128,6 +133,7 @@ def rows_of(name: str, members: list[str], found: Mapping[str, Any]) -> list[dic
         "task_version": None if (version := found["versions"].get(name)) is None else str(version),
         "fewshot": max(found["n-shot"][task] for task in members),
         "items": sum(found["n-samples"][task]["effective"] for task in members),
+        "eval_sha256": data_hash([item for task in members for item in found["samples"][task]]),
     }
     rows = []
     for key, value in found["results"][name].items():
@@ -142,6 +148,13 @@ def rows_of(name: str, members: list[str], found: Mapping[str, Any]) -> list[dic
             values = {"value": None, "stderr": None, "reason": reason}
         rows.append({**row, "metric": own, **values})
     return rows
+
+
+def data_hash(items: list[dict[str, Any]]) -> str:
+    """Of what was asked and what is right, as lm-eval hashes it item by item: the same data have the same."""
+    keys = ("doc_id", "doc_hash", "prompt_hash", "target_hash")
+    told = sorted(json.dumps([item[key] for key in keys]) for item in items)
+    return hashlib.sha256("\n".join(told).encode()).hexdigest()
 
 
 def finite(response: Any) -> bool:
@@ -169,6 +182,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--threads", type=int)
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args(argv)
+    args.tasks = {"batch": BATCH, **expanded(args.tasks)}
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     if args.tasks.get("folder"):  # nothing is fetched; the libraries read this when they are imported
         os.environ["HF_HUB_OFFLINE"] = "1"
