@@ -19,6 +19,7 @@ from workflow.scripts.collect import collect
 from workflow.scripts.report_page import other_tables, page
 from workflow.scripts.runtime import InputError
 from workflow.scripts.table_schema import read_table
+from workflow.scripts.tables import write
 
 pytestmark = pytest.mark.xdist_group("report")
 EVIL = "<script>alert(1)</script>"
@@ -67,6 +68,7 @@ def folder(study, tmp_path_factory) -> Path:
     record = {"status": "error", "reason": REASON.partition(": ")[2], "stage": "compress", "traceback": ""}
     (failed / "failed-compress.json").write_text(json.dumps(record))
     collect(moved, SKIPPED, evaluations(STUDY, EVALUATIONS), root / "tables", partial=True, root=root)
+    write(read_table(root / "tables", "cells"), read_table(root / "tables", "comparisons"), root / "tables")
     pd.DataFrame(PUBLISHED).to_parquet(root / "tables/published.parquet")
     (root / "error_along_depth.svg").write_text(SVG)
     (root / "report.html").write_text(page(study, root / "tables", [root / "error_along_depth.svg"]), "utf-8")
@@ -110,8 +112,13 @@ def test_every_number_leads_to_spec_log_and_row(study, folder, html):
 def test_gaps_have_their_reasons(html):
     found = drill(html)["cells"]
     assert [view["status"] for view in found] == ["done"] * 9 + ["failed"]
-    assert {gap[3] for gap in found[-1]["gaps"]} == {REASON} and found[-1]["layers"] is None
+    assert {tuple(gap[3:]) for gap in found[-1]["gaps"]} == {(REASON, found[-1]["log"])} and found[-1]["layers"] is None
     assert "9 cells done, 1 failed, 0 missing; 1 pairs" in html
+
+
+def test_the_main_tables_mark_what_main_md_marks(folder, html):
+    marked = re.findall(r"\*\*(.*?)\*\*", (folder / "tables/main.md").read_text())
+    assert marked and re.findall(r'class="number best">(?:<a[^>]*>)?(.*?)<', html) == marked
 
 
 def test_any_further_table_is_shown_published_first(folder, tmp_path):
@@ -202,6 +209,10 @@ def test_figures_are_visible(opened):
     image = opened.locator("#figures img")
     image.scroll_into_view_if_needed()
     assert image.is_visible() and image.evaluate("image => image.naturalWidth") == 300
+
+
+def test_the_chart_has_a_height_as_soon_as_it_is_seen(opened):
+    opened.wait_for_function("[...Bokeh.index][0].frame.bbox.height > 100", polling=100)
 
 
 def test_the_layers_of_the_chosen_cell_are_shown(opened, folder, study):
