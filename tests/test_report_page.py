@@ -14,12 +14,12 @@ import pytest
 from playwright.sync_api import sync_playwright
 
 from tests.synthetic_tables import EVALUATIONS, STUDY, SyntheticCell, cell, write_cell
+from workflow.scripts import tables
 from workflow.scripts.cell_results import evaluations
 from workflow.scripts.collect import collect
 from workflow.scripts.report_page import other_tables, page
 from workflow.scripts.runtime import InputError
 from workflow.scripts.table_schema import read_table
-from workflow.scripts.tables import write
 
 pytestmark = pytest.mark.xdist_group("report")
 EVIL = "<script>alert(1)</script>"
@@ -68,7 +68,6 @@ def folder(study, tmp_path_factory) -> Path:
     record = {"status": "error", "reason": REASON.partition(": ")[2], "stage": "compress", "traceback": ""}
     (failed / "failed-compress.json").write_text(json.dumps(record))
     collect(moved, SKIPPED, evaluations(STUDY, EVALUATIONS), root / "tables", partial=True, root=root)
-    write(read_table(root / "tables", "cells"), read_table(root / "tables", "comparisons"), root / "tables")
     pd.DataFrame(PUBLISHED).to_parquet(root / "tables/published.parquet")
     (root / "error_along_depth.svg").write_text(SVG)
     (root / "report.html").write_text(page(study, root / "tables", [root / "error_along_depth.svg"]), "utf-8")
@@ -91,10 +90,10 @@ def test_everything_shown_is_escaped(html):
 
 def test_every_number_leads_to_spec_log_and_row(study, folder, html):
     found = drill(html)
-    tables = {name: read_table(folder / "tables", name) for name in ("cells", "layers")}
+    data = {name: read_table(folder / "tables", name) for name in ("cells", "layers")}
     numbers = [dict(zip(found["number"], row, strict=True)) for view in found["cells"] for row in view["numbers"]]
-    assert [number["row"] for number in numbers] == list(range(1, len(tables["cells"]) + 1))
-    for number, row in zip(numbers, tables["cells"].to_dict("records"), strict=True):
+    assert [number["row"] for number in numbers] == list(range(1, len(data["cells"]) + 1))
+    for number, row in zip(numbers, data["cells"].to_dict("records"), strict=True):
         assert number["metric"] == row["metric"]
         assert number["value"] == (None if pd.isna(row["value"]) else pytest.approx(row["value"], rel=1e-5))
     for one, view in zip(study.cells, found["cells"], strict=True):
@@ -103,7 +102,7 @@ def test_every_number_leads_to_spec_log_and_row(study, folder, html):
         files = [dict(zip(found["number"], row, strict=True))["file"] for row in view["numbers"]]
         assert len(set(files)) == 4 and all((folder / file).is_file() == (view["status"] == "done") for file in files)
         if view["layers"]:
-            rows = tables["layers"].iloc[[row - 1 for row in view["layers"]["row"]]]
+            rows = data["layers"].iloc[[row - 1 for row in view["layers"]["row"]]]
             assert set(rows["cell"]) == {one.columns["cell"]}
             assert rows["output_error"].to_list() == pytest.approx(view["layers"]["output_error"], rel=1e-5)
             assert rows["layer"].to_list() == found["shapes"][view["layers"]["shape"]]["layer"]
@@ -116,9 +115,10 @@ def test_gaps_have_their_reasons(html):
     assert "9 cells done, 1 failed, 0 missing; 1 pairs" in html
 
 
-def test_the_main_tables_mark_what_main_md_marks(folder, html):
-    marked = re.findall(r"\*\*(.*?)\*\*", (folder / "tables/main.md").read_text())
-    assert marked and re.findall(r'class="number best">(?:<a[^>]*>)?(.*?)<', html) == marked
+def test_the_main_tables_mark_what_is_not_shown_to_differ(study, folder, html, monkeypatch):
+    marked = html.count('class="number best"')
+    monkeypatch.setattr(tables, "NO_DIFFERENCE", "worse")
+    assert page(study, folder / "tables", []).count('class="number best"') > marked > 0
 
 
 def test_any_further_table_is_shown_published_first(folder, tmp_path):

@@ -235,8 +235,22 @@ def gaps(views: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     rows: dict[tuple[Any, ...], list[str]] = {}
     for i, view in enumerate(views):
         for metric, text, status, reason, log in view["gaps"]:
-            rows.setdefault((i, status, reason, log if status == "failed" else view["log"]), []).append(" ".join(filter(None, (metric, text))))
-    header = ["cell", "model", "calibration", "seed", "mode", "label", "target", "status", "what is absent", "reason", "log"]
+            rows.setdefault((i, status, reason, log if status == "failed" else view["log"]), []).append(
+                " ".join(filter(None, (metric, text)))
+            )
+    header = [
+        "cell",
+        "model",
+        "calibration",
+        "seed",
+        "mode",
+        "label",
+        "target",
+        "status",
+        "what is absent",
+        "reason",
+        "log",
+    ]
     return table(
         header,
         [
