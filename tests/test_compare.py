@@ -174,6 +174,21 @@ def test_diverged_in_one_folder_alone_disagrees(tmp_path):
         status("merge", one, other, "--out", tmp_path / "merged")
 
 
+@pytest.mark.parametrize("column", ["model_sha256", "calibration_samples", "dtype"])
+def test_names_that_mean_two_things_are_not_merged(tmp_path, column):
+    known = {"model_sha256": "a", "calibration_samples": 64, "dtype": "float32"}
+    one = results(tmp_path / "one", {"wanda": 1.0}, **known)
+    other = results(tmp_path / "other", {"magnitude": 1.0}, **known | {column: 1 if "samples" in column else "b"})
+    with pytest.raises(InputError, match=f"differ in its {column}"):
+        status("merge", one, other, "--out", tmp_path / "merged")
+
+
+def test_the_merged_tables_have_a_folder_of_their_own(tmp_path):
+    one, other = results(tmp_path / "one", {"wanda": 1.0}), results(tmp_path / "other", {"magnitude": 1.0})
+    with pytest.raises(InputError, match="a folder of its own"):
+        status("merge", one, other, "--out", one / "results/tables")
+
+
 def test_one_folder_is_nothing_to_merge(tmp_path):
     folder = results(tmp_path)
     with pytest.raises(InputError, match="at least two different folders"):

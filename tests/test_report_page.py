@@ -14,6 +14,7 @@ import pytest
 from playwright.sync_api import sync_playwright
 
 from tests.synthetic_tables import EVALUATIONS, STUDY, SyntheticCell, cell, write_cell
+from workflow.scripts import tables
 from workflow.scripts.cell_results import evaluations
 from workflow.scripts.collect import collect
 from workflow.scripts.report_page import other_tables, page
@@ -89,10 +90,10 @@ def test_everything_shown_is_escaped(html):
 
 def test_every_number_leads_to_spec_log_and_row(study, folder, html):
     found = drill(html)
-    tables = {name: read_table(folder / "tables", name) for name in ("cells", "layers")}
+    data = {name: read_table(folder / "tables", name) for name in ("cells", "layers")}
     numbers = [dict(zip(found["number"], row, strict=True)) for view in found["cells"] for row in view["numbers"]]
-    assert [number["row"] for number in numbers] == list(range(1, len(tables["cells"]) + 1))
-    for number, row in zip(numbers, tables["cells"].to_dict("records"), strict=True):
+    assert [number["row"] for number in numbers] == list(range(1, len(data["cells"]) + 1))
+    for number, row in zip(numbers, data["cells"].to_dict("records"), strict=True):
         assert number["metric"] == row["metric"]
         assert number["value"] == (None if pd.isna(row["value"]) else pytest.approx(row["value"], rel=1e-5))
     for one, view in zip(study.cells, found["cells"], strict=True):
@@ -101,7 +102,7 @@ def test_every_number_leads_to_spec_log_and_row(study, folder, html):
         files = [dict(zip(found["number"], row, strict=True))["file"] for row in view["numbers"]]
         assert len(set(files)) == 4 and all((folder / file).is_file() == (view["status"] == "done") for file in files)
         if view["layers"]:
-            rows = tables["layers"].iloc[[row - 1 for row in view["layers"]["row"]]]
+            rows = data["layers"].iloc[[row - 1 for row in view["layers"]["row"]]]
             assert set(rows["cell"]) == {one.columns["cell"]}
             assert rows["output_error"].to_list() == pytest.approx(view["layers"]["output_error"], rel=1e-5)
             assert rows["layer"].to_list() == found["shapes"][view["layers"]["shape"]]["layer"]
@@ -110,8 +111,14 @@ def test_every_number_leads_to_spec_log_and_row(study, folder, html):
 def test_gaps_have_their_reasons(html):
     found = drill(html)["cells"]
     assert [view["status"] for view in found] == ["done"] * 9 + ["failed"]
-    assert {gap[3] for gap in found[-1]["gaps"]} == {REASON} and found[-1]["layers"] is None
+    assert {tuple(gap[3:]) for gap in found[-1]["gaps"]} == {(REASON, found[-1]["log"])} and found[-1]["layers"] is None
     assert "9 cells done, 1 failed, 0 missing; 1 pairs" in html
+
+
+def test_the_main_tables_mark_what_is_not_shown_to_differ(study, folder, html, monkeypatch):
+    marked = html.count('class="number best"')
+    monkeypatch.setattr(tables, "NO_DIFFERENCE", "worse")
+    assert page(study, folder / "tables", []).count('class="number best"') > marked > 0
 
 
 def test_any_further_table_is_shown_published_first(folder, tmp_path):
@@ -202,6 +209,10 @@ def test_figures_are_visible(opened):
     image = opened.locator("#figures img")
     image.scroll_into_view_if_needed()
     assert image.is_visible() and image.evaluate("image => image.naturalWidth") == 300
+
+
+def test_the_chart_has_a_height_as_soon_as_it_is_seen(opened):
+    opened.wait_for_function("[...Bokeh.index][0].frame.bbox.height > 100", polling=100)
 
 
 def test_the_layers_of_the_chosen_cell_are_shown(opened, folder, study):

@@ -116,7 +116,7 @@ def test_lm_eval_s_command_line_gives_the_same_numbers(tiny):
     [
         (
             {"tasks": ["last_word"], "folder": "empty"},
-            "The data of the tasks last_word cannot be used; empty should hold it, in a folder of",
+            "The data of the tasks last_word cannot be used; empty should hold them",
         ),
         ({"tasks": ["no_such_task"]}, "error: There is no task 'no_such_task' in lm-eval 0.4.13."),
         ({"tasks": ["piqa"]}, "HF_HUB_OFFLINE=1 forbids fetching: "),

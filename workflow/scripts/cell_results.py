@@ -233,7 +233,7 @@ def task_rows(folder: Path, tasks: TaskSet) -> list[dict[str, Any]]:
 
 
 def _mean_of_tasks(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The mean of `acc` over the tasks of a set, as papers print it; where a task has none, or is alone, no such row."""
+    """The mean of `acc` over the tasks of a set, as papers print it; no row where a task has none or is alone."""
     own = [row for row in rows if row["metric"] == "acc"]
     if len(own) < 2 or {row["task"] for row in own} < {row["task"] for row in rows}:
         return []

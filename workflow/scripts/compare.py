@@ -37,6 +37,13 @@ PROTOCOL = [
     *("calibration_sampling", "eval_sha256", "eval_length", "eval_windows"),
     *("task_version", "fewshot", "items", "lm_eval"),
 ]
+SAME = {  # what a name of a study has to mean in all folders: the columns that tell it
+    "model": ["model_sha256", "dtype"],
+    "calibration": ["calibration_sha256", "calibration_samples", "calibration_length", "calibration_sampling"],
+    "text": ["eval_sha256", "eval_length", "eval_windows"],
+    "task_set": ["lm_eval"],
+    "label": ["params"],
+}
 MEASURED = ["metric", "text", "task_set", "task"]  # what a number of a cell is, and of what
 TIMES = ("solve_seconds", "job_seconds")  # metrics that differ from run to run
 TOLD = ("seed", "params")  # columns of a key that tell cells apart only where nothing else does
@@ -213,6 +220,7 @@ def _agree(one: Tables, other: Tables, a: str, b: str, tolerance: float) -> None
             raise InputError(
                 f"Expected one result per cell, {a} and {b} differ in {told} of {_name(row, [*CELL, 'metric'])}."
             )
+    _same_names(one["cells"], other["cells"], a, b)
     mine, theirs = numbers(one, SPEC), numbers(other, SPEC)
     for frames, those in ((one, mine), (other, theirs)):
         bounds = frames["bounds"].rename(columns={"lower_bound": "bound"})
@@ -227,6 +235,22 @@ def _agree(one: Tables, other: Tables, a: str, b: str, tolerance: float) -> None
                 f"and {b} do not; the first is {_digits(row['accepted'])} and {_digits(row['now'])} of "
                 f"{_name(row, key)}."
             )
+
+
+def _same_names(one: pd.DataFrame, other: pd.DataFrame, a: str, b: str) -> None:
+    """Cells that only one folder has stand beside those of the other: their names must mean the same."""
+    for name, told in SAME.items():
+        key = [name, "seed"] if name == "calibration" else [name, "method", "target"] if name == "label" else [name]
+        for column in told:
+            known = [cells[[*key, column]].dropna().drop_duplicates() for cells in (one, other)]
+            both = known[0].merge(known[1], on=key, suffixes=("_a", "_b"))
+            differing = both[both[f"{column}_a"] != both[f"{column}_b"]]
+            if len(differing):
+                row = differing.to_dict("records")[0]
+                raise InputError(
+                    f"Expected one meaning of {name} {row[name]}, {a} and {b} differ in its {column} "
+                    f"({row[f'{column}_a']} and {row[f'{column}_b']})."
+                )
 
 
 def _same(one: pd.Series, other: pd.Series) -> pd.Series:
@@ -265,8 +289,10 @@ def main_merge(argv: list[str]) -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder for the merged tables")
     parser.add_argument("--tolerance", type=float, default=TOLERANCE, help="up to which numbers agree, relative")
     args = parser.parse_args(argv)
-    if len(set(args.folders)) < 2:
+    if len({folder_of_tables(folder).resolve() for folder in args.folders}) < 2:
         raise InputError(f"Expected at least two different folders to merge. Got {', '.join(map(str, args.folders))}.")
+    if args.out.resolve() in {folder_of_tables(folder).resolve() for folder in args.folders}:
+        raise InputError(f"Expected a folder of its own for the merged tables. {args.out} is one of those to merge.")
     merged = merge({folder: read_tables(folder) for folder in args.folders}, args.tolerance)
     write(merged, args.out)
     cells = merged["cells"].drop_duplicates(SPEC)

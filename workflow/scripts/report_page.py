@@ -121,8 +121,17 @@ def origin(cell: PlannedCell, row: Mapping[str, Any], study: Study) -> tuple[str
     kind, specs, name = "perplexity", study.evaluations, plain(row["text"])
     if plain(row["task"]) is not None:
         kind, specs, name = "tasks", study.tasks, plain(row["task_set"])
-    identity = next(identity for identity, spec in specs.items() if spec["name"] == name)
+    found = [identity for identity, spec in specs.items() if spec["name"] == name]
+    if not found:
+        raise InputError(f"Expected tables of the study that --study gives; it has no {kind} on {name}.")
+    identity = found[0]
     return f"{cell.folder}/{kind}-{identity}.json", f"{logs}/{kind}-{identity}.log"
+
+
+def _log(cell: PlannedCell, row: Mapping[str, Any], study: Study) -> str:
+    """The log that tells why a number is absent: that of the step which left its reason."""
+    own, compress = origin(cell, row, study)[1], f"logs/{cell.folder.removeprefix('results/')}/compress.log"
+    return compress if str(row["reason"]).startswith("compress") else own
 
 
 def measured(row: Mapping[str, Any]) -> tuple[str, str]:
@@ -166,7 +175,7 @@ def cell_views(study: Study, data: Mapping[str, pd.DataFrame]) -> tuple[list[dic
                 "numbers": numbers,
                 "provenance": {name: plain(rows[0][name]) for name in PROVENANCE},
                 "status": "done" if all(row["status"] == "done" for row in rows) else gaps[0]["status"],
-                "gaps": [[*measured(row), row["status"], row["reason"]] for row in gaps],
+                "gaps": [[*measured(row), row["status"], row["reason"], _log(cell, row, study)] for row in gaps],
                 "layers": _layers_view(of_layers.get(own), shapes),
             }
         )
@@ -190,7 +199,7 @@ def _layers_view(rows: pd.DataFrame | None, shapes: list[dict[str, Any]]) -> dic
 
 def results(views: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """A row per cell: what was asked, every metric, and where it comes from."""
-    first = ("comparison", "label", "target", "mode", "model", "calibration")
+    first = ("comparison", "label", "target", "mode", "model", "calibration", "seed")
     named = [[dict(zip(NUMBER, n[1:-2], strict=True)) for n in view["numbers"]] for view in views]
     values = [{measured(row): row["value"] for row in rows} for rows in named]
     metrics = list(dict.fromkeys(metric for own in values for metric in own))
@@ -211,25 +220,49 @@ def results(views: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return table(header, rows)
 
 
+def links(views: Sequence[Mapping[str, Any]]) -> dict[tuple[Any, ...], list[tuple[Any, str]]]:
+    """(seed, address) of all cells that an entry of a main table is made of."""
+    found: dict[tuple[Any, ...], list[tuple[Any, str]]] = {}
+    for i, view in enumerate(views):
+        spec = view["spec"]
+        key = tuple(spec[name] for name in ("model", "calibration", "mode", "label", "target"))
+        found.setdefault(key, []).append((spec["seed"], f"#cell-{i}"))
+    return found
+
+
 def gaps(views: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """A row per cell and reason why it lacks numbers."""
     rows: dict[tuple[Any, ...], list[str]] = {}
     for i, view in enumerate(views):
-        for metric, text, status, reason in view["gaps"]:
-            rows.setdefault((i, status, reason), []).append(" ".join(filter(None, (metric, text))))
-    header = ["cell", "model", "calibration", "mode", "label", "target", "status", "what is absent", "reason", "log"]
+        for metric, text, status, reason, log in view["gaps"]:
+            rows.setdefault((i, status, reason, log if status == "failed" else view["log"]), []).append(
+                " ".join(filter(None, (metric, text)))
+            )
+    header = [
+        "cell",
+        "model",
+        "calibration",
+        "seed",
+        "mode",
+        "label",
+        "target",
+        "status",
+        "what is absent",
+        "reason",
+        "log",
+    ]
     return table(
         header,
         [
             [
                 Field(views[i]["spec"]["cell"], link=f"#cell-{i}"),
-                *(views[i]["spec"][name] for name in header[1:6]),
+                *(views[i]["spec"][name] for name in header[1:7]),
                 status,
                 ", ".join(absent),
                 reason,
-                views[i]["log"],
+                log,
             ]
-            for (i, status, reason), absent in rows.items()
+            for (i, status, reason, log), absent in rows.items()
         ],
     )
 
@@ -323,6 +356,7 @@ def chart(shapes: Sequence[Mapping[str, Any]]) -> str:
     if kinds:
         legend = drawn.legend[0]
         legend.click_policy, legend.label_text_color, legend.orientation = "hide", GREY, "horizontal"
+        legend.ncols = 4  # seven kinds in a row are wider than a phone
         legend.background_fill_alpha = legend.border_line_alpha = 0
         drawn.add_layout(legend, "below")
     return json.dumps(json_item(drawn, "chart"))
@@ -344,7 +378,7 @@ def scripts() -> dict[str, str]:
 
 def page(study: Study, folder: Path, figures: Sequence[Path]) -> str:
     """The HTML of a study whose tables are in a folder. Raises InputError when a table or figure cannot be used."""
-    data = {name: read_table(folder, name) for name in ("layers", "cells", "skipped")}
+    data = {name: read_table(folder, name) for name in ("layers", "cells", "comparisons", "skipped")}
     views, shapes = cell_views(study, data)
     config = dict(study.config)
     methods = {tuple(view["spec"][name] for name in ("label", "method", "comparison", "params")): 0 for view in views}
@@ -374,13 +408,10 @@ def page(study: Study, folder: Path, figures: Sequence[Path]) -> str:
             )
         }
         | {"method": table(["label", "method", "comparison", "params"], methods)},
-        links={
-            tuple(view["spec"][name] for name in ("model", "calibration", "mode", "label", "target")): f"#cell-{i}"
-            for i, view in enumerate(views)
-        },
+        links=links(views),
         targets=list(dict.fromkeys(view["spec"]["target"] for view in views)),
         config=yaml.safe_dump(json.loads(json.dumps(config)), sort_keys=False, allow_unicode=True),
-        main=[t for metric in tables.METRICS for t in tables.tables(data["cells"], metric)],
+        main=[t for metric in tables.METRICS for t in tables.tables(data["cells"], metric, data["comparisons"])],
         results=results(views),
         others=other_tables(folder, views),
         figures=[figure(path) for path in figures],

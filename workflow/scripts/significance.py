@@ -76,7 +76,7 @@ def median_interval(values: ArrayLike) -> tuple[float, float] | None:
 
 
 def over_seeds(differences: ArrayLike) -> float | None:
-    """p, two-sided, of the t-test that differences under other draws [seeds] have mean zero; None for fewer than three."""
+    """p, two-sided, of the t-test that differences under draws [seeds] have mean zero; None for fewer than three."""
     differences = np.asarray(differences, dtype=np.float64)
     if len(differences) < 3:
         return None
@@ -86,7 +86,7 @@ def over_seeds(differences: ArrayLike) -> float | None:
 
 
 def resamples_for(comparisons: int) -> int:
-    """Bootstrap samples with which the smallest p of so many comparisons is well below ALPHA after Holm's correction."""
+    """Bootstrap samples with which the smallest p of so many comparisons stays below ALPHA after Holm's correction."""
     return max(RESAMPLES, math.ceil(4 * comparisons / ALPHA))
 
 

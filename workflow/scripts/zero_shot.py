@@ -70,10 +70,10 @@ def load_tasks(spec: Spec) -> Any:
     except Exception as error:  # definitions are others' code and templates: they raise whatever they like
         told = "; ".join(" ".join(str(one).split()) or type(one).__name__ for one in (error, error.__cause__) if one)
         if folder:
-            wanted = f"{folder} should hold it, in a folder of the data set's name or where the definition says"
+            wanted = f"{folder} should hold them, in a folder of the data set's name or where the definition says"
         else:
             wanted = (
-                "it needs the network, its copy in the hub's cache, or a `folder`; HF_HUB_OFFLINE=1 forbids fetching"
+                "they need the network, a copy in the hub's cache, or a `folder`; HF_HUB_OFFLINE=1 forbids fetching"
             )
         named = ", ".join(spec["tasks"])
         raise InputError(f"The data of the tasks {named} cannot be used; {wanted}: {told}") from None

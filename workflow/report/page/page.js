@@ -22,7 +22,7 @@ const read = (id) => JSON.parse(document.getElementById(id).textContent);
 const { cells, shapes, number, layer } = read("drill");
 const choice = document.getElementById("choice");
 cells.forEach(({ spec }, i) => {
-  const where = [spec.model, spec.calibration, spec.mode, spec.label, spec.target, spec.cell];
+  const where = [spec.model, spec.calibration, spec.mode, spec.label, spec.target, `seed ${spec.seed}`, spec.cell];
   choice.add(new Option(where.join(" · "), i));
 });
 
@@ -79,6 +79,8 @@ function show(index) {
     const error = pick("output_error").map((value) => (value > 0 ? value : NaN));
     source.data = { block: pick("block"), error, layer: pick("layer") };
   }
+  // Bokeh's first layout, and one that was made while the chart was hidden, has a plot without height.
+  requestAnimationFrame(() => view.invalidate_layout());
 }
 
 function follow() {
@@ -90,6 +92,7 @@ function follow() {
 }
 choice.addEventListener("change", () => { location.hash = `#cell-${choice.value}`; });
 addEventListener("hashchange", follow);
-if (cells.length) show(0);
+// A dense cell has no errors to draw.
+if (cells.length) show(Math.max(0, cells.findIndex(({ layers }) => layers?.output_error.some((value) => value > 0))));
 follow();
 document.documentElement.dataset.ready = "yes";
