@@ -306,8 +306,8 @@ def test_the_page_shows_every_mode_and_says_which():
     cells.loc[(cells["mode"] == "sequential") & (cells["label"] == "wanda"), "value"] = 60.0
     entries = compare(planned, [row("dense", 27.66), row("wanda", 38.0, mode=None)], cells)
     text = published_page.markdown(to_frame(from_rows(entries, "published", "the test")))
-    assert "| 38.00 | 38.00 | 0 | 0.76 | within | shared |" in text
-    assert "| 38.00 | 60.00 | 22.00 | 0.76 | outside | sequential |" in text
+    assert "| 38.00 | 38.00 | 0 | 0.76 | within | shared; not said: mode |" in text
+    assert "| 38.00 | 60.00 | 22.00 | 0.76 | outside | sequential; not said: mode |" in text
 
 
 # ----------------------------------------------------------------------------------------------------------- configs

@@ -144,6 +144,7 @@ def forget_what_is_over():
 def gather_partial():
     """After a failure: tables and figures of what exists, the failed cells as rows with their reason."""
     out = "results/partial"
+    shutil.rmtree(out, ignore_errors=True)  # what an earlier failure left is not of this one
     command = [
         sys.executable,
         "-m",

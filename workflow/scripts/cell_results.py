@@ -241,7 +241,7 @@ def _mean_of_tasks(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     row |= {"status": "done", "lm_eval": own[0]["lm_eval"]}
     if lost := [row for row in own if row["value"] is None]:
         return [row | {"value": None, "reason": f"{lost[0]['task']} has no accuracy"}]
-    if all(row["stderr"] is not None for row in own):
+    if all(row.get("stderr") is not None for row in own):
         row["stderr"] = math.hypot(*(row["stderr"] for row in own)) / len(own)
     return [row | {"value": statistics.fmean(row["value"] for row in own)}]
 

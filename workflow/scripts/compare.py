@@ -25,7 +25,7 @@ from workflow.scripts import comparisons, tables
 from workflow.scripts.collect import TABLES, write_csv
 from workflow.scripts.comparisons import ERRORS, Observation
 from workflow.scripts.runtime import InputError, report_errors, whole_file
-from workflow.scripts.table_schema import columns, from_rows, read_table, to_frame, typed
+from workflow.scripts.table_schema import columns, first_line, from_rows, read_table, to_frame, typed
 
 CELL = ["model", "calibration", "seed", "mode", "label", "target", "params"]
 _CELLS = list(columns("cells"))
@@ -72,6 +72,32 @@ def read_tables(folder: Path) -> dict[str, pd.DataFrame]:
     """All tables of a result folder, by name. Raises InputError when one is absent or broken."""
     place = folder_of_tables(folder)
     return {table: read_table(place, table) for table in TABLES}
+
+
+def read_numbers(folder: Path) -> dict[str, pd.DataFrame]:
+    """The tables that two folders are held against each other by, also of a version that had fewer columns, which are
+    empty and told. Raises InputError when one cannot be read, or lacks a column that names a number."""
+    place, data = folder_of_tables(folder), {}
+    for table, value in (("layers", "output_error"), ("cells", "value")):
+        try:
+            found = pd.read_parquet(place / f"{table}.parquet")
+        except (OSError, ValueError, pa.ArrowException) as error:
+            raise InputError(f"{place / table}.parquet cannot be read: {first_line(error)}") from None
+        lacking = [name for name in columns(table) if name not in found]
+        if needed := [name for name in (*CELL, value) if name in lacking]:
+            raise InputError(f"{place / table}.parquet should have a column {needed[0]}, and has not.")
+        if lacking:
+            print(f"{place / table}.parquet is of a version without {', '.join(lacking)}.")
+        data[table] = found.assign(**dict.fromkeys(lacking))
+    return data
+
+
+def share(text: str) -> float:
+    """A tolerance of the command line: a number of at least 0 that is finite."""
+    value = float(text)
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"a tolerance is at least 0, such as 0.02; got {text}")
+    return value
 
 
 def numbers(data: Tables, cell: Sequence[str] = CELL) -> dict[str, pd.DataFrame]:
@@ -287,7 +313,7 @@ def main_merge(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="compare merge", description=merge.__doc__)
     parser.add_argument("folders", type=Path, nargs="+", help="result folders, at least two")
     parser.add_argument("--out", type=Path, required=True, help="folder for the merged tables")
-    parser.add_argument("--tolerance", type=float, default=TOLERANCE, help="up to which numbers agree, relative")
+    parser.add_argument("--tolerance", type=share, default=TOLERANCE, help="up to which numbers agree, relative")
     args = parser.parse_args(argv)
     if len({folder_of_tables(folder).resolve() for folder in args.folders}) < 2:
         raise InputError(f"Expected at least two different folders to merge. Got {', '.join(map(str, args.folders))}.")
@@ -308,9 +334,9 @@ def main(argv: list[str]) -> None:
     )
     parser.add_argument("a", type=Path, help="the older result folder")
     parser.add_argument("b", type=Path, help="the newer one")
-    parser.add_argument("--tolerance", type=float, default=TOLERANCE, help="relative, such as 0.02")
+    parser.add_argument("--tolerance", type=share, default=TOLERANCE, help="relative, such as 0.02")
     args = parser.parse_args(argv)
-    before, after = read_tables(args.a), read_tables(args.b)
+    before, after = read_numbers(args.a), read_numbers(args.b)
     print("".join(f"{line}\n" for line in origins(before["cells"], after["cells"])), end="")
     hold(numbers(after), numbers(before), args.tolerance)
 

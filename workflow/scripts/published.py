@@ -43,11 +43,13 @@ Row = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Pair:
-    """A planned cell and an evaluation that a published row may be compared with; differs: field -> (theirs, ours)."""
+    """A planned cell and an evaluation that a published row may be compared with; differs: field -> (theirs, ours);
+    unsaid: fields of the protocol that the source leaves open."""
 
     cell: Cell
     text: str
     differs: Mapping[str, tuple[Any, Any]]
+    unsaid: Sequence[str] = ()
 
     @property
     def key(self) -> tuple[str, ...]:
@@ -87,10 +89,12 @@ def _typed(text: str | None, kinds: str | list[str]) -> Any:
 
 
 def text_name(spec: Row) -> str:
-    """Name under which published.csv knows a text of the config: wikitext2, c4, or that of its data set."""
+    """Name under which published.csv knows a text of the config: wikitext2, c4, c4-validation or its data set's."""
     if spec.get("hub") == "Salesforce/wikitext" and all(f.startswith("wikitext-2-raw-v1/test") for f in spec["files"]):
         return "wikitext2"
-    return "c4" if spec.get("hub") == "allenai/c4" else dataset_of(spec)
+    if spec.get("hub") == "allenai/c4":
+        return "c4-validation" if any("validation" in file for file in spec["files"]) else "c4"
+    return dataset_of(spec)
 
 
 def hub_name(model: Row) -> str | None:
@@ -130,13 +134,15 @@ def pairs(study: Plan, row: Row, model: str) -> list[Pair]:
             continue
         for spec in study.evaluations.values():
             if text_name(study.config["texts"][spec["text"]]) == row["evaluation_text"]:
-                found.append(Pair(cell, spec["name"], protocol_differences(study, row, cell, spec)))
+                ours = our_protocol(study, row, cell, spec)
+                unsaid = [name for name in ours if row[name] is None]
+                found.append(Pair(cell, spec["name"], protocol_differences(row, ours, spec), unsaid))
     fewest = min((len(pair.differs) for pair in found), default=0)
     return [pair for pair in found if len(pair.differs) == fewest]
 
 
-def protocol_differences(study: Plan, row: Row, cell: Cell, evaluation: Row) -> dict[str, tuple[Any, Any]]:
-    """Field -> (published, ours) of what the paper says of its protocol and this cell does otherwise."""
+def our_protocol(study: Plan, row: Row, cell: Cell, evaluation: Row) -> dict[str, Any]:
+    """Field of published.csv -> what a cell and evaluation do, of the fields that matter to the row's method."""
     calibration = study.calibrations[cell.calib]
     ours: dict[str, Any] = {"evaluation_length": evaluation["length"]}
     if study.catalogue[row["our_method"]].card["needs"]:
@@ -146,6 +152,11 @@ def protocol_differences(study: Plan, row: Row, cell: Cell, evaluation: Row) -> 
             "calibration_samples": calibration["samples"],
             "calibration_length": calibration["length"],
         }
+    return ours
+
+
+def protocol_differences(row: Row, ours: Row, evaluation: Row) -> dict[str, tuple[Any, Any]]:
+    """Field -> (published, ours) of what the paper says of its protocol and this cell does otherwise."""
     differs = {name: (row[name], own) for name, own in ours.items() if row[name] is not None and row[name] != own}
     if evaluation["samples"] is not None:
         differs["evaluation_windows"] = ("all", evaluation["samples"])
@@ -219,6 +230,7 @@ def _entries(study: Plan, rows: Sequence[Row], row: Row, model: str, done: Mappi
         full = entry | {name: columns[name] for name in ("calibration", "mode", "label", "seed", "cell")}
         full |= {"text": pair.text, "ours": ours, "tolerance": allowed}
         full["differs"] = "; ".join(f"{k}: published {a}, ours {b}" for k, (a, b) in pair.differs.items()) or None
+        full["unsaid"] = ", ".join(pair.unsaid) or None
         if ours is None:
             reason = result.get("reason")
             yield full | {"verdict": "not run", "reason": reason if isinstance(reason, str) else "it has not been run"}

@@ -12,7 +12,7 @@ from workflow.scripts.runtime import write_atomic
 from workflow.scripts.tables import escape_latex, escape_markdown, latex_number, number
 
 VERDICTS = ("within", "outside", "protocol differs", "not checked", "not run")
-COLUMNS = ("method", "target", "published", "ours", "difference", "tolerance", "verdict", "remark")
+COLUMNS = ("as printed", "here", "target", "published", "ours", "difference", "tolerance", "verdict", "remark")
 WHERE = ("calibration", "mode", "cell", "text")  # a cell is itself only in its mode and calibration
 NOTHING = "No published perplexity is of a model of this study: there is nothing to compare."
 NOTE = (
@@ -51,10 +51,18 @@ def _line(row: dict, several: Sequence[str] = ()) -> list[str]:
     """several: the columns that tell the cells of one entry and target apart."""
     shown = [_shown(row[name]) for name in ("published", "ours", "difference", "tolerance")]
     remarks = [", ".join(f"seed {row[name]}" if name == "seed" else str(row[name]) for name in several) or None]
-    remarks += [row["differs"], row["reason"], f"assumed: {row['assumed']}" if pd.notna(row["assumed"]) else None]
+    remarks += [row["differs"], row["reason"], f"not said: {row['unsaid']}" if pd.notna(row["unsaid"]) else None]
+    remarks += [f"assumed: {row['assumed']}" if pd.notna(row["assumed"]) else None]
     remarks += ["secondary"] if row["source_status"] == "secondary" else []
     remark = "; ".join(str(text) for text in remarks if pd.notna(text))
-    return [row["label"], row["target"], *shown, row["verdict"], remark]
+    return [
+        f"{row['printed_method']}, {row['paper_table']}",
+        row["label"],
+        row["target"],
+        *shown,
+        row["verdict"],
+        remark,
+    ]
 
 
 def _shown(value: float) -> str:
@@ -70,7 +78,7 @@ def markdown(data: pd.DataFrame) -> str:
     for title, rows, sentences in sections(data):
         lines += [f"## {escape_markdown(title)}", ""]
         if rows:
-            lines += ["| " + " | ".join(COLUMNS) + " |", "|:--|:--|--:|--:|--:|--:|:--|:--|"]
+            lines += ["| " + " | ".join(COLUMNS) + " |", "|:--|:--|:--|--:|--:|--:|--:|:--|:--|"]
             lines += ["| " + " | ".join(map(escape_markdown, row)) + " |" for row in rows]
             lines.append("")
         lines += [line for sentence in sentences for line in (escape_markdown(sentence), "")]
@@ -86,7 +94,7 @@ def latex(data: pd.DataFrame) -> str:
                 r"\begin{table}[tbp]",
                 r"\centering\small\setlength{\tabcolsep}{4pt}",
                 rf"\caption{{Published perplexities beside ours: {escape_latex(title)}. {NOTE}}}",
-                r"\begin{tabular}{@{}llrrrrlp{5cm}@{}}",
+                r"\begin{tabular}{@{}lllrrrrlp{5cm}@{}}",
                 r"\toprule",
                 " & ".join(COLUMNS) + r" \\",
                 r"\midrule",
@@ -99,7 +107,7 @@ def latex(data: pd.DataFrame) -> str:
 
 
 def _latex_line(row: list[str]) -> str:
-    words, numbers, rest = row[:2], row[2:6], row[6:]
+    words, numbers, rest = row[:3], row[3:7], row[7:]
     return " & ".join([*map(escape_latex, words), *map(latex_number, numbers), *map(escape_latex, rest)]) + r" \\"
 
 

@@ -23,9 +23,10 @@ import pandas as pd
 import yaml
 from docutils.core import publish_parts
 
-from workflow.scripts import tables
+from workflow.scripts import published_page, tables
 from workflow.scripts.cell_results import CELL_METRICS, PlannedCell
 from workflow.scripts.compare import PROVENANCE, SPEC
+from workflow.scripts.comparisons import NO_DIFFERENCE
 from workflow.scripts.figure_style import SPARE_COLOURS
 from workflow.scripts.grid import plan
 from workflow.scripts.runtime import InputError, report_errors, write_atomic
@@ -37,6 +38,16 @@ NUMBER = CELLS[len(SPEC) : CELLS.index("commit")]  # the columns that hold a num
 LAYER = LAYERS[LAYERS.index("layer") :]
 SHAPE = LAYER[: LAYER.index("output_error")]  # columns that all cells of a model share
 TABLES = ("layers", "cells", "traces", "bounds", "skipped")  # shown in their own way; traces and bounds in figures
+LEAD = {  # what a reader of a table asks, before the columns that say where
+    "published": (
+        *("model", "paper", "label", "target", "published", "ours", "difference", "tolerance", "verdict"),
+        *("differs", "reason"),
+    ),
+    "comparisons": (
+        *("mode", "target", "metric", "text", "label", "other", "verdict", "median_ratio", "difference", "low", "high"),
+        *("effect", "p_holm"),
+    ),
+}
 MOST_ROWS = 5000  # of a table that is shown whole
 DIGITS = 6  # of a number in the drill-down; the table has all of them
 # Okabe and Ito's without black and yellow, which are lost on one of the two backgrounds.
@@ -300,21 +311,40 @@ def figure(path: Path) -> dict[str, str]:
 
 
 def other_tables(folder: Path, views: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Every further table of the folder, `published` first, whole up to MOST_ROWS; its cells lead to the drill-down."""
+    """Every further table of the folder, `published` first, whole up to MOST_ROWS; its cells lead to the drill-down.
+
+    Columns that say what a reader asks come first, and those with one value in all rows are told above the table.
+    """
     links = {view["spec"]["cell"]: f"#cell-{i}" for i, view in enumerate(views)}
     found = []
     paths = (path for path in folder.glob("*.parquet") if path.stem not in TABLES)
     for path in sorted(paths, key=lambda path: (path.stem != "published", path.stem)):
         data = pd.read_parquet(path)
-        header = list(map(str, data.columns))
+        notes = [_told_of(path.stem, data)]
+        notes += [f"The first {MOST_ROWS} of {len(data)} rows."] if len(data) > MOST_ROWS else []
+        same = [name for name in data if name != "cell" and len(data) > 1 and data[name].nunique(dropna=False) == 1]
+        told = [f"{name} {shown(data[name].iloc[0])}" for name in same if plain(data[name].iloc[0]) is not None]
+        notes += [f"In all rows: {', '.join(told)}."] if told else []
+        lead = [name for name in LEAD.get(path.stem, ()) if name in data and name not in same]
+        header = [*lead, *(name for name in data if name not in (*lead, *same))]
+        data = data.assign(row=range(1, len(data) + 1))[["row", *header]]
         rows = [
             [Field(value, link=links.get(value) if name == "cell" else None) for name, value in row.items()]
             for row in data.head(MOST_ROWS).to_dict("records")
         ]
-        note = f"The first {MOST_ROWS} of {len(data)} rows." if len(data) > MOST_ROWS else ""
+        note, header = " ".join(filter(None, notes)), list(map(str, data.columns))
         title = "Published beside ours" if path.stem == "published" else path.stem.replace("_", " ").capitalize()
         found.append({"name": path.stem, "title": title, "note": note, **table(header, rows)})
     return found
+
+
+def _told_of(name: str, data: pd.DataFrame) -> str:
+    """A sentence on what a table says as a whole."""
+    if name == "published":
+        return published_page.summary(data)
+    if name == "comparisons" and len(data):
+        return f"{(data['verdict'] == NO_DIFFERENCE).sum()} of {len(data)} comparisons show no difference."
+    return ""
 
 
 def chart(shapes: Sequence[Mapping[str, Any]]) -> str:
