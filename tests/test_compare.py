@@ -112,7 +112,9 @@ def test_halves_of_a_study_give_the_whole(tmp_path, capsys):
             continue
         order = [name for name in ("label", "layer", "iteration") if name in mine]
         assert mine.sort_values(order, ignore_index=True).equals(theirs.sort_values(order, ignore_index=True))
-    assert (tmp_path / "merged/main.md").read_text() == document(read_table(whole, "cells"), markdown)
+    assert (tmp_path / "merged/main.md").read_text() == document(
+        read_table(whole, "cells"), markdown, read_table(tmp_path / "merged", "comparisons")
+    )
 
 
 def test_texts_evaluated_on_two_machines_come_together(tmp_path):

@@ -121,13 +121,18 @@ def test_the_main_tables_mark_what_is_not_shown_to_differ(study, folder, html, m
     assert page(study, folder / "tables", []).count('class="number best"') > marked > 0
 
 
-def test_any_further_table_is_shown_published_first(folder, tmp_path):
-    for name in ("significance", "published"):
-        pd.DataFrame({"cell": ["a", "b"], "n": [1, None]}).to_parquet(tmp_path / f"{name}.parquet")
+def test_further_tables_lead_with_what_is_asked(folder, tmp_path):
+    verdicts = {"published": ["within", "outside"], "comparisons": ["better", "no difference shown"]}
+    for name, own in verdicts.items():
+        rows = {"model": "m", "cell": ["a", "b"], "n": [1, None], "verdict": own}
+        pd.DataFrame(rows).to_parquet(tmp_path / f"{name}.parquet")
     found = other_tables(tmp_path, [{"spec": {"cell": "b"}}])
-    assert [one["title"] for one in found] == ["Published beside ours", "Significance"]
-    assert [row[0]["link"] for row in found[0]["rows"]] == [None, "#cell-0"]
-    assert [row[1]["text"] for row in found[0]["rows"]] == ["1", ""]
+    assert [one["title"] for one in found] == ["Published beside ours", "Comparisons"]
+    assert all(one["header"] == ["row", "verdict", "cell", "n"] for one in found)
+    assert [row[2]["link"] for row in found[0]["rows"]] == [None, "#cell-0"]
+    assert [row[3]["text"] for row in found[0]["rows"]] == ["1", ""]
+    assert found[0]["note"].startswith("2 comparisons with published perplexities: 1 within, 1 outside")
+    assert found[1]["note"] == "1 of 2 comparisons show no difference. In all rows: model m."
 
 
 def test_equal_input_gives_equal_bytes(study, folder, html):

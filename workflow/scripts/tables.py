@@ -145,7 +145,7 @@ def tables(cells: pd.DataFrame, metric: str, comparisons: pd.DataFrame | None = 
         repeats = part["seed"].nunique()
         if repeats > 1:
             notes.append(f"Mean and standard deviation over {repeats} seeds.")
-        elif tested and part["calibration_samples"].notna().any():
+        elif tested:
             notes.append("One draw of the calibration: nothing is said of others.")
         if part["contaminated"].eq(True).any():
             notes.append("Calibration and evaluation text come from the same data set.")
