@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kernels import grids, select
+from methods import paths
 from methods.base import Compressed, Layer, Target, UnsupportedTarget
 from methods.target import refusal
 
@@ -57,9 +59,7 @@ def prune_mask(score: Tensor, target: Target) -> Tensor:
         return torch.ones_like(score, dtype=torch.bool)
     if target.n_of_m:
         kept, of = target.n_of_m
-        groups = grouped(score, of, float("-inf"))  # [out, groups, of]
-        mask = keep_largest(groups, of - kept)
-        return mask.flatten(1)[:, : score.shape[1]]
+        return keep_of_groups(score, of, of - kept)
     if target.block:
         blocks = grouped(score, target.block, 0.0).sum(2)  # [out, blocks]
         mask = keep_largest(blocks, int(target.sparsity * blocks.shape[1]))
@@ -91,6 +91,8 @@ def keep_largest(score: Tensor, pruned: int) -> Tensor:
     """Mask, True where kept, without the `pruned` smallest entries of each line along the last axis."""
     if pruned == 0:
         return torch.ones_like(score, dtype=torch.bool)
+    if paths.compiled(score):
+        return select.keep_largest(score, pruned)
     threshold = score.kthvalue(pruned, dim=-1, keepdim=True).values
     mask = score > threshold
     spare = score.shape[-1] - pruned - mask.sum(-1, keepdim=True)  # how many of the entries equal to it stay
@@ -98,6 +100,14 @@ def keep_largest(score: Tensor, pruned: int) -> Tensor:
         return mask
     equal = score == threshold
     return mask | equal & (equal.flip(-1).cumsum(-1).flip(-1) <= spare)  # those with the highest indices
+
+
+def keep_of_groups(score: Tensor, of: int, pruned: int) -> Tensor:
+    """Mask [out, in] without the `pruned` smallest of each `of` consecutive inputs; what fills up the last goes first."""
+    if paths.compiled(score):
+        return select.keep_of_groups(score, of, pruned)
+    mask = keep_largest(grouped(score, of, float("-inf")), pruned)  # [out, groups, of]
+    return mask.flatten(1)[:, : score.shape[1]]
 
 
 def grouped(score: Tensor, length: int, value: float) -> Tensor:
