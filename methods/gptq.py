@@ -72,7 +72,7 @@ class GPTQ(Method):
         gram, inputs = layer.gram, layer.weight.shape[1]
         length = layer.statistics.length if layer.statistics else 1
         dead_diagonal = 1 / (2 * length) if self.convention == "official" else None  # its H is 2 length G
-        weight = layer.weight.clone()  # [out, in]
+        weight = layer.weight.clone(memory_format=torch.contiguous_format)  # [out, in]
         weight[:, gram.dead] = 0
         refitted = None if self.static_groups else target.group  # length of the groups that are fitted on the way
         # Grids that are fitted on the way only find their place here.

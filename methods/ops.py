@@ -121,6 +121,17 @@ def pruned(layer: Layer, score: Tensor, target: Target) -> Compressed:
     return masked(layer, prune_mask(score, target), target)
 
 
+def pruned_by_norm(layer: Layer, norm: Tensor, target: Target) -> Compressed:
+    """The layer's own weights where |W| * norm is largest; norm: [in] of each input, not negative."""
+    structure = target.structure if target.sparsity and paths.compiled(layer.weight) else "in torch"
+    if structure == "row":
+        return Compressed(*select.prune_lines(layer.weight, norm, int(target.sparsity * layer.weight.shape[1])))
+    if structure == "n:m":
+        kept, of = target.n_of_m
+        return Compressed(*select.prune_groups(layer.weight, norm, of, of - kept))
+    return pruned(layer, layer.weight.abs() * norm, target)
+
+
 def masked(layer: Layer, mask: Tensor, target: Target) -> Compressed:
     """The layer's own weights where the mask [out, in] is True; all of them when nothing is to be pruned."""
     return (
@@ -170,9 +181,23 @@ def fit_grid(weight: Tensor, target: Target, mse: bool = False) -> Grid:
     """
     assert target.bits is not None
     length = target.group or weight.shape[1]
+    if paths.compiled(weight):
+        return Grid(*grids.fit(weight, length, target.bits, target.symmetric, mse), target.bits)
     pieces = [_fit(piece, target.bits, target.symmetric, mse) for piece in weight.split(length, 1)]
     scales, zeros = (torch.stack(column, 1) for column in zip(*pieces, strict=True))
     return Grid(scales, zeros, target.bits)
+
+
+def fit_and_round(weight: Tensor, target: Target, mse: bool = False) -> tuple[Grid, Tensor, Tensor]:
+    """The grid fitted to weight [out, in], and the weight's codes and values [out, in] on it."""
+    assert target.bits is not None
+    length = target.group or weight.shape[1]
+    if paths.compiled(weight):
+        scales, zeros, codes, values = grids.fit_and_round(weight, length, target.bits, target.symmetric, mse)
+        return Grid(scales, zeros, target.bits), codes, values
+    grid, group_of = fit_grid(weight, target, mse), groups_of(weight.shape[1], target.group, weight.device)
+    codes = grid.codes(weight, group_of)
+    return grid, codes, grid.values(codes, group_of)
 
 
 def _fit(piece: Tensor, bits: int, symmetric: bool, mse: bool) -> tuple[Tensor, Tensor]:

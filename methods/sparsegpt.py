@@ -63,7 +63,7 @@ class SparseGPT(Method):
         factor, damping = layer.gram.inverse_factor(self.damping, 1 / (2 * length) if official else None)
         grid = ops.fit_grid(layer.weight, target) if target.bits else None
 
-        weight = layer.weight.clone()  # [out, in]
+        weight = layer.weight.clone(memory_format=torch.contiguous_format)  # [out, in]
         weight[:, layer.gram.dead] = 0
         mask = torch.ones_like(weight, dtype=torch.bool)
         codes = torch.zeros_like(weight, dtype=torch.uint8)
