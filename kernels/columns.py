@@ -3,9 +3,10 @@
 import numpy as np
 from torch import Tensor, from_numpy
 
+from kernels.lanes import LANES, less_product, load, spread, store
 from kernels.rows import array, by_rows, compiled, empty
 
-ROWS = 16  # one register of float32
+ROWS = LANES
 NO_SCALES, NO_GROUPS, NO_CODES = np.empty((0, 0), np.float32), np.empty(0, np.int64), np.empty((0, 0), np.uint8)
 
 
@@ -39,6 +40,7 @@ def _choose(block, factor, i, of, pruned, scores, keep):
 def _settle(weight, start, factor, errors, mask, of, pruned, codes, scales, zeros, group_of, most, first, last):
     columns = len(factor)
     block, lost = np.empty((columns, ROWS), np.float32), np.empty((columns, ROWS), np.float32)
+    entries, losses = block.reshape(-1), lost.reshape(-1)
     code, keep = np.zeros((columns, ROWS), np.float32), np.ones((columns, ROWS), np.bool_)
     scale, zero = np.ones(ROWS, np.float32), np.zeros(ROWS, np.float32)
     scores, settled = np.empty((of, ROWS), np.float32), np.empty(ROWS, np.float32)
@@ -64,9 +66,10 @@ def _settle(weight, start, factor, errors, mask, of, pruned, codes, scales, zero
             for r in range(ROWS):
                 lost[i, r] = (block[i, r] - settled[r]) / factor[i, i]
                 block[i, r] = settled[r]
+            error = load(losses, i * ROWS)
             for k in range(i + 1, columns):
-                for r in range(ROWS):
-                    block[k, r] -= lost[i, r] * factor[i, k]
+                left = less_product(load(entries, k * ROWS), error, spread(factor[i, k]))
+                store(entries, k * ROWS, left)
         for r in range(height):
             for i in range(columns):
                 weight[top + r, start + i] = block[i, r]
