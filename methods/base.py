@@ -113,9 +113,13 @@ def inverse_of_lower(lower: Tensor) -> Tensor:
     for start in range(0, len(lower), INVERTED):
         end = min(start + INVERTED, len(lower))
         own = lower[start:end, start:end]
-        inverse[start:end, start:end] = torch.linalg.solve_triangular(own, identity[: end - start, : end - start], upper=False)
+        inverse[start:end, start:end] = torch.linalg.solve_triangular(
+            own, identity[: end - start, : end - start], upper=False
+        )
         if start:
-            before = torch.linalg.solve_triangular(lower[:start, :start], lower[start:end, :start], upper=False, left=False)
+            before = torch.linalg.solve_triangular(
+                lower[:start, :start], lower[start:end, :start], upper=False, left=False
+            )
             inverse[start:end, :start] = torch.linalg.solve_triangular(own, before, upper=False).neg_()
     return inverse
 
