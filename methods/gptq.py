@@ -7,7 +7,6 @@ weights as the blocks before it have left them.
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from methods import ops
 from methods.base import Compressed, Layer, Method, Target
@@ -75,8 +74,10 @@ class GPTQ(Method):
         weight = layer.weight.clone(memory_format=torch.contiguous_format)  # [out, in]
         weight[:, gram.dead] = 0
         refitted = None if self.static_groups else target.group  # length of the groups that are fitted on the way
-        # Grids that are fitted on the way only find their place here.
-        grid = ops.fit_grid(weight if target.group else layer.weight, target, self.mse and not refitted)
+        if refitted:
+            grid = ops.Grid(*weight.new_empty(2, len(weight), -(-inputs // refitted)), target.bits)
+        else:
+            grid = ops.fit_grid(weight if target.group else layer.weight, target, self.mse)
         group_of = ops.groups_of(inputs, target.group, weight.device)  # [in], of the columns in their order
 
         order = torch.arange(inputs, device=weight.device)
@@ -97,10 +98,11 @@ class GPTQ(Method):
                 grid.scales[:, groups], grid.zeros[:, groups] = fitted.scales, fitted.zeros
 
         Settling(weight, factor, keep, self.blocksize, None, grid, group_of, codes).run(fit)
-        back = order.argsort()
-        codes, group_of = codes[:, back], group_of[back]
+        if self.act_order:
+            back = order.argsort()
+            weight, codes, group_of = weight[:, back], codes[:, back], group_of[back]
         return Compressed(
-            grid.values(codes, group_of),
+            weight,
             codes=codes,
             scales=grid.scales,
             zeros=grid.zeros,

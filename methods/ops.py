@@ -103,7 +103,7 @@ def keep_largest(score: Tensor, pruned: int) -> Tensor:
 
 
 def keep_of_groups(score: Tensor, of: int, pruned: int) -> Tensor:
-    """Mask [out, in] without the `pruned` smallest of each `of` consecutive inputs; what fills up the last goes first."""
+    """Mask [out, in] without the `pruned` smallest of each `of` consecutive inputs; what the last lacks goes first."""
     if paths.compiled(score):
         return select.keep_of_groups(score, of, pruned)
     mask = keep_largest(grouped(score, of, float("-inf")), pruned)  # [out, groups, of]

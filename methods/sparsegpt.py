@@ -79,7 +79,7 @@ class SparseGPT(Method):
         Settling(weight, factor, mask, blocksize, target.n_of_m, grid, group_of, codes).run(choose)
         if grid is None:
             return Compressed(weight, mask, info={"damping": damping})
-        weight = torch.where(mask, grid.values(codes, group_of), 0.0)
+        weight = torch.where(mask, weight, 0.0)  # where it may be -0 by now
         return Compressed(weight, mask, codes, grid.scales, grid.zeros, info={"damping": damping})
 
     def _block_mask(self, score: Tensor, target: Target, start: int) -> Tensor:

@@ -15,7 +15,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from methods.base import Gram, Layer, Target
+from methods.base import Gram, Layer, Method, Target
 from methods.gptq import GPTQ
 from methods.magnitude import Magnitude
 from methods.rtn import RTN
@@ -50,7 +50,7 @@ def published_factor(gram: Tensor) -> Tensor:
 
 
 def baseline_columns(layer: Layer, begin: Callable, settle: Callable) -> Tensor:
-    """The published loop; begin(start, block, factor) as a block begins, settle(j, i, w, block, factor) for a column."""
+    """The published loop: begin(start, block, factor) as a block begins, settle(j, i, ...) for each column."""
     weight, factor = layer.weight.clone(), published_factor(layer.gram.matrix)
     for start in range(0, weight.shape[1], BLOCK):
         end = min(start + BLOCK, weight.shape[1])
@@ -174,17 +174,18 @@ def floor_sum(layer: Layer) -> Tensor:
     return layer.weight.sum()
 
 
+def method(built: Method, target: Target) -> Callable[[Layer], object]:
+    return lambda layer: built.compress(afresh(layer), target, torch.Generator())
+
+
 def cases(sizes: tuple[tuple[int, int], ...] = ((4096, 4096),)) -> list[tuple[str, str, Callable[[], object]]]:
     """(name, size, callable) of the methods, of their baselines and of their floors."""
-    rng, found = torch.Generator(), []
+    found = []
     for out, inputs in sizes:
         layer = build(out, inputs)
 
         def add(name: str, call: Callable, layer: Layer = layer) -> None:
             found.append((name, layer.name, lambda: call(layer)))
-
-        def method(built, target: Target) -> Callable:
-            return lambda layer: built.compress(afresh(layer), target, rng)
 
         add("floor: factorisation and products", floor_columns)
         for pattern, target in HALVES.items():
