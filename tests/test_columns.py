@@ -1,4 +1,4 @@
-"""The compiled loops of SparseGPT and GPTQ, of selection and of grids, against the plain torch ones, to the last bit."""
+"""The compiled column loop, selection and grids against the plain torch ones, to the last bit."""
 
 from dataclasses import fields
 
