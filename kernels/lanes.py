@@ -139,6 +139,16 @@ def minus(typing_context, a, b):
 
 
 @intrinsic
+def less_product(typing_context, a, b, c):
+    """a - b * c, product and difference each rounded, as if one were stored before the other."""
+
+    def build(context, builder, signature, args):
+        return builder.fsub(args[0], builder.fmul(args[1], args[2]))
+
+    return LANES_TYPE(a, b, c), build
+
+
+@intrinsic
 def total(typing_context, lanes):
     """Sum of the sixteen lanes, float32."""
 

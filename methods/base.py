@@ -22,6 +22,7 @@ __all__ = ["Compressed", "Gram", "Layer", "Method", "Statistics", "Target", "Uns
 
 DAMPING_GROWTH = 10.0  # a factorisation that fails is tried again with this many times the damping ...
 LARGEST_DAMPING = 100.0  # ... until it is this many times the mean of the diagonal
+INVERTED = 512  # rows of a factor that are inverted at once
 
 
 class UnsupportedTarget(ValueError):
@@ -83,26 +84,44 @@ class Gram:
         return self.once((damping, dead_diagonal), lambda: self._factorise(damping, dead_diagonal))
 
     def _factorise(self, damping: float, dead_diagonal: float | None) -> tuple[Tensor, float]:
-        matrix = self.matrix.double()
-        diagonal = matrix.diagonal().clone()
+        diagonal = self.diagonal.double()
         if dead_diagonal is not None:
             diagonal[self.dead] = dead_diagonal
         mean = float(diagonal.mean()) or 1.0
         # A dead input is coupled to no other: what stands on its diagonal, anything positive, matters to itself alone.
         diagonal[diagonal == 0] = mean
-        identity = torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)
+        # With the inputs in reverse order the lower Cholesky factor is upper: one factorisation and one triangular
+        # inverse, where the official codes factorise, invert and factorise again.
+        damped = self.matrix.flip(0, 1).double()
         used = damping
         while used <= LARGEST_DAMPING:
-            damped = matrix.clone()
-            damped.diagonal().copy_(diagonal + used * mean)
-            # With the inputs in reverse order the lower Cholesky factor is upper: one factorisation and one triangular
-            # inverse, where the official codes factorise, invert and factorise again.
-            lower, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
-            if not failed and bool(torch.isfinite(lower).all()):
-                upper = torch.linalg.solve_triangular(lower.flip(0, 1), identity, upper=True)
-                return upper.float(), used
+            damped.diagonal().copy_((diagonal + used * mean).flip(0))
+            lower, failed = torch.linalg.cholesky_ex(damped)
+            if not failed and bool(torch.isfinite(lower.diagonal()).all()):
+                return inverse_of_lower(lower).flip(0, 1), used
             used = max(used * DAMPING_GROWTH, 1e-8)
         raise ValueError(f"Gram.inverse_factor found no damping up to {LARGEST_DAMPING:g} that factorises the matrix.")
+
+
+def inverse_of_lower(lower: Tensor) -> Tensor:
+    """Inverse [in, in] float32 of a lower triangular matrix in float64, by runs of rows.
+
+    With A, its inverse known, above C and D, the run's rows, the inverse's are -D^-1 C A^-1 and D^-1.
+    """
+    inverse = torch.zeros_like(lower, dtype=torch.float32)
+    identity = torch.eye(min(INVERTED, len(lower)), dtype=lower.dtype, device=lower.device)
+    for start in range(0, len(lower), INVERTED):
+        end = min(start + INVERTED, len(lower))
+        own = lower[start:end, start:end]
+        inverse[start:end, start:end] = torch.linalg.solve_triangular(
+            own, identity[: end - start, : end - start], upper=False
+        )
+        if start:
+            before = torch.linalg.solve_triangular(
+                lower[:start, :start], lower[start:end, :start], upper=False, left=False
+            )
+            inverse[start:end, :start] = torch.linalg.solve_triangular(own, before, upper=False).neg_()
+    return inverse
 
 
 @dataclass(frozen=True)

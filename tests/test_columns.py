@@ -1,0 +1,102 @@
+"""The compiled column loop, selection and grids against the plain torch ones, to the last bit."""
+
+from dataclasses import fields
+
+import pytest
+import torch
+
+from methods import ops, paths
+from methods.base import Target
+from methods.gptq import GPTQ
+from methods.magnitude import Magnitude
+from methods.rtn import RTN
+from methods.sparsegpt import SparseGPT
+from methods.wanda import Wanda
+from tests import layers
+
+GRID = Target(bits=4, group=16)
+CASES = [
+    (SparseGPT(), Target(0.5)),
+    (SparseGPT(16), Target(0.6)),
+    (SparseGPT(16), Target(0.5, "layer")),
+    (SparseGPT(16, convention="official"), Target(0.5, "layer")),
+    (SparseGPT(), Target(pattern="2:4")),
+    (SparseGPT(20), Target(pattern="4:8", bits=4, group=16)),
+    (SparseGPT(16), Target(0.5, bits=3)),
+    (GPTQ(), GRID),
+    (GPTQ(16), Target(bits=4, group=24)),
+    (GPTQ(24), GRID),
+    (GPTQ(act_order=True), Target(bits=2, group=16, symmetric=True)),
+    (GPTQ(act_order=True, static_groups=True), Target(bits=3)),
+    (Wanda(), Target(0.7)),
+    (Wanda(), Target(pattern="1:3")),
+    (Magnitude(), Target(0.3, "layer")),
+    (RTN(), Target(bits=3, group=24)),
+    (RTN(), Target(bits=4, symmetric=True)),
+]
+FLOATS = pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+LINES = {
+    "any": lambda: torch.randn(6, 301, generator=torch.Generator().manual_seed(1)),
+    "ties": lambda: torch.randn(6, 64, generator=torch.Generator().manual_seed(2)).round(),
+    "one value": lambda: torch.zeros(3, 9),
+    "both zeros and infinities": lambda: torch.tensor([[float("inf"), -float("inf"), 0.0, -0.0, 5.0, -5.0, 5.0, -5.0]]),
+}
+
+
+@pytest.mark.parametrize("name", layers.LAYERS)
+@pytest.mark.parametrize(("method", "target"), CASES, ids=[f"{m}-{t.label}" for m, t in CASES])
+def test_both_paths_give_the_same(name: str, method, target: Target):
+    layer = layers.build(name)
+    compiled = method.compress(layer, target, torch.Generator())
+    with paths.plain_torch():
+        plain = method.compress(layer, target, torch.Generator())
+    for field in fields(plain):
+        expected = getattr(plain, field.name)
+        if isinstance(expected, torch.Tensor):
+            assert torch.equal(getattr(compiled, field.name), expected), field.name
+
+
+@FLOATS
+@pytest.mark.parametrize("lines", LINES)
+def test_selections_are_the_plain_ones(lines: str, dtype: torch.dtype):
+    score = LINES[lines]().to(dtype)
+    for pruned in range(score.shape[1]):
+        compiled = ops.keep_largest(score, pruned)
+        with paths.plain_torch():
+            assert torch.equal(compiled, ops.keep_largest(score, pruned))
+    for kept, of in ((2, 4), (4, 8), (1, 3)):
+        compiled = ops.keep_of_groups(score, of, of - kept)
+        with paths.plain_torch():
+            assert torch.equal(compiled, ops.keep_of_groups(score, of, of - kept))
+
+
+@pytest.mark.parametrize("target", [GRID, Target(bits=2), Target(bits=3, group=100, symmetric=True)])
+def test_the_shrunk_ranges_are_as_good_as_the_plain_ones(target: Target):
+    """The sums of |error|^2.4 are added up in another order: of ranges that are equally good either may win."""
+    weight = torch.randn(50, 500, generator=torch.Generator().manual_seed(3))
+    errors = []
+    for _, _, values in (ops.fit_and_round(weight, target, mse=True), plainly(weight, target)):
+        errors.append(float((values - weight).abs().double().pow(2.4).sum()))
+    assert errors[0] == pytest.approx(errors[1], rel=1e-5)
+
+
+def plainly(weight: torch.Tensor, target: Target):
+    with paths.plain_torch():
+        return ops.fit_and_round(weight, target, mse=True)
+
+
+def test_threads_change_nothing():
+    weight = torch.randn(300, 257, generator=torch.Generator().manual_seed(4))
+    found, threads = [], torch.get_num_threads()
+    for count in (1, 3):
+        torch.set_num_threads(count)
+        found.append((ops.keep_largest(weight, 100), ops.fit_and_round(weight, GRID)[2]))
+    torch.set_num_threads(threads)
+    assert all(map(torch.equal, *found))
+
+
+def test_a_weight_that_is_not_finite_is_not_rounded_away():
+    weight = torch.ones(2, 32)
+    weight[1, 20] = float("nan")
+    values = ops.fit_and_round(weight, GRID)[2]
+    assert values[0].isfinite().all() and values[1, 16:].isnan().all()
