@@ -151,6 +151,29 @@ def total(typing_context, lanes):
 
 
 @intrinsic
+def at_most(typing_context, array, index, limit):
+    """Bit i says whether array[index + i] <= limit, for the sixteen float32 from array[index] on."""
+
+    def build(context, builder, signature, args):
+        entries = builder.load(_pointer(context, builder, array, args[0], args[1], FLOATS), align=4)
+        one = ir.VectorType(FLOAT, 1)
+        limits = _broadcast(builder, builder.insert_element(ir.Constant(one, ir.Undefined), args[2], INT(0)))
+        return builder.zext(builder.bitcast(builder.fcmp_ordered("<=", entries, limits), HALF), INT)
+
+    return types.uint32(array, types.intp, types.float32), build
+
+
+@intrinsic
+def lowest_bit(typing_context, bits):
+    """Position of the lowest bit that is set; there must be one."""
+
+    def build(context, builder, signature, args):
+        return builder.zext(builder.cttz(args[0], ir.Constant(ir.IntType(1), 1)), ir.IntType(64))
+
+    return types.intp(types.uint32), build
+
+
+@intrinsic
 def from_bfloat16(typing_context, bits):
     """float32 of a bfloat16 given as uint16."""
 

@@ -1,0 +1,330 @@
+"""SparseSwaps on a CPU: each row's whole sequence of swaps in one compiled loop, so that the row's data stay in cache.
+
+The pairs are compared, checked and applied in the arithmetic of the plain loop in `swap_search.py`, operation by
+operation, and of equal pairs the one of the lowest u, then p, is taken: the masks are the same. What differs is how
+many pairs are looked at. With s_j = |w_j| sqrt(G_jj) and r_u the largest |correlation| of u with another input (of its
+group, where swaps stay in groups), 2 w_u w_p G_up is at most X_u = 2 r_u s_u max_p s_p. A kept u whose cost_u - X_u +
+min_p gain_p is above the best pair so far is left out, and with it every p whose gain_p is too large for all others.
+Rounding is monotone, so that bounds that are computed in the order of the pairs' own change hold to the last bit.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import torch
+from numba import njit
+from numpy.typing import NDArray
+from torch import Tensor
+
+from kernels import lanes
+from methods.swap_search import TOLERANCE, Rows
+
+ROUNDS = 32  # between two looks at the clock
+ROWS = 8  # of a thread's task: rows differ in how many swaps they can make
+ROUND_UP = np.float32(1 + 1e-5)  # over the rounding of a bound's own products
+SLACK = 1e-6  # of the terms of a limit on gains, over their rounding
+FEW = 16  # kept weights that are not worth a better bound
+SEGMENTS = 8  # of the chord below f(t) = min_p gain_p - t s_p
+TINY = np.float32(1e-30)  # stands for the root of a dead input
+
+
+def rounds(rows: Rows, swaps: int | None) -> Iterator[tuple[float, float, int]]:
+    """As `swap_search.rounds`. Time is taken every ROUNDS rounds; between, a swap counts as long as any other.
+
+    Runs on torch.get_num_threads() threads, which take a few rows each time.
+    """
+    start = time.perf_counter()
+    root = rows.gram.diagonal().clamp(min=0).sqrt().clamp(min=float(TINY))
+    shared = (rows.gram, rows.gram.diagonal(), root, steepest(rows.gram, root, rows.length))
+    shared = [np.ascontiguousarray(x.numpy()) for x in shared]
+    own = [x.numpy() for x in (rows.weight, rows.mask, rows.coupling, rows.loss)]
+    active = np.ones(len(rows.mask), np.bool_)
+
+    def advance(first: int, losses: NDArray[np.float64], made: NDArray[np.bool_]) -> None:
+        part = slice(first, first + ROWS)
+        mine = (*(x[part] for x in own), active[part], losses[:, part], made[:, part])
+        _advance(*shared, *mine, rows.length or 0, TOLERANCE)
+
+    done, began = 0, 0.0
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        while active.any() and (swaps is None or done < swaps):
+            count = ROUNDS if swaps is None else min(ROUNDS, swaps - done)
+            losses, made = np.empty((count, len(active))), np.zeros((count, len(active)), np.bool_)
+            list(pool.map(lambda first: advance(first, losses, made), range(0, len(active), ROWS)))
+            ended = time.perf_counter() - start
+            swapped = made.sum(1)
+            until = began + (ended - began) * swapped.cumsum() / max(swapped.sum(), 1)
+            for seconds, loss, number in zip(until, losses, swapped, strict=True):
+                if number:
+                    yield float(seconds), float(torch.from_numpy(loss).sum()), int(number)
+            done, began = done + count, ended
+
+
+def steepest(gram: Tensor, root: Tensor, length: int | None) -> Tensor:
+    """[in] the largest |G_uj| / root_j over the other inputs j, or those of the same `length` consecutive ones."""
+    if length is None:
+        ratio = gram.abs().div_(root)
+        return ratio.fill_diagonal_(0.0).amax(1)
+    result = torch.zeros_like(root)
+    for start in range(0, len(gram), length):
+        part = slice(start, start + length)
+        result[part] = (gram[part, part].abs() / root[part]).fill_diagonal_(0.0).amax(1)
+    return result
+
+
+@njit(nogil=True, error_model="numpy", fastmath={"nnan", "nsz"})
+def _least(values):
+    """Minimum; no entry is nan."""
+    least = np.float32(np.inf)
+    for value in values:
+        least = value if value < least else least
+    return least
+
+
+@njit(nogil=True, error_model="numpy", fastmath={"nnan", "nsz"})
+def _least_below(values, slopes, t):
+    """Minimum of values - t * slopes; no entry is nan."""
+    least = np.float32(np.inf)
+    for i in range(len(values)):
+        value = values[i] - t * slopes[i]
+        least = value if value < least else least
+    return least
+
+
+@njit(nogil=True, error_model="numpy", fastmath={"nnan", "nsz"})
+def _largest_pruned(size, mask):
+    largest = TINY
+    for i in range(len(size)):
+        value = np.float32(0) if mask[i] else size[i]
+        largest = value if value > largest else largest
+    return largest
+
+
+@njit(nogil=True, error_model="numpy")
+def _places(values, limit, found):
+    """Write the places where values [a multiple of 16] are at most `limit` to `found`, in order; how many they are."""
+    count = 0
+    for start in range(0, len(values), lanes.LANES):
+        bits = lanes.at_most(values, start, limit)
+        while bits:
+            found[count] = start + lanes.lowest_bit(bits)
+            count += 1
+            bits &= bits - np.uint32(1)
+    return count
+
+
+@njit(nogil=True, error_model="numpy")
+def _place(values, limit):
+    """The first place where values [a multiple of 16] are at most `limit`; there must be one."""
+    for start in range(0, len(values), lanes.LANES):
+        bits = lanes.at_most(values, start, limit)
+        if bits:
+            return start + lanes.lowest_bit(bits)
+    return 0
+
+
+@njit(nogil=True, error_model="numpy")
+def _move(coupling, pruned, restored, weight_u, weight_p):
+    """Coupling after the swap; pruned, restored: rows of the Gram."""
+    for i in range(len(coupling)):
+        coupling[i] += weight_u * np.float64(pruned[i]) - weight_p * np.float64(restored[i])
+
+
+@njit(nogil=True, error_model="numpy")
+def _costs(weight, diagonal, coupling, mask, cost, gain):
+    """Of pruning each kept and restoring each pruned weight, rounded to float32; inf elsewhere."""
+    infinite = np.float32(np.inf)
+    for i in range(len(weight)):
+        w = np.float64(weight[i])
+        alone = w * w * np.float64(diagonal[i])
+        both = 2 * w * coupling[i]
+        cost[i] = np.float32(alone + both) if mask[i] else infinite
+        gain[i] = infinite if mask[i] else np.float32(alone - both)
+
+
+@njit(nogil=True, error_model="numpy")
+def _bounds(cost, slope, largest, least_gain, bound):
+    """No pair of each kept weight changes the loss by less."""
+    for i in range(len(slope)):
+        bound[i] = (least_gain - slope[i] * largest) + cost[i]
+
+
+@njit(nogil=True, error_model="numpy")
+def _change(u, p, gram, weight, cost, gain):
+    return (gram[u, p] * weight[p]) * (np.float32(-2) * weight[u]) + gain[p] + cost[u]
+
+
+@njit(nogil=True, error_model="numpy")
+def _better(change, u, p, best, best_u, best_p):
+    """Smaller, or equal and before it in the order of pairs."""
+    return change < best or (change == best and (u < best_u or (u == best_u and p < best_p)))
+
+
+@njit(nogil=True, error_model="numpy")
+def _best_in_groups(gram, weight, cost, gain, bound, length, first_p, tried):
+    """u and p of the smallest change below zero of which both lie in the same group, or -1 and -1."""
+    best, best_u, best_p = np.float32(0), -1, -1
+    last = len(weight)
+    start = first_p // length * length
+    for u in range(start, min(start + length, last)):  # for a good pair to begin with
+        if np.isfinite(cost[u]):
+            change = _change(u, first_p, gram, weight, cost, gain)
+            if _better(change, u, first_p, best, best_u, best_p):
+                best, best_u, best_p = change, u, first_p
+    count = _places(bound, best, tried)
+    for k in range(count):
+        u = tried[k]
+        if bound[u] > best:
+            continue
+        start = u // length * length
+        for p in range(start, min(start + length, last)):
+            change = _change(u, p, gram, weight, cost, gain)
+            if _better(change, u, p, best, best_u, best_p):
+                best, best_u, best_p = change, u, p
+    return best_u, best_p
+
+
+@njit(nogil=True, error_model="numpy")
+def _best_in_row(gram, weight, cost, gain, terms, first, tried, partners, floats):
+    """u and p of the smallest change below zero, or -1 and -1. tried, partners, floats [3, in]: memory to work in.
+
+    A kept u can only pair with a p of gain_p - X_up <= limit_u, X_up = slope_u size_p.
+    """
+    size, slope, largest, least_gain, bound = terms
+    gains, sizes, lower = floats[0], floats[1], floats[2]
+    best, best_u, best_p = np.float32(0), -1, -1
+    change = _change(first[0], first[1], gram, weight, cost, gain)
+    if change < best:
+        best, best_u, best_p = change, first[0], first[1]
+    count = _places(bound, best, tried)
+    if count == 0:
+        return best_u, best_p
+
+    widest, steepest, likely = np.float32(-np.inf), TINY, tried[0]
+    for k in range(count):
+        u = tried[k]
+        widest = max(widest, _limit(best, cost[u], least_gain, slope[u] * largest) + slope[u] * largest)
+        steepest = max(steepest, slope[u])
+        if bound[u] < bound[likely]:
+            likely = u
+    found = _places(gain, widest, partners)
+    if found == 0:
+        return best_u, best_p
+    filled = -(-found // lanes.LANES) * lanes.LANES
+    for k in range(found):
+        gains[k], sizes[k] = gain[partners[k]], size[partners[k]]
+    gains[found:filled], sizes[found:filled] = np.float32(np.inf), np.float32(0)
+
+    if count > FEW:  # the chord below f leaves more of them out
+        width = steepest / np.float32(SEGMENTS)
+        corner = np.empty(SEGMENTS + 2, np.float32)
+        for k in range(SEGMENTS + 1):
+            corner[k] = _least_below(gains[:filled], sizes[:filled], np.float32(k) * width)
+        corner[SEGMENTS + 1] = corner[SEGMENTS]
+        left = 0
+        for k in range(count):
+            u = tried[k]
+            share = slope[u] / width
+            segment = int(share)
+            share -= np.float32(segment)
+            chord = corner[segment] + share * (corner[segment + 1] - corner[segment])
+            tried[left] = u
+            left += chord <= _limit(best, cost[u], least_gain, slope[u] * largest)
+        count = left
+
+    for k in range(-1, count):
+        u = tried[k] if k >= 0 else likely  # the most promising one first
+        if bound[u] > best or (k >= 0 and u == likely):
+            continue
+        limit = _limit(best, cost[u], least_gain, slope[u] * largest)
+        slope_u = slope[u]
+        for j in range(filled):
+            lower[j] = gains[j] - slope_u * sizes[j]
+        for start in range(0, filled, lanes.LANES):
+            bits = lanes.at_most(lower, start, limit)
+            while bits:
+                p = partners[start + lanes.lowest_bit(bits)]
+                bits &= bits - np.uint32(1)
+                change = _change(u, p, gram, weight, cost, gain)
+                if _better(change, u, p, best, best_u, best_p):
+                    best, best_u, best_p = change, u, p
+    return best_u, best_p
+
+
+@njit(nogil=True, error_model="numpy")
+def _limit(best, cost, least_gain, largest_term):
+    """Of gain_p - X_up, above which a pair of this kept weight is not as good as `best`, whatever the rounding."""
+    slack = np.float32(SLACK) * (abs(best) + abs(cost) + abs(least_gain) + largest_term)
+    return (best - cost) + slack
+
+
+@njit(nogil=True, error_model="numpy")
+def _pruned(weight, diagonal, mask):
+    """Sum of w_j^2 G_jj over what is pruned."""
+    total = 0.0
+    for i in range(len(weight)):
+        w = np.float64(weight[i])
+        total += 0.0 if mask[i] else w * w * np.float64(diagonal[i])
+    return total
+
+
+@njit(
+    "void(f4[:,::1], f4[::1], f4[::1], f4[::1], f4[:,::1], b1[:,::1], f8[:,::1], f8[::1], b1[::1], f8[:,:], b1[:,:],"
+    "i8, f8)",
+    nogil=True,
+    error_model="numpy",
+    cache=True,
+)
+def _advance(gram, diagonal, root, steepness, weights, masks, couplings, losses, active, told, made, length, tolerance):
+    """Up to len(told) swaps in each row; told: the losses after each, made: whether there was one."""
+    inputs = len(root)
+    padded = -(-inputs // lanes.LANES) * lanes.LANES
+    cost = np.full(padded, np.float32(np.inf))
+    gain, bound = cost.copy(), cost.copy()
+    size, slope = np.empty(inputs, np.float32), np.empty(inputs, np.float32)
+    tried, partners = np.empty(padded, np.int64), np.empty(padded, np.int64)
+    floats = np.empty((3, padded), np.float32)
+    for row in range(len(weights)):
+        weight, mask, coupling = weights[row], masks[row], couplings[row]
+        everything = 0.0
+        for i in range(inputs):
+            w = abs(weight[i])
+            size[i] = w * root[i]
+            slope[i] = np.float32(2) * ROUND_UP * (w * steepness[i])
+            everything += np.float64(w) * np.float64(w) * np.float64(diagonal[i])
+        for step in range(len(told)):
+            if active[row]:
+                _costs(weight, diagonal, coupling, mask, cost, gain)
+                least_gain, least_cost = _least(gain), _least(cost)
+                active[row] = np.isfinite(least_gain) and np.isfinite(least_cost)
+            if active[row]:
+                largest = _largest_pruned(size, mask)
+                _bounds(cost, slope, largest, least_gain, bound)
+                first_p = _place(gain, least_gain)
+                if length:
+                    u, p = _best_in_groups(gram, weight, cost, gain, bound, length, first_p, tried)
+                else:
+                    terms = (size, slope, largest, least_gain, bound)
+                    first = (_place(cost, least_cost), first_p)
+                    u, p = _best_in_row(gram, weight, cost, gain, terms, first, tried, partners, floats)
+                if u < 0:
+                    active[row] = False
+                else:
+                    w, v = np.float64(weight[u]), np.float64(weight[p])
+                    alone_u, alone_p = w * w * np.float64(diagonal[u]), v * v * np.float64(diagonal[p])
+                    change = (alone_u + 2 * w * coupling[u]) + (alone_p - 2 * v * coupling[p])
+                    change -= 2 * w * v * np.float64(gram[u, p])
+                    # Nearly every swap lowers the loss by more than the share of everything, of which that of what is
+                    # pruned is a part.
+                    if change < -tolerance * everything or change < -tolerance * _pruned(weight, diagonal, mask):
+                        mask[u], mask[p] = False, True
+                        _move(coupling, gram[u], gram[p], w, v)
+                        losses[row] += change
+                        made[step, row] = True
+                    else:
+                        active[row] = False
+            told[step, row] = losses[row]
