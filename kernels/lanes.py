@@ -151,6 +151,28 @@ def total(typing_context, lanes):
 
 
 @intrinsic
+def smaller(typing_context, a, b):
+    """The smaller of each two lanes; none is nan."""
+
+    def build(context, builder, signature, args):
+        return builder.select(builder.fcmp_ordered("<", *args), *args)
+
+    return LANES_TYPE(a, b), build
+
+
+@intrinsic
+def least(typing_context, lanes):
+    """The smallest of the sixteen lanes, float32; none is nan."""
+
+    def build(context, builder, signature, args):
+        kind = ir.FunctionType(FLOAT, [FLOATS])
+        reduce = builder.module.declare_intrinsic("llvm.vector.reduce.fmin.v16f32", fnty=kind)
+        return builder.call(reduce, [args[0]], fastmath=FAST)
+
+    return types.float32(lanes), build
+
+
+@intrinsic
 def at_most(typing_context, array, index, limit):
     """Bit i says whether array[index + i] <= limit, for the sixteen float32 from array[index] on."""
 
