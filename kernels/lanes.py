@@ -173,16 +173,13 @@ def least(typing_context, lanes):
 
 
 @intrinsic
-def at_most(typing_context, array, index, limit):
-    """Bit i says whether array[index + i] <= limit, for the sixteen float32 from array[index] on."""
+def at_most(typing_context, lanes, limits):
+    """Bit i says whether lane i is at most that of the limits."""
 
     def build(context, builder, signature, args):
-        entries = builder.load(_pointer(context, builder, array, args[0], args[1], FLOATS), align=4)
-        one = ir.VectorType(FLOAT, 1)
-        limits = _broadcast(builder, builder.insert_element(ir.Constant(one, ir.Undefined), args[2], INT(0)))
-        return builder.zext(builder.bitcast(builder.fcmp_ordered("<=", entries, limits), HALF), INT)
+        return builder.zext(builder.bitcast(builder.fcmp_ordered("<=", *args), HALF), INT)
 
-    return types.uint32(array, types.intp, types.float32), build
+    return types.uint32(lanes, limits), build
 
 
 @intrinsic

@@ -28,6 +28,7 @@ ROWS = 8  # of a thread's task: rows differ in how many swaps they can make
 ROUND_UP = np.float32(1 + 1e-5)  # over the rounding of a bound's own products
 SLACK = 1e-6  # of the terms of a limit on gains, over their rounding
 FEW = 16  # kept weights that are not worth a better bound
+TOGETHER = 64  # pairs whose entries of the Gram are fetched from memory at the same time
 SEGMENTS = 8  # of the chord below f(t) = min_p gain_p - t s_p
 TINY = np.float32(1e-30)  # stands for the root of a dead input
 
@@ -100,8 +101,9 @@ def _least_below(values, slopes, t):
 def _places(values, limit, found):
     """Write the places where values [a multiple of 16] are at most `limit` to `found`, in order; how many they are."""
     count = 0
+    limits = lanes.spread(limit)
     for start in range(0, len(values), lanes.LANES):
-        bits = lanes.at_most(values, start, limit)
+        bits = lanes.at_most(lanes.load(values, start), limits)
         while bits:
             found[count] = start + lanes.lowest_bit(bits)
             count += 1
@@ -112,8 +114,9 @@ def _places(values, limit, found):
 @njit(nogil=True, error_model="numpy")
 def _place(values, limit):
     """The first place where values [a multiple of 16] are at most `limit`; there must be one."""
+    limits = lanes.spread(limit)
     for start in range(0, len(values), lanes.LANES):
-        bits = lanes.at_most(values, start, limit)
+        bits = lanes.at_most(lanes.load(values, start), limits)
         if bits:
             return start + lanes.lowest_bit(bits)
     return 0
@@ -181,13 +184,13 @@ def _best_in_groups(gram, weight, cost, gain, bound, length, first_p, tried):
 
 
 @njit(nogil=True, error_model="numpy")
-def _best_in_row(gram, weight, cost, gain, terms, first, tried, partners, floats):
+def _best_in_row(gram, weight, cost, gain, terms, first, tried, partners, pairs, floats):
     """u and p of the smallest change below zero, or -1 and -1. tried, partners, floats [3, in]: memory to work in.
 
     A kept u can only pair with a p of gain_p - X_up <= limit_u, X_up = slope_u size_p.
     """
     size, slope, largest, least_gain, bound = terms
-    gains, sizes, lower = floats[0], floats[1], floats[2]
+    gains, sizes = floats[0], floats[1]
     best, best_u, best_p = np.float32(0), -1, -1
     change = _change(first[0], first[1], gram, weight, cost, gain)
     if change < best:
@@ -228,22 +231,26 @@ def _best_in_row(gram, weight, cost, gain, terms, first, tried, partners, floats
             left += chord <= _limit(best, cost[u], least_gain, slope[u] * largest)
         count = left
 
+    waiting = 0
     for k in range(-1, count):
         u = tried[k] if k >= 0 else likely  # the most promising one first
-        if bound[u] > best or (k >= 0 and u == likely):
-            continue
-        limit = _limit(best, cost[u], least_gain, slope[u] * largest)
-        slope_u = slope[u]
-        for j in range(filled):
-            lower[j] = gains[j] - slope_u * sizes[j]
-        for start in range(0, filled, lanes.LANES):
-            bits = lanes.at_most(lower, start, limit)
-            while bits:
-                p = partners[start + lanes.lowest_bit(bits)]
-                bits &= bits - np.uint32(1)
+        if bound[u] <= best and (k < 0 or u != likely):
+            limits = lanes.spread(_limit(best, cost[u], least_gain, slope[u] * largest))
+            slopes = lanes.spread(slope[u])
+            for start in range(0, filled, lanes.LANES):
+                terms_of_u = lanes.times(slopes, lanes.load(sizes, start))
+                bits = lanes.at_most(lanes.minus(lanes.load(gains, start), terms_of_u), limits)
+                while bits:
+                    pairs[waiting, 0], pairs[waiting, 1] = u, partners[start + lanes.lowest_bit(bits)]
+                    waiting += 1
+                    bits &= bits - np.uint32(1)
+        if waiting > TOGETHER or k < 1 or k == count - 1:
+            for j in range(waiting):
+                u, p = pairs[j]
                 change = _change(u, p, gram, weight, cost, gain)
                 if _better(change, u, p, best, best_u, best_p):
                     best, best_u, best_p = change, u, p
+            waiting = 0
     return best_u, best_p
 
 
@@ -280,7 +287,8 @@ def _advance(gram, diagonal, root, steepness, weights, masks, couplings, losses,
     size, slope = np.empty(inputs, np.float32), np.empty(inputs, np.float32)
     minus_pruned = np.zeros(padded, np.float32)  # size of what is pruned, negative
     tried, partners = np.empty(padded, np.int64), np.empty(padded, np.int64)
-    floats = np.empty((3, padded), np.float32)
+    pairs = np.empty((padded + TOGETHER, 2), np.int64)
+    floats = np.empty((2, padded), np.float32)
     for row in range(len(weights)):
         weight, mask, coupling = weights[row], masks[row], couplings[row]
         everything = 0.0
@@ -304,7 +312,7 @@ def _advance(gram, diagonal, root, steepness, weights, masks, couplings, losses,
                 else:
                     terms = (size, slope, largest, least_gain, bound)
                     first = (_place(cost, least_cost), first_p)
-                    u, p = _best_in_row(gram, weight, cost, gain, terms, first, tried, partners, floats)
+                    u, p = _best_in_row(gram, weight, cost, gain, terms, first, tried, partners, pairs, floats)
                 if u < 0:
                     active[row] = False
                 else:
