@@ -19,6 +19,7 @@ import torch
 from numba import njit
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn.functional import pad
 
 from kernels import lanes
 from methods.swap_search import TOLERANCE, Rows
@@ -39,16 +40,21 @@ def rounds(rows: Rows, swaps: int | None) -> Iterator[tuple[float, float, int]]:
     Runs on torch.get_num_threads() threads, which take a few rows each time.
     """
     start = time.perf_counter()
-    root = rows.gram.diagonal().clamp(min=0).sqrt().clamp(min=float(TINY))
-    shared = (rows.gram, rows.gram.diagonal(), root, steepest(rows.gram, root, rows.length))
-    shared = [np.ascontiguousarray(x.numpy()) for x in shared]
-    own = [x.numpy() for x in (rows.weight, rows.mask, rows.coupling, rows.loss)]
+    inputs = rows.weight.shape[1]
+    origin = origins(inputs, rows.length) if rows.length else torch.arange(inputs)
+    layout = by_place(rows, origin) if rows.length else rows
+    blocks = group_blocks(rows.gram, rows.length) if rows.length else torch.empty(0, 0, 0)
+    outside = (origin == inputs).nonzero().flatten()
+    root = layout.gram.diagonal().clamp(min=0).sqrt().clamp(min=float(TINY))
+    slope = root if rows.length else (layout.gram.abs() / root).fill_diagonal_(0.0).amax(1)
+    shared = [x.contiguous().numpy() for x in (layout.gram, layout.gram.diagonal(), root, slope, blocks, outside)]
+    own = [x.numpy() for x in (layout.weight, layout.mask, layout.coupling, layout.loss)]
     active = np.ones(len(rows.mask), np.bool_)
 
     def advance(first: int, losses: NDArray[np.float64], made: NDArray[np.bool_]) -> None:
         part = slice(first, first + ROWS)
         mine = (*(x[part] for x in own), active[part], losses[:, part], made[:, part])
-        _advance(*shared, *mine, rows.length or 0, TOLERANCE)
+        _advance(*shared, *mine, TOLERANCE)
 
     done, began = 0, 0.0
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
@@ -63,18 +69,31 @@ def rounds(rows: Rows, swaps: int | None) -> Iterator[tuple[float, float, int]]:
                 if number:
                     yield float(seconds), float(torch.from_numpy(loss).sum()), int(number)
             done, began = done + count, ended
+    if rows.length:
+        rows.mask[:, origin[origin < inputs]] = layout.mask[:, origin < inputs]
 
 
-def steepest(gram: Tensor, root: Tensor, length: int | None) -> Tensor:
-    """[in] the largest |G_uj| / root_j over the other inputs j, or those of the same `length` consecutive ones."""
-    if length is None:
-        ratio = gram.abs().div_(root)
-        return ratio.fill_diagonal_(0.0).amax(1)
-    result = torch.zeros_like(root)
-    for start in range(0, len(gram), length):
-        part = slice(start, start + length)
-        result[part] = (gram[part, part].abs() / root[part]).fill_diagonal_(0.0).amax(1)
-    return result
+def origins(inputs: int, length: int) -> Tensor:
+    """[m * groups] which input is at each place where those that are first in their group come first, then the second
+    ones, ...; groups: a multiple of 16; `inputs` where there is none."""
+    groups = -(-inputs // (length * lanes.LANES)) * lanes.LANES
+    place = torch.arange(length * groups)
+    return (place % groups * length + place // groups).clamp(max=inputs)
+
+
+def by_place(rows: Rows, origin: Tensor) -> Rows:
+    """The rows with their inputs in that order; where there is none, a kept weight of zero."""
+    weight, coupling = (pad(x, (0, 1))[:, origin] for x in (rows.weight, rows.coupling))
+    gram = pad(rows.gram, (0, 1, 0, 1))[origin][:, origin]
+    mask = pad(rows.mask, (0, 1), value=True)[:, origin]
+    return Rows(weight, gram, mask, coupling, rows.loss, rows.length)
+
+
+def group_blocks(gram: Tensor, length: int) -> Tensor:
+    """[m, m, groups] the Gram within each group; groups: a multiple of 16, those at the end zero."""
+    missing = -len(gram) % (length * lanes.LANES)
+    padded = pad(gram, (0, missing, 0, missing))
+    return padded.unflatten(0, (-1, length)).unflatten(2, (-1, length)).diagonal(dim1=0, dim2=2)
 
 
 @njit(nogil=True, error_model="numpy")
@@ -160,27 +179,31 @@ def _better(change, u, p, best, best_u, best_p):
 
 
 @njit(nogil=True, error_model="numpy")
-def _best_in_groups(gram, weight, cost, gain, bound, length, first_p, tried):
-    """u and p of the smallest change below zero of which both lie in the same group, or -1 and -1."""
+def _best_in_groups(blocks, weight, cost, gain, change):
+    """u and p of the smallest change below zero of which both lie in the same group, or -1 and -1.
+
+    Of each two places in a group all groups at a time: blocks [m, m, groups] is the Gram within groups, and the other
+    arrays are laid out as [m, groups].
+    """
+    length, _, groups = blocks.shape
     best, best_u, best_p = np.float32(0), -1, -1
-    last = len(weight)
-    start = first_p // length * length
-    for u in range(start, min(start + length, last)):  # for a good pair to begin with
-        if np.isfinite(cost[u]):
-            change = _change(u, first_p, gram, weight, cost, gain)
-            if _better(change, u, first_p, best, best_u, best_p):
-                best, best_u, best_p = change, u, first_p
-    count = _places(bound, best, tried)
-    for k in range(count):
-        u = tried[k]
-        if bound[u] > best:
-            continue
-        start = u // length * length
-        for p in range(start, min(start + length, last)):
-            change = _change(u, p, gram, weight, cost, gain)
-            if _better(change, u, p, best, best_u, best_p):
-                best, best_u, best_p = change, u, p
-    return best_u, best_p
+    for i in range(length):
+        for j in range(length):
+            if i == j:
+                continue
+            u, p, block = i * groups, j * groups, blocks[i, j]
+            for k in range(groups):
+                product = (block[k] * weight[p + k]) * (np.float32(-2) * weight[u + k])
+                change[k] = product + gain[p + k] + cost[u + k]
+            least = _least(change)
+            if least <= best and least < 0:
+                k = _place(change, least)
+                # In the order of the inputs, a group comes whole.
+                if _better(least, k * length + i, k * length + j, best, best_u, best_p):
+                    best, best_u, best_p = least, k * length + i, k * length + j
+    if best_u < 0:
+        return best_u, best_p
+    return best_u % length * groups + best_u // length, best_p % length * groups + best_p // length
 
 
 @njit(nogil=True, error_model="numpy")
@@ -272,13 +295,15 @@ def _pruned(weight, diagonal, mask):
 
 
 @njit(
-    "void(f4[:,::1], f4[::1], f4[::1], f4[::1], f4[:,::1], b1[:,::1], f8[:,::1], f8[::1], b1[::1], f8[:,:], b1[:,:],"
-    "i8, f8)",
+    "void(f4[:,::1], f4[::1], f4[::1], f4[::1], f4[:,:,::1], i8[::1], f4[:,::1], b1[:,::1], f8[:,::1], f8[::1], "
+    "b1[::1], f8[:,:], b1[:,:], f8)",
     nogil=True,
     error_model="numpy",
     cache=True,
 )
-def _advance(gram, diagonal, root, steepness, weights, masks, couplings, losses, active, told, made, length, tolerance):
+def _advance(
+    gram, diagonal, root, steepness, blocks, outside, weights, masks, couplings, losses, active, told, made, tolerance
+):
     """Up to len(told) swaps in each row; told: the losses after each, made: whether there was one."""
     inputs = len(root)
     padded = -(-inputs // lanes.LANES) * lanes.LANES
@@ -301,17 +326,17 @@ def _advance(gram, diagonal, root, steepness, weights, masks, couplings, losses,
         for step in range(len(told)):
             if active[row]:
                 _costs(weight, diagonal, coupling, mask, cost, gain)
+                cost[outside] = np.float32(np.inf)
                 least_gain, least_cost = _least(gain), _least(cost)
                 active[row] = np.isfinite(least_gain) and np.isfinite(least_cost)
             if active[row]:
-                largest = max(-_least(minus_pruned), TINY)
-                _bounds(cost, slope, largest, least_gain, bound)
-                first_p = _place(gain, least_gain)
-                if length:
-                    u, p = _best_in_groups(gram, weight, cost, gain, bound, length, first_p, tried)
+                if len(blocks):
+                    u, p = _best_in_groups(blocks, weight, cost, gain, bound)
                 else:
+                    largest = max(-_least(minus_pruned), TINY)
+                    _bounds(cost, slope, largest, least_gain, bound)
                     terms = (size, slope, largest, least_gain, bound)
-                    first = (_place(cost, least_cost), first_p)
+                    first = (_place(cost, least_cost), _place(gain, least_gain))
                     u, p = _best_in_row(gram, weight, cost, gain, terms, first, tried, partners, pairs, floats)
                 if u < 0:
                     active[row] = False
