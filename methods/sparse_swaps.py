@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from methods import ops, swap_kernel, swap_search
 from methods.base import Compressed, Layer, Method, Target
@@ -34,14 +35,15 @@ CARD = {
     },
 }
 
+
 @dataclass(frozen=True)
 class SparseSwaps(Method):
     """Refines a mask by best swaps within rows, or within the groups of n:m. Precondition: a finite Gram.
 
     Pairs are compared in float32, of equal ones the lowest kept, then the lowest pruned index is taken; each swap is
-    checked, and the loss kept, in float64. On a CPU the swaps are made by `swap_kernel.py`, row by row, elsewhere by the
-    plain loop in `swap_search.py`, with the same masks. The trace has the objective after each round, in which every row
-    that can makes one swap (a round's seconds on a CPU: `swap_kernel.rounds`); info: `swaps`, how many were made.
+    checked, and the loss kept, in float64. On a CPU `swap_kernel.py` makes the swaps, elsewhere the plain loop in
+    `swap_search.py`: the same ones. The trace has the objective after each round, in which every row that can makes one
+    swap (a round's seconds on a CPU: see `swap_kernel.rounds`); info: `swaps`, how many were made.
     """
 
     warm_start: Any = "wanda"
@@ -52,14 +54,10 @@ class SparseSwaps(Method):
         if target.sparsity == 0:
             return Compressed(layer.weight.clone())
         start = time.perf_counter()
-        mask = self.warm_start.compress(layer, target, rng).mask.clone()
-        (weight32, unit), (gram32, gram_unit) = ops.normalised(layer.weight), ops.normalised(layer.gram.matrix)
-        weight, gram = weight32.double(), gram32.double()
-        pruned = torch.where(mask, 0.0, weight)
-        coupling = pruned @ gram  # [out, in] c
-        loss = (coupling * pruned).sum(1)
-        rows = Rows(weight32, gram32, mask, coupling, loss, target.n_of_m[1] if target.n_of_m else None)
-
+        mask = self.warm_start.compress(layer, target, rng).mask.clone(memory_format=torch.contiguous_format)
+        (weight, unit), (gram, gram_unit) = (ops.normalised(x.contiguous()) for x in (layer.weight, layer.gram.matrix))
+        coupling, loss = coupled(torch.where(mask, 0.0, weight).double(), gram.double())
+        rows = Rows(weight, gram, mask, coupling, loss, target.n_of_m[1] if target.n_of_m else None)
         scale = unit**2 * gram_unit
         began = time.perf_counter() - start
         trace = [(0, began, float(loss.sum()) * scale)]
@@ -69,3 +67,9 @@ class SparseSwaps(Method):
             trace.append((len(trace), began + seconds, left * scale))
             made += swapped
         return replace(ops.masked(layer, mask, target), trace=tuple(trace), info={"swaps": made})
+
+
+def coupled(pruned: Tensor, gram: Tensor) -> tuple[Tensor, Tensor]:
+    """c = G q [out, in] and qt G q [out] of the pruned parts q [out, in]."""
+    coupling = pruned @ gram
+    return coupling, (coupling * pruned).sum(1)

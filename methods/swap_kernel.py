@@ -13,6 +13,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import numpy as np
 import torch
@@ -51,7 +52,7 @@ def rounds(rows: Rows, swaps: int | None) -> Iterator[tuple[float, float, int]]:
     own = [x.numpy() for x in (layout.weight, layout.mask, layout.coupling, layout.loss)]
     active = np.ones(len(rows.mask), np.bool_)
 
-    def advance(first: int, losses: NDArray[np.float64], made: NDArray[np.bool_]) -> None:
+    def advance(losses: NDArray[np.float64], made: NDArray[np.bool_], first: int) -> None:
         part = slice(first, first + ROWS)
         mine = (*(x[part] for x in own), active[part], losses[:, part], made[:, part])
         _advance(*shared, *mine, TOLERANCE)
@@ -61,7 +62,7 @@ def rounds(rows: Rows, swaps: int | None) -> Iterator[tuple[float, float, int]]:
         while active.any() and (swaps is None or done < swaps):
             count = ROUNDS if swaps is None else min(ROUNDS, swaps - done)
             losses, made = np.empty((count, len(active))), np.zeros((count, len(active)), np.bool_)
-            list(pool.map(lambda first: advance(first, losses, made), range(0, len(active), ROWS)))
+            list(pool.map(partial(advance, losses, made), range(0, len(active), ROWS)))
             ended = time.perf_counter() - start
             swapped = made.sum(1)
             until = began + (ended - began) * swapped.cumsum() / max(swapped.sum(), 1)

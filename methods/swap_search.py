@@ -1,8 +1,8 @@
 """The exchange of a kept weight u for a pruned one p that changes a row's loss least, repeated: plain, on any device.
 
 The change is cost_u + gain_p - 2 w_u w_p G_up. Each search is called with cost [rows, in], inf where pruned,
-gain [rows, in], inf where kept, and weight [rows, in], all float32, and returns u and p, [rows] each: of equal pairs the
-one of the lowest u, then p, and 0 and 0 where no change is below zero.
+gain [rows, in], inf where kept, and weight [rows, in], all float32, and returns u and p, [rows] each: of equal pairs
+the one of the lowest u, then p, and 0 and 0 where no change is below zero.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ ENTRIES = 2**22  # pairs whose change is in memory at once, about
 
 @dataclass(frozen=True)
 class Rows:
-    """A layer's rows in the midst of their swaps, which change mask, coupling and loss in place.
+    """A layer's rows before their swaps, C-contiguous; the swaps change mask, coupling and loss in place.
 
     weight [rows, in] and gram [in, in]: float32, entries of at most 1. mask: [rows, in], True where kept. coupling:
     [rows, in] float64, G q for the pruned part q. loss: [rows] float64, qt G q. length: m of n:m, None for whole rows.
