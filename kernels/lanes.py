@@ -13,7 +13,7 @@ from numba.extending import intrinsic, models, register_model
 LANES = 16
 FLOAT, INT, HALF = ir.FloatType(), ir.IntType(32), ir.IntType(16)
 FLOATS, INTS = ir.VectorType(FLOAT, LANES), ir.VectorType(INT, LANES)
-FAST = ("fast",)  # sums in any order, and fused multiply-add
+FAST = ("fast",)  # sums in any order, and fused multiply-add; all entries finite
 
 
 class Lanes(types.Type):
@@ -162,12 +162,12 @@ def smaller(typing_context, a, b):
 
 @intrinsic
 def least(typing_context, lanes):
-    """The smallest of the sixteen lanes, float32; none is nan."""
+    """The smallest of the sixteen lanes, float32; none is nan, but they may be infinite."""
 
     def build(context, builder, signature, args):
         kind = ir.FunctionType(FLOAT, [FLOATS])
         reduce = builder.module.declare_intrinsic("llvm.vector.reduce.fmin.v16f32", fnty=kind)
-        return builder.call(reduce, [args[0]], fastmath=FAST)
+        return builder.call(reduce, [args[0]], fastmath=("nnan", "nsz"))
 
     return types.float32(lanes), build
 

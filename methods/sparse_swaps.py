@@ -42,8 +42,9 @@ class SparseSwaps(Method):
 
     Pairs are compared in float32, of equal ones the lowest kept, then the lowest pruned index is taken; each swap is
     checked, and the loss kept, in float64. On a CPU `swap_kernel.py` makes the swaps, elsewhere the plain loop in
-    `swap_search.py`: the same ones. The trace has the objective after each round, in which every row that can makes one
-    swap (a round's seconds on a CPU: see `swap_kernel.rounds`); info: `swaps`, how many were made.
+    `swap_search.py`: the same ones, but for ties on devices whose minimum takes any. The trace has the objective after
+    each round, in which every row that can makes one swap (its seconds on a CPU: see `swap_kernel.rounds`); info:
+    `swaps`, how many were made.
     """
 
     warm_start: Any = "wanda"

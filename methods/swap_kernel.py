@@ -1,11 +1,12 @@
-"""SparseSwaps on a CPU: each row's whole sequence of swaps in one compiled loop, so that the row's data stay in cache.
+"""SparseSwaps on a CPU: each row's swaps in one compiled loop, so that the row's data stay in cache.
 
-The pairs are compared, checked and applied in the arithmetic of the plain loop in `swap_search.py`, operation by
-operation, and of equal pairs the one of the lowest u, then p, is taken: the masks are the same. What differs is how
-many pairs are looked at. With s_j = |w_j| sqrt(G_jj) and r_u the largest |correlation| of u with another input (of its
-group, where swaps stay in groups), 2 w_u w_p G_up is at most X_u = 2 r_u s_u max_p s_p. A kept u whose cost_u - X_u +
-min_p gain_p is above the best pair so far is left out, and with it every p whose gain_p is too large for all others.
-Rounding is monotone, so that bounds that are computed in the order of the pairs' own change hold to the last bit.
+Pairs are compared, checked and swapped in the arithmetic of the plain loop in `swap_search.py`, operation by operation,
+and of equal pairs the one of the lowest u, then p, is taken: the swaps are the same. What differs is how many pairs
+are looked at. With s_j = |w_j| sqrt(G_jj) and r_u the largest |correlation| of u with another input, 2 w_u w_p G_up is
+at most slope_u s_p, slope_u = 2 r_u s_u. Left out are the kept u whose cost_u + min_p gain_p - slope_u max_p s_p is
+above a pair that is known; then, for each u that is left, the p whose gain_p - slope_u s_p is too large.
+Rounding is monotone: a bound that is computed in the order of a change's own operations holds to the last bit. The
+others are given slack. Within the groups of n:m all pairs are few enough.
 """
 
 from __future__ import annotations
@@ -26,13 +27,14 @@ from kernels import lanes
 from methods.swap_search import TOLERANCE, Rows
 
 ROUNDS = 32  # between two looks at the clock
-ROWS = 8  # of a thread's task: rows differ in how many swaps they can make
+ROWS = 8  # of a thread's task: rows differ in how long they take
 ROUND_UP = np.float32(1 + 1e-5)  # over the rounding of a bound's own products
 SLACK = 1e-6  # of the terms of a limit on gains, over their rounding
 FEW = 16  # kept weights that are not worth a better bound
 TOGETHER = 64  # pairs whose entries of the Gram are fetched from memory at the same time
-SEGMENTS = 8  # of the chord below f(t) = min_p gain_p - t s_p
+SEGMENTS = 8  # of the chords below f(t) = min_p gain_p - t s_p
 TINY = np.float32(1e-30)  # stands for the root of a dead input
+HUGE = np.finfo(np.float32).max  # stands for infinity where `lanes` subtracts
 
 
 def rounds(rows: Rows, swaps: int | None) -> Iterator[tuple[float, float, int]]:
@@ -209,9 +211,8 @@ def _best_in_groups(blocks, weight, cost, gain, change):
 
 @njit(nogil=True, error_model="numpy")
 def _best_in_row(gram, weight, cost, gain, terms, first, tried, partners, pairs, floats):
-    """u and p of the smallest change below zero, or -1 and -1. tried, partners, floats [3, in]: memory to work in.
-
-    A kept u can only pair with a p of gain_p - X_up <= limit_u, X_up = slope_u size_p.
+    """u and p of the smallest change below zero, or -1 and -1. first: the pair to begin with; terms: size s, slope, the
+    largest s_p, the least gain and the bound of each u; tried, partners, pairs and floats: memory to work in.
     """
     size, slope, largest, least_gain, bound = terms
     gains, sizes = floats[0], floats[1]
@@ -223,10 +224,12 @@ def _best_in_row(gram, weight, cost, gain, terms, first, tried, partners, pairs,
     if count == 0:
         return best_u, best_p
 
+    # The partners that any u that is left can have: gain_p is at most limit_u + slope_u max_p s_p.
     widest, steepest, likely = np.float32(-np.inf), TINY, tried[0]
     for k in range(count):
         u = tried[k]
-        widest = max(widest, _limit(best, cost[u], least_gain, slope[u] * largest) + slope[u] * largest)
+        most = slope[u] * largest
+        widest = max(widest, _limit(best, cost[u], least_gain, most) + most)
         steepest = max(steepest, slope[u])
         if bound[u] < bound[likely]:
             likely = u
@@ -236,9 +239,9 @@ def _best_in_row(gram, weight, cost, gain, terms, first, tried, partners, pairs,
     filled = -(-found // lanes.LANES) * lanes.LANES
     for k in range(found):
         gains[k], sizes[k] = gain[partners[k]], size[partners[k]]
-    gains[found:filled], sizes[found:filled] = np.float32(np.inf), np.float32(0)
+    gains[found:filled], sizes[found:filled] = HUGE, np.float32(0)
 
-    if count > FEW:  # the chord below f leaves more of them out
+    if count > FEW:  # f is concave: its chords lie below it, and leave more kept weights out
         width = steepest / np.float32(SEGMENTS)
         corner = np.empty(SEGMENTS + 2, np.float32)
         for k in range(SEGMENTS + 1):
@@ -262,8 +265,8 @@ def _best_in_row(gram, weight, cost, gain, terms, first, tried, partners, pairs,
             limits = lanes.spread(_limit(best, cost[u], least_gain, slope[u] * largest))
             slopes = lanes.spread(slope[u])
             for start in range(0, filled, lanes.LANES):
-                terms_of_u = lanes.times(slopes, lanes.load(sizes, start))
-                bits = lanes.at_most(lanes.minus(lanes.load(gains, start), terms_of_u), limits)
+                below = lanes.minus(lanes.load(gains, start), lanes.times(slopes, lanes.load(sizes, start)))
+                bits = lanes.at_most(below, limits)
                 while bits:
                     pairs[waiting, 0], pairs[waiting, 1] = u, partners[start + lanes.lowest_bit(bits)]
                     waiting += 1
@@ -280,7 +283,7 @@ def _best_in_row(gram, weight, cost, gain, terms, first, tried, partners, pairs,
 
 @njit(nogil=True, error_model="numpy")
 def _limit(best, cost, least_gain, largest_term):
-    """Of gain_p - X_up, above which a pair of this kept weight is not as good as `best`, whatever the rounding."""
+    """Of gain_p - slope_u s_p, above which no pair of this kept weight is as good as `best`, whatever the rounding."""
     slack = np.float32(SLACK) * (abs(best) + abs(cost) + abs(least_gain) + largest_term)
     return (best - cost) + slack
 
