@@ -9,6 +9,9 @@ Rounding is monotone: a bound that is computed in the order of a change's own op
 others are given slack. Within the groups of n:m all pairs are few enough.
 """
 
+# Numba's functions are not annotated, and its intrinsics take one argument less than they are defined with.
+# pyright: reportCallIssue=false
+
 from __future__ import annotations
 
 import time
@@ -199,7 +202,7 @@ def _best_in_groups(blocks, weight, cost, gain, change):
                 product = (block[k] * weight[p + k]) * (np.float32(-2) * weight[u + k])
                 change[k] = product + gain[p + k] + cost[u + k]
             least = _least(change)
-            if least <= best and least < 0:
+            if least <= best:
                 k = _place(change, least)
                 # In the order of the inputs, a group comes whole.
                 if _better(least, k * length + i, k * length + j, best, best_u, best_p):
