@@ -189,9 +189,10 @@ def _best_in_groups(blocks, weight, cost, gain, change):
     """u and p of the smallest change below zero of which both lie in the same group, or -1 and -1.
 
     Of each two places in a group all groups at a time: blocks [m, m, groups] is the Gram within groups, and the other
-    arrays are laid out as [m, groups].
+    arrays are laid out as [m, groups]. change: memory to work in.
     """
     length, _, groups = blocks.shape
+    change = change[:groups]
     best, best_u, best_p = np.float32(0), -1, -1
     for i in range(length):
         for j in range(length):
