@@ -179,6 +179,13 @@ def _change(u, p, gram, weight, cost, gain):
 
 
 @njit(nogil=True, error_model="numpy")
+def _changes(gram, weight_u, weight_p, cost, gain, change):
+    """The same of as many pairs as there are entries."""
+    for k in range(len(change)):
+        change[k] = (gram[k] * weight_p[k]) * (np.float32(-2) * weight_u[k]) + gain[k] + cost[k]
+
+
+@njit(nogil=True, error_model="numpy")
 def _better(change, u, p, best, best_u, best_p):
     """Smaller, or equal and before it in the order of pairs."""
     return change < best or (change == best and (u < best_u or (u == best_u and p < best_p)))
@@ -198,10 +205,8 @@ def _best_in_groups(blocks, weight, cost, gain, change):
         for j in range(length):
             if i == j:
                 continue
-            u, p, block = i * groups, j * groups, blocks[i, j]
-            for k in range(groups):
-                product = (block[k] * weight[p + k]) * (np.float32(-2) * weight[u + k])
-                change[k] = product + gain[p + k] + cost[u + k]
+            kept, restored = slice(i * groups, (i + 1) * groups), slice(j * groups, (j + 1) * groups)
+            _changes(blocks[i, j], weight[kept], weight[restored], cost[kept], gain[restored], change)
             least = _least(change)
             if least <= best:
                 k = _place(change, least)
