@@ -13,7 +13,7 @@ from numba.extending import intrinsic, models, register_model
 LANES = 16
 FLOAT, INT, HALF = ir.FloatType(), ir.IntType(32), ir.IntType(16)
 FLOATS, INTS = ir.VectorType(FLOAT, LANES), ir.VectorType(INT, LANES)
-FAST = ("fast",)  # sums in any order, and fused multiply-add
+FAST = ("fast",)  # sums in any order, and fused multiply-add; all entries finite
 
 
 class Lanes(types.Type):
@@ -158,6 +158,48 @@ def total(typing_context, lanes):
         return builder.call(reduce, [FLOAT(0.0), args[0]], fastmath=FAST)
 
     return types.float32(lanes), build
+
+
+@intrinsic
+def smaller(typing_context, a, b):
+    """The smaller of each two lanes; none is nan."""
+
+    def build(context, builder, signature, args):
+        return builder.select(builder.fcmp_ordered("<", *args), *args)
+
+    return LANES_TYPE(a, b), build
+
+
+@intrinsic
+def least(typing_context, lanes):
+    """The smallest of the sixteen lanes, float32; none is nan, but they may be infinite."""
+
+    def build(context, builder, signature, args):
+        kind = ir.FunctionType(FLOAT, [FLOATS])
+        reduce = builder.module.declare_intrinsic("llvm.vector.reduce.fmin.v16f32", fnty=kind)
+        return builder.call(reduce, [args[0]], fastmath=("nnan", "nsz"))
+
+    return types.float32(lanes), build
+
+
+@intrinsic
+def at_most(typing_context, lanes, limits):
+    """Bit i says whether lane i is at most that of the limits."""
+
+    def build(context, builder, signature, args):
+        return builder.zext(builder.bitcast(builder.fcmp_ordered("<=", *args), HALF), INT)
+
+    return types.uint32(lanes, limits), build
+
+
+@intrinsic
+def lowest_bit(typing_context, bits):
+    """Position of the lowest bit that is set; there must be one."""
+
+    def build(context, builder, signature, args):
+        return builder.zext(builder.cttz(args[0], ir.Constant(ir.IntType(1), 1)), ir.IntType(64))
+
+    return types.intp(types.uint32), build
 
 
 @intrinsic

@@ -9,10 +9,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from methods import ops
+from methods import ops, swap_kernel, swap_search
 from methods.base import Compressed, Layer, Method, Target
-from methods.swap_search import GroupSearch, RowSearch
+from methods.swap_search import Rows
 
 CARD = {
     "title": "SparseSwaps",
@@ -33,17 +34,17 @@ CARD = {
         },
     },
 }
-# A swap counts as an improvement if the row's loss falls by more than this share of the sum of w_j^2 G_jj over what is
-# pruned: far above the rounding of float64, so that no row can cycle, and whatever the inputs that stay.
-TOLERANCE = 1e-9
 
 
 @dataclass(frozen=True)
 class SparseSwaps(Method):
     """Refines a mask by best swaps within rows, or within the groups of n:m. Precondition: a finite Gram.
 
-    Pairs are compared in float32; each swap is checked, and the loss kept, in float64. The trace has the objective
-    after each round, in which every row that can makes one swap; info: `swaps`, how many were made.
+    Pairs are compared in float32, of equal ones the lowest kept, then the lowest pruned index is taken; each swap is
+    checked, and the loss kept, in float64. On a CPU `swap_kernel.py` makes the swaps, elsewhere the plain loop in
+    `swap_search.py`: the same ones, but for ties on devices whose minimum takes any. The trace has the objective after
+    each round, in which every row that can makes one swap (its seconds on a CPU: see `swap_kernel.rounds`); info:
+    `swaps`, how many were made.
     """
 
     warm_start: Any = "wanda"
@@ -54,33 +55,22 @@ class SparseSwaps(Method):
         if target.sparsity == 0:
             return Compressed(layer.weight.clone())
         start = time.perf_counter()
-        mask = self.warm_start.compress(layer, target, rng).mask.clone()
-        (weight32, unit), (gram32, gram_unit) = ops.normalised(layer.weight), ops.normalised(layer.gram.matrix)
-        weight, gram = weight32.double(), gram32.double()
-        alone = weight**2 * gram.diagonal()  # [out, in] loss of removing each weight alone
-        pruned = torch.where(mask, 0.0, weight)
-        coupling = pruned @ gram  # [out, in] c
-        loss = (coupling * pruned).sum(1)
-        search = GroupSearch(gram32, target.n_of_m[1]) if target.n_of_m else RowSearch(gram32)
-
+        mask = self.warm_start.compress(layer, target, rng).mask.clone(memory_format=torch.contiguous_format)
+        (weight, unit), (gram, gram_unit) = (ops.normalised(x.contiguous()) for x in (layer.weight, layer.gram.matrix))
+        coupling, loss = coupled(torch.where(mask, 0.0, weight).double(), gram.double())
+        rows = Rows(weight, gram, mask, coupling, loss, target.n_of_m[1] if target.n_of_m else None)
         scale = unit**2 * gram_unit
-        trace = [(0, time.perf_counter() - start, float(loss.sum()) * scale)]
-        rows = torch.arange(len(weight), device=weight.device)  # those that may still improve
+        began = time.perf_counter() - start
+        trace = [(0, began, float(loss.sum()) * scale)]
         made = 0
-        while len(rows) and (self.swaps is None or len(trace) <= self.swaps):
-            w, c, kept, single = weight[rows], coupling[rows], mask[rows], alone[rows]
-            cost = torch.where(kept, single + 2 * w * c, torch.inf)  # of pruning a kept weight
-            gain = torch.where(kept, torch.inf, single - 2 * w * c)  # of restoring a pruned one
-            u, p = search(cost.float(), gain.float(), weight32[rows])
-            line = torch.arange(len(rows), device=rows.device)
-            change = cost[line, u] + gain[line, p] - 2 * w[line, u] * w[line, p] * gram[u, p]
-            better = change < -TOLERANCE * torch.where(kept, 0.0, single).sum(1)
-            rows, u, p = rows[better], u[better], p[better]
-            if not len(rows):
-                break
-            mask[rows, u], mask[rows, p] = False, True
-            coupling[rows] += weight[rows, u, None] * gram[u] - weight[rows, p, None] * gram[p]
-            loss[rows] += change[better]
-            made += len(rows)
-            trace.append((len(trace), time.perf_counter() - start, float(loss.sum()) * scale))
+        rounds = swap_kernel.rounds if mask.device.type == "cpu" else swap_search.rounds
+        for seconds, left, swapped in rounds(rows, self.swaps):
+            trace.append((len(trace), began + seconds, left * scale))
+            made += swapped
         return replace(ops.masked(layer, mask, target), trace=tuple(trace), info={"swaps": made})
+
+
+def coupled(pruned: Tensor, gram: Tensor) -> tuple[Tensor, Tensor]:
+    """c = G q [out, in] and qt G q [out] of the pruned parts q [out, in]."""
+    coupling = pruned @ gram
+    return coupling, (coupling * pruned).sum(1)

@@ -1,16 +1,68 @@
-"""The exchange of a kept weight u for a pruned one p that changes a row's loss least: what sparse_swaps repeats.
+"""The exchange of a kept weight u for a pruned one p that changes a row's loss least, repeated: plain, on any device.
 
 The change is cost_u + gain_p - 2 w_u w_p G_up. Each search is called with cost [rows, in], inf where pruned,
-gain [rows, in], inf where kept, and weight [rows, in], and returns u and p, [rows] each.
+gain [rows, in], inf where kept, and weight [rows, in], all float32, and returns u and p, [rows] each: of equal pairs
+the one of the lowest u, then p, and 0 and 0 where no change is below zero.
 """
 
 from __future__ import annotations
 
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
+# A swap counts as an improvement if the row's loss falls by more than this share of the sum of w_j^2 G_jj over what is
+# pruned: far above the rounding of float64, so that no row can cycle, and whatever the inputs that stay.
+TOLERANCE = 1e-9
+
 CANDIDATES = 32  # kept weights of a row that are tried at once
 ENTRIES = 2**22  # pairs whose change is in memory at once, about
+
+
+@dataclass(frozen=True)
+class Rows:
+    """A layer's rows before their swaps, C-contiguous; the swaps change mask, coupling and loss in place.
+
+    weight [rows, in] and gram [in, in]: float32, entries of at most 1. mask: [rows, in], True where kept. coupling:
+    [rows, in] float64, G q for the pruned part q. loss: [rows] float64, qt G q. length: m of n:m, None for whole rows.
+    """
+
+    weight: Tensor
+    gram: Tensor
+    mask: Tensor
+    coupling: Tensor
+    loss: Tensor
+    length: int | None
+
+
+def rounds(rows: Rows, swaps: int | None) -> Iterator[tuple[float, float, int]]:
+    """Rounds in which every row that can makes its best swap, at most `swaps`: seconds from the call to the round's
+    end, the loss of all rows then, how many swaps the round made (at least one)."""
+    start = time.perf_counter()
+    weight, gram, mask, coupling = rows.weight.double(), rows.gram.double(), rows.mask, rows.coupling
+    alone = weight**2 * gram.diagonal()  # [rows, in] loss of removing each weight alone
+    search = GroupSearch(rows.gram, rows.length) if rows.length else RowSearch(rows.gram)
+    left = torch.arange(len(weight), device=weight.device)  # rows that may still improve
+    made = 0
+    while swaps is None or made < swaps:
+        w, c, kept, single = weight[left], coupling[left], mask[left], alone[left]
+        cost = torch.where(kept, single + 2 * w * c, torch.inf)  # of pruning a kept weight
+        gain = torch.where(kept, torch.inf, single - 2 * w * c)  # of restoring a pruned one
+        u, p = search(cost.float(), gain.float(), rows.weight[left])
+        line = torch.arange(len(left), device=left.device)
+        change = cost[line, u] + gain[line, p] - 2 * w[line, u] * w[line, p] * gram[u, p]
+        better = change < -TOLERANCE * torch.where(kept, 0.0, single).sum(1)
+        left, u, p = left[better], u[better], p[better]
+        if not len(left):
+            return
+        mask[left, u], mask[left, p] = False, True
+        coupling[left] += weight[left, u, None] * gram[u] - weight[left, p, None] * gram[p]
+        rows.loss[left] += change[better]
+        made += 1
+        yield time.perf_counter() - start, float(rows.loss.sum()), len(left)
 
 
 class RowSearch:
@@ -24,8 +76,8 @@ class RowSearch:
 
     def __init__(self, gram: Tensor) -> None:
         self.gram = gram
-        self.root = gram.diagonal().clamp(min=0).sqrt()
-        self.steepest = self.gram.abs() / self.root.clamp(min=1e-30)  # r_u sqrt(G_uu) below
+        self.root = gram.diagonal().clamp(min=0).sqrt().clamp(min=1e-30)
+        self.steepest = self.gram.abs() / self.root  # r_u sqrt(G_uu) below
         self.steepest = self.steepest.fill_diagonal_(0.0).amax(1)
 
     def __call__(self, cost: Tensor, gain: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -37,24 +89,24 @@ class RowSearch:
 
     def part(self, cost: Tensor, gain: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
         bound, order = self.bound(cost, gain, weight).sort(1)
-        best = torch.full_like(bound[:, 0], torch.inf)
+        best = torch.zeros_like(bound[:, 0])
         u, p = torch.zeros_like(order[:, 0]), torch.zeros_like(order[:, 0])
         rows = torch.arange(len(cost), device=cost.device)
         for start in range(0, cost.shape[1], CANDIDATES):
-            rows = rows[bound[rows, start] < best[rows]]
+            rows = rows[(bound[rows, start] <= best[rows]) & (bound[rows, start] < 0)]
             if not len(rows):
                 break
-            tried = order[rows, start : start + CANDIDATES]  # [rows, candidates]
+            tried = order[rows, start : start + CANDIDATES].sort(1).values  # [rows, candidates]
             factor = -2 * weight[rows].gather(1, tried)
             change = self.gram[tried] * weight[rows, None] * factor[..., None]  # [rows, candidates, in]
             change += gain[rows, None]
             least, partner = change.min(2)
             least, which = (least + cost[rows].gather(1, tried)).min(1)
             line = torch.arange(len(rows), device=rows.device)
-            better = least < best[rows]
+            new_u, new_p = tried[line, which], partner[line, which]
+            better = (least < best[rows]) | (least == best[rows]) & (new_u < u[rows])
             chosen = rows[better]
-            best[chosen] = least[better]
-            u[chosen], p[chosen] = tried[line, which][better], partner[line, which][better]
+            best[chosen], u[chosen], p[chosen] = least[better], new_u[better], new_p[better]
         return u, p
 
     def bound(self, cost: Tensor, gain: Tensor, weight: Tensor) -> Tensor:
@@ -67,7 +119,8 @@ class RowSearch:
         left = (slope / width).long().clamp(0, 7)
         share = (slope / width - left).clamp(0, 1)
         low, high = values.gather(1, left), values.gather(1, left + 1)
-        return cost + torch.lerp(low, high, share)
+        rounding = 1e-6 * (low.abs() + high.abs() + 2 * slope * size.amax(1, keepdim=True))
+        return cost + (torch.lerp(low, high, share) - rounding)
 
 
 class GroupSearch:
@@ -86,8 +139,9 @@ class GroupSearch:
         found = []
         for c, g, w in zip(*(x.split(size) for x in (cost, gain, weight)), strict=True):
             c, g, w = (self.grouped(x, fill) for x, fill in ((c, torch.inf), (g, torch.inf), (w, 0.0)))
-            change = c[..., None] + g[..., None, :] - 2 * w[..., None] * w[..., None, :] * self.blocks
-            found.append(change.flatten(1).argmin(1))  # over [groups, m, m]
+            change = self.blocks * w[..., None, :] * (-2 * w[..., None]) + g[..., None, :] + c[..., None]
+            least, pair = change.flatten(1).min(1)  # over [groups, m, m]
+            found.append(torch.where(least < 0, pair, 0))
         pair = torch.cat(found)
         group, u, p = pair // self.length**2, pair // self.length % self.length, pair % self.length
         last = cost.shape[1] - 1  # where nothing can be swapped

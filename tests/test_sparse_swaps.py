@@ -1,18 +1,21 @@
 """SparseSwaps against swaps written plainly, in float64 and loops, every loss computed anew."""
 
 import itertools
+import math
+import time
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
-from methods.base import Gram, Layer, Target
+from methods import swap_kernel, swap_search
+from methods.base import Compressed, Gram, Layer, Target
 from methods.magnitude import Magnitude
 from methods.random import Random
 from methods.sparse_swaps import SparseSwaps
 from methods.sparsegpt import SparseGPT
-from methods.swap_search import GroupSearch, RowSearch
+from methods.swap_search import GroupSearch, Rows, RowSearch
 from methods.wanda import Wanda
 from tests import layers
 from tests.brute_force import best_error, output_error
@@ -25,6 +28,17 @@ LAYERS = {
     "fewer tokens than inputs": Recipe(out=4, inputs=10, sequences=1, length=4),
 }
 TARGETS = [Target(0.5), Target(0.3), Target(pattern="2:4"), Target(pattern="1:5")]
+
+
+@pytest.fixture(params=["compiled", "plain"])
+def path(request, monkeypatch):
+    """Both ways to the same swaps: that of a CPU and that of other devices."""
+    if request.param == "plain":
+        use_plain(monkeypatch)
+
+
+def use_plain(monkeypatch) -> None:
+    monkeypatch.setattr(swap_kernel, "rounds", swap_search.rounds)
 
 
 def plain_loss(row: np.ndarray, gram: np.ndarray, mask: np.ndarray) -> float:
@@ -54,7 +68,7 @@ def numbers(layer: Layer) -> tuple[np.ndarray, np.ndarray]:
 @pytest.mark.parametrize("start", [Wanda(), Magnitude()], ids=lambda start: type(start).__name__)
 @pytest.mark.parametrize("target", TARGETS, ids=lambda target: target.label)
 @pytest.mark.parametrize("name", LAYERS)
-def test_every_swap_is_the_best_one_and_the_end_a_local_optimum(name: str, target: Target, start):
+def test_every_swap_is_the_best_one_and_the_end_a_local_optimum(name: str, target: Target, start, path):
     layer = layers.make(LAYERS[name], name)
     weight, gram = numbers(layer)
     expected = start.compress(layer, target, torch.Generator()).mask.numpy().copy()
@@ -86,7 +100,7 @@ def test_is_between_the_best_of_all_masks_and_the_warm_start(target: Target):
 
 @pytest.mark.parametrize("name", layers.LAYERS)
 @pytest.mark.parametrize("target", [Target(0.6), Target(pattern="2:4")], ids=lambda target: target.label)
-def test_the_loss_never_rises_and_the_trace_tells_it(name: str, target: Target):
+def test_the_loss_never_rises_and_the_trace_tells_it(name: str, target: Target, path):
     layer = layers.build(name)
     result = SparseSwaps(Random(), None).compress(layer, target, torch.Generator().manual_seed(0))
     objectives = [value for _, _, value in result.trace]
@@ -151,7 +165,7 @@ def test_a_warm_start_that_updates_weights_gives_its_mask_alone():
     assert torch.equal(result.weight, torch.where(start.mask, layer.weight, 0.0))
 
 
-def test_swaps_are_counted_per_row():
+def test_swaps_are_counted_per_row(path):
     layer = layers.build("correlated")
     before = Wanda().compress(layer, Target(0.6), torch.Generator()).mask
     for swaps in (0, 1, 3):
@@ -166,7 +180,7 @@ def test_a_diagonal_gram_leaves_nothing_to_swap():
 
 
 @pytest.mark.parametrize("target", [Target(0.6), Target(pattern="2:4")], ids=lambda target: target.label)
-def test_a_huge_input_that_every_row_keeps_does_not_end_the_search(target: Target):
+def test_a_huge_input_that_every_row_keeps_does_not_end_the_search(target: Target, path):
     """As large as the massive activations of large models: only what is pruned is in the loss."""
     layer = layers.build("correlated")
     masks = []
@@ -177,3 +191,96 @@ def test_a_huge_input_that_every_row_keeps_does_not_end_the_search(target: Targe
         masks.append(SparseSwaps(Wanda(), None).compress(replace(layer, gram=gram), target, torch.Generator()).mask)
         assert masks[-1][:, 3].all()
     assert torch.equal(*masks)
+
+
+def wide(inputs: int, seed: int) -> Layer:
+    """Few directions that many inputs share, so that bounds are loose, two huge inputs, and means that are not zero."""
+    generator = torch.Generator().manual_seed(seed)
+    spectrum = torch.arange(1, inputs + 1).double() ** -0.5
+    x = torch.randn(4 * inputs, inputs, generator=generator, dtype=torch.float64) * spectrum
+    x = x @ torch.randn(inputs, inputs, generator=generator, dtype=torch.float64) / inputs**0.5 + 0.03
+    x[:, :2] *= 20
+    return Layer("wide", torch.randn(12, inputs, generator=generator), Gram((x.T @ x / len(x)).float(), len(x)))
+
+
+def tied(inputs: int, seed: int) -> Layer:
+    """Every weight 1 or -1 and every Gram entry a small whole number: many pairs change the loss by the same."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randint(-1, 2, (3 * inputs, inputs), generator=generator).double()
+    weight = torch.randint(0, 2, (12, inputs), generator=generator) * 2.0 - 1
+    return Layer("tied", weight, Gram((x.T @ x).float(), len(x)))
+
+
+def assert_same(fast: Compressed, plain: Compressed) -> None:
+    """Swap by swap: after each round the same loss, to the last bit, and the same masks in the end."""
+    assert torch.equal(fast.mask, plain.mask) and fast.info == plain.info
+    assert [(i, value) for i, _, value in fast.trace] == [(i, value) for i, _, value in plain.trace]
+
+
+EQUAL = [Target(0.5), Target(0.7), Target(pattern="2:4"), Target(pattern="4:8"), Target(pattern="1:5")]
+
+
+@pytest.mark.parametrize("start", [Wanda(), Random()], ids=lambda start: type(start).__name__)
+@pytest.mark.parametrize("target", EQUAL, ids=lambda target: target.label)
+@pytest.mark.parametrize("kind", [*layers.LAYERS, "wide", "tied"])
+def test_both_paths_make_the_same_swaps(kind: str, target: Target, start, monkeypatch):
+    layer = {"wide": wide, "tied": tied}[kind](90, 0) if kind in ("wide", "tied") else layers.build(kind)
+    fast = SparseSwaps(start, None).compress(layer, target, torch.Generator().manual_seed(0))
+    use_plain(monkeypatch)
+    assert_same(fast, SparseSwaps(start, None).compress(layer, target, torch.Generator().manual_seed(0)))
+
+
+@pytest.mark.parametrize("make", [wide, tied])
+@pytest.mark.parametrize("inputs", [300, 512])
+@pytest.mark.parametrize("seed", range(3))
+def test_both_paths_agree_where_bounds_are_loose_or_pairs_tied(make, inputs: int, seed: int, monkeypatch):
+    layer = make(inputs, seed)
+    fast = SparseSwaps(Wanda(), 40).compress(layer, Target(0.5), torch.Generator())
+    assert fast.info["swaps"] > 12 * 10
+    use_plain(monkeypatch)
+    assert_same(fast, SparseSwaps(Wanda(), 40).compress(layer, Target(0.5), torch.Generator()))
+
+
+@pytest.mark.parametrize("target", [Target(0.5), Target(pattern="2:4")], ids=lambda target: target.label)
+def test_threads_and_the_number_of_rounds_at_a_time_change_nothing(target: Target, monkeypatch):
+    layer, before = wide(100, 1), torch.get_num_threads()
+    one = SparseSwaps(Wanda(), 50).compress(layer, target, torch.Generator())
+    monkeypatch.setattr(swap_kernel, "ROUNDS", 7)
+    monkeypatch.setattr(swap_kernel, "ROWS", 5)
+    torch.set_num_threads(3)
+    try:
+        assert_same(SparseSwaps(Wanda(), 50).compress(layer, target, torch.Generator()), one)
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_seconds_of_rounds_rise_and_end_within_the_call(path):
+    start = time.perf_counter()
+    result = SparseSwaps(Random(), None).compress(wide(300, 1), Target(0.5), torch.Generator())
+    total, seconds = time.perf_counter() - start, [s for _, s, _ in result.trace]
+    assert len(seconds) > 2 * swap_kernel.ROUNDS  # the clock is looked at more than once
+    assert seconds[-1] <= total and all(0 < s < t for s, t in itertools.pairwise(seconds))
+
+
+def test_rows_that_lie_otherwise_in_memory_give_the_same():
+    layer = wide(64, 3)
+    turned = replace(layer, weight=layer.weight.T.contiguous().T)
+    assert not turned.weight.is_contiguous()
+    for target in (Target(0.5), Target(pattern="2:4")):
+        assert_same(*(SparseSwaps(Wanda(), 20).compress(x, target, torch.Generator()) for x in (layer, turned)))
+
+
+@pytest.mark.parametrize("length", [None, 4])
+def test_the_rounds_leave_the_rows_as_they_tell(length: int | None, path):
+    """Mask and loss are those of the last round."""
+    layer = wide(100, 2)
+    weight, gram = layer.weight, layer.gram.matrix / 1024
+    mask = Wanda().compress(layer, Target(pattern="2:4") if length else Target(0.5), torch.Generator()).mask
+    pruned = torch.where(mask, 0.0, weight.double())
+    coupling = pruned @ gram.double()
+    rows = Rows(weight, gram, mask, coupling, (coupling * pruned).sum(1), length)
+    *_, (_, last, made) = swap_kernel.rounds(rows, 20)
+    pruned = torch.where(mask, 0.0, weight.double())
+    loss = ((pruned @ gram.double()) * pruned).sum(1)
+    torch.testing.assert_close(rows.loss, loss, rtol=1e-9, atol=0)
+    assert made >= 1 and math.isclose(last, float(loss.sum()), rel_tol=1e-9)
