@@ -22,6 +22,7 @@ __all__ = ["Compressed", "Gram", "Layer", "Method", "Statistics", "Target", "Uns
 
 DAMPING_GROWTH = 10.0  # a factorisation that fails is tried again with this many times the damping ...
 LARGEST_DAMPING = 100.0  # ... until it is this many times the mean of the diagonal
+INVERTED = 1024  # columns of a factor that are inverted at once
 
 
 class UnsupportedTarget(ValueError):
@@ -90,7 +91,6 @@ class Gram:
         mean = float(diagonal.mean()) or 1.0
         # A dead input is coupled to no other: what stands on its diagonal, anything positive, matters to itself alone.
         diagonal[diagonal == 0] = mean
-        identity = torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)
         used = damping
         while used <= LARGEST_DAMPING:
             damped = matrix.clone()
@@ -99,10 +99,20 @@ class Gram:
             # inverse, where the official codes factorise, invert and factorise again.
             lower, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
             if not failed and bool(torch.isfinite(lower).all()):
-                upper = torch.linalg.solve_triangular(lower.flip(0, 1), identity, upper=True)
-                return upper.float(), used
+                return inverse_of_upper(lower.flip(0, 1)).float(), used
             used = max(used * DAMPING_GROWTH, 1e-8)
         raise ValueError(f"Gram.inverse_factor found no damping up to {LARGEST_DAMPING:g} that factorises the matrix.")
+
+
+def inverse_of_upper(upper: Tensor) -> Tensor:
+    """Inverse [in, in] of an upper triangular matrix, a run of columns at a time: rows below it would be all zeros."""
+    inverse = torch.zeros_like(upper)
+    identity = torch.eye(len(upper), dtype=upper.dtype, device=upper.device)
+    for start in range(0, len(upper), INVERTED):
+        end = min(start + INVERTED, len(upper))
+        columns = torch.linalg.solve_triangular(upper[:end, :end], identity[:end, start:end], upper=True)
+        inverse[:end, start:end] = columns
+    return inverse
 
 
 @dataclass(frozen=True)

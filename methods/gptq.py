@@ -11,7 +11,7 @@ from torch import Tensor
 
 from methods import ops
 from methods.base import Compressed, Layer, Method, Target
-from methods.surgeon import settle_columns
+from methods.surgeon import Settling
 
 CARD = {
     "title": "GPTQ",
@@ -72,7 +72,7 @@ class GPTQ(Method):
         gram, inputs = layer.gram, layer.weight.shape[1]
         length = layer.statistics.length if layer.statistics else 1
         dead_diagonal = 1 / (2 * length) if self.convention == "official" else None  # its H is 2 length G
-        weight = layer.weight.clone()  # [out, in]
+        weight = layer.weight.clone(memory_format=torch.contiguous_format)  # [out, in]
         weight[:, gram.dead] = 0
         refitted = None if self.static_groups else target.group  # length of the groups that are fitted on the way
         # Grids that are fitted on the way only find their place here.
@@ -84,21 +84,19 @@ class GPTQ(Method):
             order, gram = gram.descending(dead_diagonal)
             weight = weight[:, order]
             group_of = group_of if refitted else group_of[order]
-        keep = torch.ones_like(weight, dtype=torch.bool) if layer.keep is None else layer.keep[:, order]
+        keep = torch.ones_like(weight, dtype=torch.bool) if layer.keep is None else layer.keep[:, order].contiguous()
         factor, damping = gram.inverse_factor(self.damping, dead_diagonal)
         codes = torch.zeros_like(weight, dtype=torch.uint8)
 
-        def settle(j: int, i: int, block: Tensor) -> Tensor:
-            if refitted and j % refitted == 0:
-                columns = slice(j, j + refitted)
-                # Columns of j's own block are as they were when the block began, as in the released code.
+        def fit(start: int, end: int) -> None:
+            # Columns of a group's own block are as they were when the block began, as in the released code.
+            if refitted and (first := -(-start // refitted)) * refitted < end:
+                columns = slice(first * refitted, -(-end // refitted) * refitted)
+                groups = slice(first, -(-end // refitted))
                 fitted = ops.fit_grid(torch.where(keep[:, columns], weight[:, columns], 0.0), target, self.mse)
-                grid.scales[:, group_of[j]], grid.zeros[:, group_of[j]] = fitted.scales[:, 0], fitted.zeros[:, 0]
-            kept = torch.where(keep[:, j], block[:, i], 0.0)
-            codes[:, j] = grid.codes(kept[:, None], group_of[j : j + 1])[:, 0]
-            return grid.values(codes[:, j : j + 1], group_of[j : j + 1])[:, 0]
+                grid.scales[:, groups], grid.zeros[:, groups] = fitted.scales, fitted.zeros
 
-        settle_columns(weight, factor, self.blocksize, settle)
+        Settling(weight, factor, keep, self.blocksize, None, grid, group_of, codes).run(fit)
         back = order.argsort()
         codes, group_of = codes[:, back], group_of[back]
         return Compressed(

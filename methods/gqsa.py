@@ -49,10 +49,9 @@ class GQSA(Method):
         kept = torch.where(mask, layer.weight, 0.0)
         if target.bits is None:
             return Compressed(kept, mask, info={"damping": damping})
-        grid = ops.fit_grid(kept, target)  # every range includes zero: pruned weights do not widen it
-        group_of = ops.groups_of(kept.shape[1], target.group, kept.device)
-        codes = grid.codes(kept, group_of)
-        weight = torch.where(mask, grid.values(codes, group_of), 0.0)
+        # Every range includes zero: pruned weights do not widen it.
+        grid, codes, values = ops.fit_and_round(kept, target)
+        weight = torch.where(mask, values, 0.0)
         return Compressed(weight, mask, codes, grid.scales, grid.zeros, info={"damping": damping})
 
 

@@ -33,7 +33,6 @@ class Magnitude(Method):
 
     def compress(self, layer: Layer, target: Target, rng: torch.Generator) -> Compressed:
         ops.require("magnitude", CARD, target)
-        score = layer.weight.abs()
         if self.convention == "official" and target.structure == "layer":
-            return ops.masked(layer, ops.official_layer_mask(score, target.sparsity), target)
-        return ops.pruned(layer, score, target)
+            return ops.masked(layer, ops.official_layer_mask(layer.weight.abs(), target.sparsity), target)
+        return ops.pruned_by_norm(layer, torch.ones_like(layer.weight[0]), target)

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kernels import grids, select
+from methods import paths
 from methods.base import Compressed, Layer, Target, UnsupportedTarget
 from methods.target import refusal
 
@@ -57,9 +59,7 @@ def prune_mask(score: Tensor, target: Target) -> Tensor:
         return torch.ones_like(score, dtype=torch.bool)
     if target.n_of_m:
         kept, of = target.n_of_m
-        groups = grouped(score, of, float("-inf"))  # [out, groups, of]
-        mask = keep_largest(groups, of - kept)
-        return mask.flatten(1)[:, : score.shape[1]]
+        return keep_of_groups(score, of, of - kept)
     if target.block:
         blocks = grouped(score, target.block, 0.0).sum(2)  # [out, blocks]
         mask = keep_largest(blocks, int(target.sparsity * blocks.shape[1]))
@@ -91,6 +91,8 @@ def keep_largest(score: Tensor, pruned: int) -> Tensor:
     """Mask, True where kept, without the `pruned` smallest entries of each line along the last axis."""
     if pruned == 0:
         return torch.ones_like(score, dtype=torch.bool)
+    if paths.compiled(score):
+        return select.keep_largest(score, pruned)
     threshold = score.kthvalue(pruned, dim=-1, keepdim=True).values
     mask = score > threshold
     spare = score.shape[-1] - pruned - mask.sum(-1, keepdim=True)  # how many of the entries equal to it stay
@@ -98,6 +100,14 @@ def keep_largest(score: Tensor, pruned: int) -> Tensor:
         return mask
     equal = score == threshold
     return mask | equal & (equal.flip(-1).cumsum(-1).flip(-1) <= spare)  # those with the highest indices
+
+
+def keep_of_groups(score: Tensor, of: int, pruned: int) -> Tensor:
+    """Mask [out, in] without the `pruned` smallest of each `of` consecutive inputs; what fills up the last goes first."""
+    if paths.compiled(score):
+        return select.keep_of_groups(score, of, pruned)
+    mask = keep_largest(grouped(score, of, float("-inf")), pruned)  # [out, groups, of]
+    return mask.flatten(1)[:, : score.shape[1]]
 
 
 def grouped(score: Tensor, length: int, value: float) -> Tensor:
@@ -109,6 +119,17 @@ def grouped(score: Tensor, length: int, value: float) -> Tensor:
 def pruned(layer: Layer, score: Tensor, target: Target) -> Compressed:
     """The layer's own weights where the scores [out, in] are largest: what every mask-only method returns."""
     return masked(layer, prune_mask(score, target), target)
+
+
+def pruned_by_norm(layer: Layer, norm: Tensor, target: Target) -> Compressed:
+    """The layer's own weights where |W| * norm is largest; norm: [in] of each input, not negative."""
+    structure = target.structure if target.sparsity and paths.compiled(layer.weight) else "in torch"
+    if structure == "row":
+        return Compressed(*select.prune_lines(layer.weight, norm, int(target.sparsity * layer.weight.shape[1])))
+    if structure == "n:m":
+        kept, of = target.n_of_m
+        return Compressed(*select.prune_groups(layer.weight, norm, of, of - kept))
+    return pruned(layer, layer.weight.abs() * norm, target)
 
 
 def masked(layer: Layer, mask: Tensor, target: Target) -> Compressed:
@@ -160,9 +181,23 @@ def fit_grid(weight: Tensor, target: Target, mse: bool = False) -> Grid:
     """
     assert target.bits is not None
     length = target.group or weight.shape[1]
+    if paths.compiled(weight):
+        return Grid(*grids.fit(weight, length, target.bits, target.symmetric, mse), target.bits)
     pieces = [_fit(piece, target.bits, target.symmetric, mse) for piece in weight.split(length, 1)]
     scales, zeros = (torch.stack(column, 1) for column in zip(*pieces, strict=True))
     return Grid(scales, zeros, target.bits)
+
+
+def fit_and_round(weight: Tensor, target: Target, mse: bool = False) -> tuple[Grid, Tensor, Tensor]:
+    """The grid fitted to weight [out, in], and the weight's codes and values [out, in] on it."""
+    assert target.bits is not None
+    length = target.group or weight.shape[1]
+    if paths.compiled(weight):
+        scales, zeros, codes, values = grids.fit_and_round(weight, length, target.bits, target.symmetric, mse)
+        return Grid(scales, zeros, target.bits), codes, values
+    grid, group_of = fit_grid(weight, target, mse), groups_of(weight.shape[1], target.group, weight.device)
+    codes = grid.codes(weight, group_of)
+    return grid, codes, grid.values(codes, group_of)
 
 
 def _fit(piece: Tensor, bits: int, symmetric: bool, mse: bool) -> tuple[Tensor, Tensor]:

@@ -35,7 +35,5 @@ class RTN(Method):
         ops.require("rtn", CARD, target)
         if target.bits is None:
             return Compressed(layer.weight.clone())
-        grid = ops.fit_grid(layer.weight, target, self.mse)
-        group_of = ops.groups_of(layer.weight.shape[1], target.group, layer.weight.device)
-        codes = grid.codes(layer.weight, group_of)
-        return Compressed(grid.values(codes, group_of), codes=codes, scales=grid.scales, zeros=grid.zeros)
+        grid, codes, values = ops.fit_and_round(layer.weight, target, self.mse)
+        return Compressed(values, codes=codes, scales=grid.scales, zeros=grid.zeros)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from methods import ops
 from methods.base import Compressed, Layer, Method, Target
-from methods.surgeon import settle_columns
+from methods.surgeon import Settling, saliency
 
 CARD = {
     "title": "SparseGPT",
@@ -63,7 +63,7 @@ class SparseGPT(Method):
         factor, damping = layer.gram.inverse_factor(self.damping, 1 / (2 * length) if official else None)
         grid = ops.fit_grid(layer.weight, target) if target.bits else None
 
-        weight = layer.weight.clone()  # [out, in]
+        weight = layer.weight.clone(memory_format=torch.contiguous_format)  # [out, in]
         weight[:, layer.gram.dead] = 0
         mask = torch.ones_like(weight, dtype=torch.bool)
         codes = torch.zeros_like(weight, dtype=torch.uint8)
@@ -71,19 +71,12 @@ class SparseGPT(Method):
         multiple = target.n_of_m[1] if target.n_of_m else 1
         blocksize = max(self.blocksize // multiple, 1) * multiple
 
-        def settle(j: int, i: int, block: Tensor) -> Tensor:
-            if target.n_of_m and j % multiple == 0:
-                score = saliency(block[:, i : i + multiple], factor, j)
-                mask[:, j : j + multiple] = ops.prune_mask(score, target)
-            elif not target.n_of_m and i == 0:
-                mask[:, j : j + block.shape[1]] = self._block_mask(saliency(block, factor, j), target, j)
-            kept = torch.where(mask[:, j], block[:, i], 0.0)
-            if grid:
-                codes[:, j] = grid.codes(kept[:, None], group_of[j : j + 1])[:, 0]
-                kept = grid.values(codes[:, j : j + 1], group_of[j : j + 1])[:, 0]
-            return kept
+        def choose(start: int, end: int) -> None:
+            if not target.n_of_m:
+                score = saliency(weight[:, start:end], factor.diagonal()[start:end])
+                mask[:, start:end] = self._block_mask(score, target, start)
 
-        settle_columns(weight, factor, blocksize, settle)
+        Settling(weight, factor, mask, blocksize, target.n_of_m, grid, group_of, codes).run(choose)
         if grid is None:
             return Compressed(weight, mask, info={"damping": damping})
         weight = torch.where(mask, grid.values(codes, group_of), 0.0)
@@ -98,11 +91,3 @@ class SparseGPT(Method):
         width = lines.shape[1] // (end - start)
         count = int(target.sparsity * end * width) - int(target.sparsity * start * width)
         return ops.keep_largest(lines, count).view_as(score)
-
-
-def saliency(weight: Tensor, factor: Tensor, start: int) -> Tensor:
-    """Root of the loss of removing each entry of weight [out, columns] alone, |w / U_jj|; the first column is `start`.
-
-    Not squared: the order is the same, and tiny weights do not underflow.
-    """
-    return (weight / factor.diagonal()[start : start + weight.shape[1]]).abs()

@@ -28,4 +28,4 @@ class Wanda(Method):
 
     def compress(self, layer: Layer, target: Target, rng: torch.Generator) -> Compressed:
         ops.require("wanda", CARD, target)
-        return ops.pruned(layer, layer.weight.abs() * layer.gram.diagonal.sqrt(), target)
+        return ops.pruned_by_norm(layer, layer.gram.diagonal.sqrt(), target)

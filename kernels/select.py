@@ -1,0 +1,190 @@
+"""Masks of the largest scores of each line or group; of equal ones those with the lowest indices go first.
+
+Floats are compared as integers, in whose order their bits are once those of negative ones are reflected.
+"""
+
+import numpy as np
+from torch import Tensor, from_numpy
+
+from kernels.rows import array, by_rows, compiled, empty
+
+LONG = 2**18  # entries of a line whose cut is estimated from a sample first
+SAMPLE = 2**15
+
+
+@compiled()
+def _to_order(keys):
+    """Bits of floats to integers in the order of the floats, in place; both zeros are one."""
+    reflected = -np.int64(2 ** (8 * keys.itemsize - 1) - 1) - 1
+    for i in range(len(keys)):
+        keys[i] = keys[i] if keys[i] >= 0 else reflected - keys[i]
+
+
+@compiled()
+def _count_below(keys, bound):
+    count = np.int32(0)
+    for i in range(len(keys)):
+        count = np.int32(count + np.int32(keys[i] < bound))
+    return np.int64(count)
+
+
+@compiled()
+def _cut(keys, pruned):
+    """(key, ties): the `pruned` smallest of the keys are those below `key` and the first `ties` of those equal to it.
+
+    Secant steps on the number of keys below a bound, every third one a bisection.
+    """
+    lowest, highest = keys[0], keys[0]
+    for i in range(len(keys)):
+        lowest, highest = min(lowest, keys[i]), max(highest, keys[i])
+    low, high = np.int64(lowest), np.int64(highest) + 1  # none of the keys is below low, all are below high
+    below_low, below_high = np.int64(0), np.int64(len(keys))
+    bound, step = np.empty(1, keys.dtype), 0
+    while below_low < pruned < below_high and high - low != 1:
+        width = high - low
+        share = 0.5 if step % 3 == 2 else (pruned - below_low) / (below_high - below_low)
+        if width > 0:
+            bound[0] = low + min(max(np.int64(share * width), 1), width - 1)
+        else:  # beyond the integers of 64 bits
+            bound[0] = (low >> 1) + (high >> 1)
+        below = _count_below(keys, bound[0])
+        if below <= pruned:
+            low, below_low = np.int64(bound[0]), below
+        else:
+            high, below_high = np.int64(bound[0]), below
+        step += 1
+    if below_high == pruned:
+        return high, np.int64(0)
+    return low, pruned - below_low
+
+
+@compiled()
+def _mark(keys, key, ties, mask):
+    """True where a key is above the cut."""
+    bound = np.empty(1, keys.dtype)
+    bound[0] = key
+    bound = bound[0]
+    for i in range(len(keys)):
+        mask[i] = keys[i] >= bound
+    i = 0
+    while ties > 0:
+        if keys[i] == bound:
+            mask[i] = False
+            ties -= 1
+        i += 1
+
+
+@compiled(["(i4[:, ::1], i8, b1[:, ::1], i8, i8)", "(i8[:, ::1], i8, b1[:, ::1], i8, i8)"])
+def _lines(bits, pruned, mask, first, last):
+    keys = np.empty(bits.shape[1], bits.dtype)
+    for row in range(first, last):
+        keys[:] = bits[row]
+        _to_order(keys)
+        key, ties = _cut(keys, pruned)
+        _mark(keys, key, ties, mask[row])
+
+
+@compiled(["(f4[:, ::1], f4[::1], i8, f4[:, ::1], b1[:, ::1], i8, i8)"])
+def _prune_lines(weight, norm, pruned, values, mask, first, last):
+    scores = np.empty(weight.shape[1], np.float32)
+    keys = scores.view(np.int32)  # which need no reflection: no score is negative
+    for row in range(first, last):
+        for i in range(len(scores)):
+            scores[i] = abs(weight[row, i]) * norm[i]
+        key, ties = _cut(keys, pruned)
+        _mark(keys, key, ties, mask[row])
+        for i in range(len(scores)):
+            values[row, i] = weight[row, i] if mask[row, i] else np.float32(0)
+
+
+@compiled()
+def _mark_groups(keys, of, pruned, sorted_in, ranks, mask):
+    """False at the `pruned` smallest of each `of` consecutive keys; len(keys) is a multiple of `of`."""
+    groups = len(keys) // of
+    for e in range(of):
+        for g in range(groups):
+            sorted_in[e, g] = keys[g * of + e]
+    for e in range(of):
+        ranks[:groups] = 0
+        for f in range(of):
+            if f < e:
+                for g in range(groups):
+                    ranks[g] += sorted_in[f, g] <= sorted_in[e, g]
+            else:
+                for g in range(groups):
+                    ranks[g] += sorted_in[f, g] < sorted_in[e, g]
+        for g in range(groups):
+            mask[g * of + e] = ranks[g] >= pruned
+
+
+@compiled(["(i4[:, ::1], i8, i8, b1[:, ::1], i8, i8)", "(i8[:, ::1], i8, i8, b1[:, ::1], i8, i8)"])
+def _groups(bits, of, pruned, mask, first, last):
+    inputs = bits.shape[1]
+    groups = -(-inputs // of)
+    keys, kept = np.empty(groups * of, bits.dtype), np.empty(groups * of, np.bool_)
+    by_place, ranks = np.empty((of, groups), bits.dtype), np.empty(groups, np.int32)
+    for row in range(first, last):
+        keys[:inputs] = bits[row]
+        _to_order(keys[:inputs])
+        keys[inputs:] = -(2 ** (8 * bits.itemsize - 1) - 1)  # what fills up the last group goes first
+        _mark_groups(keys, of, pruned, by_place, ranks, kept)
+        mask[row] = kept[:inputs]
+
+
+@compiled(["(f4[:, ::1], f4[::1], i8, i8, f4[:, ::1], b1[:, ::1], i8, i8)"])
+def _prune_groups(weight, norm, of, pruned, values, mask, first, last):
+    inputs = weight.shape[1]
+    groups = -(-inputs // of)
+    scores, kept = np.empty(groups * of, np.float32), np.empty(groups * of, np.bool_)
+    keys = scores.view(np.int32)
+    by_place, ranks = np.empty((of, groups), np.int32), np.empty(groups, np.int32)
+    for row in range(first, last):
+        for i in range(inputs):
+            scores[i] = abs(weight[row, i]) * norm[i]
+        keys[inputs:] = -1  # below every score
+        _mark_groups(keys, of, pruned, by_place, ranks, kept)
+        for i in range(inputs):
+            mask[row, i] = kept[i]
+            values[row, i] = weight[row, i] if kept[i] else np.float32(0)
+
+
+@compiled(["Tuple((i8, i8))(i4[::1], i8)", "Tuple((i8, i8))(i8[::1], i8)"])
+def _cut_of_bits(bits, pruned):
+    keys = bits.copy()
+    _to_order(keys)
+    return _cut(keys, pruned)
+
+
+def _bits(score: Tensor) -> np.ndarray:
+    scores = array(score)
+    return scores.view(f"i{scores.itemsize}")
+
+
+def keep_largest(score: Tensor, pruned: int) -> Tensor:
+    """Mask, True where kept, without the `pruned` smallest entries of each line of score [..., n], float32 or 64."""
+    bits = _bits(score).reshape(-1, score.shape[-1])
+    mask = empty(bits.shape, np.bool_)
+    by_rows(_lines, bits.shape, bits, pruned, mask)
+    return from_numpy(mask).view(score.shape)
+
+
+def keep_of_groups(score: Tensor, of: int, pruned: int) -> Tensor:
+    """Mask [out, in] without the `pruned` smallest of each `of` consecutive entries of a row of score [out, in]."""
+    bits = _bits(score)
+    mask = empty(bits.shape, np.bool_)
+    by_rows(_groups, bits.shape, bits, of, pruned, mask)
+    return from_numpy(mask)
+
+
+def prune_lines(weight: Tensor, norm: Tensor, pruned: int) -> tuple[Tensor, Tensor]:
+    """Weight and mask [out, in] without the `pruned` entries of each row whose |weight| * norm [in] is smallest."""
+    values, mask = empty(weight.shape, np.float32), empty(weight.shape, np.bool_)
+    by_rows(_prune_lines, weight.shape, array(weight), array(norm), pruned, values, mask)
+    return from_numpy(values), from_numpy(mask)
+
+
+def prune_groups(weight: Tensor, norm: Tensor, of: int, pruned: int) -> tuple[Tensor, Tensor]:
+    """The same of each `of` consecutive entries of a row."""
+    values, mask = empty(weight.shape, np.float32), empty(weight.shape, np.bool_)
+    by_rows(_prune_groups, weight.shape, array(weight), array(norm), of, pruned, values, mask)
+    return from_numpy(values), from_numpy(mask)
