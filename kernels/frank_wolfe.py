@@ -5,9 +5,8 @@ needs no multiplication, and that of V changes by the rows of the entries that c
 """
 
 import numpy as np
-from torch import Tensor, from_numpy
 
-from kernels.rows import array, by_rows, compiled
+from kernels.rows import compiled
 from kernels.select import _cut, _mark, _mark_groups, _to_order
 
 SUMS = {"contract", "reassoc", "nsz"}  # sums in any order, and fused multiply-add
@@ -83,7 +82,7 @@ def _objective(weight, relaxed, product):
 
 
 @compiled()
-def _move(relaxed, product, vertex, vertex_product, size):
+def _moved(relaxed, product, vertex, vertex_product, size):
     for j in range(len(relaxed)):
         relaxed[j] += size * (vertex[j] - relaxed[j])
         product[j] += size * (vertex_product[j] - product[j])
@@ -101,7 +100,7 @@ STATE = "f4[:, ::1], f4[:, ::1], b1[:, ::1], f8[:, ::1], f8[:, ::1], b1[:, ::1],
 
 
 @compiled([f"({STATE}, i8, i8, b1, i8, i8, i8, i8)"])
-def _steps(weight, gram, fixed, relaxed, product, vertex, vertex_product, pruned, of, search, begin, end, first, last):
+def steps(weight, gram, fixed, relaxed, product, vertex, vertex_product, pruned, of, search, begin, end, first, last):
     inputs = weight.shape[1]
     descent, chosen, by_place, ranks = buffers(inputs, of)
     entries, factors = np.empty(inputs + 7, np.int64), np.empty(inputs + 7)
@@ -114,11 +113,11 @@ def _steps(weight, gram, fixed, relaxed, product, vertex, vertex_product, pruned
             if search:
                 slope = _slope(w, m, p, v)
                 size = _best(slope, slope - _slope(w, m, q, v))
-            _move(m, p, v, q, size)
+            _moved(m, p, v, q, size)
 
 
 @compiled([f"({STATE}, b1[:, ::1], f8[::1], f8[::1], i8, i8)"])
-def _approach(
+def approach(
     weight, gram, fixed, relaxed, product, vertex, vertex_product, chosen, slopes, curvatures, first, last
 ):
     entries, factors = np.empty(weight.shape[1] + 7, np.int64), np.empty(weight.shape[1] + 7)
@@ -129,43 +128,15 @@ def _approach(
 
 
 @compiled(["(f8[:, ::1], f8[:, ::1], b1[:, ::1], f8[:, ::1], f8, i8, i8)"])
-def _move_all(relaxed, product, vertex, vertex_product, size, first, last):
+def move(relaxed, product, vertex, vertex_product, size, first, last):
     for row in range(first, last):
-        _move(relaxed[row], product[row], vertex[row], vertex_product[row], size)
+        _moved(relaxed[row], product[row], vertex[row], vertex_product[row], size)
 
 
 @compiled(["(f4[:, ::1], b1[:, ::1], f8[:, ::1], f8[:, ::1], i8, i8, f8[::1], f8[::1], i8, i8)"])
-def _measure(weight, fixed, relaxed, product, pruned, of, objectives, gaps, first, last):
+def measure(weight, fixed, relaxed, product, pruned, of, objectives, gaps, first, last):
     descent, vertex, by_place, ranks = buffers(weight.shape[1], of)
     for row in range(first, last):
         choose(weight[row], fixed[row], product[row], pruned, of, descent, vertex, by_place, ranks)
         objectives[row] = _objective(weight[row], relaxed[row], product[row])
         gaps[row] = 2 * _slope(weight[row], relaxed[row], product[row], vertex)
-
-
-
-
-class Relaxation:
-    """The relaxed masks `relaxed` [out, in] of a layer in the midst of their steps.
-
-    weight [out, in] and gram [in, in] float32; started and fixed [out, in] bool: the mask begun with, and what of it
-    is fixed. pruned: of each row, or of each `of` consecutive entries, or, with `whole`, of the layer.
-    """
-
-    def __init__(self, weight: Tensor, gram: Tensor, started: Tensor, fixed: Tensor, pruned: int, of: int) -> None:
-        self.relaxed = started.double()
-        product = (weight * ~started).double() @ gram.double()
-        self.arrays = [array(x) for x in (weight, gram, fixed, self.relaxed, product)]
-        self.arrays += [array(started.clone()), array(product.clone())]
-        self.pruned, self.of = pruned, of
-
-    def advance(self, begin: int, end: int, search: bool) -> None:
-        """Steps begin + 1 to end; search: of the best length of each row, else of 2 / (t + 2)."""
-        by_rows(_steps, self.relaxed.shape, *self.arrays, self.pruned, self.of, search, begin, end)
-
-    def measure(self) -> tuple[Tensor, Tensor]:
-        """Objective and duality gap of each row, [out] each."""
-        sums = np.empty((2, len(self.relaxed)))
-        weight, _, fixed, relaxed, product = self.arrays[:5]
-        by_rows(_measure, self.relaxed.shape, weight, fixed, relaxed, product, self.pruned, self.of, *sums)
-        return from_numpy(sums[0]), from_numpy(sums[1])

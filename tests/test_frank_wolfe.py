@@ -8,8 +8,9 @@ import torch
 
 from methods import ops
 from methods.base import Layer, Target
-from methods.frank_wolfe import FrankWolfe, best_step, linear_minimiser
+from methods.frank_wolfe import FrankWolfe
 from methods.magnitude import Magnitude
+from methods.relaxation import best_step, linear_minimiser
 from methods.sparse_swaps import SparseSwaps
 from methods.wanda import Wanda
 from tests import layers
