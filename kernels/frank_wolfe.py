@@ -117,9 +117,7 @@ def steps(weight, gram, fixed, relaxed, product, vertex, vertex_product, pruned,
 
 
 @compiled([f"({STATE}, b1[:, ::1], f8[::1], f8[::1], i8, i8)"])
-def approach(
-    weight, gram, fixed, relaxed, product, vertex, vertex_product, chosen, slopes, curvatures, first, last
-):
+def approach(weight, gram, fixed, relaxed, product, vertex, vertex_product, chosen, slopes, curvatures, first, last):
     entries, factors = np.empty(weight.shape[1] + 7, np.int64), np.empty(weight.shape[1] + 7)
     for row in range(first, last):
         _follow(weight[row], gram, chosen[row], vertex[row], vertex_product[row], entries, factors)

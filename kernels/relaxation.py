@@ -66,10 +66,9 @@ def _sums(weight, relaxed, product, target):
 
 
 @compiled(
-    [
-        "(f4[:, ::1], f4[:, ::1], b1[:, ::1], f8[:, ::1], f8[:, ::1], f8[:, ::1], b1[:, ::1], i8, i8, b1, i8, i8,"
-        " i8, i8)"
-    ]
+    ["(f4[:, ::1], f4[:, ::1], b1[:, ::1], f8[:, ::1], f8[:, ::1], f8[:, ::1], b1[:, ::1], i8, i8, b1, i8, i8, i8, i8)"]
 )
-def _unused(weight, gram, fixed, relaxed, product, vertex_product, vertex, pruned, of, search, start, stop, first, last):
+def _unused(
+    weight, gram, fixed, relaxed, product, vertex_product, vertex, pruned, of, search, start, stop, first, last
+):
     return

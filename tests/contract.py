@@ -47,7 +47,7 @@ PARAMETERS: dict[str, list[dict[str, Any]]] = {
     "awq": [{"grid": 4, "clip": False}, {"convention": "official"}],
     "awp": [{"step": "spectral", "iterations": 20}, {"rounding": "gradual", "iterations": 20}],
     "chain": [{"chain": ["rtn", "wanda"]}, {"chain": ["wanda", {"awp": {"rounding": "gradual", "iterations": 20}}]}],
-    "frank_wolfe": [{"step": "line_search", "keep": 0.5, "iterations": 20}],
+    "frank_wolfe": [{"step": "line_search", "keep": 0.5, "iterations": 20}, {"step": "pairwise", "keep": 0.5}],
     "sparse_swaps": [{"warm_start": "magnitude", "swaps": None}],
     "dsnot": [{"warm_start": "sparsegpt", "cycles": 5}],
     "admm": [{"iterations": 3, "refresh": 0}],
