@@ -14,7 +14,7 @@ SUMS = {"contract", "reassoc", "nsz"}  # sums in any order, and fused multiply-a
 
 @compiled(fastmath=SUMS)
 def add_rows(total, gram, chosen, factors, count):
-    """total [in] += the sum of factors[i] * gram[chosen[i]] over the first `count`, eight rows of the Gram at a time."""
+    """total [in] += the sum of factors[i] * gram[chosen[i]] over the first `count`, eight of them at a time."""
     factors[count : count + 7], chosen[count : count + 7] = 0, 0
     for i in range(0, count, 8):
         a, b, c, d = gram[chosen[i]], gram[chosen[i + 1]], gram[chosen[i + 2]], gram[chosen[i + 3]]

@@ -46,7 +46,7 @@ CARD = {
         "tolerance": {
             "type": "number",
             "minimum": 0,
-            "description": "Duality gap, as a share of the relaxed error, at which `pairwise` ends a row, or the layer.",
+            "description": "Duality gap, as a share of the warm start's error, at which `pairwise` ends a row or layer.",
         },
     },
 }
@@ -88,10 +88,11 @@ class FrankWolfe(Method):
             run.advance(done, t)
             done = t
             objectives, gap = run.measure()
+            warm = objectives if t == 0 else warm
             trace.append((t, time.perf_counter() - begin, float(objectives.sum())))
             gaps.append(float(gap.sum()))
             if self.step == "pairwise":
-                run.active = gap > self.tolerance * objectives
+                run.active = gap > self.tolerance * warm
                 if not run.active.any():
                     break
         rounded = ops.prune_mask(torch.where(fixed, 2.0, run.rounding(started)), target)

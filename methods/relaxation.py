@@ -81,7 +81,7 @@ class Steps(Relaxation):
 
 
 def spared(weight: Tensor, gram: Tensor, relaxed: Tensor, product: Tensor) -> Tensor:
-    """[out, in] by which exchanges' entries are kept: relaxed; equal ones, most of them zero, by what f saves with them.
+    """[out, in] by which entries are kept after exchanges: relaxed; equal ones, most of them 0, by what f saves.
 
     At the exact optimum those with m = 0 are equal, while after some steps of 2 / (t + 2) the better ones are above 0.
     """

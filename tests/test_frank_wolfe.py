@@ -258,7 +258,7 @@ def test_the_compiled_steps_are_those_in_torch(name: str, target: Target, step: 
 
 @pytest.mark.parametrize("keep", [0.0, 0.5])
 @pytest.mark.parametrize("target", MANY, ids=lambda target: target.label)
-@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("name", ["10 inputs", "24 inputs", "dead inputs"])
 def test_exchanges_reach_the_relaxed_optimum(name: str, target: Target, keep: float):
     """Compiled and in torch they end within their gap of it, and so of each other; the published steps' bound holds."""
     layer = layers.make(LAYERS[name], name)
@@ -270,10 +270,10 @@ def test_exchanges_reach_the_relaxed_optimum(name: str, target: Target, keep: fl
     start, optimum = ours.trace[0][2], ours.trace[-1][2]
     rounding = 1e-12 * start
     for result in (ours, plain):
-        assert -rounding <= result.info["duality_gap"] <= 1e-8 * optimum + rounding
-    assert plain.trace[-1][2] == pytest.approx(optimum, rel=1e-8, abs=rounding)
-    assert published.trace[-1][2] - published.info["duality_gap"] <= optimum * (1 + 1e-8) + rounding
-    assert optimum <= published.trace[-1][2] * (1 + 1e-8) + rounding
+        assert -rounding <= result.info["duality_gap"] <= 1e-8 * start + rounding
+    assert plain.trace[-1][2] == pytest.approx(optimum, abs=1e-8 * start)
+    assert published.trace[-1][2] - published.info["duality_gap"] <= optimum + rounding
+    assert optimum <= published.trace[-1][2] + 1e-8 * start
 
 
 @pytest.mark.parametrize("target", MANY, ids=lambda target: target.label)
@@ -284,7 +284,7 @@ def test_exchanges_descend_and_stop_at_the_tolerance(target: Target):
     assert all(after <= before * (1 + 1e-12) for before, after in itertools.pairwise(objectives))
     assert len(loose.trace) < len(tight.trace) < 200
     for result, tolerance in ((loose, 1e-2), (tight, 1e-6)):
-        assert result.info["duality_gap"] <= tolerance * result.trace[-1][2]
+        assert result.info["duality_gap"] <= tolerance * result.trace[0][2]
 
 
 def test_the_trace_is_thinned_but_has_both_ends():
