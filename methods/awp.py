@@ -11,7 +11,7 @@ import torch
 
 from methods import ops
 from methods.base import Compressed, Layer, Method, Target
-from methods.projection import Projection, step_size
+from methods.projection import Momentum, Projection, step_size, sums
 from methods.rtn import RTN
 
 CARD = {
@@ -47,6 +47,11 @@ CARD = {
             "description": "full: all weights in every iteration that rounds. gradual (not in the paper): a rising "
             "share, nearest to the grid first, so that the others make up for them; wants 200 iterations.",
         },
+        "acceleration": {
+            "enum": ["none", "momentum"],
+            "description": "momentum (not in the paper): Nesterov's, begun anew where the error rises; a target with "
+            "bits is stepped to without.",
+        },
     },
 }
 ITERATIONS = {(True, False): 200, (False, True): 10, (True, True): 100}  # by whether it prunes, quantises
@@ -71,6 +76,7 @@ class AWP(Method):
     iterations: int | None = None
     tolerance: float = 1e-4
     rounding: str = "full"
+    acceleration: str = "none"
 
     def compress(self, layer: Layer, target: Target, rng: torch.Generator) -> Compressed:
         ops.require("awp", CARD, target)
@@ -91,20 +97,23 @@ class AWP(Method):
 
         start = self._start(layer, target, rng)
         theta, found, best = (start.weight.double() / unit).float(), None, None
+        missing, before, momentum = weight - theta, None, Momentum(self.acceleration == "momentum" and not target.bits)
         least, trace = float("inf"), []
         for iteration in range(iterations + 1):
-            missing = weight - theta
             gradient = missing @ gram  # [out, in], minus half the gradient
+            objective, norm = sums(gradient, missing)
+            beta = momentum.next(objective)
             if iteration == 0 or projection.reaches(iteration):
-                objective = float(ops.inner(gradient, missing).sum()) * unit**2 * gram_unit
-                if objective < least:
-                    least, best = objective, found
-                trace.append((iteration, time.perf_counter() - began, least if target.bits else objective))
-            if iteration == iterations or (not target.bits and float(gradient.norm()) <= small):
+                scaled = objective * unit**2 * gram_unit
+                if scaled < least:
+                    least, best = scaled, found
+                trace.append((iteration, time.perf_counter() - began, least if target.bits else scaled))
+            if iteration == iterations or (not target.bits and norm <= small):
                 break
-            descended = theta + steps[iteration >= projection.unrounded] * gradient
-            found = projection((weight if target.bits and iteration == 0 else descended).float(), iteration + 1)
-            theta = found.weight
+            now = (weight, torch.zeros_like(gradient)) if target.bits and iteration == 0 else (theta, gradient)
+            step = steps[iteration >= projection.unrounded]
+            found, missing = projection.descend(weight, now, before or now, beta, step, iteration + 1)
+            before, theta = now, found.weight
         if best is None:
             return replace(start, trace=tuple(trace))
         mask = best.mask if target.sparsity else None

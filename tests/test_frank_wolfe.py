@@ -262,7 +262,7 @@ def test_the_compiled_steps_are_those_in_torch(name: str, target: Target, step: 
 def test_exchanges_reach_the_relaxed_optimum(name: str, target: Target, keep: float):
     """Compiled and in torch they end within their gap of it, and so of each other; the published steps' bound holds."""
     layer = layers.make(LAYERS[name], name)
-    params = {"step": "pairwise", "keep": keep, "tolerance": 1e-8, "iterations": 200}
+    params = {"step": "pairwise", "keep": keep, "tolerance": 1e-6, "iterations": 200}
     ours = compress(layer, target, **params)
     with plain_torch():
         plain = compress(layer, target, **params)
@@ -270,10 +270,10 @@ def test_exchanges_reach_the_relaxed_optimum(name: str, target: Target, keep: fl
     start, optimum = ours.trace[0][2], ours.trace[-1][2]
     rounding = 1e-12 * start
     for result in (ours, plain):
-        assert -rounding <= result.info["duality_gap"] <= 1e-8 * start + rounding
-    assert plain.trace[-1][2] == pytest.approx(optimum, abs=1e-8 * start)
+        assert -rounding <= result.info["duality_gap"] <= 1e-6 * start + rounding
+    assert plain.trace[-1][2] == pytest.approx(optimum, abs=1e-6 * start)
     assert published.trace[-1][2] - published.info["duality_gap"] <= optimum + rounding
-    assert optimum <= published.trace[-1][2] + 1e-8 * start
+    assert optimum <= published.trace[-1][2] + 1e-6 * start
 
 
 @pytest.mark.parametrize("target", MANY, ids=lambda target: target.label)
