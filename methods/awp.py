@@ -67,7 +67,7 @@ class AWP(Method):
 
     No official code is known, and of the quantised part step, iterations and schedule are as reported, not checked
     against the paper. Chosen here: the linear ramp, the step by phase, min-max grids, best iterates; quantised
-    errors jump, so that the trace has the best so far; and the stopping rule, which with G as it is would depend on
+    errors jump, so that the trace has the best so far, as it has with momentum; and the stopping rule, which with G as it is would depend on
     the scale of the activations, has G in units of its mean diagonal. Precondition: a finite Gram.
     """
 
@@ -107,7 +107,9 @@ class AWP(Method):
                 scaled = objective * unit**2 * gram_unit
                 if scaled < least:
                     least, best = scaled, found
-                trace.append((iteration, time.perf_counter() - began, least if target.bits else scaled))
+                trace.append(
+                    (iteration, time.perf_counter() - began, least if target.bits or momentum.used else scaled)
+                )
             if iteration == iterations or (not target.bits and norm <= small):
                 break
             now = (weight, torch.zeros_like(gradient)) if target.bits and iteration == 0 else (theta, gradient)
