@@ -67,8 +67,9 @@ class AWP(Method):
 
     No official code is known, and of the quantised part step, iterations and schedule are as reported, not checked
     against the paper. Chosen here: the linear ramp, the step by phase, min-max grids, best iterates; quantised
-    errors jump, so that the trace has the best so far, as it has with momentum; and the stopping rule, which with G as it is would depend on
-    the scale of the activations, has G in units of its mean diagonal. Precondition: a finite Gram.
+    errors jump, so that the trace has the best so far, as it has with momentum; and the stopping rule, which with G
+    as it is would depend on the scale of the activations, has G in units of its mean diagonal. Precondition: a finite
+    Gram.
     """
 
     warm_start: Any = "wanda"

@@ -46,7 +46,7 @@ CARD = {
         "tolerance": {
             "type": "number",
             "minimum": 0,
-            "description": "Duality gap, as a share of the warm start's error, at which `pairwise` ends a row or layer.",
+            "description": "Duality gap, as a share of the warm start's error, that ends a row, or layer, of `pairwise`.",
         },
     },
 }
@@ -81,14 +81,13 @@ class FrankWolfe(Method):
             return ops.masked(layer, started, target)
         fixed = self.fixed(layer, started, target, rng)
         run = relaxation(layer, started, fixed, target, self.step)
-        trace, gaps, done = [], [], 0
+        trace, gaps, done, (warm, _) = [], [], 0, run.measure()
         for t in range(self.iterations + 1):
             if self.step != "pairwise" and t >= TRACED and t % TRACED and t != self.iterations:
                 continue
             run.advance(done, t)
             done = t
             objectives, gap = run.measure()
-            warm = objectives if t == 0 else warm
             trace.append((t, time.perf_counter() - begin, float(objectives.sum())))
             gaps.append(float(gap.sum()))
             if self.step == "pairwise":
