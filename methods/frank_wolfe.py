@@ -46,7 +46,7 @@ CARD = {
         "tolerance": {
             "type": "number",
             "minimum": 0,
-            "description": "Duality gap, as a share of the warm start's error, that ends a row, or layer, of `pairwise`.",
+            "description": "`pairwise` ends a row, or layer, at this duality gap, as a share of the warm start's error.",
         },
     },
 }

@@ -10,6 +10,7 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -37,6 +38,11 @@ def build(inputs: int) -> Layer:
 def afresh(layer: Layer) -> Layer:
     """The layer with nothing kept on its Gram, so that eigenvalues and factors are part of what is timed."""
     return Layer(layer.name, layer.weight, Gram(layer.gram.matrix, layer.gram.tokens))
+
+
+def first(method: Method, layer: Layer, target: Target) -> Tensor:
+    """The weight that the method gives to the first layer of a Gram."""
+    return method.compress(afresh(layer), target, torch.Generator()).weight
 
 
 def lines(matrix: Tensor, target: Target) -> tuple[Tensor, int]:
@@ -95,17 +101,17 @@ def cases(sizes: tuple[int, ...] = (1024,)) -> list[tuple[str, str, Callable[[],
         layer = build(size)
 
         def add(name: str, call: Callable[[Layer], object], layer: Layer = layer) -> None:
-            found.append((name, layer.name, lambda: call(layer)))
+            found.append((name, layer.name, partial(call, layer)))
 
         def run(method: Method, target: Target) -> Callable[[Layer], object]:
-            return lambda layer: method.compress(afresh(layer), target, torch.Generator())
+            return lambda layer: first(method, layer, target)
 
         add("floor: product", floor_product)
         for label, target in TARGETS.items():
-            add(f"awp {label}, {STEPS} published steps", lambda layer, t=target: baseline_awp(layer, t))
+            add(f"awp {label}, {STEPS} published steps", partial(baseline_awp, target=target))
             add(f"awp {label}, {MORE} steps", run(AWP(Wanda(), iterations=MORE, tolerance=0.0), target))
             add(f"awp {label}, no step", run(AWP(Wanda(), iterations=0, tolerance=0.0), target))
-            add(f"frank_wolfe {label}, {STEPS} published steps", lambda layer, t=target: baseline_frank_wolfe(layer, t))
+            add(f"frank_wolfe {label}, {STEPS} published steps", partial(baseline_frank_wolfe, target=target))
             add(f"frank_wolfe {label}, {MORE} steps", run(FrankWolfe(Wanda(), KEEP, MORE), target))
             add(f"frank_wolfe {label}, pairwise", run(EXCHANGES, target))
     return found
@@ -118,13 +124,13 @@ def shared(size: int) -> list[tuple[str, str, Callable[[], object]]]:
     for method in (ALPS(), ADMM()):
         name, rng = type(method).__name__.lower(), torch.Generator()
         method.compress(layer, target, rng)
-        found.append((f"{name}, first of its Gram", f"{size}", lambda m=method: m.compress(afresh(layer), target, rng)))
-        found.append((f"{name}, second of its Gram", f"{size}", lambda m=method: m.compress(layer, target, rng)))
+        found.append((f"{name}, first of its Gram", f"{size}", partial(first, method, layer, target)))
+        found.append((f"{name}, second of its Gram", f"{size}", partial(method.compress, layer, target, rng)))
     return found
 
 
 def to_the_error(size: int) -> None:
-    """Print seconds to the error of a whole published run; the published Frank-Wolfe loop's are of a few of its steps."""
+    """Print seconds to the error of whole published runs; Frank-Wolfe's published loop is timed over a few steps."""
     layer, rng = build(size), torch.Generator()
     for label, target in TARGETS.items():
         baseline_frank_wolfe(layer, target)
