@@ -46,7 +46,7 @@ CARD = {
         "tolerance": {
             "type": "number",
             "minimum": 0,
-            "description": "`pairwise` ends a row, or layer, at this duality gap, as a share of the warm start's error.",
+            "description": "Duality gap, in units of the warm start's error, at which `pairwise` ends a row or layer.",
         },
     },
 }

@@ -108,7 +108,8 @@ class CompiledSteps(Relaxation):
         for t in range(begin, end):
             sums = np.empty((2, len(self.fixed)))
             by_rows(frank_wolfe.approach, self.fixed.shape, *self.state, array(self.vertex()), *sums)
-            size = float(best_step(*map(from_numpy, sums), self.target)) if search else 2 / (t + 2)
+            best = best_step(from_numpy(sums[0]), from_numpy(sums[1]), self.target)
+            size = float(best) if search else 2 / (t + 2)
             _, _, _, relaxed, product, vertex, vertex_product = self.state
             by_rows(frank_wolfe.move, self.fixed.shape, relaxed, product, vertex, vertex_product, size)
 
@@ -118,7 +119,9 @@ class CompiledSteps(Relaxation):
         return measured(self.weight, self.fixed, self.relaxed, self.product, self.pruned)
 
 
-def measured(weight: Tensor, fixed: Tensor, relaxed: Tensor, product: Tensor, pruned: tuple[int, int]):
+def measured(
+    weight: Tensor, fixed: Tensor, relaxed: Tensor, product: Tensor, pruned: tuple[int, int]
+) -> tuple[Tensor, Tensor]:
     """f and the gap of each row, compiled."""
     sums = np.empty((2, len(weight)))
     by_rows(frank_wolfe.measure, weight.shape, *map(array, (weight, fixed, relaxed, product)), *pruned, *sums)
@@ -211,7 +214,8 @@ class CompiledExchanges(Relaxation):
     def advance(self, begin: int, end: int) -> None:
         count = (end - begin) * max(self.free, 1)
         if self.target.pattern == "layer":
-            self.left = exchange.exchange_layer(*self.state, self.left, count)
+            weight, gram, relaxed, product = self.state
+            self.left = exchange.exchange_layer(weight, gram, relaxed, product, self.left, count)
         else:
             by_rows(exchange.exchange_rows, self.state[0].shape, *self.state, self.spare, array(self.active), count)
         relaxed, product = (from_numpy(x)[:, self.inverse] for x in self.state[2:])

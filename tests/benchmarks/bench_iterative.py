@@ -104,7 +104,7 @@ def cases(sizes: tuple[int, ...] = (1024,)) -> list[tuple[str, str, Callable[[],
             found.append((name, layer.name, partial(call, layer)))
 
         def run(method: Method, target: Target) -> Callable[[Layer], object]:
-            return lambda layer: first(method, layer, target)
+            return partial(first, method, target=target)
 
         add("floor: product", floor_product)
         for label, target in TARGETS.items():
