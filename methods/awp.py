@@ -11,8 +11,7 @@ import torch
 
 from methods import ops
 from methods.base import Compressed, Layer, Method, Target
-from methods.projection import Momentum, Projection, step_size, sums
-from methods.rtn import RTN
+from methods.projection import Momentum, Projection, begun, step_size, sums
 
 CARD = {
     "title": "AWP",
@@ -49,8 +48,7 @@ CARD = {
         },
         "acceleration": {
             "enum": ["none", "momentum"],
-            "description": "momentum (not in the paper): Nesterov's, begun anew where the error rises; a target with "
-            "bits is stepped to without.",
+            "description": "momentum (not in the paper): Nesterov's, begun anew where the error rises; not with bits.",
         },
     },
 }
@@ -91,12 +89,11 @@ class AWP(Method):
             gram, gram_unit = ops.normalised(layer.gram.matrix)
         steps = [step_size(layer.gram, gram, gram_unit, self.step, rounds) for rounds in (False, True)]
         small = self.tolerance * float(weight.norm()) * float(gram.diagonal().mean())
-        iterations = (
-            ITERATIONS[bool(target.sparsity), bool(target.bits)] if self.iterations is None else self.iterations
-        )
+        kind = bool(target.sparsity), bool(target.bits)
+        iterations = ITERATIONS[kind] if self.iterations is None else self.iterations
         projection = Projection(target, layer.keep, iterations, self.rounding == "gradual")
 
-        start = self._start(layer, target, rng)
+        start = begun(self.warm_start, layer, target, rng)
         theta, found, best = (start.weight.double() / unit).float(), None, None
         missing, before, momentum = weight - theta, None, Momentum(self.acceleration == "momentum" and not target.bits)
         least, trace = float("inf"), []
@@ -108,9 +105,8 @@ class AWP(Method):
                 scaled = objective * unit**2 * gram_unit
                 if scaled < least:
                     least, best = scaled, found
-                trace.append(
-                    (iteration, time.perf_counter() - began, least if target.bits or momentum.used else scaled)
-                )
+                jumps = target.bits or momentum.used
+                trace.append((iteration, time.perf_counter() - began, least if jumps else scaled))
             if iteration == iterations or (not target.bits and norm <= small):
                 break
             now = (weight, torch.zeros_like(gradient)) if target.bits and iteration == 0 else (theta, gradient)
@@ -121,12 +117,3 @@ class AWP(Method):
             return replace(start, trace=tuple(trace))
         mask = best.mask if target.sparsity else None
         return replace(best, weight=(best.weight.double() * unit).float(), mask=mask, trace=tuple(trace))
-
-    def _start(self, layer: Layer, target: Target, rng: torch.Generator) -> Compressed:
-        """The warm start, rounded if the target has bits: what the result is never worse than."""
-        if not target.sparsity:
-            return RTN().compress(layer, target, rng)
-        pruned = self.warm_start.compress(layer, target.pruning, rng)
-        if not target.bits:
-            return pruned
-        return replace(RTN().compress(replace(layer, weight=pruned.weight), target.grid, rng), mask=pruned.mask)

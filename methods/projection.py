@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from kernels import descent
 from methods import ops, paths
-from methods.base import Compressed, Gram, Target
+from methods.base import Compressed, Gram, Layer, Method, Target
+from methods.rtn import RTN
 
 
 @dataclass(frozen=True)
@@ -86,6 +87,16 @@ class Projection:
             moved = moved + beta * (now[0] - before[0]) + beta * step * (now[1] - before[1])
         found = self(moved.float(), iteration)
         return found, weight - found.weight
+
+
+def begun(warm_start: Method, layer: Layer, target: Target, rng: torch.Generator) -> Compressed:
+    """The warm start, rounded if the target has bits: what the result is never worse than."""
+    if not target.sparsity:
+        return RTN().compress(layer, target, rng)
+    pruned = warm_start.compress(layer, target.pruning, rng)
+    if not target.bits:
+        return pruned
+    return replace(RTN().compress(replace(layer, weight=pruned.weight), target.grid, rng), mask=pruned.mask)
 
 
 class Momentum:
