@@ -64,7 +64,9 @@ class ADMM(Method):
         gram = layer.gram.matrix.double() / mean / mean / norm / norm[:, None]
         damped = gram + self.damping * (float(gram.diagonal().mean()) or 1.0) * torch.eye(len(gram)).to(gram)
         shifted = damped + self.rho * torch.eye(len(gram)).to(gram)
-        inverse = layer.gram.once(("admm", self.damping, self.rho), lambda: torch.linalg.inv(shifted))
+        inverse = layer.gram.once(
+            ("admm", self.damping, self.rho), lambda: torch.cholesky_inverse(torch.linalg.cholesky(shifted))
+        )
 
         weight, unit = ops.normalised(layer.weight)
         dense = weight.double() * norm  # [out, in]

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from methods import ops
 from methods.base import Compressed, Layer, Method, Target
+from methods.relaxation import relaxation
 
 CARD = {
     "title": "SparseFW",
@@ -37,8 +38,15 @@ CARD = {
         },
         "iterations": {"type": "integer", "minimum": 0, "description": "Frank-Wolfe steps."},
         "step": {
-            "enum": ["published", "line_search"],
-            "description": "published: 2 / (t + 2). line_search: the best step, for each row where rows are separate.",
+            "enum": ["published", "line_search", "pairwise"],
+            "description": "published: 2 / (t + 2). line_search: the best step, for each row where rows are separate. "
+            "pairwise (not in the paper): the best exchanges between two entries of a group; an iteration makes as "
+            "many in each row, or the layer, as it has entries to choose.",
+        },
+        "tolerance": {
+            "type": "number",
+            "minimum": 0,
+            "description": "Duality gap, in units of the warm start's error, at which `pairwise` ends a row or layer.",
         },
     },
 }
@@ -61,6 +69,7 @@ class FrankWolfe(Method):
     keep: float = 0.9
     iterations: int = 2000
     step: str = "published"
+    tolerance: float = 1e-4
 
     def compress(self, layer: Layer, target: Target, rng: torch.Generator) -> Compressed:
         ops.require("frank_wolfe", CARD, target)
@@ -71,30 +80,24 @@ class FrankWolfe(Method):
         if self.keep == 1:
             return ops.masked(layer, started, target)
         fixed = self.fixed(layer, started, target, rng)
-        weight, gram = ops.in_float64(layer)
-        relaxed = started.double()  # [out, in] M
-        product = (weight * (1 - relaxed)) @ gram  # [out, in]; the gradient is -2 W o product
-        trace, gaps = [], []
+        run = relaxation(layer, started, fixed, target, self.step)
+        trace, gaps, done, (warm, _) = [], [], 0, run.measure()
         for t in range(self.iterations + 1):
-            vertex = linear_minimiser(weight * product, fixed, target)
-            direction = weight * (vertex - relaxed)
-            if t < TRACED or t % TRACED == 0 or t == self.iterations:
-                objective = float((product * weight * (1 - relaxed)).sum())
-                trace.append((t, time.perf_counter() - begin, objective))
-                gaps.append(2 * float((product * direction).sum()))
-            if t == self.iterations:
-                break
-            change = direction @ gram
-            size = 2 / (t + 2)
-            if self.step == "line_search":
-                size = best_step((product * direction).sum(1), (change * direction).sum(1), target)
-            relaxed += size * (vertex - relaxed)
-            product -= size * change
-        # Equal entries, most of them never chosen: those of the warm start stay.
-        rounded = ops.prune_mask(torch.where(fixed, 2.0, relaxed.round(decimals=10) + 1e-11 * started), target)
-        objectives = [ops.mask_objective(weight, gram, mask) for mask in (started, rounded)]
-        best = rounded if objectives[1] < objectives[0] * (1 - 1e-9) else started
-        info = {"duality_gap": gaps[-1], "duality_gaps": tuple(gaps), "rounded_objective": objectives[1]}
+            if self.step != "pairwise" and t >= TRACED and t % TRACED and t != self.iterations:
+                continue
+            run.advance(done, t)
+            done = t
+            objectives, gap = run.measure()
+            trace.append((t, time.perf_counter() - begin, float(objectives.sum())))
+            gaps.append(float(gap.sum()))
+            if self.step == "pairwise":
+                run.active = gap > self.tolerance * warm
+                if not run.active.any():
+                    break
+        rounded = ops.prune_mask(torch.where(fixed, 2.0, run.rounding(started)), target)
+        reached = [ops.mask_objective(layer.weight, layer.gram.matrix, mask) for mask in (started, rounded)]
+        best = rounded if reached[1] < reached[0] * (1 - 1e-9) else started
+        info = {"duality_gap": gaps[-1], "duality_gaps": tuple(gaps), "rounded_objective": reached[1]}
         return replace(ops.masked(layer, best, target), trace=tuple(trace), info=info)
 
     def fixed(self, layer: Layer, started: Tensor, target: Target, rng: torch.Generator) -> Tensor:
@@ -105,16 +108,3 @@ class FrankWolfe(Method):
         if target.n_of_m:  # asked by row, what is pruned must not come first
             layer = replace(layer, weight=torch.where(started, layer.weight, 0.0))
         return self.warm_start.compress(layer, ops.keeping(held, target, started.shape), rng).mask & started
-
-
-def linear_minimiser(descent: Tensor, fixed: Tensor, target: Target) -> Tensor:
-    """[out, in] 0 or 1: what is fixed and, as far as they are positive, the largest entries of minus the gradient."""
-    return (ops.prune_mask(descent.masked_fill(fixed, float("inf")), target) & (descent > 0) | fixed).double()
-
-
-def best_step(slope: Tensor, curvature: Tensor, target: Target) -> float | Tensor:
-    """Minimiser over [0, 1] of f - 2 slope t + curvature t^2, given per row; [out, 1], or one for a layer's pattern."""
-    if target.pattern == "layer":
-        slope, curvature = slope.sum(), curvature.sum()
-    best = torch.where(curvature > 0, slope / curvature, torch.where(slope > 0, 1.0, 0.0)).clamp(0, 1)
-    return best if target.pattern == "layer" else best[:, None]

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from methods import ops
-from methods.base import Compressed, Gram, Target
+from kernels import descent
+from methods import ops, paths
+from methods.base import Compressed, Gram, Layer, Method, Target
+from methods.rtn import RTN
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,65 @@ class Projection:
             cells = (rounded - weight).abs() / grid.scales[:, group_of]
             rounded = torch.where(nearest(cells, mask, share), rounded, weight)
         return Compressed(rounded, mask, codes, grid.scales, grid.zeros)
+
+    def descend(
+        self,
+        weight: Tensor,
+        now: tuple[Tensor, Tensor],
+        before: tuple[Tensor, Tensor],
+        beta: float,
+        step: float,
+        iteration: int,
+    ) -> tuple[Compressed, Tensor]:
+        """The projection after a gradient step, and what it misses of the weight, [out, in].
+
+        now, before: (iterate, gradient) of this iterate and the one before it. beta: the momentum. The gradient is
+        linear in the iterate, so that where the momentum leads to it is known without another product.
+        """
+        target = self.target
+        if target.bits is None and target.structure in ("row", "n:m") and paths.compiled(weight):
+            kept, of = target.n_of_m or (0, 0)
+            pruned = of - kept if of else int(target.sparsity * weight.shape[1])
+            theta, mask, missing = descent.descend(weight, now, before, beta, step, pruned, of)
+            return Compressed(theta, mask), missing
+        moved = now[0] + step * now[1]
+        if beta:
+            moved = moved + beta * (now[0] - before[0]) + beta * step * (now[1] - before[1])
+        found = self(moved.float(), iteration)
+        return found, weight - found.weight
+
+
+def begun(warm_start: Method, layer: Layer, target: Target, rng: torch.Generator) -> Compressed:
+    """The warm start, rounded if the target has bits: what the result is never worse than."""
+    if not target.sparsity:
+        return RTN().compress(layer, target, rng)
+    pruned = warm_start.compress(layer, target.pruning, rng)
+    if not target.bits:
+        return pruned
+    return replace(RTN().compress(replace(layer, weight=pruned.weight), target.grid, rng), mask=pruned.mask)
+
+
+class Momentum:
+    """Nesterov's beta of each iterate, none after one whose error is above that of the iterate before it."""
+
+    def __init__(self, used: bool) -> None:
+        self.used, self.length, self.error = used, 1.0, float("inf")
+
+    def next(self, error: float) -> float:
+        """The beta with which to go on from an iterate of that error; 0 where momentum is not used."""
+        if not self.used:
+            return 0.0
+        last, rises = self.length, error > self.error
+        self.length = 1.0 if rises else (1 + (1 + 4 * last**2) ** 0.5) / 2
+        self.error = error
+        return 0.0 if rises else (last - 1) / self.length
+
+
+def sums(gradient: Tensor, missing: Tensor) -> tuple[float, float]:
+    """The sum of gradient * missing and the norm of the gradient, float64."""
+    if gradient.dtype == torch.float32 and paths.compiled(gradient):
+        return descent.sums(gradient, missing)
+    return float(ops.inner(gradient, missing).sum()), float(gradient.norm())
 
 
 def project(weight: Tensor, target: Target) -> tuple[Tensor, Tensor]:

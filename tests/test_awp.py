@@ -11,6 +11,7 @@ from methods.awp import AWP
 from methods.base import Gram, Layer, Target
 from methods.chain import Chain
 from methods.magnitude import Magnitude
+from methods.paths import plain_torch
 from methods.projection import Projection, project, with_share
 from methods.rtn import RTN
 from methods.wanda import Wanda
@@ -99,6 +100,36 @@ def test_the_spectral_step_never_ascends(name: str):
     result = AWP(Wanda(), "spectral").compress(layers.build(name), Target(0.6), torch.Generator())
     objectives = [value for _, _, value in result.trace]
     assert all(b <= a + 1e-6 * objectives[0] for a, b in itertools.pairwise(objectives))
+
+
+@pytest.mark.parametrize("acceleration", ["none", "momentum"])
+@pytest.mark.parametrize("target", [*TARGETS, Target(pattern="3:7")], ids=lambda target: target.label)
+@pytest.mark.parametrize("name", ["correlated", "two blocks of 128", "dead inputs", "constant weights", "one input"])
+def test_the_compiled_steps_are_those_in_torch(name: str, target: Target, acceleration: str):
+    layer, method = layers.build(name), AWP(Wanda(), iterations=30, acceleration=acceleration)
+    ours = method.compress(layer, target, torch.Generator())
+    with plain_torch():
+        plain = method.compress(layer, target, torch.Generator())
+    assert torch.equal(ours.mask, plain.mask)
+    torch.testing.assert_close(ours.weight, plain.weight, rtol=1e-5, atol=1e-6 * float(layer.weight.abs().max()))
+    start = plain.trace[0][2]
+    assert [f for *_, f in ours.trace] == pytest.approx([f for *_, f in plain.trace], rel=1e-5, abs=1e-6 * start)
+
+
+@pytest.mark.parametrize("target", [Target(0.6), Target(pattern="2:4"), Target(0.6, "layer")], ids=lambda t: t.label)
+def test_momentum_needs_less_than_half_the_iterations(target: Target):
+    """To the error of 200 plain ones with the published step; the step must be one that descends."""
+    layer = layers.make(Recipe(out=16, inputs=128, sequences=4, length=128))
+    plain = AWP(Wanda()).compress(layer, target, torch.Generator())
+    trace = AWP(Wanda(), "spectral", acceleration="momentum").compress(layer, target, torch.Generator()).trace
+    assert next(t for t, _, error in trace if error <= min(f for *_, f in plain.trace)) < 100
+
+
+@pytest.mark.parametrize("name", layers.LAYERS)
+def test_the_largest_eigenvalue_is_bounded_closely(name: str):
+    gram = layers.build(name).gram
+    exact = float(torch.linalg.eigvalsh(gram.matrix.double())[-1])
+    assert exact * (1 - 1e-12) <= gram.largest_eigenvalue <= exact * (1 + 1.1e-9)
 
 
 @pytest.mark.parametrize("start", [Wanda(), Magnitude()])

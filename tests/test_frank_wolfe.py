@@ -8,8 +8,10 @@ import torch
 
 from methods import ops
 from methods.base import Layer, Target
-from methods.frank_wolfe import FrankWolfe, best_step, linear_minimiser
+from methods.frank_wolfe import FrankWolfe
 from methods.magnitude import Magnitude
+from methods.paths import plain_torch
+from methods.relaxation import best_step, linear_minimiser
 from methods.sparse_swaps import SparseSwaps
 from methods.wanda import Wanda
 from tests import layers
@@ -24,6 +26,7 @@ LAYERS = {
 }
 TARGETS = [Target(0.5), Target(0.6), Target(0.6, "layer"), Target(pattern="2:4"), Target(pattern="4:8")]
 STEPS = ["published", "line_search"]
+ALL_STEPS = [*STEPS, "pairwise"]
 KEEPS = [0.0, 0.1, 0.25, 0.5, 0.75, 0.9]  # of the paper's second table
 
 
@@ -204,7 +207,7 @@ def test_the_line_search_descends(name: str):
     assert all(after <= before + 1e-6 * objectives[0] for before, after in itertools.pairwise(objectives))
 
 
-@pytest.mark.parametrize("step", STEPS)
+@pytest.mark.parametrize("step", ALL_STEPS)
 @pytest.mark.parametrize("target", [Target(0.5), Target(pattern="2:4")], ids=lambda target: target.label)
 def test_the_gap_bounds_the_best_of_all_masks(target: Target, step: str):
     for seed in range(5):
@@ -219,7 +222,7 @@ def test_the_gap_bounds_the_best_of_all_masks(target: Target, step: str):
         assert output_error(layer, result.weight) >= best_error(layer, target, refit=False) * (1 - 1e-6)
 
 
-@pytest.mark.parametrize("step", STEPS)
+@pytest.mark.parametrize("step", ALL_STEPS)
 @pytest.mark.parametrize("iterations", [0, 1, 2, 50])
 def test_is_never_worse_than_the_warm_start(iterations: int, step: str):
     """Rounding can end above it: after one published step the relaxed mask is the first vertex."""
@@ -231,6 +234,57 @@ def test_is_never_worse_than_the_warm_start(iterations: int, step: str):
         assert output_error(layer, result.weight) <= warm * (1 + 1e-9)
         worse += result.info["rounded_objective"] > result.trace[0][2] * (1 + 1e-6)
     assert worse or iterations != 1 or step != "published"
+
+
+MANY = [*TARGETS, Target(pattern="3:7"), Target(0.3, "layer")]
+
+
+@pytest.mark.parametrize("keep", [0.0, 0.5, 0.9])
+@pytest.mark.parametrize("step", STEPS)
+@pytest.mark.parametrize("target", MANY, ids=lambda target: target.label)
+@pytest.mark.parametrize("name", ["correlated", "two blocks of 128", "dead inputs", "201 inputs", "one input"])
+def test_the_compiled_steps_are_those_in_torch(name: str, target: Target, step: str, keep: float):
+    """The vertex's product by changed entries, and a dense product per step: f and gaps, and with them the masks."""
+    layer = layers.build(name)
+    ours = compress(layer, target, step=step, keep=keep, iterations=60)
+    with plain_torch():
+        plain = compress(layer, target, step=step, keep=keep, iterations=60)
+    assert torch.equal(ours.mask, plain.mask)
+    start = plain.trace[0][2]
+    assert [f for *_, f in ours.trace] == pytest.approx([f for *_, f in plain.trace], rel=1e-9, abs=1e-9 * start)
+    gaps = plain.info["duality_gaps"]
+    assert ours.info["duality_gaps"] == pytest.approx(gaps, rel=1e-6, abs=1e-9 * start)
+
+
+@pytest.mark.parametrize("keep", [0.0, 0.5])
+@pytest.mark.parametrize("target", MANY, ids=lambda target: target.label)
+@pytest.mark.parametrize("name", ["10 inputs", "24 inputs", "dead inputs"])
+def test_exchanges_reach_the_relaxed_optimum(name: str, target: Target, keep: float):
+    """Compiled and in torch they end within their gap of it, and so of each other; the published steps' bound holds."""
+    layer = layers.make(LAYERS[name], name)
+    params = {"step": "pairwise", "keep": keep, "tolerance": 1e-6, "iterations": 200}
+    ours = compress(layer, target, **params)
+    with plain_torch():
+        plain = compress(layer, target, **params)
+    published = compress(layer, target, keep=keep, iterations=300)
+    start, optimum = ours.trace[0][2], ours.trace[-1][2]
+    rounding = 1e-12 * start
+    for result in (ours, plain):
+        assert -rounding <= result.info["duality_gap"] <= 1e-6 * start + rounding
+    assert plain.trace[-1][2] == pytest.approx(optimum, abs=1e-6 * start)
+    assert published.trace[-1][2] - published.info["duality_gap"] <= optimum + rounding
+    assert optimum <= published.trace[-1][2] + 1e-6 * start
+
+
+@pytest.mark.parametrize("target", MANY, ids=lambda target: target.label)
+def test_exchanges_descend_and_stop_at_the_tolerance(target: Target):
+    layer = layers.build("correlated")
+    loose, tight = (compress(layer, target, step="pairwise", keep=0.0, tolerance=x) for x in (1e-2, 1e-6))
+    objectives = [value for *_, value in tight.trace]
+    assert all(after <= before * (1 + 1e-12) for before, after in itertools.pairwise(objectives))
+    assert len(loose.trace) < len(tight.trace) < 200
+    for result, tolerance in ((loose, 1e-2), (tight, 1e-6)):
+        assert result.info["duality_gap"] <= tolerance * result.trace[0][2]
 
 
 def test_the_trace_is_thinned_but_has_both_ends():
