@@ -357,7 +357,7 @@ def test_chains_are_completed_and_built():
 def test_sources_of_a_chain_are_those_of_all_its_methods():
     catalogue = Catalogue()
     params = catalogue.complete("chain", {"chain": [{"sparse_swaps": {"warm_start": "ria"}}, "rtn"]}, "test")
-    names = ("chain", "sparse_swaps", "swap_search", "ria", "rtn")
+    names = ("chain", "sparse_swaps", "swap_kernel", "swap_search", "ria", "rtn")
     assert catalogue.sources("chain", params) == [*(HOME / f"{name}.py" for name in names), *SHARED_SOURCES]
 
 
