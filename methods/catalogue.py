@@ -10,8 +10,9 @@ import importlib
 import importlib.util
 import math
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,8 +24,40 @@ if TYPE_CHECKING:
     from methods.base import Method
 
 HOME = Path(__file__).parent
+PACKAGES = {"methods": HOME, "kernels": HOME.parent / "kernels"}  # whose files decide results
+
+
+def imported(paths: Iterable[Path]) -> list[Path]:
+    """These files and, each once and after what imports it, the files of `methods` and `kernels` that they import."""
+    found: dict[Path, None] = {}
+    waiting = list(paths)
+    while waiting:
+        path = waiting.pop(0)
+        if path not in found:
+            found[path] = None
+            waiting = [*_imports(_parsed(path)), *waiting]
+    return list(found)
+
+
+@cache
+def _parsed(path: Path) -> ast.Module:
+    return ast.parse(path.read_text("utf-8"))
+
+
+def _imports(tree: ast.Module) -> list[Path]:
+    """Files of PACKAGES that a module imports with `from package...`."""
+    files: dict[Path, None] = {}
+    for node in tree.body:
+        if isinstance(node, ast.ImportFrom) and node.module:
+            package, _, module = node.module.partition(".")
+            names = [module] if module else [alias.name for alias in node.names]
+            if package in PACKAGES:
+                files |= dict.fromkeys(PACKAGES[package] / f"{name}.py" for name in names)
+    return [path for path in files if path.is_file()]
+
+
 # What a result depends on besides the method's own file. An edit to one of these re-runs every cell.
-SHARED_SOURCES = tuple(HOME / name for name in ("base.py", "ops.py", "promises.py", "target.py"))
+SHARED_SOURCES = tuple(imported(HOME / name for name in ("base.py", "ops.py", "promises.py", "target.py")))
 STRUCTURES = ["dense", "row", "layer", "n:m", "1xb"]
 # What the objective of a method's trace measures: the layer's error, that of a relaxed mask, or something of its own.
 CRITERIA = ["error", "relaxed error", "own"]
@@ -272,19 +305,8 @@ def read_entry(path: Path) -> Entry | None:
             f"{path}: CARD['parameters'] and the fields of {classes[0].name} must be the same, "
             f"{sorted(card['parameters'])} and {sorted(defaults)} came."
         )
-    return Entry(path.stem, path, classes[0].name, card, defaults, _imports(tree))
-
-
-def _imports(tree: ast.Module) -> tuple[Path, ...]:
-    """Files of methods/ that a method's file imports with `from methods...`, without the shared ones."""
-    names: list[str] = []
-    for node in tree.body:
-        if isinstance(node, ast.ImportFrom) and node.module:
-            package, _, module = node.module.partition(".")
-            if package == "methods":
-                names += [module] if module else [alias.name for alias in node.names]
-    files = dict.fromkeys(HOME / f"{name}.py" for name in names)
-    return tuple(path for path in files if path.is_file() and path not in SHARED_SOURCES)
+    needed = tuple(own for own in imported(_imports(tree)) if own not in SHARED_SOURCES)
+    return Entry(path.stem, path, classes[0].name, card, defaults, needed)
 
 
 def _defaults(node: ast.ClassDef, path: Path) -> dict[str, Any]:

@@ -45,7 +45,11 @@ PARAMETERS: dict[str, list[dict[str, Any]]] = {
     "rtn": [{"mse": True}],
     "gptq": [{"blocksize": 16}, {"act_order": True}, {"act_order": True, "static_groups": True, "mse": True}],
     "awq": [{"grid": 4, "clip": False}, {"convention": "official"}],
-    "awp": [{"step": "spectral", "iterations": 20}, {"rounding": "gradual", "iterations": 20}, {"acceleration": "momentum"}],
+    "awp": [
+        {"step": "spectral", "iterations": 20},
+        {"rounding": "gradual", "iterations": 20},
+        {"acceleration": "momentum"},
+    ],
     "chain": [{"chain": ["rtn", "wanda"]}, {"chain": ["wanda", {"awp": {"rounding": "gradual", "iterations": 20}}]}],
     "frank_wolfe": [{"step": "line_search", "keep": 0.5, "iterations": 20}, {"step": "pairwise", "keep": 0.5}],
     "sparse_swaps": [{"warm_start": "magnitude", "swaps": None}],

@@ -357,8 +357,9 @@ def test_chains_are_completed_and_built():
 def test_sources_of_a_chain_are_those_of_all_its_methods():
     catalogue = Catalogue()
     params = catalogue.complete("chain", {"chain": [{"sparse_swaps": {"warm_start": "ria"}}, "rtn"]}, "test")
-    names = ("chain", "sparse_swaps", "swap_kernel", "swap_search", "ria", "rtn")
-    assert catalogue.sources("chain", params) == [*(HOME / f"{name}.py" for name in names), *SHARED_SOURCES]
+    names = ("chain", "sparse_swaps", "swap_kernel", "../kernels/lanes", "swap_search", "ria", "rtn")
+    files = [(HOME / f"{name}.py").resolve() for name in names]
+    assert catalogue.sources("chain", params) == [*files, *SHARED_SOURCES]
 
 
 KEEPS_NOTHING = edited('"bits": []', '"bits": [4]', edited('["row"]', '["dense"]'))
@@ -411,6 +412,10 @@ def test_sources_are_the_files_that_decide(folder: Path):
     expected = [folder / "polish.py", HOME / "wanda.py", *SHARED_SOURCES]
     assert catalogue.sources("polish", params) == expected
     assert all(path.is_file() for path in SHARED_SOURCES)
+    shared = {path.stem for path in SHARED_SOURCES}
+    assert {"base", "ops", "promises", "target", "paths", "grids", "select", "rows"} <= shared  # what ops imports too
+    compiled = {path.stem for path in catalogue.sources("sparsegpt", catalogue.complete("sparsegpt", {}, "test"))}
+    assert {"surgeon", "columns", "lanes"} <= compiled  # and what that imports
 
 
 @pytest.mark.parametrize("name", METHODS)
