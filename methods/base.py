@@ -16,13 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from methods.factorisation import inverse_of_lower
 from methods.target import Target
 
 __all__ = ["Compressed", "Gram", "Layer", "Method", "Statistics", "Target", "UnsupportedTarget"]
 
 DAMPING_GROWTH = 10.0  # a factorisation that fails is tried again with this many times the damping ...
 LARGEST_DAMPING = 100.0  # ... until it is this many times the mean of the diagonal
-INVERTED = 512  # rows of a factor that are inverted at once
 
 
 class UnsupportedTarget(ValueError):
@@ -118,27 +118,6 @@ class Gram:
                 return inverse_of_lower(lower).flip(0, 1), used
             used = max(used * DAMPING_GROWTH, 1e-8)
         raise ValueError(f"Gram.inverse_factor found no damping up to {LARGEST_DAMPING:g} that factorises the matrix.")
-
-
-def inverse_of_lower(lower: Tensor) -> Tensor:
-    """Inverse [in, in] float32 of a lower triangular matrix in float64, by runs of rows.
-
-    With A, its inverse known, above C and D, the run's rows, the inverse's are -D^-1 C A^-1 and D^-1.
-    """
-    inverse = torch.zeros_like(lower, dtype=torch.float32)
-    identity = torch.eye(min(INVERTED, len(lower)), dtype=lower.dtype, device=lower.device)
-    for start in range(0, len(lower), INVERTED):
-        end = min(start + INVERTED, len(lower))
-        own = lower[start:end, start:end]
-        inverse[start:end, start:end] = torch.linalg.solve_triangular(
-            own, identity[: end - start, : end - start], upper=False
-        )
-        if start:
-            before = torch.linalg.solve_triangular(
-                lower[:start, :start], lower[start:end, :start], upper=False, left=False
-            )
-            inverse[start:end, :start] = torch.linalg.solve_triangular(own, before, upper=False).neg_()
-    return inverse
 
 
 @dataclass(frozen=True)
