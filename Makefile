@@ -8,7 +8,7 @@ CONFIG := $(if $(filter embedded,$(STUDY)),,--configfile config/$(STUDY).yaml)
 BIN := $(CURDIR)/.venv/bin
 RUN := PATH="$(BIN):$$PATH"
 
-.PHONY: reproduce test smoke lint regression report accept gallery decode clean
+.PHONY: reproduce test smoke lint regression report accept gallery decode benchmark clean
 
 reproduce: .venv/installed
 	$(RUN) snakemake --cores $(CORES) $(CONFIG)
@@ -40,6 +40,12 @@ gallery: reproduce  # the figures and tables that the README shows
 decode: .venv/installed  # times products with packed weights; see docs/decode.md for a quiet machine
 	$(RUN) python -m workflow.scripts.decode --shape 1024 1024 --shape 2048 2048 --shape 4096 4096 --shape 11008 4096 --threads 1 --out results/decode.csv
 	$(RUN) python -m workflow.scripts.figure_decode --table results/decode.csv --out figures/gallery/decode.png
+
+benchmark: .venv/installed  # the methods against the published loops and the products they need; docs/performance.md
+	$(RUN) python -m tests.benchmarks.bench_columns 2048 4096 --threads 2
+	$(RUN) python -m tests.benchmarks.bench_swaps 2048
+	$(RUN) python -m tests.benchmarks.bench_iterative 1024 2048
+	$(RUN) python -m tests.benchmarks.bench_iterative 1024 --errors
 
 clean:  # everything that can be computed again
 	rm -rf results/text results/tokens results/models results/calibration results/cells results/exports results/tables \
