@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from methods import ops, swap_kernel, swap_search
+from methods import ops, paths, swap_kernel, swap_search
 from methods.base import Compressed, Layer, Method, Target
 from methods.swap_search import Rows
 
@@ -63,7 +63,7 @@ class SparseSwaps(Method):
         began = time.perf_counter() - start
         trace = [(0, began, float(loss.sum()) * scale)]
         made = 0
-        rounds = swap_kernel.rounds if mask.device.type == "cpu" else swap_search.rounds
+        rounds = swap_kernel.rounds if paths.compiled(mask) else swap_search.rounds
         for seconds, left, swapped in rounds(rows, self.swaps):
             trace.append((len(trace), began + seconds, left * scale))
             made += swapped
