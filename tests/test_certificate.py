@@ -49,7 +49,7 @@ def test_the_job_bounds_every_layer_of_a_model(tmp_path):
     write_gram(tmp_path / "gram", shared(stream))
     out = tmp_path / "bounds.parquet"
     arguments = {
-        "columns": {"model": "tiny", "calibration": "words"},
+        "columns": {"model": "tiny", "calibration": "words", "seed": 0},
         "target": Target(pattern="2:4").as_dict(),
         "model": {"path": str(tmp_path / "model"), "dtype": "float32"},
     }
