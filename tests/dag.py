@@ -20,7 +20,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 ROOT = Path(__file__).parents[1]
 # What a run reads, the embedded model apart.
-PARTS = ("Snakefile", "methods", "workflow", "profiles", "config", "resources/published.csv")
+PARTS = ("Snakefile", "kernels", "methods", "workflow", "profiles", "config", "resources/published.csv")
 CORES = 2
 HEADER = re.compile(r"^job\s+count\s*$")  # of Snakemake's table of jobs
 CONFIG = Path("config/tiny.yaml")
