@@ -8,9 +8,6 @@ from torch import Tensor, from_numpy
 
 from kernels.rows import array, by_rows, compiled, empty
 
-LONG = 2**18  # entries of a line whose cut is estimated from a sample first
-SAMPLE = 2**15
-
 
 @compiled()
 def _to_order(keys):
