@@ -241,10 +241,13 @@ def test_the_layers_of_the_chosen_cell_are_shown(opened, folder, study):
 def test_light_and_dark_wide_and_narrow(opened, scheme, width):
     opened.set_viewport_size({"width": width, "height": 900})
     opened.emulate_media(color_scheme=scheme)
-    assert opened.evaluate("document.documentElement.scrollWidth") <= width
+    # The browser lays out, and tells of a changed scheme, a little later.
+    opened.wait_for_function("width => document.documentElement.scrollWidth <= width", arg=width)
+    opened.wait_for_function(
+        "dark => document.documentElement.classList.contains('dark') === dark", arg=scheme == "dark"
+    )
     paper, ink = opened.evaluate(
         "(({ backgroundColor, color }) => [backgroundColor, color])(getComputedStyle(document.body))"
     )
     bright = [sum(map(int, re.findall(r"\d+", colour))) / 3 for colour in (paper, ink)]
     assert abs(bright[0] - bright[1]) > 150 and (bright[0] < bright[1]) == (scheme == "dark")
-    assert opened.evaluate("document.documentElement.classList.contains('dark')") == (scheme == "dark")
