@@ -48,7 +48,7 @@ benchmark: .venv/installed  # the methods against the published loops and the pr
 	$(RUN) python -m tests.benchmarks.bench_iterative 1024 --errors
 
 clean:  # everything that can be computed again
-	rm -rf results/text results/tokens results/models results/calibration results/cells results/exports results/tables \
+	rm -rf results/text results/tokens results/models results/calibration results/cells results/evaluations results/exports results/tables \
 		results/partial results/report.html
 	rm -rf figures/*.pdf figures/*.svg figures/*.png logs .snakemake
 

@@ -6,7 +6,6 @@ import math
 import numpy as np
 import pytest
 import torch
-from safetensors.numpy import save_file as save_numpy
 from safetensors.torch import save_file
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
@@ -175,24 +174,3 @@ def test_weights_that_cannot_be_read(tmp_path):
             (tmp_path / "weights.safetensors").write_bytes(content)
         with pytest.raises(InputError, match="weights.safetensors cannot be read"):
             evaluate.apply_weights(llama(), tmp_path / "weights.safetensors")
-
-
-def test_main(tmp_path, tokens, capsys):
-    model = llama()
-    model.save_pretrained(tmp_path / "model")
-    weights = {name: torch.zeros_like(weight) for name, weight in weights_of(model).items()}
-    save_file(weights, tmp_path / "weights.safetensors")
-    info = {"sha256": "abc", "dataset": "random"}
-    save_numpy({"tokens": tokens.numpy()}, tmp_path / "tokens.safetensors", metadata={"info": json.dumps(info)})
-    spec = json.dumps({"path": str(tmp_path / "model"), "dtype": "float32"})
-    paths = {name: str(tmp_path / f"{name}.safetensors") for name in ("weights", "tokens")}
-    evaluate.main(["--model", spec, "--weights", paths["weights"], "--tokens", paths["tokens"], "--name", "wanda"]
-                  + ["--out", str(tmp_path / "out.json")])  # fmt: skip
-    result = json.loads((tmp_path / "out.json").read_text())
-    for layer in layers_of(model).values():
-        layer.replace(torch.zeros(layer.shape))
-    losses = evaluate.window_losses(model, tokens, 1)
-    assert result["losses"] == pytest.approx(losses.tolist(), abs=1e-5)
-    assert result["perplexity"] == pytest.approx(math.exp(result["mean_loss"])) and result["text"] == info
-    assert (result["windows"], result["length"]) == (WINDOWS, LENGTH) and result["seconds"] > 0
-    assert "wanda: 100%" in capsys.readouterr().err

@@ -174,6 +174,18 @@ def test_weights_are_temporary(study):
     assert not list(study.folder.rglob("weights.safetensors"))
 
 
+def test_equal_weights_are_evaluated_once_and_beside_their_compression(study):
+    """Magnitude pruning sees no data: in both modes it gives the same weights."""
+    (text,) = {path.name for path in study.folder.glob("results/cells/*/*/*/*/perplexity-*.json")}
+    results, stored = (
+        [json.loads(path.read_text("utf-8"))["losses"] for path in study.folder.glob(pattern)]
+        for pattern in (f"results/cells/*/*/*/*/{text}", "results/evaluations/*.json")
+    )
+    assert len(results) == 7 and len(stored) == 6 and sorted(map(tuple, stored)) == sorted(set(map(tuple, results)))
+    logs = [path.read_text("utf-8") for path in study.folder.glob("logs/cells/*/*/*/*/perplexity-*.log")]
+    assert len(logs) == 7 and all("were evaluated before" in log for log in logs)
+
+
 def test_the_report_has_the_figures_with_their_captions(study):
     done = study.run("--report", "report.html")
     assert done.status == 0, done.output

@@ -23,7 +23,7 @@ from test_grid import study
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from workflow.scripts import docstring_tasks, task_sets, zero_shot
-from workflow.scripts.cell_results import TaskSet, gather_cell, task_scores
+from workflow.scripts.cell_results import TaskSet, gather_cell
 from workflow.scripts.evaluate import apply_weights
 from workflow.scripts.grid import plan
 from workflow.scripts.models import find_blocks, linears
@@ -235,7 +235,8 @@ def test_rows_of_the_cells_table(tmp_path):
     of = synthetic.cell("wanda", "2:4")
     folder = synthetic.write_cell(tmp_path, of)
     tasks = TaskSet("local-1", "local", ("last_word", "continuation"))
-    _, rows, gap = gather_cell(of, [], tmp_path, [tasks])
+    results = gather_cell(of, [], tmp_path, [tasks])
+    rows, gap = results.rows, results.gap
     lost = [row for row in rows if row.get("task")]
     assert [row["task"] for row in lost] == [*tasks.tasks, "mean"] and gap is not None and gap.status == "missing"
     assert all(row["status"] == "missing" and row["reason"] and "value" not in row for row in lost)
@@ -249,14 +250,16 @@ def test_rows_of_the_cells_table(tmp_path):
         "samples": {"last_word": {"acc": [1, 0, 1, 0]}, "other": {"acc": [0, 0, 0, 0]}},
     }
     (folder / "tasks-local-1.json").write_text(json.dumps(record))
-    _, rows, gap = gather_cell(of, [], tmp_path, [tasks])
+    results = gather_cell(of, [], tmp_path, [tasks])
+    rows, gap = results.rows, results.gap
     found, both, weighted, mean = [row for row in rows if row.get("task")]
     assert found["low"] == 0 and found["high"] == 1 and both["low"] < 0.25 < both["high"] and "low" not in weighted
-    assert list(task_scores(folder, tasks)) == [("last_word", "acc"), ("both", "acc")]
+    assert list(results.scores) == [("local", "last_word", "acc"), ("local", "both", "acc")]
     assert mean["task"] == "mean" and mean["value"] == pytest.approx((0.5 + 0.25 + 0.3) / 3) and "stderr" not in mean
     assert gap is None and (found["task_set"], found["lm_eval"], found["value"]) == ("local", "0.4.13", 0.5)
     (folder / "tasks-local-1.json").write_text('{"lm_eval": "0.4.13", "rows": []}')
-    _, rows, gap = gather_cell(of, [], tmp_path, [tasks])
+    results = gather_cell(of, [], tmp_path, [tasks])
+    rows, gap = results.rows, results.gap
     assert gap is not None and "tasks-local-1.json cannot be used: it has no rows" in gap.reason
 
 

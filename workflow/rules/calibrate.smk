@@ -55,6 +55,7 @@ rule evaluation_tokens:
         "results/tokens/{model}/evaluation-{evaluation}.safetensors",
     log:
         "logs/tokens/{model}/evaluation-{evaluation}.log",
+    priority: 1  # before the cells, which evaluate what they have in memory
     params:
         model=model_json,
         text=json_of(text_of("evaluation")),

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from snakemake_interface_common.exceptions import WorkflowError
 
-from methods.catalogue import HOME, SHARED_SOURCES
-from workflow.scripts import sources, task_sets
+from methods.catalogue import PACKAGES, SHARED_SOURCES
+from workflow.scripts import recall, sources, task_sets
 from workflow.scripts.grid import canonical, plan
 from workflow.scripts.plot import FIGURES
 from workflow.scripts.runtime import InputError
@@ -87,9 +87,9 @@ def method_sources(wildcards):
 
 
 def method_folders(wildcards):
-    """Arguments for the folders besides methods/ that the cell's method comes from, and no others: a folder that is
-    added to a study leaves its cells as they are."""
-    folders = {os.path.dirname(file) for file in method_sources(wildcards)} - {from_here(HOME)}
+    """Arguments for the folders of others that the cell's method comes from, and no others: a folder that is added to
+    a study leaves its cells as they are."""
+    folders = {os.path.dirname(file) for file in method_sources(wildcards)} - set(map(from_here, PACKAGES.values()))
     return [part for folder in sorted(folders) for part in ("--method-path", folder)]
 
 
@@ -129,7 +129,24 @@ def task_files(wildcards):
     return list(map(str, task_sets.task_files(PLAN.tasks[wildcards.tasks])))
 
 
-tasks_json = json_of(lambda wildcards: {k: v for k, v in PLAN.tasks[wildcards.tasks].items() if k != "name"})
+def asked():
+    """What every cell is to be evaluated on, as recall.foresee reads it."""
+    texts = [f"results/tokens/{{model}}/evaluation-{evaluation}.safetensors" for evaluation in PLAN.evaluations]
+    found = [{"kind": "perplexity", "data": [text], "spec": {}} for text in texts]
+    for identity, spec in PLAN.tasks.items():
+        files = [f"results/tasks/{identity}.json", *map(str, task_sets.task_files(spec))]
+        found.append({"kind": "tasks", "data": files, "spec": unnamed(spec)})
+    return found
+
+
+def unnamed(spec):
+    return {key: value for key, value in spec.items() if key != "name"}
+
+
+os.environ[recall.ASKED] = json.dumps(asked())
+
+
+tasks_json = json_of(lambda wildcards: unnamed(PLAN.tasks[wildcards.tasks]))
 model_json = json_of(lambda wildcards: PLAN.models[wildcards.model])
 
 

@@ -35,7 +35,7 @@ rule compress:
         folders=method_folders,
         out=lambda wildcards, output: str(Path(output.record).parent),
     shell:
-        "{PYTHON} -m workflow.scripts.compress --cell {params.cell:q} --model {params.model:q}"
+        "HF_HUB_OFFLINE=1 {PYTHON} -m workflow.scripts.compress --cell {params.cell:q} --model {params.model:q}"
         " --fingerprint {input.model:q} --tokens {input.tokens:q} {params.gram:q} {params.folders:q}"
         " --threads {threads} --out {params.out:q} 2> >(tee {log:q} >&2)"
 

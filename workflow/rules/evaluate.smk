@@ -1,10 +1,10 @@
 rule perplexity:
-    """Perplexity of one cell on one text."""
+    """Perplexity of one cell on one text; read where the job that compressed it has left it (recall.py)."""
     input:
         model="results/models/{model}.json",
         tokens="results/tokens/{model}/evaluation-{evaluation}.safetensors",
         weights="results/cells/{model}/{calib}/{mode}/{cell}/weights.safetensors",
-        sources=scripts("evaluate", "models", "packed", "accounting"),
+        sources=scripts(*recall.SCRIPTS["perplexity"]),
     output:
         "results/cells/{model}/{calib}/{mode}/{cell}/perplexity-{evaluation}.json",
     log:
@@ -15,9 +15,9 @@ rule perplexity:
         model=model_json,
         name=lambda wildcards: "{label} {target} {mode}".format(**cell_of(wildcards).columns),
     shell:
-        "{PYTHON} -m workflow.scripts.evaluate --model {params.model:q} --weights {input.weights:q}"
-        " --tokens {input.tokens:q} --name {params.name:q} --threads {threads} --out {output:q}"
-        " 2> >(tee {log:q} >&2)"
+        "{PYTHON} -m workflow.scripts.recall perplexity --model {params.model:q} --fingerprint {input.model:q}"
+        " --weights {input.weights:q} --data {input.tokens:q} --name {params.name:q} --threads {threads}"
+        " --out {output:q} 2> >(tee {log:q} >&2)"
 
 
 rule docstring_tasks:
@@ -49,6 +49,7 @@ rule task_data:
         "results/tasks/{tasks}.json",
     log:
         "logs/tasks/{tasks}.log",
+    priority: 1
     params:
         tasks=tasks_json,
     shell:
@@ -56,13 +57,13 @@ rule task_data:
 
 
 rule zero_shot:
-    """One cell on one set of zero-shot tasks, by lm-eval."""
+    """One cell on one set of zero-shot tasks, by lm-eval; read where it is there already."""
     input:
-        task_files,
+        files=task_files,
         model="results/models/{model}.json",
         tasks="results/tasks/{tasks}.json",
         weights="results/cells/{model}/{calib}/{mode}/{cell}/weights.safetensors",
-        sources=scripts("zero_shot", "task_sets", "evaluate", "models"),
+        sources=scripts(*recall.SCRIPTS["tasks"]),
     output:
         "results/cells/{model}/{calib}/{mode}/{cell}/tasks-{tasks}.json",
     log:
@@ -73,5 +74,6 @@ rule zero_shot:
         model=model_json,
         tasks=tasks_json,
     shell:
-        "{PYTHON} -m workflow.scripts.zero_shot cell --model {params.model:q} --weights {input.weights:q}"
-        " --tasks {params.tasks:q} --threads {threads} --out {output:q} 2> >(tee {log:q} >&2)"
+        "{PYTHON} -m workflow.scripts.recall tasks --model {params.model:q} --fingerprint {input.model:q}"
+        " --weights {input.weights:q} --data {input.tasks:q} {input.files:q} --tasks {params.tasks:q}"
+        " --threads {threads} --out {output:q} 2> >(tee {log:q} >&2)"

@@ -5,7 +5,7 @@ import math
 import os
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -164,17 +164,11 @@ def layer_metrics(compression: Compression) -> dict[str, float | None]:
     return dict(zip(CELL_METRICS, values, strict=True))
 
 
-def window_losses(folder: Path, evaluation: Evaluation) -> list[float]:
-    """Mean loss of each window of a perplexity that is finite; none where there is no such perplexity."""
-    try:
-        record = read_json(folder / f"perplexity-{evaluation.identity}.json")
-        return [] if record["perplexity"] is None else [float(loss) for loss in record["losses"]]
-    except BROKEN:
-        return []  # told where the perplexity is read
+def perplexity(folder: Path, evaluation: Evaluation) -> tuple[dict[str, Any], list[float]]:
+    """The value columns of one perplexity and the mean loss of each window, none where one is not finite.
 
-
-def perplexity(folder: Path, evaluation: Evaluation) -> dict[str, Any]:
-    """The value columns of one perplexity. Raises InputError naming a broken file."""
+    Raises InputError naming a broken file.
+    """
     path = folder / f"perplexity-{evaluation.identity}.json"
     try:
         record = read_json(path)
@@ -189,11 +183,11 @@ def perplexity(folder: Path, evaluation: Evaluation) -> dict[str, Any]:
         }
     except BROKEN as error:
         raise InputError(f"{path} cannot be used: {_message(error)}") from None
-    if math.isfinite(value):
-        row |= dict(zip(("low", "high"), bootstrap_interval(losses, np.exp) or (None, None), strict=True))
-    else:
-        row |= {"value": None, "reason": record.get("reason") or f"the model has diverged: its perplexity is {value}"}
-    return row
+    if not math.isfinite(value):
+        reason = record.get("reason") or f"the model has diverged: its perplexity is {value}"
+        return row | {"value": None, "reason": reason}, []
+    low, high = bootstrap_interval(losses, np.exp) or (None, None)
+    return row | {"low": low, "high": high}, losses
 
 
 def item_scores(record: Mapping[str, Any]) -> dict[tuple[str, str], list[float]]:
@@ -222,14 +216,17 @@ def read_tasks(path: Path) -> tuple[list[dict[str, Any]], dict[tuple[str, str], 
         raise InputError(f"{path} cannot be used: {_message(error)}") from None
 
 
-def task_rows(folder: Path, tasks: TaskSet) -> list[dict[str, Any]]:
-    """The value columns of every task and metric of a set. Raises InputError naming a broken file."""
+def task_rows(folder: Path, tasks: TaskSet) -> tuple[list[dict[str, Any]], dict[tuple[str, str], list[float]]]:
+    """The value columns of every task and metric of a set, and (task, metric) -> the score of every item.
+
+    Raises InputError naming a broken file.
+    """
     rows, scores = read_tasks(folder / f"tasks-{tasks.identity}.json")
     for row in rows:
         own = scores.get((row["task"], row["metric"]))
         if interval := own and bootstrap_interval(own):
             row["low"], row["high"] = interval
-    return [*rows, *_mean_of_tasks(rows)]
+    return [*rows, *_mean_of_tasks(rows)], scores
 
 
 def _mean_of_tasks(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -246,32 +243,36 @@ def _mean_of_tasks(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     return [row | {"value": statistics.fmean(row["value"] for row in own)}]
 
 
-def task_scores(folder: Path, tasks: TaskSet) -> dict[tuple[str, str], list[float]]:
-    """(task, metric) -> the score of every item; none where the file is absent or broken."""
-    try:
-        return read_tasks(folder / f"tasks-{tasks.identity}.json")[1]
-    except InputError:
-        return {}  # told where the rows are read
+@dataclass
+class Results:
+    """All there is of a cell: its compression, its rows of the `cells` table, the first gap in it, and what its values
+    are means of: losses, of each text's windows, and scores, (name of the set, task, metric) -> those of the items."""
+
+    compression: Compression | None = None
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    gap: Gap | None = None
+    losses: dict[str, list[float]] = field(default_factory=dict)
+    scores: dict[tuple[str, str, str], list[float]] = field(default_factory=dict)
 
 
 def gather_cell(
     cell: PlannedCell, evaluations: Sequence[Evaluation], root: Path = Path(), tasks: Sequence[TaskSet] = ()
-) -> tuple[Compression | None, list[dict[str, Any]], Gap | None]:
-    """All there is of a cell: its compression, its rows of the `cells` table, and the first gap in it."""
+) -> Results:
+    """Read what the jobs of a cell left."""
     folder = root / cell.folder
     present = set(os.listdir(folder)) if folder.is_dir() else set()
-    compression: Compression | None = None
+    results = Results()
     gap: Gap | None = None
     if {"cell.json", "layers.parquet", "trace.parquet"} <= present:
         try:
-            compression = read_compression(folder, cell.columns)
+            results.compression = read_compression(folder, cell.columns)
         except InputError as error:
             gap = Gap("failed", str(error))
     else:
         gap = failure(folder, present, ["compress"])
     gaps = [gap] if gap else []
+    compression, rows = results.compression, results.rows
     common = dict(cell.columns) | (compression.provenance if compression else {})
-    rows: list[dict[str, Any]] = []
     for evaluation in evaluations:
         row = common | {
             "metric": "perplexity",
@@ -281,7 +282,8 @@ def gather_cell(
         own_gap = gap
         if not gap and f"perplexity-{evaluation.identity}.json" in present:
             try:
-                row |= perplexity(folder, evaluation)
+                values, results.losses[evaluation.text] = perplexity(folder, evaluation)
+                row |= values
             except InputError as error:
                 own_gap = Gap("failed", str(error))
         elif not gap:
@@ -294,7 +296,8 @@ def gather_cell(
         stage, own_gap, found = f"tasks-{task_set.identity}", gap, []
         if not gap and f"{stage}.json" in present:
             try:
-                found = task_rows(folder, task_set)
+                found, scores = task_rows(folder, task_set)
+                results.scores |= {(task_set.name, *measured): own for measured, own in scores.items()}
             except InputError as error:
                 own_gap = Gap("failed", str(error))
         elif not gap:
@@ -305,10 +308,11 @@ def gather_cell(
             names = [*task_set.tasks, MEAN] if len(task_set.tasks) > 1 else task_set.tasks
             found = [{**lost, "task": task} for task in names]
         rows += [{**common, "task_set": task_set.name, **row} for row in found]
-    values = layer_metrics(compression) if compression else dict.fromkeys(CELL_METRICS)
-    for metric, value in values.items():
+    metrics = layer_metrics(compression) if compression else dict.fromkeys(CELL_METRICS)
+    for metric, value in metrics.items():
         row = common | {"metric": metric, "value": value, "status": gap.status if gap else "done"}
         if value is None:
             row["reason"] = gap.reason if gap else "the cell has no compressed layer"
         rows.append(row)
-    return compression, rows, gaps[0] if gaps else None
+    results.gap = gaps[0] if gaps else None
+    return results

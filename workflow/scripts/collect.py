@@ -22,12 +22,11 @@ from workflow.scripts.cell_results import (
     Evaluation,
     Gap,
     PlannedCell,
+    Results,
     TaskSet,
     evaluations,
     gather_cell,
-    task_scores,
     task_sets,
-    window_losses,
 )
 from workflow.scripts.comparisons import ERRORS, Measure, Observation, accuracy, compare, perplexity
 from workflow.scripts.grid import plan
@@ -76,21 +75,14 @@ def write_csv(data: pa.Table, path: Path, header: bool = True) -> None:
     )
 
 
-def observe(
-    folder: Path,
-    columns: Mapping[str, Any],
-    compression: Compression,
-    evaluations: Sequence[Evaluation],
-    tasks: Sequence[TaskSet],
-) -> Observation:
+def observe(columns: Mapping[str, Any], compression: Compression, results: Results) -> Observation:
     """What a cell was measured on: the errors of its layers, the losses of each text's windows, the scores of items."""
     errors = (compression.layers.column(name).to_pylist() for name in ("layer", "output_error"))
     values: dict[Measure, dict[Any, float]] = {ERRORS: dict(zip(*errors, strict=True))}
-    for evaluation in evaluations:
-        values[perplexity(evaluation.text)] = dict(enumerate(window_losses(folder, evaluation)))
-    for tasks_of in tasks:
-        for (task, metric), scores in task_scores(folder, tasks_of).items():
-            values[accuracy(metric, tables.task_title(task, tasks_of.name))] = dict(enumerate(scores))
+    for text, losses in results.losses.items():
+        values[perplexity(text)] = dict(enumerate(losses))
+    for (tasks, task, metric), scores in results.scores.items():
+        values[accuracy(metric, tables.task_title(task, tasks))] = dict(enumerate(scores))
     return Observation(columns, values)
 
 
@@ -129,9 +121,10 @@ def collect(
         for writer in writers.values():
             stack.callback(writer.parquet.close)  # after an error too: before the unfinished files are removed
         for cell in cells:
-            compression, rows, gap = gather_cell(cell, evaluations, root, tasks)
-            if gap:
-                gaps.append((cell.folder, gap))
+            results = gather_cell(cell, evaluations, root, tasks)
+            compression = results.compression
+            if results.gap:
+                gaps.append((cell.folder, results.gap))
             if gaps and not partial:
                 continue  # only counting what is wrong
             if compression:
@@ -141,8 +134,8 @@ def collect(
                         layers = with_bounds(layers, bounds[cell.certificate], root / cell.certificate)
                 writers["layers"].add(layers)
                 writers["traces"].add(compression.trace)
-                observations.append(observe(root / cell.folder, cell.columns, compression, evaluations, tasks))
-            writers["cells"].add(from_rows([{**row, "swept": swept} for row in rows], "cells", cell.folder))
+                observations.append(observe(cell.columns, compression, results))
+            writers["cells"].add(from_rows([{**row, "swept": swept} for row in results.rows], "cells", cell.folder))
         if gaps and not partial:
             folder, gap = gaps[0]
             raise InputError(

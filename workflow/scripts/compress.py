@@ -29,6 +29,7 @@ from workflow.scripts import models, packed
 from workflow.scripts.accounting import bits_per_weight
 from workflow.scripts.calibrate import shared_blocks
 from workflow.scripts.propagate import Stream
+from workflow.scripts.recall import foresee
 from workflow.scripts.runtime import (
     InputError,
     peak_mb,
@@ -240,7 +241,9 @@ def run(args: argparse.Namespace) -> None:
         **calibration_facts(info),
     }
     seconds = time.perf_counter() - start
-    record = {"columns": columns, "provenance": facts, "seconds": seconds, "peak_mb": peak_mb(), "model": args.model}
+    highest = peak_mb()
+    foresee(model, args.model, args.fingerprint, args.out / "weights.safetensors", args.device)
+    record = {"columns": columns, "provenance": facts, "seconds": seconds, "peak_mb": highest, "model": args.model}
     record |= {"tuning": tuner.history} if stages else {}
     write_atomic(args.out / "cell.json", json.dumps(record, indent=2) + "\n")
 

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import argparse
-import json
 import math
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,9 +14,9 @@ from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from workflow.scripts.models import Linear, check_tokens, few, load, model_linears, set_threads, vocabulary
+from workflow.scripts.models import Linear, check_tokens, few, model_linears, vocabulary
 from workflow.scripts.packed import PackedFile
-from workflow.scripts.runtime import InputError, record_failure, report_errors, write_atomic
+from workflow.scripts.runtime import InputError
 from workflow.scripts.text import read_tokens
 
 LOGITS_AT_ONCE = 2**23  # logits of a batch, 32 MB in float32: on a processor larger batches are slower
@@ -111,25 +108,7 @@ def evaluate(model: PreTrainedModel, tokens: Tensor, label: str = "perplexity") 
     }
 
 
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", type=json.loads, required=True, help="the model's config entry, as JSON")
-    parser.add_argument("--weights", type=Path, required=True, help="a cell's weights.safetensors")
-    parser.add_argument("--tokens", type=Path, required=True, help="evaluation tokens")
-    parser.add_argument("--out", type=Path, required=True, help="JSON file for the result")
-    parser.add_argument("--name", default="perplexity", help="label of the progress bar")
-    parser.add_argument("--threads", type=int)
-    parser.add_argument("--device", default="cpu")
-    args = parser.parse_args(argv)
-
-    set_threads(args.threads)
-    with record_failure(args.out.parent, args.out.name.removesuffix(".json")):
-        tokens, text = read_tokens(args.tokens)
-        model = load(args.model, args.device)
-        apply_weights(model, args.weights)
-        result = evaluate(model, torch.from_numpy(tokens), args.name) | {"text": text}
-    write_atomic(args.out, json.dumps(result, indent=1, allow_nan=False) + "\n")
-
-
-if __name__ == "__main__":
-    report_errors(main, sys.argv[1:])
+def evaluate_text(model: PreTrainedModel, path: Path, label: str = "perplexity") -> dict[str, Any]:
+    """The same of a file of evaluation tokens, with what the file says of its text."""
+    tokens, text = read_tokens(path)
+    return evaluate(model, torch.from_numpy(tokens), label) | {"text": text}

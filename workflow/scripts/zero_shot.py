@@ -198,15 +198,23 @@ def main(argv: list[str] | None = None) -> None:
 def evaluate_cell(args: argparse.Namespace) -> dict[str, Any]:
     from workflow.scripts.evaluate import apply_weights
     from workflow.scripts.models import load, set_threads
-    from workflow.scripts.text import load_tokenizer
 
     set_threads(args.threads)
     model = load(args.model, args.device)
     if args.weights:
         apply_weights(model, args.weights)
-    tokenizer = load_tokenizer(args.model)
-    with inside(args.tasks):
-        return run(model, tokenizer, args.tasks)
+    return evaluate_tasks(model, args.model, args.tasks)
+
+
+def evaluate_tasks(model: PreTrainedModel, entry: Mapping[str, Any], spec: Spec) -> dict[str, Any]:
+    """lm-eval's results (`run`) for a model that a config entry describes, on a set of tasks as the config has it."""
+    from workflow.scripts.text import load_tokenizer
+
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    spec = {"batch": BATCH, **expanded(spec)}
+    tokenizer = load_tokenizer(entry)
+    with inside(spec):
+        return run(model, tokenizer, spec)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,151 @@
+"""Evaluations by content: what is read is what would be computed, and nothing that differs is taken for the same."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.numpy import save_file as save_numpy
+from safetensors.torch import save_file
+
+from tests.dag import ROOT
+from tests.test_evaluate import LENGTH, VOCABULARY, WINDOWS, layers_of, llama, weights_of
+from workflow.scripts import evaluate, recall
+from workflow.scripts.fingerprint import main as fingerprint
+from workflow.scripts.runtime import InputError
+
+INFO = {"sha256": "abc", "dataset": "random"}
+
+
+def write_tokens(path, seed=0, words=VOCABULARY):
+    tokens = torch.randint(words, (WINDOWS, LENGTH), generator=torch.Generator().manual_seed(seed))
+    save_numpy({"tokens": tokens.numpy()}, path, metadata={"info": json.dumps(INFO)})
+    return tokens
+
+
+@pytest.fixture
+def cell(tmp_path, monkeypatch):
+    """A model, its weights all zero in a cell's folder, and tokens, in a folder that is worked in."""
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    model = llama()
+    model.save_pretrained("model")
+    save_file({name: torch.zeros_like(weight) for name, weight in weights_of(model).items()}, "weights.safetensors")
+    write_tokens("tokens.safetensors")
+    fingerprint(["--model", json.dumps(entry()), "--out", "tiny.json"])
+    return tmp_path
+
+
+def entry(**changed):
+    return {"name": "tiny", "path": "model", "dtype": "float32", "trust_remote_code": False} | changed
+
+
+def arguments(out="out.json", data=("tokens.safetensors",), **changed):
+    given = ["perplexity", "--model", json.dumps(entry(**changed)), "--fingerprint", "tiny.json", "--threads", "1"]
+    return [*given, "--weights", "weights.safetensors", "--data", *data, "--name", "wanda", "--out", out]
+
+
+def test_what_was_never_seen_is_computed(cell, capsys):
+    recall.main(arguments())
+    result = json.loads((cell / "out.json").read_text())
+    model, tokens = as_saved(), write_tokens(cell / "again.safetensors")
+    for layer in layers_of(model).values():
+        layer.replace(torch.zeros(layer.shape))
+    assert result["losses"] == pytest.approx(evaluate.window_losses(model, tokens, 1).tolist(), abs=1e-5)
+    assert result["perplexity"] == pytest.approx(math.exp(result["mean_loss"])) and result["text"] == INFO
+    assert (result["windows"], result["length"]) == (WINDOWS, LENGTH) and result["seconds"] > 0
+    assert "wanda: 100%" in capsys.readouterr().err
+
+
+def as_saved():
+    return type(llama()).from_pretrained("model")
+
+
+def test_what_was_seen_is_read_without_torch(cell):
+    recall.main(arguments())
+    program = (
+        "import sys; from workflow.scripts import recall; recall.main(sys.argv[1:]); print('torch' in sys.modules)"
+    )
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", program, *arguments("again.json")], capture_output=True, text=True, env=environment
+    )
+    assert done.stdout.strip() == "False" and "were evaluated before" in done.stderr, done.stderr
+    assert (cell / "again.json").read_bytes() == (cell / "out.json").read_bytes()
+
+
+def test_what_the_compression_leaves_is_what_the_job_would_compute(cell, monkeypatch):
+    recall.main(arguments())
+    (alone,) = recall.STORE.iterdir()
+    alone.rename("alone.json")
+    asked = [{"kind": "perplexity", "data": ["{model}.safetensors"], "spec": {}}]
+    (cell / "tokens.safetensors").rename("tiny.safetensors")  # the model's identity is its fingerprint's name
+    monkeypatch.setenv(recall.ASKED, json.dumps(asked))
+    recall.foresee(as_saved(), entry(), cell / "tiny.json", cell / "weights.safetensors", "cpu")
+    (beside,) = recall.STORE.iterdir()
+    results = [json.loads(path.read_text()) for path in (cell / "alone.json", beside)]
+    for result in results:
+        del result["seconds"]
+    assert results[0] == results[1]
+    recall.main(arguments(data=("tiny.safetensors",)))
+    assert (cell / "out.json").read_bytes() == beside.read_bytes()
+
+
+def test_the_place_depends_on_all_that_decides_the_result_and_on_no_name(cell):
+    def place(**changed):
+        given = {"kind": "perplexity", "model": entry(), "fingerprint": cell / "tiny.json"}
+        given |= {"weights": cell / "weights.safetensors", "data": (cell / "tokens.safetensors",)}
+        return recall.Evaluation(**given | changed).file()
+
+    known = place()
+    assert known == place(name="another label", model=entry(name="renamed", path="elsewhere"))
+    weights = {name: torch.ones_like(weight) for name, weight in weights_of(llama()).items()}
+    save_file(weights, cell / "others.safetensors")
+    (cell / "other").mkdir()
+    write_tokens(cell / "other/tokens.safetensors", seed=1)
+    other = json.loads((cell / "tiny.json").read_text())
+    other["files"]["config.json"] = "0" * 64
+    (cell / "other.json").write_text(json.dumps(other))
+    changes = [
+        {"weights": cell / "others.safetensors"},
+        {"data": (cell / "other/tokens.safetensors",)},
+        {"fingerprint": cell / "other.json"},
+        {"model": entry(dtype="bfloat16")},
+        {"model": entry(trust_remote_code=True)},
+        {"kind": "tasks"},
+        {"spec": {"items": 3}},
+        {"device": "cuda"},
+    ]
+    assert len({known, *(place(**change) for change in changes)}) == 1 + len(changes)
+
+
+@pytest.mark.parametrize("part", ["code", "versions"])
+def test_other_code_and_other_versions_have_another_place(cell, monkeypatch, part):
+    evaluation = recall.Evaluation(
+        "perplexity", entry(), cell / "tiny.json", cell / "weights.safetensors", (cell / "tokens.safetensors",)
+    )
+    before = evaluation.file()
+    if part == "code":
+        own = recall.sha256
+        monkeypatch.setattr(recall, "sha256", lambda path: "edited" if path.name == "evaluate.py" else own(path))
+    else:
+        monkeypatch.setattr(recall.importlib.metadata, "version", lambda name: "0")
+    assert evaluation.file() != before
+
+
+def test_what_fails_beside_the_compression_is_left_to_its_own_job(cell, monkeypatch, capsys):
+    write_tokens(cell / "wrong.safetensors", words=10 * VOCABULARY)
+    asked = [
+        {"kind": "perplexity", "data": [name], "spec": {}}
+        for name in ("wrong.safetensors", "absent.safetensors", "tokens.safetensors")
+    ]
+    monkeypatch.setenv(recall.ASKED, json.dumps(asked))
+    recall.foresee(as_saved(), entry(), cell / "tiny.json", cell / "weights.safetensors", "cpu")
+    assert "perplexity could not be computed beside the compression: The tokens lie between" in capsys.readouterr().err
+    assert len(list(recall.STORE.iterdir())) == 1  # the last one is there all the same
+    with pytest.raises(InputError, match="do the tokenizer and the model belong together"):
+        recall.main(arguments(data=("wrong.safetensors",)))
+    assert (cell / "failed-out.json").is_file() and not (cell / "out.json").exists()

@@ -1,0 +1,148 @@
+"""Evaluations by content: one of the same weights, on the same data, by the same code is read, not computed again.
+
+The job that compresses a cell evaluates it at once, while it has the model in memory, and leaves the results in STORE
+(`foresee`). The cell's own evaluation jobs then find them there and need neither torch nor the model. So do cells whose
+weights come out the same, as those of a method without data do in both modes. What is not in STORE is computed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import importlib.metadata
+import json
+import os
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from workflow.scripts.fingerprint import sha256
+from workflow.scripts.runtime import record_failure, report_errors, write_atomic
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+STORE = Path("results/evaluations")
+# Scripts that decide the result of each kind of evaluation, and libraries whose versions do.
+SCRIPTS = {
+    "perplexity": ("recall", "evaluate", "models", "packed", "accounting"),
+    "tasks": ("recall", "zero_shot", "task_sets", "evaluate", "models", "packed", "accounting"),
+}
+LIBRARIES = {"perplexity": ("torch", "transformers"), "tasks": ("torch", "transformers", "lm_eval")}
+# What a cell of this run will be asked for: a list of {kind, data, spec} with {model} for the model's identity. An
+# environment variable and no parameter of the compress rule, because a cell's weights do not depend on it.
+ASKED = "LAYERWISE_EVALUATIONS"
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """kind: perplexity or tasks; model: config entry; fingerprint: what fingerprint.py wrote of it; data: files of
+    tokens or of tasks; spec: of a set of tasks."""
+
+    kind: str
+    model: Mapping[str, Any]
+    fingerprint: Path
+    weights: Path
+    data: tuple[Path, ...]
+    spec: Mapping[str, Any] = field(default_factory=dict)
+    device: str = "cpu"
+    name: str = "perplexity"
+
+    def file(self) -> Path:
+        """Where the result of this content is, or belongs."""
+        scripts = Path(__file__).parent
+        content = {
+            "kind": self.kind,
+            "model": json.loads(self.fingerprint.read_text("utf-8"))["files"],
+            "loaded": {key: self.model.get(key) for key in ("dtype", "trust_remote_code")},
+            "data": [[path.name, sha256(path)] for path in (self.weights, *self.data)],
+            "spec": self.spec,
+            "code": [sha256(scripts / f"{script}.py") for script in SCRIPTS[self.kind]],
+            "versions": [importlib.metadata.version(library) for library in LIBRARIES[self.kind]],
+            "device": self.device,
+        }
+        return STORE / f"{hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()}.json"
+
+    def compute(self, model: PreTrainedModel | None = None) -> str:
+        """The result as text, from a model that has the cell's weights already or from the model's files."""
+        from workflow.scripts.evaluate import apply_weights, evaluate_text
+        from workflow.scripts.models import load
+
+        if model is None:
+            model = load(self.model, self.device)
+            apply_weights(model, self.weights)
+        if self.kind == "perplexity":
+            found = evaluate_text(model, self.data[0], self.name)
+        else:
+            from workflow.scripts.zero_shot import evaluate_tasks
+
+            found = evaluate_tasks(model, self.model, self.spec)
+        return json.dumps(found, indent=1, allow_nan=False) + "\n"
+
+
+def foresee(model: PreTrainedModel, entry: Mapping[str, Any], fingerprint: Path, weights: Path, device: str) -> None:
+    """Evaluate a model, which gets the weights of a cell's file, on all that the cell will be asked for, into STORE.
+
+    What is in STORE or has no data yet is left out. What fails is left to the evaluation's own job, which fails loudly.
+    """
+    from workflow.scripts.evaluate import apply_weights
+
+    applied = False
+    for asked in json.loads(os.environ.get(ASKED, "[]")):
+        data = tuple(Path(path.replace("{model}", fingerprint.stem)) for path in asked["data"])
+        if not all(path.is_file() for path in data):
+            continue
+        evaluation = Evaluation(asked["kind"], entry, fingerprint, weights, data, asked["spec"], device)
+        file = evaluation.file()
+        if file.is_file():
+            continue
+        try:
+            if not applied:
+                apply_weights(model, weights)  # as they are stored, which is what the cell's own job would read
+                applied = True
+            write_atomic(file, evaluation.compute(model))
+        except Exception as error:  # of whatever kind: it is that job's to tell
+            print(f"{asked['kind']} could not be computed beside the compression: {error}", file=sys.stderr)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="recall", description=__doc__)
+    parser.add_argument("kind", choices=list(SCRIPTS))
+    parser.add_argument("--model", type=json.loads, required=True, help="the model's config entry, as JSON")
+    parser.add_argument("--fingerprint", type=Path, required=True, help="what fingerprint.py wrote of the model")
+    parser.add_argument("--weights", type=Path, required=True, help="a cell's weights.safetensors")
+    parser.add_argument("--data", type=Path, nargs="+", required=True, help="evaluation tokens, or files of the tasks")
+    parser.add_argument("--tasks", type=json.loads, default={}, help="the set's config entry, as JSON")
+    parser.add_argument("--name", default="perplexity", help="label of the progress bar")
+    parser.add_argument("--threads", type=int)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--out", type=Path, required=True, help="JSON file for the result")
+    args = parser.parse_args(argv)
+    with record_failure(args.out.parent, args.out.name.removesuffix(".json")):
+        evaluation = Evaluation(
+            args.kind, args.model, args.fingerprint, args.weights, tuple(args.data), args.tasks, args.device, args.name
+        )
+        file = evaluation.file()
+        if file.is_file():
+            print(f"The same weights were evaluated before: {file}", file=sys.stderr)
+            text = file.read_text("utf-8")
+        else:
+            text = computed(evaluation, args.threads)
+            write_atomic(file, text)
+    write_atomic(args.out, text)
+
+
+def computed(evaluation: Evaluation, threads: int | None) -> str:
+    """The result of an evaluation in a process of its own."""
+    if evaluation.kind == "tasks" and evaluation.spec.get("folder"):
+        os.environ["HF_HUB_OFFLINE"] = "1"  # nothing is fetched; the libraries read this when they are imported
+    from workflow.scripts.models import set_threads
+
+    set_threads(threads)
+    return evaluation.compute()
+
+
+if __name__ == "__main__":
+    report_errors(main, sys.argv[1:])
