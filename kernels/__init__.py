@@ -7,7 +7,6 @@ from pathlib import Path
 import numba
 
 _HERE = Path(__file__).parent
-_FILES = [*sorted(_HERE.glob("*.py")), *sorted((_HERE.parent / "methods").glob("*kernel*.py"))]
-_TEXT = b"".join(path.read_bytes() for path in _FILES)
+_TEXT = b"".join(path.read_bytes() for path in sorted(_HERE.glob("*.py")))
 if not numba.config.CACHE_DIR:  # type: ignore[attr-defined]
     numba.config.CACHE_DIR = str(_HERE / "__pycache__" / hashlib.sha256(_TEXT).hexdigest()[:12])  # type: ignore[attr-defined]

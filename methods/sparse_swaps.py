@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from methods import ops, paths, swap_kernel, swap_search
+from kernels import swap_rounds
+from methods import ops, paths, swap_search
 from methods.base import Compressed, Layer, Method, Target
 from methods.swap_search import Rows
 
@@ -41,9 +42,9 @@ class SparseSwaps(Method):
     """Refines a mask by best swaps within rows, or within the groups of n:m. Precondition: a finite Gram.
 
     Pairs are compared in float32, of equal ones the lowest kept, then the lowest pruned index is taken; each swap is
-    checked, and the loss kept, in float64. On a CPU `swap_kernel.py` makes the swaps, elsewhere the plain loop in
+    checked, and the loss kept, in float64. On a CPU `swap_rounds.py` makes the swaps, elsewhere the plain loop in
     `swap_search.py`: the same ones, but for ties on devices whose minimum takes any. The trace has the objective after
-    each round, in which every row that can makes one swap (its seconds on a CPU: see `swap_kernel.rounds`); info:
+    each round, in which every row that can makes one swap (its seconds on a CPU: see `swap_rounds.rounds`); info:
     `swaps`, how many were made.
     """
 
@@ -63,7 +64,7 @@ class SparseSwaps(Method):
         began = time.perf_counter() - start
         trace = [(0, began, float(loss.sum()) * scale)]
         made = 0
-        rounds = swap_kernel.rounds if paths.compiled(mask) else swap_search.rounds
+        rounds = swap_rounds.rounds if paths.compiled(mask) else swap_search.rounds
         for seconds, left, swapped in rounds(rows, self.swaps):
             trace.append((len(trace), began + seconds, left * scale))
             made += swapped

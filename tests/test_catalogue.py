@@ -357,7 +357,8 @@ def test_chains_are_completed_and_built():
 def test_sources_of_a_chain_are_those_of_all_its_methods():
     catalogue = Catalogue()
     params = catalogue.complete("chain", {"chain": [{"sparse_swaps": {"warm_start": "ria"}}, "rtn"]}, "test")
-    names = ("chain", "sparse_swaps", "swap_kernel", "../kernels/lanes", "swap_search", "ria", "rtn")
+    kernels = ("../kernels/swap_rounds", "../kernels/lanes")
+    names = ("chain", "sparse_swaps", *kernels, "swap_search", "ria", "rtn")
     files = [(HOME / f"{name}.py").resolve() for name in names]
     assert catalogue.sources("chain", params) == [*files, *SHARED_SOURCES]
 

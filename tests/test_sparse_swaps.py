@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from methods import swap_kernel, swap_search
+from kernels import swap_rounds
+from methods import swap_search
 from methods.base import Compressed, Gram, Layer, Target
 from methods.magnitude import Magnitude
 from methods.random import Random
@@ -38,7 +39,7 @@ def path(request, monkeypatch):
 
 
 def use_plain(monkeypatch) -> None:
-    monkeypatch.setattr(swap_kernel, "rounds", swap_search.rounds)
+    monkeypatch.setattr(swap_rounds, "rounds", swap_search.rounds)
 
 
 def plain_loss(row: np.ndarray, gram: np.ndarray, mask: np.ndarray) -> float:
@@ -245,8 +246,8 @@ def test_both_paths_agree_where_bounds_are_loose_or_pairs_tied(make, inputs: int
 def test_threads_and_the_number_of_rounds_at_a_time_change_nothing(target: Target, monkeypatch):
     layer, before = wide(100, 1), torch.get_num_threads()
     one = SparseSwaps(Wanda(), 50).compress(layer, target, torch.Generator())
-    monkeypatch.setattr(swap_kernel, "ROUNDS", 7)
-    monkeypatch.setattr(swap_kernel, "ROWS", 5)
+    monkeypatch.setattr(swap_rounds, "ROUNDS", 7)
+    monkeypatch.setattr(swap_rounds, "ROWS", 5)
     torch.set_num_threads(3)
     try:
         assert_same(SparseSwaps(Wanda(), 50).compress(layer, target, torch.Generator()), one)
@@ -258,7 +259,7 @@ def test_seconds_of_rounds_rise_and_end_within_the_call(path):
     start = time.perf_counter()
     result = SparseSwaps(Random(), None).compress(wide(300, 1), Target(0.5), torch.Generator())
     total, seconds = time.perf_counter() - start, [s for _, s, _ in result.trace]
-    assert len(seconds) > 2 * swap_kernel.ROUNDS  # the clock is looked at more than once
+    assert len(seconds) > 2 * swap_rounds.ROUNDS  # the clock is looked at more than once
     assert seconds[-1] <= total and all(0 < s < t for s, t in itertools.pairwise(seconds))
 
 
@@ -279,7 +280,7 @@ def test_the_rounds_leave_the_rows_as_they_tell(length: int | None, path):
     pruned = torch.where(mask, 0.0, weight.double())
     coupling = pruned @ gram.double()
     rows = Rows(weight, gram, mask, coupling, (coupling * pruned).sum(1), length)
-    *_, (_, last, made) = swap_kernel.rounds(rows, 20)
+    *_, (_, last, made) = swap_rounds.rounds(rows, 20)
     pruned = torch.where(mask, 0.0, weight.double())
     loss = ((pruned @ gram.double()) * pruned).sum(1)
     torch.testing.assert_close(rows.loss, loss, rtol=1e-9, atol=0)

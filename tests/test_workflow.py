@@ -427,7 +427,7 @@ def test_a_cell_is_exported_on_request(study):
     cell = next(cell for cell in plan(tiny_study()).cells if cell.columns["label"] == "wanda")
     folder = cell.folder.replace("cells", "exports/dense", 1)
     done = study.run(folder)
-    assert done.status == 0 and done.jobs == {"compress": 1, "export": 1}, done.output
+    assert done.status == 0 and done.jobs == {"code": 1, "compress": 1, "export": 1}, done.output
     assert not list(study.folder.rglob("weights.safetensors"))
     form, target, lines = audit(study.folder / folder)
     assert (form, target) == ("dense", Target(**cell.spec["target"])) and len(lines) == 2 * LAYERS

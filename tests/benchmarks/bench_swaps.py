@@ -16,7 +16,8 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from methods import ops, swap_kernel, swap_search
+from kernels import swap_rounds
+from methods import ops, swap_search
 from methods.base import Compressed, Layer, Target
 from methods.sparse_swaps import SparseSwaps
 from methods.wanda import Wanda
@@ -52,7 +53,7 @@ def swaps(layer: Layer, target: Target) -> Compressed:
 
 
 def plain_swaps(layer: Layer, target: Target) -> Compressed:
-    with mock.patch.object(swap_kernel, "rounds", swap_search.rounds):
+    with mock.patch.object(swap_rounds, "rounds", swap_search.rounds):
         return swaps(layer, target)
 
 

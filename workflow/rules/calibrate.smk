@@ -1,8 +1,17 @@
+rule code:
+    """Stands for the content of the files of code that a job depends on; see common.smk."""
+    output:
+        "results/code/{code}",
+    localrule: True
+    shell:
+        "echo {wildcards.code} > {output:q}"
+
+
 rule docstrings:
     """The text of the embedded study, from the installed packages."""
     input:
         hashes=from_here(f"{workflow.basedir}/resources/demo/text.sha256"),
-        sources=scripts("docstrings"),
+        code=code(*scripts("docstrings")),
     output:
         expand("results/text/{split}.txt", split=("train", "validation", "test")),
     log:
@@ -15,7 +24,7 @@ rule model:
     """Fetch a model once, and hash its weights for the provenance of every row."""
     input:
         model_files,
-        sources=scripts("fingerprint"),
+        code=code(*scripts("fingerprint")),
     output:
         "results/models/{model}.json",
     log:
@@ -31,7 +40,7 @@ rule calibration_tokens:
     input:
         text_files("calibration"),
         model="results/models/{model}.json",
-        sources=scripts("text"),
+        code=code(*scripts("text")),
     output:
         "results/tokens/{model}/calibration-{calib}.safetensors",
     log:
@@ -50,7 +59,7 @@ rule evaluation_tokens:
     input:
         text_files("evaluation"),
         model="results/models/{model}.json",
-        sources=scripts("text"),
+        code=code(*scripts("text")),
     output:
         "results/tokens/{model}/evaluation-{evaluation}.safetensors",
     log:
@@ -70,7 +79,7 @@ rule gram:
     input:
         model="results/models/{model}.json",
         tokens="results/tokens/{model}/calibration-{calib}.safetensors",
-        sources=scripts("calibrate", "propagate", "taps", "models"),
+        code=code(*scripts("calibrate", "propagate", "taps", "models")),
     output:
         directory("results/calibration/{model}/{calib}/gram"),
     log:

@@ -5,11 +5,11 @@ rule tables:
         [f"{cell.folder}/perplexity-{text}.json" for cell in PLAN.cells for text in PLAN.evaluations],
         [f"{cell.folder}/tasks-{tasks}.json" for cell in PLAN.cells for tasks in PLAN.tasks],
         list(PLAN.certificates),
-        sources=[
+        code=code(
             *scripts("collect", "cell_results", "bounds", "comparisons", "significance"),
             *scripts("table_schema", "tables", "grid", "sources", "task_sets"),
             TABLE_SCHEMA,
-        ],
+        ),
     output:
         [
             report(table, caption="../report/main_table.rst", category="Tables") if table.endswith(".md") else table
@@ -28,11 +28,11 @@ rule published:
     input:
         cells="results/tables/cells.parquet",
         numbers=from_here(f"{workflow.basedir}/resources/published.csv"),
-        sources=[
+        code=code(
             *scripts("published", "published_page", "tables", "table_schema", "grid", "sources"),
             from_here(f"{workflow.basedir}/workflow/schemas/published.schema.yaml"),
             TABLE_SCHEMA,
-        ],
+        ),
     output:
         [
             report(table, caption="../report/published.rst", category="Tables") if table.endswith(".md") else table
@@ -53,10 +53,10 @@ rule report_page:
         TABLES,
         published="results/tables/published.parquet",
         figures=[f"figures/{figure}.svg" for figure in DRAWN],
-        sources=[
+        code=code(
             *scripts("report_page", "tables", "compare", "cell_results", "table_schema", "grid", "figure_style"),
             TABLE_SCHEMA,
-        ],
+        ),
         page=PAGE,
     output:
         "results/report.html",
@@ -76,7 +76,7 @@ for figure, drawing in DRAWN.items():  # a rule each, because the path of a capt
             f"figure_{figure}"
         input:
             [f"results/tables/{table}.parquet" for table in drawing.tables],
-            sources=FIGURE_SCRIPTS,
+            code=FIGURE_CODE,
         output:
             f"figures/{figure}.pdf",
             report(f"figures/{figure}.svg", caption=f"../report/{figure}.rst", category="Figures"),

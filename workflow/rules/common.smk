@@ -1,16 +1,19 @@
 # The study's plan, and the helpers that rules name. Rules stand in the other files.
+import hashlib
 import json
 import os
 import shlex
 import shutil
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 from snakemake_interface_common.exceptions import WorkflowError
 
 from methods.catalogue import PACKAGES, SHARED_SOURCES
 from workflow.scripts import recall, sources, task_sets
+from workflow.scripts.fingerprint import sha256
 from workflow.scripts.grid import canonical, plan
 from workflow.scripts.plot import FIGURES
 from workflow.scripts.runtime import InputError
@@ -40,6 +43,7 @@ PUBLISHED = [f"results/tables/published.{kind}" for kind in ("parquet", "csv", "
 
 
 wildcard_constraints:
+    code="[0-9a-f]+",
     model="|".join(map(re.escape, PLAN.models)),
     calib="|".join(map(re.escape, PLAN.calibrations)),
     evaluation="|".join(map(re.escape, PLAN.evaluations)),
@@ -50,8 +54,24 @@ wildcard_constraints:
 
 
 def scripts(*names):
-    """Script files, listed as inputs because Snakemake does not see what a script imports."""
+    """Script files, listed because Snakemake does not see what a script imports."""
     return [from_here(f"{workflow.basedir}/workflow/scripts/{name}.py") for name in names]
+
+
+@cache
+def code(*files):
+    """A file named after the content of the files of code that a rule depends on, its input in their place.
+
+    An edit is another input. Neither a touched file nor a fresh checkout is, and a job has one input instead of thirty,
+    of which Snakemake would look at each for every job.
+    """
+    content = json.dumps([(os.path.basename(file), content_of(file)) for file in files])
+    return f"results/code/{hashlib.sha256(content.encode()).hexdigest()[:16]}"
+
+
+@cache
+def content_of(file):
+    return sha256(Path(file))
 
 
 def from_here(path):
@@ -60,11 +80,13 @@ def from_here(path):
 
 
 # Drawing is cheap: an edit to what draws one figure draws all.
-FIGURE_SCRIPTS = scripts(
-    "plot",
-    "seeds",
-    "table_schema",
-    *sorted(path.stem for path in Path(workflow.basedir).glob("workflow/scripts/figure_*.py")),
+FIGURE_CODE = code(
+    *scripts(
+        "plot",
+        "seeds",
+        "table_schema",
+        *sorted(path.stem for path in Path(workflow.basedir).glob("workflow/scripts/figure_*.py")),
+    )
 )
 PAGE = [from_here(str(path)) for path in sorted(Path(workflow.basedir).glob("workflow/report/**/*.*"))]
 # It decides the columns of what cells and tables write.
@@ -83,7 +105,12 @@ def certified(wildcards):
 def method_sources(wildcards):
     """Code that decides a cell's numbers: its method's file, its warm starts' files and the shared ones."""
     method = cell_of(wildcards).spec["method"]
-    return list(map(from_here, PLAN.catalogue.sources(method["name"], method["params"])))
+    return paths_of_method(method["name"], canonical(method["params"]))
+
+
+@cache  # Snakemake asks for every job of many thousands
+def paths_of_method(name, params):
+    return list(map(from_here, PLAN.catalogue.sources(name, json.loads(params))))
 
 
 def method_folders(wildcards):
@@ -94,13 +121,22 @@ def method_folders(wildcards):
 
 
 def model_files(wildcards):
-    return list(map(str, sources.model_files(PLAN.models[wildcards.model])))
+    return paths_of_model(wildcards.model)
+
+
+@cache
+def paths_of_model(model):
+    return list(map(str, sources.model_files(PLAN.models[model])))
 
 
 def model_mb(wildcards):
     """Megabytes that a job with the whole model takes: the process, the weights, their copies and activations."""
-    size = sum(Path(file).stat().st_size for file in model_files(wildcards))
-    return 1500 + 8 * size // 1_000_000
+    return 1500 + 8 * size_of_model(wildcards.model) // 1_000_000
+
+
+@cache
+def size_of_model(model):
+    return sum(Path(file).stat().st_size for file in paths_of_model(model))
 
 
 def text_of(kind):

@@ -11,12 +11,12 @@ rule compress:
             then="results/calibration/{model}/{calib}/gram",
             otherwise=[],
         ),
-        methods=method_sources,
-        sources=[
+        code=lambda wildcards: code(
+            *method_sources(wildcards),
             *scripts("compress", "calibrate", "propagate", "taps", "models", "accounting", "packed", "table_schema"),
+            *(scripts("tune") if "tune" in cell_of(wildcards).spec else []),
             TABLE_SCHEMA,
-        ],
-        tune=lambda wildcards: scripts("tune") if "tune" in cell_of(wildcards).spec else [],
+        ),
     output:
         weights=KEPT("results/cells/{model}/{calib}/{mode}/{cell}/weights.safetensors"),
         layers="results/cells/{model}/{calib}/{mode}/{cell}/layers.parquet",
@@ -45,11 +45,11 @@ rule certificate:
     input:
         model="results/models/{model}.json",
         gram="results/calibration/{model}/{calib}/gram",
-        methods=lambda wildcards: list(map(from_here, SHARED_SOURCES)),
-        sources=[
+        code=code(
+            *map(from_here, SHARED_SOURCES),
             *scripts("certificate", "lower_bound", "calibrate", "taps", "models", "table_schema"),
             TABLE_SCHEMA,
-        ],
+        ),
     output:
         "results/certificates/{model}/{calib}/{bound}.parquet",
     log:

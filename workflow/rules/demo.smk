@@ -2,7 +2,7 @@ rule demo_model:
     """The recipe of the embedded model; not part of `all`: its weights are committed."""
     input:
         expand("results/text/{split}.txt", split=("train", "validation", "test")),
-        sources=scripts("train_demo"),
+        code=code(*scripts("train_demo")),
     output:
         expand(
             "results/demo/{file}",

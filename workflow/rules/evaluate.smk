@@ -4,7 +4,7 @@ rule perplexity:
         model="results/models/{model}.json",
         tokens="results/tokens/{model}/evaluation-{evaluation}.safetensors",
         weights="results/cells/{model}/{calib}/{mode}/{cell}/weights.safetensors",
-        sources=scripts(*recall.SCRIPTS["perplexity"]),
+        code=code(*scripts(*recall.SCRIPTS["perplexity"])),
     output:
         "results/cells/{model}/{calib}/{mode}/{cell}/perplexity-{evaluation}.json",
     log:
@@ -27,7 +27,7 @@ rule docstring_tasks:
         definitions=[
             from_here(f"{workflow.basedir}/resources/demo/tasks/{task}.yaml") for task in ("last_word", "continuation")
         ],
-        sources=scripts("docstring_tasks"),
+        code=code(*scripts("docstring_tasks")),
     output:
         expand("results/tasks/docstrings/{task}.{kind}", task=("last_word", "continuation"), kind=("yaml", "jsonl")),
     log:
@@ -44,7 +44,7 @@ rule task_data:
     """Load the data of a set of tasks once, so that what is absent is told early and nothing is fetched twice."""
     input:
         task_files,
-        sources=scripts("zero_shot", "task_sets"),
+        code=code(*scripts("zero_shot", "task_sets")),
     output:
         "results/tasks/{tasks}.json",
     log:
@@ -63,7 +63,7 @@ rule zero_shot:
         model="results/models/{model}.json",
         tasks="results/tasks/{tasks}.json",
         weights="results/cells/{model}/{calib}/{mode}/{cell}/weights.safetensors",
-        sources=scripts(*recall.SCRIPTS["tasks"]),
+        code=code(*scripts(*recall.SCRIPTS["tasks"])),
     output:
         "results/cells/{model}/{calib}/{mode}/{cell}/tasks-{tasks}.json",
     log:

@@ -4,7 +4,7 @@ rule export:
         model="results/models/{model}.json",
         weights="results/cells/{model}/{calib}/{mode}/{cell}/weights.safetensors",
         record="results/cells/{model}/{calib}/{mode}/{cell}/cell.json",
-        sources=scripts("export", "packed", "accounting", "evaluate", "models"),
+        code=code(*scripts("export", "packed", "accounting", "evaluate", "models")),
     output:
         directory("results/exports/{format}/{model}/{calib}/{mode}/{cell}"),
     log:

@@ -1,10 +1,10 @@
 """SparseSwaps on a CPU: each row's swaps in one compiled loop, so that the row's data stay in cache.
 
-Pairs are compared, checked and swapped in the arithmetic of the plain loop in `swap_search.py`, operation by operation,
-and of equal pairs the one of the lowest u, then p, is taken: the swaps are the same. What differs is how many pairs
-are looked at. With s_j = |w_j| sqrt(G_jj) and r_u the largest |correlation| of u with another input, 2 w_u w_p G_up is
-at most slope_u s_p, slope_u = 2 r_u s_u. Left out are the kept u whose cost_u + min_p gain_p - slope_u max_p s_p is
-above a pair that is known; then, for each u that is left, the p whose gain_p - slope_u s_p is too large.
+Pairs are compared, checked and swapped in the arithmetic of the plain loop in `methods/swap_search.py`, operation by
+operation, and of equal pairs the one of the lowest u, then p, is taken: the swaps are the same. What differs is how
+many pairs are looked at. With s_j = |w_j| sqrt(G_jj) and r_u the largest |correlation| of u with another input, 2 w_u
+w_p G_up is at most slope_u s_p, slope_u = 2 r_u s_u. Left out are the kept u whose cost_u + min_p gain_p - slope_u
+max_p s_p is above a pair that is known; then, for each u that is left, the p whose gain_p - slope_u s_p is too large.
 Rounding is monotone: a bound that is computed in the order of a change's own operations holds to the last bit. The
 others are given slack. Within the groups of n:m all pairs are few enough.
 """
@@ -21,12 +21,12 @@ from functools import partial
 
 import numpy as np
 import torch
-from numba import njit
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import pad
 
 from kernels import lanes
+from kernels.rows import compiled
 from methods.swap_search import TOLERANCE, Rows
 
 ROUNDS = 32  # between two looks at the clock
@@ -102,7 +102,7 @@ def group_blocks(gram: Tensor, length: int) -> Tensor:
     return padded.unflatten(0, (-1, length)).unflatten(2, (-1, length)).diagonal(dim1=0, dim2=2)
 
 
-@njit(nogil=True, error_model="numpy")
+@compiled()
 def _least(values):
     """Minimum of values [a multiple of 16], none of them nan."""
     least = lanes.load(values, 0)
@@ -111,7 +111,7 @@ def _least(values):
     return lanes.least(least)
 
 
-@njit(nogil=True, error_model="numpy")
+@compiled()
 def _least_below(values, slopes, t):
     """Minimum of values - t * slopes [a multiple of 16], none of them nan."""
     times = lanes.spread(t)
@@ -122,7 +122,7 @@ def _least_below(values, slopes, t):
     return lanes.least(least)
 
 
-@njit(nogil=True, error_model="numpy")
+@compiled()
 def _places(values, limit, found):
     """Write the places where values [a multiple of 16] are at most `limit` to `found`, in order; how many they are."""
     count = 0
@@ -136,7 +136,7 @@ def _places(values, limit, found):
     return count
 
 
-@njit(nogil=True, error_model="numpy")
+@compiled()
 def _place(values, limit):
     """The first place where values [a multiple of 16] are at most `limit`; there must be one."""
     limits = lanes.spread(limit)
@@ -147,14 +147,14 @@ def _place(values, limit):
     return 0
 
 
-@njit(nogil=True, error_model="numpy")
+@compiled()
 def _move(coupling, pruned, restored, weight_u, weight_p):
     """Coupling after the swap; pruned, restored: rows of the Gram."""
     for i in range(len(coupling)):
         coupling[i] += weight_u * np.float64(pruned[i]) - weight_p * np.float64(restored[i])
 
 
-@njit(nogil=True, error_model="numpy")
+@compiled()
 def _costs(weight, diagonal, coupling, mask, cost, gain):
     """Of pruning each kept and restoring each pruned weight, rounded to float32; inf elsewhere."""
     infinite = np.float32(np.inf)
@@ -166,32 +166,32 @@ def _costs(weight, diagonal, coupling, mask, cost, gain):
         gain[i] = infinite if mask[i] else np.float32(alone - both)
 
 
-@njit(nogil=True, error_model="numpy")
+@compiled()
 def _bounds(cost, slope, largest, least_gain, bound):
     """No pair of each kept weight changes the loss by less."""
     for i in range(len(slope)):
         bound[i] = (least_gain - slope[i] * largest) + cost[i]
 
 
-@njit(nogil=True, error_model="numpy")
+@compiled()
 def _change(u, p, gram, weight, cost, gain):
     return (gram[u, p] * weight[p]) * (np.float32(-2) * weight[u]) + gain[p] + cost[u]
 
 
-@njit(nogil=True, error_model="numpy")
+@compiled()
 def _changes(gram, weight_u, weight_p, cost, gain, change):
     """The same of as many pairs as there are entries."""
     for k in range(len(change)):
         change[k] = (gram[k] * weight_p[k]) * (np.float32(-2) * weight_u[k]) + gain[k] + cost[k]
 
 
-@njit(nogil=True, error_model="numpy")
+@compiled()
 def _better(change, u, p, best, best_u, best_p):
     """Smaller, or equal and before it in the order of pairs."""
     return change < best or (change == best and (u < best_u or (u == best_u and p < best_p)))
 
 
-@njit(nogil=True, error_model="numpy")
+@compiled()
 def _best_in_groups(blocks, weight, cost, gain, change):
     """u and p of the smallest change below zero of which both lie in the same group, or -1 and -1.
 
@@ -218,7 +218,7 @@ def _best_in_groups(blocks, weight, cost, gain, change):
     return best_u % length * groups + best_u // length, best_p % length * groups + best_p // length
 
 
-@njit(nogil=True, error_model="numpy")
+@compiled()
 def _best_in_row(gram, weight, cost, gain, terms, first, tried, partners, pairs, floats):
     """u and p of the smallest change below zero, or -1 and -1. first: the pair to begin with; terms: size s, slope, the
     largest s_p, the least gain and the bound of each u; tried, partners, pairs and floats: memory to work in.
@@ -290,14 +290,14 @@ def _best_in_row(gram, weight, cost, gain, terms, first, tried, partners, pairs,
     return best_u, best_p
 
 
-@njit(nogil=True, error_model="numpy")
+@compiled()
 def _limit(best, cost, least_gain, largest_term):
     """Of gain_p - slope_u s_p, above which no pair of this kept weight is as good as `best`, whatever the rounding."""
     slack = np.float32(SLACK) * (abs(best) + abs(cost) + abs(least_gain) + largest_term)
     return (best - cost) + slack
 
 
-@njit(nogil=True, error_model="numpy")
+@compiled()
 def _pruned(weight, diagonal, mask):
     """Sum of w_j^2 G_jj over what is pruned."""
     total = 0.0
@@ -307,12 +307,9 @@ def _pruned(weight, diagonal, mask):
     return total
 
 
-@njit(
+@compiled(
     "void(f4[:,::1], f4[::1], f4[::1], f4[::1], f4[:,:,::1], i8[::1], f4[:,::1], b1[:,::1], f8[:,::1], f8[::1], "
-    "b1[::1], f8[:,:], b1[:,:], f8)",
-    nogil=True,
-    error_model="numpy",
-    cache=True,
+    "b1[::1], f8[:,:], b1[:,:], f8)"
 )
 def _advance(
     gram, diagonal, root, steepness, blocks, outside, weights, masks, couplings, losses, active, told, made, tolerance
