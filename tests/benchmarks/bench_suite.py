@@ -10,59 +10,61 @@ that all three see the same load. Their seconds are in `extra_info` of the JSON,
 import os
 import time
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 
-from tests.benchmarks.suite import CASES, Case, first_rows, layer_of, shapes
+from methods.base import Layer
+from tests.benchmarks.suite import CASES, first_rows, layer_of, shapes
 
 WARM = 256  # side of the layer that every call sees once before it is timed
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     found = [
-        pytest.param(case, shape, compared, id=f"{case.name}-{shape[0]}x{shape[1]}")
+        pytest.param(name, shape, compared, id=f"{name}, {shape[0]} x {shape[1]}")
         for shape, compared in shapes(metafunc.config.getoption("sizes")).items()
-        for case in CASES
+        for name in CASES
     ]
-    metafunc.parametrize("case, shape, compared", found)
+    metafunc.parametrize("name, shape, compared", found)
 
 
-def seconds(call: Callable[[], object]) -> float:
+def timed(call: Callable[[Layer], Any], layer: Layer) -> tuple[float, Any]:
+    """Seconds, and the result."""
     start = time.perf_counter()
-    call()
-    return time.perf_counter() - start
+    result = call(layer)
+    return time.perf_counter() - start, result
 
 
-def test_case(benchmark, pytestconfig: pytest.Config, case: Case, shape: tuple[int, int], compared: bool) -> None:
-    out, inputs = shape
+def test_case(benchmark, pytestconfig: pytest.Config, name: str, shape: tuple[int, int], compared: bool) -> None:
+    case, (out, inputs) = CASES[name], shape
     reason = case.left_out(out, inputs, compared)
     if reason:
         pytest.skip(reason)
     torch.set_num_threads(pytestconfig.getoption("threads"))
 
     layer, load = first_rows(layer_of(out, inputs), case.rows), os.getloadavg()[0]
-    few, taken = first_rows(layer, case.few), {"floor": [], "baseline": []}
-    baseline = case.baseline if compared and max(shape) <= case.baseline_largest else None
-    small = first_rows(layer_of(WARM, WARM), case.rows)
-    case.compress(small), case.floor(small)
-    if baseline:
-        baseline(first_rows(small, case.few))
+    few, floor, baseline = first_rows(layer, case.few), [], []
+    published = case.baseline if compared and max(shape) <= case.baseline_largest else None
+    warm = first_rows(layer_of(WARM, WARM), case.rows)
+    for call, seen in ((case.compress, warm), (case.floor, warm), (published, first_rows(warm, case.few))):
+        if call:
+            call(seen)
 
     def others() -> None:
-        taken["floor"].append(seconds(lambda: case.floor(layer)))
-        if baseline:
-            taken["baseline"].append(seconds(lambda: baseline(few)))
+        floor.append(timed(case.floor, layer)[0])
+        if published:
+            baseline.append(timed(published, few))
 
-    benchmark.group = case.name
+    benchmark.group = name
     result = benchmark.pedantic(case.compress, (layer,), setup=others, rounds=case.rounds_at(inputs))
-    scale = case.scale(result)
     benchmark.extra_info.update(
-        case=case.name,
+        case=name,
         out=out,
         inputs=inputs,
-        floor=taken["floor"],
-        baseline=[scale * each for each in taken["baseline"]],
+        floor=floor,
+        baseline=[case.scale(result, theirs) * each for each, theirs in baseline],
         threads=torch.get_num_threads(),
         load=load,
     )

@@ -8,6 +8,7 @@ what came of it.
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import Any
 from unittest import mock
 
 import torch
@@ -39,13 +40,13 @@ from tests.benchmarks import companions
 SIZES = ((512, 512), (1024, 1024), (2048, 2048), (4096, 4096), (11008, 4096))  # out x in
 SIDES, FIXED = (512, 1024, 2048), 1024  # of the layers by which seconds grow with `in` and with `out`
 BUDGET = 60  # seconds on two cores that one round of a case may take; `largest` and `baseline_largest` follow from it
-ROUNDS = {512: 9, 1024: 5, 2048: 3}  # up to that `in`; above, as many as the case says
+ROUNDS = {512: 5, 1024: 3, 2048: 3}  # up to that `in`; above, as many as the case says
 
 STEPS = 5  # of Frank-Wolfe and AWP, which take hundreds that all cost the same
 PENALTIES = 8  # iterations of ADMM; ALPS
 PATH = 12
 PUBLISHED = 2000  # Frank-Wolfe's steps
-TRIED = 40  # swaps per row of brute force, of swaps.SWAPS
+TRIED = 40  # swaps per row of brute force at most, of swaps.SWAPS
 UNTIMED = {"dense": "returns the weight as it is"}  # methods without a case, and why
 
 
@@ -82,7 +83,7 @@ def first_rows(layer: Layer, rows: int | None) -> Layer:
     return replace(layer, weight=layer.weight[:rows].clone()) if rows else layer
 
 
-def one(_: Compressed) -> float:
+def one(*_: object) -> float:
     return 1.0
 
 
@@ -92,8 +93,8 @@ class Case:
 
     built: the method as it is timed, each time with nothing kept on the layer's Gram. floor, baseline: callables of the
     layer; None where nothing is published. note: what is timed where it is not the whole run, and how it is scaled.
-    rows: how many of the layer's are timed where all are alike; few: how many by the baseline; scale: what, given the
-    method's result, the baseline's seconds are multiplied by. largest, baseline_largest: side of a layer above which
+    rows: how many of the layer's are timed where all are alike; few: how many by the baseline; scale: what, given both
+    results, the baseline's seconds are multiplied by. largest, baseline_largest: side of a layer above which
     one round would take more than BUDGET seconds.
     """
 
@@ -102,12 +103,12 @@ class Case:
     built: Method
     target: Target
     floor: Callable[[Layer], object]
-    baseline: Callable[[Layer], Tensor] | None = None
+    baseline: Callable[[Layer], Tensor | Compressed] | None = None
     note: str = ""
     rounds: int = 1  # above an `in` of 2048
     rows: int | None = None
     few: int | None = None
-    scale: Callable[[Compressed], float] = one
+    scale: Callable[[Compressed, Any], float] = one
     largest: int = 11008
     baseline_largest: int = 11008
 
@@ -139,10 +140,10 @@ def relaxed(layer: Layer, target: Target, steps: int) -> Tensor:
     return layer.weight * chosen.view_as(mask)
 
 
-def brute_force(layer: Layer, target: Target) -> Tensor:
-    """Weight [out, in] after TRIED best swaps of all pairs."""
+def brute_force(layer: Layer, target: Target) -> Compressed:
+    """Up to TRIED swaps in each row, of all pairs the best."""
     with mock.patch.object(swaps, "SWAPS", TRIED):
-        return swaps.baseline_swaps(layer, target).weight
+        return swaps.baseline_swaps(layer, target)
 
 
 def one_after_the_other(layer: Layer, prune: Target, grid: Target) -> Tensor:
@@ -202,9 +203,9 @@ def listed() -> list[Case]:
                 target,
                 of(swaps.floor_swaps, target),
                 None if n_of_m else of(brute_force, target),
-                "" if n_of_m else f"brute force: {TRIED} swaps in each of 4 rows, scaled to as many as were made",
+                "" if n_of_m else f"brute force: up to {TRIED} swaps in each of 4 rows, scaled to as many as were made",
                 few=4,
-                scale=lambda result: result.info["swaps"] / (4 * TRIED),
+                scale=lambda result, tried: result.info["swaps"] / tried.info["swaps"],
                 baseline_largest=4096,
             ),
             Case(
@@ -224,7 +225,7 @@ def listed() -> list[Case]:
                 of(products, 1),
                 of(relaxed, target, STEPS),
                 f"to a duality gap of 1e-4; published: {STEPS} of {PUBLISHED} steps, scaled",
-                scale=lambda _: PUBLISHED / STEPS,
+                scale=lambda *_: PUBLISHED / STEPS,
                 largest=2048,
             ),
             Case(
@@ -283,7 +284,7 @@ def listed() -> list[Case]:
             of(companions.baseline_awq, grid),
             f"released loops on {companions.BATCH} rows, scaled",
             few=companions.BATCH,
-            scale=lambda result: len(result.weight) / companions.BATCH,
+            scale=lambda result, tried: len(result.weight) / len(tried),
             largest=4096,
         ),
         Case(
@@ -307,4 +308,4 @@ def listed() -> list[Case]:
     return found
 
 
-CASES = listed()
+CASES = {case.name: case for case in listed()}
