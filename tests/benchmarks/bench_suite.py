@@ -59,12 +59,13 @@ def test_case(benchmark, pytestconfig: pytest.Config, name: str, shape: tuple[in
 
     benchmark.group = name
     result = benchmark.pedantic(case.compress, (layer,), setup=others, rounds=case.rounds_at(inputs))
-    benchmark.extra_info.update(
-        case=name,
-        out=out,
-        inputs=inputs,
-        floor=floor,
-        baseline=[case.scale(result, theirs) * each for each, theirs in baseline],
-        threads=torch.get_num_threads(),
-        load=load,
-    )
+    benchmark.extra_info |= {
+        "case": name,
+        "out": out,
+        "in": inputs,
+        "compared": compared,
+        "floor": floor,
+        "baseline": [case.scale(result, theirs) * each for each, theirs in baseline],
+        "threads": torch.get_num_threads(),
+        "load": load,
+    }
