@@ -58,7 +58,7 @@ def test_case(benchmark, pytestconfig: pytest.Config, name: str, shape: tuple[in
             baseline.append(timed(published, few))
 
     benchmark.group = name
-    result = benchmark.pedantic(case.compress, (layer,), setup=others, rounds=case.rounds_at(inputs))
+    result = benchmark.pedantic(case.compress, (layer,), setup=others, rounds=case.rounds_at(out))
     benchmark.extra_info |= {
         "case": name,
         "out": out,

@@ -40,7 +40,7 @@ from tests.benchmarks import companions
 SIZES = ((512, 512), (1024, 1024), (2048, 2048), (4096, 4096), (11008, 4096))  # out x in
 SIDES, FIXED = (512, 1024, 2048), 1024  # of the layers by which seconds grow with `in` and with `out`
 BUDGET = 60  # seconds on two cores that one round of a case may take; `largest` and `baseline_largest` follow from it
-ROUNDS = {512: 5, 1024: 3, 2048: 3}  # up to that `in`; above, as many as the case says
+ROUNDS = {512: 5, 1024: 3}  # by `out` up to that; up to 4096 as many as the case says, above that one
 
 STEPS = 5  # of Frank-Wolfe and AWP, which take hundreds that all cost the same
 PENALTIES = 8  # iterations of ADMM; ALPS
@@ -105,15 +105,15 @@ class Case:
     floor: Callable[[Layer], object]
     baseline: Callable[[Layer], Tensor | Compressed] | None = None
     note: str = ""
-    rounds: int = 1  # above an `in` of 2048
+    rounds: int = 1
     rows: int | None = None
     few: int | None = None
     scale: Callable[[Compressed, Any], float] = one
     largest: int = 11008
     baseline_largest: int = 11008
 
-    def rounds_at(self, inputs: int) -> int:
-        return next((rounds for side, rounds in ROUNDS.items() if inputs <= side), self.rounds)
+    def rounds_at(self, out: int) -> int:
+        return next((rounds for side, rounds in ROUNDS.items() if out <= side), self.rounds if out <= 4096 else 1)
 
     def left_out(self, out: int, inputs: int, compared: bool) -> str | None:
         """Why a layer of that shape is not timed, or None."""
@@ -240,7 +240,7 @@ def listed() -> list[Case]:
         ]
     for target, label in ((row, "50% row"), (whole, "50% layer"), (pairs, "2:4")):
         baseline = of(columns.baseline_sparsegpt, target)
-        found.append(Case("sparsegpt", label, SparseGPT(), target, columns.floor_columns, baseline))
+        found.append(Case("sparsegpt", label, SparseGPT(), target, columns.floor_columns, baseline, rounds=3))
     found += [
         Case(
             "admm",
@@ -274,7 +274,7 @@ def listed() -> list[Case]:
             largest=4096,
         ),
         Case("rtn", "4 bits g128", RTN(), grid, copy, of(columns.baseline_rtn, grid), rounds=3),
-        Case("gptq", "4 bits g128", GPTQ(), grid, columns.floor_columns, of(columns.baseline_gptq, grid)),
+        Case("gptq", "4 bits g128", GPTQ(), grid, columns.floor_columns, of(columns.baseline_gptq, grid), rounds=3),
         Case(
             "awq",
             "4 bits g128",
