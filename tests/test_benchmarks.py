@@ -55,8 +55,8 @@ def test_what_is_timed_depends_on_the_size():
     }
     assert suite.shapes("256 96x32") == {(96, 32): True, (256, 256): True}
     alps, reconstruct = CASES["alps 50% layer"], CASES["reconstruct 50% row"]
-    assert alps.left_out(2048, 2048, True) is None and "60 s" in alps.left_out(4096, 4096, True)
-    assert reconstruct.left_out(2048, 1024, False) and reconstruct.left_out(1024, 2048, False) is None
+    assert alps.left_out(2048, 2048) is None and "60 s" in alps.left_out(4096, 4096)
+    assert reconstruct.left_out(2048, 1024) and reconstruct.left_out(1024, 2048) is None
 
 
 def entry(case: Case, out: int, inputs: int, seconds: float, baseline: list[float]) -> dict:
