@@ -145,8 +145,8 @@ def baseline_rtn(layer: Layer, target: Target) -> Tensor:
 
 
 def floor_factorisation(layer: Layer) -> Tensor:
-    """One Cholesky factorisation and one inverse of a triangle, in float64: `Gram.inverse_factor`."""
-    return afresh(layer).gram.inverse_factor(DAMPING)[0]
+    """One Cholesky factorisation in float64: `Gram.factor`."""
+    return afresh(layer).gram.factor(DAMPING)[0]
 
 
 def floor_products(layer: Layer, factor: Tensor) -> Tensor:
