@@ -3,73 +3,87 @@
 import numpy as np
 from torch import Tensor
 
-from kernels.lanes import LANES, less_product, load, spread, store, transpose
+from kernels.lanes import (
+    LANES,
+    absolute,
+    at_most,
+    less_product,
+    load,
+    minus,
+    none,
+    over,
+    plus,
+    select,
+    spread,
+    store,
+    times,
+    to_whole,
+    transpose,
+    within,
+)
 from kernels.rows import array, by_rows, compiled
 
 ROWS = LANES
 TOGETHER = 4  # columns whose errors are taken off the columns after them in one go
 RANKED = 16  # of up to so many columns each is compared with each, of more the cut is searched
-LARGEST = 2**31 - 2
+INFINITE = 0x7F800000  # the bits of infinity
 NO_SCALES, NO_GROUPS, NO_CODES = np.empty((0, 0), np.float32), np.empty(0, np.int64), np.empty((0, 0), np.uint8)
 
 
 @compiled()
-def _choose(block, factor, i, of, pruned, scores, keep):
-    """keep [columns, rows] of columns i to i + of: 0 at the `pruned` of the smallest |w / U_jj| in each row, else 1."""
+def _choose(entries, factor, i, of, pruned, scores, keep):
+    """keep [columns * rows] from column i on: 0 at the `pruned` smallest |w / U_jj| of `of` in each row, else 1."""
     size = min(of, len(factor) - i)
     pruned -= of - size  # what fills up the last group goes first
     for e in range(size):
-        for r in range(ROWS):
-            scores[e, r] = abs(block[i + e, r] / factor[i + e, i + e])
+        own = spread(factor[i + e, i + e])
+        store(scores, e * ROWS, absolute(over(load(entries, (i + e) * ROWS), own)))
     if size <= RANKED:
-        _rank(scores[:size], pruned, keep[i : i + size])
+        _rank(scores, size, np.float32(pruned), keep, i)
     else:
-        _search(scores[:size].view(np.int32), pruned, keep[i : i + size])
+        _search(scores, size, np.float32(pruned), keep, i)
 
 
 @compiled()
-def _rank(scores, pruned, keep):
-    ranks = np.empty(ROWS, np.int32)
-    for e in range(len(scores)):
-        ranks[:] = pruned
-        for f in range(len(scores)):
-            if f < e:
-                for r in range(ROWS):
-                    ranks[r] -= scores[f, r] <= scores[e, r]
-            else:
-                for r in range(ROWS):
-                    ranks[r] -= scores[f, r] < scores[e, r]
-        for r in range(ROWS):
-            keep[e, r] = np.float32(ranks[r] <= 0)
+def _rank(scores, size, pruned, keep, i):
+    one, nothing = spread(np.float32(1)), none()
+    for e in range(size):
+        score, rank = load(scores, e * ROWS), none()
+        for f in range(e):
+            rank = plus(rank, select(at_most(load(scores, f * ROWS), score), one, nothing))
+        for f in range(e + 1, size):
+            rank = plus(rank, select(at_most(score, load(scores, f * ROWS)), nothing, one))
+        store(keep, (i + e) * ROWS, select(at_most(spread(pruned), rank), one, nothing))
 
 
 @compiled()
-def _search(keys, pruned, keep):
+def _search(scores, size, pruned, keep, i):
     """By bisection, each row its own; floats that are not negative are ordered as their bits are."""
-    low, high = np.full(ROWS, -1, np.int32), np.full(ROWS, LARGEST, np.int32)  # at most low: < pruned keys, high: not
-    middle, count = np.empty(ROWS, np.int32), np.empty(ROWS, np.int32)
-    spare = np.full(ROWS, max(pruned, 0), np.int32)  # of the keys equal to the cut, how many go
-    if pruned <= 0:
-        high[:] = -1
+    one, nothing = spread(np.float32(1)), none()
+    low, high = np.full(ROWS, -1, np.int32), np.full(ROWS, INFINITE, np.int32)  # at low: < pruned scores, at high: not
+    middle, counted = np.empty(ROWS, np.int32), np.empty(ROWS, np.float32)
+    bounds = middle.view(np.float32)
     for _ in range(31):
         for r in range(ROWS):
-            middle[r] = low[r] + (high[r] - low[r]) // np.int32(2)
-            count[r] = 0
-        for e in range(len(keys)):
-            for r in range(ROWS):
-                count[r] += np.int32(keys[e, r] <= middle[r])
+            middle[r] = (low[r] + high[r]) >> 1
+        bound, count = load(bounds, 0), none()
+        for e in range(size):
+            count = plus(count, select(at_most(load(scores, e * ROWS), bound), one, nothing))
+        store(counted, 0, count)
         for r in range(ROWS):
-            enough = count[r] >= pruned
-            high[r] = middle[r] if enough else high[r]
-            low[r] = low[r] if enough else middle[r]
-    for e in range(len(keys)):
-        for r in range(ROWS):
-            spare[r] -= np.int32(keys[e, r] < high[r])
-    for e in range(len(keys)):
-        for r in range(ROWS):
-            tie = np.int32(keys[e, r] == high[r])
-            keep[e, r] = np.float32((keys[e, r] > high[r]) | ((tie == 1) & (spare[r] <= 0)))
-            spare[r] -= tie
+            if counted[r] >= pruned:
+                high[r] = middle[r]
+            else:
+                low[r] = middle[r]
+    bound, spare = load(high.view(np.float32), 0), spread(max(pruned, np.float32(0)))
+    for e in range(size):
+        spare = minus(spare, select(at_most(bound, load(scores, e * ROWS)), nothing, one))
+    for e in range(size):  # of those equal to the cut the first go
+        score = load(scores, e * ROWS)
+        below, above = at_most(score, bound), at_most(bound, score)
+        tied = below & above
+        store(keep, (i + e) * ROWS, select(below & ~(tied & at_most(spare, nothing)), nothing, one))
+        spare = minus(spare, select(tied, one, nothing))
 
 
 @compiled()
@@ -111,11 +125,12 @@ def _settle(
     columns = len(factor)
     end, wide = start + columns, -(-columns // LANES) * LANES
     rows = np.zeros((ROWS, wide), np.float32)  # a tile as it lies in the weight; the others have its rows as lanes
-    block, lost = np.zeros((wide, ROWS), np.float32), np.zeros((wide, ROWS), np.float32)
-    keep, code = np.zeros((wide, ROWS), np.float32), np.zeros((wide, ROWS), np.float32)
-    entries, losses = block.reshape(-1), lost.reshape(-1)
-    scale, zero = np.ones(ROWS, np.float32), np.zeros(ROWS, np.float32)
-    scores, settled = np.empty((of, ROWS), np.float32), np.empty(ROWS, np.float32)
+    tiles = np.zeros((4, wide, ROWS), np.float32)
+    entries, losses, keep, code = tiles.reshape(4, -1)
+    grid = np.ones((2, ROWS), np.float32)
+    scale, zero = grid[0], grid[1]
+    scores = np.empty(of * ROWS, np.float32)
+    one, minus_one, largest = spread(np.float32(1)), spread(np.float32(-1)), spread(most)
     together = TOGETHER if of % TOGETHER == 0 or of >= columns else 1  # a choice needs its columns up to date
     for top in range(first, last, ROWS):
         height = min(ROWS, last - top)
@@ -123,43 +138,43 @@ def _settle(
             for r in range(height):
                 for i in range(columns):
                     rows[r, i] = np.float32(mask[top + r, start + i])
-            _turn(rows, keep, ROWS, wide)
+            _turn(rows, tiles[2], ROWS, wide)
         rows[height:] = 0
         rows[:height, :columns] = weight[top : top + height, start:end]
-        _turn(rows, block, ROWS, wide)
+        _turn(rows, tiles[0], ROWS, wide)
         for i in range(columns):
             if of and i % of == 0:
-                _choose(block, factor, i, of, pruned, scores, keep)
+                _choose(entries, factor, i, of, pruned, scores, keep)
             if most and (i == 0 or group_of[start + i] != group_of[start + i - 1]):
                 for r in range(height):
                     scale[r], zero[r] = scales[top + r, group_of[start + i]], zeros[top + r, group_of[start + i]]
-            for r in range(ROWS):
-                settled[r] = block[i, r] if keep[i, r] else np.float32(0)
-            if most:
-                for r in range(ROWS):
-                    code[i, r] = min(max(np.rint(settled[r] / scale[r]) + zero[r], np.float32(0)), most)
-                    settled[r] = scale[r] * (code[i, r] - zero[r])
-            for r in range(ROWS):
-                lost[i, r] = (block[i, r] - settled[r]) / factor[i, i]
-                block[i, r] = settled[r]
+            entry = load(entries, i * ROWS)
+            settled = select(at_most(one, load(keep, i * ROWS)), entry, none())
+            if most:  # products and sums as less_product has them: rounded one by one
+                steps, origin = load(scale, 0), load(zero, 0)
+                found = within(less_product(to_whole(over(settled, steps)), minus_one, origin), largest)
+                store(code, i * ROWS, found)
+                settled = times(steps, less_product(found, one, origin))
+            error = over(less_product(entry, one, settled), spread(factor[i, i]))
+            store(losses, i * ROWS, error)
+            store(entries, i * ROWS, settled)
             through = min(i // together * together + together, columns)
-            error = load(losses, i * ROWS)
             for k in range(i + 1, through):
                 store(entries, k * ROWS, less_product(load(entries, k * ROWS), error, spread(factor[i, k])))
             if i + 1 == through:
                 _take_off(entries, losses, factor, i + 1 - together if together > 1 else i, through)
-        _turn(block, rows, wide, ROWS)
+        _turn(tiles[0], rows, wide, ROWS)
         weight[top : top + height, start:end] = rows[:height, :columns]
         for r in range(height):
             for i in range(columns):
                 errors[top + r, start + i] = original[top + r, start + i] - rows[r, i]
         if of:
-            _turn(keep, rows, wide, ROWS)
+            _turn(tiles[2], rows, wide, ROWS)
             for r in range(height):
                 for i in range(columns):
                     mask[top + r, start + i] = rows[r, i] != 0
         if most:
-            _turn(code, rows, wide, ROWS)
+            _turn(tiles[3], rows, wide, ROWS)
             for r in range(height):
                 for i in range(columns):
                     codes[top + r, start + i] = np.uint8(rows[r, i])

@@ -174,6 +174,46 @@ def less_product(typing_context, a, b, c):
 
 
 @intrinsic
+def over(typing_context, a, b):
+    """a / b, rounded as ever."""
+    return LANES_TYPE(a, b), lambda context, builder, signature, args: builder.fdiv(*args)
+
+
+@intrinsic
+def absolute(typing_context, lanes):
+    """|lane| of each."""
+
+    def build(context, builder, signature, args):
+        bits = builder.and_(builder.bitcast(args[0], INTS), _constant(INT, [0x7FFFFFFF] * LANES))
+        return builder.bitcast(bits, FLOATS)
+
+    return LANES_TYPE(lanes), build
+
+
+@intrinsic
+def to_whole(typing_context, lanes):
+    """Each lane rounded to a whole number, halves to even."""
+
+    def build(context, builder, signature, args):
+        kind = ir.FunctionType(FLOATS, [FLOATS])
+        return builder.call(builder.module.declare_intrinsic("llvm.rint.v16f32", fnty=kind), args)
+
+    return LANES_TYPE(lanes), build
+
+
+@intrinsic
+def within(typing_context, lanes, limits):
+    """The lanes, or 0 or the limit where they are beyond; none is nan."""
+
+    def build(context, builder, signature, args):
+        zero = ir.Constant(FLOATS, [0.0] * LANES)
+        lanes = builder.select(builder.fcmp_ordered(">", args[0], zero), args[0], zero)
+        return builder.select(builder.fcmp_ordered("<", lanes, args[1]), lanes, args[1])
+
+    return LANES_TYPE(lanes, limits), build
+
+
+@intrinsic
 def total(typing_context, lanes):
     """Sum of the sixteen lanes, float32."""
 
