@@ -1,7 +1,7 @@
 """The column loop of SparseGPT and GPTQ within one block, compiled: sixteen rows at a time, all columns in cache."""
 
 import numpy as np
-from torch import Tensor
+from torch import Tensor, from_numpy
 
 from kernels.lanes import (
     LANES,
@@ -21,7 +21,7 @@ from kernels.lanes import (
     transpose,
     within,
 )
-from kernels.rows import array, by_rows, compiled
+from kernels.rows import array, by_rows, compiled, empty
 
 ROWS = LANES
 TOGETHER = 4  # columns whose errors are taken off the columns after them in one go
@@ -178,6 +178,11 @@ def _settle(
             for r in range(height):
                 for i in range(columns):
                     codes[top + r, start + i] = np.uint8(rows[r, i])
+
+
+def memory(shape: tuple[int, ...]) -> Tensor:
+    """Uninitialised float32."""
+    return from_numpy(empty(shape, np.float32))
 
 
 def settle_block(

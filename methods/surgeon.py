@@ -49,7 +49,8 @@ class Settling:
         from start to end, or to one after it, as the blocks before have left them, and diagonal is U_jj of the block.
         """
         factor, inputs = self.factor, len(self.factor)
-        weight, errors = self.original.new_empty(2, *self.original.shape)
+        shape = (2, *self.original.shape)
+        weight, errors = columns.memory(shape) if paths.compiled(self.original) else self.original.new_empty(shape)
         span = self.blocksize * max(SPAN // self.blocksize, 1)
         for first in range(0, inputs, span):
             missing = errors[:, :first] @ factor[first : first + span, :first].T
