@@ -111,6 +111,31 @@ def store(typing_context, array, index, lanes):
 
 
 @intrinsic
+def transpose(typing_context, source, at, step, target, to, stride):
+    """Write sixteen rows of sixteen float32 as columns; they begin `step` entries apart, and `stride` in the target."""
+
+    def build(context, builder, signature, args):
+        first, at, step, second, to, stride = args
+        arrays, rows = signature.args, []
+        for row in range(LANES):
+            place = builder.add(at, builder.mul(step, ir.Constant(step.type, row)))
+            rows.append(builder.load(_pointer(context, builder, arrays[0], first, place, FLOATS), align=4))
+        for half in (8, 4, 2, 1):  # blocks off the diagonal change places, ever smaller ones
+            lanes = range(LANES)
+            above = _constant(INT, [lane + (LANES - half if lane & half else 0) for lane in lanes])
+            below = _constant(INT, [lane + (LANES if lane & half else half) for lane in lanes])
+            for row in (row for row in lanes if not row & half):
+                a, b = rows[row], rows[row + half]
+                rows[row], rows[row + half] = builder.shuffle_vector(a, b, above), builder.shuffle_vector(a, b, below)
+        for row, lanes in enumerate(rows):
+            place = builder.add(to, builder.mul(stride, ir.Constant(stride.type, row)))
+            builder.store(lanes, _pointer(context, builder, arrays[3], second, place, FLOATS), align=4)
+        return context.get_dummy_value()
+
+    return types.void(source, types.intp, types.intp, target, types.intp, types.intp), build
+
+
+@intrinsic
 def select(typing_context, bits, lanes, others):
     """Lane i of `lanes` where bit i of `bits` (uint16) is set, of `others` elsewhere."""
 
@@ -146,6 +171,46 @@ def less_product(typing_context, a, b, c):
         return builder.fsub(args[0], builder.fmul(args[1], args[2]))
 
     return LANES_TYPE(a, b, c), build
+
+
+@intrinsic
+def over(typing_context, a, b):
+    """a / b, rounded as ever."""
+    return LANES_TYPE(a, b), lambda context, builder, signature, args: builder.fdiv(*args)
+
+
+@intrinsic
+def absolute(typing_context, lanes):
+    """|lane| of each."""
+
+    def build(context, builder, signature, args):
+        bits = builder.and_(builder.bitcast(args[0], INTS), _constant(INT, [0x7FFFFFFF] * LANES))
+        return builder.bitcast(bits, FLOATS)
+
+    return LANES_TYPE(lanes), build
+
+
+@intrinsic
+def to_whole(typing_context, lanes):
+    """Each lane rounded to a whole number, halves to even."""
+
+    def build(context, builder, signature, args):
+        kind = ir.FunctionType(FLOATS, [FLOATS])
+        return builder.call(builder.module.declare_intrinsic("llvm.rint.v16f32", fnty=kind), args)
+
+    return LANES_TYPE(lanes), build
+
+
+@intrinsic
+def within(typing_context, lanes, limits):
+    """The lanes, or 0 or the limit where they are beyond; none is nan."""
+
+    def build(context, builder, signature, args):
+        zero = ir.Constant(FLOATS, [0.0] * LANES)
+        lanes = builder.select(builder.fcmp_ordered(">", args[0], zero), args[0], zero)
+        return builder.select(builder.fcmp_ordered("<", lanes, args[1]), lanes, args[1])
+
+    return LANES_TYPE(lanes, limits), build
 
 
 @intrinsic

@@ -18,15 +18,17 @@ SMALL = 2**15  # entries that one thread is done with before a second one has st
 compiled = partial(njit, cache=True, nogil=True, error_model="numpy")
 
 
-def by_rows(kernel: Callable, shape: tuple[int, ...], *arguments: Any) -> None:
-    """kernel(*arguments, first, last) on runs of the rows of a matrix of that shape, in torch's number of threads."""
+def by_rows(kernel: Callable, shape: tuple[int, ...], *arguments: Any) -> list:
+    """kernel(*arguments, first, last) on runs of the rows of a matrix of that shape, in torch's number of threads.
+
+    Returns what the kernel returns, run by run.
+    """
     rows, threads = shape[0], torch.get_num_threads()
     if threads == 1 or np.prod(shape) < SMALL or rows == 1:
-        kernel(*arguments, 0, rows)
-        return
+        return [kernel(*arguments, 0, rows)]
     bounds = np.linspace(0, rows, min(threads * PARTS, rows) + 1).astype(int).tolist()
     with ThreadPoolExecutor(threads) as pool:
-        list(pool.map(lambda run: kernel(*arguments, *run), zip(bounds, bounds[1:], strict=False)))
+        return list(pool.map(lambda run: kernel(*arguments, *run), zip(bounds, bounds[1:], strict=False)))
 
 
 def array(tensor: Tensor) -> np.ndarray:

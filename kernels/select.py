@@ -3,10 +3,15 @@
 Floats are compared as integers, in whose order their bits are once those of negative ones are reflected.
 """
 
+from collections.abc import Callable
+
 import numpy as np
 from torch import Tensor, from_numpy
 
 from kernels.rows import array, by_rows, compiled, empty
+
+CHUNK, LONG = 2**10, 2**15  # entries that are brought in order at once; a line of so many is shared between threads
+SAMPLE = 2**14  # entries that say where the cut of a long line lies
 
 
 @compiled()
@@ -146,10 +151,84 @@ def _prune_groups(weight, norm, of, pruned, values, mask, first, last):
 
 
 @compiled(["Tuple((i8, i8))(i4[::1], i8)", "Tuple((i8, i8))(i8[::1], i8)"])
-def _cut_of_bits(bits, pruned):
-    keys = bits.copy()
-    _to_order(keys)
+def _cut_of(keys, pruned):
     return _cut(keys, pruned)
+
+
+@compiled(
+    [
+        "Tuple((i8, i8, i8))(i4[::1], i8, i8, i4[::1], i8, i8)",
+        "Tuple((i8, i8, i8))(i8[::1], i8, i8, i8[::1], i8, i8)",
+    ]
+)
+def _tally(bits, low, high, found, first, last):
+    """(entries below low, first, end): those in [low, high) are copied to found[first:end]."""
+    below, end = 0, first
+    keys = np.empty(CHUNK, bits.dtype)
+    for start in range(first, last, CHUNK):
+        size = min(CHUNK, last - start)
+        keys[:size] = bits[start : start + size]
+        _to_order(keys[:size])
+        for i in range(size):
+            below += keys[i] < low
+            found[end] = keys[i]
+            end += (keys[i] >= low) & (keys[i] < high)
+    return below, first, end
+
+
+@compiled(["Tuple((i8, i8, i8))(f4[:, ::1], f4[::1], i8, i8, i4[::1], i8, i8)"])
+def _tally_scores(weight, norm, low, high, found, first, last):
+    inputs = weight.shape[1]
+    scores = np.empty(inputs, np.float32)
+    keys = scores.view(np.int32)
+    below, end = 0, first * inputs
+    for row in range(first, last):
+        for i in range(inputs):
+            scores[i] = abs(weight[row, i]) * norm[i]
+        for i in range(inputs):
+            below += keys[i] < low
+            found[end] = keys[i]
+            end += (keys[i] >= low) & (keys[i] < high)
+    return below, first * inputs, end
+
+
+@compiled(["(i4[::1], i8, b1[::1], i8, i8)", "(i8[::1], i8, b1[::1], i8, i8)"])
+def _mark_all(bits, key, mask, first, last):
+    keys = np.empty(CHUNK, bits.dtype)
+    for start in range(first, last, CHUNK):
+        size = min(CHUNK, last - start)
+        keys[:size] = bits[start : start + size]
+        _to_order(keys[:size])
+        _mark(keys[:size], key, 0, mask[start : start + size])
+
+
+@compiled(["(f4[:, ::1], f4[::1], i8, f4[:, ::1], b1[:, ::1], i8, i8)"])
+def _prune_at(weight, norm, key, values, mask, first, last):
+    scores = np.empty(weight.shape[1], np.float32)
+    for row in range(first, last):
+        for i in range(len(scores)):
+            scores[i] = abs(weight[row, i]) * norm[i]
+        _mark(scores.view(np.int32), key, 0, mask[row])
+        for i in range(len(scores)):
+            values[row, i] = weight[row, i] if mask[row, i] else np.float32(0)
+
+
+def _cut_in_parts(sample: np.ndarray, pruned: int, total: int, tally: Callable, found: np.ndarray) -> tuple[int, int]:
+    """As _cut, of `total` keys; tally(low, high) as _tally, run by run.
+
+    The sample, sorted, says where the cut lies, four standard deviations to each side; beyond them all keys are taken.
+    """
+    place, margin = pruned / total * len(sample), 2 * len(sample) ** 0.5 + 1
+    limits = np.iinfo(found.dtype)
+    low = int(sample[int(place - margin)]) if place > margin else limits.min
+    high = int(sample[int(place + margin)]) if place + margin < len(sample) else limits.max
+    for bounds in ((low, high), (limits.min, limits.max)):
+        tallies = tally(*bounds)
+        missing = pruned - sum(below for below, _, _ in tallies)
+        inside = np.concatenate([found[first:end] for _, first, end in tallies])
+        if 0 < missing <= len(inside):
+            break
+    return _cut_of(inside, missing)
 
 
 def _bits(score: Tensor) -> np.ndarray:
@@ -161,8 +240,35 @@ def keep_largest(score: Tensor, pruned: int) -> Tensor:
     """Mask, True where kept, without the `pruned` smallest entries of each line of score [..., n], float32 or 64."""
     bits = _bits(score).reshape(-1, score.shape[-1])
     mask = empty(bits.shape, np.bool_)
-    by_rows(_lines, bits.shape, bits, pruned, mask)
+    if len(bits) == 1 and bits.size >= LONG:
+        _keep_of_line(bits[0], pruned, mask[0])
+    else:
+        by_rows(_lines, bits.shape, bits, pruned, mask)
     return from_numpy(mask).view(score.shape)
+
+
+def _keep_of_line(bits: np.ndarray, pruned: int, mask: np.ndarray) -> None:
+    sample, found = bits[:: len(bits) // SAMPLE | 1].copy(), empty(bits.shape, bits.dtype)
+    _to_order(sample)
+    sample.sort()
+    shape = (len(bits), 1)
+    key, ties = _cut_in_parts(
+        sample, pruned, len(bits), lambda low, high: by_rows(_tally, shape, bits, low, high, found), found
+    )
+    by_rows(_mark_all, shape, bits, key, mask)
+    mask[_first_equal(bits, key, ties)] = False
+
+
+def _first_equal(bits: np.ndarray, key: int, ties: int) -> np.ndarray:
+    """Indices of the first `ties` entries whose key that is."""
+    equal, start = [], 0
+    while ties:
+        keys = bits[start : start + LONG].copy()
+        _to_order(keys)
+        equal.append(start + np.flatnonzero(keys == key)[:ties])
+        ties -= len(equal[-1])
+        start += LONG
+    return np.concatenate(equal) if equal else np.empty(0, np.int64)
 
 
 def keep_of_groups(score: Tensor, of: int, pruned: int) -> Tensor:
@@ -177,6 +283,28 @@ def prune_lines(weight: Tensor, norm: Tensor, pruned: int) -> tuple[Tensor, Tens
     """Weight and mask [out, in] without the `pruned` entries of each row whose |weight| * norm [in] is smallest."""
     values, mask = empty(weight.shape, np.float32), empty(weight.shape, np.bool_)
     by_rows(_prune_lines, weight.shape, array(weight), array(norm), pruned, values, mask)
+    return from_numpy(values), from_numpy(mask)
+
+
+def prune_layer(weight: Tensor, norm: Tensor, pruned: int) -> tuple[Tensor, Tensor]:
+    """The same of all entries of the layer."""
+    entries, by_input, inputs = array(weight), array(norm), weight.shape[1]
+    values, mask = empty(weight.shape, np.float32), empty(weight.shape, np.bool_)
+    places = np.arange(0, weight.numel(), weight.numel() // SAMPLE | 1)
+    sample = np.sort((abs(entries.reshape(-1)[places]) * by_input[places % inputs]).view(np.int32))
+    found = values.reshape(-1).view(np.int32)
+
+    def tally(low: int, high: int) -> list:
+        return by_rows(_tally_scores, weight.shape, entries, by_input, low, high, found)
+
+    key, ties = _cut_in_parts(sample, pruned, weight.numel(), tally, found)
+    by_rows(_prune_at, weight.shape, entries, by_input, key, values, mask)
+    for row in range(len(entries)) if ties else ():
+        equal = np.flatnonzero((abs(entries[row]) * by_input).view(np.int32) == key)[:ties]
+        mask[row, equal], values[row, equal] = False, 0
+        ties -= len(equal)
+        if not ties:
+            break
     return from_numpy(values), from_numpy(mask)
 
 

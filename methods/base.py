@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from methods.factorisation import inverse_of_lower
+from methods.factorisation import inverse_of_lower, reversed_cholesky
 from methods.target import Target
 
 __all__ = ["Compressed", "Gram", "Layer", "Method", "Statistics", "Target", "UnsupportedTarget"]
@@ -90,15 +90,20 @@ class Gram:
         order = torch.where(self.dead, dead_diagonal or 0.0, diagonal).argsort(descending=True, stable=True)
         return order, Gram(self.matrix[order][:, order], self.tokens)
 
-    def inverse_factor(self, damping: float, dead_diagonal: float | None = None) -> tuple[Tensor, float]:
-        """Upper U [in, in] float32 with Ut U = inverse of G + damping * mean(diagonal) I, and the damping used.
+    def factor(self, damping: float, dead_diagonal: float | None = None) -> tuple[Tensor, float]:
+        """Lower M [in, in] float32 with Mt M = G + damping * mean(diagonal) I, and the damping used.
 
         dead_diagonal: what a dead input counts in the mean of the diagonal; None counts it as the zero that it is, so
         that the factor does not depend on the scale of G. A factorisation that fails is repeated with ten times the
         damping.
         Raises ValueError when no damping up to 100 times the mean helps, which means that G is not finite.
         """
-        return self.once((damping, dead_diagonal), lambda: self._factorise(damping, dead_diagonal))
+        return self.once(("factor", damping, dead_diagonal), lambda: self._factorise(damping, dead_diagonal))
+
+    def inverse_factor(self, damping: float, dead_diagonal: float | None = None) -> tuple[Tensor, float]:
+        """Upper U = M^-t [in, in] float32 with Ut U = inverse of the damped Gram, and the damping used; as `factor`."""
+        lower, used = self.factor(damping, dead_diagonal)
+        return self.once(("inverse factor", damping, dead_diagonal), lambda: inverse_of_lower(lower).T), used
 
     def _factorise(self, damping: float, dead_diagonal: float | None) -> tuple[Tensor, float]:
         diagonal = self.diagonal.double()
@@ -107,17 +112,13 @@ class Gram:
         mean = float(diagonal.mean()) or 1.0
         # A dead input is coupled to no other: what stands on its diagonal, anything positive, matters to itself alone.
         diagonal[diagonal == 0] = mean
-        # With the inputs in reverse order the lower Cholesky factor is upper: one factorisation and one triangular
-        # inverse, where the official codes factorise, invert and factorise again.
-        damped = self.matrix.flip(0, 1).double()
         used = damping
         while used <= LARGEST_DAMPING:
-            damped.diagonal().copy_((diagonal + used * mean).flip(0))
-            lower, failed = torch.linalg.cholesky_ex(damped)
-            if not failed and bool(torch.isfinite(lower.diagonal()).all()):
-                return inverse_of_lower(lower).flip(0, 1), used
+            lower = reversed_cholesky(self.matrix, diagonal + used * mean)
+            if lower is not None:
+                return lower, used
             used = max(used * DAMPING_GROWTH, 1e-8)
-        raise ValueError(f"Gram.inverse_factor found no damping up to {LARGEST_DAMPING:g} that factorises the matrix.")
+        raise ValueError(f"Gram.factor found no damping up to {LARGEST_DAMPING:g} that factorises the matrix.")
 
 
 @dataclass(frozen=True)

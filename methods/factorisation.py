@@ -3,11 +3,34 @@
 import torch
 from torch import Tensor
 
-INVERTED = 512  # rows of a factor that are inverted at once
+RUN, INVERTED = 128, 512  # rows of a factor that are computed, and inverted, at once
+
+
+def reversed_cholesky(matrix: Tensor, diagonal: Tensor) -> Tensor | None:
+    """Lower M [in, in] float32 with Mt M = the symmetric matrix [in, in] with that diagonal [in] float64, or None.
+
+    In float64, by runs of rows from the last one up, each less the products of those below it. None where the matrix is
+    not positive definite or not finite.
+    """
+    exact = torch.empty_like(matrix, dtype=torch.float64)
+    lower = torch.zeros_like(matrix)
+    for end in range(len(matrix), 0, -RUN):
+        start = max(end - RUN, 0)
+        rows = exact[start:end, :end].copy_(matrix[start:end, :end])
+        rows.diagonal(start).copy_(diagonal[start:end])
+        rows.addmm_(exact[end:, start:end].T, exact[end:, :end], alpha=-1)
+        # A factor of the reversed block is that of the block, reversed: J A J = L Lt where A = (J L J) (J Lt J).
+        own, failed = torch.linalg.cholesky_ex(rows[:, start:].flip(0, 1))
+        if failed or not torch.isfinite(own.diagonal()).all():
+            return None
+        rows[:, start:] = own.T.flip(0, 1)
+        rows[:, :start] = torch.linalg.solve_triangular(rows[:, start:].T, rows[:, :start], upper=True)
+        lower[start:end, :end] = rows
+    return lower
 
 
 def inverse_of_lower(lower: Tensor) -> Tensor:
-    """Inverse [in, in] float32 of a lower triangular matrix in float64, by runs of rows.
+    """Inverse [in, in] float32 of a lower triangular matrix, by runs of rows.
 
     With A, its inverse known, above C and D, the run's rows, the inverse's are -D^-1 C A^-1 and D^-1.
     """

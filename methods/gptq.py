@@ -7,10 +7,11 @@ weights as the blocks before it have left them.
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from methods import ops
 from methods.base import Compressed, Layer, Method, Target
-from methods.surgeon import Settling
+from methods.surgeon import Columns, Settling
 
 CARD = {
     "title": "GPTQ",
@@ -71,8 +72,7 @@ class GPTQ(Method):
         gram, inputs = layer.gram, layer.weight.shape[1]
         length = layer.statistics.length if layer.statistics else 1
         dead_diagonal = 1 / (2 * length) if self.convention == "official" else None  # its H is 2 length G
-        weight = layer.weight.clone(memory_format=torch.contiguous_format)  # [out, in]
-        weight[:, gram.dead] = 0
+        weight = torch.where(gram.dead, 0.0, layer.weight) if gram.dead.any() else layer.weight  # [out, in]
         refitted = None if self.static_groups else target.group  # length of the groups that are fitted on the way
         if refitted:
             grid = ops.Grid(*weight.new_empty(2, len(weight), -(-inputs // refitted)), target.bits)
@@ -86,18 +86,19 @@ class GPTQ(Method):
             weight = weight[:, order]
             group_of = group_of if refitted else group_of[order]
         keep = torch.ones_like(weight, dtype=torch.bool) if layer.keep is None else layer.keep[:, order].contiguous()
-        factor, damping = gram.inverse_factor(self.damping, dead_diagonal)
-        codes = torch.zeros_like(weight, dtype=torch.uint8)
+        factor, damping = gram.factor(self.damping, dead_diagonal)
+        codes = torch.zeros_like(keep, dtype=torch.uint8)
 
-        def fit(start: int, end: int) -> None:
+        def fit(start: int, end: int, now: Columns, diagonal: Tensor) -> None:
             # Columns of a group's own block are as they were when the block began, as in the released code.
             if refitted and (first := -(-start // refitted)) * refitted < end:
-                columns = slice(first * refitted, -(-end // refitted) * refitted)
-                groups = slice(first, -(-end // refitted))
-                fitted = ops.fit_grid(torch.where(keep[:, columns], weight[:, columns], 0.0), target, self.mse)
+                until = min(-(-end // refitted) * refitted, inputs)
+                columns, groups = slice(first * refitted, until), slice(first, -(-end // refitted))
+                block = now(until)[:, first * refitted - start :]
+                fitted = ops.fit_grid(torch.where(keep[:, columns], block, 0.0), target, self.mse)
                 grid.scales[:, groups], grid.zeros[:, groups] = fitted.scales, fitted.zeros
 
-        Settling(weight, factor, keep, self.blocksize, None, grid, group_of, codes).run(fit)
+        weight = Settling(weight, factor, keep, self.blocksize, None, grid, group_of, codes).run(fit)
         if self.act_order:
             back = order.argsort()
             weight, codes, group_of = weight[:, back], codes[:, back], group_of[back]

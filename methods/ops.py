@@ -126,6 +126,8 @@ def pruned_by_norm(layer: Layer, norm: Tensor, target: Target) -> Compressed:
     structure = target.structure if target.sparsity and paths.compiled(layer.weight) else "in torch"
     if structure == "row":
         return Compressed(*select.prune_lines(layer.weight, norm, int(target.sparsity * layer.weight.shape[1])))
+    if structure == "layer" and (count := int(target.sparsity * layer.weight.numel())):
+        return Compressed(*select.prune_layer(layer.weight, norm, count))
     if structure == "n:m":
         kept, of = target.n_of_m
         return Compressed(*select.prune_groups(layer.weight, norm, of, of - kept))

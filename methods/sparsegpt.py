@@ -11,7 +11,7 @@ from torch import Tensor
 
 from methods import ops
 from methods.base import Compressed, Layer, Method, Target
-from methods.surgeon import Settling, saliency
+from methods.surgeon import Columns, Settling, saliency
 
 CARD = {
     "title": "SparseGPT",
@@ -60,34 +60,38 @@ class SparseGPT(Method):
             return Compressed(layer.weight.clone())
         official = self.convention == "official"
         length = layer.statistics.length if layer.statistics else 1
-        factor, damping = layer.gram.inverse_factor(self.damping, 1 / (2 * length) if official else None)
+        factor, damping = layer.gram.factor(self.damping, 1 / (2 * length) if official else None)
         grid = ops.fit_grid(layer.weight, target) if target.bits else None
 
-        weight = layer.weight.clone(memory_format=torch.contiguous_format)  # [out, in]
-        weight[:, layer.gram.dead] = 0
-        mask = torch.ones_like(weight, dtype=torch.bool)
-        codes = torch.zeros_like(weight, dtype=torch.uint8)
-        group_of = ops.groups_of(weight.shape[1], target.group, weight.device)
+        original = torch.where(layer.gram.dead, 0.0, layer.weight) if layer.gram.dead.any() else layer.weight
+        mask = torch.ones_like(original, dtype=torch.bool, memory_format=torch.contiguous_format)
+        codes = torch.zeros_like(mask, dtype=torch.uint8) if grid else None
+        group_of = ops.groups_of(len(factor), target.group, original.device)
         multiple = target.n_of_m[1] if target.n_of_m else 1
         blocksize = max(self.blocksize // multiple, 1) * multiple
 
-        def choose(start: int, end: int) -> None:
-            if not target.n_of_m:
-                score = saliency(weight[:, start:end], factor.diagonal()[start:end])
-                mask[:, start:end] = self._block_mask(score, target, start)
+        def choose(start: int, end: int, now: Columns, diagonal: Tensor) -> None:
+            score = saliency(now(end), diagonal)
+            mask[:, start:end] = self._block_mask(score, target, start)
 
-        Settling(weight, factor, mask, blocksize, target.n_of_m, grid, group_of, codes).run(choose)
+        def choice(start: int, end: int) -> tuple[int, int]:
+            if target.n_of_m:
+                kept, of = target.n_of_m
+                return of, of - kept
+            return end - start, int(target.sparsity * end) - int(target.sparsity * start)
+
+        competing = target.pattern == "layer"  # rows of a block
+        settling = Settling(original, factor, mask, blocksize, None if competing else choice, grid, group_of, codes)
+        weight = settling.run(choose) if competing else settling.run()
         if grid is None:
             return Compressed(weight, mask, info={"damping": damping})
         weight = torch.where(mask, weight, 0.0)  # where it may be -0 by now
         return Compressed(weight, mask, codes, grid.scales, grid.zeros, info={"damping": damping})
 
     def _block_mask(self, score: Tensor, target: Target, start: int) -> Tensor:
-        """Mask [out, columns] of a block of columns; over all blocks the counts add up to the target's exactly."""
-        if target.pattern == "layer" and self.convention == "official":
+        """Mask [out, columns] of a block all of whose entries compete; the counts of all add up to the target's."""
+        if self.convention == "official":
             return ops.official_layer_mask(score**2, target.sparsity)
-        end = start + score.shape[1]
-        lines = score.flatten()[None] if target.pattern == "layer" else score
-        width = lines.shape[1] // (end - start)
-        count = int(target.sparsity * end * width) - int(target.sparsity * start * width)
-        return ops.keep_largest(lines, count).view_as(score)
+        rows, columns = score.shape
+        count = int(target.sparsity * (start + columns) * rows) - int(target.sparsity * start * rows)
+        return ops.keep_largest(score.flatten(), count).view_as(score)

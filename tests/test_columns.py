@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from methods import ops, paths
-from methods.base import Target
+from methods.base import Layer, Target
 from methods.gptq import GPTQ
 from methods.magnitude import Magnitude
 from methods.rtn import RTN
@@ -68,6 +68,33 @@ def test_selections_are_the_plain_ones(lines: str, dtype: torch.dtype):
         compiled = ops.keep_of_groups(score, of, of - kept)
         with paths.plain_torch():
             assert torch.equal(compiled, ops.keep_of_groups(score, of, of - kept))
+
+
+@FLOATS
+@pytest.mark.parametrize("values", [10**9, 200, 1])  # few of them are ties
+def test_of_a_long_line_the_plain_ones_are_kept(values: int, dtype: torch.dtype):
+    """The cut lies where a sample says that it does, or, where every 19th entry is unlike the others, elsewhere."""
+    rng = torch.Generator().manual_seed(5)
+    score = torch.randint(-values, values, (307200,), generator=rng).to(dtype)
+    misled = score.clone()
+    misled[::19] = 2 * values
+    for line in (score, misled):
+        for pruned in (1, len(line) // 3, len(line) - 1):
+            compiled = ops.keep_largest(line, pruned)
+            with paths.plain_torch():
+                assert torch.equal(compiled, ops.keep_largest(line, pruned))
+
+
+@pytest.mark.parametrize("values", [10**9, 200, 1])
+def test_of_a_long_layer_the_plain_weights_are_kept(values: int):
+    rng = torch.Generator().manual_seed(6)
+    weight = torch.randint(-values, values, (512, 600), generator=rng).float()
+    layer = Layer("long", weight, layers.build("correlated").gram)
+    for target in (Target(0.3, "layer"), Target(1e-7, "layer")):
+        compiled = Magnitude().compress(layer, target, rng)
+        with paths.plain_torch():
+            plain = Magnitude().compress(layer, target, rng)
+        assert torch.equal(compiled.weight, plain.weight) and torch.equal(compiled.mask, plain.mask)
 
 
 @pytest.mark.parametrize("target", [GRID, Target(bits=2), Target(bits=3, group=100, symmetric=True)])

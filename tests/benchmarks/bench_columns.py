@@ -20,6 +20,7 @@ from methods.gptq import GPTQ
 from methods.magnitude import Magnitude
 from methods.rtn import RTN
 from methods.sparsegpt import SparseGPT
+from methods.surgeon import SPAN
 from methods.wanda import Wanda
 
 BLOCK, DAMPING, GROUP = 128, 0.01, 128
@@ -145,18 +146,17 @@ def baseline_rtn(layer: Layer, target: Target) -> Tensor:
 
 
 def floor_factorisation(layer: Layer) -> Tensor:
-    """One Cholesky factorisation and one inverse of a triangle, in float64: `Gram.inverse_factor`."""
-    return afresh(layer).gram.inverse_factor(DAMPING)[0]
+    """One Cholesky factorisation in float64: `Gram.factor`."""
+    return afresh(layer).gram.factor(DAMPING)[0]
 
 
 def floor_products(layer: Layer, factor: Tensor) -> Tensor:
-    """weight[:, after] -= errors @ factor[block, after] for every block."""
-    weight = layer.weight.clone()
-    errors = weight[:, :BLOCK].clone()
-    for start in range(0, weight.shape[1], BLOCK):
-        end = min(start + BLOCK, weight.shape[1])
-        weight[:, end:].addmm_(errors[:, : end - start], factor[start:end, end:], alpha=-1)
-    return weight
+    """errors @ factor[columns, before] for every span of columns: half of weight @ factor."""
+    weight, lost = layer.weight, torch.empty_like(layer.weight)
+    for start in range(SPAN, weight.shape[1], SPAN):
+        end = min(start + SPAN, weight.shape[1])
+        torch.mm(weight[:, :start], factor[start:end, :start].T, out=lost[:, start:end])
+    return lost
 
 
 def floor_columns(layer: Layer) -> Tensor:
