@@ -192,7 +192,7 @@ class Tuner:
             yield from blocks
             return
         size = self.stages["blocks"]["batch"]
-        dense = Stream(self.model, self.tokens, sequences_per_batch=size, tokens_per_batch=size * self.tokens.shape[1])
+        dense = Stream(self.model, self.tokens, sequences_per_batch=size)
         for index, taps in blocks:
             inputs = dense.inputs
             dense.advance(index)
