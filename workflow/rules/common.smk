@@ -103,6 +103,12 @@ def model_mb(wildcards):
     return 1500 + 8 * size // 1_000_000
 
 
+def forward_dtype(wildcards):
+    """Arguments for the dtype of a calibration's forward passes, if it is not the model's."""
+    dtype = PLAN.calibrations[wildcards.calib].get("dtype")
+    return ["--dtype", dtype] if dtype else []
+
+
 def text_of(kind):
     """Function of wildcards that gives the text entry of a calibration or an evaluation."""
 

@@ -118,13 +118,15 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--model", type=json.loads, required=True, help="model entry of the config, as JSON")
     parser.add_argument("--tokens", type=Path, required=True, help="calibration tokens, safetensors")
     parser.add_argument("--out", type=Path, required=True, help="folder for the Grams")
+    parser.add_argument("--dtype", help="of the forward passes (default: the model's)")
     parser.add_argument("--threads", type=int, default=None)
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args(argv)
 
     set_threads(args.threads)
     tokens = torch.from_numpy(read_tokens(args.tokens)[0])
-    stream = Stream(load(args.model, args.device), tokens)
+    model = {**args.model, "dtype": args.dtype} if args.dtype else args.model
+    stream = Stream(load(model, args.device), tokens)
     write_gram(args.out, tqdm(shared(stream), "calibrate", total=len(stream.blocks), unit="block"))
 
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
@@ -159,12 +159,17 @@ def trace_rows(result: Compressed) -> list[dict[str, Any]]:
     ]
 
 
-def sequential_blocks(stream: Stream) -> Iterator[tuple[int, list[Tap]]]:
-    """The taps of each block; between one and the next the block, by then compressed, is run again."""
+def sequential_blocks(stream: Stream, blocks: nn.ModuleList | None = None) -> Iterator[tuple[int, list[Tap]]]:
+    """The taps of each block; between one and the next the block, by then compressed, is run again.
+
+    blocks: those that are compressed, if the stream passes through a copy of them in another dtype.
+    """
     for index in range(len(stream.blocks)):
         taps, _ = stream.collect(index)
         yield index, taps
         if index + 1 < len(stream.blocks):
+            if blocks is not None and blocks is not stream.blocks:
+                stream.blocks[index].load_state_dict(blocks[index].state_dict())  # rounded to the copy's dtype
             stream.advance(index)
 
 
@@ -203,8 +208,9 @@ def run(args: argparse.Namespace) -> None:
         """The taps of each block, and in sequential mode the stream that they come from."""
         if columns["mode"] == "shared":
             return shared_blocks(args.gram), None
-        stream = Stream(model, sequences)
-        return sequential_blocks(stream), stream
+        own = models.load({**args.model, "dtype": args.dtype}, args.device) if args.dtype else model
+        stream = Stream(own, sequences)
+        return sequential_blocks(stream, models.find_blocks(model)[1]), stream
 
     tuner = Tuner(model, sequences, stages or {}, solver.target, solver.seed)
     if stages:
@@ -252,6 +258,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--fingerprint", type=Path, required=True, help="what fingerprint.py wrote of the model")
     parser.add_argument("--tokens", type=Path, required=True, help="calibration tokens")
     parser.add_argument("--gram", type=Path, help="folder of the Grams (shared mode)")
+    parser.add_argument("--dtype", help="of the forward passes of sequential mode (default: the model's)")
     parser.add_argument("--method-path", type=Path, action="append", default=[], help="further folder of methods")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=1)

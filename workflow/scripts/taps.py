@@ -56,7 +56,7 @@ class TapStatistics:
     def __init__(self, features: int, sequences: int, length: int, device: torch.device | str = "cpu") -> None:
         self.tokens, self.length = sequences * length, length
         count = min(SAMPLE_ROWS, self.tokens)
-        self.rows = torch.arange(count, device=device) * max(1, self.tokens // SAMPLE_ROWS)  # of the sample
+        self.stride, self.taken = max(1, self.tokens // SAMPLE_ROWS), 0  # of the sample's rows
         self.seen = 0
         self.gram = torch.zeros(features, features, dtype=torch.float64, device=device)  # above the diagonal
         self.run = torch.zeros(features, features, dtype=torch.float32, device=device)  # what it lacks as yet
@@ -77,8 +77,9 @@ class TapStatistics:
             by_rows(add_sums, sequences.shape[::-1], array(sequences), array(self.sums))
         else:
             add_sums_in_torch(sequences, self.sums)
-        here = (self.rows >= self.seen) & (self.rows < self.seen + len(flat))
-        self.sample[here] = flat[self.rows[here] - self.seen]
+        rows = flat[self.taken * self.stride - self.seen :: self.stride][: len(self.sample) - self.taken]
+        self.sample[self.taken : self.taken + len(rows)] = rows
+        self.taken += len(rows)
         self.seen += len(flat)
 
     def _end_run(self) -> None:
