@@ -43,6 +43,8 @@ from workflow.scripts.taps import Tap, tapped_linears
 from workflow.scripts.text import read_tokens
 from workflow.scripts.tune import Tuner
 
+SCORED = 512  # rows of a weight, and columns of its Gram, that are in float64 at a time
+
 
 @dataclass(frozen=True)
 class Solver:
@@ -127,16 +129,23 @@ def output_error(layer: Layer, weight: Tensor) -> tuple[float, float]:
 
     A layer whose dense output is zero on every token has ratio 0: nothing can be lost.
     """
-    gram, dense = layer.gram.matrix.double(), layer.weight.double()
-    difference = dense - weight.double()
+    error = total = 0.0
+    for own, other in zip(layer.weight.split(SCORED), weight.split(SCORED), strict=True):
+        dense = own.double()
+        lost = dense - other.double()
+        for start in range(0, dense.shape[1], SCORED):
+            columns = slice(start, start + SCORED)
+            gram = layer.gram.matrix[:, columns].double()
+            error += float(((lost @ gram) * lost[:, columns]).sum())
+            total += float(((dense @ gram) * dense[:, columns]).sum())
     # Rounding of a Gram that is singular can push a trace of zero below it.
-    error, total = (max(float(((e @ gram) * e).sum()), 0.0) for e in (difference, dense))
+    error, total = max(error, 0.0), max(total, 0.0)
     return error, error / total if total > 0 else 0.0
 
 
 def visit(
     model: PreTrainedModel,
-    blocks: Iterable[tuple[int, list[Tap]]],
+    blocks: Iterable[tuple[int, Iterable[Tap]]],
     solve: Callable[[Layer], tuple[Compressed, dict[str, Any]]],
     progress: Callable[[Mapping[str, Any]], None],
 ) -> Iterator[tuple[dict[str, Any], Compressed]]:
@@ -145,6 +154,7 @@ def visit(
         result, row = solve(Layer(linear.name, linear.weight(), tap.gram, tap.statistics))
         linear.replace(result.weight)
         row |= {"block": index, "tap": tap.name}
+        del tap  # before the next block's Grams come
         progress(row)
         yield row, result
 
@@ -159,18 +169,23 @@ def trace_rows(result: Compressed) -> list[dict[str, Any]]:
     ]
 
 
-def sequential_blocks(stream: Stream, blocks: nn.ModuleList | None = None) -> Iterator[tuple[int, list[Tap]]]:
+def sequential_blocks(stream: Stream, blocks: nn.ModuleList | None = None) -> Iterator[tuple[int, Iterable[Tap]]]:
     """The taps of each block; between one and the next the block, by then compressed, is run again.
 
     blocks: those that are compressed, if the stream passes through a copy of them in another dtype.
     """
     for index in range(len(stream.blocks)):
-        taps, _ = stream.collect(index)
-        yield index, taps
+        yield index, in_turn(stream.collect(index)[0])
         if index + 1 < len(stream.blocks):
             if blocks is not None and blocks is not stream.blocks:
                 stream.blocks[index].load_state_dict(blocks[index].state_dict())  # rounded to the copy's dtype
             stream.advance(index)
+
+
+def in_turn(taps: list[Tap]) -> Iterator[Tap]:
+    """The taps, of which the list keeps those that are still to come."""
+    while taps:
+        yield taps.pop(0)
 
 
 @contextmanager
@@ -204,7 +219,7 @@ def run(args: argparse.Namespace) -> None:
     sequences, stages, solve = torch.from_numpy(tokens), args.cell.get("tune"), solver.solve
     title = f"{columns['label']} {columns['target']} {columns['mode']}"
 
-    def blocks() -> tuple[Iterator[tuple[int, list[Tap]]], Stream | None]:
+    def blocks() -> tuple[Iterator[tuple[int, Iterable[Tap]]], Stream | None]:
         """The taps of each block, and in sequential mode the stream that they come from."""
         if columns["mode"] == "shared":
             return shared_blocks(args.gram), None

@@ -36,15 +36,19 @@ class Tap:
 
 
 def tapped_linears(
-    model: PreTrainedModel, blocks: Iterable[tuple[int, list[Tap]]]
+    model: PreTrainedModel, blocks: Iterable[tuple[int, Iterable[Tap]]]
 ) -> Iterator[tuple[int, Tap, Linear]]:
-    """Every linear layer of the blocks, with its block's number and its tap, in the order of their calls."""
+    """Every linear layer of the blocks, with its block's number and its tap, in the order of their calls.
+
+    A tap is let go of when its layers are done: with its Gram goes what methods have kept on it.
+    """
     name, modules = find_blocks(model)
     for index, taps in blocks:
         found = {linear.name: linear for linear in linears(modules[index], f"{name}.{index}")}
         for tap in taps:
             for layer in tap.layers:
                 yield index, tap, found[layer]
+            del tap
 
 
 class TapStatistics:

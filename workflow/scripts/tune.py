@@ -182,7 +182,9 @@ class Tuner:
 
         return solved
 
-    def walk(self, blocks: Iterable[tuple[int, list[Tap]]], stream: Stream | None) -> Iterator[tuple[int, list[Tap]]]:
+    def walk(
+        self, blocks: Iterable[tuple[int, Iterable[Tap]]], stream: Stream | None
+    ) -> Iterator[tuple[int, Iterable[Tap]]]:
         """The blocks, each tuned when its layers have been solved.
 
         stream: what the blocks get in sequential mode; without it they get the dense model's activations. In either
