@@ -96,7 +96,7 @@ class Solver:
             "in": inputs,
             "output_error": relative,
             "absolute_error": absolute,
-            "achieved_sparsity": float((result.weight == 0).double().mean()),
+            "achieved_sparsity": int((result.weight == 0).sum()) / result.weight.numel(),
             "bits_per_weight": bits_per_weight(
                 self.target,
                 kept,
@@ -116,7 +116,12 @@ def inputs_state(layer: Layer) -> dict[str, tuple[int, float]]:
     tensors = {"weight": layer.weight, "gram": layer.gram.matrix}
     if layer.statistics:
         tensors |= {key: value for key, value in vars(layer.statistics).items() if isinstance(value, Tensor)}
-    return {name: (tensor._version, float(tensor.sum(dtype=torch.float64))) for name, tensor in tensors.items()}
+    return {name: (tensor._version, total(tensor)) for name, tensor in tensors.items()}
+
+
+def total(tensor: Tensor) -> float:
+    """Sum in float64, which torch would copy the whole tensor to."""
+    return sum(float(rows.sum(dtype=torch.float64)) for rows in tensor.split(SCORED))
 
 
 def layer_seed(seed: int, name: str) -> int:
@@ -129,7 +134,7 @@ def output_error(layer: Layer, weight: Tensor) -> tuple[float, float]:
 
     A layer whose dense output is zero on every token has ratio 0: nothing can be lost.
     """
-    error = total = 0.0
+    error = whole = 0.0
     for own, other in zip(layer.weight.split(SCORED), weight.split(SCORED), strict=True):
         dense = own.double()
         lost = dense - other.double()
@@ -137,10 +142,10 @@ def output_error(layer: Layer, weight: Tensor) -> tuple[float, float]:
             columns = slice(start, start + SCORED)
             gram = layer.gram.matrix[:, columns].double()
             error += float(((lost @ gram) * lost[:, columns]).sum())
-            total += float(((dense @ gram) * dense[:, columns]).sum())
+            whole += float(((dense @ gram) * dense[:, columns]).sum())
     # Rounding of a Gram that is singular can push a trace of zero below it.
-    error, total = max(error, 0.0), max(total, 0.0)
-    return error, error / total if total > 0 else 0.0
+    error, whole = max(error, 0.0), max(whole, 0.0)
+    return error, error / whole if whole > 0 else 0.0
 
 
 def visit(
