@@ -175,11 +175,11 @@ def test_statistics_are_those_of_hooks_on_each_layer(family):
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3", "bloom", "falcon_alibi", "opt"])
-@pytest.mark.parametrize("batch", [{"sequences_per_batch": 1}, {"tokens_per_batch": 3 * LENGTH}])
+@pytest.mark.parametrize("batch", [1, 3])
 def test_batches_do_not_change_the_statistics(family, batch):
     model = build(family)
     whole = shared(Stream(model, tokens(7)))
-    split = shared(Stream(model, tokens(7), **batch))
+    split = shared(Stream(model, tokens(7), batch))
     for expected, actual in zip(whole, split, strict=True):
         for one, other in zip(expected, actual, strict=True):
             assert one.layers == other.layers
@@ -339,10 +339,10 @@ def test_a_calibration_that_fails_leaves_nothing(tmp_path):
 
 def test_an_absent_or_damaged_store_is_refused(tmp_path):
     with pytest.raises(InputError, match="has no index.json"):
-        read_block(tmp_path / "gram", 0)
+        list(read_block(tmp_path / "gram", 0))
     write_gram(tmp_path / "gram", shared(Stream(build("llama"), tokens(2))))
     path = tmp_path / "gram" / "block-001.safetensors"
     path.write_bytes(path.read_bytes()[:-10])
-    assert len(read_block(tmp_path / "gram", 0)) == 4
+    assert len(list(read_block(tmp_path / "gram", 0))) == 4
     with pytest.raises(InputError, match="Gram file block-001.safetensors .* cannot be read"):
-        read_block(tmp_path / "gram", 1)
+        list(read_block(tmp_path / "gram", 1))

@@ -91,6 +91,7 @@ rule gram:
         mem_mb=model_mb,
     params:
         model=model_json,
+        dtype=forward_dtype,
     shell:
-        "{PYTHON} -m workflow.scripts.calibrate --model {params.model:q} --tokens {input.tokens:q}"
+        "{PYTHON} -m workflow.scripts.calibrate --model {params.model:q} --tokens {input.tokens:q} {params.dtype:q}"
         " --threads {threads} --out {output:q} 2> >(tee {log:q} >&2)"

@@ -139,6 +139,12 @@ def size_of_model(model):
     return sum(Path(file).stat().st_size for file in paths_of_model(model))
 
 
+def forward_dtype(wildcards):
+    """Arguments for the dtype of a calibration's forward passes, if it is not the model's."""
+    dtype = PLAN.calibrations[wildcards.calib].get("dtype")
+    return ["--dtype", dtype] if dtype else []
+
+
 def text_of(kind):
     """Function of wildcards that gives the text entry of a calibration or an evaluation."""
 

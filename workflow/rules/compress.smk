@@ -31,7 +31,9 @@ rule compress:
     params:
         model=model_json,
         cell=lambda wildcards: cell_of(wildcards).params,
-        gram=lambda wildcards, input: ["--gram", input.gram] if wildcards.mode == "shared" else [],
+        gram=lambda wildcards, input: (
+            ["--gram", input.gram] if wildcards.mode == "shared" else forward_dtype(wildcards)
+        ),
         folders=method_folders,
         out=lambda wildcards, output: str(Path(output.record).parent),
     shell:

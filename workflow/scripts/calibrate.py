@@ -91,24 +91,26 @@ def read_index(folder: Path) -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def read_block(folder: Path, index: int) -> list[Tap]:
-    """The taps of one block; no other block is read. Raises InputError when its file is absent or damaged."""
+def read_block(folder: Path, index: int) -> Iterator[Tap]:
+    """The taps of one block, each read when its turn comes; no other block is read.
+
+    Raises InputError when its file is absent or damaged.
+    """
     contents = read_index(folder)
-    taps = []
     try:
         with safe_open(Path(folder) / block_file(index), "pt") as file:
             for name, entry in contents["blocks"][index].items():
                 gram = Gram(file.get_tensor(f"{name}/gram"), contents["tokens"])
                 fields = {field: file.get_tensor(f"{name}/{field}") for field in STATISTICS}
                 statistics = Statistics(length=contents["length"], **fields)
-                taps.append(Tap(name, tuple(entry["layers"]), tuple(entry["inside"]), gram, statistics))
+                yield Tap(name, tuple(entry["layers"]), tuple(entry["inside"]), gram, statistics)
+                del gram, fields, statistics
     except (OSError, SafetensorError) as error:
         raise InputError(f"The Gram file {block_file(index)} of {folder} cannot be read: {error}.") from error
-    return taps
 
 
-def shared_blocks(folder: Path) -> Iterator[tuple[int, list[Tap]]]:
-    """The blocks of a Gram store with their numbers, each read when its turn comes."""
+def shared_blocks(folder: Path) -> Iterator[tuple[int, Iterator[Tap]]]:
+    """The blocks of a Gram store with their numbers, each tap read when its turn comes."""
     for index in range(len(read_index(folder)["blocks"])):
         yield index, read_block(folder, index)
 
@@ -118,13 +120,15 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--model", type=json.loads, required=True, help="model entry of the config, as JSON")
     parser.add_argument("--tokens", type=Path, required=True, help="calibration tokens, safetensors")
     parser.add_argument("--out", type=Path, required=True, help="folder for the Grams")
+    parser.add_argument("--dtype", help="of the forward passes (default: the model's)")
     parser.add_argument("--threads", type=int, default=None)
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args(argv)
 
     set_threads(args.threads)
     tokens = torch.from_numpy(read_tokens(args.tokens)[0])
-    stream = Stream(load(args.model, args.device), tokens)
+    model = {**args.model, "dtype": args.dtype} if args.dtype else args.model
+    stream = Stream(load(model, args.device), tokens)
     write_gram(args.out, tqdm(shared(stream), "calibrate", total=len(stream.blocks), unit="block"))
 
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
@@ -43,6 +43,8 @@ from workflow.scripts.table_schema import from_rows
 from workflow.scripts.taps import Tap, tapped_linears
 from workflow.scripts.text import read_tokens
 from workflow.scripts.tune import Tuner
+
+SCORED = 512  # rows of a weight, and columns of its Gram, that are in float64 at a time
 
 
 @dataclass(frozen=True)
@@ -95,7 +97,7 @@ class Solver:
             "in": inputs,
             "output_error": relative,
             "absolute_error": absolute,
-            "achieved_sparsity": float((result.weight == 0).double().mean()),
+            "achieved_sparsity": int((result.weight == 0).sum()) / result.weight.numel(),
             "bits_per_weight": bits_per_weight(
                 self.target,
                 kept,
@@ -115,7 +117,12 @@ def inputs_state(layer: Layer) -> dict[str, tuple[int, float]]:
     tensors = {"weight": layer.weight, "gram": layer.gram.matrix}
     if layer.statistics:
         tensors |= {key: value for key, value in vars(layer.statistics).items() if isinstance(value, Tensor)}
-    return {name: (tensor._version, float(tensor.sum(dtype=torch.float64))) for name, tensor in tensors.items()}
+    return {name: (tensor._version, total(tensor)) for name, tensor in tensors.items()}
+
+
+def total(tensor: Tensor) -> float:
+    """Sum in float64, which torch would copy the whole tensor to."""
+    return sum(float(rows.sum(dtype=torch.float64)) for rows in tensor.split(SCORED))
 
 
 def layer_seed(seed: int, name: str) -> int:
@@ -128,16 +135,23 @@ def output_error(layer: Layer, weight: Tensor) -> tuple[float, float]:
 
     A layer whose dense output is zero on every token has ratio 0: nothing can be lost.
     """
-    gram, dense = layer.gram.matrix.double(), layer.weight.double()
-    difference = dense - weight.double()
+    error = whole = 0.0
+    for own, other in zip(layer.weight.split(SCORED), weight.split(SCORED), strict=True):
+        dense = own.double()
+        lost = dense - other.double()
+        for start in range(0, dense.shape[1], SCORED):
+            columns = slice(start, start + SCORED)
+            gram = layer.gram.matrix[:, columns].double()
+            error += float(((lost @ gram) * lost[:, columns]).sum())
+            whole += float(((dense @ gram) * dense[:, columns]).sum())
     # Rounding of a Gram that is singular can push a trace of zero below it.
-    error, total = (max(float(((e @ gram) * e).sum()), 0.0) for e in (difference, dense))
-    return error, error / total if total > 0 else 0.0
+    error, whole = max(error, 0.0), max(whole, 0.0)
+    return error, error / whole if whole > 0 else 0.0
 
 
 def visit(
     model: PreTrainedModel,
-    blocks: Iterable[tuple[int, list[Tap]]],
+    blocks: Iterable[tuple[int, Iterable[Tap]]],
     solve: Callable[[Layer], tuple[Compressed, dict[str, Any]]],
     progress: Callable[[Mapping[str, Any]], None],
 ) -> Iterator[tuple[dict[str, Any], Compressed]]:
@@ -146,6 +160,7 @@ def visit(
         result, row = solve(Layer(linear.name, linear.weight(), tap.gram, tap.statistics))
         linear.replace(result.weight)
         row |= {"block": index, "tap": tap.name}
+        del tap  # before the next block's Grams come
         progress(row)
         yield row, result
 
@@ -160,13 +175,23 @@ def trace_rows(result: Compressed) -> list[dict[str, Any]]:
     ]
 
 
-def sequential_blocks(stream: Stream) -> Iterator[tuple[int, list[Tap]]]:
-    """The taps of each block; between one and the next the block, by then compressed, is run again."""
+def sequential_blocks(stream: Stream, blocks: nn.ModuleList | None = None) -> Iterator[tuple[int, Iterable[Tap]]]:
+    """The taps of each block; between one and the next the block, by then compressed, is run again.
+
+    blocks: those that are compressed, if the stream passes through a copy of them in another dtype.
+    """
     for index in range(len(stream.blocks)):
-        taps, _ = stream.collect(index)
-        yield index, taps
+        yield index, in_turn(stream.collect(index)[0])
         if index + 1 < len(stream.blocks):
+            if blocks is not None and blocks is not stream.blocks:
+                stream.blocks[index].load_state_dict(blocks[index].state_dict())  # rounded to the copy's dtype
             stream.advance(index)
+
+
+def in_turn(taps: list[Tap]) -> Iterator[Tap]:
+    """The taps, of which the list keeps those that are still to come."""
+    while taps:
+        yield taps.pop(0)
 
 
 @contextmanager
@@ -200,12 +225,13 @@ def run(args: argparse.Namespace) -> None:
     sequences, stages, solve = torch.from_numpy(tokens), args.cell.get("tune"), solver.solve
     title = f"{columns['label']} {columns['target']} {columns['mode']}"
 
-    def blocks() -> tuple[Iterator[tuple[int, list[Tap]]], Stream | None]:
+    def blocks() -> tuple[Iterator[tuple[int, Iterable[Tap]]], Stream | None]:
         """The taps of each block, and in sequential mode the stream that they come from."""
         if columns["mode"] == "shared":
             return shared_blocks(args.gram), None
-        stream = Stream(model, sequences)
-        return sequential_blocks(stream), stream
+        own = models.load({**args.model, "dtype": args.dtype}, args.device) if args.dtype else model
+        stream = Stream(own, sequences)
+        return sequential_blocks(stream, models.find_blocks(model)[1]), stream
 
     tuner = Tuner(model, sequences, stages or {}, solver.target, solver.seed)
     if stages:
@@ -255,6 +281,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--fingerprint", type=Path, required=True, help="what fingerprint.py wrote of the model")
     parser.add_argument("--tokens", type=Path, required=True, help="calibration tokens")
     parser.add_argument("--gram", type=Path, help="folder of the Grams (shared mode)")
+    parser.add_argument("--dtype", help="of the forward passes of sequential mode (default: the model's)")
     parser.add_argument("--method-path", type=Path, action="append", default=[], help="further folder of methods")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=1)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,13 +11,16 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 
-from workflow.scripts.models import check_tokens, find_blocks, linears
+from workflow.scripts.models import check_tokens, find_blocks, linears, vocabulary
 from workflow.scripts.runtime import InputError
 from workflow.scripts.taps import Tap, TapRecorder
 
-SEQUENCES_PER_BATCH = 8
-TOKENS_PER_BATCH = 4096
 HIDDEN = "hidden_states"
+PROBE = 8  # tokens of the passes that show what a block's call depends on
+# The widest activations of a batch: on a processor they stay in its caches, and in memory that is taken and given back
+# without asking the system; a device wants more to do at once.
+BATCH_BYTES = {"cpu": 2**21}
+BATCH_BYTES_ELSEWHERE = 2**28
 
 
 class _Stop(Exception):
@@ -62,14 +65,30 @@ def same(first: Any, second: Any) -> bool:
     return first is second or bool(first == second)
 
 
-def capture(model: PreTrainedModel, blocks: Sequence[nn.Module], tokens: Tensor) -> tuple[Tensor, list[Call]]:
+@dataclass(frozen=True)
+class Pass:
+    """What a pass through the model shows: the hidden states that enter the first block, and each block's call.
+
+    bare: whether a block, of all but the last, which is not run, returned a tensor (True), a tuple of one (False), or
+    anything else (None).
+    """
+
+    hidden: Tensor
+    calls: list[Call]
+    bare: list[bool | None]
+
+
+def capture(
+    model: PreTrainedModel, blocks: Sequence[nn.Module], tokens: Tensor, skip: Sequence[bool | None] = ()
+) -> Pass:
     """Run the model on tokens [sequences, length] up to the last of `blocks`, which need not be all of its blocks.
 
-    Returns the hidden states that enter the first block and the call of each. Raises InputError when the model does
-    not call every block once with a tensor of hidden states.
+    skip: of an earlier pass, what each block returns; they are then not run, and pass on what they are given.
+    Raises InputError when the model does not call every block once with a tensor of hidden states.
     """
     calls: dict[int, Call] = {}
     hidden: list[Tensor] = []
+    bare: list[bool | None] = []
 
     def hook(index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         keyword = not args
@@ -83,17 +102,42 @@ def capture(model: PreTrainedModel, blocks: Sequence[nn.Module], tokens: Tensor)
         if index == len(blocks) - 1:
             raise _Stop
 
+    def note(output: Any) -> None:
+        tensor = isinstance(output, Tensor)
+        bare.append(tensor if tensor or (isinstance(output, tuple) and len(output) == 1) else None)
+
     with ExitStack() as stack:
         for index, block in enumerate(blocks):
             handle = block.register_forward_pre_hook(
                 lambda _, args, kwargs, index=index: hook(index, args, kwargs), with_kwargs=True
             )
             stack.callback(handle.remove)
+            stack.callback(block.register_forward_hook(lambda _, args, output: note(output)).remove)
+        for block, tensor in zip(blocks, skip, strict=False):
+            stack.enter_context(passing_on(block, bool(tensor)))
         with suppress(_Stop):
             model(input_ids=tokens, use_cache=False)
     if sorted(calls) != list(range(len(blocks))):
         raise InputError(f"{type(model).__name__} called {len(calls)} of its {len(blocks)} blocks.")
-    return hidden[0], [calls[index] for index in range(len(blocks))]
+    return Pass(hidden[0], [calls[index] for index in range(len(blocks))], bare)
+
+
+@contextmanager
+def passing_on(block: nn.Module, tensor: bool) -> Iterator[None]:
+    """Within it the block returns the hidden states that it is given, as a tensor or a tuple of one."""
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        states = args[0] if args else kwargs[HIDDEN]
+        return states if tensor else (states,)
+
+    own = vars(block).get("forward")
+    block.forward = forward
+    try:
+        yield
+    finally:
+        del block.forward
+        if own is not None:
+            block.forward = own
 
 
 class Stream:
@@ -108,38 +152,52 @@ class Stream:
     enter the next block, on the CPU in the model's dtype.
     """
 
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        tokens: Tensor,
-        sequences_per_batch: int = SEQUENCES_PER_BATCH,
-        tokens_per_batch: int = TOKENS_PER_BATCH,
-    ) -> None:
-        """Embed the tokens [samples, length]. Raises InputError when they, or the model's blocks, do not fit."""
+    def __init__(self, model: PreTrainedModel, tokens: Tensor, sequences_per_batch: int | None = None) -> None:
+        """Embed the tokens [samples, length], by default in batches of the size that `BATCH_BYTES` gives.
+
+        Raises InputError when they, or the model's blocks, do not fit.
+        """
         check_tokens(model, tokens)
         self.name, self.blocks = find_blocks(model)
         self.device = next(self.blocks.parameters()).device
         self.samples, self.length = tokens.shape
         self.inputs: list[Tensor] = []
         self._calls: list[list[Call]] = []  # per batch, of every block
-        batch = max(1, min(sequences_per_batch, tokens_per_batch // self.length))
         with torch.no_grad():
-            for part in tokens.split(batch):
-                self._embed(model, part.to(self.device))
+            skip = self._probe(model, tokens)
+            for part in tokens.split(sequences_per_batch or self._batch()):
+                self._embed(model, part.to(self.device), skip)
 
-    def _embed(self, model: PreTrainedModel, tokens: Tensor) -> None:
+    def _batch(self) -> int:
+        """Sequences whose widest activations fill what a batch may take."""
+        widest = max(max(layer.shape) for layer in linears(self.blocks, self.name))
+        size = next(self.blocks.parameters()).element_size()
+        return max(1, BATCH_BYTES.get(self.device.type, BATCH_BYTES_ELSEWHERE) // (self.length * widest * size))
+
+    def _probe(self, model: PreTrainedModel, tokens: Tensor) -> list[bool | None]:
+        """What the blocks return, if their calls can be had without running them; else nothing.
+
+        Two passes of a few tokens show whether the calls depend on more than the batch's shape.
+        """
+        few = tokens[:1, :PROBE].to(self.device)
+        one, other = (capture(model, list(self.blocks), probe) for probe in (few, (few + 1) % vocabulary(model)))
+        if not same(one.calls[0], other.calls[0]):
+            return []
+        if not same(one.calls, other.calls):
+            raise InputError(f"{type(model).__name__} passes more than {HIDDEN} from block to block.")
+        return [] if None in one.bare else one.bare
+
+    def _embed(self, model: PreTrainedModel, tokens: Tensor, skip: Sequence[bool | None]) -> None:
         blocks = list(self.blocks)
-        if len(self.inputs) < 2:  # two whole passes show whether the calls depend on more than the batch's shape
-            hidden, calls = capture(model, blocks, tokens)
-            if self.inputs and same(calls[0], self._calls[0][0]):
-                if not same(calls, self._calls[0]):
-                    raise InputError(f"{type(model).__name__} passes more than {HIDDEN} from block to block.")
-                calls = self._calls[0]  # one copy in memory
-        else:
-            hidden, (first, *_) = capture(model, blocks[:1], tokens)
-            calls = self._calls[0] if same(first, self._calls[0][0]) else capture(model, blocks, tokens)[1]
-        self.inputs.append(hidden.to("cpu"))
-        self._calls.append(calls)
+        if self.inputs:
+            first = capture(model, blocks[:1], tokens)
+            if same(first.calls[0], self._calls[0][0]):  # one copy in memory
+                self.inputs.append(first.hidden.to("cpu"))
+                self._calls.append(self._calls[0])
+                return
+        whole = capture(model, blocks, tokens, skip)
+        self.inputs.append(whole.hidden.to("cpu"))
+        self._calls.append(whole.calls)
 
     def _forward(self, index: int, batch: int) -> Tensor:
         """Output of a block for one batch, on the CPU."""

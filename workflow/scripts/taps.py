@@ -12,11 +12,16 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
+from kernels.rows import array, by_rows
+from kernels.sums import add_sums
+from methods import paths
 from methods.base import Gram, Statistics
 from workflow.scripts.models import Linear, few, find_blocks, linears
 from workflow.scripts.runtime import InputError
 
 SAMPLE_ROWS = 512
+RUN = 4096  # tokens whose products are summed in float32
+NARROW_PANEL, WIDEST_PANEL, NARROW_BELOW = 128, 256, 2048  # of a symmetric product, and the inputs that ask for each
 
 
 @dataclass(frozen=True)
@@ -31,54 +36,97 @@ class Tap:
 
 
 def tapped_linears(
-    model: PreTrainedModel, blocks: Iterable[tuple[int, list[Tap]]]
+    model: PreTrainedModel, blocks: Iterable[tuple[int, Iterable[Tap]]]
 ) -> Iterator[tuple[int, Tap, Linear]]:
-    """Every linear layer of the blocks, with its block's number and its tap, in the order of their calls."""
+    """Every linear layer of the blocks, with its block's number and its tap, in the order of their calls.
+
+    A tap is let go of when its layers are done: with its Gram goes what methods have kept on it.
+    """
     name, modules = find_blocks(model)
     for index, taps in blocks:
         found = {linear.name: linear for linear in linears(modules[index], f"{name}.{index}")}
         for tap in taps:
             for layer in tap.layers:
                 yield index, tap, found[layer]
+            del tap
 
 
 class TapStatistics:
     """Accumulates the Gram and statistics of one tap, independently of how the sequences are batched.
 
-    Products are float32 within a batch and means float32 within a sequence; totals are float64.
+    Products are float32 over at most RUN tokens, means float32 within a sequence; totals are float64.
     """
 
     def __init__(self, features: int, sequences: int, length: int, device: torch.device | str = "cpu") -> None:
         self.tokens, self.length = sequences * length, length
         count = min(SAMPLE_ROWS, self.tokens)
-        self.rows = torch.arange(count, device=device) * max(1, self.tokens // SAMPLE_ROWS)  # of the sample
+        self.stride, self.taken = max(1, self.tokens // SAMPLE_ROWS), 0  # of the sample's rows
         self.seen = 0
-        self.gram = torch.zeros(features, features, dtype=torch.float64, device=device)
+        self.gram = torch.zeros(features, features, dtype=torch.float64, device=device)  # above the diagonal
+        self.run = torch.zeros(features, features, dtype=torch.float32, device=device)  # what it lacks as yet
+        self.in_run = 0  # tokens
         self.sums = torch.zeros(3, features, dtype=torch.float64, device=device)  # mean, absmean, variance
         self.sample = torch.zeros(count, features, dtype=torch.float32, device=device)
 
     def update(self, inputs: Tensor) -> None:
         """Add whole sequences: inputs [..., in] of any float dtype, tokens of a sequence one after the other."""
-        sequences = inputs.reshape(-1, self.length, inputs.shape[-1]).float()  # [sequences, length, in]
+        sequences = inputs.detach().reshape(-1, self.length, inputs.shape[-1]).float()  # [sequences, length, in]
         flat = sequences.flatten(0, 1)  # [tokens, in]
-        self.gram += flat.T @ flat
-        # Per sequence in float32, where cascade summation loses no digits, 16 times faster than summing in float64.
-        means = sequences.mean(1, keepdim=True)
-        self.sums[0] += means.sum((0, 1), dtype=torch.float64)
-        self.sums[1] += sequences.abs().mean(1).sum(0, dtype=torch.float64)
-        # Centred before squaring: the mean of squares less the square of the mean loses digits to a large mean.
-        self.sums[2] += (sequences - means).square_().mean(1).sum(0, dtype=torch.float64)
-        here = (self.rows >= self.seen) & (self.rows < self.seen + len(flat))
-        self.sample[here] = flat[self.rows[here] - self.seen]
+        for part in flat.split(RUN):
+            if self.in_run + len(part) > RUN:
+                self._end_run()
+            add_products(self.run, part)
+            self.in_run += len(part)
+        if paths.compiled(sequences):
+            by_rows(add_sums, sequences.shape[::-1], array(sequences), array(self.sums))
+        else:
+            add_sums_in_torch(sequences, self.sums)
+        rows = flat[self.taken * self.stride - self.seen :: self.stride][: len(self.sample) - self.taken]
+        self.sample[self.taken : self.taken + len(rows)] = rows
+        self.taken += len(rows)
         self.seen += len(flat)
 
+    def _end_run(self) -> None:
+        self.gram += self.run
+        self.run.zero_()
+        self.in_run = 0
+
     def finish(self) -> tuple[Gram, Statistics]:
-        """The means over the tokens, in float32 on the device of the inputs."""
+        """The means over the tokens, in float32 on the device of the inputs; the accumulated sums are given up."""
         if self.seen != self.tokens:
             raise ValueError(f"TapStatistics awaited {self.tokens} tokens. Got {self.seen} instead.")
-        matrix = (self.gram + self.gram.T) / (2 * self.tokens)  # a float32 product is symmetric only up to rounding
+        self._end_run()
+        matrix = self.run.copy_(self.gram.div_(self.tokens))
+        del self.gram, self.run
+        for start in range(0, len(matrix), WIDEST_PANEL):  # what lies below the diagonal is what lies above
+            panel = matrix[start:, start : start + WIDEST_PANEL]
+            upper = matrix[start : start + WIDEST_PANEL, start:]
+            corner = upper[:, : len(upper)].triu()
+            upper[:, : len(upper)] = corner + corner.triu(1).T
+            panel.copy_(upper.T.clone())
         mean, absmean, variance = (self.sums * (self.length / self.tokens)).float()  # means over the sequences
-        return Gram(matrix.float(), self.tokens), Statistics(self.length, mean, absmean, variance, self.sample)
+        return Gram(matrix, self.tokens), Statistics(self.length, mean, absmean, variance, self.sample)
+
+
+def add_products(total: Tensor, x: Tensor) -> None:
+    """Add Xt X of x [tokens, in] to total [in, in], of which what lies below its diagonal is left undefined.
+
+    Panel by panel from the diagonal on: half the work of the whole product, and what the panels have too much.
+    """
+    inputs = x.shape[1]
+    width = NARROW_PANEL if inputs < NARROW_BELOW and x.device.type == "cpu" else WIDEST_PANEL
+    for start in range(0, inputs, width):
+        total[start : start + width, start:].addmm_(x[:, start : start + width].T, x[:, start:])
+
+
+def add_sums_in_torch(sequences: Tensor, sums: Tensor) -> None:
+    """The plain reference of `kernels.sums.add_sums`."""
+    # Per sequence in float32, where cascade summation loses no digits, 16 times faster than summing in float64.
+    means = sequences.mean(1, keepdim=True)
+    sums[0] += means.sum((0, 1), dtype=torch.float64)
+    sums[1] += sequences.abs().mean(1).sum(0, dtype=torch.float64)
+    # Centred before squaring: the mean of squares less the square of the mean loses digits to a large mean.
+    sums[2] += (sequences - means).square_().mean(1).sum(0, dtype=torch.float64)
 
 
 class TapRecorder:

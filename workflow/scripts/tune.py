@@ -182,7 +182,9 @@ class Tuner:
 
         return solved
 
-    def walk(self, blocks: Iterable[tuple[int, list[Tap]]], stream: Stream | None) -> Iterator[tuple[int, list[Tap]]]:
+    def walk(
+        self, blocks: Iterable[tuple[int, Iterable[Tap]]], stream: Stream | None
+    ) -> Iterator[tuple[int, Iterable[Tap]]]:
         """The blocks, each tuned when its layers have been solved.
 
         stream: what the blocks get in sequential mode; without it they get the dense model's activations. In either
@@ -192,7 +194,7 @@ class Tuner:
             yield from blocks
             return
         size = self.stages["blocks"]["batch"]
-        dense = Stream(self.model, self.tokens, sequences_per_batch=size, tokens_per_batch=size * self.tokens.shape[1])
+        dense = Stream(self.model, self.tokens, sequences_per_batch=size)
         for index, taps in blocks:
             inputs = dense.inputs
             dense.advance(index)
