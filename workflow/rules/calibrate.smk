@@ -79,7 +79,7 @@ rule gram:
     input:
         model="results/models/{model}.json",
         tokens="results/tokens/{model}/calibration-{calib}.safetensors",
-        code=code(*scripts("calibrate", "propagate", "taps", "models")),
+        code=code(*scripts("calibrate", "propagate", "taps", "models"), *kernels("rows", "sums")),
     output:
         directory("results/calibration/{model}/{calib}/gram"),
     log:

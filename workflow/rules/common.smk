@@ -58,6 +58,10 @@ def scripts(*names):
     return [from_here(f"{workflow.basedir}/workflow/scripts/{name}.py") for name in names]
 
 
+def kernels(*names):
+    return [from_here(f"{PACKAGES['kernels']}/{name}.py") for name in names]
+
+
 @cache
 def code(*files):
     """A file named after the content of the files of code that a rule depends on, its input in their place.

@@ -14,6 +14,7 @@ rule compress:
         code=lambda wildcards: code(
             *method_sources(wildcards),
             *scripts("compress", "calibrate", "propagate", "taps", "models", "accounting", "packed", "table_schema"),
+            *kernels("rows", "sums"),
             *(scripts("tune") if "tune" in cell_of(wildcards).spec else []),
             TABLE_SCHEMA,
         ),
