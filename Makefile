@@ -46,6 +46,7 @@ benchmark: .venv/installed  # the methods against the published loops and the pr
 	$(RUN) python -m tests.benchmarks.bench_swaps 2048
 	$(RUN) python -m tests.benchmarks.bench_iterative 1024 2048
 	$(RUN) python -m tests.benchmarks.bench_iterative 1024 --errors
+	$(RUN) python -m tests.benchmarks.bench_calibrate resources/demo
 
 clean:  # everything that can be computed again
 	rm -rf results/text results/tokens results/models results/calibration results/cells results/exports results/tables \
