@@ -51,10 +51,12 @@ benchmark: .venv/installed  # every method against the published loop and the pr
 		--command 'make benchmark$(if $(SIZES), SIZES="$(SIZES)")$(if $(filter-out 2,$(THREADS)), THREADS=$(THREADS))' \
 		--table $(if $(SIZES),results/benchmarks/table,docs/benchmark) \
 		--figure $(if $(SIZES),results/benchmarks,figures/gallery)/benchmark.png
+	$(RUN) python -m tests.benchmarks.bench_iterative 1024 --errors
+	$(RUN) python -m tests.benchmarks.bench_calibrate resources/demo
 
 clean:  # everything that can be computed again
-	rm -rf results/text results/tokens results/models results/calibration results/cells results/evaluations results/exports results/tables \
-		results/partial results/report.html
+	rm -rf results/text results/tokens results/models results/calibration results/cells results/evaluations results/exports \
+		results/code results/tables results/partial results/benchmarks results/report.html
 	rm -rf figures/*.pdf figures/*.svg figures/*.png logs .snakemake
 
 .venv/installed: requirements.lock

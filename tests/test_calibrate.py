@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -12,10 +13,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import Cache, DynamicCache
 
-from workflow.scripts import calibrate
+from methods.paths import plain_torch
+from workflow.scripts import calibrate, propagate
 from workflow.scripts.calibrate import read_block, read_index, shared, write_gram
-from workflow.scripts.models import find_blocks, linears
-from workflow.scripts.propagate import Stream, same, without_cache
+from workflow.scripts.models import find_blocks, linears, load
+from workflow.scripts.propagate import PROBE, Stream, capture, same, without_cache
 from workflow.scripts.runtime import InputError
 from workflow.scripts.taps import TapStatistics
 
@@ -137,6 +139,37 @@ def test_states_passed_beside_the_hidden_ones_are_refused():
         Stream(model, tokens(4), 2)
 
 
+@every_family
+def test_calls_are_those_of_a_whole_pass_though_no_block_is_run(family, monkeypatch):
+    model = build(family)
+    with torch.no_grad():
+        whole = capture(model, list(find_blocks(model)[1]), tokens(SEQUENCES))
+    blocks = []
+    for block in find_blocks(model)[1]:
+        monkeypatch.setattr(block, "forward", recorded(block.forward, blocks))
+    stream = Stream(model, tokens(SEQUENCES), SEQUENCES)
+    assert same(stream._calls[0], whole.calls) and torch.equal(stream.inputs[0], whole.hidden)
+    assert max(blocks) == (LENGTH if family == "bloom" else PROBE)  # tokens; bloom's return more than hidden states
+    assert forward(model)[2].isfinite().all() and max(blocks) == LENGTH  # now they run again
+
+
+def recorded(run, lengths):
+    def forward(*args, **kwargs):
+        lengths.append((args[0] if args else kwargs["hidden_states"]).shape[1])
+        return run(*args, **kwargs)
+
+    return forward
+
+
+def test_batches_fill_what_they_may_take(monkeypatch):
+    model = build("llama")
+    widest = max(max(layer.shape) for layer in linears(model.model.layers[0], ""))
+    monkeypatch.setitem(propagate.BATCH_BYTES, "cpu", 3 * LENGTH * widest * 4 + 1)
+    assert [len(batch) for batch in Stream(model, tokens(7)).inputs] == [3, 3, 1]
+    monkeypatch.setitem(propagate.BATCH_BYTES, "cpu", 1)
+    assert [len(batch) for batch in Stream(model, tokens(2)).inputs] == [1, 1]
+
+
 def test_same_compares_down_to_the_values():
     call = {"mask": torch.ones(2, 2), "embeddings": (torch.zeros(3), torch.ones(3)), "flag": False, "none": None}
     again = {"mask": torch.ones(2, 2), "embeddings": (torch.zeros(3), torch.ones(3)), "flag": False, "none": None}
@@ -204,6 +237,23 @@ def test_accumulated_statistics_are_exact_and_the_sample_is_evenly_spaced(batch,
         close(found.sequence_variance, x.double().var(1, correction=0).mean(0))
     stride = max(1, len(flat) // 512)
     assert torch.equal(found.sample, x.flatten(0, 1)[::stride][:512])
+
+
+@pytest.mark.parametrize("features", [1, 63, 64, 200, 600])
+@pytest.mark.parametrize("length", [1, 5, 40])
+def test_both_paths_sum_alike(features, length):
+    x = 3 + torch.randn(4, length, features)
+    found = []
+    for path in (nullcontext, plain_torch):
+        with path():
+            statistics = TapStatistics(features, 4, length)
+            statistics.update(x)
+            found.append(statistics.finish())
+    for field in FIELDS:
+        close(getattr(found[0][1], field), getattr(found[1][1], field), 1e-6)
+    flat = x.double().flatten(0, 1)
+    assert torch.equal(found[0][0].matrix, found[0][0].matrix.T)
+    close(found[0][0].matrix, flat.T @ flat / len(flat), 1e-6)
 
 
 def test_statistics_of_too_few_tokens_are_refused():
@@ -327,6 +377,18 @@ def test_main_writes_what_the_walk_gives(tmp_path):
         "inside": ["mlp.c_proj"],
         "in": 4 * HIDDEN,
     }
+
+
+def test_a_calibration_has_its_own_dtype(tmp_path):
+    build("llama").save_pretrained(tmp_path / "model")
+    save_file({"tokens": tokens(SEQUENCES)}, tmp_path / "tokens.safetensors", metadata={"info": "{}"})
+    entry = json.dumps({"path": str(tmp_path / "model"), "dtype": "float32"})
+    arguments = ["--model", entry, "--tokens", str(tmp_path / "tokens.safetensors"), "--out", str(tmp_path / "gram")]
+    calibrate.main([*arguments, "--dtype", "bfloat16"])
+    half = load({"path": str(tmp_path / "model"), "dtype": "bfloat16"})
+    expected = shared(Stream(half, tokens(SEQUENCES)))
+    for index, taps in enumerate(expected):
+        assert_same_taps(list(read_block(tmp_path / "gram", index)), taps)
 
 
 def test_a_calibration_that_fails_leaves_nothing(tmp_path):

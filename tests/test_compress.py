@@ -102,6 +102,7 @@ class Case:
         out: str = "",
         own: Path | None = None,
         tune: dict[str, Any] | None = None,
+        dtype: str | None = None,
     ) -> Path:
         """Compress as the workflow does and return the cell's folder."""
         entry = {"tune": tune} if tune else {}
@@ -124,6 +125,7 @@ class Case:
             "tokens": self.folder / "tokens.safetensors",
             **({"gram": self.folder / "gram"} if mode == "shared" else {}),
             **({"method-path": own} if own else {}),
+            **({"dtype": dtype} if dtype else {}),
             "out": folder,
         }
         compress.main([part for key, value in arguments.items() for part in (f"--{key}", str(value))])
@@ -352,6 +354,22 @@ def test_sequential_scores_on_what_the_compressed_blocks_pass_on(case):
         seen = inputs_of(model, tokens(SAMPLES, LENGTH))
         for linear in linears(block, f"{prefix}.{index}"):
             x, difference = seen[linear.name], (dense[linear.name] - saved[linear.name]).double()
+            assert errors[linear.name] == pytest.approx(float(((x @ difference.T) ** 2).sum() / len(x)), rel=1e-5)
+            linear.replace(saved[linear.name])
+
+
+def test_sequential_passes_through_a_model_in_the_calibrations_dtype(case):
+    """Magnitude's masks do not depend on the Grams, which are those of the model in bfloat16 as compressed so far."""
+    cell = case.run("magnitude", ROW, "sequential", "cells/half", dtype="bfloat16")
+    full = weights(case.run("magnitude", ROW, "sequential"))
+    errors, saved = by_layer(cell, "absolute_error"), weights(cell)
+    assert all(torch.equal(saved[name], weight) for name, weight in full.items())  # they keep the model's dtype
+    model, dense = load({**case.spec, "dtype": "bfloat16"}), dense_weights(load(case.spec))
+    prefix, blocks = find_blocks(model)
+    for index, block in enumerate(blocks):
+        seen = inputs_of(model, tokens(SAMPLES, LENGTH))
+        for linear in linears(block, f"{prefix}.{index}"):
+            x, difference = seen[linear.name].double(), (dense[linear.name] - saved[linear.name]).double()
             assert errors[linear.name] == pytest.approx(float(((x @ difference.T) ** 2).sum() / len(x)), rel=1e-5)
             linear.replace(saved[linear.name])
 

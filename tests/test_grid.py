@@ -146,6 +146,7 @@ OTHER_CELLS = {
     "calibration/words/length": 17,
     "calibration/words/seed": 1,
     "calibration/words/sampling": "documents",
+    "calibration/words/dtype": "bfloat16",
     "seed": 1,
 }
 

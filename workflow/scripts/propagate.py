@@ -69,17 +69,17 @@ def same(first: Any, second: Any) -> bool:
 class Pass:
     """What a pass through the model shows: the hidden states that enter the first block, and each block's call.
 
-    bare: whether a block, of all but the last, which is not run, returned a tensor (True), a tuple of one (False), or
-    anything else (None).
+    returned: of all blocks but the last, which is not run: 0 for a tensor, n for a tuple of n that holds nothing
+    besides the hidden states, None for anything else.
     """
 
     hidden: Tensor
     calls: list[Call]
-    bare: list[bool | None]
+    returned: list[int | None]
 
 
 def capture(
-    model: PreTrainedModel, blocks: Sequence[nn.Module], tokens: Tensor, skip: Sequence[bool | None] = ()
+    model: PreTrainedModel, blocks: Sequence[nn.Module], tokens: Tensor, skip: Sequence[int | None] = ()
 ) -> Pass:
     """Run the model on tokens [sequences, length] up to the last of `blocks`, which need not be all of its blocks.
 
@@ -88,7 +88,7 @@ def capture(
     """
     calls: dict[int, Call] = {}
     hidden: list[Tensor] = []
-    bare: list[bool | None] = []
+    returned: list[int | None] = []
 
     def hook(index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         keyword = not args
@@ -103,8 +103,8 @@ def capture(
             raise _Stop
 
     def note(output: Any) -> None:
-        tensor = isinstance(output, Tensor)
-        bare.append(tensor if tensor or (isinstance(output, tuple) and len(output) == 1) else None)
+        nothing_else = isinstance(output, tuple) and all(item is None for item in output[1:])
+        returned.append(0 if isinstance(output, Tensor) else len(output) if nothing_else else None)
 
     with ExitStack() as stack:
         for index, block in enumerate(blocks):
@@ -113,22 +113,22 @@ def capture(
             )
             stack.callback(handle.remove)
             stack.callback(block.register_forward_hook(lambda _, args, output: note(output)).remove)
-        for block, tensor in zip(blocks, skip, strict=False):
-            stack.enter_context(passing_on(block, bool(tensor)))
+        for block, length in zip(blocks, skip, strict=False):
+            stack.enter_context(passing_on(block, length or 0))
         with suppress(_Stop):
             model(input_ids=tokens, use_cache=False)
     if sorted(calls) != list(range(len(blocks))):
         raise InputError(f"{type(model).__name__} called {len(calls)} of its {len(blocks)} blocks.")
-    return Pass(hidden[0], [calls[index] for index in range(len(blocks))], bare)
+    return Pass(hidden[0], [calls[index] for index in range(len(blocks))], returned)
 
 
 @contextmanager
-def passing_on(block: nn.Module, tensor: bool) -> Iterator[None]:
-    """Within it the block returns the hidden states that it is given, as a tensor or a tuple of one."""
+def passing_on(block: nn.Module, length: int) -> Iterator[None]:
+    """Within it the block returns the hidden states that it is given, as a tensor or in a tuple of that length."""
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         states = args[0] if args else kwargs[HIDDEN]
-        return states if tensor else (states,)
+        return (states, *[None] * (length - 1)) if length else states
 
     own = vars(block).get("forward")
     block.forward = forward
@@ -174,7 +174,7 @@ class Stream:
         size = next(self.blocks.parameters()).element_size()
         return max(1, BATCH_BYTES.get(self.device.type, BATCH_BYTES_ELSEWHERE) // (self.length * widest * size))
 
-    def _probe(self, model: PreTrainedModel, tokens: Tensor) -> list[bool | None]:
+    def _probe(self, model: PreTrainedModel, tokens: Tensor) -> list[int | None]:
         """What the blocks return, if their calls can be had without running them; else nothing.
 
         Two passes of a few tokens show whether the calls depend on more than the batch's shape.
@@ -185,9 +185,9 @@ class Stream:
             return []
         if not same(one.calls, other.calls):
             raise InputError(f"{type(model).__name__} passes more than {HIDDEN} from block to block.")
-        return [] if None in one.bare else one.bare
+        return [] if None in one.returned else one.returned
 
-    def _embed(self, model: PreTrainedModel, tokens: Tensor, skip: Sequence[bool | None]) -> None:
+    def _embed(self, model: PreTrainedModel, tokens: Tensor, skip: Sequence[int | None]) -> None:
         blocks = list(self.blocks)
         if self.inputs:
             first = capture(model, blocks[:1], tokens)
