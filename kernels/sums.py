@@ -1,7 +1,7 @@
 """Sums over the tokens of sequences: read from memory twice at most, with no copies of the activations."""
 
 import numpy as np
-from numba import float32, float64, int64, void
+from numba import float32, float64, void
 
 from kernels.rows import compiled
 
@@ -9,15 +9,15 @@ WIDTH = 64  # inputs at a time: their rows of one sequence stay in the first cac
 RUN = 16  # tokens that are summed in float32 before float64
 
 
-@compiled(void(float32[:, :, ::1], float64[:, ::1], int64, int64))
-def add_sums(x, sums, first, last):
-    """Add to sums [3, in], for the inputs first to last, the sums over the sequences x [sequences, length, in] of the
-    mean, the mean absolute value and the biased variance of each sequence."""
-    sequences, length, _ = x.shape
+@compiled(void(float32[:, :, ::1], float64[:, ::1]))
+def add_sums(x, sums):
+    """Add to sums [3, in] the sums over the sequences x [sequences, length, in] of the mean, the mean absolute value and
+    the biased variance of each sequence."""
+    sequences, length, inputs = x.shape
     total, absolute = np.empty(WIDTH), np.empty(WIDTH)
     mean = np.empty(WIDTH, np.float32)
-    for start in range(first, last, WIDTH):
-        width = min(WIDTH, last - start)
+    for start in range(0, inputs, WIDTH):
+        width = min(WIDTH, inputs - start)
         for s in range(sequences):
             total[:], absolute[:] = 0, 0
             for begin in range(0, length - length % RUN, RUN):

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
-from kernels.rows import array, by_rows
+from kernels.rows import array
 from kernels.sums import add_sums
 from methods import paths
 from methods.base import Gram, Statistics
@@ -78,7 +78,8 @@ class TapStatistics:
             add_products(self.run, part)
             self.in_run += len(part)
         if paths.compiled(sequences):
-            by_rows(add_sums, sequences.shape[::-1], array(sequences), array(self.sums))
+            # In one thread, for some tenth of the product's time: a pool's would contend with torch's waiting ones.
+            add_sums(array(sequences), array(self.sums))
         else:
             add_sums_in_torch(sequences, self.sums)
         rows = flat[self.taken * self.stride - self.seen :: self.stride][: len(self.sample) - self.taken]
