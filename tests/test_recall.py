@@ -11,6 +11,7 @@ import torch
 from safetensors.numpy import save_file as save_numpy
 from safetensors.torch import save_file
 
+from methods.catalogue import HOME
 from tests.dag import ROOT
 from tests.test_evaluate import LENGTH, VOCABULARY, WINDOWS, layers_of, llama, weights_of
 from workflow.scripts import evaluate, recall
@@ -122,15 +123,14 @@ def test_the_place_depends_on_all_that_decides_the_result_and_on_no_name(cell):
     assert len({known, *(place(**change) for change in changes)}) == 1 + len(changes)
 
 
-@pytest.mark.parametrize("part", ["code", "versions"])
-def test_other_code_and_other_versions_have_another_place(cell, monkeypatch, part):
+@pytest.mark.parametrize("file", ["evaluate", "text", HOME / "ops.py", "versions"])
+def test_other_code_and_other_versions_have_another_place(cell, monkeypatch, file):
     evaluation = recall.Evaluation(
         "perplexity", entry(), cell / "tiny.json", cell / "weights.safetensors", (cell / "tokens.safetensors",)
     )
     before = evaluation.file()
-    if part == "code":
-        own = recall.sha256
-        monkeypatch.setattr(recall, "sha256", lambda path: "edited" if path.name == "evaluate.py" else own(path))
+    if file != "versions":
+        monkeypatch.setitem(recall.CODE, file, "edited")
     else:
         monkeypatch.setattr(recall.importlib.metadata, "version", lambda name: "0")
     assert evaluation.file() != before
@@ -149,3 +149,14 @@ def test_what_fails_beside_the_compression_is_left_to_its_own_job(cell, monkeypa
     with pytest.raises(InputError, match="do the tokenizer and the model belong together"):
         recall.main(arguments(data=("wrong.safetensors",)))
     assert (cell / "failed-out.json").is_file() and not (cell / "out.json").exists()
+
+
+@pytest.mark.parametrize("left", ["", '{"perplexity": 3'])
+def test_a_result_that_a_crash_has_cut_is_computed_again(cell, left):
+    recall.main(arguments())
+    (stored,) = recall.STORE.iterdir()
+    stored.write_text(left)
+    recall.main(arguments("again.json"))
+    assert (
+        json.loads((cell / "again.json").read_text())["losses"] == json.loads((cell / "out.json").read_text())["losses"]
+    )

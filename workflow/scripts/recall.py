@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from methods.catalogue import SHARED_SOURCES
 from workflow.scripts.fingerprint import sha256
 from workflow.scripts.runtime import record_failure, report_errors, write_atomic
 
@@ -27,9 +28,13 @@ if TYPE_CHECKING:
 STORE = Path("results/evaluations")
 # Scripts that decide the result of each kind of evaluation, and libraries whose versions do.
 SCRIPTS = {
-    "perplexity": ("recall", "evaluate", "models", "packed", "accounting"),
-    "tasks": ("recall", "zero_shot", "task_sets", "evaluate", "models", "packed", "accounting"),
+    "perplexity": ("recall", "evaluate", "text", "models", "packed", "accounting"),
+    "tasks": ("recall", "zero_shot", "task_sets", "evaluate", "text", "models", "packed", "accounting"),
 }
+# As they are when this process starts, which is what it runs: a compression takes hours, and may outlive an edit. The
+# shared files of methods decide what packed.py reads.
+CODE = {script: sha256(Path(__file__).with_name(f"{script}.py")) for kind in SCRIPTS.values() for script in kind}
+CODE |= {path: sha256(path) for path in SHARED_SOURCES}
 LIBRARIES = {"perplexity": ("torch", "transformers"), "tasks": ("torch", "transformers", "lm_eval")}
 # What a cell of this run will be asked for: a list of {kind, data, spec} with {model} for the model's identity. An
 # environment variable and no parameter of the compress rule, because a cell's weights do not depend on it.
@@ -52,14 +57,13 @@ class Evaluation:
 
     def file(self) -> Path:
         """Where the result of this content is, or belongs."""
-        scripts = Path(__file__).parent
         content = {
             "kind": self.kind,
             "model": json.loads(self.fingerprint.read_text("utf-8"))["files"],
             "loaded": {key: self.model.get(key) for key in ("dtype", "trust_remote_code")},
             "data": [[path.name, sha256(path)] for path in (self.weights, *self.data)],
             "spec": self.spec,
-            "code": [sha256(scripts / f"{script}.py") for script in SCRIPTS[self.kind]],
+            "code": [CODE[script] for script in SCRIPTS[self.kind]] + [CODE[path] for path in SHARED_SOURCES],
             "versions": [importlib.metadata.version(library) for library in LIBRARIES[self.kind]],
             "device": self.device,
         }
@@ -96,7 +100,7 @@ def foresee(model: PreTrainedModel, entry: Mapping[str, Any], fingerprint: Path,
             continue
         evaluation = Evaluation(asked["kind"], entry, fingerprint, weights, data, asked["spec"], device)
         file = evaluation.file()
-        if file.is_file():
+        if known(file) is not None:
             continue
         try:
             if not applied:
@@ -125,13 +129,23 @@ def main(argv: list[str] | None = None) -> None:
             args.kind, args.model, args.fingerprint, args.weights, tuple(args.data), args.tasks, args.device, args.name
         )
         file = evaluation.file()
-        if file.is_file():
+        text = known(file)
+        if text is not None:
             print(f"The same weights were evaluated before: {file}", file=sys.stderr)
-            text = file.read_text("utf-8")
         else:
             text = computed(evaluation, args.threads)
             write_atomic(file, text)
     write_atomic(args.out, text)
+
+
+def known(file: Path) -> str | None:
+    """What STORE has there; None for no file and for one that a crash of the machine has left empty or cut."""
+    try:
+        text = file.read_text("utf-8")
+        json.loads(text)
+    except (FileNotFoundError, ValueError):
+        return None
+    return text
 
 
 def computed(evaluation: Evaluation, threads: int | None) -> str:
