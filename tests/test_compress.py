@@ -374,6 +374,13 @@ def test_sequential_passes_through_a_model_in_the_calibrations_dtype(case):
             linear.replace(saved[linear.name])
 
 
+@pytest.mark.parametrize("family", ["gpt2", "opt"])
+def test_a_calibrations_dtype_and_tuning_go_together(tmp_path, family):
+    stages = {"blocks": {"epochs": 1, "batch": 2, "weights": 1e-3, "grid": 1e-3}}
+    cell = Case(tmp_path, family).prepare().run("magnitude", ROW, "sequential", tune=stages, dtype="bfloat16")
+    assert json.loads((cell / "cell.json").read_text())["tuning"]
+
+
 @pytest.mark.parametrize("family", ["gpt2", "gpt_neox"])
 def test_both_modes_on_other_architectures(tmp_path, family):
     """GPT-2 stores its weights transposed; sequential mode must pass the pruned ones on."""

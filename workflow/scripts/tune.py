@@ -199,7 +199,9 @@ class Tuner:
             inputs = dense.inputs
             dense.advance(index)
             yield index, taps
-            self._tune_block(dense, index, torch.cat(stream.inputs).split(size) if stream else inputs)
+            if stream:  # which may pass through a model in another dtype
+                inputs = torch.cat(stream.inputs).to(inputs[0].dtype).split(size)
+            self._tune_block(dense, index, inputs)
             self.given.clear()
 
     def _tune_block(self, dense: Stream, index: int, inputs: Sequence[Tensor]) -> None:
