@@ -44,9 +44,9 @@ def entry(**changed):
     return {"name": "tiny", "path": "model", "dtype": "float32", "trust_remote_code": False} | changed
 
 
-def arguments(out="out.json", data=("tokens.safetensors",), **changed):
+def arguments(out="out.json", data="tokens.safetensors", **changed):
     given = ["perplexity", "--model", json.dumps(entry(**changed)), "--fingerprint", "tiny.json", "--threads", "1"]
-    return [*given, "--weights", "weights.safetensors", "--data", *data, "--name", "wanda", "--out", out]
+    return [*given, "--weights", "weights.safetensors", "--data", data, "--name", "wanda", "--out", out]
 
 
 def test_what_was_never_seen_is_computed(cell, capsys):
@@ -82,7 +82,7 @@ def test_what_the_compression_leaves_is_what_the_job_would_compute(cell, monkeyp
     recall.main(arguments())
     (alone,) = recall.STORE.iterdir()
     alone.rename("alone.json")
-    asked = [{"kind": "perplexity", "data": ["{model}.safetensors"], "spec": {}}]
+    asked = [{"kind": "perplexity", "data": "{model}.safetensors", "spec": {}}]
     (cell / "tokens.safetensors").rename("tiny.safetensors")  # the model's identity is its fingerprint's name
     monkeypatch.setenv(recall.ASKED, json.dumps(asked))
     recall.foresee(as_saved(), entry(), cell / "tiny.json", cell / "weights.safetensors", "cpu")
@@ -91,14 +91,14 @@ def test_what_the_compression_leaves_is_what_the_job_would_compute(cell, monkeyp
     for result in results:
         del result["seconds"]
     assert results[0] == results[1]
-    recall.main(arguments(data=("tiny.safetensors",)))
+    recall.main(arguments(data="tiny.safetensors"))
     assert (cell / "out.json").read_bytes() == beside.read_bytes()
 
 
 def test_the_place_depends_on_all_that_decides_the_result_and_on_no_name(cell):
     def place(**changed):
         given = {"kind": "perplexity", "model": entry(), "fingerprint": cell / "tiny.json"}
-        given |= {"weights": cell / "weights.safetensors", "data": (cell / "tokens.safetensors",)}
+        given |= {"weights": cell / "weights.safetensors", "data": cell / "tokens.safetensors"}
         return recall.Evaluation(**given | changed).file()
 
     known = place()
@@ -112,12 +112,12 @@ def test_the_place_depends_on_all_that_decides_the_result_and_on_no_name(cell):
     (cell / "other.json").write_text(json.dumps(other))
     changes = [
         {"weights": cell / "others.safetensors"},
-        {"data": (cell / "other/tokens.safetensors",)},
+        {"data": cell / "other/tokens.safetensors"},
         {"fingerprint": cell / "other.json"},
         {"model": entry(dtype="bfloat16")},
         {"model": entry(trust_remote_code=True)},
         {"kind": "tasks"},
-        {"spec": {"items": 3}},
+        {"spec": {"tasks": ["a"], "items": 3}},
         {"device": "cuda"},
     ]
     assert len({known, *(place(**change) for change in changes)}) == 1 + len(changes)
@@ -126,7 +126,7 @@ def test_the_place_depends_on_all_that_decides_the_result_and_on_no_name(cell):
 @pytest.mark.parametrize("file", ["evaluate", "text", HOME / "ops.py", "versions"])
 def test_other_code_and_other_versions_have_another_place(cell, monkeypatch, file):
     evaluation = recall.Evaluation(
-        "perplexity", entry(), cell / "tiny.json", cell / "weights.safetensors", (cell / "tokens.safetensors",)
+        "perplexity", entry(), cell / "tiny.json", cell / "weights.safetensors", cell / "tokens.safetensors"
     )
     before = evaluation.file()
     if file != "versions":
@@ -139,15 +139,18 @@ def test_other_code_and_other_versions_have_another_place(cell, monkeypatch, fil
 def test_what_fails_beside_the_compression_is_left_to_its_own_job(cell, monkeypatch, capsys):
     write_tokens(cell / "wrong.safetensors", words=10 * VOCABULARY)
     asked = [
-        {"kind": "perplexity", "data": [name], "spec": {}}
+        {"kind": "perplexity", "data": name, "spec": {}}
         for name in ("wrong.safetensors", "absent.safetensors", "tokens.safetensors")
     ]
     monkeypatch.setenv(recall.ASKED, json.dumps(asked))
     recall.foresee(as_saved(), entry(), cell / "tiny.json", cell / "weights.safetensors", "cpu")
-    assert "perplexity could not be computed beside the compression: The tokens lie between" in capsys.readouterr().err
+    assert (
+        "perplexity of wrong.safetensors could not be computed beside the compression: The tokens lie between"
+        in capsys.readouterr().err
+    )
     assert len(list(recall.STORE.iterdir())) == 1  # the last one is there all the same
     with pytest.raises(InputError, match="do the tokenizer and the model belong together"):
-        recall.main(arguments(data=("wrong.safetensors",)))
+        recall.main(arguments(data="wrong.safetensors"))
     assert (cell / "failed-out.json").is_file() and not (cell / "out.json").exists()
 
 
@@ -160,3 +163,10 @@ def test_a_result_that_a_crash_has_cut_is_computed_again(cell, left):
     assert (
         json.loads((cell / "again.json").read_text())["losses"] == json.loads((cell / "out.json").read_text())["losses"]
     )
+
+
+def test_code_that_was_edited_meanwhile_evaluates_nothing(cell, monkeypatch):
+    monkeypatch.setenv(recall.ASKED, json.dumps([{"kind": "perplexity", "data": "tokens.safetensors", "spec": {}}]))
+    monkeypatch.setitem(recall.CODE, "evaluate", "as it was when the compression began")
+    recall.foresee(as_saved(), entry(), cell / "tiny.json", cell / "weights.safetensors", "cpu")
+    assert not recall.STORE.exists()

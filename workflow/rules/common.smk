@@ -178,11 +178,9 @@ def task_files(wildcards):
 def asked():
     """What every cell is to be evaluated on, as recall.foresee reads it."""
     texts = [f"results/tokens/{{model}}/evaluation-{evaluation}.safetensors" for evaluation in PLAN.evaluations]
-    found = [{"kind": "perplexity", "data": [text], "spec": {}} for text in texts]
-    for identity, spec in PLAN.tasks.items():
-        files = [f"results/tasks/{identity}.json", *map(str, task_sets.task_files(spec))]
-        found.append({"kind": "tasks", "data": files, "spec": unnamed(spec)})
-    return found
+    sets = [("tasks", f"results/tasks/{identity}.json", unnamed(spec)) for identity, spec in PLAN.tasks.items()]
+    found = [("perplexity", text, {}) for text in texts] + sets
+    return [dict(zip(("kind", "data", "spec"), one, strict=True)) for one in found]
 
 
 def unnamed(spec):

@@ -32,15 +32,14 @@ rule compress:
     params:
         model=model_json,
         cell=lambda wildcards: cell_of(wildcards).params,
-        gram=lambda wildcards, input: (
-            ["--gram", input.gram] if wildcards.mode == "shared" else forward_dtype(wildcards)
-        ),
+        gram=lambda wildcards, input: ["--gram", input.gram] if wildcards.mode == "shared" else [],
+        dtype=forward_dtype,
         folders=method_folders,
         out=lambda wildcards, output: str(Path(output.record).parent),
     shell:
         "HF_HUB_OFFLINE=1 {PYTHON} -m workflow.scripts.compress --cell {params.cell:q} --model {params.model:q}"
-        " --fingerprint {input.model:q} --tokens {input.tokens:q} {params.gram:q} {params.folders:q}"
-        " --threads {threads} --out {params.out:q} 2> >(tee {log:q} >&2)"
+        " --fingerprint {input.model:q} --tokens {input.tokens:q} {params.gram:q} {params.dtype:q}"
+        " {params.folders:q} --threads {threads} --out {params.out:q} 2> >(tee {log:q} >&2)"
 
 
 rule certificate:

@@ -59,7 +59,7 @@ rule task_data:
 rule zero_shot:
     """One cell on one set of zero-shot tasks, by lm-eval; read where it is there already."""
     input:
-        files=task_files,
+        task_files,
         model="results/models/{model}.json",
         tasks="results/tasks/{tasks}.json",
         weights="results/cells/{model}/{calib}/{mode}/{cell}/weights.safetensors",
@@ -75,5 +75,5 @@ rule zero_shot:
         tasks=tasks_json,
     shell:
         "{PYTHON} -m workflow.scripts.recall tasks --model {params.model:q} --fingerprint {input.model:q}"
-        " --weights {input.weights:q} --data {input.tasks:q} {input.files:q} --tasks {params.tasks:q}"
+        " --weights {input.weights:q} --data {input.tasks:q} --tasks {params.tasks:q}"
         " --threads {threads} --out {output:q} 2> >(tee {log:q} >&2)"

@@ -33,6 +33,7 @@ def shared(stream: Stream) -> Iterator[list[Tap]]:
         taps, outputs = stream.collect(index)
         stream.advance(index, outputs)
         yield taps
+        del taps, outputs  # before the next block's
 
 
 # ------------------------------------------------------------------------------------------------------------ store

@@ -34,12 +34,15 @@ PROVENANCE = _CELLS[_CELLS.index("commit") :]
 # What decides a number beside the cell's spec: rows that differ in these are of two experiments.
 PROTOCOL = [
     *("model_sha256", "dtype", "calibration_sha256", "calibration_samples", "calibration_length", "calibration_seed"),
-    *("calibration_sampling", "eval_sha256", "eval_length", "eval_windows"),
+    *("calibration_sampling", "calibration_dtype", "eval_sha256", "eval_length", "eval_windows"),
     *("task_version", "fewshot", "items", "lm_eval"),
 ]
 SAME = {  # what a name of a study has to mean in all folders: the columns that tell it
     "model": ["model_sha256", "dtype"],
-    "calibration": ["calibration_sha256", "calibration_samples", "calibration_length", "calibration_sampling"],
+    "calibration": [
+        *("calibration_sha256", "calibration_samples", "calibration_length", "calibration_sampling"),
+        "calibration_dtype",
+    ],
     "text": ["eval_sha256", "eval_length", "eval_windows"],
     "task_set": ["lm_eval"],
     "label": ["params"],

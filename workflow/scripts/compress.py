@@ -208,13 +208,27 @@ def bar(model: PreTrainedModel, title: str) -> Iterator[Callable[[Mapping[str, A
         yield progress
 
 
-def calibration_facts(info: Mapping[str, Any]) -> dict[str, Any]:
-    """The columns about the calibration set, from what the tokens' file says of itself."""
-    facts = {"calibration_text": info["dataset"], "calibration_sha256": info["sha256"]}
+def calibration_facts(info: Mapping[str, Any], dtype: str) -> dict[str, Any]:
+    """The columns about the calibration set, from what the tokens' file says of itself.
+
+    dtype: of the forward passes.
+    """
+    facts = {
+        "calibration_text": info["dataset"],
+        "calibration_sha256": info["sha256"],
+        "calibration_dtype": dtype,
+    }
     return facts | {f"calibration_{key}": info[key] for key in ("samples", "length", "seed", "sampling")}
 
 
 def run(args: argparse.Namespace) -> None:
+    model, record = compressed(args)  # what has been written is no longer in memory
+    foresee(model, args.model, args.fingerprint, args.out / "weights.safetensors", args.device)
+    write_atomic(args.out / "cell.json", json.dumps(record, indent=2) + "\n")
+
+
+def compressed(args: argparse.Namespace) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """Write a cell's layers, trace and weights; returns a model to evaluate them in and the cell's record."""
     start = time.perf_counter()
     columns, entry = args.cell["columns"], args.cell["method"]
     catalogue = Catalogue(args.method_path)
@@ -222,6 +236,7 @@ def run(args: argparse.Namespace) -> None:
     tokens, info = read_tokens(args.tokens)
     model = models.load(args.model, args.device)
     solver = Solver(entry["name"], method, Target(**args.cell["target"]), columns["seed"], model.dtype)
+    another = args.dtype is not None and args.dtype != models.dtype_name(model)
     sequences, stages, solve = torch.from_numpy(tokens), args.cell.get("tune"), solver.solve
     title = f"{columns['label']} {columns['target']} {columns['mode']}"
 
@@ -229,7 +244,7 @@ def run(args: argparse.Namespace) -> None:
         """The taps of each block, and in sequential mode the stream that they come from."""
         if columns["mode"] == "shared":
             return shared_blocks(args.gram), None
-        own = models.load({**args.model, "dtype": args.dtype}, args.device) if args.dtype else model
+        own = models.load({**args.model, "dtype": args.dtype}, args.device) if another else model
         stream = Stream(own, sequences)
         return sequential_blocks(stream, models.find_blocks(model)[1]), stream
 
@@ -264,14 +279,11 @@ def run(args: argparse.Namespace) -> None:
     facts = {
         **provenance(args.device, torch.get_num_threads()),
         **fingerprint,
-        **calibration_facts(info),
+        **calibration_facts(info, args.dtype or models.dtype_name(model)),
     }
     seconds = time.perf_counter() - start
-    highest = peak_mb()
-    foresee(model, args.model, args.fingerprint, args.out / "weights.safetensors", args.device)
-    record = {"columns": columns, "provenance": facts, "seconds": seconds, "peak_mb": highest, "model": args.model}
-    record |= {"tuning": tuner.history} if stages else {}
-    write_atomic(args.out / "cell.json", json.dumps(record, indent=2) + "\n")
+    record = {"columns": columns, "provenance": facts, "seconds": seconds, "peak_mb": peak_mb(), "model": args.model}
+    return model, record | ({"tuning": tuner.history} if stages else {})
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -281,7 +293,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--fingerprint", type=Path, required=True, help="what fingerprint.py wrote of the model")
     parser.add_argument("--tokens", type=Path, required=True, help="calibration tokens")
     parser.add_argument("--gram", type=Path, help="folder of the Grams (shared mode)")
-    parser.add_argument("--dtype", help="of the forward passes of sequential mode (default: the model's)")
+    parser.add_argument("--dtype", help="of the forward passes that give the Grams (default: the model's)")
     parser.add_argument("--method-path", type=Path, action="append", default=[], help="further folder of methods")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=1)

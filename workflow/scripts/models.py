@@ -109,6 +109,11 @@ def set_threads(threads: int | None) -> None:
         torch.set_num_threads(threads)
 
 
+def dtype_name(model: PreTrainedModel) -> str:
+    """As the config spells it."""
+    return str(model.dtype).removeprefix("torch.")
+
+
 def vocabulary(model: PreTrainedModel) -> int:
     """Number of tokens that the model embeds."""
     return model.get_input_embeddings().get_parameter("weight").shape[0]

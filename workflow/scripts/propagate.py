@@ -19,7 +19,7 @@ HIDDEN = "hidden_states"
 PROBE = 8  # tokens of the passes that show what a block's call depends on
 # The widest activations of a batch: on a processor they stay in its caches, and in memory that is taken and given back
 # without asking the system; a device wants more to do at once.
-BATCH_BYTES = {"cpu": 2**21}
+BATCH_BYTES = {"cpu": 2**22}
 BATCH_BYTES_ELSEWHERE = 2**28
 
 

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 from methods.catalogue import SHARED_SOURCES
 from workflow.scripts.fingerprint import sha256
 from workflow.scripts.runtime import record_failure, report_errors, write_atomic
+from workflow.scripts.task_sets import task_files
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -28,29 +29,38 @@ if TYPE_CHECKING:
 STORE = Path("results/evaluations")
 # Scripts that decide the result of each kind of evaluation, and libraries whose versions do.
 SCRIPTS = {
-    "perplexity": ("recall", "evaluate", "text", "models", "packed", "accounting"),
+    "perplexity": ("recall", "task_sets", "evaluate", "text", "models", "packed", "accounting"),
     "tasks": ("recall", "zero_shot", "task_sets", "evaluate", "text", "models", "packed", "accounting"),
 }
-# As they are when this process starts, which is what it runs: a compression takes hours, and may outlive an edit. The
-# shared files of methods decide what packed.py reads.
-CODE = {script: sha256(Path(__file__).with_name(f"{script}.py")) for kind in SCRIPTS.values() for script in kind}
-CODE |= {path: sha256(path) for path in SHARED_SOURCES}
-LIBRARIES = {"perplexity": ("torch", "transformers"), "tasks": ("torch", "transformers", "lm_eval")}
-# What a cell of this run will be asked for: a list of {kind, data, spec} with {model} for the model's identity. An
-# environment variable and no parameter of the compress rule, because a cell's weights do not depend on it.
+
+
+def code() -> dict[Any, str]:
+    """The hash of each file of code; the shared files of methods decide what packed.py reads."""
+    names = dict.fromkeys(script for kind in SCRIPTS.values() for script in kind)
+    own = {script: sha256(Path(__file__).with_name(f"{script}.py")) for script in names}
+    return own | {path: sha256(path) for path in SHARED_SOURCES}
+
+
+CODE = code()  # when this process starts
+LIBRARIES = {
+    "perplexity": ("torch", "transformers"),
+    "tasks": ("torch", "transformers", "tokenizers", "datasets", "lm_eval"),
+}
+# What a cell of this run will be asked for: a list of {kind, data, spec}, {model} in data standing for the model's
+# identity. An environment variable and no parameter of the compress rule: a cell's weights do not depend on it.
 ASKED = "LAYERWISE_EVALUATIONS"
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """kind: perplexity or tasks; model: config entry; fingerprint: what fingerprint.py wrote of it; data: files of
-    tokens or of tasks; spec: of a set of tasks."""
+    """kind: perplexity or tasks; model: config entry; fingerprint: what fingerprint.py wrote of it; data: file of the
+    tokens, or what `zero_shot data` wrote of the tasks; spec: of a set of tasks."""
 
     kind: str
     model: Mapping[str, Any]
     fingerprint: Path
     weights: Path
-    data: tuple[Path, ...]
+    data: Path
     spec: Mapping[str, Any] = field(default_factory=dict)
     device: str = "cpu"
     name: str = "perplexity"
@@ -61,7 +71,9 @@ class Evaluation:
             "kind": self.kind,
             "model": json.loads(self.fingerprint.read_text("utf-8"))["files"],
             "loaded": {key: self.model.get(key) for key in ("dtype", "trust_remote_code")},
-            "data": [[path.name, sha256(path)] for path in (self.weights, *self.data)],
+            "weights": sha256(self.weights),
+            "data": sha256(self.data),
+            "files": [[path.as_posix(), sha256(path)] for path in (task_files(self.spec) if self.spec else ())],
             "spec": self.spec,
             "code": [CODE[script] for script in SCRIPTS[self.kind]] + [CODE[path] for path in SHARED_SOURCES],
             "versions": [importlib.metadata.version(library) for library in LIBRARIES[self.kind]],
@@ -78,7 +90,7 @@ class Evaluation:
             model = load(self.model, self.device)
             apply_weights(model, self.weights)
         if self.kind == "perplexity":
-            found = evaluate_text(model, self.data[0], self.name)
+            found = evaluate_text(model, self.data, self.name)
         else:
             from workflow.scripts.zero_shot import evaluate_tasks
 
@@ -93,22 +105,24 @@ def foresee(model: PreTrainedModel, entry: Mapping[str, Any], fingerprint: Path,
     """
     from workflow.scripts.evaluate import apply_weights
 
+    if code() != CODE:  # edited during a compression of hours: what is imported now may not be what was hashed
+        return
     applied = False
     for asked in json.loads(os.environ.get(ASKED, "[]")):
-        data = tuple(Path(path.replace("{model}", fingerprint.stem)) for path in asked["data"])
-        if not all(path.is_file() for path in data):
+        data = Path(asked["data"].replace("{model}", fingerprint.stem))
+        if not data.is_file():
             continue
         evaluation = Evaluation(asked["kind"], entry, fingerprint, weights, data, asked["spec"], device)
-        file = evaluation.file()
-        if known(file) is not None:
-            continue
         try:
+            file = evaluation.file()
+            if known(file) is not None:
+                continue
             if not applied:
                 apply_weights(model, weights)  # as they are stored, which is what the cell's own job would read
                 applied = True
             write_atomic(file, evaluation.compute(model))
         except Exception as error:  # of whatever kind: it is that job's to tell
-            print(f"{asked['kind']} could not be computed beside the compression: {error}", file=sys.stderr)
+            print(f"{asked['kind']} of {data} could not be computed beside the compression: {error}", file=sys.stderr)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -117,7 +131,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--model", type=json.loads, required=True, help="the model's config entry, as JSON")
     parser.add_argument("--fingerprint", type=Path, required=True, help="what fingerprint.py wrote of the model")
     parser.add_argument("--weights", type=Path, required=True, help="a cell's weights.safetensors")
-    parser.add_argument("--data", type=Path, nargs="+", required=True, help="evaluation tokens, or files of the tasks")
+    parser.add_argument("--data", type=Path, required=True, help="evaluation tokens, or the description of the tasks")
     parser.add_argument("--tasks", type=json.loads, default={}, help="the set's config entry, as JSON")
     parser.add_argument("--name", default="perplexity", help="label of the progress bar")
     parser.add_argument("--threads", type=int)
@@ -126,7 +140,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     with record_failure(args.out.parent, args.out.name.removesuffix(".json")):
         evaluation = Evaluation(
-            args.kind, args.model, args.fingerprint, args.weights, tuple(args.data), args.tasks, args.device, args.name
+            args.kind, args.model, args.fingerprint, args.weights, args.data, args.tasks, args.device, args.name
         )
         file = evaluation.file()
         text = known(file)

@@ -83,10 +83,30 @@ def describe(spec: Spec) -> dict[str, Any]:
     """Version, items and data set of each task of a set, once its data has been loaded."""
     loaded = load_tasks(spec)
     tasks = {
-        name: {"version": str(task.VERSION), "items": len(task.eval_docs), "data": task.config.dataset_path}
+        name: {
+            "version": str(task.VERSION),
+            "items": len(task.eval_docs),
+            "data": task.config.dataset_path,
+            "sha256": documents_hash([task.eval_docs, task.fewshot_docs() if examples(task, spec) else ()]),
+        }
         for name, task in loaded["tasks"].items()
     }
     return {"lm_eval": importlib.metadata.version("lm_eval"), "tasks": tasks}
+
+
+def examples(task: Any, spec: Spec) -> int:
+    """How many examples precede each item: the definition's number, or where it has none or allows it the set's."""
+    own = task.get_config("num_fewshot")
+    return own if own is not None and (own == 0 or spec.get("fewshot") is None) else spec.get("fewshot") or 0
+
+
+def documents_hash(sets: list[Any]) -> str:
+    """Of documents as lm-eval has loaded them: those that are asked and those that examples are taken from."""
+    told = hashlib.sha256()
+    for documents in sets:
+        for document in documents or ():
+            told.update(json.dumps(document, sort_keys=True, default=str).encode())
+    return told.hexdigest()
 
 
 def run(model: PreTrainedModel, tokenizer: Any, spec: Spec) -> dict[str, Any]:
@@ -103,9 +123,7 @@ def run(model: PreTrainedModel, tokenizer: Any, spec: Spec) -> dict[str, Any]:
     loaded = load_tasks(spec)
     # As simple_evaluate does, which beside that would look the model's folder up on the hub by its name.
     for task in loaded["tasks"].values():
-        own = task.get_config("num_fewshot")
-        if own is None or (spec.get("fewshot") is not None and own != 0):
-            task.set_config(key="num_fewshot", value=spec.get("fewshot") or 0)
+        task.set_config(key="num_fewshot", value=examples(task, spec))
         task.set_fewshot_seed(seed=DEFAULT_OTHER_SEED)
     grouped = {task.task_name for group in loaded["groups"].values() for task in group.get_all_tasks()}
     inner = {child.name for group in loaded["groups"].values() for child in group.get_all_groups()}
