@@ -4,6 +4,8 @@ PYTHON ?= python3
 CORES ?= all
 PIP_FLAGS ?=
 STUDY ?= embedded
+SIZES ?=
+THREADS ?= 2
 CONFIG := $(if $(filter embedded,$(STUDY)),,--configfile config/$(STUDY).yaml)
 BIN := $(CURDIR)/.venv/bin
 RUN := PATH="$(BIN):$$PATH"
@@ -41,11 +43,14 @@ decode: .venv/installed  # times products with packed weights; see docs/decode.m
 	$(RUN) python -m workflow.scripts.decode --shape 1024 1024 --shape 2048 2048 --shape 4096 4096 --shape 11008 4096 --threads 1 --out results/decode.csv
 	$(RUN) python -m workflow.scripts.figure_decode --table results/decode.csv --out figures/gallery/decode.png
 
-benchmark: .venv/installed  # the methods against the published loops and the products they need; docs/performance.md
-	$(RUN) python -m tests.benchmarks.bench_columns 2048 4096 --threads 2
-	$(RUN) python -m tests.benchmarks.bench_swaps 2048
-	$(RUN) python -m tests.benchmarks.bench_iterative 1024 2048
-	$(RUN) python -m tests.benchmarks.bench_iterative 1024 --errors
+benchmark: .venv/installed  # every method against the published loop and the products it needs; SIZES="512 1024" for some
+	mkdir -p results/benchmarks
+	$(RUN) python -m pytest -o addopts= -q -rs tests/benchmarks/bench_suite.py --sizes "$(SIZES)" --threads $(THREADS) \
+		--benchmark-json results/benchmarks/run.json --benchmark-quiet
+	$(RUN) python -m tests.benchmarks.summary results/benchmarks/run.json \
+		--command 'make benchmark$(if $(SIZES), SIZES="$(SIZES)")$(if $(filter-out 2,$(THREADS)), THREADS=$(THREADS))' \
+		--table $(if $(SIZES),results/benchmarks/table,docs/benchmark) \
+		--figure $(if $(SIZES),results/benchmarks,figures/gallery)/benchmark.png
 
 clean:  # everything that can be computed again
 	rm -rf results/text results/tokens results/models results/calibration results/cells results/exports results/tables \

@@ -1,0 +1,107 @@
+"""The benchmarks' list of cases is whole, its baselines do what the methods do, and a run becomes tables."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from methods.catalogue import Catalogue
+from tests.benchmarks import suite, summary
+from tests.benchmarks.suite import CASES, Case
+from tests.brute_force import output_error
+
+METHODS = Catalogue()
+# Where the method goes on to its best where the published loop, of which a part is timed, is still under way.
+APART = {"frank_wolfe 60% row, pairwise": 0.15, "frank_wolfe 60% row, published": 0.02}
+FACTS = {"compared": True, "threads": 2, "load": 0.5}
+
+
+def test_every_method_has_a_case_or_a_reason():
+    timed = {case.method for case in CASES.values()}
+    assert timed | suite.UNTIMED.keys() == set(METHODS) and not timed & suite.UNTIMED.keys()
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_case_s_method_meets_its_target(name: str):
+    case = CASES[name]
+    assert METHODS[case.method].class_name == type(case.built).__name__
+    assert METHODS[case.method].refusal(case.target) is None
+
+
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.baseline])
+def test_a_baseline_does_what_the_method_does(name: str):
+    case = CASES[name]
+    layer = suite.first_rows(suite.layer_of(64, 128), case.few or case.rows)
+    theirs = case.baseline(layer)
+    weight = theirs if isinstance(theirs, torch.Tensor) else theirs.weight
+    ours, published = (float(output_error(layer, w)) for w in (case.compress(layer).weight, weight))
+    assert 0 < ours == pytest.approx(published, rel=APART.get(name, 0.01))
+    if case.target.bits is None:  # on a grid what is kept may be zero too
+        assert float((weight == 0).float().mean()) == pytest.approx(case.target.sparsity, abs=0.01)
+
+
+def test_what_is_timed_depends_on_the_size():
+    assert suite.shapes("") == {
+        (512, 512): True,
+        (1024, 512): False,
+        (512, 1024): False,
+        (1024, 1024): True,
+        (2048, 1024): False,
+        (1024, 2048): False,
+        (2048, 2048): True,
+        (4096, 4096): True,
+        (11008, 4096): True,
+    }
+    assert suite.shapes("256 96x32") == {(96, 32): True, (256, 256): True}
+    alps, reconstruct = CASES["alps 50% layer"], CASES["reconstruct 50% row"]
+    assert alps.left_out(2048, 2048) is None and "60 s" in alps.left_out(4096, 4096)
+    assert reconstruct.left_out(2048, 1024) and reconstruct.left_out(1024, 2048) is None
+
+
+def entry(case: Case, out: int, inputs: int, seconds: float, baseline: list[float]) -> dict:
+    """One of pytest-benchmark's entries, with a floor of half the seconds."""
+    named = {"case": case.name, "out": out, "in": inputs, "floor": [seconds / 2], "baseline": baseline}
+    return {"stats": {"median": seconds, "rounds": 3}, "extra_info": named | FACTS | {"compared": bool(baseline)}}
+
+
+@pytest.fixture
+def run() -> dict:
+    wanda, gptq = CASES["wanda 50% row"], CASES["gptq 4 bits g128"]
+    shapes = suite.shapes("512 1024 2048")
+    entries = [
+        entry(case, out, inputs, 1e-9 * out * inputs**power, [6e-9 * out * inputs**power] if compared else [])
+        for case, power in ((gptq, 2), (wanda, 1))
+        for (out, inputs), compared in shapes.items()
+    ]
+    machine = {"machine_info": {"cpu": {"brand_raw": "A processor"}}, "datetime": "2026-01-02T03:04"}
+    return {"benchmarks": entries, "commit_info": {"id": "0123456789abcdef", "dirty": True}, **machine}
+
+
+def test_ratios_and_exponents(run: dict):
+    table = summary.read(run)
+    assert list(table["case"].unique()) == ["wanda 50% row", "gptq 4 bits g128"]  # the suite's order
+    assert np.allclose(table["to_floor"], 2) and np.allclose(table["gain"].dropna(), 6)
+    assert table["gain"].notna().sum() == 6 and len(table) == 14
+    gptq = table[table["case"] == "gptq 4 bits g128"]
+    assert summary.exponent(gptq, "in", "seconds") == pytest.approx(2)
+    assert summary.exponent(gptq, "out", "floor_seconds") == pytest.approx(1)
+    assert np.isnan(summary.exponent(gptq[gptq["in"] < 2048], "in", "seconds"))
+
+
+def test_the_page_of_tables(run: dict):
+    page = summary.markdown(summary.read(run), run, "make benchmark")
+    assert "A processor, 2 threads, load 0.5 to 0.5" in page and "2026-01-02, commit 0123456789 with changes" in page
+    assert "|  | 512 | 1024 | 2048 |\n" in page and "| wanda 50% row | 6.00 | 6.00 | 6.00 |\n" in page
+    assert "| gptq 4 bits g128 | 2.00 | 2.00 | 1.00 | 1.00 |\n" in page
+    assert "1024 x 512" not in page  # which serves the exponents alone
+    one = {**run, "benchmarks": [item for item in run["benchmarks"] if item["extra_info"]["in"] == 512]}
+    assert "Growth" not in summary.markdown(summary.read(one), one, "make benchmark")
+
+
+def test_the_figure_has_every_case_and_size(run: dict):
+    figure = summary.drawn(summary.read(run))
+    gain, to_floor = figure.axes
+    assert [label.get_text() for label in gain.get_yticklabels()] == ["wanda 50% row", "gptq 4 bits g128"]
+    assert [line.get_label() for line in to_floor.lines][:3] == ["512", "1024", "2048"]
+    assert all(set(line.get_xdata()) == {2.0} for line in to_floor.lines[:3])
