@@ -95,17 +95,15 @@ def _lowest_of_group(scores, droppable, member, of):
     return place
 
 
-@compiled(
-    ["Tuple((f8[::1], i8))(f4[:, ::1], f8[::1], f8[::1], f4[::1], i8, i8, f8, f8, b1, b1[:, ::1], i8, i8)"]
-)
+@compiled(["Tuple((f8[::1], i8))(f4[:, ::1], f8[::1], f8[::1], f4[::1], i8, i8, f8, f8, b1, b1[:, ::1], i8, i8)"])
 def _refine(weight, mean, spread, norm, of, cycles, threshold, official, exact, mask, first, last):
     inputs = weight.shape[1]
     blocks = -(-inputs // BLOCK)
     share, scores = np.empty(inputs), np.empty(inputs, np.float32)
-    grow, drop = np.empty((2, blocks * BLOCK), np.int64), np.empty(blocks * BLOCK, np.int64)
-    grow_least, drop_least = np.empty((2, blocks), np.int64), np.empty(blocks, np.int64)
+    grow, drop = np.empty((2, blocks * BLOCK), np.int64), np.empty((2, blocks * BLOCK), np.int64)
+    grow_least, drop_least = np.empty((2, blocks), np.int64), np.empty((2, blocks), np.int64)
     start, kept, droppable = np.empty(inputs, np.bool_), np.empty(inputs, np.bool_), np.empty(inputs, np.bool_)
-    began, grown = np.empty(2, np.bool_), np.empty(2, np.int64)
+    began, grown, dropped = np.empty(2, np.bool_), np.empty(2, np.int64), np.empty(2, np.int64)
     objectives, longest = np.zeros(cycles + 1), 0
     for row in range(first, last):
         error, size = 0.0, 0.0
@@ -121,23 +119,25 @@ def _refine(weight, mean, spread, norm, of, cycles, threshold, official, exact, 
                 scores[j] = abs(weight[row, j]) * norm[j]
                 start[j] = kept[j] = droppable[j] = mask[row, j]
             began[:] = False
-            dropped = 0
         while cycle < cycles and abs(error) > limit:
             side = np.int64(error > 0)
             if not began[side]:
                 _order_grown(share, spread, start, exact, side == 1, grow[side])
                 _begin(grow[side], grow_least[side])
-                if of == 0:  # the error never changes its sign then: one side of both lists is all that is read
-                    _order_dropped(share, scores, start, side == 0, drop)
-                    _begin(drop, drop_least)
+                if of == 0:
+                    _order_dropped(share, scores, start, side == 0, drop[side])
+                    _begin(drop[side], drop_least[side])
                 began[side] = True
             grown[side] = _next(grow[side], grow_least[side], grown[side])
             back = inputs - 1 - grown[side] if side == 1 else grown[side]
-            dropped = _lowest_of_group(scores, droppable, back, of) if of else _next(drop, drop_least, dropped)
-            after = error + share[dropped] - share[back]
-            if kept[back] or not kept[dropped] or (of == 0 and (after == 0 or (after > 0) != positive)):
+            if of:
+                gone = _lowest_of_group(scores, droppable, back, of)
+            else:
+                gone = dropped[side] = _next(drop[side], drop_least[side], dropped[side])
+            after = error + share[gone] - share[back]
+            if kept[back] or not kept[gone] or (of > 0 and (after == 0 or (after > 0) != positive)):
                 break
-            kept[dropped], kept[back], droppable[dropped] = False, True, False
+            kept[gone], kept[back], droppable[gone] = False, True, False
             error = after
             cycle += 1
             if not exact or abs(error) < abs(least):

@@ -75,9 +75,7 @@ class DSnoT(Method):
         began, official = time.perf_counter(), None if self.convention == "exact" else 1 / statistics.length
         mean, spread = statistics.mean.double(), statistics.sequence_variance.double() ** self.power
         norm = layer.gram.diagonal.sqrt()
-        mask, losses = regrow.refine(
-            layer.weight, start, mean, spread, norm, of, self.cycles, self.threshold, official
-        )
+        mask, losses = regrow.refine(layer.weight, start, mean, spread, norm, of, self.cycles, self.threshold, official)
         ended = time.perf_counter()
         return mask, [(cycle, ended if cycle else began, loss) for cycle, loss in enumerate(losses)]
 
@@ -101,7 +99,7 @@ class DSnoT(Method):
             dropped = lowest_of_group(score, grown, of) if of else step(drop, drop_ends, error < 0)
             after = error + share.gather(1, dropped) - share.gather(1, grown)
             active &= (error.abs() > limit) & ~kept.gather(1, grown) & kept.gather(1, dropped)
-            active &= True if of else (after.sign() == sign)
+            active &= (after.sign() == sign) if of else True
             if not active.any():
                 break
             kept.scatter_(1, dropped, kept.gather(1, dropped) & ~active)
