@@ -55,7 +55,7 @@ def _next(keys, least, before):
 
 @compiled()
 def _order_grown(share, spread, kept, exact, right, keys):
-    """Keys of what may come back, by lost share per spread; from the right in the reverse order of values and places."""
+    """Keys of what may come back, by lost share per spread; from the right all in reverse."""
     inputs = len(share)
     keys[inputs:] = TAKEN
     for j in range(inputs):
