@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from methods import ops
-from methods.base import Compressed, Layer, Method, Target
+from kernels import regrow
+from methods import ops, paths
+from methods.base import Compressed, Layer, Method, Statistics, Target
 
 CARD = {
     "title": "DSnoT",
@@ -37,6 +38,8 @@ CARD = {
     },
 }
 
+Trace = list[tuple[int, float, float]]
+
 
 @dataclass(frozen=True)
 class DSnoT(Method):
@@ -60,28 +63,43 @@ class DSnoT(Method):
         if layer.statistics is None:
             raise ValueError(f"dsnot needs mean and sequence_variance, but {layer.name} has no statistics.")
         began = time.perf_counter()
-        exact, per = self.convention == "exact", target.n_of_m[1] if target.n_of_m else None
-        kept = self.warm_start.compress(layer, target, rng).mask.clone()  # [out, in], changed in place
+        start = self.warm_start.compress(layer, target, rng).mask
         if self.skip and self.skip in layer.name:
-            return ops.masked(layer, kept, target)
-        share = layer.weight.double() * layer.statistics.mean.double()  # [out, in] of a weight in its row's mean output
+            return ops.masked(layer, start, target)
+        refined = self.in_compiled_code if paths.compiled(layer.weight) else self.in_torch
+        mask, trace = refined(layer, layer.statistics, start, target.n_of_m[1] if target.n_of_m else 0)
+        return replace(ops.masked(layer, mask, target), trace=tuple((t, at - began, loss) for t, at, loss in trace))
+
+    def in_compiled_code(self, layer: Layer, statistics: Statistics, start: Tensor, of: int) -> tuple[Tensor, Trace]:
+        """As `in_torch`, but that a row makes all its cycles before the next one begins: they end at one time."""
+        began, official = time.perf_counter(), None if self.convention == "exact" else 1 / statistics.length
+        mean, spread = statistics.mean.double(), statistics.sequence_variance.double() ** self.power
+        norm = layer.gram.diagonal.sqrt()
+        mask, losses = regrow.refine(layer.weight, start, mean, spread, norm, of, self.cycles, self.threshold, official)
+        ended = time.perf_counter()
+        return mask, [(cycle, ended if cycle else began, loss) for cycle, loss in enumerate(losses)]
+
+    def in_torch(self, layer: Layer, statistics: Statistics, start: Tensor, of: int) -> tuple[Tensor, Trace]:
+        """Mask [out, in] and (cycle, time, loss) rows from the mask of the start; of: m of n:m, 0 of row."""
+        exact, kept = self.convention == "exact", start.clone()  # changed in place
+        share = layer.weight.double() * statistics.mean.double()  # [out, in] of a weight in its row's mean output
         score = (layer.weight.abs() * layer.gram.diagonal.sqrt()).masked_fill(~kept, float("inf"))  # Wanda's
         lost = share.masked_fill(kept, 0.0)
         error = lost.sum(1, keepdim=True)  # [out, 1], the expected error over the length of a sequence
-        limit = self.threshold * (share.norm(dim=1, keepdim=True) if exact else 1 / layer.statistics.length)
-        lost = lost / layer.statistics.sequence_variance.double() ** self.power  # nan: dead
-        regrow = torch.sort(lost.nan_to_num(0.0) if exact else lost, stable=True).indices  # nan is the largest
+        limit = self.threshold * (share.norm(dim=1, keepdim=True) if exact else 1 / statistics.length)
+        lost = lost / statistics.sequence_variance.double() ** self.power  # nan: dead
+        grow = torch.sort(lost.nan_to_num(0.0) if exact else lost, stable=True).indices  # nan is the largest
         drop = drop_order(share, score, kept)
         grow_ends, drop_ends = ends(torch.full_like(error, kept.shape[1])), ends(kept.sum(1, keepdim=True))
         sign, active = error.sign(), torch.ones_like(kept[:, :1])
         best, best_error = kept.clone(), error.clone()
-        trace = [(0, time.perf_counter() - began, float(best_error.square().sum()))]
+        trace = [(0, time.perf_counter(), float(best_error.square().sum()))]
         for cycle in range(1, self.cycles + 1):
-            grown = step(regrow, grow_ends, error > 0)
-            dropped = lowest_of_group(score, grown, per) if per else step(drop, drop_ends, error < 0)
+            grown = step(grow, grow_ends, error > 0)
+            dropped = lowest_of_group(score, grown, of) if of else step(drop, drop_ends, error < 0)
             after = error + share.gather(1, dropped) - share.gather(1, grown)
             active &= (error.abs() > limit) & ~kept.gather(1, grown) & kept.gather(1, dropped)
-            active &= (after.sign() == sign) if per else True
+            active &= (after.sign() == sign) if of else True
             if not active.any():
                 break
             kept.scatter_(1, dropped, kept.gather(1, dropped) & ~active)
@@ -90,8 +108,8 @@ class DSnoT(Method):
             error = torch.where(active, after, error)
             better = error.abs() < best_error.abs() if exact else active
             best, best_error = torch.where(better, kept, best), torch.where(better, error, best_error)
-            trace.append((cycle, time.perf_counter() - began, float(best_error.square().sum())))
-        return replace(ops.masked(layer, best, target), trace=tuple(trace))
+            trace.append((cycle, time.perf_counter(), float(best_error.square().sum())))
+        return best, trace
 
 
 def drop_order(share: Tensor, score: Tensor, kept: Tensor) -> Tensor:

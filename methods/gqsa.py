@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from methods import ops
-from methods.base import Compressed, Layer, Method, Target
+from methods.base import Compressed, Gram, Layer, Method, Target
 
 CARD = {
     "title": "GQSA",
@@ -28,6 +28,8 @@ CARD = {
     },
 }
 
+ROWS = 128  # that are scored at once
+
 
 @dataclass(frozen=True)
 class GQSA(Method):
@@ -44,8 +46,9 @@ class GQSA(Method):
         ops.require("gqsa", CARD, target)
         if target.sparsity == 0:
             return Compressed(layer.weight.clone())
-        score, damping = saliency(layer, self.damping)
-        mask = ops.prune_mask(score, target)
+        inverse_diagonal, damping = diagonal_of_inverse(layer.gram, self.damping)
+        pieces = layer.weight.split(ROWS)  # whose scores stay in the cache: blocks compete within rows
+        mask = torch.cat([ops.prune_mask(saliency(rows, inverse_diagonal), target) for rows in pieces])
         kept = torch.where(mask, layer.weight, 0.0)
         if target.bits is None:
             return Compressed(kept, mask, info={"damping": damping})
@@ -55,9 +58,13 @@ class GQSA(Method):
         return Compressed(weight, mask, codes, grid.scales, grid.zeros, info={"damping": damping})
 
 
-def saliency(layer: Layer, damping: float) -> tuple[Tensor, float]:
-    """[out, in] float64 w_ij^2 / [H^-1]_jj^2, 0 for dead inputs, and the damping used; float32 would overflow."""
-    factor, used = layer.gram.inverse_factor(damping)
-    inverse_diagonal = factor.double().square().sum(0)  # [in], H^-1 = Ut U
-    score = (layer.weight.double() / inverse_diagonal) ** 2
-    return torch.where(layer.gram.dead, 0.0, score), used
+def diagonal_of_inverse(gram: Gram, damping: float) -> tuple[Tensor, float]:
+    """[in] float64 [H^-1]_jj, infinite for dead inputs, and the damping used."""
+    factor, used = gram.inverse_factor(damping)
+    sums = [rows.double().square_().sum(1) for rows in factor.T.split(ROWS)]  # H^-1 = Ut U
+    return torch.cat(sums).masked_fill_(gram.dead, float("inf")), used
+
+
+def saliency(weight: Tensor, inverse_diagonal: Tensor) -> Tensor:
+    """[out, in] float64 w_ij^2 / [H^-1]_jj^2, 0 for dead inputs; float32 would overflow."""
+    return weight.double().div_(inverse_diagonal).square_()

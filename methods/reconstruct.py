@@ -14,6 +14,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from methods import ops
 from methods.base import DAMPING_GROWTH, LARGEST_DAMPING, Compressed, Layer, Method, Target
+from methods.factorisation import cholesky_in_place
 
 CARD = {
     "title": "Reconstruct",
@@ -30,7 +31,7 @@ CARD = {
         },
     },
 }
-CHUNK = 2**24  # entries of the matrices factorised at once, 128 MB in float64
+CHUNK = 2**18  # entries of the matrices factorised at once, 2 MB in float64: more would leave the cache
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,10 @@ class Reconstruct(Method):
                 raise ValueError(f"reconstruct found no damping up to {LARGEST_DAMPING:g} that factorises the Gram.")
         best = torch.where(given.mask, layer.weight, 0.0)
         least = torch.full_like(weight[:, 0], float("inf"))
-        for candidate in (best, given.weight, (solved * unit).float()):
+        candidates = [best, (solved * unit).float()]
+        if not torch.equal(best, given.weight):
+            candidates.insert(1, given.weight)
+        for candidate in candidates:
             lost = weight - candidate.double() / unit
             loss = ((lost @ gram) * lost).sum(1)
             best = torch.where((loss < least)[:, None], candidate, best)
@@ -73,13 +77,18 @@ def least_squares(weight: Tensor, mask: Tensor, gram: Tensor, damping: float) ->
     aim = torch.where(mask, 0.0, weight) @ gram  # [out, in]
     solved = torch.where(mask, weight, 0.0)
     for inputs, used, rows, real in supports(mask):
-        matrix = damped[inputs[:, :, None], inputs[:, None]].mul_(used[:, :, None] & used[:, None])  # [u, kept, kept]
-        matrix.diagonal(dim1=1, dim2=2).add_((~used).double())  # what fills up is an identity
-        factor, failed = torch.linalg.cholesky_ex(matrix)
-        if failed.any() or not torch.isfinite(factor).all():
+        if len(inputs) == 1:
+            matrix = damped.index_select(0, inputs[0]).index_select(1, inputs[0])[None]
+        else:
+            matrix = damped[inputs[:, :, None], inputs[:, None]]  # [u, kept, kept]
+        if not used.all():
+            matrix.mul_(used[:, :, None] & used[:, None])
+            matrix.diagonal(dim1=1, dim2=2).add_((~used).double())  # what fills up is an identity
+        if not cholesky_in_place(matrix):
             return None
         at, valid = (rows[:, :, None], inputs[:, None]), real[:, :, None] & used[:, None]  # [u, rows, kept]
-        update = torch.cholesky_solve((aim[at] * valid).mT, factor).mT * valid
+        half = torch.linalg.solve_triangular(matrix, (aim[at] * valid).mT, upper=False)
+        update = torch.linalg.solve_triangular(matrix.mT, half, upper=True).mT * valid
         solved.index_put_(at, update, accumulate=True)
     return solved
 

@@ -64,7 +64,7 @@ PARAMETERS: dict[str, list[dict[str, Any]]] = {
 # In place of the defaults, which take minutes: a step is a step, the thousandth finds no new path through the code.
 FEWER: dict[str, dict[str, Any]] = {"frank_wolfe": {"iterations": 200}}
 # Methods with compiled code of their own, whose plain torch reference keeps the promises too.
-COMPILED = ("magnitude", "wanda", "rtn", "sparsegpt", "gptq", "awp", "frank_wolfe", "sparse_swaps")
+COMPILED = ("magnitude", "wanda", "rtn", "sparsegpt", "gptq", "awp", "dsnot", "frank_wolfe", "sparse_swaps")
 # Methods whose paper claims no descent, with their reason; a label as in Case.
 NO_DESCENT = {"frank_wolfe(iterations=200)": "2 / (t + 2) is no descent step, and the first is a whole one"}
 

@@ -10,6 +10,7 @@ import torch
 
 from methods import ops
 from methods.base import Gram, Layer, Target
+from methods.paths import plain_torch
 from methods.reconstruct import least_squares
 from tests import layers
 from tests.test_reconstruct import compress
@@ -192,6 +193,22 @@ def test_dsnot_is_the_algorithm(name: str, warm_start: str):
     for row, kept in enumerate(start.numpy()):
         assert np.array_equal(result.mask[row].numpy(), dsnot(layer, row, kept, 8)), f"row {row}"
     assert not torch.equal(result.mask, start)
+
+
+@pytest.mark.parametrize("threshold", [0.1, 0.0])  # without one a row ends where its lists do
+@pytest.mark.parametrize("convention", ["exact", "official"])
+@pytest.mark.parametrize("target", [ROW, Target(0.1), PAIRS, Target(pattern="3:7")], ids=lambda target: target.label)
+@pytest.mark.parametrize("name", ["correlated", "dead inputs", "201 inputs"])
+def test_dsnot_compiled_is_that_in_torch(name: str, target: Target, convention: str, threshold: float):
+    layer = layers.build(name)
+    layer = replace(layer, weight=(20 * layer.weight).round() / 20)  # many ties and zeros
+    params = {"convention": convention, "threshold": threshold}
+    result = compress(layer, target, "dsnot", **params)
+    with plain_torch():
+        plain = compress(layer, target, "dsnot", **params)
+    assert torch.equal(result.mask, plain.mask)
+    assert [row[0] for row in result.trace] == [row[0] for row in plain.trace]
+    np.testing.assert_allclose([row[2] for row in result.trace], [row[2] for row in plain.trace], rtol=1e-9, atol=1e-25)
 
 
 @pytest.mark.parametrize("target", [ROW, PAIRS], ids=lambda target: target.label)

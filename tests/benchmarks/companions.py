@@ -49,13 +49,13 @@ def baseline_dsnot(layer: Layer, target: Target) -> Tensor:
     drop = [candidates.gather(1, torch.sort(side, dim=1, stable=True).indices) for side in (signs >= 0, signs <= 0)]
     drop = torch.cat([drop[0], drop[1].flip(1)], 1)  # negative shares from the left, positive ones from the right
     grow_at, drop_at = (torch.tensor([0, x.shape[1] - 1]).expand(len(weight), 2).clone() for x in (grow, drop))
-    sign, active = error.sign(), torch.ones_like(error, dtype=torch.bool)
+    active = torch.ones_like(error, dtype=torch.bool)
     for _ in range(CYCLES):
         sides = (error > 0).long(), (error < 0).long()
         grown = grow.gather(1, grow_at.gather(1, sides[0]))
         dropped = drop.gather(1, drop_at.gather(1, sides[1]))
         after = error + share.gather(1, dropped) - share.gather(1, grown)
-        active = active & (error.abs() > limit) & (after.sign() == sign)
+        active = active & (error.abs() > limit)
         if not active.any():
             break
         for at, side in ((grow_at, sides[0]), (drop_at, sides[1])):
