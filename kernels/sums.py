@@ -11,8 +11,8 @@ RUN = 16  # tokens that are summed in float32 before float64
 
 @compiled(void(float32[:, :, ::1], float64[:, ::1]))
 def add_sums(x, sums):
-    """Add to sums [3, in] the sums over the sequences x [sequences, length, in] of the mean, the mean absolute value
-    and the biased variance of each sequence."""
+    """Add to sums [3, in] the sums over the sequences x [sequences, length, in] of mean, mean absolute value and biased
+    variance of each sequence."""
     sequences, length, inputs = x.shape
     total, absolute = np.empty(WIDTH), np.empty(WIDTH)
     mean = np.empty(WIDTH, np.float32)
