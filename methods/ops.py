@@ -94,7 +94,7 @@ def keep_largest(score: Tensor, pruned: int) -> Tensor:
     if paths.compiled(score):
         return select.keep_largest(score, pruned)
     threshold = score.kthvalue(pruned, dim=-1, keepdim=True).values
-    mask = score > threshold
+    mask = ~(score <= threshold)  # nan is kept, where it is seen: a weight that is not finite must not be pruned away
     spare = score.shape[-1] - pruned - mask.sum(-1, keepdim=True)  # how many of the entries equal to it stay
     if not spare.any():
         return mask

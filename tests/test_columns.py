@@ -13,6 +13,7 @@ from methods.rtn import RTN
 from methods.sparsegpt import SparseGPT
 from methods.wanda import Wanda
 from tests import layers
+from tests.brute_force import output_error
 
 GRID = Target(bits=4, group=16)
 CASES = [
@@ -127,3 +128,52 @@ def test_a_weight_that_is_not_finite_is_not_rounded_away():
     weight[1, 20] = float("nan")
     values = ops.fit_and_round(weight, GRID)[2]
     assert values[0].isfinite().all() and values[1, 16:].isnan().all()
+
+
+WIDE = layers.Recipe(out=20, inputs=1100, sequences=8, length=100)  # more than two spans, and than INVERTED
+
+
+@pytest.mark.parametrize(
+    ("method", "target"),
+    [
+        (SparseGPT(), Target(0.5)),
+        (SparseGPT(100), Target(pattern="2:4")),
+        (SparseGPT(600), Target(0.5, "layer")),
+        (GPTQ(), Target(bits=4, group=128)),
+        (GPTQ(24, act_order=True), Target(bits=4, group=200)),
+    ],
+    ids=str,
+)
+def test_of_a_wide_layer_both_paths_give_the_same(method, target: Target):
+    layer = layers.make(WIDE)
+    compiled = method.compress(layer, target, torch.Generator())
+    with paths.plain_torch():
+        assert torch.equal(compiled.weight, method.compress(layer, target, torch.Generator()).weight)
+
+
+@pytest.mark.parametrize("damping", [0.01, 1e-4])
+def test_of_a_wide_layer_later_columns_make_up_for_all_before_them(damping: float):
+    """As the published loop in float64, whose blocks push their errors to all columns after them."""
+    layer = layers.make(WIDE)
+    found = SparseGPT(damping=damping).compress(layer, Target(0.5), torch.Generator())
+    assert found.mask is not None
+    gram = layer.gram.matrix.double()
+    gram = gram + found.info["damping"] * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype)
+    factor = torch.linalg.cholesky(torch.linalg.inv(gram), upper=True)
+    weight = layer.weight.double()
+    for j in range(len(gram)):
+        settled = torch.where(found.mask[:, j], weight[:, j], 0.0)
+        weight = weight - torch.outer((weight[:, j] - settled) / factor[j, j], factor[j])
+        weight[:, j] = settled
+    assert output_error(layer, found.weight) == pytest.approx(output_error(layer, weight), rel=1e-4)
+    torch.testing.assert_close(found.weight.double(), weight, rtol=0, atol=1e-5 * float(weight.abs().max()))
+
+
+def test_a_nan_is_not_pruned_away_on_either_path():
+    layer = layers.build("correlated")
+    layer.weight[3, 5] = float("nan")
+    for target in (Target(0.5), Target(0.5, "layer"), Target(pattern="2:4")):
+        for method in (Magnitude(), Wanda()):
+            assert method.compress(layer, target, torch.Generator()).weight.isnan().any()
+            with paths.plain_torch():
+                assert method.compress(layer, target, torch.Generator()).weight.isnan().any()
