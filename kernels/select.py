@@ -92,7 +92,7 @@ def _prune_lines(weight, norm, pruned, values, mask, first, last):
     keys = scores.view(np.int32)  # which need no reflection: no score is negative
     for row in range(first, last):
         for i in range(len(scores)):
-            scores[i] = abs(weight[row, i]) * norm[i]
+            scores[i] = abs(weight[row, i] * norm[i])
         key, ties = _cut(keys, pruned)
         _mark(keys, key, ties, mask[row])
         for i in range(len(scores)):
@@ -142,7 +142,7 @@ def _prune_groups(weight, norm, of, pruned, values, mask, first, last):
     by_place, ranks = np.empty((of, groups), np.int32), np.empty(groups, np.int32)
     for row in range(first, last):
         for i in range(inputs):
-            scores[i] = abs(weight[row, i]) * norm[i]
+            scores[i] = abs(weight[row, i] * norm[i])
         keys[inputs:] = -1  # below every score
         _mark_groups(keys, of, pruned, by_place, ranks, kept)
         for i in range(inputs):
@@ -184,7 +184,7 @@ def _tally_scores(weight, norm, low, high, found, first, last):
     below, end = 0, first * inputs
     for row in range(first, last):
         for i in range(inputs):
-            scores[i] = abs(weight[row, i]) * norm[i]
+            scores[i] = abs(weight[row, i] * norm[i])
         for i in range(inputs):
             below += keys[i] < low
             found[end] = keys[i]
@@ -207,7 +207,7 @@ def _prune_at(weight, norm, key, values, mask, first, last):
     scores = np.empty(weight.shape[1], np.float32)
     for row in range(first, last):
         for i in range(len(scores)):
-            scores[i] = abs(weight[row, i]) * norm[i]
+            scores[i] = abs(weight[row, i] * norm[i])
         _mark(scores.view(np.int32), key, 0, mask[row])
         for i in range(len(scores)):
             values[row, i] = weight[row, i] if mask[row, i] else np.float32(0)
@@ -291,7 +291,7 @@ def prune_layer(weight: Tensor, norm: Tensor, pruned: int) -> tuple[Tensor, Tens
     entries, by_input, inputs = array(weight), array(norm), weight.shape[1]
     values, mask = empty(weight.shape, np.float32), empty(weight.shape, np.bool_)
     places = np.arange(0, weight.numel(), weight.numel() // SAMPLE | 1)
-    sample = np.sort((abs(entries.reshape(-1)[places]) * by_input[places % inputs]).view(np.int32))
+    sample = np.sort(abs(entries.reshape(-1)[places] * by_input[places % inputs]).view(np.int32))
     found = values.reshape(-1).view(np.int32)
 
     def tally(low: int, high: int) -> list:
@@ -300,7 +300,7 @@ def prune_layer(weight: Tensor, norm: Tensor, pruned: int) -> tuple[Tensor, Tens
     key, ties = _cut_in_parts(sample, pruned, weight.numel(), tally, found)
     by_rows(_prune_at, weight.shape, entries, by_input, key, values, mask)
     for row in range(len(entries)) if ties else ():
-        equal = np.flatnonzero((abs(entries[row]) * by_input).view(np.int32) == key)[:ties]
+        equal = np.flatnonzero(abs(entries[row] * by_input).view(np.int32) == key)[:ties]
         mask[row, equal], values[row, equal] = False, 0
         ties -= len(equal)
         if not ties:
