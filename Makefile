@@ -51,6 +51,8 @@ benchmark: .venv/installed  # every method against the published loop and the pr
 		--command 'make benchmark$(if $(SIZES), SIZES="$(SIZES)")$(if $(filter-out 2,$(THREADS)), THREADS=$(THREADS))' \
 		--table $(if $(SIZES),results/benchmarks/table,docs/benchmark) \
 		--figure $(if $(SIZES),results/benchmarks,figures/gallery)/benchmark.png
+	$(RUN) python -m tests.benchmarks.bench_swaps 2048
+	$(RUN) python -m tests.benchmarks.bench_iterative 1024 2048 --only product awp
 	$(RUN) python -m tests.benchmarks.bench_iterative 1024 --errors
 	$(RUN) python -m tests.benchmarks.bench_calibrate resources/demo
 

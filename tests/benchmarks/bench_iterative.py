@@ -157,9 +157,10 @@ def to_the_error(size: int) -> None:
         for step in ("frobenius", "spectral"):
             trace = AWP(Wanda(), step, acceleration="momentum").compress(afresh(layer), target, rng).trace
             t, seconds, error = next((row for row in trace if row[2] <= goal), trace[-1])
+            reached = f"{until / seconds:.1f} times less" if error <= goal else "not reached"
             print(
                 f"{size:6d}  awp {label}, momentum, {step}: {t} iterations, {seconds:.2f} s to {error:.6g}; plain "
-                f"{plain[-1][0]}, {until:.2f} s to {goal:.6g}: {until / seconds:.1f} times less",
+                f"{plain[-1][0]}, {until:.2f} s to {goal:.6g}: {reached}",
                 flush=True,
             )
 
@@ -188,8 +189,14 @@ def main() -> None:
                 start = clock()
                 call()
                 seconds.setdefault((size, name), []).append(clock() - start)
-    for (size, name), taken in seconds.items():
-        print(f"{size:>6s}  {name:45s} {1000 * statistics.median(taken):10.1f} ms")
+    middle = {case: 1000 * statistics.median(taken) for case, taken in seconds.items()}
+    for (size, name), taken in middle.items():
+        print(f"{size:>6s}  {name:45s} {taken:10.1f} ms")
+    for (size, name), taken in middle.items():
+        method, found, _ = name.partition(f", {MORE} steps")
+        start, product = middle.get((size, f"{method}, no step")), middle.get((size, "floor: product"))
+        if found and start and product:
+            print(f"{size:>6s}  {method}: an iteration takes {(taken - start) / MORE / product:.2f} bare products")
 
 
 if __name__ == "__main__":
