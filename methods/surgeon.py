@@ -25,7 +25,8 @@ class Settling:
     With G = Mt M, M lower, the loss of errors E is |E Mt|^2: whatever the settled columns S lost, the others F lose
     nothing more at E_F = -E_S M_FS^t M_FF^-t. So a block of columns is brought up to date when its turn comes, from all
     errors before it, where the official codes multiply the inverse's factor to all columns after a block. The inverse
-    is needed within blocks alone.
+    is needed within blocks alone. M is in float32: at the methods' damping, .01 and .02, weights agree with float64 to
+    1e-7, at 1e-4 to 1e-6; with less, on Grams without full rank, both paths lose digits.
 
     factor: M [in, in]. mask: [out, in] bool, in place; a column becomes zero where it is False, then is rounded to the
     grid, if there is one, with its codes [out, in] uint8; group_of [in].

@@ -9,7 +9,7 @@ from tests import layers
 
 
 def test_cholesky_ex_flags_an_indefinite_matrix_without_raising():
-    """Gram.inverse_factor asks cholesky_ex, and raises the damping when it says no."""
+    """Gram.factor asks cholesky_ex, and raises the damping when it says no."""
     factor, failed = torch.linalg.cholesky_ex(torch.tensor([[1.0, 2.0], [2.0, 1.0]], dtype=torch.float64))
     assert failed and factor.shape == (2, 2)
 
