@@ -9,11 +9,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from kernels import regrow
-from methods import ops, paths
-from methods.base import Compressed, Layer, Method, Statistics, Target
+from methods import ops
+from methods.base import Compressed, Layer, Method, Target
+from methods.regrowing import Rule, refine
 
 CARD = {
     "title": "DSnoT",
@@ -37,8 +36,6 @@ CARD = {
         },
     },
 }
-
-Trace = list[tuple[int, float, float]]
 
 
 @dataclass(frozen=True)
@@ -66,73 +63,7 @@ class DSnoT(Method):
         start = self.warm_start.compress(layer, target, rng).mask
         if self.skip and self.skip in layer.name:
             return ops.masked(layer, start, target)
-        refined = self.in_compiled_code if paths.compiled(layer.weight) else self.in_torch
-        mask, trace = refined(layer, layer.statistics, start, target.n_of_m[1] if target.n_of_m else 0)
+        of = target.n_of_m[1] if target.n_of_m else 0
+        rule = Rule(self.cycles, self.threshold, self.power, self.convention == "exact", of)
+        mask, trace = refine(layer, layer.statistics, start, rule)
         return replace(ops.masked(layer, mask, target), trace=tuple((t, at - began, loss) for t, at, loss in trace))
-
-    def in_compiled_code(self, layer: Layer, statistics: Statistics, start: Tensor, of: int) -> tuple[Tensor, Trace]:
-        """As `in_torch`, but that a row makes all its cycles before the next one begins: they end at one time."""
-        began, official = time.perf_counter(), None if self.convention == "exact" else 1 / statistics.length
-        mean, spread = statistics.mean.double(), statistics.sequence_variance.double() ** self.power
-        norm = layer.gram.diagonal.sqrt()
-        mask, losses = regrow.refine(layer.weight, start, mean, spread, norm, of, self.cycles, self.threshold, official)
-        ended = time.perf_counter()
-        return mask, [(cycle, ended if cycle else began, loss) for cycle, loss in enumerate(losses)]
-
-    def in_torch(self, layer: Layer, statistics: Statistics, start: Tensor, of: int) -> tuple[Tensor, Trace]:
-        """Mask [out, in] and (cycle, time, loss) rows from the mask of the start; of: m of n:m, 0 of row."""
-        exact, kept = self.convention == "exact", start.clone()  # changed in place
-        share = layer.weight.double() * statistics.mean.double()  # [out, in] of a weight in its row's mean output
-        score = (layer.weight.abs() * layer.gram.diagonal.sqrt()).masked_fill(~kept, float("inf"))  # Wanda's
-        lost = share.masked_fill(kept, 0.0)
-        error = lost.sum(1, keepdim=True)  # [out, 1], the expected error over the length of a sequence
-        limit = self.threshold * (share.norm(dim=1, keepdim=True) if exact else 1 / statistics.length)
-        lost = lost / statistics.sequence_variance.double() ** self.power  # nan: dead
-        grow = torch.sort(lost.nan_to_num(0.0) if exact else lost, stable=True).indices  # nan is the largest
-        drop = drop_order(share, score, kept)
-        grow_ends, drop_ends = ends(torch.full_like(error, kept.shape[1])), ends(kept.sum(1, keepdim=True))
-        sign, active = error.sign(), torch.ones_like(kept[:, :1])
-        best, best_error = kept.clone(), error.clone()
-        trace = [(0, time.perf_counter(), float(best_error.square().sum()))]
-        for cycle in range(1, self.cycles + 1):
-            grown = step(grow, grow_ends, error > 0)
-            dropped = lowest_of_group(score, grown, of) if of else step(drop, drop_ends, error < 0)
-            after = error + share.gather(1, dropped) - share.gather(1, grown)
-            active &= (error.abs() > limit) & ~kept.gather(1, grown) & kept.gather(1, dropped)
-            active &= (after.sign() == sign) if of else True
-            if not active.any():
-                break
-            kept.scatter_(1, dropped, kept.gather(1, dropped) & ~active)
-            kept.scatter_(1, grown, kept.gather(1, grown) | active)
-            score.scatter_(1, dropped, float("inf"))
-            error = torch.where(active, after, error)
-            better = error.abs() < best_error.abs() if exact else active
-            best, best_error = torch.where(better, kept, best), torch.where(better, error, best_error)
-            trace.append((cycle, time.perf_counter(), float(best_error.square().sum())))
-        return best, trace
-
-
-def drop_order(share: Tensor, score: Tensor, kept: Tensor) -> Tensor:
-    """[out, in] kept inputs, from the left those of negative share by ascending score, from the right the positive."""
-    rank, width = score.argsort(dim=1, stable=True).argsort(dim=1), kept.shape[1]
-    key = torch.where(share < 0, rank, torch.where(share > 0, 3 * width - rank, width))
-    return key.masked_fill(~kept, 4 * width).argsort(dim=1, stable=True)
-
-
-def ends(length: Tensor) -> Tensor:
-    """[out, 2] first and last position of lists of these lengths [out, 1]."""
-    return torch.cat([torch.zeros_like(length), length - 1], 1).long()
-
-
-def step(order: Tensor, pointers: Tensor, from_right: Tensor) -> Tensor:
-    """[out, 1] input at each row's left or right pointer [out, 2], which moves on; a pointer past its list stays."""
-    side = from_right.long()
-    at = pointers.gather(1, side)
-    pointers.scatter_(1, side, (at + 1 - 2 * side).clamp(0, order.shape[1] - 1))
-    return order.gather(1, at.clamp(min=0))
-
-
-def lowest_of_group(score: Tensor, member: Tensor, of: int) -> Tensor:
-    """[out, 1] input of the smallest score in the n:m group of `member` [out, 1]."""
-    group = (member - member % of + torch.arange(of, device=member.device)).clamp(max=score.shape[1] - 1)
-    return group.gather(1, score.gather(1, group).argmin(1, keepdim=True))
