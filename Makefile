@@ -7,6 +7,7 @@ STUDY ?= embedded
 SIZES ?=
 THREADS ?= 2
 CONFIG := $(if $(filter embedded,$(STUDY)),,--configfile config/$(STUDY).yaml)
+export OMP_WAIT_POLICY ?= PASSIVE
 BIN := $(CURDIR)/.venv/bin
 RUN := PATH="$(BIN):$$PATH"
 
