@@ -6,7 +6,6 @@ from snakemake.utils import min_version
 min_version("9.19")
 sys.path.insert(0, workflow.basedir)  # the scripts are run as modules from any working directory; jobs inherit this
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [workflow.basedir, os.environ.get("PYTHONPATH")]))
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # torch's waiting threads leave their cores to compiled loops
 
 # A study of your own (--configfile) takes the place of the embedded one instead of being added to it.
 if not workflow.overwrite_configfiles:

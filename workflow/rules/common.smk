@@ -188,6 +188,7 @@ def unnamed(spec):
 
 
 os.environ[recall.ASKED] = json.dumps(asked())
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # torch's threads that wait leave their cores to compiled loops
 
 
 tasks_json = json_of(lambda wildcards: unnamed(PLAN.tasks[wildcards.tasks]))
