@@ -22,6 +22,7 @@ from methods.catalogue import SHARED_SOURCES
 from workflow.scripts.fingerprint import sha256
 from workflow.scripts.runtime import record_failure, report_errors, write_atomic
 from workflow.scripts.task_sets import task_files
+from workflow.scripts.zero_shot import stay_offline
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -164,8 +165,7 @@ def known(file: Path) -> str | None:
 
 def computed(evaluation: Evaluation, threads: int | None) -> str:
     """The result of an evaluation in a process of its own."""
-    if evaluation.kind == "tasks" and evaluation.spec.get("folder"):
-        os.environ["HF_HUB_OFFLINE"] = "1"  # nothing is fetched; the libraries read this when they are imported
+    stay_offline(evaluation.spec)
     from workflow.scripts.models import set_threads
 
     set_threads(threads)

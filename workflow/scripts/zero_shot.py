@@ -31,6 +31,18 @@ if TYPE_CHECKING:
 RENAMED = {"perplexity": "answer_perplexity"}
 
 
+def stay_offline(spec: Spec) -> None:
+    """For a set with a folder nothing is fetched. The libraries read this when they are imported."""
+    if spec.get("folder"):
+        os.environ["HF_HUB_OFFLINE"] = "1"
+
+
+def prepared(spec: Spec) -> dict[str, Any]:
+    """The set's config entry as it is run: every task by name, with a batch, the library telling errors alone."""
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    return {"batch": BATCH, **expanded(spec)}
+
+
 def inside(spec: Spec) -> contextlib.AbstractContextManager[None]:
     """Work in the set's folder, where lm-eval finds definitions and data sets; stay when it has none."""
     return contextlib.chdir(spec["folder"]) if spec.get("folder") else contextlib.nullcontext()
@@ -200,13 +212,11 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--threads", type=int)
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args(argv)
-    args.tasks = {"batch": BATCH, **expanded(args.tasks)}
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    if args.tasks.get("folder"):  # nothing is fetched; the libraries read this when they are imported
-        os.environ["HF_HUB_OFFLINE"] = "1"
+    stay_offline(args.tasks)
     if args.stage == "data":
-        with inside(args.tasks):
-            found = describe(args.tasks)
+        spec = prepared(args.tasks)
+        with inside(spec):
+            found = describe(spec)
     else:
         with record_failure(args.out.parent, args.out.name.removesuffix(".json")):
             found = evaluate_cell(args)
@@ -228,9 +238,7 @@ def evaluate_tasks(model: PreTrainedModel, entry: Mapping[str, Any], spec: Spec)
     """lm-eval's results (`run`) for a model that a config entry describes, on a set of tasks as the config has it."""
     from workflow.scripts.text import load_tokenizer
 
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    spec = {"batch": BATCH, **expanded(spec)}
-    tokenizer = load_tokenizer(entry)
+    spec, tokenizer = prepared(spec), load_tokenizer(entry)
     with inside(spec):
         return run(model, tokenizer, spec)
 
