@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from contextlib import nullcontext
 from typing import Any
 
@@ -14,9 +15,9 @@ from torch import Tensor, nn
 from transformers import Cache, DynamicCache
 
 from methods.paths import plain_torch
-from workflow.scripts import calibrate, propagate
+from workflow.scripts import calibrate, fingerprint, propagate
 from workflow.scripts.calibrate import read_block, read_index, shared, write_gram
-from workflow.scripts.models import find_blocks, linears, load
+from workflow.scripts.models import Blocks, find_blocks, linears, load
 from workflow.scripts.propagate import PROBE, Stream, capture, same, without_cache
 from workflow.scripts.runtime import InputError
 from workflow.scripts.taps import TapStatistics
@@ -65,11 +66,10 @@ def test_the_walk_is_the_models_own_forward_pass(family, dtype):
     for sequences_per_batch in (SEQUENCES, 2):
         stream = Stream(model, tokens(SEQUENCES), sequences_per_batch)
         for index, block in enumerate(stream.blocks):
-            _, outputs = stream.collect(index)
+            stream.collect(index)
             for layer in linears(block, stream.name):
                 layer.replace(layer.weight())
             stream.advance(index)
-            assert all(map(torch.equal, stream.inputs, outputs))
         assert stream.inputs[0].dtype == dtype
         if sequences_per_batch == SEQUENCES:
             assert torch.equal(stream.inputs[0], final)
@@ -125,9 +125,11 @@ def test_a_block_that_writes_into_its_input_leaves_the_stream_alone(monkeypatch)
     monkeypatch.setattr(first, "forward", forward_and_write)
     stream = Stream(model, tokens(SEQUENCES))
     assert torch.equal(stream.inputs[0], model.get_input_embeddings()(tokens(SEQUENCES)))
-    outputs = stream.collect(0)[1]
+    again = Stream(model, tokens(SEQUENCES))
+    again.collect(0, advance=True)
+    stream.collect(0)
     stream.advance(0)
-    assert torch.equal(stream.inputs[0], outputs[0])
+    assert torch.equal(stream.inputs[0], again.inputs[0])
 
 
 def test_states_passed_beside_the_hidden_ones_are_refused():
@@ -149,7 +151,7 @@ def test_calls_are_those_of_a_whole_pass_though_no_block_is_run(family, monkeypa
         monkeypatch.setattr(block, "forward", recorded(block.forward, blocks))
     stream = Stream(model, tokens(SEQUENCES), SEQUENCES)
     assert same(stream._calls[0], whole.calls) and torch.equal(stream.inputs[0], whole.hidden)
-    assert max(blocks) == (LENGTH if family == "bloom" else PROBE)  # tokens; bloom's return more than hidden states
+    assert max(blocks) == (PROBE)  # tokens
     assert forward(model)[2].isfinite().all() and max(blocks) == LENGTH  # now they run again
 
 
@@ -279,7 +281,7 @@ def test_an_input_written_to_between_two_layers_is_two_taps():
     model = build("llama")
     layer = model.model.layers[0].mlp.down_proj
     model.model.layers[0].mlp.down_proj = Shift(layer, layer.__class__(48, HIDDEN, bias=False).requires_grad_(False))
-    taps, _ = Stream(model, tokens(2)).collect(0)
+    taps = Stream(model, tokens(2)).collect(0)
     first, second = taps[-2:]
     assert (first.name, second.name) == ("first", "second")
     close(second.statistics.mean, first.statistics.mean + 1)
@@ -293,7 +295,7 @@ def test_activations_that_are_not_finite_name_block_tap_and_layers(value):
     model = build("llama")
     model.model.layers[1].post_attention_layernorm.weight[0] = value
     stream = Stream(model, tokens(3))
-    stream.advance(0, stream.collect(0)[1])
+    stream.collect(0, advance=True)
     with pytest.raises(InputError) as error:
         stream.collect(1)
     assert str(error.value).startswith("The activations of model.layers.1, tap gate_proj,up_proj, are not finite")
@@ -356,21 +358,30 @@ def assert_same_taps(actual, expected):
         assert all(torch.equal(getattr(one.statistics, field), getattr(other.statistics, field)) for field in FIELDS)
 
 
-def test_main_writes_what_the_walk_gives(tmp_path):
+def calibrated(entry, folder, monkeypatch, *arguments, out="gram.json"):
+    """The Grams of a calibration, as the workflow runs it, in the folder of stores `grams`."""
+    monkeypatch.setenv(calibrate.CACHE, str(folder / "grams"))
+    if not (folder / "tokens.safetensors").exists():
+        save_file({"tokens": tokens(SEQUENCES)}, folder / "tokens.safetensors", metadata={"info": "{}"})
+    fingerprint.main(["--model", entry, "--out", str(folder / "model.json")])
+    files = {"model": entry, "fingerprint": folder / "model.json", "tokens": folder / "tokens.safetensors"}
+    given = [str(part) for name, value in files.items() for part in (f"--{name}", value)]
+    calibrate.main([*given, "--out", str(folder / out), *arguments])
+    return calibrate.store_of(folder / out)
+
+
+def test_main_writes_what_the_walk_gives(tmp_path, monkeypatch):
     model = build("gpt2")
     model.save_pretrained(tmp_path / "model")
-    save_file({"tokens": tokens(SEQUENCES)}, tmp_path / "tokens.safetensors", metadata={"info": "{}"})
-    entry = json.dumps({"path": str(tmp_path / "model"), "dtype": "float32"})
-    arguments = ["--model", entry, "--tokens", str(tmp_path / "tokens.safetensors"), "--out", str(tmp_path / "gram")]
-    for _ in range(2):  # the second time replaces the first
-        calibrate.main(arguments)
-        expected = list(shared(Stream(model, tokens(SEQUENCES))))
-        for index, taps in enumerate(expected):
-            assert_same_taps(read_block(tmp_path / "gram", index), taps)
+    entry = json.dumps({"name": "tiny", "path": str(tmp_path / "model"), "dtype": "float32"})
+    gram = calibrated(entry, tmp_path, monkeypatch)
+    expected = list(shared(Stream(model, tokens(SEQUENCES))))
+    for index, taps in enumerate(expected):
+        assert_same_taps(read_block(gram, index), taps)
     names = {"index.json", "block-000.safetensors", "block-001.safetensors"}
-    assert {path.name for path in (tmp_path / "gram").iterdir()} == names
-    assert {path.name for path in tmp_path.iterdir()} == {"model", "tokens.safetensors", "gram"}
-    index = read_index(tmp_path / "gram")
+    assert {path.name for path in gram.iterdir()} == names
+    assert [path.name for path in (tmp_path / "grams").iterdir()] == [gram.name]
+    index = read_index(gram)
     assert (index["tokens"], index["length"], len(index["blocks"])) == (SEQUENCES * LENGTH, LENGTH, 2)
     assert index["blocks"][1]["mlp.c_proj"] == {
         "layers": ["transformer.h.1.mlp.c_proj"],
@@ -379,30 +390,68 @@ def test_main_writes_what_the_walk_gives(tmp_path):
     }
 
 
-def test_a_calibration_has_its_own_dtype(tmp_path):
+def test_a_calibration_has_its_own_dtype(tmp_path, monkeypatch):
     build("llama").save_pretrained(tmp_path / "model")
-    save_file({"tokens": tokens(SEQUENCES)}, tmp_path / "tokens.safetensors", metadata={"info": "{}"})
-    entry = json.dumps({"path": str(tmp_path / "model"), "dtype": "float32"})
-    arguments = ["--model", entry, "--tokens", str(tmp_path / "tokens.safetensors"), "--out", str(tmp_path / "gram")]
-    calibrate.main([*arguments, "--dtype", "bfloat16"])
+    entry = json.dumps({"name": "tiny", "path": str(tmp_path / "model"), "dtype": "float32"})
+    gram = calibrated(entry, tmp_path, monkeypatch, "--dtype", "bfloat16")
     half = load({"path": str(tmp_path / "model"), "dtype": "bfloat16"})
     expected = shared(Stream(half, tokens(SEQUENCES)))
     for index, taps in enumerate(expected):
-        assert_same_taps(list(read_block(tmp_path / "gram", index)), taps)
+        assert_same_taps(list(read_block(gram, index)), taps)
 
 
-def test_a_calibration_that_fails_leaves_nothing(tmp_path):
+def test_a_calibration_that_fails_leaves_no_store(tmp_path):
     model = build("llama")
-    model.model.layers[1].input_layernorm.weight[0] = float("nan")
+    model.model.layers[0].input_layernorm.weight[0] = float("nan")
     with pytest.raises(InputError):
-        write_gram(tmp_path / "gram", shared(Stream(model, tokens(2))))
+        write_gram(tmp_path / "gram", Blocks(model), tokens(2), {})
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_calibration_that_fails_goes_on_from_its_last_block(tmp_path, monkeypatch, capsys):
+    model, run = build("llama"), []
+    whole = tmp_path / "whole"
+    write_gram(whole, Blocks(model), tokens(2), {})
+    norm = model.model.layers[1].input_layernorm.weight
+    sound = norm.clone()
+    norm[0] = float("nan")
+    for fingerprint_ in ({"code": 1}, {"code": 2}, {"code": 2}):
+        with pytest.raises(InputError):
+            write_gram(tmp_path / "gram", Blocks(model), tokens(2), fingerprint_)
+    said = capsys.readouterr().err
+    assert "1 finished blocks in" in said and "are of another code: starting over." in said
+    assert said.count("Going on after 1 finished blocks.") == 1
+    norm.copy_(sound)
+    monkeypatch.setattr(model.model.layers[0], "forward", recorded(model.model.layers[0].forward, run))
+    write_gram(tmp_path / "gram", Blocks(model), tokens(2), {"code": 2})
+    assert max(run) == PROBE  # tokens: the block that was finished is only run to see what it returns
+    assert [path.name for path in sorted(tmp_path.iterdir())] == ["gram", "whole"]
+    for path in whole.iterdir():
+        assert (tmp_path / "gram" / path.name).read_bytes() == path.read_bytes()
+
+
+def test_studies_share_the_grams_of_the_same_content(tmp_path, monkeypatch, capsys):
+    build("llama").save_pretrained(tmp_path / "model")
+    entry = json.dumps({"name": "tiny", "path": str(tmp_path / "model"), "dtype": "float32"})
+    gram = calibrated(entry, tmp_path, monkeypatch)
+    again = calibrated(entry.replace("tiny", "renamed"), tmp_path, monkeypatch, out="other.json")
+    assert again == gram and "The same Grams were computed before" in capsys.readouterr().err
+    assert calibrated(entry, tmp_path, monkeypatch, "--code", "edited") != gram
+    assert len(list((tmp_path / "grams").iterdir())) == 2
+
+
+def test_grams_that_were_removed_are_told(tmp_path, monkeypatch):
+    build("llama").save_pretrained(tmp_path / "model")
+    entry = json.dumps({"name": "tiny", "path": str(tmp_path / "model"), "dtype": "float32"})
+    shutil.rmtree(calibrated(entry, tmp_path, monkeypatch))
+    with pytest.raises(InputError, match="Grams of .*gram.json are no longer at .*: delete .* and run again"):
+        calibrate.store_of(tmp_path / "gram.json")
 
 
 def test_an_absent_or_damaged_store_is_refused(tmp_path):
     with pytest.raises(InputError, match="has no index.json"):
         list(read_block(tmp_path / "gram", 0))
-    write_gram(tmp_path / "gram", shared(Stream(build("llama"), tokens(2))))
+    write_gram(tmp_path / "gram", Blocks(build("llama")), tokens(2), {})
     path = tmp_path / "gram" / "block-001.safetensors"
     path.write_bytes(path.read_bytes()[:-10])
     assert len(list(read_block(tmp_path / "gram", 0))) == 4

@@ -14,9 +14,9 @@ from tests import layers
 from tests.brute_force import best_error
 from tests.layers import Recipe
 from workflow.scripts import certificate
-from workflow.scripts.calibrate import shared, shared_blocks, write_gram
+from workflow.scripts.calibrate import shared_blocks, write_gram
 from workflow.scripts.compress import output_error
-from workflow.scripts.propagate import Stream
+from workflow.scripts.models import Blocks
 from workflow.scripts.runtime import InputError
 from workflow.scripts.taps import tapped_linears
 
@@ -45,8 +45,7 @@ def test_a_fault_names_the_layer():
 def test_the_job_bounds_every_layer_of_a_model(tmp_path):
     model = build("llama").eval()
     model.save_pretrained(tmp_path / "model")
-    stream = Stream(model, tokens(4, 16))
-    write_gram(tmp_path / "gram", shared(stream))
+    write_gram(tmp_path / "gram", Blocks(model), tokens(4, 16), {})
     out = tmp_path / "bounds.parquet"
     arguments = {
         "columns": {"model": "tiny", "calibration": "words", "seed": 0},
@@ -56,7 +55,7 @@ def test_the_job_bounds_every_layer_of_a_model(tmp_path):
     given = [part for name, value in arguments.items() for part in (f"--{name}", json.dumps(value))]
     certificate.main([*given, "--gram", str(tmp_path / "gram"), "--out", str(out)])
     found = pq.read_table(out).to_pylist()
-    expected = list(tapped_linears(model, shared_blocks(tmp_path / "gram")))
+    expected = list(tapped_linears(model, shared_blocks(tmp_path / "gram", Blocks(model))))
     assert [row["layer"] for row in found] == [linear.name for _, _, linear in expected]
     for row, (_, tap, linear) in zip(found, expected, strict=True):
         layer = Layer(linear.name, linear.weight(), tap.gram)

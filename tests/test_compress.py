@@ -25,12 +25,12 @@ from methods.sparsegpt import SparseGPT
 from methods.target import Target
 from tests import layers
 from workflow.scripts import compress, fingerprint
-from workflow.scripts.calibrate import read_block, shared, write_gram
+from workflow.scripts.calibrate import read_block, write_gram
 from workflow.scripts.grid import plan
 from workflow.scripts.models import find_blocks, linears, load
 from workflow.scripts.packed import PackedFile
-from workflow.scripts.propagate import Stream
 from workflow.scripts.runtime import InputError
+from workflow.scripts.streaming import LazyBlocks
 
 SAMPLES, LENGTH = 6, 24
 ROW, TWO_OF_FOUR = Target(0.5), Target(pattern="2:4")
@@ -91,7 +91,7 @@ class Case:
         drawn = {"tokens": tokens(SAMPLES, LENGTH).numpy().astype(np.int64)}
         save_file(drawn, self.folder / "tokens.safetensors", metadata={"info": json.dumps(info)})
         fingerprint.main(["--model", self.model, "--out", str(self.folder / "model.json")])
-        write_gram(self.folder / "gram", shared(Stream(load(self.spec), tokens(SAMPLES, LENGTH))))
+        write_gram(self.folder / "gram", LazyBlocks(self.spec), tokens(SAMPLES, LENGTH), {})
         return self
 
     def run(
@@ -488,7 +488,8 @@ def failed(case: Case, tmp_path: Path, fault: str, target: Target = TWO_OF_FOUR)
     out = tmp_path / "cell"
     with pytest.raises(InputError) as error:
         case.run("faulty", target, out=str(out), own=faulty(tmp_path / "own", fault))
-    assert [path.name for path in out.iterdir()] == ["failed-compress.json"]  # no declared output
+    # No declared output, and the block before it is kept.
+    assert sorted(path.name for path in out.iterdir()) == [".checkpoint", "failed-compress.json"]
     record = json.loads((out / "failed-compress.json").read_text("utf-8"))
     assert set(record) == {"status", "reason", "stage", "traceback"} and record["stage"] == "compress"
     sentence = str(error.value)

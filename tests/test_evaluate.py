@@ -128,9 +128,9 @@ def test_perplexity_that_is_not_finite(tokens):
 
 def test_tokens_that_do_not_fit_the_model(tokens):
     with pytest.raises(InputError, match="lie between 0 and 50, but the model embeds 0 to 49"):
-        evaluate.check_tokens(llama(), torch.tensor([[0, 50]]))
+        evaluate.evaluate(llama(), torch.tensor([[0, 50]]))
     with pytest.raises(InputError, match="sequences have 112 tokens, but the model takes at most 16"):
-        evaluate.check_tokens(llama(), tokens.reshape(1, -1))
+        evaluate.evaluate(llama(), tokens.reshape(1, -1))
 
 
 def test_batch_size_is_bounded_by_the_logits():

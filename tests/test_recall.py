@@ -85,7 +85,7 @@ def test_what_the_compression_leaves_is_what_the_job_would_compute(cell, monkeyp
     asked = [{"kind": "perplexity", "data": "{model}.safetensors", "spec": {}}]
     (cell / "tokens.safetensors").rename("tiny.safetensors")  # the model's identity is its fingerprint's name
     monkeypatch.setenv(recall.ASKED, json.dumps(asked))
-    recall.foresee(as_saved(), entry(), cell / "tiny.json", cell / "weights.safetensors", "cpu")
+    recall.foresee(entry(), cell / "tiny.json", cell / "weights.safetensors", "cpu")
     (beside,) = recall.STORE.iterdir()
     results = [json.loads(path.read_text()) for path in (cell / "alone.json", beside)]
     for result in results:
@@ -143,7 +143,7 @@ def test_what_fails_beside_the_compression_is_left_to_its_own_job(cell, monkeypa
         for name in ("wrong.safetensors", "absent.safetensors", "tokens.safetensors")
     ]
     monkeypatch.setenv(recall.ASKED, json.dumps(asked))
-    recall.foresee(as_saved(), entry(), cell / "tiny.json", cell / "weights.safetensors", "cpu")
+    recall.foresee(entry(), cell / "tiny.json", cell / "weights.safetensors", "cpu")
     assert (
         "perplexity of wrong.safetensors could not be computed beside the compression: The tokens lie between"
         in capsys.readouterr().err
@@ -168,5 +168,5 @@ def test_a_result_that_a_crash_has_cut_is_computed_again(cell, left):
 def test_code_that_was_edited_meanwhile_evaluates_nothing(cell, monkeypatch):
     monkeypatch.setenv(recall.ASKED, json.dumps([{"kind": "perplexity", "data": "tokens.safetensors", "spec": {}}]))
     monkeypatch.setitem(recall.CODE, "evaluate", "as it was when the compression began")
-    recall.foresee(as_saved(), entry(), cell / "tiny.json", cell / "weights.safetensors", "cpu")
+    recall.foresee(entry(), cell / "tiny.json", cell / "weights.safetensors", "cpu")
     assert not recall.STORE.exists()

@@ -79,9 +79,9 @@ rule gram:
     input:
         model="results/models/{model}.json",
         tokens="results/tokens/{model}/calibration-{calib}.safetensors",
-        code=code(*scripts("calibrate", "propagate", "taps", "models"), *kernels("rows", "sums")),
+        code=code(*scripts(*CALIBRATING), *kernels("rows", "sums")),
     output:
-        directory("results/calibration/{model}/{calib}/gram"),
+        "results/calibration/{model}/{calib}/gram.json",
     log:
         "logs/calibration/{model}/{calib}.log",
     benchmark:
@@ -93,5 +93,5 @@ rule gram:
         model=model_json,
         dtype=forward_dtype,
     shell:
-        "{PYTHON} -m workflow.scripts.calibrate --model {params.model:q} --tokens {input.tokens:q} {params.dtype:q}"
-        " --threads {threads} --out {output:q} 2> >(tee {log:q} >&2)"
+        "{PYTHON} -m workflow.scripts.calibrate --model {params.model:q} --fingerprint {input.model:q}"
+        " --tokens {input.tokens:q} --code {input.code:q} {params.dtype:q} --threads {threads} --out {output:q} 2> >(tee {log:q} >&2)"

@@ -83,6 +83,9 @@ def from_here(path):
     return os.path.relpath(path)
 
 
+# Scripts that decide the Grams.
+CALIBRATING = ("calibrate", "propagate", "taps", "models", "streaming", "activations", "checkpoint")
+
 # Drawing is cheap: an edit to what draws one figure draws all.
 FIGURE_CODE = code(
     *scripts(

@@ -8,12 +8,12 @@ rule compress:
         tokens="results/tokens/{model}/calibration-{calib}.safetensors",
         gram=branch(
             lambda wildcards: wildcards.mode == "shared",
-            then="results/calibration/{model}/{calib}/gram",
+            then="results/calibration/{model}/{calib}/gram.json",
             otherwise=[],
         ),
         code=lambda wildcards: code(
             *method_sources(wildcards),
-            *scripts("compress", "calibrate", "propagate", "taps", "models", "accounting", "packed", "table_schema"),
+            *scripts("compress", *CALIBRATING, "accounting", "packed", "table_schema"),
             *kernels("rows", "sums"),
             *(scripts("tune") if "tune" in cell_of(wildcards).spec else []),
             TABLE_SCHEMA,
@@ -38,7 +38,7 @@ rule compress:
         out=lambda wildcards, output: str(Path(output.record).parent),
     shell:
         "HF_HUB_OFFLINE=1 {PYTHON} -m workflow.scripts.compress --cell {params.cell:q} --model {params.model:q}"
-        " --fingerprint {input.model:q} --tokens {input.tokens:q} {params.gram:q} {params.dtype:q}"
+        " --fingerprint {input.model:q} --tokens {input.tokens:q} --code {input.code:q} {params.gram:q} {params.dtype:q}"
         " {params.folders:q} --threads {threads} --out {params.out:q} 2> >(tee {log:q} >&2)"
 
 
@@ -46,10 +46,10 @@ rule certificate:
     """For every layer the error that no mask of a target's pattern can beat, from the Grams that all methods share."""
     input:
         model="results/models/{model}.json",
-        gram="results/calibration/{model}/{calib}/gram",
+        gram="results/calibration/{model}/{calib}/gram.json",
         code=code(
             *map(from_here, SHARED_SOURCES),
-            *scripts("certificate", "lower_bound", "calibrate", "taps", "models", "table_schema"),
+            *scripts("certificate", "lower_bound", *CALIBRATING, "table_schema"),
             TABLE_SCHEMA,
         ),
     output:

@@ -15,9 +15,10 @@ from tqdm import tqdm
 from methods import ops
 from methods.base import Layer, Target
 from workflow.scripts import models
-from workflow.scripts.calibrate import shared_blocks
+from workflow.scripts.calibrate import shared_blocks, store_of
 from workflow.scripts.lower_bound import lower_bound
 from workflow.scripts.runtime import InputError, report_errors, whole_file
+from workflow.scripts.streaming import LazyBlocks
 from workflow.scripts.table_schema import from_rows
 from workflow.scripts.taps import tapped_linears
 
@@ -41,18 +42,18 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--columns", type=json.loads, required=True, help="model, calibration and seed, as JSON")
     parser.add_argument("--target", type=json.loads, required=True, help="target, as JSON")
     parser.add_argument("--model", type=json.loads, required=True, help="model entry of the config, as JSON")
-    parser.add_argument("--gram", type=Path, required=True, help="folder of the Grams")
+    parser.add_argument("--gram", type=Path, required=True, help="where the Grams are, as calibrate.py says")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, required=True, help="table of bounds, parquet")
     args = parser.parse_args(argv)
     models.set_threads(args.threads)
-    target, model = Target(**args.target), models.load(args.model, args.device)
+    target, blocks = Target(**args.target), LazyBlocks(args.model, args.device)
     facts = {**args.columns, "target": target.label, "sparsity": target.sparsity, "pattern": target.pattern}
     layers = tqdm(
-        tapped_linears(model, shared_blocks(args.gram)),
+        tapped_linears(blocks.model, shared_blocks(store_of(args.gram), blocks)),
         desc=f"bound {target.label}",
-        total=models.count_linears(model),
+        total=models.count_linears(blocks.model),
         unit="layer",
         mininterval=1.0,
     )

@@ -6,6 +6,7 @@ through the compressed blocks before it, as in the published codes.
 
 import argparse
 import hashlib
+import importlib.metadata
 import json
 import sys
 import time
@@ -17,7 +18,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
@@ -27,10 +28,14 @@ from methods.promises import broken_promise
 from methods.target import Target
 from workflow.scripts import models, packed
 from workflow.scripts.accounting import bits_per_weight
-from workflow.scripts.calibrate import shared_blocks
+from workflow.scripts.calibrate import shared_blocks, store_of
+from workflow.scripts.checkpoint import Checkpoint
+from workflow.scripts.fingerprint import sha256
+from workflow.scripts.models import Blocks
 from workflow.scripts.propagate import Stream
 from workflow.scripts.recall import foresee
 from workflow.scripts.runtime import (
+    PROVENANCE,
     InputError,
     peak_mb,
     provenance,
@@ -39,11 +44,13 @@ from workflow.scripts.runtime import (
     whole_file,
     write_atomic,
 )
+from workflow.scripts.streaming import LazyBlocks
 from workflow.scripts.table_schema import from_rows
 from workflow.scripts.taps import Tap, tapped_linears
 from workflow.scripts.text import read_tokens
 from workflow.scripts.tune import Tuner
 
+TUNING = "tuning.json"  # in a checkpoint: the history of the stages
 SCORED = 512  # rows of a weight, and columns of its Gram, that are in float64 at a time
 
 
@@ -175,17 +182,26 @@ def trace_rows(result: Compressed) -> list[dict[str, Any]]:
     ]
 
 
-def sequential_blocks(stream: Stream, blocks: nn.ModuleList | None = None) -> Iterator[tuple[int, Iterable[Tap]]]:
+def sequential_blocks(
+    stream: Stream,
+    blocks: Blocks | None = None,
+    start: int = 0,
+    finished: Callable[[int], None] = lambda index: None,
+) -> Iterator[tuple[int, Iterable[Tap]]]:
     """The taps of each block; between one and the next the block, by then compressed, is run again.
 
-    blocks: those that are compressed, if the stream passes through a copy of them in another dtype.
+    blocks: those that are compressed, if the stream passes through a copy of them in another dtype. finished: called
+    when nothing of a block is needed any more.
     """
-    for index in range(len(stream.blocks)):
-        yield index, in_turn(stream.collect(index)[0])
-        if index + 1 < len(stream.blocks):
-            if blocks is not None and blocks is not stream.blocks:
-                stream.blocks[index].load_state_dict(blocks[index].state_dict())  # rounded to the copy's dtype
-            stream.advance(index)
+    blocks = blocks or stream.source
+    for index in range(start, len(blocks)):
+        with blocks.open(index) as block, stream.source.open(index) as other:
+            yield index, in_turn(stream.collect(index))
+            if index + 1 < len(blocks):
+                if block is not other:
+                    other.load_state_dict(block.state_dict())  # rounded to the copy's dtype
+                stream.advance(index)
+        finished(index)
 
 
 def in_turn(taps: list[Tap]) -> Iterator[Tap]:
@@ -195,9 +211,10 @@ def in_turn(taps: list[Tap]) -> Iterator[Tap]:
 
 
 @contextmanager
-def bar(model: PreTrainedModel, title: str) -> Iterator[Callable[[Mapping[str, Any]], None]]:
-    """A progress bar over the layers, as a function of their rows."""
-    with tqdm(total=models.count_linears(model), desc=title, unit="layer", mininterval=1.0) as shown:
+def bar(model: PreTrainedModel, title: str, skipped: int = 0) -> Iterator[Callable[[Mapping[str, Any]], None]]:
+    """A progress bar over the layers, as a function of their rows; skipped: blocks that are done."""
+    total, done = models.count_linears(model), models.count_linears(model, skipped)
+    with tqdm(total=total, initial=done, desc=title, unit="layer", mininterval=1.0) as shown:
 
         def progress(row: Mapping[str, Any]) -> None:
             shown.set_postfix_str(
@@ -222,68 +239,115 @@ def calibration_facts(info: Mapping[str, Any], dtype: str) -> dict[str, Any]:
 
 
 def run(args: argparse.Namespace) -> None:
-    model, record = compressed(args)  # what has been written is no longer in memory
-    foresee(model, args.model, args.fingerprint, args.out / "weights.safetensors", args.device)
-    write_atomic(args.out / "cell.json", json.dumps(record, indent=2) + "\n")
+    """Compress and evaluate a cell. Its checkpoint goes when all is written, also what evaluates the weights."""
+    with Checkpoint(args.out / ".checkpoint", decisive(args)) as checkpoint:
+        record = compressed(args, checkpoint)
+        foresee(args.model, args.fingerprint, args.out / "weights.safetensors", args.device)
+        write_atomic(args.out / "cell.json", json.dumps(record, indent=2) + "\n")
+        checkpoint.remove()
 
 
-def compressed(args: argparse.Namespace) -> tuple[PreTrainedModel, dict[str, Any]]:
-    """Write a cell's layers, trace and weights; returns a model to evaluate them in and the cell's record."""
-    start = time.perf_counter()
+def decisive(args: argparse.Namespace) -> dict[str, Any]:
+    """What decides the cell's results, in the words in which its change is told."""
+    return {
+        "spec": {key: args.cell[key] for key in args.cell if key != "columns"} | {"seed": args.cell["columns"]["seed"]},
+        "code": args.code,
+        "model": [json.loads(args.fingerprint.read_text("utf-8")), args.model],
+        "tokens": sha256(args.tokens),
+        "Grams": store_of(args.gram).name if args.gram else None,
+        "dtype": args.dtype,
+        "device": args.device,
+        "versions": {name: importlib.metadata.version(name) for name in PROVENANCE},
+    }
+
+
+def compressed(args: argparse.Namespace, checkpoint: Checkpoint) -> dict[str, Any]:
+    """Write a cell's layers, trace and weights; returns its record. What the checkpoint has is not computed again."""
     columns, entry = args.cell["columns"], args.cell["method"]
     catalogue = Catalogue(args.method_path)
     method, criterion = catalogue.build(entry["name"], entry["params"]), catalogue[entry["name"]].criterion or "own"
     tokens, info = read_tokens(args.tokens)
-    model = models.load(args.model, args.device)
-    solver = Solver(entry["name"], method, Target(**args.cell["target"]), columns["seed"], model.dtype)
-    another = args.dtype is not None and args.dtype != models.dtype_name(model)
+    blocks = LazyBlocks(args.model, args.device)
+    solver = Solver(entry["name"], method, Target(**args.cell["target"]), columns["seed"], blocks.model.dtype)
+    another = args.dtype is not None and args.dtype != models.dtype_name(blocks.model)
     sequences, stages, solve = torch.from_numpy(tokens), args.cell.get("tune"), solver.solve
-    title = f"{columns['label']} {columns['target']} {columns['mode']}"
+    title, tuner = f"{columns['label']} {columns['target']} {columns['mode']}", None
 
-    def blocks() -> tuple[Iterator[tuple[int, Iterable[Tap]]], Stream | None]:
+    def walk(
+        blocks: Blocks, folder: Path | None = None, start: int = 0, finished: Callable[[int], None] = lambda index: None
+    ) -> tuple[Iterator[tuple[int, Iterable[Tap]]], Stream | None]:
         """The taps of each block, and in sequential mode the stream that they come from."""
         if columns["mode"] == "shared":
-            return shared_blocks(args.gram), None
-        own = models.load({**args.model, "dtype": args.dtype}, args.device) if another else model
-        stream = Stream(own, sequences)
-        return sequential_blocks(stream, models.find_blocks(model)[1]), stream
+            return shared_blocks(store_of(args.gram), blocks, start, finished), None
+        own = LazyBlocks({**args.model, "dtype": args.dtype}, args.device) if another else blocks
+        stream = Stream(own, sequences, folder=folder, start=start)
+        return sequential_blocks(stream, blocks, start, finished), stream
 
-    tuner = Tuner(model, sequences, stages or {}, solver.target, solver.seed)
-    if stages:
-        with bar(model, f"{title}, tuned") as progress:
-            for _ in visit(model, tuner.walk(*blocks()), tuner.keep(solver.solve), progress):
+    if stages and checkpoint.done < len(blocks):  # they take the whole model, and are not kept block by block
+        checkpoint.done = 0
+        tuner = Tuner(models.load(args.model, args.device), sequences, stages, solver.target, solver.seed)
+        with bar(tuner.model, f"{title}, tuned") as progress:
+            for _ in visit(tuner.model, tuner.walk(*walk(Blocks(tuner.model))), tuner.keep(solver.solve), progress):
                 pass
             tuner.end()
+        write_atomic(checkpoint.folder / TUNING, json.dumps(tuner.history))
         # What came out is scored as if the method had returned it, on the model as it was.
-        model = models.load(args.model, args.device)
-        told = replace(solver, name=f"{solver.name}, tuned,")
+        results, told = tuner.results, replace(solver, name=f"{solver.name}, tuned,")
+        del tuner
 
         def solve(layer: Layer) -> tuple[Compressed, dict[str, Any]]:
-            result, row = tuner.results[layer.name]
+            result, row = results[layer.name]
             return told.judged(layer, result, row["seconds"])
 
-    rows, traces, stored = [], [], {}
-    with bar(model, title) as progress:
-        for row, result in visit(model, blocks()[0], solve, progress):
-            rows.append({**columns, **row})
-            own = {**columns, "layer": row["layer"], "criterion": criterion}
-            traces += [{**own, **point} for point in trace_rows(result)]
-            stored[row["layer"]] = packed.parts_of(result, solver.target, model.dtype)
-    for table, content in (("layers", rows), ("trace", traces)):
-        with whole_file(args.out / f"{table}.parquet") as part:
-            pq.write_table(from_rows(content, {"trace": "traces"}.get(table, table), title), part)
-    with whole_file(args.out / "weights.safetensors") as part:
-        packed.write(part, stored, {row["layer"]: (row["out"], row["in"]) for row in rows}, solver.target)
+    if checkpoint.done < len(blocks):
+        with bar(blocks.model, title, skipped=checkpoint.done) as progress:
+            for index, taps in walk(blocks, checkpoint.folder, checkpoint.done, checkpoint.finish)[0]:
+                block = visit(blocks.model, [(index, taps)], solve, progress)
+                write_block(checkpoint, index, block, solver)
+    join_blocks(checkpoint, len(blocks), args.out, columns | {"criterion": criterion}, solver.target, title)
     fingerprint = json.loads(args.fingerprint.read_text("utf-8"))
     fingerprint.pop("files", None)  # one hash stands for all in the tables
     facts = {
         **provenance(args.device, torch.get_num_threads()),
         **fingerprint,
-        **calibration_facts(info, args.dtype or models.dtype_name(model)),
+        **calibration_facts(info, args.dtype or models.dtype_name(blocks.model)),
     }
-    seconds = time.perf_counter() - start
+    seconds = checkpoint.total_seconds()
     record = {"columns": columns, "provenance": facts, "seconds": seconds, "peak_mb": peak_mb(), "model": args.model}
-    return model, record | ({"tuning": tuner.history} if stages else {})
+    return record | ({"tuning": json.loads((checkpoint.folder / TUNING).read_text("utf-8"))} if stages else {})
+
+
+def write_block(
+    checkpoint: Checkpoint, index: int, block: Iterable[tuple[dict[str, Any], Compressed]], solver: Solver
+) -> None:
+    """Leave a block's rows, traces and weights in the checkpoint."""
+    rows, traces, stored = [], [], {}
+    for row, result in block:
+        rows.append(row)
+        traces += [{"layer": row["layer"], **point} for point in trace_rows(result)]
+        stored[row["layer"]] = packed.parts_of(result, solver.target, solver.dtype)
+        del result
+    with whole_file(checkpoint.file(index, "safetensors")) as part:
+        packed.write(part, stored, {row["layer"]: (row["out"], row["in"]) for row in rows}, solver.target)
+    write_atomic(checkpoint.file(index, "json"), json.dumps({"rows": rows, "traces": traces}))
+
+
+def join_blocks(
+    checkpoint: Checkpoint, count: int, out: Path, columns: Mapping[str, Any], target: Target, title: str
+) -> None:
+    """Make a cell's tables and weights from what the checkpoint has of each block.
+
+    columns: those of the spec, and the criterion of the trace.
+    """
+    found = [json.loads(checkpoint.file(index, "json").read_text("utf-8")) for index in range(count)]
+    own = {key: value for key, value in columns.items() if key != "criterion"}
+    rows = [{**own, **row} for block in found for row in block["rows"]]
+    traces = [{**columns, **point} for block in found for point in block["traces"]]
+    for table, content in (("layers", rows), ("trace", traces)):
+        with whole_file(out / f"{table}.parquet") as part:
+            pq.write_table(from_rows(content, {"trace": "traces"}.get(table, table), title), part)
+    with whole_file(out / "weights.safetensors") as part:
+        packed.join(part, [checkpoint.file(index, "safetensors") for index in range(count)])
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -292,7 +356,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--model", type=json.loads, required=True, help="model entry of the config, as JSON")
     parser.add_argument("--fingerprint", type=Path, required=True, help="what fingerprint.py wrote of the model")
     parser.add_argument("--tokens", type=Path, required=True, help="calibration tokens")
-    parser.add_argument("--gram", type=Path, help="folder of the Grams (shared mode)")
+    parser.add_argument("--gram", type=Path, help="where the Grams are, as calibrate.py says (shared mode)")
+    parser.add_argument("--code", default="", help="hash of the code that decides the result")
     parser.add_argument("--dtype", help="of the forward passes that give the Grams (default: the model's)")
     parser.add_argument("--method-path", type=Path, action="append", default=[], help="further folder of methods")
     parser.add_argument("--device", default="cpu")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,11 +15,13 @@ from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from workflow.scripts.models import Linear, check_tokens, few, model_linears, vocabulary
+from workflow.scripts.models import Blocks, Linear, few, linears, model_linears, vocabulary
 from workflow.scripts.packed import PackedFile
+from workflow.scripts.propagate import Stream
 from workflow.scripts.runtime import InputError
 from workflow.scripts.text import read_tokens
 
+ROWS = 1024  # of the logits of a window that are in float32 at a time
 LOGITS_AT_ONCE = 2**23  # logits of a batch, 32 MB in float32: on a processor larger batches are slower
 DECIMALS = 6  # of the losses written
 
@@ -28,21 +31,37 @@ def batch_size(length: int, vocabulary: int) -> int:
     return max(1, LOGITS_AT_ONCE // (length * vocabulary))
 
 
-@torch.inference_mode()
-def window_losses(model: nn.Module, tokens: Tensor, batch: int, label: str = "perplexity") -> Tensor:
+@torch.no_grad()
+def window_losses(
+    model: PreTrainedModel | Blocks, tokens: Tensor, batch: int, label: str = "perplexity", folder: Path | None = None
+) -> Tensor:
     """Mean negative log likelihood [n] float64, in nats, of the L - 1 targets of each window [n, L].
 
-    Windows are scored alone, `batch` at a time; logits are taken to float32 one window at a time.
+    All windows pass one block after the other, so that each block is read once. They are scored alone, `batch` at a
+    time; logits are taken to float32 ROWS at a time. folder: for the hidden states (default: in memory).
     """
-    device = next(model.parameters()).device
-    losses = torch.empty(len(tokens), dtype=torch.float64, device=device)
+    stream = Stream(model, tokens, batch, folder)
+    last = len(stream.blocks) - 1
+    losses = torch.empty(len(tokens), dtype=torch.float64)
     # (one tensor: a small one kept per window pins the freed logits in the heap, 1.4 GB where 0.5 do)
-    for start in tqdm(range(0, len(tokens), batch), desc=label, unit="batch", mininterval=0.5):
-        chunk = tokens[start : start + batch].to(device)  # [batch, L]
-        logits = model(input_ids=chunk, use_cache=False).logits  # [batch, L, vocabulary]
-        for number, (window, scores) in enumerate(zip(chunk, logits, strict=True), start):
-            losses[number] = cross_entropy(scores[:-1].float(), window[1:], reduction="none").double().mean()
-    return losses.cpu()
+    with tqdm(total=last + 1, desc=label, unit="block", mininterval=0.5) as progress:
+        for index in range(last):
+            with stream.source.open(index):
+                stream.advance(index)
+            progress.update()
+        with stream.source.open(last):
+            for number, chunk in enumerate(tokens.split(batch)):  # [batch, L]
+                logits = stream.logits(number, chunk)  # [batch, L, vocabulary]
+                for place, (window, scores) in enumerate(zip(chunk.to(logits.device), logits, strict=True)):
+                    losses[number * batch + place] = loss_of(scores[:-1], window[1:])
+        progress.update()
+    return losses
+
+
+def loss_of(scores: Tensor, targets: Tensor) -> float:
+    """Mean negative log likelihood of the targets [n], given their logits [n, vocabulary] of any float dtype."""
+    parts = zip(scores.split(ROWS), targets.split(ROWS), strict=True)
+    return float(torch.cat([cross_entropy(s.float(), t, reduction="none") for s, t in parts]).double().mean())
 
 
 def perplexity(losses: Tensor | Sequence[float]) -> float:
@@ -64,14 +83,19 @@ def perplexity(losses: Tensor | Sequence[float]) -> float:
         raise InputError(f"The perplexity is not finite: the mean loss is {mean:.6g} nats.") from None
 
 
-def apply_weights(model: nn.Module, path: Path) -> None:
-    """Write a cell's weights into the linear layers of the model's blocks, one at a time.
+def apply_weights(model: PreTrainedModel | Blocks, path: Path) -> None:
+    """Give the linear layers of the model's blocks a cell's weights, one at a time; of lazy ones when they are read.
 
     Raises InputError when the file cannot be read, or does not hold exactly these layers in their shapes.
     """
-    file = PackedFile(path)
-    for name, layer in layers_of(model, file).items():
-        layer.replace(file.read(name).weight)
+    file, blocks = PackedFile(path), model if isinstance(model, Blocks) else Blocks(model)
+    layers_of(blocks.model, file)
+
+    def write(index: int, block: nn.Module) -> None:
+        for layer in linears(block, f"{blocks.name}.{index}"):
+            layer.replace(file.read(layer.name).weight)
+
+    blocks.change(write)
 
 
 def layers_of(model: nn.Module, file: PackedFile) -> dict[str, Linear]:
@@ -87,14 +111,16 @@ def layers_of(model: nn.Module, file: PackedFile) -> dict[str, Linear]:
     return layers
 
 
-def evaluate(model: PreTrainedModel, tokens: Tensor, label: str = "perplexity") -> dict[str, Any]:
+def evaluate(
+    model: PreTrainedModel | Blocks, tokens: Tensor, label: str = "perplexity", folder: Path | None = None
+) -> dict[str, Any]:
     """Perplexity and what it was made of, for tokens [n, L]; seconds: of the forward passes.
 
-    A perplexity that is not finite is None, with the reason.
+    A perplexity that is not finite is None, with the reason. folder: for the hidden states (default: in memory).
     """
-    check_tokens(model, tokens)
     start = time.perf_counter()
-    losses = window_losses(model, tokens, batch_size(tokens.shape[1], vocabulary(model)), label)
+    words = vocabulary(model.model if isinstance(model, Blocks) else model)
+    losses = window_losses(model, tokens, batch_size(tokens.shape[1], words), label, folder)
     seconds = time.perf_counter() - start
     try:
         found: dict[str, Any] = {"perplexity": perplexity(losses), "mean_loss": float(losses.mean())}
@@ -108,7 +134,11 @@ def evaluate(model: PreTrainedModel, tokens: Tensor, label: str = "perplexity") 
     }
 
 
-def evaluate_text(model: PreTrainedModel, path: Path, label: str = "perplexity") -> dict[str, Any]:
-    """The same of a file of evaluation tokens, with what the file says of its text."""
+def evaluate_text(blocks: Blocks, path: Path, folder: Path, label: str = "perplexity") -> dict[str, Any]:
+    """The same of a file of evaluation tokens, with what the file says of its text; folder: for the hidden states."""
     tokens, text = read_tokens(path)
-    return evaluate(model, torch.from_numpy(tokens), label) | {"text": text}
+    shutil.rmtree(folder, ignore_errors=True)  # of a process that was killed
+    try:
+        return evaluate(blocks, torch.from_numpy(tokens), label, folder) | {"text": text}
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)

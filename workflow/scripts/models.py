@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as transformers_logging
 
@@ -58,19 +59,62 @@ def source(spec: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     return str(folder), {"trust_remote_code": bool(spec.get("trust_remote_code", False)), "local_files_only": True}
 
 
+@contextmanager
+def sentences(spec: Mapping[str, Any]) -> Iterator[None]:
+    """Within it what libraries raise about a model that cannot be loaded becomes an InputError."""
+    try:
+        yield
+    except SafetensorError as error:
+        raise InputError(f"The weights of {described(spec)} are damaged or incomplete: {reason(error)}.") from error
+    except (OSError, ValueError, RuntimeError, ImportError) as error:
+        raise InputError(f"Cannot load {described(spec)}: {reason(error)}.") from error
+
+
+def read_config(spec: Mapping[str, Any]) -> tuple[str, PreTrainedConfig, dict[str, Any]]:
+    """Folder, config, and the keyword arguments that the library's loaders take for a model.
+
+    Raises InputError for a model that is absent or already quantised.
+    """
+    transformers_logging.disable_progress_bar()  # the scripts show their own
+    name, options = source(spec)
+    with sentences(spec):
+        config = AutoConfig.from_pretrained(name, **options)
+    if getattr(config, "quantization_config", None) is not None:
+        raise InputError(f"A model in floating point is needed, but {described(spec)} is already quantised.")
+    return name, config, options
+
+
+def check_names(
+    spec: Mapping[str, Any], model: nn.Module, mismatched: Collection[str], missing: Collection[str]
+) -> None:
+    """Raise InputError for tensors of another shape than the config asks for, and for those that are not there."""
+    if mismatched:
+        raise InputError(
+            f"The weights of {described(spec)} have {len(mismatched)} tensors of another shape than its "
+            f"config asks for: {few(mismatched)}."
+        )
+    if missing:  # tied weights and buffers that the model computes are not among them
+        raise InputError(
+            f"The weights of {described(spec)} lack {len(missing)} tensors of {type(model).__name__}: {few(missing)}."
+        )
+
+
+def check_finite(spec: Mapping[str, Any], parameters: Iterable[tuple[str, Tensor]]) -> None:
+    """Raise InputError for the first weight that is not finite."""
+    for name, value in parameters:
+        if not torch.isfinite(value).all():
+            raise InputError(f"The weights of {described(spec)} are not finite: {name} has NaN or Inf.")
+
+
 def load(spec: Mapping[str, Any], device: str | torch.device = "cpu") -> PreTrainedModel:
-    """The model of a config entry {path | hub, revision, dtype, trust_remote_code}, ready for inference.
+    """The model of a config entry {path | hub, revision, dtype, trust_remote_code}, whole and ready for inference.
 
     In eval mode, without gradients, in the entry's dtype (default: the dtype it was saved in), with the library's
     default attention. Raises InputError, in one sentence, when the model is absent, damaged, incomplete (transformers
     would draw missing tensors at random), already quantised, or has weights that are not finite.
     """
-    transformers_logging.disable_progress_bar()  # the scripts show their own
-    name, options = source(spec)
-    try:
-        config = AutoConfig.from_pretrained(name, **options)
-        if getattr(config, "quantization_config", None) is not None:
-            raise InputError(f"A model in floating point is needed, but {described(spec)} is already quantised.")
+    name, config, options = read_config(spec)
+    with sentences(spec):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             name,
             config=config,
@@ -80,24 +124,9 @@ def load(spec: Mapping[str, Any], device: str | torch.device = "cpu") -> PreTrai
             ignore_mismatched_sizes=True,  # they are refused below, by name
             **options,
         )
-    except SafetensorError as error:
-        raise InputError(f"The weights of {described(spec)} are damaged or incomplete: {reason(error)}.") from error
-    except (OSError, ValueError, RuntimeError, ImportError) as error:
-        raise InputError(f"Cannot load {described(spec)}: {reason(error)}.") from error
     model, info = loaded
-    if info["mismatched_keys"]:
-        raise InputError(
-            f"The weights of {described(spec)} have {len(info['mismatched_keys'])} tensors of another shape than its "
-            f"config asks for: {few(key for key, *_ in info['mismatched_keys'])}."
-        )
-    if info["missing_keys"]:  # tied weights and buffers that the model computes are not among them
-        raise InputError(
-            f"The weights of {described(spec)} lack {len(info['missing_keys'])} tensors of "
-            f"{type(model).__name__}: {few(info['missing_keys'])}."
-        )
-    for parameter, value in model.named_parameters():
-        if not torch.isfinite(value).all():
-            raise InputError(f"The weights of {described(spec)} are not finite: {parameter} has NaN or Inf.")
+    check_names(spec, model, [key for key, *_ in info["mismatched_keys"]], info["missing_keys"])
+    check_finite(spec, model.named_parameters())
     return model.to(device).eval().requires_grad_(False)
 
 
@@ -156,6 +185,30 @@ def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
     return max(outermost, key=lambda found: sum(p.numel() for p in found[1].parameters()))
 
 
+class Blocks:
+    """The blocks of a model; these of one that is whole in memory.
+
+    with blocks.open(index) as block:    # within it the block has its weights
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model
+        self.name, self.modules = find_blocks(model)
+        self.device = model.get_input_embeddings().get_parameter("weight").device
+
+    def __len__(self) -> int:
+        return len(self.modules)
+
+    @contextmanager
+    def open(self, index: int) -> Iterator[nn.Module]:
+        yield self.modules[index]
+
+    def change(self, write: Callable[[int, nn.Module], None]) -> None:
+        """Have the weights of each block, of which the index is given, written to before anything else sees them."""
+        for index, block in enumerate(self.modules):
+            write(index, block)
+
+
 @dataclass(frozen=True)
 class Linear:
     """A linear layer of a block, seen as weight [out, in] whichever way its module stores it."""
@@ -207,7 +260,7 @@ def model_linears(model: nn.Module) -> dict[str, Linear]:
     return {layer.name: layer for i, block in enumerate(blocks) for layer in linears(block, f"{prefix}.{i}")}
 
 
-def count_linears(model: nn.Module) -> int:
-    """Linear layers of all blocks."""
+def count_linears(model: nn.Module, first: int | None = None) -> int:
+    """Linear layers of all blocks, or of so many first ones."""
     name, blocks = find_blocks(model)
-    return sum(len(linears(block, name)) for block in blocks)
+    return sum(len(linears(block, name)) for block in list(blocks)[:first])

@@ -8,9 +8,10 @@ bit for bit, what was scored and evaluated.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,6 +27,7 @@ from workflow.scripts.accounting import grids_of_blocks, group_length, kept_bloc
 from workflow.scripts.runtime import InputError
 
 VERSION = 1
+WIDTHS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "U16": 2, "U8": 1}  # bytes of a number, by its name in a header
 HALVES = (torch.float16, torch.bfloat16)
 PARTS = ("values", "codes", "bitmap", "positions", "blocks", "scales", "zeros", "input_scale", "group_of")
 
@@ -280,6 +282,36 @@ def write(
     }
     info = {"version": VERSION, "target": target.as_dict(), "shapes": {name: list(shapes[name]) for name in layers}}
     save_file(tensors, path, metadata={"layerwise": json.dumps(info)})
+
+
+def join(path: Path, parts: Sequence[Path]) -> None:
+    """Write what files of `write`, of one target, hold into one, tensor by tensor."""
+    entries: list[tuple[str, dict[str, Any], Path, int]] = []
+    shapes, info = {}, {}
+    for part in parts:
+        with part.open("rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(size))
+        info = json.loads(header.pop("__metadata__")["layerwise"])
+        shapes |= info["shapes"]
+        entries += [(name, entry, part, 8 + size) for name, entry in header.items()]
+    # Wide numbers first, so that all are aligned.
+    entries.sort(key=lambda entry: (-WIDTHS[entry[1]["dtype"]], entry[0]))
+    whole: dict[str, Any] = {"__metadata__": {"layerwise": json.dumps(info | {"shapes": shapes})}}
+    end = 0
+    for name, entry, _, _ in entries:
+        start, stop = entry["data_offsets"]
+        whole[name] = entry | {"data_offsets": [end, end + stop - start]}
+        end += stop - start
+    text = json.dumps(whole).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as out:
+        out.write(len(text).to_bytes(8, "little") + text)
+        for _, entry, part, base in entries:
+            start, stop = entry["data_offsets"]
+            with part.open("rb") as file:
+                file.seek(base + start)
+                out.write(file.read(stop - start))
 
 
 class PackedFile:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 
-from workflow.scripts.models import check_tokens, find_blocks, linears, vocabulary
+from workflow.scripts.activations import StoredStates, store
+from workflow.scripts.models import Blocks, check_tokens, linears, vocabulary
 from workflow.scripts.runtime import InputError
 from workflow.scripts.taps import Tap, TapRecorder
 
@@ -69,26 +72,26 @@ def same(first: Any, second: Any) -> bool:
 class Pass:
     """What a pass through the model shows: the hidden states that enter the first block, and each block's call.
 
-    returned: of all blocks but the last, which is not run: 0 for a tensor, n for a tuple of n that holds nothing
-    besides the hidden states, None for anything else.
+    returned: of each block that was passed, 0 for a tensor, n for a tuple of n. extra: whether one returned something
+    besides the hidden states.
     """
 
     hidden: Tensor
     calls: list[Call]
-    returned: list[int | None]
+    returned: list[int]
+    extra: bool
 
 
-def capture(
-    model: PreTrainedModel, blocks: Sequence[nn.Module], tokens: Tensor, skip: Sequence[int | None] = ()
-) -> Pass:
+def capture(model: PreTrainedModel, blocks: Sequence[nn.Module], tokens: Tensor, skip: Sequence[int] = ()) -> Pass:
     """Run the model on tokens [sequences, length] up to the last of `blocks`, which need not be all of its blocks.
 
-    skip: of an earlier pass, what each block returns; they are then not run, and pass on what they are given.
+    skip: of the first blocks, what each returns; they are then not run, and pass on what they are given.
     Raises InputError when the model does not call every block once with a tensor of hidden states.
     """
     calls: dict[int, Call] = {}
     hidden: list[Tensor] = []
-    returned: list[int | None] = []
+    returned: list[int] = []
+    extra: list[bool] = []
 
     def hook(index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         keyword = not args
@@ -103,8 +106,8 @@ def capture(
             raise _Stop
 
     def note(output: Any) -> None:
-        nothing_else = isinstance(output, tuple) and all(item is None for item in output[1:])
-        returned.append(0 if isinstance(output, Tensor) else len(output) if nothing_else else None)
+        returned.append(0 if isinstance(output, Tensor) else len(output))
+        extra.append(not isinstance(output, Tensor) and any(item is not None for item in output[1:]))
 
     with ExitStack() as stack:
         for index, block in enumerate(blocks):
@@ -114,20 +117,23 @@ def capture(
             stack.callback(handle.remove)
             stack.callback(block.register_forward_hook(lambda _, args, output: note(output)).remove)
         for block, length in zip(blocks, skip, strict=False):
-            stack.enter_context(passing_on(block, length or 0))
+            stack.enter_context(passing_on(block, length))
         with suppress(_Stop):
             model(input_ids=tokens, use_cache=False)
     if sorted(calls) != list(range(len(blocks))):
         raise InputError(f"{type(model).__name__} called {len(calls)} of its {len(blocks)} blocks.")
-    return Pass(hidden[0], [calls[index] for index in range(len(blocks))], returned)
+    return Pass(hidden[0], [calls[index] for index in range(len(blocks))], returned, any(extra))
 
 
 @contextmanager
-def passing_on(block: nn.Module, length: int) -> Iterator[None]:
-    """Within it the block returns the hidden states that it is given, as a tensor or in a tuple of that length."""
+def passing_on(block: nn.Module, length: int, instead: Tensor | None = None) -> Iterator[None]:
+    """Within it the block is not run, and returns the hidden states that it is given, or `instead`.
+
+    length: 0 for a tensor, n for a tuple of n.
+    """
 
     def forward(*args: Any, **kwargs: Any) -> Any:
-        states = args[0] if args else kwargs[HIDDEN]
+        states = instead if instead is not None else args[0] if args else kwargs[HIDDEN]
         return (states, *[None] * (length - 1)) if length else states
 
     own = vars(block).get("forward")
@@ -141,32 +147,53 @@ def passing_on(block: nn.Module, length: int) -> Iterator[None]:
 
 
 class Stream:
-    """Calibration sequences on their way through a model, from one block to the next.
+    """Sequences on their way through a model, from one block to the next.
 
         for index in range(len(stream.blocks)):
-            taps, outputs = stream.collect(index)
-            stream.advance(index, outputs)    # shared statistics: one forward pass per model
-            # or: replace the weights of stream.blocks[index], then stream.advance(index) for sequential ones
+            with stream.source.open(index):
+                taps = stream.collect(index, advance=True)     # shared statistics: one forward pass per model
+                # or: taps = stream.collect(index), new weights for stream.blocks[index], and stream.advance(index)
 
-    name, blocks: the model's list of blocks. inputs: per batch, the hidden states [sequences, length, hidden] that
-    enter the next block, on the CPU in the model's dtype.
+    name, blocks: the model's list of blocks. source: reads them when they are opened. inputs: per batch, the hidden
+    states [sequences, length, hidden] that enter the next block, on the CPU or in files, in the model's dtype.
     """
 
-    def __init__(self, model: PreTrainedModel, tokens: Tensor, sequences_per_batch: int | None = None) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel | Blocks,
+        tokens: Tensor,
+        sequences_per_batch: int | None = None,
+        folder: Path | None = None,
+        start: int = 0,
+    ) -> None:
         """Embed the tokens [samples, length], by default in batches of the size that `BATCH_BYTES` gives.
 
-        Raises InputError when they, or the model's blocks, do not fit.
+        folder: for files of hidden states (default: in memory): of those that enter a block, and of those that entered
+        the one before, whose work may have to begin anew. start: block that is next, whose inputs are there.
+        Raises InputError when tokens or the model's blocks do not fit.
         """
-        check_tokens(model, tokens)
-        self.name, self.blocks = find_blocks(model)
-        self.device = next(self.blocks.parameters()).device
+        self.source = model if isinstance(model, Blocks) else Blocks(model)
+        self.model, self.name, self.blocks = self.source.model, self.source.name, self.source.modules
+        check_tokens(self.model, tokens)
+        self.device = self.source.device
         self.samples, self.length = tokens.shape
-        self.inputs: list[Tensor] = []
+        self.folder = folder
         self._calls: list[list[Call]] = []  # per batch, of every block
+        parts = tokens.split(sequences_per_batch or self._batch())
+        self.inputs: Sequence[Tensor] = []
         with torch.no_grad():
-            skip = self._probe(model, tokens)
-            for part in tokens.split(sequences_per_batch or self._batch()):
-                self._embed(model, part.to(self.device), skip)
+            self._skip = self._probe(tokens)  # per block but the last; empty where all must be run
+            hidden = (self._embed(part.to(self.device)) for part in parts)
+            if start and folder:
+                for _ in hidden:  # for the calls
+                    pass
+                self.inputs = StoredStates(folder, start, [len(part) for part in parts])
+            else:
+                self._keep(0, hidden)
+
+    def _keep(self, index: int, hidden: Iterable[Tensor]) -> None:
+        """Make these the inputs of a block."""
+        self.inputs = store(self.folder, index, hidden) if self.folder else list(hidden)
 
     def _batch(self) -> int:
         """Sequences whose widest activations fill what a batch may take."""
@@ -174,58 +201,84 @@ class Stream:
         size = next(self.blocks.parameters()).element_size()
         return max(1, BATCH_BYTES.get(self.device.type, BATCH_BYTES_ELSEWHERE) // (self.length * widest * size))
 
-    def _probe(self, model: PreTrainedModel, tokens: Tensor) -> list[int | None]:
+    def _probe(self, tokens: Tensor) -> list[int]:
         """What the blocks return, if their calls can be had without running them; else nothing.
 
-        Two passes of a few tokens show whether the calls depend on more than the batch's shape.
+        Two passes of a few tokens show whether the calls depend on more than the batch's shape. One block of each class
+        is run for what it returns.
         """
-        few = tokens[:1, :PROBE].to(self.device)
-        one, other = (capture(model, list(self.blocks), probe) for probe in (few, (few + 1) % vocabulary(model)))
+        few, blocks = tokens[:1, :PROBE].to(self.device), list(self.blocks)
+        skip: list[int] = []
+        kinds: dict[type, int] = {}
+        extra = False
+        for index, block in enumerate(blocks[:-1]):
+            if type(block) not in kinds:
+                found = capture(self.model, blocks[: index + 2], few, skip)
+                kinds[type(block)], extra = found.returned[index], extra or found.extra
+            skip.append(kinds[type(block)])
+        one, other = (capture(self.model, blocks, x, skip) for x in (few, (few + 1) % vocabulary(self.model)))
         if not same(one.calls[0], other.calls[0]):
             return []
         if not same(one.calls, other.calls):
-            raise InputError(f"{type(model).__name__} passes more than {HIDDEN} from block to block.")
-        return [] if None in one.returned else one.returned
+            raise InputError(f"{type(self.model).__name__} passes more than {HIDDEN} from block to block.")
+        # What a block returns besides may make the calls of the next.
+        return skip if not extra or same(capture(self.model, blocks, few).calls, one.calls) else []
 
-    def _embed(self, model: PreTrainedModel, tokens: Tensor, skip: Sequence[int | None]) -> None:
+    def _embed(self, tokens: Tensor) -> Tensor:
+        """What enters the first block; the blocks' calls are kept."""
         blocks = list(self.blocks)
-        if self.inputs:
-            first = capture(model, blocks[:1], tokens)
+        if self._calls:
+            first = capture(self.model, blocks[:1], tokens)
             if same(first.calls[0], self._calls[0][0]):  # one copy in memory
-                self.inputs.append(first.hidden.to("cpu"))
                 self._calls.append(self._calls[0])
-                return
-        whole = capture(model, blocks, tokens, skip)
-        self.inputs.append(whole.hidden.to("cpu"))
+                return first.hidden.to("cpu")
+        whole = capture(self.model, blocks, tokens, self._skip)
         self._calls.append(whole.calls)
+        return whole.hidden.to("cpu")
 
-    def _forward(self, index: int, batch: int) -> Tensor:
+    def _forward(self, index: int, batch: int, inputs: Tensor) -> Tensor:
         """Output of a block for one batch, on the CPU."""
         with torch.no_grad():  # inference mode would keep no version counters, which tell the taps apart
-            return self.replay(self.blocks[index], index, batch, self.inputs[batch]).to("cpu")
+            return self.replay(self.blocks[index], index, batch, inputs).to("cpu")
 
     def replay(self, block: Callable[..., Any], index: int, batch: int, hidden: Tensor) -> Tensor:
         """What `block` gives for hidden states when it is called as block `index` is for this batch, with gradients."""
         own = hidden.to(self.device, copy=True)  # a block may write into its input
         return self._calls[batch][index].replay(block, own)
 
-    def collect(self, index: int) -> tuple[list[Tap], list[Tensor]]:
-        """Taps of a block, with the statistics of the present inputs, and the block's outputs per batch.
+    def collect(self, index: int, advance: bool = False) -> list[Tap]:
+        """Taps of a block, with the statistics of the present inputs.
 
-        The inputs stay. Raises InputError naming block, tap and layers for activations that are not finite, and
-        naming the layers that do not see every token once.
+        advance: whether the block's outputs become the inputs of the next; else the inputs stay. Raises InputError
+        naming block, tap and layers for activations that are not finite, and naming the layers that do not see every
+        token once.
         """
         name = f"{self.name}.{index}"
         recorder = TapRecorder(name, linears(self.blocks[index], name), self.samples, self.length)
-        outputs = []
-        with recorder:
-            for batch, inputs in enumerate(self.inputs):
-                outputs.append(self._forward(index, batch))
-                recorder.end_batch(len(inputs))
-        return recorder.finish(), outputs
 
-    def advance(self, index: int, outputs: list[Tensor] | None = None) -> None:
-        """Make the block's outputs the inputs of the next: those given, else of running it again as it is now."""
-        if outputs is None:
-            outputs = [self._forward(index, batch) for batch in range(len(self.inputs))]
-        self.inputs = outputs
+        def outputs() -> Iterator[Tensor]:
+            for batch, inputs in enumerate(self.inputs):
+                yield self._forward(index, batch, inputs)
+                recorder.end_batch(len(inputs))
+
+        with recorder:
+            if advance:
+                self._keep(index + 1, outputs())
+            else:
+                deque(outputs(), maxlen=0)
+        return recorder.finish()
+
+    def advance(self, index: int) -> None:
+        """Make the outputs of the block, as it is now, the inputs of the next."""
+        self._keep(index + 1, (self._forward(index, batch, inputs) for batch, inputs in enumerate(self.inputs)))
+
+    def logits(self, batch: int, tokens: Tensor) -> Tensor:
+        """[sequences, length, vocabulary] of a batch whose states have come to the last block, given its tokens.
+
+        Blocks before the last are not run, but for a model whose blocks must be.
+        """
+        with ExitStack() as stack:
+            for index, (block, length) in enumerate(zip(self.blocks, self._skip, strict=False)):
+                instead = self.inputs[batch].to(self.device) if index == len(self.blocks) - 2 else None
+                stack.enter_context(passing_on(block, length, instead))
+            return self.model(input_ids=tokens.to(self.device), use_cache=False).logits

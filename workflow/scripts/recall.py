@@ -25,13 +25,14 @@ from workflow.scripts.task_sets import task_files
 from workflow.scripts.zero_shot import stay_offline
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from workflow.scripts.streaming import LazyBlocks
 
 STORE = Path("results/evaluations")
+MODEL = ("evaluate", "text", "models", "streaming", "packed", "accounting")
 # Scripts that decide the result of each kind of evaluation, and libraries whose versions do.
 SCRIPTS = {
-    "perplexity": ("recall", "task_sets", "evaluate", "text", "models", "packed", "accounting"),
-    "tasks": ("recall", "zero_shot", "task_sets", "evaluate", "text", "models", "packed", "accounting"),
+    "perplexity": ("recall", "task_sets", *MODEL, "propagate", "taps", "activations"),
+    "tasks": ("recall", "zero_shot", "task_sets", *MODEL),
 }
 
 
@@ -82,33 +83,34 @@ class Evaluation:
         }
         return STORE / f"{hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()}.json"
 
-    def compute(self, model: PreTrainedModel | None = None) -> str:
-        """The result as text, from a model that has the cell's weights already or from the model's files."""
+    def compute(self, blocks: LazyBlocks | None = None) -> str:
+        """The result as text; blocks: of the model, which get the cell's weights."""
         from workflow.scripts.evaluate import apply_weights, evaluate_text
-        from workflow.scripts.models import load
+        from workflow.scripts.streaming import LazyBlocks
 
-        if model is None:
-            model = load(self.model, self.device)
-            apply_weights(model, self.weights)
+        if blocks is None:
+            blocks = LazyBlocks(self.model, self.device)
+            apply_weights(blocks, self.weights)
         if self.kind == "perplexity":
-            found = evaluate_text(model, self.data, self.name)
+            found = evaluate_text(blocks, self.data, self.weights.with_name(".states"), self.name)
         else:
             from workflow.scripts.zero_shot import evaluate_tasks
 
-            found = evaluate_tasks(model, self.model, self.spec)
+            found = evaluate_tasks(blocks, self.model, self.spec)
         return json.dumps(found, indent=1, allow_nan=False) + "\n"
 
 
-def foresee(model: PreTrainedModel, entry: Mapping[str, Any], fingerprint: Path, weights: Path, device: str) -> None:
-    """Evaluate a model, which gets the weights of a cell's file, on all that the cell will be asked for, into STORE.
+def foresee(entry: Mapping[str, Any], fingerprint: Path, weights: Path, device: str) -> None:
+    """Evaluate a model with the weights of a cell's file on all that the cell will be asked for, into STORE.
 
     What is in STORE or has no data yet is left out. What fails is left to the evaluation's own job, which fails loudly.
     """
     from workflow.scripts.evaluate import apply_weights
+    from workflow.scripts.streaming import LazyBlocks
 
     if code() != CODE:  # edited during a compression of hours: what is imported now may not be what was hashed
         return
-    applied = False
+    blocks = None
     for asked in json.loads(os.environ.get(ASKED, "[]")):
         data = Path(asked["data"].replace("{model}", fingerprint.stem))
         if not data.is_file():
@@ -118,10 +120,10 @@ def foresee(model: PreTrainedModel, entry: Mapping[str, Any], fingerprint: Path,
             file = evaluation.file()
             if known(file) is not None:
                 continue
-            if not applied:
-                apply_weights(model, weights)  # as they are stored, which is what the cell's own job would read
-                applied = True
-            write_atomic(file, evaluation.compute(model))
+            if blocks is None:
+                blocks = LazyBlocks(entry, device)
+                apply_weights(blocks, weights)  # as they are stored, which is what the cell's own job would read
+            write_atomic(file, evaluation.compute(blocks))
         except Exception as error:  # of whatever kind: it is that job's to tell
             print(f"{asked['kind']} of {data} could not be computed beside the compression: {error}", file=sys.stderr)
 

@@ -82,6 +82,11 @@ def out_of_memory(error: BaseException | None) -> bool:
     return False
 
 
+# Limits of version 2 and 1, as a container sees its own, and what is taken of each.
+CONTROL_GROUPS = (
+    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+    ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+)
 PROVENANCE = ("torch", "transformers", "numpy", "snakemake")  # distributions whose versions a row carries
 
 
@@ -117,6 +122,19 @@ def _cpu() -> str:
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor() or "unknown"
+
+
+def free_memory() -> int:
+    """Bytes that this process may still take, of the machine's memory and of what its control group allows."""
+    free = [os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
+    info = Path("/proc/meminfo")
+    if info.is_file():  # what files only hold for later counts as free
+        found = dict(line.split(":") for line in info.read_text().splitlines())
+        free = [int(found["MemAvailable"].split()[0]) * 1024]
+    for limit, usage in CONTROL_GROUPS:
+        with contextlib.suppress(OSError, ValueError):  # "max" is no limit
+            free.append(int(Path(limit).read_text()) - int(Path(usage).read_text()))
+    return max(0, min(free))
 
 
 def peak_mb() -> float:

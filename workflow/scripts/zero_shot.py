@@ -27,6 +27,8 @@ from workflow.scripts.task_sets import BATCH, Spec, expanded
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from workflow.scripts.streaming import LazyBlocks
+
 # lm-eval's perplexity, of answers or per word, is another than the cells' own.
 RENAMED = {"perplexity": "answer_perplexity"}
 
@@ -225,22 +227,23 @@ def main(argv: list[str] | None = None) -> None:
 
 def evaluate_cell(args: argparse.Namespace) -> dict[str, Any]:
     from workflow.scripts.evaluate import apply_weights
-    from workflow.scripts.models import load, set_threads
+    from workflow.scripts.models import set_threads
+    from workflow.scripts.streaming import LazyBlocks
 
     set_threads(args.threads)
-    model = load(args.model, args.device)
+    blocks = LazyBlocks(args.model, args.device)
     if args.weights:
-        apply_weights(model, args.weights)
-    return evaluate_tasks(model, args.model, args.tasks)
+        apply_weights(blocks, args.weights)
+    return evaluate_tasks(blocks, args.model, args.tasks)
 
 
-def evaluate_tasks(model: PreTrainedModel, entry: Mapping[str, Any], spec: Spec) -> dict[str, Any]:
+def evaluate_tasks(blocks: LazyBlocks, entry: Mapping[str, Any], spec: Spec) -> dict[str, Any]:
     """lm-eval's results (`run`) for a model that a config entry describes, on a set of tasks as the config has it."""
     from workflow.scripts.text import load_tokenizer
 
     spec, tokenizer = prepared(spec), load_tokenizer(entry)
-    with inside(spec):
-        return run(model, tokenizer, spec)
+    with inside(spec), blocks.whole_if_it_fits():
+        return run(blocks.model, tokenizer, spec)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,111 @@
+"""What a job has finished of a model, block by block, so that one that was killed goes on from there."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from workflow.scripts.runtime import write_atomic
+
+STATE = "state.json"
+
+
+class Checkpoint:
+    """A folder with what a job has finished, which one process at a time holds.
+
+        with Checkpoint(folder, fingerprint) as checkpoint:
+            for index in range(checkpoint.done, blocks):
+                ...                                             # write checkpoint.file(index, ...), whole or not at all
+                checkpoint.finish(index)
+            ...                                                 # make the job's outputs from these files
+            checkpoint.remove()
+
+    fingerprint: what decides the results; what is there of another one is thrown away, and said so. done: finished
+    blocks. seconds: that they took in earlier processes.
+    """
+
+    def __init__(self, folder: Path, fingerprint: Mapping[str, Any]) -> None:
+        self.folder, self.fingerprint = Path(folder), json.loads(json.dumps(fingerprint))
+        self.done, self.seconds = 0, 0.0
+        self._start = time.perf_counter()
+
+    def __enter__(self) -> Checkpoint:
+        while not self._locked():  # who had the lock has removed the folder meanwhile
+            self._lock.close()
+        self._resume()
+        return self
+
+    def _locked(self) -> bool:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self.folder / "lock"
+        self._lock = path.open("w")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system releases it when the process dies
+        except BlockingIOError:
+            print(f"Another process works in {self.folder}: waiting for it.", file=sys.stderr)
+            fcntl.flock(self._lock, fcntl.LOCK_EX)
+        except OSError as error:
+            print(f"{self.folder} is on a file system without locks ({error}): going on without.", file=sys.stderr)
+        try:
+            return path.stat().st_ino == os.fstat(self._lock.fileno()).st_ino
+        except FileNotFoundError:
+            return False
+
+    def __exit__(self, *_: object) -> None:
+        if not self.done:
+            self.remove()
+        self._lock.close()
+
+    def _resume(self) -> None:
+        try:
+            state = json.loads((self.folder / STATE).read_text("utf-8"))
+            known, done, seconds = dict(state["fingerprint"]), int(state["done"]), float(state["seconds"])
+        except FileNotFoundError:
+            return self._clear()
+        except (ValueError, KeyError, TypeError) as error:
+            print(f"{self.folder / STATE} cannot be read ({error}): starting over.", file=sys.stderr)
+            return self._clear()
+        other = [key for key in {**known, **self.fingerprint} if known.get(key) != self.fingerprint.get(key)]
+        if other:
+            print(
+                f"{done} finished blocks in {self.folder} are of another {', '.join(other)}: starting over.",
+                file=sys.stderr,
+            )
+            return self._clear()
+        if done:
+            print(f"Going on after {done} finished blocks.", file=sys.stderr)
+        self.done, self.seconds = done, seconds
+
+    def _clear(self) -> None:
+        for path in self.folder.iterdir():
+            if path.name == "lock":
+                continue
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
+
+    def file(self, index: int, kind: str) -> Path:
+        """Where what is finished of a block belongs."""
+        return self.folder / f"block-{index:03d}.{kind}"
+
+    def finish(self, index: int) -> None:
+        """The block's files are written, and the states that enter the next one."""
+        self.done = index + 1
+        state = {"fingerprint": self.fingerprint, "done": self.done, "seconds": self.total_seconds()}
+        write_atomic(self.folder / STATE, json.dumps(state) + "\n")
+
+    def total_seconds(self) -> float:
+        """Of this process since it began and of those before it up to their last finished block."""
+        return self.seconds + time.perf_counter() - self._start
+
+    def remove(self) -> None:
+        """Nothing of it is needed any more."""
+        shutil.rmtree(self.folder, ignore_errors=True)
