@@ -16,10 +16,13 @@ from workflow.scripts import recall, sources, task_sets
 from workflow.scripts.fingerprint import sha256
 from workflow.scripts.grid import canonical, plan
 from workflow.scripts.plot import FIGURES
-from workflow.scripts.runtime import InputError
+from workflow.scripts.runtime import InputError, unlock_after_death
 
 PYTHON = shlex.quote(sys.executable)  # the interpreter that runs Snakemake has the locked packages
 FORMATS = ("pdf", "svg", "png")
+
+# Held until the end of a run, so that the next knows whether it was killed.
+ALIVE = unlock_after_death(Path(".snakemake")) if workflow.is_main_process else None
 
 try:
     PLAN = plan(config, check_sources=True)

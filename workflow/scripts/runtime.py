@@ -1,6 +1,8 @@
 """What every script needs around its work: errors as sentences, files that are whole or absent."""
 
 import contextlib
+import ctypes
+import fcntl
 import importlib.metadata
 import json
 import os
@@ -11,6 +13,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import IO
 
 
 class InputError(Exception):
@@ -124,6 +127,28 @@ def _cpu() -> str:
     return platform.processor() or "unknown"
 
 
+def unlock_after_death(folder: Path) -> IO[str] | None:
+    """Remove Snakemake's locks in its folder (.snakemake) if no run that put them there lives, as after a SIGKILL.
+
+    Every run holds the file that is returned, which the system lets go of when the process dies, until its end.
+    None where the file system has no locks: there a run that was killed needs `snakemake --unlock`, as ever.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    held = (folder / "layerwise.alive").open("w")
+    try:
+        try:
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            for lock in (folder / "locks").glob("*.lock"):
+                lock.unlink(missing_ok=True)
+        except BlockingIOError:  # another run lives, and its locks are its own
+            pass
+        fcntl.flock(held, fcntl.LOCK_SH)
+    except OSError:
+        held.close()
+        return None
+    return held
+
+
 def free_memory() -> int:
     """Bytes that this process may still take, of the machine's memory and of what its control group allows."""
     free = [os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
@@ -135,6 +160,14 @@ def free_memory() -> int:
         with contextlib.suppress(OSError, ValueError):  # "max" is no limit
             free.append(int(Path(limit).read_text()) - int(Path(usage).read_text()))
     return max(0, min(free))
+
+
+def give_back_memory() -> None:
+    """Return to the system what was freed, of which glibc would keep some, more with each block of a model."""
+    if sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # of glibc only
+        if trim:
+            trim(0)
 
 
 def peak_mb() -> float:

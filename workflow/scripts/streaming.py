@@ -27,7 +27,7 @@ from transformers.initialization import no_init_weights
 from transformers.modeling_utils import LoadStateDictConfig
 
 from workflow.scripts.models import Blocks, check_finite, check_names, find_blocks, read_config, sentences
-from workflow.scripts.runtime import free_memory
+from workflow.scripts.runtime import free_memory, give_back_memory
 from workflow.scripts.sources import weight_files
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -191,6 +191,7 @@ class LazyBlocks(Blocks):
             for key, own in module._parameters.items():
                 if own is not None:
                     module._parameters[key] = nn.Parameter(torch.empty_like(own, device="meta"), requires_grad=False)
+        give_back_memory()
 
 
 def free_bytes(device: torch.device) -> int:
