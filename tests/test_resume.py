@@ -35,6 +35,9 @@ PLACES = {
 }
 
 
+IN_A_STREAM = ("while a block is run", "before the states are known to be whole")
+
+
 @pytest.fixture(scope="module")
 def case(tmp_path_factory) -> Case:
     return Case(tmp_path_factory.mktemp("resume"), family="gemma3").prepare()  # three blocks
@@ -85,7 +88,7 @@ def test_a_killed_cell_goes_on(case: Case, whole, cell: tuple[str, str], place: 
     while killed(lambda: case.run(cell[0], HALF, cell[1], out), *PLACES[place], call):
         deaths, call = deaths + 1, chance.randrange(0, 12)
         assert deaths < 60
-    assert deaths or (cell[1], place) == ("shared", "before the states are known to be whole")
+    assert deaths or (cell[1] == "shared" and place in IN_A_STREAM)
     assert_same(case.folder / out, whole[cell])
 
 
