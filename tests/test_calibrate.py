@@ -19,7 +19,7 @@ from workflow.scripts.calibrate import read_block, read_index, shared, write_gra
 from workflow.scripts.models import find_blocks, linears, load
 from workflow.scripts.propagate import PROBE, Stream, capture, same, without_cache
 from workflow.scripts.runtime import InputError
-from workflow.scripts.taps import TapStatistics
+from workflow.scripts.tap_statistics import TapStatistics
 
 torch.set_num_threads(1)
 every_family = pytest.mark.parametrize("family", FAMILIES)

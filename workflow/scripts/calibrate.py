@@ -54,12 +54,12 @@ def write_gram(folder: Path, blocks: Iterable[list[Tap]]) -> None:
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
     try:
-        index: dict[str, Any] = {"tokens": 0, "length": 0, "blocks": []}
+        index: dict[str, Any] = {"length": 0, "blocks": []}
         for number, taps in enumerate(blocks):
             save_file(block_tensors(taps), part / block_file(number))
             index["blocks"].append({tap.name: description(tap) for tap in taps})
             for tap in taps:
-                index |= {"tokens": tap.gram.tokens, "length": tap.statistics.length}
+                index["length"] = tap.statistics.length
         (part / "index.json").write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8", newline="\n")
         if folder.exists():
             shutil.rmtree(folder)
@@ -78,11 +78,12 @@ def block_tensors(taps: list[Tap]) -> dict[str, Tensor]:
 
 def description(tap: Tap) -> dict[str, Any]:
     """A tap's entry in index.json."""
-    return {"layers": tap.layers, "inside": tap.inside, "in": len(tap.gram.matrix)}
+    own = {"layers": tap.layers, "inside": tap.inside, "in": len(tap.gram.matrix)}
+    return own | {"tokens": tap.gram.tokens, "scope": tap.scope}
 
 
 def read_index(folder: Path) -> dict[str, Any]:
-    """{tokens, length, blocks: [{tap: {layers, inside, in}}]}, taps in the order of their inputs.
+    """{length, blocks: [{tap: {layers, inside, in, tokens, scope}}]}, taps in the order of their inputs.
 
     Raises InputError when the folder holds no complete Gram store.
     """
@@ -101,10 +102,10 @@ def read_block(folder: Path, index: int) -> Iterator[Tap]:
     try:
         with safe_open(Path(folder) / block_file(index), "pt") as file:
             for name, entry in contents["blocks"][index].items():
-                gram = Gram(file.get_tensor(f"{name}/gram"), contents["tokens"])
+                gram = Gram(file.get_tensor(f"{name}/gram"), entry["tokens"])
                 fields = {field: file.get_tensor(f"{name}/{field}") for field in STATISTICS}
                 statistics = Statistics(length=contents["length"], **fields)
-                yield Tap(name, tuple(entry["layers"]), tuple(entry["inside"]), gram, statistics)
+                yield Tap(name, tuple(entry["layers"]), tuple(entry["inside"]), gram, statistics, entry["scope"])
                 del gram, fields, statistics
     except (OSError, SafetensorError) as error:
         raise InputError(f"The Gram file {block_file(index)} of {folder} cannot be read: {error}.") from error

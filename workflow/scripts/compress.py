@@ -159,7 +159,7 @@ def visit(
     for index, tap, linear in tapped_linears(model, blocks):
         result, row = solve(Layer(linear.name, linear.weight(), tap.gram, tap.statistics))
         linear.replace(result.weight)
-        row |= {"block": index, "tap": tap.name}
+        row |= {"block": index, "tap": tap.name, "calibration_tokens": tap.gram.tokens, "token_scope": tap.scope}
         del tap  # before the next block's Grams come
         progress(row)
         yield row, result

@@ -222,6 +222,9 @@ class Stream:
             for batch, inputs in enumerate(self.inputs):
                 outputs.append(self._forward(index, batch))
                 recorder.end_batch(len(inputs))
+            if recorder.again():  # experts that were routed too few tokens
+                for batch in range(len(self.inputs)):
+                    self._forward(index, batch)
         return recorder.finish(), outputs
 
     def advance(self, index: int, outputs: list[Tensor] | None = None) -> None:
