@@ -16,7 +16,7 @@ from transformers import Cache, DynamicCache
 from methods.paths import plain_torch
 from workflow.scripts import calibrate, propagate
 from workflow.scripts.calibrate import read_block, read_index, shared, write_gram
-from workflow.scripts.models import find_blocks, linears, load
+from workflow.scripts.models import Linear, find_blocks, linears, load
 from workflow.scripts.propagate import PROBE, Stream, capture, same, without_cache
 from workflow.scripts.runtime import InputError
 from workflow.scripts.tap_statistics import TapStatistics
@@ -34,6 +34,11 @@ def close(actual: Tensor, expected: Tensor, tolerance: float = 1e-5) -> None:
     torch.testing.assert_close(actual.double(), expected.double(), rtol=tolerance, atol=tolerance * scale)
 
 
+def ordinary(block, prefix="") -> list[Linear]:
+    """A block's linear layers that see every token, which an expert's do not (test_experts.py)."""
+    return [layer for layer in linears(block, prefix) if layer.expert is None]
+
+
 def forward(model, sequences=SEQUENCES) -> tuple[Tensor, dict[str, Tensor], Tensor]:
     """Output of the last block, input [sequences, length, in] of each linear layer, and logits, by ordinary hooks."""
     name, blocks = find_blocks(model)
@@ -41,7 +46,7 @@ def forward(model, sequences=SEQUENCES) -> tuple[Tensor, dict[str, Tensor], Tens
     inputs: dict[str, Tensor] = {}
     handles = [blocks[-1].register_forward_hook(lambda _, args, out: final.append(out))]
     for index, block in enumerate(blocks):
-        for layer in linears(block, f"{name}.{index}"):
+        for layer in ordinary(block, f"{name}.{index}"):
 
             def keep(_, args, out, name=layer.name):
                 inputs[name] = args[0].detach().clone().reshape(sequences, LENGTH, -1)
@@ -195,9 +200,10 @@ def test_statistics_are_those_of_hooks_on_each_layer(family):
         layers = [layer for tap in taps for layer in tap.layers]
         assert sorted(layers) == sorted(layer.name for layer in linears(blocks[index], f"{name}.{index}"))
         for tap in taps:
-            assert tap.gram.tokens == SEQUENCES * LENGTH and tap.statistics.length == LENGTH
+            assert tap.gram.tokens == SEQUENCES * LENGTH or tap.scope == "routed"
+            assert tap.statistics.length == LENGTH
             assert tuple(f"{name}.{index}.{inside}" for inside in tap.inside) == tap.layers
-            for layer in tap.layers:
+            for layer in tap.layers if tap.scope == "all" else ():
                 x = inputs[layer].double()  # [sequences, length, in]
                 flat = x.flatten(0, 1)
                 close(tap.gram.matrix, flat.T @ flat / len(flat))
@@ -371,11 +377,13 @@ def test_main_writes_what_the_walk_gives(tmp_path):
     assert {path.name for path in (tmp_path / "gram").iterdir()} == names
     assert {path.name for path in tmp_path.iterdir()} == {"model", "tokens.safetensors", "gram"}
     index = read_index(tmp_path / "gram")
-    assert (index["tokens"], index["length"], len(index["blocks"])) == (SEQUENCES * LENGTH, LENGTH, 2)
+    assert (index["length"], len(index["blocks"])) == (LENGTH, 2)
     assert index["blocks"][1]["mlp.c_proj"] == {
         "layers": ["transformer.h.1.mlp.c_proj"],
         "inside": ["mlp.c_proj"],
         "in": 4 * HIDDEN,
+        "tokens": SEQUENCES * LENGTH,
+        "scope": "all",
     }
 
 

@@ -55,7 +55,7 @@ def test_blocks_and_layers_are_found(family):
     found = every_linear(model)
     assert len({layer.name for layer in found}) == len(found)
     for layer in found:
-        assert model.get_submodule(layer.name) is layer.module
+        assert model.get_parameter(layer.stored_in(layer.name)) is layer.module.get_parameter(layer.parameter)
         assert layer.name.endswith(f".{layer.inside}")
     inside = [layer.inside.rpartition(".")[2] for layer in linears(blocks[0], f"{name}.0")]
     expected = ",".join(FAMILIES[family].taps).split(",")

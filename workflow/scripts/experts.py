@@ -39,9 +39,10 @@ class ExpertRecorder(TorchFunctionMode):
         self.layers = {(id(layer.module), layer.parameter, layer.expert): layer for layer in layers}
         self.modules = list({id(layer.module): layer.module for layer in layers}.values())
         self.statistics: dict[str, TapStatistics | RoutedStatistics] = {}  # by the layer's name
-        self.shared: dict[int, TapStatistics] = {}  # by module: what enters all of its experts
-        self.runs: dict[tuple[int, torch.device], Tensor] = {}  # scratch of the products
-        self.few: dict[str, Linear] | None = None  # layers that are shown every token
+        self.entering: dict[int, str] = {}  # by module: the parameter that an expert begins with
+        self.shared: dict[int, TapStatistics] = {}  # by module: every token, as it enters all of its experts
+        self.runs: dict[int, Tensor] = {}  # by width: scratch of the products
+        self.few: dict[str, Linear] | None = None  # layers that are shown every token, once they are known
         self.routing: Routing | None = None  # of the module that runs
         self.seen: defaultdict[str, int] = defaultdict(int)  # tokens of this batch by layer, those awaited subtracted
         self.handles: list[RemovableHandle] = []
@@ -81,9 +82,12 @@ class ExpertRecorder(TorchFunctionMode):
     def _show_all(self, module: nn.Module, hidden: Tensor, chosen: Tensor, weights: Tensor) -> None:
         """Feed the layers that were routed few tokens with all of them: run the module as if every token went there."""
         few = [layer for layer in (self.few or {}).values() if layer.module is module]
-        if id(module) in self.shared:
+        within = {layer.expert for layer in few if layer.parameter != self.entering[id(module)]}
+        if any(layer.parameter == self.entering[id(module)] for layer in few):
+            if id(module) not in self.shared:
+                self.shared[id(module)] = self._of_every(hidden)
             self.shared[id(module)].update(hidden)
-        for expert in sorted({layer.expert for layer in few if layer.name in self.statistics}):
+        for expert in sorted(within):
             everywhere = torch.full_like(chosen[:, :1], expert)
             self.routing = Routing(module, hidden, everywhere)
             type(module).forward(module, hidden, everywhere, weights.flatten(0, -2)[:, :1])
@@ -96,24 +100,30 @@ class ExpertRecorder(TorchFunctionMode):
             return
         layer = self.layers[id(routing.module), *place]
         if self.few is not None:
-            if layer.name in self.few and layer.name in self.statistics:
+            if layer.name in self.few and layer.parameter != self.entering[id(routing.module)]:
+                if layer.name not in self.statistics:
+                    self.statistics[layer.name] = self._of_every(inputs)
                 self.statistics[layer.name].update(inputs)
             return
+        if layer.expert not in routing.orders:
+            self.entering[id(routing.module)] = layer.parameter
         order = routing.tokens_of(layer, inputs)
         self.seen[layer.name] += len(inputs)
         if len(inputs) != len(order):  # end_batch says so
             return
         if layer.name not in self.statistics:
             features = inputs.shape[-1]
-            run = self.runs.setdefault(
-                (features, inputs.device), torch.zeros(features, features, dtype=torch.float32, device=inputs.device)
-            )
-            self.statistics[layer.name] = RoutedStatistics(features, self.length, run)
+            if features not in self.runs:
+                self.runs[features] = torch.zeros(features, features, device=inputs.device)
+            self.statistics[layer.name] = RoutedStatistics(features, self.length, self.runs[features])
         rising = order.argsort()
         parts = torch.bincount(order // self.length).tolist()  # tokens of each sequence
         for part in inputs[rising].split(parts):
             if len(part):
                 self.statistics[layer.name].update(part)
+
+    def _of_every(self, inputs: Tensor) -> TapStatistics:
+        return TapStatistics(inputs.shape[-1], self.sequences, self.length, inputs.device)
 
     def end_batch(self) -> None:
         """Raise InputError when an expert's layer did not see each token that is routed to it once."""
@@ -132,28 +142,18 @@ class ExpertRecorder(TorchFunctionMode):
             return False
         routed = {name: statistics.seen for name, statistics in self.statistics.items()}
         self.few = {x.name: x for x in self.layers.values() if routed.get(x.name, 0) < x.shape[1]}
-        for layer in self.few.values():
-            self.statistics.pop(layer.name, None)
+        for name in self.few:
+            self.statistics.pop(name, None)
         self.runs.clear()
-        for layer in self.few.values():
-            inputs, device = layer.shape[1], layer.module.get_parameter(layer.parameter).device
-            if not self._enters(layer):
-                self.statistics[layer.name] = TapStatistics(inputs, self.sequences, self.length, device)
-            elif id(layer.module) not in self.shared:
-                self.shared[id(layer.module)] = TapStatistics(inputs, self.sequences, self.length, device)
         if self.few:
             few = {(id(layer.module), layer.expert) for layer in self.few.values()}
             experts = {(owner, expert) for owner, _, expert in self.layers}
             print(
-                f"{self.block}: {len(few)} of {len(experts)} experts were routed fewer tokens than a layer of theirs has "
-                f"inputs; these {len(self.few)} of {len(self.layers)} layers are calibrated on every token.",
+                f"{self.block}: {len(few)} of {len(experts)} experts were routed fewer tokens than a layer of theirs "
+                f"has inputs; these {len(self.few)} of {len(self.layers)} layers are calibrated on every token.",
                 file=sys.stderr,
             )
         return bool(self.few)
-
-    def _enters(self, layer: Linear) -> bool:
-        """Whether a layer's inputs are those of its experts' module, in which the first parameter comes first."""
-        return layer.parameter == next(parameter for owner, parameter, _ in self.layers if owner == id(layer.module))
 
     def found(self) -> Iterator[Found]:
         """The experts' taps, in the order of the layers; experts that are shown every token share what enters them."""

@@ -24,8 +24,8 @@ from workflow.scripts.tap_statistics import TapStatistics
 class Tap:
     """One distinct input of a block: the layers that see it, and what calibration says of it."""
 
-    # Last components of its layers' names, such as q_proj,k_proj,v_proj; whole names if those are taken, and of experts.
-    # What enters several experts is called as their parameter, such as mlp.experts.gate_up_proj.
+    # Last components of its layers' names, such as q_proj,k_proj,v_proj; whole names if those are taken, and of
+    # experts; what enters several experts is called as their parameter, such as mlp.experts.gate_up_proj.
     name: str
     layers: tuple[str, ...]  # names in the model, in the order of their calls
     inside: tuple[str, ...]  # the same layers' names in the block
@@ -110,8 +110,6 @@ class TapRecorder:
 
     def end_batch(self, sequences: int) -> None:
         """Check the batch. Raises InputError when a layer did not see each of its tokens exactly once."""
-        if not self.first:
-            return
         self.experts.end_batch()
         tokens = sequences * self.length
         wrong = [layer.name for layer in self.layers if self.calls[layer.name] != [tokens]]
