@@ -27,7 +27,7 @@ MOE: dict[str, Any] = {
     **LLAMA,
     "moe_intermediate_size": 16,
     "num_experts": 4,
-    "num_experts_per_tok": 2,
+    "num_experts_per_tok": 3,
 }
 MOE_TAPS = (*LLAMA_TAPS[:2], *(f"mlp.experts.{i}.{name}" for i in range(4) for name in ("gate_up_proj", "down_proj")))
 FUSED_TAPS = ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h")
@@ -155,6 +155,8 @@ FAMILIES = {
             **MOE,
             "num_local_experts": 4,
             "intermediate_size": 16,
+            "initializer_range": 0.2,  # with less, an expert is routed hardly a token
+            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
             "head_dim": 8,
             "sliding_window": 8,
             "layer_types": ["sliding_attention", "full_attention"],

@@ -206,6 +206,10 @@ class Linear:
             return f"{name}.{self.parameter}"
         return name.removesuffix(f"{self.expert}.{self.parameter}") + self.parameter
 
+    def stored(self) -> Tensor:
+        """[out, in] the weight itself, in the model's dtype: a view of the module's memory."""
+        return self._view
+
     def weight(self) -> Tensor:
         """[out, in] float32 copy. Raises InputError, naming the layer, when it is not finite."""
         weight = self._view.to(torch.float32, copy=True).contiguous()
