@@ -155,6 +155,8 @@ def layer_frame(of: SyntheticCell, blocks: int = 8) -> pd.DataFrame:
                     "kind": kind,
                     "block": block,
                     "tap": tap,
+                    "calibration_tokens": 16384,
+                    "token_scope": "all",
                     "out": out,
                     "in": inputs,
                     "output_error": error,

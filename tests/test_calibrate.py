@@ -15,12 +15,13 @@ from torch import Tensor, nn
 from transformers import Cache, DynamicCache
 
 from methods.paths import plain_torch
-from workflow.scripts import calibrate, fingerprint, propagate
-from workflow.scripts.calibrate import read_block, read_index, shared, write_gram
-from workflow.scripts.models import Blocks, find_blocks, linears, load
+from workflow.scripts import calibrate, fingerprint, grams, propagate
+from workflow.scripts.calibrate import shared, write_gram
+from workflow.scripts.grams import read_block, read_index
+from workflow.scripts.models import Blocks, Linear, find_blocks, linears, load
 from workflow.scripts.propagate import PROBE, Stream, capture, same, without_cache
 from workflow.scripts.runtime import InputError
-from workflow.scripts.taps import TapStatistics
+from workflow.scripts.tap_statistics import TapStatistics
 
 torch.set_num_threads(1)
 every_family = pytest.mark.parametrize("family", FAMILIES)
@@ -35,6 +36,11 @@ def close(actual: Tensor, expected: Tensor, tolerance: float = 1e-5) -> None:
     torch.testing.assert_close(actual.double(), expected.double(), rtol=tolerance, atol=tolerance * scale)
 
 
+def ordinary(block, prefix="") -> list[Linear]:
+    """A block's linear layers that see every token, which an expert's do not (test_experts.py)."""
+    return [layer for layer in linears(block, prefix) if layer.expert is None]
+
+
 def forward(model, sequences=SEQUENCES) -> tuple[Tensor, dict[str, Tensor], Tensor]:
     """Output of the last block, input [sequences, length, in] of each linear layer, and logits, by ordinary hooks."""
     name, blocks = find_blocks(model)
@@ -42,7 +48,7 @@ def forward(model, sequences=SEQUENCES) -> tuple[Tensor, dict[str, Tensor], Tens
     inputs: dict[str, Tensor] = {}
     handles = [blocks[-1].register_forward_hook(lambda _, args, out: final.append(out))]
     for index, block in enumerate(blocks):
-        for layer in linears(block, f"{name}.{index}"):
+        for layer in ordinary(block, f"{name}.{index}"):
 
             def keep(_, args, out, name=layer.name):
                 inputs[name] = args[0].detach().clone().reshape(sequences, LENGTH, -1)
@@ -151,7 +157,7 @@ def test_calls_are_those_of_a_whole_pass_though_no_block_is_run(family, monkeypa
         monkeypatch.setattr(block, "forward", recorded(block.forward, blocks))
     stream = Stream(model, tokens(SEQUENCES), SEQUENCES)
     assert same(stream._calls[0], whole.calls) and torch.equal(stream.inputs[0], whole.hidden)
-    assert max(blocks) == (PROBE)  # tokens
+    assert max(blocks) == PROBE  # tokens
     assert forward(model)[2].isfinite().all() and max(blocks) == LENGTH  # now they run again
 
 
@@ -197,9 +203,10 @@ def test_statistics_are_those_of_hooks_on_each_layer(family):
         layers = [layer for tap in taps for layer in tap.layers]
         assert sorted(layers) == sorted(layer.name for layer in linears(blocks[index], f"{name}.{index}"))
         for tap in taps:
-            assert tap.gram.tokens == SEQUENCES * LENGTH and tap.statistics.length == LENGTH
+            assert tap.gram.tokens == SEQUENCES * LENGTH or tap.scope == "routed"
+            assert tap.statistics.length == LENGTH
             assert tuple(f"{name}.{index}.{inside}" for inside in tap.inside) == tap.layers
-            for layer in tap.layers:
+            for layer in tap.layers if tap.scope == "all" else ():
                 x = inputs[layer].double()  # [sequences, length, in]
                 flat = x.flatten(0, 1)
                 close(tap.gram.matrix, flat.T @ flat / len(flat))
@@ -360,14 +367,14 @@ def assert_same_taps(actual, expected):
 
 def calibrated(entry, folder, monkeypatch, *arguments, out="gram.json"):
     """The Grams of a calibration, as the workflow runs it, in the folder of stores `grams`."""
-    monkeypatch.setenv(calibrate.CACHE, str(folder / "grams"))
+    monkeypatch.setenv(grams.CACHE, str(folder / "grams"))
     if not (folder / "tokens.safetensors").exists():
         save_file({"tokens": tokens(SEQUENCES)}, folder / "tokens.safetensors", metadata={"info": "{}"})
     fingerprint.main(["--model", entry, "--out", str(folder / "model.json")])
     files = {"model": entry, "fingerprint": folder / "model.json", "tokens": folder / "tokens.safetensors"}
     given = [str(part) for name, value in files.items() for part in (f"--{name}", value)]
     calibrate.main([*given, "--out", str(folder / out), *arguments])
-    return calibrate.store_of(folder / out)
+    return grams.store_of(folder / out)
 
 
 def test_main_writes_what_the_walk_gives(tmp_path, monkeypatch):
@@ -378,15 +385,17 @@ def test_main_writes_what_the_walk_gives(tmp_path, monkeypatch):
     expected = list(shared(Stream(model, tokens(SEQUENCES))))
     for index, taps in enumerate(expected):
         assert_same_taps(read_block(gram, index), taps)
-    names = {"index.json", "block-000.safetensors", "block-001.safetensors"}
+    names = {"index.json", "users.txt", "block-000.safetensors", "block-001.safetensors"}
     assert {path.name for path in gram.iterdir()} == names
     assert [path.name for path in (tmp_path / "grams").iterdir()] == [gram.name]
     index = read_index(gram)
-    assert (index["tokens"], index["length"], len(index["blocks"])) == (SEQUENCES * LENGTH, LENGTH, 2)
+    assert (index["length"], len(index["blocks"])) == (LENGTH, 2)
     assert index["blocks"][1]["mlp.c_proj"] == {
         "layers": ["transformer.h.1.mlp.c_proj"],
         "inside": ["mlp.c_proj"],
         "in": 4 * HIDDEN,
+        "tokens": SEQUENCES * LENGTH,
+        "scope": "all",
     }
 
 
@@ -445,7 +454,7 @@ def test_grams_that_were_removed_are_told(tmp_path, monkeypatch):
     entry = json.dumps({"name": "tiny", "path": str(tmp_path / "model"), "dtype": "float32"})
     shutil.rmtree(calibrated(entry, tmp_path, monkeypatch))
     with pytest.raises(InputError, match="Grams of .*gram.json are no longer at .*: delete .* and run again"):
-        calibrate.store_of(tmp_path / "gram.json")
+        grams.store_of(tmp_path / "gram.json")
 
 
 def test_an_absent_or_damaged_store_is_refused(tmp_path):

@@ -14,8 +14,9 @@ from tests import layers
 from tests.brute_force import best_error
 from tests.layers import Recipe
 from workflow.scripts import certificate
-from workflow.scripts.calibrate import shared_blocks, write_gram
+from workflow.scripts.calibrate import write_gram
 from workflow.scripts.compress import output_error
+from workflow.scripts.grams import shared_blocks
 from workflow.scripts.models import Blocks
 from workflow.scripts.runtime import InputError
 from workflow.scripts.taps import tapped_linears

@@ -25,7 +25,8 @@ from methods.sparsegpt import SparseGPT
 from methods.target import Target
 from tests import layers
 from workflow.scripts import compress, fingerprint
-from workflow.scripts.calibrate import read_block, write_gram
+from workflow.scripts.calibrate import write_gram
+from workflow.scripts.grams import read_block
 from workflow.scripts.grid import plan
 from workflow.scripts.models import find_blocks, linears, load
 from workflow.scripts.packed import PackedFile

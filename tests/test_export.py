@@ -19,7 +19,7 @@ from tests.dag import write_tokenizer
 from workflow.scripts import audit, packed
 from workflow.scripts.evaluate import apply_weights
 from workflow.scripts.export import FORMATS, load_packed, main
-from workflow.scripts.models import load
+from workflow.scripts.models import load, model_linears
 from workflow.scripts.runtime import InputError
 
 TWO_OF_FOUR, W4, W4S50 = Target(pattern="2:4"), Target(bits=4, group=16), Target(0.5, "1x16", bits=4, group=16)
@@ -430,3 +430,20 @@ def test_the_command_prints_a_table_and_its_exit_status_tells(case, tmp_path):
     change_tensor(folder, f"{UP}.weight", first_zero_to(1.0))
     bad = run()
     assert bad.returncode == 1 and bad.stderr.strip().splitlines()[-1].startswith(f"error: {folder}: {UP}: 2:4 is not")
+
+
+@pytest.mark.parametrize("family", ["qwen3", "gpt2", "bloom"])  # tied; biases; weights stored as [in, out]
+def test_what_is_not_compressed_comes_back_as_it_was(family, tmp_path):
+    own = Case(tmp_path, family).prepare()
+    dense, asked = load(own.spec), own.run("sparsegpt", TWO_OF_FOUR)
+    layers = model_linears(dense)
+    compressed = {layer.stored_in(name) for name, layer in layers.items()}
+    for form in ("dense", "packed"):
+        main(["--cell", str(asked), "--format", form, "--out", str(tmp_path / form)])
+        model = open_saved(tmp_path / form, form)
+        assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+        for name, value in model.named_parameters():
+            assert torch.equal(value, dense.get_parameter(name)) == (name not in compressed)
+        file = packed.PackedFile(asked / "weights.safetensors")
+        for name, layer in model_linears(model).items():
+            assert torch.equal(layer.weight(), file.read(name).weight)

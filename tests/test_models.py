@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import huggingface_hub.constants
@@ -16,6 +17,7 @@ from workflow.scripts.models import Linear, find_blocks, linears, load
 from workflow.scripts.runtime import InputError
 
 torch.set_num_threads(1)
+DOCUMENT = Path(__file__).parents[1] / "docs/models.md"
 every_family = pytest.mark.parametrize("family", FAMILIES)
 
 
@@ -55,7 +57,7 @@ def test_blocks_and_layers_are_found(family):
     found = every_linear(model)
     assert len({layer.name for layer in found}) == len(found)
     for layer in found:
-        assert model.get_submodule(layer.name) is layer.module
+        assert model.get_parameter(layer.stored_in(layer.name)) is layer.module.get_parameter(layer.parameter)
         assert layer.name.endswith(f".{layer.inside}")
     inside = [layer.inside.rpartition(".")[2] for layer in linears(blocks[0], f"{name}.0")]
     expected = ",".join(FAMILIES[family].taps).split(",")
@@ -119,13 +121,43 @@ def test_a_model_without_blocks_is_refused():
         find_blocks(nn.Sequential(nn.Linear(2, 2)))
 
 
+@every_family
+def test_nothing_but_the_layers_weights_is_written_to(family):
+    model = build(family)
+    before = {name: value.clone() for name, value in model.named_parameters()}
+    layers = every_linear(model)
+    for layer in layers:
+        layer.replace(torch.zeros(layer.shape))
+    written = {layer.stored_in(layer.name) for layer in layers}
+    for name, value in model.named_parameters():
+        assert value.count_nonzero() == 0 if name in written else torch.equal(value, before[name])
+    assert not any(name.endswith("bias") or "norm" in name or "embed" in name for name in written)
+
+
+@every_family
+def test_the_document_has_the_family(family):
+    rows = [line.split("|")[1:4] for line in DOCUMENT.read_text("utf-8").splitlines() if line.startswith("| ")]
+    told = {name.strip(): (taps.strip(), particular) for name, taps, particular in rows if name.strip() != "family"}
+    taps, particular = told[family]
+    own = dict.fromkeys(re.sub(r"experts\.\d+", "experts.*", tap).replace(",", ", ") for tap in FAMILIES[family].taps)
+    assert taps == "; ".join(own)
+    model = build(family)
+    tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    assert ("tied embeddings" in particular) == tied
+    assert ("experts" in particular) == any(layer.expert is not None for layer in every_linear(model))
+    assert ("[in, out]" in particular) == any(layer.transposed for layer in every_linear(model))
+    assert ("sliding window" in particular) == bool(getattr(model.config, "sliding_window", None))
+
+
 # ---------------------------------------------------------------------------------------------------------- loading
 
 
 @every_family
-def test_a_saved_model_is_loaded_as_it_was(family, tmp_path):
+@pytest.mark.parametrize("shards", [False, True])
+def test_a_saved_model_is_loaded_as_it_was(family, shards, tmp_path):
     model = build(family)
-    model.save_pretrained(tmp_path)
+    model.save_pretrained(tmp_path, **({"max_shard_size": "10KB"} if shards else {}))
+    assert shards == (len(list(tmp_path.glob("*.safetensors"))) > 1)
     loaded = load({"path": str(tmp_path), "dtype": "float32"})
     assert not loaded.training and not any(parameter.requires_grad for parameter in loaded.parameters())
     assert torch.equal(logits(loaded), logits(model))

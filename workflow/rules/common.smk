@@ -87,7 +87,8 @@ def from_here(path):
 
 
 # Scripts that decide the Grams.
-CALIBRATING = ("calibrate", "propagate", "taps", "models", "streaming", "activations", "checkpoint")
+WALK = ("propagate", "taps", "tap_statistics", "experts", "models", "streaming", "activations", "checkpoint")
+CALIBRATING = ("calibrate", "grams", *WALK)
 
 # Drawing is cheap: an edit to what draws one figure draws all.
 FIGURE_CODE = code(

@@ -10,7 +10,7 @@ import json
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from methods.target import Target
 from workflow.scripts.accounting import kept_blocks
 from workflow.scripts.cell_results import read_json
 from workflow.scripts.export import MANIFEST, WEIGHTS, digest
-from workflow.scripts.models import Linear, few, model_linears, reason
+from workflow.scripts.models import Linear, few, load, model_linears, reason
 from workflow.scripts.packed import PackedFile
 from workflow.scripts.runtime import InputError, report_errors
 
@@ -109,7 +109,10 @@ def open_folder(folder: Path, said: Mapping[str, Any], target: Target, trust_rem
     if scheme is None:
         marks = said.get("layers", {})
         hidden = {name for name, mark in marks.items() if mark["reordered"] or mark["input_scale"]}
-        return Folder("dense", None, shapes, lambda name: read_dense(tensors, linears[name], target, name in hidden))
+        loaded = loader(folder, trust_remote_code)
+        return Folder(
+            "dense", None, shapes, lambda name: read_dense(tensors, linears[name], target, name in hidden, loaded)
+        )
     if scheme.get("format") != "pack-quantized" or len(scheme["config_groups"]) != 1:
         raise InputError(f"{folder} is {scheme.get('format')}, only pack-quantized with one group of layers is read.")
     weights = next(iter(scheme["config_groups"].values()))["weights"]
@@ -142,10 +145,23 @@ def read_packed(file: PackedFile, dtype: torch.dtype, name: str) -> Found:
     return Found(result.weight.to(dtype), result.mask, file.stored_bytes(name))
 
 
-def read_dense(tensors: Tensors, linear: Linear, target: Target, hidden: bool) -> Found:
-    """A layer of a folder of dense weights; hidden: its grid cannot be seen in them (act-order, scales of inputs)."""
-    stored = tensors.get(f"{linear.name}.weight")
-    weight = stored.T if linear.transposed else stored
+def loader(folder: Path, trust_remote_code: bool) -> Callable[[], dict[str, Linear]]:
+    """The layers of a folder's model as transformers loads it, at the first call."""
+    return cache(lambda: model_linears(load({"path": str(folder), "trust_remote_code": trust_remote_code})))
+
+
+def read_dense(
+    tensors: Tensors, linear: Linear, target: Target, hidden: bool, loaded: Callable[[], Mapping[str, Linear]]
+) -> Found:
+    """A layer of a folder of dense weights; hidden: its grid cannot be seen in them (act-order, scales of inputs).
+
+    loaded: the same layers as transformers gives them, for experts, whose tensors have other names in a checkpoint.
+    """
+    if linear.expert is None:
+        stored = tensors.get(linear.stored_in(linear.name))
+        weight = stored.T if linear.transposed else stored
+    else:
+        stored = weight = loaded()[linear.name].stored()
     grid = None if hidden else grid_fault(weight, target)
     note = "holds, its grid cannot be seen" if hidden and target.bits else "holds"
     return Found(weight, None, stored.nbytes, grid, note)

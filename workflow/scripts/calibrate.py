@@ -1,40 +1,29 @@
-"""Shared calibration: the Gram of every tap of the dense model, from one forward pass, stored block by block.
-
-Stores are named after what decides their content, and shared by all studies that see the same folder of stores.
-"""
+"""Shared calibration: the Gram of every tap of the dense model, from one forward pass, stored block by block."""
 
 from __future__ import annotations
 
 import argparse
 import hashlib
-import importlib.metadata
 import json
-import os
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from methods.base import Gram, Statistics
 from workflow.scripts.checkpoint import Checkpoint
-from workflow.scripts.fingerprint import sha256
+from workflow.scripts.grams import INDEX, block_file, block_tensors, cache, content, description, point_to
 from workflow.scripts.models import Blocks, set_threads
 from workflow.scripts.propagate import Stream
-from workflow.scripts.runtime import InputError, report_errors, whole_file, write_atomic
+from workflow.scripts.runtime import report_errors, whole_file, write_atomic
 from workflow.scripts.streaming import LazyBlocks
 from workflow.scripts.taps import Tap
 from workflow.scripts.text import read_tokens
-
-STATISTICS = ("mean", "absmean", "sequence_variance", "sample")
-INDEX = "index.json"
-CACHE = "LAYERWISE_CACHE"  # environment variable
 
 
 def shared(stream: Stream, start: int = 0) -> Iterator[list[Tap]]:
@@ -44,13 +33,6 @@ def shared(stream: Stream, start: int = 0) -> Iterator[list[Tap]]:
             taps = stream.collect(index, advance=True)
         yield taps
         del taps  # before the next block's
-
-
-# ------------------------------------------------------------------------------------------------------------ store
-
-
-def block_file(index: int) -> str:
-    return f"block-{index:03d}.safetensors"
 
 
 def write_gram(folder: Path, blocks: Blocks, tokens: Tensor, fingerprint: Mapping[str, Any]) -> None:
@@ -75,103 +57,11 @@ def write_gram(folder: Path, blocks: Blocks, tokens: Tensor, fingerprint: Mappin
             checkpoint.finish(index)
             del taps
         found = [json.loads(checkpoint.file(index, "json").read_text("utf-8")) for index in range(len(blocks))]
-        samples, length = tokens.shape
-        index = {"tokens": samples * length, "length": length, "blocks": found}
-        write_atomic(part / INDEX, json.dumps(index, indent=1) + "\n")
+        write_atomic(part / INDEX, json.dumps({"length": tokens.shape[1], "blocks": found}, indent=1) + "\n")
         if folder.exists():  # a folder of before that has no index
             shutil.rmtree(folder)
         part.replace(folder)
         checkpoint.remove()
-
-
-def block_tensors(taps: list[Tap]) -> dict[str, Tensor]:
-    tensors = {}
-    for tap in taps:
-        tensors[f"{tap.name}/gram"] = tap.gram.matrix
-        tensors |= {f"{tap.name}/{field}": getattr(tap.statistics, field) for field in STATISTICS}
-    return {name: tensor.to("cpu").contiguous() for name, tensor in tensors.items()}
-
-
-def description(tap: Tap) -> dict[str, Any]:
-    """A tap's entry in index.json."""
-    return {"layers": tap.layers, "inside": tap.inside, "in": len(tap.gram.matrix)}
-
-
-def read_index(folder: Path) -> dict[str, Any]:
-    """{tokens, length, blocks: [{tap: {layers, inside, in}}]}, taps in the order of their inputs.
-
-    Raises InputError when the folder holds no complete Gram store.
-    """
-    path = Path(folder) / INDEX
-    if not path.is_file():
-        raise InputError(f"Expected the Grams of a calibration at {folder}, which has no {INDEX}.")
-    return json.loads(path.read_text(encoding="utf-8"))
-
-
-def read_block(folder: Path, index: int) -> Iterator[Tap]:
-    """The taps of one block, each read when its turn comes; no other block is read.
-
-    Raises InputError when its file is absent or damaged.
-    """
-    contents = read_index(folder)
-    try:
-        with safe_open(Path(folder) / block_file(index), "pt") as file:
-            for name, entry in contents["blocks"][index].items():
-                gram = Gram(file.get_tensor(f"{name}/gram"), contents["tokens"])
-                fields = {field: file.get_tensor(f"{name}/{field}") for field in STATISTICS}
-                statistics = Statistics(length=contents["length"], **fields)
-                yield Tap(name, tuple(entry["layers"]), tuple(entry["inside"]), gram, statistics)
-                del gram, fields, statistics
-    except (OSError, SafetensorError) as error:
-        raise InputError(f"The Gram file {block_file(index)} of {folder} cannot be read: {error}.") from error
-
-
-def shared_blocks(
-    folder: Path, blocks: Blocks, start: int = 0, finished: Callable[[int], None] = lambda index: None
-) -> Iterator[tuple[int, Iterator[Tap]]]:
-    """The taps of each block in a Gram store, read one by one; meanwhile the block of the model is open.
-
-    finished: called when nothing of a block is needed any more.
-    """
-    for index in range(start, len(read_index(folder)["blocks"])):
-        with blocks.open(index):
-            yield index, read_block(folder, index)
-        finished(index)
-
-
-# ----------------------------------------------------------------------------------------------------------- sharing
-
-
-def cache() -> Path:
-    """The folder of all Gram stores, which studies in other folders may share."""
-    return Path(os.environ.get(CACHE) or "results/grams")
-
-
-def content(
-    fingerprint: Path, model: Mapping[str, Any], tokens: Path, dtype: str | None, code: str, device: str
-) -> Any:
-    """What decides the Grams.
-
-    fingerprint: what fingerprint.py wrote of the model; model: its config entry; code: hash of that of the job.
-    """
-    return {
-        "model": json.loads(fingerprint.read_text("utf-8"))["files"],
-        "loading": {"dtype": dtype or model.get("dtype"), "trust_remote_code": model.get("trust_remote_code")},
-        "tokens": sha256(tokens),
-        "code": code,
-        "versions": {name: importlib.metadata.version(name) for name in ("torch", "transformers")},
-        "device": device,
-    }
-
-
-def store_of(pointer: Path) -> Path:
-    """The folder of the Grams that the file names, which the gram rule leaves; a folder stands for itself."""
-    if pointer.is_dir():
-        return pointer
-    folder = Path(json.loads(pointer.read_text("utf-8"))["store"])
-    if not (folder / INDEX).is_file():
-        raise InputError(f"The Grams of {pointer} are no longer at {folder}: delete {pointer}, and run again.")
-    return folder
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -196,7 +86,7 @@ def main(argv: list[str] | None = None) -> None:
         tokens = torch.from_numpy(read_tokens(args.tokens)[0])
         model = {**args.model, "dtype": args.dtype} if args.dtype else args.model
         write_gram(folder, LazyBlocks(model, args.device), tokens, fingerprint)
-    write_atomic(args.out, json.dumps({"store": str(folder), "key": key}, indent=1) + "\n")
+    point_to(folder, args.out)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from methods import ops
 from methods.base import Layer, Target
 from workflow.scripts import models
-from workflow.scripts.calibrate import shared_blocks, store_of
+from workflow.scripts.grams import shared_blocks, store_of
 from workflow.scripts.lower_bound import lower_bound
 from workflow.scripts.runtime import InputError, report_errors, whole_file
 from workflow.scripts.streaming import LazyBlocks

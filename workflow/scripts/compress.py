@@ -28,9 +28,9 @@ from methods.promises import broken_promise
 from methods.target import Target
 from workflow.scripts import models, packed
 from workflow.scripts.accounting import bits_per_weight
-from workflow.scripts.calibrate import shared_blocks, store_of
 from workflow.scripts.checkpoint import Checkpoint
 from workflow.scripts.fingerprint import sha256
+from workflow.scripts.grams import shared_blocks, store_of
 from workflow.scripts.models import Blocks
 from workflow.scripts.propagate import Stream
 from workflow.scripts.recall import foresee
@@ -166,7 +166,7 @@ def visit(
     for index, tap, linear in tapped_linears(model, blocks):
         result, row = solve(Layer(linear.name, linear.weight(), tap.gram, tap.statistics))
         linear.replace(result.weight)
-        row |= {"block": index, "tap": tap.name}
+        row |= {"block": index, "tap": tap.name, "calibration_tokens": tap.gram.tokens, "token_scope": tap.scope}
         del tap  # before the next block's Grams come
         progress(row)
         yield row, result

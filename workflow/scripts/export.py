@@ -49,7 +49,7 @@ def save_packed(model: PreTrainedModel, file: PackedFile, folder: Path) -> None:
     if model.generation_config is not None:
         model.generation_config.save_pretrained(folder)
     shutil.copy(file.path, folder / WEIGHTS)
-    layers = {f"{name}.weight" for name in file.shapes}
+    layers = {layer.stored_in(name) for name, layer in models.model_linears(model).items()}
     rest = {name: tensor for name, tensor in model.state_dict().items() if name not in layers}
     once = {tensor.data_ptr(): name for name, tensor in rest.items()}.values()  # one name of those tied to each other
     save_file({name: rest[name].contiguous() for name in once}, folder / REST)
@@ -61,6 +61,7 @@ def load_packed(folder: Path, trust_remote_code: bool = False) -> PreTrainedMode
     Raises InputError when its files do not make up the whole model.
     """
     config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
+    config._experts_implementation = models.EXPERTS
     model = AutoModelForCausalLM.from_config(config, dtype=config.dtype, trust_remote_code=trust_remote_code)
     if not (folder / REST).is_file():
         raise InputError(f"{folder} is no packed model: it has no {REST}.")
@@ -68,7 +69,7 @@ def load_packed(folder: Path, trust_remote_code: bool = False) -> PreTrainedMode
     absent, unknown = model.load_state_dict(rest, strict=False)
     parameters = model.state_dict()
     filled = {parameters[name].data_ptr() for name in rest if name in parameters}  # with those tied to them
-    layers = {f"{name}.weight" for name in PackedFile(folder / WEIGHTS).shapes}
+    layers = {layer.stored_in(name) for name, layer in models.model_linears(model).items()}
     lacking = {name for name in absent if parameters[name].data_ptr() not in filled} - layers
     if lacking or unknown:
         raise InputError(f"{folder / REST} does not fit the model: {few(lacking or unknown)}.")

@@ -17,6 +17,8 @@ from transformers.utils import logging as transformers_logging
 from workflow.scripts.runtime import InputError
 from workflow.scripts.sources import model_folder
 
+EXPERTS = "eager"  # transformers' experts that multiply one expert after the other, by torch's own products
+ROUTERS = ("gate", "router")  # what a linear layer that chooses experts is called
 SHOWN = 3  # names that an error lists before it says how many more there are
 
 
@@ -81,6 +83,7 @@ def read_config(spec: Mapping[str, Any]) -> tuple[str, PreTrainedConfig, dict[st
         config = AutoConfig.from_pretrained(name, **options)
     if getattr(config, "quantization_config", None) is not None:
         raise InputError(f"A model in floating point is needed, but {described(spec)} is already quantised.")
+    config._experts_implementation = EXPERTS
     return name, config, options
 
 
@@ -110,8 +113,9 @@ def load(spec: Mapping[str, Any], device: str | torch.device = "cpu") -> PreTrai
     """The model of a config entry {path | hub, revision, dtype, trust_remote_code}, whole and ready for inference.
 
     In eval mode, without gradients, in the entry's dtype (default: the dtype it was saved in), with the library's
-    default attention. Raises InputError, in one sentence, when the model is absent, damaged, incomplete (transformers
-    would draw missing tensors at random), already quantised, or has weights that are not finite.
+    default attention and its eager experts, whose products are recorded one by one. Raises InputError, in one sentence,
+    when the model is absent, damaged, incomplete (transformers would draw what is missing at random) or already
+    quantised, or has weights that are not finite.
     """
     name, config, options = read_config(spec)
     with sentences(spec):
@@ -167,7 +171,20 @@ def check_tokens(model: PreTrainedModel, tokens: Tensor) -> None:
 
 
 def is_linear(module: nn.Module) -> bool:
-    return isinstance(module, (nn.Linear, Conv1D))
+    """Whether a module is a linear layer that could be compressed: one with a single output, a gate, is not."""
+    if not isinstance(module, (nn.Linear, Conv1D)):
+        return False
+    return (module.out_features if isinstance(module, nn.Linear) else module.nf) > 1
+
+
+def is_experts(module: nn.Module) -> bool:
+    """Whether a module holds the weights of many experts in transformers' layout: parameters [experts, ., .]."""
+    return hasattr(module, "is_transposed") and bool(expert_parameters(module))
+
+
+def expert_parameters(module: nn.Module) -> list[str]:
+    """Names of a module's own parameters of three dimensions, such as gate_up_proj and down_proj."""
+    return [name for name, parameter in module.named_parameters(recurse=False) if parameter.ndim == 3]
 
 
 def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
@@ -211,17 +228,23 @@ class Blocks:
 
 @dataclass(frozen=True)
 class Linear:
-    """A linear layer of a block, seen as weight [out, in] whichever way its module stores it."""
+    """A linear layer of a block, seen as weight [out, in] whichever way its module stores it.
 
-    name: str  # in the model, such as model.layers.0.self_attn.q_proj
-    inside: str  # in its block, such as self_attn.q_proj
+    An expert's is one index of a parameter [experts, ., .] of the module that holds all of them.
+    """
+
+    name: str  # in the model, such as model.layers.0.self_attn.q_proj or model.layers.0.mlp.experts.3.down_proj
+    inside: str  # in its block, such as self_attn.q_proj or mlp.experts.3.down_proj
     module: nn.Module
-    transposed: bool  # transformers' Conv1D stores [in, out]
+    transposed: bool  # transformers' Conv1D, and some experts, store [in, out]
+    parameter: str = "weight"
+    expert: int | None = None
 
     @property
     def _view(self) -> Tensor:
-        """[out, in] view of the parameter."""
-        stored = self.module.get_parameter("weight").detach()
+        """[out, in] view of the parameter, or of an expert's part of it."""
+        stored = self.module.get_parameter(self.parameter).detach()  # by name: parameters may come and go
+        stored = stored if self.expert is None else stored[self.expert]
         return stored.T if self.transposed else stored
 
     @property
@@ -229,6 +252,16 @@ class Linear:
         """(out, in)."""
         rows, columns = self._view.shape
         return rows, columns
+
+    def stored_in(self, name: str) -> str:
+        """Name of the parameter that holds the weight, where the layer is called `name` (its name, or inside)."""
+        if self.expert is None:
+            return f"{name}.{self.parameter}"
+        return name.removesuffix(f"{self.expert}.{self.parameter}") + self.parameter
+
+    def stored(self) -> Tensor:
+        """[out, in] the weight itself, in the model's dtype: a view of the module's memory."""
+        return self._view
 
     def weight(self) -> Tensor:
         """[out, in] float32 copy. Raises InputError, naming the layer, when it is not finite."""
@@ -246,12 +279,49 @@ class Linear:
 
 
 def linears(block: nn.Module, prefix: str) -> list[Linear]:
-    """The linear layers of a block, in the order of its modules; prefix: the block's name in the model."""
+    """The linear layers of a block, in the order of its modules; prefix: the block's name in the model.
+
+    Routers and other gates are not among them. Raises InputError for weights of three dimensions in an unknown layout.
+    """
+    found, routers = [], set(router_names(block))
+    for inside, module in block.named_modules():
+        if is_linear(module) and inside not in routers:
+            found.append(Linear(f"{prefix}.{inside}", inside, module, transposed=isinstance(module, Conv1D)))
+        elif is_experts(module):
+            found += experts(module, inside, prefix)
+        elif many := [name for name in expert_parameters(module) if is_stack(module, name)]:
+            raise InputError(
+                f"{type(module).__name__} of {prefix} keeps {few(many)} with three dimensions, which only experts in "
+                "transformers' layout may have."
+            )
+    return found
+
+
+def experts(module: nn.Module, inside: str, prefix: str) -> list[Linear]:
+    """The linear layers of all experts of a module, expert by expert."""
+    names = expert_parameters(module)
     return [
-        Linear(f"{prefix}.{inside}", inside, module, transposed=isinstance(module, Conv1D))
-        for inside, module in block.named_modules()
-        if is_linear(module)
+        Linear(f"{prefix}.{layer}", layer, module, bool(module.is_transposed), name, expert)
+        for expert in range(len(module.get_parameter(names[0])))
+        for name in names
+        for layer in [f"{inside}.{expert}.{name}"]
     ]
+
+
+def is_stack(module: nn.Module, name: str) -> bool:
+    """Whether a parameter of three dimensions is a stack of matrices, and not a convolution along the sequence."""
+    return not isinstance(module, nn.Conv1d) and min(module.get_parameter(name).shape[1:]) > 1
+
+
+def router_names(block: nn.Module) -> Iterator[str]:
+    """Linear layers with an output for each expert of the module that they stand beside."""
+    for inside, module in block.named_modules():
+        if is_experts(module):
+            count, around = len(module.get_parameter(expert_parameters(module)[0])), inside.rpartition(".")[0]
+            for name, beside in block.get_submodule(around).named_modules(prefix=around):
+                called = name.rpartition(".")[2] in ROUTERS
+                if called and isinstance(beside, nn.Linear) and beside.out_features == count:
+                    yield name
 
 
 def model_linears(model: nn.Module) -> dict[str, Linear]:

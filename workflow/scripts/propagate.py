@@ -261,11 +261,15 @@ class Stream:
                 yield self._forward(index, batch, inputs)
                 recorder.end_batch(len(inputs))
 
+        before = self.inputs
         with recorder:
             if advance:
                 self._keep(index + 1, outputs())
             else:
                 deque(outputs(), maxlen=0)
+            if recorder.again():  # experts that were routed too few tokens
+                for batch, inputs in enumerate(before):
+                    self._forward(index, batch, inputs)
         return recorder.finish()
 
     def advance(self, index: int) -> None:

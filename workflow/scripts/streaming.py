@@ -87,10 +87,12 @@ class LazyBlocks(Blocks):
         self._write: Callable[[int, nn.Module], None] | None = None
         self._mapping = get_model_conversion_mapping(model)
         self._plan = model._get_dtype_plan(model.dtype)
+        model.initialize_weights()  # of the buffers, outside the model's dtype, as the library's loader does
         model.tie_weights()
+        buffers = [(module, key, own) for module in model.modules() for key, own in module._buffers.items()]
         self._check(model)
-        for module in model.modules():
-            module._buffers = {key: None if own is None else own.to(device) for key, own in module._buffers.items()}
+        for module, key, own in buffers:  # the check has taken the data of those that are saved
+            module._buffers[key] = None if own is None else own.to(device)
         self.name, self.modules = find_blocks(model)
         self._keys = self._of_blocks(model)  # names in the files; those outside the blocks under None
         self._put(model, self._shards.read(self._keys[None]))

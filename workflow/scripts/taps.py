@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
@@ -12,27 +13,25 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
-from kernels.rows import array
-from kernels.sums import add_sums
-from methods import paths
 from methods.base import Gram, Statistics
+from workflow.scripts.experts import ExpertRecorder
 from workflow.scripts.models import Linear, few, find_blocks, linears
 from workflow.scripts.runtime import InputError
-
-SAMPLE_ROWS = 512
-RUN = 4096  # tokens whose products are summed in float32
-NARROW_PANEL, WIDEST_PANEL, NARROW_BELOW = 128, 256, 2048  # of a symmetric product, and the inputs that ask for each
+from workflow.scripts.tap_statistics import TapStatistics
 
 
 @dataclass(frozen=True)
 class Tap:
     """One distinct input of a block: the layers that see it, and what calibration says of it."""
 
-    name: str  # last components of its layers' names, such as q_proj,k_proj,v_proj; whole names if those are taken
+    # Last components of its layers' names, such as q_proj,k_proj,v_proj; whole names if those are taken, and of
+    # experts; what enters several experts is called as their parameter, such as mlp.experts.gate_up_proj.
+    name: str
     layers: tuple[str, ...]  # names in the model, in the order of their calls
     inside: tuple[str, ...]  # the same layers' names in the block
     gram: Gram
     statistics: Statistics
+    scope: str = "all"  # tokens: all, those routed to an expert, or all because those were too few (fallback)
 
 
 def tapped_linears(
@@ -51,94 +50,19 @@ def tapped_linears(
             del tap
 
 
-class TapStatistics:
-    """Accumulates the Gram and statistics of one tap, independently of how the sequences are batched.
-
-    Products are float32 over at most RUN tokens, means float32 within a sequence; totals are float64.
-    """
-
-    def __init__(self, features: int, sequences: int, length: int, device: torch.device | str = "cpu") -> None:
-        self.tokens, self.length = sequences * length, length
-        count = min(SAMPLE_ROWS, self.tokens)
-        self.stride, self.taken = max(1, self.tokens // SAMPLE_ROWS), 0  # of the sample's rows
-        self.seen = 0
-        self.gram = torch.zeros(features, features, dtype=torch.float64, device=device)  # above the diagonal
-        self.run = torch.zeros(features, features, dtype=torch.float32, device=device)  # what it lacks as yet
-        self.in_run = 0  # tokens
-        self.sums = torch.zeros(3, features, dtype=torch.float64, device=device)  # mean, absmean, variance
-        self.sample = torch.zeros(count, features, dtype=torch.float32, device=device)
-
-    def update(self, inputs: Tensor) -> None:
-        """Add whole sequences: inputs [..., in] of any float dtype, tokens of a sequence one after the other."""
-        sequences = inputs.detach().reshape(-1, self.length, inputs.shape[-1]).float()  # [sequences, length, in]
-        flat = sequences.flatten(0, 1)  # [tokens, in]
-        for part in flat.split(RUN):
-            if self.in_run + len(part) > RUN:
-                self._end_run()
-            add_products(self.run, part)
-            self.in_run += len(part)
-        if paths.compiled(sequences):
-            # In one thread, for some tenth of the product's time: a pool's would contend with torch's waiting ones.
-            add_sums(array(sequences), array(self.sums))
-        else:
-            add_sums_in_torch(sequences, self.sums)
-        rows = flat[self.taken * self.stride - self.seen :: self.stride][: len(self.sample) - self.taken]
-        self.sample[self.taken : self.taken + len(rows)] = rows
-        self.taken += len(rows)
-        self.seen += len(flat)
-
-    def _end_run(self) -> None:
-        self.gram += self.run
-        self.run.zero_()
-        self.in_run = 0
-
-    def finish(self) -> tuple[Gram, Statistics]:
-        """The means over the tokens, in float32 on the device of the inputs; the accumulated sums are given up."""
-        if self.seen != self.tokens:
-            raise ValueError(f"TapStatistics awaited {self.tokens} tokens. Got {self.seen} instead.")
-        self._end_run()
-        matrix = self.run.copy_(self.gram.div_(self.tokens))
-        del self.gram, self.run
-        for start in range(0, len(matrix), WIDEST_PANEL):  # what lies below the diagonal is what lies above
-            panel = matrix[start:, start : start + WIDEST_PANEL]
-            upper = matrix[start : start + WIDEST_PANEL, start:]
-            corner = upper[:, : len(upper)].triu()
-            upper[:, : len(upper)] = corner + corner.triu(1).T
-            panel.copy_(upper.T.clone())
-        mean, absmean, variance = (self.sums * (self.length / self.tokens)).float()  # means over the sequences
-        return Gram(matrix, self.tokens), Statistics(self.length, mean, absmean, variance, self.sample)
-
-
-def add_products(total: Tensor, x: Tensor) -> None:
-    """Add Xt X of x [tokens, in] to total [in, in], of which what lies below its diagonal is left undefined.
-
-    Panel by panel from the diagonal on: half the work of the whole product, and what the panels have too much.
-    """
-    inputs = x.shape[1]
-    width = NARROW_PANEL if inputs < NARROW_BELOW and x.device.type == "cpu" else WIDEST_PANEL
-    for start in range(0, inputs, width):
-        total[start : start + width, start:].addmm_(x[:, start : start + width].T, x[:, start:])
-
-
-def add_sums_in_torch(sequences: Tensor, sums: Tensor) -> None:
-    """The plain reference of `kernels.sums.add_sums`."""
-    # Per sequence in float32, where cascade summation loses no digits, 16 times faster than summing in float64.
-    means = sequences.mean(1, keepdim=True)
-    sums[0] += means.sum((0, 1), dtype=torch.float64)
-    sums[1] += sequences.abs().mean(1).sum(0, dtype=torch.float64)
-    # Centred before squaring: the mean of squares less the square of the mean loses digits to a large mean.
-    sums[2] += (sequences - means).square_().mean(1).sum(0, dtype=torch.float64)
-
-
 class TapRecorder:
-    """Context in which every forward pass of a block feeds the taps of its linear layers.
+    """Context in which every forward pass of a block feeds the taps of its linear layers, and those of its experts.
 
     The first batch finds the taps: layers that are given the same memory, not written to in between, see the same
-    input. Later batches follow them. Call `end_batch` after each forward pass and `finish` after the last.
+    input. Later batches follow them. Call `end_batch` after each forward pass, and `finish` after the last; in between
+    `again` says whether all forward passes are needed once more.
     """
 
     def __init__(self, block: str, layers: Sequence[Linear], sequences: int, length: int) -> None:
-        self.block, self.layers, self.sequences, self.length = block, layers, sequences, length
+        self.block, self.sequences, self.length = block, sequences, length
+        self.layers = [layer for layer in layers if layer.expert is None]
+        self.experts = ExpertRecorder(block, [layer for layer in layers if layer.expert is not None], sequences, length)
+        self.first = True  # pass through the batches
         self.members: list[list[Linear]] = []  # of each tap, found on the first batch
         self.statistics: list[TapStatistics] = []
         self.leaders: dict[str, TapStatistics] | None = None  # first layer of each tap, once they are known
@@ -153,14 +77,20 @@ class TapRecorder:
                 self._see(layer, args[0] if args else kwargs["input"])
 
             self.handles.append(layer.module.register_forward_pre_hook(hook, with_kwargs=True))
+        if self.experts.layers:
+            self.experts.__enter__()
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, *error: object) -> None:
+        if self.experts.layers:
+            self.experts.__exit__(*error)
         for handle in self.handles:
             handle.remove()
         self.held.clear()
 
     def _see(self, layer: Linear, inputs: Tensor) -> None:
+        if not self.first:
+            return
         features = inputs.shape[-1]
         tokens = inputs.numel() // features
         self.calls[layer.name].append(tokens)
@@ -180,13 +110,14 @@ class TapRecorder:
 
     def end_batch(self, sequences: int) -> None:
         """Check the batch. Raises InputError when a layer did not see each of its tokens exactly once."""
+        self.experts.end_batch()
         tokens = sequences * self.length
         wrong = [layer.name for layer in self.layers if self.calls[layer.name] != [tokens]]
         if wrong:
             seen = " + ".join(map(str, self.calls[sorted(wrong)[0]])) or "none"
             raise InputError(
-                "Every linear layer of a block must see every token once, which layers of a mixture of experts do "
-                f"not, but {few(wrong)} saw {seen} of the {tokens} tokens of a batch."
+                "Every linear layer of a block must see every token once, unless it is an expert's in transformers' "
+                f"layout, but {few(wrong)} saw {seen} of the {tokens} tokens of a batch."
             )
         if self.leaders is None:
             taps = zip(self.members, self.statistics, strict=True)
@@ -194,10 +125,17 @@ class TapRecorder:
         self.calls.clear()
         self.held.clear()
 
+    def again(self) -> bool:
+        """Whether experts were routed so few tokens that they must see all, in a second pass through the batches."""
+        self.first = False
+        return self.experts.all_tokens()
+
     def finish(self) -> list[Tap]:
-        """The block's taps in the order of their inputs. Raises InputError naming a tap that is not finite."""
+        """The block's taps in the order of their inputs, then its experts'. Raises InputError naming one not finite."""
         taps = []
-        for name, members, accumulated in zip(tap_names(self.members), self.members, self.statistics, strict=True):
+        ordinary = zip(tap_names(self.members), self.members, self.statistics, strict=True)
+        found = chain(((name, "all", *rest) for name, *rest in ordinary), self.experts.found())
+        for name, scope, members, accumulated in found:
             gram, statistics = accumulated.finish()
             layers = tuple(layer.name for layer in members)
             if not torch.isfinite(gram.matrix).all():
@@ -205,7 +143,7 @@ class TapRecorder:
                     f"The activations of {self.block}, tap {name}, are not finite: the inputs of "
                     f"{', '.join(layers)} have NaN, Inf or squares beyond float32."
                 )
-            taps.append(Tap(name, layers, tuple(layer.inside for layer in members), gram, statistics))
+            taps.append(Tap(name, layers, tuple(layer.inside for layer in members), gram, statistics, scope))
         return taps
 
 

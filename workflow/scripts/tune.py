@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -139,12 +140,17 @@ def descend(
 
 
 def weights(layers: Mapping[str, tuple[Linear, Tunable]]) -> dict[str, Tensor]:
-    """Parameter name -> the weight as its module stores it; layers: by the module's name."""
-    found = {}
+    """Parameter name -> the weight, or all experts' weights, as its module stores it; layers: by the layer's name."""
+    found: dict[str, Tensor] = {}
+    experts: defaultdict[str, list[Tensor]] = defaultdict(list)
     for name, (linear, tunable) in layers.items():
-        weight = tunable.parts()[0].to(linear.module.get_parameter("weight").dtype)
-        found[f"{name}.weight"] = weight.T if linear.transposed else weight
-    return found
+        weight = tunable.parts()[0].to(linear.module.get_parameter(linear.parameter).dtype)
+        weight = weight.T if linear.transposed else weight
+        if linear.expert is None:
+            found[linear.stored_in(name)] = weight
+        else:
+            experts[linear.stored_in(name)].append(weight)
+    return found | {name: torch.stack(own) for name, own in experts.items()}
 
 
 @dataclass

@@ -1,0 +1,144 @@
+"""Gram stores: where the Grams of a calibration are, block by block, shared by all studies that see the same folder.
+
+A store is named after all that decides its content.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from methods.base import Gram, Statistics
+from workflow.scripts.fingerprint import sha256
+from workflow.scripts.models import Blocks
+from workflow.scripts.runtime import InputError, write_atomic
+from workflow.scripts.taps import Tap
+
+STATISTICS = ("mean", "absmean", "sequence_variance", "sample")
+INDEX = "index.json"
+USERS = "users.txt"
+CACHE = "LAYERWISE_CACHE"  # environment variable
+
+
+def block_file(index: int) -> str:
+    return f"block-{index:03d}.safetensors"
+
+
+def block_tensors(taps: list[Tap]) -> dict[str, Tensor]:
+    tensors = {}
+    for tap in taps:
+        tensors[f"{tap.name}/gram"] = tap.gram.matrix
+        tensors |= {f"{tap.name}/{field}": getattr(tap.statistics, field) for field in STATISTICS}
+    return {name: tensor.to("cpu").contiguous() for name, tensor in tensors.items()}
+
+
+def description(tap: Tap) -> dict[str, Any]:
+    """A tap's entry in index.json."""
+    own = {"layers": tap.layers, "inside": tap.inside, "in": len(tap.gram.matrix)}
+    return own | {"tokens": tap.gram.tokens, "scope": tap.scope}
+
+
+def read_index(folder: Path) -> dict[str, Any]:
+    """{length, blocks: [{tap: {layers, inside, in, tokens, scope}}]}, taps in the order of their inputs.
+
+    Raises InputError when the folder holds no complete Gram store.
+    """
+    path = Path(folder) / INDEX
+    if not path.is_file():
+        raise InputError(f"Expected the Grams of a calibration at {folder}, which has no {INDEX}.")
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def read_block(folder: Path, index: int) -> Iterator[Tap]:
+    """The taps of one block, each read when its turn comes; no other block is read.
+
+    Raises InputError when its file is absent or damaged.
+    """
+    contents = read_index(folder)
+    try:
+        with safe_open(Path(folder) / block_file(index), "pt") as file:
+            for name, entry in contents["blocks"][index].items():
+                gram = Gram(file.get_tensor(f"{name}/gram"), entry["tokens"])
+                fields = {field: file.get_tensor(f"{name}/{field}") for field in STATISTICS}
+                statistics = Statistics(length=contents["length"], **fields)
+                yield Tap(name, tuple(entry["layers"]), tuple(entry["inside"]), gram, statistics, entry["scope"])
+                del gram, fields, statistics
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"The Gram file {block_file(index)} of {folder} cannot be read: {error}.") from error
+
+
+def shared_blocks(
+    folder: Path, blocks: Blocks, start: int = 0, finished: Callable[[int], None] = lambda index: None
+) -> Iterator[tuple[int, Iterator[Tap]]]:
+    """The taps of each block in a Gram store, read one by one; meanwhile the block of the model is open.
+
+    finished: called when nothing of a block is needed any more.
+    """
+    for index in range(start, len(read_index(folder)["blocks"])):
+        with blocks.open(index):
+            yield index, read_block(folder, index)
+        finished(index)
+
+
+# ----------------------------------------------------------------------------------------------------------- sharing
+
+
+def cache() -> Path:
+    """The folder of all Gram stores, which studies in other folders may share."""
+    return Path(os.environ.get(CACHE) or "results/grams")
+
+
+def content(
+    fingerprint: Path, model: Mapping[str, Any], tokens: Path, dtype: str | None, code: str, device: str
+) -> Any:
+    """What decides the Grams.
+
+    fingerprint: what fingerprint.py wrote of the model; model: its config entry; code: hash of that of the job.
+    """
+    return {
+        "model": json.loads(fingerprint.read_text("utf-8"))["files"],
+        "loading": {"dtype": dtype or model.get("dtype"), "trust_remote_code": model.get("trust_remote_code")},
+        "tokens": sha256(tokens),
+        "code": code,
+        "versions": {name: importlib.metadata.version(name) for name in ("torch", "transformers")},
+        "device": device,
+    }
+
+
+def store_of(pointer: Path) -> Path:
+    """The folder of the Grams that the file names, which the gram rule leaves; a folder stands for itself."""
+    if pointer.is_dir():
+        return pointer
+    folder = named(pointer)
+    if not (folder / INDEX).is_file():
+        raise InputError(f"The Grams of {pointer} are no longer at {folder}: delete {pointer}, and run again.")
+    return folder
+
+
+def named(pointer: Path) -> Path:
+    """The store that a study's file names."""
+    return Path(json.loads(pointer.read_text("utf-8"))["store"])
+
+
+def point_to(folder: Path, pointer: Path) -> None:
+    """Write the file that says that a study has its Grams in a store, and in the store who has."""
+    write_atomic(pointer, json.dumps({"store": str(folder)}, indent=1) + "\n")
+    if pointer.absolute() not in users(folder):
+        with (folder / USERS).open("a", encoding="utf-8") as file:
+            file.write(f"{pointer.absolute()}\n")
+
+
+def users(folder: Path) -> list[Path]:
+    """The files that say that their study has its Grams in the store."""
+    try:
+        known = map(Path, dict.fromkeys((folder / USERS).read_text("utf-8").splitlines()))
+    except FileNotFoundError:
+        return []
+    return [path for path in known if path.is_file() and named(path).name == folder.name]
