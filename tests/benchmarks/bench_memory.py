@@ -1,11 +1,11 @@
-"""What a method takes besides the process: the table METHODS of workflow/scripts/estimate.py.
+"""What a method takes besides the process: the table METHODS of workflow/scripts/needs.py.
 
     python -m tests.benchmarks.bench_memory [method ...]
 
-Each case of the suite solves a layer of every shape in a process of its own, as a cell's job does: solved, judged, written
-into a bfloat16 module, packed. The peak above what the process had before is fitted from above by w times the weight and
-g times the Gram, both in float32. `products`: seconds with the default parameters over those of one product of weight
-and Gram, at 1024 x 1024. Needs Linux, which can reset a process's peak.
+Each case of the suite solves a layer of every shape in a process of its own, as a cell's job does: solved, judged,
+written into a bfloat16 module, packed. The peak above what the process had before is fitted from above by w times the
+weight and g times the Gram, both in float32. products: seconds with the default parameters over those of one product
+of weight and Gram, at 1024 x 1024. Needs Linux, which can reset a process's peak.
 """
 
 import argparse

@@ -27,8 +27,8 @@ NO_LINEAR = re.compile(r"norm|embed|rotary|router|(^|\.)(gate|wg)\.weight$|bias"
 
 @dataclass(frozen=True)
 class Block:
-    """parameters: of the whole block. layers: (out, in, share) of its linear layers, taps: (in, share) of their distinct
-    inputs; share: of the tokens that they see, less than one in an expert."""
+    """parameters: of the whole block. layers: (out, in, share) of its linear layers. taps: (in, share) of the
+    distinct inputs. share: of the tokens that they see, less than one in an expert."""
 
     parameters: int
     layers: tuple[tuple[int, int, float], ...]
@@ -43,7 +43,7 @@ class Block:
 class Shape:
     """blocks: each kind with its number. outside: parameters of embeddings, head and what else is in no block.
 
-    dtype: that the weights are saved in. known: 'files' or 'config', where it comes from.
+    dtype: that it is run in by default. fetched: whether its weights are here, else its config.json says all this.
     """
 
     blocks: Mapping[Block, int]
@@ -51,7 +51,7 @@ class Shape:
     vocabulary: int
     hidden: int
     dtype: str
-    known: str
+    fetched: bool
 
     @cached_property
     def depth(self) -> int:
@@ -142,7 +142,7 @@ def shape_of_tensors(tensors: Iterable[tuple[str, tuple[int, ...], str]], config
     saved = SAVED.get(dtypes.most_common(1)[0][0], "float32") if dtypes else "float32"
     hidden = _first(config, "hidden_size", "n_embd", "d_model") or 0
     vocabulary = _first(config, "vocab_size") or vocabulary
-    return Shape(own, total - inside, vocabulary, hidden, _dtype(config, saved), "files")
+    return Shape(own, total - inside, vocabulary, hidden, _dtype(config, saved), True)
 
 
 def _block(tensors: list[tuple[str, tuple[int, ...]]], config: Mapping[str, Any]) -> Block:
@@ -179,7 +179,7 @@ def _share(config: Mapping[str, Any]) -> float:
 
 
 def shape_of_config(config: Mapping[str, Any]) -> Shape | None:
-    """The shape that the fields of a config.json give, for a model whose weights are not here; None where they do not."""
+    """The shape that a config.json gives, for a model whose weights are not here; None where its fields do not."""
     hidden = _first(config, "hidden_size", "n_embd", "d_model")
     depth = _first(config, "num_hidden_layers", "n_layer", "num_layers")
     heads = _first(config, "num_attention_heads", "n_head")
@@ -193,13 +193,18 @@ def shape_of_config(config: Mapping[str, Any]) -> Shape | None:
     if experts > 1:
         width = _first(config, "moe_intermediate_size") or width
     share, above = _share(config), 1 if config.get("model_type") in UNGATED else 2
-    layers = [(heads * length, hidden, 1.0), (shared, hidden, 1.0), (shared, hidden, 1.0), (hidden, heads * length, 1.0)]
+    layers = [
+        (heads * length, hidden, 1.0),
+        (shared, hidden, 1.0),
+        (shared, hidden, 1.0),
+        (hidden, heads * length, 1.0),
+    ]
     layers += ([(width, hidden, share)] * above + [(hidden, width, share)]) * experts
     taps = [(hidden, 1.0), (heads * length, 1.0), *[(hidden, share), (width, share)] * experts]
     parameters = sum(out * inputs for out, inputs, _ in layers) + 2 * hidden + (experts * hidden if experts > 1 else 0)
     outside = vocabulary * hidden * (1 if config.get("tie_word_embeddings") else 2) + hidden
     block = Block(parameters, tuple(sorted(layers)), tuple(sorted(taps)))
-    return Shape({block: depth}, outside, vocabulary, hidden, _dtype(config, "float32"), "config")
+    return Shape({block: depth}, outside, vocabulary, hidden, _dtype(config, "float32"), False)
 
 
 def _first(config: Mapping[str, Any], *keys: str) -> int | None:
