@@ -14,6 +14,7 @@ import json
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +30,7 @@ from workflow.scripts.lower_bound import lower_bound
 SHAPES = ((8192, 2048), (3072, 3072), (1024, 4096))  # the weight is 4 times the Gram, as large, a quarter
 TIMED = (1024, 1024)
 CERTIFICATE = "certificate"  # the bound on a layer's masks, which is no method
+FEW = {"swaps": 3}  # of parameters that say how long a method goes on, with as much memory
 BOUNDED = {"row": Target(0.5), "layer": Target(0.5, "layer"), "2:4": Target(pattern="2:4")}
 
 
@@ -56,7 +58,8 @@ def solved(case: str, layer: Layer) -> None:
     chosen = CASES[case]
     dtype = torch.bfloat16
     linear = models.Linear(layer.name, layer.name, torch.nn.Linear(*layer.weight.shape[::-1], dtype=dtype), False)
-    result, _ = Solver(chosen.method, chosen.built, chosen.target, 0, dtype).solve(layer)
+    built = replace(chosen.built, **{key: few for key, few in FEW.items() if hasattr(chosen.built, key)})
+    result, _ = Solver(chosen.method, built, chosen.target, 0, dtype).solve(layer)
     linear.replace(result.weight)
     packed.parts_of(result, chosen.target, dtype)
 

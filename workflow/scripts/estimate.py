@@ -36,14 +36,14 @@ EVALUATE = ("perplexity", "zero_shot")  # rules that mostly read what a cell's f
 def machine_memory() -> float:
     """Bytes that this process may use: the machine's, or the least that a control group of it allows."""
     found = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
-    for path in _limit_files():
+    for path in limit_files():
         text = path.read_text().strip() if path.is_file() else ""
         if text.isdigit():  # "max" is none
             found.append(int(text))
     return float(min(found))
 
 
-def _limit_files(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> Iterator[Path]:
+def limit_files(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> Iterator[Path]:
     """Where control groups of both versions keep the limits of this process and of those around it."""
     lines = own.read_text().splitlines() if own.is_file() else []
     for line in lines:

@@ -28,7 +28,7 @@ LOGITS_AT_ONCE = 2**23  # of a batch of windows (evaluate.LOGITS_AT_ONCE)
 TASK_TOKENS = 1024  # of the longest sequence that a zero-shot task asks for
 READ = 8  # float32 copies of a layer while it is unpacked from a cell's file
 TUNED = 24  # bytes per parameter of all blocks that tuning stages hold: results, codes, gradients and their moments
-SAMPLE = 512  # rows of inputs that a Gram store keeps (taps.SAMPLE_ROWS)
+SAMPLE = 512  # rows of inputs that a Gram store keeps, at most (taps.SAMPLE_ROWS)
 CELL_FILES = 300e3  # bytes of a cell's tables, logs and results
 UNKNOWN_MB = 8000  # asked for jobs of a model that has not been fetched
 
@@ -136,10 +136,9 @@ class Needs:
     def _gram(self, model: Model, job: Job) -> Need:
         calib = self.plan.calibrations[job.wildcards["calib"]]
         run = model.at(calib.get("dtype"))
-        store = 4 * run.shape.total(
-            lambda block: block.gram_entries + sum((SAMPLE + 3) * size for size, _ in block.taps)
-        )
         tokens = calib["samples"] * calib["length"]
+        rows = min(SAMPLE, tokens) + 3
+        store = 4 * run.shape.total(lambda one: one.gram_entries + sum(rows * inputs for inputs, _ in one.taps))
         work = run.forward(tokens) + run.gram_work(tokens)
         return Need(run.calibrating(calib["length"]), store, run.states(tokens), work)
 
