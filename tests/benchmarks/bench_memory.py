@@ -2,18 +2,14 @@
 
     python -m tests.benchmarks.bench_memory [method ...]
 
-Each case of the suite solves a layer of every shape in a process of its own, as a cell's job does: solved, judged,
-written into a bfloat16 module, packed. The peak above what the process had before is fitted from above by w times the
-weight and g times the Gram, both in float32. products: seconds with the default parameters over those of one product
-of weight and Gram, at 1024 x 1024. Needs Linux, which can reset a process's peak.
+Each case of the suite solves layers of several shapes as a cell's job does: solved, judged, written into a bfloat16
+module, packed. The peak above what the process had before is fitted from above by w times the weight and g times the
+Gram, both in float32. Needs Linux, which can reset a process's peak.
 """
 
 import argparse
+import ctypes
 import gc
-import json
-import subprocess
-import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,16 +17,14 @@ import numpy as np
 import torch
 
 from methods.base import Gram, Layer, Statistics, Target
-from methods.catalogue import Catalogue
 from tests.benchmarks.suite import CASES
 from workflow.scripts import models, packed
 from workflow.scripts.compress import Solver
 from workflow.scripts.lower_bound import lower_bound
 
-SHAPES = ((8192, 2048), (3072, 3072), (1024, 4096))  # the weight is 4 times the Gram, as large, a quarter
-TIMED = (1024, 1024)
+SHAPES = ((4096, 1024), (2048, 2048), (1024, 2560))  # the weight is 4 times the Gram, as large, two fifths
 CERTIFICATE = "certificate"  # the bound on a layer's masks, which is no method
-FEW = {"swaps": 3}  # of parameters that say how long a method goes on, with as much memory
+FEW = {"swaps": 3}  # of parameters that say how long a method goes on, in as much memory
 BOUNDED = {"row": Target(0.5), "layer": Target(0.5, "layer"), "2:4": Target(pattern="2:4")}
 
 
@@ -69,32 +63,11 @@ def peak(case: str, out: int, inputs: int) -> float:
     solved(case, build(256, 256))  # what is compiled and imported
     layer = build(out, inputs)
     gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # what earlier cases have left
     before = resident("VmRSS") - layer.weight.nbytes - layer.gram.matrix.nbytes
     Path("/proc/self/clear_refs").write_text("5")
     solved(case, layer)
     return resident("VmHWM") - before
-
-
-def products(method: str) -> float:
-    """Products of weight and Gram that take as long as the method with its default parameters, on its first case."""
-    catalogue, layer = Catalogue(), build(*TIMED)
-    target = next(case.target for case in CASES.values() if case.method == method)
-    chosen = catalogue.build(method, catalogue.complete(method, {}, method))
-    chosen.compress(build(256, 256), target, torch.Generator())
-    one = []
-    for _ in range(5):
-        start = time.process_time()
-        layer.weight @ layer.gram.matrix
-        one.append(time.process_time() - start)
-    start = time.process_time()
-    chosen.compress(layer, target, torch.Generator())
-    return (time.process_time() - start) / sorted(one)[2]
-
-
-def alone(*arguments: object) -> float:
-    """A measurement in a process of its own."""
-    command = [sys.executable, "-m", "tests.benchmarks.bench_memory", "--one", json.dumps(arguments)]
-    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
 
 
 def fitted(peaks: list[tuple[int, int, float]]) -> tuple[float, float]:
@@ -109,24 +82,19 @@ def fitted(peaks: list[tuple[int, int, float]]) -> tuple[float, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("methods", nargs="*")
-    parser.add_argument("--one", type=json.loads, help=argparse.SUPPRESS)
     args = parser.parse_args()
     torch.set_num_threads(1)
-    if args.one:
-        print(products(*args.one[1:]) if args.one[0] == "products" else peak(*args.one))
-        return
     for method in args.methods or [*dict.fromkeys(case.method for case in CASES.values()), CERTIFICATE]:
         cases = [name for name, case in CASES.items() if case.method == method]
         cases = cases or [f"{CERTIFICATE} {pattern}" for pattern in BOUNDED]
         peaks = []
         for case in cases:
             for out, inputs in SHAPES:
-                measured = alone(case, out, inputs)
+                measured = peak(case, out, inputs)
                 print(f"    # {case}, {out} x {inputs}: {measured / 1e6:.0f} MB", flush=True)
                 peaks.append((4 * out * inputs, 4 * inputs * inputs, measured))
         w, g = fitted(peaks)
-        times = 0.0 if method == CERTIFICATE else alone("products", method)
-        print(f'    "{method}": ({w:.1f}, {g:.1f}, {times:.3g}),', flush=True)
+        print(f'    "{method}": ({w:.1f}, {g:.1f}),', flush=True)
 
 
 if __name__ == "__main__":

@@ -107,7 +107,7 @@ def total(needs: Needs, jobs: Iterable[Job], cores: int, rate: float) -> Total:
     """cores: jobs at a time. rate: operations per second of the machine."""
     jobs, told = list(jobs), finished_seconds(needs.plan)
     taking = [(job, need) for job in jobs if (need := needs.need(job))]
-    seconds, disk, measured, passing = 0.0, 0.0, 0, []
+    seconds, disk, measured, running, waiting = 0.0, 0.0, 0, [], []
     for job, need in taking:
         own = told.get(kind_of(needs.cell(job))) if job.rule == "compress" else None
         measured += own is not None
@@ -117,9 +117,9 @@ def total(needs: Needs, jobs: Iterable[Job], cores: int, rate: float) -> Total:
         if job.rule == "compress" and not needs.plan.config["keep_weights"]:
             stays = CELL_FILES
         disk += stays
-        passing.append(need.passing + need.disk - stays)
-    # A cell's weights wait for those who read them, while the next cells run.
-    disk += sum(sorted(passing, reverse=True)[: 2 * cores])
+        running.append(need.passing + need.disk - stays)
+        waiting.append(need.disk - stays)  # weights for those who read them, while the next cells run
+    disk += sum(sum(sorted(own, reverse=True)[:cores]) for own in (running, waiting))
     models = dict.fromkeys(job.wildcards["model"] for job in jobs if "model" in job.wildcards)
     unknown = tuple(needs.plan.models[model]["name"] for model in models if needs.shape(model) is None)
     return Total(len(jobs), max(taking, key=lambda one: one[1].memory, default=None), disk, seconds, measured, unknown)
