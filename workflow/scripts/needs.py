@@ -35,7 +35,7 @@ UNKNOWN_MB = 8000  # asked for jobs of a model that has not been fetched
 # Method: (w, g, products). A layer's peak is w times its weight and g times its Gram, in float32, themselves included
 # (python -m tests.benchmarks.bench_memory); a solution takes as long as so many products of the two, with the default
 # parameters, by docs/benchmark.md at 2048 x 2048. What a method starts from, or chains, is added. Of frank_wolfe, awp,
-# admm, alps, reconstruct, awq, gqsa, chain and the certificate, (w, g) are bounds by their code, not measured yet.
+# admm, alps, reconstruct, awq, gqsa, chain, dense and the certificate, (w, g) are guesses, not measured yet.
 METHODS = {
     "dense": (3.0, 1.5, 0.0),
     "random": (6.5, 2.8, 0.5),
