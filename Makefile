@@ -11,7 +11,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 BIN := $(CURDIR)/.venv/bin
 RUN := PATH="$(BIN):$$PATH"
 
-.PHONY: reproduce test smoke lint regression report accept gallery decode benchmark clean
+.PHONY: reproduce test smoke lint regression estimate report accept gallery decode benchmark clean
 
 reproduce: .venv/installed
 	$(RUN) snakemake --cores $(CORES) $(CONFIG)
@@ -26,6 +26,9 @@ lint: .venv/installed
 	$(RUN) ruff check .
 	$(RUN) ruff format --check .
 	$(RUN) snakefmt --check Snakefile workflow
+
+estimate: .venv/installed  # memory, disk and time of the study, before it starts
+	$(RUN) python -m workflow.scripts.estimate $(CONFIG)
 
 regression: reproduce
 	$(RUN) python -m workflow.scripts.regression check --accepted results/accepted/$(STUDY)

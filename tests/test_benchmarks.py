@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from methods.catalogue import Catalogue
-from tests.benchmarks import suite, summary
+from tests.benchmarks import bench_memory, bench_model, suite, summary
 from tests.benchmarks.suite import CASES, Case
 from tests.brute_force import output_error
 
@@ -105,3 +105,23 @@ def test_the_figure_has_every_case_and_size(run: dict):
     assert [label.get_text() for label in gain.get_yticklabels()] == ["wanda 50% row", "gptq 4 bits g128"]
     assert [line.get_label() for line in to_floor.lines][:3] == ["512", "1024", "2048"]
     assert all(set(line.get_xdata()) == {2.0} for line in to_floor.lines[:3])
+
+
+def test_minutes_of_a_model_from_some_of_its_blocks(capsys):
+    few = ["--shape", "tiny", "--samples", "2", "--length", "16", "--device", "cpu", "--threads", "1"]
+    bench_model.main([*few, "--methods", "wanda", "sparse_swaps:swaps=2,warm_start=magnitude"])
+    *_, head, _, wanda, swaps, _, about = capsys.readouterr().out.splitlines()
+    assert head.count("|") == wanda.count("|") == swaps.count("|") and "sparse_swaps:swaps=2" in swaps
+    assert about.startswith("tiny, 5 blocks from 2, 2 x 16 tokens, 50% row, bfloat16; ")
+    first, slow, fast = (bench_model.Phases(seconds, 2 * seconds, 0.0) for seconds in (50.0, 4.0, 2.0))
+    measured = bench_model.Measured("method", first, [slow, fast], 1.0, None)
+    assert measured.minutes(40) == (40 * 9 / 60, 40 * 6 / 60)
+    with pytest.raises(SystemExit):
+        bench_model.main([*few, "--blocks", "1"])
+
+
+def test_a_peak_is_fitted_from_above():
+    fitted = bench_memory.fitted
+    assert fitted([(400, 100, 900.0), (100, 400, 600.0)]) == (2.0, 1.0)
+    w, g = fitted([(400, 100, 900.0), (100, 400, 600.0), (200, 200, 640.0)])
+    assert all(w * a + g * b >= measured for a, b, measured in ((400, 100, 900), (100, 400, 600), (200, 200, 640)))

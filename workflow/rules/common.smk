@@ -13,8 +13,10 @@ from snakemake_interface_common.exceptions import WorkflowError
 
 from methods.catalogue import PACKAGES, SHARED_SOURCES
 from workflow.scripts import recall, sources, task_sets
+from workflow.scripts.estimate import Limits, free_disk, machine_memory, operations_per_second, refusals, short, total
 from workflow.scripts.fingerprint import sha256
 from workflow.scripts.grid import canonical, plan
+from workflow.scripts.needs import Job, Needs
 from workflow.scripts.plot import FIGURES
 from workflow.scripts.runtime import InputError, unlock_after_death
 
@@ -28,6 +30,7 @@ try:
     PLAN = plan(config, check_sources=True)
 except InputError as error:
     raise WorkflowError(str(error)) from None
+NEEDS = Needs(PLAN)
 for sentence in PLAN.warnings():
     logger.warning(f"warning: {sentence}")
 
@@ -140,14 +143,9 @@ def paths_of_model(model):
     return list(map(str, sources.model_files(PLAN.models[model])))
 
 
-def model_mb(wildcards):
-    """Megabytes that a job with the whole model takes: the process, the weights, their copies and activations."""
-    return 1500 + 8 * size_of_model(wildcards.model) // 1_000_000
-
-
-@cache
-def size_of_model(model):
-    return sum(Path(file).stat().st_size for file in paths_of_model(model))
+def model_mb(wildcards, attempt, rulename):
+    """Megabytes that a job with a model asks for; a retry may need more than was estimated."""
+    return attempt * NEEDS.mem_mb(Job(rulename, wildcards))
 
 
 def forward_dtype(wildcards):
@@ -236,3 +234,26 @@ def gather_partial():
     page = ["--study", STUDY, "--tables", f"{out}/tables", "--out", f"{out}/report.html", "--figures", *svgs]
     subprocess.run([sys.executable, "-m", "workflow.scripts.report_page", *page])
     logger.error(f"Some cells failed. What is done, with the reasons of the rest, is in {out}/; the next run retries.")
+
+
+def preflight():
+    """Print what the jobs take together and refuse what cannot fit, before the first one starts."""
+    jobs = [Job(job.rule.name, job.wildcards_dict) for job in workflow.dag.needrun_jobs()]
+    asked = workflow.global_resources.get("mem_mb").value
+    limits = [(asked * 1e6, "--resources allow")] if asked else []
+    if workflow.local_exec:  # elsewhere what this machine has says nothing
+        limits.append((machine_memory(), "this machine has"))
+    memory, whose = min(limits, default=(None, ""))
+    told = workflow.resource_settings.overwrite_resources
+    told = {rule: own["mem_mb"] for rule, own in told.items() if "mem_mb" in own}
+    given = {rule: None if own.is_evaluable() else own.value * 1e6 for rule, own in told.items()}
+    limits = Limits(memory, whose, free_disk(Path("results")), given)
+    found = total(NEEDS, jobs, workflow.cores or workflow.nodes, operations_per_second())
+    if found.largest or found.unknown:
+        logger.info(short(NEEDS, found, limits))
+    if sentences := list(refusals(NEEDS, jobs, found, limits)):
+        raise WorkflowError(" ".join(sentences))
+
+
+onstart:
+    preflight()

@@ -28,7 +28,7 @@ rule compress:
     benchmark:
         "results/cells/{model}/{calib}/{mode}/{cell}/benchmark.tsv"
     resources:
-        mem_mb=lambda wildcards: model_mb(wildcards) * (3 if "tune" in cell_of(wildcards).spec else 1),
+        mem_mb=model_mb,
     params:
         model=model_json,
         cell=lambda wildcards: cell_of(wildcards).params,

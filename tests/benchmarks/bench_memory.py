@@ -1,0 +1,101 @@
+"""What a method takes besides the process: the table METHODS of workflow/scripts/needs.py.
+
+    python -m tests.benchmarks.bench_memory [method ...]
+
+Each case of the suite solves layers of several shapes as a cell's job does: solved, judged, written into a bfloat16
+module, packed. The peak above what the process had before is fitted from above by w times the weight and g times the
+Gram, both in float32. Needs Linux, which can reset a process's peak.
+"""
+
+import argparse
+import ctypes
+import gc
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from methods.base import Gram, Layer, Statistics, Target
+from tests.benchmarks.suite import CASES
+from workflow.scripts import models, packed
+from workflow.scripts.compress import Solver
+from workflow.scripts.lower_bound import lower_bound
+
+SHAPES = ((4096, 1024), (2048, 2048), (1024, 2560))  # the weight is 4 times the Gram, as large, two fifths
+CERTIFICATE = "certificate"  # the bound on a layer's masks, which is no method
+FEW = {"swaps": 3}  # of parameters that say how long a method goes on, in as much memory
+BOUNDED = {"row": Target(0.5), "layer": Target(0.5, "layer"), "2:4": Target(pattern="2:4")}
+
+
+def build(out: int, inputs: int) -> Layer:
+    """A layer whose inputs correlate by 0.7 to the power of their distance."""
+    rng = torch.Generator().manual_seed(0)
+    scale, places = torch.exp(0.5 * torch.randn(inputs, generator=rng)), torch.arange(inputs)
+    matrix = 0.7 ** (places - places[:, None]).abs().float() * scale * scale[:, None]
+    mean = 0.2 * scale
+    statistics = Statistics(128, mean, scale, scale.square(), torch.randn(512, inputs, generator=rng) * scale)
+    return Layer("layer", 0.02 * torch.randn(out, inputs, generator=rng), Gram(matrix, 2 * inputs), statistics)
+
+
+def resident(field: str) -> int:
+    """Bytes of this process's memory, VmRSS now or VmHWM at most."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
+    return 1024 * int(line.split()[1])
+
+
+def solved(case: str, layer: Layer) -> None:
+    """The layer through a case, as a cell's job takes it."""
+    if case.startswith(CERTIFICATE):
+        lower_bound(layer, BOUNDED[case.split()[1]])
+        return
+    chosen = CASES[case]
+    dtype = torch.bfloat16
+    linear = models.Linear(layer.name, layer.name, torch.nn.Linear(*layer.weight.shape[::-1], dtype=dtype), False)
+    built = replace(chosen.built, **{key: few for key, few in FEW.items() if hasattr(chosen.built, key)})
+    result, _ = Solver(chosen.method, built, chosen.target, 0, dtype).solve(layer)
+    linear.replace(result.weight)
+    packed.parts_of(result, chosen.target, dtype)
+
+
+def peak(case: str, out: int, inputs: int) -> float:
+    """Bytes that the process holds at most while the case runs, less what it held without the layer."""
+    solved(case, build(256, 256))  # what is compiled and imported
+    layer = build(out, inputs)
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # what earlier cases have left
+    before = resident("VmRSS") - layer.weight.nbytes - layer.gram.matrix.nbytes
+    Path("/proc/self/clear_refs").write_text("5")
+    solved(case, layer)
+    return resident("VmHWM") - before
+
+
+def fitted(peaks: list[tuple[int, int, float]]) -> tuple[float, float]:
+    """(w, g): the closest w W + g G of all that no peak (bytes of W, of G, measured) exceeds."""
+    w, g = np.meshgrid(np.arange(0, 16.05, 0.1), np.arange(0, 16.05, 0.1))
+    ratios = np.stack([(w * weight + g * gram) / measured for weight, gram, measured in peaks])
+    worst = np.where(ratios.min(0) >= 1, ratios.max(0), np.inf)
+    best = np.unravel_index(worst.argmin(), worst.shape)
+    return float(w[best]), float(g[best])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("methods", nargs="*")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    for method in args.methods or [*dict.fromkeys(case.method for case in CASES.values()), CERTIFICATE]:
+        cases = [name for name, case in CASES.items() if case.method == method]
+        cases = cases or [f"{CERTIFICATE} {pattern}" for pattern in BOUNDED]
+        peaks = []
+        for case in cases:
+            for out, inputs in SHAPES:
+                measured = peak(case, out, inputs)
+                print(f"    # {case}, {out} x {inputs}: {measured / 1e6:.0f} MB", flush=True)
+                peaks.append((4 * out * inputs, 4 * inputs * inputs, measured))
+        w, g = fitted(peaks)
+        print(f'    "{method}": ({w:.1f}, {g:.1f}),', flush=True)
+
+
+if __name__ == "__main__":
+    main()
