@@ -46,7 +46,7 @@ def test_headers_give_the_layers_of_every_family(family, tmp_path):
     assert found == linears
     assert shape.parameters == sum(parameter.numel() for parameter in model.parameters())
     assert (shape.depth, shape.vocabulary) == (len(models.find_blocks(model)[1]), VOCABULARY)
-    taps, _ = Stream(model, tokens(2)).collect(0)
+    taps = Stream(model, tokens(2)).collect(0)
     (most, *_) = shape.blocks
     inputs = Counter(size for size, _ in most.taps)
     own = Counter(len(tap.gram.matrix) for tap in taps)

@@ -104,7 +104,7 @@ def walk(model: LlamaForCausalLM, tokens: Tensor, solver: Solver) -> Iterator[Ph
     stream = Stream(model, tokens)
     for index in range(len(stream.blocks)):
         start = now(stream.device)
-        taps: list[Tap] = stream.collect(index)[0]
+        taps: list[Tap] = stream.collect(index)
         collected = now(stream.device)
         for _ in visit(model, [(index, in_turn(taps))], solver.solve, lambda row: None):
             pass
