@@ -144,7 +144,7 @@ def refusals(needs: Needs, jobs: Iterable[Job], found: Total, limits: Limits) ->
     worst: tuple[float, Job] | None = None
     for job in jobs if limits.memory is not None else ():
         need = needs.need(job)
-        taken = limits.given.get(job.rule, need.memory) if need else None
+        taken = limits.given.get(job.rule, need.least) if need else None
         if taken is not None and taken > limits.memory and (worst is None or taken > worst[0]):
             worst = taken, job
     if worst:

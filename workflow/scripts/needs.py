@@ -20,11 +20,14 @@ from workflow.scripts.task_sets import BATCH
 
 PROCESS = 650e6  # bytes of Python with torch, transformers and the compiled loops
 BLOCKS_HELD = 3  # of a model that is read block by block: the one that is run, the next, and its mapped file
-GRAM_ENTRY = 12  # bytes per entry of a Gram while it is summed: a float64 total and a float32 run
+# Bytes per entry of a Gram while it is summed: a float64 total, and a float32 run, which experts of one width share.
+GRAM_TOTAL, GRAM_RUN = 8, 4
 BATCH_BYTES = 2**22  # of a batch's widest activations, unless one sequence has more (propagate.BATCH_BYTES)
 ACTIVATIONS = 8  # tensors of that size at a time
 HIDDEN_FILES = 2  # files of all hidden states on disk: what enters a block and what leaves it
 LOGITS_AT_ONCE = 2**23  # of a batch of windows (evaluate.LOGITS_AT_ONCE)
+ROWS = 1024  # tokens whose logits are in float32 at a time (evaluate.ROWS)
+FITS = 0.7  # of the free memory: more than that, and the blocks are read whenever they are run (streaming.SHARE)
 TASK_TOKENS = 1024  # of the longest sequence that a zero-shot task asks for
 READ = 8  # float32 copies of a layer while it is unpacked from a cell's file
 TUNED = 24  # bytes per parameter of all blocks that tuning stages hold: results, codes, gradients and their moments
@@ -68,13 +71,18 @@ ASKED_TOKENS = 100_000  # of a zero-shot task
 
 @dataclass(frozen=True)
 class Need:
-    """memory: bytes at most. disk: bytes that stay in results/. passing: more of them while the job runs.
-    work: floating point operations."""
+    """memory: bytes at most. disk: bytes that stay, of a Gram store in the folder of all stores, else in results/.
+    passing: more of them while the job runs. work: floating point operations. least: bytes of memory with which the
+    job ends, if later (default: memory)."""
 
     memory: float
     disk: float = 0.0
     passing: float = 0.0
     work: float = 0.0
+    least: float = 0.0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "least", self.least or self.memory)
 
 
 @dataclass(frozen=True)
@@ -187,26 +195,27 @@ class Needs:
             memory = max(memory, model.tuning(calib["length"], cell.spec["tune"]))
             epochs = sum(stage["epochs"] for stage in cell.spec["tune"].values())
             work += 4 * epochs * model.forward(tokens)
-        # The job evaluates what it has compressed.
+        # The job evaluates what it has compressed, by a model of its own: what lies outside the blocks is there twice.
         texts = [self._perplexity(model, Job("", {"evaluation": name})) for name in self.plan.evaluations]
         others = texts + [self._tasks(model, Job("", {"tasks": name})) for name in self.plan.tasks]
-        memory = max([memory, *(need.memory for need in others)])
+        twice = model.size * model.shape.outside
+        least = max([memory, *(twice + need.least for need in others)])
+        memory = max([memory, *(twice + need.memory for need in others)])
         stored = model.shape.total(lambda block: model.stored(block, target, changed))
         passing = max([passing + stored, *(need.passing for need in others)])
-        return Need(memory, stored + CELL_FILES, passing, work + sum(need.work for need in others))
+        return Need(memory, stored + CELL_FILES, passing, work + sum(need.work for need in others), least)
 
     def _perplexity(self, model: Model, job: Job) -> Need:
         spec = self.plan.evaluations[job.wildcards["evaluation"]]
         length, windows = spec["length"], spec.get("samples")
         tokens = windows * length if windows else TEXT_TOKENS
         work = model.forward(tokens) + 2 * model.shape.vocabulary * model.shape.hidden * tokens
-        return Need(model.evaluating(length), 0.0, model.states(tokens), work)
+        return Need(model.evaluating(length, tokens), 0.0, model.states(tokens), work)
 
     def _tasks(self, model: Model, job: Job) -> Need:
         spec = self.plan.tasks[job.wildcards["tasks"]]
-        return Need(
-            model.answering(spec.get("batch", BATCH)), 0.0, 0.0, model.forward(ASKED_TOKENS * len(spec["tasks"]))
-        )
+        memory, least = model.answering(spec.get("batch", BATCH))
+        return Need(memory, work=model.forward(ASKED_TOKENS * len(spec["tasks"])), least=least)
 
     def _certificate(self, model: Model, job: Job) -> Need:
         w, g, products = CERTIFICATE
@@ -236,6 +245,13 @@ def _methods_in(params: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
         for one in value if isinstance(value, list) else [value]:
             if isinstance(one, Mapping) and len(one) == 1 and isinstance(next(iter(one.values())), Mapping):
                 yield one
+
+
+def summed(block: Block) -> float:
+    """Bytes of a block's Grams while they are summed, and of the rows of inputs that are kept."""
+    runs = [size for size, share in block.taps if share == 1] + list({size for size, share in block.taps if share < 1})
+    rows = sum((2 if share < 1 else 1) * SAMPLE * size for size, share in block.taps)  # an expert's may be twice
+    return GRAM_TOTAL * block.gram_entries + GRAM_RUN * sum(size**2 for size in runs) + 4 * rows
 
 
 def _kind(cell: Cell, study: Plan) -> tuple[Any, ...]:
@@ -279,27 +295,34 @@ class Model:
 
     def calibrating(self, length: int) -> float:
         """Peak of a pass that sums the Grams of a block."""
-        entries = max((block.gram_entries for block in self.shape.blocks), default=0)
-        return self.streamed + self.activations(length) + GRAM_ENTRY * entries
+        return self.streamed + self.activations(length) + max(map(summed, self.shape.blocks), default=0)
 
-    def evaluating(self, length: int) -> float:
-        """Peak of the perplexity of windows of `length` tokens."""
-        window = length * self.shape.vocabulary
-        logits = self.size * max(window, min(LOGITS_AT_ONCE, 8 * window)) + 8 * window  # two copies in float32 of one
-        unpacked = 4 * READ * math.prod(self.shape.largest_layer)
-        return self.streamed + max(self.activations(length) + logits, unpacked)
+    def evaluating(self, length: int, tokens: int) -> float:
+        """Peak of the perplexity of `tokens` tokens in windows of `length`."""
+        batch = max(length, min(tokens, LOGITS_AT_ONCE // self.shape.vocabulary))  # tokens
+        logits = (self.size * batch + 8 * min(ROWS, length)) * self.shape.vocabulary  # two copies in float32 of some
+        return self.streamed + max(self.activations(batch) + logits, self.unpacked)
 
-    def answering(self, batch: int) -> float:
-        """Peak of zero-shot tasks, which take the whole model."""
+    @property
+    def unpacked(self) -> float:
+        """Of a layer of a cell's file."""
+        return 4 * READ * math.prod(self.shape.largest_layer)
+
+    def answering(self, batch: int) -> tuple[float, float]:
+        """Peak of zero-shot tasks with all blocks in memory, and with each read whenever it is run."""
         logits = batch * TASK_TOKENS * self.shape.vocabulary * (self.size + 8)
-        own = PROCESS + self.whole + self.size * self.block
-        return own + batch * self.activations(TASK_TOKENS) + logits
+        batch = max(self.activations(batch * TASK_TOKENS) + logits, self.unpacked)
+        outside, blocks = self.size * self.shape.outside, self.whole - self.size * self.shape.outside
+        fitting = max(blocks / FITS, blocks + 2 * self.size * self.block + batch)
+        least = self.streamed + batch
+        return max(PROCESS + outside + fitting, least), least
 
     def tuning(self, length: int, stages: Mapping[str, Any]) -> float:
         """Peak of the tuning stages, which take the whole model and the gradients of a block or of all."""
         batch, depth = max(stage["batch"] for stage in stages.values()), self.shape.depth if "end" in stages else 1
         kept = 4 * batch * length * (ACTIVATIONS * self.shape.widest * depth + 3 * self.shape.vocabulary)
-        return PROCESS + self.whole + TUNED * (self.shape.parameters - self.shape.outside) + kept
+        outside = self.size * self.shape.outside  # of the model that is read block by block afterwards
+        return PROCESS + self.whole + outside + TUNED * (self.shape.parameters - self.shape.outside) + kept
 
     def states(self, tokens: int) -> float:
         """Bytes of the files of hidden states."""
