@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from dag import CONFIG, ROOT, snakemake, tiny_project, tiny_study
 from families import FAMILIES, VOCABULARY, build, tokens
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig
 
 from methods.catalogue import Catalogue
 from workflow.scripts import estimate, evaluate, models, needs, shapes, streaming
@@ -136,9 +136,31 @@ def test_a_figure_of_the_user_takes_the_estimate_s_place(tmp_path):
     (sentence,) = refusals(own, jobs, found, Limits(1e8, "this machine has", 1e15))
     assert "this machine has 100 MB" in sentence and "--set-resources compress:mem_mb=N" in sentence
     for given, refused in ((9e7, 0), (2e8, 1), (None, 0)):
-        assert len(list(refusals(own, jobs, found, Limits(1e8, "", 1e15, {"compress": given})))) == refused
+        assert len(list(refusals(own, jobs, found, Limits(1e8, "", 1e15, given={"compress": given})))) == refused
     (sentence,) = refusals(own, jobs, found, Limits(None, "", found.disk - 1))
     assert "of disk" in sentence
+
+
+def test_gram_stores_count_where_they_are(tmp_path, monkeypatch):
+    build("llama").save_pretrained(tmp_path)
+    own = study_of(tmp_path)
+    found = total(own, own.jobs(), 2, 1e9)
+    (gram,) = [own.need(job) for job in own.jobs() if job.rule == "gram"]
+    assert found.stores == gram.disk + gram.passing
+    for limits, refused in (
+        ((found.disk, found.stores), []),
+        ((found.disk - 1, found.stores), ["results/ is"]),
+        ((found.disk, found.stores - 1), ["Gram stores are"]),
+        ((found.disk + found.stores, None), []),
+        ((found.disk + found.stores - 1, None), ["results/ is"]),
+    ):
+        sentences = list(refusals(own, [], found, Limits(None, "", *limits)))
+        assert len(sentences) == len(refused) and all(part in s for part, s in zip(refused, sentences, strict=True))
+    monkeypatch.setenv("LAYERWISE_CACHE", "/proc/grams")
+    free, stores = estimate.disks(tmp_path / "results")
+    assert free > stores == 0
+    monkeypatch.setenv("LAYERWISE_CACHE", str(tmp_path / "absent" / "grams"))
+    assert estimate.disks(tmp_path / "results")[1] is None
 
 
 @pytest.mark.parametrize(
@@ -212,7 +234,7 @@ def test_a_run_that_cannot_fit_is_refused_before_its_first_job(tmp_path):
     assert not (folder / "results").exists() and "localrule" not in refused.output
     allowed = snakemake(folder, *asked, "--set-resources", "gram:mem_mb=90")
     assert allowed.status == 0, allowed.output
-    assert "Estimate: at most" in allowed.output
+    assert "of memory, for gram of the model 'tiny'" in allowed.output
     own = Needs(plan(tiny_study() | {"models": {"tiny": {"path": str(next(folder.glob("a model*")))}}}))
     need = own.need(next(own.jobs()))
     written = sum(path.stat().st_size for path in (folder / "results").rglob("block-*.safetensors"))

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
-import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,13 +17,12 @@ from torch import Tensor
 from methods.base import Gram, Statistics
 from workflow.scripts.fingerprint import sha256
 from workflow.scripts.models import Blocks
-from workflow.scripts.runtime import InputError, write_atomic
+from workflow.scripts.runtime import InputError, gram_stores, write_atomic
 from workflow.scripts.taps import Tap
 
 STATISTICS = ("mean", "absmean", "sequence_variance", "sample")
 INDEX = "index.json"
 USERS = "users.txt"
-CACHE = "LAYERWISE_CACHE"  # environment variable
 
 
 def block_file(index: int) -> str:
@@ -92,7 +90,7 @@ def shared_blocks(
 
 def cache() -> Path:
     """The folder of all Gram stores, which studies in other folders may share."""
-    return Path(os.environ.get(CACHE) or "results/grams")
+    return gram_stores()
 
 
 def content(
