@@ -57,19 +57,23 @@ def read_index(folder: Path) -> dict[str, Any]:
 def read_block(folder: Path, index: int) -> Iterator[Tap]:
     """The taps of one block, each read when its turn comes; no other block is read.
 
+    The file is opened for each tap: what has been read of a mapped file counts as memory until it is closed.
+
     Raises InputError when its file is absent or damaged.
     """
     contents = read_index(folder)
     try:
-        with safe_open(Path(folder) / block_file(index), "pt") as file:
-            for name, entry in contents["blocks"][index].items():
-                gram = Gram(file.get_tensor(f"{name}/gram"), entry["tokens"])
-                fields = {field: file.get_tensor(f"{name}/{field}") for field in STATISTICS}
-                statistics = Statistics(length=contents["length"], **fields)
-                yield Tap(name, tuple(entry["layers"]), tuple(entry["inside"]), gram, statistics, entry["scope"])
-                del gram, fields, statistics
+        for name, entry in contents["blocks"][index].items():
+            yield _tap(Path(folder) / block_file(index), name, entry, contents["length"])
     except (OSError, SafetensorError) as error:
         raise InputError(f"The Gram file {block_file(index)} of {folder} cannot be read: {error}.") from error
+
+
+def _tap(path: Path, name: str, entry: Mapping[str, Any], length: int) -> Tap:
+    with safe_open(path, "pt") as file:
+        gram = Gram(file.get_tensor(f"{name}/gram"), entry["tokens"])
+        statistics = Statistics(length=length, **{field: file.get_tensor(f"{name}/{field}") for field in STATISTICS})
+    return Tap(name, tuple(entry["layers"]), tuple(entry["inside"]), gram, statistics, entry["scope"])
 
 
 def shared_blocks(
