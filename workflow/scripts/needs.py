@@ -29,6 +29,7 @@ LOGITS_AT_ONCE = 2**23  # of a batch of windows (evaluate.LOGITS_AT_ONCE)
 ROWS = 1024  # tokens whose logits are in float32 at a time (evaluate.ROWS)
 FITS = 0.7  # of the free memory: more than that, and the blocks are read whenever they are run (streaming.SHARE)
 TASK_TOKENS = 1024  # of the longest sequence that a zero-shot task asks for
+SCORING = 8 * 6 * 512  # bytes per input of a layer: rows in float64 while its result is scored (compress.SCORED)
 READ = 8  # float32 copies of a layer while it is unpacked from a cell's file
 TUNED = 24  # bytes per parameter of all blocks that tuning stages hold: results, codes, gradients and their moments
 SAMPLE = 512  # rows of inputs that a Gram store keeps, at most (taps.SAMPLE_ROWS)
@@ -166,7 +167,8 @@ class Needs:
         rows = min(SAMPLE, tokens) + 3
         store = 4 * run.shape.total(lambda one: one.gram_entries + sum(rows * inputs for inputs, _ in one.taps))
         work = run.forward(tokens) + run.gram_work(tokens)
-        return Need(run.calibrating(calib["length"]), store, run.states(tokens), work)
+        before = max(map(kept, run.shape.blocks), default=0)  # the Grams of a block while those of the next are summed
+        return Need(run.calibrating(calib["length"]) + before, store, run.states(tokens), work)
 
     def _compress(self, model: Model, job: Job) -> Need:
         cell = self.cell(job)
@@ -180,7 +182,7 @@ class Needs:
         peaks, works = [], []
         for block in model.shape.blocks:
             grams = 4 * block.gram_entries if sequential else 0
-            solving = [4 * (w * out * size + g * size**2) for out, size, _ in block.layers]
+            solving = [4 * (w * out * size + g * size**2) + SCORING * size for out, size, _ in block.layers]
             peaks.append(max(solving, default=0) + grams + model.stored(block, target, changed))
             works.append(model.shape.blocks[block] * sum(2 * out * size**2 for out, size, _ in block.layers))
         memory, work, passing = model.streamed + max(peaks), products * sum(works), 0.0
@@ -250,8 +252,20 @@ def _methods_in(params: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
 def summed(block: Block) -> float:
     """Bytes of a block's Grams while they are summed, and of the rows of inputs that are kept."""
     runs = [size for size, share in block.taps if share == 1] + list({size for size, share in block.taps if share < 1})
-    rows = sum((2 if share < 1 else 1) * SAMPLE * size for size, share in block.taps)  # an expert's may be twice
-    return GRAM_TOTAL * block.gram_entries + GRAM_RUN * sum(size**2 for size in runs) + 4 * rows
+    added = GRAM_TOTAL * max((size**2 for size, _ in block.taps), default=0)  # a run in float64, before it is added
+    rows = sum(size for size, share in block.taps if share < 1)  # of an expert there may be twice as many
+    return (
+        kept(block)
+        + (GRAM_TOTAL - 4) * block.gram_entries
+        + GRAM_RUN * sum(size**2 for size in runs)
+        + added
+        + 4 * SAMPLE * rows
+    )
+
+
+def kept(block: Block) -> float:
+    """Bytes of a block's Grams in float32, and of the rows of inputs beside them."""
+    return 4 * (block.gram_entries + SAMPLE * sum(size for size, _ in block.taps))
 
 
 def _kind(cell: Cell, study: Plan) -> tuple[Any, ...]:
