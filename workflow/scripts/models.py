@@ -206,6 +206,7 @@ class Blocks:
     """The blocks of a model; these of one that is whole in memory.
 
     with blocks.open(index) as block:    # within it the block has its weights
+    with blocks.outside():               # within it so has what lies outside the blocks
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -219,6 +220,10 @@ class Blocks:
     @contextmanager
     def open(self, index: int) -> Iterator[nn.Module]:
         yield self.modules[index]
+
+    @contextmanager
+    def outside(self) -> Iterator[None]:
+        yield
 
     def change(self, write: Callable[[int, nn.Module], None]) -> None:
         """Have the weights of each block, of which the index is given, written to before anything else sees them."""

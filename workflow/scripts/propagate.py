@@ -181,7 +181,7 @@ class Stream:
         self._calls: list[list[Call]] = []  # per batch, of every block
         parts = tokens.split(sequences_per_batch or self._batch())
         self.inputs: Sequence[Tensor] = []
-        with torch.no_grad():
+        with torch.no_grad(), self.source.outside():
             self._skip = self._probe(tokens)  # per block but the last; empty where all must be run
             hidden = (self._embed(part.to(self.device)) for part in parts)
             if start and folder:

@@ -92,7 +92,7 @@ class Evaluation:
             blocks = LazyBlocks(self.model, self.device)
             apply_weights(blocks, self.weights)
         if self.kind == "perplexity":
-            found = evaluate_text(blocks, self.data, self.weights.with_name(".states"), self.name)
+            found = evaluate_text(blocks, self.data, self.weights.with_name(f".states-{self.data.stem}"), self.name)
         else:
             from workflow.scripts.zero_shot import evaluate_tasks
 
