@@ -133,9 +133,14 @@ def paths_of_model(model):
     return list(map(str, sources.model_files(PLAN.models[model])))
 
 
-def model_mb(wildcards):
+def model_mb(wildcards, attempt=1):
     """Megabytes that a job with the whole model takes: the process, the weights, their copies and activations."""
-    return 1500 + 8 * size_of_model(wildcards.model) // 1_000_000
+    return attempt * (1500 + 8 * size_of_model(wildcards.model) // 1_000_000)
+
+
+def runtime_min(wildcards, attempt=1):
+    """Minutes that a cluster grants a job with the whole model; retries get more."""
+    return attempt * (30 + 30 * size_of_model(wildcards.model) // 10**9)
 
 
 @cache
