@@ -92,7 +92,8 @@ class Cluster:
 
     @property
     def environment(self) -> dict[str, str]:
-        return {"SLURM_CONF": str(self.folder / "slurm.conf")}
+        path = os.pathsep.join([str(self.folder / "bin"), os.environ.get("PATH", os.defpath)])
+        return {"SLURM_CONF": str(self.folder / "slurm.conf"), "PATH": path}
 
     def __enter__(self) -> Cluster:
         self.folder = Path(tempfile.mkdtemp(prefix="slurm-"))  # a socket's path is short
@@ -132,6 +133,11 @@ class Cluster:
             nodes="\n".join(nodes),
         )
         (self.folder / "slurm.conf").write_text(config, "utf-8")
+        # The plugin's job steps drop SLURM_*, the place of the configuration included.
+        srun = self.folder / "bin" / "srun"
+        srun.parent.mkdir()
+        srun.write_text(f"#!/bin/sh\nSLURM_CONF={self.folder}/slurm.conf exec {program('srun')} \"$@\"\n", "utf-8")
+        srun.chmod(0o755)
         key = self.folder / "munge.key"
         key.write_bytes(os.urandom(1024))
         key.chmod(0o600)

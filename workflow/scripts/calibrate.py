@@ -18,6 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from methods.base import Gram, Statistics
+from workflow.scripts.devices import take
 from workflow.scripts.models import load, set_threads
 from workflow.scripts.propagate import Stream
 from workflow.scripts.runtime import InputError, report_errors
@@ -126,6 +127,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args(argv)
 
+    take(args.device)
     set_threads(args.threads)
     tokens = torch.from_numpy(read_tokens(args.tokens)[0])
     model = {**args.model, "dtype": args.dtype} if args.dtype else args.model

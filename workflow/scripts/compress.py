@@ -28,6 +28,7 @@ from methods.target import Target
 from workflow.scripts import models, packed
 from workflow.scripts.accounting import bits_per_weight
 from workflow.scripts.calibrate import shared_blocks
+from workflow.scripts.devices import peak_gpu_mb, take
 from workflow.scripts.propagate import Stream
 from workflow.scripts.recall import foresee
 from workflow.scripts.runtime import (
@@ -109,6 +110,7 @@ class Solver:
             "damping": result.info.get("damping"),
             "seconds": seconds,
             "peak_mb": peak_mb(),
+            "peak_gpu_mb": peak_gpu_mb(layer.weight.device.type),
         }
 
 
@@ -282,7 +284,8 @@ def compressed(args: argparse.Namespace) -> tuple[PreTrainedModel, dict[str, Any
         **calibration_facts(info, args.dtype or models.dtype_name(model)),
     }
     seconds = time.perf_counter() - start
-    record = {"columns": columns, "provenance": facts, "seconds": seconds, "peak_mb": peak_mb(), "model": args.model}
+    peaks = {"peak_mb": peak_mb(), "peak_gpu_mb": peak_gpu_mb(args.device)}
+    record = {"columns": columns, "provenance": facts, "seconds": seconds, **peaks, "model": args.model}
     return model, record | ({"tuning": tuner.history} if stages else {})
 
 
@@ -301,6 +304,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     models.set_threads(args.threads)
     with record_failure(args.out, "compress"):
+        take(args.device)
         run(args)
 
 
