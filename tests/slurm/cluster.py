@@ -19,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "squeue", "scontrol")
@@ -136,7 +136,7 @@ class Cluster:
         # The plugin's job steps drop SLURM_*, the place of the configuration included.
         srun = self.folder / "bin" / "srun"
         srun.parent.mkdir()
-        srun.write_text(f"#!/bin/sh\nSLURM_CONF={self.folder}/slurm.conf exec {program('srun')} \"$@\"\n", "utf-8")
+        srun.write_text(f'#!/bin/sh\nSLURM_CONF={self.folder}/slurm.conf exec {program("srun")} "$@"\n', "utf-8")
         srun.chmod(0o755)
         key = self.folder / "munge.key"
         key.write_bytes(os.urandom(1024))
@@ -169,7 +169,7 @@ class Cluster:
             )
 
     def stop(self, name: str, how: signal.Signals = signal.SIGTERM) -> None:
-        """End a daemon; a node's that is killed leaves its jobs running, as a network that is cut would."""
+        """End a daemon."""
         daemon = self.daemons.pop(name)
         daemon.send_signal(how)
         try:
@@ -177,6 +177,18 @@ class Cluster:
         except subprocess.TimeoutExpired:
             daemon.kill()
             daemon.wait()
+
+    def kill_node(self, node: str) -> None:
+        """As by a cut of its power: its slurmd and all that it runs are gone, and SLURM knows, as it would in time."""
+        for process in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):
+                variables = (process / "environ").read_bytes().split(b"\0")
+                if {f"SLURM_CONF={self.folder}/slurm.conf".encode(), f"SLURMD_NODENAME={node}".encode()} <= {
+                    *variables
+                }:
+                    os.kill(int(process.name), signal.SIGKILL)
+        self.stop(node, signal.SIGKILL)
+        self.ask("scontrol", "update", f"NodeName={node}", "State=DOWN", "Reason=killed")
 
     def ask(self, *command: str, timeout: float = 30) -> str:
         """Output of one of SLURM's commands; empty where it fails."""
