@@ -93,14 +93,14 @@ def read_index(folder: Path) -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def read_block(folder: Path, index: int) -> Iterator[Tap]:
-    """The taps of one block, each read when its turn comes; no other block is read.
+def read_block(folder: Path, index: int, device: str = "cpu") -> Iterator[Tap]:
+    """The taps of one block on a device, each read when its turn comes; no other block is read.
 
     Raises InputError when its file is absent or damaged.
     """
     contents = read_index(folder)
     try:
-        with safe_open(Path(folder) / block_file(index), "pt") as file:
+        with safe_open(Path(folder) / block_file(index), "pt", device=device) as file:
             for name, entry in contents["blocks"][index].items():
                 gram = Gram(file.get_tensor(f"{name}/gram"), contents["tokens"])
                 fields = {field: file.get_tensor(f"{name}/{field}") for field in STATISTICS}
@@ -111,10 +111,10 @@ def read_block(folder: Path, index: int) -> Iterator[Tap]:
         raise InputError(f"The Gram file {block_file(index)} of {folder} cannot be read: {error}.") from error
 
 
-def shared_blocks(folder: Path) -> Iterator[tuple[int, Iterator[Tap]]]:
+def shared_blocks(folder: Path, device: str = "cpu") -> Iterator[tuple[int, Iterator[Tap]]]:
     """The blocks of a Gram store with their numbers, each tap read when its turn comes."""
     for index in range(len(read_index(folder)["blocks"])):
-        yield index, read_block(folder, index)
+        yield index, read_block(folder, index, device)
 
 
 def main(argv: list[str] | None = None) -> None:

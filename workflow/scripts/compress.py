@@ -245,7 +245,7 @@ def compressed(args: argparse.Namespace) -> tuple[PreTrainedModel, dict[str, Any
     def blocks() -> tuple[Iterator[tuple[int, Iterable[Tap]]], Stream | None]:
         """The taps of each block, and in sequential mode the stream that they come from."""
         if columns["mode"] == "shared":
-            return shared_blocks(args.gram), None
+            return shared_blocks(args.gram, args.device), None
         own = models.load({**args.model, "dtype": args.dtype}, args.device) if another else model
         stream = Stream(own, sequences)
         return sequential_blocks(stream, models.find_blocks(model)[1]), stream
