@@ -22,7 +22,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "squeue", "scontrol")
+PROGRAMS = ("setpriv", "munged", "slurmctld", "slurmd", "sbatch", "srun", "squeue", "scontrol")
 DAEMONS = "/usr/sbin"  # not on every user's PATH
 SECONDS = 30  # until every node is idle
 
@@ -160,7 +160,7 @@ class Cluster:
             raise RuntimeError(f"{command} is not installed (Debian: apt-get install slurm-wlm munge).")
         with (self.folder / f"{name}.out").open("ab") as out:
             self.daemons[name] = subprocess.Popen(
-                [path, *arguments],
+                ["setpriv", "--pdeathsig", "TERM", path, *arguments],  # whatever ends this process ends them
                 env={**os.environ, **self.environment},
                 stdin=subprocess.DEVNULL,
                 stdout=out,
@@ -180,6 +180,7 @@ class Cluster:
 
     def kill_node(self, node: str) -> None:
         """As by a cut of its power: its slurmd and all that it runs are gone, and SLURM knows, as it would in time."""
+        self.stop(node, signal.SIGKILL)  # first: it would report that its jobs have failed
         for process in Path("/proc").glob("[0-9]*"):
             with contextlib.suppress(OSError):
                 variables = (process / "environ").read_bytes().split(b"\0")
@@ -187,7 +188,6 @@ class Cluster:
                     *variables
                 }:
                     os.kill(int(process.name), signal.SIGKILL)
-        self.stop(node, signal.SIGKILL)
         self.ask("scontrol", "update", f"NodeName={node}", "State=DOWN", "Reason=killed")
 
     def ask(self, *command: str, timeout: float = 30) -> str:

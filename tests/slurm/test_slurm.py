@@ -146,7 +146,7 @@ def test_tables_equal_a_local_run_s_though_jobs_die(cluster, project):
     assert status == 0, output
     assert output.count("Trying to restart job") == 2  # SLURM itself starts the node's job again, under its number
     assert output.count(f"SLURM jobid {requeued} ") == 1
-    assert "status is: 'FAILED'" in output and "status is: 'CANCELLED'" in output
+    assert "status is: 'FAILED'" in output
     assert "Group job cell" in output and output.count("has been submitted with SLURM jobid") == 2 + 2 + 4 + 1
 
     here = snakemake(project, "--configfile", CONFIG, "--until", "tables")
