@@ -11,13 +11,15 @@ export OMP_WAIT_POLICY ?= PASSIVE
 BIN := $(CURDIR)/.venv/bin
 RUN := PATH="$(BIN):$$PATH"
 
-.PHONY: reproduce test smoke lint regression estimate report accept gallery decode benchmark clean
+.PHONY: reproduce test slurm smoke lint regression estimate report accept gallery decode benchmark clean
 
 reproduce: .venv/installed
 	$(RUN) snakemake --cores $(CORES) $(CONFIG)
 
 test: .venv/installed
 	$(RUN) python -m pytest
+
+slurm: .venv/slurm  # what profiles/slurm needs
 
 smoke: .venv/installed  # a small real run of the DAG in a folder of its own
 	$(RUN) python -m tests.smoke
@@ -64,6 +66,10 @@ clean:  # everything that can be computed again
 	rm -rf results/text results/tokens results/models results/calibration results/cells results/evaluations results/exports \
 		results/code results/tables results/partial results/benchmarks results/report.html
 	rm -rf figures/*.pdf figures/*.svg figures/*.png logs .snakemake
+
+.venv/slurm: .venv/installed requirements-slurm.lock
+	.venv/bin/python -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS) --requirement requirements-slurm.lock
+	@touch $@
 
 .venv/installed: requirements.lock
 	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed, %s came: make PYTHON=python3.11" % sys.version.split()[0])'

@@ -148,6 +148,11 @@ def model_mb(wildcards, attempt, rulename):
     return attempt * NEEDS.mem_mb(Job(rulename, wildcards))
 
 
+def runtime_min(wildcards, attempt, rulename, threads):
+    """Minutes that a cluster grants a job with a model; retries get more."""
+    return attempt * NEEDS.minutes(Job(rulename, wildcards), threads)
+
+
 def forward_dtype(wildcards):
     """Arguments for the dtype of a calibration's forward passes, if it is not the model's."""
     dtype = PLAN.calibrations[wildcards.calib].get("dtype")

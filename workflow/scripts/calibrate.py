@@ -17,6 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from workflow.scripts.checkpoint import Checkpoint
+from workflow.scripts.devices import take
 from workflow.scripts.grams import INDEX, block_file, block_tensors, cache, content, description, point_to
 from workflow.scripts.models import Blocks, set_threads
 from workflow.scripts.propagate import Stream
@@ -83,6 +84,7 @@ def main(argv: list[str] | None = None) -> None:
     if (folder / INDEX).is_file():
         print(f"The same Grams were computed before: {folder}", file=sys.stderr)
     else:
+        take(args.device)
         tokens = torch.from_numpy(read_tokens(args.tokens)[0])
         model = {**args.model, "dtype": args.dtype} if args.dtype else args.model
         write_gram(folder, LazyBlocks(model, args.device), tokens, fingerprint)

@@ -29,6 +29,7 @@ from methods.target import Target
 from workflow.scripts import models, packed
 from workflow.scripts.accounting import bits_per_weight
 from workflow.scripts.checkpoint import Checkpoint
+from workflow.scripts.devices import peak_gpu_mb, take
 from workflow.scripts.fingerprint import sha256
 from workflow.scripts.grams import shared_blocks, store_of
 from workflow.scripts.models import Blocks
@@ -116,6 +117,7 @@ class Solver:
             "damping": result.info.get("damping"),
             "seconds": seconds,
             "peak_mb": peak_mb(),
+            "peak_gpu_mb": peak_gpu_mb(layer.weight.device.type),
         }
 
 
@@ -313,7 +315,8 @@ def compressed(args: argparse.Namespace, checkpoint: Checkpoint) -> dict[str, An
         **calibration_facts(info, args.dtype or models.dtype_name(blocks.model)),
     }
     seconds = checkpoint.total_seconds()
-    record = {"columns": columns, "provenance": facts, "seconds": seconds, "peak_mb": peak_mb(), "model": args.model}
+    peaks = {"peak_mb": peak_mb(), "peak_gpu_mb": peak_gpu_mb(args.device)}
+    record = {"columns": columns, "provenance": facts, "seconds": seconds, **peaks, "model": args.model}
     return record | ({"tuning": json.loads((checkpoint.folder / TUNING).read_text("utf-8"))} if stages else {})
 
 
@@ -366,6 +369,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     models.set_threads(args.threads)
     with record_failure(args.out, "compress"):
+        take(args.device)
         run(args)
 
 

@@ -56,14 +56,14 @@ def read_index(folder: Path) -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def read_block(folder: Path, index: int) -> Iterator[Tap]:
-    """The taps of one block, each read when its turn comes; no other block is read.
+def read_block(folder: Path, index: int, device: str = "cpu") -> Iterator[Tap]:
+    """The taps of one block on a device, each read when its turn comes; no other block is read.
 
     Raises InputError when its file is absent or damaged.
     """
     contents = read_index(folder)
     try:
-        with safe_open(Path(folder) / block_file(index), "pt") as file:
+        with safe_open(Path(folder) / block_file(index), "pt", device=device) as file:
             for name, entry in contents["blocks"][index].items():
                 gram = Gram(file.get_tensor(f"{name}/gram"), entry["tokens"])
                 fields = {field: file.get_tensor(f"{name}/{field}") for field in STATISTICS}
@@ -83,7 +83,7 @@ def shared_blocks(
     """
     for index in range(start, len(read_index(folder)["blocks"])):
         with blocks.open(index):
-            yield index, read_block(folder, index)
+            yield index, read_block(folder, index, str(blocks.device))
         finished(index)
 
 
