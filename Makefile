@@ -11,7 +11,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 BIN := $(CURDIR)/.venv/bin
 RUN := PATH="$(BIN):$$PATH"
 
-.PHONY: reproduce test slurm smoke lint regression estimate report accept gallery decode benchmark clean
+.PHONY: reproduce test slurm smoke lint regression estimate report accept gallery decode benchmark clean clean-cache
 
 reproduce: .venv/installed
 	$(RUN) snakemake --cores $(CORES) $(CONFIG)
@@ -62,8 +62,11 @@ benchmark: .venv/installed  # every method against the published loop and the pr
 	$(RUN) python -m tests.benchmarks.bench_iterative 1024 --errors
 	$(RUN) python -m tests.benchmarks.bench_calibrate resources/demo
 
+clean-cache: .venv/installed  # the stores of Grams that no other study uses; says what it frees
+	$(RUN) python -m workflow.scripts.clean_cache
+
 clean:  # everything that can be computed again
-	rm -rf results/text results/tokens results/models results/calibration results/cells results/evaluations results/exports \
+	rm -rf results/text results/tokens results/models results/calibration results/grams results/cells results/evaluations results/exports \
 		results/code results/tables results/partial results/benchmarks results/report.html
 	rm -rf figures/*.pdf figures/*.svg figures/*.png logs .snakemake
 
