@@ -61,6 +61,7 @@ def write_gram(folder: Path, blocks: Blocks, tokens: Tensor, fingerprint: Mappin
         write_atomic(part / INDEX, json.dumps({"length": tokens.shape[1], "blocks": found}, indent=1) + "\n")
         if folder.exists():  # a folder of before that has no index
             shutil.rmtree(folder)
+        checkpoint.forget()  # the blocks are no longer its own
         part.replace(folder)
         checkpoint.remove()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
@@ -84,6 +85,7 @@ class Checkpoint:
         self.done, self.seconds = done, seconds
 
     def _clear(self) -> None:
+        self.forget()
         for path in self.folder.iterdir():
             if path.name == "lock":
                 continue
@@ -106,6 +108,12 @@ class Checkpoint:
         """Of this process since it began and of those before it up to their last finished block."""
         return self.seconds + time.perf_counter() - self._start
 
+    def forget(self) -> None:
+        """Nothing counts as finished from here on, also for who comes after a death amid the removal."""
+        with contextlib.suppress(OSError):
+            (self.folder / STATE).unlink()
+
     def remove(self) -> None:
         """Nothing of it is needed any more."""
+        self.forget()
         shutil.rmtree(self.folder, ignore_errors=True)

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import argparse
 import fcntl
+import re
 import shutil
 import sys
 from pathlib import Path
 
 from workflow.scripts.grams import cache, users
 from workflow.scripts.runtime import report_errors
+
+NAMES = re.compile(r"[0-9a-f]{32}|\.[0-9a-f]{32}\.part")  # of stores and of calibrations: nothing else is touched
 
 
 def size_of(folder: Path) -> int:
@@ -35,7 +38,7 @@ def clean(folder: Path, here: Path, dry: bool = False) -> int:
     With a store goes what says that this study has it, so that the next run that needs it computes it anew.
     """
     freed = 0
-    for path in sorted(path for path in folder.glob("*") if path.is_dir()):
+    for path in sorted(path for path in folder.glob("*") if NAMES.fullmatch(path.name) and path.is_dir()):
         pointers = users(path)
         others = [pointer for pointer in pointers if not pointer.is_relative_to(here)]
         size = size_of(path)
