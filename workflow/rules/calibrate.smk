@@ -3,8 +3,10 @@ rule code:
     output:
         "results/code/{code}",
     localrule: True
+    params:
+        files=lambda wildcards: json.dumps(CODE[wildcards.code]),
     shell:
-        "echo {wildcards.code} > {output:q}"
+        "echo {params.files:q} > {output:q}"
 
 
 rule docstrings:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import os
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -119,6 +120,7 @@ def store_of(pointer: Path) -> Path:
     folder = named(pointer)
     if not (folder / INDEX).is_file():
         raise InputError(f"The Grams of {pointer} are no longer at {folder}: delete {pointer}, and run again.")
+    register(folder, pointer)  # anew where the study has moved
     return folder
 
 
@@ -129,10 +131,21 @@ def named(pointer: Path) -> Path:
 
 def point_to(folder: Path, pointer: Path) -> None:
     """Write the file that says that a study has its Grams in a store, and in the store who has."""
+    register(folder, pointer)
     write_atomic(pointer, json.dumps({"store": str(folder)}, indent=1) + "\n")
-    if pointer.absolute() not in users(folder):
-        with (folder / USERS).open("a", encoding="utf-8") as file:
-            file.write(f"{pointer.absolute()}\n")
+
+
+def register(folder: Path, pointer: Path) -> None:
+    """Note in a store who has it. Raises InputError where the store was removed meanwhile."""
+    try:
+        known = (folder / USERS).read_text("utf-8") if (folder / USERS).is_file() else ""
+        if str(pointer.absolute()) not in known.splitlines():
+            with (folder / USERS).open("a", encoding="utf-8") as file:
+                file.write(f"{pointer.absolute()}\n")
+    except OSError as error:
+        if not (folder / INDEX).is_file():
+            raise InputError(f"The Grams at {folder} were removed meanwhile: run again.") from error
+        print(f"{folder / USERS} does not say that {pointer} uses it ({error.strerror}).", file=sys.stderr)
 
 
 def users(folder: Path) -> list[Path]:

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from accelerate import init_empty_weights
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
@@ -46,7 +46,7 @@ class Shards:
         self._file_of: dict[str, Path] = {}
         self.empty: dict[str, Tensor] = {}  # of each tensor one of its shape and dtype, without data
         for path in weight_files(name, folder):
-            with safe_open(path, "pt") as file:
+            with opened(path) as file:
                 for key in file.keys():  # noqa: SIM118 (it is no mapping)
                     part = file.get_slice(key)
                     self._file_of[key] = path
@@ -56,9 +56,19 @@ class Shards:
         """Copies of the tensors: the library's are mapped files, which take memory until the last of them is gone."""
         found = {}
         for path in dict.fromkeys(self._file_of[key] for key in keys):
-            with safe_open(path, "pt") as file:
+            with opened(path) as file:
                 found |= {key: file.get_tensor(key).clone() for key in keys if self._file_of[key] == path}
         return found
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[Any]:
+    """A safetensors file; errors name it."""
+    try:
+        with safe_open(path, "pt") as file:
+            yield file
+    except (OSError, SafetensorError) as error:
+        raise SafetensorError(f"{path.name}: {error}") from error
 
 
 class LazyBlocks(Blocks):
