@@ -11,13 +11,15 @@ export OMP_WAIT_POLICY ?= PASSIVE
 BIN := $(CURDIR)/.venv/bin
 RUN := PATH="$(BIN):$$PATH"
 
-.PHONY: reproduce test smoke lint regression estimate report accept gallery decode benchmark clean
+.PHONY: reproduce test slurm smoke lint regression estimate report accept gallery decode benchmark clean clean-cache
 
 reproduce: .venv/installed
 	$(RUN) snakemake --cores $(CORES) $(CONFIG)
 
 test: .venv/installed
 	$(RUN) python -m pytest
+
+slurm: .venv/slurm  # what profiles/slurm needs
 
 smoke: .venv/installed  # a small real run of the DAG in a folder of its own
 	$(RUN) python -m tests.smoke
@@ -60,10 +62,17 @@ benchmark: .venv/installed  # every method against the published loop and the pr
 	$(RUN) python -m tests.benchmarks.bench_iterative 1024 --errors
 	$(RUN) python -m tests.benchmarks.bench_calibrate resources/demo
 
+clean-cache: .venv/installed  # the stores of Grams that no other study uses; says what it frees
+	$(RUN) python -m workflow.scripts.clean_cache
+
 clean:  # everything that can be computed again
-	rm -rf results/text results/tokens results/models results/calibration results/cells results/evaluations results/exports \
+	rm -rf results/text results/tokens results/models results/calibration results/grams results/cells results/evaluations results/exports \
 		results/code results/tables results/partial results/benchmarks results/report.html
 	rm -rf figures/*.pdf figures/*.svg figures/*.png logs .snakemake
+
+.venv/slurm: .venv/installed requirements-slurm.lock
+	.venv/bin/python -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS) --requirement requirements-slurm.lock
+	@touch $@
 
 .venv/installed: requirements.lock
 	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed, %s came: make PYTHON=python3.11" % sys.version.split()[0])'

@@ -43,7 +43,7 @@ def _masked(layer: Layer, target: Target, result: Compressed) -> str | None:
 def _pattern(layer: Layer, target: Target, result: Compressed) -> str | None:
     if target.sparsity == 0 or result.mask is None:
         return None
-    expected = kept_counts(result.mask.shape, target)
+    expected = kept_counts(result.mask.shape, target).to(result.mask.device)
     came = count_kept(result.mask, target)
     if target.block and not torch.isin(came, torch.stack([torch.zeros_like(expected), expected])).all():
         return f"promise 2: every 1x{target.block} block must be kept or dropped whole"

@@ -168,6 +168,7 @@ def layer_frame(of: SyntheticCell, blocks: int = 8) -> pd.DataFrame:
                     "damping": None,
                     "seconds": 0.25,
                     "peak_mb": None,
+                    "peak_gpu_mb": None,
                 }
             )
     return pd.DataFrame(rows)

@@ -20,7 +20,7 @@ from workflow.scripts.calibrate import shared, write_gram
 from workflow.scripts.grams import read_block, read_index
 from workflow.scripts.models import Blocks, Linear, find_blocks, linears, load
 from workflow.scripts.propagate import PROBE, Stream, capture, same, without_cache
-from workflow.scripts.runtime import InputError
+from workflow.scripts.runtime import InputError, digest_of, report_errors
 from workflow.scripts.tap_statistics import TapStatistics
 
 torch.set_num_threads(1)
@@ -145,6 +145,42 @@ def test_states_passed_beside_the_hidden_ones_are_refused():
     )
     with pytest.raises(InputError, match="passes more than hidden_states from block to block"):
         Stream(model, tokens(4), 2)
+
+
+class Residual(nn.Module):
+    """A block that hands the next something made of its hidden states, as value residuals and shared keys are."""
+
+    def __init__(self, block):
+        super().__init__()
+        self.block = block
+
+    def forward(self, hidden, first=None, **kwargs):
+        output = self.block(hidden if first is None else hidden + first, **kwargs)
+        return output, (0.5 * hidden if first is None else first)
+
+
+class Residuals(nn.Module):
+    """A model of such blocks."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model, self.config = model.model, model.config
+        self.layers = nn.ModuleList(map(Residual, model.model.layers))
+        del self.model.layers
+
+    def get_input_embeddings(self):
+        return self.model.embed_tokens
+
+    def forward(self, input_ids, use_cache):
+        hidden, first = self.model.embed_tokens(input_ids), None
+        positions = self.model.rotary_emb(hidden, torch.arange(hidden.shape[1])[None])
+        for block in self.layers:
+            hidden, first = block(hidden, first, position_embeddings=positions, attention_mask=None)
+
+
+def test_states_that_blocks_return_beside_the_hidden_ones_are_refused():
+    with pytest.raises(InputError, match="passes more than hidden_states from block to block"):
+        Stream(Residuals(build("llama")), tokens(4), 2)
 
 
 @every_family
@@ -445,7 +481,14 @@ def test_studies_share_the_grams_of_the_same_content(tmp_path, monkeypatch, caps
     gram = calibrated(entry, tmp_path, monkeypatch)
     again = calibrated(entry.replace("tiny", "renamed"), tmp_path, monkeypatch, out="other.json")
     assert again == gram and "The same Grams were computed before" in capsys.readouterr().err
-    assert calibrated(entry, tmp_path, monkeypatch, "--code", "edited") != gram
+    code = tmp_path / digest_of([__file__])
+    code.write_text(json.dumps([__file__]))
+    assert calibrated(entry, tmp_path, monkeypatch, "--code", str(code)) != gram
+    code.rename(tmp_path / "before")
+    with pytest.raises(SystemExit, match="The code was edited since this run began: run again"):
+        report_errors(
+            lambda argv: calibrated(entry, tmp_path, monkeypatch, *argv), ["--code", str(tmp_path / "before")]
+        )
     assert len(list((tmp_path / "grams").iterdir())) == 2
 
 

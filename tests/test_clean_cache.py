@@ -7,6 +7,8 @@ import pytest
 from workflow.scripts import clean_cache, grams
 from workflow.scripts.checkpoint import Checkpoint
 
+OWN, THEIRS, BOTH, LEFT, RUNNING = (letter * 32 for letter in "abcde")  # named as stores are
+
 
 @pytest.fixture
 def stores(tmp_path, monkeypatch):
@@ -15,15 +17,15 @@ def stores(tmp_path, monkeypatch):
     here.mkdir()
     monkeypatch.chdir(here)
     monkeypatch.setenv("LAYERWISE_CACHE", str(tmp_path / "grams"))
-    for name, studies in (("own", [here]), ("theirs", [other]), ("both", [here, other])):
+    for name, studies in ((OWN, [here]), (THEIRS, [other]), (BOTH, [here, other])):
         store = tmp_path / "grams" / name
         store.mkdir(parents=True)
         (store / "index.json").write_text("{}")
         (store / "block-000.safetensors").write_bytes(bytes(2_000_000))
         for study in studies:
             grams.point_to(store, study / f"results/{name}.json")
-    (tmp_path / "grams/.left.part").mkdir()
-    (tmp_path / "grams/.left.part/block-000.safetensors").write_bytes(bytes(3_000_000))
+    (tmp_path / f"grams/.{LEFT}.part").mkdir()
+    (tmp_path / f"grams/.{LEFT}.part/block-000.safetensors").write_bytes(bytes(3_000_000))
     return tmp_path
 
 
@@ -32,19 +34,17 @@ def left(folder):
 
 
 def test_what_nobody_else_uses_is_freed(stores, capsys):
-    with Checkpoint(stores / "grams/.running.part", {}):
+    with Checkpoint(stores / f"grams/.{RUNNING}.part", {}):
         clean_cache.main([])
-        assert left(stores) == [".running.part", "both", "theirs"]
+        assert left(stores) == [f".{RUNNING}.part", THEIRS, BOTH]
     said = capsys.readouterr().out
-    assert f"freed 3.0 MB: {stores}/grams/.left.part" in said and f"freed 2.0 MB: {stores}/grams/own" in said
-    assert (
-        f"kept 2.0 MB: {stores}/grams/both (1 other studies use it, such as {stores}/other/results/both.json)" in said
-    )
-    assert ".running.part (a calibration is at work there)" in said and said.endswith(
+    assert f"freed 3.0 MB: {stores}/grams/.{LEFT}.part" in said and f"freed 2.0 MB: {stores}/grams/{OWN}" in said
+    assert f"kept 2.0 MB: {stores}/grams/{BOTH} (1 other studies use it, such as {stores}/other/results" in said
+    assert f".{RUNNING}.part (a calibration is at work there)" in said and said.endswith(
         f"5.0 MB in all, of {stores}/grams.\n"
     )
-    assert not (stores / "here/results/own.json").exists() and (stores / "here/results/both.json").exists()
-    for name in ("theirs", "both"):  # once their study is gone
+    assert not (stores / f"here/results/{OWN}.json").exists() and (stores / f"here/results/{BOTH}.json").exists()
+    for name in (THEIRS, BOTH):  # once their study is gone
         (stores / f"other/results/{name}.json").unlink()
     clean_cache.main([])
     assert left(stores) == []
@@ -53,13 +53,22 @@ def test_what_nobody_else_uses_is_freed(stores, capsys):
 def test_a_dry_run_leaves_all(stores, capsys):
     before = left(stores)
     clean_cache.main(["--dry-run"])
-    assert left(stores) == before and f"would free 2.0 MB: {stores}/grams/own" in capsys.readouterr().out
-    assert (stores / "here/results/own.json").exists()
+    assert left(stores) == before and f"would free 2.0 MB: {stores}/grams/{OWN}" in capsys.readouterr().out
+    assert (stores / f"here/results/{OWN}.json").exists()
 
 
 def test_a_study_that_has_moved_on_uses_a_store_no_more(stores):
-    grams.point_to(stores / "grams/own", stores / "other/results/theirs.json")
-    assert grams.users(stores / "grams/theirs") == []
-    assert grams.users(stores / "grams/own") == [stores / "here/results/own.json", stores / "other/results/theirs.json"]
-    grams.point_to(stores / "grams/own", stores / "other/results/theirs.json")
-    assert len((stores / "grams/own/users.txt").read_text().splitlines()) == 2
+    grams.point_to(stores / f"grams/{OWN}", stores / f"other/results/{THEIRS}.json")
+    assert grams.users(stores / f"grams/{THEIRS}") == []
+    both = [stores / f"here/results/{OWN}.json", stores / f"other/results/{THEIRS}.json"]
+    assert grams.users(stores / f"grams/{OWN}") == both
+    grams.point_to(stores / f"grams/{OWN}", stores / f"other/results/{THEIRS}.json")
+    assert len((stores / f"grams/{OWN}/users.txt").read_text().splitlines()) == 2
+
+
+def test_a_folder_of_another_kind_is_left_alone(stores):
+    """LAYERWISE_CACHE may name a folder that holds more than stores."""
+    (stores / "grams/thesis").mkdir()
+    (stores / "grams/thesis/chapter.tex").write_text("all of it")
+    clean_cache.main([])
+    assert (stores / "grams/thesis/chapter.tex").is_file()

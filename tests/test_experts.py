@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from test_compress import SAMPLES, TWO_OF_FOUR, Case
 from torch import Tensor
 from torch.nn.functional import linear
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from methods.base import Layer
 from methods.target import Target
@@ -234,7 +234,30 @@ def test_stacks_of_weights_in_another_layout_are_refused():
         linears(block, "block")
 
 
+def test_blocks_with_most_weights_outside_known_layers_are_refused():
+    sizes = {"d_model": 32, "n_heads": 4, "n_layers": 1, "vocab_size": 96, "max_seq_len": 64}
+    attention = {"kv_n_heads": 2, "clip_qkv": 8, "rope_theta": 1e4}
+    ffn = {"hidden_size": 32, "ffn_hidden_size": 16, "moe_num_experts": 4, "moe_top_k": 2}
+    config = AutoConfig.for_model("dbrx", **sizes, attn_config=attention, ffn_config=ffn)
+    with pytest.raises(InputError, match=r"Most weights of transformer.blocks.0 are in no linear layer"):
+        model_linears(AutoModelForCausalLM.from_config(config))
+
+
 # --------------------------------------------------------------------------------------------------------- structure
+
+
+@pytest.mark.parametrize("name", ["gate", "router.proj", "gate.wg", "router.gate"])
+def test_routers_are_no_layers_however_deep_they_are(name):
+    block = build("mixtral").model.layers[0]
+    outer, _, inner = name.rpartition(".")
+    router = torch.nn.Linear(HIDDEN, 4)
+    block.mlp.gate = torch.nn.Identity()
+    if outer:
+        setattr(block.mlp, outer, torch.nn.Module())
+        setattr(block.mlp.get_submodule(outer), inner, router)
+    else:
+        setattr(block.mlp, inner, router)
+    assert len(linears(block, "block")) == 4 + 2 * 4
 
 
 @every_mixture

@@ -169,3 +169,16 @@ def test_joined_files_are_the_layers_of_all(tmp_path, case: Case, whole):
         assert joined.shapes == file.shapes and joined.target == file.target
         assert all(torch.equal(joined.read(name).weight, file.read(name).weight) for name in file.shapes)
         assert recall.sha256(tmp_path / "joined.safetensors") == recall.sha256(cell / "weights.safetensors")
+
+
+def test_death_amid_the_removal_leaves_nothing_that_counts(tmp_path, monkeypatch):
+    """The order in which a folder's files go is the file system's."""
+    folder = tmp_path / "checkpoint"
+    with Checkpoint(folder, {}) as checkpoint:
+        checkpoint.file(0, "json").write_text("{}")
+        checkpoint.finish(0)
+        with monkeypatch.context() as patch:
+            patch.setattr(shutil, "rmtree", lambda folder, ignore_errors: checkpoint.file(0, "json").unlink())
+            checkpoint.remove()  # so far did it come
+    with Checkpoint(folder, {}) as checkpoint:
+        assert checkpoint.done == 0

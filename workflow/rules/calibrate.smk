@@ -3,8 +3,10 @@ rule code:
     output:
         "results/code/{code}",
     localrule: True
+    params:
+        files=lambda wildcards: json.dumps(CODE[wildcards.code]),
     shell:
-        "echo {wildcards.code} > {output:q}"
+        "echo {params.files:q} > {output:q}"
 
 
 rule docstrings:
@@ -16,6 +18,7 @@ rule docstrings:
         expand("results/text/{split}.txt", split=("train", "validation", "test")),
     log:
         "logs/docstrings.log",
+    localrule: True
     shell:
         "{PYTHON} -m workflow.scripts.docstrings --hashes {input.hashes:q} --out results/text 2> >(tee {log:q} >&2)"
 
@@ -29,6 +32,7 @@ rule model:
         "results/models/{model}.json",
     log:
         "logs/models/{model}.log",
+    localrule: True
     params:
         model=model_json,
     shell:
@@ -89,9 +93,12 @@ rule gram:
     threads: 4
     resources:
         mem_mb=model_mb,
+        runtime=runtime_min,
+        device="cpu",
     params:
         model=model_json,
         dtype=forward_dtype,
     shell:
         "{PYTHON} -m workflow.scripts.calibrate --model {params.model:q} --fingerprint {input.model:q}"
-        " --tokens {input.tokens:q} --code {input.code:q} {params.dtype:q} --threads {threads} --out {output:q} 2> >(tee {log:q} >&2)"
+        " --tokens {input.tokens:q} --code {input.code:q} {params.dtype:q} --threads {threads}"
+        " --device {resources.device} --out {output:q} 2> >(tee {log:q} >&2)"

@@ -17,6 +17,7 @@ rule tables:
         ],
     log:
         "logs/tables.log",
+    localrule: True
     params:
         study=STUDY,
     shell:
@@ -40,6 +41,7 @@ rule published:
         ],
     log:
         "logs/published.log",
+    localrule: True
     params:
         study=STUDY,
     shell:
@@ -62,6 +64,7 @@ rule report_page:
         "results/report.html",
     log:
         "logs/report_page.log",
+    localrule: True
     params:
         study=STUDY,
     shell:
@@ -83,6 +86,7 @@ for figure, drawing in DRAWN.items():  # a rule each, because the path of a capt
             f"figures/{figure}.png",
         log:
             f"logs/figures/{figure}.log",
+        localrule: True
         params:
             figure=figure,
         shell:

@@ -1,5 +1,4 @@
 # The study's plan, and the helpers that rules name. Rules stand in the other files.
-import hashlib
 import json
 import os
 import shlex
@@ -14,11 +13,10 @@ from snakemake_interface_common.exceptions import WorkflowError
 from methods.catalogue import PACKAGES, SHARED_SOURCES
 from workflow.scripts import recall, sources, task_sets
 from workflow.scripts.estimate import Limits, disks, machine_memory, operations_per_second, refusals, short, total
-from workflow.scripts.fingerprint import sha256
 from workflow.scripts.grid import canonical, plan
 from workflow.scripts.needs import Job, Needs
 from workflow.scripts.plot import FIGURES
-from workflow.scripts.runtime import InputError, unlock_after_death
+from workflow.scripts.runtime import InputError, digest_of, unlock_after_death
 
 PYTHON = shlex.quote(sys.executable)  # the interpreter that runs Snakemake has the locked packages
 FORMATS = ("pdf", "svg", "png")
@@ -68,6 +66,9 @@ def kernels(*names):
     return [from_here(f"{PACKAGES['kernels']}/{name}.py") for name in names]
 
 
+CODE = {}  # digest -> files
+
+
 @cache
 def code(*files):
     """A file named after the content of the files of code that a rule depends on, its input in their place.
@@ -75,13 +76,9 @@ def code(*files):
     An edit is another input. Neither a touched file nor a fresh checkout is, and a job has one input instead of thirty,
     of which Snakemake would look at each for every job.
     """
-    content = json.dumps([(os.path.basename(file), content_of(file)) for file in files])
-    return f"results/code/{hashlib.sha256(content.encode()).hexdigest()[:16]}"
-
-
-@cache
-def content_of(file):
-    return sha256(Path(file))
+    digest = digest_of(files)
+    CODE[digest] = files
+    return f"results/code/{digest}"
 
 
 def from_here(path):
@@ -146,6 +143,11 @@ def paths_of_model(model):
 def model_mb(wildcards, attempt, rulename):
     """Megabytes that a job with a model asks for; a retry may need more than was estimated."""
     return attempt * NEEDS.mem_mb(Job(rulename, wildcards))
+
+
+def runtime_min(wildcards, attempt, rulename, threads):
+    """Minutes that a cluster grants a job with a model; retries get more."""
+    return attempt * NEEDS.minutes(Job(rulename, wildcards), threads)
 
 
 def forward_dtype(wildcards):

@@ -29,6 +29,8 @@ rule compress:
         "results/cells/{model}/{calib}/{mode}/{cell}/benchmark.tsv"
     resources:
         mem_mb=model_mb,
+        runtime=runtime_min,
+        device="cpu",
     params:
         model=model_json,
         cell=lambda wildcards: cell_of(wildcards).params,
@@ -39,7 +41,7 @@ rule compress:
     shell:
         "HF_HUB_OFFLINE=1 {PYTHON} -m workflow.scripts.compress --cell {params.cell:q} --model {params.model:q}"
         " --fingerprint {input.model:q} --tokens {input.tokens:q} --code {input.code:q} {params.gram:q} {params.dtype:q}"
-        " {params.folders:q} --threads {threads} --out {params.out:q} 2> >(tee {log:q} >&2)"
+        " {params.folders:q} --threads {threads} --device {resources.device} --out {params.out:q} 2> >(tee {log:q} >&2)"
 
 
 rule certificate:
@@ -58,6 +60,7 @@ rule certificate:
         "logs/certificates/{model}/{calib}/{bound}.log",
     resources:
         mem_mb=model_mb,
+        runtime=runtime_min,
     params:
         model=model_json,
         target=json_of(lambda wildcards: certified(wildcards).spec["target"]),

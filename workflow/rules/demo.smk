@@ -10,6 +10,6 @@ rule demo_model:
         ),
     log:
         "logs/demo_model.log",
-    threads: workflow.cores
+    threads: os.cpu_count() or 1  # as many as --cores allows; a cluster is given no --cores
     shell:
         "{PYTHON} -m workflow.scripts.train_demo --text results/text --out results/demo 2> >(tee {log:q} >&2)"

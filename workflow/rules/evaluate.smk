@@ -11,13 +11,15 @@ rule perplexity:
         "logs/cells/{model}/{calib}/{mode}/{cell}/perplexity-{evaluation}.log",
     resources:
         mem_mb=model_mb,
+        runtime=runtime_min,
+        device="cpu",
     params:
         model=model_json,
         name=lambda wildcards: "{label} {target} {mode}".format(**cell_of(wildcards).columns),
     shell:
         "{PYTHON} -m workflow.scripts.recall perplexity --model {params.model:q} --fingerprint {input.model:q}"
         " --weights {input.weights:q} --data {input.tokens:q} --name {params.name:q} --threads {threads}"
-        " --out {output:q} 2> >(tee {log:q} >&2)"
+        " --device {resources.device} --out {output:q} 2> >(tee {log:q} >&2)"
 
 
 rule docstring_tasks:
@@ -32,6 +34,7 @@ rule docstring_tasks:
         expand("results/tasks/docstrings/{task}.{kind}", task=("last_word", "continuation"), kind=("yaml", "jsonl")),
     log:
         "logs/docstring_tasks.log",
+    localrule: True
     params:
         definitions=lambda wildcards, input: str(Path(input.definitions[0]).parent),
         out=lambda wildcards, output: str(Path(output[0]).parent),
@@ -50,6 +53,7 @@ rule task_data:
     log:
         "logs/tasks/{tasks}.log",
     priority: 1
+    localrule: True
     params:
         tasks=tasks_json,
     shell:
@@ -70,10 +74,12 @@ rule zero_shot:
         "logs/cells/{model}/{calib}/{mode}/{cell}/tasks-{tasks}.log",
     resources:
         mem_mb=model_mb,
+        runtime=runtime_min,
+        device="cpu",
     params:
         model=model_json,
         tasks=tasks_json,
     shell:
         "{PYTHON} -m workflow.scripts.recall tasks --model {params.model:q} --fingerprint {input.model:q}"
         " --weights {input.weights:q} --data {input.tasks:q} --tasks {params.tasks:q}"
-        " --threads {threads} --out {output:q} 2> >(tee {log:q} >&2)"
+        " --threads {threads} --device {resources.device} --out {output:q} 2> >(tee {log:q} >&2)"

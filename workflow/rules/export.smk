@@ -13,6 +13,7 @@ rule export:
         format="dense|packed|compressed-tensors",
     resources:
         mem_mb=model_mb,
+        runtime=runtime_min,
     params:
         model=model_json,
         cell=lambda wildcards, input: str(Path(input.record).parent),

@@ -17,10 +17,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from workflow.scripts.checkpoint import Checkpoint
+from workflow.scripts.devices import take
 from workflow.scripts.grams import INDEX, block_file, block_tensors, cache, content, description, point_to
 from workflow.scripts.models import Blocks, set_threads
 from workflow.scripts.propagate import Stream
-from workflow.scripts.runtime import report_errors, whole_file, write_atomic
+from workflow.scripts.runtime import remove_parts, report_errors, unchanged, whole_file, write_atomic
 from workflow.scripts.streaming import LazyBlocks
 from workflow.scripts.taps import Tap
 from workflow.scripts.text import read_tokens
@@ -46,8 +47,12 @@ def write_gram(folder: Path, blocks: Blocks, tokens: Tensor, fingerprint: Mappin
     with Checkpoint(folder.with_name(f".{folder.name}.part"), fingerprint) as checkpoint:
         if (folder / INDEX).is_file():  # by another process, while this one waited for it
             return checkpoint.remove()
-        done, part = checkpoint.done, checkpoint.folder / "store"
+        part = checkpoint.folder / "store"
+        if not all((part / block_file(index)).is_file() for index in range(checkpoint.done)):
+            checkpoint.restart()  # they have become a store that was removed later
+        done = checkpoint.done
         part.mkdir(exist_ok=True)
+        remove_parts(part)
         stream = Stream(blocks, tokens, folder=checkpoint.folder, start=done)
         progress = tqdm(shared(stream, done), "calibrate", total=len(blocks), initial=done, unit="block")
         for index, taps in enumerate(progress, done):
@@ -69,7 +74,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--model", type=json.loads, required=True, help="model entry of the config, as JSON")
     parser.add_argument("--fingerprint", type=Path, required=True, help="what fingerprint.py wrote of the model")
     parser.add_argument("--tokens", type=Path, required=True, help="calibration tokens, safetensors")
-    parser.add_argument("--code", default="", help="hash of the code that decides the Grams")
+    parser.add_argument("--code", type=Path, help="file that names the code that decides the Grams, and its hash")
     parser.add_argument("--out", type=Path, required=True, help="JSON file that will say where the Grams are")
     parser.add_argument("--dtype", help="of the forward passes (default: the model's)")
     parser.add_argument("--threads", type=int, default=None)
@@ -77,12 +82,14 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
 
     set_threads(args.threads)
-    fingerprint = content(args.fingerprint, args.model, args.tokens, args.dtype, args.code, args.device)
+    code = unchanged(args.code) if args.code else ""
+    fingerprint = content(args.fingerprint, args.model, args.tokens, args.dtype, code, args.device)
     key = hashlib.sha256(json.dumps(fingerprint, sort_keys=True).encode()).hexdigest()[:32]
     folder = cache() / key
     if (folder / INDEX).is_file():
         print(f"The same Grams were computed before: {folder}", file=sys.stderr)
     else:
+        take(args.device)
         tokens = torch.from_numpy(read_tokens(args.tokens)[0])
         model = {**args.model, "dtype": args.dtype} if args.dtype else args.model
         write_gram(folder, LazyBlocks(model, args.device), tokens, fingerprint)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
@@ -34,6 +35,7 @@ class Checkpoint:
     def __init__(self, folder: Path, fingerprint: Mapping[str, Any]) -> None:
         self.folder, self.fingerprint = Path(folder), json.loads(json.dumps(fingerprint))
         self.done, self.seconds = 0, 0.0
+        self._peaks: dict[str, float] = {}
         self._start = time.perf_counter()
 
     def __enter__(self) -> Checkpoint:
@@ -67,6 +69,7 @@ class Checkpoint:
         try:
             state = json.loads((self.folder / STATE).read_text("utf-8"))
             known, done, seconds = dict(state["fingerprint"]), int(state["done"]), float(state["seconds"])
+            peaks = dict(state["peaks"])
         except FileNotFoundError:
             return self._clear()
         except (ValueError, KeyError, TypeError) as error:
@@ -81,9 +84,15 @@ class Checkpoint:
             return self._clear()
         if done:
             print(f"Going on after {done} finished blocks.", file=sys.stderr)
-        self.done, self.seconds = done, seconds
+        self.done, self.seconds, self._peaks = done, seconds, peaks
+
+    def restart(self) -> None:
+        """What is there is of no use."""
+        self._clear()
+        self.done, self.seconds = 0, 0.0
 
     def _clear(self) -> None:
+        self._forget()
         for path in self.folder.iterdir():
             if path.name == "lock":
                 continue
@@ -100,12 +109,25 @@ class Checkpoint:
         """The block's files are written, and the states that enter the next one."""
         self.done = index + 1
         state = {"fingerprint": self.fingerprint, "done": self.done, "seconds": self.total_seconds()}
+        state["peaks"] = self._peaks
         write_atomic(self.folder / STATE, json.dumps(state) + "\n")
 
     def total_seconds(self) -> float:
         """Of this process since it began and of those before it up to their last finished block."""
         return self.seconds + time.perf_counter() - self._start
 
+    def most(self, name: str, value: float | None) -> float | None:
+        """The largest value of that name, a peak, that any process of this work has had; kept by `finish`."""
+        if value is not None:
+            self._peaks[name] = max(value, self._peaks.get(name, value))
+        return self._peaks.get(name)
+
+    def _forget(self) -> None:
+        """Nothing counts as finished from here on, also for who comes after a death amid the removal."""
+        with contextlib.suppress(OSError):
+            (self.folder / STATE).unlink()
+
     def remove(self) -> None:
         """Nothing of it is needed any more."""
+        self._forget()
         shutil.rmtree(self.folder, ignore_errors=True)

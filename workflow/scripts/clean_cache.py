@@ -1,15 +1,23 @@
-"""Free the folder of Gram stores: all that no other study uses, and what killed calibrations have left there."""
+"""Free the folder of Gram stores: all that no other study uses, and what killed calibrations have left there.
+
+Not while a run of this study is reading them.
+"""
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import fcntl
+import re
 import shutil
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 from workflow.scripts.grams import cache, users
 from workflow.scripts.runtime import report_errors
+
+NAMES = re.compile(r"[0-9a-f]{32}|\.[0-9a-f]{32}\.part")  # of stores and of calibrations: nothing else is touched
 
 
 def size_of(folder: Path) -> int:
@@ -17,16 +25,18 @@ def size_of(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
-def in_use(part: Path) -> bool:
-    """Whether a process works in what a calibration has begun."""
-    try:
-        with (part / "lock").open("r+") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except FileNotFoundError:
-        return False
-    except OSError:
-        return True
-    return False
+@contextlib.contextmanager
+def held(part: Path) -> Iterator[bool]:
+    """Whether no process works in what a calibration has begun; within it none begins to."""
+    with contextlib.ExitStack() as stack:
+        free = True
+        with contextlib.suppress(FileNotFoundError):
+            lock = stack.enter_context((part / "lock").open("r+"))
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                free = False
+        yield free
 
 
 def clean(folder: Path, here: Path, dry: bool = False) -> int:
@@ -35,23 +45,22 @@ def clean(folder: Path, here: Path, dry: bool = False) -> int:
     With a store goes what says that this study has it, so that the next run that needs it computes it anew.
     """
     freed = 0
-    for path in sorted(path for path in folder.glob("*") if path.is_dir()):
+    for path in sorted(path for path in folder.glob("*") if NAMES.fullmatch(path.name) and path.is_dir()):
         pointers = users(path)
-        others = [pointer for pointer in pointers if not pointer.is_relative_to(here)]
+        others = [pointer for pointer in pointers if not pointer.is_relative_to(here / "results")]
         size = size_of(path)
-        if others:
-            kept = f"{len(others)} other studies use it, such as {others[0]}"
-        elif path.name.startswith(".") and in_use(path):
-            kept = "a calibration is at work there"
-        else:
-            print(f"{'would free' if dry else 'freed'} {size / 1e6:.1f} MB: {path}")
-            freed += size
-            if not dry:
-                for pointer in pointers:
-                    pointer.unlink(missing_ok=True)
-                shutil.rmtree(path)
-            continue
-        print(f"kept {size / 1e6:.1f} MB: {path} ({kept})")
+        with held(path) as free:
+            if others:
+                print(f"kept {size / 1e6:.1f} MB: {path} ({len(others)} other studies use it, such as {others[0]})")
+            elif not free:
+                print(f"kept {size / 1e6:.1f} MB: {path} (a calibration is at work there)")
+            else:
+                print(f"{'would free' if dry else 'freed'} {size / 1e6:.1f} MB: {path}")
+                freed += size
+                if not dry:
+                    for pointer in pointers:
+                        pointer.unlink(missing_ok=True)
+                    shutil.rmtree(path)
     return freed
 
 

@@ -29,6 +29,7 @@ from methods.target import Target
 from workflow.scripts import models, packed
 from workflow.scripts.accounting import bits_per_weight
 from workflow.scripts.checkpoint import Checkpoint
+from workflow.scripts.devices import peak_gpu_mb, take
 from workflow.scripts.fingerprint import sha256
 from workflow.scripts.grams import shared_blocks, store_of
 from workflow.scripts.models import Blocks
@@ -40,6 +41,7 @@ from workflow.scripts.runtime import (
     peak_mb,
     provenance,
     record_failure,
+    remove_parts,
     report_errors,
     whole_file,
     write_atomic,
@@ -116,6 +118,7 @@ class Solver:
             "damping": result.info.get("damping"),
             "seconds": seconds,
             "peak_mb": peak_mb(),
+            "peak_gpu_mb": peak_gpu_mb(layer.weight.device.type),
         }
 
 
@@ -241,6 +244,7 @@ def calibration_facts(info: Mapping[str, Any], dtype: str) -> dict[str, Any]:
 def run(args: argparse.Namespace) -> None:
     """Compress and evaluate a cell. Its checkpoint goes when all is written, also what evaluates the weights."""
     with Checkpoint(args.out / ".checkpoint", decisive(args)) as checkpoint:
+        remove_parts(args.out)
         record = compressed(args, checkpoint)
         foresee(args.model, args.fingerprint, args.out / "weights.safetensors", args.device)
         write_atomic(args.out / "cell.json", json.dumps(record, indent=2) + "\n")
@@ -251,7 +255,7 @@ def decisive(args: argparse.Namespace) -> dict[str, Any]:
     """What decides the cell's results, in the words in which its change is told."""
     return {
         "spec": {key: args.cell[key] for key in args.cell if key != "columns"} | {"seed": args.cell["columns"]["seed"]},
-        "code": args.code,
+        "code": args.code.name if args.code else None,
         "model": [json.loads(args.fingerprint.read_text("utf-8")), args.model],
         "tokens": sha256(args.tokens),
         "Grams": store_of(args.gram).name if args.gram else None,
@@ -313,7 +317,9 @@ def compressed(args: argparse.Namespace, checkpoint: Checkpoint) -> dict[str, An
         **calibration_facts(info, args.dtype or models.dtype_name(blocks.model)),
     }
     seconds = checkpoint.total_seconds()
-    record = {"columns": columns, "provenance": facts, "seconds": seconds, "peak_mb": peak_mb(), "model": args.model}
+    peaks = {"peak_mb": peak_mb(), "peak_gpu_mb": peak_gpu_mb(args.device)}
+    peaks = {name: checkpoint.most(name, value) for name, value in peaks.items()}
+    record = {"columns": columns, "provenance": facts, "seconds": seconds, **peaks, "model": args.model}
     return record | ({"tuning": json.loads((checkpoint.folder / TUNING).read_text("utf-8"))} if stages else {})
 
 
@@ -324,6 +330,8 @@ def write_block(
     rows, traces, stored = [], [], {}
     for row, result in block:
         rows.append(row)
+        for name in ("peak_mb", "peak_gpu_mb"):
+            checkpoint.most(name, row[name])
         traces += [{"layer": row["layer"], **point} for point in trace_rows(result)]
         stored[row["layer"]] = packed.parts_of(result, solver.target, solver.dtype)
         del result
@@ -357,7 +365,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--fingerprint", type=Path, required=True, help="what fingerprint.py wrote of the model")
     parser.add_argument("--tokens", type=Path, required=True, help="calibration tokens")
     parser.add_argument("--gram", type=Path, help="where the Grams are, as calibrate.py says (shared mode)")
-    parser.add_argument("--code", default="", help="hash of the code that decides the result")
+    parser.add_argument("--code", type=Path, help="file named after the hash of the code that decides the result")
     parser.add_argument("--dtype", help="of the forward passes that give the Grams (default: the model's)")
     parser.add_argument("--method-path", type=Path, action="append", default=[], help="further folder of methods")
     parser.add_argument("--device", default="cpu")
@@ -366,6 +374,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     models.set_threads(args.threads)
     with record_failure(args.out, "compress"):
+        take(args.device)
         run(args)
 
 

@@ -49,7 +49,7 @@ def window_losses(
             with stream.source.open(index):
                 stream.advance(index)
             progress.update()
-        with stream.source.open(last):
+        with stream.source.open(last), stream.source.outside():
             for number, chunk in enumerate(tokens.split(batch)):  # [batch, L]
                 logits = stream.logits(number, chunk)  # [batch, L, vocabulary]
                 for place, (window, scores) in enumerate(zip(chunk.to(logits.device), logits, strict=True)):

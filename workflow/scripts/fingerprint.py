@@ -7,12 +7,7 @@ import sys
 from pathlib import Path
 
 from workflow.scripts import sources
-from workflow.scripts.runtime import report_errors, write_atomic
-
-
-def sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+from workflow.scripts.runtime import report_errors, sha256, write_atomic
 
 
 def weights_hash(hashes: list[str]) -> str:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -54,8 +55,8 @@ def read_index(folder: Path) -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def read_block(folder: Path, index: int) -> Iterator[Tap]:
-    """The taps of one block, each read when its turn comes; no other block is read.
+def read_block(folder: Path, index: int, device: str = "cpu") -> Iterator[Tap]:
+    """The taps of one block on a device, each read when its turn comes; no other block is read.
 
     The file is opened for each tap: what has been read of a mapped file counts as memory until it is closed.
 
@@ -64,13 +65,13 @@ def read_block(folder: Path, index: int) -> Iterator[Tap]:
     contents = read_index(folder)
     try:
         for name, entry in contents["blocks"][index].items():
-            yield _tap(Path(folder) / block_file(index), name, entry, contents["length"])
+            yield _tap(Path(folder) / block_file(index), name, entry, contents["length"], device)
     except (OSError, SafetensorError) as error:
         raise InputError(f"The Gram file {block_file(index)} of {folder} cannot be read: {error}.") from error
 
 
-def _tap(path: Path, name: str, entry: Mapping[str, Any], length: int) -> Tap:
-    with safe_open(path, "pt") as file:
+def _tap(path: Path, name: str, entry: Mapping[str, Any], length: int, device: str) -> Tap:
+    with safe_open(path, "pt", device=device) as file:
         gram = Gram(file.get_tensor(f"{name}/gram"), entry["tokens"])
         statistics = Statistics(length=length, **{field: file.get_tensor(f"{name}/{field}") for field in STATISTICS})
     return Tap(name, tuple(entry["layers"]), tuple(entry["inside"]), gram, statistics, entry["scope"])
@@ -85,7 +86,7 @@ def shared_blocks(
     """
     for index in range(start, len(read_index(folder)["blocks"])):
         with blocks.open(index):
-            yield index, read_block(folder, index)
+            yield index, read_block(folder, index, str(blocks.device))
         finished(index)
 
 
@@ -121,6 +122,7 @@ def store_of(pointer: Path) -> Path:
     folder = named(pointer)
     if not (folder / INDEX).is_file():
         raise InputError(f"The Grams of {pointer} are no longer at {folder}: delete {pointer}, and run again.")
+    register(folder, pointer)  # anew where the study has moved
     return folder
 
 
@@ -131,10 +133,21 @@ def named(pointer: Path) -> Path:
 
 def point_to(folder: Path, pointer: Path) -> None:
     """Write the file that says that a study has its Grams in a store, and in the store who has."""
+    register(folder, pointer)
     write_atomic(pointer, json.dumps({"store": str(folder)}, indent=1) + "\n")
-    if pointer.absolute() not in users(folder):
-        with (folder / USERS).open("a", encoding="utf-8") as file:
-            file.write(f"{pointer.absolute()}\n")
+
+
+def register(folder: Path, pointer: Path) -> None:
+    """Note in a store who has it. Raises InputError where the store was removed meanwhile."""
+    try:
+        known = (folder / USERS).read_text("utf-8") if (folder / USERS).is_file() else ""
+        if str(pointer.absolute()) not in known.splitlines():
+            with (folder / USERS).open("a", encoding="utf-8") as file:
+                file.write(f"{pointer.absolute()}\n")
+    except OSError as error:
+        if not (folder / INDEX).is_file():
+            raise InputError(f"The Grams at {folder} were removed meanwhile: run again.") from error
+        print(f"{folder / USERS} does not say that {pointer} uses it ({error.strerror}).", file=sys.stderr)
 
 
 def users(folder: Path) -> list[Path]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+import math
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +19,7 @@ from workflow.scripts.runtime import InputError
 from workflow.scripts.sources import model_folder
 
 EXPERTS = "eager"  # transformers' experts that multiply one expert after the other, by torch's own products
-ROUTERS = ("gate", "router")  # what a linear layer that chooses experts is called
+ROUTERS = ("gate", "router")  # what a linear layer that chooses experts, or the module around it, is called
 SHOWN = 3  # names that an error lists before it says how many more there are
 
 
@@ -206,6 +207,7 @@ class Blocks:
     """The blocks of a model; these of one that is whole in memory.
 
     with blocks.open(index) as block:    # within it the block has its weights
+    with blocks.outside():               # within it so has what lies outside the blocks
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -219,6 +221,10 @@ class Blocks:
     @contextmanager
     def open(self, index: int) -> Iterator[nn.Module]:
         yield self.modules[index]
+
+    @contextmanager
+    def outside(self) -> Iterator[None]:
+        yield
 
     def change(self, write: Callable[[int, nn.Module], None]) -> None:
         """Have the weights of each block, of which the index is given, written to before anything else sees them."""
@@ -294,7 +300,28 @@ def linears(block: nn.Module, prefix: str) -> list[Linear]:
                 f"{type(module).__name__} of {prefix} keeps {few(many)} with three dimensions, which only experts in "
                 "transformers' layout may have."
             )
+    check_known(block, prefix, found)
     return found
+
+
+def check_known(block: nn.Module, prefix: str, layers: Sequence[Linear]) -> None:
+    """Raise InputError when most weights of a block are matrices outside its linear layers, such as DBRX's experts."""
+    known = {(id(layer.module), layer.parameter) for layer in layers}
+    others = {
+        f"{inside}.{name}": parameter.numel()
+        for inside, module in block.named_modules()
+        if not isinstance(module, (nn.Linear, Conv1D, nn.Embedding, nn.modules.conv._ConvNd))
+        for name, parameter in module.named_parameters(recurse=False)
+        if parameter.ndim > 1 and (id(module), name) not in known
+    }
+    if sum(others.values()) > sum(math.prod(p.shape) for p in {id(q): q for q in map(parameter_of, layers)}.values()):
+        raise InputError(
+            f"Most weights of {prefix} are in no linear layer and no experts in transformers' layout: {few(others)}."
+        )
+
+
+def parameter_of(layer: Linear) -> Tensor:
+    return layer.module.get_parameter(layer.parameter)
 
 
 def experts(module: nn.Module, inside: str, prefix: str) -> list[Linear]:
@@ -319,7 +346,7 @@ def router_names(block: nn.Module) -> Iterator[str]:
         if is_experts(module):
             count, around = len(module.get_parameter(expert_parameters(module)[0])), inside.rpartition(".")[0]
             for name, beside in block.get_submodule(around).named_modules(prefix=around):
-                called = name.rpartition(".")[2] in ROUTERS
+                called = not set(ROUTERS).isdisjoint(name.split(".")[-2:])  # Gemma 4's is router.proj
                 if called and isinstance(beside, nn.Linear) and beside.out_features == count:
                     yield name
 

@@ -19,6 +19,7 @@ from workflow.scripts.task_sets import BATCH
 # ------------------------------------------------------------------------------ what the jobs' code holds, in one place
 
 PROCESS = 650e6  # bytes of Python with torch, transformers and the compiled loops
+OUTSIDE_HELD = 2  # of what lies outside the blocks: itself, and its mapped file while it is read
 BLOCKS_HELD = 3  # of a model that is read block by block: the one that is run, the next, and its mapped file
 # Bytes per entry of a Gram while it is summed: a float64 total, and a float32 run, which experts of one width share.
 GRAM_TOTAL, GRAM_RUN = 8, 4
@@ -197,12 +198,11 @@ class Needs:
             memory = max(memory, model.tuning(calib["length"], cell.spec["tune"]))
             epochs = sum(stage["epochs"] for stage in cell.spec["tune"].values())
             work += 4 * epochs * model.forward(tokens)
-        # The job evaluates what it has compressed, by a model of its own: what lies outside the blocks is there twice.
+        # The job evaluates what it has compressed.
         texts = [self._perplexity(model, Job("", {"evaluation": name})) for name in self.plan.evaluations]
         others = texts + [self._tasks(model, Job("", {"tasks": name})) for name in self.plan.tasks]
-        twice = model.size * model.shape.outside
-        least = max([memory, *(twice + need.least for need in others)])
-        memory = max([memory, *(twice + need.memory for need in others)])
+        least = max([memory, *(need.least for need in others)])
+        memory = max([memory, *(need.memory for need in others)])
         stored = model.shape.total(lambda block: model.stored(block, target, changed))
         passing = max([passing + stored, *(need.passing for need in others)])
         return Need(memory, stored + CELL_FILES, passing, work + sum(need.work for need in others), least)
@@ -297,8 +297,13 @@ class Model:
 
     @property
     def streamed(self) -> float:
-        """The process with what lies outside the blocks, and as many of these as it holds."""
-        return PROCESS + self.size * (self.shape.outside + BLOCKS_HELD * self.block)
+        """The process with as many blocks as it holds."""
+        return PROCESS + BLOCKS_HELD * self.size * self.block
+
+    @property
+    def embedding(self) -> float:
+        """Peak before the first block and after the last, where what lies outside the blocks is read."""
+        return self.streamed + OUTSIDE_HELD * self.size * self.shape.outside
 
     @property
     def whole(self) -> float:
@@ -309,13 +314,16 @@ class Model:
 
     def calibrating(self, length: int) -> float:
         """Peak of a pass that sums the Grams of a block."""
-        return self.streamed + self.activations(length) + max(map(summed, self.shape.blocks), default=0)
+        summing = self.streamed + self.activations(length) + max(map(summed, self.shape.blocks), default=0)
+        return max(summing, self.embedding)
 
     def evaluating(self, length: int, tokens: int) -> float:
         """Peak of the perplexity of `tokens` tokens in windows of `length`."""
         batch = max(length, min(tokens, LOGITS_AT_ONCE // self.shape.vocabulary))  # tokens
         logits = (self.size * batch + 8 * min(ROWS, length)) * self.shape.vocabulary  # two copies in float32 of some
-        return self.streamed + max(self.activations(batch) + logits, self.unpacked)
+        passing = self.streamed + max(self.activations(batch), self.unpacked)
+        scoring = self.streamed + self.size * self.shape.outside + logits
+        return max(passing, scoring, self.embedding)
 
     @property
     def unpacked(self) -> float:
@@ -328,15 +336,14 @@ class Model:
         batch = max(self.activations(batch * TASK_TOKENS) + logits, self.unpacked)
         outside, blocks = self.size * self.shape.outside, self.whole - self.size * self.shape.outside
         fitting = max(blocks / FITS, blocks + 2 * self.size * self.block + batch)
-        least = self.streamed + batch
+        least = max(self.streamed + outside + batch, self.embedding)
         return max(PROCESS + outside + fitting, least), least
 
     def tuning(self, length: int, stages: Mapping[str, Any]) -> float:
         """Peak of the tuning stages, which take the whole model and the gradients of a block or of all."""
         batch, depth = max(stage["batch"] for stage in stages.values()), self.shape.depth if "end" in stages else 1
         kept = 4 * batch * length * (ACTIVATIONS * self.shape.widest * depth + 3 * self.shape.vocabulary)
-        outside = self.size * self.shape.outside  # of the model that is read block by block afterwards
-        return PROCESS + self.whole + outside + TUNED * (self.shape.parameters - self.shape.outside) + kept
+        return PROCESS + self.whole + TUNED * (self.shape.parameters - self.shape.outside) + kept
 
     def states(self, tokens: int) -> float:
         """Bytes of the files of hidden states."""

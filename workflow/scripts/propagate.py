@@ -181,7 +181,7 @@ class Stream:
         self._calls: list[list[Call]] = []  # per batch, of every block
         parts = tokens.split(sequences_per_batch or self._batch())
         self.inputs: Sequence[Tensor] = []
-        with torch.no_grad():
+        with torch.no_grad(), self.source.outside():
             self._skip = self._probe(tokens)  # per block but the last; empty where all must be run
             hidden = (self._embed(part.to(self.device)) for part in parts)
             if start and folder:
@@ -221,8 +221,13 @@ class Stream:
             return []
         if not same(one.calls, other.calls):
             raise InputError(f"{type(self.model).__name__} passes more than {HIDDEN} from block to block.")
+        if not extra:
+            return skip
         # What a block returns besides may make the calls of the next.
-        return skip if not extra or same(capture(self.model, blocks, few).calls, one.calls) else []
+        one, other = (capture(self.model, blocks, x) for x in (few, (few + 1) % vocabulary(self.model)))
+        if not same(one.calls, other.calls):
+            raise InputError(f"{type(self.model).__name__} passes more than {HIDDEN} from block to block.")
+        return skip if same(capture(self.model, blocks, few, skip).calls, one.calls) else []
 
     def _embed(self, tokens: Tensor) -> Tensor:
         """What enters the first block; the blocks' calls are kept."""

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from methods.catalogue import SHARED_SOURCES
+from workflow.scripts.devices import take
 from workflow.scripts.fingerprint import sha256
 from workflow.scripts.runtime import record_failure, report_errors, write_atomic
 from workflow.scripts.task_sets import task_files
@@ -92,7 +93,7 @@ class Evaluation:
             blocks = LazyBlocks(self.model, self.device)
             apply_weights(blocks, self.weights)
         if self.kind == "perplexity":
-            found = evaluate_text(blocks, self.data, self.weights.with_name(".states"), self.name)
+            found = evaluate_text(blocks, self.data, self.weights.with_name(f".states-{self.data.stem}"), self.name)
         else:
             from workflow.scripts.zero_shot import evaluate_tasks
 
@@ -167,6 +168,7 @@ def known(file: Path) -> str | None:
 
 def computed(evaluation: Evaluation, threads: int | None) -> str:
     """The result of an evaluation in a process of its own."""
+    take(evaluation.device)  # before torch is imported
     stay_offline(evaluation.spec)
     from workflow.scripts.models import set_threads
 

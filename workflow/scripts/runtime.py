@@ -3,15 +3,17 @@
 import contextlib
 import ctypes
 import fcntl
+import hashlib
 import importlib.metadata
 import json
 import os
 import platform
 import resource
+import socket
 import subprocess
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import IO
 
@@ -39,6 +41,33 @@ def whole_file(path: Path) -> Iterator[Path]:
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)
+
+
+def remove_parts(folder: Path) -> None:
+    """Remove what processes that were killed have left of whole_file; nobody else may be at work in the folder."""
+    for path in folder.glob(".*.part"):
+        path.unlink(missing_ok=True)
+
+
+def digest_of(files: Iterable[str]) -> str:
+    """Of names and contents of files of code: what results depend on."""
+    content = json.dumps([(os.path.basename(file), sha256(Path(file))) for file in files])
+    return hashlib.sha256(content.encode()).hexdigest()[:16]
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def unchanged(code: Path) -> str:
+    """The hash of the code that a file lists and is named after.
+
+    Raises InputError when the code is no longer that: what this process has imported would pass for something else.
+    """
+    if digest_of(json.loads(code.read_text("utf-8"))) != code.name:
+        raise InputError("The code was edited since this run began: run again.")
+    return code.name
 
 
 def write_atomic(path: Path, text: str) -> None:
@@ -131,22 +160,24 @@ def unlock_after_death(folder: Path) -> IO[str] | None:
     """Remove Snakemake's locks in its folder (.snakemake) if no run that put them there lives, as after a SIGKILL.
 
     Every run holds the file that is returned, which the system lets go of when the process dies, until its end.
-    None where the file system has no locks: there a run that was killed needs `snakemake --unlock`, as ever.
+    After a death on another host, of which some file systems let nobody know whether it lives, and where there are no
+    locks of files (None is returned), a run that was killed needs `snakemake --unlock`, as ever.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    held = (folder / "layerwise.alive").open("w")
-    try:
-        try:
+    with contextlib.suppress(OSError):
+        folder.mkdir(parents=True, exist_ok=True)
+        held = (folder / "layerwise.alive").open("a+")
+        held.seek(0)
+        host, own = held.read().strip(), socket.gethostname()
+        with contextlib.suppress(BlockingIOError):  # another run lives, and its locks are its own
             fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            for lock in (folder / "locks").glob("*.lock"):
+            for lock in (folder / "locks").glob("*.lock") if host in ("", own) else ():
                 lock.unlink(missing_ok=True)
-        except BlockingIOError:  # another run lives, and its locks are its own
-            pass
+            held.truncate(0)
+            held.write(own)
+            held.flush()
         fcntl.flock(held, fcntl.LOCK_SH)
-    except OSError:
-        held.close()
-        return None
-    return held
+        return held
+    return None
 
 
 def gram_stores() -> Path:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from accelerate import init_empty_weights
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
@@ -46,7 +46,7 @@ class Shards:
         self._file_of: dict[str, Path] = {}
         self.empty: dict[str, Tensor] = {}  # of each tensor one of its shape and dtype, without data
         for path in weight_files(name, folder):
-            with safe_open(path, "pt") as file:
+            with opened(path) as file:
                 for key in file.keys():  # noqa: SIM118 (it is no mapping)
                     part = file.get_slice(key)
                     self._file_of[key] = path
@@ -56,16 +56,26 @@ class Shards:
         """Copies of the tensors: the library's are mapped files, which take memory until the last of them is gone."""
         found = {}
         for path in dict.fromkeys(self._file_of[key] for key in keys):
-            with safe_open(path, "pt") as file:
+            with opened(path) as file:
                 found |= {key: file.get_tensor(key).clone() for key in keys if self._file_of[key] == path}
         return found
 
 
+@contextmanager
+def opened(path: Path) -> Iterator[Any]:
+    """A safetensors file; errors name it."""
+    try:
+        with safe_open(path, "pt") as file:
+            yield file
+    except (OSError, SafetensorError) as error:
+        raise SafetensorError(f"{path.name}: {error}") from error
+
+
 class LazyBlocks(Blocks):
-    """The blocks of a model of which only what lies outside them is in memory.
+    """The blocks of a model of which no weights are in memory.
 
     A block is read when it is opened, or run, and dropped when it is closed, or has been run, with whatever was written
-    to its weights. Meanwhile another thread reads the next one.
+    to its weights. Meanwhile another thread reads the next one. What lies outside the blocks is read and dropped alike.
     """
 
     def __init__(self, spec: Mapping[str, Any], device: str | torch.device = "cpu") -> None:
@@ -95,10 +105,9 @@ class LazyBlocks(Blocks):
             module._buffers[key] = None if own is None else own.to(device)
         self.name, self.modules = find_blocks(model)
         self._keys = self._of_blocks(model)  # names in the files; those outside the blocks under None
-        self._put(model, self._shards.read(self._keys[None]))
-        model.tie_weights()
         super().__init__(model.eval().requires_grad_(False))
-        self._users = [0] * len(self)
+        self.device = torch.device(device)
+        self._users: Counter[int | None] = Counter()
         self._reader = ThreadPoolExecutor(1)
         self._ahead: tuple[int, Future[dict[str, Tensor]]] | None = None
         for index, block in enumerate(self.modules):
@@ -145,11 +154,21 @@ class LazyBlocks(Blocks):
 
     @contextmanager
     def open(self, index: int) -> Iterator[nn.Module]:
+        with self._used(index):
+            yield self.modules[index]
+
+    @contextmanager
+    def outside(self) -> Iterator[None]:
+        with self._used(None):
+            yield
+
+    @contextmanager
+    def _used(self, index: int | None) -> Iterator[None]:
         if not self._users[index]:
             self._load(index)
         self._users[index] += 1
         try:
-            yield self.modules[index]
+            yield
         finally:
             self._users[index] -= 1
             if not self._users[index]:
@@ -160,7 +179,7 @@ class LazyBlocks(Blocks):
         """Within it all blocks are in memory, where they take no more than SHARE of what is free; else each is read
         whenever it is run, which gives the same results later."""
         size, free = sum(own.nbytes for own in self.modules.parameters()), free_bytes(self.device)
-        with ExitStack() as stack:
+        with self.outside(), ExitStack() as stack:
             if size <= SHARE * free:
                 for index in range(len(self)):
                     stack.enter_context(self.open(index))
@@ -175,22 +194,34 @@ class LazyBlocks(Blocks):
     def change(self, write: Callable[[int, nn.Module], None]) -> None:
         self._write = write
 
-    def _load(self, index: int) -> None:
-        ahead, self._ahead = self._ahead, None
+    def _load(self, index: int | None) -> None:
         with sentences(self._spec):
-            found = ahead[1].result() if ahead and ahead[0] == index else self._shards.read(self._keys[index])
+            found = self._read(index)
         self._put(self.model, found)
-        del ahead, found
+        del found
+        if index is None:
+            self.model.tie_weights()
+        read = self.model if index is None else self.modules[index]
+        read.requires_grad_(False)
+        prefix = "" if index is None else f"{self.name}.{index}."
+        check_finite(self._spec, ((prefix + key, own) for key, own in read.named_parameters() if not own.is_meta))
+        if index is not None and self._write:
+            self._write(index, read)
+
+    def _read(self, index: int | None) -> dict[str, Tensor]:
+        """The tensors of a block, or from outside them; from now on another thread reads the next block's."""
+        if index is None:
+            return self._shards.read(self._keys[None])
+        ahead, self._ahead = self._ahead, None
+        found = ahead[1].result() if ahead and ahead[0] == index else self._shards.read(self._keys[index])
         if index + 1 < len(self) and not self._users[index + 1]:
             self._ahead = (index + 1, self._reader.submit(self._shards.read, self._keys[index + 1]))
-        block = self.modules[index].requires_grad_(False)
-        check_finite(self._spec, ((f"{self.name}.{index}.{key}", own) for key, own in block.named_parameters()))
-        if self._write:
-            self._write(index, block)
+        return found
 
-    def _drop(self, index: int) -> None:
-        for module in self.modules[index].modules():
-            for key, own in module._parameters.items():
+    def _drop(self, index: int | None) -> None:
+        inside = set(self.modules.modules()) if index is None else set()
+        for module in (self.model if index is None else self.modules[index]).modules():
+            for key, own in module._parameters.items() if module not in inside else ():
                 if own is not None:
                     module._parameters[key] = nn.Parameter(torch.empty_like(own, device="meta"), requires_grad=False)
         give_back_memory()
