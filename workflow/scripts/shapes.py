@@ -24,7 +24,7 @@ UNGATED = ("opt", "gpt2", "gpt_neox", "gptj", "bloom", "falcon", "phi", "starcod
 LAST = ("o_proj", "out_proj", "c_proj", "down_proj", "dense", "dense_4h_to_h", "fc2", "fc_out", "w2", "wo")
 LAST += ("q_b_proj", "kv_b_proj")  # of queries, and of keys and values, that have a low rank
 EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")  # fields of their number
-NO_LINEAR = re.compile(r"norm|embed|rotary|router|(^|\.)(gate|wg)\.weight$|bias")
+NO_LINEAR = re.compile(r"norm|embed|rotary|router|(^|\.)(gate|wg)\.(\w+\.)?weight$|bias")
 
 
 @dataclass(frozen=True)
