@@ -252,15 +252,9 @@ def _methods_in(params: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
 def summed(block: Block) -> float:
     """Bytes of a block's Grams while they are summed, and of the rows of inputs that are kept."""
     runs = [size for size, share in block.taps if share == 1] + list({size for size, share in block.taps if share < 1})
-    added = GRAM_TOTAL * max((size**2 for size, _ in block.taps), default=0)  # a run in float64, before it is added
     rows = sum(size for size, share in block.taps if share < 1)  # of an expert there may be twice as many
-    return (
-        kept(block)
-        + (GRAM_TOTAL - 4) * block.gram_entries
-        + GRAM_RUN * sum(size**2 for size in runs)
-        + added
-        + 4 * SAMPLE * rows
-    )
+    sums = (GRAM_TOTAL - 4) * block.gram_entries + GRAM_RUN * sum(size**2 for size in runs)
+    return kept(block) + sums + 4 * SAMPLE * rows
 
 
 def kept(block: Block) -> float:
