@@ -24,7 +24,7 @@ from workflow.scripts.lower_bound import lower_bound
 
 SHAPES = ((4096, 1024), (2048, 2048), (1024, 2560))  # the weight is 4 times the Gram, as large, two fifths
 CERTIFICATE = "certificate"  # the bound on a layer's masks, which is no method
-FEW = {"swaps": 3}  # of parameters that say how long a method goes on, in as much memory
+FEW = {"swaps": 3, "iterations": 4}  # of parameters that say how long a method goes on, in as much memory
 BOUNDED = {"row": Target(0.5), "layer": Target(0.5, "layer"), "2:4": Target(pattern="2:4")}
 
 
@@ -72,7 +72,7 @@ def peak(case: str, out: int, inputs: int) -> float:
 
 def fitted(peaks: list[tuple[int, int, float]]) -> tuple[float, float]:
     """(w, g): the closest w W + g G of all that no peak (bytes of W, of G, measured) exceeds."""
-    w, g = np.meshgrid(np.arange(0, 16.05, 0.1), np.arange(0, 16.05, 0.1))
+    w, g = np.meshgrid(np.arange(0, 50.05, 0.2), np.arange(0, 50.05, 0.2))
     ratios = np.stack([(w * weight + g * gram) / measured for weight, gram, measured in peaks])
     worst = np.where(ratios.min(0) >= 1, ratios.max(0), np.inf)
     best = np.unravel_index(worst.argmin(), worst.shape)
