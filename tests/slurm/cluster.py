@@ -98,6 +98,7 @@ class Cluster:
     def __enter__(self) -> Cluster:
         self.folder = Path(tempfile.mkdtemp(prefix="slurm-"))  # a socket's path is short
         self.folder.chmod(0o755)
+        self.before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # by which the context ends too
         try:
             self.start()
         except BaseException:
@@ -114,6 +115,7 @@ class Cluster:
         for name in reversed(list(self.daemons)):
             self.stop(name)
         shutil.rmtree(self.folder, ignore_errors=True)
+        signal.signal(signal.SIGTERM, self.before)
 
     def start(self) -> None:
         (self.folder / "state").mkdir()
