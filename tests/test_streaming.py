@@ -140,3 +140,11 @@ def test_tied_embeddings_are_one_tensor(tmp_path):
         with lazy.outside():
             weight = lazy.model.get_input_embeddings().weight
             assert lazy.model.get_output_embeddings().weight is weight and not weight.is_meta
+
+
+def test_files_are_found_from_another_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    lazy = LazyBlocks(saved("model", "llama"))
+    monkeypatch.chdir("/")
+    with lazy.outside(), lazy.open(0):
+        assert not lazy.model.get_input_embeddings().weight.is_meta

@@ -86,7 +86,7 @@ class LazyBlocks(Blocks):
         self._spec, self._device_map = spec, {"": str(device)}
         folder, config, options = read_config(spec)
         with sentences(spec):
-            self._shards = Shards(spec.get("name", folder), Path(folder))
+            self._shards = Shards(spec.get("name", folder), Path(folder).absolute())  # the process may move
             # Parameters get no data. Buffers, which models compute, do.
             with no_init_weights(), init_empty_weights(include_buffers=False):
                 model: Any = AutoModelForCausalLM.from_config(
