@@ -403,7 +403,7 @@ def assert_same_taps(actual, expected):
 
 def calibrated(entry, folder, monkeypatch, *arguments, out="gram.json"):
     """The Grams of a calibration, as the workflow runs it, in the folder of stores `grams`."""
-    monkeypatch.setenv(grams.CACHE, str(folder / "grams"))
+    monkeypatch.setenv("LAYERWISE_CACHE", str(folder / "grams"))
     if not (folder / "tokens.safetensors").exists():
         save_file({"tokens": tokens(SEQUENCES)}, folder / "tokens.safetensors", metadata={"info": "{}"})
     fingerprint.main(["--model", entry, "--out", str(folder / "model.json")])

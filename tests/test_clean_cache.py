@@ -16,7 +16,7 @@ def stores(tmp_path, monkeypatch):
     here, other = tmp_path / "here", tmp_path / "other"
     here.mkdir()
     monkeypatch.chdir(here)
-    monkeypatch.setenv(grams.CACHE, str(tmp_path / "grams"))
+    monkeypatch.setenv("LAYERWISE_CACHE", str(tmp_path / "grams"))
     for name, studies in ((OWN, [here]), (THEIRS, [other]), (BOTH, [here, other])):
         store = tmp_path / "grams" / name
         store.mkdir(parents=True)

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from methods import ops
@@ -18,7 +20,14 @@ from tests import layers
 from workflow.scripts import packed
 from workflow.scripts.accounting import bits_per_weight, stored_bits
 from workflow.scripts.compress import output_error
+from workflow.scripts.grams import INDEX, block_file, read_block
 from workflow.scripts.runtime import InputError
+
+
+def metadata(path: Path) -> dict[str, str]:
+    with safe_open(path, "pt") as file:
+        return file.metadata()
+
 
 TARGETS = [
     Target(),
@@ -274,7 +283,7 @@ FAULTS = {
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_damaged_layer_is_named(path, fault):
     part, change, sentence = FAULTS[fault]
-    info, tensors = packed.PackedFile(path).file.metadata(), load_file(path)
+    info, tensors = metadata(path), load_file(path)
     changed = change(tensors.pop(f"correlated.{part}"))
     save_file({**tensors, **({} if changed is None else {f"correlated.{part}": changed})}, path, metadata=info)
     with pytest.raises(InputError, match=f"^correlated in .*weights.safetensors is damaged: {sentence}"):
@@ -295,7 +304,7 @@ def test_a_scale_of_inputs_must_be_positive_and_finite(value):
 
 def test_a_file_that_is_no_such_file(path):
     tensors = load_file(path)
-    info = json.loads(packed.PackedFile(path).file.metadata()["layerwise"])
+    info = json.loads(metadata(path)["layerwise"])
     save_file({**tensors, "stranger": torch.ones(1)}, path, metadata={"layerwise": json.dumps(info)})
     with pytest.raises(InputError, match="has the tensor 'stranger', which belongs to none of its layers"):
         packed.PackedFile(path)
@@ -309,3 +318,24 @@ def test_a_file_that_is_no_such_file(path):
     path.write_bytes(b"nothing")
     with pytest.raises(InputError, match="cannot be read"):
         packed.PackedFile(path)
+
+
+def test_what_has_been_read_is_not_kept_in_memory(tmp_path):
+    maps = Path("/proc/self/maps")
+    if not maps.is_file():
+        pytest.skip("needs Linux, which tells the files that a process has mapped")
+    path, gram = tmp_path / "weights.safetensors", tmp_path / "grams" / block_file(0)
+    save_file({"first": torch.ones(64, 64, dtype=torch.bfloat16)}, path)
+    file = packed.PackedFile(path)
+    assert file.read("first").weight.sum() == 64 * 64
+    gram.parent.mkdir()
+    fields = {"gram": torch.eye(8), "sample": torch.ones(8, 8)} | dict.fromkeys(
+        ("mean", "absmean", "sequence_variance"), torch.ones(8)
+    )
+    save_file({f"{tap}/{field}": own.clone() for tap in "ab" for field, own in fields.items()}, gram)
+    entry = {"layers": ["x"], "inside": ["x"], "in": 8, "tokens": 8, "scope": "all"}
+    (gram.parent / INDEX).write_text(json.dumps({"length": 8, "blocks": [{"a": entry, "b": entry}]}))
+    for tap in read_block(gram.parent, 0):
+        assert len(tap.gram.matrix) == 8
+        del tap
+        assert not [line for line in maps.read_text().splitlines() if str(tmp_path) in line]

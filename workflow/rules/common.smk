@@ -12,7 +12,7 @@ from snakemake_interface_common.exceptions import WorkflowError
 
 from methods.catalogue import PACKAGES, SHARED_SOURCES
 from workflow.scripts import recall, sources, task_sets
-from workflow.scripts.estimate import Limits, free_disk, machine_memory, operations_per_second, refusals, short, total
+from workflow.scripts.estimate import Limits, disks, machine_memory, operations_per_second, refusals, short, total
 from workflow.scripts.grid import canonical, plan
 from workflow.scripts.needs import Job, Needs
 from workflow.scripts.plot import FIGURES
@@ -249,7 +249,7 @@ def preflight():
     told = workflow.resource_settings.overwrite_resources
     told = {rule: own["mem_mb"] for rule, own in told.items() if "mem_mb" in own}
     given = {rule: None if own.is_evaluable() else own.value * 1e6 for rule, own in told.items()}
-    limits = Limits(memory, whose, free_disk(Path("results")), given)
+    limits = Limits(memory, whose, *disks(), given)
     found = total(NEEDS, jobs, workflow.cores or workflow.nodes, operations_per_second())
     if found.largest or found.unknown:
         logger.info(short(NEEDS, found, limits))

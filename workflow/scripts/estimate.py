@@ -22,7 +22,7 @@ import yaml
 
 from workflow.scripts.grid import Cell, Plan, plan
 from workflow.scripts.needs import CELL_FILES, UNKNOWN_MB, Job, Model, Need, Needs
-from workflow.scripts.runtime import InputError, report_errors
+from workflow.scripts.runtime import InputError, gram_stores, report_errors
 from workflow.scripts.shapes import Shape
 
 STARTUP = 6.0  # seconds of a job besides its work
@@ -53,12 +53,16 @@ def limit_files(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/sel
             yield kind[0] / folder.relative_to("/") / kind[1]
 
 
-def free_disk(folder: Path) -> float:
-    """Bytes that are free where a folder is, or will be."""
-    folder = Path(folder).absolute()
-    while not folder.exists():
-        folder = folder.parent
-    return float(shutil.disk_usage(folder).free)
+def disks(results: Path = Path("results")) -> tuple[float, float | None]:
+    """Bytes that are free for results/ and for Gram stores, None for these where they are on the same disk."""
+    homes = []
+    for folder in (results, gram_stores()):
+        folder = folder.absolute()
+        while not folder.exists():
+            folder = folder.parent
+        homes.append(folder)
+    free = [float(shutil.disk_usage(home).free) for home in homes]
+    return free[0], None if homes[0].stat().st_dev == homes[1].stat().st_dev else free[1]
 
 
 def operations_per_second(rounds: int = 5) -> float:
@@ -79,6 +83,7 @@ def operations_per_second(rounds: int = 5) -> float:
 @dataclass(frozen=True)
 class Limits:
     """Bytes. memory: of one job, None where nothing says. whose: such as 'this machine has'. disk: free for results/.
+    stores: free for Gram stores, None where they are on the same disk.
 
     given: rule -> what the user says its jobs take, in the place of the estimate; None for what is known only later.
     """
@@ -86,18 +91,20 @@ class Limits:
     memory: float | None
     whose: str
     disk: float
+    stores: float | None = None
     given: Mapping[str, float | None] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Total:
-    """Of a set of jobs. largest: the one that takes most memory. disk: bytes that results/ grows by, with what passes
-    while jobs run. seconds: on this machine. measured: cells whose seconds are those of earlier ones of their kind.
-    unknown: names of models that have not been fetched."""
+    """Of a set of jobs. largest: the one that needs most memory. disk, stores: bytes that results/ and the folder of
+    Gram stores grow by, with what passes while jobs run. seconds: on this machine. measured: cells whose seconds are
+    those of earlier ones of their kind. unknown: names of models that have not been fetched."""
 
     jobs: int
     largest: tuple[Job, Need] | None
     disk: float
+    stores: float
     seconds: float
     measured: int
     unknown: tuple[str, ...]
@@ -107,12 +114,16 @@ def total(needs: Needs, jobs: Iterable[Job], cores: int, rate: float) -> Total:
     """cores: jobs at a time. rate: operations per second of the machine."""
     jobs, told = list(jobs), finished_seconds(needs.plan)
     taking = [(job, need) for job in jobs if (need := needs.need(job))]
-    seconds, disk, measured, running, waiting = 0.0, 0.0, 0, [], []
+    seconds, disk, stores, measured, running, waiting, stored = 0.0, 0.0, 0.0, 0, [], [], []
     for job, need in taking:
         own = told.get(kind_of(needs.cell(job))) if job.rule == "compress" else None
         measured += own is not None
         work = 0.0 if job.rule in EVALUATE else need.work
         seconds += own / cores if own is not None else STARTUP / cores + BELOW_PEAK * work / rate
+        if job.rule == "gram":
+            stores += need.disk
+            stored.append(need.passing)
+            continue
         stays = need.disk
         if job.rule == "compress" and not needs.plan.config["keep_weights"]:
             stays = CELL_FILES
@@ -120,9 +131,11 @@ def total(needs: Needs, jobs: Iterable[Job], cores: int, rate: float) -> Total:
         running.append(need.passing + need.disk - stays)
         waiting.append(need.disk - stays)  # weights for those who read them, while the next cells run
     disk += sum(sum(sorted(own, reverse=True)[:cores]) for own in (running, waiting))
+    stores += sum(sorted(stored, reverse=True)[:cores])
     models = dict.fromkeys(job.wildcards["model"] for job in jobs if "model" in job.wildcards)
     unknown = tuple(needs.plan.models[model]["name"] for model in models if needs.shape(model) is None)
-    return Total(len(jobs), max(taking, key=lambda one: one[1].memory, default=None), disk, seconds, measured, unknown)
+    largest = max(taking, key=lambda one: one[1].least, default=None)
+    return Total(len(jobs), largest, disk, stores, seconds, measured, unknown)
 
 
 def kind_of(cell: Cell) -> tuple[str, str, str]:
@@ -144,7 +157,7 @@ def refusals(needs: Needs, jobs: Iterable[Job], found: Total, limits: Limits) ->
     worst: tuple[float, Job] | None = None
     for job in jobs if limits.memory is not None else ():
         need = needs.need(job)
-        taken = limits.given.get(job.rule, need.memory) if need else None
+        taken = limits.given.get(job.rule, need.least) if need else None
         if taken is not None and taken > limits.memory and (worst is None or taken > worst[0]):
             worst = taken, job
     if worst:
@@ -154,11 +167,22 @@ def refusals(needs: Needs, jobs: Iterable[Job], found: Total, limits: Limits) ->
             f"docs/big-models.md says what takes less, and --set-resources {job.rule}:mem_mb=N puts a figure of yours "
             "in the place of this estimate."
         )
-    if found.disk > limits.disk:
-        yield (
-            f"The jobs need about {size(found.disk)} of disk where results/ is, and {size(limits.disk)} are free: make "
-            "room, run in another folder (--directory), or run a part of the study first."
-        )
+    for place, taken, free in on_disks(found, limits):
+        if taken > free:
+            yield (
+                f"The jobs need about {size(taken)} of disk where {place}, and {size(free)} are free: make room, run "
+                "in another folder (--directory), keep Gram stores elsewhere (LAYERWISE_CACHE), or run a part of the "
+                "study first."
+            )
+
+
+def on_disks(found: Total, limits: Limits) -> Iterator[tuple[str, float, float]]:
+    """(what is there, bytes that the jobs take, bytes that are free) of each disk."""
+    if limits.stores is None:
+        yield "results/ is", found.disk + found.stores, limits.disk
+    else:
+        yield "results/ is", found.disk, limits.disk
+        yield "Gram stores are", found.stores, limits.stores
 
 
 # ------------------------------------------------------------------------------------------------------------- in words
@@ -192,8 +216,10 @@ def short(needs: Needs, found: Total, limits: Limits) -> str:
     if found.largest:
         job, need = found.largest
         most = f" of {size(limits.memory)}" if limits.memory else ""
-        parts.append(f"at most {size(need.memory)}{most} of memory, for {described(needs, job)}")
-        parts.append(f"{size(found.disk)} of {size(limits.disk)} of disk")
+        parts.append(f"{size(need.least)}{most} of memory, for {described(needs, job)}")
+        parts += [
+            f"{size(taken)} of {size(free)} of disk where {place}" for place, taken, free in on_disks(found, limits)
+        ]
         parts.append(f"{duration(found.seconds)}, roughly")
     if found.unknown:
         parts.append(f"unknown until fetched: {', '.join(found.unknown)}")
@@ -214,16 +240,17 @@ def about(spec: Mapping[str, Any], shape: Shape | None) -> str:
 
 
 def table(needs: Needs, jobs: Iterable[Job]) -> list[str]:
-    """A line per kind of job: how many, and the most that one takes of memory, and of disk for good and meanwhile."""
+    """A line per kind of job: how many, and the most that one asks for and needs at least of memory, and takes of disk
+    for good and meanwhile."""
     kinds: dict[tuple[str, str], list[Need]] = {}
     for job in jobs:
         if need := needs.need(job):
             name = needs.plan.models[job.wildcards["model"]]["name"]
             detail = ": {label}, {mode}".format(**needs.cell(job).columns) if job.rule == "compress" else ""
             kinds.setdefault((name, f"{job.rule}{detail}"), []).append(need)
-    lines = [("model", "job", "jobs", "memory", "disk", "meanwhile")]
+    lines = [("model", "job", "jobs", "memory", "at least", "disk", "meanwhile")]
     for (name, kind), own in kinds.items():
-        most = [size(max(getattr(need, what) for need in own)) for what in ("memory", "disk", "passing")]
+        most = [size(max(getattr(need, what) for need in own)) for what in ("memory", "least", "disk", "passing")]
         lines.append((name, kind, str(len(own)), *most))
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return [
@@ -245,7 +272,7 @@ def main(argv: list[str] | None = None) -> None:
     needs = Needs(plan(config, check_sources=True))
     jobs = list(needs.jobs())
     memory, whose = (args.mem_mb * 1e6, "--mem-mb gives") if args.mem_mb else (machine_memory(), "this machine has")
-    limits = Limits(memory, whose, free_disk(Path("results")))
+    limits = Limits(memory, whose, *disks())
     found = total(needs, jobs, args.cores, operations_per_second())
     for model, spec in needs.plan.models.items():
         print(about(spec, needs.shape(model)))

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
-import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -19,13 +18,12 @@ from torch import Tensor
 from methods.base import Gram, Statistics
 from workflow.scripts.fingerprint import sha256
 from workflow.scripts.models import Blocks
-from workflow.scripts.runtime import InputError, write_atomic
+from workflow.scripts.runtime import InputError, gram_stores, write_atomic
 from workflow.scripts.taps import Tap
 
 STATISTICS = ("mean", "absmean", "sequence_variance", "sample")
 INDEX = "index.json"
 USERS = "users.txt"
-CACHE = "LAYERWISE_CACHE"  # environment variable
 
 
 def block_file(index: int) -> str:
@@ -60,19 +58,23 @@ def read_index(folder: Path) -> dict[str, Any]:
 def read_block(folder: Path, index: int, device: str = "cpu") -> Iterator[Tap]:
     """The taps of one block on a device, each read when its turn comes; no other block is read.
 
+    The file is opened for each tap: what has been read of a mapped file counts as memory until it is closed.
+
     Raises InputError when its file is absent or damaged.
     """
     contents = read_index(folder)
     try:
-        with safe_open(Path(folder) / block_file(index), "pt", device=device) as file:
-            for name, entry in contents["blocks"][index].items():
-                gram = Gram(file.get_tensor(f"{name}/gram"), entry["tokens"])
-                fields = {field: file.get_tensor(f"{name}/{field}") for field in STATISTICS}
-                statistics = Statistics(length=contents["length"], **fields)
-                yield Tap(name, tuple(entry["layers"]), tuple(entry["inside"]), gram, statistics, entry["scope"])
-                del gram, fields, statistics
+        for name, entry in contents["blocks"][index].items():
+            yield _tap(Path(folder) / block_file(index), name, entry, contents["length"], device)
     except (OSError, SafetensorError) as error:
         raise InputError(f"The Gram file {block_file(index)} of {folder} cannot be read: {error}.") from error
+
+
+def _tap(path: Path, name: str, entry: Mapping[str, Any], length: int, device: str) -> Tap:
+    with safe_open(path, "pt", device=device) as file:
+        gram = Gram(file.get_tensor(f"{name}/gram"), entry["tokens"])
+        statistics = Statistics(length=length, **{field: file.get_tensor(f"{name}/{field}") for field in STATISTICS})
+    return Tap(name, tuple(entry["layers"]), tuple(entry["inside"]), gram, statistics, entry["scope"])
 
 
 def shared_blocks(
@@ -93,7 +95,7 @@ def shared_blocks(
 
 def cache() -> Path:
     """The folder of all Gram stores, which studies in other folders may share."""
-    return Path(os.environ.get(CACHE) or "results/grams")
+    return gram_stores()
 
 
 def content(

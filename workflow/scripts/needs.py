@@ -19,13 +19,18 @@ from workflow.scripts.task_sets import BATCH
 # ------------------------------------------------------------------------------ what the jobs' code holds, in one place
 
 PROCESS = 650e6  # bytes of Python with torch, transformers and the compiled loops
+OUTSIDE_HELD = 2  # of what lies outside the blocks: itself, and its mapped file while it is read
 BLOCKS_HELD = 3  # of a model that is read block by block: the one that is run, the next, and its mapped file
-GRAM_ENTRY = 12  # bytes per entry of a Gram while it is summed: a float64 total and a float32 run
+# Bytes per entry of a Gram while it is summed: a float64 total, and a float32 run, which experts of one width share.
+GRAM_TOTAL, GRAM_RUN = 8, 4
 BATCH_BYTES = 2**22  # of a batch's widest activations, unless one sequence has more (propagate.BATCH_BYTES)
 ACTIVATIONS = 8  # tensors of that size at a time
 HIDDEN_FILES = 2  # files of all hidden states on disk: what enters a block and what leaves it
 LOGITS_AT_ONCE = 2**23  # of a batch of windows (evaluate.LOGITS_AT_ONCE)
+ROWS = 1024  # tokens whose logits are in float32 at a time (evaluate.ROWS)
+FITS = 0.7  # of the free memory: more than that, and the blocks are read whenever they are run (streaming.SHARE)
 TASK_TOKENS = 1024  # of the longest sequence that a zero-shot task asks for
+SCORING = 8 * 6 * 512  # bytes per input of a layer: rows in float64 while its result is scored (compress.SCORED)
 READ = 8  # float32 copies of a layer while it is unpacked from a cell's file
 TUNED = 24  # bytes per parameter of all blocks that tuning stages hold: results, codes, gradients and their moments
 SAMPLE = 512  # rows of inputs that a Gram store keeps, at most (taps.SAMPLE_ROWS)
@@ -68,13 +73,18 @@ ASKED_TOKENS = 100_000  # of a zero-shot task
 
 @dataclass(frozen=True)
 class Need:
-    """memory: bytes at most. disk: bytes that stay in results/. passing: more of them while the job runs.
-    work: floating point operations."""
+    """memory: bytes at most. disk: bytes that stay, of a Gram store in the folder of all stores, else in results/.
+    passing: more of them while the job runs. work: floating point operations. least: bytes of memory with which the
+    job ends, if later (default: memory)."""
 
     memory: float
     disk: float = 0.0
     passing: float = 0.0
     work: float = 0.0
+    least: float = 0.0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "least", self.least or self.memory)
 
 
 @dataclass(frozen=True)
@@ -158,7 +168,8 @@ class Needs:
         rows = min(SAMPLE, tokens) + 3
         store = 4 * run.shape.total(lambda one: one.gram_entries + sum(rows * inputs for inputs, _ in one.taps))
         work = run.forward(tokens) + run.gram_work(tokens)
-        return Need(run.calibrating(calib["length"]), store, run.states(tokens), work)
+        before = max(map(kept, run.shape.blocks), default=0)  # the Grams of a block while those of the next are summed
+        return Need(run.calibrating(calib["length"]) + before, store, run.states(tokens), work)
 
     def _compress(self, model: Model, job: Job) -> Need:
         cell = self.cell(job)
@@ -172,7 +183,7 @@ class Needs:
         peaks, works = [], []
         for block in model.shape.blocks:
             grams = 4 * block.gram_entries if sequential else 0
-            solving = [4 * (w * out * size + g * size**2) for out, size, _ in block.layers]
+            solving = [4 * (w * out * size + g * size**2) + SCORING * size for out, size, _ in block.layers]
             peaks.append(max(solving, default=0) + grams + model.stored(block, target, changed))
             works.append(model.shape.blocks[block] * sum(2 * out * size**2 for out, size, _ in block.layers))
         memory, work, passing = model.streamed + max(peaks), products * sum(works), 0.0
@@ -190,23 +201,23 @@ class Needs:
         # The job evaluates what it has compressed.
         texts = [self._perplexity(model, Job("", {"evaluation": name})) for name in self.plan.evaluations]
         others = texts + [self._tasks(model, Job("", {"tasks": name})) for name in self.plan.tasks]
+        least = max([memory, *(need.least for need in others)])
         memory = max([memory, *(need.memory for need in others)])
         stored = model.shape.total(lambda block: model.stored(block, target, changed))
         passing = max([passing + stored, *(need.passing for need in others)])
-        return Need(memory, stored + CELL_FILES, passing, work + sum(need.work for need in others))
+        return Need(memory, stored + CELL_FILES, passing, work + sum(need.work for need in others), least)
 
     def _perplexity(self, model: Model, job: Job) -> Need:
         spec = self.plan.evaluations[job.wildcards["evaluation"]]
         length, windows = spec["length"], spec.get("samples")
         tokens = windows * length if windows else TEXT_TOKENS
         work = model.forward(tokens) + 2 * model.shape.vocabulary * model.shape.hidden * tokens
-        return Need(model.evaluating(length), 0.0, model.states(tokens), work)
+        return Need(model.evaluating(length, tokens), 0.0, model.states(tokens), work)
 
     def _tasks(self, model: Model, job: Job) -> Need:
         spec = self.plan.tasks[job.wildcards["tasks"]]
-        return Need(
-            model.answering(spec.get("batch", BATCH)), 0.0, 0.0, model.forward(ASKED_TOKENS * len(spec["tasks"]))
-        )
+        memory, least = model.answering(spec.get("batch", BATCH))
+        return Need(memory, work=model.forward(ASKED_TOKENS * len(spec["tasks"])), least=least)
 
     def _certificate(self, model: Model, job: Job) -> Need:
         w, g, products = CERTIFICATE
@@ -238,6 +249,19 @@ def _methods_in(params: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
                 yield one
 
 
+def summed(block: Block) -> float:
+    """Bytes of a block's Grams while they are summed, and of the rows of inputs that are kept."""
+    runs = [size for size, share in block.taps if share == 1] + list({size for size, share in block.taps if share < 1})
+    rows = sum(size for size, share in block.taps if share < 1)  # of an expert there may be twice as many
+    sums = (GRAM_TOTAL - 4) * block.gram_entries + GRAM_RUN * sum(size**2 for size in runs)
+    return kept(block) + sums + 4 * SAMPLE * rows
+
+
+def kept(block: Block) -> float:
+    """Bytes of a block's Grams in float32, and of the rows of inputs beside them."""
+    return 4 * (block.gram_entries + SAMPLE * sum(size for size, _ in block.taps))
+
+
 def _kind(cell: Cell, study: Plan) -> tuple[Any, ...]:
     """What the need of a cell depends on besides model, calibration and mode."""
     method, tune = cell.spec["method"], cell.spec.get("tune")
@@ -267,8 +291,13 @@ class Model:
 
     @property
     def streamed(self) -> float:
-        """The process with what lies outside the blocks, and as many of these as it holds."""
-        return PROCESS + self.size * (self.shape.outside + BLOCKS_HELD * self.block)
+        """The process with as many blocks as it holds."""
+        return PROCESS + BLOCKS_HELD * self.size * self.block
+
+    @property
+    def embedding(self) -> float:
+        """Peak before the first block and after the last, where what lies outside the blocks is read."""
+        return self.streamed + OUTSIDE_HELD * self.size * self.shape.outside
 
     @property
     def whole(self) -> float:
@@ -279,21 +308,30 @@ class Model:
 
     def calibrating(self, length: int) -> float:
         """Peak of a pass that sums the Grams of a block."""
-        entries = max((block.gram_entries for block in self.shape.blocks), default=0)
-        return self.streamed + self.activations(length) + GRAM_ENTRY * entries
+        summing = self.streamed + self.activations(length) + max(map(summed, self.shape.blocks), default=0)
+        return max(summing, self.embedding)
 
-    def evaluating(self, length: int) -> float:
-        """Peak of the perplexity of windows of `length` tokens."""
-        window = length * self.shape.vocabulary
-        logits = self.size * max(window, min(LOGITS_AT_ONCE, 8 * window)) + 8 * window  # two copies in float32 of one
-        unpacked = 4 * READ * math.prod(self.shape.largest_layer)
-        return self.streamed + max(self.activations(length) + logits, unpacked)
+    def evaluating(self, length: int, tokens: int) -> float:
+        """Peak of the perplexity of `tokens` tokens in windows of `length`."""
+        batch = max(length, min(tokens, LOGITS_AT_ONCE // self.shape.vocabulary))  # tokens
+        logits = (self.size * batch + 8 * min(ROWS, length)) * self.shape.vocabulary  # two copies in float32 of some
+        passing = self.streamed + max(self.activations(batch), self.unpacked)
+        scoring = self.streamed + self.size * self.shape.outside + logits
+        return max(passing, scoring, self.embedding)
 
-    def answering(self, batch: int) -> float:
-        """Peak of zero-shot tasks, which take the whole model."""
+    @property
+    def unpacked(self) -> float:
+        """Of a layer of a cell's file."""
+        return 4 * READ * math.prod(self.shape.largest_layer)
+
+    def answering(self, batch: int) -> tuple[float, float]:
+        """Peak of zero-shot tasks with all blocks in memory, and with each read whenever it is run."""
         logits = batch * TASK_TOKENS * self.shape.vocabulary * (self.size + 8)
-        own = PROCESS + self.whole + self.size * self.block
-        return own + batch * self.activations(TASK_TOKENS) + logits
+        batch = max(self.activations(batch * TASK_TOKENS) + logits, self.unpacked)
+        outside, blocks = self.size * self.shape.outside, self.whole - self.size * self.shape.outside
+        fitting = max(blocks / FITS, blocks + 2 * self.size * self.block + batch)
+        least = max(self.streamed + outside + batch, self.embedding)
+        return max(PROCESS + outside + fitting, least), least
 
     def tuning(self, length: int, stages: Mapping[str, Any]) -> float:
         """Peak of the tuning stages, which take the whole model and the gradients of a block or of all."""

@@ -317,6 +317,7 @@ def join(path: Path, parts: Sequence[Path]) -> None:
 class PackedFile:
     """A file of compressed layers, read layer by layer.
 
+    It is opened for each: what has been read of a mapped file counts as memory until it is closed.
     A file without the metadata of `write` is taken for weights [out, in] under their layers' names.
     Raises InputError, in one sentence, when it cannot be read or what it holds does not fit together.
     """
@@ -324,11 +325,11 @@ class PackedFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
-            self.file = safe_open(path, "pt")
-            names = list(self.file.keys())
+            with safe_open(path, "pt") as file:
+                found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+                text = (file.metadata() or {}).get("layerwise")
         except (OSError, SafetensorError) as error:
             raise InputError(f"The weights at {path} cannot be read: {error}.") from None
-        text = (self.file.metadata() or {}).get("layerwise")
         try:
             info = json.loads(text) if text else {"version": VERSION, "target": {}, "shapes": {}}
             if info["version"] != VERSION:
@@ -338,9 +339,9 @@ class PackedFile:
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise InputError(f"What {path} says of its layers cannot be read: {error!r}.") from None
         if not text:
-            self.shapes = {name: tuple(self.file.get_slice(name).get_shape()) for name in names}
+            self.shapes = found
         self._parts: dict[str, dict[str, str]] = {name: {} for name in self.shapes}
-        for name in names:
+        for name in found:
             layer, _, part = name.rpartition(".")
             if name in self.shapes:
                 self._parts[name][""] = name
@@ -352,12 +353,13 @@ class PackedFile:
     def read(self, layer: str) -> Compressed:
         """The layer, with its weight [out, in] float32."""
         try:
-            parts = {part: self.file.get_tensor(name) for part, name in self._parts[layer].items()}
+            with safe_open(self.path, "pt") as file:
+                parts = {part: file.get_tensor(name) for part, name in self._parts[layer].items()}
             return restored(parts, self.target, self.shapes[layer])
-        except (ValueError, SafetensorError) as error:
+        except (ValueError, OSError, SafetensorError) as error:
             raise InputError(f"{layer} in {self.path} is damaged: {error}.") from None
 
     def stored_bytes(self, layer: str) -> int:
         """Bytes of the layer's tensors."""
-        tensors = map(self.file.get_tensor, self._parts[layer].values())
-        return sum(tensor.nbytes for tensor in tensors)
+        with safe_open(self.path, "pt") as file:
+            return sum(file.get_tensor(name).nbytes for name in self._parts[layer].values())

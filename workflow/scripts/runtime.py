@@ -180,6 +180,11 @@ def unlock_after_death(folder: Path) -> IO[str] | None:
     return None
 
 
+def gram_stores() -> Path:
+    """The folder of all Gram stores, which studies in other folders may share."""
+    return Path(os.environ.get("LAYERWISE_CACHE") or "results/grams")
+
+
 def free_memory() -> int:
     """Bytes that this process may still take, of the machine's memory and of what its control group allows."""
     free = [os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]

@@ -22,13 +22,15 @@ TRANSPOSED = ("gpt2", "openai-gpt")  # model types whose linear layers store [in
 UNGATED = ("opt", "gpt2", "gpt_neox", "gptj", "bloom", "falcon", "phi", "starcoder2")  # an MLP of two layers, not three
 # Layers that have an input of their own; the others of a module that have as many inputs share theirs.
 LAST = ("o_proj", "out_proj", "c_proj", "down_proj", "dense", "dense_4h_to_h", "fc2", "fc_out", "w2", "wo")
-NO_LINEAR = re.compile(r"norm|embed|rotary|router|(^|\.)(gate|wg)\.weight$|bias")
+LAST += ("q_b_proj", "kv_b_proj")  # of queries, and of keys and values, that have a low rank
+EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")  # fields of their number
+NO_LINEAR = re.compile(r"norm|embed|rotary|router|(^|\.)(gate|wg)\.(\w+\.)?weight$|bias")
 
 
 @dataclass(frozen=True)
 class Block:
     """parameters: of the whole block. layers: (out, in, share) of its linear layers. taps: (in, share) of the
-    distinct inputs. share: of the tokens that they see, less than one in an expert."""
+    distinct inputs. share: of the tokens that they see, less than one in an expert, which has inputs of its own."""
 
     parameters: int
     layers: tuple[tuple[int, int, float], ...]
@@ -146,7 +148,9 @@ def shape_of_tensors(tensors: Iterable[tuple[str, tuple[int, ...], str]], config
 
 
 def _block(tensors: list[tuple[str, tuple[int, ...]]], config: Mapping[str, Any]) -> Block:
-    layers, taps = [], {}
+    layers: list[tuple[int, int, float]] = []
+    taps: dict[tuple[str, str, int], list[tuple[int, float]]] = {}
+    fused: Counter[tuple[str, int]] = Counter()  # outputs of an expert's gate and up, which are run as one layer
     share, turned = _share(config), config.get("model_type") in TRANSPOSED
     for name, shape in tensors:
         expert = ".experts." in f".{name}"
@@ -157,10 +161,16 @@ def _block(tensors: list[tuple[str, tuple[int, ...]]], config: Mapping[str, Any]
         count, (out, inputs) = math.prod(shape[:-2]), shape[-2:]
         if turned or (count > 1 and _stands_turned(leaf, inputs, config)):
             out, inputs = inputs, out
+        if out == 1:  # a gate
+            continue
         seen = share if expert else 1.0
-        layers += [(out, inputs, seen)] * count
+        if expert and len(shape) == 2 and leaf not in LAST:
+            fused[parent, inputs] += out
+        else:
+            layers += [(out, inputs, seen)] * count
         key = (parent, leaf if leaf in LAST else "", inputs)
         taps[key] = [(inputs, seen)] * count
+    layers += [(out, inputs, share) for (_, inputs), out in fused.items()]
     found = tuple(sorted(tap for same in taps.values() for tap in same))
     return Block(sum(math.prod(shape) for _, shape in tensors), tuple(sorted(layers)), found)
 
@@ -173,7 +183,7 @@ def _stands_turned(leaf: str, inputs: int, config: Mapping[str, Any]) -> bool:
 
 def _share(config: Mapping[str, Any]) -> float:
     """Of the tokens that an expert sees on average."""
-    experts = _first(config, "num_local_experts", "num_experts", "n_routed_experts")
+    experts = _first(config, *EXPERTS)
     chosen = _first(config, "num_experts_per_tok", "moe_top_k", "num_experts_per_token")
     return chosen / experts if experts and chosen else 1.0
 
@@ -189,22 +199,28 @@ def shape_of_config(config: Mapping[str, Any]) -> Shape | None:
     length = _first(config, "head_dim") or hidden // heads
     shared = (_first(config, "num_key_value_heads") or heads) * length
     width = _first(config, "intermediate_size", "ffn_dim", "ffn_hidden_size", "n_inner") or 4 * hidden
-    experts = _first(config, "num_local_experts", "num_experts", "n_routed_experts") or 1
-    if experts > 1:
-        width = _first(config, "moe_intermediate_size") or width
-    share, above = _share(config), 1 if config.get("model_type") in UNGATED else 2
-    layers = [
-        (heads * length, hidden, 1.0),
-        (shared, hidden, 1.0),
-        (shared, hidden, 1.0),
-        (hidden, heads * length, 1.0),
-    ]
-    layers += ([(width, hidden, share)] * above + [(hidden, width, share)]) * experts
-    taps = [(hidden, 1.0), (heads * length, 1.0), *[(hidden, share), (width, share)] * experts]
-    parameters = sum(out * inputs for out, inputs, _ in layers) + 2 * hidden + (experts * hidden if experts > 1 else 0)
+    above, experts = 1 if config.get("model_type") in UNGATED else 2, _first(config, *EXPERTS) or 0
+    attention = [(heads * length, hidden, 1.0), *[(shared, hidden, 1.0)] * 2, (hidden, heads * length, 1.0)]
+
+    def block(plain: int, experts: int = 0) -> Block:
+        """plain: width of an MLP that every token passes."""
+        layers, taps = list(attention), [(hidden, 1.0), (heads * length, 1.0)]
+        if plain:
+            layers += [*[(plain, hidden, 1.0)] * above, (hidden, plain, 1.0)]
+            taps += [(hidden, 1.0), (plain, 1.0)]
+        own, share = _first(config, "moe_intermediate_size") or width, _share(config)
+        layers += [(2 * own, hidden, share), (hidden, own, share)] * experts
+        taps += [(hidden, share), (own, share)] * experts
+        parameters = sum(out * inputs for out, inputs, _ in layers) + (2 + experts) * hidden  # norms and router
+        return Block(parameters, tuple(sorted(layers)), tuple(sorted(taps)))
+
+    dense = min(depth, _first(config, "first_k_dense_replace") or 0) if experts else depth
+    beside = (_first(config, "n_shared_experts") or 0) * (_first(config, "moe_intermediate_size") or width)
+    beside = _first(config, "shared_expert_intermediate_size") or beside
+    blocks = Counter({block(width): dense} if dense else {})
+    blocks.update({block(beside, experts): depth - dense} if depth > dense else {})
     outside = vocabulary * hidden * (1 if config.get("tie_word_embeddings") else 2) + hidden
-    block = Block(parameters, tuple(sorted(layers)), tuple(sorted(taps)))
-    return Shape({block: depth}, outside, vocabulary, hidden, _dtype(config, "float32"), False)
+    return Shape(blocks, outside, vocabulary, hidden, _dtype(config, "float32"), False)
 
 
 def _first(config: Mapping[str, Any], *keys: str) -> int | None:

@@ -48,7 +48,7 @@ class TapStatistics:
         self.seen += len(flat)
 
     def _end_run(self) -> None:
-        self.gram += self.run
+        add_to(self.gram, self.run)
         self.run.zero_()
         self.in_run = 0
 
@@ -85,7 +85,7 @@ class RoutedStatistics:
         for part in flat.split(RUN):
             self.run.zero_()
             add_products(self.run, part)
-            self.gram += self.run
+            add_to(self.gram, self.run)
         own = torch.zeros_like(self.sums)
         add_statistics(flat[None], own)
         self.sums += own * len(flat)
@@ -101,6 +101,12 @@ class RoutedStatistics:
         mirror(matrix)
         mean, absmean, variance = (self.sums / self.seen).float()
         return Gram(matrix, self.seen), Statistics(self.length, mean, absmean, variance, self.sample)
+
+
+def add_to(total: Tensor, run: Tensor) -> None:
+    """Add float32 to float64 in place, in parts: torch would take a float64 copy of the whole."""
+    for rows, others in zip(total.split(WIDEST_PANEL), run.split(WIDEST_PANEL), strict=True):
+        rows += others
 
 
 def mirror(matrix: Tensor) -> None:
