@@ -250,7 +250,7 @@ def preflight():
     told = {rule: own["mem_mb"] for rule, own in told.items() if "mem_mb" in own}
     given = {rule: None if own.is_evaluable() else own.value * 1e6 for rule, own in told.items()}
     limits = Limits(memory, whose, *disks(), given)
-    found = total(NEEDS, jobs, workflow.cores or workflow.nodes, operations_per_second())
+    found = total(NEEDS, jobs, workflow.resource_settings.cores or workflow.nodes, operations_per_second())
     if found.largest or found.unknown:
         logger.info(short(NEEDS, found, limits))
     if sentences := list(refusals(NEEDS, jobs, found, limits)):
