@@ -12,8 +12,9 @@ from snakemake_interface_common.exceptions import WorkflowError
 
 from methods.catalogue import PACKAGES, SHARED_SOURCES
 from workflow.scripts import recall, sources, task_sets
-from workflow.scripts.estimate import Limits, disks, machine_memory, operations_per_second, refusals, short, total
+from workflow.scripts.estimate import Limits, disks, operations_per_second, refusals, short, total
 from workflow.scripts.grid import canonical, plan
+from workflow.scripts.memory import machine_memory
 from workflow.scripts.needs import Job, Needs
 from workflow.scripts.plot import FIGURES
 from workflow.scripts.runtime import InputError, digest_of, unlock_after_death

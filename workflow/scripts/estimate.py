@@ -21,6 +21,7 @@ from typing import Any
 import yaml
 
 from workflow.scripts.grid import Cell, Plan, plan
+from workflow.scripts.memory import machine_memory
 from workflow.scripts.needs import CELL_FILES, UNKNOWN_MB, Job, Model, Need, Needs
 from workflow.scripts.runtime import InputError, gram_stores, report_errors
 from workflow.scripts.shapes import Shape
@@ -31,26 +32,6 @@ FINISHED = 3  # cells of a model, method and mode whose seconds are looked at
 EVALUATE = ("perplexity", "zero_shot")  # rules that mostly read what a cell's first job has left (recall.py)
 
 # ---------------------------------------------------------------------------------------------------------- the machine
-
-
-def machine_memory() -> float:
-    """Bytes that this process may use: the machine's, or the least that a control group of it allows."""
-    found = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
-    for path in limit_files():
-        text = path.read_text().strip() if path.is_file() else ""
-        if text.isdigit():  # "max" is none
-            found.append(int(text))
-    return float(min(found))
-
-
-def limit_files(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> Iterator[Path]:
-    """Where control groups of both versions keep the limits of this process and of those around it."""
-    lines = own.read_text().splitlines() if own.is_file() else []
-    for line in lines:
-        _, controllers, place = line.split(":", 2)
-        kind = {"": (root, "memory.max"), "memory": (root / "memory", "memory.limit_in_bytes")}.get(controllers)
-        for folder in (Path(place), *Path(place).parents) if kind else ():
-            yield kind[0] / folder.relative_to("/") / kind[1]
 
 
 def disks(results: Path = Path("results")) -> tuple[float, float | None]:
