@@ -246,10 +246,14 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--cores", type=int, default=os.cpu_count(), help="jobs at a time")
     parser.add_argument("--mem-mb", type=float, help="memory of the machine (default: this one's)")
     args = parser.parse_args(argv)
+    if args.cores < 1:
+        raise InputError(f"--cores is {args.cores}, and should be at least 1.")
     try:
         config = yaml.safe_load(args.configfile.read_text("utf-8"))
     except OSError as error:
         raise InputError(f"{args.configfile} cannot be read: {error.strerror}.") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"{args.configfile} is not valid YAML: {error}".replace("\n", " ")) from None
     needs = Needs(plan(config, check_sources=True))
     jobs = list(needs.jobs())
     memory, whose = (args.mem_mb * 1e6, "--mem-mb gives") if args.mem_mb else (machine_memory(), "this machine has")

@@ -105,7 +105,7 @@ class Needs:
 
     def shape(self, model: str) -> Shape | None:
         """None for a model that has not been fetched."""
-        if model not in self._shapes:
+        if self._shapes.get(model) is None:  # it may have been fetched since, by this run
             self._shapes[model] = shape_of(self.plan.models[model])
         return self._shapes[model]
 

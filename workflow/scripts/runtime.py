@@ -166,9 +166,10 @@ def unlock_after_death(folder: Path) -> IO[str] | None:
             fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
             for lock in (folder / "locks").glob("*.lock") if host in ("", own) else ():
                 lock.unlink(missing_ok=True)
-            held.truncate(0)
-            held.write(own)
-            held.flush()
+            if not any((folder / "locks").glob("*.lock")):  # else they are of a run on another host, which may live
+                held.truncate(0)
+                held.write(own)
+                held.flush()
         fcntl.flock(held, fcntl.LOCK_SH)
         return held
     return None
