@@ -191,8 +191,27 @@ def duration(seconds: float) -> str:
     return "a minute or two"
 
 
-def short(needs: Needs, found: Total, limits: Limits) -> str:
-    """What a run prints before its first job."""
+def together(needs: Needs, planned: Iterable[Any], cores: int, memory: float) -> str | None:
+    """A sentence where the jobs that so many cores run at a time may need more memory than there is.
+
+    planned: Snakemake's jobs, with `rule`, `wildcards_dict` and `threads`.
+    """
+    taking = [(needs.need(Job(job.rule.name, job.wildcards_dict)), job.threads) for job in planned]
+    each = sorted(((need.least, threads) for need, threads in taking if need), reverse=True)
+    most, left = 0.0, cores
+    for least, threads in each:
+        if threads <= left:
+            most, left = most + least, left - threads
+    if most <= memory:
+        return None
+    return (
+        f"{cores} cores run jobs at a time that may need {size(most)} of memory, and this machine has {size(memory)}: "
+        f"with --resources mem_mb={memory / 1e6:.0f} they wait for each other."
+    )
+
+
+def short(needs: Needs, found: Total, limits: Limits, timed: bool = True) -> str:
+    """What a run prints before its first job; timed: whether it runs on this machine."""
     parts = []
     if found.largest:
         job, need = found.largest
@@ -201,7 +220,7 @@ def short(needs: Needs, found: Total, limits: Limits) -> str:
         parts += [
             f"{size(taken)} of {size(free)} of disk where {place}" for place, taken, free in on_disks(found, limits)
         ]
-        parts.append(f"{duration(found.seconds)}, roughly")
+        parts += [f"{duration(found.seconds)}, roughly"] if timed else []
     if found.unknown:
         parts.append(f"unknown until fetched: {', '.join(found.unknown)}")
     return "Estimate: " + "; ".join(parts) + "."

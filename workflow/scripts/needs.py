@@ -67,8 +67,11 @@ CERTIFICATE = (12.0, 10.0, 400.0)
 
 SLOWEST = 5e9  # operations per second and thread that a cluster's `runtime` counts on
 LEAST_MINUTES = 30
+MOST_MINUTES = (
+    2 * 24 * 60
+)  # a longer job is one that a cluster does not take; --set-resources compress:runtime=N says more
 TEXT_TOKENS = 350_000  # of an evaluation text that is taken whole
-ASKED_TOKENS = 100_000  # of a zero-shot task
+ASKED_TOKENS = 20_000  # of a zero-shot task
 
 
 @dataclass(frozen=True)
@@ -137,7 +140,7 @@ class Needs:
     def minutes(self, job: Job, threads: int = 1) -> int:
         """Minutes that a cluster may give a job, far more than it should take."""
         need = self.need(job)
-        return LEAST_MINUTES + math.ceil((need.work if need else 0) / (SLOWEST * threads) / 60)
+        return min(LEAST_MINUTES + math.ceil((need.work if need else 0) / (SLOWEST * threads) / 60), MOST_MINUTES)
 
     def jobs(self) -> Iterator[Job]:
         """All jobs of the study that take more than a little."""
