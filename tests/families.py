@@ -12,6 +12,7 @@ from workflow.scripts.models import EXPERTS
 
 VOCABULARY = 96
 HIDDEN = 32
+EXPERT = 24  # intermediate size of an expert: twice as many are not HIDDEN, so that no weight is square
 LENGTH = 24  # tokens per sequence; longer than Gemma 3's sliding window
 
 LLAMA: dict[str, Any] = {
@@ -25,7 +26,7 @@ LLAMA: dict[str, Any] = {
 LLAMA_TAPS = ("q_proj,k_proj,v_proj", "o_proj", "gate_proj,up_proj", "down_proj")
 MOE: dict[str, Any] = {
     **LLAMA,
-    "moe_intermediate_size": 16,
+    "moe_intermediate_size": EXPERT,
     "num_experts": 4,
     "num_experts_per_tok": 3,
 }
@@ -142,7 +143,7 @@ FAMILIES = {
     "mpt": Family(
         "mpt", {"d_model": HIDDEN, "n_layers": 2, "n_heads": 4}, ("Wqkv", "out_proj", "up_proj", "down_proj")
     ),
-    "mixtral": Family("mixtral", {**MOE, "num_local_experts": 4, "intermediate_size": 16}, MOE_TAPS),
+    "mixtral": Family("mixtral", {**MOE, "num_local_experts": 4, "intermediate_size": EXPERT}, MOE_TAPS),
     "qwen3_moe": Family("qwen3_moe", {**MOE, "head_dim": 16}, MOE_TAPS),
     "qwen2_moe": Family(  # an expert that every token passes
         "qwen2_moe",
@@ -154,7 +155,7 @@ FAMILIES = {
         {
             **MOE,
             "num_local_experts": 4,
-            "intermediate_size": 16,
+            "intermediate_size": EXPERT,
             "initializer_range": 0.2,  # with less, an expert is routed hardly a token
             "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
             "head_dim": 8,

@@ -23,6 +23,7 @@ from tests.synthetic_tables import (
     cell,
     cells_table,
     layer_frame,
+    layers_table,
     perplexity_of,
     plan,
     write_cell,
@@ -32,8 +33,8 @@ from workflow.scripts.collect import collect
 from workflow.scripts.comparisons import NO_DIFFERENCE
 from workflow.scripts.runtime import InputError
 from workflow.scripts.table_schema import arrow_schema, document, from_rows, read_table, typed
+from workflow.scripts.tables import SCOPES, escape_latex, latex, markdown, number, spread, tables
 from workflow.scripts.tables import document as rendered
-from workflow.scripts.tables import escape_latex, latex, markdown, number, spread, tables
 
 TEXTS = evaluations(STUDY, EVALUATIONS)
 SKIPPED = [{"label": "rtn", "method": "rtn", "target": "2:4", "reason": "rtn does not prune"}]
@@ -406,6 +407,21 @@ def test_every_latex_row_has_as_many_columns_as_the_table():
 )
 def test_numbers_are_rounded_to_what_they_mean(value, metric, shown):
     assert number(value, metric) == shown
+
+
+def test_layers_of_experts_that_saw_every_token_are_told_per_mode():
+    cells = plan(models=("a", "b"))
+    layers = layers_table(cells, blocks=2)
+    assert not any("every token" in table.note for table in tables(cells_table(cells), "perplexity", layers=layers))
+    own = (layers["model"] == "b") & (layers["kind"] == "down_proj")  # 2 of 14 layers
+    layers.loc[own & (layers["mode"] == "shared"), "token_scope"] = "fallback"
+    some = own & (layers["mode"] == "sequential") & (layers["label"] == "wanda") & (layers["block"] == 0)
+    layers.loc[some | (layers["target"] == "dense"), "token_scope"] = "fallback"
+    first, second = tables(cells_table(cells), "perplexity", layers=layers[list(SCOPES)])
+    assert "every token" not in first.note and second.note.endswith(
+        "Calibrated on every token, since fewer were routed to their expert than they have inputs: "
+        "2 of 14 layers in shared mode, 0 to 1 of 14 layers in sequential mode."
+    )
 
 
 REPEATED = [cell(method, "2:4", seed=seed) for method in ("magnitude", "wanda") for seed in range(3)]

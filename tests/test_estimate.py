@@ -13,7 +13,7 @@ from families import FAMILIES, VOCABULARY, build, tokens
 from transformers import AutoConfig
 
 from methods.catalogue import Catalogue
-from workflow.scripts import estimate, evaluate, models, needs, shapes, streaming
+from workflow.scripts import estimate, evaluate, memory, models, needs, shapes, streaming
 from workflow.scripts.estimate import Limits, refusals, total
 from workflow.scripts.grid import plan
 from workflow.scripts.needs import METHODS, Model, Needs
@@ -176,9 +176,14 @@ def test_the_limits_of_control_groups_count(said, files, least, tmp_path, monkey
     for name, text in files.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text)
-    found = list(estimate.limit_files(tmp_path, tmp_path / "own"))
-    monkeypatch.setattr(estimate, "limit_files", lambda: found)
-    assert estimate.machine_memory() == least
+    found = list(memory.limit_files(tmp_path, tmp_path / "own"))
+    monkeypatch.setattr(memory, "limit_files", lambda: found)
+    assert memory.machine_memory() == least
+    for path in found:
+        (path.parent / "memory.current").write_text("250\n")
+        (path.parent / "memory.usage_in_bytes").write_text("250\n")
+        (path.parent / "memory.stat").write_text("anon 190\ninactive_file 60\n")
+    assert memory.free_memory() == least - 190
 
 
 def test_times_of_finished_cells_are_used(tmp_path, monkeypatch):

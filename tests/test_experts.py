@@ -8,7 +8,7 @@ from functools import cache
 import pyarrow.parquet as pq
 import pytest
 import torch
-from families import FAMILIES, HIDDEN, LENGTH, build, tokens
+from families import EXPERT, FAMILIES, HIDDEN, LENGTH, build, tokens
 from safetensors.torch import load_file
 from test_compress import SAMPLES, TWO_OF_FOUR, Case
 from torch import Tensor
@@ -268,13 +268,21 @@ def test_layers_are_found_without_their_weights(family):
     assert not any("router" in name or name.endswith(".gate") for name in found)
 
 
+@every_mixture
+def test_an_experts_weight_is_out_by_in_whichever_way_it_is_stored(family):
+    for layer in (layer for layer in model_linears(build(family)).values() if layer.expert is not None):
+        stored = layer.module.get_parameter(layer.parameter)[layer.expert]
+        assert torch.equal(layer.weight(), stored.T if family == "gpt_oss" else stored)
+        assert layer.shape == ((2 * EXPERT, HIDDEN) if layer.parameter == "gate_up_proj" else (HIDDEN, EXPERT))
+
+
 def test_an_expert_is_written_alone_and_gates_are_left_alone():
     model = build("qwen2_moe")
     before = {name: value.clone() for name, value in model.state_dict().items()}
     layers = model_linears(model)
     assert not any("gate" in name.rpartition(".")[2] and "proj" not in name for name in layers)
     layer = layers["model.layers.1.mlp.experts.2.down_proj"]
-    assert layer.shape == (HIDDEN, 16) and torch.equal(layer.weight(), layer.module.down_proj[2])
+    assert layer.shape == (HIDDEN, EXPERT) and torch.equal(layer.weight(), layer.module.down_proj[2])
     layer.replace(torch.zeros(layer.shape))
     stored = "model.layers.1.mlp.experts.down_proj"
     before[stored][2] = 0
@@ -355,7 +363,7 @@ def test_an_export_gives_the_same_logits(case, tmp_path):
 
 
 def test_experts_are_not_written_as_compressed_tensors(case, tmp_path):
-    cell = case.run("rtn", Target(bits=4, group=16))
+    cell = case.run("rtn", Target(bits=4, group=8))
     with pytest.raises(InputError, match=r"Experts is no torch Linear; use --format packed or dense"):
         export.export(cell, "compressed-tensors", tmp_path / "out")
 
@@ -363,6 +371,6 @@ def test_experts_are_not_written_as_compressed_tensors(case, tmp_path):
 def test_experts_are_tuned(tmp_path):
     case = Case(tmp_path, "qwen3_moe").prepare()
     stages = {"blocks": {"epochs": 1, "batch": 2, "weights": 1e-3, "grid": 1e-3}}
-    cell = case.run("rtn", Target(bits=4, group=16), tune=stages)
+    cell = case.run("rtn", Target(bits=4, group=8), tune=stages)
     history = json.loads((cell / "cell.json").read_text("utf-8"))["tuning"]
     assert len(history) == 2 and all(record["after"] < record["before"] for record in history)

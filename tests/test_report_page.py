@@ -121,6 +121,15 @@ def test_the_main_tables_mark_what_is_not_shown_to_differ(study, folder, html, m
     assert page(study, folder / "tables", []).count('class="number best"') > marked > 0
 
 
+def test_what_was_not_calibrated_as_meant_is_told_above_the_main_tables(study, folder, html, tmp_path):
+    shutil.copytree(folder / "tables", tmp_path / "tables")
+    layers = read_table(folder / "tables", "layers")
+    layers.loc[(layers["kind"] == "down_proj") & (layers["block"] == 0), "token_scope"] = "fallback"
+    layers.to_parquet(tmp_path / "tables/layers.parquet")
+    said = "Calibrated on every token, since fewer were routed to their expert than they have inputs: 1 of 14 layers in"
+    assert said in page(study, tmp_path / "tables", []) and said not in html
+
+
 def test_further_tables_lead_with_what_is_asked(folder, tmp_path):
     verdicts = {"published": ["within", "outside"], "comparisons": ["better", "no difference shown"]}
     for name, own in verdicts.items():

@@ -6,6 +6,7 @@ import os
 import random
 import shutil
 import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -144,9 +145,13 @@ def test_one_process_at_a_time_has_a_checkpoint(tmp_path):
         first.finish(0)
         process = os.fork()
         if process == 0:
+            os.close(first._lock.fileno())  # a lock is shared with those who are forked
+            os.write(writing, b"?")
             with Checkpoint(tmp_path / "checkpoint", {}) as second:
                 os.write(writing, b"%d" % second.done)
             os._exit(0)
+        assert os.read(reading, 1) == b"?"
+        time.sleep(0.2)
         os.set_blocking(reading, False)
         with pytest.raises(BlockingIOError):
             os.read(reading, 1)

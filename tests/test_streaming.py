@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from families import FAMILIES, build, tokens
@@ -10,7 +12,7 @@ from torch import nn
 
 from workflow.scripts import evaluate, streaming
 from workflow.scripts.calibrate import shared
-from workflow.scripts.models import Blocks, linears, load
+from workflow.scripts.models import Blocks, linears, load, model_linears
 from workflow.scripts.propagate import Stream
 from workflow.scripts.runtime import InputError
 from workflow.scripts.streaming import LazyBlocks
@@ -140,3 +142,15 @@ def test_tied_embeddings_are_one_tensor(tmp_path):
         with lazy.outside():
             weight = lazy.model.get_input_embeddings().weight
             assert lazy.model.get_output_embeddings().weight is weight and not weight.is_meta
+
+
+def test_files_are_found_from_another_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    lazy = LazyBlocks(saved("model", "llama"))
+    layers = model_linears(load({"path": "model"}))
+    save_file({name: torch.ones(layer.shape) for name, layer in layers.items()}, "weights.safetensors")
+    evaluate.apply_weights(lazy, Path("weights.safetensors"))
+    monkeypatch.chdir("/")
+    with lazy.outside(), lazy.open(0) as block:
+        assert not lazy.model.get_input_embeddings().weight.is_meta
+        assert all(bool((layer.weight() == 1).all()) for layer in linears(block, "0"))

@@ -98,6 +98,7 @@ class Cluster:
     def __enter__(self) -> Cluster:
         self.folder = Path(tempfile.mkdtemp(prefix="slurm-"))  # a socket's path is short
         self.folder.chmod(0o755)
+        self.before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # by which the context ends too
         try:
             self.start()
         except BaseException:
@@ -114,6 +115,7 @@ class Cluster:
         for name in reversed(list(self.daemons)):
             self.stop(name)
         shutil.rmtree(self.folder, ignore_errors=True)
+        signal.signal(signal.SIGTERM, self.before)
 
     def start(self) -> None:
         (self.folder / "state").mkdir()
@@ -180,7 +182,9 @@ class Cluster:
 
     def kill_node(self, node: str) -> None:
         """As by a cut of its power: its slurmd and all that it runs are gone, and SLURM knows, as it would in time."""
-        self.stop(node, signal.SIGKILL)  # first: it would report that its jobs have failed
+        self.stop(node, signal.SIGKILL)
+        # Before its jobs: what is left of it would still report that they have failed.
+        self.ask("scontrol", "update", f"NodeName={node}", "State=DOWN", "Reason=killed")
         for process in Path("/proc").glob("[0-9]*"):
             with contextlib.suppress(OSError):
                 variables = (process / "environ").read_bytes().split(b"\0")
@@ -188,7 +192,8 @@ class Cluster:
                     *variables
                 }:
                     os.kill(int(process.name), signal.SIGKILL)
-        self.ask("scontrol", "update", f"NodeName={node}", "State=DOWN", "Reason=killed")
+        for job in self.ask("squeue", "--noheader", "--states=PD", "--format=%i").split():
+            self.ask("scontrol", "update", f"JobId={job}", "StartTime=now")  # else two minutes after the node's end
 
     def ask(self, *command: str, timeout: float = 30) -> str:
         """Output of one of SLURM's commands; empty where it fails."""

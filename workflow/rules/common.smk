@@ -12,7 +12,6 @@ from snakemake_interface_common.exceptions import WorkflowError
 
 from methods.catalogue import PACKAGES, SHARED_SOURCES
 from workflow.scripts import recall, sources, task_sets
-from workflow.scripts.estimate import Limits, disks, machine_memory, operations_per_second, refusals, short, total
 from workflow.scripts.grid import canonical, plan
 from workflow.scripts.needs import Job, Needs
 from workflow.scripts.plot import FIGURES
@@ -238,24 +237,4 @@ def gather_partial():
     logger.error(f"Some cells failed. What is done, with the reasons of the rest, is in {out}/; the next run retries.")
 
 
-def preflight():
-    """Print what the jobs take together and refuse what cannot fit, before the first one starts."""
-    jobs = [Job(job.rule.name, job.wildcards_dict) for job in workflow.dag.needrun_jobs()]
-    asked = workflow.global_resources.get("mem_mb").value
-    limits = [(asked * 1e6, "--resources allow")] if asked else []
-    if workflow.local_exec:  # elsewhere what this machine has says nothing
-        limits.append((machine_memory(), "this machine has"))
-    memory, whose = min(limits, default=(None, ""))
-    told = workflow.resource_settings.overwrite_resources
-    told = {rule: own["mem_mb"] for rule, own in told.items() if "mem_mb" in own}
-    given = {rule: None if own.is_evaluable() else own.value * 1e6 for rule, own in told.items()}
-    limits = Limits(memory, whose, *disks(), given)
-    found = total(NEEDS, jobs, workflow.cores or workflow.nodes, operations_per_second())
-    if found.largest or found.unknown:
-        logger.info(short(NEEDS, found, limits))
-    if sentences := list(refusals(NEEDS, jobs, found, limits)):
-        raise WorkflowError(" ".join(sentences))
-
-
-onstart:
-    preflight()
+include: "preflight.smk"

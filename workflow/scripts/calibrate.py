@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from workflow.scripts.checkpoint import Checkpoint
 from workflow.scripts.devices import take
-from workflow.scripts.grams import INDEX, block_file, block_tensors, cache, content, description, point_to
+from workflow.scripts.grams import INDEX, block_file, block_tensors, cache, content, description, point_to, scopes
 from workflow.scripts.models import Blocks, set_threads
 from workflow.scripts.propagate import Stream
 from workflow.scripts.runtime import remove_parts, report_errors, unchanged, whole_file, write_atomic
@@ -87,7 +87,7 @@ def main(argv: list[str] | None = None) -> None:
     key = hashlib.sha256(json.dumps(fingerprint, sort_keys=True).encode()).hexdigest()[:32]
     folder = cache() / key
     if (folder / INDEX).is_file():
-        print(f"The same Grams were computed before: {folder}", file=sys.stderr)
+        print(f"The same Grams were computed before: {folder} ({scopes(folder)})", file=sys.stderr)
     else:
         take(args.device)
         tokens = torch.from_numpy(read_tokens(args.tokens)[0])

@@ -169,7 +169,8 @@ def main(argv: list[str]) -> None:
         swept=planned.config.get("sweep"),
         tasks=task_sets(planned.tasks),
     )
-    tables.write(read_table(args.out, "cells"), read_table(args.out, "comparisons"), args.out)
+    layers = read_table(args.out, "layers", tables.SCOPES)
+    tables.write(read_table(args.out, "cells"), read_table(args.out, "comparisons"), layers, args.out)
     print(f"{len(planned.cells)} cells, {absent} not whole, {len(planned.skipped)} skipped -> {args.out}")
 
 

@@ -309,7 +309,7 @@ def write(merged: Tables, out: Path) -> None:
             data = typed(pa.Table.from_pandas(rows, preserve_index=False), table, f"the merged {table} table")
             pq.write_table(data, stack.enter_context(whole_file(out / f"{table}.parquet")))
             write_csv(data, stack.enter_context(whole_file(out / f"{table}.csv")))
-    tables.write(merged["cells"], merged["comparisons"], out)
+    tables.write(merged["cells"], merged["comparisons"], merged["layers"], out)
 
 
 def main_merge(argv: list[str]) -> None:

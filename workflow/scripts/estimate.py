@@ -21,6 +21,7 @@ from typing import Any
 import yaml
 
 from workflow.scripts.grid import Cell, Plan, plan
+from workflow.scripts.memory import machine_memory
 from workflow.scripts.needs import CELL_FILES, UNKNOWN_MB, Job, Model, Need, Needs
 from workflow.scripts.runtime import InputError, gram_stores, report_errors
 from workflow.scripts.shapes import Shape
@@ -31,26 +32,6 @@ FINISHED = 3  # cells of a model, method and mode whose seconds are looked at
 EVALUATE = ("perplexity", "zero_shot")  # rules that mostly read what a cell's first job has left (recall.py)
 
 # ---------------------------------------------------------------------------------------------------------- the machine
-
-
-def machine_memory() -> float:
-    """Bytes that this process may use: the machine's, or the least that a control group of it allows."""
-    found = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
-    for path in limit_files():
-        text = path.read_text().strip() if path.is_file() else ""
-        if text.isdigit():  # "max" is none
-            found.append(int(text))
-    return float(min(found))
-
-
-def limit_files(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> Iterator[Path]:
-    """Where control groups of both versions keep the limits of this process and of those around it."""
-    lines = own.read_text().splitlines() if own.is_file() else []
-    for line in lines:
-        _, controllers, place = line.split(":", 2)
-        kind = {"": (root, "memory.max"), "memory": (root / "memory", "memory.limit_in_bytes")}.get(controllers)
-        for folder in (Path(place), *Path(place).parents) if kind else ():
-            yield kind[0] / folder.relative_to("/") / kind[1]
 
 
 def disks(results: Path = Path("results")) -> tuple[float, float | None]:
@@ -210,8 +191,27 @@ def duration(seconds: float) -> str:
     return "a minute or two"
 
 
-def short(needs: Needs, found: Total, limits: Limits) -> str:
-    """What a run prints before its first job."""
+def together(needs: Needs, planned: Iterable[Any], cores: int, memory: float) -> str | None:
+    """A sentence where the jobs that so many cores run at a time may need more memory than there is.
+
+    planned: Snakemake's jobs, with `rule`, `wildcards_dict` and `threads`.
+    """
+    taking = [(needs.need(Job(job.rule.name, job.wildcards_dict)), job.threads) for job in planned]
+    each = sorted(((need.least, threads) for need, threads in taking if need), reverse=True)
+    most, left = 0.0, cores
+    for least, threads in each:
+        if threads <= left:
+            most, left = most + least, left - threads
+    if most <= memory:
+        return None
+    return (
+        f"{cores} cores run jobs at a time that may need {size(most)} of memory, and this machine has {size(memory)}: "
+        f"with --resources mem_mb={memory / 1e6:.0f} they wait for each other."
+    )
+
+
+def short(needs: Needs, found: Total, limits: Limits, timed: bool = True) -> str:
+    """What a run prints before its first job; timed: whether it runs on this machine."""
     parts = []
     if found.largest:
         job, need = found.largest
@@ -220,7 +220,7 @@ def short(needs: Needs, found: Total, limits: Limits) -> str:
         parts += [
             f"{size(taken)} of {size(free)} of disk where {place}" for place, taken, free in on_disks(found, limits)
         ]
-        parts.append(f"{duration(found.seconds)}, roughly")
+        parts += [f"{duration(found.seconds)}, roughly"] if timed else []
     if found.unknown:
         parts.append(f"unknown until fetched: {', '.join(found.unknown)}")
     return "Estimate: " + "; ".join(parts) + "."
@@ -265,10 +265,14 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--cores", type=int, default=os.cpu_count(), help="jobs at a time")
     parser.add_argument("--mem-mb", type=float, help="memory of the machine (default: this one's)")
     args = parser.parse_args(argv)
+    if args.cores < 1:
+        raise InputError(f"--cores is {args.cores}, and should be at least 1.")
     try:
         config = yaml.safe_load(args.configfile.read_text("utf-8"))
     except OSError as error:
         raise InputError(f"{args.configfile} cannot be read: {error.strerror}.") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"{args.configfile} is not valid YAML: {error}".replace("\n", " ")) from None
     needs = Needs(plan(config, check_sources=True))
     jobs = list(needs.jobs())
     memory, whose = (args.mem_mb * 1e6, "--mem-mb gives") if args.mem_mb else (machine_memory(), "this machine has")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -53,6 +54,14 @@ def read_index(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         raise InputError(f"Expected the Grams of a calibration at {folder}, which has no {INDEX}.")
     return json.loads(path.read_text(encoding="utf-8"))
+
+
+def scopes(folder: Path) -> str:
+    """How many layers of a store have which token_scope, such as `layers by token_scope: 8 all, 64 routed`."""
+    layers: Counter[str] = Counter()
+    for tap in (tap for block in read_index(folder)["blocks"] for tap in block.values()):
+        layers[tap["scope"]] += len(tap["layers"])
+    return "layers by token_scope: " + ", ".join(f"{count} {scope}" for scope, count in layers.items())
 
 
 def read_block(folder: Path, index: int, device: str = "cpu") -> Iterator[Tap]:

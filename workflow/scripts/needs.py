@@ -21,8 +21,9 @@ from workflow.scripts.task_sets import BATCH
 PROCESS = 650e6  # bytes of Python with torch, transformers and the compiled loops
 OUTSIDE_HELD = 2  # of what lies outside the blocks: itself, and its mapped file while it is read
 BLOCKS_HELD = 3  # of a model that is read block by block: the one that is run, the next, and its mapped file
-# Bytes per entry of a Gram while it is summed: a float64 total, and a float32 run, which experts of one width share.
-GRAM_TOTAL, GRAM_RUN = 8, 4
+# Bytes per entry of a Gram while it is summed: a float64 total and a float32 run, which experts of one width share unless
+# they are shown every token.
+GRAM_ENTRY = 12
 BATCH_BYTES = 2**22  # of a batch's widest activations, unless one sequence has more (propagate.BATCH_BYTES)
 ACTIVATIONS = 8  # tensors of that size at a time
 HIDDEN_FILES = 2  # files of all hidden states on disk: what enters a block and what leaves it
@@ -71,8 +72,10 @@ CERTIFICATE = (40.0, 16.0, 400.0)
 
 SLOWEST = 5e9  # operations per second and thread that a cluster's `runtime` counts on
 LEAST_MINUTES = 30
+# A longer job is one that a cluster does not take; --set-resources compress:runtime=N says more.
+MOST_MINUTES = 2 * 24 * 60
 TEXT_TOKENS = 350_000  # of an evaluation text that is taken whole
-ASKED_TOKENS = 100_000  # of a zero-shot task
+ASKED_TOKENS = 20_000  # of a zero-shot task
 
 
 @dataclass(frozen=True)
@@ -109,7 +112,7 @@ class Needs:
 
     def shape(self, model: str) -> Shape | None:
         """None for a model that has not been fetched."""
-        if model not in self._shapes:
+        if self._shapes.get(model) is None:  # it may have been fetched since, by this run
             self._shapes[model] = shape_of(self.plan.models[model])
         return self._shapes[model]
 
@@ -141,7 +144,7 @@ class Needs:
     def minutes(self, job: Job, threads: int = 1) -> int:
         """Minutes that a cluster may give a job, far more than it should take."""
         need = self.need(job)
-        return LEAST_MINUTES + math.ceil((need.work if need else 0) / (SLOWEST * threads) / 60)
+        return min(LEAST_MINUTES + math.ceil((need.work if need else 0) / (SLOWEST * threads) / 60), MOST_MINUTES)
 
     def jobs(self) -> Iterator[Job]:
         """All jobs of the study that take more than a little."""
@@ -255,10 +258,8 @@ def _methods_in(params: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
 
 def summed(block: Block) -> float:
     """Bytes of a block's Grams while they are summed, and of the rows of inputs that are kept."""
-    runs = [size for size, share in block.taps if share == 1] + list({size for size, share in block.taps if share < 1})
     rows = sum(size for size, share in block.taps if share < 1)  # of an expert there may be twice as many
-    sums = (GRAM_TOTAL - 4) * block.gram_entries + GRAM_RUN * sum(size**2 for size in runs)
-    return kept(block) + sums + 4 * SAMPLE * rows
+    return kept(block) + (GRAM_ENTRY - 4) * block.gram_entries + 4 * SAMPLE * rows
 
 
 def kept(block: Block) -> float:

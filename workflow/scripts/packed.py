@@ -323,7 +323,7 @@ class PackedFile:
     """
 
     def __init__(self, path: Path) -> None:
-        self.path = path
+        self.path, self._place = path, path.absolute()  # the process may move
         try:
             with safe_open(path, "pt") as file:
                 found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
@@ -353,7 +353,7 @@ class PackedFile:
     def read(self, layer: str) -> Compressed:
         """The layer, with its weight [out, in] float32."""
         try:
-            with safe_open(self.path, "pt") as file:
+            with safe_open(self._place, "pt") as file:
                 parts = {part: file.get_tensor(name) for part, name in self._parts[layer].items()}
             return restored(parts, self.target, self.shapes[layer])
         except (ValueError, OSError, SafetensorError) as error:
@@ -361,5 +361,5 @@ class PackedFile:
 
     def stored_bytes(self, layer: str) -> int:
         """Bytes of the layer's tensors."""
-        with safe_open(self.path, "pt") as file:
+        with safe_open(self._place, "pt") as file:
             return sum(file.get_tensor(name).nbytes for name in self._parts[layer].values())

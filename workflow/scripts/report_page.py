@@ -441,7 +441,11 @@ def page(study: Study, folder: Path, figures: Sequence[Path]) -> str:
         links=links(views),
         targets=list(dict.fromkeys(view["spec"]["target"] for view in views)),
         config=yaml.safe_dump(json.loads(json.dumps(config)), sort_keys=False, allow_unicode=True),
-        main=[t for metric in tables.METRICS for t in tables.tables(data["cells"], metric, data["comparisons"])],
+        main=[
+            one
+            for metric in tables.METRICS
+            for one in tables.tables(data["cells"], metric, data["comparisons"], data["layers"])
+        ],
         results=results(views),
         others=other_tables(folder, views),
         figures=[figure(path) for path in figures],

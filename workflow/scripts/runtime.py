@@ -1,7 +1,6 @@
 """What every script needs around its work: errors as sentences, files that are whole or absent."""
 
 import contextlib
-import ctypes
 import fcntl
 import hashlib
 import importlib.metadata
@@ -114,11 +113,6 @@ def out_of_memory(error: BaseException | None) -> bool:
     return False
 
 
-# Limits of version 2 and 1, as a container sees its own, and what is taken of each.
-CONTROL_GROUPS = (
-    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-    ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
-)
 PROVENANCE = ("torch", "transformers", "numpy", "snakemake")  # distributions whose versions a row carries
 
 
@@ -172,9 +166,10 @@ def unlock_after_death(folder: Path) -> IO[str] | None:
             fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
             for lock in (folder / "locks").glob("*.lock") if host in ("", own) else ():
                 lock.unlink(missing_ok=True)
-            held.truncate(0)
-            held.write(own)
-            held.flush()
+            if not any((folder / "locks").glob("*.lock")):  # else they are of a run on another host, which may live
+                held.truncate(0)
+                held.write(own)
+                held.flush()
         fcntl.flock(held, fcntl.LOCK_SH)
         return held
     return None
@@ -183,27 +178,6 @@ def unlock_after_death(folder: Path) -> IO[str] | None:
 def gram_stores() -> Path:
     """The folder of all Gram stores, which studies in other folders may share."""
     return Path(os.environ.get("LAYERWISE_CACHE") or "results/grams")
-
-
-def free_memory() -> int:
-    """Bytes that this process may still take, of the machine's memory and of what its control group allows."""
-    free = [os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
-    info = Path("/proc/meminfo")
-    if info.is_file():  # what files only hold for later counts as free
-        found = dict(line.split(":") for line in info.read_text().splitlines())
-        free = [int(found["MemAvailable"].split()[0]) * 1024]
-    for limit, usage in CONTROL_GROUPS:
-        with contextlib.suppress(OSError, ValueError):  # "max" is no limit
-            free.append(int(Path(limit).read_text()) - int(Path(usage).read_text()))
-    return max(0, min(free))
-
-
-def give_back_memory() -> None:
-    """Return to the system what was freed, of which glibc would keep some, more with each block of a model."""
-    if sys.platform == "linux":
-        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # of glibc only
-        if trim:
-            trim(0)
 
 
 def peak_mb() -> float:

@@ -26,8 +26,8 @@ from transformers.core_model_loading import (
 from transformers.initialization import no_init_weights
 from transformers.modeling_utils import LoadStateDictConfig
 
+from workflow.scripts.memory import free_memory, give_back_memory
 from workflow.scripts.models import Blocks, check_finite, check_names, find_blocks, read_config, sentences
-from workflow.scripts.runtime import free_memory, give_back_memory
 from workflow.scripts.sources import weight_files
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -86,7 +86,7 @@ class LazyBlocks(Blocks):
         self._spec, self._device_map = spec, {"": str(device)}
         folder, config, options = read_config(spec)
         with sentences(spec):
-            self._shards = Shards(spec.get("name", folder), Path(folder))
+            self._shards = Shards(spec.get("name", folder), Path(folder).absolute())  # the process may move
             # Parameters get no data. Buffers, which models compute, do.
             with no_init_weights(), init_empty_weights(include_buffers=False):
                 model: Any = AutoModelForCausalLM.from_config(

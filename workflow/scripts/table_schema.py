@@ -7,6 +7,7 @@ column at a time; a test holds this check and a JSON Schema validator together.
 # pyarrow.compute makes its functions when it is imported, unseen by a type checker.
 # pyright: reportAttributeAccessIssue=false
 
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -51,12 +52,14 @@ def arrow_schema(table: str) -> pa.Schema:
     return pa.schema(fields)
 
 
-def typed(data: pa.Table, table: str, where: str) -> pa.Table:
+def typed(data: pa.Table, table: str, where: str, only: Sequence[str] | None = None) -> pa.Table:
     """The rows with columns in the schema's order and types. Raises InputError when the data does not satisfy it.
 
-    NaN counts as empty, as pandas writes it for a missing number. where: file that the error sentence names.
+    NaN counts as empty, as pandas writes it for a missing number. where: file that the error sentence names; only: the
+    columns there are, if not all.
     """
     wanted = arrow_schema(table)
+    wanted = wanted if only is None else pa.schema([wanted.field(name) for name in only])
     if set(data.column_names) != set(wanted.names) or len(data.column_names) != len(wanted.names):
         absent = [name for name in wanted.names if name not in data.column_names]
         unknown = [name for name in data.column_names if name not in wanted.names]
@@ -136,16 +139,19 @@ def to_frame(data: pa.Table) -> pd.DataFrame:
     return data.to_pandas(types_mapper=PANDAS.get)
 
 
-def read_table(folder: Path, table: str) -> pd.DataFrame:
-    """A table as collect wrote it, checked. Raises InputError when it is absent, broken or of another layout."""
+def read_table(folder: Path, table: str, only: Sequence[str] | None = None) -> pd.DataFrame:
+    """A table as collect wrote it, or only some columns of it, checked.
+
+    Raises InputError when it is absent, broken or of another layout.
+    """
     path = Path(folder) / f"{table}.parquet"
     if not path.is_file():
         raise InputError(f"Expected the {table} table at {path}, which does not exist: run collect first.")
     try:
-        data = pq.ParquetFile(path).read()
+        data = pq.ParquetFile(path).read(columns=only)
     except (pa.ArrowInvalid, OSError) as error:
         raise InputError(f"{path} cannot be read as parquet: {first_line(error)}") from None
-    return to_frame(typed(data, table, str(path)))
+    return to_frame(typed(data, table, str(path), only))
 
 
 def first_line(error: object) -> str:

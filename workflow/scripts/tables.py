@@ -34,6 +34,7 @@ LATEX = {
     "±": r"\ensuremath{\pm}",
     **{character: "\\" + character for character in "&%$#_{}"},
 }
+SCOPES = ("model", "calibration", "mode", "target", "cell", "token_scope")  # of `layers`, what the notes need
 COMPARED = {"mean_output_error": "output_error"}  # what a metric is called in `comparisons`
 METRICS = ("perplexity", *ACCURACIES, "mean_output_error")  # that have tables, in their order
 MARKDOWN = re.compile(r"([\\`*_{}\[\]<>|#~])")
@@ -114,11 +115,31 @@ def _place(comparisons: pd.DataFrame, metric: str, model: str, calibration: str,
     )
 
 
-def tables(cells: pd.DataFrame, metric: str, comparisons: pd.DataFrame | None = None) -> Iterator[Table]:
+def fallback(layers: pd.DataFrame, model: str, calibration: str) -> list[str]:
+    """A sentence on how many layers, experts', were calibrated on every token as few were routed to them, if any."""
+    own = layers[(layers["model"] == model) & (layers["calibration"] == calibration) & (layers["target"] != "dense")]
+    counts = (own["token_scope"] == "fallback").groupby([own["mode"], own["cell"]], sort=False).agg(["sum", "size"])
+    found = []
+    for mode, part in counts.groupby("mode", sort=False):
+        least, most = part["sum"].min(), part["sum"].max()  # in sequential mode the router depends on the cell
+        if most:
+            count = f"{least}" if least == most else f"{least} to {most}"
+            found.append(f"{count} of {part['size'].max()} layers in {mode} mode")
+    why = "Calibrated on every token, since fewer were routed to their expert than they have inputs"
+    return [f"{why}: {', '.join(found)}."] if found else []
+
+
+def tables(
+    cells: pd.DataFrame,
+    metric: str,
+    comparisons: pd.DataFrame | None = None,
+    layers: pd.DataFrame | None = None,
+) -> Iterator[Table]:
     """One table per model, calibration set and text or task of `cells`, in its order; the modes are its sections.
 
     Cells that differ in nothing but the seed stand together as mean and standard deviation. comparisons: the table from
     which the best and what is not shown to differ from it are marked; without it only what is printed alike is as good.
+    layers: the table from which a note says which layers were not calibrated on the tokens that were meant for them.
     """
     equal = set() if comparisons is None else undecided(comparisons, metric)
     data = cells[cells["metric"] == metric]
@@ -149,6 +170,8 @@ def tables(cells: pd.DataFrame, metric: str, comparisons: pd.DataFrame | None = 
             notes.append("One draw of the calibration: nothing is said of others.")
         if part["contaminated"].eq(True).any():
             notes.append("Calibration and evaluation text come from the same data set.")
+        if layers is not None:
+            notes += fallback(layers, str(model), str(calibration))
         what = "mean output error over the layers" if metric == "mean_output_error" else f"{metric} on {text}"
         targets = list(part["target"].drop_duplicates())
         modes = part.groupby("mode", sort=False)
@@ -273,16 +296,21 @@ def latex(table: Table) -> str:
     return "\n".join([*lines, r"\bottomrule", r"\end{tabular}", r"\end{table}", ""])
 
 
-def document(cells: pd.DataFrame, render: Callable[[Table], str], comparisons: pd.DataFrame | None = None) -> str:
+def document(
+    cells: pd.DataFrame,
+    render: Callable[[Table], str],
+    comparisons: pd.DataFrame | None = None,
+    layers: pd.DataFrame | None = None,
+) -> str:
     """The perplexity tables, those of zero-shot tasks, then those of the mean output error."""
-    rendered = [render(table) for metric in METRICS for table in tables(cells, metric, comparisons)]
+    rendered = [render(table) for metric in METRICS for table in tables(cells, metric, comparisons, layers)]
     return "\n".join(rendered) or "No results yet.\n"
 
 
-def write(cells: pd.DataFrame, comparisons: pd.DataFrame, out: Path) -> None:
-    """Write main.md and main.tex into folder `out`."""
-    write_atomic(out / "main.md", document(cells, markdown, comparisons))
-    write_atomic(out / "main.tex", document(cells, latex, comparisons))
+def write(cells: pd.DataFrame, comparisons: pd.DataFrame, layers: pd.DataFrame, out: Path) -> None:
+    """Write main.md and main.tex into folder `out`; of `layers` the columns SCOPES are read."""
+    write_atomic(out / "main.md", document(cells, markdown, comparisons, layers))
+    write_atomic(out / "main.tex", document(cells, latex, comparisons, layers))
 
 
 def main(argv: list[str]) -> None:
@@ -290,7 +318,8 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--tables", type=Path, default=Path("results/tables"), help="folder of the tables")
     parser.add_argument("--out", type=Path, help="folder for main.md and main.tex (default: that of the tables)")
     args = parser.parse_args(argv)
-    write(read_table(args.tables, "cells"), read_table(args.tables, "comparisons"), args.out or args.tables)
+    data = [read_table(args.tables, "cells"), read_table(args.tables, "comparisons")]
+    write(*data, read_table(args.tables, "layers", SCOPES), args.out or args.tables)
 
 
 if __name__ == "__main__":

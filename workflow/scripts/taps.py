@@ -112,12 +112,18 @@ class TapRecorder:
         """Check the batch. Raises InputError when a layer did not see each of its tokens exactly once."""
         self.experts.end_batch()
         tokens = sequences * self.length
-        wrong = [layer.name for layer in self.layers if self.calls[layer.name] != [tokens]]
+        wrong = [layer.name for layer in self.layers if self.calls[layer.name] not in ([], [tokens])]
         if wrong:
-            seen = " + ".join(map(str, self.calls[sorted(wrong)[0]])) or "none"
+            seen = " + ".join(map(str, self.calls[sorted(wrong)[0]]))
             raise InputError(
                 "Every linear layer of a block must see every token once, unless it is an expert's in transformers' "
                 f"layout, but {few(wrong)} saw {seen} of the {tokens} tokens of a batch."
+            )
+        uncalled = [layer.name for layer in self.layers if not self.calls[layer.name]]
+        if uncalled:
+            raise InputError(
+                f"Models of this family are not supported: {few(uncalled)} {'were' if len(uncalled) > 1 else 'was'} "
+                "never called as a module (the weight is used directly, if at all), so that its inputs cannot be seen."
             )
         if self.leaders is None:
             taps = zip(self.members, self.statistics, strict=True)

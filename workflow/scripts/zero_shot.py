@@ -242,7 +242,7 @@ def evaluate_tasks(blocks: LazyBlocks, entry: Mapping[str, Any], spec: Spec) -> 
     from workflow.scripts.text import load_tokenizer
 
     spec, tokenizer = prepared(spec), load_tokenizer(entry)
-    with inside(spec), blocks.whole_if_it_fits():
+    with blocks.whole_if_it_fits(), inside(spec):
         return run(blocks.model, tokenizer, spec)
 
 

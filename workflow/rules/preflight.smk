@@ -1,0 +1,39 @@
+# What a run takes, told and refused before its first job.
+from workflow.scripts.estimate import Limits, disks, operations_per_second, refusals, short, together, total
+from workflow.scripts.memory import machine_memory
+
+
+def preflight():
+    """Print what the jobs take together and refuse what cannot fit, before the first one starts."""
+    if workflow.touch:
+        return
+    planned = list(workflow.dag.needrun_jobs())
+    jobs = [Job(job.rule.name, job.wildcards_dict) for job in planned]
+    asked = workflow.global_resources.get("mem_mb").value
+    limits = [(asked * 1e6, "--resources allow")] if asked else []
+    if workflow.local_exec:  # elsewhere what this machine has says nothing
+        limits.append((machine_memory(), "this machine has"))
+    memory, whose = min(limits, default=(None, ""))
+    told = workflow.resource_settings.overwrite_resources
+    told = {rule: own["mem_mb"] for rule, own in told.items() if "mem_mb" in own}
+    given = {rule: None if own.is_evaluable() else own.value * 1e6 for rule, own in told.items()}
+    limits = Limits(memory, whose, *disks(), given)
+    cores = workflow.resource_settings.cores or workflow.nodes
+    found = total(NEEDS, jobs, cores, operations_per_second())
+    if found.largest or found.unknown:
+        logger.info(short(NEEDS, found, limits, timed=workflow.local_exec))
+    sentences = list(refusals(NEEDS, jobs, found, limits))
+    devices = {job.resources.get("device") for job in planned if job.rule.name in ("gram", "compress")}
+    if devices and "cuda" not in devices and workflow.local_exec and workflow.global_resources.get("gpu").value:
+        sentences.append(
+            "The run counts gpu, but its jobs would run on the processor: --set-resources takes the place of all such "
+            "lines of a profile, so repeat those of profiles/gpu with yours."
+        )
+    if sentences:
+        raise WorkflowError(" ".join(sentences))
+    if workflow.local_exec and not asked and (sentence := together(NEEDS, planned, cores, machine_memory())):
+        logger.warning(f"warning: {sentence}")
+
+
+onstart:
+    preflight()
