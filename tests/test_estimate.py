@@ -180,6 +180,7 @@ def test_the_limits_of_control_groups_count(said, files, least, tmp_path, monkey
     monkeypatch.setattr(memory, "limit_files", lambda: found)
     assert memory.machine_memory() == least
     for path in found:
+        path.parent.mkdir(parents=True, exist_ok=True)
         (path.parent / "memory.current").write_text("250\n")
         (path.parent / "memory.usage_in_bytes").write_text("250\n")
         (path.parent / "memory.stat").write_text("anon 190\ninactive_file 60\n")

@@ -21,8 +21,8 @@ from workflow.scripts.task_sets import BATCH
 PROCESS = 650e6  # bytes of Python with torch, transformers and the compiled loops
 OUTSIDE_HELD = 2  # of what lies outside the blocks: itself, and its mapped file while it is read
 BLOCKS_HELD = 3  # of a model that is read block by block: the one that is run, the next, and its mapped file
-# Bytes per entry of a Gram while it is summed: a float64 total and a float32 run, which experts of one width share unless
-# they are shown every token.
+# Bytes per entry of a Gram while it is summed: a float64 total and a float32 run, which experts of one width share
+# unless they are shown every token.
 GRAM_ENTRY = 12
 BATCH_BYTES = 2**22  # of a batch's widest activations, unless one sequence has more (propagate.BATCH_BYTES)
 ACTIVATIONS = 8  # tensors of that size at a time
