@@ -60,7 +60,7 @@ def write_gram(folder: Path, blocks: Blocks, tokens: Tensor, fingerprint: Mappin
                 save_file(block_tensors(taps), path)
             write_atomic(checkpoint.file(index, "json"), json.dumps({tap.name: description(tap) for tap in taps}))
             checkpoint.finish(index)
-            del taps
+            taps.clear()  # the progress bar holds on to the list
         found = [json.loads(checkpoint.file(index, "json").read_text("utf-8")) for index in range(len(blocks))]
         write_atomic(part / INDEX, json.dumps({"length": tokens.shape[1], "blocks": found}, indent=1) + "\n")
         if folder.exists():  # a folder of before that has no index

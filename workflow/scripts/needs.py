@@ -175,8 +175,7 @@ class Needs:
         rows = min(SAMPLE, tokens) + 3
         store = 4 * run.shape.total(lambda one: one.gram_entries + sum(rows * inputs for inputs, _ in one.taps))
         work = run.forward(tokens) + run.gram_work(tokens)
-        before = max(map(kept, run.shape.blocks), default=0)  # the Grams of a block while those of the next are summed
-        return Need(run.calibrating(calib["length"]) + before, store, run.states(tokens), work)
+        return Need(run.calibrating(calib["length"]), store, run.states(tokens), work)
 
     def _compress(self, model: Model, job: Job) -> Need:
         cell = self.cell(job)
