@@ -147,7 +147,7 @@ FAMILIES = {
     "qwen3_moe": Family("qwen3_moe", {**MOE, "head_dim": 16}, MOE_TAPS),
     "qwen2_moe": Family(  # an expert that every token passes
         "qwen2_moe",
-        {**MOE, "shared_expert_intermediate_size": 24},
+        {**MOE, "shared_expert_intermediate_size": 24, "initializer_range": 0.2},  # as for gpt_oss below
         (*MOE_TAPS[:2], *LLAMA_TAPS[2:], *MOE_TAPS[2:]),
     ),
     "gpt_oss": Family(  # experts stored as [in, out], with biases
