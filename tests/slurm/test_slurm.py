@@ -64,7 +64,7 @@ class Submitted:
 
     def end(self) -> tuple[int, str]:
         """Status and output."""
-        return self.process.wait(600), self.log.read_text("utf-8")
+        return self.process.wait(1800), self.log.read_text("utf-8")
 
     def once(self, look: Callable[[], Found | None]) -> Found:
         """What `look` finds while the run goes on."""
