@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -43,9 +43,6 @@ class StoredStates(Sequence[Tensor]):
         start = sum(self.sizes[:batch]) * self.bytes
         values = np.fromfile(self.path, np.uint8, self.sizes[batch] * self.bytes, offset=start)
         return torch.from_numpy(values).view(self.dtype).view(-1, *self.shape)
-
-    def __iter__(self) -> Iterator[Tensor]:
-        return (self[batch] for batch in range(len(self)))
 
 
 def store(folder: Path, index: int, batches: Iterable[Tensor]) -> StoredStates:

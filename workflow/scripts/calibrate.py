@@ -18,10 +18,10 @@ from tqdm import tqdm
 
 from workflow.scripts.checkpoint import Checkpoint
 from workflow.scripts.devices import take
-from workflow.scripts.grams import INDEX, block_file, block_tensors, cache, content, description, point_to, scopes
+from workflow.scripts.grams import INDEX, block_file, block_tensors, content, description, point_to, scopes
 from workflow.scripts.models import Blocks, set_threads
 from workflow.scripts.propagate import Stream
-from workflow.scripts.runtime import remove_parts, report_errors, unchanged, whole_file, write_atomic
+from workflow.scripts.runtime import gram_stores, remove_parts, report_errors, unchanged, whole_file, write_atomic
 from workflow.scripts.streaming import LazyBlocks
 from workflow.scripts.taps import Tap
 from workflow.scripts.text import read_tokens
@@ -85,7 +85,7 @@ def main(argv: list[str] | None = None) -> None:
     code = unchanged(args.code) if args.code else ""
     fingerprint = content(args.fingerprint, args.model, args.tokens, args.dtype, code, args.device)
     key = hashlib.sha256(json.dumps(fingerprint, sort_keys=True).encode()).hexdigest()[:32]
-    folder = cache() / key
+    folder = gram_stores() / key
     if (folder / INDEX).is_file():
         print(f"The same Grams were computed before: {folder} ({scopes(folder)})", file=sys.stderr)
     else:

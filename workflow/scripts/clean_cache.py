@@ -14,8 +14,8 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from workflow.scripts.grams import cache, users
-from workflow.scripts.runtime import report_errors
+from workflow.scripts.grams import users
+from workflow.scripts.runtime import gram_stores, report_errors
 
 NAMES = re.compile(r"[0-9a-f]{32}|\.[0-9a-f]{32}\.part")  # of stores and of calibrations: nothing else is touched
 
@@ -68,8 +68,8 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--dry-run", action="store_true", help="say what would go, and leave it")
     args = parser.parse_args(argv)
-    freed = clean(cache(), Path.cwd(), args.dry_run)
-    print(f"{freed / 1e6:.1f} MB in all, of {cache()}.")
+    freed = clean(gram_stores(), Path.cwd(), args.dry_run)
+    print(f"{freed / 1e6:.1f} MB in all, of {gram_stores()}.")
 
 
 if __name__ == "__main__":

@@ -30,7 +30,6 @@ from workflow.scripts import models, packed
 from workflow.scripts.accounting import bits_per_weight
 from workflow.scripts.checkpoint import Checkpoint
 from workflow.scripts.devices import peak_gpu_mb, take
-from workflow.scripts.fingerprint import sha256
 from workflow.scripts.grams import shared_blocks, store_of
 from workflow.scripts.models import Blocks
 from workflow.scripts.propagate import Stream
@@ -43,6 +42,7 @@ from workflow.scripts.runtime import (
     record_failure,
     remove_parts,
     report_errors,
+    sha256,
     whole_file,
     write_atomic,
 )

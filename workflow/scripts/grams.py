@@ -17,9 +17,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from methods.base import Gram, Statistics
-from workflow.scripts.fingerprint import sha256
 from workflow.scripts.models import Blocks
-from workflow.scripts.runtime import InputError, gram_stores, write_atomic
+from workflow.scripts.runtime import InputError, sha256, write_atomic
 from workflow.scripts.taps import Tap
 
 STATISTICS = ("mean", "absmean", "sequence_variance", "sample")
@@ -100,11 +99,6 @@ def shared_blocks(
 
 
 # ----------------------------------------------------------------------------------------------------------- sharing
-
-
-def cache() -> Path:
-    """The folder of all Gram stores, which studies in other folders may share."""
-    return gram_stores()
 
 
 def content(

@@ -14,12 +14,16 @@ RECLAIMED = ("inactive_file", "total_inactive_file")  # of files that were read:
 
 def machine_memory() -> float:
     """Bytes that this process may use: the machine's, or the least that a control group of it allows."""
-    found = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
+    own = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return float(min([own, *(limit for _, limit in limits())]))
+
+
+def limits() -> Iterator[tuple[Path, int]]:
+    """The limits, in bytes, that control groups set for this process, with their files."""
     for path in limit_files():
         text = path.read_text().strip() if path.is_file() else ""
         if text.isdigit():  # "max" is none
-            found.append(int(text))
-    return float(min(found))
+            yield path, int(text)
 
 
 def limit_files(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> Iterator[Path]:
@@ -42,12 +46,10 @@ def free_memory() -> int:
         return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     found = dict(line.split(":") for line in info.read_text().splitlines())
     free = [int(found["MemAvailable"].split()[0]) * 1024]
-    for path in limit_files():
-        text = path.read_text().strip() if path.is_file() else ""
-        if text.isdigit():
-            said = dict(line.split() for line in path.with_name("memory.stat").read_text().splitlines())
-            held = next((int(said[name]) for name in reversed(RECLAIMED) if name in said), 0)
-            free.append(int(text) - int(path.with_name(USAGE[path.name]).read_text()) + held)
+    for path, limit in limits():
+        said = dict(line.split() for line in path.with_name("memory.stat").read_text().splitlines())
+        held = next((int(said[name]) for name in reversed(RECLAIMED) if name in said), 0)
+        free.append(limit - int(path.with_name(USAGE[path.name]).read_text()) + held)
     return max(0, min(free))
 
 

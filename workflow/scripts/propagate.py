@@ -216,18 +216,19 @@ class Stream:
                 found = capture(self.model, blocks[: index + 2], few, skip)
                 kinds[type(block)], extra = found.returned[index], extra or found.extra
             skip.append(kinds[type(block)])
-        one, other = (capture(self.model, blocks, x, skip) for x in (few, (few + 1) % vocabulary(self.model)))
-        if not same(one.calls[0], other.calls[0]):
+
+        def calls(skip: Sequence[int]) -> list[list[Call]]:
+            """Of the blocks, in the two passes."""
+            return [capture(self.model, blocks, x, skip).calls for x in (few, (few + 1) % vocabulary(self.model))]
+
+        one, other = calls(skip)
+        if not same(one[0], other[0]):
             return []
-        if not same(one.calls, other.calls):
-            raise InputError(f"{type(self.model).__name__} passes more than {HIDDEN} from block to block.")
-        if not extra:
-            return skip
         # What a block returns besides may make the calls of the next.
-        one, other = (capture(self.model, blocks, x) for x in (few, (few + 1) % vocabulary(self.model)))
-        if not same(one.calls, other.calls):
+        run, another = calls(()) if extra else (one, other)
+        if not (same(one, other) and same(run, another)):
             raise InputError(f"{type(self.model).__name__} passes more than {HIDDEN} from block to block.")
-        return skip if same(capture(self.model, blocks, few, skip).calls, one.calls) else []
+        return skip if same(one, run) else []
 
     def _embed(self, tokens: Tensor) -> Tensor:
         """What enters the first block; the blocks' calls are kept."""

@@ -20,8 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from methods.catalogue import SHARED_SOURCES
 from workflow.scripts.devices import take
-from workflow.scripts.fingerprint import sha256
-from workflow.scripts.runtime import record_failure, report_errors, write_atomic
+from workflow.scripts.runtime import record_failure, report_errors, sha256, write_atomic
 from workflow.scripts.task_sets import task_files
 from workflow.scripts.zero_shot import stay_offline
 

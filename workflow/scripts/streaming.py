@@ -27,7 +27,7 @@ from transformers.initialization import no_init_weights
 from transformers.modeling_utils import LoadStateDictConfig
 
 from workflow.scripts.memory import free_memory, give_back_memory
-from workflow.scripts.models import Blocks, check_finite, check_names, find_blocks, read_config, sentences
+from workflow.scripts.models import Blocks, check_finite, check_names, read_config, sentences
 from workflow.scripts.sources import weight_files
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -103,9 +103,8 @@ class LazyBlocks(Blocks):
         self._check(model)
         for module, key, own in buffers:  # the check has taken the data of those that are saved
             module._buffers[key] = None if own is None else own.to(device)
-        self.name, self.modules = find_blocks(model)
-        self._keys = self._of_blocks(model)  # names in the files; those outside the blocks under None
         super().__init__(model.eval().requires_grad_(False))
+        self._keys = self._of_blocks(model)  # names in the files; those outside the blocks under None
         self.device = torch.device(device)
         self._users: Counter[int | None] = Counter()
         self._reader = ThreadPoolExecutor(1)
