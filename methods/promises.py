@@ -1,9 +1,13 @@
-"""The promises about a method's result that can be checked on any layer (docs/contract.md, promises 1 to 3 and 7).
+"""The promises about a method's result that can be checked on any layer (docs/contract.md, promises 1 to 3, 7 and 10).
 
 The runner checks every result with `broken_promise`, so that a faulty adapter is named instead of published.
 """
 
 from __future__ import annotations
+
+import math
+import numbers
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -11,13 +15,38 @@ from torch import Tensor
 from methods import ops
 from methods.base import Compressed, Layer, Target
 
+TENSORS = ("weight", "mask", "codes", "scales", "zeros", "group_of", "input_scale")  # of a Compressed
+NOT_FINITE = "must be finite"  # in the sentence about a result that has diverged
 
-def broken_promise(layer: Layer, target: Target, result: Compressed) -> str | None:
-    """One sentence about the first promise that the result breaks, or None."""
-    for check in (_tensor, _masked, _pattern, _grid, _unchanged):
+
+def broken_promise(layer: Layer, target: Target, result: Compressed, mask_only: bool = False) -> str | None:
+    """One sentence about the first promise that the result breaks, or None.
+
+    mask_only: whether the method's card says that it changes no weight that it keeps.
+    """
+    for check in (_plain, _tensor, _masked, _pattern, _grid, _unchanged, _told):
         sentence = check(layer, target, result)
         if sentence:
             return sentence
+    return _moved(layer, target, result) if mask_only else None
+
+
+def _plain(layer: Layer, target: Target, result: Compressed) -> str | None:
+    inputs = [layer.weight, layer.gram.matrix, layer.keep]
+    inputs += vars(layer.statistics).values() if layer.statistics else ()
+    taken = {x.untyped_storage().data_ptr() for x in inputs if isinstance(x, Tensor)}
+    for name in TENSORS:
+        value = getattr(result, name)
+        if value is None and name != "weight":
+            continue
+        if type(value) is not Tensor:
+            return f"promise 1: {name} must be a torch.Tensor, {type(value).__name__} came"
+        if value.requires_grad:
+            return f"promise 1: {name} must not require a gradient"
+        if value.layout != torch.strided:
+            return f"promise 1: {name} must be a dense tensor, {value.layout} came"
+        if value.device == layer.weight.device and value.untyped_storage().data_ptr() in taken:
+            return f"promise 1: {name} must have memory of its own, it shares that of the inputs"
     return None
 
 
@@ -26,9 +55,14 @@ def _tensor(layer: Layer, target: Target, result: Compressed) -> str | None:
         expected, came = getattr(layer.weight, name), getattr(result.weight, name)
         if expected != came:
             return f"promise 1: the weight's {name} must be {_words(expected)}, {_words(came)} came"
-    if not torch.isfinite(result.weight).all():
-        return f"promise 1: the weight must be finite, {int((~torch.isfinite(result.weight)).sum())} entries are not"
+    if not finite(result.weight):
+        return f"promise 1: the weight {NOT_FINITE}, {int((~torch.isfinite(result.weight)).sum())} entries are not"
     return None
+
+
+def finite(tensor: Tensor) -> bool:
+    """Whether all entries are, read once: a NaN is both the least and the largest."""
+    return all(math.isfinite(end) for end in tensor.aminmax()) if tensor.numel() else True
 
 
 def _masked(layer: Layer, target: Target, result: Compressed) -> str | None:
@@ -36,7 +70,7 @@ def _masked(layer: Layer, target: Target, result: Compressed) -> str | None:
         return None if target.sparsity == 0 else "promise 1: a pruned layer must come with its mask, None came"
     if result.mask.shape != layer.weight.shape or result.mask.dtype != torch.bool:
         return f"promise 1: the mask must be bool {_words(layer.weight.shape)}, {result.mask.dtype} came"
-    left = int((result.weight[~result.mask] != 0).sum())
+    left = int(result.weight.masked_fill(result.mask, 0.0).count_nonzero())
     return f"promise 1: the weight must be zero where the mask is False, {left} entries are not" if left else None
 
 
@@ -93,11 +127,14 @@ def _grid(layer: Layer, target: Target, result: Compressed) -> str | None:
     out, inputs = layer.weight.shape
     default = ops.groups_of(inputs, target.group, layer.weight.device)
     group_of = default if result.group_of is None else result.group_of
-    if group_of.shape != (inputs,):
-        return f"promise 3: group_of must be [{inputs}], {_words(group_of.shape)} came"
+    if group_of.shape != (inputs,) or group_of.dtype != torch.int64 or int(group_of.min()) < 0:
+        came = f"{group_of.dtype} {_words(group_of.shape)}, least {group_of.min()}"
+        return f"promise 3: group_of must be int64 [{inputs}], at least 0, {came} came"
     groups = int(group_of.max()) + 1
-    for name, tensor in (("scales", result.scales), ("zeros", result.zeros)):
-        if tensor.shape != (out, groups):
+    for name, tensor in (("scales", result.scales), ("zeros", result.zeros), ("input_scale", result.input_scale)):
+        if tensor is not None and tensor.dtype != torch.float32:
+            return f"promise 3: {name} must be torch.float32, {tensor.dtype} came"
+        if name != "input_scale" and tensor.shape != (out, groups):
             return f"promise 3: {name} must be [{out}, {groups}], {_words(tensor.shape)} came"
     if not ((result.scales > 0) & torch.isfinite(result.scales)).all():
         return "promise 3: scales must be positive and finite"
@@ -121,6 +158,38 @@ def _grid(layer: Layer, target: Target, result: Compressed) -> str | None:
 def _unchanged(layer: Layer, target: Target, result: Compressed) -> str | None:
     if target.sparsity == 0 and target.bits is None and not torch.equal(result.weight, layer.weight):
         return "promise 7: sparsity 0 without bits must return the weight unchanged"
+    return None
+
+
+def _moved(layer: Layer, target: Target, result: Compressed) -> str | None:
+    """Methods that only choose a mask are compared with each other."""
+    if result.mask is None or target.bits is not None:
+        return None
+    moved = int((layer.weight != result.weight).masked_fill_(~result.mask, False).sum())
+    return (
+        f"promise 7: a mask-only method must leave what it keeps unchanged, {moved} weights differ" if moved else None
+    )
+
+
+def _told(layer: Layer, target: Target, result: Compressed) -> str | None:
+    """What tables show of a result as the method tells it."""
+    if not isinstance(result.info, Mapping) or not isinstance(result.trace, Sequence):
+        came = f"{type(result.trace).__name__} and {type(result.info).__name__}"
+        return f"promise 10: trace and info must be a tuple and a dict, {came} came"
+    for row in result.trace:
+        if not isinstance(row, Sequence) or len(row) != 3 or not all(isinstance(x, numbers.Real) for x in row):
+            return f"promise 10: the trace must be rows of (iteration, seconds, objective), {row!r} came"
+        if not all(map(math.isfinite, row)):
+            return f"promise 10: the trace {NOT_FINITE}, {tuple(map(float, row))} came"
+    iterations = [row[0] for row in result.trace]
+    if any(not isinstance(i, int) or i < 0 for i in iterations) or iterations != sorted(set(iterations)):
+        return "promise 10: the iterations of a trace must be whole numbers that rise"
+    damping = result.info.get("damping")
+    if damping is not None and not (isinstance(damping, numbers.Real) and 0 <= damping < math.inf):
+        return f"promise 10: info['damping'] must be a finite number, at least 0, {damping!r} came"
+    gaps = result.info.get("duality_gaps", [0.0] * len(result.trace))
+    if len(gaps) != len(result.trace) or not all(isinstance(x, numbers.Real) and math.isfinite(x) for x in gaps):
+        return "promise 10: info['duality_gaps'] must be finite numbers, one for each row of the trace"
     return None
 
 

@@ -8,6 +8,8 @@ import argparse
 import hashlib
 import importlib.metadata
 import json
+import math
+import random
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -16,15 +18,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from methods import promises
 from methods.base import Compressed, Layer, Method
 from methods.catalogue import Catalogue
-from methods.promises import broken_promise
+from methods.promises import NOT_FINITE, broken_promise, finite
 from methods.target import Target
 from workflow.scripts import models, packed
 from workflow.scripts.accounting import bits_per_weight
@@ -36,6 +40,7 @@ from workflow.scripts.propagate import Stream
 from workflow.scripts.recall import foresee
 from workflow.scripts.runtime import (
     PROVENANCE,
+    Diverged,
     InputError,
     peak_mb,
     provenance,
@@ -53,18 +58,26 @@ from workflow.scripts.text import read_tokens
 from workflow.scripts.tune import Tuner
 
 TUNING = "tuning.json"  # in a checkpoint: the history of the stages
+LARGEST_ERROR = 1e6  # output_error of a result: what loses more has diverged
+TRACE_ERROR = 1e-3  # by how much, in units of it, a trace may miss the result's error
+ROUNDING = 1e-6  # the same in units of the dense output; of a Gram's trace, how far its eigenvalues may be below zero
 SCORED = 512  # rows of a weight, and columns of its Gram, that are in float64 at a time
 
 
 @dataclass(frozen=True)
 class Solver:
-    """A method at a target, as the runner calls it; dtype: of the model that it compresses."""
+    """A method at a target, as the runner calls it; dtype: of the model that it compresses.
+
+    mask_only: whether its card says that it changes no weight that it keeps. criterion: what its trace measures.
+    """
 
     name: str
     method: Method
     target: Target
     seed: int
     dtype: torch.dtype = torch.float32
+    mask_only: bool = False
+    criterion: str | None = None
 
     def solve(self, layer: Layer) -> tuple[Compressed, dict[str, Any]]:
         """The layer's result, with the scales that are stored, and its row of numbers.
@@ -72,7 +85,7 @@ class Solver:
         Raises InputError naming the layer when the method fails it.
         """
         rng = torch.Generator().manual_seed(layer_seed(self.seed, layer.name))
-        before = inputs_state(layer)
+        before, around = inputs_state(layer), process_state()
         start = time.perf_counter()
         try:
             result = self.method.compress(layer, self.target, rng)
@@ -83,21 +96,38 @@ class Solver:
             raise InputError(f"{self.name} must return a Compressed on {layer.name}, {type(result).__name__} came.")
         written = [name for name, state in inputs_state(layer).items() if state != before[name]]
         if written:  # the score would compare the result with itself
-            broken = f"promise 1: the inputs must be untouched, the {written[0]} was written to"
-            raise InputError(f"{self.name} broke its contract on {layer.name}: {broken}.")
+            raise self.breach(layer, f"promise 1: the inputs must be untouched, the {written[0]} was written to")
+        changed = [name for name, state in process_state().items() if state != around[name]]
+        if changed:  # later layers, and other methods' seconds, would depend on it
+            raise self.breach(layer, f"promise 4: global state must be left alone, {changed[0]} changed")
         return self.judged(layer, result, seconds)
+
+    def breach(self, layer: Layer, broken: str) -> InputError:
+        """The error about a promise broken on a layer."""
+        kind = Diverged if NOT_FINITE in broken else InputError
+        return kind(f"{self.name} broke its contract on {layer.name}: {broken}.")
 
     def judged(self, layer: Layer, result: Compressed, seconds: float) -> tuple[Compressed, dict[str, Any]]:
         """A result that keeps its promises, with the scales that are stored, and its row of numbers.
 
-        Raises InputError for the first promise that is broken.
+        Raises InputError for the first promise that is broken, Diverged for an error beyond LARGEST_ERROR.
         """
-        broken = broken_promise(layer, self.target, result)
+        broken = broken_promise(layer, self.target, result, self.mask_only)
         if broken:
-            raise InputError(f"{self.name} broke its contract on {layer.name}: {broken}.")
-        result = packed.rounded(result, self.target, self.dtype)
+            raise self.breach(layer, broken)
+        given, result = result, packed.rounded(result, self.target, self.dtype)
+        if self.dtype == torch.float16 and not finite(result.weight.half()):
+            raise Diverged(
+                f"{self.name} gives {layer.name} weights beyond float16: use dtype: bfloat16 or float32 for the model."
+            )
         rows, inputs = layer.weight.shape
         absolute, relative = output_error(layer, result.weight)
+        if not relative <= LARGEST_ERROR:
+            raise Diverged(f"{self.name} has diverged on {layer.name}: its output_error is {relative:.3g}.")
+        if self.criterion == "error" and given.trace:
+            reached = absolute if given is result else output_error(layer, given.weight)[0]
+            if broken := untrue(layer, given, reached):
+                raise self.breach(layer, broken)
         kept = 1.0 if result.mask is None or not self.target.sparsity else int(result.mask.sum()) / result.mask.numel()
         return result, {
             "layer": layer.name,
@@ -122,6 +152,23 @@ class Solver:
         }
 
 
+def process_state() -> dict[str, Any]:
+    """What a method could change for others: generators, torch's settings, and the functions that judge it."""
+    judges = [vars(module).values() for module in (sys.modules[__name__], promises, packed)]
+    numpys = np.random.get_state(legacy=False)["state"]
+    return {
+        "torch's global generator": torch.get_rng_state().numpy().tobytes(),
+        "numpy's global generator": (numpys["key"].tobytes(), numpys["pos"]),
+        "Python's global generator": random.getstate(),
+        "the default dtype": torch.get_default_dtype(),
+        "the default device": torch.get_default_device(),
+        "the number of threads": torch.get_num_threads(),
+        "whether gradients are recorded": torch.is_grad_enabled(),
+        "the precision of products": torch.get_float32_matmul_precision(),
+        "the runner's code": [id(value) for values in judges for value in values],
+    }
+
+
 def inputs_state(layer: Layer) -> dict[str, tuple[int, float]]:
     """What changes when a method writes into its inputs: through torch the version, through other memory the sum."""
     tensors = {"weight": layer.weight, "gram": layer.gram.matrix}
@@ -131,8 +178,10 @@ def inputs_state(layer: Layer) -> dict[str, tuple[int, float]]:
 
 
 def total(tensor: Tensor) -> float:
-    """Sum in float64, which torch would copy the whole tensor to."""
-    return sum(float(rows.sum(dtype=torch.float64)) for rows in tensor.split(SCORED))
+    """Sum in float64 where each place has a weight of its own, so that entries that are exchanged show too."""
+    rows = tensor.reshape(-1, tensor.shape[-1])
+    across, down = (torch.linspace(1, 2, n, dtype=torch.float64, device=tensor.device) for n in rows.shape[::-1])
+    return float(torch.cat([part.double() @ across for part in rows.split(SCORED)]) @ down)
 
 
 def layer_seed(seed: int, name: str) -> int:
@@ -143,7 +192,7 @@ def layer_seed(seed: int, name: str) -> int:
 def output_error(layer: Layer, weight: Tensor) -> tuple[float, float]:
     """tr((W - What) G (W - What)t) and its ratio to tr(W G Wt), in float64 on the undamped Gram.
 
-    A layer whose dense output is zero on every token has ratio 0: nothing can be lost.
+    A layer whose dense output is zero on every token has ratio 0 where that is kept, else an infinite one.
     """
     error = whole = 0.0
     for own, other in zip(layer.weight.split(SCORED), weight.split(SCORED), strict=True):
@@ -154,9 +203,22 @@ def output_error(layer: Layer, weight: Tensor) -> tuple[float, float]:
             gram = layer.gram.matrix[:, columns].double()
             error += float(((lost @ gram) * lost[:, columns]).sum())
             whole += float(((dense @ gram) * dense[:, columns]).sum())
-    # Rounding of a Gram that is singular can push a trace of zero below it.
-    error, whole = max(error, 0.0), max(whole, 0.0)
-    return error, error / whole if whole > 0 else 0.0
+    if min(error, whole) < 0:
+        # Rounding of a Gram that is singular can push a trace of zero below it, but by no more than its own size.
+        size = float(layer.gram.matrix.diagonal().double().sum())
+        squares = max(float(part.double().square().sum()) for part in (layer.weight - weight, layer.weight))
+        if min(error, whole) < -ROUNDING * squares * size:
+            raise Diverged(f"The Gram of {layer.name} has eigenvalues below zero by more than rounding.")
+        error, whole = max(error, 0.0), max(whole, 0.0)
+    return error, error / whole if whole > 0 else 0.0 if error == 0 else math.inf
+
+
+def untrue(layer: Layer, result: Compressed, error: float) -> str | None:
+    """One sentence where the trace's objective, the layer's error, is not that of the result, or None."""
+    told, whole = min(row[2] for row in result.trace), output_error(layer, torch.zeros_like(layer.weight))[0]
+    if abs(told - error) <= TRACE_ERROR * error + ROUNDING * whole:
+        return None
+    return f"promise 10: the trace's least error must be that of the result, {error:.6g}, {told:.6g} came"
 
 
 def visit(
@@ -269,10 +331,13 @@ def compressed(args: argparse.Namespace, checkpoint: Checkpoint) -> dict[str, An
     """Write a cell's layers, trace and weights; returns its record. What the checkpoint has is not computed again."""
     columns, entry = args.cell["columns"], args.cell["method"]
     catalogue = Catalogue(args.method_path)
-    method, criterion = catalogue.build(entry["name"], entry["params"]), catalogue[entry["name"]].criterion or "own"
+    method, own = catalogue.build(entry["name"], entry["params"]), catalogue[entry["name"]]
+    criterion = own.criterion or "own"
     tokens, info = read_tokens(args.tokens)
     blocks = LazyBlocks(args.model, args.device)
-    solver = Solver(entry["name"], method, Target(**args.cell["target"]), columns["seed"], blocks.model.dtype)
+    target = Target(**args.cell["target"])
+    mask_only = own.comparison(target) == "mask-only"
+    solver = Solver(entry["name"], method, target, columns["seed"], blocks.model.dtype, mask_only, own.criterion)
     another = args.dtype is not None and args.dtype != models.dtype_name(blocks.model)
     sequences, stages, solve = torch.from_numpy(tokens), args.cell.get("tune"), solver.solve
     title, tuner = f"{columns['label']} {columns['target']} {columns['mode']}", None
@@ -296,7 +361,7 @@ def compressed(args: argparse.Namespace, checkpoint: Checkpoint) -> dict[str, An
             tuner.end()
         write_atomic(checkpoint.folder / TUNING, json.dumps(tuner.history))
         # What came out is scored as if the method had returned it, on the model as it was.
-        results, told = tuner.results, replace(solver, name=f"{solver.name}, tuned,")
+        results, told = tuner.results, replace(solver, name=f"{solver.name}, tuned,", mask_only=False, criterion=None)
         del tuner
 
         def solve(layer: Layer) -> tuple[Compressed, dict[str, Any]]:

@@ -86,13 +86,13 @@ def narrowest(values: Tensor) -> Tensor:
 
 
 def rounded(result: Compressed, target: Target, dtype: torch.dtype) -> Compressed:
-    """The result with its scales as they are stored, in 16 bits, and the weight that they give.
+    """The result as it is stored: scales in 16 bits and the weight that they give, or the weight in the model's dtype.
 
-    dtype: of the model that the weight is written into. What is not quantised comes back as it is, and scales of inputs
-    that are all one are left out.
+    dtype: of the model that the weight is written into; the weight comes back in float32. Scales of inputs that are all
+    one are left out.
     """
     if target.bits is None:
-        return result
+        return result if dtype == torch.float32 else replace(result, weight=result.weight.to(dtype).float())
     assert result.scales is not None
     scales = half(result.scales, dtype).float()
     input_scale = result.input_scale

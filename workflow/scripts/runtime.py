@@ -21,6 +21,10 @@ class InputError(Exception):
     """Something the user can mend, told in one sentence: what was expected, what came, where."""
 
 
+class Diverged(InputError):
+    """A method's numbers are not finite, or beyond all measure."""
+
+
 def report_errors(main: Callable[[list[str]], None], argv: list[str]) -> None:
     """Run a script's main; an InputError becomes its sentence on stderr and exit status 1."""
     try:
@@ -94,7 +98,7 @@ def record_failure(folder: Path, stage: str) -> Iterator[None]:
 def status_of(error: Exception) -> tuple[str, str]:
     """(status word, one sentence) of an error."""
     text = " ".join(str(error).split())
-    status = "out of memory" if out_of_memory(error) else "error"
+    status = "out of memory" if out_of_memory(error) else "diverged" if isinstance(error, Diverged) else "error"
     if isinstance(error, InputError):
         return status, text
     if isinstance(error, MemoryError):
