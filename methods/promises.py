@@ -187,9 +187,11 @@ def _told(layer: Layer, target: Target, result: Compressed) -> str | None:
     damping = result.info.get("damping")
     if damping is not None and not (isinstance(damping, numbers.Real) and 0 <= damping < math.inf):
         return f"promise 10: info['damping'] must be a finite number, at least 0, {damping!r} came"
-    gaps = result.info.get("duality_gaps", [0.0] * len(result.trace))
-    if len(gaps) != len(result.trace) or not all(isinstance(x, numbers.Real) and math.isfinite(x) for x in gaps):
-        return "promise 10: info['duality_gaps'] must be finite numbers, one for each row of the trace"
+    gaps = result.info.get("duality_gaps")
+    if gaps is not None and (len(gaps) != len(result.trace) or not all(isinstance(x, numbers.Real) for x in gaps)):
+        return "promise 10: info['duality_gaps'] must be a number for each row of the trace"
+    if gaps is not None and not all(map(math.isfinite, gaps)):
+        return f"promise 10: the duality gaps {NOT_FINITE}"
     return None
 
 

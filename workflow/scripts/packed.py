@@ -137,7 +137,7 @@ def parts_of(result: Compressed, target: Target, dtype: torch.dtype) -> dict[str
     parts = mask_parts(mask, target)
     if target.bits is None:
         weight = narrowest(result.weight.to(dtype))
-        return {"values": weight[mask], **parts} if parts else {"": weight.contiguous()}
+        return {"values": weight[mask], **parts} if parts else {"": weight.clone(memory_format=torch.contiguous_format)}
     assert result.codes is not None and result.scales is not None and result.zeros is not None
     codes = result.codes
     if not parts:  # what a target without sparsity may still have at zero
