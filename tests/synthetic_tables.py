@@ -49,6 +49,10 @@ PROVENANCE = {
     "dirty": False,
     "python": "3.11.7",
     "torch": "2.13.0",
+    "transformers": "5.0.0",
+    "numpy": "2.4.0",
+    "snakemake": "9.27.1",
+    "platform": "Linux-x86_64",
     "threads": 1,
     "device": "cpu",
     "calibration_samples": 64,
@@ -267,6 +271,7 @@ def cells_table(
                     "reason": "compress, out of memory: no room" if broken else None,
                     "contaminated": metric == "perplexity",
                     "swept": "sparsity",
+                    **(dict.fromkeys(PROVENANCE) if broken else PROVENANCE),
                 }
             )
     return pd.DataFrame(rows)

@@ -30,6 +30,7 @@ from workflow.scripts.cell_results import (
 )
 from workflow.scripts.comparisons import ERRORS, Measure, Observation, accuracy, compare, perplexity
 from workflow.scripts.grid import plan
+from workflow.scripts.protocol import Protocol
 from workflow.scripts.runtime import InputError, report_errors, whole_file
 from workflow.scripts.table_schema import arrow_schema, from_rows, read_table, to_frame
 
@@ -86,6 +87,18 @@ def observe(columns: Mapping[str, Any], compression: Compression, results: Resul
     return Observation(columns, values)
 
 
+def refuse_others(results: Results, protocol: Protocol) -> None:
+    """Take away what was computed under another protocol than the cells before it: rows that say so are left."""
+    for row in results.rows:
+        if sentence := protocol.difference(row):
+            row |= {"value": None, "stderr": None, "low": None, "high": None, "status": "failed", "reason": sentence}
+            results.gap = results.gap or Gap("failed", sentence)
+            results.losses.pop(row.get("text"), None)
+            results.scores.pop((row.get("task_set"), row.get("task"), row["metric"]), None)
+    if results.rows and all(row["status"] == "failed" for row in results.rows):
+        results.compression = None
+
+
 def collect(
     cells: Sequence[PlannedCell],
     skipped: Sequence[Mapping[str, Any]],
@@ -108,6 +121,7 @@ def collect(
     observations: list[Observation] = []
     unless_partial = suppress(InputError) if partial else nullcontext()
     bounds: dict[str, pa.Table] = {}
+    protocol = Protocol()
     for path in certificates:
         with unless_partial:
             bounds[path] = read_bounds(root / path)
@@ -122,6 +136,7 @@ def collect(
             stack.callback(writer.parquet.close)  # after an error too: before the unfinished files are removed
         for cell in cells:
             results = gather_cell(cell, evaluations, root, tasks)
+            refuse_others(results, protocol)
             compression = results.compression
             if results.gap:
                 gaps.append((cell.folder, results.gap))

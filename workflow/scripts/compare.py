@@ -24,6 +24,7 @@ import pyarrow.parquet as pq
 from workflow.scripts import comparisons, tables
 from workflow.scripts.collect import TABLES, write_csv
 from workflow.scripts.comparisons import ERRORS, Observation
+from workflow.scripts.protocol import SAME, Protocol
 from workflow.scripts.runtime import InputError, report_errors, whole_file
 from workflow.scripts.table_schema import columns, first_line, from_rows, read_table, to_frame, typed
 
@@ -37,16 +38,6 @@ PROTOCOL = [
     *("calibration_sampling", "calibration_dtype", "eval_sha256", "eval_length", "eval_windows"),
     *("task_version", "fewshot", "items", "lm_eval"),
 ]
-SAME = {  # what a name of a study has to mean in all folders: the columns that tell it
-    "model": ["model_sha256", "dtype"],
-    "calibration": [
-        *("calibration_sha256", "calibration_samples", "calibration_length", "calibration_sampling"),
-        "calibration_dtype",
-    ],
-    "text": ["eval_sha256", "eval_length", "eval_windows"],
-    "task_set": ["lm_eval"],
-    "label": ["params"],
-}
 MEASURED = ["metric", "text", "task_set", "task"]  # what a number of a cell is, and of what
 TIMES = ("solve_seconds", "job_seconds")  # metrics that differ from run to run
 TOLD = ("seed", "params")  # columns of a key that tell cells apart only where nothing else does
@@ -215,6 +206,11 @@ def merge(parts: Mapping[Path, Tables], tolerance: float) -> dict[str, pd.DataFr
     with it.
     Raises InputError, one sentence, when two folders have different numbers, protocols or bounds for the same cell.
     """
+    for folder, tables_of in parts.items():
+        protocol = Protocol()
+        for row in tables_of["cells"].to_dict("records"):
+            if sentence := protocol.difference(row):
+                raise InputError(f"{folder} is of two protocols: {sentence}.")
     folders = iter(parts)
     first = next(folders)
     merged, where = dict(parts[first]), str(first)
@@ -268,11 +264,10 @@ def _agree(one: Tables, other: Tables, a: str, b: str, tolerance: float) -> None
 
 def _same_names(one: pd.DataFrame, other: pd.DataFrame, a: str, b: str) -> None:
     """Cells that only one folder has stand beside those of the other: their names must mean the same."""
-    for name, told in SAME.items():
-        key = [name, "seed"] if name == "calibration" else [name, "method", "target"] if name == "label" else [name]
+    for name, key, told in [*SAME, ("label", ("label", "method", "target"), ("params",))]:
         for column in told:
             known = [cells[[*key, column]].dropna().drop_duplicates() for cells in (one, other)]
-            both = known[0].merge(known[1], on=key, suffixes=("_a", "_b"))
+            both = known[0].merge(known[1], on=list(key), suffixes=("_a", "_b"))
             differing = both[both[f"{column}_a"] != both[f"{column}_b"]]
             if len(differing):
                 row = differing.to_dict("records")[0]

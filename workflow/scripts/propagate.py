@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,10 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 
+from methods.promises import finite
 from workflow.scripts.activations import StoredStates, store
 from workflow.scripts.models import Blocks, check_tokens, linears, vocabulary
-from workflow.scripts.runtime import InputError
+from workflow.scripts.runtime import Diverged, InputError
 from workflow.scripts.taps import Tap, TapRecorder
 
 HIDDEN = "hidden_states"
@@ -178,6 +180,7 @@ class Stream:
         self.device = self.source.device
         self.samples, self.length = tokens.shape
         self.folder = folder
+        self.overflow: str | None = None  # a sentence about the first output of a block that is not finite
         self._calls: list[list[Call]] = []  # per batch, of every block
         parts = tokens.split(sequences_per_batch or self._batch())
         self.inputs: Sequence[Tensor] = []
@@ -245,7 +248,28 @@ class Stream:
     def _forward(self, index: int, batch: int, inputs: Tensor) -> Tensor:
         """Output of a block for one batch, on the CPU."""
         with torch.no_grad():  # inference mode would keep no version counters, which tell the taps apart
-            return self.replay(self.blocks[index], index, batch, inputs).to("cpu")
+            output = self.replay(self.blocks[index], index, batch, inputs).to("cpu")
+            if self.overflow is None and not finite(output):
+                self.overflow = self._located(index, batch, inputs)
+            return output
+
+    def _located(self, index: int, batch: int, inputs: Tensor) -> str:
+        """The sentence about an output of a block that is not finite, with the first module in it whose output is so."""
+        found = [f"{self.name}.{index}"]
+
+        def hook(_: nn.Module, args: Any, output: Any, name: str) -> None:
+            if len(found) == 1 and isinstance(output, Tensor) and output.is_floating_point() and not finite(output):
+                found.append(name)
+
+        with ExitStack() as stack:
+            for name, module in self.blocks[index].named_modules(prefix=found[0]):
+                if not list(module.children()):
+                    handle = module.register_forward_hook(partial(hook, name=name))
+                    stack.callback(handle.remove)
+            self.replay(self.blocks[index], index, batch, inputs)
+        dtype = str(inputs.dtype).removeprefix("torch.")
+        advice = ": use dtype: bfloat16 or float32" if inputs.dtype == torch.float16 else ""
+        return f"the output of {found[-1]} has NaN or Inf in {dtype}{advice}"
 
     def replay(self, block: Callable[..., Any], index: int, batch: int, hidden: Tensor) -> Tensor:
         """What `block` gives for hidden states when it is called as block `index` is for this batch, with gradients."""
@@ -276,6 +300,8 @@ class Stream:
             if recorder.again():  # experts that were routed too few tokens
                 for batch, inputs in enumerate(before):
                     self._forward(index, batch, inputs)
+        if self.overflow:
+            raise Diverged(f"The calibration tokens overflow: {self.overflow}.")
         return recorder.finish()
 
     def advance(self, index: int) -> None:

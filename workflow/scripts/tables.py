@@ -8,7 +8,7 @@ import argparse
 import re
 import statistics
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ import pandas as pd
 
 from workflow.scripts.cell_results import ACCURACIES
 from workflow.scripts.comparisons import NO_DIFFERENCE
+from workflow.scripts.protocol import MARK, origins
 from workflow.scripts.runtime import report_errors, write_atomic
 from workflow.scripts.table_schema import COMPARISONS, read_table
 
@@ -32,6 +33,7 @@ LATEX = {
     '"': r"\textquotedbl{}",
     "–": "--",
     "±": r"\ensuremath{\pm}",
+    MARK: r"\textsuperscript{\textdagger}",
     **{character: "\\" + character for character in "&%$#_{}"},
 }
 SCOPES = ("model", "calibration", "mode", "target", "cell", "token_scope")  # of `layers`, what the notes need
@@ -153,12 +155,13 @@ def tables(
     text_of = pruned["text"].fillna("")
     for (model, calibration, text), part in pruned.groupby(["model", "calibration", text_of], sort=False):
         own = dense[(dense["model"] == model) & (dense["text"].fillna("") == text)]
+        marked, reasons = origins(pd.concat([part, own]))
         notes = []
         if metric != "mean_output_error" and len(own):
             row = own.to_dict("records")[0]
             error = row["stderr"] if metric in ACCURACIES else None
             noise = f" (standard error {number(error, metric)})" if pd.notna(error) else ""
-            notes.append(f"Dense: {_shown([row], metric)}{noise}.")
+            notes.append(f"Dense: {_shown([row], metric, marked)}{noise}.")
         better = "In percent, higher" if metric in ACCURACIES else "Lower"
         tested = comparisons is not None and _place(comparisons, metric, str(model), str(calibration), str(text))
         alike = ", and what is not shown to differ from it," if tested else ""
@@ -172,6 +175,7 @@ def tables(
             notes.append("Calibration and evaluation text come from the same data set.")
         if layers is not None:
             notes += fallback(layers, str(model), str(calibration))
+        notes += reasons
         what = "mean output error over the layers" if metric == "mean_output_error" else f"{metric} on {text}"
         targets = list(part["target"].drop_duplicates())
         modes = part.groupby("mode", sort=False)
@@ -183,6 +187,7 @@ def tables(
                     targets,
                     metric,
                     lambda target, *sides, key=(model, calibration, text, mode): (*key, target, *sides) in equal,
+                    marked,
                 ),
             )
             for mode, rows in modes
@@ -192,8 +197,10 @@ def tables(
         yield Table(name, title, " ".join(notes), targets, sections, str(model), str(calibration))
 
 
-def _shown(rows: Sequence[Mapping[str, Any]], metric: str) -> str:
+def _shown(rows: Sequence[Mapping[str, Any]], metric: str, marked: Collection[tuple[str, str]] = ()) -> str:
     """The rows of the seeds of one setting as an entry; one without a value is not averaged away."""
+    if any((row["mode"], row["cell"]) in marked for row in rows):
+        return _shown(rows, metric) + MARK
     absent = [row for row in rows if pd.isna(row["value"])]
     if not absent:
         return spread([float(row["value"]) for row in rows], metric)
@@ -206,6 +213,7 @@ def _groups(
     targets: Sequence[str],
     metric: str,
     equal: Callable[[str, str, str], bool],
+    marked: Collection[tuple[str, str]],
 ) -> list[tuple[str, list[tuple[str, list[Entry]]]]]:
     groups = []
     choose = max if metric in ACCURACIES else min
@@ -231,7 +239,7 @@ def _groups(
                 }
         lines = []
         for label, own in cells.items():
-            shown = {target: _shown(found, metric) for target, found in own.items()}
+            shown = {target: _shown(found, metric, marked) for target, found in own.items()}
             lines.append((label, [Entry(shown.get(t, UNSUPPORTED), label in best.get(t, ())) for t in targets]))
         if lines:
             groups.append((comparison, lines))
@@ -249,6 +257,8 @@ def escape_markdown(text: str) -> str:
 
 def latex_number(text: str) -> str:
     """An entry in LaTeX: 1.2e+05 becomes 1.2 times a power of ten."""
+    if text.endswith(MARK):
+        return latex_number(text.removesuffix(MARK)) + LATEX[MARK]
     if " ± " in text:
         return r" \ensuremath{\pm} ".join(map(latex_number, text.split(" ± ")))
     mantissa, e, exponent = text.partition("e")
