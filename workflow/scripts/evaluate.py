@@ -40,7 +40,12 @@ def window_losses(
     All windows pass one block after the other, so that each block is read once. They are scored alone, `batch` at a
     time; logits are taken to float32 ROWS at a time. folder: for the hidden states (default: in memory).
     """
-    stream = Stream(model, tokens, batch, folder)
+    return losses_of(Stream(model, tokens, batch, folder), tokens, batch, label)
+
+
+@torch.no_grad()
+def losses_of(stream: Stream, tokens: Tensor, batch: int, label: str) -> Tensor:
+    """The same by a stream that is at the first block; what its hidden states overflow is told by it afterwards."""
     last = len(stream.blocks) - 1
     losses = torch.empty(len(tokens), dtype=torch.float64)
     # (one tensor: a small one kept per window pins the freed logits in the heap, 1.4 GB where 0.5 do)
@@ -120,12 +125,15 @@ def evaluate(
     """
     start = time.perf_counter()
     words = vocabulary(model.model if isinstance(model, Blocks) else model)
-    losses = window_losses(model, tokens, batch_size(tokens.shape[1], words), label, folder)
+    batch = batch_size(tokens.shape[1], words)
+    stream = Stream(model, tokens, batch, folder)
+    losses = losses_of(stream, tokens, batch, label)
     seconds = time.perf_counter() - start
     try:
         found: dict[str, Any] = {"perplexity": perplexity(losses), "mean_loss": float(losses.mean())}
     except InputError as error:  # a model that compression has ruined is a result, told as one
-        found = {"perplexity": None, "mean_loss": None, "reason": f"the model has diverged: {error}"}
+        where = f" In the forward pass {stream.overflow}." if stream.overflow else ""
+        found = {"perplexity": None, "mean_loss": None, "reason": f"the model has diverged: {error}{where}"}
     return found | {
         "windows": tokens.shape[0],
         "length": tokens.shape[1],

@@ -180,7 +180,8 @@ class Stream:
         self.device = self.source.device
         self.samples, self.length = tokens.shape
         self.folder = folder
-        self.overflow: str | None = None  # a sentence about the first output of a block that is not finite
+        self.overflow: str | None = None  # what is said of the first output of a block that is not finite
+        self._lost: tuple[int, int, Tensor] | None = None  # its block, batch and inputs
         self._calls: list[list[Call]] = []  # per batch, of every block
         parts = tokens.split(sequences_per_batch or self._batch())
         self.inputs: Sequence[Tensor] = []
@@ -249,12 +250,15 @@ class Stream:
         """Output of a block for one batch, on the CPU."""
         with torch.no_grad():  # inference mode would keep no version counters, which tell the taps apart
             output = self.replay(self.blocks[index], index, batch, inputs).to("cpu")
-            if self.overflow is None and not finite(output):
-                self.overflow = self._located(index, batch, inputs)
-            return output
+        if self._lost is None and not finite(output):
+            self._lost = index, batch, inputs
+        return output
 
-    def _located(self, index: int, batch: int, inputs: Tensor) -> str:
-        """The sentence about an output of a block that is not finite, with the first module in it whose output is so."""
+    def _locate(self) -> None:
+        """Name the first module whose output is not finite, by another pass through its block, which is open."""
+        if self._lost is None or self.overflow:
+            return
+        index, batch, inputs = self._lost
         found = [f"{self.name}.{index}"]
 
         def hook(_: nn.Module, args: Any, output: Any, name: str) -> None:
@@ -266,10 +270,14 @@ class Stream:
                 if not list(module.children()):
                     handle = module.register_forward_hook(partial(hook, name=name))
                     stack.callback(handle.remove)
-            self.replay(self.blocks[index], index, batch, inputs)
+            self._forward(index, batch, inputs)
         dtype = str(inputs.dtype).removeprefix("torch.")
-        advice = ": use dtype: bfloat16 or float32" if inputs.dtype == torch.float16 else ""
-        return f"the output of {found[-1]} has NaN or Inf in {dtype}{advice}"
+        advice = ", use dtype: bfloat16 or float32" if inputs.dtype == torch.float16 else ""
+        self.overflow = f"the output of {found[-1]} has NaN or Inf in {dtype}{advice}"
+
+    def _refuse(self) -> None:
+        if self.overflow:
+            raise Diverged(f"The activations of the calibration are not finite: {self.overflow}.")
 
     def replay(self, block: Callable[..., Any], index: int, batch: int, hidden: Tensor) -> Tensor:
         """What `block` gives for hidden states when it is called as block `index` is for this batch, with gradients."""
@@ -279,10 +287,11 @@ class Stream:
     def collect(self, index: int, advance: bool = False) -> list[Tap]:
         """Taps of a block, with the statistics of the present inputs.
 
-        advance: whether the block's outputs become the inputs of the next; else the inputs stay. Raises InputError
-        naming block, tap and layers for activations that are not finite, and naming the layers that do not see every
-        token once.
+        advance: whether the block's outputs become the inputs of the next; else the inputs stay. Raises Diverged naming
+        the module whose output is not finite, and InputError naming block, tap and layers for Grams that are not, and
+        the layers that do not see every token once.
         """
+        self._refuse()  # what a compressed block has passed on
         name = f"{self.name}.{index}"
         recorder = TapRecorder(name, linears(self.blocks[index], name), self.samples, self.length)
 
@@ -300,13 +309,14 @@ class Stream:
             if recorder.again():  # experts that were routed too few tokens
                 for batch, inputs in enumerate(before):
                     self._forward(index, batch, inputs)
-        if self.overflow:
-            raise Diverged(f"The calibration tokens overflow: {self.overflow}.")
+        self._locate()
+        self._refuse()
         return recorder.finish()
 
     def advance(self, index: int) -> None:
         """Make the outputs of the block, as it is now, the inputs of the next."""
         self._keep(index + 1, (self._forward(index, batch, inputs) for batch, inputs in enumerate(self.inputs)))
+        self._locate()
 
     def logits(self, batch: int, tokens: Tensor) -> Tensor:
         """[sequences, length, vocabulary] of a batch whose states have come to the last block, given its tokens.

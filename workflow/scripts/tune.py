@@ -7,6 +7,7 @@ the calibration tokens. What comes out is exact: on the pattern, and codes, scal
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from collections import defaultdict
@@ -25,6 +26,7 @@ from methods import ops
 from methods.base import Compressed, Layer, Target
 from workflow.scripts.models import Linear, find_blocks, linears
 from workflow.scripts.propagate import Stream
+from workflow.scripts.runtime import Diverged
 from workflow.scripts.taps import Tap
 
 Solve = Callable[[Layer], tuple[Compressed, dict[str, Any]]]
@@ -109,7 +111,8 @@ def descend(
     """AdamW on what the tunables train; leaves them at the best of the start and the ends of all epochs.
 
     loss: of batch 0 to `batches`. settings: `epochs` and the learning rates `weights` and `grid`, which fall
-    linearly to zero. Returns the mean loss over the batches before and after.
+    linearly to zero. Returns the mean loss over the batches before and after. Raises Diverged where it is not finite
+    before.
     """
     trained = [(name, tensor) for tunable in tunables for name, tensor in tunable.trained.items()]
     rates = {"moved": settings.get("weights"), "stretch": settings["grid"], "shift": settings["grid"]}
@@ -123,6 +126,8 @@ def descend(
         return sum(float(loss(batch)) for batch in range(batches)) / batches
 
     first = least = mean()
+    if not math.isfinite(first):  # no epoch could be told to be better
+        raise Diverged(f"Tuning cannot begin: the loss of what was compressed is {first}.")
     best = [tensor.detach().clone() for _, tensor in trained]
     for _ in range(settings["epochs"]):
         for batch in torch.randperm(batches, generator=generator).tolist():
