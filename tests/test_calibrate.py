@@ -334,9 +334,22 @@ def test_an_input_written_to_between_two_layers_is_two_taps():
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_activations_that_are_not_finite_name_block_tap_and_layers(value):
+def test_activations_that_are_not_finite_name_the_module(value):
     model = build("llama")
     model.model.layers[1].post_attention_layernorm.weight[0] = value
+    stream = Stream(model, tokens(3))
+    stream.collect(0, advance=True)
+    sentence = r"the output of model\.layers\.1\.post_attention_layernorm has NaN or Inf in float32\."
+    with pytest.raises(InputError, match=sentence):
+        stream.collect(1)
+
+
+def test_activations_whose_squares_overflow_name_block_tap_and_layers():
+    model = build("llama")
+    block = model.model.layers[1]
+    block.post_attention_layernorm.weight[0] = 1e25
+    for layer in (block.mlp.gate_proj, block.mlp.up_proj):
+        layer.weight[:, 0] = 0  # what comes out is ordinary
     stream = Stream(model, tokens(3))
     stream.collect(0, advance=True)
     with pytest.raises(InputError) as error:
