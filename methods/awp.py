@@ -114,6 +114,7 @@ class AWP(Method):
             found, missing = projection.descend(weight, now, before or now, beta, step, iteration + 1)
             before, theta = now, found.weight
         if best is None:
-            return replace(start, trace=tuple(trace))
+            return replace(start, trace=tuple(trace), info=ops.damping_of(start))
         mask = best.mask if target.sparsity else None
-        return replace(best, weight=(best.weight.double() * unit).float(), mask=mask, trace=tuple(trace))
+        weight, info = (best.weight.double() * unit).float(), ops.damping_of(start)
+        return replace(best, weight=weight, mask=mask, trace=tuple(trace), info=info)

@@ -62,7 +62,7 @@ class Chain(Method):
         weight = ops.dequantise(codes, scales, zeros, group_of, result.input_scale)
         if bool((weight[~mask] != 0).any()):
             raise ValueError("A chain must keep its zeros on the grid, weights that were pruned came back.")
-        info = {**pruned.info, **result.info}
+        info = {**pruned.info, **result.info, **ops.damping_of(pruned, result)}
         return replace(result, weight=weight, mask=mask, codes=codes, trace=(), info=info)
 
 

@@ -60,10 +60,12 @@ class DSnoT(Method):
         if layer.statistics is None:
             raise ValueError(f"dsnot needs mean and sequence_variance, but {layer.name} has no statistics.")
         began = time.perf_counter()
-        start = self.warm_start.compress(layer, target, rng).mask
+        warm = self.warm_start.compress(layer, target, rng)
+        start, info = warm.mask, ops.damping_of(warm)
         if self.skip and self.skip in layer.name:
-            return ops.masked(layer, start, target)
+            return replace(ops.masked(layer, start, target), info=info)
         of = target.n_of_m[1] if target.n_of_m else 0
         rule = Rule(self.cycles, self.threshold, self.power, self.convention == "exact", of)
         mask, trace = refine(layer, layer.statistics, start, rule)
-        return replace(ops.masked(layer, mask, target), trace=tuple((t, at - began, loss) for t, at, loss in trace))
+        trace = tuple((t, at - began, loss) for t, at, loss in trace)
+        return replace(ops.masked(layer, mask, target), trace=trace, info=info)

@@ -76,9 +76,10 @@ class FrankWolfe(Method):
         if target.sparsity == 0:
             return Compressed(layer.weight.clone())
         begin = time.perf_counter()
-        started = self.warm_start.compress(layer, target, rng).mask
+        warm_start = self.warm_start.compress(layer, target, rng)
+        started = warm_start.mask
         if self.keep == 1:
-            return ops.masked(layer, started, target)
+            return replace(ops.masked(layer, started, target), info=ops.damping_of(warm_start))
         fixed = self.fixed(layer, started, target, rng)
         run = relaxation(layer, started, fixed, target, self.step)
         trace, gaps, done, (warm, _) = [], [], 0, run.measure()
@@ -97,7 +98,12 @@ class FrankWolfe(Method):
         rounded = ops.prune_mask(torch.where(fixed, 2.0, run.rounding(started)), target)
         reached = [ops.mask_objective(layer.weight, layer.gram.matrix, mask) for mask in (started, rounded)]
         best = rounded if reached[1] < reached[0] * (1 - 1e-9) else started
-        info = {"duality_gap": gaps[-1], "duality_gaps": tuple(gaps), "rounded_objective": reached[1]}
+        info = {
+            **ops.damping_of(warm_start),
+            "duality_gap": gaps[-1],
+            "duality_gaps": tuple(gaps),
+            "rounded_objective": reached[1],
+        }
         return replace(ops.masked(layer, best, target), trace=tuple(trace), info=info)
 
     def fixed(self, layer: Layer, started: Tensor, target: Target, rng: torch.Generator) -> Tensor:

@@ -123,6 +123,7 @@ def pruned(layer: Layer, score: Tensor, target: Target) -> Compressed:
 
 def pruned_by_norm(layer: Layer, norm: Tensor, target: Target) -> Compressed:
     """The layer's own weights where |W| * norm is largest; norm: [in] of each input, not negative."""
+    norm, _ = normalised(norm)  # |W| * norm neither overflows nor underflows before the weight itself
     structure = target.structure if target.sparsity and paths.compiled(layer.weight) else "in torch"
     if structure == "row":
         return Compressed(*select.prune_lines(layer.weight, norm, int(target.sparsity * layer.weight.shape[1])))
@@ -139,6 +140,12 @@ def masked(layer: Layer, mask: Tensor, target: Target) -> Compressed:
     return (
         Compressed(torch.where(mask, layer.weight, 0.0), mask) if target.sparsity else Compressed(layer.weight.clone())
     )
+
+
+def damping_of(*results: Compressed) -> dict[str, float]:
+    """`info` about the largest damping that the results were computed with, if any was."""
+    used = [result.info["damping"] for result in results if "damping" in result.info]
+    return {"damping": max(used)} if used else {}
 
 
 @dataclass(frozen=True)

@@ -96,7 +96,8 @@ def begun(warm_start: Method, layer: Layer, target: Target, rng: torch.Generator
     pruned = warm_start.compress(layer, target.pruning, rng)
     if not target.bits:
         return pruned
-    return replace(RTN().compress(replace(layer, weight=pruned.weight), target.grid, rng), mask=pruned.mask)
+    rounded = RTN().compress(replace(layer, weight=pruned.weight), target.grid, rng)
+    return replace(rounded, mask=pruned.mask, info=ops.damping_of(pruned))
 
 
 class Momentum:

@@ -56,7 +56,8 @@ class SparseSwaps(Method):
         if target.sparsity == 0:
             return Compressed(layer.weight.clone())
         start = time.perf_counter()
-        mask = self.warm_start.compress(layer, target, rng).mask.clone(memory_format=torch.contiguous_format)
+        warm = self.warm_start.compress(layer, target, rng)
+        mask = warm.mask.clone(memory_format=torch.contiguous_format)
         (weight, unit), (gram, gram_unit) = (ops.normalised(x.contiguous()) for x in (layer.weight, layer.gram.matrix))
         coupling, loss = coupled(torch.where(mask, 0.0, weight).double(), gram.double())
         rows = Rows(weight, gram, mask, coupling, loss, target.n_of_m[1] if target.n_of_m else None)
@@ -68,7 +69,9 @@ class SparseSwaps(Method):
         for seconds, left, swapped in rounds(rows, self.swaps):
             trace.append((len(trace), began + seconds, left * scale))
             made += swapped
-        return replace(ops.masked(layer, mask, target), trace=tuple(trace), info={"swaps": made})
+        return replace(
+            ops.masked(layer, mask, target), trace=tuple(trace), info={"swaps": made, **ops.damping_of(warm)}
+        )
 
 
 def coupled(pruned: Tensor, gram: Tensor) -> tuple[Tensor, Tensor]:

@@ -7,6 +7,7 @@ column at a time; a test holds this check and a JSON Schema validator together.
 # pyarrow.compute makes its functions when it is imported, unseen by a type checker.
 # pyright: reportAttributeAccessIssue=false
 
+import math
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -118,13 +119,15 @@ def _fault(array: pa.ChunkedArray, field: pa.Field, limits: dict[str, Any]) -> s
 
 
 def from_rows(rows: list[dict[str, Any]], table: str, where: str) -> pa.Table:
-    """A typed table of rows given as dicts; an absent key is empty, an unknown one an InputError."""
+    """A typed table of rows given as dicts; an absent key is empty, an unknown one or a NaN an InputError."""
     wanted = arrow_schema(table)
     unknown = sorted({key for row in rows for key in row} - set(wanted.names))
     if unknown:
         raise InputError(f"{where}: {', '.join(unknown)} is no column of the {table} table in {SCHEMA.name}.")
     arrays = []
     for field in wanted:
+        if any(isinstance(row.get(field.name), float) and math.isnan(row[field.name]) for row in rows):
+            raise InputError(f"{where}: column {field.name!r} must be finite. Got nan.")
         try:
             # Of the values' own type: asked for an integer, arrow would make 0 of 0.5 without a word.
             arrays.append(pa.chunked_array([pa.array([row.get(field.name) for row in rows])]))
