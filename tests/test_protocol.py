@@ -11,12 +11,13 @@ from typing import Any
 import pytest
 
 from tests.synthetic_tables import EVALUATIONS, PROVENANCE, STUDY, SyntheticCell, cell, cells_table, write_cell
+from tests.test_collect import row_of
 from workflow.scripts import compare
 from workflow.scripts.cell_results import TaskSet, evaluations
-from workflow.scripts.collect import collect
+from workflow.scripts.collect import TABLES, collect
 from workflow.scripts.protocol import MARK, SAME
-from workflow.scripts.runtime import InputError
-from workflow.scripts.table_schema import columns, read_table
+from workflow.scripts.runtime import Diverged, InputError, record_failure
+from workflow.scripts.table_schema import columns, from_rows, read_table
 from workflow.scripts.tables import document, latex, markdown, tables
 
 TEXTS = evaluations(STUDY, EVALUATIONS)
@@ -172,6 +173,71 @@ def test_folders_of_two_protocols_are_not_merged(tmp_path):
     ):
         compare.main(merge)
     assert not (tmp_path / "merged").exists()
+
+
+# ------------------------------------------------------------------------------------------------------------- numbers
+
+
+def numbers_of(root: Path) -> str:
+    """All that stands in the CSVs, which have no NaN and no infinity."""
+    text = "".join(path.read_text().lower() for path in (root / "tables").glob("*.csv"))
+    assert not re.search(r"(^|,)(nan|-?inf)(,|$)", text, re.MULTILINE)
+    return text
+
+
+def test_a_method_that_diverges_is_a_row_with_status_and_reason(tmp_path):
+    """And the rest of the study keeps its tables."""
+    folder = wanda(study(tmp_path), "cell.json").parent
+    (folder / "cell.json").unlink()
+    with pytest.raises(InputError), record_failure(folder, "compress"):
+        raise Diverged("wanda has diverged on model.layers.0.mlp.up_proj: its output_error is 3e+07.")
+    cells = gather(tmp_path, partial=True)
+    own = cells[cells["label"] == "wanda"]
+    told = "compress, diverged: wanda has diverged on model.layers.0.mlp.up_proj: its output_error is 3e+07."
+    assert set(own["reason"]) == {told} and set(own["status"]) == {"failed"} and own["value"].isna().all()
+    assert set(cells.loc[cells["label"] != "wanda", "status"]) == {"done"}
+    assert len(read_table(tmp_path / "tables", "comparisons")) and told.lower() in numbers_of(tmp_path)
+    assert "| wanda | failed |" in document(cells, markdown)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize(
+    ("name", "put"),
+    [
+        ("cell.json", lambda record, value: record | {"seconds": value}),
+        (
+            f"tasks-{TASKS.identity}.json",
+            lambda record, value: {**record, "rows": [record["rows"][0] | {"value": value}]},
+        ),
+        (
+            f"tasks-{TASKS.identity}.json",
+            lambda record, value: {**record, "rows": [record["rows"][0] | {"stderr": value}]},
+        ),
+        ("perplexity-docs-00000001.json", lambda record, value: record | {"perplexity": value}),
+        ("perplexity-docs-00000001.json", lambda record, value: record | {"losses": [750.0, *record["losses"]]}),
+        ("perplexity-docs-00000001.json", lambda record, value: record | {"perplexity": None, "losses": [None] * 7}),
+    ],
+    ids=["seconds", "accuracy", "error", "perplexity", "huge loss", "lost windows"],
+)
+def test_no_number_that_is_not_finite_reaches_a_table(tmp_path, name, put, value):
+    path = wanda(study(tmp_path), name)
+    path.write_text(json.dumps(put(json.loads(path.read_text()), value)))
+    cells = gather(tmp_path, partial=True)
+    numbers_of(tmp_path)
+    own = cells[(cells["label"] == "wanda") & cells["value"].isna()]
+    assert own["reason"].notna().all() and (len(own) or "losses" in str(put(json.loads(path.read_text()), value)))
+    assert set(cells.loc[cells["label"] != "wanda", "status"]) == {"done"}
+
+
+@pytest.mark.parametrize("table", TABLES)
+def test_every_table_refuses_numbers_that_are_not_finite(table):
+    """Also where a number may be absent: NaN is no way to say so."""
+    found = [name for name, column in columns(table).items() if "number" in column["type"]]
+    for name in found:
+        for value in (float("nan"), float("inf"), float("-inf")):
+            with pytest.raises(InputError, match=rf"column '{name}' must be finite\. Got"):
+                from_rows([row_of(table) | {name: value}], table, "the test")
+    assert found or table == "skipped"
 
 
 # --------------------------------------------------------------------------------------------------------------- marks

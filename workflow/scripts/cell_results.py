@@ -21,6 +21,7 @@ from workflow.scripts.table_schema import first_line, from_rows, typed
 ACCURACIES = ("acc", "acc_norm")  # of zero-shot tasks; higher is better
 MEAN = "mean"  # the name of the row that has the mean accuracy over the tasks of a set
 CELL_METRICS = ("mean_output_error", "achieved_sparsity", "bits_per_weight", "solve_seconds", "job_seconds")
+LARGEST_LOSS = 700.0  # nats of a window, which exp takes close to the largest float64: no interval beyond
 NEVER_RAN = "no result and no failure record: an earlier step failed (see logs/), or the job was killed or never ran"
 BROKEN = (ValueError, OSError, KeyError, TypeError, AttributeError, pa.ArrowException, InputError)
 
@@ -106,7 +107,9 @@ def read_compression(folder: Path, columns: Mapping[str, Any]) -> Compression:
         record = read_json(folder / name)
         if record["columns"]["cell"] != columns["cell"]:
             raise ValueError(f"it belongs to cell {record['columns']['cell']!r}")
-        provenance = dict(record["provenance"])
+        provenance, seconds = dict(record["provenance"]), float(record["seconds"])
+        if not math.isfinite(seconds):
+            raise ValueError(f"its seconds are {seconds}")
         from_rows([{**columns, "metric": "", "status": "done", **provenance}], "cells", "its provenance")
         name = "layers.parquet"
         layers = _own(pq.ParquetFile(folder / name).read(), "layers", columns)
@@ -114,7 +117,7 @@ def read_compression(folder: Path, columns: Mapping[str, Any]) -> Compression:
         trace = _own(pq.ParquetFile(folder / name).read(), "traces", columns)
     except BROKEN as error:
         raise InputError(f"{folder / name} cannot be used: {_message(error)}") from None
-    return Compression(layers, trace, provenance, float(record["seconds"]))
+    return Compression(layers, trace, provenance, seconds)
 
 
 def _own(data: pa.Table, table: str, columns: Mapping[str, Any]) -> pa.Table:
@@ -186,6 +189,8 @@ def perplexity(folder: Path, evaluation: Evaluation) -> tuple[dict[str, Any], li
     if not math.isfinite(value):
         reason = record.get("reason") or f"the model has diverged: its perplexity is {value}"
         return row | {"value": None, "reason": reason}, []
+    if max(losses, default=0.0) > LARGEST_LOSS:
+        return row, []
     low, high = bootstrap_interval(losses, np.exp) or (None, None)
     return row | {"low": low, "high": high}, losses
 
@@ -211,6 +216,8 @@ def read_tasks(path: Path) -> tuple[list[dict[str, Any]], dict[tuple[str, str], 
         rows = [{**row, "status": "done", "lm_eval": record["lm_eval"]} for row in record["rows"]]
         if not rows or any(not row["task"] or not row["metric"] for row in rows):
             raise ValueError("it has no rows that name a task and a metric")
+        if not all(math.isfinite(x) for row in rows for x in row.values() if isinstance(x, float)):
+            raise ValueError("it has numbers that are not finite")
         return rows, item_scores(record)
     except BROKEN as error:
         raise InputError(f"{path} cannot be used: {_message(error)}") from None

@@ -22,7 +22,7 @@ SAME: list[tuple[str, tuple[str, ...], tuple[str, ...]]] = [
     ("calibration", ("model", "calibration", "seed"), ("calibration_seed",)),
     ("text", ("model", "text"), ("eval_sha256", "eval_length", "eval_windows")),
     ("task_set", ("task_set",), ("lm_eval",)),
-    ("task", ("task_set", "task"), ("task_version", "fewshot", "items")),
+    ("task", ("task_set", "task"), ("task_version", "fewshot", "items", "eval_sha256")),
 ]
 VERSIONS = ("python", "torch", "transformers", "numpy", "snakemake", "platform", "device")
 MARK = "†"

@@ -174,7 +174,10 @@ def rows_of(name: str, members: list[str], found: Mapping[str, Any]) -> list[dic
             continue
         stderr = found["results"][name].get(f"{metric}_stderr,{filtered}")
         own = RENAMED.get(metric, metric) + ("" if filtered == "none" else f",{filtered}")
-        values: dict[str, Any] = {"value": float(value), "stderr": stderr if isinstance(stderr, float) else None}
+        values: dict[str, Any] = {
+            "value": float(value),
+            "stderr": stderr if isinstance(stderr, float) and math.isfinite(stderr) else None,
+        }
         if broken or not math.isfinite(value):
             reason = f"the model has diverged: {broken} of {len(asked)} log-likelihoods of {name} are NaN or Inf"
             values = {"value": None, "stderr": None, "reason": reason}
