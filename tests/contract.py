@@ -1,4 +1,4 @@
-"""The nine promises of the layer contract (docs/contract.md) as checks that hold for any method and target.
+"""Promises 1 to 9 of the layer contract (docs/contract.md) as checks that hold for any method and target.
 
 Each check takes a Case and raises AssertionError; what it needs it counts itself, without methods/promises.py.
 """
