@@ -3,7 +3,6 @@
 import hashlib
 import itertools
 import json
-import math
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -16,7 +15,8 @@ import yaml
 
 from methods.catalogue import Catalogue, CatalogueError
 from methods.target import CERTIFIED, Target
-from workflow.scripts import sources, task_sets
+from workflow.scripts import documents, sources, task_sets
+from workflow.scripts.documents import brief, place
 from workflow.scripts.runtime import InputError
 
 SCHEMA = yaml.safe_load((Path(__file__).parents[1] / "schemas" / "config.schema.yaml").read_text("utf-8"))
@@ -131,6 +131,7 @@ class Plan:
 
 def validate(config: Mapping[str, Any]) -> dict[str, Any]:
     """The config with defaults filled in; raises InputError with one sentence that says where and what was expected."""
+    documents.check(config)
     errors = sorted(jsonschema.Draft202012Validator(SCHEMA).iter_errors(config), key=lambda e: list(map(str, e.path)))
     if errors:
         raise InputError(_sentence(errors[0]))
@@ -144,23 +145,23 @@ def validate(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _sentence(error: jsonschema.ValidationError) -> str:
-    where = ".".join(map(str, error.absolute_path)) or "the study"
+    where = place(error.absolute_path)
     if "propertyNames" in error.absolute_schema_path:
-        return f"config: {where}: the name {error.instance!r} is wrong; names are letters, digits, '.', '_', '-'."
+        return f"config: {where}: the name {brief(repr(error.instance))} is wrong; names are letters, digits, '.', '_', '-'."
     if error.validator == "additionalProperties":
         known = ", ".join(error.schema["properties"])
         unknown = [key for key in error.instance if key not in error.schema["properties"]]
-        return f"config: {where} has no key {unknown[0]!r}; its keys are {known}."
+        return f"config: {where} has no key {brief(repr(unknown[0]))}; its keys are {known}."
     if error.validator == "oneOf" and "required" in canonical(error.validator_value):
         choices = " or ".join("+".join(choice["required"]) for choice in error.validator_value)
-        return f"config: {where} must have either {choices}, got {', '.join(error.instance) or 'nothing'}."
+        return f"config: {where} must have either {choices}, got {brief(', '.join(error.instance)) or 'nothing'}."
     if error.validator == "type" and isinstance(error.instance, str) and _is_number(error.instance):
         advice = f"; YAML reads {error.instance} as text, write {float(error.instance)!r}"
     elif error.validator == "type" and where.endswith(".pattern") and isinstance(error.instance, int):
         advice = '; YAML reads 2:4 without quotes as a number, write "2:4"'
     else:
         advice = ""
-    return f"config: {where} is wrong: {error.message}{advice}."
+    return f"config: {where} is wrong: {brief(error.message)}{advice}."
 
 
 def _is_number(text: str) -> bool:
@@ -287,10 +288,6 @@ def _entries(
     method = raw.get("method", label)
     if method == "chain" and "chain" not in raw:
         raise CatalogueError(f"{where}: a chain needs its two methods, such as chain: [wanda, gptq].")
-    for stage, rates in raw.get("tune", {}).items():
-        wrong = [key for key, value in rates.items() if not math.isfinite(value)]  # nan passes any limit
-        if wrong:
-            raise CatalogueError(f"{where}: tune.{stage}.{wrong[0]} is wrong: {rates[wrong[0]]} is not finite.")
     entry = catalogue.find(method, where)
     params = {key: value for key, value in raw.items() if key not in RESERVED}
     swept = [
