@@ -7,6 +7,8 @@ STUDY ?= embedded
 SIZES ?=
 THREADS ?= 2
 CONFIG := $(if $(filter embedded,$(STUDY)),,--configfile config/$(STUDY).yaml)
+# Snakemake runs Python in a config that asks for it, and shows a traceback for a file that it cannot decode.
+CHECK = $(RUN) python -m workflow.scripts.documents $(if $(CONFIG),config/$(STUDY).yaml,config/config.yaml)
 export OMP_WAIT_POLICY ?= PASSIVE
 BIN := $(CURDIR)/.venv/bin
 RUN := PATH="$(BIN):$$PATH"
@@ -14,6 +16,7 @@ RUN := PATH="$(BIN):$$PATH"
 .PHONY: reproduce test slurm smoke lint regression estimate report accept gallery decode benchmark clean clean-cache
 
 reproduce: .venv/installed
+	$(CHECK)
 	$(RUN) snakemake --cores $(CORES) $(CONFIG)
 
 test: .venv/installed

@@ -1,21 +1,27 @@
-"""A config as a document: read without running anything, and made of nothing but JSON's values. Free of torch."""
+"""A config as a document: read without running anything, and made of nothing but JSON's values. Free of torch.
 
+    python -m workflow.scripts.documents my-study.yaml    # before Snakemake, which runs Python in a file that asks for it
+"""
+
+import argparse
 import datetime
 import json
 import math
 import re
+import sys
 from collections.abc import Hashable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from workflow.scripts.runtime import InputError
+from workflow.scripts.runtime import InputError, report_errors
 
 DEEPEST = 40  # levels of a document; anchors can make one endless
 MOST_VALUES = 200_000  # in a document; anchors can make a short file stand for more than memory holds
 LONGEST = 200  # characters that a sentence quotes of a value
 PLAIN_KEY = re.compile(r"[\w.:-]{1,100}")
+RUNS_PYTHON = "__use_yte__"  # with this key Snakemake takes a config for a template with Python in it
 UNUSABLE = re.compile("[\0\ud800-\udfff]")  # in no path and in no file's UTF-8
 
 
@@ -64,9 +70,9 @@ def read(path: Path) -> Any:
     try:
         text = Path(path).read_text("utf-8")
         try:
-            return json.loads(text, object_pairs_hook=_unique)
+            found = json.loads(text, object_pairs_hook=_unique)
         except ValueError:
-            return yaml.load(text, _Loader)  # noqa: S506 (derived from the safe one)
+            found = yaml.load(text, _Loader)  # derived from the safe one
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror}.") from None
     except UnicodeDecodeError as error:
@@ -80,6 +86,9 @@ def read(path: Path) -> Any:
         where = f" in line {mark.line + 1}, column {mark.column + 1}" if mark else ""
         told = getattr(error, "problem", None) or str(error)
         raise InputError(f"{path} is not valid YAML: {brief(told)}{where}.") from None
+    if isinstance(found, dict) and RUNS_PYTHON in found:
+        raise InputError(f"{path} asks for Python to be run in it ({RUNS_PYTHON}), which a study may not.")
+    return found
 
 
 def check(document: Any) -> None:
@@ -117,3 +126,14 @@ def _fault(value: Any) -> str | None:
     if isinstance(value, (datetime.date, datetime.datetime)):
         return f"YAML reads {value.isoformat()} as a date, put it in quotes"
     return f"a {type(value).__name__} of YAML is no text, number, list or mapping"
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="documents", description=__doc__.splitlines()[0])
+    parser.add_argument("files", type=Path, nargs="+", help="config files")
+    for path in parser.parse_args(argv).files:
+        check(read(path))
+
+
+if __name__ == "__main__":
+    report_errors(main, sys.argv[1:])
