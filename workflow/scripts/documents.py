@@ -1,6 +1,6 @@
 """A config as a document: read without running anything, and made of nothing but JSON's values. Free of torch.
 
-    python -m workflow.scripts.documents my-study.yaml    # before Snakemake, which runs Python in a file that asks for it
+python -m workflow.scripts.documents my-study.yaml    # before Snakemake, which runs Python in a file that asks for it
 """
 
 import argparse

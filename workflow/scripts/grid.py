@@ -20,6 +20,7 @@ from workflow.scripts.documents import brief, place
 from workflow.scripts.runtime import InputError
 
 SCHEMA = yaml.safe_load((Path(__file__).parents[1] / "schemas" / "config.schema.yaml").read_text("utf-8"))
+LONGEST_NAME = 200  # of an entry with its swept values; file systems take 255 with a digest and a suffix
 RESERVED = ("method", "targets", "tune")  # keys of a method's entry that are not its parameters
 
 # What a study may sweep, besides a parameter of its methods: a column of the table `cells`.
@@ -37,7 +38,7 @@ def _plain(value: Any) -> Any:
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [_plain(item) for item in value]
-    return int(value) if isinstance(value, float) and value.is_integer() else value
+    return int(value) if isinstance(value, float) and value.is_integer() and abs(value) < 2**63 else value
 
 
 def identity(name: str, spec: Any) -> str:
@@ -302,6 +303,11 @@ def _entries(
     for values in itertools.product(*(params[key] for key in swept)):
         chosen = dict(zip(swept, values, strict=True))
         name = ".".join([label, *(f"{key}_{_slug(value)}" for key, value in chosen.items())])
+        if len(name) > LONGEST_NAME:  # of a folder
+            raise CatalogueError(
+                f"{where}: a value of the sweep makes a name of {len(name)} characters, more than {LONGEST_NAME}: give "
+                "it an entry of its own."
+            )
         yield name, method, catalogue.complete(method, {**params, **chosen}, where), raw.get("tune", {}), targets
 
 
