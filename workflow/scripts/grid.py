@@ -20,6 +20,7 @@ from workflow.scripts.documents import brief, place
 from workflow.scripts.runtime import InputError
 
 SCHEMA = yaml.safe_load((Path(__file__).parents[1] / "schemas" / "config.schema.yaml").read_text("utf-8"))
+LONGEST_SENTENCE = 600  # of a catalogue's, which may quote values
 LONGEST_NAME = 200  # of an entry with its swept values; file systems take 255 with a digest and a suffix
 RESERVED = ("method", "targets", "tune")  # keys of a method's entry that are not its parameters
 
@@ -194,7 +195,7 @@ def plan(config: Mapping[str, Any], check_sources: bool = False) -> Plan:
         catalogue = Catalogue([Path(folder) for folder in full["method_paths"]])
         entries = [entry for label, raw in full["methods"].items() for entry in _entries(catalogue, label, raw or {})]
     except CatalogueError as error:
-        raise InputError(str(error)) from None
+        raise InputError(brief(str(error), LONGEST_SENTENCE)) from None
     label, times = Counter(label for label, *_ in entries).most_common(1)[0]
     if times > 1:
         raise InputError(f"methods: two entries or values of a sweep are called {label}; give one another name.")
