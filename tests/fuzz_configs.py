@@ -18,7 +18,6 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import yaml
@@ -28,7 +27,6 @@ from hypothesis import strategies as st
 import methods.catalogue as catalogue_module
 from methods.catalogue import Catalogue
 from methods.target import Target
-from workflow.scripts import documents
 from workflow.scripts.grid import RESERVED, SCHEMA, SWEPT, Plan, plan
 from workflow.scripts.runtime import InputError
 

@@ -83,8 +83,8 @@ DOCUMENTS = {
     "cycle in a list": "models: &a [*a]",
     "deep": "a: " + "[" * 3000 + "]" * 3000,
     "deep in JSON": "[" * 100_000,
-    "many": "a: &a [1,1,1,1,1,1,1,1,1]\n" + "".join(f"{b}: &{b} [{', '.join([f'*{a}'] * 9)}]\n" for a, b in zip(
-        "abcdefgh", "bcdefghi", strict=True)),
+    "many": "a: &a [1,1,1,1,1,1,1,1,1]\n"
+    + "".join(f"{b}: &{b} [{', '.join([f'*{a}'] * 9)}]\n" for a, b in zip("abcdefgh", "bcdefghi", strict=True)),
     "no such anchor": "a: *b",
     "no such date": "seed: 2026-02-31",
     "date": "seed: 2026-02-04",
@@ -357,7 +357,7 @@ def test_any_layer_at_any_target_keeps_the_promises_or_is_refused(name, params):
 # --------------------------------------------------------------------------------------------------- tables there and back
 
 TEXT = st.text(st.characters(exclude_categories=("Cs",)), max_size=12) | st.sampled_from(
-    ['a,b', 'say "so"', "two\nlines", "carriage\r\nreturn", "=1+1", "<script>", "NA", "nan", "null", "", " ", "é😀"]
+    ["a,b", 'say "so"', "two\nlines", "carriage\r\nreturn", "=1+1", "<script>", "NA", "nan", "null", "", " ", "é😀"]
 )
 FLOATS = st.floats(allow_nan=False, allow_infinity=False)
 
@@ -417,7 +417,22 @@ def test_numbers_come_back_from_csv_with_nine_digits(tmp_path_factory, values):
 with FILE.open(encoding="utf-8", newline="") as opened:
     HEADER, *PRINTED = list(csv.reader(opened))
 SPOILT = ["", "x", "nan", "inf", "-1", "0", "1e999", "true", "null", "[]", "{}", '{"a": 1}', "9" * 5000, "[" * 5000]
-SPOILT += ["=cmd()", "a,b", 'a"b', "two\nlines", "\0", "dense", "2:4", "4:2", "0:0", "1.5", "²", "1_0", "0x1", "primary"]
+SPOILT += [
+    "=cmd()",
+    "a,b",
+    'a"b',
+    "two\nlines",
+    "\0",
+    "dense",
+    "2:4",
+    "4:2",
+    "0:0",
+    "1.5",
+    "²",
+    "1_0",
+    "0x1",
+    "primary",
+]
 STUDY = plan(yaml.safe_load((ROOT / "config/paper-wanda-llama2.yaml").read_text("utf-8")))
 
 
@@ -452,7 +467,7 @@ def test_the_published_numbers_come_back():
 @settings(QUIET, max_examples=200)
 @example(next(row for row in PRINTED if not row[-1]), "our_params", "[" * 5000)
 def test_a_published_field_is_taken_or_refused_in_one_sentence(tmp_path_factory, row, column, text):
-    assume("\ud800" > max(text, default="") or min(text) > "\udfff")
+    assume(max(text, default="") < "\ud800" or min(text) > "\udfff")
     own = [text if name == column else value for name, value in zip(HEADER, row, strict=True)]
     accepted(write_rows(tmp_path_factory.getbasetemp() / "published.csv", [HEADER, own]))
 

@@ -75,7 +75,9 @@ def sentences(spec: Mapping[str, Any]) -> Iterator[None]:
     except Exception as error:  # of a config.json with other types than a model's code expects whatever that raises
         if out_of_memory(error):
             raise
-        kind = "" if isinstance(error, (OSError, ValueError, RuntimeError, ImportError)) else f"{type(error).__name__}: "
+        kind = (
+            "" if isinstance(error, (OSError, ValueError, RuntimeError, ImportError)) else f"{type(error).__name__}: "
+        )
         raise InputError(f"Cannot load {described(spec)}: {kind}{reason(error)}.") from error
 
 

@@ -75,7 +75,9 @@ def read_published(path: Path = FILE) -> list[dict[str, Any]]:
         raise InputError(f"{path} should be the table of published numbers, and cannot be read: {error}.") from None
     absent = [name for name in kinds if header.count(name) != 1]
     if absent:
-        raise InputError(f"{path} must have each column of {SCHEMA.name} once; {brief(', '.join(absent))} came otherwise.")
+        raise InputError(
+            f"{path} must have each column of {SCHEMA.name} once; {brief(', '.join(absent))} came otherwise."
+        )
     rows = []
     for number, record in enumerate(records, 2):
         row = {str(name): _typed(value, kinds.get(name, "string")) for name, value in record.items()}
