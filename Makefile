@@ -13,7 +13,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 BIN := $(CURDIR)/.venv/bin
 RUN := PATH="$(BIN):$$PATH"
 
-.PHONY: reproduce test slurm smoke lint regression estimate report accept gallery decode benchmark clean clean-cache
+.PHONY: lock audit reproduce test slurm smoke lint regression estimate report accept gallery decode benchmark clean clean-cache
 
 reproduce: .venv/installed
 	$(CHECK)
@@ -78,8 +78,22 @@ clean:  # everything that can be computed again
 	.venv/bin/python -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS) --requirement requirements-slurm.lock
 	@touch $@
 
-.venv/installed: requirements.lock
+# Everything but torch by the hashes of its files; of torch the index that PIP_FLAGS names may have a build of its own.
+.venv/installed: requirements.lock requirements-hashed.lock
 	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed, %s came: make PYTHON=python3.11" % sys.version.split()[0])'
 	$(PYTHON) -m venv .venv
+	.venv/bin/python -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS) --no-deps --require-hashes \
+		--requirement requirements-hashed.lock
 	.venv/bin/python -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS) --requirement requirements.lock
 	@touch $@
+
+lock:  # the hashes of requirements.lock's versions, for every platform, from the package index; needs uv
+	uv pip compile --quiet --no-deps --generate-hashes --no-header --no-annotate --python-version 3.11 --universal \
+		--no-emit-package torch requirements.lock --output-file requirements-hashed.lock
+
+audit:  # known vulnerabilities of the locked versions, where the package index tells them; needs pip-audit
+	@if pip-audit --disable-pip --no-deps --requirement requirements-hashed.lock --timeout 30 2> audit.err; then rm -f audit.err; \
+	elif grep -q 'ConnectionError\|ServiceError\|ConnectTimeout' audit.err; then \
+		rm -f audit.err; echo 'No audit: the package index here tells of no vulnerabilities.'; \
+	else cat audit.err; rm -f audit.err; exit 1; fi
+

@@ -29,7 +29,7 @@ from methods.target import Target
 from workflow.scripts import published_page
 from workflow.scripts.collect import write_csv
 from workflow.scripts.documents import brief
-from workflow.scripts.grid import Cell, Plan, plan
+from workflow.scripts.grid import LONGEST_SENTENCE, Cell, Plan, plan
 from workflow.scripts.runtime import InputError, report_errors, whole_file
 from workflow.scripts.sources import dataset_of
 from workflow.scripts.table_schema import from_rows, read_table, to_frame
@@ -158,7 +158,7 @@ def pairs(study: Plan, row: Row, model: str) -> list[Pair]:
     try:
         wanted = study.catalogue.complete(method, params, f"{FILE.name}, {row['paper']}")
     except CatalogueError as error:
-        raise InputError(str(error)) from None
+        raise InputError(brief(str(error), LONGEST_SENTENCE)) from None
     # Which of two equal entries goes first, a convention, is left to the study where the row does not name it.
     same = [name for name in wanted if name != "convention" or name in params]
     target = target_of(row).as_dict()

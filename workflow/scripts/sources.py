@@ -137,7 +137,7 @@ def weight_files(name: str, folder: Path) -> list[Path]:
         absent = [shard.name for shard in shards if not shard.is_file()]
         if absent or not shards:
             raise InputError(
-                f"{folder / INDEX} of the model {name!r} names files that are not there: {', '.join(absent)}."
+                f"{folder / INDEX} of the model {name!r} names files that are not there: {brief(', '.join(absent))}."
                 if absent
                 else f"{folder / INDEX} of the model {name!r} names no files."
             )
@@ -258,7 +258,7 @@ def check_text(name: str, spec: Spec) -> None:
         )
     for file in files:
         if not str(file).endswith(TEXT_SUFFIXES):
-            raise InputError(f"The text {name!r} must end in one of {', '.join(TEXT_SUFFIXES)}. Got {file} instead.")
+            raise InputError(f"The text {name!r} must end in one of {', '.join(TEXT_SUFFIXES)}. Got {brief(file)} instead.")
     if "path" not in spec:
         check_hub(f"The text {name!r}", spec, files, repo_type="dataset")
         return
