@@ -91,9 +91,14 @@ lock:  # the hashes of requirements.lock's versions, for every platform, from th
 	uv pip compile --quiet --no-deps --generate-hashes --no-header --no-annotate --python-version 3.11 --universal \
 		--no-emit-package torch requirements.lock --output-file requirements-hashed.lock
 
-audit:  # known vulnerabilities of the locked versions, where the package index tells them; needs pip-audit
-	@if pip-audit --disable-pip --no-deps --requirement requirements-hashed.lock --timeout 30 2> audit.err; then rm -f audit.err; \
-	elif grep -q 'ConnectionError\|ServiceError\|ConnectTimeout' audit.err; then \
-		rm -f audit.err; echo 'No audit: the package index here tells of no vulnerabilities.'; \
-	else cat audit.err; rm -f audit.err; exit 1; fi
+audit: .venv/audit  # known vulnerabilities of the locked versions; one sentence where the package index tells of none
+	@.venv/audit/bin/pip-audit --disable-pip --no-deps --requirement requirements-hashed.lock > .venv/audit.log 2>&1; \
+	status=$$?; unknown=$$(grep -c 'could not be audited' .venv/audit.log); \
+	if [ $$unknown -gt 0 ] || grep -q 'ConnectionError\|ServiceError' .venv/audit.log; then \
+		echo "No whole audit: the package index here tells nothing of $$unknown of the locked packages."; fi; \
+	if grep -q '^Found ' .venv/audit.log; then cat .venv/audit.log; exit $$status; fi
+
+.venv/audit: | .venv/installed
+	$(PYTHON) -m venv $@
+	$@/bin/python -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS) pip-audit
 

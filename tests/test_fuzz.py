@@ -239,10 +239,11 @@ FIELDS = ("hidden_size", "num_attention_heads", "num_hidden_layers", "vocab_size
 def test_a_config_json_with_another_type_is_one_sentence(tmp_path, whole, field):
     folder = shutil.copytree(whole, tmp_path / "model")
     own = json.loads((folder / "config.json").read_text())
+    spec = {"path": str(folder), "name": "m"}
+    calls = (lambda: sources.check_model("m", spec), lambda: find_blocks(load(spec)), lambda: LazyBlocks(spec))
     for value in ODD:
         (folder / "config.json").write_text(json.dumps({**own, field: value}))
-        spec = {"path": str(folder), "name": "m"}
-        for call in (lambda: sources.check_model("m", spec), lambda: find_blocks(load(spec)), lambda: LazyBlocks(spec)):
+        for call in calls:
             told(call)
 
 
@@ -354,7 +355,7 @@ def test_any_layer_at_any_target_keeps_the_promises_or_is_refused(name, params):
     holds()
 
 
-# --------------------------------------------------------------------------------------------------- tables there and back
+# --------------------------------------------------------------------------------------------- tables there and back
 
 TEXT = st.text(st.characters(exclude_categories=("Cs",)), max_size=12) | st.sampled_from(
     ["a,b", 'say "so"', "two\nlines", "carriage\r\nreturn", "=1+1", "<script>", "NA", "nan", "null", "", " ", "é😀"]

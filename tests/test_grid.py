@@ -529,7 +529,10 @@ WRONG = {
     ),
     "sweep": (study(methods={"sparsegpt": {"damping": []}}), "a sweep needs at least one value, damping has none."),
     "value of a sweep": (study(methods={"sparsegpt": {"damping": [1, -1]}}), "methods.sparsegpt: sparsegpt's damping"),
-    "infinite": (study(methods={"sparsegpt": {"damping": math.inf}}), "config: methods.sparsegpt.damping is wrong: inf is not finite."),
+    "infinite": (
+        study(methods={"sparsegpt": {"damping": math.inf}}),
+        "config: methods.sparsegpt.damping is wrong: inf is not finite.",
+    ),
     "number as text": (edited("targets/0/sparsity", "5e-1"), "targets.0.sparsity is wrong: '5e-1' is not of type"),
     "advice": (edited("targets/0/sparsity", "5e-1"), "YAML reads 5e-1 as text, write 0.5."),
     "integer as text": (edited("seed", "1e3"), "seed is wrong: '1e3' is not of type 'integer'; YAML reads 1e3 as text"),

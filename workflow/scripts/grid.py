@@ -149,7 +149,8 @@ def validate(config: Mapping[str, Any]) -> dict[str, Any]:
 def _sentence(error: jsonschema.ValidationError) -> str:
     where = place(error.absolute_path)
     if "propertyNames" in error.absolute_schema_path:
-        return f"config: {where}: the name {brief(repr(error.instance))} is wrong; names are letters, digits, '.', '_', '-'."
+        name = brief(repr(error.instance))
+        return f"config: {where}: the name {name} is wrong; names are letters, digits, '.', '_', '-'."
     if error.validator == "additionalProperties":
         known = ", ".join(error.schema["properties"])
         unknown = [key for key in error.instance if key not in error.schema["properties"]]

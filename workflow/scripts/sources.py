@@ -155,8 +155,8 @@ def weight_files(name: str, folder: Path) -> list[Path]:
         )
         raise InputError(
             f"The folder {folder} of the model {name!r} has its weights as {brief(', '.join(pickles))}, and only "
-            "safetensors is read, since a pickle can run code: if you trust its source, convert pytorch_model*.bin with "
-            f"python -c {shlex.quote(code)}"
+            "safetensors is read, since a pickle can run code: if you trust its source, convert pytorch_model*.bin "
+            f"with python -c {shlex.quote(code)}"
         )
     raise InputError(f"The folder {folder} of the model {name!r} has no weights: {WEIGHTS} or {INDEX} is needed.")
 
@@ -258,7 +258,8 @@ def check_text(name: str, spec: Spec) -> None:
         )
     for file in files:
         if not str(file).endswith(TEXT_SUFFIXES):
-            raise InputError(f"The text {name!r} must end in one of {', '.join(TEXT_SUFFIXES)}. Got {brief(file)} instead.")
+            suffixes = ", ".join(TEXT_SUFFIXES)
+            raise InputError(f"The text {name!r} must end in one of {suffixes}. Got {brief(file)} instead.")
     if "path" not in spec:
         check_hub(f"The text {name!r}", spec, files, repo_type="dataset")
         return
