@@ -254,7 +254,7 @@ def test_parsing_a_study_opens_no_socket(tmp_path, monkeypatch):
     plan(study | {"texts": {name: {"path": str(tmp_path / "t.txt")} for name in dag.TEXTS}}, check_sources=True)
 
 
-# ---------------------------------------------------------------------------------------------- places and shell commands
+# --------------------------------------------------------------------------------------------- places and shell commands
 
 EVIL = "<script>alert(1)</script>"
 SHELL = [
