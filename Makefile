@@ -7,13 +7,16 @@ STUDY ?= embedded
 SIZES ?=
 THREADS ?= 2
 CONFIG := $(if $(filter embedded,$(STUDY)),,--configfile config/$(STUDY).yaml)
+# Snakemake runs Python in a config that asks for it, and shows a traceback for a file that it cannot decode.
+CHECK = $(RUN) python -m workflow.scripts.documents $(if $(CONFIG),config/$(STUDY).yaml,config/config.yaml)
 export OMP_WAIT_POLICY ?= PASSIVE
 BIN := $(CURDIR)/.venv/bin
 RUN := PATH="$(BIN):$$PATH"
 
-.PHONY: reproduce test slurm smoke lint regression estimate report accept gallery decode benchmark clean clean-cache
+.PHONY: lock audit reproduce test slurm smoke lint regression estimate report accept gallery decode benchmark clean clean-cache
 
 reproduce: .venv/installed
+	$(CHECK)
 	$(RUN) snakemake --cores $(CORES) $(CONFIG)
 
 test: .venv/installed
@@ -75,8 +78,27 @@ clean:  # everything that can be computed again
 	.venv/bin/python -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS) --requirement requirements-slurm.lock
 	@touch $@
 
-.venv/installed: requirements.lock
+# Everything but torch by the hashes of its files; of torch the index that PIP_FLAGS names may have a build of its own.
+.venv/installed: requirements.lock requirements-hashed.lock
 	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed, %s came: make PYTHON=python3.11" % sys.version.split()[0])'
 	$(PYTHON) -m venv .venv
+	.venv/bin/python -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS) --no-deps --require-hashes \
+		--requirement requirements-hashed.lock
 	.venv/bin/python -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS) --requirement requirements.lock
 	@touch $@
+
+lock:  # the hashes of requirements.lock's versions, for every platform, from the package index; needs uv
+	uv pip compile --quiet --no-deps --generate-hashes --no-header --no-annotate --python-version 3.11 --universal \
+		--no-emit-package torch requirements.lock --output-file requirements-hashed.lock
+
+audit: .venv/audit  # known vulnerabilities of the locked versions; one sentence where the package index tells of none
+	@.venv/audit/bin/pip-audit --disable-pip --no-deps --requirement requirements-hashed.lock > .venv/audit.log 2>&1; \
+	status=$$?; unknown=$$(grep -c 'could not be audited' .venv/audit.log); \
+	if [ $$unknown -gt 0 ] || grep -q 'ConnectionError\|ServiceError' .venv/audit.log; then \
+		echo "No whole audit: the package index here tells nothing of $$unknown of the locked packages."; fi; \
+	if grep -q '^Found ' .venv/audit.log; then cat .venv/audit.log; exit $$status; fi
+
+.venv/audit: | .venv/installed
+	$(PYTHON) -m venv $@
+	$@/bin/python -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS) pip-audit
+

@@ -145,9 +145,13 @@ class Catalogue(Mapping[str, Entry]):
     def __init__(self, folders: list[Path] | None = None) -> None:
         self._entries: dict[str, Entry] = {}
         for folder in [HOME, *(folders or [])]:
-            if not folder.is_dir():
+            try:
+                files = sorted(folder.glob("*.py")) if folder.is_dir() else None
+            except OSError:  # such as a name that is too long
+                files = None
+            if files is None:
                 raise CatalogueError(f"method_paths names {folder}, which is not a folder.")
-            for path in sorted(folder.glob("*.py")):
+            for path in files:
                 entry = read_entry(path)
                 if entry is None:
                     continue
@@ -269,6 +273,10 @@ def read_entry(path: Path) -> Entry | None:
     """The entry of a method's file, or None for a file without a CARD; raises CatalogueError for a wrong one."""
     try:
         tree = ast.parse(path.read_text("utf-8"), filename=str(path))
+    except OSError as error:
+        raise CatalogueError(f"{path} cannot be read: {error.strerror}.") from None
+    except RecursionError:
+        raise CatalogueError(f"{path} is not valid Python: it is nested too deeply.") from None
     except SyntaxError as error:
         at = f" in line {error.lineno}" if error.lineno else ""
         raise CatalogueError(f"{path} is not valid Python: {error.msg}{at}.") from None

@@ -529,7 +529,10 @@ WRONG = {
     ),
     "sweep": (study(methods={"sparsegpt": {"damping": []}}), "a sweep needs at least one value, damping has none."),
     "value of a sweep": (study(methods={"sparsegpt": {"damping": [1, -1]}}), "methods.sparsegpt: sparsegpt's damping"),
-    "infinite": (study(methods={"sparsegpt": {"damping": math.inf}}), "damping is wrong: inf is not finite."),
+    "infinite": (
+        study(methods={"sparsegpt": {"damping": math.inf}}),
+        "config: methods.sparsegpt.damping is wrong: inf is not finite.",
+    ),
     "number as text": (edited("targets/0/sparsity", "5e-1"), "targets.0.sparsity is wrong: '5e-1' is not of type"),
     "advice": (edited("targets/0/sparsity", "5e-1"), "YAML reads 5e-1 as text, write 0.5."),
     "integer as text": (edited("seed", "1e3"), "seed is wrong: '1e3' is not of type 'integer'; YAML reads 1e3 as text"),
@@ -538,7 +541,7 @@ WRONG = {
         "methods.sparsegpt: sparsegpt's damping is wrong: '1e-3' is not of type 'number'",
     ),
     "boolean": (edited("targets/0/sparsity", True), "targets.0.sparsity is wrong: True is not of type 'number'."),
-    "not a number": (edited("targets/0/sparsity", math.nan), "targets.0 is wrong: Target.sparsity must be in [0, 1)"),
+    "not a number": (edited("targets/0/sparsity", math.nan), "config: targets.0.sparsity is wrong: nan is not finite."),
     "all pruned": (edited("targets/0/sparsity", 1.0), "targets.0.sparsity is wrong: 1.0 is greater than or equal to"),
     "pattern": (
         edited("targets/0/pattern", "2-4"),
@@ -638,7 +641,7 @@ WRONG = {
     ),
     "rate that is no number": (
         study(methods={"wanda": {"tune": {"blocks": {"weights": math.nan}}}}),
-        "methods.wanda: tune.blocks.weights is wrong: nan is not finite.",
+        "config: methods.wanda.tune.blocks.weights is wrong: nan is not finite.",
     ),
     "end without bits": (
         study(methods={"wanda": {"tune": {"end": {}}}}),

@@ -95,7 +95,10 @@ BROKEN_MODELS = {
     "list config": (writes("config.json", b"[]"), "should hold a JSON object"),
     "no tokenizer": (removes("tokenizer.json"), "has no tokenizer"),
     "no weights": (removes("model.safetensors"), "has no weights"),
-    "pickles": (only_pickles, r"only safetensors is read: convert them with python -c .*use_safetensors=False"),
+    "pickles": (
+        only_pickles,
+        r"a pickle can run code: if you trust its source, convert .* python -c .*use_safetensors=F",
+    ),
     "other": (lambda f: (f / "model.safetensors").rename(f / "a.safetensors"), "has a.safetensors, but neither"),
     "shards": (sharded, r"names files that are not there: model-00002-of-00002.safetensors\."),
     "cut": (cut, r"model.safetensors is cut off: it has \d+ bytes and its header says \d+"),

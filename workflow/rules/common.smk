@@ -11,7 +11,7 @@ from pathlib import Path
 from snakemake_interface_common.exceptions import WorkflowError
 
 from methods.catalogue import PACKAGES, SHARED_SOURCES
-from workflow.scripts import recall, sources, task_sets
+from workflow.scripts import documents, recall, sources, task_sets
 from workflow.scripts.grid import canonical, plan
 from workflow.scripts.needs import Job, Needs
 from workflow.scripts.plot import FIGURES
@@ -24,6 +24,8 @@ FORMATS = ("pdf", "svg", "png")
 ALIVE = unlock_after_death(Path(".snakemake")) if workflow.is_main_process else None
 
 try:
+    for path in workflow.configfiles if workflow.is_main_process else ():
+        documents.read(path)  # Snakemake itself keeps the last of two equal keys
     PLAN = plan(config, check_sources=True)
 except InputError as error:
     raise WorkflowError(str(error)) from None

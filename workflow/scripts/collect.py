@@ -5,6 +5,7 @@ one study can be compared by eye. The tables appear together, or, when anything 
 """
 
 import argparse
+import csv
 import json
 import sys
 from collections.abc import Collection, Mapping, Sequence
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from workflow.scripts import tables
@@ -71,8 +73,18 @@ class TableWriter:
 def write_csv(data: pa.Table, path: Path, header: bool = True) -> None:
     """Write, or without header append, a table; empty fields for what is not there."""
     mode = "w" if header else "a"
+    texts = [column for column in data.columns if pa.types.is_string(column.type)]
+    # Of characters that end a line the csv module of Python 3.11 and 3.12 quotes just the one that is written.
+    returns = any(pc.any(pc.match_substring(text, "\r")).as_py() for text in texts)
     to_frame(data).to_csv(
-        path, mode=mode, header=header, index=False, float_format=FLOAT_FORMAT, lineterminator="\n", encoding="utf-8"
+        path,
+        mode=mode,
+        header=header,
+        index=False,
+        float_format=FLOAT_FORMAT,
+        lineterminator="\n",
+        encoding="utf-8",
+        quoting=csv.QUOTE_ALL if returns else csv.QUOTE_MINIMAL,
     )
 
 

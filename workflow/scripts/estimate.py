@@ -18,8 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from workflow.scripts import documents
 from workflow.scripts.grid import Cell, Plan, plan
 from workflow.scripts.memory import machine_memory
 from workflow.scripts.needs import CELL_FILES, UNKNOWN_MB, Job, Model, Need, Needs
@@ -267,13 +266,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if args.cores < 1:
         raise InputError(f"--cores is {args.cores}, and should be at least 1.")
-    try:
-        config = yaml.safe_load(args.configfile.read_text("utf-8"))
-    except OSError as error:
-        raise InputError(f"{args.configfile} cannot be read: {error.strerror}.") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"{args.configfile} is not valid YAML: {error}".replace("\n", " ")) from None
-    needs = Needs(plan(config, check_sources=True))
+    needs = Needs(plan(documents.read(args.configfile), check_sources=True))
     jobs = list(needs.jobs())
     memory, whose = (args.mem_mb * 1e6, "--mem-mb gives") if args.mem_mb else (machine_memory(), "this machine has")
     limits = Limits(memory, whose, *disks())

@@ -3,7 +3,6 @@
 import hashlib
 import itertools
 import json
-import math
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -16,10 +15,13 @@ import yaml
 
 from methods.catalogue import Catalogue, CatalogueError
 from methods.target import CERTIFIED, Target
-from workflow.scripts import sources, task_sets
+from workflow.scripts import documents, sources, task_sets
+from workflow.scripts.documents import brief, place
 from workflow.scripts.runtime import InputError
 
 SCHEMA = yaml.safe_load((Path(__file__).parents[1] / "schemas" / "config.schema.yaml").read_text("utf-8"))
+LONGEST_SENTENCE = 600  # of a catalogue's, which may quote values
+LONGEST_NAME = 200  # of an entry with its swept values; file systems take 255 with a digest and a suffix
 RESERVED = ("method", "targets", "tune")  # keys of a method's entry that are not its parameters
 
 # What a study may sweep, besides a parameter of its methods: a column of the table `cells`.
@@ -37,7 +39,7 @@ def _plain(value: Any) -> Any:
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [_plain(item) for item in value]
-    return int(value) if isinstance(value, float) and value.is_integer() else value
+    return int(value) if isinstance(value, float) and value.is_integer() and abs(value) < 2**63 else value
 
 
 def identity(name: str, spec: Any) -> str:
@@ -131,6 +133,7 @@ class Plan:
 
 def validate(config: Mapping[str, Any]) -> dict[str, Any]:
     """The config with defaults filled in; raises InputError with one sentence that says where and what was expected."""
+    documents.check(config)
     errors = sorted(jsonschema.Draft202012Validator(SCHEMA).iter_errors(config), key=lambda e: list(map(str, e.path)))
     if errors:
         raise InputError(_sentence(errors[0]))
@@ -144,23 +147,24 @@ def validate(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _sentence(error: jsonschema.ValidationError) -> str:
-    where = ".".join(map(str, error.absolute_path)) or "the study"
+    where = place(error.absolute_path)
     if "propertyNames" in error.absolute_schema_path:
-        return f"config: {where}: the name {error.instance!r} is wrong; names are letters, digits, '.', '_', '-'."
+        name = brief(repr(error.instance))
+        return f"config: {where}: the name {name} is wrong; names are letters, digits, '.', '_', '-'."
     if error.validator == "additionalProperties":
         known = ", ".join(error.schema["properties"])
         unknown = [key for key in error.instance if key not in error.schema["properties"]]
-        return f"config: {where} has no key {unknown[0]!r}; its keys are {known}."
+        return f"config: {where} has no key {brief(repr(unknown[0]))}; its keys are {known}."
     if error.validator == "oneOf" and "required" in canonical(error.validator_value):
         choices = " or ".join("+".join(choice["required"]) for choice in error.validator_value)
-        return f"config: {where} must have either {choices}, got {', '.join(error.instance) or 'nothing'}."
+        return f"config: {where} must have either {choices}, got {brief(', '.join(error.instance)) or 'nothing'}."
     if error.validator == "type" and isinstance(error.instance, str) and _is_number(error.instance):
         advice = f"; YAML reads {error.instance} as text, write {float(error.instance)!r}"
     elif error.validator == "type" and where.endswith(".pattern") and isinstance(error.instance, int):
         advice = '; YAML reads 2:4 without quotes as a number, write "2:4"'
     else:
         advice = ""
-    return f"config: {where} is wrong: {error.message}{advice}."
+    return f"config: {where} is wrong: {brief(error.message)}{advice}."
 
 
 def _is_number(text: str) -> bool:
@@ -192,7 +196,7 @@ def plan(config: Mapping[str, Any], check_sources: bool = False) -> Plan:
         catalogue = Catalogue([Path(folder) for folder in full["method_paths"]])
         entries = [entry for label, raw in full["methods"].items() for entry in _entries(catalogue, label, raw or {})]
     except CatalogueError as error:
-        raise InputError(str(error)) from None
+        raise InputError(brief(str(error), LONGEST_SENTENCE)) from None
     label, times = Counter(label for label, *_ in entries).most_common(1)[0]
     if times > 1:
         raise InputError(f"methods: two entries or values of a sweep are called {label}; give one another name.")
@@ -287,10 +291,6 @@ def _entries(
     method = raw.get("method", label)
     if method == "chain" and "chain" not in raw:
         raise CatalogueError(f"{where}: a chain needs its two methods, such as chain: [wanda, gptq].")
-    for stage, rates in raw.get("tune", {}).items():
-        wrong = [key for key, value in rates.items() if not math.isfinite(value)]  # nan passes any limit
-        if wrong:
-            raise CatalogueError(f"{where}: tune.{stage}.{wrong[0]} is wrong: {rates[wrong[0]]} is not finite.")
     entry = catalogue.find(method, where)
     params = {key: value for key, value in raw.items() if key not in RESERVED}
     swept = [
@@ -305,6 +305,11 @@ def _entries(
     for values in itertools.product(*(params[key] for key in swept)):
         chosen = dict(zip(swept, values, strict=True))
         name = ".".join([label, *(f"{key}_{_slug(value)}" for key, value in chosen.items())])
+        if len(name) > LONGEST_NAME:  # of a folder
+            raise CatalogueError(
+                f"{where}: a value of the sweep makes a name of {len(name)} characters, more than {LONGEST_NAME}: give "
+                "it an entry of its own."
+            )
         yield name, method, catalogue.complete(method, {**params, **chosen}, where), raw.get("tune", {}), targets
 
 

@@ -15,8 +15,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as transformers_logging
 
-from workflow.scripts.runtime import InputError
-from workflow.scripts.sources import model_folder
+from workflow.scripts.documents import brief
+from workflow.scripts.runtime import InputError, out_of_memory
+from workflow.scripts.sources import check_safetensors, model_folder, weight_files
 
 EXPERTS = "eager"  # transformers' experts that multiply one expert after the other, by torch's own products
 ROUTERS = ("gate", "router")  # what a linear layer that chooses experts, or the module around it, is called
@@ -42,22 +43,22 @@ def described(spec: Mapping[str, Any]) -> str:
 def reason(error: Exception) -> str:
     """The first sentence of a library's message, without its full stop."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return (lines[0].split(". ")[0] if lines else type(error).__name__).rstrip(".:!")
+    return brief((lines[0].split(". ")[0] if lines else type(error).__name__).rstrip(".:!"))
 
 
 def source(spec: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     """Folder, and the keyword arguments, that from_pretrained takes for a model.
 
-    Raises InputError for a folder that is absent or holds no config.json or no safetensors weights, and for a hub model
-    that cannot be fetched.
+    Raises InputError for a folder that is absent or holds no config.json or no whole safetensors weights, and for a hub
+    model that cannot be fetched.
     """
     folder = model_folder(spec)
     if not folder.is_dir():
         raise InputError(f"The model folder {folder} does not exist.")
     if not (folder / "config.json").is_file():
         raise InputError(f"The model folder {folder} has no config.json.")
-    if not any((folder / name).is_file() for name in ("model.safetensors", "model.safetensors.index.json")):
-        raise InputError(f"The model folder {folder} has no model.safetensors (only safetensors weights are read).")
+    for path in weight_files(str(spec.get("name", folder)), folder):
+        check_safetensors(path)
     # A folder never asks the network.
     return str(folder), {"trust_remote_code": bool(spec.get("trust_remote_code", False)), "local_files_only": True}
 
@@ -69,8 +70,15 @@ def sentences(spec: Mapping[str, Any]) -> Iterator[None]:
         yield
     except SafetensorError as error:
         raise InputError(f"The weights of {described(spec)} are damaged or incomplete: {reason(error)}.") from error
-    except (OSError, ValueError, RuntimeError, ImportError) as error:
-        raise InputError(f"Cannot load {described(spec)}: {reason(error)}.") from error
+    except InputError:
+        raise
+    except Exception as error:  # of a config.json with other types than a model's code expects whatever that raises
+        if out_of_memory(error):
+            raise
+        kind = (
+            "" if isinstance(error, (OSError, ValueError, RuntimeError, ImportError)) else f"{type(error).__name__}: "
+        )
+        raise InputError(f"Cannot load {described(spec)}: {kind}{reason(error)}.") from error
 
 
 def read_config(spec: Mapping[str, Any]) -> tuple[str, PreTrainedConfig, dict[str, Any]]:

@@ -10,6 +10,8 @@ model can be judged. Fields of the protocol that differ are named in every row.
 import argparse
 import csv
 import json
+import math
+import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,10 +24,12 @@ import pandas as pd
 import pyarrow.parquet as pq
 import yaml
 
+from methods.catalogue import CatalogueError
 from methods.target import Target
 from workflow.scripts import published_page
 from workflow.scripts.collect import write_csv
-from workflow.scripts.grid import Cell, Plan, plan
+from workflow.scripts.documents import brief
+from workflow.scripts.grid import LONGEST_SENTENCE, Cell, Plan, plan
 from workflow.scripts.runtime import InputError, report_errors, whole_file
 from workflow.scripts.sources import dataset_of
 from workflow.scripts.table_schema import from_rows, read_table, to_frame
@@ -37,6 +41,7 @@ SCHEMA = ROOT / "workflow/schemas/published.schema.yaml"
 # dense model, mostly within 2 % at half the weights or at 4 bits, and within 5 % beyond (docs/evaluation.md).
 DENSE, NEAR, FAR = 0.005, 0.02, 0.05
 NOT_COMPARABLE = ("evaluation_length", "evaluation_windows")  # perplexities at other lengths are other numbers
+PRINTED = re.compile(r"(\d+\.?\d*|\.\d+)(e[+-]?\d{1,3})?", re.ASCII | re.IGNORECASE)
 KEYS = ("model", "calibration", "mode", "cell", "text")
 Row = Mapping[str, Any]
 
@@ -63,18 +68,47 @@ def read_published(path: Path = FILE) -> list[dict[str, Any]]:
     kinds = {name: column.get("type", "string") for name, column in schema["properties"].items()}
     validator = jsonschema.Draft202012Validator(schema)
     try:
-        with Path(path).open(encoding="utf-8", newline="") as file:
-            records = list(csv.DictReader(file))
+        with Path(path).open(encoding="utf-8-sig", newline="") as file:  # spreadsheets put a mark before the text
+            reader = csv.DictReader(file, strict=True)
+            header, records = list(reader.fieldnames or ()), list(reader)
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise InputError(f"{path} should be the table of published numbers, and cannot be read: {error}.") from None
+    absent = [name for name in kinds if header.count(name) != 1]
+    if absent:
+        raise InputError(
+            f"{path} must have each column of {SCHEMA.name} once; {brief(', '.join(absent))} came otherwise."
+        )
     rows = []
     for number, record in enumerate(records, 2):
         row = {str(name): _typed(value, kinds.get(name, "string")) for name, value in record.items()}
         for error in validator.iter_errors(row):
             column = ".".join(map(str, error.path))
-            raise InputError(f"{path}, row {number}: {column or 'the row'} is wrong: {error.message}.")
+            raise InputError(f"{path}, row {number}: {column or 'the row'} is wrong: {brief(error.message)}.")
+        if fault := _fault(row):
+            raise InputError(f"{path}, row {number}: {fault}.")
         rows.append(row)
     return rows
+
+
+def _fault(row: Row) -> str | None:
+    """What a schema cannot say of a row that is to be compared, or None."""
+    strange = [name for name, value in row.items() if isinstance(value, float) and not math.isfinite(value)]
+    if strange:
+        return f"{strange[0]} is wrong: {row[strange[0]]} is not finite"
+    if row["not_joined"] is not None:
+        return None
+    try:
+        params = json.loads(row["our_params"] or "{}")
+    except (ValueError, RecursionError):
+        params = None
+    if not isinstance(params, dict):
+        return f"our_params is wrong: {brief(repr(row['our_params']))} is no JSON object"
+    try:
+        target_of(row)
+    except ValueError as error:
+        return f"its target is wrong: {str(error).rstrip('.')}"
+    # The last digit that is printed says how far it is rounded.
+    return None if PRINTED.fullmatch(row["value"]) else f"value is wrong: {brief(repr(row['value']))} is no number"
 
 
 def _typed(text: str | None, kinds: str | list[str]) -> Any:
@@ -83,7 +117,7 @@ def _typed(text: str | None, kinds: str | list[str]) -> Any:
     if "integer" in kinds or "number" in kinds or "boolean" in kinds:
         try:
             return json.loads(text)
-        except ValueError:
+        except (ValueError, RecursionError):
             return text  # the schema says what it should have been
     return text
 
@@ -121,7 +155,10 @@ def _rounding(printed: str) -> float:
 def pairs(study: Plan, row: Row, model: str) -> list[Pair]:
     """The cells and evaluations of a model (its id) that a published row speaks of, those nearest to its protocol."""
     method, params = row["our_method"], json.loads(row["our_params"] or "{}")
-    wanted = study.catalogue.complete(method, params, f"{FILE.name}, {row['paper']}")
+    try:
+        wanted = study.catalogue.complete(method, params, f"{FILE.name}, {row['paper']}")
+    except CatalogueError as error:
+        raise InputError(brief(str(error), LONGEST_SENTENCE)) from None
     # Which of two equal entries goes first, a convention, is left to the study where the row does not name it.
     same = [name for name in wanted if name != "convention" or name in params]
     target = target_of(row).as_dict()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections import Counter, defaultdict
@@ -13,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from workflow.scripts.runtime import InputError
-from workflow.scripts.sources import Spec, weight_files
+from workflow.scripts.sources import Spec, language_config, read_json, tensors_of, weight_files
 
 BYTES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
 SAVED = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}  # as safetensors calls them
@@ -92,15 +91,14 @@ def shape_of(spec: Spec) -> Shape | None:
     folder = _folder(spec)
     if folder is None:
         return None
-    config = json.loads((folder / "config.json").read_text("utf-8"))
-    config = config.get("text_config") or config
+    config = language_config(read_json(folder / "config.json"))
     try:
         files = weight_files(str(spec.get("path", spec.get("hub"))), folder)
     except InputError:  # a hub model of which some files are in the cache
         if "path" in spec:
             raise
         return shape_of_config(config)
-    return shape_of_tensors([item for path in files for item in read_header(path)], config)
+    return shape_of_tensors([item for path in files for item in tensors_of(path)], config)
 
 
 def _folder(spec: Spec) -> Path | None:
@@ -111,16 +109,6 @@ def _folder(spec: Spec) -> Path | None:
 
     found = try_to_load_from_cache(spec["hub"], "config.json", None, spec["revision"], "model")
     return Path(found).parent if isinstance(found, str) else None
-
-
-def read_header(path: Path) -> list[tuple[str, tuple[int, ...], str]]:
-    """(name, shape, dtype) of every tensor of a safetensors file. Raises InputError when it has no header."""
-    try:
-        with path.open("rb") as file:
-            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-    except (ValueError, MemoryError, OverflowError):
-        raise InputError(f"{path} is not a safetensors file: its header cannot be read.") from None
-    return [(name, tuple(one["shape"]), one["dtype"]) for name, one in header.items() if name != "__metadata__"]
 
 
 def shape_of_tensors(tensors: Iterable[tuple[str, tuple[int, ...], str]], config: Mapping[str, Any]) -> Shape:

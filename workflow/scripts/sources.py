@@ -5,12 +5,15 @@ A model's spec is {path} or {hub, revision}; a text's is {path} or {hub, revisio
 """
 
 import json
+import math
 import os
+import shlex
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from workflow.scripts.documents import brief
 from workflow.scripts.runtime import InputError
 
 Spec = Mapping[str, Any]
@@ -42,6 +45,10 @@ WIDTHS = (
     "moe_intermediate_size",
 )
 LONGEST_HEADER = 100_000_000  # bytes, the limit of the safetensors format
+BITS = {"F64": 64, "F32": 32, "F16": 16, "BF16": 16, "I64": 64, "I32": 32, "I16": 16, "I8": 8, "U8": 8, "BOOL": 8}
+BITS |= {"U64": 64, "U32": 32, "U16": 16, "C64": 64, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F4": 4}
+BITS |= {"F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8, "F6_E2M3": 6, "F6_E3M2": 6}  # of the dtypes of the safetensors format
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")  # loading one can run whatever its author has put in
 OFFLINE_VARIABLES = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
 # What of a model's repository is fetched: what is read, not its copies in other formats.
 MODEL_PATTERNS = ("*.json", "model*.safetensors", "*.model", "*.txt", "*.py", "*.jinja")
@@ -65,12 +72,16 @@ def check_model(name: str, spec: Spec) -> None:
     if "path" not in spec:
         check_hub(f"The model {name!r}", spec, ["config.json"], repo_type="model")
         return
-    folder = Path(spec["path"])
+    with readable(f"The model {name!r}"):
+        _check_folder(name, Path(spec["path"]))
+
+
+def _check_folder(name: str, folder: Path) -> None:
     if not folder.is_dir():
         raise InputError(f"The model {name!r} should be a folder at {folder}, but there is none.")
     if not (folder / "config.json").is_file():
         raise InputError(f"The folder {folder} of the model {name!r} has no config.json.")
-    _read_json(folder / "config.json")
+    read_json(folder / "config.json")
     if not any((folder / vocabulary).is_file() for vocabulary in VOCABULARIES):
         raise InputError(
             f"The folder {folder} of the model {name!r} has no tokenizer: one of {', '.join(VOCABULARIES)} is needed."
@@ -100,21 +111,33 @@ def _model_config(spec: Spec) -> dict[str, Any]:
     """The config.json of a local model, its language part; empty for a hub model."""
     if "path" not in spec:
         return {}
-    config = _read_json(Path(spec["path"]) / "config.json")
-    return config.get("text_config") or config
+    return language_config(read_json(Path(spec["path"]) / "config.json"))
+
+
+def language_config(config: dict[str, Any]) -> dict[str, Any]:
+    """Of a config.json the part on the language model."""
+    own = config.get("text_config")
+    return own if own and isinstance(own, dict) else config
 
 
 def weight_files(name: str, folder: Path) -> list[Path]:
-    """The safetensors files that make up the model; InputError when some are absent."""
+    """The safetensors files that make up the model; InputError when some are absent or lie elsewhere."""
     if (folder / WEIGHTS).is_file():  # transformers takes it first, too
         return [folder / WEIGHTS]
     if (folder / INDEX).is_file():
-        weight_map = _read_json(folder / INDEX).get("weight_map", {})
-        shards = [folder / shard for shard in sorted(set(weight_map.values()))]
+        weight_map = read_json(folder / INDEX).get("weight_map", {})
+        named = list(weight_map.values()) if isinstance(weight_map, dict) else [weight_map]
+        for shard in named:
+            if not isinstance(shard, str) or not shard.endswith(".safetensors") or Path(shard).name != shard:
+                raise InputError(
+                    f"{folder / INDEX} of the model {name!r} should name safetensors files beside it. Got "
+                    f"{brief(repr(shard))} instead."
+                )
+        shards = [folder / shard for shard in sorted(set(named))]
         absent = [shard.name for shard in shards if not shard.is_file()]
         if absent or not shards:
             raise InputError(
-                f"{folder / INDEX} of the model {name!r} names files that are not there: {', '.join(absent)}."
+                f"{folder / INDEX} of the model {name!r} names files that are not there: {brief(', '.join(absent))}."
                 if absent
                 else f"{folder / INDEX} of the model {name!r} names no files."
             )
@@ -124,18 +147,37 @@ def weight_files(name: str, folder: Path) -> list[Path]:
         raise InputError(
             f"The folder {folder} of the model {name!r} has {', '.join(other)}, but neither {WEIGHTS} nor {INDEX}."
         )
-    if any(folder.glob("pytorch_model*.bin")):
+    pickles = sorted(path.name for pattern in PICKLES for path in folder.glob(pattern))
+    if pickles:
+        code = (
+            "from transformers import AutoModelForCausalLM as M; "
+            f"M.from_pretrained({str(folder)!r}, use_safetensors=False).save_pretrained({str(folder)!r})"
+        )
         raise InputError(
-            f"The folder {folder} of the model {name!r} has its weights as pytorch_model*.bin, and only safetensors is "
-            "read: convert them with "
-            f'python -c "from transformers import AutoModelForCausalLM as M; '
-            f"M.from_pretrained(r'{folder}', use_safetensors=False).save_pretrained(r'{folder}')\""
+            f"The folder {folder} of the model {name!r} has its weights as {brief(', '.join(pickles))}, and only "
+            "safetensors is read, since a pickle can run code: if you trust its source, convert pytorch_model*.bin "
+            f"with python -c {shlex.quote(code)}"
         )
     raise InputError(f"The folder {folder} of the model {name!r} has no weights: {WEIGHTS} or {INDEX} is needed.")
 
 
 def check_safetensors(path: Path) -> None:
-    """Raise InputError when the file is not as long as its header says; only the header is read."""
+    """Raise InputError when the file is not what its header says, or that breaks the format; no weights are read."""
+    size = path.stat().st_size
+    length, tensors = _header(path)
+    expected = 8 + length + max((end for *_, end in tensors.values()), default=0)
+    if size != expected:
+        what = "is cut off" if size < expected else "is too long"
+        raise InputError(f"{path} {what}: it has {size} bytes and its header says {expected}.")
+
+
+def tensors_of(path: Path) -> list[tuple[str, tuple[int, ...], str]]:
+    """(name, shape, dtype) of every tensor of a safetensors file. Raises InputError for a header that is damaged."""
+    return [(name, shape, dtype) for name, (shape, dtype, *_) in _header(path)[1].items()]
+
+
+def _header(path: Path) -> tuple[int, dict[str, tuple[tuple[int, ...], str, int, int]]]:
+    """Length of the header in bytes, and name -> (shape, dtype, begin, end) of every tensor."""
     size = path.stat().st_size
     with path.open("rb") as file:
         start = file.read(8)
@@ -148,13 +190,29 @@ def check_safetensors(path: Path) -> None:
     if len(header) < length:
         raise InputError(f"{path} is cut off: it has {size} bytes and its header alone should have {length}.")
     try:
-        tensors = {key: value for key, value in json.loads(header).items() if key != "__metadata__"}
-        expected = 8 + length + max((value["data_offsets"][1] for value in tensors.values()), default=0)
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError):
+        if not header.startswith(b"{"):
+            raise ValueError("another kind of JSON")
+        pairs = json.loads(header, object_pairs_hook=list)
+        found = {name: _tensor(dict(own)) for name, own in pairs if name != "__metadata__"}
+        if len(found) != sum(name != "__metadata__" for name, _ in pairs):
+            raise ValueError("a name twice")
+        end = 0
+        for _, _, first, last in sorted(found.values(), key=lambda tensor: tensor[2:]):
+            if first != end:
+                raise ValueError("tensors that overlap or leave holes")
+            end = last
+    except (ValueError, KeyError, TypeError, RecursionError):
         raise InputError(f"{path} is not a safetensors file: its header cannot be read.") from None
-    if size != expected:
-        what = "is cut off" if size < expected else "is too long"
-        raise InputError(f"{path} {what}: it has {size} bytes and its header says {expected}.")
+    return length, found
+
+
+def _tensor(entry: Mapping[str, Any]) -> tuple[tuple[int, ...], str, int, int]:
+    shape, dtype, (first, last) = entry["shape"], entry["dtype"], entry["data_offsets"]
+    if not all(type(number) is int and number >= 0 for number in (*shape, first, last)):
+        raise ValueError("sizes that are no numbers")
+    if (last - first) * 8 != math.prod(shape) * BITS[dtype]:
+        raise ValueError("a size that is not its shape's")
+    return tuple(shape), dtype, first, last
 
 
 def fetch_model(spec: Spec) -> Path:
@@ -200,11 +258,17 @@ def check_text(name: str, spec: Spec) -> None:
         )
     for file in files:
         if not str(file).endswith(TEXT_SUFFIXES):
-            raise InputError(f"The text {name!r} must end in one of {', '.join(TEXT_SUFFIXES)}. Got {file} instead.")
+            suffixes = ", ".join(TEXT_SUFFIXES)
+            raise InputError(f"The text {name!r} must end in one of {suffixes}. Got {brief(file)} instead.")
     if "path" not in spec:
         check_hub(f"The text {name!r}", spec, files, repo_type="dataset")
         return
     path = Path(spec["path"])
+    with readable(f"The text {name!r}"):
+        _check_file(name, path)
+
+
+def _check_file(name: str, path: Path) -> None:
     made = os.path.normpath(path) in MADE_TEXTS
     if not made and not path.is_file():
         raise InputError(f"The text {name!r} should be a file at {path}, but there is none.")
@@ -307,10 +371,20 @@ def _cause(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+@contextmanager
+def readable(subject: str) -> Iterator[None]:
+    """Turn what the system says of a path that cannot be looked at into one sentence (InputError)."""
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"{subject} cannot be read: {brief(str(error.filename))}: {error.strerror}.") from None
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object of a JSON file. Raises InputError when it holds no such thing."""
     try:
         content = json.loads(path.read_text("utf-8"))
-    except ValueError:
+    except (ValueError, RecursionError):
         raise InputError(f"{path} is not valid JSON.") from None
     if not isinstance(content, dict):
         raise InputError(f"{path} should hold a JSON object.")

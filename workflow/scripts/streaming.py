@@ -49,6 +49,8 @@ class Shards:
             with opened(path) as file:
                 for key in file.keys():  # noqa: SIM118 (it is no mapping)
                     part = file.get_slice(key)
+                    if part.get_dtype() not in DTYPES:
+                        raise SafetensorError(f"{key} is of dtype {part.get_dtype()}, which no model is read in")
                     self._file_of[key] = path
                     self.empty[key] = torch.empty(part.get_shape(), dtype=DTYPES[part.get_dtype()], device="meta")
 

@@ -9,7 +9,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from workflow.scripts.documents import brief
 from workflow.scripts.runtime import InputError
+from workflow.scripts.sources import readable
 
 Spec = Mapping[str, Any]
 BATCH = 8  # sequences per forward pass where a set does not say, as in the config schema
@@ -20,6 +22,7 @@ LISTS = {  # name of a list -> names of lm-eval's tasks
     # SparseGPT (arXiv:2301.00774), section 4, without StoryCloze, whose text is not public
     "sparsegpt-four": ["lambada_openai", "piqa", "arc_easy", "arc_challenge"],
 }
+UTF_16 = (b"\xff\xfe", b"\xfe\xff")  # how a text in it begins
 MADE_FOLDERS = (os.path.normpath("results/tasks/docstrings"),)  # written by the workflow
 
 
@@ -51,5 +54,20 @@ def check_tasks(name: str, spec: Spec) -> None:
         raise InputError(f"tasks.{name} needs lm-eval, which is not installed: pip install lm-eval.")
     if not spec.get("folder") or made(spec):
         return
-    if not Path(spec["folder"]).is_dir():
-        raise InputError(f"tasks.{name}: its folder should be at {spec['folder']}, but there is none.")
+    with readable(f"The folder of tasks.{name}"):
+        if not Path(spec["folder"]).is_dir():
+            raise InputError(f"tasks.{name}: its folder should be at {brief(spec['folder'])}, but there is none.")
+        code = [] if spec.get("trust_remote_code") else running_code(Path(spec["folder"]))
+    if code:
+        raise InputError(
+            f"tasks.{name}: {code[0]} names Python functions (!function), which run when the tasks are loaded: read "
+            "them, and set trust_remote_code: true in the entry if you trust them."
+        )
+
+
+def running_code(folder: Path) -> list[Path]:
+    """Definitions of tasks in a folder that have lm-eval import and run Python of their author."""
+    found = {path: path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+    # Any file may be included. %TAG gives tags another spelling, and so does UTF-16.
+    spelt = (b"!function", b"%TAG")
+    return [path for path, own in found.items() if own[:2] in UTF_16 or any(tag in own for tag in spelt)]

@@ -1,8 +1,8 @@
 """Zero-shot tasks through lm-eval, in process, on a model with a cell's weights.
 
-Nothing of lm-eval is replaced: `lm_eval run --model hf` on a saved folder, with the same tasks, few-shot examples,
-batch and dtype, gives the same numbers. A set with a folder is run from there, so that the folder's YAML definitions
-and data sets are found, and asks no network.
+`lm_eval run --model hf` on a saved folder, with the same tasks, few-shot examples, batch and dtype, gives the same
+numbers: nothing of lm-eval is replaced, but for the templates of a folder that is not trusted, which run in a sandbox.
+A set with a folder is run from there, so that its YAML definitions and data sets are found, and asks no network.
 """
 
 from __future__ import annotations
@@ -63,12 +63,25 @@ def seed_generators() -> None:
     torch.manual_seed(DEFAULT_OTHER_SEED)
 
 
+def keep_templates_in() -> None:
+    """Have lm-eval's templates see the items alone: a template that is not kept in can reach the whole of Python."""
+    from jinja2 import BaseLoader, StrictUndefined
+    from jinja2.sandbox import SandboxedEnvironment
+    from lm_eval import utils
+
+    kept = SandboxedEnvironment(loader=BaseLoader, undefined=StrictUndefined, keep_trailing_newline=True)
+    kept.filters.update(utils.env.filters)
+    utils.env = kept
+
+
 def load_tasks(spec: Spec) -> Any:
     """lm-eval's TaskDict of a set, its data loaded. Raises InputError for an unknown task and for data out of reach."""
     from lm_eval.tasks import TaskManager
 
     seed_generators()
     folder = spec.get("folder")
+    if folder and not spec.get("trust_remote_code"):
+        keep_templates_in()
     own = [f"{task}.yaml" for task in spec["tasks"] if Path(f"{task}.yaml").is_file()] if folder else []
     # The library's thousands of definitions take seconds to read: only when one of them is asked for.
     manager = TaskManager(include_path="." if folder else None, include_defaults=len(own) < len(spec["tasks"]))
