@@ -12,8 +12,10 @@ CHECK = $(RUN) python -m workflow.scripts.documents $(if $(CONFIG),config/$(STUD
 export OMP_WAIT_POLICY ?= PASSIVE
 BIN := $(CURDIR)/.venv/bin
 RUN := PATH="$(BIN):$$PATH"
+COVERAGE_DATA := $(CURDIR)/.venv/coverage
 
-.PHONY: lock audit reproduce test slurm smoke lint regression estimate report accept gallery decode benchmark clean clean-cache
+.PHONY: reproduce test test-long coverage mutants slurm smoke lint audit lock regression estimate report accept gallery \
+	decode benchmark clean clean-cache
 
 reproduce: .venv/installed
 	$(CHECK)
@@ -21,6 +23,17 @@ reproduce: .venv/installed
 
 test: .venv/installed
 	$(RUN) python -m pytest
+
+test-long: .venv/installed  # faults, kills, a cluster of its own: what takes longer than a change should wait for
+	$(RUN) python -m pytest -m long
+
+coverage: .venv/installed  # `make test`, and that it runs 95 % of the lines of methods/ and workflow/scripts/
+	rm -rf $(COVERAGE_DATA) && mkdir -p $(COVERAGE_DATA)
+	COVERAGE_PROCESS_START=$(CURDIR)/pyproject.toml COVERAGE_DATA=$(COVERAGE_DATA) $(MAKE) test
+	export COVERAGE_DATA=$(COVERAGE_DATA); $(RUN) coverage combine --quiet && $(RUN) coverage report --fail-under 95
+
+mutants: .venv/installed  # plants faults, one at a time, that the tests must catch; docs/testing.md
+	$(RUN) python -m tests.mutants
 
 slurm: .venv/slurm  # what profiles/slurm needs
 
