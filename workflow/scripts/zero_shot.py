@@ -63,12 +63,18 @@ def seed_generators() -> None:
     torch.manual_seed(DEFAULT_OTHER_SEED)
 
 
-def keep_templates_in() -> None:
-    """Have lm-eval's templates see the items alone: a template that is not kept in can reach the whole of Python."""
+def keep_in() -> None:
+    """Have lm-eval import no Python that definitions name, and its templates see the items alone: one that is not kept
+    in can reach the whole of Python."""
     from jinja2 import BaseLoader, StrictUndefined
     from jinja2.sandbox import SandboxedEnvironment
     from lm_eval import utils
+    from lm_eval.tasks import _yaml_loader
 
+    def refuse(name: str, *_: Any) -> Any:
+        raise InputError(f"{name} is Python, which runs with trust_remote_code: true of the set of tasks alone")
+
+    _yaml_loader._import_func_in_yml = _yaml_loader.import_fun_from_str = refuse
     kept = SandboxedEnvironment(loader=BaseLoader, undefined=StrictUndefined, keep_trailing_newline=True)
     kept.filters.update(utils.env.filters)
     utils.env = kept
@@ -81,7 +87,7 @@ def load_tasks(spec: Spec) -> Any:
     seed_generators()
     folder = spec.get("folder")
     if folder and not spec.get("trust_remote_code"):
-        keep_templates_in()
+        keep_in()
     own = [f"{task}.yaml" for task in spec["tasks"] if Path(f"{task}.yaml").is_file()] if folder else []
     # The library's thousands of definitions take seconds to read: only when one of them is asked for.
     manager = TaskManager(include_path="." if folder else None, include_defaults=len(own) < len(spec["tasks"]))
