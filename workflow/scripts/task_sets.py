@@ -65,6 +65,6 @@ def check_tasks(name: str, spec: Spec) -> None:
 
 
 def running_code(folder: Path) -> list[Path]:
-    """Definitions in a folder that have lm-eval import Python, told early; zero_shot.keep_in refuses however they do."""
+    """Definitions in a folder that have lm-eval import Python, told early; zero_shot.keep_in refuses all others."""
     found = (path for path in sorted(folder.rglob("*.yaml")) if path.is_file())
     return [path for path in found if b"!function" in path.read_bytes()]
