@@ -195,14 +195,21 @@ def task_folder(tmp_path: Path, text: str, before: str = "") -> dict[str, Any]:
     return {"tasks": ["own"], "folder": str(tmp_path), "batch": 1}
 
 
-@pytest.mark.parametrize("before", ["", "%TAG !e! !func\n---\n"])
-def test_a_task_that_names_python_is_refused_unless_it_is_trusted(tmp_path, before):
-    spec = task_folder(tmp_path, "!e!tion code.text" if before else CALLED, before)
+def test_a_task_that_names_python_is_refused_unless_it_is_trusted(tmp_path):
+    spec = task_folder(tmp_path, CALLED)
     with pytest.raises(InputError, match=r"tasks.t: .*own.yaml names Python functions .*trust_remote_code: true"):
         task_sets.check_tasks("t", spec)
     task_sets.check_tasks("t", {**spec, "trust_remote_code": True})
     task_folder(tmp_path, "'{{ a }}'")
     task_sets.check_tasks("t", spec)
+    assert not (tmp_path / "pwned").exists()
+
+
+def test_a_task_that_names_python_in_other_words_is_not_run(tmp_path):
+    spec = task_folder(tmp_path, "!e!tion code.text", "%TAG !e! !func\n---\n")
+    task_sets.check_tasks("t", spec)
+    with zero_shot.inside(spec), pytest.raises(InputError, match="code.text is Python, which runs with"):
+        zero_shot.load_tasks(zero_shot.prepared(spec))
     assert not (tmp_path / "pwned").exists()
 
 
@@ -254,7 +261,7 @@ def test_parsing_a_study_opens_no_socket(tmp_path, monkeypatch):
     plan(study | {"texts": {name: {"path": str(tmp_path / "t.txt")} for name in dag.TEXTS}}, check_sources=True)
 
 
-# --------------------------------------------------------------------------------------------- places and shell commands
+# -------------------------------------------------------------------------------------------- places and shell commands
 
 EVIL = "<script>alert(1)</script>"
 SHELL = [
@@ -314,7 +321,7 @@ def test_config_values_reach_jobs_as_they_are_and_no_shell(tmp_path):
     assert done.status == 0, done.output
     assert not [found for found in (folder, folder / "own text") if (found / "x").exists()]
     cells = pd.read_parquet(folder / "results/tables/cells.parquet")
-    assert set(cells["calibration_dataset"]) == {nasty} and set(cells["status"]) == {"done"}
+    assert set(cells["calibration_text"]) == {nasty} and set(cells["status"]) == {"done"}
     assert json.loads(json.dumps(nasty)) in yaml.safe_load((folder / dag.CONFIG).read_text())["study"]
 
 

@@ -156,7 +156,7 @@ def test_a_task_that_shuffles_is_the_same_each_time(tmp_path):
     (folder / "shuffled.py").write_text(
         "import random\n\ndef docs(data):\n    return data.select(random.sample(range(len(data)), len(data)))\n"
     )
-    spec = {"tasks": ["continuation"], "folder": "."}
+    spec = {"tasks": ["continuation"], "folder": ".", "trust_remote_code": True}
     orders = []
     for _ in range(2):
         with contextlib.chdir(folder):

@@ -20,7 +20,7 @@ from workflow.scripts.documents import brief, place
 from workflow.scripts.runtime import InputError
 
 SCHEMA = yaml.safe_load((Path(__file__).parents[1] / "schemas" / "config.schema.yaml").read_text("utf-8"))
-LONGEST_SENTENCE = 600  # of a catalogue's, which may quote values
+LONGEST_SENTENCE = 500  # of a catalogue's, which may quote values
 LONGEST_NAME = 200  # of an entry with its swept values; file systems take 255 with a digest and a suffix
 RESERVED = ("method", "targets", "tune")  # keys of a method's entry that are not its parameters
 

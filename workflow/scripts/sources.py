@@ -128,7 +128,12 @@ def weight_files(name: str, folder: Path) -> list[Path]:
         weight_map = read_json(folder / INDEX).get("weight_map", {})
         named = list(weight_map.values()) if isinstance(weight_map, dict) else [weight_map]
         for shard in named:
-            if not isinstance(shard, str) or not shard.endswith(".safetensors") or Path(shard).name != shard:
+            if (
+                not isinstance(shard, str)
+                or "\0" in shard
+                or not shard.endswith(".safetensors")
+                or Path(shard).name != shard
+            ):
                 raise InputError(
                     f"{folder / INDEX} of the model {name!r} should name safetensors files beside it. Got "
                     f"{brief(repr(shard))} instead."

@@ -18,6 +18,7 @@ import os
 import sys
 import time
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -63,15 +64,34 @@ def seed_generators() -> None:
     torch.manual_seed(DEFAULT_OTHER_SEED)
 
 
-def keep_templates_in() -> None:
-    """Have lm-eval's templates see the items alone: a template that is not kept in can reach the whole of Python."""
+@cache
+def of_the_library() -> tuple[Any, Any]:
+    """lm-eval's templates' environment, and how it imports Python that a definition names, as it brings them."""
+    from lm_eval import utils
+    from lm_eval.tasks import _yaml_loader
+
+    return utils.env, _yaml_loader._import_func_in_yml
+
+
+def keep_in(kept: bool) -> None:
+    """Whether from now on lm-eval imports no Python but its own, whatever definitions name, and its templates see the
+    items alone: one that is not kept in can reach the whole of Python."""
     from jinja2 import BaseLoader, StrictUndefined
     from jinja2.sandbox import SandboxedEnvironment
     from lm_eval import utils
+    from lm_eval.tasks import _yaml_loader
 
-    kept = SandboxedEnvironment(loader=BaseLoader, undefined=StrictUndefined, keep_trailing_newline=True)
-    kept.filters.update(utils.env.filters)
-    utils.env = kept
+    environment, own = of_the_library()
+
+    def import_own(name: str, folder: Path) -> Any:
+        if Path(folder).resolve().is_relative_to(Path(utils.__file__).parent):
+            return own(name, folder)
+        raise InputError(f"{name} is Python, which runs with trust_remote_code: true of the set of tasks alone")
+
+    sandbox = SandboxedEnvironment(loader=BaseLoader, undefined=StrictUndefined, keep_trailing_newline=True)
+    sandbox.filters.update(environment.filters)
+    utils.env = sandbox if kept else environment
+    _yaml_loader._import_func_in_yml = import_own if kept else own
 
 
 def load_tasks(spec: Spec) -> Any:
@@ -80,8 +100,7 @@ def load_tasks(spec: Spec) -> Any:
 
     seed_generators()
     folder = spec.get("folder")
-    if folder and not spec.get("trust_remote_code"):
-        keep_templates_in()
+    keep_in(bool(folder) and not spec.get("trust_remote_code"))
     own = [f"{task}.yaml" for task in spec["tasks"] if Path(f"{task}.yaml").is_file()] if folder else []
     # The library's thousands of definitions take seconds to read: only when one of them is asked for.
     manager = TaskManager(include_path="." if folder else None, include_defaults=len(own) < len(spec["tasks"]))
