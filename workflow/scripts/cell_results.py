@@ -11,12 +11,11 @@ from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from workflow.scripts.runtime import InputError
 from workflow.scripts.significance import bootstrap_interval
 from workflow.scripts.sources import contaminated
-from workflow.scripts.table_schema import first_line, from_rows, typed
+from workflow.scripts.table_schema import first_line, from_rows, read_parquet, typed, unusable
 
 ACCURACIES = ("acc", "acc_norm")  # of zero-shot tasks; higher is better
 MEAN = "mean"  # the name of the row that has the mean accuracy over the tasks of a set
@@ -109,11 +108,11 @@ def read_compression(folder: Path, columns: Mapping[str, Any]) -> Compression:
         provenance = dict(record["provenance"])
         from_rows([{**columns, "metric": "", "status": "done", **provenance}], "cells", "its provenance")
         name = "layers.parquet"
-        layers = _own(pq.ParquetFile(folder / name).read(), "layers", columns)
+        layers = _own(read_parquet(folder / name), "layers", columns)
         name = "trace.parquet"
-        trace = _own(pq.ParquetFile(folder / name).read(), "traces", columns)
+        trace = _own(read_parquet(folder / name), "traces", columns)
     except BROKEN as error:
-        raise InputError(f"{folder / name} cannot be used: {_message(error)}") from None
+        raise unusable(folder / name, error) from None
     return Compression(layers, trace, provenance, float(record["seconds"]))
 
 
@@ -131,12 +130,6 @@ def _own(data: pa.Table, table: str, columns: Mapping[str, Any]) -> pa.Table:
     return data
 
 
-def _message(error: BaseException) -> str:
-    if isinstance(error, KeyError):
-        return f"it lacks {error.args[0]!r}."
-    return first_line(error)
-
-
 def failure(folder: Path, present: set[str], stages: Sequence[str]) -> Gap:
     """The failure record of the first of the stages that left one, as a gap; missing when none did."""
     for stage in stages:
@@ -147,7 +140,7 @@ def failure(folder: Path, present: set[str], stages: Sequence[str]) -> Gap:
             record = read_json(folder / name)
             status, reason = str(record["status"]), " ".join(str(record["reason"]).split())
         except BROKEN as error:
-            return Gap("failed", f"{stage} failed, and {folder / name} cannot be used: {_message(error)}")
+            return Gap("failed", f"{stage} failed, and {folder / name} cannot be used: {first_line(error)}")
         return Gap("failed", f"{stage}: {reason}" if status == "error" else f"{stage}, {status}: {reason}")
     return Gap("missing", NEVER_RAN)
 
@@ -182,7 +175,7 @@ def perplexity(folder: Path, evaluation: Evaluation) -> tuple[dict[str, Any], li
             "eval_sha256": record["text"].get("sha256"),
         }
     except BROKEN as error:
-        raise InputError(f"{path} cannot be used: {_message(error)}") from None
+        raise unusable(path, error) from None
     if not math.isfinite(value):
         reason = record.get("reason") or f"the model has diverged: its perplexity is {value}"
         return row | {"value": None, "reason": reason}, []
@@ -213,7 +206,7 @@ def read_tasks(path: Path) -> tuple[list[dict[str, Any]], dict[tuple[str, str], 
             raise ValueError("it has no rows that name a task and a metric")
         return rows, item_scores(record)
     except BROKEN as error:
-        raise InputError(f"{path} cannot be used: {_message(error)}") from None
+        raise unusable(path, error) from None
 
 
 def task_rows(folder: Path, tasks: TaskSet) -> tuple[list[dict[str, Any]], dict[tuple[str, str], list[float]]]:
