@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import numpy as np
 import pyarrow as pa
 
-from workflow.scripts.runtime import InputError
+from workflow.scripts.runtime import InputError, aside_of
 from workflow.scripts.significance import bootstrap_interval
 from workflow.scripts.sources import contaminated
 from workflow.scripts.table_schema import first_line, from_rows, read_parquet, typed, unusable
@@ -20,6 +20,7 @@ from workflow.scripts.table_schema import first_line, from_rows, read_parquet, t
 ACCURACIES = ("acc", "acc_norm")  # of zero-shot tasks; higher is better
 MEAN = "mean"  # the name of the row that has the mean accuracy over the tasks of a set
 CELL_METRICS = ("mean_output_error", "achieved_sparsity", "bits_per_weight", "solve_seconds", "job_seconds")
+COMPRESSED = {"cell.json", "layers.parquet", "trace.parquet"}  # what the compress job leaves and is read here
 NEVER_RAN = "no result and no failure record: an earlier step failed (see logs/), or the job was killed or never ran"
 BROKEN = (ValueError, OSError, KeyError, TypeError, AttributeError, pa.ArrowException, InputError)
 
@@ -142,6 +143,12 @@ def failure(folder: Path, present: set[str], stages: Sequence[str]) -> Gap:
         except BROKEN as error:
             return Gap("failed", f"{stage} failed, and {folder / name} cannot be used: {first_line(error)}")
         return Gap("failed", f"{stage}: {reason}" if status == "error" else f"{stage}, {status}: {reason}")
+    outputs = COMPRESSED if list(stages) == ["compress"] else {f"{stage}.json" for stage in stages}
+    if damaged := sorted(name for name in outputs if aside_of(folder / name).name in present):
+        aside = aside_of(folder / damaged[0])
+        return Gap(
+            "failed", f"{folder / damaged[0]} was damaged, and is now {aside.name}: run again, which makes it anew"
+        )
     return Gap("missing", NEVER_RAN)
 
 
@@ -256,7 +263,7 @@ def gather_cell(
     present = set(os.listdir(folder)) if folder.is_dir() else set()
     results = Results()
     gap: Gap | None = None
-    if {"cell.json", "layers.parquet", "trace.parquet"} <= present:
+    if present >= COMPRESSED:
         try:
             results.compression = read_compression(folder, cell.columns)
         except InputError as error:

@@ -139,9 +139,15 @@ def whole_file(path: Path) -> Iterator[Path]:
             with part.open("rb") as file:
                 os.fsync(file.fileno())
             part.replace(path)
+            aside_of(path).unlink(missing_ok=True)
         finally:
             with contextlib.suppress(OSError):
                 part.unlink(missing_ok=True)
+
+
+def aside_of(path: Path) -> Path:
+    """Where a damaged file is kept until the next one takes its place."""
+    return path.with_name(f"{path.name}.damaged")
 
 
 def set_aside(path: Path) -> str:
@@ -149,7 +155,7 @@ def set_aside(path: Path) -> str:
 
     Returns the end of the sentence that says so.
     """
-    aside = path.with_name(f"{path.name}.damaged")
+    aside = aside_of(path)
     try:
         path.replace(aside)
     except OSError:
