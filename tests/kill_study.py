@@ -4,7 +4,8 @@
 
 FOLDER: a clone of the project, where the study runs; OTHER: one where it ran to its end undisturbed. Each run is killed
 after a random time until the kills are spent; then one runs to its end, and all tables are compared, down to the last
-bit of every number but those that no two runs share (times, memory).
+bit of every number but those that no two runs share (times, memory). --signal TERM tells all processes to end instead,
+and waits until they have.
 """
 
 from __future__ import annotations
@@ -27,17 +28,26 @@ MEASURED = {"seconds", "peak_mb", "peak_gpu_mb", "commit", "dirty"}
 TIMES = {"solve_seconds", "job_seconds"}  # metrics of the table `cells`
 
 
-def kill_tree(process: subprocess.Popen) -> None:
-    """SIGKILL to a process and all that it has started, the process first, so that it starts nothing more."""
+def kill_tree(process: subprocess.Popen, by: signal.Signals = signal.SIGKILL) -> None:
+    """A signal to a process and all that it has started, the process first, so that it starts nothing more."""
     tree = psutil.Process(process.pid)
     tree.suspend()
     for one in [*tree.children(recursive=True), tree]:
         with contextlib.suppress(psutil.NoSuchProcess):
-            one.send_signal(signal.SIGKILL)
+            one.send_signal(by)
+    with contextlib.suppress(psutil.NoSuchProcess):
+        tree.resume()  # to see a signal that it may handle
     process.wait()
 
 
-def disturbed(folder: Path, arguments: Sequence[str], kills: int, longest: float, chance: random.Random) -> list[str]:
+def disturbed(
+    folder: Path,
+    arguments: Sequence[str],
+    kills: int,
+    longest: float,
+    chance: random.Random,
+    by: signal.Signals = signal.SIGKILL,
+) -> list[str]:
     """Run a study in a folder, killing it so often; returns what ran each time, the last to its end.
 
     longest: seconds after which a run is killed at the latest. Raises AssertionError when the last run fails.
@@ -50,12 +60,13 @@ def disturbed(folder: Path, arguments: Sequence[str], kills: int, longest: float
             try:
                 process.wait(None if number == kills else chance.uniform(0, longest))
             except subprocess.TimeoutExpired:
-                kill_tree(process)
+                kill_tree(process, by)
             log.seek(0)
             told.append(log.read())
-        if process.returncode != -signal.SIGKILL:
-            assert process.returncode == 0, told[-1]
+        if process.returncode == 0:
             break
+        assert number < kills, told[-1]
+        assert process.returncode == -by or by != signal.SIGKILL, told[-1]
     return told
 
 
@@ -84,9 +95,11 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--longest", type=float, default=60, help="seconds to a kill, at most")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--signal", choices=("KILL", "TERM", "INT"), default="KILL")
     args, rest = parser.parse_known_args()
     start = time.perf_counter()
-    told = disturbed(args.folder, rest, args.kills, args.longest, random.Random(args.seed))
+    by = signal.Signals[f"SIG{args.signal}"]
+    told = disturbed(args.folder, rest, args.kills, args.longest, random.Random(args.seed), by)
     resumed = sum(path.read_text(errors="replace").count("Going on after") for path in args.folder.rglob("*.log"))
     print(f"{len(told) - 1} kills, {time.perf_counter() - start:.0f} s, {resumed} jobs went on within a model.")
     assert_same_tables(args.folder, args.against)

@@ -510,8 +510,9 @@ def test_grams_that_were_removed_are_told(tmp_path, monkeypatch):
     build("llama").save_pretrained(tmp_path / "model")
     entry = json.dumps({"name": "tiny", "path": str(tmp_path / "model"), "dtype": "float32"})
     shutil.rmtree(calibrated(entry, tmp_path, monkeypatch))
-    with pytest.raises(InputError, match="Grams of .*gram.json are no longer at .*: delete .* and run again"):
+    with pytest.raises(InputError, match="Grams of .*gram.json are no longer at .*: run again, which computes"):
         grams.store_of(tmp_path / "gram.json")
+    assert not (tmp_path / "gram.json").exists()  # so that it does
 
 
 def test_an_absent_or_damaged_store_is_refused(tmp_path):

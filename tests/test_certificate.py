@@ -13,7 +13,7 @@ from methods.magnitude import Magnitude
 from tests import layers
 from tests.brute_force import best_error
 from tests.layers import Recipe
-from workflow.scripts import certificate
+from workflow.scripts import certificate, fingerprint
 from workflow.scripts.calibrate import write_gram
 from workflow.scripts.compress import output_error
 from workflow.scripts.grams import shared_blocks
@@ -53,8 +53,12 @@ def test_the_job_bounds_every_layer_of_a_model(tmp_path):
         "target": Target(pattern="2:4").as_dict(),
         "model": {"path": str(tmp_path / "model"), "dtype": "float32"},
     }
+    fingerprint.main(
+        ["--model", json.dumps(arguments["model"] | {"name": "tiny"}), "--out", str(tmp_path / "model.json")]
+    )
     given = [part for name, value in arguments.items() for part in (f"--{name}", json.dumps(value))]
-    certificate.main([*given, "--gram", str(tmp_path / "gram"), "--out", str(out)])
+    given += ["--fingerprint", str(tmp_path / "model.json"), "--gram", str(tmp_path / "gram")]
+    certificate.main([*given, "--out", str(out)])
     found = pq.read_table(out).to_pylist()
     expected = list(tapped_linears(model, shared_blocks(tmp_path / "gram", Blocks(model))))
     assert [row["layer"] for row in found] == [linear.name for _, _, linear in expected]

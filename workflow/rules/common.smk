@@ -106,7 +106,10 @@ TABLE_SCHEMA = from_here(f"{workflow.basedir}/workflow/schemas/tables.schema.yam
 
 
 def cell_of(wildcards):
-    return PLAN.by_folder["results/cells/{model}/{calib}/{mode}/{cell}".format(**wildcards)]
+    folder = "results/cells/{model}/{calib}/{mode}/{cell}".format(**wildcards)
+    if folder not in PLAN.by_folder:  # a cluster's job reads the config again
+        raise WorkflowError(f"{folder} is no cell of this study: if its config was edited during a run, run again.")
+    return PLAN.by_folder[folder]
 
 
 def certified(wildcards):

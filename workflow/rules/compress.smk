@@ -69,4 +69,5 @@ rule certificate:
         ),
     shell:
         "{PYTHON} -m workflow.scripts.certificate --columns {params.columns:q} --target {params.target:q}"
-        " --model {params.model:q} --gram {input.gram:q} --threads {threads} --out {output:q} 2> >(tee {log:q} >&2)"
+        " --model {params.model:q} --fingerprint {input.model:q} --gram {input.gram:q} --threads {threads}"
+        " --out {output:q} 2> >(tee {log:q} >&2)"

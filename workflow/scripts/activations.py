@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from workflow.scripts.runtime import write_atomic
+from workflow.scripts.runtime import write_atomic, writing
 
 
 def files_of(folder: Path, index: int) -> tuple[Path, Path]:
@@ -50,16 +50,18 @@ def store(folder: Path, index: int, batches: Iterable[Tensor]) -> StoredStates:
 
     Those of the last one stay: whoever has read them may have to begin anew.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     path, said = files_of(folder, index)
-    said.unlink(missing_ok=True)
+    with writing(path):
+        folder.mkdir(parents=True, exist_ok=True)
+        said.unlink(missing_ok=True)
     for old in files_of(folder, index - 2):
         old.unlink(missing_ok=True)
     sizes, dtype, shape = [], torch.float32, (0, 0)
-    with path.open("wb") as file:
+    with writing(path), path.open("wb") as file:
         for states in batches:
             sizes.append(len(states))
             dtype, shape = states.dtype, (states.shape[1], states.shape[2])
-            states.contiguous().view(torch.uint8).numpy().tofile(file)
+            # (not tofile, which keeps to itself why a disk refuses)
+            file.write(states.contiguous().view(torch.uint8).numpy().data)
     write_atomic(said, json.dumps({"dtype": str(dtype).removeprefix("torch."), "shape": shape}) + "\n")
     return StoredStates(folder, index, sizes)

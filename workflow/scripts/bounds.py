@@ -3,10 +3,9 @@
 from pathlib import Path
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from workflow.scripts.runtime import InputError
-from workflow.scripts.table_schema import first_line, typed
+from workflow.scripts.table_schema import read_parquet, typed, unusable
 
 
 def read_bounds(path: Path) -> pa.Table:
@@ -14,9 +13,9 @@ def read_bounds(path: Path) -> pa.Table:
     if not path.is_file():
         raise InputError(f"Expected the bounds of a target at {path}, which does not exist (see logs/certificates).")
     try:
-        data = pq.ParquetFile(path).read()
+        data = read_parquet(path)
     except (pa.ArrowException, OSError) as error:
-        raise InputError(f"{path} cannot be read as parquet: {first_line(error)}") from None
+        raise unusable(path, error) from None
     return typed(data, "bounds", str(path))
 
 

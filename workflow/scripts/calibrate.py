@@ -18,10 +18,19 @@ from tqdm import tqdm
 
 from workflow.scripts.checkpoint import Checkpoint
 from workflow.scripts.devices import take
-from workflow.scripts.grams import INDEX, block_file, block_tensors, content, description, point_to, scopes
+from workflow.scripts.fingerprint import check_unchanged
+from workflow.scripts.grams import INDEX, block_file, block_tensors, content, description, give_up, point_to, scopes
 from workflow.scripts.models import Blocks, set_threads
 from workflow.scripts.propagate import Stream
-from workflow.scripts.runtime import gram_stores, remove_parts, report_errors, unchanged, whole_file, write_atomic
+from workflow.scripts.runtime import (
+    InputError,
+    gram_stores,
+    remove_parts,
+    report_errors,
+    unchanged,
+    whole_file,
+    write_atomic,
+)
 from workflow.scripts.streaming import LazyBlocks
 from workflow.scripts.taps import Tap
 from workflow.scripts.text import read_tokens
@@ -62,7 +71,9 @@ def write_gram(folder: Path, blocks: Blocks, tokens: Tensor, fingerprint: Mappin
             checkpoint.finish(index)
             taps.clear()  # the progress bar holds on to the list
         found = [json.loads(checkpoint.file(index, "json").read_text("utf-8")) for index in range(len(blocks))]
-        write_atomic(part / INDEX, json.dumps({"length": tokens.shape[1], "blocks": found}, indent=1) + "\n")
+        hashes = [checkpoint.hashes[f"{part.name}/{block_file(index)}"] for index in range(len(blocks))]
+        contents = {"length": tokens.shape[1], "blocks": found, "sha256": hashes}
+        write_atomic(part / INDEX, json.dumps(contents, indent=1) + "\n")
         if folder.exists():  # a folder of before that has no index
             shutil.rmtree(folder)
         part.replace(folder)
@@ -89,10 +100,16 @@ def main(argv: list[str] | None = None) -> None:
     if (folder / INDEX).is_file():
         print(f"The same Grams were computed before: {folder} ({scopes(folder)})", file=sys.stderr)
     else:
+        check_unchanged(args.model, args.fingerprint)
         take(args.device)
         tokens = torch.from_numpy(read_tokens(args.tokens)[0])
         model = {**args.model, "dtype": args.dtype} if args.dtype else args.model
         write_gram(folder, LazyBlocks(model, args.device), tokens, fingerprint)
+        try:
+            check_unchanged(args.model, args.fingerprint)
+        except InputError:  # the store would be named after another model
+            give_up(folder)
+            raise
     point_to(folder, args.out)
 
 

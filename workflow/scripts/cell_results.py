@@ -11,17 +11,17 @@ from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
-from workflow.scripts.runtime import InputError
+from workflow.scripts.runtime import InputError, aside_of
 from workflow.scripts.significance import bootstrap_interval
 from workflow.scripts.sources import contaminated
-from workflow.scripts.table_schema import first_line, from_rows, typed
+from workflow.scripts.table_schema import first_line, from_rows, read_parquet, typed, unusable
 
 ACCURACIES = ("acc", "acc_norm")  # of zero-shot tasks; higher is better
 MEAN = "mean"  # the name of the row that has the mean accuracy over the tasks of a set
 CELL_METRICS = ("mean_output_error", "achieved_sparsity", "bits_per_weight", "solve_seconds", "job_seconds")
 LARGEST_LOSS = 700.0  # nats of a window, which exp takes close to the largest float64: no interval beyond
+COMPRESSED = {"cell.json", "layers.parquet", "trace.parquet"}  # what the compress job leaves and is read here
 NEVER_RAN = "no result and no failure record: an earlier step failed (see logs/), or the job was killed or never ran"
 BROKEN = (ValueError, OSError, KeyError, TypeError, AttributeError, pa.ArrowException, InputError)
 
@@ -112,11 +112,11 @@ def read_compression(folder: Path, columns: Mapping[str, Any]) -> Compression:
             raise ValueError(f"its seconds are {seconds}")
         from_rows([{**columns, "metric": "", "status": "done", **provenance}], "cells", "its provenance")
         name = "layers.parquet"
-        layers = _own(pq.ParquetFile(folder / name).read(), "layers", columns)
+        layers = _own(read_parquet(folder / name), "layers", columns)
         name = "trace.parquet"
-        trace = _own(pq.ParquetFile(folder / name).read(), "traces", columns)
+        trace = _own(read_parquet(folder / name), "traces", columns)
     except BROKEN as error:
-        raise InputError(f"{folder / name} cannot be used: {_message(error)}") from None
+        raise unusable(folder / name, error) from None
     return Compression(layers, trace, provenance, seconds)
 
 
@@ -134,12 +134,6 @@ def _own(data: pa.Table, table: str, columns: Mapping[str, Any]) -> pa.Table:
     return data
 
 
-def _message(error: BaseException) -> str:
-    if isinstance(error, KeyError):
-        return f"it lacks {error.args[0]!r}."
-    return first_line(error)
-
-
 def failure(folder: Path, present: set[str], stages: Sequence[str]) -> Gap:
     """The failure record of the first of the stages that left one, as a gap; missing when none did."""
     for stage in stages:
@@ -150,8 +144,14 @@ def failure(folder: Path, present: set[str], stages: Sequence[str]) -> Gap:
             record = read_json(folder / name)
             status, reason = str(record["status"]), " ".join(str(record["reason"]).split())
         except BROKEN as error:
-            return Gap("failed", f"{stage} failed, and {folder / name} cannot be used: {_message(error)}")
+            return Gap("failed", f"{stage} failed, and {folder / name} cannot be used: {first_line(error)}")
         return Gap("failed", f"{stage}: {reason}" if status == "error" else f"{stage}, {status}: {reason}")
+    outputs = COMPRESSED if list(stages) == ["compress"] else {f"{stage}.json" for stage in stages}
+    if damaged := sorted(name for name in outputs if aside_of(folder / name).name in present):
+        aside = aside_of(folder / damaged[0])
+        return Gap(
+            "failed", f"{folder / damaged[0]} was damaged, and is now {aside.name}: run again, which makes it anew"
+        )
     return Gap("missing", NEVER_RAN)
 
 
@@ -185,7 +185,7 @@ def perplexity(folder: Path, evaluation: Evaluation) -> tuple[dict[str, Any], li
             "eval_sha256": record["text"].get("sha256"),
         }
     except BROKEN as error:
-        raise InputError(f"{path} cannot be used: {_message(error)}") from None
+        raise unusable(path, error) from None
     if not math.isfinite(value):
         reason = record.get("reason") or f"the model has diverged: its perplexity is {value}"
         return row | {"value": None, "reason": reason}, []
@@ -220,7 +220,7 @@ def read_tasks(path: Path) -> tuple[list[dict[str, Any]], dict[tuple[str, str], 
             raise ValueError("it has numbers that are not finite")
         return rows, item_scores(record)
     except BROKEN as error:
-        raise InputError(f"{path} cannot be used: {_message(error)}") from None
+        raise unusable(path, error) from None
 
 
 def task_rows(folder: Path, tasks: TaskSet) -> tuple[list[dict[str, Any]], dict[tuple[str, str], list[float]]]:
@@ -270,7 +270,7 @@ def gather_cell(
     present = set(os.listdir(folder)) if folder.is_dir() else set()
     results = Results()
     gap: Gap | None = None
-    if {"cell.json", "layers.parquet", "trace.parquet"} <= present:
+    if present >= COMPRESSED:
         try:
             results.compression = read_compression(folder, cell.columns)
         except InputError as error:

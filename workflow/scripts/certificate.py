@@ -7,7 +7,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -15,11 +14,12 @@ from tqdm import tqdm
 from methods import ops
 from methods.base import Layer, Target
 from workflow.scripts import models
+from workflow.scripts.fingerprint import check_unchanged
 from workflow.scripts.grams import shared_blocks, store_of
 from workflow.scripts.lower_bound import lower_bound
 from workflow.scripts.runtime import InputError, report_errors, whole_file
 from workflow.scripts.streaming import LazyBlocks
-from workflow.scripts.table_schema import from_rows
+from workflow.scripts.table_schema import from_rows, write_parquet
 from workflow.scripts.taps import tapped_linears
 
 
@@ -42,12 +42,14 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--columns", type=json.loads, required=True, help="model, calibration and seed, as JSON")
     parser.add_argument("--target", type=json.loads, required=True, help="target, as JSON")
     parser.add_argument("--model", type=json.loads, required=True, help="model entry of the config, as JSON")
+    parser.add_argument("--fingerprint", type=Path, required=True, help="what fingerprint.py wrote of the model")
     parser.add_argument("--gram", type=Path, required=True, help="where the Grams are, as calibrate.py says")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, required=True, help="table of bounds, parquet")
     args = parser.parse_args(argv)
     models.set_threads(args.threads)
+    check_unchanged(args.model, args.fingerprint)
     target, blocks = Target(**args.target), LazyBlocks(args.model, args.device)
     facts = {**args.columns, "target": target.label, "sparsity": target.sparsity, "pattern": target.pattern}
     layers = tqdm(
@@ -60,8 +62,9 @@ def main(argv: list[str] | None = None) -> None:
     rows = [
         facts | row(Layer(linear.name, linear.weight(), tap.gram, tap.statistics), target) for _, tap, linear in layers
     ]
+    check_unchanged(args.model, args.fingerprint)
     with whole_file(args.out) as part:
-        pq.write_table(from_rows(rows, "bounds", f"the bounds of {target.label}"), part)
+        write_parquet(from_rows(rows, "bounds", f"the bounds of {target.label}"), part)
 
 
 if __name__ == "__main__":

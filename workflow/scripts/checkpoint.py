@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from workflow.scripts.runtime import write_atomic
+from workflow.scripts.runtime import sha256, write_atomic, writing
 
 STATE = "state.json"
 
@@ -36,6 +36,7 @@ class Checkpoint:
         self.folder, self.fingerprint = Path(folder), json.loads(json.dumps(fingerprint))
         self.done, self.seconds = 0, 0.0
         self._peaks: dict[str, float] = {}
+        self.hashes: dict[str, str] = {}  # of the finished blocks' files, by their paths in the folder
         self._start = time.perf_counter()
 
     def __enter__(self) -> Checkpoint:
@@ -45,9 +46,10 @@ class Checkpoint:
         return self
 
     def _locked(self) -> bool:
-        self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / "lock"
-        self._lock = path.open("w")
+        with writing(path):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._lock = path.open("w")
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system releases it when the process dies
         except BlockingIOError:
@@ -69,7 +71,7 @@ class Checkpoint:
         try:
             state = json.loads((self.folder / STATE).read_text("utf-8"))
             known, done, seconds = dict(state["fingerprint"]), int(state["done"]), float(state["seconds"])
-            peaks = dict(state["peaks"])
+            peaks, hashes = dict(state["peaks"]), dict(state["hashes"])
         except FileNotFoundError:
             return self._clear()
         except (ValueError, KeyError, TypeError) as error:
@@ -82,14 +84,22 @@ class Checkpoint:
                 file=sys.stderr,
             )
             return self._clear()
+        if damaged := [name for name, value in hashes.items() if self._differs(self.folder / name, value)]:
+            print(f"{self.folder / damaged[0]} is damaged: starting over.", file=sys.stderr)
+            return self._clear()
         if done:
             print(f"Going on after {done} finished blocks.", file=sys.stderr)
-        self.done, self.seconds, self._peaks = done, seconds, peaks
+        self.done, self.seconds, self._peaks, self.hashes = done, seconds, peaks, hashes
+
+    @staticmethod
+    def _differs(path: Path, known: str) -> bool:
+        """Whether a file is not as it was when its block was finished; one that is not there was moved by its job."""
+        return path.is_file() and sha256(path) != known
 
     def restart(self) -> None:
         """What is there is of no use."""
         self._clear()
-        self.done, self.seconds = 0, 0.0
+        self.done, self.seconds, self.hashes = 0, 0.0, {}
 
     def _clear(self) -> None:
         self._forget()
@@ -106,10 +116,12 @@ class Checkpoint:
         return self.folder / f"block-{index:03d}.{kind}"
 
     def finish(self, index: int) -> None:
-        """The block's files are written, and the states that enter the next one."""
+        """The block's files are written, wherever in the folder, and the states that enter the next one."""
         self.done = index + 1
+        for path in sorted(self.folder.rglob(f"block-{index:03d}.*")):
+            self.hashes[path.relative_to(self.folder).as_posix()] = sha256(path)
         state = {"fingerprint": self.fingerprint, "done": self.done, "seconds": self.total_seconds()}
-        state["peaks"] = self._peaks
+        state |= {"peaks": self._peaks, "hashes": self.hashes}
         write_atomic(self.folder / STATE, json.dumps(state) + "\n")
 
     def total_seconds(self) -> float:

@@ -46,7 +46,7 @@ class TableWriter:
 
     def __init__(self, table: str, parquet: Path, csv: Path) -> None:
         self.schema, self.csv, self.first = arrow_schema(table), csv, True
-        self.parquet = pq.ParquetWriter(parquet, self.schema)
+        self.parquet = pq.ParquetWriter(parquet, self.schema, write_page_checksum=True)
         self.waiting: list[pa.Table] = []
         self.rows = 0
 

@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -34,6 +33,7 @@ from workflow.scripts import models, packed
 from workflow.scripts.accounting import bits_per_weight
 from workflow.scripts.checkpoint import Checkpoint
 from workflow.scripts.devices import peak_gpu_mb, take
+from workflow.scripts.fingerprint import check_unchanged
 from workflow.scripts.grams import shared_blocks, store_of
 from workflow.scripts.models import Blocks
 from workflow.scripts.propagate import Stream
@@ -48,11 +48,12 @@ from workflow.scripts.runtime import (
     remove_parts,
     report_errors,
     sha256,
+    unchanged,
     whole_file,
     write_atomic,
 )
 from workflow.scripts.streaming import LazyBlocks
-from workflow.scripts.table_schema import from_rows
+from workflow.scripts.table_schema import from_rows, write_parquet
 from workflow.scripts.taps import Tap, tapped_linears
 from workflow.scripts.text import read_tokens
 from workflow.scripts.tune import Tuner
@@ -307,7 +308,9 @@ def run(args: argparse.Namespace) -> None:
     """Compress and evaluate a cell. Its checkpoint goes when all is written, also what evaluates the weights."""
     with Checkpoint(args.out / ".checkpoint", decisive(args)) as checkpoint:
         remove_parts(args.out)
-        record = compressed(args, checkpoint)
+        check_unchanged(args.model, args.fingerprint)
+        record = compressed(args, checkpoint) | {"weights_sha256": sha256(args.out / "weights.safetensors")}
+        check_unchanged(args.model, args.fingerprint)
         foresee(args.model, args.fingerprint, args.out / "weights.safetensors", args.device)
         write_atomic(args.out / "cell.json", json.dumps(record, indent=2) + "\n")
         checkpoint.remove()
@@ -333,6 +336,8 @@ def compressed(args: argparse.Namespace, checkpoint: Checkpoint) -> dict[str, An
     catalogue = Catalogue(args.method_path)
     method, own = catalogue.build(entry["name"], entry["params"]), catalogue[entry["name"]]
     criterion = own.criterion or "own"
+    if args.code:
+        unchanged(args.code)  # by now it is imported
     tokens, info = read_tokens(args.tokens)
     blocks = LazyBlocks(args.model, args.device)
     target = Target(**args.cell["target"])
@@ -418,7 +423,7 @@ def join_blocks(
     traces = [{**columns, **point} for block in found for point in block["traces"]]
     for table, content in (("layers", rows), ("trace", traces)):
         with whole_file(out / f"{table}.parquet") as part:
-            pq.write_table(from_rows(content, {"trace": "traces"}.get(table, table), title), part)
+            write_parquet(from_rows(content, {"trace": "traces"}.get(table, table), title), part)
     with whole_file(out / "weights.safetensors") as part:
         packed.join(part, [checkpoint.file(index, "safetensors") for index in range(count)])
 

@@ -7,6 +7,7 @@ import contextlib
 import hashlib
 import importlib.util
 import json
+import os
 import shutil
 import sys
 from collections.abc import Iterator, Mapping
@@ -25,7 +26,7 @@ from workflow.scripts.cell_results import read_json
 from workflow.scripts.evaluate import apply_weights, layers_of
 from workflow.scripts.models import Linear, few
 from workflow.scripts.packed import PackedFile, reordered
-from workflow.scripts.runtime import InputError, report_errors, write_atomic
+from workflow.scripts.runtime import InputError, check_weights, report_errors, write_atomic, writing
 from workflow.scripts.sources import TOKENIZER_FILES, model_folder
 
 WEIGHTS = "weights.safetensors"  # the compressed layers of a cell, and of a packed folder
@@ -168,6 +169,7 @@ def read_cell(folder: Path) -> tuple[dict[str, Any], PackedFile]:
     absent = [key for key in ("columns", "provenance") if key not in record]
     if absent:
         raise InputError(f"{folder / 'cell.json'} has no {absent[0]}.")
+    check_weights(folder / WEIGHTS)
     return record, PackedFile(folder / WEIGHTS)
 
 
@@ -230,8 +232,12 @@ def whole_folder(path: Path) -> Iterator[Path]:
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
     try:
-        yield part
-        part.replace(path)
+        with writing(path):
+            yield part
+            for file in (one for one in part.rglob("*") if one.is_file()):
+                with file.open("rb") as opened:
+                    os.fsync(opened.fileno())
+            part.replace(path)
     finally:
         shutil.rmtree(part, ignore_errors=True)
 

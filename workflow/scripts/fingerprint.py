@@ -7,12 +7,27 @@ import sys
 from pathlib import Path
 
 from workflow.scripts import sources
-from workflow.scripts.runtime import report_errors, sha256, write_atomic
+from workflow.scripts.runtime import InputError, report_errors, sha256, write_atomic
 
 
 def weights_hash(hashes: list[str]) -> str:
     """Of one file its SHA-256, as sha256sum and the hub give it; of shards the SHA-256 of theirs, in order."""
     return hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
+
+
+def check_unchanged(model: sources.Spec, fingerprint: Path) -> None:
+    """Raise InputError when a model's files are no longer those of its fingerprint: numbers would pass for theirs.
+
+    Only files that the file system has seen a change of since are hashed.
+    """
+    folder, since = sources.model_folder(model), fingerprint.stat().st_ctime_ns
+    for name, known in json.loads(fingerprint.read_text("utf-8"))["files"].items():
+        path = folder / name
+        if not path.is_file() or (path.stat().st_ctime_ns >= since and sha256(path) != known):
+            raise InputError(
+                f"{path} is no longer the file that {fingerprint} was made of, as if it had been edited or damaged: "
+                f"put it back, or delete {fingerprint} to study it as it is, and run again."
+            )
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -10,6 +10,7 @@ import json
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from methods.base import Gram, Statistics
 from workflow.scripts.models import Blocks
-from workflow.scripts.runtime import InputError, sha256, write_atomic
+from workflow.scripts.runtime import InputError, out_of_memory, refused, sha256, write_atomic
 from workflow.scripts.taps import Tap
 
 STATISTICS = ("mean", "absmean", "sequence_variance", "sample")
@@ -45,7 +46,9 @@ def description(tap: Tap) -> dict[str, Any]:
 
 
 def read_index(folder: Path) -> dict[str, Any]:
-    """{length, blocks: [{tap: {layers, inside, in, tokens, scope}}]}, taps in the order of their inputs.
+    """{length, blocks: [{tap: {layers, inside, in, tokens, scope}}], sha256: [of each block's file]}.
+
+    Taps stand in the order of their inputs.
 
     Raises InputError when the folder holds no complete Gram store.
     """
@@ -68,14 +71,23 @@ def read_block(folder: Path, index: int, device: str = "cpu") -> Iterator[Tap]:
 
     The file is opened for each tap: what has been read of a mapped file counts as memory until it is closed.
 
-    Raises InputError when its file is absent or damaged.
+    Raises InputError when its file is absent or, at the latest after the last tap, when it is damaged: then the store
+    is given up, so that the next run makes it anew.
     """
-    contents = read_index(folder)
+    contents, path = read_index(folder), Path(folder) / block_file(index)
     try:
-        for name, entry in contents["blocks"][index].items():
-            yield _tap(Path(folder) / block_file(index), name, entry, contents["length"], device)
+        with ThreadPoolExecutor(1) as beside:  # what is done with the taps takes longer
+            found = beside.submit(sha256, path)
+            for name, entry in contents["blocks"][index].items():
+                yield _tap(path, name, entry, contents["length"], device)
+            whole = found.result() == contents["sha256"][index]
     except (OSError, SafetensorError) as error:
-        raise InputError(f"The Gram file {block_file(index)} of {folder} cannot be read: {error}.") from error
+        if out_of_memory(error) or refused(error):
+            raise InputError(f"The Gram file {path.name} of {folder} cannot be read: {error}.") from error
+        sentence = f"The Gram file {path.name} of {folder} cannot be read: {error}"
+        raise InputError(f"{sentence}; {give_up(folder)}.") from error
+    if not whole:
+        raise InputError(f"The Gram file {path.name} of {folder} is damaged: it has changed; {give_up(folder)}.")
 
 
 def _tap(path: Path, name: str, entry: Mapping[str, Any], length: int, device: str) -> Tap:
@@ -118,13 +130,24 @@ def content(
     }
 
 
+def give_up(folder: Path, *pointers: Path) -> str:
+    """A store is of no use: nothing says any more that it is there. Returns the end of the sentence that says so."""
+    known = [*users(folder), *pointers, folder / INDEX]
+    try:
+        for path in known:
+            path.unlink(missing_ok=True)
+    except OSError:
+        return f"delete {' and '.join(map(str, known))}, and run again"
+    return "run again, which computes these Grams anew"
+
+
 def store_of(pointer: Path) -> Path:
     """The folder of the Grams that the file names, which the gram rule leaves; a folder stands for itself."""
     if pointer.is_dir():
         return pointer
     folder = named(pointer)
     if not (folder / INDEX).is_file():
-        raise InputError(f"The Grams of {pointer} are no longer at {folder}: delete {pointer}, and run again.")
+        raise InputError(f"The Grams of {pointer} are no longer at {folder}: {give_up(folder, pointer)}.")
     register(folder, pointer)  # anew where the study has moved
     return folder
 

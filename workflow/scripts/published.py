@@ -21,7 +21,6 @@ from typing import Any
 
 import jsonschema
 import pandas as pd
-import pyarrow.parquet as pq
 import yaml
 
 from methods.catalogue import CatalogueError
@@ -32,7 +31,7 @@ from workflow.scripts.documents import brief
 from workflow.scripts.grid import LONGEST_SENTENCE, Cell, Plan, plan
 from workflow.scripts.runtime import InputError, report_errors, whole_file
 from workflow.scripts.sources import dataset_of
-from workflow.scripts.table_schema import from_rows, read_table, to_frame
+from workflow.scripts.table_schema import from_rows, read_table, to_frame, write_parquet
 
 ROOT = Path(__file__).parents[2]
 FILE = ROOT / "resources/published.csv"
@@ -330,7 +329,7 @@ def write(entries: Sequence[Row], out: Path) -> None:
     """Write published.parquet, .csv, .md and .tex into folder `out`."""
     table = from_rows([dict(entry) for entry in entries], "published", "the published numbers")
     with whole_file(out / "published.parquet") as parquet, whole_file(out / "published.csv") as text:
-        pq.write_table(table, parquet)
+        write_parquet(table, parquet)
         write_csv(table, text)
     published_page.write(to_frame(table), out)
 

@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING, Any
 
 from methods.catalogue import SHARED_SOURCES
 from workflow.scripts.devices import take
-from workflow.scripts.runtime import record_failure, report_errors, sha256, write_atomic
+from workflow.scripts.fingerprint import check_unchanged
+from workflow.scripts.runtime import check_weights, record_failure, report_errors, sha256, write_atomic
 from workflow.scripts.task_sets import task_files
 from workflow.scripts.zero_shot import stay_offline
 
@@ -142,6 +143,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, required=True, help="JSON file for the result")
     args = parser.parse_args(argv)
     with record_failure(args.out.parent, args.out.name.removesuffix(".json")):
+        check_weights(args.weights)
         evaluation = Evaluation(
             args.kind, args.model, args.fingerprint, args.weights, args.data, args.tasks, args.device, args.name
         )
@@ -150,7 +152,9 @@ def main(argv: list[str] | None = None) -> None:
         if text is not None:
             print(f"The same weights were evaluated before: {file}", file=sys.stderr)
         else:
+            check_unchanged(args.model, args.fingerprint)
             text = computed(evaluation, args.threads)
+            check_unchanged(args.model, args.fingerprint)
             write_atomic(file, text)
     write_atomic(args.out, text)
 

@@ -7,6 +7,7 @@ column at a time; a test holds this check and a JSON Schema validator together.
 # pyarrow.compute makes its functions when it is imported, unseen by a type checker.
 # pyright: reportAttributeAccessIssue=false
 
+import json
 import math
 from collections.abc import Sequence
 from functools import cache
@@ -19,7 +20,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import yaml
 
-from workflow.scripts.runtime import InputError
+from workflow.scripts.runtime import InputError, set_aside
 
 SCHEMA = Path(__file__).parents[1] / "schemas" / "tables.schema.yaml"
 ARROW = {"string": pa.string(), "integer": pa.int64(), "number": pa.float64(), "boolean": pa.bool_()}
@@ -142,6 +143,34 @@ def to_frame(data: pa.Table) -> pd.DataFrame:
     return data.to_pandas(types_mapper=PANDAS.get)
 
 
+def write_parquet(data: pa.Table, path: Path) -> None:
+    """Write a table with the checksums by which `read_parquet` knows a damaged one."""
+    pq.write_table(data, path, write_page_checksum=True)
+
+
+def read_parquet(path: Path, only: Sequence[str] | None = None) -> pa.Table:
+    """A table as it was written, or only some columns of it.
+
+    Raises pyarrow's ArrowInvalid, or OSError without a number, for a file that is damaged or no parquet.
+    """
+    with pq.ParquetFile(path, page_checksum_verification=True) as file:
+        return file.read(columns=only)
+
+
+def unusable(path: Path, error: Exception) -> InputError:
+    """What tells of a result that cannot be used; one that is damaged is set aside, so that the next run makes it anew.
+
+    error: of `read_parquet`, of reading JSON, or of what the content should be, which is no damage.
+    """
+    text = f"it lacks {error.args[0]!r}." if isinstance(error, KeyError) else first_line(error)
+    damaged = isinstance(error, (json.JSONDecodeError, UnicodeDecodeError, pa.ArrowInvalid)) or (
+        isinstance(error, OSError) and error.errno is None
+    )
+    if damaged:
+        text = f"{text.rstrip('.')}; {set_aside(path)}."
+    return InputError(f"{path} cannot be used: {text}")
+
+
 def read_table(folder: Path, table: str, only: Sequence[str] | None = None) -> pd.DataFrame:
     """A table as collect wrote it, or only some columns of it, checked.
 
@@ -151,9 +180,10 @@ def read_table(folder: Path, table: str, only: Sequence[str] | None = None) -> p
     if not path.is_file():
         raise InputError(f"Expected the {table} table at {path}, which does not exist: run collect first.")
     try:
-        data = pq.ParquetFile(path).read(columns=only)
+        data = read_parquet(path, only)
     except (pa.ArrowInvalid, OSError) as error:
-        raise InputError(f"{path} cannot be read as parquet: {first_line(error)}") from None
+        said = first_line(error).rstrip(".")
+        raise InputError(f"{path} cannot be read as parquet: {said}; delete it, and run again.") from None
     return to_frame(typed(data, table, str(path), only))
 
 

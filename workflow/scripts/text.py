@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from workflow.scripts.runtime import InputError, report_errors, whole_file
+from workflow.scripts.runtime import InputError, out_of_memory, refused, report_errors, set_aside, whole_file
 from workflow.scripts.sources import PLAIN_SUFFIXES, TEXT_SUFFIXES, Spec, dataset_of, fetch_text, model_folder
 
 if TYPE_CHECKING:
@@ -102,7 +102,7 @@ def _parquet(path: Path, field: str) -> list[str]:
     try:
         names = parquet.read_schema(path).names
         column = parquet.read_table(path, columns=[field])[field] if field in names else None
-    except pa.ArrowException as error:
+    except (pa.ArrowException, OSError) as error:
         raise InputError(f"{path} cannot be read: {str(error).splitlines()[0]}") from None
     if column is None:
         raise InputError(f"{path} should have the field {field!r}; it has {', '.join(map(repr, names))}.")
@@ -283,14 +283,26 @@ def tokens(model: Spec, text: Spec, cut: Spec, task: str) -> tuple[np.ndarray, d
 
 
 def read_tokens(path: Path) -> tuple[np.ndarray, dict[str, Any]]:
-    """Tokens [n, length] int64 of a file that main() wrote, and where they come from; InputError for another file."""
+    """Tokens [n, length] int64 of a file that main() wrote, and where they come from.
+
+    Raises InputError for another file, and for one that is damaged, which is set aside.
+    """
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(path, "np") as file:
-            return file.get_tensor("tokens"), json.loads((file.metadata() or {})["info"])
+            found, info = file.get_tensor("tokens"), json.loads((file.metadata() or {})["info"])
     except (OSError, SafetensorError, KeyError, ValueError) as error:
-        raise InputError(f"{path} should hold the tensor 'tokens' and its 'info': {error}.") from None
+        sentence = f"{path} should hold the tensor 'tokens' and its 'info': {error}"
+        known = isinstance(error, OSError) or refused(error) or out_of_memory(error)
+        raise InputError(f"{sentence}." if known else f"{sentence}; {set_aside(path)}.") from error
+    if info.pop("tokens_sha256", None) not in (None, tokens_hash(found)):
+        raise InputError(f"{path} is damaged: its tokens are not those that were written; {set_aside(path)}.")
+    return found, info
+
+
+def tokens_hash(tokens: np.ndarray) -> str:
+    return hashlib.sha256(np.ascontiguousarray(tokens).data).hexdigest()
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -307,6 +319,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
 
     drawn, info = tokens(args.model, args.text, args.cut, args.task)
+    info["tokens_sha256"] = tokens_hash(drawn)
     with whole_file(args.out) as part:
         save_file({"tokens": np.ascontiguousarray(drawn)}, part, metadata={"info": json.dumps(info, sort_keys=True)})
 

@@ -1,0 +1,201 @@
+"""Whole studies under what a machine and its users do to them: a sentence, and tables as of an undisturbed run."""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from dag import CONFIG, Run, snakemake, tiny_project, tiny_study, write_config
+from kill_study import assert_same_tables, disturbed
+
+pytestmark = [pytest.mark.long, pytest.mark.xdist_group("faults of runs")]
+
+GOAL = "results/tables/cells.parquet"  # without figures
+ARGUMENTS = [GOAL, "--configfile", str(CONFIG)]
+
+
+def small_study() -> dict:
+    return tiny_study() | {"targets": [{"pattern": "2:4"}], "methods": {"magnitude": None, "wanda": None}}
+
+
+@pytest.fixture(scope="module")
+def fresh(tmp_path_factory) -> Path:
+    """A project where nothing has run; its kernels are compiled."""
+    folder = tiny_project(tmp_path_factory.mktemp("fresh"))
+    write_config(folder, small_study())
+    subprocess.run([sys.executable, "-c", "import methods.wanda, kernels.rows, kernels.sums"], cwd=folder, check=True)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def undisturbed(fresh: Path, tmp_path_factory) -> Path:
+    folder = copy(fresh, tmp_path_factory.mktemp("undisturbed") / "study")
+    done = run(folder)
+    assert done.status == 0, done.output
+    return folder
+
+
+def copy(folder: Path, to: Path) -> Path:
+    return Path(shutil.copytree(folder, to, symlinks=True))
+
+
+def run(folder: Path, *arguments: str, **environment: str) -> Run:
+    return snakemake(folder, *ARGUMENTS, *arguments, **environment)
+
+
+def assert_told(done: Run, *sentences: str) -> None:
+    assert done.status == 1, done.output
+    assert "Traceback" not in done.output
+    assert all(sentence in done.output for sentence in sentences), done.output
+
+
+def assert_finishes(folder: Path, undisturbed: Path) -> Run:
+    done = run(folder)
+    assert done.status == 0, done.output
+    assert_same_tables(folder, undisturbed)
+    assert not list(folder.glob("results/**/*.part")) and not list(folder.rglob("failed-*.json"))
+    return done
+
+
+def start(folder: Path, log: Path) -> subprocess.Popen:
+    clean = {key: value for key, value in os.environ.items() if key != "PYTHONPATH" and not key.startswith("SNAKEMAKE")}
+    command = [sys.executable, "-m", "snakemake", "--cores", "1", *ARGUMENTS]
+    return subprocess.Popen(command, cwd=folder, stdout=log.open("w"), stderr=subprocess.STDOUT, env=clean)
+
+
+def wait_for(process: subprocess.Popen, here: Callable[[], bool]) -> None:
+    while not here():
+        assert process.poll() is None
+        time.sleep(0.05)
+
+
+@pytest.fixture
+def disk(fresh: Path, tmp_path: Path):
+    """A project whose results are on a small disk of their own."""
+    folder = copy(fresh, tmp_path / "study")
+    results = folder / "results"
+    results.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "none", results], capture_output=True).returncode:
+        pytest.skip("mounting is not allowed here")
+    yield folder
+    subprocess.run(["umount", results], check=True)
+
+
+def test_a_full_disk(disk: Path, undisturbed: Path):
+    filler = disk / "results/filler"
+    with pytest.raises(OSError, match="No space"), filler.open("wb", buffering=0) as file:
+        while True:
+            file.write(bytes(4096))
+    os.truncate(filler, filler.stat().st_size - 200_000)
+    assert_told(run(disk), "no space is left on the disk: free some, then run again")
+    filler.unlink()
+    assert_finishes(disk, undisturbed)
+
+
+def test_a_read_only_results_folder(disk: Path, undisturbed: Path):
+    subprocess.run(["mount", "-o", "remount,ro", disk / "results"], check=True)
+    done = run(disk)
+    assert done.status == 1 and "Read-only file system" in done.output or "mounted read-only" in done.output
+    subprocess.run(["mount", "-o", "remount,rw", disk / "results"], check=True)
+    assert_finishes(disk, undisturbed)
+
+
+@pytest.mark.parametrize("name", ["layers.parquet", "trace.parquet", "cell.json"])
+def test_a_truncated_result(undisturbed: Path, tmp_path: Path, name: str):
+    """The next plain run tells it, and the one after that has computed it anew."""
+    folder = copy(undisturbed, tmp_path / "study")
+    path = sorted(folder.glob(f"results/cells/*/*/*/*/{name}"))[0]
+    os.truncate(path, path.stat().st_size // 2)
+    shutil.rmtree(folder / "results/tables")
+    assert_told(run(folder), f"{name} cannot be used: ", "run again, which makes it anew")
+    assert assert_finishes(folder, undisturbed).jobs["compress"] == 1
+    assert not list(folder.rglob("*.damaged"))
+
+
+def test_damaged_grams(undisturbed: Path, tmp_path: Path):
+    folder = copy(undisturbed, tmp_path / "study")
+    (path,) = folder.glob("results/grams/*/block-001.safetensors")
+    content = bytearray(path.read_bytes())
+    content[-4] ^= 1
+    path.write_bytes(content)
+    shutil.rmtree(folder / "results/cells")
+    assert_told(run(folder), "block-001.safetensors", "is damaged", "run again, which computes these Grams anew")
+    assert assert_finishes(folder, undisturbed).jobs["gram"] == 1
+
+
+def test_two_runs_in_a_folder(fresh: Path, undisturbed: Path, tmp_path: Path):
+    folder = copy(fresh, tmp_path / "study")
+    first = start(folder, tmp_path / "log")
+    wait_for(first, lambda: (folder / "results/models").exists())
+    assert_told(run(folder), "Directory cannot be locked", "no other Snakemake process")
+    assert first.wait() == 0, (tmp_path / "log").read_text()
+    assert_same_tables(folder, undisturbed)
+
+
+def test_two_studies_that_share_their_grams(fresh: Path, undisturbed: Path, tmp_path: Path, monkeypatch):
+    monkeypatch.setenv("LAYERWISE_CACHE", str(tmp_path / "grams"))
+    folders = [copy(fresh, tmp_path / name) for name in ("one", "other")]
+    runs = [start(folder, folder / "log") for folder in folders]
+    for folder, process in zip(folders, runs, strict=True):
+        assert process.wait() == 0, (folder / "log").read_text()
+        assert_same_tables(folder, undisturbed)
+    assert len(list((tmp_path / "grams").iterdir())) == 1
+
+
+@pytest.mark.parametrize("clock", ["back", "ahead", "stopped"])
+def test_a_clock_that_jumps(undisturbed: Path, tmp_path: Path, clock: str):
+    """Times of files say in what order they were written; a clock that is set makes them lie."""
+    folder, now = copy(undisturbed, tmp_path / "study"), time.time()
+    for number, path in enumerate(sorted(folder.glob("results/**/*"))):
+        own = {"back": now - 1e6 - 60 * number, "ahead": now + 1e6 + 60 * number, "stopped": now}[clock]
+        os.utime(path, (own, own))
+    os.remove(folder / "results/tables/layers.csv")
+    assert_finishes(folder, undisturbed)
+    seconds = pd.read_parquet(folder / GOAL).query("metric in ('solve_seconds', 'job_seconds')")["value"]
+    assert len(seconds) and (seconds >= 0).all()
+
+
+def test_a_config_that_is_edited_during_a_run(fresh: Path, undisturbed: Path, tmp_path: Path):
+    """The run goes on with what it read; the next computes what the config then says."""
+    folder = copy(fresh, tmp_path / "study")
+    first = start(folder, tmp_path / "log")
+    wait_for(first, lambda: any(folder.glob("results/tokens/*/*.safetensors")))
+    write_config(folder, small_study() | {"targets": [{"sparsity": 0.5}], "methods": {"wanda": None}})
+    assert first.wait() == 0, (tmp_path / "log").read_text()
+    assert_same_tables(folder, undisturbed)
+    done = run(folder)
+    assert done.status == 0, done.output
+    cells = pd.read_parquet(folder / GOAL)
+    assert set(cells["label"]) == {"wanda"} and set(cells["target"]) == {"50%"}
+
+
+def test_a_method_that_is_edited_during_a_run(fresh: Path, undisturbed: Path, tmp_path: Path):
+    """Its cells are refused, for they would pass for those of the code that the run began with."""
+    folder = copy(fresh, tmp_path / "study")
+    path = folder / "methods/wanda.py"
+    before = path.read_text("utf-8")
+    first = start(folder, tmp_path / "log")
+    wait_for(first, lambda: any(folder.glob("results/models/*.json")))
+    path.write_text(before + "# edited\n", "utf-8")
+    assert first.wait() == 1
+    said = (tmp_path / "log").read_text()
+    assert "The code was edited since this run began: run again." in said and "Traceback" not in said
+    path.write_text(before, "utf-8")
+    assert_finishes(folder, undisturbed)
+
+
+@pytest.mark.parametrize("by", [signal.SIGTERM, signal.SIGINT])
+def test_a_study_that_is_told_to_end(fresh: Path, undisturbed: Path, tmp_path: Path, by: signal.Signals):
+    folder = copy(fresh, tmp_path / "study")
+    told = disturbed(folder, ARGUMENTS, 4, 25, random.Random(1), by)
+    assert len(told) > 1 and not any("Traceback" in text for text in told), told
+    assert_same_tables(folder, undisturbed)
