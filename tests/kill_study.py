@@ -4,7 +4,7 @@
 
 FOLDER: a clone of the project, where the study runs; OTHER: one where it ran to its end undisturbed. Each run is killed
 after a random time until the kills are spent; then one runs to its end, and all tables are compared, down to the last
-bit of every number but those that no two runs share (times, memory). --signal TERM tells all processes to end instead,
+bit of every number but those that no two runs share (times, memory). A study that ends before is begun anew. --signal TERM tells all processes to end instead,
 and waits until they have.
 """
 
@@ -99,11 +99,14 @@ def main() -> None:
     args, rest = parser.parse_known_args()
     start = time.perf_counter()
     by = signal.Signals[f"SIG{args.signal}"]
-    told = disturbed(args.folder, rest, args.kills, args.longest, random.Random(args.seed), by)
-    resumed = sum(path.read_text(errors="replace").count("Going on after") for path in args.folder.rglob("*.log"))
-    print(f"{len(told) - 1} kills, {time.perf_counter() - start:.0f} s, {resumed} jobs went on within a model.")
-    assert_same_tables(args.folder, args.against)
-    print("All tables are the same.")
+    chance, spent = random.Random(args.seed), 0
+    while spent < args.kills:  # a study that ends before is begun anew
+        subprocess.run(["make", "clean"], cwd=args.folder, check=True, stdout=subprocess.DEVNULL)
+        spent += len(disturbed(args.folder, rest, args.kills - spent, args.longest, chance, by)) - 1
+        resumed = sum(path.read_text(errors="replace").count("Going on after") for path in args.folder.rglob("*.log"))
+        assert_same_tables(args.folder, args.against)
+        seconds = time.perf_counter() - start
+        print(f"{spent} kills, {seconds:.0f} s, {resumed} jobs went on within a model: all tables are the same.")
 
 
 if __name__ == "__main__":
