@@ -4,8 +4,8 @@
 
 FOLDER: a clone of the project, where the study runs; OTHER: one where it ran to its end undisturbed. Each run is killed
 after a random time until the kills are spent; then one runs to its end, and all tables are compared, down to the last
-bit of every number but those that no two runs share (times, memory). A study that ends before is begun anew. --signal TERM tells all processes to end instead,
-and waits until they have.
+bit of every number but those that no two runs share (times, memory). A study that ends before is begun anew.
+--signal TERM tells all processes to end instead, and waits until they have.
 """
 
 from __future__ import annotations
