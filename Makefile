@@ -104,14 +104,15 @@ lock:  # the hashes of requirements.lock's versions, for every platform, from th
 	uv pip compile --quiet --no-deps --generate-hashes --no-header --no-annotate --python-version 3.11 --universal \
 		--no-emit-package torch requirements.lock --output-file requirements-hashed.lock
 
-audit: .venv/audit  # known vulnerabilities of the locked versions; one sentence where the package index tells of none
-	@.venv/audit/bin/pip-audit --disable-pip --no-deps --requirement requirements-hashed.lock > .venv/audit.log 2>&1; \
-	status=$$?; unknown=$$(grep -c 'could not be audited' .venv/audit.log); \
+audit: .venv/audit/bin/pip-audit  # known vulnerabilities of the locked versions, where the package index tells them
+	@$< --disable-pip --no-deps --requirement requirements-hashed.lock > .venv/audit.log 2>&1; status=$$?; \
+	unknown=$$(grep -c 'could not be audited' .venv/audit.log); \
+	if grep -q '^Found ' .venv/audit.log; then cat .venv/audit.log; exit 1; fi; \
 	if [ $$unknown -gt 0 ] || grep -q 'ConnectionError\|ServiceError' .venv/audit.log; then \
-		echo "No whole audit: the package index here tells nothing of $$unknown of the locked packages."; fi; \
-	if grep -q '^Found ' .venv/audit.log; then cat .venv/audit.log; exit $$status; fi
+		echo "No whole audit: the package index here tells nothing of $$unknown of the locked packages."; \
+	elif [ $$status -ne 0 ]; then cat .venv/audit.log; exit 1; fi
 
-.venv/audit: | .venv/installed
-	$(PYTHON) -m venv $@
-	$@/bin/python -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS) pip-audit
+.venv/audit/bin/pip-audit: | .venv/installed
+	$(PYTHON) -m venv .venv/audit
+	.venv/audit/bin/python -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS) pip-audit
 
