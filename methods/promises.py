@@ -34,13 +34,14 @@ def broken_promise(layer: Layer, target: Target, result: Compressed, mask_only: 
 def _plain(layer: Layer, target: Target, result: Compressed) -> str | None:
     inputs = [layer.weight, layer.gram.matrix, layer.keep]
     inputs += vars(layer.statistics).values() if layer.statistics else ()
-    taken = {x.untyped_storage().data_ptr() for x in inputs if isinstance(x, Tensor)}
+    taken = {x.untyped_storage().data_ptr() for x in inputs if isinstance(x, Tensor)} - {0}  # 0: it has none
     for name in TENSORS:
         value = getattr(result, name)
         if value is None and name != "weight":
             continue
-        if type(value) is not Tensor:
-            return f"promise 1: {name} must be a torch.Tensor, {type(value).__name__} came"
+        if type(value) is not type(layer.weight):
+            expected = type(layer.weight)
+            return f"promise 1: {name} must be a {expected.__module__}.{expected.__name__}, {type(value).__name__} came"
         if value.requires_grad:
             return f"promise 1: {name} must not require a gradient"
         if value.layout != torch.strided:

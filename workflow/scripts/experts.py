@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
+from methods.promises import finite
 from workflow.scripts.models import Linear
 from workflow.scripts.runtime import InputError
 from workflow.scripts.tap_statistics import RoutedStatistics, TapStatistics
@@ -154,6 +155,11 @@ class ExpertRecorder(TorchFunctionMode):
                 file=sys.stderr,
             )
         return bool(self.few)
+
+    def overflown(self) -> str | None:
+        """The first layer whose inputs, or their squares, are not finite."""
+        found = (name for name, own in self.statistics.items() if not finite(own.gram.diagonal()))
+        return next(found, None)
 
     def found(self) -> Iterator[Found]:
         """The experts' taps, in the order of the layers; experts that are shown every token share what enters them."""

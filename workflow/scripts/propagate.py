@@ -275,9 +275,11 @@ class Stream:
         advice = ", use dtype: bfloat16 or float32" if inputs.dtype == torch.float16 else ""
         self.overflow = f"the output of {found[-1]} has NaN or Inf in {dtype}{advice}"
 
-    def _refuse(self) -> None:
+    def _refuse(self, expert: str | None = None) -> None:
+        """expert: the first layer of one that is given such values."""
         if self.overflow:
-            raise Diverged(f"The activations of the calibration are not finite: {self.overflow}.")
+            also = f", and so has what enters {expert}" if expert else ""
+            raise Diverged(f"The activations of the calibration are not finite: {self.overflow}{also}.")
 
     def replay(self, block: Callable[..., Any], index: int, batch: int, hidden: Tensor) -> Tensor:
         """What `block` gives for hidden states when it is called as block `index` is for this batch, with gradients."""
@@ -310,7 +312,7 @@ class Stream:
                 for batch, inputs in enumerate(before):
                     self._forward(index, batch, inputs)
         self._locate()
-        self._refuse()
+        self._refuse(recorder.experts.overflown())
         return recorder.finish()
 
     def advance(self, index: int) -> None:
