@@ -58,7 +58,7 @@ def faults() -> list[Fault]:
 
 def failing(folder: Path, tests: Sequence[str]) -> str | None:
     """The first test that fails in a copy of the project; nothing where all pass, None where they cannot be run."""
-    options = ["-x", "-q", "-n", "0", "-p", "no:cacheprovider", "--tb", "no", "-m", ""]
+    options = ["-x", "-q", "-n", "0", "-p", "no:cacheprovider", "--tb", "no"]
     command = [sys.executable, "-m", "pytest", *options, *tests]
     try:
         done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=LONGEST)
@@ -71,7 +71,7 @@ def failing(folder: Path, tests: Sequence[str]) -> str | None:
 
 
 def verdict(folder: Path, fault: Fault) -> str:
-    """The test that catches the fault, or nothing."""
+    """The first test that fails with the fault, or nothing."""
     path = folder / fault.file
     code = path.read_text("utf-8")
     path.write_text(fault.planted(code), "utf-8")
@@ -79,7 +79,7 @@ def verdict(folder: Path, fault: Fault) -> str:
         test = failing(folder, shlex.split(fault.tests))
     finally:
         path.write_text(code, "utf-8")
-    return test if test and failing(folder, [test]) == "" else ""
+    return test or ""
 
 
 def copy_to(folder: Path) -> Path:
@@ -87,7 +87,7 @@ def copy_to(folder: Path) -> Path:
 
 
 def judged(chosen: Sequence[Fault], workers: int) -> list[str]:
-    """What catches each fault, nothing where no test does."""
+    """The test that catches each fault, nothing where none does. Raises SystemExit for one that fails without."""
     with tempfile.TemporaryDirectory(prefix="layerwise-mutants-") as place, ThreadPoolExecutor(workers) as pool:
         free: SimpleQueue[Path] = SimpleQueue()
         for number in range(workers):
@@ -102,7 +102,10 @@ def judged(chosen: Sequence[Fault], workers: int) -> list[str]:
             print(f"{time.perf_counter() - start:4.0f} s  {fault.fault}: {found or 'NOT CAUGHT'}", flush=True)
             return found
 
-        return list(pool.map(judge, chosen))
+        caught = list(pool.map(judge, chosen))
+        if any(caught) and (found := failing(free.get(), sorted(filter(None, caught)))) != "":
+            raise SystemExit(f"error: Without a fault this test should pass, and does not: {found}.")
+        return caught
 
 
 def table(chosen: Sequence[Fault], caught: Sequence[str]) -> str:

@@ -25,6 +25,7 @@ def test_a_fault_that_no_test_catches_is_told(tmp_path):
     (tmp_path / "test_strong.py").write_text(f"{test}\ndef test_strong():\n    assert double(3) == 6\n")
     fault = Fault("a sum for a product", "code_under_test.py", "2 * x", "2 + x", "test_weak.py")
     assert verdict(tmp_path, Fault(**{**vars(fault), "tests": "test_strong.py"})).startswith("test_strong.py::")
+    assert verdict(tmp_path, fault) == ""
     assert verdict(tmp_path, Fault(**{**vars(fault), "then": "x * 2", "tests": "test_strong.py"})) == ""
     assert verdict(tmp_path, Fault(**{**vars(fault), "then": "2 *", "tests": "test_strong.py"})) == ""
     assert (tmp_path / "code_under_test.py").read_text() == "def double(x):\n    return 2 * x\n"
