@@ -21,7 +21,7 @@ def test_every_fault_is_told_as_caught():
 def test_a_fault_that_no_test_catches_is_told(tmp_path):
     test = "from code_under_test import *\n"
     (tmp_path / "code_under_test.py").write_text("def double(x):\n    return 2 * x\n")
-    (tmp_path / "test_weak.py").write_text(f"{test}\ndef test_weak():\n    assert double(0) == 0\n")
+    (tmp_path / "test_weak.py").write_text(f"{test}\ndef test_weak():\n    assert double(2) == 4\n")
     (tmp_path / "test_strong.py").write_text(f"{test}\ndef test_strong():\n    assert double(3) == 6\n")
     fault = Fault("a sum for a product", "code_under_test.py", "2 * x", "2 + x", "test_weak.py")
     assert verdict(tmp_path, Fault(**{**vars(fault), "tests": "test_strong.py"})).startswith("test_strong.py::")
