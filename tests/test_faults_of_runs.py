@@ -84,28 +84,39 @@ def disk(fresh: Path, tmp_path: Path):
     folder = copy(fresh, tmp_path / "study")
     results = folder / "results"
     results.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "none", results], capture_output=True).returncode:
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16m", "none", results], capture_output=True).returncode:
         pytest.skip("mounting is not allowed here")
     yield folder
     subprocess.run(["umount", results], check=True)
 
 
-def test_a_full_disk(disk: Path, undisturbed: Path):
+def begun(folder: Path, log: Path, fault: Callable[[], object]) -> Run:
+    """A run that a fault meets after its first jobs."""
+    process = start(folder, log)
+    wait_for(process, lambda: any(folder.glob("results/tokens/*/*.safetensors")))
+    fault()
+    return Run(process.wait(), log.read_text(), 0)
+
+
+def test_a_disk_that_fills_up(disk: Path, undisturbed: Path, tmp_path: Path):
     filler = disk / "results/filler"
-    with pytest.raises(OSError, match="No space"), filler.open("wb", buffering=0) as file:
-        while True:
-            file.write(bytes(4096))
-    os.truncate(filler, filler.stat().st_size - 200_000)
-    assert_told(run(disk), "no space is left on the disk: free some, then run again")
+
+    def fill() -> None:
+        with pytest.raises(OSError, match="No space"), filler.open("wb", buffering=0) as file:
+            while True:
+                file.write(bytes(4096))
+
+    assert_told(begun(disk, tmp_path / "log", fill), "no space is left on the disk: free some, then run again")
+    assert_told(run(disk), "The jobs need about", "of disk where results/ is, and 0 MB are free: make room")
     filler.unlink()
     assert_finishes(disk, undisturbed)
 
 
 def test_a_read_only_results_folder(disk: Path, undisturbed: Path):
-    subprocess.run(["mount", "-o", "remount,ro", disk / "results"], check=True)
-    done = run(disk)
-    assert done.status == 1 and "Read-only file system" in done.output or "mounted read-only" in done.output
-    subprocess.run(["mount", "-o", "remount,rw", disk / "results"], check=True)
+    results = disk / "results"
+    subprocess.run(["mount", "-o", "remount,ro", results], check=True)
+    assert_told(run(disk), "results cannot be written: the disk is mounted read-only, or permission is denied.")
+    subprocess.run(["mount", "-o", "remount,rw", results], check=True)
     assert_finishes(disk, undisturbed)
 
 

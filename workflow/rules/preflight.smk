@@ -7,6 +7,11 @@ def preflight():
     """Print what the jobs take together and refuse what cannot fit, before the first one starts."""
     if workflow.touch:
         return
+    results = Path("results" if os.path.isdir("results") else ".")
+    if not os.access(results, os.W_OK):  # Snakemake would end in a traceback
+        raise WorkflowError(
+            f"{results.absolute()} cannot be written: the disk is mounted read-only, or permission is denied."
+        )
     planned = list(workflow.dag.needrun_jobs())
     jobs = [Job(job.rule.name, job.wildcards_dict) for job in planned]
     asked = workflow.global_resources.get("mem_mb").value
