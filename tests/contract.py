@@ -30,7 +30,7 @@ TARGETS = [
     Target(0.7),
     Target(0.5, "layer"),
     Target(pattern="2:4"),
-    Target(pattern="4:8"),
+    Target(pattern="3:8"),  # not as many go as stay
     Target(0.5, "1x16"),
     Target(bits=4, group=128),
     Target(bits=3, group=128),

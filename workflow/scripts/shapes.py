@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from workflow.scripts.runtime import InputError
-from workflow.scripts.sources import Spec, language_config, read_json, tensors_of, weight_files
+from workflow.scripts.sources import DEPTHS, Spec, language_config, read_json, tensors_of, weight_files
 
 BYTES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
 SAVED = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}  # as safetensors calls them
@@ -179,7 +179,7 @@ def _share(config: Mapping[str, Any]) -> float:
 def shape_of_config(config: Mapping[str, Any]) -> Shape | None:
     """The shape that a config.json gives, for a model whose weights are not here; None where its fields do not."""
     hidden = _first(config, "hidden_size", "n_embd", "d_model")
-    depth = _first(config, "num_hidden_layers", "n_layer", "num_layers")
+    depth = _first(config, *DEPTHS)
     heads = _first(config, "num_attention_heads", "n_head")
     vocabulary = _first(config, "vocab_size")
     if not (hidden and depth and heads and vocabulary):

@@ -34,6 +34,7 @@ VOCABULARIES = (  # files of which a folder needs one to have a tokenizer
 )
 TOKENIZER_FILES = (*VOCABULARIES, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "merges.txt")
 # How the config.json of a model calls the inputs of its layers: its width and that of its MLP.
+DEPTHS = ("num_hidden_layers", "n_layer", "num_layers")  # and the number of its blocks
 WIDTHS = (
     "hidden_size",
     "n_embd",
@@ -81,13 +82,25 @@ def _check_folder(name: str, folder: Path) -> None:
         raise InputError(f"The model {name!r} should be a folder at {folder}, but there is none.")
     if not (folder / "config.json").is_file():
         raise InputError(f"The folder {folder} of the model {name!r} has no config.json.")
-    read_json(folder / "config.json")
     if not any((folder / vocabulary).is_file() for vocabulary in VOCABULARIES):
         raise InputError(
             f"The folder {folder} of the model {name!r} has no tokenizer: one of {', '.join(VOCABULARIES)} is needed."
         )
-    for path in weight_files(name, folder):
-        check_safetensors(path)
+    check_weights(name, folder)
+
+
+def check_weights(name: str, folder: Path) -> None:
+    """Raise InputError when the weights are not whole, or the config.json asks for more blocks than they have tensors,
+    with which a model would be made until no memory is left."""
+    config = language_config(read_json(folder / "config.json"))
+    tensors = sum(check_safetensors(path) for path in weight_files(name, folder))
+    for key in DEPTHS:
+        depth = config.get(key)
+        if isinstance(depth, int) and depth > tensors:
+            raise InputError(
+                f"{folder / 'config.json'} of the model {name!r} says {key}: {brief(str(depth), 30)}, but its weights "
+                f"have no more than {tensors} tensors."
+            )
 
 
 def longest_sequence(spec: Spec) -> int | None:
@@ -166,14 +179,18 @@ def weight_files(name: str, folder: Path) -> list[Path]:
     raise InputError(f"The folder {folder} of the model {name!r} has no weights: {WEIGHTS} or {INDEX} is needed.")
 
 
-def check_safetensors(path: Path) -> None:
-    """Raise InputError when the file is not what its header says, or that breaks the format; no weights are read."""
+def check_safetensors(path: Path) -> int:
+    """Number of tensors of a file, of which no weights are read.
+
+    Raises InputError when the file is not what its header says, or that breaks the format.
+    """
     size = path.stat().st_size
     length, tensors = _header(path)
     expected = 8 + length + max((end for *_, end in tensors.values()), default=0)
     if size != expected:
         what = "is cut off" if size < expected else "is too long"
         raise InputError(f"{path} {what}: it has {size} bytes and its header says {expected}.")
+    return len(tensors)
 
 
 def tensors_of(path: Path) -> list[tuple[str, tuple[int, ...], str]]:
