@@ -31,7 +31,7 @@ from workflow.scripts import compress, grams, runtime, text
 from workflow.scripts.bounds import read_bounds
 from workflow.scripts.cell_results import failure
 from workflow.scripts.fingerprint import check_unchanged
-from workflow.scripts.runtime import InputError, check_weights, report_errors, status_of, whole_file
+from workflow.scripts.runtime import InputError, check_weights, read_made, report_errors, status_of, whole_file
 from workflow.scripts.table_schema import read_parquet, write_parquet
 
 HALF = Target(0.5)
@@ -345,6 +345,17 @@ def test_a_bit_of_a_table_is_missed(tmp_path, place: float):
     with pytest.raises(InputError, match="bounds.parquet cannot be used: .*; it is now .*damaged; run again, which"):
         read_bounds(path)
     assert not path.exists()
+
+
+@pytest.mark.parametrize("content", [b"", b'{"store": "resul', b"\xff\xfe{}"])
+def test_a_small_file_of_the_workflow_that_is_cut_off(tmp_path, content: bytes):
+    path = tmp_path / "gram.json"
+    path.write_bytes(content)
+    with pytest.raises(InputError, match="gram.json is damaged: it is now .*gram.json.damaged; run again"):
+        grams.named(path)
+    assert not path.exists()
+    path.write_text('{"store": "results/grams/a"}')
+    assert read_made(path) == {"store": "results/grams/a"}
 
 
 def test_a_text_that_is_cut_off(tmp_path):

@@ -44,6 +44,7 @@ from workflow.scripts.runtime import (
     InputError,
     peak_mb,
     provenance,
+    read_made,
     record_failure,
     remove_parts,
     report_errors,
@@ -321,7 +322,7 @@ def decisive(args: argparse.Namespace) -> dict[str, Any]:
     return {
         "spec": {key: args.cell[key] for key in args.cell if key != "columns"} | {"seed": args.cell["columns"]["seed"]},
         "code": args.code.name if args.code else None,
-        "model": [json.loads(args.fingerprint.read_text("utf-8")), args.model],
+        "model": [read_made(args.fingerprint), args.model],
         "tokens": sha256(args.tokens),
         "Grams": store_of(args.gram).name if args.gram else None,
         "dtype": args.dtype,
@@ -379,7 +380,7 @@ def compressed(args: argparse.Namespace, checkpoint: Checkpoint) -> dict[str, An
                 block = visit(blocks.model, [(index, taps)], solve, progress)
                 write_block(checkpoint, index, block, solver)
     join_blocks(checkpoint, len(blocks), args.out, columns | {"criterion": criterion}, solver.target, title)
-    fingerprint = json.loads(args.fingerprint.read_text("utf-8"))
+    fingerprint = read_made(args.fingerprint)
     fingerprint.pop("files", None)  # one hash stands for all in the tables
     facts = {
         **provenance(args.device, torch.get_num_threads()),

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from workflow.scripts import sources
-from workflow.scripts.runtime import InputError, report_errors, sha256, write_atomic
+from workflow.scripts.runtime import InputError, read_made, report_errors, sha256, write_atomic
 
 
 def weights_hash(hashes: list[str]) -> str:
@@ -21,7 +21,7 @@ def check_unchanged(model: sources.Spec, fingerprint: Path) -> None:
     Only files that the file system has seen a change of since are hashed.
     """
     folder, since = sources.model_folder(model), fingerprint.stat().st_ctime_ns
-    for name, known in json.loads(fingerprint.read_text("utf-8"))["files"].items():
+    for name, known in read_made(fingerprint)["files"].items():
         path = folder / name
         if not path.is_file() or (path.stat().st_ctime_ns >= since and sha256(path) != known):
             raise InputError(

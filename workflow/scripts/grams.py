@@ -19,7 +19,7 @@ from torch import Tensor
 
 from methods.base import Gram, Statistics
 from workflow.scripts.models import Blocks
-from workflow.scripts.runtime import InputError, out_of_memory, refused, sha256, write_atomic
+from workflow.scripts.runtime import InputError, out_of_memory, read_made, refused, sha256, write_atomic
 from workflow.scripts.taps import Tap
 
 STATISTICS = ("mean", "absmean", "sequence_variance", "sample")
@@ -55,7 +55,7 @@ def read_index(folder: Path) -> dict[str, Any]:
     path = Path(folder) / INDEX
     if not path.is_file():
         raise InputError(f"Expected the Grams of a calibration at {folder}, which has no {INDEX}.")
-    return json.loads(path.read_text(encoding="utf-8"))
+    return read_made(path)
 
 
 def scopes(folder: Path) -> str:
@@ -121,7 +121,7 @@ def content(
     fingerprint: what fingerprint.py wrote of the model; model: its config entry; code: hash of that of the job.
     """
     return {
-        "model": json.loads(fingerprint.read_text("utf-8"))["files"],
+        "model": read_made(fingerprint)["files"],
         "loading": {"dtype": dtype or model.get("dtype"), "trust_remote_code": model.get("trust_remote_code")},
         "tokens": sha256(tokens),
         "code": code,
@@ -154,7 +154,7 @@ def store_of(pointer: Path) -> Path:
 
 def named(pointer: Path) -> Path:
     """The store that a study's file names."""
-    return Path(json.loads(pointer.read_text("utf-8"))["store"])
+    return Path(read_made(pointer)["store"])
 
 
 def point_to(folder: Path, pointer: Path) -> None:

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from methods.catalogue import SHARED_SOURCES
 from workflow.scripts.devices import take
 from workflow.scripts.fingerprint import check_unchanged
-from workflow.scripts.runtime import check_weights, record_failure, report_errors, sha256, write_atomic
+from workflow.scripts.runtime import check_weights, read_made, record_failure, report_errors, sha256, write_atomic
 from workflow.scripts.task_sets import task_files
 from workflow.scripts.zero_shot import stay_offline
 
@@ -72,7 +72,7 @@ class Evaluation:
         """Where the result of this content is, or belongs."""
         content = {
             "kind": self.kind,
-            "model": json.loads(self.fingerprint.read_text("utf-8"))["files"],
+            "model": read_made(self.fingerprint)["files"],
             "loaded": {key: self.model.get(key) for key in ("dtype", "trust_remote_code")},
             "weights": sha256(self.weights),
             "data": sha256(self.data),

@@ -17,7 +17,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 
 class InputError(Exception):
@@ -167,13 +167,21 @@ def set_aside(path: Path) -> str:
     return f"it is now {aside}; run again, which makes it anew"
 
 
+def read_made(path: Path) -> Any:
+    """The content of a JSON file that the workflow has made. Raises InputError for a damaged one, and sets it aside."""
+    try:
+        return json.loads(path.read_text("utf-8"))
+    except ValueError:
+        raise InputError(f"{path} is damaged: {set_aside(path)}.") from None
+
+
 def check_weights(path: Path) -> str:
     """The hash of a cell's weights.
 
     Raises InputError when they are not those that the job wrote, and sets them aside.
     """
     found, record = sha256(path), path.with_name("cell.json")
-    known = json.loads(record.read_text("utf-8")).get("weights_sha256") if record.is_file() else None
+    known = read_made(record).get("weights_sha256") if record.is_file() else None
     if known not in (None, found):
         raise InputError(f"{path} is damaged: it has changed since it was written; {set_aside(path)}.")
     return found
@@ -201,7 +209,7 @@ def unchanged(code: Path) -> str:
 
     Raises InputError when the code is no longer that: what this process has imported would pass for something else.
     """
-    if digest_of(json.loads(code.read_text("utf-8"))) != code.name:
+    if digest_of(read_made(code)) != code.name:
         raise InputError("The code was edited since this run began: run again.")
     return code.name
 
