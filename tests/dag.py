@@ -13,10 +13,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numba
 import torch
 import yaml
+from numba.core.caching import _CacheLocator
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+import kernels.rows  # noqa: F401 (it says where Numba keeps what is compiled)
 
 ROOT = Path(__file__).parents[1]
 # What a run reads, the embedded model apart.
@@ -61,7 +65,25 @@ def copy_project(to: Path) -> Path:
         else:
             (to / part).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(source, to / part)
+    share_compiled(Path(numba.config.CACHE_DIR), to)
     return to
+
+
+def share_compiled(cache: Path, to: Path, within: Path | None = None) -> None:
+    """Give a copy of the project the loops that are compiled in this one, for which it would take minutes.
+
+    cache: where Numba keeps them, under a name of the project's place; within: where it will look for the copy's
+    (default: there, if NUMBA_CACHE_DIR says so, else in the copy).
+    """
+    own = cache / place_of(ROOT)
+    if within is None:
+        within = cache if "NUMBA_CACHE_DIR" in os.environ else to / cache.relative_to(ROOT)
+    if own.is_dir():
+        shutil.copytree(own, within / place_of(to), dirs_exist_ok=True)
+
+
+def place_of(project: Path) -> str:
+    return _CacheLocator.get_suitable_cache_subpath(str(project / "kernels/rows.py"))
 
 
 def snakemake(folder: Path, *arguments: str | Path, **environment: str) -> Run:

@@ -11,6 +11,7 @@ test of the name) or do not end catch nothing.
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import shlex
 import shutil
@@ -24,12 +25,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from queue import SimpleQueue
 
+import numba
 import yaml
+
+from tests.dag import share_compiled
 
 ROOT = Path(__file__).parents[1]
 TABLE = ROOT / "tests/mutants.yaml"
 PAGE = ROOT / "docs/testing.md"
 BEGIN, END = "<!-- faults: begin -->\n", "<!-- faults: end -->\n"  # around the table of verdicts in PAGE
+COMPILED = ".numba"
 LEFT_OUT = (".git", ".venv", ".snakemake", ".pytest_cache", ".ruff_cache", ".hypothesis", "results", "logs", "figures")
 LONGEST = 900  # seconds of the tests of a fault
 FAILED = re.compile(r"^FAILED (.+?)(?: - .*)?$", re.MULTILINE)
@@ -61,7 +66,8 @@ def failing(folder: Path, tests: Sequence[str]) -> str | None:
     options = ["-x", "-q", "-n", "0", "-p", "no:cacheprovider", "--tb", "no"]
     command = [sys.executable, "-m", "pytest", *options, *tests]
     try:
-        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=LONGEST)
+        environment = os.environ | {"NUMBA_CACHE_DIR": str(folder / COMPILED)}
+        done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=LONGEST)
     except subprocess.TimeoutExpired:
         return None
     found = FAILED.search(done.stdout)
@@ -83,6 +89,8 @@ def verdict(folder: Path, fault: Fault) -> str:
 
 
 def copy_to(folder: Path) -> Path:
+    """A copy of the project with what is compiled: only the loops of a file with a fault are compiled anew."""
+    share_compiled(Path(numba.config.CACHE_DIR), folder, within=folder / COMPILED)
     return shutil.copytree(ROOT, folder, ignore=shutil.ignore_patterns(*LEFT_OUT), dirs_exist_ok=True)
 
 
