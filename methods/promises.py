@@ -183,7 +183,7 @@ def _told(layer: Layer, target: Target, result: Compressed) -> str | None:
         if not all(map(math.isfinite, row)):
             return f"promise 10: the trace {NOT_FINITE}, {tuple(map(float, row))} came"
     iterations = [row[0] for row in result.trace]
-    if any(not isinstance(i, int) or i < 0 for i in iterations) or iterations != sorted(set(iterations)):
+    if any(not isinstance(i, numbers.Integral) or i < 0 for i in iterations) or iterations != sorted(set(iterations)):
         return "promise 10: the iterations of a trace must be whole numbers that rise"
     damping = result.info.get("damping")
     if damping is not None and not (isinstance(damping, numbers.Real) and 0 <= damping < math.inf):

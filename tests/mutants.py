@@ -112,7 +112,8 @@ def judged(chosen: Sequence[Fault], workers: int) -> list[str]:
 
         caught = list(pool.map(judge, chosen))
         if any(caught) and (found := failing(free.get(), sorted(filter(None, caught)))) != "":
-            raise SystemExit(f"error: Without a fault this test should pass, and does not: {found}.")
+            told = f"this one fails: {found}" if found else "they cannot be run to their end"
+            raise SystemExit(f"error: Without a fault the tests that catch one should pass, and {told}.")
         return caught
 
 

@@ -23,6 +23,7 @@ import pyarrow as pa
 import pytest
 import torch
 from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from test_compress import OUTPUTS, Case
 from test_resume import assert_same, killed
 
@@ -285,14 +286,27 @@ def test_damaged_grams(tmp_path, damage: Callable[[Path], None]):
     assert_nothing_looks_whole(own.folder / "cell")
 
 
+def test_damaged_grams_that_a_method_stumbles_over_are_not_its_fault(tmp_path):
+    own = Case(tmp_path).prepare()
+    store, pointer = own.folder / "gram", own.folder / "pointer.json"
+    grams.point_to(store, pointer)
+    path = store / grams.block_file(1)
+    tensors = load_file(path)
+    next(value for name, value in tensors.items() if name.endswith("/gram")).fill_(torch.nan)
+    save_file(tensors, path)
+    with pytest.raises(InputError, match=r"block-001.safetensors of .* is damaged: it has changed; run again"):
+        own.run("sparsegpt", HALF, out="cell")
+    assert not pointer.exists() and not (store / grams.INDEX).exists()
+    with pytest.raises(InputError, match="given up during this run: run again"):
+        grams.store_of(pointer)
+
+
 @pytest.mark.parametrize("damage", [lambda path: flip(path, -8), halve])
 def test_damaged_tokens(tmp_path, damage: Callable[[Path], None]):
     path, drawn = tmp_path / "tokens.safetensors", np.arange(32).reshape(2, 16)
     info = {"dataset": "words", "tokens_sha256": text.tokens_hash(drawn)}
     text.whole_file(path)
-    from safetensors.numpy import save_file
-
-    save_file({"tokens": drawn}, path, metadata={"info": json.dumps(info)})
+    save_file({"tokens": torch.from_numpy(drawn)}, path, metadata={"info": json.dumps(info)})
     assert (text.read_tokens(path)[0] == drawn).all()
     damage(path)
     with pytest.raises(InputError, match=r"it is now .*\.damaged; run again, which makes it anew"):
@@ -316,6 +330,16 @@ def test_a_damaged_model(case: Case, whole):
     assert_same(case.run(*CELL, out="edited"), whole)
 
 
+def test_a_model_that_is_copied_anew_is_hashed_once(case: Case, monkeypatch):
+    model, fingerprint = json.loads(case.model), case.folder / "model.json"
+    path, at = case.folder / "model/config.json", fingerprint.stat().st_mtime_ns
+    path.write_bytes(path.read_bytes())
+    check_unchanged(model, fingerprint)
+    monkeypatch.setattr("workflow.scripts.fingerprint.sha256", lambda path: pytest.fail("it was hashed again"))
+    check_unchanged(model, fingerprint)
+    assert fingerprint.stat().st_mtime_ns == at
+
+
 @pytest.mark.parametrize("damage", [flip, halve])
 def test_damaged_weights_of_a_cell(case: Case, damage: Callable[[Path], None]):
     path = case.run("magnitude", HALF, out=f"weights {damage.__name__}") / "weights.safetensors"
@@ -333,6 +357,16 @@ def test_a_damaged_block_of_a_checkpoint_starts_over(case: Case, whole, capfd, d
     damage(out / ".checkpoint/block-000.safetensors")
     assert_same(case.run(*CELL, out=out.name), whole)
     assert "block-000.safetensors is damaged: starting over." in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("damage", [flip, halve, Path.unlink])
+def test_damaged_states_of_a_checkpoint_start_over(case: Case, capfd, damage: Callable[[Path], None]):
+    cell = ("wanda", HALF, "sequential")
+    out, whole = case.folder / f"states {damage.__name__}", case.run(*cell, out="states whole")
+    assert killed(lambda: case.run(*cell, out=out.name), compress.Solver, "solve", 9)
+    damage(out / ".checkpoint/inputs-001.bin")
+    assert_same(case.run(*cell, out=out.name), whole)
+    assert "inputs-001.bin is damaged: starting over." in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("place", [0, 0.25, 0.5])

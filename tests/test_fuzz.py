@@ -126,9 +126,11 @@ def test_any_bytes_are_a_document_or_a_sentence(tmp_path_factory, content):
     assert told(lambda: plan(documents.read(path)))
 
 
-def test_merge_keys_and_anchors_are_yaml():
+def test_merge_keys_and_anchors_are_yaml(tmp_path):
     found = yaml.safe_load("a: &a {x: 1}\nb: {<<: *a, y: 2}\nc: {<<: *a, x: 3}")
     assert found == {"a": {"x": 1}, "b": {"x": 1, "y": 2}, "c": {"x": 3}}
+    (tmp_path / "merged.yaml").write_text("a: &a {k: 0}\nx:\n  b: &b {<<: *a, k: 1}\nc: {<<: *b, k: 2}")
+    assert documents.read(tmp_path / "merged.yaml") == {"a": {"k": 0}, "x": {"b": {"k": 1}}, "c": {"k": 2}}
     path = ROOT / "config/config.yaml"
     assert documents.read(path) == yaml.safe_load(path.read_text("utf-8"))
 

@@ -1,7 +1,9 @@
 """Lies that an adapter can tell, each named by the runner with method and layer instead of being published."""
 
+import json
 import math
 import random
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -334,12 +336,25 @@ def with_trace(layer: Layer, target: Target, result: Compressed) -> Compressed:
     return told(lambda error: error)(layer, target, result)
 
 
-@pytest.mark.parametrize("lie", [expanded, minus_zero, fewer, with_trace])
+def warning(layer: Layer, target: Target, result: Compressed) -> Compressed:
+    warnings.warn("a warning", stacklevel=3)  # of the runner, in which Python notes it
+    return result
+
+
+def in_numpy(layer: Layer, target: Target, result: Compressed) -> Compressed:
+    error = true_error(layer, result)
+    trace = ((np.int64(0), np.float32(0), np.float64(error)),)
+    return replace(result, trace=trace, info={"damping": np.float32(0.5), "duality_gaps": (np.float32(0),)})
+
+
+@pytest.mark.filterwarnings("ignore:a warning")
+@pytest.mark.parametrize("lie", [expanded, minus_zero, fewer, with_trace, warning, in_numpy])
 def test_what_only_looks_odd_is_accepted(lie: Lie):
     layer = layers.build("correlated")
     result, row = Solver("odd", Liar(lie), ROW, 0, criterion="error").solve(layer)
     assert row["output_error"] == output_error(layer, result.weight)[1]
     assert row["achieved_sparsity"] == (0.5 + 32 / 1536 if lie is fewer else 0.5)
+    assert json.dumps([row, compress.trace_rows(result)])
 
 
 def test_no_method_of_the_catalogue_is_named():

@@ -178,6 +178,13 @@ def test_fetching_offline_is_one_sentence(tmp_path, call):
     assert "HF_HUB_OFFLINE forbids fetching" in run(code, tmp_path, HF_HUB_OFFLINE="1")
 
 
+def test_a_hub_model_of_pickles_is_refused_with_what_to_do(tmp_path, monkeypatch):
+    (tmp_path / "config.json").write_text("{}")
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: str(tmp_path))
+    with pytest.raises(InputError, match="hf download organisation/name --revision 0123abc --local-dir FOLDER"):
+        sources.fetch_model({"hub": "organisation/name", "revision": "0123abc"})
+
+
 def test_no_network_is_one_sentence(tmp_path):
     code = f"from workflow.scripts.sources import *\ntry: fetch_model({HUB})\nexcept InputError as error: print(error)"
     sentence = run(code, tmp_path, HF_ENDPOINT="http://127.0.0.1:9")  # nothing listens there

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -63,5 +64,7 @@ def store(folder: Path, index: int, batches: Iterable[Tensor]) -> StoredStates:
             dtype, shape = states.dtype, (states.shape[1], states.shape[2])
             # (not tofile, which keeps to itself why a disk refuses)
             file.write(states.contiguous().view(torch.uint8).numpy().data)
+        file.flush()
+        os.fsync(file.fileno())
     write_atomic(said, json.dumps({"dtype": str(dtype).removeprefix("torch."), "shape": shape}) + "\n")
     return StoredStates(folder, index, sizes)

@@ -15,7 +15,7 @@ from methods import ops
 from methods.base import Layer, Target
 from workflow.scripts import models
 from workflow.scripts.fingerprint import check_unchanged
-from workflow.scripts.grams import shared_blocks, store_of
+from workflow.scripts.grams import shared_blocks, store_of, unless_damaged
 from workflow.scripts.lower_bound import lower_bound
 from workflow.scripts.runtime import InputError, report_errors, whole_file
 from workflow.scripts.streaming import LazyBlocks
@@ -59,9 +59,11 @@ def main(argv: list[str] | None = None) -> None:
         unit="layer",
         mininterval=1.0,
     )
-    rows = [
-        facts | row(Layer(linear.name, linear.weight(), tap.gram, tap.statistics), target) for _, tap, linear in layers
-    ]
+    with unless_damaged(args.gram):
+        rows = [
+            facts | row(Layer(linear.name, linear.weight(), tap.gram, tap.statistics), target)
+            for _, tap, linear in layers
+        ]
     check_unchanged(args.model, args.fingerprint)
     with whole_file(args.out) as part:
         write_parquet(from_rows(rows, "bounds", f"the bounds of {target.label}"), part)

@@ -16,6 +16,7 @@ from typing import Any
 from workflow.scripts.runtime import sha256, write_atomic, writing
 
 STATE = "state.json"
+STATES = "inputs-"  # how the files of hidden states begin (activations.py)
 
 
 class Checkpoint:
@@ -93,8 +94,8 @@ class Checkpoint:
 
     @staticmethod
     def _differs(path: Path, known: str) -> bool:
-        """Whether a file is not as it was when its block was finished; one that is not there was moved by its job."""
-        return path.is_file() and sha256(path) != known
+        """Whether a file is not as it was when its block was finished; a block's that is not there was moved."""
+        return sha256(path) != known if path.is_file() else path.name.startswith(STATES)
 
     def restart(self) -> None:
         """What is there is of no use."""
@@ -118,7 +119,9 @@ class Checkpoint:
     def finish(self, index: int) -> None:
         """The block's files are written, wherever in the folder, and the states that enter the next one."""
         self.done = index + 1
-        for path in sorted(self.folder.rglob(f"block-{index:03d}.*")):
+        states = self.folder.glob(f"{STATES}{self.done:03d}.*")
+        self.hashes = {name: own for name, own in self.hashes.items() if not name.startswith(STATES)}
+        for path in sorted([*self.folder.rglob(f"block-{index:03d}.*"), *states]):
             self.hashes[path.relative_to(self.folder).as_posix()] = sha256(path)
         state = {"fingerprint": self.fingerprint, "done": self.done, "seconds": self.total_seconds()}
         state |= {"peaks": self._peaks, "hashes": self.hashes}

@@ -34,7 +34,7 @@ from workflow.scripts.accounting import bits_per_weight
 from workflow.scripts.checkpoint import Checkpoint
 from workflow.scripts.devices import peak_gpu_mb, take
 from workflow.scripts.fingerprint import check_unchanged
-from workflow.scripts.grams import shared_blocks, store_of
+from workflow.scripts.grams import shared_blocks, store_of, unless_damaged
 from workflow.scripts.models import Blocks
 from workflow.scripts.propagate import Stream
 from workflow.scripts.recall import foresee
@@ -59,6 +59,7 @@ from workflow.scripts.taps import Tap, tapped_linears
 from workflow.scripts.text import read_tokens
 from workflow.scripts.tune import Tuner
 
+REGISTRY = "__warningregistry__"
 TUNING = "tuning.json"  # in a checkpoint: the history of the stages
 LARGEST_ERROR = 1e6  # output_error of a result: what loses more has diverged
 TRACE_ERROR = 1e-3  # by how much, in units of it, a trace may miss the result's error
@@ -147,7 +148,7 @@ class Solver:
                 input_scale=result.input_scale is not None,
                 reordered=packed.reordered(result, self.target),
             ),
-            "damping": result.info.get("damping"),
+            "damping": None if (used := result.info.get("damping")) is None else float(used),
             "seconds": seconds,
             "peak_mb": peak_mb(),
             "peak_gpu_mb": peak_gpu_mb(layer.weight.device.type),
@@ -156,7 +157,7 @@ class Solver:
 
 def process_state() -> dict[str, Any]:
     """What a method could change for others: generators, torch's settings, and the functions that judge it."""
-    judges = [vars(module).values() for module in (sys.modules[__name__], promises, packed)]
+    judges = [vars(module) for module in (sys.modules[__name__], promises, packed)]
     numpys = np.random.get_state(legacy=False)["state"]
     return {
         "torch's global generator": torch.get_rng_state().numpy().tobytes(),
@@ -167,7 +168,8 @@ def process_state() -> dict[str, Any]:
         "the number of threads": torch.get_num_threads(),
         "whether gradients are recorded": torch.is_grad_enabled(),
         "the precision of products": torch.get_float32_matmul_precision(),
-        "the runner's code": [id(value) for values in judges for value in values],
+        # (a warning of a method leaves its registry in the module that called it)
+        "the runner's code": [id(own) for names in judges for name, own in names.items() if name != REGISTRY],
     }
 
 
@@ -244,8 +246,11 @@ def trace_rows(result: Compressed) -> list[dict[str, Any]]:
     names = ("iteration", "seconds", "objective")
     gaps = result.info.get("duality_gaps", [None] * len(result.trace))
     return [
-        {**dict(zip(names, point, strict=True)), "duality_gap": gap}
-        for point, gap in zip(result.trace, gaps, strict=True)
+        {
+            **dict(zip(names, (int(t), float(seconds), float(objective)), strict=True)),
+            "duality_gap": None if gap is None else float(gap),
+        }
+        for (t, seconds, objective), gap in zip(result.trace, gaps, strict=True)
     ]
 
 
@@ -310,7 +315,9 @@ def run(args: argparse.Namespace) -> None:
     with Checkpoint(args.out / ".checkpoint", decisive(args)) as checkpoint:
         remove_parts(args.out)
         check_unchanged(args.model, args.fingerprint)
-        record = compressed(args, checkpoint) | {"weights_sha256": sha256(args.out / "weights.safetensors")}
+        with unless_damaged(args.gram):
+            record = compressed(args, checkpoint)
+        record |= {"weights_sha256": sha256(args.out / "weights.safetensors")}
         check_unchanged(args.model, args.fingerprint)
         foresee(args.model, args.fingerprint, args.out / "weights.safetensors", args.device)
         write_atomic(args.out / "cell.json", json.dumps(record, indent=2) + "\n")

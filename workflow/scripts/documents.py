@@ -9,7 +9,7 @@ import json
 import math
 import re
 import sys
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -40,15 +40,17 @@ def place(path: Iterable[Any]) -> str:
 class _Loader(yaml.SafeLoader):
     """Builds no objects, and takes no key twice, of which YAML would keep the last without a word."""
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        """Write what is merged (<<) into the node; before that its own keys are looked at, once."""
         seen = set()
-        for key_node, _ in node.value:
+        for key_node, _ in () if hasattr(node, "flat") else node.value:
             if isinstance(key_node, yaml.ScalarNode) and key_node.tag != "tag:yaml.org,2002:merge":
                 key = self.construct_object(key_node)
                 if key in seen:
                     raise yaml.constructor.ConstructorError(None, None, f"{key!r} is there twice", key_node.start_mark)
                 seen.add(key)
-        return super().construct_mapping(node, deep)
+        node.flat = True  # type: ignore[attr-defined]
+        super().flatten_mapping(node)
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -1,8 +1,10 @@
 """Which model a study computes with: fetched once, and the hash of its weights for the provenance of every row."""
 
 import argparse
+import contextlib
 import hashlib
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -20,14 +22,20 @@ def check_unchanged(model: sources.Spec, fingerprint: Path) -> None:
 
     Only files that the file system has seen a change of since are hashed.
     """
-    folder, since = sources.model_folder(model), fingerprint.stat().st_ctime_ns
+    folder, own, later = sources.model_folder(model), fingerprint.stat(), {}
     for name, known in read_made(fingerprint)["files"].items():
         path = folder / name
-        if not path.is_file() or (path.stat().st_ctime_ns >= since and sha256(path) != known):
+        changed = path.stat().st_ctime_ns if path.is_file() else None
+        if changed is None or (changed >= own.st_ctime_ns and sha256(path) != known):
             raise InputError(
                 f"{path} is no longer the file that {fingerprint} was made of, as if it had been edited or damaged: "
                 f"put it back, or delete {fingerprint} to study it as it is, and run again."
             )
+        if changed >= own.st_ctime_ns:
+            later[path] = changed
+    if later and all(path.stat().st_ctime_ns == at for path, at in later.items()):
+        with contextlib.suppress(OSError):  # copied or linked anew: no job needs to hash them again
+            os.utime(fingerprint, ns=(own.st_atime_ns, own.st_mtime_ns))  # Snakemake looks at the second
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -37,16 +45,20 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     folder = sources.fetch_model(args.model)
     weights = sources.weight_files(args.model["name"], folder)
-    hashes = {path.name: sha256(path) for path in weights}
-    rest = {path.name: sha256(path) for path in sources.model_files({"path": folder}) if path.suffix != ".safetensors"}
+    rest = [path for path in sources.model_files({"path": folder}) if path.suffix != ".safetensors"]
+    before = {path: path.stat().st_ctime_ns for path in [*weights, *rest]}
+    every = {path.name: sha256(path) for path in before}
+    if changed := [path for path, at in before.items() if path.stat().st_ctime_ns != at]:
+        raise InputError(f"{changed[0]} was written to while it was hashed: run again when it is whole.")
+    hashes = [every[path.name] for path in weights]
     found = {
         "model_source": args.model.get("path") or args.model["hub"],
         # A snapshot's folder is named after the commit that a branch or tag stood for.
         "model_revision": folder.name if "hub" in args.model else None,
-        "model_sha256": weights_hash(list(hashes.values())),
+        "model_sha256": weights_hash(hashes),
         "dtype": args.model["dtype"],
         # Not a column. Without it an edited config or tokenizer leaves this file as it was, and results out of date.
-        "files": {**hashes, **rest},
+        "files": every,
     }
     write_atomic(args.out, json.dumps(found, indent=2) + "\n")
 

@@ -11,6 +11,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +55,7 @@ def read_index(folder: Path) -> dict[str, Any]:
     """
     path = Path(folder) / INDEX
     if not path.is_file():
-        raise InputError(f"Expected the Grams of a calibration at {folder}, which has no {INDEX}.")
+        raise InputError(f"Expected the Grams of a calibration at {folder}, which has no {INDEX}: run again.")
     return read_made(path)
 
 
@@ -86,8 +87,27 @@ def read_block(folder: Path, index: int, device: str = "cpu") -> Iterator[Tap]:
             raise InputError(f"The Gram file {path.name} of {folder} cannot be read: {error}.") from error
         sentence = f"The Gram file {path.name} of {folder} cannot be read: {error}"
         raise InputError(f"{sentence}; {give_up(folder)}.") from error
+    check_block(folder, index, whole)
+
+
+@contextmanager
+def unless_damaged(pointer: Path | None) -> Iterator[None]:
+    """Within it an InputError of what is computed from a store is about the store, where that is damaged."""
+    try:
+        yield
+    except InputError:
+        if pointer is not None and pointer.exists():
+            folder = store_of(pointer)
+            for index, known in enumerate(read_index(folder)["sha256"]):
+                check_block(folder, index, sha256(folder / block_file(index)) == known)
+        raise
+
+
+def check_block(folder: Path, index: int, whole: bool) -> None:
+    """Raise InputError, and give the store up, when a block of it is not whole."""
     if not whole:
-        raise InputError(f"The Gram file {path.name} of {folder} is damaged: it has changed; {give_up(folder)}.")
+        what = f"The Gram file {block_file(index)} of {folder} is damaged: it has changed"
+        raise InputError(f"{what}; {give_up(folder)}.")
 
 
 def _tap(path: Path, name: str, entry: Mapping[str, Any], length: int, device: str) -> Tap:
@@ -145,6 +165,8 @@ def store_of(pointer: Path) -> Path:
     """The folder of the Grams that the file names, which the gram rule leaves; a folder stands for itself."""
     if pointer.is_dir():
         return pointer
+    if not pointer.is_file():
+        raise InputError(f"The Grams of {pointer} were given up during this run: run again, which computes them anew.")
     folder = named(pointer)
     if not (folder / INDEX).is_file():
         raise InputError(f"The Grams of {pointer} are no longer at {folder}: {give_up(folder, pointer)}.")
@@ -182,4 +204,8 @@ def users(folder: Path) -> list[Path]:
         known = map(Path, dict.fromkeys((folder / USERS).read_text("utf-8").splitlines()))
     except FileNotFoundError:
         return []
-    return [path for path in known if path.is_file() and named(path).name == folder.name]
+    found = []
+    for path in known:
+        with suppress(InputError):  # another study's that is damaged
+            found += [path] if path.is_file() and named(path).name == folder.name else []
+    return found

@@ -17,7 +17,7 @@ from transformers.utils import logging as transformers_logging
 
 from workflow.scripts.documents import brief
 from workflow.scripts.runtime import InputError, out_of_memory
-from workflow.scripts.sources import check_weights, model_folder
+from workflow.scripts.sources import check_weight_files, model_folder
 
 EXPERTS = "eager"  # transformers' experts that multiply one expert after the other, by torch's own products
 ROUTERS = ("gate", "router")  # what a linear layer that chooses experts, or the module around it, is called
@@ -57,7 +57,7 @@ def source(spec: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
         raise InputError(f"The model folder {folder} does not exist.")
     if not (folder / "config.json").is_file():
         raise InputError(f"The model folder {folder} has no config.json.")
-    check_weights(str(spec.get("name", folder)), folder)
+    check_weight_files(str(spec.get("name", folder)), folder)
     # A folder never asks the network.
     return str(folder), {"trust_remote_code": bool(spec.get("trust_remote_code", False)), "local_files_only": True}
 

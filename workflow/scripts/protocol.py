@@ -48,7 +48,7 @@ class Protocol:
                 if known != value:
                     return (
                         f"expected one protocol of the {what} {row[what]}, {described(first)} and {described(row)} "
-                        f"differ in {column} ({known} and {value})"
+                        f"differ in {column} ({known} and {value}): delete the results of one of them, and run again"
                     )
         return None
 

@@ -124,7 +124,9 @@ def foresee(entry: Mapping[str, Any], fingerprint: Path, weights: Path, device: 
             if blocks is None:
                 blocks = LazyBlocks(entry, device)
                 apply_weights(blocks, weights)  # as they are stored, which is what the cell's own job would read
-            write_atomic(file, evaluation.compute(blocks))
+            text = evaluation.compute(blocks)
+            check_unchanged(entry, fingerprint)
+            write_atomic(file, text)
         except Exception as error:  # of whatever kind: it is that job's to tell
             print(f"{asked['kind']} of {data} could not be computed beside the compression: {error}", file=sys.stderr)
 

@@ -278,9 +278,10 @@ PROVENANCE = ("torch", "transformers", "numpy", "snakemake")  # distributions wh
 def provenance(device: str, threads: int) -> dict[str, object]:
     """Where a result comes from: code, versions, machine."""
     commit = _git("rev-parse", "HEAD")
+    changes = _git("status", "--porcelain", "--", "methods", "kernels", "workflow", "Snakefile") if commit else None
     return {
         "commit": commit,
-        "dirty": bool(_git("status", "--porcelain", "--", "methods", "workflow", "Snakefile")) if commit else None,
+        "dirty": None if changes is None else bool(changes),
         "python": platform.python_version(),
         **{name: importlib.metadata.version(name) for name in PROVENANCE},
         "platform": f"{platform.system()}-{platform.machine()}",

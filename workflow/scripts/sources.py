@@ -86,10 +86,10 @@ def _check_folder(name: str, folder: Path) -> None:
         raise InputError(
             f"The folder {folder} of the model {name!r} has no tokenizer: one of {', '.join(VOCABULARIES)} is needed."
         )
-    check_weights(name, folder)
+    check_weight_files(name, folder)
 
 
-def check_weights(name: str, folder: Path) -> None:
+def check_weight_files(name: str, folder: Path) -> None:
     """Raise InputError when the weights are not whole, or the config.json asks for more blocks than they have tensors,
     with which a model would be made until no memory is left."""
     config = language_config(read_json(folder / "config.json"))
@@ -247,7 +247,15 @@ def fetch_model(spec: Spec) -> Path:
     from huggingface_hub import snapshot_download
 
     with hub_errors(spec):
-        return Path(snapshot_download(spec["hub"], revision=spec["revision"], allow_patterns=list(MODEL_PATTERNS)))
+        folder = Path(snapshot_download(spec["hub"], revision=spec["revision"], allow_patterns=list(MODEL_PATTERNS)))
+    if not any(folder.glob("*.safetensors")):
+        download = f"hf download {spec['hub']} --revision {spec['revision']} --local-dir FOLDER"
+        raise InputError(
+            f"{spec['hub']} at revision {spec['revision']} has no safetensors weights, and only these are read, since "
+            f"a pickle can run code: if you trust it, `{download}` and give FOLDER as `path`, of which is then said "
+            "how to convert it."
+        )
+    return folder
 
 
 def model_folder(spec: Spec) -> Path:
