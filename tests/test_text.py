@@ -142,6 +142,13 @@ def test_samples_of_documents_are_the_published_ones(monkeypatch, many, seed, co
     np.testing.assert_array_equal(drawn, published_documents(codes, many, 25, 32, seed))
 
 
+@pytest.mark.parametrize("seed", range(8))
+def test_the_very_last_crop_is_never_drawn_as_in_the_published_codes(seed):
+    ids = np.arange(9)
+    assert text.sample_stream(ids, 1, 8, seed)[0][0] == 0
+    assert text.sample_documents(lambda document: ids, ["nine"], 1, 8, seed)[0][0] == 0
+
+
 def test_seeds_differ_and_global_randomness_is_left_alone(many):
     state = random.getstate()
     first, again, other = (text.sample_documents(codes, many, 8, 16, seed) for seed in (0, 0, 1))
