@@ -84,7 +84,7 @@ def test_a_study_of_one_protocol_is_whole(tmp_path):
 @pytest.mark.parametrize("column", OTHER)
 def test_a_cell_of_another_model_or_calibration_is_refused(tmp_path, column):
     study(tmp_path, **{column: OTHER[column]})
-    sentence = rf"dense dense .* and wanda 2:4 .* differ in {column} \({FULL[column]} and {OTHER[column]}\)\)\."
+    sentence = rf"dense dense .* and wanda 2:4 .* differ in {column} \({FULL[column]} and {OTHER[column]}\): delete .*, and run again\)\."
     with pytest.raises(InputError, match=sentence):
         gather(tmp_path)
     assert not list(tmp_path.glob("tables/*"))
@@ -169,7 +169,7 @@ def test_folders_of_two_protocols_are_not_merged(tmp_path):
     mixed.loc[mixed["label"] == "ria", "calibration_seed"] = 3
     mixed.to_parquet(one / "tables/cells.parquet")
     with pytest.raises(
-        InputError, match=r"one is of two protocols: .*ria 2:4 .* differ in calibration_seed \(0 and 3\)\."
+        InputError, match=r"one is of two protocols: .*ria 2:4 .* differ in calibration_seed \(0 and 3\): delete .*\."
     ):
         compare.main(merge)
     assert not (tmp_path / "merged").exists()

@@ -96,8 +96,8 @@ def unless_damaged(pointer: Path | None) -> Iterator[None]:
     try:
         yield
     except InputError:
-        if pointer is not None and pointer.exists():
-            folder = store_of(pointer)
+        folder = pointer and (pointer if pointer.is_dir() else named(pointer) if pointer.is_file() else None)
+        if folder and (folder / INDEX).is_file():  # else the error says that it was given up
             for index, known in enumerate(read_index(folder)["sha256"]):
                 check_block(folder, index, sha256(folder / block_file(index)) == known)
         raise
