@@ -20,7 +20,7 @@ from workflow.scripts import audit, packed
 from workflow.scripts.evaluate import apply_weights
 from workflow.scripts.export import FORMATS, load_packed, main
 from workflow.scripts.models import load, model_linears
-from workflow.scripts.runtime import InputError
+from workflow.scripts.runtime import InputError, sha256
 
 TWO_OF_FOUR, W4, W4S50 = Target(pattern="2:4"), Target(bits=4, group=16), Target(0.5, "1x16", bits=4, group=16)
 JOINT = Target(pattern="2:4", bits=4, group=16)
@@ -143,11 +143,13 @@ def changed_cell(case: Case, target: Target, tmp_path: Path, change) -> Path:
     """A copy of a cell with every layer changed."""
     source, folder = cell(case, target), tmp_path / "cell"
     folder.mkdir()
-    (folder / "cell.json").write_bytes((source / "cell.json").read_bytes())
     file = packed.PackedFile(source / "weights.safetensors")
     results = {name: change(file.read(name)) for name in file.shapes}
     parts = {name: packed.parts_of(result, target, torch.float32) for name, result in results.items()}
     packed.write(folder / "weights.safetensors", parts, file.shapes, target)
+    record = json.loads((source / "cell.json").read_text())
+    record["weights_sha256"] = sha256(folder / "weights.safetensors")
+    (folder / "cell.json").write_text(json.dumps(record))
     return folder
 
 

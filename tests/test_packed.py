@@ -21,7 +21,7 @@ from workflow.scripts import packed
 from workflow.scripts.accounting import bits_per_weight, stored_bits
 from workflow.scripts.compress import output_error
 from workflow.scripts.grams import INDEX, block_file, read_block
-from workflow.scripts.runtime import InputError
+from workflow.scripts.runtime import InputError, sha256
 
 
 def metadata(path: Path) -> dict[str, str]:
@@ -334,7 +334,8 @@ def test_what_has_been_read_is_not_kept_in_memory(tmp_path):
     )
     save_file({f"{tap}/{field}": own.clone() for tap in "ab" for field, own in fields.items()}, gram)
     entry = {"layers": ["x"], "inside": ["x"], "in": 8, "tokens": 8, "scope": "all"}
-    (gram.parent / INDEX).write_text(json.dumps({"length": 8, "blocks": [{"a": entry, "b": entry}]}))
+    index = {"length": 8, "blocks": [{"a": entry, "b": entry}], "sha256": [sha256(gram)]}
+    (gram.parent / INDEX).write_text(json.dumps(index))
     for tap in read_block(gram.parent, 0):
         assert len(tap.gram.matrix) == 8
         del tap

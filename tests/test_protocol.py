@@ -84,7 +84,10 @@ def test_a_study_of_one_protocol_is_whole(tmp_path):
 @pytest.mark.parametrize("column", OTHER)
 def test_a_cell_of_another_model_or_calibration_is_refused(tmp_path, column):
     study(tmp_path, **{column: OTHER[column]})
-    sentence = rf"dense dense .* and wanda 2:4 .* differ in {column} \({FULL[column]} and {OTHER[column]}\): delete .*, and run again\)\."
+    sentence = (
+        rf"dense dense .* and wanda 2:4 .* differ in {column} \({FULL[column]} and {OTHER[column]}\): "
+        r"delete .*, and run again\)\."
+    )
     with pytest.raises(InputError, match=sentence):
         gather(tmp_path)
     assert not list(tmp_path.glob("tables/*"))
