@@ -24,7 +24,7 @@ reproduce: .venv/installed
 test: .venv/installed
 	$(RUN) python -m pytest
 
-test-long: .venv/installed  # faults, kills, a cluster of its own: what takes longer than a change should wait for
+test-long: .venv/installed  # faults of whole runs, 10,000 configs: what takes longer than a change should wait for
 	$(RUN) python -m pytest -m long
 
 coverage: .venv/installed  # `make test`, and that it runs 95 % of the lines of methods/ and workflow/scripts/
