@@ -23,8 +23,8 @@ from tokenizers import Tokenizer
 
 from tests import smoke
 from workflow.scripts import docstrings
+from workflow.scripts.errors import InputError
 from workflow.scripts.grid import plan
-from workflow.scripts.runtime import InputError
 
 ROOT = Path(__file__).parents[1]
 DEMO = ROOT / "resources/demo"
