@@ -27,8 +27,8 @@ from hypothesis import strategies as st
 import methods.catalogue as catalogue_module
 from methods.catalogue import Catalogue
 from methods.target import Target
+from workflow.scripts.errors import InputError
 from workflow.scripts.grid import RESERVED, SCHEMA, SWEPT, Plan, plan
-from workflow.scripts.runtime import InputError
 
 LONGEST_SENTENCE = 600
 PART = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.\-]*")

@@ -40,6 +40,11 @@ def kill_tree(process: subprocess.Popen, by: signal.Signals = signal.SIGKILL) ->
     process.wait()
 
 
+def heed() -> None:
+    """Ctrl-C ends the process that is begun, also where this one was begun in the background, to be deaf to it."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def disturbed(
     folder: Path,
     arguments: Sequence[str],
@@ -50,19 +55,21 @@ def disturbed(
 ) -> list[str]:
     """Run a study in a folder, killing it so often; returns what ran each time, the last to its end.
 
-    longest: seconds after which a run is killed at the latest. Raises AssertionError when the last run fails.
+    longest: seconds after which a run is killed at the latest, more after runs in which no job came to its end: some
+    job may take longer. Raises AssertionError when the last run fails.
     """
-    told = []
+    told, patience = [], longest
     for number in range(kills + 1):
         command = [sys.executable, "-m", "snakemake", "--cores", "2", *arguments]
         with (folder / f"run-{number}.log").open("w+") as log:
-            process = subprocess.Popen(command, cwd=folder, stdout=log, stderr=subprocess.STDOUT)
+            process = subprocess.Popen(command, cwd=folder, stdout=log, stderr=subprocess.STDOUT, preexec_fn=heed)
             try:
-                process.wait(None if number == kills else chance.uniform(0, longest))
+                process.wait(None if number == kills else chance.uniform(0, patience))
             except subprocess.TimeoutExpired:
                 kill_tree(process, by)
             log.seek(0)
             told.append(log.read())
+        patience = longest if "Finished jobid" in told[-1] else 1.2 * patience
         if process.returncode == 0:
             break
         assert number < kills, told[-1]

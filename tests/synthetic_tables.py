@@ -227,10 +227,11 @@ def traces_table(cells: Sequence[SyntheticCell], blocks: int = 8) -> pd.DataFram
     """The `traces` table: every layer's error halves from step to step towards the one in the `layers` table."""
     frames = []
     for of in (one for one in cells if one.columns["method"] != "dense"):
-        for row in layer_frame(of, blocks).to_dict("records"):
-            trace = trace_frame(of).assign(layer=row["layer"])
-            steps = trace["iteration"].max() - trace["iteration"]
-            frames.append(trace.assign(objective=row["absolute_error"] * (1 + 2.0**steps) / 2))
+        layers, trace = layer_frame(of, blocks), trace_frame(of)
+        times = (1 + 2.0 ** (trace["iteration"].max() - trace["iteration"])) / 2
+        layer, row = (index.ravel() for index in np.indices((len(layers), len(trace))))
+        objective = layers["absolute_error"].to_numpy()[layer] * times.to_numpy()[row]
+        frames.append(trace.iloc[row].assign(layer=layers["layer"].to_numpy()[layer], objective=objective))
     empty = pd.DataFrame(columns=list(trace_frame(cells[0]).columns))
     return pd.concat(frames, ignore_index=True) if frames else empty
 

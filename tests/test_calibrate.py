@@ -17,10 +17,11 @@ from transformers import Cache, DynamicCache
 from methods.paths import plain_torch
 from workflow.scripts import calibrate, fingerprint, grams, propagate
 from workflow.scripts.calibrate import shared, write_gram
+from workflow.scripts.errors import InputError, report_errors
+from workflow.scripts.files import digest_of
 from workflow.scripts.grams import read_block, read_index
 from workflow.scripts.models import Blocks, Linear, find_blocks, linears, load
 from workflow.scripts.propagate import PROBE, Stream, capture, same, without_cache
-from workflow.scripts.runtime import InputError, digest_of, report_errors
 from workflow.scripts.tap_statistics import TapStatistics
 
 torch.set_num_threads(1)
@@ -504,6 +505,17 @@ def test_studies_share_the_grams_of_the_same_content(tmp_path, monkeypatch, caps
             lambda argv: calibrated(entry, tmp_path, monkeypatch, *argv), ["--code", str(tmp_path / "before")]
         )
     assert len(list((tmp_path / "grams").iterdir())) == 2
+
+
+def test_other_tokens_in_the_same_place_have_grams_of_their_own(tmp_path, monkeypatch):
+    build("llama").save_pretrained(tmp_path / "model")
+    entry = json.dumps({"name": "tiny", "path": str(tmp_path / "model"), "dtype": "float32"})
+    before = calibrated(entry, tmp_path, monkeypatch)
+    others = tokens(SEQUENCES).flip(0, 1)
+    save_file({"tokens": others.contiguous()}, tmp_path / "tokens.safetensors", metadata={"info": "{}"})
+    after = calibrated(entry, tmp_path, monkeypatch, out="other.json")
+    grams_of = [next(read_block(folder, 1)).gram.matrix for folder in (before, after)]
+    assert before != after and not torch.equal(*grams_of)
 
 
 def test_grams_that_were_removed_are_told(tmp_path, monkeypatch):

@@ -16,9 +16,9 @@ from tests.layers import Recipe
 from workflow.scripts import certificate, fingerprint
 from workflow.scripts.calibrate import write_gram
 from workflow.scripts.compress import output_error
+from workflow.scripts.errors import InputError
 from workflow.scripts.grams import shared_blocks
 from workflow.scripts.models import Blocks
-from workflow.scripts.runtime import InputError
 from workflow.scripts.taps import tapped_linears
 
 
@@ -66,3 +66,6 @@ def test_the_job_bounds_every_layer_of_a_model(tmp_path):
         layer = Layer(linear.name, linear.weight(), tap.gram)
         assert row["lower_bound"] == pytest.approx(certificate.row(layer, Target(pattern="2:4"))["lower_bound"])
         assert (row["target"], row["sparsity"], row["pattern"]) == ("2:4", 0.5, "2:4")
+    (tmp_path / "model/config.json").write_text("{}")
+    with pytest.raises(InputError, match="config.json is no longer the file that"):  # whatever is wrong with it
+        certificate.main([*given, "--out", str(tmp_path / "other.parquet")])

@@ -31,7 +31,7 @@ from tests.synthetic_tables import (
 from workflow.scripts.cell_results import NEVER_RAN, evaluations
 from workflow.scripts.collect import collect
 from workflow.scripts.comparisons import NO_DIFFERENCE
-from workflow.scripts.runtime import InputError
+from workflow.scripts.errors import InputError
 from workflow.scripts.table_schema import arrow_schema, document, from_rows, read_table, typed
 from workflow.scripts.tables import SCOPES, escape_latex, latex, markdown, number, spread, tables
 from workflow.scripts.tables import document as rendered

@@ -14,7 +14,7 @@ from tests.synthetic_tables import EVALUATIONS, PROVENANCE, STUDY, SyntheticCell
 from workflow.scripts import compare
 from workflow.scripts.cell_results import evaluations
 from workflow.scripts.collect import TABLES, collect
-from workflow.scripts.runtime import InputError
+from workflow.scripts.errors import InputError
 from workflow.scripts.table_schema import read_table
 from workflow.scripts.tables import document, markdown
 

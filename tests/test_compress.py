@@ -26,11 +26,11 @@ from methods.target import Target
 from tests import layers
 from workflow.scripts import compress, fingerprint
 from workflow.scripts.calibrate import write_gram
+from workflow.scripts.errors import InputError
 from workflow.scripts.grams import read_block
 from workflow.scripts.grid import plan
 from workflow.scripts.models import find_blocks, linears, load
 from workflow.scripts.packed import PackedFile
-from workflow.scripts.runtime import InputError
 from workflow.scripts.streaming import LazyBlocks
 
 SAMPLES, LENGTH = 6, 24

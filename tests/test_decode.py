@@ -10,7 +10,7 @@ import torch
 
 from kernels.storages import Blocks, Groups, TwoOfFour
 from workflow.scripts import decode, figure_decode
-from workflow.scripts.runtime import InputError
+from workflow.scripts.errors import InputError
 
 SHAPES = [(1, 16), (1, 1), (5, 100), (7, 512), (3, 1000), (64, 352)]
 

@@ -12,7 +12,7 @@ import pytest
 
 from workflow.scripts import devices
 from workflow.scripts.devices import VISIBLE, available, free, take
-from workflow.scripts.runtime import InputError
+from workflow.scripts.errors import InputError
 
 ROOT = Path(__file__).parents[1]
 TWO = {"0": "GPU-a", "1": "GPU-b"}

@@ -230,6 +230,7 @@ def test_the_command_prints_a_table_without_torch_and_refuses(tmp_path):
     assert done.returncode == 1 and done.stderr.startswith("error: ") and "--mem-mb gives 300 MB" in done.stderr
 
 
+@pytest.mark.long
 def test_a_run_that_cannot_fit_is_refused_before_its_first_job(tmp_path):
     folder = tiny_project(tmp_path / "project")
     asked = ["--configfile", CONFIG, "--resources", "mem_mb=100", "--until", "gram"]

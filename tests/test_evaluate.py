@@ -10,8 +10,8 @@ from safetensors.torch import save_file
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from workflow.scripts import evaluate
+from workflow.scripts.errors import InputError
 from workflow.scripts.models import find_blocks, linears
-from workflow.scripts.runtime import InputError
 
 VOCABULARY, LENGTH, WINDOWS = 50, 16, 7
 

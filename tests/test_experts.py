@@ -20,12 +20,12 @@ from methods.target import Target
 from workflow.scripts import audit, export
 from workflow.scripts.calibrate import shared, write_gram
 from workflow.scripts.compress import output_error
+from workflow.scripts.errors import InputError
 from workflow.scripts.evaluate import apply_weights
 from workflow.scripts.export import load_packed
 from workflow.scripts.grams import read_block, read_index
 from workflow.scripts.models import EXPERTS, Blocks, is_experts, linears, load, model_linears
 from workflow.scripts.propagate import Stream
-from workflow.scripts.runtime import InputError
 from workflow.scripts.tap_statistics import SAMPLE_ROWS, RoutedStatistics, TapStatistics
 
 torch.set_num_threads(1)

@@ -17,10 +17,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, CompressedTensorsC
 from methods.target import Target
 from tests.dag import write_tokenizer
 from workflow.scripts import audit, packed
+from workflow.scripts.errors import InputError
 from workflow.scripts.evaluate import apply_weights
 from workflow.scripts.export import FORMATS, load_packed, main
+from workflow.scripts.files import sha256
 from workflow.scripts.models import load, model_linears
-from workflow.scripts.runtime import InputError, sha256
 
 TWO_OF_FOUR, W4, W4S50 = Target(pattern="2:4"), Target(bits=4, group=16), Target(0.5, "1x16", bits=4, group=16)
 JOINT = Target(pattern="2:4", bits=4, group=16)

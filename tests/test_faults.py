@@ -29,11 +29,12 @@ from test_compress import OUTPUTS, Case
 from test_resume import assert_same, killed
 
 from methods.base import Target
-from workflow.scripts import compress, grams, runtime, text
+from workflow.scripts import calibrate, compress, files, grams, text
 from workflow.scripts.bounds import read_bounds
 from workflow.scripts.cell_results import failure
+from workflow.scripts.errors import InputError, report_errors, status_of
+from workflow.scripts.files import check_weights, read_made, whole_file
 from workflow.scripts.fingerprint import check_unchanged
-from workflow.scripts.runtime import InputError, check_weights, read_made, report_errors, status_of, whole_file
 from workflow.scripts.table_schema import read_parquet, write_parquet
 
 HALF = Target(0.5)
@@ -177,8 +178,31 @@ def test_what_is_written_is_on_the_disk_before_it_has_its_name(tmp_path, monkeyp
     order, sync, replace = [], os.fsync, Path.replace
     monkeypatch.setattr(os, "fsync", lambda file: order.append("fsync") or sync(file))
     monkeypatch.setattr(Path, "replace", lambda self, other: order.append("replace") or replace(self, other))
-    runtime.write_atomic(tmp_path / "file", "text")
+    files.write_atomic(tmp_path / "file", "text")
     assert order == ["fsync", "replace"]
+
+
+def test_a_file_that_is_written_to_half_keeps_its_old_content(tmp_path):
+    path = tmp_path / "file"
+    files.write_atomic(path, "old")
+    with pytest.raises(ArithmeticError), whole_file(path) as part:
+        part.write_text("ha")
+        raise ArithmeticError
+    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+
+
+def test_code_is_known_by_its_content_and_its_names_alone(tmp_path):
+    def digest(folder, *code):
+        (tmp_path / folder).mkdir()
+        for name, content in code:
+            (tmp_path / folder / name).write_text(content)
+        return files.digest_of([str(tmp_path / folder / name) for name, _ in code])
+
+    first, second = ("own.py", "a = 1"), ("other.py", "b = 1")
+    known = digest("here", first, second)
+    assert known == digest("moved", first, second)
+    changed = [(first,), (("own.py", "a = 2"), second), (first, ("other.py", "b = 2")), (("new.py", "a = 1"), second)]
+    assert len({known, *(digest(f"changed-{number}", *code) for number, code in enumerate(changed))}) == 5
 
 
 # ------------------------------------------------------------------------------------------------------------- memory
@@ -306,7 +330,6 @@ def test_damaged_grams_that_a_method_stumbles_over_are_not_its_fault(tmp_path):
 def test_damaged_tokens(tmp_path, damage: Callable[[Path], None]):
     path, drawn = tmp_path / "tokens.safetensors", np.arange(32).reshape(2, 16)
     info = {"dataset": "words", "tokens_sha256": text.tokens_hash(drawn)}
-    text.whole_file(path)
     save_file({"tokens": torch.from_numpy(drawn)}, path, metadata={"info": json.dumps(info)})
     assert (text.read_tokens(path)[0] == drawn).all()
     damage(path)
@@ -329,6 +352,73 @@ def test_a_damaged_model(case: Case, whole):
     finally:
         path.write_bytes(before)
     assert_same(case.run(*CELL, out="edited"), whole)
+
+
+NO_LONGER = "is no longer the file that .* was made of"
+
+
+@pytest.mark.parametrize("block", [0, 1])
+def test_a_model_that_is_edited_while_a_cell_is_computed(case: Case, whole, monkeypatch, capfd, block: int):
+    """Blocks of both models, finished or not, are thrown away: the next job begins anew."""
+    own = f"edited-{block}"
+    path, write_block = case.folder / "model/model.safetensors", compress.write_block
+    before = path.read_bytes()
+
+    def edited(checkpoint, index, *rest):
+        write_block(checkpoint, index, *rest)
+        if index == block:
+            flip(path)
+
+    monkeypatch.setattr(compress, "write_block", edited)
+    try:
+        with pytest.raises(InputError, match=NO_LONGER):
+            case.run(*CELL, out=own)
+    finally:
+        path.write_bytes(before)
+    monkeypatch.undo()
+    assert_nothing_looks_whole(case.folder / own)
+    capfd.readouterr()
+    assert_same(case.run(*CELL, out=own), whole)
+    assert "Going on" not in capfd.readouterr().err
+
+
+def test_a_method_that_stumbles_over_an_edited_model_is_not_named(case: Case, monkeypatch):
+    path = case.folder / "model/model.safetensors"
+    before = path.read_bytes()
+
+    def stumble(*_):
+        flip(path)
+        raise InputError("The method failed.")
+
+    monkeypatch.setattr(compress, "write_block", stumble)
+    try:
+        with pytest.raises(InputError, match=NO_LONGER):
+            case.run(*CELL, out="edited")
+    finally:
+        path.write_bytes(before)
+
+
+def test_a_model_that_is_edited_during_a_calibration(case: Case, monkeypatch):
+    path, stores = case.folder / "model/model.safetensors", case.folder / "stores"
+    before, save = path.read_bytes(), calibrate.save_file
+    monkeypatch.setenv("LAYERWISE_CACHE", str(stores))
+    given = {
+        "model": case.model,
+        "fingerprint": case.folder / "model.json",
+        "tokens": case.folder / "tokens.safetensors",
+    }
+    given |= {"out": case.folder / "own.json"}
+    arguments = [str(part) for name, value in given.items() for part in (f"--{name}", value)]
+    monkeypatch.setattr(calibrate, "save_file", lambda *args: (save(*args), flip(path)))
+    try:
+        with pytest.raises(InputError, match=NO_LONGER):
+            calibrate.main(arguments)
+    finally:
+        path.write_bytes(before)
+    assert not list(stores.iterdir()) and not (case.folder / "own.json").exists()
+    monkeypatch.setattr(calibrate, "save_file", save)
+    calibrate.main(arguments)
+    assert (case.folder / "own.json").is_file()
 
 
 def test_a_model_that_is_copied_anew_is_hashed_once(case: Case, monkeypatch):
@@ -407,6 +497,6 @@ def test_a_text_that_is_cut_off(tmp_path):
 
 def test_no_duration_is_taken_from_a_clock_that_may_be_set():
     root = Path(__file__).parents[1]
-    files = [path for part in ("methods", "kernels", "workflow") for path in (root / part).rglob("*.py")]
+    own = [path for part in ("methods", "kernels", "workflow") for path in (root / part).rglob("*.py")]
     wall = re.compile(r"\btime\.time(_ns)?\(|datetime\.now|utcnow|from time import .*\btime\b")
-    assert len(files) > 50 and [path.name for path in files if wall.search(path.read_text("utf-8"))] == []
+    assert len(own) > 50 and [path.name for path in own if wall.search(path.read_text("utf-8"))] == []

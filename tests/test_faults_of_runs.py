@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
 import random
 import shutil
@@ -13,9 +15,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pandas as pd
+import psutil
 import pytest
 from dag import CONFIG, Run, snakemake, tiny_project, tiny_study, write_config
-from kill_study import assert_same_tables, disturbed
+from kill_study import assert_same_tables, disturbed, heed
 
 pytestmark = [pytest.mark.long, pytest.mark.xdist_group("faults of runs")]
 
@@ -24,7 +27,9 @@ ARGUMENTS = [GOAL, "--configfile", str(CONFIG)]
 
 
 def small_study() -> dict:
-    return tiny_study() | {"targets": [{"pattern": "2:4"}], "methods": {"magnitude": None, "wanda": None}}
+    """Two cells. (Studies with all kinds of jobs are killed in test_kill.py.)"""
+    small = {"modes": ["shared"], "certificates": False, "targets": [{"pattern": "2:4"}]}
+    return tiny_study() | small | {"methods": {"magnitude": None, "wanda": None}}
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +74,9 @@ def assert_finishes(folder: Path, undisturbed: Path) -> Run:
 def start(folder: Path, log: Path) -> subprocess.Popen:
     clean = {key: value for key, value in os.environ.items() if key != "PYTHONPATH" and not key.startswith("SNAKEMAKE")}
     command = [sys.executable, "-m", "snakemake", "--cores", "1", *ARGUMENTS]
-    return subprocess.Popen(command, cwd=folder, stdout=log.open("w"), stderr=subprocess.STDOUT, env=clean)
+    return subprocess.Popen(
+        command, cwd=folder, stdout=log.open("w"), stderr=subprocess.STDOUT, env=clean, preexec_fn=heed
+    )
 
 
 def wait_for(process: subprocess.Popen, here: Callable[[], bool]) -> None:
@@ -138,7 +145,8 @@ def test_damaged_grams(undisturbed: Path, tmp_path: Path):
     content = bytearray(path.read_bytes())
     content[-4] ^= 1
     path.write_bytes(content)
-    shutil.rmtree(folder / "results/cells")
+    for name in ("cells", "tables"):
+        shutil.rmtree(folder / "results" / name)
     assert_told(run(folder), "block-001.safetensors", "is damaged", "run again, which computes these Grams anew")
     assert assert_finishes(folder, undisturbed).jobs["gram"] == 1
 
@@ -186,7 +194,7 @@ def test_a_config_that_is_edited_during_a_run(fresh: Path, undisturbed: Path, tm
     done = run(folder)
     assert done.status == 0, done.output
     cells = pd.read_parquet(folder / GOAL)
-    assert set(cells["label"]) == {"wanda"} and set(cells["target"]) == {"50%"}
+    assert set(cells["label"]) == {"wanda"} and set(cells["target"]) == {"50% row"}
 
 
 def test_a_method_that_is_edited_during_a_run(fresh: Path, undisturbed: Path, tmp_path: Path):
@@ -207,6 +215,14 @@ def test_a_method_that_is_edited_during_a_run(fresh: Path, undisturbed: Path, tm
 @pytest.mark.parametrize("by", [signal.SIGTERM, signal.SIGINT])
 def test_a_study_that_is_told_to_end(fresh: Path, undisturbed: Path, tmp_path: Path, by: signal.Signals):
     folder = copy(fresh, tmp_path / "study")
-    told = disturbed(folder, ARGUMENTS, 4, 25, random.Random(1), by)
-    assert len(told) > 1 and not any("Traceback" in text for text in told), told
+    process = start(folder, tmp_path / "log")
+    wait_for(process, lambda: any(folder.glob("results/cells/*/*/*/*/failed-*.json")))  # there while a cell is computed
+    for one in [*psutil.Process(process.pid).children(recursive=True), process]:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            one.send_signal(by)
+    assert process.wait() != 0
+    (record,) = folder.glob("results/cells/*/*/*/*/failed-*.json")
+    assert json.loads(record.read_text())["status"] == "stopped"
+    assert "Traceback" not in (tmp_path / "log").read_text()
+    disturbed(folder, ARGUMENTS, 2, 10, random.Random(1), by)  # also in Snakemake's own beginning
     assert_same_tables(folder, undisturbed)

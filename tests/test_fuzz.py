@@ -29,10 +29,10 @@ from tests.families import build
 from tests.fuzz_configs import CATALOGUE, fuzz, sentence_of, targets
 from workflow.scripts import documents, sources
 from workflow.scripts.collect import write_csv
+from workflow.scripts.errors import InputError
 from workflow.scripts.grid import plan
 from workflow.scripts.models import find_blocks, load
 from workflow.scripts.published import FILE, pairs, read_published
-from workflow.scripts.runtime import InputError
 from workflow.scripts.streaming import LazyBlocks
 from workflow.scripts.table_schema import columns, from_rows, read_table, to_frame
 from workflow.scripts.text import load_tokenizer
@@ -110,6 +110,13 @@ def test_a_file_that_is_no_config_is_one_sentence(tmp_path, kind, monkeypatch):
     own.write_bytes(text if isinstance(text, bytes) else text.encode("utf-8"))
     assert told(lambda: plan(documents.read(own)))
     assert [path.name for path in tmp_path.iterdir()] == ["study.yaml"]
+
+
+@pytest.mark.parametrize("kind", [kind for kind in DOCUMENTS if kind.startswith("key twice")])
+def test_a_key_that_stands_twice_is_named(tmp_path, kind):
+    (tmp_path / "study.yaml").write_text(DOCUMENTS[kind])
+    key = "path" if "below" in kind else "seed"
+    assert f"'{key}' is there twice" in (told(lambda: documents.read(tmp_path / "study.yaml")) or "")
 
 
 @pytest.mark.parametrize("name", ["absent.yaml", "folder", "a" * 300])

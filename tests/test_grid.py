@@ -15,8 +15,8 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
+from workflow.scripts.errors import InputError
 from workflow.scripts.grid import Plan, canonical, identity, plan, validate
-from workflow.scripts.runtime import InputError
 
 ROOT = Path(__file__).parents[1]
 PATH_SAFE = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.\-]*")

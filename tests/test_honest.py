@@ -20,8 +20,8 @@ from tests.contract import FEWER
 from tests.test_promises import BLOCK, DENSE, GRID, JOINT, NM, ROW, honest
 from workflow.scripts import compress
 from workflow.scripts.compress import Solver, output_error
+from workflow.scripts.errors import Diverged, InputError
 from workflow.scripts.packed import parts_of
-from workflow.scripts.runtime import Diverged, InputError
 
 Lie = Callable[[Layer, Target, Compressed], Any]
 

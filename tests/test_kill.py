@@ -9,7 +9,7 @@ import pytest
 from dag import snakemake, tiny_project
 from kill_study import assert_same_tables, disturbed
 
-from workflow.scripts.runtime import unlock_after_death
+from workflow.scripts.files import unlock_after_death
 
 CONFIG = ["--configfile", "config/tiny.yaml"]
 
@@ -23,6 +23,7 @@ def undisturbed(tmp_path_factory) -> tuple[Path, float]:
     return folder, done.seconds
 
 
+@pytest.mark.long
 def test_a_killed_study_ends_with_the_same_tables(tmp_path, undisturbed):
     folder, seconds = undisturbed
     told = disturbed(tiny_project(tmp_path), CONFIG, 4, seconds / 2, random.Random(0))

@@ -13,8 +13,8 @@ from test_compress import Case, rows
 from methods.base import Compressed
 from methods.target import Target
 from workflow.scripts import evaluate, models
+from workflow.scripts.errors import Diverged, InputError
 from workflow.scripts.propagate import Stream
-from workflow.scripts.runtime import Diverged, InputError
 from workflow.scripts.streaming import LazyBlocks
 from workflow.scripts.tune import Tunable, descend
 

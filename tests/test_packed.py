@@ -20,8 +20,9 @@ from tests import layers
 from workflow.scripts import packed
 from workflow.scripts.accounting import bits_per_weight, stored_bits
 from workflow.scripts.compress import output_error
+from workflow.scripts.errors import InputError
+from workflow.scripts.files import sha256
 from workflow.scripts.grams import INDEX, block_file, read_block
-from workflow.scripts.runtime import InputError, sha256
 
 
 def metadata(path: Path) -> dict[str, str]:

@@ -32,6 +32,7 @@ from tests.synthetic_tables import (
 from workflow.scripts import plot
 from workflow.scripts.cell_results import evaluations
 from workflow.scripts.collect import collect
+from workflow.scripts.errors import InputError
 from workflow.scripts.figure_convergence import BOUND, convergence, typical_layer
 from workflow.scripts.figure_depth import error_along_depth, error_reduction
 from workflow.scripts.figure_errors import error_relative, gap_to_bound, ratios
@@ -41,7 +42,6 @@ from workflow.scripts.figure_perplexity import perplexity_vs_sparsity
 from workflow.scripts.figure_ranks import groups, method_ranks
 from workflow.scripts.figure_style import LOOKS, look, looks, save, strokes, styled
 from workflow.scripts.figure_sweep import along, sweep
-from workflow.scripts.runtime import InputError
 from workflow.scripts.seeds import repeats
 
 ROOT = Path(__file__).parents[1]

@@ -15,8 +15,8 @@ from tests.test_collect import row_of
 from workflow.scripts import compare
 from workflow.scripts.cell_results import TaskSet, evaluations
 from workflow.scripts.collect import TABLES, collect
+from workflow.scripts.errors import Diverged, InputError, record_failure
 from workflow.scripts.protocol import MARK, SAME
-from workflow.scripts.runtime import Diverged, InputError, record_failure
 from workflow.scripts.table_schema import columns, from_rows, read_table
 from workflow.scripts.tables import document, latex, markdown, tables
 

@@ -17,6 +17,7 @@ import yaml
 
 from tests.dag import copy_project, snakemake
 from workflow.scripts import published_page
+from workflow.scripts.errors import InputError
 from workflow.scripts.grid import Plan, plan
 from workflow.scripts.published import (
     FILE,
@@ -27,7 +28,6 @@ from workflow.scripts.published import (
     text_name,
     tolerance,
 )
-from workflow.scripts.runtime import InputError
 from workflow.scripts.table_schema import from_rows, read_table, to_frame
 
 ROOT = Path(__file__).parents[1]
@@ -185,6 +185,25 @@ def test_other_windows_are_not_comparable_whatever_the_dense_row():
     dense, wanda = verdicts([row("dense", 27.66), row("wanda", 38.0)], part, dense=27.66, wanda=38.0)
     assert dense["verdict"] == wanda["verdict"] == "protocol differs"
     assert wanda["differs"] == "evaluation_windows: published all, ours 10"
+
+
+def test_another_length_is_not_comparable_even_where_the_dense_rows_agree():
+    rows = [row("dense", 27.66, evaluation_length=4096), row("wanda", 38.0, evaluation_length=4096)]
+    for found in verdicts(rows, study(), dense=27.66, wanda=38.0):
+        assert (
+            found["verdict"] == "protocol differs"
+            and found["differs"] == "evaluation_length: published 4096, ours 2048"
+        )
+
+
+@pytest.mark.parametrize(
+    "target", [{"sparsity": 0.6}, {"pattern": "2:4"}, {"pattern": "layer"}, {"bits": 4, "group": 128}]
+)
+def test_a_number_of_another_target_is_not_ours(target):
+    rows = [row("dense", 27.66), row("wanda", 38.0), row("wanda", 45.0, **target)]
+    _, same, other = verdicts(rows, study(), dense=27.66, wanda=38.0)
+    assert (same["verdict"], other["verdict"]) == ("within", "not run")
+    assert other["reason"] == "the study has no cell of wanda at this target with these parameters"
 
 
 def test_fields_of_the_calibration_are_named_where_the_method_looks_at_it():

@@ -15,8 +15,9 @@ from methods.catalogue import HOME
 from tests.dag import ROOT
 from tests.test_evaluate import LENGTH, VOCABULARY, WINDOWS, layers_of, llama, weights_of
 from workflow.scripts import evaluate, recall
+from workflow.scripts.errors import InputError
+from workflow.scripts.files import sha256
 from workflow.scripts.fingerprint import main as fingerprint
-from workflow.scripts.runtime import InputError
 
 INFO = {"sha256": "abc", "dataset": "random"}
 
@@ -44,6 +45,11 @@ def entry(**changed):
     return {"name": "tiny", "path": "model", "dtype": "float32", "trust_remote_code": False} | changed
 
 
+def foresee(cell):
+    weights = cell / "weights.safetensors"
+    recall.foresee(entry(), cell / "tiny.json", weights, sha256(weights), "cpu")
+
+
 def arguments(out="out.json", data="tokens.safetensors", **changed):
     given = ["perplexity", "--model", json.dumps(entry(**changed)), "--fingerprint", "tiny.json", "--threads", "1"]
     return [*given, "--weights", "weights.safetensors", "--data", data, "--name", "wanda", "--out", out]
@@ -59,6 +65,29 @@ def test_what_was_never_seen_is_computed(cell, capsys):
     assert result["perplexity"] == pytest.approx(math.exp(result["mean_loss"])) and result["text"] == INFO
     assert (result["windows"], result["length"]) == (WINDOWS, LENGTH) and result["seconds"] > 0
     assert "wanda: 100%" in capsys.readouterr().err
+
+
+def test_other_weights_in_the_same_place_are_evaluated_anew(cell, capsys):
+    recall.main(arguments())
+    save_file(weights_of(llama()), "weights.safetensors")
+    recall.main(arguments("again.json"))
+    before, after = (json.loads((cell / name).read_text()) for name in ("out.json", "again.json"))
+    assert before["losses"] != after["losses"] and "were evaluated before" not in capsys.readouterr().err
+
+
+def test_a_model_that_is_edited_meanwhile_leaves_no_result(cell, monkeypatch):
+    computed = recall.computed
+
+    def edited(*given):
+        text = computed(*given)
+        with open("model/config.json", "a") as file:
+            file.write("\n")
+        return text
+
+    monkeypatch.setattr(recall, "computed", edited)
+    with pytest.raises(InputError, match="config.json is no longer the file that tiny.json was made of"):
+        recall.main(arguments())
+    assert not (cell / "out.json").exists() and not recall.STORE.exists()
 
 
 def as_saved():
@@ -85,7 +114,7 @@ def test_what_the_compression_leaves_is_what_the_job_would_compute(cell, monkeyp
     asked = [{"kind": "perplexity", "data": "{model}.safetensors", "spec": {}}]
     (cell / "tokens.safetensors").rename("tiny.safetensors")  # the model's identity is its fingerprint's name
     monkeypatch.setenv(recall.ASKED, json.dumps(asked))
-    recall.foresee(entry(), cell / "tiny.json", cell / "weights.safetensors", "cpu")
+    foresee(cell)
     (beside,) = recall.STORE.iterdir()
     results = [json.loads(path.read_text()) for path in (cell / "alone.json", beside)]
     for result in results:
@@ -98,20 +127,18 @@ def test_what_the_compression_leaves_is_what_the_job_would_compute(cell, monkeyp
 def test_the_place_depends_on_all_that_decides_the_result_and_on_no_name(cell):
     def place(**changed):
         given = {"kind": "perplexity", "model": entry(), "fingerprint": cell / "tiny.json"}
-        given |= {"weights": cell / "weights.safetensors", "data": cell / "tokens.safetensors"}
+        given |= {"weights": cell / "weights.safetensors", "digest": "0", "data": cell / "tokens.safetensors"}
         return recall.Evaluation(**given | changed).file()
 
     known = place()
-    assert known == place(name="another label", model=entry(name="renamed", path="elsewhere"))
-    weights = {name: torch.ones_like(weight) for name, weight in weights_of(llama()).items()}
-    save_file(weights, cell / "others.safetensors")
+    assert known == place(name="another label", model=entry(name="renamed", path="elsewhere"), weights=cell / "moved")
     (cell / "other").mkdir()
     write_tokens(cell / "other/tokens.safetensors", seed=1)
     other = json.loads((cell / "tiny.json").read_text())
     other["files"]["config.json"] = "0" * 64
     (cell / "other.json").write_text(json.dumps(other))
     changes = [
-        {"weights": cell / "others.safetensors"},
+        {"digest": "1"},
         {"data": cell / "other/tokens.safetensors"},
         {"fingerprint": cell / "other.json"},
         {"model": entry(dtype="bfloat16")},
@@ -126,7 +153,7 @@ def test_the_place_depends_on_all_that_decides_the_result_and_on_no_name(cell):
 @pytest.mark.parametrize("file", ["evaluate", "text", HOME / "ops.py", "versions"])
 def test_other_code_and_other_versions_have_another_place(cell, monkeypatch, file):
     evaluation = recall.Evaluation(
-        "perplexity", entry(), cell / "tiny.json", cell / "weights.safetensors", cell / "tokens.safetensors"
+        "perplexity", entry(), cell / "tiny.json", cell / "weights.safetensors", "0", cell / "tokens.safetensors"
     )
     before = evaluation.file()
     if file != "versions":
@@ -143,7 +170,7 @@ def test_what_fails_beside_the_compression_is_left_to_its_own_job(cell, monkeypa
         for name in ("wrong.safetensors", "absent.safetensors", "tokens.safetensors")
     ]
     monkeypatch.setenv(recall.ASKED, json.dumps(asked))
-    recall.foresee(entry(), cell / "tiny.json", cell / "weights.safetensors", "cpu")
+    foresee(cell)
     assert (
         "perplexity of wrong.safetensors could not be computed beside the compression: The tokens lie between"
         in capsys.readouterr().err
@@ -168,5 +195,5 @@ def test_a_result_that_a_crash_has_cut_is_computed_again(cell, left):
 def test_code_that_was_edited_meanwhile_evaluates_nothing(cell, monkeypatch):
     monkeypatch.setenv(recall.ASKED, json.dumps([{"kind": "perplexity", "data": "tokens.safetensors", "spec": {}}]))
     monkeypatch.setitem(recall.CODE, "evaluate", "as it was when the compression began")
-    recall.foresee(entry(), cell / "tiny.json", cell / "weights.safetensors", "cpu")
+    foresee(cell)
     assert not recall.STORE.exists()

@@ -12,7 +12,7 @@ from workflow.scripts import regression
 from workflow.scripts.cell_results import evaluations
 from workflow.scripts.collect import collect
 from workflow.scripts.compare import compare, report
-from workflow.scripts.runtime import InputError
+from workflow.scripts.errors import InputError
 
 
 def frame(**errors: float) -> pd.DataFrame:

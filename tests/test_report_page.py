@@ -17,8 +17,8 @@ from tests.synthetic_tables import EVALUATIONS, STUDY, SyntheticCell, cell, writ
 from workflow.scripts import tables
 from workflow.scripts.cell_results import evaluations
 from workflow.scripts.collect import collect
+from workflow.scripts.errors import InputError
 from workflow.scripts.report_page import other_tables, page
-from workflow.scripts.runtime import InputError
 from workflow.scripts.table_schema import read_table
 
 pytestmark = pytest.mark.xdist_group("report")

@@ -25,10 +25,10 @@ from tests.families import build
 from workflow.scripts import sources, task_sets, zero_shot
 from workflow.scripts.cell_results import evaluations
 from workflow.scripts.collect import collect
+from workflow.scripts.errors import InputError
 from workflow.scripts.grid import plan
 from workflow.scripts.models import load
 from workflow.scripts.report_page import page
-from workflow.scripts.runtime import InputError
 from workflow.scripts.streaming import LazyBlocks
 from workflow.scripts.tables import escape_latex, escape_markdown
 from workflow.scripts.text import load_tokenizer
@@ -231,6 +231,7 @@ socket.getaddrinfo = socket.create_connection = refuse
 """
 
 
+@pytest.mark.long
 def test_a_local_study_asks_no_network(tmp_path):
     """A whole study whose processes end at their first connection, of which the environment forbids none."""
     folder = dag.tiny_project(tmp_path / "project")
@@ -303,6 +304,7 @@ def test_nothing_is_written_outside_the_project(tmp_path):
             assert line.startswith(("results/", "logs/", "figures/")) or "--" in line or line[0] == "{", line
 
 
+@pytest.mark.long
 def test_config_values_reach_jobs_as_they_are_and_no_shell(tmp_path):
     """Every free text of a config with what a shell, Snakemake's formatting or a wildcard would act on."""
     folder = dag.tiny_project(tmp_path / "project")

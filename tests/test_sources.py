@@ -11,7 +11,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from workflow.scripts import sources
-from workflow.scripts.runtime import InputError
+from workflow.scripts.errors import InputError
 
 ROOT = Path(__file__).parents[1]
 HUB = {"hub": "organisation/name", "revision": "0123abc"}

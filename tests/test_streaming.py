@@ -12,9 +12,9 @@ from torch import nn
 
 from workflow.scripts import evaluate, streaming
 from workflow.scripts.calibrate import shared
+from workflow.scripts.errors import InputError
 from workflow.scripts.models import Blocks, linears, load, model_linears
 from workflow.scripts.propagate import Stream
-from workflow.scripts.runtime import InputError
 from workflow.scripts.streaming import LazyBlocks
 
 torch.set_num_threads(1)

@@ -12,7 +12,7 @@ from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from workflow.scripts import text
-from workflow.scripts.runtime import InputError
+from workflow.scripts.errors import InputError
 
 DOCUMENTS = ["The first.", "", "Line one.\nLine two: ä\u2028ö."]
 ROWS = [{"id": number, "text": document} for number, document in enumerate(DOCUMENTS)]

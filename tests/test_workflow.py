@@ -100,6 +100,12 @@ def study(tmp_path_factory) -> Study:
     return Study(folder, snakemake(folder, "--configfile", CONFIG))
 
 
+def test_one_worker_has_all_of_these(request):
+    """Else each worker would run the study, and the tests would not follow one another."""
+    if hasattr(request.config, "workerinput"):
+        assert request.node.nodeid.endswith("@workflow")
+
+
 def of_cells(run: Run) -> tuple[int, int]:
     """(compress, perplexity) jobs of a run that repeats nothing which no method concerns."""
     assert not BEFORE & run.jobs.keys()

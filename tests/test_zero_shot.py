@@ -24,10 +24,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from workflow.scripts import docstring_tasks, task_sets, zero_shot
 from workflow.scripts.cell_results import TaskSet, gather_cell
+from workflow.scripts.errors import InputError
 from workflow.scripts.evaluate import apply_weights
 from workflow.scripts.grid import plan
 from workflow.scripts.models import find_blocks, linears
-from workflow.scripts.runtime import InputError
 from workflow.scripts.tables import document, markdown
 
 TASKS = ("last_word", "continuation")
@@ -83,6 +83,7 @@ def tiny(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.mark.long
 def test_lm_eval_s_command_line_gives_the_same_numbers(tiny):
     spec = {"tasks": list(TASKS), "folder": "tasks", "fewshot": SHOTS, "items": None, "batch": BATCH}
     model = {"path": str(tiny / "model"), "dtype": "float32"}

@@ -28,7 +28,7 @@ from methods.catalogue import Catalogue
 from methods.target import Target
 from workflow.scripts.compress import Solver, in_turn, visit
 from workflow.scripts.propagate import Stream
-from workflow.scripts.runtime import peak_mb
+from workflow.scripts.provenance import peak_mb
 from workflow.scripts.taps import Tap
 
 VOCABULARY = 1024  # embeddings and head are no part of what is measured

@@ -18,7 +18,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from tests.benchmarks.suite import BUDGET, CASES, FIXED, SIDES, UNTIMED
 from workflow.scripts import figure_style
-from workflow.scripts.runtime import whole_file, write_atomic
+from workflow.scripts.files import whole_file, write_atomic
 
 LOOKS = tuple(zip(("#9fc3e6", "#5b9bd5", "#2f6fb0", "#123f73", "#D55E00"), "os^DP", strict=True))  # by size
 GAIN, TO_FLOOR = "Published loop / method", "Method / floor"

@@ -19,7 +19,7 @@ rule tables:
         "logs/tables.log",
     localrule: True
     params:
-        study=lambda wildcards: STUDY,  # a text with braces would be taken for one with wildcards
+        study=whole_study,
     shell:
         "{PYTHON} -m workflow.scripts.collect --study {params.study:q} --out results/tables 2> >(tee {log:q} >&2)"
 
@@ -43,7 +43,7 @@ rule published:
         "logs/published.log",
     localrule: True
     params:
-        study=lambda wildcards: STUDY,  # a text with braces would be taken for one with wildcards
+        study=whole_study,
     shell:
         "{PYTHON} -m workflow.scripts.published --study {params.study:q} --tables results/tables"
         " 2> >(tee {log:q} >&2)"
@@ -66,7 +66,7 @@ rule report_page:
         "logs/report_page.log",
     localrule: True
     params:
-        study=lambda wildcards: STUDY,  # a text with braces would be taken for one with wildcards
+        study=whole_study,
     shell:
         "{PYTHON} -m workflow.scripts.report_page --study {params.study:q} --tables results/tables"
         " --figures {input.figures:q} --out {output:q} 2> >(tee {log:q} >&2)"

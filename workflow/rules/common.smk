@@ -15,7 +15,8 @@ from workflow.scripts import documents, recall, sources, task_sets
 from workflow.scripts.grid import canonical, plan
 from workflow.scripts.needs import Job, Needs
 from workflow.scripts.plot import FIGURES
-from workflow.scripts.runtime import InputError, digest_of, unlock_after_death
+from workflow.scripts.errors import InputError
+from workflow.scripts.files import digest_of, unlock_after_death
 
 PYTHON = shlex.quote(sys.executable)  # the interpreter that runs Snakemake has the locked packages
 FORMATS = ("pdf", "svg", "png")
@@ -45,6 +46,11 @@ TABLES = [
     *(f"results/tables/main.{kind}" for kind in ("md", "tex")),
 ]
 PUBLISHED = [f"results/tables/published.{kind}" for kind in ("parquet", "csv", "md", "tex")]
+
+
+def whole_study(wildcards):
+    """STUDY as a parameter: a text with braces, given as such, would be taken for one with wildcards."""
+    return STUDY
 
 
 wildcard_constraints:

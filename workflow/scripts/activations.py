@@ -11,12 +11,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from workflow.scripts.runtime import write_atomic, writing
+from workflow.scripts.checkpoint import STATES
+from workflow.scripts.files import write_atomic, writing
 
 
 def files_of(folder: Path, index: int) -> tuple[Path, Path]:
     """The values of the hidden states that enter a block, and what says that they are whole."""
-    return folder / f"inputs-{index:03d}.bin", folder / f"inputs-{index:03d}.json"
+    return folder / f"{STATES}{index:03d}.bin", folder / f"{STATES}{index:03d}.json"
 
 
 class StoredStates(Sequence[Tensor]):

@@ -25,10 +25,10 @@ from methods.promises import count_kept, kept_counts
 from methods.target import Target
 from workflow.scripts.accounting import kept_blocks
 from workflow.scripts.cell_results import read_json
+from workflow.scripts.errors import InputError, report_errors
 from workflow.scripts.export import MANIFEST, WEIGHTS, digest
 from workflow.scripts.models import Linear, few, load, model_linears, reason
 from workflow.scripts.packed import PackedFile
-from workflow.scripts.runtime import InputError, report_errors
 
 MARKS = {"zeros", "sha256", "input_scale", "reordered"}  # what a manifest says of a layer
 

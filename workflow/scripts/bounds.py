@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from workflow.scripts.runtime import InputError
+from workflow.scripts.errors import InputError
 from workflow.scripts.table_schema import read_parquet, typed, unusable
 
 

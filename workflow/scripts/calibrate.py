@@ -7,7 +7,8 @@ import hashlib
 import json
 import shutil
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,19 +19,12 @@ from tqdm import tqdm
 
 from workflow.scripts.checkpoint import Checkpoint
 from workflow.scripts.devices import take
+from workflow.scripts.errors import report_errors
+from workflow.scripts.files import gram_stores, remove_parts, unchanged, whole_file, write_atomic
 from workflow.scripts.fingerprint import check_unchanged
-from workflow.scripts.grams import INDEX, block_file, block_tensors, content, description, give_up, point_to, scopes
+from workflow.scripts.grams import INDEX, block_file, block_tensors, content, description, point_to, scopes
 from workflow.scripts.models import Blocks, set_threads
 from workflow.scripts.propagate import Stream
-from workflow.scripts.runtime import (
-    InputError,
-    gram_stores,
-    remove_parts,
-    report_errors,
-    unchanged,
-    whole_file,
-    write_atomic,
-)
 from workflow.scripts.streaming import LazyBlocks
 from workflow.scripts.taps import Tap
 from workflow.scripts.text import read_tokens
@@ -45,15 +39,21 @@ def shared(stream: Stream, start: int = 0) -> Iterator[list[Tap]]:
         del taps  # before the next block's
 
 
-def write_gram(folder: Path, blocks: Blocks, tokens: Tensor, fingerprint: Mapping[str, Any]) -> None:
+def write_gram(
+    folder: Path,
+    blocks: Blocks,
+    tokens: Tensor,
+    fingerprint: Mapping[str, Any],
+    check: Callable[[], None] = lambda: None,
+) -> None:
     """Write the taps of each block of a model for tokens [samples, length] to `folder`, which is there when complete.
 
     block-000.safetensors ... hold float32 tensors "{tap}/gram" [in, in], "{tap}/mean", "{tap}/absmean" and
     "{tap}/sequence_variance" [in], "{tap}/sample" [rows, in]; index.json says which layers a tap serves.
     A process that is killed leaves its finished blocks beside the folder, and the next goes on from there if its
-    fingerprint is the same.
+    fingerprint is the same. check: raises InputError where the model is no longer that of the fingerprint.
     """
-    with Checkpoint(folder.with_name(f".{folder.name}.part"), fingerprint) as checkpoint:
+    with Checkpoint(folder.with_name(f".{folder.name}.part"), fingerprint, check) as checkpoint:
         if (folder / INDEX).is_file():  # by another process, while this one waited for it
             return checkpoint.remove()
         part = checkpoint.folder / "store"
@@ -100,16 +100,12 @@ def main(argv: list[str] | None = None) -> None:
     if (folder / INDEX).is_file():
         print(f"The same Grams were computed before: {folder} ({scopes(folder)})", file=sys.stderr)
     else:
-        check_unchanged(args.model, args.fingerprint)
+        check = partial(check_unchanged, args.model, args.fingerprint)
+        check()  # also what is known of the model before its first block
         take(args.device)
         tokens = torch.from_numpy(read_tokens(args.tokens)[0])
         model = {**args.model, "dtype": args.dtype} if args.dtype else args.model
-        write_gram(folder, LazyBlocks(model, args.device), tokens, fingerprint)
-        try:
-            check_unchanged(args.model, args.fingerprint)
-        except InputError:  # the store would be named after another model
-            give_up(folder)
-            raise
+        write_gram(folder, LazyBlocks(model, args.device), tokens, fingerprint, check)
     point_to(folder, args.out)
 
 

@@ -12,7 +12,8 @@ from typing import Any, Protocol
 import numpy as np
 import pyarrow as pa
 
-from workflow.scripts.runtime import InputError, aside_of
+from workflow.scripts.errors import InputError
+from workflow.scripts.files import aside_of
 from workflow.scripts.significance import bootstrap_interval
 from workflow.scripts.sources import contaminated
 from workflow.scripts.table_schema import first_line, from_rows, read_parquet, typed, unusable

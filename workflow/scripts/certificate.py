@@ -14,10 +14,11 @@ from tqdm import tqdm
 from methods import ops
 from methods.base import Layer, Target
 from workflow.scripts import models
-from workflow.scripts.fingerprint import check_unchanged
+from workflow.scripts.errors import InputError, report_errors
+from workflow.scripts.files import whole_file
+from workflow.scripts.fingerprint import unchanging
 from workflow.scripts.grams import shared_blocks, store_of, unless_damaged
 from workflow.scripts.lower_bound import lower_bound
-from workflow.scripts.runtime import InputError, report_errors, whole_file
 from workflow.scripts.streaming import LazyBlocks
 from workflow.scripts.table_schema import from_rows, write_parquet
 from workflow.scripts.taps import tapped_linears
@@ -49,22 +50,21 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, required=True, help="table of bounds, parquet")
     args = parser.parse_args(argv)
     models.set_threads(args.threads)
-    check_unchanged(args.model, args.fingerprint)
-    target, blocks = Target(**args.target), LazyBlocks(args.model, args.device)
+    target = Target(**args.target)
     facts = {**args.columns, "target": target.label, "sparsity": target.sparsity, "pattern": target.pattern}
-    layers = tqdm(
-        tapped_linears(blocks.model, shared_blocks(store_of(args.gram), blocks)),
-        desc=f"bound {target.label}",
-        total=models.count_linears(blocks.model),
-        unit="layer",
-        mininterval=1.0,
-    )
-    with unless_damaged(args.gram):
+    with unchanging(args.model, args.fingerprint), unless_damaged(args.gram):
+        blocks = LazyBlocks(args.model, args.device)
+        layers = tqdm(
+            tapped_linears(blocks.model, shared_blocks(store_of(args.gram), blocks)),
+            desc=f"bound {target.label}",
+            total=models.count_linears(blocks.model),
+            unit="layer",
+            mininterval=1.0,
+        )
         rows = [
             facts | row(Layer(linear.name, linear.weight(), tap.gram, tap.statistics), target)
             for _, tap, linear in layers
         ]
-    check_unchanged(args.model, args.fingerprint)
     with whole_file(args.out) as part:
         write_parquet(from_rows(rows, "bounds", f"the bounds of {target.label}"), part)
 

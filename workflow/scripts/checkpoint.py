@@ -9,11 +9,12 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from workflow.scripts.runtime import sha256, write_atomic, writing
+from workflow.scripts.errors import InputError
+from workflow.scripts.files import sha256, write_atomic, writing
 
 STATE = "state.json"
 STATES = "inputs-"  # how the files of hidden states begin (activations.py)
@@ -29,12 +30,15 @@ class Checkpoint:
             ...                                                 # make the job's outputs from these files
             checkpoint.remove()
 
-    fingerprint: what decides the results; what is there of another one is thrown away, and said so. done: finished
-    blocks. seconds: that they took in earlier processes.
+    fingerprint: what decides the results; what is there of another one is thrown away, and said so. check: raises
+    InputError where it is no longer what the job computes with; it is asked at the beginning, before a block counts as
+    finished and after an InputError, and what is there is thrown away. done: finished blocks. seconds: that they took
+    in earlier processes.
     """
 
-    def __init__(self, folder: Path, fingerprint: Mapping[str, Any]) -> None:
+    def __init__(self, folder: Path, fingerprint: Mapping[str, Any], check: Callable[[], None] = lambda: None) -> None:
         self.folder, self.fingerprint = Path(folder), json.loads(json.dumps(fingerprint))
+        self._check = check
         self.done, self.seconds = 0, 0.0
         self._peaks: dict[str, float] = {}
         self.hashes: dict[str, str] = {}  # of the finished blocks' files, by their paths in the folder
@@ -44,7 +48,19 @@ class Checkpoint:
         while not self._locked():  # who had the lock has removed the folder meanwhile
             self._lock.close()
         self._resume()
+        try:
+            self._checked()
+        except InputError:
+            self.__exit__()
+            raise
         return self
+
+    def _checked(self) -> None:
+        try:
+            self._check()
+        except InputError:
+            self.restart()
+            raise
 
     def _locked(self) -> bool:
         path = self.folder / "lock"
@@ -63,10 +79,14 @@ class Checkpoint:
         except FileNotFoundError:
             return False
 
-    def __exit__(self, *_: object) -> None:
-        if not self.done:
-            self.remove()
-        self._lock.close()
+    def __exit__(self, kind: type | None = None, error: BaseException | None = None, trace: object = None) -> None:
+        try:
+            if isinstance(error, InputError):
+                self._checked()  # of which the error may come
+        finally:
+            if not self.done:
+                self.remove()
+            self._lock.close()
 
     def _resume(self) -> None:
         try:
@@ -118,6 +138,7 @@ class Checkpoint:
 
     def finish(self, index: int) -> None:
         """The block's files are written, wherever in the folder, and the states that enter the next one."""
+        self._checked()
         self.done = index + 1
         states = self.folder.glob(f"{STATES}{self.done:03d}.*")
         self.hashes = {name: own for name, own in self.hashes.items() if not name.startswith(STATES)}

@@ -14,8 +14,9 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from workflow.scripts.errors import report_errors
+from workflow.scripts.files import gram_stores
 from workflow.scripts.grams import users
-from workflow.scripts.runtime import gram_stores, report_errors
 
 NAMES = re.compile(r"[0-9a-f]{32}|\.[0-9a-f]{32}\.part")  # of stores and of calibrations: nothing else is touched
 

@@ -31,9 +31,10 @@ from workflow.scripts.cell_results import (
     task_sets,
 )
 from workflow.scripts.comparisons import ERRORS, Measure, Observation, accuracy, compare, perplexity
+from workflow.scripts.errors import InputError, report_errors
+from workflow.scripts.files import whole_file
 from workflow.scripts.grid import plan
 from workflow.scripts.protocol import Protocol
-from workflow.scripts.runtime import InputError, report_errors, whole_file
 from workflow.scripts.table_schema import arrow_schema, from_rows, read_table, to_frame
 
 TABLES = ("layers", "cells", "traces", "bounds", "comparisons", "skipped")

@@ -24,8 +24,9 @@ import pyarrow.parquet as pq
 from workflow.scripts import comparisons, tables
 from workflow.scripts.collect import TABLES, write_csv
 from workflow.scripts.comparisons import ERRORS, Observation
+from workflow.scripts.errors import InputError, report_errors
+from workflow.scripts.files import whole_file
 from workflow.scripts.protocol import SAME, Protocol
-from workflow.scripts.runtime import InputError, report_errors, whole_file
 from workflow.scripts.table_schema import columns, first_line, from_rows, read_table, to_frame, typed
 
 CELL = ["model", "calibration", "seed", "mode", "label", "target", "params"]

@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,26 +34,14 @@ from workflow.scripts import models, packed
 from workflow.scripts.accounting import bits_per_weight
 from workflow.scripts.checkpoint import Checkpoint
 from workflow.scripts.devices import peak_gpu_mb, take
+from workflow.scripts.errors import Diverged, InputError, record_failure, report_errors
+from workflow.scripts.files import read_made, remove_parts, sha256, unchanged, whole_file, write_atomic
 from workflow.scripts.fingerprint import check_unchanged
 from workflow.scripts.grams import shared_blocks, store_of, unless_damaged
 from workflow.scripts.models import Blocks
 from workflow.scripts.propagate import Stream
+from workflow.scripts.provenance import PROVENANCE, peak_mb, provenance
 from workflow.scripts.recall import foresee
-from workflow.scripts.runtime import (
-    PROVENANCE,
-    Diverged,
-    InputError,
-    peak_mb,
-    provenance,
-    read_made,
-    record_failure,
-    remove_parts,
-    report_errors,
-    sha256,
-    unchanged,
-    whole_file,
-    write_atomic,
-)
 from workflow.scripts.streaming import LazyBlocks
 from workflow.scripts.table_schema import from_rows, write_parquet
 from workflow.scripts.taps import Tap, tapped_linears
@@ -124,12 +113,13 @@ class Solver:
                 f"{self.name} gives {layer.name} weights beyond float16: use dtype: bfloat16 or float32 for the model."
             )
         rows, inputs = layer.weight.shape
-        absolute, relative = output_error(layer, result.weight)
+        absolute, whole = losses(layer, result.weight)
+        relative = ratio(absolute, whole)
         if not relative <= LARGEST_ERROR:
             raise Diverged(f"{self.name} has diverged on {layer.name}: its output_error is {relative:.3g}.")
         if self.criterion == "error" and given.trace:
-            reached = absolute if given is result else output_error(layer, given.weight)[0]
-            if broken := untrue(layer, given, reached):
+            reached = absolute if given is result else losses(layer, given.weight)[0]
+            if broken := untrue(given, reached, whole):
                 raise self.breach(layer, broken)
         kept = 1.0 if result.mask is None or not self.target.sparsity else int(result.mask.sum()) / result.mask.numel()
         return result, {
@@ -196,8 +186,19 @@ def layer_seed(seed: int, name: str) -> int:
 def output_error(layer: Layer, weight: Tensor) -> tuple[float, float]:
     """tr((W - What) G (W - What)t) and its ratio to tr(W G Wt), in float64 on the undamped Gram.
 
-    A layer whose dense output is zero on every token has ratio 0 where that is kept, else an infinite one.
+    Raises Diverged for a Gram with eigenvalues below zero by more than rounding.
     """
+    error, whole = losses(layer, weight)
+    return error, ratio(error, whole)
+
+
+def ratio(error: float, whole: float) -> float:
+    """A layer whose dense output is zero on every token has ratio 0 where that is kept, else an infinite one."""
+    return error / whole if whole > 0 else 0.0 if error == 0 else math.inf
+
+
+def losses(layer: Layer, weight: Tensor) -> tuple[float, float]:
+    """tr((W - What) G (W - What)t) and tr(W G Wt), as output_error has them."""
     error = whole = 0.0
     for own, other in zip(layer.weight.split(SCORED), weight.split(SCORED), strict=True):
         dense = own.double()
@@ -214,12 +215,15 @@ def output_error(layer: Layer, weight: Tensor) -> tuple[float, float]:
         if min(error, whole) < -ROUNDING * squares * size:
             raise Diverged(f"The Gram of {layer.name} has eigenvalues below zero by more than rounding.")
         error, whole = max(error, 0.0), max(whole, 0.0)
-    return error, error / whole if whole > 0 else 0.0 if error == 0 else math.inf
+    return error, whole
 
 
-def untrue(layer: Layer, result: Compressed, error: float) -> str | None:
-    """One sentence where the trace's objective, the layer's error, is not that of the result, or None."""
-    told, whole = min(row[2] for row in result.trace), output_error(layer, torch.zeros_like(layer.weight))[0]
+def untrue(result: Compressed, error: float, whole: float) -> str | None:
+    """One sentence where the trace's objective, the layer's error, is not that of the result, or None.
+
+    whole: the dense output's size, in units of which the objective is rounded.
+    """
+    told = min(row[2] for row in result.trace)
     if abs(told - error) <= TRACE_ERROR * error + ROUNDING * whole:
         return None
     return f"promise 10: the trace's least error must be that of the result, {error:.6g}, {told:.6g} came"
@@ -312,15 +316,15 @@ def calibration_facts(info: Mapping[str, Any], dtype: str) -> dict[str, Any]:
 
 def run(args: argparse.Namespace) -> None:
     """Compress and evaluate a cell. Its checkpoint goes when all is written, also what evaluates the weights."""
-    with Checkpoint(args.out / ".checkpoint", decisive(args)) as checkpoint:
+    check = partial(check_unchanged, args.model, args.fingerprint)
+    with Checkpoint(args.out / ".checkpoint", decisive(args), check) as checkpoint:
         remove_parts(args.out)
-        check_unchanged(args.model, args.fingerprint)
         with unless_damaged(args.gram):
             record = compressed(args, checkpoint)
-        record |= {"weights_sha256": sha256(args.out / "weights.safetensors")}
-        check_unchanged(args.model, args.fingerprint)
-        foresee(args.model, args.fingerprint, args.out / "weights.safetensors", args.device)
-        write_atomic(args.out / "cell.json", json.dumps(record, indent=2) + "\n")
+        weights = args.out / "weights.safetensors"
+        digest = sha256(weights)
+        foresee(args.model, args.fingerprint, weights, digest, args.device)
+        write_atomic(args.out / "cell.json", json.dumps(record | {"weights_sha256": digest}, indent=2) + "\n")
         checkpoint.remove()
 
 

@@ -21,7 +21,9 @@ from methods import ops
 from methods.promises import kept_counts
 from methods.target import Target
 from workflow.scripts.accounting import bits_per_weight, kept_blocks
-from workflow.scripts.runtime import InputError, provenance, report_errors, whole_file
+from workflow.scripts.errors import InputError, report_errors
+from workflow.scripts.files import whole_file
+from workflow.scripts.provenance import provenance
 
 FLOAT32_ERROR, BFLOAT16_ERROR = 1e-5, 1e-2  # of the largest entry of a product
 BASE = "dense bfloat16"

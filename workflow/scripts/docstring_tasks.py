@@ -11,7 +11,8 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from workflow.scripts.runtime import InputError, report_errors, write_atomic
+from workflow.scripts.errors import InputError, report_errors
+from workflow.scripts.files import write_atomic
 
 ITEMS = {"last_word": 200, "continuation": 100}  # some ten seconds of a core for a cell of the embedded study
 SEED = 0

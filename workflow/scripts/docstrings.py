@@ -13,7 +13,8 @@ import sys
 import warnings
 from pathlib import Path
 
-from workflow.scripts.runtime import InputError, report_errors, write_atomic
+from workflow.scripts.errors import InputError, report_errors
+from workflow.scripts.files import write_atomic
 
 PACKAGES = {  # distribution -> import package
     "matplotlib": "matplotlib",

@@ -15,7 +15,7 @@ from typing import Any
 
 import yaml
 
-from workflow.scripts.runtime import InputError, report_errors
+from workflow.scripts.errors import InputError, report_errors
 
 DEEPEST = 40  # levels of a document; anchors can make one endless
 MOST_VALUES = 200_000  # in a document; anchors can make a short file stand for more than memory holds

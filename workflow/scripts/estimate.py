@@ -19,10 +19,11 @@ from pathlib import Path
 from typing import Any
 
 from workflow.scripts import documents
+from workflow.scripts.errors import InputError, report_errors
+from workflow.scripts.files import gram_stores
 from workflow.scripts.grid import Cell, Plan, plan
 from workflow.scripts.memory import machine_memory
 from workflow.scripts.needs import CELL_FILES, UNKNOWN_MB, Job, Model, Need, Needs
-from workflow.scripts.runtime import InputError, gram_stores, report_errors
 from workflow.scripts.shapes import Shape
 
 STARTUP = 6.0  # seconds of a job besides its work

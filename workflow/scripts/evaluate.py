@@ -15,10 +15,10 @@ from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from workflow.scripts.errors import InputError
 from workflow.scripts.models import Blocks, Linear, few, linears, model_linears, vocabulary
 from workflow.scripts.packed import PackedFile
 from workflow.scripts.propagate import Stream
-from workflow.scripts.runtime import InputError
 from workflow.scripts.text import read_tokens
 
 ROWS = 1024  # of the logits of a window that are in float32 at a time

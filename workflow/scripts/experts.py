@@ -18,8 +18,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
 from methods.promises import finite
+from workflow.scripts.errors import InputError
 from workflow.scripts.models import Linear
-from workflow.scripts.runtime import InputError
 from workflow.scripts.tap_statistics import RoutedStatistics, TapStatistics
 
 PRODUCTS = (torch.nn.functional.linear, torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, Tensor.mm)

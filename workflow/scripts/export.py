@@ -23,10 +23,11 @@ from methods.base import Compressed
 from methods.target import Target
 from workflow.scripts import models
 from workflow.scripts.cell_results import read_json
+from workflow.scripts.errors import InputError, report_errors
 from workflow.scripts.evaluate import apply_weights, layers_of
+from workflow.scripts.files import check_weights, write_atomic, writing
 from workflow.scripts.models import Linear, few
 from workflow.scripts.packed import PackedFile, reordered
-from workflow.scripts.runtime import InputError, check_weights, report_errors, write_atomic, writing
 from workflow.scripts.sources import TOKENIZER_FILES, model_folder
 
 WEIGHTS = "weights.safetensors"  # the compressed layers of a cell, and of a packed folder

@@ -9,8 +9,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator, ScalarFormatter
 
 from workflow.scripts import figure_style
+from workflow.scripts.errors import InputError, report_errors
 from workflow.scripts.figure_style import Look
-from workflow.scripts.runtime import InputError, report_errors, whole_file
+from workflow.scripts.files import whole_file
 
 # Where a method of the suite gives the storage, its look.
 LOOKS = {

@@ -6,10 +6,12 @@ import hashlib
 import json
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 from workflow.scripts import sources
-from workflow.scripts.runtime import InputError, read_made, report_errors, sha256, write_atomic
+from workflow.scripts.errors import InputError, report_errors
+from workflow.scripts.files import read_made, sha256, write_atomic
 
 
 def weights_hash(hashes: list[str]) -> str:
@@ -36,6 +38,14 @@ def check_unchanged(model: sources.Spec, fingerprint: Path) -> None:
     if later and all(path.stat().st_ctime_ns == at for path, at in later.items()):
         with contextlib.suppress(OSError):  # copied or linked anew: no job needs to hash them again
             os.utime(fingerprint, ns=(own.st_atime_ns, own.st_mtime_ns))  # Snakemake looks at the second
+
+
+@contextlib.contextmanager
+def unchanging(model: sources.Spec, fingerprint: Path) -> Iterator[None]:
+    """Around what is computed of a model: check_unchanged before it and after it."""
+    check_unchanged(model, fingerprint)
+    yield
+    check_unchanged(model, fingerprint)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -19,8 +19,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from methods.base import Gram, Statistics
+from workflow.scripts.errors import InputError, out_of_memory, refused
+from workflow.scripts.files import read_made, sha256, write_atomic
 from workflow.scripts.models import Blocks
-from workflow.scripts.runtime import InputError, out_of_memory, read_made, refused, sha256, write_atomic
 from workflow.scripts.taps import Tap
 
 STATISTICS = ("mean", "absmean", "sequence_variance", "sample")

@@ -17,7 +17,7 @@ from methods.catalogue import Catalogue, CatalogueError
 from methods.target import CERTIFIED, Target
 from workflow.scripts import documents, sources, task_sets
 from workflow.scripts.documents import brief, place
-from workflow.scripts.runtime import InputError
+from workflow.scripts.errors import InputError
 
 SCHEMA = yaml.safe_load((Path(__file__).parents[1] / "schemas" / "config.schema.yaml").read_text("utf-8"))
 LONGEST_SENTENCE = 500  # of a catalogue's, which may quote values

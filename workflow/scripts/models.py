@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as transformers_logging
 
 from workflow.scripts.documents import brief
-from workflow.scripts.runtime import InputError, out_of_memory
+from workflow.scripts.errors import InputError, out_of_memory
 from workflow.scripts.sources import check_weight_files, model_folder
 
 EXPERTS = "eager"  # transformers' experts that multiply one expert after the other, by torch's own products

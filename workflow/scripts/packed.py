@@ -24,7 +24,7 @@ from methods.base import Compressed
 from methods.promises import kept_counts
 from methods.target import Target
 from workflow.scripts.accounting import grids_of_blocks, group_length, kept_blocks, position_bits
-from workflow.scripts.runtime import InputError
+from workflow.scripts.errors import InputError
 
 VERSION = 1
 WIDTHS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "U16": 2, "U8": 1}  # bytes of a number, by its name in a header

@@ -6,7 +6,8 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
-from workflow.scripts.runtime import InputError, report_errors, whole_file
+from workflow.scripts.errors import InputError, report_errors
+from workflow.scripts.files import whole_file
 
 
 class Drawing(NamedTuple):

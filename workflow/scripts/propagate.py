@@ -16,8 +16,8 @@ from transformers import Cache, PreTrainedModel
 
 from methods.promises import finite
 from workflow.scripts.activations import StoredStates, store
+from workflow.scripts.errors import Diverged, InputError
 from workflow.scripts.models import Blocks, check_tokens, linears, vocabulary
-from workflow.scripts.runtime import Diverged, InputError
 from workflow.scripts.taps import Tap, TapRecorder
 
 HIDDEN = "hidden_states"

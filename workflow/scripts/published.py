@@ -28,8 +28,9 @@ from methods.target import Target
 from workflow.scripts import published_page
 from workflow.scripts.collect import write_csv
 from workflow.scripts.documents import brief
+from workflow.scripts.errors import InputError, report_errors
+from workflow.scripts.files import whole_file
 from workflow.scripts.grid import LONGEST_SENTENCE, Cell, Plan, plan
-from workflow.scripts.runtime import InputError, report_errors, whole_file
 from workflow.scripts.sources import dataset_of
 from workflow.scripts.table_schema import from_rows, read_table, to_frame, write_parquet
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from workflow.scripts.runtime import write_atomic
+from workflow.scripts.files import write_atomic
 from workflow.scripts.tables import escape_latex, escape_markdown, latex_number, number
 
 VERDICTS = ("within", "outside", "protocol differs", "not checked", "not run")

@@ -20,8 +20,9 @@ from typing import TYPE_CHECKING, Any
 
 from methods.catalogue import SHARED_SOURCES
 from workflow.scripts.devices import take
-from workflow.scripts.fingerprint import check_unchanged
-from workflow.scripts.runtime import check_weights, read_made, record_failure, report_errors, sha256, write_atomic
+from workflow.scripts.errors import record_failure, report_errors
+from workflow.scripts.files import check_weights, read_made, sha256, write_atomic
+from workflow.scripts.fingerprint import check_unchanged, unchanging
 from workflow.scripts.task_sets import task_files
 from workflow.scripts.zero_shot import stay_offline
 
@@ -56,13 +57,15 @@ ASKED = "LAYERWISE_EVALUATIONS"
 
 @dataclass(frozen=True)
 class Evaluation:
-    """kind: perplexity or tasks; model: config entry; fingerprint: what fingerprint.py wrote of it; data: file of the
-    tokens, or what `zero_shot data` wrote of the tasks; spec: of a set of tasks."""
+    """kind: perplexity or tasks; model: config entry; fingerprint: what fingerprint.py wrote of it; digest: SHA-256 of
+    the weights' file, which whoever has read it knows; data: file of the tokens, or what `zero_shot data` wrote of the
+    tasks; spec: of a set of tasks."""
 
     kind: str
     model: Mapping[str, Any]
     fingerprint: Path
     weights: Path
+    digest: str
     data: Path
     spec: Mapping[str, Any] = field(default_factory=dict)
     device: str = "cpu"
@@ -74,7 +77,7 @@ class Evaluation:
             "kind": self.kind,
             "model": read_made(self.fingerprint)["files"],
             "loaded": {key: self.model.get(key) for key in ("dtype", "trust_remote_code")},
-            "weights": sha256(self.weights),
+            "weights": self.digest,
             "data": sha256(self.data),
             "files": [[path.as_posix(), sha256(path)] for path in (task_files(self.spec) if self.spec else ())],
             "spec": self.spec,
@@ -101,10 +104,11 @@ class Evaluation:
         return json.dumps(found, indent=1, allow_nan=False) + "\n"
 
 
-def foresee(entry: Mapping[str, Any], fingerprint: Path, weights: Path, device: str) -> None:
+def foresee(entry: Mapping[str, Any], fingerprint: Path, weights: Path, digest: str, device: str) -> None:
     """Evaluate a model with the weights of a cell's file on all that the cell will be asked for, into STORE.
 
-    What is in STORE or has no data yet is left out. What fails is left to the evaluation's own job, which fails loudly.
+    digest: SHA-256 of that file. What is in STORE or has no data yet is left out. What fails is left to the
+    evaluation's own job, which fails loudly.
     """
     from workflow.scripts.evaluate import apply_weights
     from workflow.scripts.streaming import LazyBlocks
@@ -116,7 +120,7 @@ def foresee(entry: Mapping[str, Any], fingerprint: Path, weights: Path, device: 
         data = Path(asked["data"].replace("{model}", fingerprint.stem))
         if not data.is_file():
             continue
-        evaluation = Evaluation(asked["kind"], entry, fingerprint, weights, data, asked["spec"], device)
+        evaluation = Evaluation(asked["kind"], entry, fingerprint, weights, digest, data, asked["spec"], device)
         try:
             file = evaluation.file()
             if known(file) is not None:
@@ -145,18 +149,15 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, required=True, help="JSON file for the result")
     args = parser.parse_args(argv)
     with record_failure(args.out.parent, args.out.name.removesuffix(".json")):
-        check_weights(args.weights)
-        evaluation = Evaluation(
-            args.kind, args.model, args.fingerprint, args.weights, args.data, args.tasks, args.device, args.name
-        )
+        digest, given = check_weights(args.weights), (args.kind, args.model, args.fingerprint, args.weights)
+        evaluation = Evaluation(*given, digest, args.data, args.tasks, args.device, args.name)
         file = evaluation.file()
         text = known(file)
         if text is not None:
             print(f"The same weights were evaluated before: {file}", file=sys.stderr)
         else:
-            check_unchanged(args.model, args.fingerprint)
-            text = computed(evaluation, args.threads)
-            check_unchanged(args.model, args.fingerprint)
+            with unchanging(args.model, args.fingerprint):
+                text = computed(evaluation, args.threads)
             write_atomic(file, text)
     write_atomic(args.out, text)
 

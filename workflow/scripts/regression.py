@@ -15,7 +15,8 @@ from pathlib import Path
 import pandas as pd
 
 from workflow.scripts.compare import TOLERANCE, hold
-from workflow.scripts.runtime import InputError, report_errors, write_atomic
+from workflow.scripts.errors import InputError, report_errors
+from workflow.scripts.files import write_atomic
 from workflow.scripts.seeds import told_apart
 from workflow.scripts.table_schema import first_line, read_table
 

@@ -27,9 +27,10 @@ from workflow.scripts import published_page, tables
 from workflow.scripts.cell_results import CELL_METRICS, PlannedCell
 from workflow.scripts.compare import PROVENANCE, SPEC
 from workflow.scripts.comparisons import NO_DIFFERENCE
+from workflow.scripts.errors import InputError, report_errors
 from workflow.scripts.figure_style import SPARE_COLOURS
+from workflow.scripts.files import write_atomic
 from workflow.scripts.grid import plan
-from workflow.scripts.runtime import InputError, report_errors, write_atomic
 from workflow.scripts.table_schema import columns, read_table
 
 HERE = Path(__file__).parents[1] / "report"

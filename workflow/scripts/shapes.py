@@ -11,7 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from workflow.scripts.runtime import InputError
+from workflow.scripts.errors import InputError
 from workflow.scripts.sources import DEPTHS, Spec, language_config, read_json, tensors_of, weight_files
 
 BYTES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from workflow.scripts.documents import brief
-from workflow.scripts.runtime import InputError
+from workflow.scripts.errors import InputError
 
 Spec = Mapping[str, Any]
 

@@ -20,7 +20,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import yaml
 
-from workflow.scripts.runtime import InputError, set_aside
+from workflow.scripts.errors import InputError
+from workflow.scripts.files import set_aside
 
 SCHEMA = Path(__file__).parents[1] / "schemas" / "tables.schema.yaml"
 ARROW = {"string": pa.string(), "integer": pa.int64(), "number": pa.float64(), "boolean": pa.bool_()}

@@ -17,8 +17,9 @@ import pandas as pd
 
 from workflow.scripts.cell_results import ACCURACIES
 from workflow.scripts.comparisons import NO_DIFFERENCE
+from workflow.scripts.errors import report_errors
+from workflow.scripts.files import write_atomic
 from workflow.scripts.protocol import MARK, origins
-from workflow.scripts.runtime import report_errors, write_atomic
 from workflow.scripts.table_schema import COMPARISONS, read_table
 
 UNSUPPORTED = "–"

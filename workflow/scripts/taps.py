@@ -14,9 +14,9 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from methods.base import Gram, Statistics
+from workflow.scripts.errors import InputError
 from workflow.scripts.experts import ExpertRecorder
 from workflow.scripts.models import Linear, few, find_blocks, linears
-from workflow.scripts.runtime import InputError
 from workflow.scripts.tap_statistics import TapStatistics
 
 

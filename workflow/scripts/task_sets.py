@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from workflow.scripts.documents import brief
-from workflow.scripts.runtime import InputError
+from workflow.scripts.errors import InputError
 from workflow.scripts.sources import readable
 
 Spec = Mapping[str, Any]

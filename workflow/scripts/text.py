@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from workflow.scripts.runtime import InputError, out_of_memory, refused, report_errors, set_aside, whole_file
+from workflow.scripts.errors import InputError, out_of_memory, refused, report_errors
+from workflow.scripts.files import set_aside, whole_file
 from workflow.scripts.sources import PLAIN_SUFFIXES, TEXT_SUFFIXES, Spec, dataset_of, fetch_text, model_folder
 
 if TYPE_CHECKING:

@@ -23,7 +23,8 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from workflow.scripts import figure_style
-from workflow.scripts.runtime import report_errors, whole_file, write_atomic
+from workflow.scripts.errors import report_errors
+from workflow.scripts.files import whole_file, write_atomic
 
 END_OF_TEXT = "<|endoftext|>"
 VOCABULARY = 4096

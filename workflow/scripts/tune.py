@@ -24,9 +24,9 @@ from transformers import PreTrainedModel
 
 from methods import ops
 from methods.base import Compressed, Layer, Target
+from workflow.scripts.errors import Diverged
 from workflow.scripts.models import Linear, find_blocks, linears
 from workflow.scripts.propagate import Stream
-from workflow.scripts.runtime import Diverged
 from workflow.scripts.taps import Tap
 
 Solve = Callable[[Layer], tuple[Compressed, dict[str, Any]]]

@@ -22,7 +22,8 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from workflow.scripts.runtime import InputError, record_failure, report_errors, write_atomic
+from workflow.scripts.errors import InputError, record_failure, report_errors
+from workflow.scripts.files import write_atomic
 from workflow.scripts.task_sets import BATCH, Spec, expanded
 
 if TYPE_CHECKING:
