@@ -14,7 +14,10 @@ def test_every_fault_is_told_as_caught():
     told = PAGE.read_text("utf-8").split(BEGIN)[1].split(END)[0]
     rows = [[cell.strip() for cell in line.strip("|\n").split(" | ")] for line in told.splitlines()[2:]]
     assert [row[0] for row in rows] == [fault.fault for fault in faults()]
-    assert all(row[2].strip("`").startswith("test_") for row in rows)
+    for (_, file, caught), fault in zip(rows, faults(), strict=True):
+        path, _, test = caught.strip("`").partition("::")
+        assert file.strip("`") == fault.file and f"tests/{path}" in fault.tests.split()
+        assert f"def {test}(" in (ROOT / "tests" / path).read_text("utf-8")
     assert len({fault.fault for fault in faults()}) == len(rows) >= 30
 
 
