@@ -24,7 +24,7 @@ reproduce: .venv/installed
 test: .venv/installed
 	$(RUN) python -m pytest
 
-test-long: .venv/installed  # faults of whole runs, 10,000 configs: what takes longer than a change should wait for
+test-long: .venv/installed  # faults of whole runs, killed studies, a cluster, 10,000 configs: what no change should wait for
 	$(RUN) python -m pytest -m long
 
 coverage: .venv/installed  # `make test`, and that it runs 95 % of the lines of methods/ and workflow/scripts/
@@ -115,4 +115,3 @@ audit: .venv/audit/bin/pip-audit  # known vulnerabilities of the locked versions
 .venv/audit/bin/pip-audit: | .venv/installed
 	$(PYTHON) -m venv .venv/audit
 	.venv/audit/bin/python -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS) pip-audit
-

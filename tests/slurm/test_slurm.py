@@ -27,6 +27,7 @@ PLUGIN = "snakemake_executor_plugin_slurm"
 LACKING = [*missing(), *([] if importlib.util.find_spec(PLUGIN) else [PLUGIN])]
 
 pytestmark = [
+    pytest.mark.long,
     pytest.mark.xdist_group("slurm"),
     pytest.mark.skipif(bool(LACKING), reason=f"not installed: {', '.join(LACKING)} (docs/cluster.md)"),
 ]
