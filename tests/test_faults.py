@@ -5,6 +5,7 @@ Jobs run in processes of their own; whole studies under the same faults are in t
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
@@ -94,6 +95,16 @@ def flip(path: Path, place: int = -4) -> None:
     content[place] ^= 1
     path.write_bytes(content)
     os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+
+
+@contextlib.contextmanager
+def put_back(path: Path) -> Iterator[None]:
+    """The file is again what it was, whatever was done to it in between."""
+    before = path.read_bytes()
+    try:
+        yield
+    finally:
+        path.write_bytes(before)
 
 
 def halve(path: Path) -> None:
@@ -343,14 +354,11 @@ def test_a_damaged_model(case: Case, whole):
     model, fingerprint = json.loads(case.model), case.folder / "model.json"
     check_unchanged(model, fingerprint)
     path = case.folder / "model/model.safetensors"
-    before = path.read_bytes()
-    flip(path)
-    try:
+    with put_back(path):
+        flip(path)
         with pytest.raises(InputError, match="is no longer the file that .* put it back, or delete .*, and run again"):
             case.run(*CELL, out="edited")
         assert_nothing_looks_whole(case.folder / "edited")
-    finally:
-        path.write_bytes(before)
     assert_same(case.run(*CELL, out="edited"), whole)
 
 
@@ -362,7 +370,6 @@ def test_a_model_that_is_edited_while_a_cell_is_computed(case: Case, whole, monk
     """Blocks of both models, finished or not, are thrown away: the next job begins anew."""
     own = f"edited-{block}"
     path, write_block = case.folder / "model/model.safetensors", compress.write_block
-    before = path.read_bytes()
 
     def edited(checkpoint, index, *rest):
         write_block(checkpoint, index, *rest)
@@ -370,11 +377,8 @@ def test_a_model_that_is_edited_while_a_cell_is_computed(case: Case, whole, monk
             flip(path)
 
     monkeypatch.setattr(compress, "write_block", edited)
-    try:
-        with pytest.raises(InputError, match=NO_LONGER):
-            case.run(*CELL, out=own)
-    finally:
-        path.write_bytes(before)
+    with put_back(path), pytest.raises(InputError, match=NO_LONGER):
+        case.run(*CELL, out=own)
     monkeypatch.undo()
     assert_nothing_looks_whole(case.folder / own)
     capfd.readouterr()
@@ -384,23 +388,19 @@ def test_a_model_that_is_edited_while_a_cell_is_computed(case: Case, whole, monk
 
 def test_a_method_that_stumbles_over_an_edited_model_is_not_named(case: Case, monkeypatch):
     path = case.folder / "model/model.safetensors"
-    before = path.read_bytes()
 
     def stumble(*_):
         flip(path)
         raise InputError("The method failed.")
 
     monkeypatch.setattr(compress, "write_block", stumble)
-    try:
-        with pytest.raises(InputError, match=NO_LONGER):
-            case.run(*CELL, out="edited")
-    finally:
-        path.write_bytes(before)
+    with put_back(path), pytest.raises(InputError, match=NO_LONGER):
+        case.run(*CELL, out="edited")
 
 
 def test_a_model_that_is_edited_during_a_calibration(case: Case, monkeypatch):
     path, stores = case.folder / "model/model.safetensors", case.folder / "stores"
-    before, save = path.read_bytes(), calibrate.save_file
+    save = calibrate.save_file
     monkeypatch.setenv("LAYERWISE_CACHE", str(stores))
     given = {
         "model": case.model,
@@ -410,11 +410,8 @@ def test_a_model_that_is_edited_during_a_calibration(case: Case, monkeypatch):
     given |= {"out": case.folder / "own.json"}
     arguments = [str(part) for name, value in given.items() for part in (f"--{name}", value)]
     monkeypatch.setattr(calibrate, "save_file", lambda *args: (save(*args), flip(path)))
-    try:
-        with pytest.raises(InputError, match=NO_LONGER):
-            calibrate.main(arguments)
-    finally:
-        path.write_bytes(before)
+    with put_back(path), pytest.raises(InputError, match=NO_LONGER):
+        calibrate.main(arguments)
     assert not list(stores.iterdir()) and not (case.folder / "own.json").exists()
     monkeypatch.setattr(calibrate, "save_file", save)
     calibrate.main(arguments)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import random
@@ -15,10 +14,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pandas as pd
-import psutil
 import pytest
 from dag import CONFIG, Run, snakemake, tiny_project, tiny_study, write_config
-from kill_study import assert_same_tables, disturbed, heed
+from kill_study import assert_same_tables, disturbed, heed, kill_tree
 
 pytestmark = [pytest.mark.long, pytest.mark.xdist_group("faults of runs")]
 
@@ -217,10 +215,8 @@ def test_a_study_that_is_told_to_end(fresh: Path, undisturbed: Path, tmp_path: P
     folder = copy(fresh, tmp_path / "study")
     process = start(folder, tmp_path / "log")
     wait_for(process, lambda: any(folder.glob("results/cells/*/*/*/*/failed-*.json")))  # there while a cell is computed
-    for one in [*psutil.Process(process.pid).children(recursive=True), process]:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            one.send_signal(by)
-    assert process.wait() != 0
+    kill_tree(process, by)
+    assert process.returncode != 0
     (record,) = folder.glob("results/cells/*/*/*/*/failed-*.json")
     assert json.loads(record.read_text())["status"] == "stopped"
     assert "Traceback" not in (tmp_path / "log").read_text()

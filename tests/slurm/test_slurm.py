@@ -150,9 +150,11 @@ def test_tables_equal_a_local_run_s_though_jobs_die(cluster, project):
     assert "status is: 'FAILED'" in output
     assert "Group job cell" in output and output.count("has been submitted with SLURM jobid") == 2 + 2 + 4 + 1
 
-    here = snakemake(project, "--configfile", CONFIG, "--until", "tables")
+    local = project.with_name("local")
+    shutil.copytree(project, local)
+    here = snakemake(local, "--configfile", CONFIG, "--until", "tables")
     assert here.status == 0, here.output
-    expected, came = tables(project), tables(folder)
+    expected, came = tables(local), tables(folder)
     for name in TABLES:
         pd.testing.assert_frame_equal(came[name], expected[name], rtol=1e-6, atol=0)
     assert not list(folder.rglob("failed-*.json"))
