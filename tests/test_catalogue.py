@@ -279,7 +279,7 @@ def test_a_dropped_file_is_a_method_and_adds_its_rows(tmp_path: Path):
     layer = layers.build("one output")
     torch.testing.assert_close(method.compress(layer, Target(0.5), torch.Generator()).weight, 0.25 * layer.weight)
     rows = {(name, case.target.label) for name, case in contract.rows(catalogue) if case.entry.name == "mine"}
-    assert {("2 pattern", "60% row"), ("8 refused", "2:4"), ("8 refused", "4b g128"), ("7 unchanged", "dense")} <= rows
+    assert {("2 pattern", "70% row"), ("8 refused", "2:4"), ("8 refused", "4b g128"), ("7 unchanged", "dense")} <= rows
 
 
 def test_each_folder_has_its_own_methods(tmp_path: Path):

@@ -421,17 +421,15 @@ def test_a_scheme_of_another_kind_is_a_sentence(case, tmp_path):
         audit.main([str(folder)])
 
 
-def test_the_command_prints_a_table_and_its_exit_status_tells(case, tmp_path):
+def test_the_command_prints_a_table_and_its_exit_status_tells(case, tmp_path, capsys):
     folder = save(case, TWO_OF_FOUR, "dense", tmp_path / "out")
 
-    def run() -> subprocess.CompletedProcess:
-        command = [sys.executable, "-m", "workflow.scripts.audit", str(folder)]
-        return subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1])
-
-    good = run()
-    assert good.returncode == 0 and "14 layers" in good.stdout and "(50.000 %)" in good.stdout, good.stderr
+    audit.main([str(folder)])
+    told = capsys.readouterr().out
+    assert "14 layers" in told and "(50.000 %)" in told
     change_tensor(folder, f"{UP}.weight", first_zero_to(1.0))
-    bad = run()
+    command = [sys.executable, "-m", "workflow.scripts.audit", str(folder)]
+    bad = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1])
     assert bad.returncode == 1 and bad.stderr.strip().splitlines()[-1].startswith(f"error: {folder}: {UP}: 2:4 is not")
 
 

@@ -22,10 +22,10 @@ from tests.brute_force import output_error
 from tests.layers import Recipe
 
 LAYERS = {
-    "correlated": Recipe(out=6, inputs=24),
-    "dead inputs": Recipe(out=6, inputs=24, dead=(3, 8, 9, 10, 11, 12, 13, 14, 15)),  # all of one group of 8
-    "fewer tokens than inputs": Recipe(out=6, inputs=24, sequences=1, length=9),
-    "22 inputs": Recipe(out=5, inputs=22),
+    "correlated": Recipe(out=3, inputs=24),
+    "dead inputs": Recipe(out=3, inputs=24, dead=(3, 8, 9, 10, 11, 12, 13, 14, 15)),  # all of one group of 8
+    "fewer tokens than inputs": Recipe(out=3, inputs=24, sequences=1, length=9),
+    "22 inputs": Recipe(out=3, inputs=22),
 }
 TARGETS = [
     Target(bits=2),

@@ -31,7 +31,7 @@ TOLERANCE, MASK = 1e-3, 0.0
 LOOSE = ("frank_wolfe", "sparse_swaps", "dsnot", "alps", "admm", "awp", "gqsa", "chain")
 LOOSER = dict.fromkeys(LOOSE, (2e-2, 0.02))
 FEWER = {
-    "frank_wolfe": {"iterations": 20},
+    "frank_wolfe": {"iterations": 8},
     "alps": {"iterations": 40},
     "awp": {"iterations": 20},
 }  # in place of minutes

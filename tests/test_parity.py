@@ -139,6 +139,7 @@ def test_gptq_agrees(name: str, case: str, convention: str):
         assert np.array_equal(result.zeros.numpy(), official.arrays[f"{case}/zero"])
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("convention", ["exact", "official"])
 def test_gptq_codes_are_identical_in_nearly_all_cases(convention: str):
     """In 122 of 125 where this was written."""

@@ -93,7 +93,7 @@ def notes(figure: Figure) -> str:
     "cells",
     [
         plan(),
-        plan(tuple(METHODS), models=("demo", "Llama-3.2-1B")),
+        plan(models=("demo", "Llama-3.2-1B")),
         plan(("magnitude", "wanda"), ("50% row",), ("shared",)),
         plan(("wanda",), ("2:4",), ("sequential",)),
         plan(("rtn",), ("4b g128",)),

@@ -22,7 +22,7 @@ from workflow.scripts.packed import PackedFile
 torch.set_num_threads(1)
 HALF = Target(0.5)
 MEASURED = ("seconds", "peak_mb")  # of two runs never the same
-CELLS = [("sparsegpt", "sequential"), ("awp", "shared"), ("awp", "sequential")]
+CELLS = [("sparsegpt", "sequential"), ("sparse_swaps", "shared"), ("sparse_swaps", "sequential")]  # with a trace
 # Where a job may be killed: a function of the project, at one of its calls.
 PLACES = {
     "within a block": (compress.Solver, "solve"),
@@ -94,7 +94,7 @@ def test_a_killed_cell_goes_on(case: Case, whole, cell: tuple[str, str], place: 
 
 
 def test_finished_blocks_are_not_computed_again(case: Case, whole, monkeypatch, capfd):
-    cell = ("awp", "sequential")
+    cell = ("sparse_swaps", "sequential")
     layers = len(rows(whole[cell])) // 3
     assert killed(lambda: case.run(*cell[:1], HALF, cell[1], "once"), compress.Solver, "solve", layers + 2)
     solved, original = [], compress.Solver.solve
@@ -107,7 +107,7 @@ def test_finished_blocks_are_not_computed_again(case: Case, whole, monkeypatch, 
 
 
 def test_other_code_starts_over_and_says_so(case: Case, whole, monkeypatch, capfd):
-    cell = ("awp", "sequential")
+    cell = ("sparse_swaps", "sequential")
     assert killed(lambda: case.run(cell[0], HALF, cell[1], "edited"), compress.Solver, "solve", 20)
     told, original = {}, compress.decisive
     monkeypatch.setattr(compress, "decisive", lambda args: original(args) | {"code": "edited"} | told)

@@ -173,6 +173,7 @@ def test_a_planted_effect_is_found_with_its_size():
     assert by_pair["b", "c"]["verdict"] == NO_DIFFERENCE
 
 
+@pytest.mark.long
 def test_methods_that_do_not_differ_are_seldom_told_apart():
     """The share of studies of four equal methods with any verdict is at most the level: Holm's promise. Seeds that
     count as units would break it, because what a layer has against a method is the same under every seed."""

@@ -308,6 +308,7 @@ def extended(study) -> Extended:
     return Extended(**{**vars(found), "mended": study.run(config=path)})
 
 
+@pytest.mark.long
 def test_a_failure_lets_the_rest_finish(extended):
     assert extended.failing.status == 1
     assert extended.failing.jobs["compress"] == 3  # what was computed before is not computed again
@@ -328,6 +329,7 @@ def test_a_failure_lets_the_rest_finish(extended):
     assert "error: " + sentence in extended.failing.output
 
 
+@pytest.mark.long
 def test_a_failure_leaves_a_record_and_no_output(extended):
     assert extended.left == [".checkpoint", "failed-compress.json"]  # the finished block is kept
     (record,) = extended.records
@@ -335,6 +337,7 @@ def test_a_failure_leaves_a_record_and_no_output(extended):
     assert "ArithmeticError" in record["traceback"] and "up_proj" in record["reason"]
 
 
+@pytest.mark.long
 def test_the_next_run_retries_just_what_failed(extended, study):
     assert extended.mended.status == 0, extended.mended.output
     assert of_cells(extended.mended) == (1, 1)
@@ -342,6 +345,7 @@ def test_the_next_run_retries_just_what_failed(extended, study):
     assert set(study.table("cells")["status"]) == {"done"}
 
 
+@pytest.mark.long
 def test_a_file_is_all_that_a_method_needs(extended, study):
     cells = study.table("cells")
     errors = cells[cells["metric"] == "mean_output_error"].set_index("label")["value"]
@@ -383,7 +387,12 @@ WRONG = {
 }
 
 
-@pytest.mark.parametrize("kind", WRONG)
+AT_EVERY_CHANGE = ("missing key", "unknown parameter", "no network", "shell in a name")
+
+
+@pytest.mark.parametrize(
+    "kind", [k if k in AT_EVERY_CHANGE else pytest.param(k, marks=pytest.mark.long) for k in WRONG]
+)
 def test_bad_input_is_one_sentence_before_any_job(study, kind):
     path, value, sentence = WRONG[kind]
     config = write_config(study.folder, changed(tiny_study(), path, value), Path("config/wrong.yaml"))
@@ -398,6 +407,7 @@ def test_bad_input_is_one_sentence_before_any_job(study, kind):
     assert not [name for name in new if not name.startswith(".snakemake") and "__pycache__" not in name]
 
 
+@pytest.mark.long
 def test_numbers_that_are_not_finite_name_their_layer(study):
     """NaN in a weight, and weights so large that activations overflow: known only once the model is loaded."""
     layer = "model.layers.1.mlp.down_proj"
@@ -428,6 +438,7 @@ def test_numbers_that_are_not_finite_name_their_layer(study):
 # -------------------------------------------------------------------------------------------------------------- export
 
 
+@pytest.mark.long
 def test_a_cell_is_exported_on_request(study):
     """Its weights are gone, so that it is computed again, and only it."""
     cell = next(cell for cell in plan(tiny_study()).cells if cell.columns["label"] == "wanda")

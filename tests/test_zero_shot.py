@@ -30,6 +30,7 @@ from workflow.scripts.grid import plan
 from workflow.scripts.models import find_blocks, linears
 from workflow.scripts.tables import document, markdown
 
+LONG = pytest.mark.long  # lm-eval reads its thousands of tasks
 TASKS = ("last_word", "continuation")
 ITEMS, BATCH, SHOTS = 6, 4, 1
 PERPLEXITY = "  - {metric: perplexity, aggregation: perplexity, higher_is_better: false}\n"  # of many digits
@@ -83,7 +84,7 @@ def tiny(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.mark.long
+@LONG
 def test_lm_eval_s_command_line_gives_the_same_numbers(tiny):
     spec = {"tasks": list(TASKS), "folder": "tasks", "fewshot": SHOTS, "items": None, "batch": BATCH}
     model = {"path": str(tiny / "model"), "dtype": "float32"}
@@ -119,8 +120,12 @@ def test_lm_eval_s_command_line_gives_the_same_numbers(tiny):
             {"tasks": ["last_word"], "folder": "empty"},
             "The data of the tasks last_word cannot be used; empty should hold them",
         ),
-        ({"tasks": ["no_such_task"]}, "error: There is no task 'no_such_task' in lm-eval 0.4.13."),
-        ({"tasks": ["piqa"]}, "HF_HUB_OFFLINE=1 forbids fetching: "),
+        pytest.param(
+            {"tasks": ["no_such_task"]},
+            "error: There is no task 'no_such_task' in lm-eval 0.4.13.",
+            marks=LONG,
+        ),
+        pytest.param({"tasks": ["piqa"]}, "HF_HUB_OFFLINE=1 forbids fetching: ", marks=LONG),
     ],
 )
 def test_what_is_absent_is_one_sentence(tmp_path, spec, sentence):
@@ -133,6 +138,7 @@ def test_what_is_absent_is_one_sentence(tmp_path, spec, sentence):
     assert sentence in line
 
 
+@LONG
 def test_a_task_of_lm_eval_reads_its_data_from_the_folder(tmp_path):
     """Laid out as `hf download baber/piqa --repo-type dataset --local-dir baber/piqa` does."""
     data = tmp_path / "data/baber/piqa"
