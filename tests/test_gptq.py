@@ -25,7 +25,7 @@ LAYERS = {
     "correlated": Recipe(out=3, inputs=24),
     "dead inputs": Recipe(out=3, inputs=24, dead=(3, 8, 9, 10, 11, 12, 13, 14, 15)),  # all of one group of 8
     "fewer tokens than inputs": Recipe(out=3, inputs=24, sequences=1, length=9),
-    "22 inputs": Recipe(out=3, inputs=22),
+    "22 inputs": Recipe(out=5, inputs=22),
 }
 TARGETS = [
     Target(bits=2),

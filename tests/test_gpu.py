@@ -48,10 +48,10 @@ def cases():
             for target in TARGETS:
                 if not entry.refusal(target):
                     case = contract.Case(entry, method, target, params)
-                    yield pytest.param(case, id=f"{case.label}-{target.label}")
+                    yield case, [pytest.mark.long] if set(params) - set(FEWER.get(name, ())) else []
 
 
-CASES = list(cases())
+CASES = [pytest.param(case, id=f"{case.label}-{case.target.label}", marks=marks) for case, marks in cases()]
 
 
 def on(device: torch.device | str, layer: Layer) -> Layer:

@@ -93,7 +93,7 @@ def notes(figure: Figure) -> str:
     "cells",
     [
         plan(),
-        plan(models=("demo", "Llama-3.2-1B")),
+        pytest.param(plan(tuple(METHODS), models=("demo", "Llama-3.2-1B")), marks=pytest.mark.long),
         plan(("magnitude", "wanda"), ("50% row",), ("shared",)),
         plan(("wanda",), ("2:4",), ("sequential",)),
         plan(("rtn",), ("4b g128",)),

@@ -81,7 +81,9 @@ def assert_same(cell: Path, other: Path) -> None:
 
 
 @pytest.mark.parametrize("place", PLACES)
-@pytest.mark.parametrize("cell", CELLS, ids=" ".join)
+@pytest.mark.parametrize(
+    "cell", [*CELLS[:2], pytest.param(CELLS[2], marks=pytest.mark.long)], ids=[" ".join(cell) for cell in CELLS]
+)
 def test_a_killed_cell_goes_on(case: Case, whole, cell: tuple[str, str], place: str):
     """Killed again and again, at later and later calls, until it comes through."""
     out = f"killed/{' '.join(cell)} {place}"

@@ -47,12 +47,12 @@ class Checkpoint:
     def __enter__(self) -> Checkpoint:
         while not self._locked():  # who had the lock has removed the folder meanwhile
             self._lock.close()
-        self._resume()
         try:
             self._checked()
         except InputError:
             self.__exit__()
             raise
+        self._resume()
         return self
 
     def _checked(self) -> None:
