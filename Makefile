@@ -24,7 +24,7 @@ reproduce: .venv/installed
 test: .venv/installed
 	$(RUN) python -m pytest
 
-test-long: .venv/installed  # faults of whole runs, killed studies, a cluster, 10,000 configs: what no change should wait for
+test-long: .venv/installed  # the rest: faults of whole runs, killed studies, a cluster, 10,000 configs, rarer variants
 	$(RUN) python -m pytest -m long
 
 coverage: .venv/installed  # `make test`, and that it runs 95 % of the lines of methods/ and workflow/scripts/

@@ -11,7 +11,7 @@ KNOWN_FAILURES: dict[tuple[str, str, str], str] = {
     for target in ("50% row", "70% row", "2:4", "3:8")
 }
 # Where variants of a method are tried at every change; at the other targets by `make test-long`.
-VARIANTS_AT = ("50% row", "50% layer", "2:4", "4b g16")
+VARIANTS_AT = ("50% row", "50% layer", "2:4", "4b g16", "2:4 4b", "50% 1x16 4b g16")
 
 
 def marked(name: str, case: contract.Case):

@@ -34,7 +34,7 @@ from workflow.scripts import calibrate, compress, files, grams, text
 from workflow.scripts.bounds import read_bounds
 from workflow.scripts.cell_results import failure
 from workflow.scripts.errors import InputError, report_errors, status_of
-from workflow.scripts.files import check_weights, read_made, whole_file
+from workflow.scripts.files import check_weights, read_made, sha256, whole_file
 from workflow.scripts.fingerprint import check_unchanged
 from workflow.scripts.table_schema import read_parquet, write_parquet
 
@@ -367,7 +367,7 @@ NO_LONGER = "is no longer the file that .* was made of"
 
 @pytest.mark.parametrize("block", [0, 1])
 def test_a_model_that_is_edited_while_a_cell_is_computed(case: Case, whole, monkeypatch, capfd, block: int):
-    """Blocks of both models, finished or not, are thrown away: the next job begins anew."""
+    """The block at which it is noticed does not count; those before it do."""
     own = f"edited-{block}"
     path, write_block = case.folder / "model/model.safetensors", compress.write_block
 
@@ -383,7 +383,22 @@ def test_a_model_that_is_edited_while_a_cell_is_computed(case: Case, whole, monk
     assert_nothing_looks_whole(case.folder / own)
     capfd.readouterr()
     assert_same(case.run(*CELL, out=own), whole)
+    assert ("Going on after 1 finished blocks." in capfd.readouterr().err) == (block == 1)
+
+
+def test_a_model_that_is_edited_between_two_jobs(case: Case, whole, capfd):
+    """What is finished waits for the model that it is of."""
+    own, path = "edited between", case.folder / "model/model.safetensors"
+    assert killed(lambda: case.run(*CELL, out=own), compress, "join_blocks", 0)
+    blocks = sorted((case.folder / own / ".checkpoint").glob("block-*"))
+    with put_back(path):
+        flip(path)
+        with pytest.raises(InputError, match=NO_LONGER):
+            case.run(*CELL, out=own)
+    assert blocks and sorted((case.folder / own / ".checkpoint").glob("block-*")) == blocks
     assert "Going on" not in capfd.readouterr().err
+    assert_same(case.run(*CELL, out=own), whole)
+    assert "Going on after 2 finished blocks." in capfd.readouterr().err
 
 
 def test_a_method_that_stumbles_over_an_edited_model_is_not_named(case: Case, monkeypatch):
@@ -416,6 +431,23 @@ def test_a_model_that_is_edited_during_a_calibration(case: Case, monkeypatch):
     monkeypatch.setattr(calibrate, "save_file", save)
     calibrate.main(arguments)
     assert (case.folder / "own.json").is_file()
+
+
+def test_a_fingerprint_that_is_gone_is_one_sentence(case: Case, tmp_path):
+    with pytest.raises(InputError, match=r"gone\.json, of the model that this job computes with, is gone: run again"):
+        check_unchanged(json.loads(case.model), tmp_path / "gone.json")
+
+
+def test_a_clock_that_was_set_back_has_a_model_hashed_once_in_a_job(case: Case, monkeypatch):
+    """The files' changes stay later than a fingerprint that cannot be touched."""
+    model, fingerprint = json.loads(case.model), case.folder / "model.json"
+    path, hashed = case.folder / "model/config.json", []
+    monkeypatch.setattr("workflow.scripts.fingerprint.os.utime", lambda *_, **__: None)
+    monkeypatch.setattr("workflow.scripts.fingerprint.sha256", lambda path: hashed.append(path) or sha256(path))
+    path.write_bytes(path.read_bytes())
+    for _ in range(3):
+        check_unchanged(model, fingerprint)
+    assert hashed == [path]
 
 
 def test_a_model_that_is_copied_anew_is_hashed_once(case: Case, monkeypatch):

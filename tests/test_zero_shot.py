@@ -239,6 +239,19 @@ def test_files_of_a_folder_are_inputs(tmp_path):
     assert sorted(path.name for path in made) == names
 
 
+def test_a_folder_with_too_much_in_it_is_refused_before_all_is_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(task_sets, "MOST_FILES", 5)
+    for number in range(5):
+        (tmp_path / f"{number}.yaml").write_text("task: a")
+    spec = {"tasks": ["a"], "folder": str(tmp_path)}
+    task_sets.check_tasks("a", spec)
+    assert len(task_sets.task_files(spec)) == 5
+    (tmp_path / "more").mkdir()
+    for search in (lambda: task_sets.check_tasks("a", spec), lambda: task_sets.task_files(spec)):
+        with pytest.raises(InputError, match=r"has more than 5 files and folders: give the one of the tasks\.$"):
+            search()
+
+
 def test_rows_of_the_cells_table(tmp_path):
     of = synthetic.cell("wanda", "2:4")
     folder = synthetic.write_cell(tmp_path, of)

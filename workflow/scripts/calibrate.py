@@ -101,7 +101,7 @@ def main(argv: list[str] | None = None) -> None:
         print(f"The same Grams were computed before: {folder} ({scopes(folder)})", file=sys.stderr)
     else:
         check = partial(check_unchanged, args.model, args.fingerprint)
-        check()  # also what is known of the model before its first block
+        check()  # before the model is opened; the checkpoint asks again
         take(args.device)
         tokens = torch.from_numpy(read_tokens(args.tokens)[0])
         model = {**args.model, "dtype": args.dtype} if args.dtype else args.model

@@ -32,8 +32,8 @@ class Checkpoint:
 
     fingerprint: what decides the results; what is there of another one is thrown away, and said so. check: raises
     InputError where it is no longer what the job computes with; it is asked at the beginning, before a block counts as
-    finished and after an InputError, and what is there is thrown away. done: finished blocks. seconds: that they took
-    in earlier processes.
+    finished and after an error, which may come of that. done: finished blocks. seconds: that they took in earlier
+    processes.
     """
 
     def __init__(self, folder: Path, fingerprint: Mapping[str, Any], check: Callable[[], None] = lambda: None) -> None:
@@ -47,20 +47,15 @@ class Checkpoint:
     def __enter__(self) -> Checkpoint:
         while not self._locked():  # who had the lock has removed the folder meanwhile
             self._lock.close()
-        try:
-            self._checked()
-        except InputError:
-            self.__exit__()
-            raise
         self._resume()
-        return self
-
-    def _checked(self) -> None:
         try:
             self._check()
         except InputError:
-            self.restart()
+            self.__exit__()
             raise
+        if self.done:
+            print(f"Going on after {self.done} finished blocks.", file=sys.stderr)
+        return self
 
     def _locked(self) -> bool:
         path = self.folder / "lock"
@@ -81,8 +76,8 @@ class Checkpoint:
 
     def __exit__(self, kind: type | None = None, error: BaseException | None = None, trace: object = None) -> None:
         try:
-            if isinstance(error, InputError):
-                self._checked()  # of which the error may come
+            if isinstance(error, Exception):
+                self._check()  # of which the error may come
         finally:
             if not self.done:
                 self.remove()
@@ -108,8 +103,6 @@ class Checkpoint:
         if damaged := [name for name, value in hashes.items() if self._differs(self.folder / name, value)]:
             print(f"{self.folder / damaged[0]} is damaged: starting over.", file=sys.stderr)
             return self._clear()
-        if done:
-            print(f"Going on after {done} finished blocks.", file=sys.stderr)
         self.done, self.seconds, self._peaks, self.hashes = done, seconds, peaks, hashes
 
     @staticmethod
@@ -138,7 +131,7 @@ class Checkpoint:
 
     def finish(self, index: int) -> None:
         """The block's files are written, wherever in the folder, and the states that enter the next one."""
-        self._checked()
+        self._check()
         self.done = index + 1
         states = self.folder.glob(f"{STATES}{self.done:03d}.*")
         self.hashes = {name: own for name, own in self.hashes.items() if not name.startswith(STATES)}

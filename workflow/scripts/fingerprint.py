@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import functools
 import hashlib
 import json
 import os
@@ -19,16 +20,26 @@ def weights_hash(hashes: list[str]) -> str:
     return hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
 
 
+@functools.lru_cache(maxsize=4096)
+def hash_at(path: Path, changed: int) -> str:
+    """SHA-256 of a file that was changed then: computed once in a process, whatever the clock says."""
+    return sha256(path)
+
+
 def check_unchanged(model: sources.Spec, fingerprint: Path) -> None:
     """Raise InputError when a model's files are no longer those of its fingerprint: numbers would pass for theirs.
 
     Only files that the file system has seen a change of since are hashed.
     """
+    if not fingerprint.is_file():
+        raise InputError(
+            f"{fingerprint}, of the model that this job computes with, is gone: run again, which makes it."
+        )
     folder, own, later = sources.model_folder(model), fingerprint.stat(), {}
     for name, known in read_made(fingerprint)["files"].items():
         path = folder / name
         changed = path.stat().st_ctime_ns if path.is_file() else None
-        if changed is None or (changed >= own.st_ctime_ns and sha256(path) != known):
+        if changed is None or (changed >= own.st_ctime_ns and hash_at(path, changed) != known):
             raise InputError(
                 f"{path} is no longer the file that {fingerprint} was made of, as if it had been edited or damaged: "
                 f"put it back, or delete {fingerprint} to study it as it is, and run again."
@@ -42,9 +53,13 @@ def check_unchanged(model: sources.Spec, fingerprint: Path) -> None:
 
 @contextlib.contextmanager
 def unchanging(model: sources.Spec, fingerprint: Path) -> Iterator[None]:
-    """Around what is computed of a model: check_unchanged before it and after it."""
+    """Around what is computed of a model: check_unchanged before it and after it, also after an error."""
     check_unchanged(model, fingerprint)
-    yield
+    try:
+        yield
+    except Exception:
+        check_unchanged(model, fingerprint)  # of which it may come
+        raise
     check_unchanged(model, fingerprint)
 
 

@@ -4,6 +4,7 @@ A set's spec is {tasks, folder, fewshot, items, batch}; its tasks are names of l
 """
 
 import importlib.util
+import itertools
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,6 +23,7 @@ LISTS = {  # name of a list -> names of lm-eval's tasks
     # SparseGPT (arXiv:2301.00774), section 4, without StoryCloze, whose text is not public
     "sparsegpt-four": ["lambada_openai", "piqa", "arc_easy", "arc_challenge"],
 }
+MOST_FILES = 20_000  # in a folder of tasks
 MADE_FOLDERS = (os.path.normpath("results/tasks/docstrings"),)  # written by the workflow
 
 
@@ -43,8 +45,19 @@ def task_files(spec: Spec) -> list[Path]:
     folder = Path(spec["folder"])
     if made(spec):
         return [folder / f"{task}.{kind}" for task in spec["tasks"] for kind in ("yaml", "jsonl")]
-    files = (path for path in folder.rglob("*") if path.is_file())
+    files = (path for path in searched(folder) if path.is_file())
     return sorted(path for path in files if not any(part.startswith(".") for part in path.relative_to(folder).parts))
+
+
+def searched(folder: Path) -> list[Path]:
+    """What is in a folder of tasks. Raises InputError for one with so much in it that it must be meant otherwise."""
+    found = list(itertools.islice(folder.rglob("*"), MOST_FILES + 1))
+    if len(found) > MOST_FILES:
+        raise InputError(
+            f"The folder {brief(str(folder))} should hold definitions of tasks and their data, and has more than "
+            f"{MOST_FILES:,} files and folders: give the one of the tasks."
+        )
+    return found
 
 
 def check_tasks(name: str, spec: Spec) -> None:
@@ -66,5 +79,5 @@ def check_tasks(name: str, spec: Spec) -> None:
 
 def running_code(folder: Path) -> list[Path]:
     """Definitions in a folder that have lm-eval import Python, told early; zero_shot.keep_in refuses all others."""
-    found = (path for path in sorted(folder.rglob("*.yaml")) if path.is_file())
+    found = (path for path in sorted(searched(folder)) if path.suffix == ".yaml" and path.is_file())
     return [path for path in found if b"!function" in path.read_bytes()]
