@@ -18,7 +18,7 @@ import pytest
 from dag import CONFIG, Run, snakemake, tiny_project, tiny_study, write_config
 from kill_study import assert_same_tables, disturbed, heed, kill_tree
 
-pytestmark = [pytest.mark.long, pytest.mark.xdist_group("faults of runs")]
+pytestmark = pytest.mark.long
 
 GOAL = "results/tables/cells.parquet"  # without figures
 ARGUMENTS = [GOAL, "--configfile", str(CONFIG)]
