@@ -149,8 +149,17 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, required=True, help="JSON file for the result")
     args = parser.parse_args(argv)
     with record_failure(args.out.parent, args.out.name.removesuffix(".json")):
-        digest, given = check_weights(args.weights), (args.kind, args.model, args.fingerprint, args.weights)
-        evaluation = Evaluation(*given, digest, args.data, args.tasks, args.device, args.name)
+        evaluation = Evaluation(
+            args.kind,
+            args.model,
+            args.fingerprint,
+            args.weights,
+            check_weights(args.weights),
+            args.data,
+            args.tasks,
+            args.device,
+            args.name,
+        )
         file = evaluation.file()
         text = known(file)
         if text is not None:

@@ -79,5 +79,5 @@ def check_tasks(name: str, spec: Spec) -> None:
 
 def running_code(folder: Path) -> list[Path]:
     """Definitions in a folder that have lm-eval import Python, told early; zero_shot.keep_in refuses all others."""
-    found = (path for path in sorted(searched(folder)) if path.suffix == ".yaml" and path.is_file())
-    return [path for path in found if b"!function" in path.read_bytes()]
+    definitions = sorted(path for path in searched(folder) if path.suffix == ".yaml" and path.is_file())
+    return [path for path in definitions if b"!function" in path.read_bytes()]
