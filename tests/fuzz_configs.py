@@ -21,7 +21,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import yaml
-from hypothesis import HealthCheck, Phase, given, seed, settings
+from hypothesis import HealthCheck, Phase, given, note, seed, settings
 from hypothesis import strategies as st
 
 import methods.catalogue as catalogue_module
@@ -211,9 +211,9 @@ def nodes(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
 
 
 @st.composite
-def spoilt(draw: st.DrawFn) -> dict[str, Any]:
+def spoilt(draw: st.DrawFn, whole: dict[str, Any]) -> dict[str, Any]:
     """A study of which up to three values are taken away, renamed, replaced, added or moved elsewhere."""
-    study = copy.deepcopy(draw(studies()))
+    study = copy.deepcopy(whole)
     for _ in range(draw(st.integers(1, 3))):
         *path, last = draw(st.sampled_from(list(nodes(study)) or [("models",)]))
         inner: Any = study
@@ -248,6 +248,16 @@ VALUES = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
     max_leaves=6,
 )
+
+FAMILY = 4  # Most of the time goes into drawing the whole one.
+
+
+@st.composite
+def families(draw: st.DrawFn) -> list[dict[str, Any]]:
+    """A study and others that are made of it, each spoilt in another way."""
+    whole = draw(studies())
+    return [whole, *(draw(spoilt(whole)) for _ in range(FAMILY - 1))]
+
 
 # ------------------------------------------------------------------------------------------------------------- checks
 
@@ -324,29 +334,27 @@ class Quicker:
 
 
 def fuzz(examples: int, start: int = 0) -> Counter[str]:
-    """Try so many documents, half of them spoilt; "accepted" or "refused" -> how many."""
+    """Try so many documents, one of FAMILY of them whole; "whole accepted", "spoilt refused" ... -> how many."""
     found: Counter[str] = Counter()
     quiet = settings(
-        max_examples=examples // 2,
+        max_examples=examples // FAMILY,
         deadline=None,
         database=None,
         suppress_health_check=list(HealthCheck),
         phases=[Phase.generate, Phase.shrink],
     )
 
-    def run(strategy: st.SearchStrategy[Any], kind: str) -> None:
-        @seed(start)
-        @quiet
-        @given(strategy)
-        def one(config: Any) -> None:
+    @seed(start)
+    @quiet
+    @given(families())
+    def one(family: list[Any]) -> None:
+        for number, config in enumerate(family):
+            note(f"Document {number}:")
             told = try_config(config)
-            found[f"{kind} {'refused' if told else 'accepted'}"] += 1
-
-        one()
+            found[f"{'spoilt' if number else 'whole'} {'refused' if told else 'accepted'}"] += 1
 
     with Quicker():
-        run(studies(), "whole")
-        run(spoilt(), "spoilt")
+        one()
     return found
 
 

@@ -3,6 +3,7 @@
     python -m tests.mutants                    # all of tests/mutants.yaml; status 1 where one is not caught
     python -m tests.mutants --write            # and the verdicts into docs/testing.md
     python -m tests.mutants Holm damping       # those whose description has one of the words
+    python -m tests.mutants --until 1800000000 # as many as begin before then (seconds since 1970), by chance
 
 A fault is caught when a test fails with it that passes without it. Tests that cannot run at all (a syntax error, no
 test of the name) or do not end catch nothing.
@@ -11,16 +12,16 @@ test of the name) or do not end catch nothing.
 from __future__ import annotations
 
 import argparse
-import os
+import math
+import random
 import re
 import shlex
 import shutil
-import subprocess
-import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from queue import SimpleQueue
@@ -29,6 +30,7 @@ import numba
 import yaml
 
 from tests.dag import share_compiled
+from tests.warm import Warm
 
 ROOT = Path(__file__).parents[1]
 TABLE = ROOT / "tests/mutants.yaml"
@@ -61,52 +63,55 @@ def faults() -> list[Fault]:
     return [Fault(**entry) for entry in yaml.safe_load(TABLE.read_text("utf-8"))]
 
 
-def failing(folder: Path, tests: Sequence[str]) -> str | None:
+def failing(project: Warm, tests: Sequence[str]) -> str | None:
     """The first test that fails in a copy of the project; nothing where all pass, None where they cannot be run."""
     options = ["-x", "-q", "-n", "0", "-p", "no:cacheprovider", "--tb", "no"]
-    command = [sys.executable, "-m", "pytest", *options, *tests]
-    try:
-        environment = os.environ | {"NUMBA_CACHE_DIR": str(folder / COMPILED)}
-        done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=LONGEST)
-    except subprocess.TimeoutExpired:
-        return None
-    found = FAILED.search(done.stdout)
-    if done.returncode == 1 and found:
+    status, output = project.pytest([*options, *tests], LONGEST)
+    found = FAILED.search(output)
+    if status == 1 and found:
         return found[1]
-    return "" if done.returncode == 0 else None
+    return "" if status == 0 else None
 
 
-def verdict(folder: Path, fault: Fault) -> str:
+def verdict(project: Warm, fault: Fault) -> str:
     """The first test that fails with the fault, or nothing."""
-    path = folder / fault.file
+    path = project.folder / fault.file
     code = path.read_text("utf-8")
     path.write_text(fault.planted(code), "utf-8")
     try:
-        test = failing(folder, shlex.split(fault.tests))
+        test = failing(project, shlex.split(fault.tests))
     finally:
         path.write_text(code, "utf-8")
     return test or ""
 
 
-def copy_to(folder: Path) -> Path:
+def copy_to(folder: Path) -> Warm:
     """A copy of the project with what is compiled: only the loops of a file with a fault are compiled anew."""
     share_compiled(Path(numba.config.CACHE_DIR), folder, within=folder / COMPILED)
-    return shutil.copytree(ROOT, folder, ignore=shutil.ignore_patterns(*LEFT_OUT), dirs_exist_ok=True)
+    shutil.copytree(ROOT, folder, ignore=shutil.ignore_patterns(*LEFT_OUT), dirs_exist_ok=True)
+    return Warm(folder, {"NUMBA_CACHE_DIR": str(folder / COMPILED)})
 
 
-def judged(chosen: Sequence[Fault], workers: int) -> list[str]:
-    """The test that catches each fault, nothing where none does. Raises SystemExit for one that fails without."""
-    with tempfile.TemporaryDirectory(prefix="layerwise-mutants-") as place, ThreadPoolExecutor(workers) as pool:
-        free: SimpleQueue[Path] = SimpleQueue()
+def judged(chosen: Sequence[Fault], workers: int, until: float = math.inf) -> list[str | None]:
+    """The test that catches each fault, nothing where none does, None where none was begun before `until`.
+
+    Raises SystemExit for a test that fails without a fault.
+    """
+    with ExitStack() as stack:
+        place = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="layerwise-mutants-")))
+        free: SimpleQueue[Warm] = SimpleQueue()
         for number in range(workers):
-            free.put(copy_to(Path(place) / str(number)))
+            free.put(stack.enter_context(copy_to(place / str(number))))
+        pool = stack.enter_context(ThreadPoolExecutor(workers))
 
-        def judge(fault: Fault) -> str:
-            folder, start = free.get(), time.perf_counter()
+        def judge(fault: Fault) -> str | None:
+            if time.time() > until:
+                return None
+            project, start = free.get(), time.perf_counter()
             try:
-                found = verdict(folder, fault)
+                found = verdict(project, fault)
             finally:
-                free.put(folder)
+                free.put(project)
             print(f"{time.perf_counter() - start:4.0f} s  {fault.fault}: {found or 'NOT CAUGHT'}", flush=True)
             return found
 
@@ -117,12 +122,12 @@ def judged(chosen: Sequence[Fault], workers: int) -> list[str]:
         return caught
 
 
-def write(chosen: Sequence[Fault], caught: Sequence[str]) -> None:
+def write(caught: Mapping[Fault, str]) -> None:
     """The verdicts into PAGE, beside those that stand there of other faults."""
     head, rest = PAGE.read_text("utf-8").split(BEGIN)
     old, tail = rest.split(END)
     rows = {line.split(" | ")[0].removeprefix("| "): line for line in old.splitlines()[2:]}
-    for fault, test in zip(chosen, caught, strict=True):
+    for fault, test in caught.items():
         shown = test.removeprefix("tests/").partition("[")[0]
         rows[fault.fault] = f"| {fault.fault} | `{fault.file}` | {f'`{shown}`' if shown else '**nothing**'} |"
     known = [rows[fault.fault] for fault in faults() if fault.fault in rows]
@@ -134,15 +139,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("words", nargs="*", help="faults with one of these in their description (default: all)")
     parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--until", type=int, help="plant none after this time, in seconds since 1970; order by chance")
     parser.add_argument("--write", action="store_true", help="write the verdicts into docs/testing.md")
     args = parser.parse_args()
     chosen = [fault for fault in faults() if not args.words or any(word in fault.fault for word in args.words)]
+    if args.until:
+        random.Random(args.until).shuffle(chosen)
     start = time.perf_counter()
-    caught = judged(chosen, args.workers)
+    verdicts = dict(zip(chosen, judged(chosen, args.workers, args.until or math.inf), strict=True))
+    caught = {fault: test for fault, test in verdicts.items() if test is not None}
     if args.write:
-        write(chosen, caught)
-    missed = [fault.fault for fault, test in zip(chosen, caught, strict=True) if not test]
-    print(f"{len(chosen) - len(missed)} of {len(chosen)} faults caught in {time.perf_counter() - start:.0f} s.")
+        write(caught)
+    missed = [fault.fault for fault, test in caught.items() if not test]
+    left = f", {len(chosen) - len(caught)} left out: the time was over" if len(caught) < len(chosen) else ""
+    seconds = time.perf_counter() - start
+    print(f"{len(caught) - len(missed)} of {len(caught)} faults caught in {seconds:.0f} s{left}.")
     if missed:
         raise SystemExit(f"error: No test fails with: {'; '.join(missed)}.")
 

@@ -25,7 +25,7 @@ ARGUMENTS = [GOAL, "--configfile", str(CONFIG)]
 
 
 def small_study() -> dict:
-    """Two cells. (Studies with all kinds of jobs are killed in test_kill.py.)"""
+    """Two cells. (A study of both modes, with certificates, is killed in test_kill.py.)"""
     small = {"modes": ["shared"], "certificates": False, "targets": [{"pattern": "2:4"}]}
     return tiny_study() | small | {"methods": {"magnitude": None, "wanda": None}}
 
@@ -103,8 +103,11 @@ def begun(folder: Path, log: Path, fault: Callable[[], object]) -> Run:
     return Run(process.wait(), log.read_text(), 0)
 
 
-def test_a_disk_that_fills_up(disk: Path, undisturbed: Path, tmp_path: Path):
-    filler = disk / "results/filler"
+def test_a_disk_that_cannot_be_written_and_one_that_fills_up(disk: Path, undisturbed: Path, tmp_path: Path):
+    results, filler = disk / "results", disk / "results/filler"
+    subprocess.run(["mount", "-o", "remount,ro", results], check=True)
+    assert_told(run(disk), "results cannot be written: the disk is mounted read-only, or permission is denied.")
+    subprocess.run(["mount", "-o", "remount,rw", results], check=True)
 
     def fill() -> None:
         with pytest.raises(OSError, match="No space"), filler.open("wb", buffering=0) as file:
@@ -117,45 +120,21 @@ def test_a_disk_that_fills_up(disk: Path, undisturbed: Path, tmp_path: Path):
     assert_finishes(disk, undisturbed)
 
 
-def test_a_read_only_results_folder(disk: Path, undisturbed: Path):
-    results = disk / "results"
-    subprocess.run(["mount", "-o", "remount,ro", results], check=True)
-    assert_told(run(disk), "results cannot be written: the disk is mounted read-only, or permission is denied.")
-    subprocess.run(["mount", "-o", "remount,rw", results], check=True)
-    assert_finishes(disk, undisturbed)
-
-
-@pytest.mark.parametrize("name", ["layers.parquet", "trace.parquet", "cell.json"])
-def test_a_truncated_result(undisturbed: Path, tmp_path: Path, name: str):
-    """The next plain run tells it, and the one after that has computed it anew."""
+def test_a_truncated_result_and_damaged_grams(undisturbed: Path, tmp_path: Path):
+    """The next plain run tells what is damaged, and the one after that has computed it anew."""
     folder = copy(undisturbed, tmp_path / "study")
-    path = sorted(folder.glob(f"results/cells/*/*/*/*/{name}"))[0]
+    (path,) = folder.glob("results/cells/*/*/*/wanda-*/layers.parquet")
     os.truncate(path, path.stat().st_size // 2)
     shutil.rmtree(folder / "results/tables")
-    assert_told(run(folder), f"{name} cannot be used: ", "run again, which makes it anew")
-    assert assert_finishes(folder, undisturbed).jobs["compress"] == 1
-    assert not list(folder.rglob("*.damaged"))
-
-
-def test_damaged_grams(undisturbed: Path, tmp_path: Path):
-    folder = copy(undisturbed, tmp_path / "study")
+    assert_told(run(folder), "layers.parquet cannot be used: ", "run again, which makes it anew")
     (path,) = folder.glob("results/grams/*/block-001.safetensors")
     content = bytearray(path.read_bytes())
     content[-4] ^= 1
     path.write_bytes(content)
-    for name in ("cells", "tables"):
-        shutil.rmtree(folder / "results" / name)
     assert_told(run(folder), "block-001.safetensors", "is damaged", "run again, which computes these Grams anew")
-    assert assert_finishes(folder, undisturbed).jobs["gram"] == 1
-
-
-def test_two_runs_in_a_folder(fresh: Path, undisturbed: Path, tmp_path: Path):
-    folder = copy(fresh, tmp_path / "study")
-    first = start(folder, tmp_path / "log")
-    wait_for(first, lambda: (folder / "results/models").exists())
-    assert_told(run(folder), "Directory cannot be locked", "no other Snakemake process")
-    assert first.wait() == 0, (tmp_path / "log").read_text()
-    assert_same_tables(folder, undisturbed)
+    made = assert_finishes(folder, undisturbed).jobs
+    assert (made["gram"], made["compress"]) == (1, 1)  # the other cell is still whole
+    assert not list(folder.rglob("*.damaged"))
 
 
 def test_two_studies_that_share_their_grams(fresh: Path, undisturbed: Path, tmp_path: Path, monkeypatch):
@@ -181,12 +160,13 @@ def test_a_clock_that_jumps(undisturbed: Path, tmp_path: Path, clock: str):
     assert len(seconds) and (seconds >= 0).all()
 
 
-def test_a_config_that_is_edited_during_a_run(fresh: Path, undisturbed: Path, tmp_path: Path):
-    """The run goes on with what it read; the next computes what the config then says."""
+def test_two_runs_in_a_folder_and_a_config_that_is_edited(fresh: Path, undisturbed: Path, tmp_path: Path):
+    """The first run goes on with what it read; the next, once it is alone, computes what the config then says."""
     folder = copy(fresh, tmp_path / "study")
     first = start(folder, tmp_path / "log")
     wait_for(first, lambda: any(folder.glob("results/tokens/*/*.safetensors")))
     write_config(folder, small_study() | {"targets": [{"sparsity": 0.5}], "methods": {"wanda": None}})
+    assert_told(run(folder), "Directory cannot be locked", "no other Snakemake process")
     assert first.wait() == 0, (tmp_path / "log").read_text()
     assert_same_tables(folder, undisturbed)
     done = run(folder)
@@ -220,6 +200,6 @@ def test_a_study_that_is_told_to_end(fresh: Path, undisturbed: Path, tmp_path: P
     (record,) = folder.glob("results/cells/*/*/*/*/failed-*.json")
     assert json.loads(record.read_text())["status"] == "stopped"
     assert "Traceback" not in (tmp_path / "log").read_text()
-    told = disturbed(folder, ARGUMENTS, 2, 10, random.Random(1), by)  # also in Snakemake's own beginning
+    told = disturbed(folder, ARGUMENTS, 1, 10, random.Random(1), by)  # also in Snakemake's own beginning
     assert by == signal.SIGINT or not any("Traceback" in text for text in told)  # Ctrl-C there shows Snakemake's own
     assert_same_tables(folder, undisturbed)

@@ -56,7 +56,7 @@ def told(call: Callable[[], Any]) -> str | None:
 
 def test_a_config_expands_or_is_refused_in_one_sentence():
     found = fuzz(120)
-    assert found["whole accepted"] > 50 and found["spoilt refused"] > 40
+    assert found["whole accepted"] > 25 and found["spoilt refused"] > 60
 
 
 @pytest.mark.long

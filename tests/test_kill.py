@@ -11,14 +11,14 @@ from kill_study import assert_same_tables, disturbed
 
 from workflow.scripts.files import unlock_after_death
 
-CONFIG = ["--configfile", "config/tiny.yaml"]
+STUDY = ["results/tables/cells.parquet", "--configfile", "config/tiny.yaml"]  # without figures
 
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory) -> tuple[Path, float]:
     """A folder where the study ran to its end, and the seconds that it took."""
     folder = tiny_project(tmp_path_factory.mktemp("undisturbed"))
-    done = snakemake(folder, *CONFIG)
+    done = snakemake(folder, *STUDY)
     assert done.status == 0, done.output
     return folder, done.seconds
 
@@ -26,7 +26,7 @@ def undisturbed(tmp_path_factory) -> tuple[Path, float]:
 @pytest.mark.long
 def test_a_killed_study_ends_with_the_same_tables(tmp_path, undisturbed):
     folder, seconds = undisturbed
-    told = disturbed(tiny_project(tmp_path), CONFIG, 4, seconds / 2, random.Random(0))
+    told = disturbed(tiny_project(tmp_path), STUDY, 4, seconds / 2, random.Random(0))
     assert len(told) > 2
     assert not any("Directory cannot be locked" in text for text in told)
     assert_same_tables(tmp_path, folder)

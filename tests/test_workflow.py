@@ -22,6 +22,7 @@ from workflow.scripts.plot import FIGURES
 
 pytestmark = pytest.mark.xdist_group("workflow")
 
+TABLES_ALONE = ("--until", "tables")
 TABLES = ("layers", "cells", "traces", "bounds", "comparisons", "skipped")
 # The study has no iterative method and sweeps nothing.
 DRAWN = [name for name, drawing in FIGURES.items() if drawing.needs not in ("traces", "sweep")]
@@ -82,7 +83,7 @@ class Fragile(Method):
 
 @dataclass(frozen=True)
 class Study:
-    """A project's copy in which the tiny study has run once."""
+    """A project's copy in which the tiny study has run; first: the run that gave the tables."""
 
     folder: Path
     first: Run
@@ -97,7 +98,15 @@ class Study:
 @pytest.fixture(scope="module")
 def study(tmp_path_factory) -> Study:
     folder = tiny_project(tmp_path_factory.mktemp("workflow") / "project")
-    return Study(folder, snakemake(folder, "--configfile", CONFIG))
+    return Study(folder, snakemake(folder, *TABLES_ALONE, "--configfile", CONFIG))
+
+
+@pytest.fixture(scope="module")
+def whole(study) -> Study:
+    """The study with its figures."""
+    done = study.run()
+    assert done.status == 0, done.output
+    return study
 
 
 def test_one_worker_has_all_of_these(request):
@@ -115,7 +124,7 @@ def of_cells(run: Run) -> tuple[int, int]:
 # ------------------------------------------------------------------------------------------------------- a full run
 
 
-def test_a_full_run_gives_every_table_and_figure(study):
+def test_a_full_run_gives_every_table_and_figure(study, whole):
     assert study.first.status == 0, study.first.output
     names = [f"results/tables/{name}.{kind}" for name in TABLES for kind in ("csv", "parquet")]
     names += [f"results/tables/main.{kind}" for kind in ("md", "tex")]
@@ -192,81 +201,81 @@ def test_equal_weights_are_evaluated_once_and_beside_their_compression(study):
     assert len(logs) == 7 and all("were evaluated before" in log for log in logs)
 
 
-def test_the_report_has_the_figures_with_their_captions(study):
-    done = study.run("--report", "report.html")
+def test_the_report_has_the_figures_with_their_captions(whole):
+    done = whole.run("--report", "report.html")
     assert done.status == 0, done.output
-    html = (study.folder / "report.html").read_text("utf-8")
+    html = (whole.folder / "report.html").read_text("utf-8")
     assert all((f"{figure}.svg" in html) == (figure in DRAWN) for figure in FIGURES)
 
 
 # ----------------------------------------------------------------------------------------------------- what runs again
 
 
-def test_a_second_run_has_nothing_to_do(study, record_property):
-    second = study.run()
+def test_a_second_run_has_nothing_to_do(whole, record_property):
+    second = whole.run()
     assert second.status == 0 and NOTHING in second.output, second.output
     record_property("seconds", second.seconds)
     print(f"nothing to be done, said after {second.seconds:.1f} s")
 
 
-def test_a_parameter_concerns_the_cells_of_its_method(study):
+def test_a_parameter_concerns_the_cells_of_its_method(whole):
     changed = tiny_study()
     changed["methods"]["magnitude"]["convention"] = "official"
-    again = study.run("-n", config=write_config(study.folder, changed, Path("config/changed.yaml")))
+    again = whole.run("-n", config=write_config(whole.folder, changed, Path("config/changed.yaml")))
     assert of_cells(again) == (2, 2)
 
 
-def test_a_new_target_leaves_the_cells_that_are_there(study):
+def test_a_new_target_leaves_the_cells_that_are_there(whole):
     changed = tiny_study()
     changed["targets"].append({"sparsity": 0.25})
-    again = study.run("-n", config=write_config(study.folder, changed, Path("config/changed.yaml")))
+    again = whole.run("-n", config=write_config(whole.folder, changed, Path("config/changed.yaml")))
     assert of_cells(again) == (2, 2)
 
 
 @pytest.mark.parametrize(("file", "cells"), [("wanda", 4), ("magnitude", 2), ("base", 7), ("rtn", 0)])
-def test_an_edited_method_concerns_its_own_cells(study, file, cells):
-    path = study.folder / f"methods/{file}.py"
+def test_an_edited_method_concerns_its_own_cells(whole, file, cells):
+    path = whole.folder / f"methods/{file}.py"
     before = path.read_text("utf-8")
     try:
         path.write_text(before + "# edited\n", "utf-8")
-        again = study.run("-n")
+        again = whole.run("-n")
     finally:
         path.write_text(before, "utf-8")
     assert of_cells(again) == (cells, cells)
     assert (NOTHING in again.output) == (cells == 0)
 
 
-def test_an_edited_text_runs_through_to_the_end(study):
-    path = study.folder / TEXTS["train"]
+def test_an_edited_text_runs_through_to_the_end(whole):
+    path = whole.folder / TEXTS["train"]
     before = path.read_text("utf-8")
     try:
         path.write_text(before + " and more", "utf-8")
-        again = study.run("-n")
+        again = whole.run("-n")
     finally:
         path.write_text(before, "utf-8")
     assert again.jobs["calibration_tokens"] == again.jobs["gram"] == 1
     assert "evaluation_tokens" not in again.jobs and again.jobs["compress"] == 7
 
 
-def test_a_touched_file_concerns_nothing(study):
+def test_a_touched_file_concerns_nothing(whole):
     touched = [
-        *study.folder.glob("methods/*.py"),
-        *study.folder.glob("workflow/**/*.py"),
-        *study.folder.glob("*/*.txt"),
+        *whole.folder.glob("methods/*.py"),
+        *whole.folder.glob("workflow/**/*.py"),
+        *whole.folder.glob("*/*.txt"),
     ]
     assert len(touched) > 20
     for path in touched:
         os.utime(path)
-    assert NOTHING in study.run("-n").output
+    assert NOTHING in whole.run("-n").output
 
 
-def test_a_project_that_is_moved_has_nothing_to_do(study):
-    moved = study.folder.with_name("moved")
-    study.folder.rename(moved)
+def test_a_project_that_is_moved_has_nothing_to_do(whole):
+    moved = whole.folder.with_name("moved")
+    whole.folder.rename(moved)
     try:
         assert NOTHING in snakemake(moved, "-n", "--configfile", CONFIG).output
     finally:
-        moved.rename(study.folder)
+        moved.rename(whole.folder)
 
 
 # --------------------------------------------------------------------------------------- a method of one's own, a fault
@@ -305,7 +314,7 @@ def extended(study) -> Extended:
         None,  # type: ignore[arg-type]
     )
     (own / "fragile.py").write_text(FRAGILE.replace(FAULT, ""), "utf-8")
-    return Extended(**{**vars(found), "mended": study.run(config=path)})
+    return Extended(**{**vars(found), "mended": study.run(*TABLES_ALONE, config=path)})
 
 
 @pytest.mark.long
