@@ -1,5 +1,5 @@
 # Two commands do everything: `make reproduce` and `make test`. Each makes .venv if it is missing.
-# UNTIL, in seconds since 1970, ends `make test-long` and `make mutants` where time is short: what is left out is told.
+# UNTIL, in seconds since 1970, is when `make test-long` and `make mutants` begin no more; they name what they leave out.
 # STUDY=pruning (quantisation, gqsa) runs, checks, accepts or shows config/pruning.yaml instead of the embedded study.
 PYTHON ?= python3
 CORES ?= all
@@ -27,7 +27,7 @@ test: .venv/installed
 	$(RUN) python -m pytest
 
 test-long: .venv/installed  # the rest: faults of whole runs, killed studies, a cluster, 10,000 configs, rarer variants
-	$(RUN) python -m pytest -m long $(if $(UNTIL),--until $(UNTIL))
+	$(RUN) python -m pytest -m long $(if $(UNTIL),--no-loadscope-reorder --until=$(UNTIL))
 
 coverage: .venv/installed  # `make test`, and that it runs 95 % of the lines of methods/ and workflow/scripts/
 	rm -rf $(COVERAGE_DATA) && mkdir -p $(COVERAGE_DATA)
@@ -35,7 +35,7 @@ coverage: .venv/installed  # `make test`, and that it runs 95 % of the lines of 
 	export COVERAGE_DATA=$(COVERAGE_DATA); $(RUN) coverage combine --quiet && $(RUN) coverage report --fail-under 95
 
 mutants: .venv/installed  # plants faults, one at a time, that the tests must catch; docs/testing.md
-	$(RUN) python -m tests.mutants $(if $(UNTIL),--until $(UNTIL))
+	$(RUN) python -m tests.mutants $(if $(UNTIL),--until=$(UNTIL))
 
 slurm: .venv/slurm  # what profiles/slurm needs
 

@@ -1,27 +1,22 @@
 """One thread for every test, assertions of the shared checks with their values, and an end where time is short."""
 
 import random
-import subprocess
-import sys
 import time
-from pathlib import Path
+from collections import Counter
 
 import pytest
 import torch
+from compiled import compile_loops
 
-ROOT = Path(__file__).parents[1]
-LOOPS = ("columns", "descent", "exchange", "frank_wolfe", "grids", "regrow", "select", "sums", "swap_rounds")
+LEFT_OUT = "left out: the time was over (--until)"
 pytest.register_assert_rewrite("tests.contract", "tests.reference")
 torch.set_num_threads(1)
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """The loops are compiled once before the workers begin, which would each take minutes for them; half by half."""
+    """The loops are compiled once before the workers begin, which would each take minutes for them."""
     if config.getoption("numprocesses", 0):  # of the process that starts workers, and of no worker
-        halves = [", ".join(f"kernels.{name}" for name in LOOPS[first::2]) for first in (0, 1)]
-        running = [subprocess.Popen([sys.executable, "-c", f"import {half}"], cwd=ROOT) for half in halves]
-        for half in running:
-            half.wait()
+        compile_loops()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -40,4 +35,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def pytest_runtest_setup(item: pytest.Item) -> None:
     until = item.config.getoption("until")
     if until and time.time() > until:
-        pytest.skip("left out: the time was over (--until)")
+        pytest.skip(LEFT_OUT)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    skipped = terminalreporter.stats.get("skipped", ())
+    files = Counter(report.nodeid.partition("::")[0] for report in skipped if LEFT_OUT in str(report.longrepr))
+    if files:
+        told = ", ".join(f"{file} {count}" for file, count in sorted(files.items()))
+        terminalreporter.write_line(f"Left out, as the time was over (--until): {told}.")

@@ -337,7 +337,7 @@ def fuzz(examples: int, start: int = 0) -> Counter[str]:
     """Try so many documents, one of FAMILY of them whole; "whole accepted", "spoilt refused" ... -> how many."""
     found: Counter[str] = Counter()
     quiet = settings(
-        max_examples=examples // FAMILY,
+        max_examples=-(-examples // FAMILY),
         deadline=None,
         database=None,
         suppress_health_check=list(HealthCheck),

@@ -29,6 +29,7 @@ from queue import SimpleQueue
 import numba
 import yaml
 
+from tests.compiled import compile_loops
 from tests.dag import share_compiled
 from tests.warm import Warm
 
@@ -38,7 +39,7 @@ PAGE = ROOT / "docs/testing.md"
 BEGIN, END = "<!-- faults: begin -->\n", "<!-- faults: end -->\n"  # around the table of verdicts in PAGE
 COMPILED = ".numba"
 LEFT_OUT = (".git", ".venv", ".snakemake", ".pytest_cache", ".ruff_cache", ".hypothesis", "results", "logs", "figures")
-LONGEST = 900  # seconds of the tests of a fault
+LONGEST = 300  # seconds of the tests of a fault
 FAILED = re.compile(r"^FAILED (.+?)(?: - .*)?$", re.MULTILINE)
 
 
@@ -85,7 +86,7 @@ def verdict(project: Warm, fault: Fault) -> str:
     return test or ""
 
 
-def copy_to(folder: Path) -> Warm:
+def warm_copy(folder: Path) -> Warm:
     """A copy of the project with what is compiled: only the loops of a file with a fault are compiled anew."""
     share_compiled(Path(numba.config.CACHE_DIR), folder, within=folder / COMPILED)
     shutil.copytree(ROOT, folder, ignore=shutil.ignore_patterns(*LEFT_OUT), dirs_exist_ok=True)
@@ -97,11 +98,12 @@ def judged(chosen: Sequence[Fault], workers: int, until: float = math.inf) -> li
 
     Raises SystemExit for a test that fails without a fault.
     """
+    compile_loops()  # a loop that is compiled with a fault in what it calls would keep it
     with ExitStack() as stack:
         place = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="layerwise-mutants-")))
         free: SimpleQueue[Warm] = SimpleQueue()
         for number in range(workers):
-            free.put(stack.enter_context(copy_to(place / str(number))))
+            free.put(stack.enter_context(warm_copy(place / str(number))))
         pool = stack.enter_context(ThreadPoolExecutor(workers))
 
         def judge(fault: Fault) -> str | None:
@@ -143,6 +145,8 @@ def main() -> None:
     parser.add_argument("--write", action="store_true", help="write the verdicts into docs/testing.md")
     args = parser.parse_args()
     chosen = [fault for fault in faults() if not args.words or any(word in fault.fault for word in args.words)]
+    if not chosen:
+        parser.error(f"no fault's description in {TABLE} has one of the words {', '.join(args.words)}")
     if args.until:
         random.Random(args.until).shuffle(chosen)
     start = time.perf_counter()
@@ -151,9 +155,11 @@ def main() -> None:
     if args.write:
         write(caught)
     missed = [fault.fault for fault, test in caught.items() if not test]
-    left = f", {len(chosen) - len(caught)} left out: the time was over" if len(caught) < len(chosen) else ""
+    left = [fault.fault for fault in chosen if fault not in caught]
+    if left:
+        print(f"Left out, as the time was over (--until): {'; '.join(left)}.")
     seconds = time.perf_counter() - start
-    print(f"{len(caught) - len(missed)} of {len(caught)} faults caught in {seconds:.0f} s{left}.")
+    print(f"{len(caught) - len(missed)} of {len(caught)} faults caught in {seconds:.0f} s, {len(left)} left out.")
     if missed:
         raise SystemExit(f"error: No test fails with: {'; '.join(missed)}.")
 

@@ -161,8 +161,9 @@ def test_a_failed_perplexity_leaves_the_other_numbers(tmp_path, pair):
 def test_a_truncated_file_is_named(tmp_path, pair, name, damage):
     path = tmp_path / pair[0].folder / name
     path.write_bytes(damage(path.read_bytes()))
-    with pytest.raises(InputError, match=re.escape(name)):
+    with pytest.raises(InputError, match=re.escape(name) + ".*; run again, which makes it anew"):
         gather(tmp_path, pair)
+    assert not path.exists() and path.with_name(f"{name}.damaged").exists()
     cells = gather(tmp_path, pair, partial=True)["cells"]
     broken = cells[cells["status"] == "failed"]
     assert len(broken) == (1 if name.startswith("perplexity") else 7)

@@ -116,7 +116,13 @@ def test_half_precision(tmp_path, dtype, form):
 
 
 @pytest.mark.parametrize("form", FORMATS)
-@pytest.mark.parametrize("family", ["qwen3", "opt", "gpt2", "gpt_neox", "gemma3", "falcon", "bloom"])
+@pytest.mark.parametrize(
+    "family",
+    [
+        *("qwen3", "gpt2", "bloom"),
+        *(pytest.param(family, marks=pytest.mark.long) for family in ("opt", "gpt_neox", "gemma3", "falcon")),
+    ],
+)
 def test_other_architectures(tmp_path, family, form):
     """Tied embeddings, biases, transposed weights, linear layers of another class."""
     other = Case(tmp_path, family).prepare()

@@ -164,9 +164,10 @@ def test_two_runs_in_a_folder_and_a_config_that_is_edited(fresh: Path, undisturb
     """The first run goes on with what it read; the next, once it is alone, computes what the config then says."""
     folder = copy(fresh, tmp_path / "study")
     first = start(folder, tmp_path / "log")
-    wait_for(first, lambda: any(folder.glob("results/tokens/*/*.safetensors")))
-    write_config(folder, small_study() | {"targets": [{"sparsity": 0.5}], "methods": {"wanda": None}})
+    wait_for(first, lambda: any(folder.glob("results/models/*.json")))
     assert_told(run(folder), "Directory cannot be locked", "no other Snakemake process")
+    assert first.poll() is None
+    write_config(folder, small_study() | {"targets": [{"sparsity": 0.5}], "methods": {"wanda": None}})
     assert first.wait() == 0, (tmp_path / "log").read_text()
     assert_same_tables(folder, undisturbed)
     done = run(folder)

@@ -25,6 +25,7 @@ TARGETS = [
     Target(bits=4, symmetric=True),
     Target(pattern="2:4", bits=4),
 ]
+RARE = [Target(0.5, "layer"), Target(bits=4, symmetric=True)]  # in `make test-long`
 # Largest change of the error relative to its own, and share of the mask that may differ. Near ties fall either way with
 # the order in which products are summed; iterative methods carry them on.
 TOLERANCE, MASK = 1e-3, 0.0
@@ -48,7 +49,8 @@ def cases():
             for target in TARGETS:
                 if not entry.refusal(target):
                     case = contract.Case(entry, method, target, params)
-                    yield case, [pytest.mark.long] if set(params) - set(FEWER.get(name, ())) else []
+                    rare = set(params) - set(FEWER.get(name, ())) or target in RARE
+                    yield case, [pytest.mark.long] if rare else []
 
 
 CASES = [pytest.param(case, id=f"{case.label}-{case.target.label}", marks=marks) for case, marks in cases()]

@@ -1,10 +1,16 @@
 """The table of planted faults can be planted, and docs/testing.md tells of all of them that they are caught."""
 
+import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 
+import conftest
 import pytest
 
+from tests import mutants
 from tests.mutants import BEGIN, END, PAGE, ROOT, Fault, faults, verdict
 from tests.warm import ENDED_LATE, Warm
 
@@ -31,7 +37,10 @@ def project(tmp_path_factory) -> Iterator[Warm]:
     (folder / "code_under_test.py").write_text("def double(x):\n    return 2 * x\n")
     (folder / "test_weak.py").write_text(begin + "assert double(2) == 4\n")
     (folder / "test_strong.py").write_text(begin + "assert double(3) == 6\n")
-    (folder / "test_endless.py").write_text("def test_it():\n    while True:\n        pass\n")
+    (folder / "test_endless.py").write_text(
+        "import pathlib, subprocess\n\ndef test_it():\n    child = subprocess.Popen(['sleep', '1000'])\n"
+        "    pathlib.Path('child').write_text(str(child.pid))\n    child.wait()\n"
+    )
     with Warm(folder, packages=("pytest", "hypothesis")) as running:
         yield running
 
@@ -49,7 +58,50 @@ def test_a_fault_that_no_test_catches_is_told(project):
         fault.planted("nothing of the kind")
 
 
-def test_tests_that_do_not_end_are_ended(project):
-    assert project.pytest(["-q", "test_endless.py"], 0.5)[0] == ENDED_LATE
+def test_tests_that_do_not_end_are_ended_with_what_they_started(project):
+    assert project.pytest(["-q", "test_endless.py"], 6)[0] == ENDED_LATE
+    child = Path("/proc", (project.folder / "child").read_text(), "stat")
+    assert not child.exists() or child.read_text().split()[2] == "Z"
     status, output = project.pytest(["-q", "test_strong.py"], 60)
     assert status == 0 and "1 passed" in output
+
+
+def test_an_end_of_the_process_is_no_verdict(tmp_path):
+    with Warm(tmp_path, packages=("no_such_package",)) as project, pytest.raises(RuntimeError, match="ended: 1"):
+        project.pytest([], 60)
+
+
+def test_no_fault_is_planted_after_the_time(monkeypatch):
+    monkeypatch.setattr(mutants, "compile_loops", lambda: None)
+    monkeypatch.setattr(mutants, "warm_copy", lambda folder: nullcontext())
+    assert mutants.judged(faults(), 2, until=time.time() - 1) == [None] * len(faults())
+
+
+# --------------------------------------------------------------------------------------------- tests that have no time
+
+
+def begun(until: int | None) -> bool:
+    item = SimpleNamespace(config=SimpleNamespace(getoption=lambda name: until))
+    try:
+        conftest.pytest_runtest_setup(item)
+    except pytest.skip.Exception:
+        return False
+    return True
+
+
+def test_no_test_is_begun_after_the_time():
+    now = int(time.time())
+    assert begun(None) and begun(now + 60) and not begun(now - 1)
+
+
+def test_files_come_by_chance_where_the_time_is_short():
+    items = [SimpleNamespace(path=Path(f"test_{number // 3}.py"), number=number) for number in range(30)]
+
+    def order(until: int | None) -> list[int]:
+        ours = items.copy()
+        conftest.pytest_collection_modifyitems(SimpleNamespace(getoption=lambda name: until), ours)
+        return [item.number for item in ours]
+
+    assert order(None) == list(range(30)) != order(7) == order(7) != order(8)
+    for first, *others in (order(7)[at : at + 3] for at in range(0, 30, 3)):
+        assert others == [first + 1, first + 2]  # tests of a file follow one another as they stand

@@ -102,7 +102,7 @@ def study(tmp_path_factory) -> Study:
 
 
 @pytest.fixture(scope="module")
-def whole(study) -> Study:
+def drawn(study) -> Study:
     """The study with its figures."""
     done = study.run()
     assert done.status == 0, done.output
@@ -124,7 +124,7 @@ def of_cells(run: Run) -> tuple[int, int]:
 # ------------------------------------------------------------------------------------------------------- a full run
 
 
-def test_a_full_run_gives_every_table_and_figure(study, whole):
+def test_a_full_run_gives_every_table_and_figure(study, drawn):
     assert study.first.status == 0, study.first.output
     names = [f"results/tables/{name}.{kind}" for name in TABLES for kind in ("csv", "parquet")]
     names += [f"results/tables/main.{kind}" for kind in ("md", "tex")]
@@ -201,81 +201,81 @@ def test_equal_weights_are_evaluated_once_and_beside_their_compression(study):
     assert len(logs) == 7 and all("were evaluated before" in log for log in logs)
 
 
-def test_the_report_has_the_figures_with_their_captions(whole):
-    done = whole.run("--report", "report.html")
+def test_the_report_has_the_figures_with_their_captions(drawn):
+    done = drawn.run("--report", "report.html")
     assert done.status == 0, done.output
-    html = (whole.folder / "report.html").read_text("utf-8")
+    html = (drawn.folder / "report.html").read_text("utf-8")
     assert all((f"{figure}.svg" in html) == (figure in DRAWN) for figure in FIGURES)
 
 
 # ----------------------------------------------------------------------------------------------------- what runs again
 
 
-def test_a_second_run_has_nothing_to_do(whole, record_property):
-    second = whole.run()
+def test_a_second_run_has_nothing_to_do(drawn, record_property):
+    second = drawn.run()
     assert second.status == 0 and NOTHING in second.output, second.output
     record_property("seconds", second.seconds)
     print(f"nothing to be done, said after {second.seconds:.1f} s")
 
 
-def test_a_parameter_concerns_the_cells_of_its_method(whole):
+def test_a_parameter_concerns_the_cells_of_its_method(drawn):
     changed = tiny_study()
     changed["methods"]["magnitude"]["convention"] = "official"
-    again = whole.run("-n", config=write_config(whole.folder, changed, Path("config/changed.yaml")))
+    again = drawn.run("-n", config=write_config(drawn.folder, changed, Path("config/changed.yaml")))
     assert of_cells(again) == (2, 2)
 
 
-def test_a_new_target_leaves_the_cells_that_are_there(whole):
+def test_a_new_target_leaves_the_cells_that_are_there(drawn):
     changed = tiny_study()
     changed["targets"].append({"sparsity": 0.25})
-    again = whole.run("-n", config=write_config(whole.folder, changed, Path("config/changed.yaml")))
+    again = drawn.run("-n", config=write_config(drawn.folder, changed, Path("config/changed.yaml")))
     assert of_cells(again) == (2, 2)
 
 
 @pytest.mark.parametrize(("file", "cells"), [("wanda", 4), ("magnitude", 2), ("base", 7), ("rtn", 0)])
-def test_an_edited_method_concerns_its_own_cells(whole, file, cells):
-    path = whole.folder / f"methods/{file}.py"
+def test_an_edited_method_concerns_its_own_cells(drawn, file, cells):
+    path = drawn.folder / f"methods/{file}.py"
     before = path.read_text("utf-8")
     try:
         path.write_text(before + "# edited\n", "utf-8")
-        again = whole.run("-n")
+        again = drawn.run("-n")
     finally:
         path.write_text(before, "utf-8")
     assert of_cells(again) == (cells, cells)
     assert (NOTHING in again.output) == (cells == 0)
 
 
-def test_an_edited_text_runs_through_to_the_end(whole):
-    path = whole.folder / TEXTS["train"]
+def test_an_edited_text_runs_through_to_the_end(drawn):
+    path = drawn.folder / TEXTS["train"]
     before = path.read_text("utf-8")
     try:
         path.write_text(before + " and more", "utf-8")
-        again = whole.run("-n")
+        again = drawn.run("-n")
     finally:
         path.write_text(before, "utf-8")
     assert again.jobs["calibration_tokens"] == again.jobs["gram"] == 1
     assert "evaluation_tokens" not in again.jobs and again.jobs["compress"] == 7
 
 
-def test_a_touched_file_concerns_nothing(whole):
+def test_a_touched_file_concerns_nothing(drawn):
     touched = [
-        *whole.folder.glob("methods/*.py"),
-        *whole.folder.glob("workflow/**/*.py"),
-        *whole.folder.glob("*/*.txt"),
+        *drawn.folder.glob("methods/*.py"),
+        *drawn.folder.glob("workflow/**/*.py"),
+        *drawn.folder.glob("*/*.txt"),
     ]
     assert len(touched) > 20
     for path in touched:
         os.utime(path)
-    assert NOTHING in whole.run("-n").output
+    assert NOTHING in drawn.run("-n").output
 
 
-def test_a_project_that_is_moved_has_nothing_to_do(whole):
-    moved = whole.folder.with_name("moved")
-    whole.folder.rename(moved)
+def test_a_project_that_is_moved_has_nothing_to_do(drawn):
+    moved = drawn.folder.with_name("moved")
+    drawn.folder.rename(moved)
     try:
         assert NOTHING in snakemake(moved, "-n", "--configfile", CONFIG).output
     finally:
-        moved.rename(whole.folder)
+        moved.rename(drawn.folder)
 
 
 # --------------------------------------------------------------------------------------- a method of one's own, a fault

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import os
@@ -12,6 +13,7 @@ import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import NoReturn
 
 # Other people's packages alone: of the project each run imports what stands in its folder by then.
 PACKAGES = (
@@ -23,56 +25,76 @@ ENDED_LATE = 124  # as `timeout` says it
 
 
 class Warm:
-    """Runs of pytest in a folder whose files may change between them; no two at a time."""
+    """Runs of pytest in a folder whose files may change between them; no two at a time. A context."""
 
     def __init__(
         self, folder: Path, environment: Mapping[str, str] | None = None, packages: Sequence[str] = PACKAGES
     ) -> None:
         self.folder = folder
-        self.output = Path(tempfile.mkstemp(prefix="layerwise-pytest-")[1])
-        self.process = subprocess.Popen(
-            [sys.executable, __file__, str(self.output), *packages],
-            cwd=folder,
-            # What is compiled goes by a file's seconds and size, which a fault may leave as they were.
-            env={**os.environ, **(environment or {}), "PYTHONDONTWRITEBYTECODE": "1"},
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-
-    def pytest(self, arguments: Sequence[str], longest: float) -> tuple[int, str]:
-        """Exit status and output of `python -m pytest ...`; ENDED_LATE where it took more than `longest` seconds."""
-        assert self.process.stdin and self.process.stdout
-        print(json.dumps([list(arguments), longest]), file=self.process.stdin, flush=True)
-        status = int(self.process.stdout.readline())
-        return status, self.output.read_text("utf-8", "replace")
+        self.command = [sys.executable, "-P", __file__, *packages]
+        # What is compiled goes by a file's seconds and size, which a fault may leave as they were.
+        self.environment = {**os.environ, **(environment or {}), "PYTHONDONTWRITEBYTECODE": "1"}
 
     def __enter__(self) -> Warm:
+        pipe = subprocess.PIPE
+        self.process = subprocess.Popen(
+            self.command, cwd=self.folder, env=self.environment, stdin=pipe, stdout=pipe, text=True
+        )
         return self
 
     def __exit__(self, *_: object) -> None:
         self.process.communicate()  # it ends where its orders end
-        self.output.unlink()
+
+    def pytest(self, arguments: Sequence[str], longest: float) -> tuple[int, str]:
+        """Exit status and output of `python -m pytest ...`; ENDED_LATE where it took more than `longest` seconds.
+
+        Raises RuntimeError where the process has ended.
+        """
+        assert self.process.stdin and self.process.stdout
+        with tempfile.NamedTemporaryFile("r", encoding="utf-8", errors="replace") as output:
+            try:
+                print(json.dumps([list(arguments), longest, output.name]), file=self.process.stdin, flush=True)
+                answer = self.process.stdout.readline()
+            except BrokenPipeError:
+                answer = ""
+            if not answer:
+                raise RuntimeError(f"The process that runs the tests of {self.folder} ended: {self.process.wait()}.")
+            return int(answer), output.read()
 
 
-def serve(output: str, *packages: str) -> None:
+def serve(*packages: str) -> None:
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # nothing else may stand among the answers
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     for name in packages:
         importlib.import_module(name)
-    sys.path[0] = os.getcwd()  # as `python -m` has it, in place of this file's folder
-    answers = os.fdopen(os.dup(1), "w")
+    sys.path.insert(0, os.getcwd())  # as `python -m` has it
     for line in sys.stdin:
-        arguments, longest = json.loads(line)
+        arguments, longest, output = json.loads(line)
         child = os.fork()
         if not child:
-            os.setsid()
-            file = os.open(output, os.O_WRONLY | os.O_TRUNC)
-            os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-            os.dup2(file, 1)
-            os.dup2(file, 2)
-            status = int(sys.modules["pytest"].main(arguments))
-            sys.stdout.flush()
-            os._exit(status)
-        print(waited(child, time.monotonic() + longest), file=answers, flush=True)
+            answers.close()
+            run(arguments, output)
+        try:
+            status = waited(child, time.monotonic() + longest)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(child, signal.SIGKILL)  # and whatever its tests have left running
+        print(status, file=answers, flush=True)
+
+
+def run(arguments: Sequence[str], output: str) -> NoReturn:
+    os.setsid()
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    file = os.open(output, os.O_WRONLY | os.O_APPEND)
+    for number, target in enumerate((os.open(os.devnull, os.O_RDONLY), file, file)):
+        os.dup2(target, number)
+    status = 1
+    try:
+        status = int(sys.modules["pytest"].main(arguments))
+        sys.stdout.flush()
+    finally:
+        os._exit(status)
 
 
 def waited(child: int, until: float) -> int:

@@ -150,15 +150,15 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     with record_failure(args.out.parent, args.out.name.removesuffix(".json")):
         evaluation = Evaluation(
-            args.kind,
-            args.model,
-            args.fingerprint,
-            args.weights,
-            check_weights(args.weights),
-            args.data,
-            args.tasks,
-            args.device,
-            args.name,
+            kind=args.kind,
+            model=args.model,
+            fingerprint=args.fingerprint,
+            weights=args.weights,
+            digest=check_weights(args.weights),
+            data=args.data,
+            spec=args.tasks,
+            device=args.device,
+            name=args.name,
         )
         file = evaluation.file()
         text = known(file)
