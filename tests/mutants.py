@@ -64,10 +64,10 @@ def faults() -> list[Fault]:
     return [Fault(**entry) for entry in yaml.safe_load(TABLE.read_text("utf-8"))]
 
 
-def failing(project: Warm, tests: Sequence[str]) -> str | None:
+def failing(project: Warm, tests: Sequence[str], longest: float = LONGEST) -> str | None:
     """The first test that fails in a copy of the project; nothing where all pass, None where they cannot be run."""
     options = ["-x", "-q", "-n", "0", "-p", "no:cacheprovider", "--tb", "no"]
-    status, output = project.pytest([*options, *tests], LONGEST)
+    status, output = project.pytest([*options, *tests], longest)
     found = FAILED.search(output)
     if status == 1 and found:
         return found[1]
@@ -118,7 +118,7 @@ def judged(chosen: Sequence[Fault], workers: int, until: float = math.inf) -> li
             return found
 
         caught = list(pool.map(judge, chosen))
-        if any(caught) and (found := failing(free.get(), sorted(filter(None, caught)))) != "":
+        if any(caught) and (found := failing(free.get(), sorted(filter(None, caught)), 3 * LONGEST)) != "":
             told = f"this one fails: {found}" if found else "they cannot be run to their end"
             raise SystemExit(f"error: Without a fault the tests that catch one should pass, and {told}.")
         return caught

@@ -43,7 +43,7 @@ def test_a_fault_names_the_layer():
         certificate.row(replace(layer, weight=layer.weight / 0), Target(0.5))
 
 
-def test_the_job_bounds_every_layer_of_a_model(tmp_path):
+def test_the_job_bounds_every_layer_of_a_model_as_it_was_fingerprinted(tmp_path):
     model = build("llama").eval()
     model.save_pretrained(tmp_path / "model")
     write_gram(tmp_path / "gram", Blocks(model), tokens(4, 16), {})

@@ -31,3 +31,4 @@ def test_promise(name: str, case: contract.Case):
 def test_every_known_failure_is_a_row():
     rows = {(name, case.label, case.target.label) for name, case in contract.rows(Catalogue())}
     assert set(KNOWN_FAILURES) <= rows
+    assert set(VARIANTS_AT) <= {target for _, _, target in rows}

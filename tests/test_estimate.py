@@ -230,16 +230,22 @@ def test_the_command_prints_a_table_without_torch_and_refuses(tmp_path):
     assert done.returncode == 1 and done.stderr.startswith("error: ") and "--mem-mb gives 300 MB" in done.stderr
 
 
-@pytest.mark.long
+SMALL = ["--configfile", CONFIG, "--resources", "mem_mb=100", "--until", "gram"]
+
+
 def test_a_run_that_cannot_fit_is_refused_before_its_first_job(tmp_path):
     folder = tiny_project(tmp_path / "project")
-    asked = ["--configfile", CONFIG, "--resources", "mem_mb=100", "--until", "gram"]
-    refused = snakemake(folder, *asked)
+    refused = snakemake(folder, *SMALL)
     assert refused.status == 1
     assert "gram of the model 'tiny' needs about" in refused.output
     assert "--resources allow 100 MB" in refused.output and "Traceback" not in refused.output
     assert not (folder / "results").exists() and "localrule" not in refused.output
-    allowed = snakemake(folder, *asked, "--set-resources", "gram:mem_mb=90")
+
+
+@pytest.mark.long
+def test_a_run_whose_user_knows_better_goes_on_and_takes_the_disk_that_was_foreseen(tmp_path):
+    folder = tiny_project(tmp_path / "project")
+    allowed = snakemake(folder, *SMALL, "--set-resources", "gram:mem_mb=90")
     assert allowed.status == 0, allowed.output
     assert "of memory, for gram of the model 'tiny'" in allowed.output
     own = Needs(plan(tiny_study() | {"models": {"tiny": {"path": str(next(folder.glob("a model*")))}}}))

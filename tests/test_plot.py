@@ -96,7 +96,7 @@ def notes(figure: Figure) -> str:
         pytest.param(plan(tuple(METHODS), models=("demo", "Llama-3.2-1B")), marks=pytest.mark.long),
         pytest.param(plan(("magnitude", "wanda"), ("50% row",), ("shared",)), marks=pytest.mark.long),
         pytest.param(plan(("wanda",), ("2:4",), ("sequential",)), marks=pytest.mark.long),
-        pytest.param(plan(("rtn",), ("4b g128",)), marks=pytest.mark.long),
+        plan(("rtn",), ("4b g128",)),
         [cell("dense", "dense")],
         [cell(method, "60% row", seed=seed) for method in ("magnitude", "wanda", "ria") for seed in range(3)],
     ],

@@ -311,6 +311,11 @@ def test_the_demo_tokenizer():
 # ----------------------------------------------------------------------------------------------------- small real run
 
 
+def test_the_script_of_all_checks_can_be_read():
+    done = subprocess.run(["bash", "-n", ROOT / ".ci/run"], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_the_small_study_is_the_embedded_one_in_small(tmp_path):
     study = yaml.safe_load((ROOT / "config/config.yaml").read_text("utf-8"))
     planned = plan(smoke.small_study(study, tmp_path))

@@ -17,7 +17,7 @@ from transformers import AutoTokenizer
 
 from methods.target import Target
 from workflow.scripts.audit import audit
-from workflow.scripts.grid import plan
+from workflow.scripts.grid import Cell, plan
 from workflow.scripts.plot import FIGURES
 
 pytestmark = pytest.mark.xdist_group("workflow")
@@ -283,14 +283,14 @@ def test_a_project_that_is_moved_has_nothing_to_do(drawn):
 
 @dataclass(frozen=True)
 class Extended:
-    """The study with two methods from a folder of one's own, of which one fails; then mended."""
+    """The study with two methods from a folder of one's own, of which one fails."""
 
     failing: Run
     tables: dict[str, pd.DataFrame]  # of results/partial
     figures: list[str]
     records: list[dict]
     left: list[str]  # files of the failed cell
-    mended: Run
+    config: Path
 
 
 @pytest.fixture(scope="module")
@@ -305,19 +305,22 @@ def extended(study) -> Extended:
     path = write_config(folder, config, Path("config/extended.yaml"))
     failing = study.run(config=path)
     partial = folder / "results/partial"
-    found = Extended(
+    return Extended(
         failing,
         {name: study.table(name, "results/partial/tables") for name in TABLES} if partial.is_dir() else {},
         sorted(file.name for file in partial.glob("figures/*")),
         [json.loads(file.read_text("utf-8")) for file in folder.rglob("failed-*.json")],
         sorted(file.name for file in folder.glob("results/cells/*/*/shared/fragile-*/*")),
-        None,  # type: ignore[arg-type]
+        path,
     )
-    (own / "fragile.py").write_text(FRAGILE.replace(FAULT, ""), "utf-8")
-    return Extended(**{**vars(found), "mended": study.run(*TABLES_ALONE, config=path)})
 
 
-@pytest.mark.long
+@pytest.fixture(scope="module")
+def mended(study, extended) -> Run:
+    (study.folder / "own methods/fragile.py").write_text(FRAGILE.replace(FAULT, ""), "utf-8")
+    return study.run(*TABLES_ALONE, config=extended.config)
+
+
 def test_a_failure_lets_the_rest_finish(extended):
     assert extended.failing.status == 1
     assert extended.failing.jobs["compress"] == 3  # what was computed before is not computed again
@@ -338,7 +341,6 @@ def test_a_failure_lets_the_rest_finish(extended):
     assert "error: " + sentence in extended.failing.output
 
 
-@pytest.mark.long
 def test_a_failure_leaves_a_record_and_no_output(extended):
     assert extended.left == [".checkpoint", "failed-compress.json"]  # the finished block is kept
     (record,) = extended.records
@@ -347,15 +349,15 @@ def test_a_failure_leaves_a_record_and_no_output(extended):
 
 
 @pytest.mark.long
-def test_the_next_run_retries_just_what_failed(extended, study):
-    assert extended.mended.status == 0, extended.mended.output
-    assert of_cells(extended.mended) == (1, 1)
+def test_the_next_run_retries_just_what_failed(mended, study):
+    assert mended.status == 0, mended.output
+    assert of_cells(mended) == (1, 1)
     assert not (study.folder / "results/partial").exists() and not list(study.folder.rglob("failed-*.json"))
     assert set(study.table("cells")["status"]) == {"done"}
 
 
 @pytest.mark.long
-def test_a_file_is_all_that_a_method_needs(extended, study):
+def test_a_file_is_all_that_a_method_needs(mended, study):
     cells = study.table("cells")
     errors = cells[cells["metric"] == "mean_output_error"].set_index("label")["value"]
     assert errors["lift.gain_0"] == errors["wanda"] < errors["lift.gain_0.5"]
@@ -447,13 +449,23 @@ def test_numbers_that_are_not_finite_name_their_layer(study):
 # -------------------------------------------------------------------------------------------------------------- export
 
 
+def exported() -> tuple[Cell, str]:
+    """A cell, and the folder that is asked of Snakemake for its export."""
+    cell = next(cell for cell in plan(tiny_study()).cells if cell.columns["label"] == "wanda")
+    return cell, cell.folder.replace("cells", "exports/dense", 1)
+
+
+def test_an_export_concerns_its_cell_alone(study):
+    """Its weights are gone, so that it is computed again, and only it."""
+    done = study.run("-n", exported()[1])
+    assert done.status == 0 and done.jobs == {"code": 1, "compress": 1, "export": 1}, done.output
+
+
 @pytest.mark.long
 def test_a_cell_is_exported_on_request(study):
-    """Its weights are gone, so that it is computed again, and only it."""
-    cell = next(cell for cell in plan(tiny_study()).cells if cell.columns["label"] == "wanda")
-    folder = cell.folder.replace("cells", "exports/dense", 1)
+    cell, folder = exported()
     done = study.run(folder)
-    assert done.status == 0 and done.jobs == {"code": 1, "compress": 1, "export": 1}, done.output
+    assert done.status == 0, done.output
     assert not list(study.folder.rglob("weights.safetensors"))
     form, target, lines = audit(study.folder / folder)
     assert (form, target) == ("dense", Target(**cell.spec["target"])) and len(lines) == 2 * LAYERS

@@ -21,6 +21,7 @@ PACKAGES = (
     *("scipy.optimize", "pandas", "pyarrow.parquet", "jsonschema", "yaml", "snakemake.api", "matplotlib.figure"),
     *("matplotlib.backends.backend_agg", "pytest", "hypothesis", "xdist"),
 )
+ENDING = (signal.SIGTERM, signal.SIGHUP)
 ENDED_LATE = 124  # as `timeout` says it
 
 
@@ -65,7 +66,8 @@ class Warm:
 def serve(*packages: str) -> None:
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # nothing else may stand among the answers
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    for number in ENDING:
+        signal.signal(number, lambda number, _: sys.exit(128 + number))
     for name in packages:
         importlib.import_module(name)
     sys.path.insert(0, os.getcwd())  # as `python -m` has it
@@ -85,7 +87,8 @@ def serve(*packages: str) -> None:
 
 def run(arguments: Sequence[str], output: str) -> NoReturn:
     os.setsid()
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    for number in ENDING:
+        signal.signal(number, signal.SIG_DFL)
     file = os.open(output, os.O_WRONLY | os.O_APPEND)
     for number, target in enumerate((os.open(os.devnull, os.O_RDONLY), file, file)):
         os.dup2(target, number)
