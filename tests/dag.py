@@ -28,6 +28,7 @@ PARTS = ("Snakefile", "kernels", "methods", "workflow", "profiles", "config", "r
 CORES = 2
 HEADER = re.compile(r"^job\s+count\s*$")  # of Snakemake's table of jobs
 CONFIG = Path("config/tiny.yaml")
+WITHOUT_FIGURES = ("results/tables/cells.parquet", "--configfile", str(CONFIG))  # arguments of Snakemake
 # Characters that a shell would act on: every path must arrive as it is.
 MODEL = Path("a model; touch pwned")
 TEXTS = {"train": Path("it's text/train $(touch pwned).txt"), "held-out": Path("it's text/held out.txt")}

@@ -15,13 +15,12 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from dag import CONFIG, Run, snakemake, tiny_project, tiny_study, write_config
+from dag import WITHOUT_FIGURES, Run, snakemake, tiny_project, tiny_study, write_config
 from kill_study import assert_same_tables, disturbed, heed, kill_tree
 
 pytestmark = pytest.mark.long
 
-GOAL = "results/tables/cells.parquet"  # without figures
-ARGUMENTS = [GOAL, "--configfile", str(CONFIG)]
+CELLS = WITHOUT_FIGURES[0]
 
 
 def small_study() -> dict:
@@ -52,7 +51,7 @@ def copy(folder: Path, to: Path) -> Path:
 
 
 def run(folder: Path, *arguments: str, **environment: str) -> Run:
-    return snakemake(folder, *ARGUMENTS, *arguments, **environment)
+    return snakemake(folder, *WITHOUT_FIGURES, *arguments, **environment)
 
 
 def assert_told(done: Run, *sentences: str) -> None:
@@ -71,7 +70,7 @@ def assert_finishes(folder: Path, undisturbed: Path) -> Run:
 
 def start(folder: Path, log: Path) -> subprocess.Popen:
     clean = {key: value for key, value in os.environ.items() if key != "PYTHONPATH" and not key.startswith("SNAKEMAKE")}
-    command = [sys.executable, "-m", "snakemake", "--cores", "1", *ARGUMENTS]
+    command = [sys.executable, "-m", "snakemake", "--cores", "1", *WITHOUT_FIGURES]
     return subprocess.Popen(
         command, cwd=folder, stdout=log.open("w"), stderr=subprocess.STDOUT, env=clean, preexec_fn=heed
     )
@@ -157,7 +156,7 @@ def test_a_clock_that_jumps(undisturbed: Path, tmp_path: Path, clock: str):
         os.utime(path, (own, own))
     os.remove(folder / "results/tables/layers.csv")
     assert_finishes(folder, undisturbed)
-    seconds = pd.read_parquet(folder / GOAL).query("metric in ('solve_seconds', 'job_seconds')")["value"]
+    seconds = pd.read_parquet(folder / CELLS).query("metric in ('solve_seconds', 'job_seconds')")["value"]
     assert len(seconds) and (seconds >= 0).all()
 
 
@@ -173,7 +172,7 @@ def test_two_runs_in_a_folder_and_a_config_that_is_edited(fresh: Path, undisturb
     assert_same_tables(folder, undisturbed)
     done = run(folder)
     assert done.status == 0, done.output
-    cells = pd.read_parquet(folder / GOAL)
+    cells = pd.read_parquet(folder / CELLS)
     assert set(cells["label"]) == {"wanda"} and set(cells["target"]) == {"50% row"}
 
 
@@ -202,6 +201,6 @@ def test_a_study_that_is_told_to_end(fresh: Path, undisturbed: Path, tmp_path: P
     (record,) = folder.glob("results/cells/*/*/*/*/failed-*.json")
     assert json.loads(record.read_text())["status"] == "stopped"
     assert "Traceback" not in (tmp_path / "log").read_text()
-    told = disturbed(folder, ARGUMENTS, 1, 10, random.Random(1), by)  # also in Snakemake's own beginning
+    told = disturbed(folder, WITHOUT_FIGURES, 1, 10, random.Random(1), by)  # also in Snakemake's own beginning
     assert by == signal.SIGINT or not any("Traceback" in text for text in told)  # Ctrl-C there shows Snakemake's own
     assert_same_tables(folder, undisturbed)

@@ -6,19 +6,17 @@ import random
 from pathlib import Path
 
 import pytest
-from dag import snakemake, tiny_project
+from dag import WITHOUT_FIGURES, snakemake, tiny_project
 from kill_study import assert_same_tables, disturbed
 
 from workflow.scripts.files import unlock_after_death
-
-STUDY = ["results/tables/cells.parquet", "--configfile", "config/tiny.yaml"]  # without figures
 
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory) -> tuple[Path, float]:
     """A folder where the study ran to its end, and the seconds that it took."""
     folder = tiny_project(tmp_path_factory.mktemp("undisturbed"))
-    done = snakemake(folder, *STUDY)
+    done = snakemake(folder, *WITHOUT_FIGURES)
     assert done.status == 0, done.output
     return folder, done.seconds
 
@@ -26,7 +24,7 @@ def undisturbed(tmp_path_factory) -> tuple[Path, float]:
 @pytest.mark.long
 def test_a_killed_study_ends_with_the_same_tables(tmp_path, undisturbed):
     folder, seconds = undisturbed
-    told = disturbed(tiny_project(tmp_path), STUDY, 4, seconds / 2, random.Random(0))
+    told = disturbed(tiny_project(tmp_path), WITHOUT_FIGURES, 4, seconds / 2, random.Random(0))
     assert len(told) > 2
     assert not any("Directory cannot be locked" in text for text in told)
     assert_same_tables(tmp_path, folder)
