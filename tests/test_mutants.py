@@ -59,7 +59,7 @@ def test_a_fault_that_no_test_catches_is_told(project):
 
 
 def test_tests_that_do_not_end_are_ended_with_what_they_started(project):
-    assert project.pytest(["-q", "test_endless.py"], 6)[0] == ENDED_LATE
+    assert project.pytest(["-q", "test_endless.py"], 12)[0] == ENDED_LATE
     child = int((project.folder / "child").read_text())
     ended = time.monotonic() + 30
     with pytest.raises(ProcessLookupError):
