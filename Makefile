@@ -10,7 +10,7 @@ UNTIL ?=
 THREADS ?= 2
 CONFIG := $(if $(filter embedded,$(STUDY)),,--configfile config/$(STUDY).yaml)
 # Snakemake runs Python in a config that asks for it, and shows a traceback for a file that it cannot decode.
-CHECK = $(RUN) python -m workflow.scripts.documents $(if $(CONFIG),config/$(STUDY).yaml,config/config.yaml)
+CHECK = $(RUN) python -m layerwise.study.config_file $(if $(CONFIG),config/$(STUDY).yaml,config/config.yaml)
 export OMP_WAIT_POLICY ?= PASSIVE
 BIN := $(CURDIR)/.venv/bin
 RUN := PATH="$(BIN):$$PATH"
@@ -48,24 +48,24 @@ lint: .venv/installed
 	$(RUN) snakefmt --check Snakefile workflow
 
 estimate: .venv/installed  # memory, disk and time of the study, before it starts
-	$(RUN) python -m workflow.scripts.estimate $(CONFIG)
+	$(RUN) python -m layerwise.study.estimate $(CONFIG)
 
 regression: reproduce
-	$(RUN) python -m workflow.scripts.regression check --accepted results/accepted/$(STUDY)
+	$(RUN) python -m layerwise.comparison.regression check --accepted results/accepted/$(STUDY)
 
 report: reproduce  # the study as one page, results/report.html
 	$(RUN) snakemake --cores $(CORES) $(CONFIG) report_page
 
 accept: reproduce
-	$(RUN) python -m workflow.scripts.regression accept --accepted results/accepted/$(STUDY)
+	$(RUN) python -m layerwise.comparison.regression accept --accepted results/accepted/$(STUDY)
 
 gallery: reproduce  # the figures and tables that the README shows
 	mkdir -p figures/gallery/$(STUDY)
 	cp figures/*.png results/tables/main.md figures/gallery/$(STUDY)/
 
 decode: .venv/installed  # times products with packed weights; see docs/decode.md for a quiet machine
-	$(RUN) python -m workflow.scripts.decode --shape 1024 1024 --shape 2048 2048 --shape 4096 4096 --shape 11008 4096 --threads 1 --out results/decode.csv
-	$(RUN) python -m workflow.scripts.figure_decode --table results/decode.csv --out figures/gallery/decode.png
+	$(RUN) python -m layerwise.export.decode --shape 1024 1024 --shape 2048 2048 --shape 4096 4096 --shape 11008 4096 --threads 1 --out results/decode.csv
+	$(RUN) python -m layerwise.figures.decode --table results/decode.csv --out figures/gallery/decode.png
 
 benchmark: .venv/installed  # every method against the published loop and the products it needs; SIZES="512 1024" for some
 	mkdir -p results/benchmarks
@@ -81,7 +81,7 @@ benchmark: .venv/installed  # every method against the published loop and the pr
 	$(RUN) python -m tests.benchmarks.bench_calibrate resources/demo
 
 clean-cache: .venv/installed  # the stores of Grams that no other study uses; says what it frees
-	$(RUN) python -m workflow.scripts.clean_cache
+	$(RUN) python -m layerwise.calibration.clean_cache
 
 clean:  # everything that can be computed again
 	rm -rf results/text results/tokens results/models results/calibration results/grams results/cells results/evaluations results/exports \

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from methods import ops
-from methods.base import Compressed, Layer, Method, Target
+from layerwise.contract.layer import Compressed, Layer, Method, Target
+from layerwise.numerics import ops
 
 CARD = {
     "title": "ALPS",

@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
-from methods import ops
-from methods.base import Compressed, Layer, Method, Target
-from methods.projection import Momentum, Projection, begun, step_size, sums
+from layerwise.contract.layer import Compressed, Layer, Method, Target
+from layerwise.numerics import ops
+from layerwise.numerics.gradient_projection import Momentum, Projection, begun, step_size, sums
 
 CARD = {
     "title": "AWP",

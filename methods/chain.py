@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 
-from methods import ops
-from methods.base import Compressed, Layer, Method, Target
-from methods.target import refusal
+from layerwise.contract.layer import Compressed, Layer, Method, Target
+from layerwise.contract.target import refusal
+from layerwise.numerics import ops
 
 CARD = {
     "title": "Chain",

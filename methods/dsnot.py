@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
-from methods import ops
-from methods.base import Compressed, Layer, Method, Target
-from methods.regrowing import Rule, refine
+from layerwise.contract.layer import Compressed, Layer, Method, Target
+from layerwise.numerics import ops
+from layerwise.numerics.regrowing import Rule, refine
 
 CARD = {
     "title": "DSnoT",

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from methods import ops
-from methods.base import Compressed, Layer, Method, Target
-from methods.relaxation import relaxation
+from layerwise.contract.layer import Compressed, Layer, Method, Target
+from layerwise.numerics import ops
+from layerwise.numerics.relaxation import relaxation
 
 CARD = {
     "title": "SparseFW",

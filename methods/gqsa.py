@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from methods import ops
-from methods.base import Compressed, Gram, Layer, Method, Target
+from layerwise.contract.layer import Compressed, Gram, Layer, Method, Target
+from layerwise.numerics import ops
 
 CARD = {
     "title": "GQSA",

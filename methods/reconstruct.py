@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from methods import ops
-from methods.base import DAMPING_GROWTH, LARGEST_DAMPING, Compressed, Layer, Method, Target
-from methods.factorisation import cholesky_in_place
+from layerwise.contract.cholesky import cholesky_in_place
+from layerwise.contract.layer import DAMPING_GROWTH, LARGEST_DAMPING, Compressed, Layer, Method, Target
+from layerwise.numerics import ops
 
 CARD = {
     "title": "Reconstruct",

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels import swap_rounds
-from methods import ops, paths, swap_search
-from methods.base import Compressed, Layer, Method, Target
-from methods.swap_search import Rows
+from layerwise.contract.layer import Compressed, Layer, Method, Target
+from layerwise.kernels import swap_rounds
+from layerwise.numerics import dispatch, ops, swap_search
+from layerwise.numerics.swap_search import Rows
 
 CARD = {
     "title": "SparseSwaps",
@@ -65,7 +65,7 @@ class SparseSwaps(Method):
         began = time.perf_counter() - start
         trace = [(0, began, float(loss.sum()) * scale)]
         made = 0
-        rounds = swap_rounds.rounds if paths.compiled(mask) else swap_search.rounds
+        rounds = swap_rounds.rounds if dispatch.compiled(mask) else swap_search.rounds
         for seconds, left, swapped in rounds(rows, self.swaps):
             trace.append((len(trace), began + seconds, left * scale))
             made += swapped

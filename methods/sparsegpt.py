@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from methods import ops
-from methods.base import Compressed, Layer, Method, Target
-from methods.surgeon import Columns, Settling, saliency
+from layerwise.contract.layer import Compressed, Layer, Method, Target
+from layerwise.numerics import ops
+from layerwise.numerics.obs import Columns, Settling, saliency
 
 CARD = {
     "title": "SparseGPT",

@@ -6,7 +6,7 @@ import itertools
 
 import torch
 
-from methods.base import Layer, Target
+from layerwise.contract.layer import Layer, Target
 
 
 def output_error(layer: Layer, weight: torch.Tensor) -> float:

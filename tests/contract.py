@@ -1,6 +1,6 @@
 """Promises 1 to 9 of the layer contract (docs/contract.md) as checks that hold for any method and target.
 
-Each check takes a Case and raises AssertionError; what it needs it counts itself, without methods/promises.py.
+Each check takes a Case and raises AssertionError; what it needs it counts itself, without compression/verify.py.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ import numpy as np
 import pytest
 import torch
 
-from methods import paths
-from methods.base import Compressed, Gram, Layer, Method, Statistics, Target, UnsupportedTarget
-from methods.catalogue import Catalogue, Entry
+from layerwise.contract.catalogue import Catalogue, Entry
+from layerwise.contract.layer import Compressed, Gram, Layer, Method, Statistics, Target, UnsupportedTarget
+from layerwise.numerics import dispatch
 from tests import layers
 from tests.brute_force import best_error, output_error
 from tests.layers import HARD, ORDINARY, Recipe
@@ -92,7 +92,7 @@ class Case:
         return f"{name} in torch" if self.plain else name
 
     def compress(self, layer: Layer, seed: int = 0) -> Compressed:
-        with paths.plain_torch() if self.plain else contextlib.nullcontext():
+        with dispatch.plain_torch() if self.plain else contextlib.nullcontext():
             return self.method.compress(layer, self.target, torch.Generator().manual_seed(seed))
 
 

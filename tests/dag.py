@@ -20,11 +20,11 @@ from numba.core.caching import _CacheLocator
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-import kernels.rows  # noqa: F401 (it says where Numba keeps what is compiled)
+import layerwise.kernels.rows  # noqa: F401 (it says where Numba keeps what is compiled)
 
 ROOT = Path(__file__).parents[1]
 # What a run reads, the embedded model apart.
-PARTS = ("Snakefile", "kernels", "methods", "workflow", "profiles", "config", "resources/published.csv")
+PARTS = ("Snakefile", "layerwise", "methods", "workflow", "profiles", "config", "resources/published.csv")
 CORES = 2
 HEADER = re.compile(r"^job\s+count\s*$")  # of Snakemake's table of jobs
 CONFIG = Path("config/tiny.yaml")
@@ -62,7 +62,7 @@ def copy_project(to: Path) -> Path:
     for part in PARTS:
         source = ROOT / part
         if source.is_dir():
-            shutil.copytree(source, to / part, ignore=shutil.ignore_patterns("__pycache__"))
+            shutil.copytree(source, to / part, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
         else:
             (to / part).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(source, to / part)
@@ -84,7 +84,7 @@ def share_compiled(cache: Path, to: Path, within: Path | None = None) -> None:
 
 
 def place_of(project: Path) -> str:
-    return _CacheLocator.get_suitable_cache_subpath(str(project / "kernels/rows.py"))
+    return _CacheLocator.get_suitable_cache_subpath(str(project / "layerwise/kernels/rows.py"))
 
 
 def snakemake(folder: Path, *arguments: str | Path, **environment: str) -> Run:

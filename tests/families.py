@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from workflow.scripts.models import EXPERTS
+from layerwise.models.loading import EXPERTS
 
 VOCABULARY = 96
 HIDDEN = 32

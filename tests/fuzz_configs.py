@@ -24,11 +24,11 @@ import yaml
 from hypothesis import HealthCheck, Phase, given, note, seed, settings
 from hypothesis import strategies as st
 
-import methods.catalogue as catalogue_module
-from methods.catalogue import Catalogue
-from methods.target import Target
-from workflow.scripts.errors import InputError
-from workflow.scripts.grid import RESERVED, SCHEMA, SWEPT, Plan, plan
+import layerwise.contract.catalogue as catalogue_module
+from layerwise.contract.catalogue import Catalogue
+from layerwise.contract.target import Target
+from layerwise.runtime.errors import InputError
+from layerwise.study.grid import RESERVED, SCHEMA, SWEPT, Plan, plan
 
 LONGEST_SENTENCE = 600
 PART = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.\-]*")

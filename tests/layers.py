@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from methods.base import Gram, Layer, Statistics
+from layerwise.contract.layer import Gram, Layer, Statistics
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from safetensors import safe_open
 
-from methods.base import Gram, Layer, Statistics, Target
+from layerwise.contract.layer import Gram, Layer, Statistics, Target
 
 FOLDER = Path(__file__).parent / "data"
 NAMES = ("L1", "L1_lowrank", "L2_dead", "L3", "L4_partial")

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from workflow.scripts.comparisons import ERRORS, Observation, compare
-from workflow.scripts.table_schema import from_rows, to_frame
+from layerwise.results.comparisons import ERRORS, Observation, compare
+from layerwise.storage.table_schema import from_rows, to_frame
 
 KINDS = {
     "q_proj": ("self_attn", "q_proj,k_proj,v_proj", 256, 256),

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from methods.target import Target
-from workflow.scripts.accounting import bits_per_weight
+from layerwise.contract.target import Target
+from layerwise.storage.bits_per_weight import bits_per_weight
 
 INPUTS = 256
 CASES = {

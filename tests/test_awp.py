@@ -7,14 +7,14 @@ import numpy as np
 import pytest
 import torch
 
-from methods.awp import AWP
-from methods.base import Gram, Layer, Target
-from methods.chain import Chain
-from methods.magnitude import Magnitude
-from methods.paths import plain_torch
-from methods.projection import Projection, project, with_share
-from methods.rtn import RTN
-from methods.wanda import Wanda
+from layerwise.contract.layer import Gram, Layer, Target
+from layerwise.methods.awp import AWP
+from layerwise.methods.chain import Chain
+from layerwise.methods.magnitude import Magnitude
+from layerwise.methods.rtn import RTN
+from layerwise.methods.wanda import Wanda
+from layerwise.numerics.dispatch import plain_torch
+from layerwise.numerics.gradient_projection import Projection, project, with_share
 from tests import layers
 from tests.brute_force import best_error, output_error
 from tests.layers import Recipe

@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 import torch
 
-from methods.awq import AWQ, input_scale
-from methods.base import Compressed, Gram, Layer, Target
-from methods.catalogue import Catalogue, CatalogueError
-from methods.chain import Chain
-from methods.promises import broken_promise
-from methods.rtn import RTN
-from methods.wanda import Wanda
+from layerwise.compression.verify import broken_promise
+from layerwise.contract.catalogue import Catalogue, CatalogueError
+from layerwise.contract.layer import Compressed, Gram, Layer, Target
+from layerwise.methods.awq import AWQ, input_scale
+from layerwise.methods.chain import Chain
+from layerwise.methods.rtn import RTN
+from layerwise.methods.wanda import Wanda
 from tests import layers
 from tests.brute_force import output_error
 from tests.layers import Recipe

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from methods.catalogue import Catalogue
+from layerwise.contract.catalogue import Catalogue
 from tests.benchmarks import bench_memory, bench_model, suite, summary
 from tests.benchmarks.suite import CASES, Case
 from tests.brute_force import output_error

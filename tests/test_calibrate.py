@@ -14,15 +14,16 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import Cache, DynamicCache
 
-from methods.paths import plain_torch
-from workflow.scripts import calibrate, fingerprint, grams, propagate
-from workflow.scripts.calibrate import shared, write_gram
-from workflow.scripts.errors import InputError, report_errors
-from workflow.scripts.files import digest_of
-from workflow.scripts.grams import read_block, read_index
-from workflow.scripts.models import Blocks, Linear, find_blocks, linears, load
-from workflow.scripts.propagate import PROBE, Stream, capture, same, without_cache
-from workflow.scripts.tap_statistics import TapStatistics
+from layerwise.calibration import block_stream, calibrate, gram_store
+from layerwise.calibration.block_stream import PROBE, Stream, capture, same, without_cache
+from layerwise.calibration.calibrate import shared, write_gram
+from layerwise.calibration.gram_store import read_block, read_index
+from layerwise.calibration.tap_statistics import TapStatistics
+from layerwise.models.loading import Blocks, Linear, find_blocks, linears, load
+from layerwise.numerics.dispatch import plain_torch
+from layerwise.runtime.errors import InputError, report_errors
+from layerwise.runtime.files import digest_of
+from layerwise.sources import fingerprint
 
 torch.set_num_threads(1)
 every_family = pytest.mark.parametrize("family", FAMILIES)
@@ -209,9 +210,9 @@ def recorded(run, lengths):
 def test_batches_fill_what_they_may_take(monkeypatch):
     model = build("llama")
     widest = max(max(layer.shape) for layer in linears(model.model.layers[0], ""))
-    monkeypatch.setitem(propagate.BATCH_BYTES, "cpu", 3 * LENGTH * widest * 4 + 1)
+    monkeypatch.setitem(block_stream.BATCH_BYTES, "cpu", 3 * LENGTH * widest * 4 + 1)
     assert [len(batch) for batch in Stream(model, tokens(7)).inputs] == [3, 3, 1]
-    monkeypatch.setitem(propagate.BATCH_BYTES, "cpu", 1)
+    monkeypatch.setitem(block_stream.BATCH_BYTES, "cpu", 1)
     assert [len(batch) for batch in Stream(model, tokens(2)).inputs] == [1, 1]
 
 
@@ -424,7 +425,7 @@ def calibrated(entry, folder, monkeypatch, *arguments, out="gram.json"):
     files = {"model": entry, "fingerprint": folder / "model.json", "tokens": folder / "tokens.safetensors"}
     given = [str(part) for name, value in files.items() for part in (f"--{name}", value)]
     calibrate.main([*given, "--out", str(folder / out), *arguments])
-    return grams.store_of(folder / out)
+    return gram_store.store_of(folder / out)
 
 
 def test_main_writes_what_the_walk_gives(tmp_path, monkeypatch):
@@ -523,7 +524,7 @@ def test_grams_that_were_removed_are_told(tmp_path, monkeypatch):
     entry = json.dumps({"name": "tiny", "path": str(tmp_path / "model"), "dtype": "float32"})
     shutil.rmtree(calibrated(entry, tmp_path, monkeypatch))
     with pytest.raises(InputError, match="Grams of .*gram.json are no longer at .*: run again, which computes"):
-        grams.store_of(tmp_path / "gram.json")
+        gram_store.store_of(tmp_path / "gram.json")
     assert not (tmp_path / "gram.json").exists()  # so that it does
 
 

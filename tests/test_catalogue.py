@@ -9,8 +9,8 @@ import jsonschema
 import pytest
 import torch
 
-from methods.base import Target
-from methods.catalogue import HOME, SHARED_SOURCES, Catalogue, CatalogueError, read_entry
+from layerwise.contract.catalogue import HOME, PACKAGE, SHARED_SOURCES, Catalogue, CatalogueError, read_entry
+from layerwise.contract.layer import Target
 from tests import contract, layers
 
 METHODS = list(Catalogue())
@@ -19,7 +19,7 @@ ROOT = HOME.parent
 GOOD = '''"""A method."""
 from dataclasses import dataclass
 
-from methods.base import Compressed, Method
+from layerwise.contract.layer import Compressed, Method
 
 CARD = {
     "title": "Mine",
@@ -43,7 +43,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from methods.base import Compressed, Method
+from layerwise.contract.layer import Compressed, Method
 
 CARD = {
     "title": "Polish",
@@ -71,8 +71,8 @@ from dataclasses import dataclass
 
 import torch
 
-from methods import ops
-from methods.base import Method
+from layerwise.numerics import ops
+from layerwise.contract.layer import Method
 
 CARD = {
     "title": "First",
@@ -105,8 +105,8 @@ def folder(tmp_path: Path) -> Path:
 
 def test_reading_the_cards_imports_no_torch():
     code = (
-        "import sys; import methods.catalogue, methods.target, workflow.scripts.sources\n"
-        "assert len(methods.catalogue.Catalogue()) >= 6\n"
+        "import sys; import layerwise.contract.catalogue, layerwise.contract.target, layerwise.sources.hub\n"
+        "assert len(layerwise.contract.catalogue.Catalogue()) >= 6\n"
         "heavy = {'torch', 'transformers', 'numpy', 'huggingface_hub'} & set(sys.modules)\n"
         "assert not heavy, heavy"
     )
@@ -149,11 +149,11 @@ def test_a_method_is_short(name: str):
 
 
 def test_the_contract_is_short():
-    assert len((HOME / "base.py").read_text().splitlines()) <= 200
+    assert len((PACKAGE / "contract/layer.py").read_text().splitlines()) <= 200
 
 
 def test_a_file_without_a_card_is_no_method():
-    assert read_entry(HOME / "ops.py") is None
+    assert read_entry(PACKAGE / "numerics/ops.py") is None
     assert not {"base", "ops", "promises", "target", "catalogue"} & set(METHODS)
 
 
@@ -357,9 +357,9 @@ def test_chains_are_completed_and_built():
 def test_sources_of_a_chain_are_those_of_all_its_methods():
     catalogue = Catalogue()
     params = catalogue.complete("chain", {"chain": [{"sparse_swaps": {"warm_start": "ria"}}, "rtn"]}, "test")
-    kernels = ("../kernels/swap_rounds", "../kernels/lanes")
-    names = ("chain", "sparse_swaps", *kernels, "swap_search", "ria", "rtn")
-    files = [(HOME / f"{name}.py").resolve() for name in names]
+    swaps = ("kernels/swap_rounds", "kernels/simd", "numerics/swap_search")
+    files = [HOME / f"{name}.py" for name in ("chain", "sparse_swaps", "ria", "rtn")]
+    files[2:2] = [PACKAGE / f"{name}.py" for name in swaps]
     assert catalogue.sources("chain", params) == [*files, *SHARED_SOURCES]
 
 
@@ -414,9 +414,9 @@ def test_sources_are_the_files_that_decide(folder: Path):
     assert catalogue.sources("polish", params) == expected
     assert all(path.is_file() for path in SHARED_SOURCES)
     shared = {path.stem for path in SHARED_SOURCES}
-    assert {"base", "ops", "promises", "target", "paths", "grids", "select", "rows"} <= shared  # what ops imports too
+    assert {"layer", "ops", "verify", "target", "dispatch", "grids", "select", "rows"} <= shared  # what ops imports too
     compiled = {path.stem for path in catalogue.sources("sparsegpt", catalogue.complete("sparsegpt", {}, "test"))}
-    assert {"surgeon", "columns", "lanes"} <= compiled  # and what that imports
+    assert {"obs", "columns", "simd"} <= compiled  # and what that imports
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -426,10 +426,9 @@ def test_sources_hold_what_a_method_imports(name: str):
     tree = ast.parse(catalogue[name].path.read_text())
     found: set[str] = set()
     for node in ast.walk(tree):
-        if isinstance(node, ast.ImportFrom) and node.module == "methods":
-            found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("methods."):
-            found.add((node.module or "").split(".")[1])
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("layerwise."):
+            _, room, *module = (node.module or "").split(".")
+            found |= set(module) or {alias.name for alias in node.names}
     assert found <= {path.stem for path in catalogue.sources(name, catalogue.complete(name, {}, name))}
 
 
@@ -458,6 +457,6 @@ def test_refusals_and_comparisons():
 
 def test_a_file_that_a_method_imports_is_a_source_of_that_method_alone():
     catalogue = Catalogue()
-    helper = HOME / "swap_search.py"
+    helper = PACKAGE / "numerics/swap_search.py"
     users = [name for name in catalogue if helper in catalogue.sources(name, catalogue.complete(name, {}, name))]
     assert users == ["sparse_swaps"]

@@ -8,18 +8,19 @@ import pytest
 import torch
 from families import build, tokens
 
-from methods.base import Gram, Layer, Target
-from methods.magnitude import Magnitude
+from layerwise.calibration.calibrate import write_gram
+from layerwise.calibration.gram_store import shared_blocks
+from layerwise.calibration.taps import tapped_linears
+from layerwise.compression import certificate
+from layerwise.compression.cell import output_error
+from layerwise.contract.layer import Gram, Layer, Target
+from layerwise.methods.magnitude import Magnitude
+from layerwise.models.loading import Blocks
+from layerwise.runtime.errors import InputError
+from layerwise.sources import fingerprint
 from tests import layers
 from tests.brute_force import best_error
 from tests.layers import Recipe
-from workflow.scripts import certificate, fingerprint
-from workflow.scripts.calibrate import write_gram
-from workflow.scripts.compress import output_error
-from workflow.scripts.errors import InputError
-from workflow.scripts.grams import shared_blocks
-from workflow.scripts.models import Blocks
-from workflow.scripts.taps import tapped_linears
 
 
 def test_a_row_is_in_units_of_output_error():

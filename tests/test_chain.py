@@ -8,14 +8,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from methods import ops
-from methods.awp import AWP
-from methods.base import Compressed, Layer, Target
-from methods.catalogue import Catalogue
-from methods.chain import Chain
-from methods.rtn import RTN
-from methods.sparsegpt import SparseGPT
-from methods.wanda import Wanda
+from layerwise.contract.catalogue import Catalogue
+from layerwise.contract.layer import Compressed, Layer, Target
+from layerwise.methods.awp import AWP
+from layerwise.methods.chain import Chain
+from layerwise.methods.rtn import RTN
+from layerwise.methods.sparsegpt import SparseGPT
+from layerwise.methods.wanda import Wanda
+from layerwise.numerics import ops
 from tests import layers
 
 TARGETS = [
@@ -28,8 +28,8 @@ LAYERS = ["correlated", "two blocks of 128", "50 inputs", "dead inputs", "bfloat
 FORGETFUL = '''"""Rounds, and does not do what its card says."""
 from dataclasses import dataclass, replace
 
-from methods.base import Compressed, Method
-from methods.rtn import RTN
+from layerwise.contract.layer import Compressed, Method
+from layerwise.methods.rtn import RTN
 
 CARD = {
     "title": "Forgetful",

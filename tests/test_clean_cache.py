@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from workflow.scripts import clean_cache, grams
-from workflow.scripts.checkpoint import Checkpoint
+from layerwise.calibration import clean_cache, gram_store
+from layerwise.runtime.checkpoint import Checkpoint
 
 OWN, THEIRS, BOTH, LEFT, RUNNING = (letter * 32 for letter in "abcde")  # named as stores are
 
@@ -23,7 +23,7 @@ def stores(tmp_path, monkeypatch):
         (store / "index.json").write_text("{}")
         (store / "block-000.safetensors").write_bytes(bytes(2_000_000))
         for study in studies:
-            grams.point_to(store, study / f"results/{name}.json")
+            gram_store.point_to(store, study / f"results/{name}.json")
     (tmp_path / f"grams/.{LEFT}.part").mkdir()
     (tmp_path / f"grams/.{LEFT}.part/block-000.safetensors").write_bytes(bytes(3_000_000))
     return tmp_path
@@ -58,11 +58,11 @@ def test_a_dry_run_leaves_all(stores, capsys):
 
 
 def test_a_study_that_has_moved_on_uses_a_store_no_more(stores):
-    grams.point_to(stores / f"grams/{OWN}", stores / f"other/results/{THEIRS}.json")
-    assert grams.users(stores / f"grams/{THEIRS}") == []
+    gram_store.point_to(stores / f"grams/{OWN}", stores / f"other/results/{THEIRS}.json")
+    assert gram_store.users(stores / f"grams/{THEIRS}") == []
     both = [stores / f"here/results/{OWN}.json", stores / f"other/results/{THEIRS}.json"]
-    assert grams.users(stores / f"grams/{OWN}") == both
-    grams.point_to(stores / f"grams/{OWN}", stores / f"other/results/{THEIRS}.json")
+    assert gram_store.users(stores / f"grams/{OWN}") == both
+    gram_store.point_to(stores / f"grams/{OWN}", stores / f"other/results/{THEIRS}.json")
     assert len((stores / f"grams/{OWN}/users.txt").read_text().splitlines()) == 2
 
 

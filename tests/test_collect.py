@@ -15,6 +15,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from layerwise.results.cell_results import NEVER_RAN, evaluations
+from layerwise.results.collect import collect
+from layerwise.results.comparisons import NO_DIFFERENCE
+from layerwise.results.main_table import SCOPES, escape_latex, latex, markdown, number, spread, tables
+from layerwise.results.main_table import document as rendered
+from layerwise.runtime.errors import InputError
+from layerwise.storage.table_schema import arrow_schema, document, from_rows, read_table, typed
 from tests.synthetic_tables import (
     DEMO,
     EVALUATIONS,
@@ -28,13 +35,6 @@ from tests.synthetic_tables import (
     plan,
     write_cell,
 )
-from workflow.scripts.cell_results import NEVER_RAN, evaluations
-from workflow.scripts.collect import collect
-from workflow.scripts.comparisons import NO_DIFFERENCE
-from workflow.scripts.errors import InputError
-from workflow.scripts.table_schema import arrow_schema, document, from_rows, read_table, typed
-from workflow.scripts.tables import SCOPES, escape_latex, latex, markdown, number, spread, tables
-from workflow.scripts.tables import document as rendered
 
 TEXTS = evaluations(STUDY, EVALUATIONS)
 SKIPPED = [{"label": "rtn", "method": "rtn", "target": "2:4", "reason": "rtn does not prune"}]
@@ -70,7 +70,7 @@ def test_rows_stand_in_the_order_of_the_plan_and_columns_in_that_of_the_schema(t
 def test_batches_leave_no_trace_in_the_tables(tmp_path, pair, monkeypatch):
     whole = gather(tmp_path, pair)
     csv = (tmp_path / "tables" / "layers.csv").read_bytes()
-    monkeypatch.setattr("workflow.scripts.collect.ROWS_AT_ONCE", 1)
+    monkeypatch.setattr("layerwise.results.collect.ROWS_AT_ONCE", 1)
     batched = gather(tmp_path, pair)
     assert (tmp_path / "tables" / "layers.csv").read_bytes() == csv
     assert all(whole[name].equals(batched[name]) for name in whole)

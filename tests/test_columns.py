@@ -5,13 +5,13 @@ from dataclasses import fields
 import pytest
 import torch
 
-from methods import ops, paths
-from methods.base import Layer, Target
-from methods.gptq import GPTQ
-from methods.magnitude import Magnitude
-from methods.rtn import RTN
-from methods.sparsegpt import SparseGPT
-from methods.wanda import Wanda
+from layerwise.contract.layer import Layer, Target
+from layerwise.methods.gptq import GPTQ
+from layerwise.methods.magnitude import Magnitude
+from layerwise.methods.rtn import RTN
+from layerwise.methods.sparsegpt import SparseGPT
+from layerwise.methods.wanda import Wanda
+from layerwise.numerics import dispatch, ops
 from tests import layers
 from tests.brute_force import output_error
 
@@ -49,7 +49,7 @@ LINES = {
 def test_both_paths_give_the_same(name: str, method, target: Target):
     layer = layers.build(name)
     compiled = method.compress(layer, target, torch.Generator())
-    with paths.plain_torch():
+    with dispatch.plain_torch():
         plain = method.compress(layer, target, torch.Generator())
     for field in fields(plain):
         expected = getattr(plain, field.name)
@@ -63,11 +63,11 @@ def test_selections_are_the_plain_ones(lines: str, dtype: torch.dtype):
     score = LINES[lines]().to(dtype)
     for pruned in range(score.shape[1]):
         compiled = ops.keep_largest(score, pruned)
-        with paths.plain_torch():
+        with dispatch.plain_torch():
             assert torch.equal(compiled, ops.keep_largest(score, pruned))
     for kept, of in ((2, 4), (4, 8), (1, 3)):
         compiled = ops.keep_of_groups(score, of, of - kept)
-        with paths.plain_torch():
+        with dispatch.plain_torch():
             assert torch.equal(compiled, ops.keep_of_groups(score, of, of - kept))
 
 
@@ -82,7 +82,7 @@ def test_of_a_long_line_the_plain_ones_are_kept(values: int, dtype: torch.dtype)
     for line in (score, misled):
         for pruned in (1, len(line) // 3, len(line) - 1):
             compiled = ops.keep_largest(line, pruned)
-            with paths.plain_torch():
+            with dispatch.plain_torch():
                 assert torch.equal(compiled, ops.keep_largest(line, pruned))
 
 
@@ -93,7 +93,7 @@ def test_of_a_long_layer_the_plain_weights_are_kept(values: int):
     layer = Layer("long", weight, layers.build("correlated").gram)
     for target in (Target(0.3, "layer"), Target(1e-7, "layer")):
         compiled = Magnitude().compress(layer, target, rng)
-        with paths.plain_torch():
+        with dispatch.plain_torch():
             plain = Magnitude().compress(layer, target, rng)
         assert torch.equal(compiled.weight, plain.weight) and torch.equal(compiled.mask, plain.mask)
 
@@ -109,7 +109,7 @@ def test_the_shrunk_ranges_are_as_good_as_the_plain_ones(target: Target):
 
 
 def plainly(weight: torch.Tensor, target: Target):
-    with paths.plain_torch():
+    with dispatch.plain_torch():
         return ops.fit_and_round(weight, target, mse=True)
 
 
@@ -147,7 +147,7 @@ WIDE = layers.Recipe(out=20, inputs=1100, sequences=8, length=100)  # more than 
 def test_of_a_wide_layer_both_paths_give_the_same(method, target: Target):
     layer = layers.make(WIDE)
     compiled = method.compress(layer, target, torch.Generator())
-    with paths.plain_torch():
+    with dispatch.plain_torch():
         assert torch.equal(compiled.weight, method.compress(layer, target, torch.Generator()).weight)
 
 
@@ -175,5 +175,5 @@ def test_a_nan_is_not_pruned_away_on_either_path():
     for target in (Target(0.5), Target(0.5, "layer"), Target(pattern="2:4")):
         for method in (Magnitude(), Wanda()):
             assert method.compress(layer, target, torch.Generator()).weight.isnan().any()
-            with paths.plain_torch():
+            with dispatch.plain_torch():
                 assert method.compress(layer, target, torch.Generator()).weight.isnan().any()

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from methods import ops
-from methods.base import Gram, Layer, Target
-from methods.paths import plain_torch
-from methods.reconstruct import least_squares
+from layerwise.contract.layer import Gram, Layer, Target
+from layerwise.methods.reconstruct import least_squares
+from layerwise.numerics import ops
+from layerwise.numerics.dispatch import plain_torch
 from tests import layers
 from tests.test_reconstruct import compress
 

@@ -10,13 +10,13 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
+from layerwise.comparison import folders as compare
+from layerwise.results.cell_results import evaluations
+from layerwise.results.collect import TABLES, collect
+from layerwise.results.main_table import document, markdown
+from layerwise.runtime.errors import InputError
+from layerwise.storage.table_schema import read_table
 from tests.synthetic_tables import EVALUATIONS, PROVENANCE, STUDY, SyntheticCell, cell, layer_frame, write_cell
-from workflow.scripts import compare
-from workflow.scripts.cell_results import evaluations
-from workflow.scripts.collect import TABLES, collect
-from workflow.scripts.errors import InputError
-from workflow.scripts.table_schema import read_table
-from workflow.scripts.tables import document, markdown
 
 TEXTS = tuple(EVALUATIONS)
 PLAN = [cell("dense", "dense"), cell("magnitude", "60% row"), cell("wanda", "60% row")]

@@ -18,20 +18,21 @@ from safetensors.numpy import save_file
 from safetensors.torch import load_file
 from torch import nn
 
-from methods import ops
-from methods.base import Gram, Layer
-from methods.random import Random
-from methods.sparsegpt import SparseGPT
-from methods.target import Target
+from layerwise.calibration.calibrate import write_gram
+from layerwise.calibration.gram_store import read_block
+from layerwise.compression import cell as compress
+from layerwise.contract.layer import Gram, Layer
+from layerwise.contract.target import Target
+from layerwise.methods.random import Random
+from layerwise.methods.sparsegpt import SparseGPT
+from layerwise.models.loading import find_blocks, linears, load
+from layerwise.models.streaming import LazyBlocks
+from layerwise.numerics import ops
+from layerwise.runtime.errors import InputError
+from layerwise.sources import fingerprint
+from layerwise.storage.packed_weights import PackedFile
+from layerwise.study.grid import plan
 from tests import layers
-from workflow.scripts import compress, fingerprint
-from workflow.scripts.calibrate import write_gram
-from workflow.scripts.errors import InputError
-from workflow.scripts.grams import read_block
-from workflow.scripts.grid import plan
-from workflow.scripts.models import find_blocks, linears, load
-from workflow.scripts.packed import PackedFile
-from workflow.scripts.streaming import LazyBlocks
 
 SAMPLES, LENGTH = 6, 24
 ROW, TWO_OF_FOUR = Target(0.5), Target(pattern="2:4")
@@ -44,8 +45,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from methods import ops
-from methods.base import Compressed, Method, UnsupportedTarget
+from layerwise.numerics import ops
+from layerwise.contract.layer import Compressed, Method, UnsupportedTarget
 
 CARD = {{
     "title": "Faulty",

@@ -2,7 +2,7 @@
 
 import pytest
 
-from methods.catalogue import Catalogue
+from layerwise.contract.catalogue import Catalogue
 from tests import contract
 
 # (check, method, target's label): why it does not hold. An entry that holds after all fails: the table stays true.

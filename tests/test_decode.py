@@ -8,9 +8,10 @@ import pandas as pd
 import pytest
 import torch
 
-from kernels.storages import Blocks, Groups, TwoOfFour
-from workflow.scripts import decode, figure_decode
-from workflow.scripts.errors import InputError
+from layerwise.export import decode
+from layerwise.figures import decode as decode_figure
+from layerwise.kernels.packed_matvec import Blocks, Groups, TwoOfFour
+from layerwise.runtime.errors import InputError
 
 SHAPES = [(1, 16), (1, 1), (5, 100), (7, 512), (3, 1000), (64, 352)]
 
@@ -111,17 +112,17 @@ def test_the_table_and_its_figure(tmp_path, monkeypatch):
     rows = {row["storage"]: row for row in csv.DictReader(path.open())}
     bits = {name: float(row["bits_per_weight"]) for name, row in rows.items()}
     expected = {"dense float32": 32, "dense bfloat16": 16, "2:4 bfloat16": 9, "W4 g128": 4.1562, "W4 50% 1x16": 3.125}
-    assert bits == expected and set(rows) == set(figure_decode.LOOKS)
+    assert bits == expected and set(rows) == set(decode_figure.LOOKS)
     vectors = 4 * (64 + 512)
     assert int(rows["W4 50% 1x16"]["bytes_moved"]) == 64 * 512 * 3.125 / 8 + vectors  # no fillers at this shape
     assert int(rows["W4 g128"]["bytes_moved"]) == 64 * 512 * 4.15625 / 8 + vectors
     assert max(float(row["max_relative_error"]) for row in rows.values()) < 0.01
-    assert len(figure_decode.decode(pd.read_csv(path)).axes) == 2
+    assert len(decode_figure.decode(pd.read_csv(path)).axes) == 2
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="the Triton kernels need CUDA")
 def test_on_cuda():
-    from kernels.cuda import OnDevice
+    from layerwise.kernels.cuda import OnDevice
 
     x = torch.randn(1000, generator=torch.Generator().manual_seed(4))
     for length, pack in ((16, None), (128, 128)):

@@ -10,13 +10,13 @@ from pathlib import Path
 
 import pytest
 
-from workflow.scripts import devices
-from workflow.scripts.devices import VISIBLE, available, free, take
-from workflow.scripts.errors import InputError
+from layerwise.runtime import devices
+from layerwise.runtime.devices import VISIBLE, available, free, take
+from layerwise.runtime.errors import InputError
 
 ROOT = Path(__file__).parents[1]
 TWO = {"0": "GPU-a", "1": "GPU-b"}
-JOB = "from workflow.scripts.devices import take; print(take('cuda', {devices}), flush=True); input()"
+JOB = "from layerwise.runtime.devices import take; print(take('cuda', {devices}), flush=True); input()"
 SMI = "GPU 0: NVIDIA H100 (UUID: GPU-aa-0)\nGPU 1: NVIDIA H100 (UUID: GPU-bb-1)\n"
 
 
@@ -75,7 +75,7 @@ def test_a_job_waits_and_says_so(monkeypatch, capsys):
 
 def test_a_program_that_a_job_starts_does_not_hold_its_device():
     start = "import subprocess; print(subprocess.Popen(['sleep', '60'], stdout=subprocess.DEVNULL).pid)"
-    code = f"from workflow.scripts.devices import take; take('cuda', {TWO}); {start}"
+    code = f"from layerwise.runtime.devices import take; take('cuda', {TWO}); {start}"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
     try:
         assert free(TWO) == "0"
@@ -105,7 +105,7 @@ def test_devices_are_listed_without_torch(tmp_path, monkeypatch):
     program.write_text(f"#!/bin/sh\n[ \"$1\" = -L ] && printf '{SMI}'\n".replace("\n'", "\\n'"), "utf-8")
     program.chmod(0o755)
     code = (
-        "import sys; from workflow.scripts.devices import unique_names; print(unique_names(), 'torch' in sys.modules)"
+        "import sys; from layerwise.runtime.devices import unique_names; print(unique_names(), 'torch' in sys.modules)"
     )
     done = subprocess.run(
         [sys.executable, "-c", code],

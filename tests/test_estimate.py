@@ -12,12 +12,16 @@ from dag import CONFIG, ROOT, snakemake, tiny_project, tiny_study
 from families import FAMILIES, VOCABULARY, build, tokens
 from transformers import AutoConfig
 
-from methods.catalogue import Catalogue
-from workflow.scripts import estimate, evaluate, memory, models, needs, shapes, streaming
-from workflow.scripts.estimate import Limits, refusals, total
-from workflow.scripts.grid import plan
-from workflow.scripts.needs import METHODS, Model, Needs
-from workflow.scripts.propagate import Stream
+from layerwise.calibration.block_stream import Stream
+from layerwise.contract.catalogue import Catalogue
+from layerwise.evaluation import perplexity
+from layerwise.models import loading, streaming
+from layerwise.runtime import memory
+from layerwise.sources import shapes
+from layerwise.study import cost_model, estimate
+from layerwise.study.cost_model import METHODS, Model, Needs
+from layerwise.study.estimate import Limits, refusals, total
+from layerwise.study.grid import plan
 
 TALL = {"hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "num_hidden_layers": 3}
 ENOUGH = Limits(1e15, "nobody has", 1e15)
@@ -33,7 +37,7 @@ def test_headers_give_the_layers_of_every_family(family, tmp_path):
     model = build(family)
     model.save_pretrained(tmp_path, max_shard_size="20KB")
     shape = shapes.shape_of({"path": str(tmp_path)})
-    linears = Counter(layer.shape for layer in models.model_linears(model).values())
+    linears = Counter(layer.shape for layer in loading.model_linears(model).values())
     found = Counter()
     for block, times in shape.blocks.items():
         for out, inputs, _ in block.layers:
@@ -42,7 +46,7 @@ def test_headers_give_the_layers_of_every_family(family, tmp_path):
     saved = model.state_dict()
     buffers = sum(own.numel() for name, own in model.named_buffers() if name in saved)  # a router's correction
     assert shape.parameters == buffers + sum(parameter.numel() for parameter in model.parameters())
-    assert (shape.depth, shape.vocabulary) == (len(models.find_blocks(model)[1]), VOCABULARY)
+    assert (shape.depth, shape.vocabulary) == (len(loading.find_blocks(model)[1]), VOCABULARY)
     taps = Stream(model, tokens(16)).collect(0)
     (most, *_) = shape.blocks
     counted = Counter((size, share < 1) for size, share in most.taps)
@@ -56,7 +60,7 @@ def test_a_config_alone_gives_nearly_the_same(family, tmp_path):
     build(family).save_pretrained(tmp_path)
     found = shapes.shape_of({"path": str(tmp_path)})
     (tmp_path / "model.safetensors").unlink()
-    with pytest.raises(models.InputError, match="no weights"):
+    with pytest.raises(loading.InputError, match="no weights"):
         shapes.shape_of({"path": str(tmp_path)})
     config = AutoConfig.from_pretrained(tmp_path).to_dict()
     guess = shapes.shape_of_config(config)
@@ -71,12 +75,12 @@ def test_memory_does_not_grow_with_the_number_of_blocks():
     assert few.calibrating(512) == many.calibrating(512) and few.evaluating(512, 4096) == many.evaluating(512, 4096)
     (some, least), (all_blocks, same) = few.answering(1), many.answering(1)
     assert many.whole > 2 * few.whole and all_blocks > some > least == same
-    assert needs.FITS == streaming.SHARE and needs.ROWS == evaluate.ROWS
+    assert cost_model.FITS == streaming.SHARE and cost_model.ROWS == perplexity.ROWS
 
 
 def test_tasks_ask_for_the_whole_model_and_are_not_refused_without(tmp_path, monkeypatch):
     config = dict(TALL, hidden_size=256, intermediate_size=1024, num_hidden_layers=2000, vocab_size=VOCABULARY)
-    monkeypatch.setattr(needs, "shape_of", lambda spec: shapes.shape_of_config(config))
+    monkeypatch.setattr(cost_model, "shape_of", lambda spec: shapes.shape_of_config(config))
     build("llama").save_pretrained(tmp_path)
     own = study_of(tmp_path, tasks={"own": {"tasks": ["piqa"]}})
     jobs = [job for job in own.jobs() if job.rule in ("compress", "zero_shot")]
@@ -93,10 +97,10 @@ def test_every_method_is_in_the_table_of_memory():
 
 def test_what_is_inside_a_method_counts():
     inside = {"warm_start": {"alps": {"iterations": 300}}, "swaps": 100}
-    w, g, products = needs.of_method("sparse_swaps", inside)
+    w, g, products = cost_model.of_method("sparse_swaps", inside)
     assert (w, g) == tuple(max(METHODS["sparse_swaps"][i], 1 + METHODS["alps"][i]) for i in (0, 1))
     assert products == METHODS["sparse_swaps"][2] + METHODS["alps"][2]
-    assert needs.of_method("of_another", {}) == tuple(map(max, zip(*METHODS.values(), strict=True)))
+    assert cost_model.of_method("of_another", {}) == tuple(map(max, zip(*METHODS.values(), strict=True)))
 
 
 def test_needs_of_a_study(tmp_path):
@@ -105,7 +109,7 @@ def test_needs_of_a_study(tmp_path):
     found = {}
     for job in own.jobs():
         need = own.need(job)
-        assert need.memory > needs.PROCESS
+        assert need.memory > cost_model.PROCESS
         if job.rule == "compress":
             columns = own.cell(job).columns
             found[columns["label"], columns["target"], columns["mode"]] = need
@@ -122,7 +126,7 @@ def test_needs_of_a_study(tmp_path):
 def test_a_model_that_is_not_here_is_unknown(tmp_path, monkeypatch):
     monkeypatch.setattr(shapes, "_folder", lambda spec: None)
     own = study_of(tmp_path)
-    assert {own.mem_mb(job) for job in own.jobs()} == {needs.UNKNOWN_MB}
+    assert {own.mem_mb(job) for job in own.jobs()} == {cost_model.UNKNOWN_MB}
     found = total(own, own.jobs(), 2, 1e9)
     assert found.unknown == ("tiny",) and "unknown until fetched: tiny" in estimate.short(own, found, ENOUGH)
     assert list(refusals(own, own.jobs(), found, Limits(1, "nobody has", 1e15))) == []
@@ -219,13 +223,13 @@ def test_words():
 
 def test_the_command_prints_a_table_without_torch_and_refuses(tmp_path):
     code = (
-        "import sys; from workflow.scripts.estimate import main; main(sys.argv[1:]); assert 'torch' not in sys.modules"
+        "import sys; from layerwise.study.estimate import main; main(sys.argv[1:]); assert 'torch' not in sys.modules"
     )
     arguments = ["--configfile", "config/config.yaml", "--cores", "2"]
     done = subprocess.run([sys.executable, "-c", code, *arguments], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "demo: 7 M parameters" in done.stdout and "compress: sparsegpt, sequential" in done.stdout
-    command = [sys.executable, "-m", "workflow.scripts.estimate", *arguments, "--mem-mb", "300"]
+    command = [sys.executable, "-m", "layerwise.study.estimate", *arguments, "--mem-mb", "300"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 1 and done.stderr.startswith("error: ") and "--mem-mb gives 300 MB" in done.stderr
 

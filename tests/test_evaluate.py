@@ -9,9 +9,9 @@ import torch
 from safetensors.torch import save_file
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from workflow.scripts import evaluate
-from workflow.scripts.errors import InputError
-from workflow.scripts.models import find_blocks, linears
+from layerwise.evaluation import perplexity
+from layerwise.models.loading import find_blocks, linears
+from layerwise.runtime.errors import InputError
 
 VOCABULARY, LENGTH, WINDOWS = 50, 16, 7
 
@@ -63,11 +63,11 @@ def test_losses_are_the_oracle_s(tokens):
         for position in range(LENGTH - 1):
             scores = logits[window, position]
             expected[window] += np.log(np.exp(scores).sum()) - scores[tokens[window, position + 1]]
-    losses = evaluate.window_losses(model, tokens, batch=3)
+    losses = perplexity.window_losses(model, tokens, batch=3)
     assert losses.dtype == torch.float64 and losses.shape == (WINDOWS,)
     np.testing.assert_allclose(losses, expected / (LENGTH - 1), rtol=1e-5)
     sum_of_published = sum(float(loss) * LENGTH for loss in losses)  # Wanda's lib/eval.py
-    assert evaluate.perplexity(losses) == pytest.approx(math.exp(sum_of_published / (WINDOWS * LENGTH)), rel=1e-12)
+    assert perplexity.perplexity(losses) == pytest.approx(math.exp(sum_of_published / (WINDOWS * LENGTH)), rel=1e-12)
 
 
 @pytest.mark.parametrize("build", [llama, gpt2])
@@ -75,7 +75,7 @@ def test_losses_are_the_oracle_s(tokens):
 def test_losses_are_those_of_transformers(tokens, build):
     model = build()
     expected = [model(window[None], labels=window[None]).loss.item() for window in tokens]
-    np.testing.assert_allclose(evaluate.window_losses(model, tokens, batch=4), expected, rtol=1e-5)
+    np.testing.assert_allclose(perplexity.window_losses(model, tokens, batch=4), expected, rtol=1e-5)
 
 
 @pytest.mark.parametrize("build", [llama, gpt2])
@@ -88,21 +88,21 @@ def test_perplexity_is_that_of_a_plain_implementation(tokens, build):
         for position in range(1, LENGTH):
             total -= math.log(likelihoods[position - 1, window[position]])
             count += 1
-    assert evaluate.evaluate(model, tokens)["perplexity"] == pytest.approx(math.exp(total / count), rel=1e-5)
+    assert perplexity.evaluate(model, tokens)["perplexity"] == pytest.approx(math.exp(total / count), rel=1e-5)
 
 
 @pytest.mark.parametrize("batch", [1, 2, 7, 100])
 def test_batches_do_not_matter(tokens, batch):
     model = llama()
     torch.testing.assert_close(
-        evaluate.window_losses(model, tokens, batch), evaluate.window_losses(model, tokens, 1), rtol=1e-5, atol=0
+        perplexity.window_losses(model, tokens, batch), perplexity.window_losses(model, tokens, 1), rtol=1e-5, atol=0
     )
 
 
 def test_half_precision_logits_are_taken_to_float32(tokens):
     model = llama()
-    reference = evaluate.window_losses(model, tokens, 2)
-    losses = evaluate.window_losses(model.bfloat16(), tokens, 2)
+    reference = perplexity.window_losses(model, tokens, 2)
+    losses = perplexity.window_losses(model.bfloat16(), tokens, 2)
     torch.testing.assert_close(losses, reference, rtol=0.02, atol=0)
     assert losses.dtype == torch.float64
 
@@ -110,17 +110,17 @@ def test_half_precision_logits_are_taken_to_float32(tokens):
 def test_perplexity_of_a_uniform_model_is_the_vocabulary(tokens):
     model = llama()
     torch.nn.init.zeros_(model.lm_head.weight)
-    assert evaluate.evaluate(model, tokens)["perplexity"] == pytest.approx(VOCABULARY, rel=1e-6)
+    assert perplexity.evaluate(model, tokens)["perplexity"] == pytest.approx(VOCABULARY, rel=1e-6)
 
 
 def test_perplexity_that_is_not_finite(tokens):
     with pytest.raises(InputError, match="the loss of 2 of 4 windows is NaN or Inf, first of window 1"):
-        evaluate.perplexity([1.0, math.nan, 2.0, math.inf])
+        perplexity.perplexity([1.0, math.nan, 2.0, math.inf])
     with pytest.raises(InputError, match="the mean loss is 1000 nats"):
-        evaluate.perplexity([1000.0, 1000.0])
+        perplexity.perplexity([1000.0, 1000.0])
     model = llama()
     model.lm_head.weight.data[3, 3] = math.nan
-    result = evaluate.evaluate(model, tokens)
+    result = perplexity.evaluate(model, tokens)
     assert result["perplexity"] is None and result["losses"] == [None] * 7
     assert "the model has diverged" in result["reason"] and "the loss of 7 of 7 windows" in result["reason"]
     json.dumps(result, allow_nan=False)
@@ -128,14 +128,14 @@ def test_perplexity_that_is_not_finite(tokens):
 
 def test_tokens_that_do_not_fit_the_model(tokens):
     with pytest.raises(InputError, match="lie between 0 and 50, but the model embeds 0 to 49"):
-        evaluate.evaluate(llama(), torch.tensor([[0, 50]]))
+        perplexity.evaluate(llama(), torch.tensor([[0, 50]]))
     with pytest.raises(InputError, match="sequences have 112 tokens, but the model takes at most 16"):
-        evaluate.evaluate(llama(), tokens.reshape(1, -1))
+        perplexity.evaluate(llama(), tokens.reshape(1, -1))
 
 
 def test_batch_size_is_bounded_by_the_logits():
-    assert evaluate.batch_size(512, 4096) == 4
-    assert evaluate.batch_size(2048, 128_000) == 1
+    assert perplexity.batch_size(512, 4096) == 4
+    assert perplexity.batch_size(2048, 128_000) == 1
 
 
 @pytest.mark.parametrize("build", [llama, gpt2])
@@ -143,7 +143,7 @@ def test_weights_are_written_into_their_layers(tmp_path, build):
     model = build()
     wanted = {name: torch.randn_like(weight) for name, weight in weights_of(model).items()}
     save_file(wanted, tmp_path / "weights.safetensors")
-    evaluate.apply_weights(model, tmp_path / "weights.safetensors")
+    perplexity.apply_weights(model, tmp_path / "weights.safetensors")
     assert all(torch.equal(weight, wanted[name]) for name, weight in weights_of(model).items())
 
 
@@ -165,7 +165,7 @@ def test_weights_that_do_not_fit(tmp_path, kind):
     spoil(weights, "model.layers.0.mlp.up_proj")
     save_file(weights, tmp_path / "weights.safetensors")
     with pytest.raises(InputError, match=sentence):
-        evaluate.apply_weights(model, tmp_path / "weights.safetensors")
+        perplexity.apply_weights(model, tmp_path / "weights.safetensors")
 
 
 def test_weights_that_cannot_be_read(tmp_path):
@@ -173,4 +173,4 @@ def test_weights_that_cannot_be_read(tmp_path):
         if content:
             (tmp_path / "weights.safetensors").write_bytes(content)
         with pytest.raises(InputError, match="weights.safetensors cannot be read"):
-            evaluate.apply_weights(llama(), tmp_path / "weights.safetensors")
+            perplexity.apply_weights(llama(), tmp_path / "weights.safetensors")

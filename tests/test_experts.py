@@ -15,18 +15,18 @@ from torch import Tensor
 from torch.nn.functional import linear
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from methods.base import Layer
-from methods.target import Target
-from workflow.scripts import audit, export
-from workflow.scripts.calibrate import shared, write_gram
-from workflow.scripts.compress import output_error
-from workflow.scripts.errors import InputError
-from workflow.scripts.evaluate import apply_weights
-from workflow.scripts.export import load_packed
-from workflow.scripts.grams import read_block, read_index
-from workflow.scripts.models import EXPERTS, Blocks, is_experts, linears, load, model_linears
-from workflow.scripts.propagate import Stream
-from workflow.scripts.tap_statistics import SAMPLE_ROWS, RoutedStatistics, TapStatistics
+from layerwise.calibration.block_stream import Stream
+from layerwise.calibration.calibrate import shared, write_gram
+from layerwise.calibration.gram_store import read_block, read_index
+from layerwise.calibration.tap_statistics import SAMPLE_ROWS, RoutedStatistics, TapStatistics
+from layerwise.compression.cell import output_error
+from layerwise.contract.layer import Layer
+from layerwise.contract.target import Target
+from layerwise.evaluation.perplexity import apply_weights
+from layerwise.export import audit, save
+from layerwise.export.save import load_packed
+from layerwise.models.loading import EXPERTS, Blocks, is_experts, linears, load, model_linears
+from layerwise.runtime.errors import InputError
 
 torch.set_num_threads(1)
 SEQUENCES = 5
@@ -352,7 +352,7 @@ def test_an_export_gives_the_same_logits(case, tmp_path):
     model = load(case.spec)
     apply_weights(model, cell / "weights.safetensors")
     for form in ("dense", "packed"):
-        export.main(["--cell", str(cell), "--format", form, "--out", str(tmp_path / form)])
+        save.main(["--cell", str(cell), "--format", form, "--out", str(tmp_path / form)])
         audit.main([str(tmp_path / form)])
     expected = logits(model)
     assert torch.equal(logits(load_packed(tmp_path / "packed")), expected)
@@ -367,7 +367,7 @@ def test_an_export_gives_the_same_logits(case, tmp_path):
 def test_experts_are_not_written_as_compressed_tensors(case, tmp_path):
     cell = case.run("rtn", Target(bits=4, group=8))
     with pytest.raises(InputError, match=r"Experts is no torch Linear; use --format packed or dense"):
-        export.export(cell, "compressed-tensors", tmp_path / "out")
+        save.export(cell, "compressed-tensors", tmp_path / "out")
 
 
 def test_experts_are_tuned(tmp_path):

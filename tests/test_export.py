@@ -14,14 +14,15 @@ from safetensors.torch import load_file, save_file
 from test_compress import Case
 from transformers import AutoModelForCausalLM, AutoTokenizer, CompressedTensorsConfig, PreTrainedModel
 
-from methods.target import Target
+from layerwise.contract.target import Target
+from layerwise.evaluation.perplexity import apply_weights
+from layerwise.export import audit
+from layerwise.export.save import FORMATS, load_packed, main
+from layerwise.models.loading import load, model_linears
+from layerwise.runtime.errors import InputError
+from layerwise.runtime.files import sha256
+from layerwise.storage import packed_weights
 from tests.dag import write_tokenizer
-from workflow.scripts import audit, packed
-from workflow.scripts.errors import InputError
-from workflow.scripts.evaluate import apply_weights
-from workflow.scripts.export import FORMATS, load_packed, main
-from workflow.scripts.files import sha256
-from workflow.scripts.models import load, model_linears
 
 TWO_OF_FOUR, W4, W4S50 = Target(pattern="2:4"), Target(bits=4, group=16), Target(0.5, "1x16", bits=4, group=16)
 JOINT = Target(pattern="2:4", bits=4, group=16)
@@ -150,10 +151,10 @@ def changed_cell(case: Case, target: Target, tmp_path: Path, change) -> Path:
     """A copy of a cell with every layer changed."""
     source, folder = cell(case, target), tmp_path / "cell"
     folder.mkdir()
-    file = packed.PackedFile(source / "weights.safetensors")
+    file = packed_weights.PackedFile(source / "weights.safetensors")
     results = {name: change(file.read(name)) for name in file.shapes}
-    parts = {name: packed.parts_of(result, target, torch.float32) for name, result in results.items()}
-    packed.write(folder / "weights.safetensors", parts, file.shapes, target)
+    parts = {name: packed_weights.parts_of(result, target, torch.float32) for name, result in results.items()}
+    packed_weights.write(folder / "weights.safetensors", parts, file.shapes, target)
     record = json.loads((source / "cell.json").read_text())
     record["weights_sha256"] = sha256(folder / "weights.safetensors")
     (folder / "cell.json").write_text(json.dumps(record))
@@ -161,13 +162,13 @@ def changed_cell(case: Case, target: Target, tmp_path: Path, change) -> Path:
 
 
 def with_input_scale(result):
-    scaled = packed.replace(result, input_scale=torch.linspace(0.5, 2, result.weight.shape[1]))
-    return packed.rounded(scaled, W4, torch.float32)
+    scaled = packed_weights.replace(result, input_scale=torch.linspace(0.5, 2, result.weight.shape[1]))
+    return packed_weights.rounded(scaled, W4, torch.float32)
 
 
 def with_act_order(result):
     order = torch.randperm(result.weight.shape[1], generator=torch.Generator().manual_seed(0))
-    return packed.rounded(packed.replace(result, group_of=order // 16), W4, torch.float32)
+    return packed_weights.rounded(packed_weights.replace(result, group_of=order // 16), W4, torch.float32)
 
 
 INEXPRESSIBLE = {
@@ -259,7 +260,7 @@ def test_a_packed_folder_that_lacks_a_parameter_is_refused(case, tmp_path):
 
 def change_tensor(folder: Path, name: str, change, file: str = "model.safetensors") -> None:
     path = folder / file
-    tensors, info = load_file(path), packed.safe_open(path, "pt").metadata()
+    tensors, info = load_file(path), packed_weights.safe_open(path, "pt").metadata()
     change(tensors[name])
     save_file(tensors, path, metadata=info)
 
@@ -366,7 +367,7 @@ def test_a_mask_of_other_counts_is_found_in_the_packed_layout(case, tmp_path):
     kept = torch.tensor([byte >> bit & 1 for byte in row.tolist() for bit in range(8)])
     one, other = int(kept[:32].nonzero()[0]), 32 + int((kept[32:] == 0).nonzero()[0])
     kept[[one, other]] = torch.tensor([0, 1])
-    change_tensor(folder, f"{UP}.bitmap", set_value(slice(0, 8), packed.pack(kept, 1)), "weights.safetensors")
+    change_tensor(folder, f"{UP}.bitmap", set_value(slice(0, 8), packed_weights.pack(kept, 1)), "weights.safetensors")
     with pytest.raises(InputError, match=f"{UP}: 50% row is not kept: 2 rows keep other counts"):
         audit.main([str(folder)])
 
@@ -434,7 +435,7 @@ def test_the_command_prints_a_table_and_its_exit_status_tells(case, tmp_path, ca
     told = capsys.readouterr().out
     assert "14 layers" in told and "(50.000 %)" in told
     change_tensor(folder, f"{UP}.weight", first_zero_to(1.0))
-    command = [sys.executable, "-m", "workflow.scripts.audit", str(folder)]
+    command = [sys.executable, "-m", "layerwise.export.audit", str(folder)]
     bad = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1])
     assert bad.returncode == 1 and bad.stderr.strip().splitlines()[-1].startswith(f"error: {folder}: {UP}: 2:4 is not")
 
@@ -451,6 +452,6 @@ def test_what_is_not_compressed_comes_back_as_it_was(family, tmp_path):
         assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
         for name, value in model.named_parameters():
             assert torch.equal(value, dense.get_parameter(name)) == (name not in compressed)
-        file = packed.PackedFile(asked / "weights.safetensors")
+        file = packed_weights.PackedFile(asked / "weights.safetensors")
         for name, layer in model_linears(model).items():
             assert torch.equal(layer.weight(), file.read(name).weight)

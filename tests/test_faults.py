@@ -29,14 +29,17 @@ from safetensors.torch import load_file, save_file
 from test_compress import OUTPUTS, Case
 from test_resume import assert_same, killed
 
-from methods.base import Target
-from workflow.scripts import calibrate, compress, files, grams, text
-from workflow.scripts.bounds import read_bounds
-from workflow.scripts.cell_results import failure
-from workflow.scripts.errors import InputError, report_errors, status_of
-from workflow.scripts.files import check_weights, read_made, sha256, whole_file
-from workflow.scripts.fingerprint import check_unchanged
-from workflow.scripts.table_schema import read_parquet, write_parquet
+from layerwise.calibration import calibrate, gram_store
+from layerwise.compression import cell as compress
+from layerwise.contract.layer import Target
+from layerwise.results.bounds import read_bounds
+from layerwise.results.cell_results import failure
+from layerwise.runtime import files
+from layerwise.runtime.errors import InputError, report_errors, status_of
+from layerwise.runtime.files import check_weights, read_made, sha256, whole_file
+from layerwise.sources import tokens
+from layerwise.sources.fingerprint import check_unchanged
+from layerwise.storage.table_schema import read_parquet, write_parquet
 
 HALF = Target(0.5)
 CELL = ("sparsegpt", HALF, "sequential")
@@ -314,38 +317,38 @@ def test_damaged_grams(tmp_path, damage: Callable[[Path], None]):
     """The store is given up, with what says that the study has it, so that the workflow makes it anew."""
     own = Case(tmp_path).prepare()
     store, pointer = own.folder / "gram", own.folder / "pointer.json"
-    grams.point_to(store, pointer)
-    damage(store / grams.block_file(1))
+    gram_store.point_to(store, pointer)
+    damage(store / gram_store.block_file(1))
     with pytest.raises(InputError, match=r"block-001.safetensors of .*; run again, which computes these Grams anew"):
         own.run("wanda", HALF, out="cell")
-    assert not pointer.exists() and not (store / grams.INDEX).exists()
+    assert not pointer.exists() and not (store / gram_store.INDEX).exists()
     assert_nothing_looks_whole(own.folder / "cell")
 
 
 def test_damaged_grams_that_a_method_stumbles_over_are_not_its_fault(tmp_path):
     own = Case(tmp_path).prepare()
     store, pointer = own.folder / "gram", own.folder / "pointer.json"
-    grams.point_to(store, pointer)
-    path = store / grams.block_file(1)
+    gram_store.point_to(store, pointer)
+    path = store / gram_store.block_file(1)
     tensors = load_file(path)
     next(value for name, value in tensors.items() if name.endswith("/gram")).fill_(torch.nan)
     save_file(tensors, path)
     with pytest.raises(InputError, match=r"block-001.safetensors of .* is damaged: it has changed; run again"):
         own.run("sparsegpt", HALF, out="cell")
-    assert not pointer.exists() and not (store / grams.INDEX).exists()
+    assert not pointer.exists() and not (store / gram_store.INDEX).exists()
     with pytest.raises(InputError, match="given up during this run: run again"):
-        grams.store_of(pointer)
+        gram_store.store_of(pointer)
 
 
 @pytest.mark.parametrize("damage", [lambda path: flip(path, -8), halve])
 def test_damaged_tokens(tmp_path, damage: Callable[[Path], None]):
     path, drawn = tmp_path / "tokens.safetensors", np.arange(32).reshape(2, 16)
-    info = {"dataset": "words", "tokens_sha256": text.tokens_hash(drawn)}
+    info = {"dataset": "words", "tokens_sha256": tokens.tokens_hash(drawn)}
     save_file({"tokens": torch.from_numpy(drawn)}, path, metadata={"info": json.dumps(info)})
-    assert (text.read_tokens(path)[0] == drawn).all()
+    assert (tokens.read_tokens(path)[0] == drawn).all()
     damage(path)
     with pytest.raises(InputError, match=r"it is now .*\.damaged; run again, which makes it anew"):
-        text.read_tokens(path)
+        tokens.read_tokens(path)
     assert not path.exists()
 
 
@@ -442,8 +445,8 @@ def test_a_clock_that_was_set_back_has_a_model_hashed_once_in_a_job(case: Case, 
     """The files' changes stay later than a fingerprint that cannot be touched."""
     model, fingerprint = json.loads(case.model), case.folder / "model.json"
     path, hashed = case.folder / "model/config.json", []
-    monkeypatch.setattr("workflow.scripts.fingerprint.os.utime", lambda *_, **__: None)
-    monkeypatch.setattr("workflow.scripts.fingerprint.sha256", lambda path: hashed.append(path) or sha256(path))
+    monkeypatch.setattr("layerwise.sources.fingerprint.os.utime", lambda *_, **__: None)
+    monkeypatch.setattr("layerwise.sources.fingerprint.sha256", lambda path: hashed.append(path) or sha256(path))
     path.write_bytes(path.read_bytes())
     for _ in range(3):
         check_unchanged(model, fingerprint)
@@ -456,7 +459,7 @@ def test_a_model_that_is_copied_anew_is_hashed_once(case: Case, monkeypatch):
     path.write_bytes(path.read_bytes())
     time.sleep(0.05)  # a tick of the file system's clock
     check_unchanged(model, fingerprint)
-    monkeypatch.setattr("workflow.scripts.fingerprint.sha256", lambda path: pytest.fail("it was hashed again"))
+    monkeypatch.setattr("layerwise.sources.fingerprint.sha256", lambda path: pytest.fail("it was hashed again"))
     check_unchanged(model, fingerprint)
     assert fingerprint.stat().st_mtime_ns == at
 
@@ -507,7 +510,7 @@ def test_a_small_file_of_the_workflow_that_is_cut_off(tmp_path, content: bytes):
     path = tmp_path / "gram.json"
     path.write_bytes(content)
     with pytest.raises(InputError, match="gram.json is damaged: it is now .*gram.json.damaged; run again"):
-        grams.named(path)
+        gram_store.named(path)
     assert not path.exists()
     path.write_text('{"store": "results/grams/a"}')
     assert read_made(path) == {"store": "results/grams/a"}
@@ -518,7 +521,7 @@ def test_a_text_that_is_cut_off(tmp_path):
     write_parquet(pa.table({"text": ["words"] * 100}), path)
     halve(path)
     with pytest.raises(InputError, match=f"{path} cannot be read: "):
-        text.documents({"path": str(path)})
+        tokens.documents({"path": str(path)})
 
 
 # ------------------------------------------------------------------------------------------------------------- clocks
@@ -526,6 +529,6 @@ def test_a_text_that_is_cut_off(tmp_path):
 
 def test_no_duration_is_taken_from_a_clock_that_may_be_set():
     root = Path(__file__).parents[1]
-    own = [path for part in ("methods", "kernels", "workflow") for path in (root / part).rglob("*.py")]
+    own = [path for part in ("methods", "layerwise") for path in (root / part).rglob("*.py")]
     wall = re.compile(r"\btime\.time(_ns)?\(|datetime\.now|utcnow|from time import .*\btime\b")
     assert len(own) > 50 and [path.name for path in own if wall.search(path.read_text("utf-8"))] == []

@@ -34,7 +34,11 @@ def fresh(tmp_path_factory) -> Path:
     """A project where nothing has run; its kernels are compiled."""
     folder = tiny_project(tmp_path_factory.mktemp("fresh"))
     write_config(folder, small_study())
-    subprocess.run([sys.executable, "-c", "import methods.wanda, kernels.rows, kernels.sums"], cwd=folder, check=True)
+    subprocess.run(
+        [sys.executable, "-c", "import layerwise.methods.wanda, layerwise.kernels.rows, layerwise.kernels.sums"],
+        cwd=folder,
+        check=True,
+    )
     return folder
 
 

@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 import torch
 
-from methods import ops
-from methods.base import Layer, Target
-from methods.frank_wolfe import FrankWolfe
-from methods.magnitude import Magnitude
-from methods.paths import plain_torch
-from methods.relaxation import best_step, linear_minimiser
-from methods.sparse_swaps import SparseSwaps
-from methods.wanda import Wanda
+from layerwise.contract.layer import Layer, Target
+from layerwise.methods.frank_wolfe import FrankWolfe
+from layerwise.methods.magnitude import Magnitude
+from layerwise.methods.sparse_swaps import SparseSwaps
+from layerwise.methods.wanda import Wanda
+from layerwise.numerics import ops
+from layerwise.numerics.dispatch import plain_torch
+from layerwise.numerics.relaxation import best_step, linear_minimiser
 from tests import layers
 from tests.brute_force import best_error, output_error
 from tests.layers import Recipe

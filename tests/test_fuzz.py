@@ -22,20 +22,21 @@ import yaml
 from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
 
-from methods.base import Target, UnsupportedTarget
-from methods.promises import broken_promise
+from layerwise.comparison.published import FILE, pairs, read_published
+from layerwise.compression.verify import broken_promise
+from layerwise.contract.layer import Target, UnsupportedTarget
+from layerwise.models.loading import find_blocks, load
+from layerwise.models.streaming import LazyBlocks
+from layerwise.results.collect import write_csv
+from layerwise.runtime.errors import InputError
+from layerwise.sources import hub
+from layerwise.sources.tokens import load_tokenizer
+from layerwise.storage.table_schema import columns, from_rows, read_table, to_frame
+from layerwise.study import config_file
+from layerwise.study.grid import plan
 from tests import contract, dag, layers
 from tests.families import build
 from tests.fuzz_configs import CATALOGUE, fuzz, sentence_of, targets
-from workflow.scripts import documents, sources
-from workflow.scripts.collect import write_csv
-from workflow.scripts.errors import InputError
-from workflow.scripts.grid import plan
-from workflow.scripts.models import find_blocks, load
-from workflow.scripts.published import FILE, pairs, read_published
-from workflow.scripts.streaming import LazyBlocks
-from workflow.scripts.table_schema import columns, from_rows, read_table, to_frame
-from workflow.scripts.text import load_tokenizer
 
 ROOT = Path(__file__).parents[1]
 QUIET = settings(deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
@@ -108,7 +109,7 @@ def test_a_file_that_is_no_config_is_one_sentence(tmp_path, kind, monkeypatch):
     monkeypatch.chdir(tmp_path)
     own, text = Path("study.yaml"), DOCUMENTS[kind]
     own.write_bytes(text if isinstance(text, bytes) else text.encode("utf-8"))
-    assert told(lambda: plan(documents.read(own)))
+    assert told(lambda: plan(config_file.read(own)))
     assert [path.name for path in tmp_path.iterdir()] == ["study.yaml"]
 
 
@@ -116,13 +117,13 @@ def test_a_file_that_is_no_config_is_one_sentence(tmp_path, kind, monkeypatch):
 def test_a_key_that_stands_twice_is_named(tmp_path, kind):
     (tmp_path / "study.yaml").write_text(DOCUMENTS[kind])
     key = "path" if "below" in kind else "seed"
-    assert f"'{key}' is there twice" in (told(lambda: documents.read(tmp_path / "study.yaml")) or "")
+    assert f"'{key}' is there twice" in (told(lambda: config_file.read(tmp_path / "study.yaml")) or "")
 
 
 @pytest.mark.parametrize("name", ["absent.yaml", "folder", "a" * 300])
 def test_a_file_that_cannot_be_opened_is_one_sentence(tmp_path, name):
     (tmp_path / "folder").mkdir()
-    assert "cannot be read" in (told(lambda: documents.read(tmp_path / name)) or "")
+    assert "cannot be read" in (told(lambda: config_file.read(tmp_path / name)) or "")
 
 
 @given(st.binary(max_size=60) | st.text(max_size=60).map(lambda text: text.encode("utf-8", "replace")))
@@ -130,16 +131,16 @@ def test_a_file_that_cannot_be_opened_is_one_sentence(tmp_path, name):
 def test_any_bytes_are_a_document_or_a_sentence(tmp_path_factory, content):
     path = tmp_path_factory.getbasetemp() / "bytes.yaml"
     path.write_bytes(content)
-    assert told(lambda: plan(documents.read(path)))
+    assert told(lambda: plan(config_file.read(path)))
 
 
 def test_merge_keys_and_anchors_are_yaml(tmp_path):
     found = yaml.safe_load("a: &a {x: 1}\nb: {<<: *a, y: 2}\nc: {<<: *a, x: 3}")
     assert found == {"a": {"x": 1}, "b": {"x": 1, "y": 2}, "c": {"x": 3}}
     (tmp_path / "merged.yaml").write_text("a: &a {k: 0}\nx:\n  b: &b {<<: *a, k: 1}\nc: {<<: *b, k: 2}")
-    assert documents.read(tmp_path / "merged.yaml") == {"a": {"k": 0}, "x": {"b": {"k": 1}}, "c": {"k": 2}}
+    assert config_file.read(tmp_path / "merged.yaml") == {"a": {"k": 0}, "x": {"b": {"k": 1}}, "c": {"k": 2}}
     path = ROOT / "config/config.yaml"
-    assert documents.read(path) == yaml.safe_load(path.read_text("utf-8"))
+    assert config_file.read(path) == yaml.safe_load(path.read_text("utf-8"))
 
 
 def test_commands_that_read_a_config_show_no_traceback(tmp_path):
@@ -196,7 +197,7 @@ def whole_folder(folder: Path) -> Path:
 
 def loaders(spec: dict[str, Any]) -> dict[str, Callable[[], Any]]:
     return {
-        "check": lambda: sources.check_model("m", spec),
+        "check": lambda: hub.check_model("m", spec),
         "load": lambda: same_logits(load(spec)),
         "stream": lambda: read_all(LazyBlocks(spec)),
         "tokenizer": lambda: load_tokenizer(spec),
@@ -250,7 +251,7 @@ def test_a_config_json_with_another_type_is_one_sentence(tmp_path, whole, field)
     folder = shutil.copytree(whole, tmp_path / "model")
     own = json.loads((folder / "config.json").read_text())
     spec = {"path": str(folder), "name": "m"}
-    calls = (lambda: sources.check_model("m", spec), lambda: find_blocks(load(spec)), lambda: LazyBlocks(spec))
+    calls = (lambda: hub.check_model("m", spec), lambda: find_blocks(load(spec)), lambda: LazyBlocks(spec))
     for value in [*ODD, 10**30]:
         (folder / "config.json").write_text(json.dumps({**own, field: value}))
         for call in calls:

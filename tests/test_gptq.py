@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 import torch
 
-from methods import ops
-from methods.base import Compressed, Gram, Layer, Target
-from methods.chain import Chain
-from methods.gptq import GPTQ
-from methods.promises import broken_promise
-from methods.rtn import RTN
-from methods.wanda import Wanda
+from layerwise.compression.verify import broken_promise
+from layerwise.contract.layer import Compressed, Gram, Layer, Target
+from layerwise.methods.chain import Chain
+from layerwise.methods.gptq import GPTQ
+from layerwise.methods.rtn import RTN
+from layerwise.methods.wanda import Wanda
+from layerwise.numerics import ops
 from tests import layers
 from tests.brute_force import output_error
 from tests.layers import Recipe

@@ -7,14 +7,14 @@ from dataclasses import replace
 import pytest
 import torch
 
-from methods import paths
-from methods.base import Gram, Layer
-from methods.catalogue import Catalogue
-from methods.target import Target
+from layerwise.calibration.taps import TapStatistics
+from layerwise.compression.cell import Solver
+from layerwise.contract.catalogue import Catalogue
+from layerwise.contract.layer import Gram, Layer
+from layerwise.contract.target import Target
+from layerwise.numerics import dispatch
+from layerwise.storage import packed_weights
 from tests import contract, far, layers
-from workflow.scripts import packed
-from workflow.scripts.compress import Solver
-from workflow.scripts.taps import TapStatistics
 
 TARGETS = [
     Target(0.5),
@@ -66,12 +66,12 @@ def solved(case: contract.Case, device: torch.device | str):
     """What the runner makes of a method's result on a device: result, row, and stored tensors on the processor."""
     solver = Solver(case.entry.name, case.method, case.target, seed=0)
     result, row = solver.solve(on(device, layers.make(SMALL)))
-    return result, row, packed.parts_of(result, case.target, torch.float32)
+    return result, row, packed_weights.parts_of(result, case.target, torch.float32)
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_no_method_mixes_devices(case):
-    with paths.plain_torch():
+    with dispatch.plain_torch():
         _, row, parts = solved(case, "cpu")
     with far.reachable():
         result, far_row, far_parts = solved(case, far.DEVICE)
@@ -93,7 +93,7 @@ def test_statistics_of_a_tap_stay_on_the_device():
         found = [gram.matrix, *(value for value in vars(statistics).values() if isinstance(value, torch.Tensor))]
         return [tensor.cpu() for tensor in found]
 
-    with paths.plain_torch():
+    with dispatch.plain_torch():
         expected = finished("cpu")
     with far.reachable():
         came = finished(far.DEVICE)

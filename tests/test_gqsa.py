@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from methods import ops
-from methods.base import Gram, Layer, Target
-from methods.gqsa import GQSA
+from layerwise.contract.layer import Gram, Layer, Target
+from layerwise.methods.gqsa import GQSA
+from layerwise.numerics import ops
+from layerwise.storage.bits_per_weight import bits_per_weight
 from tests import layers
 from tests.layers import Recipe
-from workflow.scripts.accounting import bits_per_weight
 
 LAYERS = {
     "correlated": Recipe(out=6, inputs=24),

@@ -15,8 +15,8 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from workflow.scripts.errors import InputError
-from workflow.scripts.grid import Plan, canonical, identity, plan, validate
+from layerwise.runtime.errors import InputError
+from layerwise.study.grid import Plan, canonical, identity, plan, validate
 
 ROOT = Path(__file__).parents[1]
 PATH_SAFE = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.\-]*")
@@ -24,7 +24,7 @@ DENSE = {"sparsity": 0.0, "pattern": "row", "bits": None, "group": None, "symmet
 
 WARM = '''"""A method that starts from another."""
 from dataclasses import dataclass
-from methods.base import Method
+from layerwise.contract.layer import Method
 
 CARD = {
     "title": "Warm",

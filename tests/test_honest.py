@@ -12,16 +12,16 @@ import numpy as np
 import pytest
 import torch
 
-from methods import ops, paths
-from methods.base import Compressed, Gram, Layer, Method, Target
-from methods.catalogue import Catalogue
+from layerwise.compression import cell
+from layerwise.compression.cell import Solver, output_error
+from layerwise.contract.catalogue import Catalogue
+from layerwise.contract.layer import Compressed, Gram, Layer, Method, Target
+from layerwise.numerics import dispatch, ops
+from layerwise.runtime.errors import Diverged, InputError
+from layerwise.storage.packed_weights import parts_of
 from tests import layers
 from tests.contract import FEWER
 from tests.test_promises import BLOCK, DENSE, GRID, JOINT, NM, ROW, honest
-from workflow.scripts import compress
-from workflow.scripts.compress import Solver, output_error
-from workflow.scripts.errors import Diverged, InputError
-from workflow.scripts.packed import parts_of
 
 Lie = Callable[[Layer, Target, Compressed], Any]
 
@@ -278,11 +278,11 @@ LIES: dict[str, Lies] = {
     ),
     "a score of its own": Lies(
         ROW,
-        after(lambda _: setattr(compress, "output_error", lambda layer, weight: (0.0, 0.0))),
+        after(lambda _: setattr(cell, "output_error", lambda layer, weight: (0.0, 0.0))),
         "promise 4: global state must be left alone, the runner's code changed",
     ),
     "a judge of its own": Lies(
-        ROW, after(lambda _: setattr(compress.promises, "_masked", lambda *_: None)), "the runner's code changed"
+        ROW, after(lambda _: setattr(cell.verify, "_masked", lambda *_: None)), "the runner's code changed"
     ),
 }
 
@@ -292,7 +292,7 @@ def left_alone():
     """The process as it was, whatever an adapter has done to it."""
     states = torch.get_rng_state(), np.random.get_state(), random.getstate()
     settings = torch.get_default_dtype(), torch.get_num_threads(), torch.is_grad_enabled()
-    precision, judges = torch.get_float32_matmul_precision(), (compress.output_error, compress.promises._masked)
+    precision, judges = torch.get_float32_matmul_precision(), (cell.output_error, cell.verify._masked)
     yield
     torch.set_default_device(None)
     torch.set_rng_state(states[0])
@@ -302,7 +302,7 @@ def left_alone():
     torch.set_num_threads(settings[1])
     torch.set_grad_enabled(settings[2])
     torch.set_float32_matmul_precision(precision)
-    compress.output_error, compress.promises._masked = judges
+    cell.output_error, cell.verify._masked = judges
 
 
 @pytest.mark.parametrize("name", LIES)
@@ -354,7 +354,7 @@ def test_what_only_looks_odd_is_accepted(lie: Lie):
     result, row = Solver("odd", Liar(lie), ROW, 0, criterion="error").solve(layer)
     assert row["output_error"] == output_error(layer, result.weight)[1]
     assert row["achieved_sparsity"] == (0.5 + 32 / 1536 if lie is fewer else 0.5)
-    assert json.dumps([row, compress.trace_rows(result)])
+    assert json.dumps([row, cell.trace_rows(result)])
 
 
 def test_no_method_of_the_catalogue_is_named():
@@ -367,7 +367,7 @@ def test_no_method_of_the_catalogue_is_named():
                 mask_only = entry.comparison(target) == "mask-only"
                 solver = Solver(name, method, target, 0, mask_only=mask_only, criterion=entry.criterion)
                 for compiled in (True, False):
-                    with paths.plain_torch() if not compiled else torch.no_grad():
+                    with dispatch.plain_torch() if not compiled else torch.no_grad():
                         solver.solve(layers.build("correlated"))
 
 

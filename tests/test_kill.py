@@ -9,7 +9,7 @@ import pytest
 from dag import WITHOUT_FIGURES, snakemake, tiny_project
 from kill_study import assert_same_tables, disturbed
 
-from workflow.scripts.files import unlock_after_death
+from layerwise.runtime.files import unlock_after_death
 
 
 @pytest.fixture(scope="module")

@@ -8,14 +8,14 @@ import pytest
 import torch
 from scipy.optimize import LinearConstraint, minimize
 
-from methods.base import Gram, Layer, Target
-from methods.magnitude import Magnitude
-from methods.sparse_swaps import SparseSwaps
-from methods.wanda import Wanda
+from layerwise.compression.lower_bound import Bound, Groups, Relaxation, lower_bound
+from layerwise.contract.layer import Gram, Layer, Target
+from layerwise.methods.magnitude import Magnitude
+from layerwise.methods.sparse_swaps import SparseSwaps
+from layerwise.methods.wanda import Wanda
 from tests import layers
 from tests.brute_force import best_error, output_error
 from tests.layers import Recipe
-from workflow.scripts.lower_bound import Bound, Groups, Relaxation, lower_bound
 
 SMALL = {
     "10 inputs": Recipe(out=6, inputs=10),
@@ -85,8 +85,8 @@ def test_where_inputs_do_not_interact_the_bound_is_the_best_mask(target):
 @pytest.mark.parametrize("target", [Target(0.5), Target(0.3), Target(0.5, "layer")], ids=lambda target: target.label)
 def test_the_plain_bound_is_the_optimum_of_the_relaxation(target, monkeypatch):
     """Against scipy's interior-point method on the same convex problem, both run until they stand still."""
-    monkeypatch.setattr("workflow.scripts.lower_bound.ITERATIONS", 5000)
-    monkeypatch.setattr("workflow.scripts.lower_bound.TOLERANCE", 1e-6)
+    monkeypatch.setattr("layerwise.compression.lower_bound.ITERATIONS", 5000)
+    monkeypatch.setattr("layerwise.compression.lower_bound.TOLERANCE", 1e-6)
     layer = layers.make(Recipe(out=3, inputs=6, seed=5))
     weight, gram = layer.weight.double().numpy(), layer.gram.matrix.double().numpy()
     rows, inputs = weight.shape

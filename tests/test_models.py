@@ -13,8 +13,8 @@ from families import FAMILIES, HIDDEN, build, tokens
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from workflow.scripts.errors import InputError
-from workflow.scripts.models import Linear, find_blocks, linears, load
+from layerwise.models.loading import Linear, find_blocks, linears, load
+from layerwise.runtime.errors import InputError
 
 torch.set_num_threads(1)
 DOCUMENT = Path(__file__).parents[1] / "docs/models.md"

@@ -11,12 +11,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from methods import ops
-from methods.base import Gram, Layer, Statistics, Target
-from methods.catalogue import Catalogue, Entry
+from layerwise.compression.cell import Solver, output_error
+from layerwise.contract.catalogue import Catalogue, Entry
+from layerwise.contract.layer import Gram, Layer, Statistics, Target
+from layerwise.numerics import ops
 from tests import layers
 from tests.layers import Recipe
-from workflow.scripts.compress import Solver, output_error
 
 SMALL = Recipe(out=8, inputs=32, sequences=4)
 TARGETS = [

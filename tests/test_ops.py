@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from methods import ops
-from methods.base import Target
+from layerwise.contract.layer import Target
+from layerwise.numerics import ops
 from tests import contract, layers
 
 PRUNING = [target for target in contract.TARGETS if target.sparsity and not target.bits] + [

@@ -10,13 +10,14 @@ from families import build, tokens
 from safetensors.torch import load_file, save_file
 from test_compress import Case, rows
 
-from methods.base import Compressed
-from methods.target import Target
-from workflow.scripts import evaluate, models
-from workflow.scripts.errors import Diverged, InputError
-from workflow.scripts.propagate import Stream
-from workflow.scripts.streaming import LazyBlocks
-from workflow.scripts.tune import Tunable, descend
+from layerwise.calibration.block_stream import Stream
+from layerwise.compression.tune import Tunable, descend
+from layerwise.contract.layer import Compressed
+from layerwise.contract.target import Target
+from layerwise.evaluation import perplexity
+from layerwise.models import loading
+from layerwise.models.streaming import LazyBlocks
+from layerwise.runtime.errors import Diverged, InputError
 
 ROW = Target(0.5)
 UP, DOWN = "model.layers.0.mlp.up_proj", "model.layers.0.mlp.down_proj"
@@ -62,13 +63,13 @@ def test_the_dtype_that_is_advised_goes_through(saved, dtype):
     for index in range(len(stream.blocks)):
         with stream.source.open(index):
             assert all(torch.isfinite(tap.gram.matrix).all() for tap in stream.collect(index, advance=True))
-    found = evaluate.evaluate(LazyBlocks({"path": str(folder / "model"), "dtype": dtype}), tokens(4, 16))
+    found = perplexity.evaluate(LazyBlocks({"path": str(folder / "model"), "dtype": dtype}), tokens(4, 16))
     assert math.isfinite(found["perplexity"])
 
 
 def test_a_perplexity_that_overflows_names_the_module(saved):
     name, folder = saved
-    found = evaluate.evaluate(LazyBlocks({"path": str(folder / "model")}), tokens(4, 16))
+    found = perplexity.evaluate(LazyBlocks({"path": str(folder / "model")}), tokens(4, 16))
     assert found["perplexity"] is None and set(found["losses"]) == {None}
     assert found["reason"].startswith("the model has diverged: The perplexity is not finite")
     assert found["reason"].endswith(f"In the forward pass {sentence(name)}.")
@@ -114,7 +115,7 @@ def test_weights_that_are_not_finite_are_named(tmp_path, name, value):
     spec = {"path": str(tmp_path / "model")}
     expected = rf"not finite: {name} has NaN or Inf"
     with pytest.raises(InputError, match=expected):
-        models.load(spec)
+        loading.load(spec)
     blocks = LazyBlocks(spec)
     with pytest.raises(InputError, match=expected), blocks.outside(), blocks.open(0):
         pass

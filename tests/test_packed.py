@@ -12,17 +12,17 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from methods import ops
-from methods.base import Compressed, Layer
-from methods.promises import broken_promise
-from methods.target import Target
+from layerwise.calibration.gram_store import INDEX, block_file, read_block
+from layerwise.compression.cell import output_error
+from layerwise.compression.verify import broken_promise
+from layerwise.contract.layer import Compressed, Layer
+from layerwise.contract.target import Target
+from layerwise.numerics import ops
+from layerwise.runtime.errors import InputError
+from layerwise.runtime.files import sha256
+from layerwise.storage import packed_weights
+from layerwise.storage.bits_per_weight import bits_per_weight, stored_bits
 from tests import layers
-from workflow.scripts import packed
-from workflow.scripts.accounting import bits_per_weight, stored_bits
-from workflow.scripts.compress import output_error
-from workflow.scripts.errors import InputError
-from workflow.scripts.files import sha256
-from workflow.scripts.grams import INDEX, block_file, read_block
 
 
 def metadata(path: Path) -> dict[str, str]:
@@ -65,11 +65,11 @@ def compressed(layer: Layer, target: Target) -> Compressed:
 
 
 def stored(layer: Layer, target: Target, dtype: torch.dtype = torch.float32) -> Compressed:
-    return packed.rounded(compressed(layer, target), target, dtype)
+    return packed_weights.rounded(compressed(layer, target), target, dtype)
 
 
 def parts(result: Compressed, target: Target, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
-    return packed.parts_of(result, target, dtype)
+    return packed_weights.parts_of(result, target, dtype)
 
 
 def assert_same(found: Compressed, result: Compressed, target: Target) -> None:
@@ -91,7 +91,7 @@ def test_what_is_read_is_what_was_stored(name, target):
     layer = layers.build(name)
     result = stored(layer, target)
     assert broken_promise(layer, target, result) is None
-    assert_same(packed.restored(parts(result, target), target, tuple(layer.weight.shape)), result, target)
+    assert_same(packed_weights.restored(parts(result, target), target, tuple(layer.weight.shape)), result, target)
 
 
 @pytest.mark.parametrize("target", TARGETS, ids=lambda target: target.label)
@@ -99,7 +99,7 @@ def test_what_is_read_is_what_was_stored(name, target):
 def test_a_model_in_half_precision_gets_the_weight_that_is_evaluated(target, dtype):
     layer = layers.build("correlated")
     result = stored(layer, target, dtype)
-    found = packed.restored(parts(result, target, dtype), target, tuple(layer.weight.shape))
+    found = packed_weights.restored(parts(result, target, dtype), target, tuple(layer.weight.shape))
     assert torch.equal(found.weight.to(dtype), result.weight.to(dtype))
 
 
@@ -108,9 +108,9 @@ def test_reordered_groups_and_input_scales_are_stored(target):
     layer = layers.build("correlated")
     shuffled = torch.randperm(64, generator=torch.Generator().manual_seed(0)) // 16
     values = replace(stored(layer, target), group_of=shuffled, input_scale=torch.rand(64) + 0.5)
-    values = packed.rounded(values, target, torch.float32)
+    values = packed_weights.rounded(values, target, torch.float32)
     tensors = parts(values, target)
-    found = packed.restored(tensors, target, (24, 64))
+    found = packed_weights.restored(tensors, target, (24, 64))
     assert_same(found, values, target)
     assert torch.equal(found.group_of, shuffled) and torch.equal(found.input_scale, values.input_scale)
     kept = 1.0 if values.mask is None else float(values.mask.float().mean())
@@ -121,18 +121,18 @@ def test_reordered_groups_and_input_scales_are_stored(target):
 def test_runs_of_inputs_are_not_stored_as_reordered():
     layer, target = layers.build("correlated"), Target(bits=4, group=16)
     result = replace(stored(layer, target), group_of=torch.arange(64) // 16)
-    assert not packed.reordered(result, target) and "group_of" not in parts(result, target)
+    assert not packed_weights.reordered(result, target) and "group_of" not in parts(result, target)
 
 
 @pytest.mark.parametrize("bits", [1, 2, 3, 5, 8, 9, 16])
 def test_bits_are_packed_from_the_lowest(bits):
     numbers = torch.randint(2**bits, (37,), generator=torch.Generator().manual_seed(bits))
-    octets = packed.pack(numbers, bits)
+    octets = packed_weights.pack(numbers, bits)
     whole = sum(int(number) << (i * bits) for i, number in enumerate(numbers))
     assert bytes(octets.numpy()) == whole.to_bytes(math.ceil(37 * bits / 8), "little")
-    assert torch.equal(packed.unpack(octets, bits, 37).long(), numbers)
+    assert torch.equal(packed_weights.unpack(octets, bits, 37).long(), numbers)
     with pytest.raises(ValueError, match=f"37 numbers of {bits} bits take"):
-        packed.unpack(octets[:-1], bits, 37)
+        packed_weights.unpack(octets[:-1], bits, 37)
 
 
 # ------------------------------------------------------------------------------------------------------------ its size
@@ -167,12 +167,12 @@ def test_the_file_is_as_large_as_the_accounting_says(tmp_path, case):
     layer = layers.make(layers.Recipe(48, 256, weights="bfloat16"))
     result = stored(layer, target)
     path = tmp_path / "weights.safetensors"
-    packed.write(path, {"layer": parts(result, target)}, {"layer": (48, 256)}, target)
+    packed_weights.write(path, {"layer": parts(result, target)}, {"layer": (48, 256)}, target)
     kept = 1.0 if result.mask is None else float(result.mask.float().mean())
     assert bits_per_weight(target, kept, 48, 256) == bits
     header = 8 + int.from_bytes(path.read_bytes()[:8], "little")
     assert path.stat().st_size - header == bits * 48 * 256 / 8 and header < 800
-    assert packed.PackedFile(path).stored_bytes("layer") == bits * 48 * 256 / 8
+    assert packed_weights.PackedFile(path).stored_bytes("layer") == bits * 48 * 256 / 8
 
 
 # ------------------------------------------------------------------------------------------------------------ rounding
@@ -184,7 +184,7 @@ def test_scales_are_rounded_to_sixteen_bits_and_the_weight_with_them():
     assert not torch.equal(before.scales, after.scales) and torch.equal(before.codes, after.codes)
     assert torch.equal(after.scales.half().float(), after.scales)
     assert torch.equal(stored(layer, target, torch.bfloat16).scales, before.scales.bfloat16().float())
-    assert packed.rounded(after, target, torch.float32).scales.equal(after.scales)
+    assert packed_weights.rounded(after, target, torch.float32).scales.equal(after.scales)
     torch.testing.assert_close(after.weight, before.weight, rtol=2**-11, atol=0)
 
 
@@ -198,16 +198,20 @@ def test_rounding_of_scales_hardly_moves_the_error(bits):
 def test_scales_of_inputs_that_are_all_one_take_no_bits():
     layer, target = layers.build("correlated"), Target(bits=4, group=16)
     result = replace(compressed(layer, target), input_scale=torch.ones(64))
-    found = packed.rounded(result, target, torch.float32)
+    found = packed_weights.rounded(result, target, torch.float32)
     assert found.input_scale is None and torch.equal(found.weight, stored(layer, target).weight)
 
 
 def test_scales_that_float16_cannot_hold_are_bfloat16():
     tiny, huge, usual = torch.tensor([1e-12, 1.0]), torch.tensor([1e6, 1.0]), torch.tensor([0.003, 1.0])
-    assert packed.half(tiny, torch.float32).dtype == torch.bfloat16 == packed.half(huge, torch.float32).dtype
-    assert packed.half(usual, torch.float32).dtype == torch.float16
+    assert (
+        packed_weights.half(tiny, torch.float32).dtype
+        == torch.bfloat16
+        == packed_weights.half(huge, torch.float32).dtype
+    )
+    assert packed_weights.half(usual, torch.float32).dtype == torch.float16
     for dtype in (torch.float32, torch.bfloat16):
-        least = packed.half(torch.tensor([1e-44, 3.4e38]), dtype)
+        least = packed_weights.half(torch.tensor([1e-44, 3.4e38]), dtype)
         assert least.dtype == torch.bfloat16 and (least > 0).all() and torch.isfinite(least).all()
 
 
@@ -224,7 +228,7 @@ def test_updated_weights_of_a_float32_model_keep_their_digits():
     assert parts(result, target)["values"].dtype == torch.bfloat16
     moved = replace(result, weight=result.weight / 3)
     assert parts(moved, target)["values"].dtype == torch.float32
-    assert torch.equal(packed.restored(parts(moved, target), target, (24, 64)).weight, moved.weight)
+    assert torch.equal(packed_weights.restored(parts(moved, target), target, (24, 64)).weight, moved.weight)
 
 
 # ---------------------------------------------------------------------------------------------------------------- files
@@ -235,12 +239,12 @@ def path(tmp_path):
     """A file of two layers at W4S50."""
     shapes = {name: tuple(layers.build(name).weight.shape) for name in ("correlated", "two blocks of 128")}
     tensors = {name: parts(stored(layers.build(name), W4S50), W4S50) for name in shapes}
-    packed.write(tmp_path / "weights.safetensors", tensors, shapes, W4S50)
+    packed_weights.write(tmp_path / "weights.safetensors", tensors, shapes, W4S50)
     return tmp_path / "weights.safetensors"
 
 
 def test_a_file_says_what_it_holds(path):
-    file = packed.PackedFile(path)
+    file = packed_weights.PackedFile(path)
     assert file.target == W4S50 and file.shapes == {"correlated": (24, 64), "two blocks of 128": (10, 160)}
     for name in file.shapes:
         assert_same(file.read(name), stored(layers.build(name), W4S50), W4S50)
@@ -288,19 +292,19 @@ def test_a_damaged_layer_is_named(path, fault):
     changed = change(tensors.pop(f"correlated.{part}"))
     save_file({**tensors, **({} if changed is None else {f"correlated.{part}": changed})}, path, metadata=info)
     with pytest.raises(InputError, match=f"^correlated in .*weights.safetensors is damaged: {sentence}"):
-        packed.PackedFile(path).read("correlated")
+        packed_weights.PackedFile(path).read("correlated")
 
 
 @pytest.mark.parametrize("value", [math.inf, math.nan, 0.0, -1.0])
 def test_a_scale_of_inputs_must_be_positive_and_finite(value):
     layer, target = layers.build("correlated"), Target(bits=4, group=16)
     result = stored(layer, target)
-    parts = packed.parts_of(result, target, torch.float32)
+    parts = packed_weights.parts_of(result, target, torch.float32)
     parts["input_scale"] = torch.ones(layer.weight.shape[1], dtype=torch.float16).index_fill(
         0, torch.tensor([3]), value
     )
     with pytest.raises(ValueError, match="positive and finite"):
-        packed.restored(parts, target, tuple(layer.weight.shape))
+        packed_weights.restored(parts, target, tuple(layer.weight.shape))
 
 
 def test_a_file_that_is_no_such_file(path):
@@ -308,17 +312,17 @@ def test_a_file_that_is_no_such_file(path):
     info = json.loads(metadata(path)["layerwise"])
     save_file({**tensors, "stranger": torch.ones(1)}, path, metadata={"layerwise": json.dumps(info)})
     with pytest.raises(InputError, match="has the tensor 'stranger', which belongs to none of its layers"):
-        packed.PackedFile(path)
+        packed_weights.PackedFile(path)
     for damaged in ("{", "[]", "{}", json.dumps({**info, "target": {"bits": 9}})):
         save_file(tensors, path, metadata={"layerwise": damaged})
         with pytest.raises(InputError, match="What .*weights.safetensors says of its layers cannot be read: "):
-            packed.PackedFile(path)
+            packed_weights.PackedFile(path)
     save_file(tensors, path, metadata={"layerwise": json.dumps({**info, "version": 2})})
     with pytest.raises(InputError, match="is of version 2 of the layout, this code reads 1"):
-        packed.PackedFile(path)
+        packed_weights.PackedFile(path)
     path.write_bytes(b"nothing")
     with pytest.raises(InputError, match="cannot be read"):
-        packed.PackedFile(path)
+        packed_weights.PackedFile(path)
 
 
 def test_what_has_been_read_is_not_kept_in_memory(tmp_path):
@@ -327,7 +331,7 @@ def test_what_has_been_read_is_not_kept_in_memory(tmp_path):
         pytest.skip("needs Linux, which tells the files that a process has mapped")
     path, gram = tmp_path / "weights.safetensors", tmp_path / "grams" / block_file(0)
     save_file({"first": torch.ones(64, 64, dtype=torch.bfloat16)}, path)
-    file = packed.PackedFile(path)
+    file = packed_weights.PackedFile(path)
     assert file.read("first").weight.sum() == 64 * 64
     gram.parent.mkdir()
     fields = {"gram": torch.eye(8), "sample": torch.ones(8, 8)} | dict.fromkeys(

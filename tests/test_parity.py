@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 import torch
 
-from methods import awq, ops
-from methods.alps import ALPS
-from methods.base import Compressed
-from methods.catalogue import Catalogue
-from methods.promises import broken_promise
+from layerwise.compression.verify import broken_promise
+from layerwise.contract.catalogue import Catalogue
+from layerwise.contract.layer import Compressed
+from layerwise.methods import awq
+from layerwise.methods.alps import ALPS
+from layerwise.numerics import ops
 from tests import reference
 
 OFFICIAL = {"convention": "official"}

@@ -16,6 +16,20 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from layerwise.figures import plot
+from layerwise.figures.convergence import BOUND, convergence, typical_layer
+from layerwise.figures.depth import error_along_depth, error_reduction
+from layerwise.figures.errors import error_relative, gap_to_bound, ratios
+from layerwise.figures.page import chosen_target
+from layerwise.figures.pareto import pareto_front, perplexity_vs_bits, sized
+from layerwise.figures.perplexity import perplexity_vs_sparsity
+from layerwise.figures.ranks import groups, method_ranks
+from layerwise.figures.style import LOOKS, look, looks, save, strokes, styled
+from layerwise.figures.sweep import along, sweep
+from layerwise.results.cell_results import evaluations
+from layerwise.results.collect import collect
+from layerwise.results.seeds import repeats
+from layerwise.runtime.errors import InputError
 from tests.synthetic_tables import (
     EVALUATIONS,
     METHODS,
@@ -29,20 +43,6 @@ from tests.synthetic_tables import (
     traces_table,
     write_cell,
 )
-from workflow.scripts import plot
-from workflow.scripts.cell_results import evaluations
-from workflow.scripts.collect import collect
-from workflow.scripts.errors import InputError
-from workflow.scripts.figure_convergence import BOUND, convergence, typical_layer
-from workflow.scripts.figure_depth import error_along_depth, error_reduction
-from workflow.scripts.figure_errors import error_relative, gap_to_bound, ratios
-from workflow.scripts.figure_page import chosen_target
-from workflow.scripts.figure_pareto import pareto_front, perplexity_vs_bits, sized
-from workflow.scripts.figure_perplexity import perplexity_vs_sparsity
-from workflow.scripts.figure_ranks import groups, method_ranks
-from workflow.scripts.figure_style import LOOKS, look, looks, save, strokes, styled
-from workflow.scripts.figure_sweep import along, sweep
-from workflow.scripts.seeds import repeats
 
 ROOT = Path(__file__).parents[1]
 TABLES = {
@@ -481,7 +481,7 @@ def test_the_same_table_gives_the_same_bytes_in_another_process(tables, tmp_path
     names = [f"error_relative{suffix}" for suffix in plot.SUFFIXES]
     for folder, seed in (("a", "1"), ("b", "2")):
         out = [str(tmp_path / folder / name) for name in names]
-        command = [sys.executable, "-m", "workflow.scripts.plot", "error_relative", "--tables", str(tables), "--out"]
+        command = [sys.executable, "-m", "layerwise.figures.plot", "error_relative", "--tables", str(tables), "--out"]
         environment = {"PYTHONHASHSEED": seed, "PATH": "", "HOME": str(tmp_path), "SOURCE_DATE_EPOCH": seed}
         subprocess.run([*command, *out], check=True, cwd=ROOT, env=environment)
     for name in names:
@@ -496,5 +496,5 @@ def test_a_wrong_suffix_is_a_sentence(tables, tmp_path):
 
 
 def test_naming_the_figures_needs_no_drawing_library():
-    code = "import sys, workflow.scripts.plot; sys.exit('matplotlib' in sys.modules or 'pandas' in sys.modules)"
+    code = "import sys, layerwise.figures.plot; sys.exit('matplotlib' in sys.modules or 'pandas' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0

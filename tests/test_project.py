@@ -21,10 +21,10 @@ from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 from tokenizers import Tokenizer
 
+from layerwise.demo import docstrings
+from layerwise.runtime.errors import InputError
+from layerwise.study.grid import plan
 from tests import smoke
-from workflow.scripts import docstrings
-from workflow.scripts.errors import InputError
-from workflow.scripts.grid import plan
 
 ROOT = Path(__file__).parents[1]
 DEMO = ROOT / "resources/demo"
@@ -89,14 +89,14 @@ def imported(source: str) -> set[str]:
     return found
 
 
-@pytest.mark.parametrize("folder", ["methods", "kernels", "workflow", "tests"])
+@pytest.mark.parametrize("folder", ["methods", "layerwise", "tests"])
 def test_what_is_imported_is_locked(folder):
     files = list((ROOT / folder).rglob("*.py"))
     names = set().union(*(imported(path.read_text("utf-8")) for path in files))
-    if folder == "workflow":
+    if folder == "layerwise":
         lines = "\n".join(path.read_text("utf-8") for path in SNAKEFILES)
         names |= set(re.findall(r"^\s*(?:import|from)\s+(\w+)", lines, re.MULTILINE))
-    own = {"methods", "kernels", "workflow", "tests", *(path.stem for path in (ROOT / "tests").glob("*.py"))}
+    own = {"layerwise", "tests", *(path.stem for path in (ROOT / "tests").glob("*.py"))}
     distributions = importlib.metadata.packages_distributions()
     third_party = names - own - sys.stdlib_module_names - {"triton"}  # comes with torch where there is CUDA
     assert len(files) > 2 and third_party
@@ -137,7 +137,7 @@ def test_the_snakefile_is_short():
 
 def test_what_is_planned_needs_no_torch():
     """The Snakefile is parsed again by every remote job."""
-    code = "import sys; sys.path.insert(0, '.'); import workflow.scripts.grid, workflow.scripts.plot"
+    code = "import sys; sys.path.insert(0, '.'); import layerwise.study.grid, layerwise.figures.plot"
     code += "; print({'torch', 'transformers', 'matplotlib', 'pandas', 'lm_eval', 'datasets'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"

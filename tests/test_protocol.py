@@ -10,15 +10,15 @@ from typing import Any
 
 import pytest
 
+from layerwise.comparison import folders
+from layerwise.results.cell_results import TaskSet, evaluations
+from layerwise.results.collect import TABLES, collect
+from layerwise.results.main_table import document, latex, markdown, tables
+from layerwise.results.protocol import MARK, SAME
+from layerwise.runtime.errors import Diverged, InputError, record_failure
+from layerwise.storage.table_schema import columns, from_rows, read_table
 from tests.synthetic_tables import EVALUATIONS, PROVENANCE, STUDY, SyntheticCell, cell, cells_table, write_cell
 from tests.test_collect import row_of
-from workflow.scripts import compare
-from workflow.scripts.cell_results import TaskSet, evaluations
-from workflow.scripts.collect import TABLES, collect
-from workflow.scripts.errors import Diverged, InputError, record_failure
-from workflow.scripts.protocol import MARK, SAME
-from workflow.scripts.table_schema import columns, from_rows, read_table
-from workflow.scripts.tables import document, latex, markdown, tables
 
 TEXTS = evaluations(STUDY, EVALUATIONS)
 PLAN = [cell("dense", "dense"), cell("magnitude", "2:4"), cell("wanda", "2:4"), cell("ria", "2:4")]
@@ -157,7 +157,7 @@ def test_models_and_seeds_have_protocols_of_their_own(tmp_path):
     collect(plan, [], TEXTS, tmp_path / "tables", root=tmp_path)
     for part in ("one", "other"):
         collect(plan, [], TEXTS, tmp_path / part, root=tmp_path)
-    compare.main(["merge", str(tmp_path / "one"), str(tmp_path / "other"), "--out", str(tmp_path / "merged")])
+    folders.main(["merge", str(tmp_path / "one"), str(tmp_path / "other"), "--out", str(tmp_path / "merged")])
 
 
 def test_folders_of_two_protocols_are_not_merged(tmp_path):
@@ -167,14 +167,14 @@ def test_folders_of_two_protocols_are_not_merged(tmp_path):
     collect([PLAN[2]], [], TEXTS, other / "tables", root=other)
     merge = ["merge", str(one), str(other), "--out", str(tmp_path / "merged")]
     with pytest.raises(InputError, match=r"differ in calibration_length \(512 and 256\)"):
-        compare.main(merge)
+        folders.main(merge)
     mixed = read_table(one / "tables", "cells")
     mixed.loc[mixed["label"] == "ria", "calibration_seed"] = 3
     mixed.to_parquet(one / "tables/cells.parquet")
     with pytest.raises(
         InputError, match=r"one is of two protocols: .*ria 2:4 .* differ in calibration_seed \(0 and 3\): delete .*\."
     ):
-        compare.main(merge)
+        folders.main(merge)
     assert not (tmp_path / "merged").exists()
 
 

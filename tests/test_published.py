@@ -15,20 +15,12 @@ import pandas as pd
 import pytest
 import yaml
 
+from layerwise.comparison import published_page
+from layerwise.comparison.published import FILE, compare, main, read_published, target_of, text_name, tolerance
+from layerwise.runtime.errors import InputError
+from layerwise.storage.table_schema import from_rows, read_table, to_frame
+from layerwise.study.grid import Plan, plan
 from tests.dag import copy_project, snakemake
-from workflow.scripts import published_page
-from workflow.scripts.errors import InputError
-from workflow.scripts.grid import Plan, plan
-from workflow.scripts.published import (
-    FILE,
-    compare,
-    main,
-    read_published,
-    target_of,
-    text_name,
-    tolerance,
-)
-from workflow.scripts.table_schema import from_rows, read_table, to_frame
 
 ROOT = Path(__file__).parents[1]
 PAPERS = sorted((ROOT / "config").glob("paper-*.yaml"))

@@ -11,13 +11,13 @@ import torch
 from safetensors.numpy import save_file as save_numpy
 from safetensors.torch import save_file
 
-from methods.catalogue import HOME
+from layerwise.contract.catalogue import PACKAGE
+from layerwise.evaluation import cache, perplexity
+from layerwise.runtime.errors import InputError
+from layerwise.runtime.files import sha256
+from layerwise.sources.fingerprint import main as fingerprint
 from tests.dag import ROOT
 from tests.test_evaluate import LENGTH, VOCABULARY, WINDOWS, layers_of, llama, weights_of
-from workflow.scripts import evaluate, recall
-from workflow.scripts.errors import InputError
-from workflow.scripts.files import sha256
-from workflow.scripts.fingerprint import main as fingerprint
 
 INFO = {"sha256": "abc", "dataset": "random"}
 
@@ -47,7 +47,7 @@ def entry(**changed):
 
 def foresee(cell):
     weights = cell / "weights.safetensors"
-    recall.foresee(entry(), cell / "tiny.json", weights, sha256(weights), "cpu")
+    cache.foresee(entry(), cell / "tiny.json", weights, sha256(weights), "cpu")
 
 
 def arguments(out="out.json", data="tokens.safetensors", **changed):
@@ -56,27 +56,27 @@ def arguments(out="out.json", data="tokens.safetensors", **changed):
 
 
 def test_what_was_never_seen_is_computed(cell, capsys):
-    recall.main(arguments())
+    cache.main(arguments())
     result = json.loads((cell / "out.json").read_text())
     model, tokens = as_saved(), write_tokens(cell / "again.safetensors")
     for layer in layers_of(model).values():
         layer.replace(torch.zeros(layer.shape))
-    assert result["losses"] == pytest.approx(evaluate.window_losses(model, tokens, 1).tolist(), abs=1e-5)
+    assert result["losses"] == pytest.approx(perplexity.window_losses(model, tokens, 1).tolist(), abs=1e-5)
     assert result["perplexity"] == pytest.approx(math.exp(result["mean_loss"])) and result["text"] == INFO
     assert (result["windows"], result["length"]) == (WINDOWS, LENGTH) and result["seconds"] > 0
     assert "wanda: 100%" in capsys.readouterr().err
 
 
 def test_other_weights_in_the_same_place_are_evaluated_anew(cell, capsys):
-    recall.main(arguments())
+    cache.main(arguments())
     save_file(weights_of(llama()), "weights.safetensors")
-    recall.main(arguments("again.json"))
+    cache.main(arguments("again.json"))
     before, after = (json.loads((cell / name).read_text()) for name in ("out.json", "again.json"))
     assert before["losses"] != after["losses"] and "were evaluated before" not in capsys.readouterr().err
 
 
 def test_a_model_that_is_edited_meanwhile_leaves_no_result(cell, monkeypatch):
-    computed = recall.computed
+    computed = cache.computed
 
     def edited(*given):
         text = computed(*given)
@@ -84,10 +84,10 @@ def test_a_model_that_is_edited_meanwhile_leaves_no_result(cell, monkeypatch):
             file.write("\n")
         return text
 
-    monkeypatch.setattr(recall, "computed", edited)
+    monkeypatch.setattr(cache, "computed", edited)
     with pytest.raises(InputError, match="config.json is no longer the file that tiny.json was made of"):
-        recall.main(arguments())
-    assert not (cell / "out.json").exists() and not recall.STORE.exists()
+        cache.main(arguments())
+    assert not (cell / "out.json").exists() and not cache.STORE.exists()
 
 
 def as_saved():
@@ -95,9 +95,9 @@ def as_saved():
 
 
 def test_what_was_seen_is_read_without_torch(cell):
-    recall.main(arguments())
+    cache.main(arguments())
     program = (
-        "import sys; from workflow.scripts import recall; recall.main(sys.argv[1:]); print('torch' in sys.modules)"
+        "import sys; from layerwise.evaluation import cache; cache.main(sys.argv[1:]); print('torch' in sys.modules)"
     )
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(
@@ -108,19 +108,19 @@ def test_what_was_seen_is_read_without_torch(cell):
 
 
 def test_what_the_compression_leaves_is_what_the_job_would_compute(cell, monkeypatch):
-    recall.main(arguments())
-    (alone,) = recall.STORE.iterdir()
+    cache.main(arguments())
+    (alone,) = cache.STORE.iterdir()
     alone.rename("alone.json")
     asked = [{"kind": "perplexity", "data": "{model}.safetensors", "spec": {}}]
     (cell / "tokens.safetensors").rename("tiny.safetensors")  # the model's identity is its fingerprint's name
-    monkeypatch.setenv(recall.ASKED, json.dumps(asked))
+    monkeypatch.setenv(cache.ASKED, json.dumps(asked))
     foresee(cell)
-    (beside,) = recall.STORE.iterdir()
+    (beside,) = cache.STORE.iterdir()
     results = [json.loads(path.read_text()) for path in (cell / "alone.json", beside)]
     for result in results:
         del result["seconds"]
     assert results[0] == results[1]
-    recall.main(arguments(data="tiny.safetensors"))
+    cache.main(arguments(data="tiny.safetensors"))
     assert (cell / "out.json").read_bytes() == beside.read_bytes()
 
 
@@ -128,7 +128,7 @@ def test_the_place_depends_on_all_that_decides_the_result_and_on_no_name(cell):
     def place(**changed):
         given = {"kind": "perplexity", "model": entry(), "fingerprint": cell / "tiny.json"}
         given |= {"weights": cell / "weights.safetensors", "digest": "0", "data": cell / "tokens.safetensors"}
-        return recall.Evaluation(**given | changed).file()
+        return cache.Evaluation(**given | changed).file()
 
     known = place()
     assert known == place(name="another label", model=entry(name="renamed", path="elsewhere"), weights=cell / "moved")
@@ -150,16 +150,16 @@ def test_the_place_depends_on_all_that_decides_the_result_and_on_no_name(cell):
     assert len({known, *(place(**change) for change in changes)}) == 1 + len(changes)
 
 
-@pytest.mark.parametrize("file", ["evaluate", "text", HOME / "ops.py", "versions"])
+@pytest.mark.parametrize("file", ["evaluation/perplexity", "sources/tokens", PACKAGE / "numerics/ops.py", "versions"])
 def test_other_code_and_other_versions_have_another_place(cell, monkeypatch, file):
-    evaluation = recall.Evaluation(
+    evaluation = cache.Evaluation(
         "perplexity", entry(), cell / "tiny.json", cell / "weights.safetensors", "0", cell / "tokens.safetensors"
     )
     before = evaluation.file()
     if file != "versions":
-        monkeypatch.setitem(recall.CODE, file, "edited")
+        monkeypatch.setitem(cache.CODE, file, "edited")
     else:
-        monkeypatch.setattr(recall.importlib.metadata, "version", lambda name: "0")
+        monkeypatch.setattr(cache.importlib.metadata, "version", lambda name: "0")
     assert evaluation.file() != before
 
 
@@ -169,31 +169,31 @@ def test_what_fails_beside_the_compression_is_left_to_its_own_job(cell, monkeypa
         {"kind": "perplexity", "data": name, "spec": {}}
         for name in ("wrong.safetensors", "absent.safetensors", "tokens.safetensors")
     ]
-    monkeypatch.setenv(recall.ASKED, json.dumps(asked))
+    monkeypatch.setenv(cache.ASKED, json.dumps(asked))
     foresee(cell)
     assert (
         "perplexity of wrong.safetensors could not be computed beside the compression: The tokens lie between"
         in capsys.readouterr().err
     )
-    assert len(list(recall.STORE.iterdir())) == 1  # the last one is there all the same
+    assert len(list(cache.STORE.iterdir())) == 1  # the last one is there all the same
     with pytest.raises(InputError, match="do the tokenizer and the model belong together"):
-        recall.main(arguments(data="wrong.safetensors"))
+        cache.main(arguments(data="wrong.safetensors"))
     assert (cell / "failed-out.json").is_file() and not (cell / "out.json").exists()
 
 
 @pytest.mark.parametrize("left", ["", '{"perplexity": 3'])
 def test_a_result_that_a_crash_has_cut_is_computed_again(cell, left):
-    recall.main(arguments())
-    (stored,) = recall.STORE.iterdir()
+    cache.main(arguments())
+    (stored,) = cache.STORE.iterdir()
     stored.write_text(left)
-    recall.main(arguments("again.json"))
+    cache.main(arguments("again.json"))
     assert (
         json.loads((cell / "again.json").read_text())["losses"] == json.loads((cell / "out.json").read_text())["losses"]
     )
 
 
 def test_code_that_was_edited_meanwhile_evaluates_nothing(cell, monkeypatch):
-    monkeypatch.setenv(recall.ASKED, json.dumps([{"kind": "perplexity", "data": "tokens.safetensors", "spec": {}}]))
-    monkeypatch.setitem(recall.CODE, "evaluate", "as it was when the compression began")
+    monkeypatch.setenv(cache.ASKED, json.dumps([{"kind": "perplexity", "data": "tokens.safetensors", "spec": {}}]))
+    monkeypatch.setitem(cache.CODE, "evaluation/perplexity", "as it was when the compression began")
     foresee(cell)
-    assert not recall.STORE.exists()
+    assert not cache.STORE.exists()

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from methods import reconstruct
-from methods.base import Gram, Layer, Target
-from methods.catalogue import Catalogue
+from layerwise.contract.catalogue import Catalogue
+from layerwise.contract.layer import Gram, Layer, Target
+from layerwise.methods import reconstruct
 from tests import layers
 from tests.brute_force import output_error
 

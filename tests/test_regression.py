@@ -7,12 +7,12 @@ import pandas as pd
 import pyarrow.parquet as pq
 import pytest
 
+from layerwise.comparison import regression
+from layerwise.comparison.folders import compare, report
+from layerwise.results.cell_results import evaluations
+from layerwise.results.collect import collect
+from layerwise.runtime.errors import InputError
 from tests.synthetic_tables import EVALUATIONS, STUDY, cell, layer_frame, write_cell
-from workflow.scripts import regression
-from workflow.scripts.cell_results import evaluations
-from workflow.scripts.collect import collect
-from workflow.scripts.compare import compare, report
-from workflow.scripts.errors import InputError
 
 
 def frame(**errors: float) -> pd.DataFrame:

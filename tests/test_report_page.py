@@ -13,13 +13,13 @@ import pandas as pd
 import pytest
 from playwright.sync_api import sync_playwright
 
+from layerwise.report.page import other_tables, page
+from layerwise.results import main_table
+from layerwise.results.cell_results import evaluations
+from layerwise.results.collect import collect
+from layerwise.runtime.errors import InputError
+from layerwise.storage.table_schema import read_table
 from tests.synthetic_tables import EVALUATIONS, STUDY, SyntheticCell, cell, write_cell
-from workflow.scripts import tables
-from workflow.scripts.cell_results import evaluations
-from workflow.scripts.collect import collect
-from workflow.scripts.errors import InputError
-from workflow.scripts.report_page import other_tables, page
-from workflow.scripts.table_schema import read_table
 
 pytestmark = pytest.mark.xdist_group("report")
 EVIL = "<script>alert(1)</script>"
@@ -117,7 +117,7 @@ def test_gaps_have_their_reasons(html):
 
 def test_the_main_tables_mark_what_is_not_shown_to_differ(study, folder, html, monkeypatch):
     marked = html.count('class="number best"')
-    monkeypatch.setattr(tables, "NO_DIFFERENCE", "worse")
+    monkeypatch.setattr(main_table, "NO_DIFFERENCE", "worse")
     assert page(study, folder / "tables", []).count('class="number best"') > marked > 0
 
 

@@ -14,10 +14,13 @@ import pytest
 import torch
 from test_compress import Case, rows
 
-from methods.base import Target
-from workflow.scripts import activations, compress, packed, propagate, recall
-from workflow.scripts.checkpoint import Checkpoint
-from workflow.scripts.packed import PackedFile
+from layerwise.calibration import block_stream, hidden_states
+from layerwise.compression import cell as compress
+from layerwise.contract.layer import Target
+from layerwise.evaluation import cache
+from layerwise.runtime.checkpoint import Checkpoint
+from layerwise.storage import packed_weights
+from layerwise.storage.packed_weights import PackedFile
 
 torch.set_num_threads(1)
 HALF = Target(0.5)
@@ -26,11 +29,11 @@ CELLS = [("sparsegpt", "sequential"), ("sparse_swaps", "shared"), ("sparse_swaps
 # Where a job may be killed: a function of the project, at one of its calls.
 PLACES = {
     "within a block": (compress.Solver, "solve"),
-    "while a block is run": (propagate.Call, "replay"),
-    "before the states are known to be whole": (activations, "write_atomic"),
-    "while a block is written": (packed, "save_file"),
+    "while a block is run": (block_stream.Call, "replay"),
+    "before the states are known to be whole": (hidden_states, "write_atomic"),
+    "while a block is written": (packed_weights, "save_file"),
     "before a block counts as finished": (Checkpoint, "finish"),
-    "while the blocks are joined": (packed, "join"),
+    "while the blocks are joined": (packed_weights, "join"),
     "before the evaluation": (compress, "foresee"),
     "before the record is written": (compress, "provenance"),
 }
@@ -125,8 +128,8 @@ def test_a_tuned_cell_that_is_killed_is_tuned_again(case: Case):
     target = Target(bits=4, group=8)
     expected = case.run("rtn", target, out="tuned whole", tune=stages)
     run = lambda: case.run("rtn", target, out="tuned", tune=stages)  # noqa: E731
-    assert killed(run, packed, "save_file", 1)
-    assert killed(run, packed, "join", 0)
+    assert killed(run, packed_weights, "save_file", 1)
+    assert killed(run, packed_weights, "join", 0)
     assert_same(run(), expected)
 
 
@@ -170,14 +173,14 @@ def test_joined_files_are_the_layers_of_all(tmp_path, case: Case, whole):
         parts = []
         for block in range(3):
             names = [name for name in file.shapes if f".{block}." in name]
-            stored = {name: packed.parts_of(file.read(name), file.target, torch.float32) for name in names}
+            stored = {name: packed_weights.parts_of(file.read(name), file.target, torch.float32) for name in names}
             parts.append(tmp_path / f"{block}.safetensors")
-            packed.write(parts[-1], stored, {name: file.shapes[name] for name in names}, file.target)
-        packed.join(tmp_path / "joined.safetensors", parts)
+            packed_weights.write(parts[-1], stored, {name: file.shapes[name] for name in names}, file.target)
+        packed_weights.join(tmp_path / "joined.safetensors", parts)
         joined = PackedFile(tmp_path / "joined.safetensors")
         assert joined.shapes == file.shapes and joined.target == file.target
         assert all(torch.equal(joined.read(name).weight, file.read(name).weight) for name in file.shapes)
-        assert recall.sha256(tmp_path / "joined.safetensors") == recall.sha256(cell / "weights.safetensors")
+        assert cache.sha256(tmp_path / "joined.safetensors") == cache.sha256(cell / "weights.safetensors")
 
 
 def test_death_amid_the_removal_leaves_nothing_that_counts(tmp_path, monkeypatch):

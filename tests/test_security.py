@@ -20,21 +20,22 @@ import pytest
 import torch
 import yaml
 
+from layerwise.evaluation import zero_shot
+from layerwise.models.loading import load
+from layerwise.models.streaming import LazyBlocks
+from layerwise.report.page import page
+from layerwise.results.cell_results import evaluations
+from layerwise.results.collect import collect
+from layerwise.results.main_table import escape_latex, escape_markdown
+from layerwise.runtime.errors import InputError
+from layerwise.sources import hub, task_sets
+from layerwise.sources.tokens import load_tokenizer
+from layerwise.study.grid import plan
 from tests import dag, synthetic_tables
 from tests.families import build
-from workflow.scripts import sources, task_sets, zero_shot
-from workflow.scripts.cell_results import evaluations
-from workflow.scripts.collect import collect
-from workflow.scripts.errors import InputError
-from workflow.scripts.grid import plan
-from workflow.scripts.models import load
-from workflow.scripts.report_page import page
-from workflow.scripts.streaming import LazyBlocks
-from workflow.scripts.tables import escape_latex, escape_markdown
-from workflow.scripts.text import load_tokenizer
 
 ROOT = Path(__file__).parents[1]
-CODE = sorted(path for part in ("methods", "workflow", "kernels") for path in (ROOT / part).rglob("*.py"))
+CODE = sorted(path for part in ("methods", "layerwise") for path in (ROOT / part).rglob("*.py"))
 SNAKEFILES = [ROOT / "Snakefile", *sorted((ROOT / "workflow").rglob("*.smk"))]
 
 # ------------------------------------------------------------------------------------------------------ what is called
@@ -47,8 +48,8 @@ CALLS = {
 }
 # file -> calls of it that stand for themselves, with the keyword or class that makes each safe
 ALLOWED = {
-    "documents.py": {"yaml.load": "_Loader"},  # derived from SafeLoader
-    "train_demo.py": {"torch.load": "weights_only=True", "torch.save": ""},  # its own checkpoint, tensors alone
+    "config_file.py": {"yaml.load": "_Loader"},  # derived from SafeLoader
+    "train.py": {"torch.load": "weights_only=True", "torch.save": ""},  # its own checkpoint, tensors alone
 }
 
 
@@ -117,7 +118,7 @@ class Touches:
 def refusal(folder: Path, **spec: Any) -> list[str]:
     """The sentences with which every way of loading refuses a folder."""
     own, found = {"path": str(folder), "name": "m", **spec}, []
-    for call in (lambda: sources.check_model("m", own), lambda: load(own), lambda: LazyBlocks(own)):
+    for call in (lambda: hub.check_model("m", own), lambda: load(own), lambda: LazyBlocks(own)):
         with pytest.raises(InputError) as error:
             call()
         found.append(str(error.value))
@@ -143,7 +144,7 @@ def test_a_checkpoint_that_is_a_pickle_is_refused_with_the_command_that_converts
     assert not mark.exists()
     torch.save(model.state_dict(), folder / name)
     exec(words[2])
-    sources.check_model("m", {"path": str(folder)})
+    hub.check_model("m", {"path": str(folder)})
     tokens = torch.arange(4).view(1, -1)
     assert torch.equal(load({"path": str(folder)})(tokens).logits, model.eval()(tokens).logits)
 

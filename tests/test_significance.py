@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from workflow.scripts import significance
-from workflow.scripts.comparisons import ERRORS, LEAST, NO_DIFFERENCE, Observation, accuracy, compare, perplexity
-from workflow.scripts.significance import (
+from layerwise.results import significance
+from layerwise.results.comparisons import ERRORS, LEAST, NO_DIFFERENCE, Observation, accuracy, compare, perplexity
+from layerwise.results.significance import (
     ALPHA,
     bars,
     bootstrap_difference,
@@ -20,7 +20,7 @@ from workflow.scripts.significance import (
     resampled_means,
     signed_rank,
 )
-from workflow.scripts.table_schema import from_rows
+from layerwise.storage.table_schema import from_rows
 
 LAYERS = 28
 

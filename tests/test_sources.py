@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from workflow.scripts import sources
-from workflow.scripts.errors import InputError
+from layerwise.runtime.errors import InputError
+from layerwise.sources import hub
 
 ROOT = Path(__file__).parents[1]
 HUB = {"hub": "organisation/name", "revision": "0123abc"}
@@ -48,23 +48,23 @@ def sharded(folder: Path) -> None:
 
 def test_importing_is_light(tmp_path):
     heavy = "{'torch', 'transformers', 'huggingface_hub', 'numpy', 'pandas'}"
-    code = f"import sys, workflow.scripts.sources; print({heavy} & set(sys.modules))"
+    code = f"import sys, layerwise.sources.hub; print({heavy} & set(sys.modules))"
     assert run(code, tmp_path) == "set()"
 
 
 def test_complete_model(folder):
-    sources.check_model("mine", {"path": str(folder)})
-    names = [path.name for path in sources.model_files({"path": str(folder)})]
+    hub.check_model("mine", {"path": str(folder)})
+    names = [path.name for path in hub.model_files({"path": str(folder)})]
     assert names == ["config.json", "model.safetensors", "tokenizer.json"]
-    assert sources.model_files(HUB) == []
-    assert sources.fetch_model({"path": str(folder)}) == folder
+    assert hub.model_files(HUB) == []
+    assert hub.fetch_model({"path": str(folder)}) == folder
 
 
 def test_complete_shards(folder):
     sharded(folder)
     save_file({"bias": np.ones(4, np.float32)}, folder / "model-00002-of-00002.safetensors")
-    sources.check_model("mine", {"path": str(folder)})
-    assert len(sources.model_files({"path": str(folder)})) == 5
+    hub.check_model("mine", {"path": str(folder)})
+    assert len(hub.model_files({"path": str(folder)})) == 5
 
 
 def cut(folder: Path) -> None:
@@ -116,12 +116,12 @@ def test_incomplete_model(folder, kind):
     spoil, sentence = BROKEN_MODELS[kind]
     spoil(folder)
     with pytest.raises(InputError, match=sentence):
-        sources.check_model("mine", {"path": str(folder)})
+        hub.check_model("mine", {"path": str(folder)})
 
 
 def test_missing_model_folder(tmp_path):
     with pytest.raises(InputError, match="'mine' should be a folder at .*absent, but there is none"):
-        sources.check_model("mine", {"path": str(tmp_path / "absent")})
+        hub.check_model("mine", {"path": str(tmp_path / "absent")})
 
 
 BROKEN_TEXTS = {
@@ -139,26 +139,26 @@ def test_unreadable_text(tmp_path, monkeypatch, kind):
     monkeypatch.chdir(tmp_path)
     spec, sentence = BROKEN_TEXTS[kind]
     with pytest.raises(InputError, match=sentence):
-        sources.check_text("mine", spec)
+        hub.check_text("mine", spec)
 
 
 def test_readable_texts(tmp_path):
     (tmp_path / "a.jsonl.gz").touch()
-    sources.check_text("mine", {"path": str(tmp_path / "a.jsonl.gz")})
-    sources.check_text("made later", {"path": "results/text/train.txt"})
-    assert sources.text_files({"path": "a.txt"}) == sources.fetch_text({"path": "a.txt"}) == [Path("a.txt")]
-    assert sources.text_files(HUB_TEXT) == []
+    hub.check_text("mine", {"path": str(tmp_path / "a.jsonl.gz")})
+    hub.check_text("made later", {"path": "results/text/train.txt"})
+    assert hub.text_files({"path": "a.txt"}) == hub.fetch_text({"path": "a.txt"}) == [Path("a.txt")]
+    assert hub.text_files(HUB_TEXT) == []
 
 
 def test_hub_model_needs_a_revision():
     with pytest.raises(InputError, match="must name its `revision`"):
-        sources.check_model("mine", {"hub": "organisation/name"})
+        hub.check_model("mine", {"hub": "organisation/name"})
 
 
 @pytest.mark.parametrize("value", ["1", "true", "yes"])
 @pytest.mark.parametrize("call", [f"check_model('mine', {HUB})", f"check_text('mine', {HUB_TEXT})"])
 def test_offline_and_not_in_the_cache(tmp_path, call, value):
-    code = f"from workflow.scripts.sources import *\ntry: {call}\nexcept InputError as error: print(error)"
+    code = f"from layerwise.sources.hub import *\ntry: {call}\nexcept InputError as error: print(error)"
     sentence = run(code, tmp_path, HF_HUB_OFFLINE=value)
     assert "'mine'" in sentence and "organisation/name at 0123abc" in sentence
     assert "is not in the local cache and HF_HUB_OFFLINE forbids fetching: download it before" in sentence
@@ -169,12 +169,12 @@ def test_offline_and_in_the_cache(tmp_path):
     snapshot = tmp_path / "hub/hub/models--organisation--name/snapshots/0123abc"
     snapshot.mkdir(parents=True)
     (snapshot / "config.json").write_text("{}")
-    assert run(f"from workflow.scripts.sources import *\ncheck_model('m', {HUB})", tmp_path, HF_HUB_OFFLINE="1") == ""
+    assert run(f"from layerwise.sources.hub import *\ncheck_model('m', {HUB})", tmp_path, HF_HUB_OFFLINE="1") == ""
 
 
 @pytest.mark.parametrize("call", [f"fetch_model({HUB})", f"fetch_text({HUB_TEXT})"])
 def test_fetching_offline_is_one_sentence(tmp_path, call):
-    code = f"from workflow.scripts.sources import *\ntry: {call}\nexcept InputError as error: print(error)"
+    code = f"from layerwise.sources.hub import *\ntry: {call}\nexcept InputError as error: print(error)"
     assert "HF_HUB_OFFLINE forbids fetching" in run(code, tmp_path, HF_HUB_OFFLINE="1")
 
 
@@ -182,11 +182,11 @@ def test_a_hub_model_of_pickles_is_refused_with_what_to_do(tmp_path, monkeypatch
     (tmp_path / "config.json").write_text("{}")
     monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: str(tmp_path))
     with pytest.raises(InputError, match="hf download organisation/name --revision 0123abc --local-dir FOLDER"):
-        sources.fetch_model({"hub": "organisation/name", "revision": "0123abc"})
+        hub.fetch_model({"hub": "organisation/name", "revision": "0123abc"})
 
 
 def test_no_network_is_one_sentence(tmp_path):
-    code = f"from workflow.scripts.sources import *\ntry: fetch_model({HUB})\nexcept InputError as error: print(error)"
+    code = f"from layerwise.sources.hub import *\ntry: fetch_model({HUB})\nexcept InputError as error: print(error)"
     sentence = run(code, tmp_path, HF_ENDPOINT="http://127.0.0.1:9")  # nothing listens there
     assert sentence.startswith(
         "organisation/name at revision 0123abc is not in the local cache and could not be fetched"
@@ -200,8 +200,8 @@ def test_contamination():
         {"path": "a/test.txt", "dataset": "d"},
         {"path": "b.txt"},
     )
-    assert sources.contaminated(train, test)
-    assert not sources.contaminated(train, other)
-    assert sources.contaminated(other, {"path": "./b.txt"})
-    assert sources.contaminated(HUB_TEXT, {**HUB_TEXT, "files": ["test.parquet"]})
-    assert [sources.dataset_of(spec) for spec in (train, other, HUB_TEXT)] == ["d", "b.txt", "organisation/name"]
+    assert hub.contaminated(train, test)
+    assert not hub.contaminated(train, other)
+    assert hub.contaminated(other, {"path": "./b.txt"})
+    assert hub.contaminated(HUB_TEXT, {**HUB_TEXT, "files": ["test.parquet"]})
+    assert [hub.dataset_of(spec) for spec in (train, other, HUB_TEXT)] == ["d", "b.txt", "organisation/name"]

@@ -9,15 +9,15 @@ import numpy as np
 import pytest
 import torch
 
-from kernels import swap_rounds
-from methods import swap_search
-from methods.base import Compressed, Gram, Layer, Target
-from methods.magnitude import Magnitude
-from methods.random import Random
-from methods.sparse_swaps import SparseSwaps
-from methods.sparsegpt import SparseGPT
-from methods.swap_search import GroupSearch, Rows, RowSearch
-from methods.wanda import Wanda
+from layerwise.contract.layer import Compressed, Gram, Layer, Target
+from layerwise.kernels import swap_rounds
+from layerwise.methods.magnitude import Magnitude
+from layerwise.methods.random import Random
+from layerwise.methods.sparse_swaps import SparseSwaps
+from layerwise.methods.sparsegpt import SparseGPT
+from layerwise.methods.wanda import Wanda
+from layerwise.numerics import swap_search
+from layerwise.numerics.swap_search import GroupSearch, Rows, RowSearch
 from tests import layers
 from tests.brute_force import best_error, output_error
 from tests.layers import Recipe
@@ -129,7 +129,7 @@ def brute_changes(weight: torch.Tensor, gram: torch.Tensor, mask: torch.Tensor, 
 @pytest.mark.parametrize("seed", range(4))
 def test_the_search_finds_the_best_of_all_pairs(seed: int, length: int | None, monkeypatch):
     """Also where it leaves most pairs out, and with rows in several parts."""
-    monkeypatch.setattr("methods.swap_search.ENTRIES", 2**14)
+    monkeypatch.setattr("layerwise.numerics.swap_search.ENTRIES", 2**14)
     layer = layers.make(Recipe(out=40, inputs=150, seed=seed))
     weight, gram = layer.weight.double(), layer.gram.matrix.double()
     mask = torch.rand(weight.shape, generator=torch.Generator().manual_seed(seed)) < 0.4

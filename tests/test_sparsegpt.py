@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from methods.base import Gram, Layer, Target
-from methods.sparsegpt import SparseGPT
+from layerwise.contract.layer import Gram, Layer, Target
+from layerwise.methods.sparsegpt import SparseGPT
 from tests import layers
 from tests.layers import Recipe
 

@@ -10,12 +10,13 @@ from families import FAMILIES, build, tokens
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from workflow.scripts import evaluate, streaming
-from workflow.scripts.calibrate import shared
-from workflow.scripts.errors import InputError
-from workflow.scripts.models import Blocks, linears, load, model_linears
-from workflow.scripts.propagate import Stream
-from workflow.scripts.streaming import LazyBlocks
+from layerwise.calibration.block_stream import Stream
+from layerwise.calibration.calibrate import shared
+from layerwise.evaluation import perplexity
+from layerwise.models import streaming
+from layerwise.models.loading import Blocks, linears, load, model_linears
+from layerwise.models.streaming import LazyBlocks
+from layerwise.runtime.errors import InputError
 
 torch.set_num_threads(1)
 every_family = pytest.mark.parametrize("family", FAMILIES)
@@ -68,12 +69,12 @@ def test_calibration_and_perplexity_are_those_of_the_whole_model(tmp_path, famil
             f"inputs-{i:03d}" for i in (index, index + 1)
         }
     assert max(most) == 0  # between the blocks
-    losses = evaluate.window_losses(lazy, tokens(5), 2, folder=tmp_path / "windows")
+    losses = perplexity.window_losses(lazy, tokens(5), 2, folder=tmp_path / "windows")
     with torch.no_grad():
         logits = whole(input_ids=tokens(5)).logits[:, :-1].double()
     wanted = nn.functional.cross_entropy(logits.transpose(1, 2), tokens(5)[:, 1:], reduction="none").mean(1)
     torch.testing.assert_close(losses, wanted, rtol=1e-5, atol=1e-5)
-    assert torch.equal(losses, evaluate.window_losses(whole, tokens(5), 2))
+    assert torch.equal(losses, perplexity.window_losses(whole, tokens(5), 2))
 
 
 def test_weights_written_to_a_block_are_there_while_it_is_open(tmp_path):
@@ -149,7 +150,7 @@ def test_files_are_found_from_another_folder(tmp_path, monkeypatch):
     lazy = LazyBlocks(saved("model", "llama"))
     layers = model_linears(load({"path": "model"}))
     save_file({name: torch.ones(layer.shape) for name, layer in layers.items()}, "weights.safetensors")
-    evaluate.apply_weights(lazy, Path("weights.safetensors"))
+    perplexity.apply_weights(lazy, Path("weights.safetensors"))
     monkeypatch.chdir("/")
     with lazy.outside(), lazy.open(0) as block:
         assert not lazy.model.get_input_embeddings().weight.is_meta

@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from methods.target import Target
+from layerwise.contract.target import Target
 
 LABELS = {
     "dense": Target(),

@@ -11,8 +11,8 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from workflow.scripts import text
-from workflow.scripts.errors import InputError
+from layerwise.runtime.errors import InputError
+from layerwise.sources import tokens as text
 
 DOCUMENTS = ["The first.", "", "Line one.\nLine two: ä\u2028ö."]
 ROWS = [{"id": number, "text": document} for number, document in enumerate(DOCUMENTS)]

@@ -13,15 +13,16 @@ from families import build, tokens
 from test_compress import LENGTH, SAMPLES, Case, by_layer, dense_weights, rows, weights
 from torch.nn.functional import cross_entropy
 
-from methods import ops
-from methods.base import Compressed, Layer, Target
-from methods.catalogue import Catalogue
-from methods.promises import broken_promise
+from layerwise.calibration.block_stream import Stream
+from layerwise.calibration.calibrate import shared
+from layerwise.compression import cell as compress
+from layerwise.compression.tune import Tunable, Tuner, rounded
+from layerwise.compression.verify import broken_promise
+from layerwise.contract.catalogue import Catalogue
+from layerwise.contract.layer import Compressed, Layer, Target
+from layerwise.models import loading
+from layerwise.numerics import ops
 from tests import layers
-from workflow.scripts import compress, models
-from workflow.scripts.calibrate import shared
-from workflow.scripts.propagate import Stream
-from workflow.scripts.tune import Tunable, Tuner, rounded
 
 BLOCKS = Target(0.5, "1x8", bits=4, group=8)
 STAGES: dict[str, dict[str, Any]] = {
@@ -159,7 +160,7 @@ def block_errors(dense, model, mode: str) -> list[float]:
     hidden: dict[str, list[torch.Tensor]] = {"dense": [], "model": []}
     found = []
     for name, one in (("dense", dense), ("model", model)):
-        _, blocks = models.find_blocks(one)
+        _, blocks = loading.find_blocks(one)
         handles = [
             block.register_forward_hook(
                 lambda module, args, kwargs, out, name=name: hidden[name].append(
@@ -172,7 +173,7 @@ def block_errors(dense, model, mode: str) -> list[float]:
         one(input_ids=tokens(SAMPLES, LENGTH), use_cache=False)
         for handle in handles:
             handle.remove()
-    _, blocks = models.find_blocks(model)
+    _, blocks = loading.find_blocks(model)
     for block, (inputs, kwargs, wanted), (_, _, came) in zip(blocks, hidden["dense"], hidden["model"], strict=True):
         if mode == "shared":
             came = block(inputs, **kwargs)
@@ -277,17 +278,17 @@ def case(tmp_path_factory) -> Case:
 def test_a_cell_describes_its_final_weights(case: Case, mode: str, tmp_path: Path):
     cell = case.run("gqsa", BLOCKS, mode, str(tmp_path / "tuned"), tune=STAGES)
     plain = case.run("gqsa", BLOCKS, mode, str(tmp_path / "plain"))
-    saved, model = weights(cell), models.load(case.spec)
+    saved, model = weights(cell), loading.load(case.spec)
     dense = dense_weights(model)
     assert {row["comparison"] for row in rows(cell)} == {"tuned"}
     assert set(by_layer(cell, "bits_per_weight").values()) == set(by_layer(plain, "bits_per_weight").values())
     # The error of the saved weights, through the Grams of the mode, the model before the block being the saved one.
-    name, blocks = models.find_blocks(model)
+    name, blocks = loading.find_blocks(model)
     stream = Stream(model, tokens(SAMPLES, LENGTH))
     for index, block in enumerate(blocks):
         taps = stream.collect(index, advance=mode == "shared")
         grams = {layer: tap.gram.matrix.double() for tap in taps for layer in tap.layers}
-        for linear in models.linears(block, f"{name}.{index}"):
+        for linear in loading.linears(block, f"{name}.{index}"):
             lost = (dense[linear.name] - saved[linear.name]).double()
             error = float(((lost @ grams[linear.name]) * lost).sum())
             assert by_layer(cell, "absolute_error")[linear.name] == pytest.approx(error, rel=1e-6)

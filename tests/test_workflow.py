@@ -15,10 +15,10 @@ from dag import CONFIG, MODEL, ROOT, TEXTS, Run, snakemake, tiny_project, tiny_s
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
-from methods.target import Target
-from workflow.scripts.audit import audit
-from workflow.scripts.grid import Cell, plan
-from workflow.scripts.plot import FIGURES
+from layerwise.contract.target import Target
+from layerwise.export.audit import audit
+from layerwise.figures.plot import FIGURES
+from layerwise.study.grid import Cell, plan
 
 pytestmark = pytest.mark.xdist_group("workflow")
 
@@ -34,7 +34,7 @@ LIFT = '''"""Starts from another method and raises what it keeps: a warm start a
 
 from dataclasses import dataclass, replace
 
-from methods.base import Compressed, Method
+from layerwise.contract.layer import Compressed, Method
 
 CARD = {
     "title": "Lift",
@@ -61,8 +61,8 @@ FRAGILE = f'''"""Magnitude pruning that fails on one layer."""
 
 from dataclasses import dataclass
 
-from methods import ops
-from methods.base import Method
+from layerwise.numerics import ops
+from layerwise.contract.layer import Method
 
 CARD = {{
     "title": "Fragile",

@@ -22,13 +22,15 @@ from safetensors.torch import save_file
 from test_grid import study
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from workflow.scripts import docstring_tasks, task_sets, zero_shot
-from workflow.scripts.cell_results import TaskSet, gather_cell
-from workflow.scripts.errors import InputError
-from workflow.scripts.evaluate import apply_weights
-from workflow.scripts.grid import plan
-from workflow.scripts.models import find_blocks, linears
-from workflow.scripts.tables import document, markdown
+from layerwise.demo import docstring_tasks
+from layerwise.evaluation import zero_shot
+from layerwise.evaluation.perplexity import apply_weights
+from layerwise.models.loading import find_blocks, linears
+from layerwise.results.cell_results import TaskSet, gather_cell
+from layerwise.results.main_table import document, markdown
+from layerwise.runtime.errors import InputError
+from layerwise.sources import task_sets
+from layerwise.study.grid import plan
 
 LONG = pytest.mark.long  # lm-eval reads its thousands of tasks
 TASKS = ("last_word", "continuation")
@@ -88,7 +90,7 @@ def tiny(tmp_path_factory) -> Path:
 def test_lm_eval_s_command_line_gives_the_same_numbers(tiny):
     spec = {"tasks": list(TASKS), "folder": "tasks", "fewshot": SHOTS, "items": None, "batch": BATCH}
     model = {"path": str(tiny / "model"), "dtype": "float32"}
-    ours = ["workflow.scripts.zero_shot", "cell", "--tasks", json.dumps(spec), "--model", json.dumps(model)]
+    ours = ["layerwise.evaluation.zero_shot", "cell", "--tasks", json.dumps(spec), "--model", json.dumps(model)]
     ours += ["--weights", "weights.safetensors", "--threads", "1", "--out", "out.json"]
     done = run(tiny, *ours, cache=tiny / "cache")
     assert done.returncode == 0, done.stderr
@@ -131,7 +133,7 @@ def test_lm_eval_s_command_line_gives_the_same_numbers(tiny):
 def test_what_is_absent_is_one_sentence(tmp_path, spec, sentence):
     (tmp_path / "empty").mkdir()
     shutil.copy(ROOT / "resources/demo/tasks/last_word.yaml", tmp_path / "empty")
-    arguments = ["workflow.scripts.zero_shot", "data", "--tasks", json.dumps(spec), "--out", "out.json"]
+    arguments = ["layerwise.evaluation.zero_shot", "data", "--tasks", json.dumps(spec), "--out", "out.json"]
     done = run(tmp_path, *arguments, cache=tmp_path / "cache")
     assert done.returncode == 1 and "Traceback" not in done.stderr and not (tmp_path / "out.json").exists()
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
@@ -147,7 +149,7 @@ def test_a_task_of_lm_eval_reads_its_data_from_the_folder(tmp_path):
     for split in ("train", "validation"):
         (data / f"{split}.jsonl").write_text((json.dumps(row) + "\n") * 3)
     spec = json.dumps({"tasks": ["piqa"], "folder": "data"})
-    arguments = ["workflow.scripts.zero_shot", "data", "--tasks", spec, "--out", "out.json"]
+    arguments = ["layerwise.evaluation.zero_shot", "data", "--tasks", spec, "--out", "out.json"]
     done = run(tmp_path, *arguments, cache=tmp_path / "cache")
     assert done.returncode == 0, done.stderr
     record = json.loads((tmp_path / "out.json").read_text("utf-8"))

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from workflow.scripts.calibrate import shared
-from workflow.scripts.models import find_blocks, is_linear, load, vocabulary
-from workflow.scripts.propagate import Stream
+from layerwise.calibration.block_stream import Stream
+from layerwise.calibration.calibrate import shared
+from layerwise.models.loading import find_blocks, is_linear, load, vocabulary
 
 
 class Seen(Exception):

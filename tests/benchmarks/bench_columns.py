@@ -15,13 +15,13 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from methods.base import Gram, Layer, Method, Target
-from methods.gptq import GPTQ
-from methods.magnitude import Magnitude
-from methods.rtn import RTN
-from methods.sparsegpt import SparseGPT
-from methods.surgeon import SPAN
-from methods.wanda import Wanda
+from layerwise.contract.layer import Gram, Layer, Method, Target
+from layerwise.methods.gptq import GPTQ
+from layerwise.methods.magnitude import Magnitude
+from layerwise.methods.rtn import RTN
+from layerwise.methods.sparsegpt import SparseGPT
+from layerwise.methods.wanda import Wanda
+from layerwise.numerics.obs import SPAN
 
 BLOCK, DAMPING, GROUP = 128, 0.01, 128
 GRID = Target(bits=4, group=GROUP)

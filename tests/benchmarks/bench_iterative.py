@@ -15,12 +15,12 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from methods.admm import ADMM
-from methods.alps import ALPS
-from methods.awp import AWP
-from methods.base import Gram, Layer, Method, Target
-from methods.frank_wolfe import FrankWolfe
-from methods.wanda import Wanda
+from layerwise.contract.layer import Gram, Layer, Method, Target
+from layerwise.methods.admm import ADMM
+from layerwise.methods.alps import ALPS
+from layerwise.methods.awp import AWP
+from layerwise.methods.frank_wolfe import FrankWolfe
+from layerwise.methods.wanda import Wanda
 from tests.layers import Recipe, make
 
 TARGETS = {"60% row": Target(0.6), "2:4": Target(pattern="2:4")}

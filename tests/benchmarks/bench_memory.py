@@ -1,4 +1,4 @@
-"""What a method takes besides the process: the table METHODS of workflow/scripts/needs.py.
+"""What a method takes besides the process: the table METHODS of layerwise/study/cost_model.py.
 
     python -m tests.benchmarks.bench_memory [method ...]
 
@@ -16,11 +16,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from methods.base import Gram, Layer, Statistics, Target
+from layerwise.compression.cell import Solver
+from layerwise.compression.lower_bound import lower_bound
+from layerwise.contract.layer import Gram, Layer, Statistics, Target
+from layerwise.models import loading
+from layerwise.storage import packed_weights
 from tests.benchmarks.suite import CASES
-from workflow.scripts import models, packed
-from workflow.scripts.compress import Solver
-from workflow.scripts.lower_bound import lower_bound
 
 SHAPES = ((4096, 1024), (2048, 2048), (1024, 2560))  # the weight is 4 times the Gram, as large, two fifths
 CERTIFICATE = "certificate"  # the bound on a layer's masks, which is no method
@@ -51,11 +52,11 @@ def solved(case: str, layer: Layer) -> None:
         return
     chosen = CASES[case]
     dtype = torch.bfloat16
-    linear = models.Linear(layer.name, layer.name, torch.nn.Linear(*layer.weight.shape[::-1], dtype=dtype), False)
+    linear = loading.Linear(layer.name, layer.name, torch.nn.Linear(*layer.weight.shape[::-1], dtype=dtype), False)
     built = replace(chosen.built, **{key: few for key, few in FEW.items() if hasattr(chosen.built, key)})
     result, _ = Solver(chosen.method, built, chosen.target, 0, dtype).solve(layer)
     linear.replace(result.weight)
-    packed.parts_of(result, chosen.target, dtype)
+    packed_weights.parts_of(result, chosen.target, dtype)
 
 
 def peak(case: str, out: int, inputs: int) -> float:

@@ -24,12 +24,12 @@ import yaml
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from methods.catalogue import Catalogue
-from methods.target import Target
-from workflow.scripts.compress import Solver, in_turn, visit
-from workflow.scripts.propagate import Stream
-from workflow.scripts.provenance import peak_mb
-from workflow.scripts.taps import Tap
+from layerwise.calibration.block_stream import Stream
+from layerwise.calibration.taps import Tap
+from layerwise.compression.cell import Solver, in_turn, visit
+from layerwise.contract.catalogue import Catalogue
+from layerwise.contract.target import Target
+from layerwise.runtime.provenance import peak_mb
 
 VOCABULARY = 1024  # embeddings and head are no part of what is measured
 

@@ -29,11 +29,11 @@ from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.initialization import no_init_weights
 
-from workflow.scripts.calibrate import shared
-from workflow.scripts.grid import plan
-from workflow.scripts.models import Blocks, load
-from workflow.scripts.propagate import Stream
-from workflow.scripts.streaming import LazyBlocks
+from layerwise.calibration.block_stream import Stream
+from layerwise.calibration.calibrate import shared
+from layerwise.models.loading import Blocks, load
+from layerwise.models.streaming import LazyBlocks
+from layerwise.study.grid import plan
 
 GROUPS = {"/sys/fs/cgroup/memory": "memory.limit_in_bytes", "/sys/fs/cgroup": "memory.max"}  # version 1, version 2
 GIB = 2**30
@@ -125,12 +125,12 @@ def study(folder: Path, blocks: int, args: argparse.Namespace) -> None:
     save_file({"tokens": drawn}, folder / "tokens.safetensors", metadata={"info": json.dumps(info)})
     given = ["--model", model, "--fingerprint", "model.json", "--tokens", "tokens.safetensors"]
     given += ["--threads", str(args.threads)]
-    run(["workflow.scripts.fingerprint", "--model", model, "--out", "model.json"], limit, folder, args.threads)
-    jobs = [("calibrate", "", ["workflow.scripts.calibrate", *given, "--out", "gram.json"])]
+    run(["layerwise.sources.fingerprint", "--model", model, "--out", "model.json"], limit, folder, args.threads)
+    jobs = [("calibrate", "", ["layerwise.calibration.calibrate", *given, "--out", "gram.json"])]
     for method, mode, spec in cells(folder / "model", args.methods, args.samples, args.length):
         gram = ["--gram", "gram.json"] if mode == "shared" else []
         out = ["--out", f"cells/{method}-{mode}"]
-        jobs.append((method, mode, ["workflow.scripts.compress", "--cell", spec, *given, *gram, *out]))
+        jobs.append((method, mode, ["layerwise.compression.cell", "--cell", spec, *given, *gram, *out]))
     for name, mode, command in jobs:
         seconds, peak = run(command, limit, folder, args.threads)
         tokens = args.samples * args.length / seconds

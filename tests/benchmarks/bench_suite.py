@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from methods.base import Layer
+from layerwise.contract.layer import Layer
 from tests.benchmarks.suite import CASES, first_rows, layer_of, shapes
 
 WARM = 256  # side of the layer that every call sees once before it is timed

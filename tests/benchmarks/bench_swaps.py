@@ -16,11 +16,11 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from kernels import swap_rounds
-from methods import ops, swap_search
-from methods.base import Compressed, Layer, Target
-from methods.sparse_swaps import SparseSwaps
-from methods.wanda import Wanda
+from layerwise.contract.layer import Compressed, Layer, Target
+from layerwise.kernels import swap_rounds
+from layerwise.methods.sparse_swaps import SparseSwaps
+from layerwise.methods.wanda import Wanda
+from layerwise.numerics import ops, swap_search
 from tests import layers
 from tests.layers import Recipe
 

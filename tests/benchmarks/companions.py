@@ -8,7 +8,7 @@ float32, factorisations in float64. Where a released code scores with its tokens
 import torch
 from torch import Tensor
 
-from methods.base import Layer, Target
+from layerwise.contract.layer import Layer, Target
 from tests.benchmarks.bench_columns import DAMPING, baseline_rtn
 from tests.benchmarks.bench_iterative import floor_product, floor_spectrum
 

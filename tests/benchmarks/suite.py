@@ -14,24 +14,24 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from methods.admm import ADMM
-from methods.alps import ALPS
-from methods.awp import AWP
-from methods.awq import AWQ
-from methods.base import Compressed, Gram, Layer, Method, Statistics, Target
-from methods.chain import Chain
-from methods.dsnot import DSnoT
-from methods.frank_wolfe import FrankWolfe
-from methods.gptq import GPTQ
-from methods.gqsa import GQSA
-from methods.magnitude import Magnitude
-from methods.random import Random
-from methods.reconstruct import Reconstruct
-from methods.ria import RIA
-from methods.rtn import RTN
-from methods.sparse_swaps import SparseSwaps
-from methods.sparsegpt import SparseGPT
-from methods.wanda import Wanda
+from layerwise.contract.layer import Compressed, Gram, Layer, Method, Statistics, Target
+from layerwise.methods.admm import ADMM
+from layerwise.methods.alps import ALPS
+from layerwise.methods.awp import AWP
+from layerwise.methods.awq import AWQ
+from layerwise.methods.chain import Chain
+from layerwise.methods.dsnot import DSnoT
+from layerwise.methods.frank_wolfe import FrankWolfe
+from layerwise.methods.gptq import GPTQ
+from layerwise.methods.gqsa import GQSA
+from layerwise.methods.magnitude import Magnitude
+from layerwise.methods.random import Random
+from layerwise.methods.reconstruct import Reconstruct
+from layerwise.methods.ria import RIA
+from layerwise.methods.rtn import RTN
+from layerwise.methods.sparse_swaps import SparseSwaps
+from layerwise.methods.sparsegpt import SparseGPT
+from layerwise.methods.wanda import Wanda
 from tests.benchmarks import bench_columns as columns
 from tests.benchmarks import bench_iterative as iterative
 from tests.benchmarks import bench_swaps as swaps

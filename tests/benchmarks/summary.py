@@ -16,9 +16,9 @@ import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
+from layerwise.figures import style
+from layerwise.runtime.files import whole_file, write_atomic
 from tests.benchmarks.suite import BUDGET, CASES, FIXED, SIDES, UNTIMED
-from workflow.scripts import figure_style
-from workflow.scripts.files import whole_file, write_atomic
 
 LOOKS = tuple(zip(("#9fc3e6", "#5b9bd5", "#2f6fb0", "#123f73", "#D55E00"), "os^DP", strict=True))  # by size
 GAIN, TO_FLOOR = "Published loop / method", "Method / floor"
@@ -134,7 +134,7 @@ def drawn(table: pd.DataFrame) -> Figure:
     asked = squares(table)
     cases = list(asked["case"].cat.categories)
     shapes = list(dict.fromkeys(asked.sort_values(["in", "out"])["shape"]))
-    figure = Figure(figsize=(figure_style.WIDTH, 1.0 + 0.19 * len(cases)), layout="constrained")
+    figure = Figure(figsize=(style.WIDTH, 1.0 + 0.19 * len(cases)), layout="constrained")
     panels = figure.subplots(1, 2, sharey=True)
     for panel, column, title in zip(panels, ("gain", "to_floor"), (GAIN, TO_FLOOR), strict=True):
         for name, (colour, marker) in zip(shapes, cycle(LOOKS), strict=False):
@@ -164,8 +164,8 @@ def main() -> None:
     table = read(run)
     write_atomic(args.table.with_suffix(".csv"), table.to_csv(index=False, float_format="%.4g"))
     write_atomic(args.table.with_suffix(".md"), markdown(table, run, args.command))
-    with figure_style.styled(), whole_file(args.figure) as part:
-        figure_style.save(drawn(table), part, ".png")
+    with style.styled(), whole_file(args.figure) as part:
+        style.save(drawn(table), part, ".png")
 
 
 if __name__ == "__main__":

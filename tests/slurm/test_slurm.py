@@ -87,7 +87,7 @@ def step(folder: Path, script: str) -> Callable[[], str | None]:
                 here = (process / "cwd").readlink() == folder
             except OSError:  # it has ended by now, or is another user's
                 continue
-            if here and f"workflow.scripts.{script}".encode() in words and b"-m" in words:
+            if here and f"layerwise.{script}".encode() in words and b"-m" in words:
                 return process.name
         return None
 

@@ -13,21 +13,21 @@ rule docstrings:
     """The text of the embedded study, from the installed packages."""
     input:
         hashes=from_here(f"{workflow.basedir}/resources/demo/text.sha256"),
-        code=code(*scripts("docstrings")),
+        code=code(*scripts("demo/docstrings")),
     output:
         expand("results/text/{split}.txt", split=("train", "validation", "test")),
     log:
         "logs/docstrings.log",
     localrule: True
     shell:
-        "{PYTHON} -m workflow.scripts.docstrings --hashes {input.hashes:q} --out results/text 2> >(tee {log:q} >&2)"
+        "{PYTHON} -m layerwise.demo.docstrings --hashes {input.hashes:q} --out results/text 2> >(tee {log:q} >&2)"
 
 
 rule model:
     """Fetch a model once, and hash its weights for the provenance of every row."""
     input:
         model_files,
-        code=code(*scripts("fingerprint")),
+        code=code(*scripts("sources/fingerprint")),
     output:
         "results/models/{model}.json",
     log:
@@ -36,7 +36,7 @@ rule model:
     params:
         model=model_json,
     shell:
-        "{PYTHON} -m workflow.scripts.fingerprint --model {params.model:q} --out {output:q} 2> >(tee {log:q} >&2)"
+        "{PYTHON} -m layerwise.sources.fingerprint --model {params.model:q} --out {output:q} 2> >(tee {log:q} >&2)"
 
 
 rule calibration_tokens:
@@ -44,7 +44,7 @@ rule calibration_tokens:
     input:
         text_files("calibration"),
         model="results/models/{model}.json",
-        code=code(*scripts("text")),
+        code=code(*scripts("sources/tokens")),
     output:
         "results/tokens/{model}/calibration-{calib}.safetensors",
     log:
@@ -54,7 +54,7 @@ rule calibration_tokens:
         text=json_of(text_of("calibration")),
         spec=json_of(lambda wildcards: PLAN.calibrations[wildcards.calib]),
     shell:
-        "{PYTHON} -m workflow.scripts.text calibration --model {params.model:q} --text {params.text:q}"
+        "{PYTHON} -m layerwise.sources.tokens calibration --model {params.model:q} --text {params.text:q}"
         " --calibration {params.spec:q} --out {output:q} 2> >(tee {log:q} >&2)"
 
 
@@ -63,7 +63,7 @@ rule evaluation_tokens:
     input:
         text_files("evaluation"),
         model="results/models/{model}.json",
-        code=code(*scripts("text")),
+        code=code(*scripts("sources/tokens")),
     output:
         "results/tokens/{model}/evaluation-{evaluation}.safetensors",
     log:
@@ -74,7 +74,7 @@ rule evaluation_tokens:
         text=json_of(text_of("evaluation")),
         spec=json_of(lambda wildcards: PLAN.evaluations[wildcards.evaluation]),
     shell:
-        "{PYTHON} -m workflow.scripts.text evaluation --model {params.model:q} --text {params.text:q}"
+        "{PYTHON} -m layerwise.sources.tokens evaluation --model {params.model:q} --text {params.text:q}"
         " --evaluation {params.spec:q} --out {output:q} 2> >(tee {log:q} >&2)"
 
 
@@ -99,6 +99,6 @@ rule gram:
         model=model_json,
         dtype=forward_dtype,
     shell:
-        "{PYTHON} -m workflow.scripts.calibrate --model {params.model:q} --fingerprint {input.model:q}"
+        "{PYTHON} -m layerwise.calibration.calibrate --model {params.model:q} --fingerprint {input.model:q}"
         " --tokens {input.tokens:q} --code {input.code:q} {params.dtype:q} --threads {threads}"
         " --device {resources.device} --out {output:q} 2> >(tee {log:q} >&2)"

@@ -6,8 +6,14 @@ rule tables:
         [f"{cell.folder}/tasks-{tasks}.json" for cell in PLAN.cells for tasks in PLAN.tasks],
         list(PLAN.certificates),
         code=code(
-            *scripts("collect", "cell_results", "bounds", "comparisons", "significance"),
-            *scripts("table_schema", "tables", "grid", "sources", "task_sets"),
+            *scripts(
+                "results/collect",
+                "results/cell_results",
+                "results/bounds",
+                "results/comparisons",
+                "results/significance",
+            ),
+            *scripts("storage/table_schema", "results/main_table", "study/grid", "sources/hub", "sources/task_sets"),
             TABLE_SCHEMA,
         ),
     output:
@@ -21,7 +27,7 @@ rule tables:
     params:
         study=whole_study,
     shell:
-        "{PYTHON} -m workflow.scripts.collect --study {params.study:q} --out results/tables 2> >(tee {log:q} >&2)"
+        "{PYTHON} -m layerwise.results.collect --study {params.study:q} --out results/tables 2> >(tee {log:q} >&2)"
 
 
 rule published:
@@ -30,7 +36,14 @@ rule published:
         cells="results/tables/cells.parquet",
         numbers=from_here(f"{workflow.basedir}/resources/published.csv"),
         code=code(
-            *scripts("published", "published_page", "tables", "table_schema", "grid", "sources"),
+            *scripts(
+                "comparison/published",
+                "comparison/published_page",
+                "results/main_table",
+                "storage/table_schema",
+                "study/grid",
+                "sources/hub",
+            ),
             from_here(f"{workflow.basedir}/workflow/schemas/published.schema.yaml"),
             TABLE_SCHEMA,
         ),
@@ -45,7 +58,7 @@ rule published:
     params:
         study=whole_study,
     shell:
-        "{PYTHON} -m workflow.scripts.published --study {params.study:q} --tables results/tables"
+        "{PYTHON} -m layerwise.comparison.published --study {params.study:q} --tables results/tables"
         " 2> >(tee {log:q} >&2)"
 
 
@@ -56,7 +69,15 @@ rule report_page:
         published="results/tables/published.parquet",
         figures=[f"figures/{figure}.svg" for figure in DRAWN],
         code=code(
-            *scripts("report_page", "tables", "compare", "cell_results", "table_schema", "grid", "figure_style"),
+            *scripts(
+                "report/page",
+                "results/main_table",
+                "comparison/folders",
+                "results/cell_results",
+                "storage/table_schema",
+                "study/grid",
+                "figures/style",
+            ),
             TABLE_SCHEMA,
         ),
         page=PAGE,
@@ -68,7 +89,7 @@ rule report_page:
     params:
         study=whole_study,
     shell:
-        "{PYTHON} -m workflow.scripts.report_page --study {params.study:q} --tables results/tables"
+        "{PYTHON} -m layerwise.report.page --study {params.study:q} --tables results/tables"
         " --figures {input.figures:q} --out {output:q} 2> >(tee {log:q} >&2)"
 
 
@@ -90,5 +111,5 @@ for figure, drawing in DRAWN.items():  # a rule each, because the path of a capt
         params:
             figure=figure,
         shell:
-            "{PYTHON} -m workflow.scripts.plot {params.figure} --tables results/tables --out {output:q}"
+            "{PYTHON} -m layerwise.figures.plot {params.figure} --tables results/tables --out {output:q}"
             " 2> >(tee {log:q} >&2)"

@@ -10,13 +10,16 @@ from pathlib import Path
 
 from snakemake_interface_common.exceptions import WorkflowError
 
-from methods.catalogue import PACKAGES, SHARED_SOURCES
-from workflow.scripts import documents, recall, sources, task_sets
-from workflow.scripts.grid import canonical, plan
-from workflow.scripts.needs import Job, Needs
-from workflow.scripts.plot import FIGURES
-from workflow.scripts.errors import InputError
-from workflow.scripts.files import digest_of, unlock_after_death
+from layerwise.contract.catalogue import PACKAGES, SHARED_SOURCES
+from layerwise.evaluation import cache as recall
+from layerwise.sources import hub as sources
+from layerwise.sources import task_sets
+from layerwise.study import config_file as documents
+from layerwise.study.grid import canonical, plan
+from layerwise.study.cost_model import Job, Needs
+from layerwise.figures.plot import FIGURES
+from layerwise.runtime.errors import InputError
+from layerwise.runtime.files import digest_of, unlock_after_death
 
 PYTHON = shlex.quote(sys.executable)  # the interpreter that runs Snakemake has the locked packages
 FORMATS = ("pdf", "svg", "png")
@@ -66,11 +69,11 @@ wildcard_constraints:
 
 def scripts(*names):
     """Script files, listed because Snakemake does not see what a script imports."""
-    return [from_here(f"{workflow.basedir}/workflow/scripts/{name}.py") for name in names]
+    return [from_here(f"{workflow.basedir}/layerwise/{name}.py") for name in names]
 
 
 def kernels(*names):
-    return [from_here(f"{PACKAGES['kernels']}/{name}.py") for name in names]
+    return [from_here(f"{PACKAGES['layerwise.kernels']}/{name}.py") for name in names]
 
 
 CODE = {}  # digest -> files
@@ -94,16 +97,24 @@ def from_here(path):
 
 
 # Scripts that decide the Grams.
-WALK = ("propagate", "taps", "tap_statistics", "experts", "models", "streaming", "activations", "checkpoint")
-CALIBRATING = ("calibrate", "grams", *WALK)
+WALK = (
+    "calibration/block_stream",
+    "calibration/taps",
+    "calibration/tap_statistics",
+    "calibration/experts",
+    "models/loading",
+    "models/streaming",
+    "calibration/hidden_states",
+    "runtime/checkpoint",
+)
+CALIBRATING = ("calibration/calibrate", "calibration/gram_store", *WALK)
 
 # Drawing is cheap: an edit to what draws one figure draws all.
 FIGURE_CODE = code(
     *scripts(
-        "plot",
-        "seeds",
-        "table_schema",
-        *sorted(path.stem for path in Path(workflow.basedir).glob("workflow/scripts/figure_*.py")),
+        "results/seeds",
+        "storage/table_schema",
+        *sorted(f"figures/{path.stem}" for path in Path(workflow.basedir).glob("layerwise/figures/*.py")),
     )
 )
 PAGE = [from_here(str(path)) for path in sorted(Path(workflow.basedir).glob("workflow/report/**/*.*"))]
@@ -227,7 +238,7 @@ def gather_partial():
     command = [
         sys.executable,
         "-m",
-        "workflow.scripts.collect",
+        "layerwise.results.collect",
         "--study",
         STUDY,
         "--out",
@@ -236,15 +247,15 @@ def gather_partial():
     ]
     if subprocess.run(command).returncode:
         return
-    beside = ["-m", "workflow.scripts.published", "--study", STUDY, "--tables", f"{out}/tables"]
+    beside = ["-m", "layerwise.comparison.published", "--study", STUDY, "--tables", f"{out}/tables"]
     subprocess.run([sys.executable, *beside])
     for figure in DRAWN:
         files = [f"{out}/figures/{figure}.{kind}" for kind in FORMATS]
-        drawing = [sys.executable, "-m", "workflow.scripts.plot", figure, "--tables", f"{out}/tables", "--out", *files]
+        drawing = [sys.executable, "-m", "layerwise.figures.plot", figure, "--tables", f"{out}/tables", "--out", *files]
         subprocess.run(drawing)
     svgs = [path for figure in DRAWN if Path(path := f"{out}/figures/{figure}.svg").is_file()]
     page = ["--study", STUDY, "--tables", f"{out}/tables", "--out", f"{out}/report.html", "--figures", *svgs]
-    subprocess.run([sys.executable, "-m", "workflow.scripts.report_page", *page])
+    subprocess.run([sys.executable, "-m", "layerwise.report.page", *page])
     logger.error(f"Some cells failed. What is done, with the reasons of the rest, is in {out}/; the next run retries.")
 
 

@@ -13,9 +13,15 @@ rule compress:
         ),
         code=lambda wildcards: code(
             *method_sources(wildcards),
-            *scripts("compress", *CALIBRATING, "accounting", "packed", "table_schema"),
+            *scripts(
+                "compression/cell",
+                *CALIBRATING,
+                "storage/bits_per_weight",
+                "storage/packed_weights",
+                "storage/table_schema",
+            ),
             *kernels("rows", "sums"),
-            *(scripts("tune") if "tune" in cell_of(wildcards).spec else []),
+            *(scripts("compression/tune") if "tune" in cell_of(wildcards).spec else []),
             TABLE_SCHEMA,
         ),
     output:
@@ -39,7 +45,7 @@ rule compress:
         folders=method_folders,
         out=lambda wildcards, output: str(Path(output.record).parent),
     shell:
-        "HF_HUB_OFFLINE=1 {PYTHON} -m workflow.scripts.compress --cell {params.cell:q} --model {params.model:q}"
+        "HF_HUB_OFFLINE=1 {PYTHON} -m layerwise.compression.cell --cell {params.cell:q} --model {params.model:q}"
         " --fingerprint {input.model:q} --tokens {input.tokens:q} --code {input.code:q} {params.gram:q} {params.dtype:q}"
         " {params.folders:q} --threads {threads} --device {resources.device} --out {params.out:q} 2> >(tee {log:q} >&2)"
 
@@ -51,7 +57,7 @@ rule certificate:
         gram="results/calibration/{model}/{calib}/gram.json",
         code=code(
             *map(from_here, SHARED_SOURCES),
-            *scripts("certificate", "lower_bound", *CALIBRATING, "table_schema"),
+            *scripts("compression/certificate", "compression/lower_bound", *CALIBRATING, "storage/table_schema"),
             TABLE_SCHEMA,
         ),
     output:
@@ -68,6 +74,6 @@ rule certificate:
             lambda wildcards: {key: certified(wildcards).columns[key] for key in ("model", "calibration", "seed")}
         ),
     shell:
-        "{PYTHON} -m workflow.scripts.certificate --columns {params.columns:q} --target {params.target:q}"
+        "{PYTHON} -m layerwise.compression.certificate --columns {params.columns:q} --target {params.target:q}"
         " --model {params.model:q} --fingerprint {input.model:q} --gram {input.gram:q} --threads {threads}"
         " --out {output:q} 2> >(tee {log:q} >&2)"

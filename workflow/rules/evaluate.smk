@@ -17,7 +17,7 @@ rule perplexity:
         model=model_json,
         name=lambda wildcards: "{label} {target} {mode}".format(**cell_of(wildcards).columns),
     shell:
-        "{PYTHON} -m workflow.scripts.recall perplexity --model {params.model:q} --fingerprint {input.model:q}"
+        "{PYTHON} -m layerwise.evaluation.cache perplexity --model {params.model:q} --fingerprint {input.model:q}"
         " --weights {input.weights:q} --data {input.tokens:q} --name {params.name:q} --threads {threads}"
         " --device {resources.device} --out {output:q} 2> >(tee {log:q} >&2)"
 
@@ -29,7 +29,7 @@ rule docstring_tasks:
         definitions=[
             from_here(f"{workflow.basedir}/resources/demo/tasks/{task}.yaml") for task in ("last_word", "continuation")
         ],
-        code=code(*scripts("docstring_tasks")),
+        code=code(*scripts("demo/docstring_tasks")),
     output:
         expand("results/tasks/docstrings/{task}.{kind}", task=("last_word", "continuation"), kind=("yaml", "jsonl")),
     log:
@@ -39,7 +39,7 @@ rule docstring_tasks:
         definitions=lambda wildcards, input: str(Path(input.definitions[0]).parent),
         out=lambda wildcards, output: str(Path(output[0]).parent),
     shell:
-        "{PYTHON} -m workflow.scripts.docstring_tasks --text {input.text:q} --definitions {params.definitions:q}"
+        "{PYTHON} -m layerwise.demo.docstring_tasks --text {input.text:q} --definitions {params.definitions:q}"
         " --out {params.out:q} 2> >(tee {log:q} >&2)"
 
 
@@ -47,7 +47,7 @@ rule task_data:
     """Load the data of a set of tasks once, so that what is absent is told early and nothing is fetched twice."""
     input:
         task_files,
-        code=code(*scripts("zero_shot", "task_sets")),
+        code=code(*scripts("evaluation/zero_shot", "sources/task_sets")),
     output:
         "results/tasks/{tasks}.json",
     log:
@@ -57,7 +57,7 @@ rule task_data:
     params:
         tasks=tasks_json,
     shell:
-        "{PYTHON} -m workflow.scripts.zero_shot data --tasks {params.tasks:q} --out {output:q} 2> >(tee {log:q} >&2)"
+        "{PYTHON} -m layerwise.evaluation.zero_shot data --tasks {params.tasks:q} --out {output:q} 2> >(tee {log:q} >&2)"
 
 
 rule zero_shot:
@@ -80,6 +80,6 @@ rule zero_shot:
         model=model_json,
         tasks=tasks_json,
     shell:
-        "{PYTHON} -m workflow.scripts.recall tasks --model {params.model:q} --fingerprint {input.model:q}"
+        "{PYTHON} -m layerwise.evaluation.cache tasks --model {params.model:q} --fingerprint {input.model:q}"
         " --weights {input.weights:q} --data {input.tasks:q} --tasks {params.tasks:q}"
         " --threads {threads} --device {resources.device} --out {output:q} 2> >(tee {log:q} >&2)"

@@ -1,6 +1,6 @@
 # What a run takes, told and refused before its first job.
-from workflow.scripts.estimate import Limits, disks, operations_per_second, refusals, short, together, total
-from workflow.scripts.memory import machine_memory
+from layerwise.study.estimate import Limits, disks, operations_per_second, refusals, short, together, total
+from layerwise.runtime.memory import machine_memory
 
 
 def preflight():

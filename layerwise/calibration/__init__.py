@@ -1,0 +1,1 @@
+"""Tokens through blocks to Grams."""

@@ -1,0 +1,332 @@
+"""Calibration tokens through a model block by block, whatever its architecture passes to its blocks."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Cache, PreTrainedModel
+
+from layerwise.calibration.hidden_states import StoredStates, store
+from layerwise.calibration.taps import Tap, TapRecorder
+from layerwise.compression.verify import finite
+from layerwise.models.loading import Blocks, check_tokens, linears, vocabulary
+from layerwise.runtime.errors import Diverged, InputError
+
+HIDDEN = "hidden_states"
+PROBE = 8  # tokens of the passes that show what a block's call depends on
+# The widest activations of a batch: on a processor they stay in its caches, and in memory that is taken and given back
+# without asking the system; a device wants more to do at once.
+BATCH_BYTES = {"cpu": 2**22}
+BATCH_BYTES_ELSEWHERE = 2**28
+
+
+class _Stop(Exception):
+    """Ends a forward pass at the last block of interest."""
+
+
+@dataclass(frozen=True)
+class Call:
+    """What a block is called with besides its hidden states, replayed unchanged."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    keyword: bool  # hidden states came as a keyword, else as the first positional argument
+
+    def replay(self, block: Callable[..., Any], hidden: Tensor) -> Tensor:
+        """Output hidden states of the block."""
+        output = (
+            block(*self.args, **{**self.kwargs, HIDDEN: hidden})
+            if self.keyword
+            else block(hidden, *self.args, **self.kwargs)
+        )
+        return output if isinstance(output, Tensor) else output[0]
+
+
+def without_cache(value: Any) -> Any:
+    """A cache would grow with every replay and let tokens attend to earlier batches."""
+    return None if isinstance(value, Cache) else value
+
+
+def same(first: Any, second: Any) -> bool:
+    """Equality of what blocks are called with, down to the values of the tensors."""
+    if isinstance(first, Tensor) and isinstance(second, Tensor):
+        return first is second or (first.dtype == second.dtype and torch.equal(first, second))
+    if type(first) is not type(second):
+        return False
+    if isinstance(first, Call):
+        return same((first.args, first.kwargs), (second.args, second.kwargs))
+    if isinstance(first, dict):
+        return first.keys() == second.keys() and all(same(first[key], second[key]) for key in first)
+    if isinstance(first, (tuple, list)):
+        return len(first) == len(second) and all(map(same, first, second))
+    return first is second or bool(first == second)
+
+
+@dataclass(frozen=True)
+class Pass:
+    """What a pass through the model shows: the hidden states that enter the first block, and each block's call.
+
+    returned: of each block that was passed, 0 for a tensor, n for a tuple of n. extra: whether one returned something
+    besides the hidden states.
+    """
+
+    hidden: Tensor
+    calls: list[Call]
+    returned: list[int]
+    extra: bool
+
+
+def capture(model: PreTrainedModel, blocks: Sequence[nn.Module], tokens: Tensor, skip: Sequence[int] = ()) -> Pass:
+    """Run the model on tokens [sequences, length] up to the last of `blocks`, which need not be all of its blocks.
+
+    skip: of the first blocks, what each returns; they are then not run, and pass on what they are given.
+    Raises InputError when the model does not call every block once with a tensor of hidden states.
+    """
+    calls: dict[int, Call] = {}
+    hidden: list[Tensor] = []
+    returned: list[int] = []
+    extra: list[bool] = []
+
+    def hook(index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        keyword = not args
+        states = kwargs.get(HIDDEN) if keyword else args[0]
+        if not isinstance(states, Tensor) or index in calls:
+            raise InputError(f"{type(model).__name__} does not call each block once with its {HIDDEN}.")
+        rest = {key: without_cache(value) for key, value in kwargs.items() if not (keyword and key == HIDDEN)}
+        calls[index] = Call(tuple(map(without_cache, args[1:])), rest, keyword)
+        if index == 0:
+            hidden.append(states.clone())  # the block may write into it
+        if index == len(blocks) - 1:
+            raise _Stop
+
+    def note(output: Any) -> None:
+        returned.append(0 if isinstance(output, Tensor) else len(output))
+        extra.append(not isinstance(output, Tensor) and any(item is not None for item in output[1:]))
+
+    with ExitStack() as stack:
+        for index, block in enumerate(blocks):
+            handle = block.register_forward_pre_hook(
+                lambda _, args, kwargs, index=index: hook(index, args, kwargs), with_kwargs=True
+            )
+            stack.callback(handle.remove)
+            stack.callback(block.register_forward_hook(lambda _, args, output: note(output)).remove)
+        for block, length in zip(blocks, skip, strict=False):
+            stack.enter_context(passing_on(block, length))
+        with suppress(_Stop):
+            model(input_ids=tokens, use_cache=False)
+    if sorted(calls) != list(range(len(blocks))):
+        raise InputError(f"{type(model).__name__} called {len(calls)} of its {len(blocks)} blocks.")
+    return Pass(hidden[0], [calls[index] for index in range(len(blocks))], returned, any(extra))
+
+
+@contextmanager
+def passing_on(block: nn.Module, length: int, instead: Tensor | None = None) -> Iterator[None]:
+    """Within it the block is not run, and returns the hidden states that it is given, or `instead`.
+
+    length: 0 for a tensor, n for a tuple of n.
+    """
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        states = instead if instead is not None else args[0] if args else kwargs[HIDDEN]
+        return (states, *[None] * (length - 1)) if length else states
+
+    own = vars(block).get("forward")
+    block.forward = forward
+    try:
+        yield
+    finally:
+        del block.forward
+        if own is not None:
+            block.forward = own
+
+
+class Stream:
+    """Sequences on their way through a model, from one block to the next.
+
+        for index in range(len(stream.blocks)):
+            with stream.source.open(index):
+                taps = stream.collect(index, advance=True)     # shared statistics: one forward pass per model
+                # or: taps = stream.collect(index), new weights for stream.blocks[index], and stream.advance(index)
+
+    name, blocks: the model's list of blocks. source: reads them when they are opened. inputs: per batch, the hidden
+    states [sequences, length, hidden] that enter the next block, on the CPU or in files, in the model's dtype.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel | Blocks,
+        tokens: Tensor,
+        sequences_per_batch: int | None = None,
+        folder: Path | None = None,
+        start: int = 0,
+    ) -> None:
+        """Embed the tokens [samples, length], by default in batches of the size that `BATCH_BYTES` gives.
+
+        folder: for files of hidden states (default: in memory): of those that enter a block, and of those that entered
+        the one before, whose work may have to begin anew. start: block that is next, whose inputs are there.
+        Raises InputError when tokens or the model's blocks do not fit.
+        """
+        self.source = model if isinstance(model, Blocks) else Blocks(model)
+        self.model, self.name, self.blocks = self.source.model, self.source.name, self.source.modules
+        check_tokens(self.model, tokens)
+        self.device = self.source.device
+        self.samples, self.length = tokens.shape
+        self.folder = folder
+        self.overflow: str | None = None  # what is said of the first output of a block that is not finite
+        self._lost: tuple[int, int, Tensor] | None = None  # its block, batch and inputs
+        self._calls: list[list[Call]] = []  # per batch, of every block
+        parts = tokens.split(sequences_per_batch or self._batch())
+        self.inputs: Sequence[Tensor] = []
+        with torch.no_grad(), self.source.outside():
+            self._skip = self._probe(tokens)  # per block but the last; empty where all must be run
+            hidden = (self._embed(part.to(self.device)) for part in parts)
+            if start and folder:
+                for _ in hidden:  # for the calls
+                    pass
+                self.inputs = StoredStates(folder, start, [len(part) for part in parts])
+            else:
+                self._keep(0, hidden)
+
+    def _keep(self, index: int, hidden: Iterable[Tensor]) -> None:
+        """Make these the inputs of a block."""
+        self.inputs = store(self.folder, index, hidden) if self.folder else list(hidden)
+
+    def _batch(self) -> int:
+        """Sequences whose widest activations fill what a batch may take."""
+        widest = max(max(layer.shape) for layer in linears(self.blocks, self.name))
+        size = next(self.blocks.parameters()).element_size()
+        return max(1, BATCH_BYTES.get(self.device.type, BATCH_BYTES_ELSEWHERE) // (self.length * widest * size))
+
+    def _probe(self, tokens: Tensor) -> list[int]:
+        """What the blocks return, if their calls can be had without running them; else nothing.
+
+        Two passes of a few tokens show whether the calls depend on more than the batch's shape. One block of each class
+        is run for what it returns.
+        """
+        few, blocks = tokens[:1, :PROBE].to(self.device), list(self.blocks)
+        skip: list[int] = []
+        kinds: dict[type, int] = {}
+        extra = False
+        for index, block in enumerate(blocks[:-1]):
+            if type(block) not in kinds:
+                found = capture(self.model, blocks[: index + 2], few, skip)
+                kinds[type(block)], extra = found.returned[index], extra or found.extra
+            skip.append(kinds[type(block)])
+
+        def calls(skip: Sequence[int]) -> list[list[Call]]:
+            """Of the blocks, in the two passes."""
+            return [capture(self.model, blocks, x, skip).calls for x in (few, (few + 1) % vocabulary(self.model))]
+
+        one, other = calls(skip)
+        if not same(one[0], other[0]):
+            return []
+        # What a block returns besides may make the calls of the next.
+        run, another = calls(()) if extra else (one, other)
+        if not (same(one, other) and same(run, another)):
+            raise InputError(f"{type(self.model).__name__} passes more than {HIDDEN} from block to block.")
+        return skip if same(one, run) else []
+
+    def _embed(self, tokens: Tensor) -> Tensor:
+        """What enters the first block; the blocks' calls are kept."""
+        blocks = list(self.blocks)
+        if self._calls:
+            first = capture(self.model, blocks[:1], tokens)
+            if same(first.calls[0], self._calls[0][0]):  # one copy in memory
+                self._calls.append(self._calls[0])
+                return first.hidden.to("cpu")
+        whole = capture(self.model, blocks, tokens, self._skip)
+        self._calls.append(whole.calls)
+        return whole.hidden.to("cpu")
+
+    def _forward(self, index: int, batch: int, inputs: Tensor) -> Tensor:
+        """Output of a block for one batch, on the CPU."""
+        with torch.no_grad():  # inference mode would keep no version counters, which tell the taps apart
+            output = self.replay(self.blocks[index], index, batch, inputs).to("cpu")
+        if self._lost is None and not finite(output):
+            self._lost = index, batch, inputs
+        return output
+
+    def _locate(self) -> None:
+        """Name the first module whose output is not finite, by another pass through its block, which is open."""
+        if self._lost is None or self.overflow:
+            return
+        index, batch, inputs = self._lost
+        found = [f"{self.name}.{index}"]
+
+        def hook(_: nn.Module, args: Any, output: Any, name: str) -> None:
+            if len(found) == 1 and isinstance(output, Tensor) and output.is_floating_point() and not finite(output):
+                found.append(name)
+
+        with ExitStack() as stack:
+            for name, module in self.blocks[index].named_modules(prefix=found[0]):
+                if not list(module.children()):
+                    handle = module.register_forward_hook(partial(hook, name=name))
+                    stack.callback(handle.remove)
+            self._forward(index, batch, inputs)
+        dtype = str(inputs.dtype).removeprefix("torch.")
+        advice = ", use dtype: bfloat16 or float32" if inputs.dtype == torch.float16 else ""
+        self.overflow = f"the output of {found[-1]} has NaN or Inf in {dtype}{advice}"
+
+    def _refuse(self, expert: str | None = None) -> None:
+        """expert: the first layer of one that is given such values."""
+        if self.overflow:
+            also = f", and so has what enters {expert}" if expert else ""
+            raise Diverged(f"The activations of the calibration are not finite: {self.overflow}{also}.")
+
+    def replay(self, block: Callable[..., Any], index: int, batch: int, hidden: Tensor) -> Tensor:
+        """What `block` gives for hidden states when it is called as block `index` is for this batch, with gradients."""
+        own = hidden.to(self.device, copy=True)  # a block may write into its input
+        return self._calls[batch][index].replay(block, own)
+
+    def collect(self, index: int, advance: bool = False) -> list[Tap]:
+        """Taps of a block, with the statistics of the present inputs.
+
+        advance: whether the block's outputs become the inputs of the next; else the inputs stay. Raises Diverged naming
+        the module whose output is not finite, and InputError naming block, tap and layers for Grams that are not, and
+        the layers that do not see every token once.
+        """
+        self._refuse()  # what a compressed block has passed on
+        name = f"{self.name}.{index}"
+        recorder = TapRecorder(name, linears(self.blocks[index], name), self.samples, self.length)
+
+        def outputs() -> Iterator[Tensor]:
+            for batch, inputs in enumerate(self.inputs):
+                yield self._forward(index, batch, inputs)
+                recorder.end_batch(len(inputs))
+
+        before = self.inputs
+        with recorder:
+            if advance:
+                self._keep(index + 1, outputs())
+            else:
+                deque(outputs(), maxlen=0)
+            if recorder.again():  # experts that were routed too few tokens
+                for batch, inputs in enumerate(before):
+                    self._forward(index, batch, inputs)
+        self._locate()
+        self._refuse(recorder.experts.overflown())
+        return recorder.finish()
+
+    def advance(self, index: int) -> None:
+        """Make the outputs of the block, as it is now, the inputs of the next."""
+        self._keep(index + 1, (self._forward(index, batch, inputs) for batch, inputs in enumerate(self.inputs)))
+        self._locate()
+
+    def logits(self, batch: int, tokens: Tensor) -> Tensor:
+        """[sequences, length, vocabulary] of a batch whose states have come to the last block, given its tokens.
+
+        Blocks before the last are not run, but for a model whose blocks must be.
+        """
+        with ExitStack() as stack:
+            for index, (block, length) in enumerate(zip(self.blocks, self._skip, strict=False)):
+                instead = self.inputs[batch].to(self.device) if index == len(self.blocks) - 2 else None
+                stack.enter_context(passing_on(block, length, instead))
+            return self.model(input_ids=tokens.to(self.device), use_cache=False).logits

@@ -1,0 +1,113 @@
+"""Shared calibration: the Gram of every tap of the dense model, from one forward pass, stored block by block."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import shutil
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from tqdm import tqdm
+
+from layerwise.calibration.block_stream import Stream
+from layerwise.calibration.gram_store import INDEX, block_file, block_tensors, content, description, point_to, scopes
+from layerwise.calibration.taps import Tap
+from layerwise.models.loading import Blocks, set_threads
+from layerwise.models.streaming import LazyBlocks
+from layerwise.runtime.checkpoint import Checkpoint
+from layerwise.runtime.devices import take
+from layerwise.runtime.errors import report_errors
+from layerwise.runtime.files import gram_stores, remove_parts, unchanged, whole_file, write_atomic
+from layerwise.sources.fingerprint import check_unchanged
+from layerwise.sources.tokens import read_tokens
+
+
+def shared(stream: Stream, start: int = 0) -> Iterator[list[Tap]]:
+    """The taps of each block in turn, as the stream passes through the model as it is, once."""
+    for index in range(start, len(stream.blocks)):
+        with stream.source.open(index):
+            taps = stream.collect(index, advance=True)
+        yield taps
+        del taps  # before the next block's
+
+
+def write_gram(
+    folder: Path,
+    blocks: Blocks,
+    tokens: Tensor,
+    fingerprint: Mapping[str, Any],
+    check: Callable[[], None] = lambda: None,
+) -> None:
+    """Write the taps of each block of a model for tokens [samples, length] to `folder`, which is there when complete.
+
+    block-000.safetensors ... hold float32 tensors "{tap}/gram" [in, in], "{tap}/mean", "{tap}/absmean" and
+    "{tap}/sequence_variance" [in], "{tap}/sample" [rows, in]; index.json says which layers a tap serves.
+    A process that is killed leaves its finished blocks beside the folder, and the next goes on from there if its
+    fingerprint is the same. check: raises InputError where the model is no longer that of the fingerprint.
+    """
+    with Checkpoint(folder.with_name(f".{folder.name}.part"), fingerprint, check) as checkpoint:
+        if (folder / INDEX).is_file():  # by another process, while this one waited for it
+            return checkpoint.remove()
+        part = checkpoint.folder / "store"
+        if not all((part / block_file(index)).is_file() for index in range(checkpoint.done)):
+            checkpoint.restart()  # they have become a store that was removed later
+        done = checkpoint.done
+        part.mkdir(exist_ok=True)
+        remove_parts(part)
+        stream = Stream(blocks, tokens, folder=checkpoint.folder, start=done)
+        progress = tqdm(shared(stream, done), "calibrate", total=len(blocks), initial=done, unit="block")
+        for index, taps in enumerate(progress, done):
+            with whole_file(part / block_file(index)) as path:
+                save_file(block_tensors(taps), path)
+            write_atomic(checkpoint.file(index, "json"), json.dumps({tap.name: description(tap) for tap in taps}))
+            checkpoint.finish(index)
+            taps.clear()  # the progress bar holds on to the list
+        found = [json.loads(checkpoint.file(index, "json").read_text("utf-8")) for index in range(len(blocks))]
+        hashes = [checkpoint.hashes[f"{part.name}/{block_file(index)}"] for index in range(len(blocks))]
+        contents = {"length": tokens.shape[1], "blocks": found, "sha256": hashes}
+        write_atomic(part / INDEX, json.dumps(contents, indent=1) + "\n")
+        if folder.exists():  # a folder of before that has no index
+            shutil.rmtree(folder)
+        part.replace(folder)
+        checkpoint.remove()
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", type=json.loads, required=True, help="model entry of the config, as JSON")
+    parser.add_argument("--fingerprint", type=Path, required=True, help="what fingerprint.py wrote of the model")
+    parser.add_argument("--tokens", type=Path, required=True, help="calibration tokens, safetensors")
+    parser.add_argument("--code", type=Path, help="file that names the code that decides the Grams, and its hash")
+    parser.add_argument("--out", type=Path, required=True, help="JSON file that will say where the Grams are")
+    parser.add_argument("--dtype", help="of the forward passes (default: the model's)")
+    parser.add_argument("--threads", type=int, default=None)
+    parser.add_argument("--device", default="cpu")
+    args = parser.parse_args(argv)
+
+    set_threads(args.threads)
+    code = unchanged(args.code) if args.code else ""
+    fingerprint = content(args.fingerprint, args.model, args.tokens, args.dtype, code, args.device)
+    key = hashlib.sha256(json.dumps(fingerprint, sort_keys=True).encode()).hexdigest()[:32]
+    folder = gram_stores() / key
+    if (folder / INDEX).is_file():
+        print(f"The same Grams were computed before: {folder} ({scopes(folder)})", file=sys.stderr)
+    else:
+        check = partial(check_unchanged, args.model, args.fingerprint)
+        check()  # before the model is opened; the checkpoint asks again
+        take(args.device)
+        tokens = torch.from_numpy(read_tokens(args.tokens)[0])
+        model = {**args.model, "dtype": args.dtype} if args.dtype else args.model
+        write_gram(folder, LazyBlocks(model, args.device), tokens, fingerprint, check)
+    point_to(folder, args.out)
+
+
+if __name__ == "__main__":
+    report_errors(main, sys.argv[1:])

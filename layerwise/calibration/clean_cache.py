@@ -1,0 +1,77 @@
+"""Free the folder of Gram stores: all that no other study uses, and what killed calibrations have left there.
+
+Not while a run of this study is reading them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import fcntl
+import re
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from layerwise.calibration.gram_store import users
+from layerwise.runtime.errors import report_errors
+from layerwise.runtime.files import gram_stores
+
+NAMES = re.compile(r"[0-9a-f]{32}|\.[0-9a-f]{32}\.part")  # of stores and of calibrations: nothing else is touched
+
+
+def size_of(folder: Path) -> int:
+    """Bytes of the files in a folder."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+@contextlib.contextmanager
+def held(part: Path) -> Iterator[bool]:
+    """Whether no process works in what a calibration has begun; within it none begins to."""
+    with contextlib.ExitStack() as stack:
+        free = True
+        with contextlib.suppress(FileNotFoundError):
+            lock = stack.enter_context((part / "lock").open("r+"))
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                free = False
+        yield free
+
+
+def clean(folder: Path, here: Path, dry: bool = False) -> int:
+    """Remove what may go from a folder of stores; returns the bytes. here: the working directory.
+
+    With a store goes what says that this study has it, so that the next run that needs it computes it anew.
+    """
+    freed = 0
+    for path in sorted(path for path in folder.glob("*") if NAMES.fullmatch(path.name) and path.is_dir()):
+        pointers = users(path)
+        others = [pointer for pointer in pointers if not pointer.is_relative_to(here / "results")]
+        size = size_of(path)
+        with held(path) as free:
+            if others:
+                print(f"kept {size / 1e6:.1f} MB: {path} ({len(others)} other studies use it, such as {others[0]})")
+            elif not free:
+                print(f"kept {size / 1e6:.1f} MB: {path} (a calibration is at work there)")
+            else:
+                print(f"{'would free' if dry else 'freed'} {size / 1e6:.1f} MB: {path}")
+                freed += size
+                if not dry:
+                    for pointer in pointers:
+                        pointer.unlink(missing_ok=True)
+                    shutil.rmtree(path)
+    return freed
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--dry-run", action="store_true", help="say what would go, and leave it")
+    args = parser.parse_args(argv)
+    freed = clean(gram_stores(), Path.cwd(), args.dry_run)
+    print(f"{freed / 1e6:.1f} MB in all, of {gram_stores()}.")
+
+
+if __name__ == "__main__":
+    report_errors(main, sys.argv[1:])

@@ -1,0 +1,212 @@
+"""Gram stores: where the Grams of a calibration are, block by block, shared by all studies that see the same folder.
+
+A store is named after all that decides its content.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from layerwise.calibration.taps import Tap
+from layerwise.contract.layer import Gram, Statistics
+from layerwise.models.loading import Blocks
+from layerwise.runtime.errors import InputError, out_of_memory, refused
+from layerwise.runtime.files import read_made, sha256, write_atomic
+
+STATISTICS = ("mean", "absmean", "sequence_variance", "sample")
+INDEX = "index.json"
+USERS = "users.txt"
+
+
+def block_file(index: int) -> str:
+    return f"block-{index:03d}.safetensors"
+
+
+def block_tensors(taps: list[Tap]) -> dict[str, Tensor]:
+    tensors = {}
+    for tap in taps:
+        tensors[f"{tap.name}/gram"] = tap.gram.matrix
+        tensors |= {f"{tap.name}/{field}": getattr(tap.statistics, field) for field in STATISTICS}
+    return {name: tensor.to("cpu").contiguous() for name, tensor in tensors.items()}
+
+
+def description(tap: Tap) -> dict[str, Any]:
+    """A tap's entry in index.json."""
+    own = {"layers": tap.layers, "inside": tap.inside, "in": len(tap.gram.matrix)}
+    return own | {"tokens": tap.gram.tokens, "scope": tap.scope}
+
+
+def read_index(folder: Path) -> dict[str, Any]:
+    """{length, blocks: [{tap: {layers, inside, in, tokens, scope}}], sha256: [of each block's file]}.
+
+    Taps stand in the order of their inputs.
+
+    Raises InputError when the folder holds no complete Gram store.
+    """
+    path = Path(folder) / INDEX
+    if not path.is_file():
+        raise InputError(f"Expected the Grams of a calibration at {folder}, which has no {INDEX}: run again.")
+    return read_made(path)
+
+
+def scopes(folder: Path) -> str:
+    """How many layers of a store have which token_scope, such as `layers by token_scope: 8 all, 64 routed`."""
+    layers: Counter[str] = Counter()
+    for tap in (tap for block in read_index(folder)["blocks"] for tap in block.values()):
+        layers[tap["scope"]] += len(tap["layers"])
+    return "layers by token_scope: " + ", ".join(f"{count} {scope}" for scope, count in layers.items())
+
+
+def read_block(folder: Path, index: int, device: str = "cpu") -> Iterator[Tap]:
+    """The taps of one block on a device, each read when its turn comes; no other block is read.
+
+    The file is opened for each tap: what has been read of a mapped file counts as memory until it is closed.
+
+    Raises InputError when its file is absent or, at the latest after the last tap, when it is damaged: then the store
+    is given up, so that the next run makes it anew.
+    """
+    contents, path = read_index(folder), Path(folder) / block_file(index)
+    try:
+        with ThreadPoolExecutor(1) as beside:  # what is done with the taps takes longer
+            found = beside.submit(sha256, path)
+            for name, entry in contents["blocks"][index].items():
+                yield _tap(path, name, entry, contents["length"], device)
+            whole = found.result() == contents["sha256"][index]
+    except (OSError, SafetensorError) as error:
+        if out_of_memory(error) or refused(error):
+            raise InputError(f"The Gram file {path.name} of {folder} cannot be read: {error}.") from error
+        sentence = f"The Gram file {path.name} of {folder} cannot be read: {error}"
+        raise InputError(f"{sentence}; {give_up(folder)}.") from error
+    check_block(folder, index, whole)
+
+
+@contextmanager
+def unless_damaged(pointer: Path | None) -> Iterator[None]:
+    """Within it an InputError of what is computed from a store is about the store, where that is damaged."""
+    try:
+        yield
+    except InputError:
+        folder = pointer and (pointer if pointer.is_dir() else named(pointer) if pointer.is_file() else None)
+        if folder and (folder / INDEX).is_file():  # else the error says that it was given up
+            for index, known in enumerate(read_index(folder)["sha256"]):
+                check_block(folder, index, sha256(folder / block_file(index)) == known)
+        raise
+
+
+def check_block(folder: Path, index: int, whole: bool) -> None:
+    """Raise InputError, and give the store up, when a block of it is not whole."""
+    if not whole:
+        what = f"The Gram file {block_file(index)} of {folder} is damaged: it has changed"
+        raise InputError(f"{what}; {give_up(folder)}.")
+
+
+def _tap(path: Path, name: str, entry: Mapping[str, Any], length: int, device: str) -> Tap:
+    with safe_open(path, "pt", device=device) as file:
+        gram = Gram(file.get_tensor(f"{name}/gram"), entry["tokens"])
+        statistics = Statistics(length=length, **{field: file.get_tensor(f"{name}/{field}") for field in STATISTICS})
+    return Tap(name, tuple(entry["layers"]), tuple(entry["inside"]), gram, statistics, entry["scope"])
+
+
+def shared_blocks(
+    folder: Path, blocks: Blocks, start: int = 0, finished: Callable[[int], None] = lambda index: None
+) -> Iterator[tuple[int, Iterator[Tap]]]:
+    """The taps of each block in a Gram store, read one by one; meanwhile the block of the model is open.
+
+    finished: called when nothing of a block is needed any more.
+    """
+    for index in range(start, len(read_index(folder)["blocks"])):
+        with blocks.open(index):
+            yield index, read_block(folder, index, str(blocks.device))
+        finished(index)
+
+
+# ----------------------------------------------------------------------------------------------------------- sharing
+
+
+def content(
+    fingerprint: Path, model: Mapping[str, Any], tokens: Path, dtype: str | None, code: str, device: str
+) -> Any:
+    """What decides the Grams.
+
+    fingerprint: what fingerprint.py wrote of the model; model: its config entry; code: hash of that of the job.
+    """
+    return {
+        "model": read_made(fingerprint)["files"],
+        "loading": {"dtype": dtype or model.get("dtype"), "trust_remote_code": model.get("trust_remote_code")},
+        "tokens": sha256(tokens),
+        "code": code,
+        "versions": {name: importlib.metadata.version(name) for name in ("torch", "transformers")},
+        "device": device,
+    }
+
+
+def give_up(folder: Path, *pointers: Path) -> str:
+    """A store is of no use: nothing says any more that it is there. Returns the end of the sentence that says so."""
+    known = [*users(folder), *pointers, folder / INDEX]
+    try:
+        for path in known:
+            path.unlink(missing_ok=True)
+    except OSError:
+        return f"delete {' and '.join(map(str, known))}, and run again"
+    return "run again, which computes these Grams anew"
+
+
+def store_of(pointer: Path) -> Path:
+    """The folder of the Grams that the file names, which the gram rule leaves; a folder stands for itself."""
+    if pointer.is_dir():
+        return pointer
+    if not pointer.is_file():
+        raise InputError(f"The Grams of {pointer} were given up during this run: run again, which computes them anew.")
+    folder = named(pointer)
+    if not (folder / INDEX).is_file():
+        raise InputError(f"The Grams of {pointer} are no longer at {folder}: {give_up(folder, pointer)}.")
+    register(folder, pointer)  # anew where the study has moved
+    return folder
+
+
+def named(pointer: Path) -> Path:
+    """The store that a study's file names."""
+    return Path(read_made(pointer)["store"])
+
+
+def point_to(folder: Path, pointer: Path) -> None:
+    """Write the file that says that a study has its Grams in a store, and in the store who has."""
+    register(folder, pointer)
+    write_atomic(pointer, json.dumps({"store": str(folder)}, indent=1) + "\n")
+
+
+def register(folder: Path, pointer: Path) -> None:
+    """Note in a store who has it. Raises InputError where the store was removed meanwhile."""
+    try:
+        known = (folder / USERS).read_text("utf-8") if (folder / USERS).is_file() else ""
+        if str(pointer.absolute()) not in known.splitlines():
+            with (folder / USERS).open("a", encoding="utf-8") as file:
+                file.write(f"{pointer.absolute()}\n")
+    except OSError as error:
+        if not (folder / INDEX).is_file():
+            raise InputError(f"The Grams at {folder} were removed meanwhile: run again.") from error
+        print(f"{folder / USERS} does not say that {pointer} uses it ({error.strerror}).", file=sys.stderr)
+
+
+def users(folder: Path) -> list[Path]:
+    """The files that say that their study has its Grams in the store."""
+    try:
+        known = map(Path, dict.fromkeys((folder / USERS).read_text("utf-8").splitlines()))
+    except FileNotFoundError:
+        return []
+    found = []
+    for path in known:
+        with suppress(InputError):  # another study's that is damaged
+            found += [path] if path.is_file() and named(path).name == folder.name else []
+    return found

@@ -1,0 +1,71 @@
+"""Hidden states of calibration or evaluation sequences between two blocks, in files."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from layerwise.runtime.checkpoint import STATES
+from layerwise.runtime.files import write_atomic, writing
+
+
+def files_of(folder: Path, index: int) -> tuple[Path, Path]:
+    """The values of the hidden states that enter a block, and what says that they are whole."""
+    return folder / f"{STATES}{index:03d}.bin", folder / f"{STATES}{index:03d}.json"
+
+
+class StoredStates(Sequence[Tensor]):
+    """Batches of hidden states [sequences, length, hidden] that enter block `index`, read when they are asked for.
+
+    Of one dtype and one length, so that the file does not depend on how the sequences are batched.
+    """
+
+    def __init__(self, folder: Path, index: int, sizes: Sequence[int]) -> None:
+        """sizes: sequences of each batch. Raises FileNotFoundError when the states are absent or were cut off."""
+        self.path, said = files_of(folder, index)
+        found = json.loads(said.read_text("utf-8"))
+        self.dtype, self.shape = getattr(torch, found["dtype"]), tuple(found["shape"])  # (length, hidden)
+        self.bytes = self.dtype.itemsize * self.shape[0] * self.shape[1]  # of a sequence
+        self.sizes = list(sizes)
+        if self.path.stat().st_size != sum(self.sizes) * self.bytes:
+            raise FileNotFoundError(f"{self.path} does not hold {sum(self.sizes)} sequences of {self.bytes} bytes.")
+
+    def __len__(self) -> int:
+        return len(self.sizes)
+
+    def __getitem__(self, batch: int) -> Tensor:  # type: ignore[override]
+        if not 0 <= batch < len(self):
+            raise IndexError(batch)
+        start = sum(self.sizes[:batch]) * self.bytes
+        values = np.fromfile(self.path, np.uint8, self.sizes[batch] * self.bytes, offset=start)
+        return torch.from_numpy(values).view(self.dtype).view(-1, *self.shape)
+
+
+def store(folder: Path, index: int, batches: Iterable[Tensor]) -> StoredStates:
+    """Write the states that enter block `index`; those that entered the block before the last are forgotten.
+
+    Those of the last one stay: whoever has read them may have to begin anew.
+    """
+    path, said = files_of(folder, index)
+    with writing(path):
+        folder.mkdir(parents=True, exist_ok=True)
+        said.unlink(missing_ok=True)
+    for old in files_of(folder, index - 2):
+        old.unlink(missing_ok=True)
+    sizes, dtype, shape = [], torch.float32, (0, 0)
+    with writing(path), path.open("wb") as file:
+        for states in batches:
+            sizes.append(len(states))
+            dtype, shape = states.dtype, (states.shape[1], states.shape[2])
+            # (not tofile, which keeps to itself why a disk refuses)
+            file.write(states.contiguous().view(torch.uint8).numpy().data)
+        file.flush()
+        os.fsync(file.fileno())
+    write_atomic(said, json.dumps({"dtype": str(dtype).removeprefix("torch."), "shape": shape}) + "\n")
+    return StoredStates(folder, index, sizes)

@@ -1,0 +1,149 @@
+"""The Gram and statistics of one distinct input, accumulated batch by batch."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from layerwise.contract.layer import Gram, Statistics
+from layerwise.kernels.rows import array
+from layerwise.kernels.sums import add_sums
+from layerwise.numerics import dispatch
+
+SAMPLE_ROWS = 512
+RUN = 4096  # tokens whose products are summed in float32
+NARROW_PANEL, WIDEST_PANEL, NARROW_BELOW = 128, 256, 2048  # of a symmetric product, and the inputs that ask for each
+
+
+class TapStatistics:
+    """Accumulates the Gram and statistics of one tap, independently of how the sequences are batched.
+
+    Products are float32 over at most RUN tokens, means float32 within a sequence; totals are float64.
+    """
+
+    def __init__(self, features: int, sequences: int, length: int, device: torch.device | str = "cpu") -> None:
+        self.tokens, self.length = sequences * length, length
+        count = min(SAMPLE_ROWS, self.tokens)
+        self.stride, self.taken = max(1, self.tokens // SAMPLE_ROWS), 0  # of the sample's rows
+        self.seen = 0
+        self.gram = torch.zeros(features, features, dtype=torch.float64, device=device)  # above the diagonal
+        self.run = torch.zeros(features, features, dtype=torch.float32, device=device)  # what it lacks as yet
+        self.in_run = 0  # tokens
+        self.sums = torch.zeros(3, features, dtype=torch.float64, device=device)  # mean, absmean, variance
+        self.sample = torch.zeros(count, features, dtype=torch.float32, device=device)
+
+    def update(self, inputs: Tensor) -> None:
+        """Add whole sequences: inputs [..., in] of any float dtype, tokens of a sequence one after the other."""
+        sequences = inputs.detach().reshape(-1, self.length, inputs.shape[-1]).float()  # [sequences, length, in]
+        flat = sequences.flatten(0, 1)  # [tokens, in]
+        for part in flat.split(RUN):
+            if self.in_run + len(part) > RUN:
+                self._end_run()
+            add_products(self.run, part)
+            self.in_run += len(part)
+        add_statistics(sequences, self.sums)
+        rows = flat[self.taken * self.stride - self.seen :: self.stride][: len(self.sample) - self.taken]
+        self.sample[self.taken : self.taken + len(rows)] = rows
+        self.taken += len(rows)
+        self.seen += len(flat)
+
+    def _end_run(self) -> None:
+        add_to(self.gram, self.run)
+        self.run.zero_()
+        self.in_run = 0
+
+    def finish(self) -> tuple[Gram, Statistics]:
+        """The means over the tokens, in float32 on the device of the inputs; the accumulated sums are given up."""
+        if self.seen != self.tokens:
+            raise ValueError(f"TapStatistics awaited {self.tokens} tokens. Got {self.seen} instead.")
+        self._end_run()
+        matrix = self.run.copy_(self.gram.div_(self.tokens))
+        del self.gram, self.run
+        mirror(matrix)
+        mean, absmean, variance = (self.sums * (self.length / self.tokens)).float()  # means over the sequences
+        return Gram(matrix, self.tokens), Statistics(self.length, mean, absmean, variance, self.sample)
+
+
+class RoutedStatistics:
+    """The same of an expert, which sees some tokens of each sequence, how many being known at the end alone.
+
+    Means are over the tokens, the variance within a sequence weighted by its tokens: what TapStatistics gives, where an
+    expert sees every token. run: [in, in] float32, which experts of one width share; what it holds is lost.
+    """
+
+    def __init__(self, features: int, length: int, run: Tensor) -> None:
+        self.length, self.run = length, run
+        self.seen = 0
+        self.gram = torch.zeros(features, features, dtype=torch.float64, device=run.device)  # above the diagonal
+        self.sums = torch.zeros(3, features, dtype=torch.float64, device=run.device)
+        self.stride = 1
+        self.sample = torch.zeros(0, features, dtype=torch.float32, device=run.device)  # every stride-th token
+
+    def update(self, inputs: Tensor) -> None:
+        """Add the tokens [tokens, in] that the expert sees of one sequence, of any float dtype, at least one."""
+        flat = inputs.detach().float()
+        for part in flat.split(RUN):
+            self.run.zero_()
+            add_products(self.run, part)
+            add_to(self.gram, self.run)
+        own = torch.zeros_like(self.sums)
+        add_statistics(flat[None], own)
+        self.sums += own * len(flat)
+        self.sample = torch.cat([self.sample, flat[-self.seen % self.stride :: self.stride]])
+        while len(self.sample) > SAMPLE_ROWS:
+            self.sample, self.stride = self.sample[::2].clone(), 2 * self.stride
+        self.seen += len(flat)
+
+    def finish(self) -> tuple[Gram, Statistics]:
+        """As TapStatistics'; between half and all of the sample's rows are there, where tokens are more than those."""
+        matrix = self.gram.div_(self.seen).float()
+        del self.gram, self.run
+        mirror(matrix)
+        mean, absmean, variance = (self.sums / self.seen).float()
+        return Gram(matrix, self.seen), Statistics(self.length, mean, absmean, variance, self.sample)
+
+
+def add_to(total: Tensor, run: Tensor) -> None:
+    """Add float32 to float64 in place, in parts: torch would take a float64 copy of the whole."""
+    for rows, others in zip(total.split(WIDEST_PANEL), run.split(WIDEST_PANEL), strict=True):
+        rows += others
+
+
+def mirror(matrix: Tensor) -> None:
+    """Make a square matrix symmetric in place: what lies below the diagonal is what lies above."""
+    for start in range(0, len(matrix), WIDEST_PANEL):
+        panel = matrix[start:, start : start + WIDEST_PANEL]
+        upper = matrix[start : start + WIDEST_PANEL, start:]
+        corner = upper[:, : len(upper)].triu()
+        upper[:, : len(upper)] = corner + corner.triu(1).T
+        panel.copy_(upper.T.clone())
+
+
+def add_statistics(sequences: Tensor, sums: Tensor) -> None:
+    """Add mean, mean magnitude and variance of each of sequences [sequences, length, in] to sums [3, in] float64."""
+    if dispatch.compiled(sequences):
+        # In one thread, for some tenth of the product's time: a pool's would contend with torch's waiting ones.
+        add_sums(array(sequences), array(sums))
+    else:
+        add_sums_in_torch(sequences, sums)
+
+
+def add_products(total: Tensor, x: Tensor) -> None:
+    """Add Xt X of x [tokens, in] to total [in, in], of which what lies below its diagonal is left undefined.
+
+    Panel by panel from the diagonal on: half the work of the whole product, and what the panels have too much.
+    """
+    inputs = x.shape[1]
+    width = NARROW_PANEL if inputs < NARROW_BELOW and x.device.type == "cpu" else WIDEST_PANEL
+    for start in range(0, inputs, width):
+        total[start : start + width, start:].addmm_(x[:, start : start + width].T, x[:, start:])
+
+
+def add_sums_in_torch(sequences: Tensor, sums: Tensor) -> None:
+    """The plain reference of `layerwise.kernels.sums.add_sums`."""
+    # Per sequence in float32, where cascade summation loses no digits, 16 times faster than summing in float64.
+    means = sequences.mean(1, keepdim=True)
+    sums[0] += means.sum((0, 1), dtype=torch.float64)
+    sums[1] += sequences.abs().mean(1).sum(0, dtype=torch.float64)
+    # Centred before squaring: the mean of squares less the square of the mean loses digits to a large mean.
+    sums[2] += (sequences - means).square_().mean(1).sum(0, dtype=torch.float64)

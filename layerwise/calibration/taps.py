@@ -1,0 +1,168 @@
+"""Taps, the distinct inputs of a block's linear layers: finding them, and the Gram and statistics of each."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+from transformers import PreTrainedModel
+
+from layerwise.calibration.experts import ExpertRecorder
+from layerwise.calibration.tap_statistics import TapStatistics
+from layerwise.contract.layer import Gram, Statistics
+from layerwise.models.loading import Linear, few, find_blocks, linears
+from layerwise.runtime.errors import InputError
+
+
+@dataclass(frozen=True)
+class Tap:
+    """One distinct input of a block: the layers that see it, and what calibration says of it."""
+
+    # Last components of its layers' names, such as q_proj,k_proj,v_proj; whole names if those are taken, and of
+    # experts; what enters several experts is called as their parameter, such as mlp.experts.gate_up_proj.
+    name: str
+    layers: tuple[str, ...]  # names in the model, in the order of their calls
+    inside: tuple[str, ...]  # the same layers' names in the block
+    gram: Gram
+    statistics: Statistics
+    scope: str = "all"  # tokens: all, those routed to an expert, or all because those were too few (fallback)
+
+
+def tapped_linears(
+    model: PreTrainedModel, blocks: Iterable[tuple[int, Iterable[Tap]]]
+) -> Iterator[tuple[int, Tap, Linear]]:
+    """Every linear layer of the blocks, with its block's number and its tap, in the order of their calls.
+
+    A tap is let go of when its layers are done: with its Gram goes what methods have kept on it.
+    """
+    name, modules = find_blocks(model)
+    for index, taps in blocks:
+        found = {linear.name: linear for linear in linears(modules[index], f"{name}.{index}")}
+        for tap in taps:
+            for layer in tap.layers:
+                yield index, tap, found[layer]
+            del tap
+
+
+class TapRecorder:
+    """Context in which every forward pass of a block feeds the taps of its linear layers, and those of its experts.
+
+    The first batch finds the taps: layers that are given the same memory, not written to in between, see the same
+    input. Later batches follow them. Call `end_batch` after each forward pass, and `finish` after the last; in between
+    `again` says whether all forward passes are needed once more.
+    """
+
+    def __init__(self, block: str, layers: Sequence[Linear], sequences: int, length: int) -> None:
+        self.block, self.sequences, self.length = block, sequences, length
+        self.layers = [layer for layer in layers if layer.expert is None]
+        self.experts = ExpertRecorder(block, [layer for layer in layers if layer.expert is not None], sequences, length)
+        self.first = True  # pass through the batches
+        self.members: list[list[Linear]] = []  # of each tap, found on the first batch
+        self.statistics: list[TapStatistics] = []
+        self.leaders: dict[str, TapStatistics] | None = None  # first layer of each tap, once they are known
+        self.held: dict[tuple[Any, ...], tuple[int, Tensor]] = {}  # inputs kept alive, so that no memory is reused
+        self.calls: defaultdict[str, list[int]] = defaultdict(list)  # tokens of each call in this batch
+        self.handles: list[RemovableHandle] = []
+
+    def __enter__(self) -> TapRecorder:
+        for layer in self.layers:
+
+            def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], layer: Linear = layer) -> None:
+                self._see(layer, args[0] if args else kwargs["input"])
+
+            self.handles.append(layer.module.register_forward_pre_hook(hook, with_kwargs=True))
+        if self.experts.layers:
+            self.experts.__enter__()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self.experts.layers:
+            self.experts.__exit__(*error)
+        for handle in self.handles:
+            handle.remove()
+        self.held.clear()
+
+    def _see(self, layer: Linear, inputs: Tensor) -> None:
+        if not self.first:
+            return
+        features = inputs.shape[-1]
+        tokens = inputs.numel() // features
+        self.calls[layer.name].append(tokens)
+        if tokens == 0 or tokens % self.length:  # no whole sequences: end_batch refuses them
+            return
+        if self.leaders is not None:
+            if layer.name in self.leaders:
+                self.leaders[layer.name].update(inputs)
+            return
+        key = identity(inputs)
+        if key not in self.held:
+            self.held[key] = (len(self.members), inputs)
+            self.members.append([])
+            self.statistics.append(TapStatistics(features, self.sequences, self.length, inputs.device))
+            self.statistics[-1].update(inputs)
+        self.members[self.held[key][0]].append(layer)
+
+    def end_batch(self, sequences: int) -> None:
+        """Check the batch. Raises InputError when a layer did not see each of its tokens exactly once."""
+        self.experts.end_batch()
+        tokens = sequences * self.length
+        wrong = [layer.name for layer in self.layers if self.calls[layer.name] not in ([], [tokens])]
+        if wrong:
+            seen = " + ".join(map(str, self.calls[sorted(wrong)[0]]))
+            raise InputError(
+                "Every linear layer of a block must see every token once, unless it is an expert's in transformers' "
+                f"layout, but {few(wrong)} saw {seen} of the {tokens} tokens of a batch."
+            )
+        uncalled = [layer.name for layer in self.layers if not self.calls[layer.name]]
+        if uncalled:
+            raise InputError(
+                f"Models of this family are not supported: {few(uncalled)} {'were' if len(uncalled) > 1 else 'was'} "
+                "never called as a module (the weight is used directly, if at all), so that its inputs cannot be seen."
+            )
+        if self.leaders is None:
+            taps = zip(self.members, self.statistics, strict=True)
+            self.leaders = {members[0].name: statistics for members, statistics in taps}
+        self.calls.clear()
+        self.held.clear()
+
+    def again(self) -> bool:
+        """Whether experts were routed so few tokens that they must see all, in a second pass through the batches."""
+        self.first = False
+        return self.experts.all_tokens()
+
+    def finish(self) -> list[Tap]:
+        """The block's taps in the order of their inputs, then its experts'. Raises InputError naming one not finite."""
+        taps = []
+        ordinary = zip(tap_names(self.members), self.members, self.statistics, strict=True)
+        found = chain(((name, "all", *rest) for name, *rest in ordinary), self.experts.found())
+        for name, scope, members, accumulated in found:
+            gram, statistics = accumulated.finish()
+            layers = tuple(layer.name for layer in members)
+            if not torch.isfinite(gram.matrix).all():
+                raise InputError(
+                    f"The activations of {self.block}, tap {name}, are not finite: the inputs of "
+                    f"{', '.join(layers)} have NaN, Inf or squares beyond float32."
+                )
+            taps.append(Tap(name, layers, tuple(layer.inside for layer in members), gram, statistics, scope))
+        return taps
+
+
+def identity(inputs: Tensor) -> tuple[Any, ...]:
+    """What two tensors [..., in] share only if they are the same values in the same memory, while both are alive."""
+    flat = inputs.flatten(0, -2)  # some blocks flatten [sequences, length, in] for a part of their layers
+    strides = flat.stride() if flat.data_ptr() == inputs.data_ptr() else inputs.stride()  # flatten may have copied
+    memory = (inputs.untyped_storage().data_ptr(), inputs.storage_offset(), inputs.dtype)
+    return (*memory, tuple(flat.shape), strides, inputs._version)
+
+
+def tap_names(members: Sequence[Sequence[Linear]]) -> list[str]:
+    """Last name components joined by commas; names inside the block where two taps would be called the same."""
+    short = [",".join(layer.inside.rpartition(".")[2] for layer in tap) for tap in members]
+    whole = [",".join(layer.inside for layer in tap) for tap in members]
+    return [w if short.count(s) > 1 else s for s, w in zip(short, whole, strict=True)]

@@ -1,0 +1,1 @@
+"""Tables beside accepted, published or other tables."""

@@ -1,0 +1,344 @@
+"""Hold two result folders (two commits, two machines) against each other, or put the tables of several into one.
+
+compare A B: what moved from A to B by more than the tolerance; exit status 1 when a number moved or is gone.
+compare merge A B ... --out C: the tables of all, for a study whose cells were computed on several machines.
+A folder is one that collect wrote, or one that holds it as tables/ or results/tables/.
+"""
+
+# pandas' own annotations lose whether a selection is a column or a frame.
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
+# pyright: reportGeneralTypeIssues=false, reportIndexIssue=false, reportReturnType=false
+
+import argparse
+import math
+import sys
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from layerwise.results import comparisons, main_table
+from layerwise.results.collect import TABLES, write_csv
+from layerwise.results.comparisons import ERRORS, Observation
+from layerwise.results.protocol import SAME, Protocol
+from layerwise.runtime.errors import InputError, report_errors
+from layerwise.runtime.files import whole_file
+from layerwise.storage.table_schema import columns, first_line, from_rows, read_table, to_frame, typed
+
+CELL = ["model", "calibration", "seed", "mode", "label", "target", "params"]
+_CELLS = list(columns("cells"))
+SPEC = _CELLS[: _CELLS.index("metric")]  # what was asked of a cell
+PROVENANCE = _CELLS[_CELLS.index("commit") :]
+# What decides a number beside the cell's spec: rows that differ in these are of two experiments.
+PROTOCOL = [
+    *("model_sha256", "dtype", "calibration_sha256", "calibration_samples", "calibration_length", "calibration_seed"),
+    *("calibration_sampling", "calibration_dtype", "eval_sha256", "eval_length", "eval_windows"),
+    *("task_version", "fewshot", "items", "lm_eval"),
+]
+MEASURED = ["metric", "text", "task_set", "task"]  # what a number of a cell is, and of what
+TIMES = ("solve_seconds", "job_seconds")  # metrics that differ from run to run
+TOLD = ("seed", "params")  # columns of a key that tell cells apart only where nothing else does
+Tables = Mapping[str, pd.DataFrame]  # of one result folder, by name
+ROW = {  # the columns that name a row of a table
+    "layers": [*SPEC, "layer"],
+    "cells": [*SPEC, *MEASURED],
+    "traces": [*SPEC, "layer", "iteration"],
+    "bounds": ["model", "calibration", "seed", "target", "layer"],
+    "skipped": ["label", "method", "target"],
+}
+TOLERANCE = 0.02
+LEAST = 1e-12  # differences below are rounding, of errors that should be zero
+
+
+def folder_of_tables(folder: Path) -> Path:
+    """The folder that holds cells.parquet: the one given, or tables or results/tables in it."""
+    places = [folder, folder / "tables", folder / "results/tables"]
+    for place in places:
+        if (place / "cells.parquet").is_file():
+            return place
+    raise InputError(f"Expected cells.parquet in {folder}, in tables or in results/tables below it; there is none.")
+
+
+def read_tables(folder: Path) -> dict[str, pd.DataFrame]:
+    """All tables of a result folder, by name. Raises InputError when one is absent or broken."""
+    place = folder_of_tables(folder)
+    return {table: read_table(place, table) for table in TABLES}
+
+
+def read_numbers(folder: Path) -> dict[str, pd.DataFrame]:
+    """The tables that two folders are held against each other by, also of a version that had fewer columns, which are
+    empty and told. Raises InputError when one cannot be read, or lacks a column that names a number."""
+    place, data = folder_of_tables(folder), {}
+    for table, value in (("layers", "output_error"), ("cells", "value")):
+        try:
+            found = pd.read_parquet(place / f"{table}.parquet")
+        except (OSError, ValueError, pa.ArrowException) as error:
+            raise InputError(f"{place / table}.parquet cannot be read: {first_line(error)}") from None
+        lacking = [name for name in columns(table) if name not in found]
+        if needed := [name for name in (*CELL, value) if name in lacking]:
+            raise InputError(f"{place / table}.parquet should have a column {needed[0]}, and has not.")
+        if lacking:
+            print(f"{place / table}.parquet is of a version without {', '.join(lacking)}.")
+        data[table] = found.assign(**dict.fromkeys(lacking))
+    return data
+
+
+def share(text: str) -> float:
+    """A tolerance of the command line: a number of at least 0 that is finite."""
+    value = float(text)
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"a tolerance is at least 0, such as 0.02; got {text}")
+    return value
+
+
+def numbers(data: Tables, cell: Sequence[str] = CELL) -> dict[str, pd.DataFrame]:
+    """What two folders are held against each other by: the output error of every layer, and every metric of every cell
+    that is no time; the columns `cell`, then those that name a number in it, then the number."""
+    cells = data["cells"]
+    cells = cells[~cells["metric"].isin(TIMES) & cells["value"].notna()]
+    cells = cells.fillna(dict.fromkeys(MEASURED, ""))
+    return {
+        "layers": data["layers"][[*cell, "layer", "output_error"]].reset_index(drop=True),
+        "cells": cells[[*cell, *MEASURED[::-1], "value"]].reset_index(drop=True),
+    }
+
+
+def compare(now: pd.DataFrame, accepted: pd.DataFrame, tolerance: float) -> pd.DataFrame:
+    """The numbers that differ: key columns, accepted, now, change (relative to accepted) and status.
+
+    now, accepted: key columns and, last, the number. status: moved when |now - accepted| > tolerance * |accepted|,
+    added when only now has it, gone when only accepted has it. Empty when all agree. Raises InputError when a key
+    names two numbers.
+    """
+    *key, value = now.columns
+    for side, frame in (("today's", now), ("accepted", accepted)):
+        twice = frame[frame.duplicated(key)].to_dict("records")
+        if twice:
+            raise InputError(
+                f"Expected one number per {', '.join(key)} among {side}, two are of {_name(twice[0], key)}."
+            )
+    plain = dict.fromkeys(key, object)  # pandas cannot join Arrow's strings of two tables without rows
+    now, accepted = now.astype(plain), accepted.astype(plain)
+    placed = now.assign(place=range(len(now)))  # in today's order, that of the plan; what is gone comes last
+    both = accepted.merge(placed, on=key, how="outer", suffixes=("_accepted", "_now"), indicator="status")
+    both = both.sort_values("place", kind="stable")
+    both = both.rename(columns={f"{value}_accepted": "accepted", f"{value}_now": "now"})
+    both["status"] = both["status"].astype(str).map({"left_only": "gone", "right_only": "added", "both": "moved"})
+    difference = both["now"] - both["accepted"]
+    within = difference.abs() <= (tolerance * both["accepted"].abs()).clip(lower=LEAST)
+    both["change"] = (difference / both["accepted"]).where(both["accepted"] != 0, math.inf)
+    both.loc[both["status"] != "moved", "change"] = math.nan
+    return both.loc[(both["status"] != "moved") | ~within, [*key, "accepted", "now", "change", "status"]]
+
+
+def _name(row: Mapping[str, Any], key: Sequence[str]) -> str:
+    return " ".join(str(row[column]) for column in key)
+
+
+def report(changes: pd.DataFrame, compared: int, what: str, tolerance: float) -> str:
+    """The changes as an aligned table and their counts, or one line when there are none."""
+    counts = changes["status"].value_counts()
+    if changes.empty:
+        return f"{what}: all {compared} agree within {100 * tolerance:g} %."
+    key = list(changes.columns[:-4])
+    last = key[-1]
+    # A sweep's labels tell its entries apart: parameters and seed are shown only where the rest of the key does not.
+    names = [column for column in key if column not in (*TOLD, last)]
+    for column in TOLD:
+        if column in key and changes.drop_duplicates(key).duplicated([*names, last]).any():
+            names.append(column)
+    header = ["cell", last, "accepted", "now", "change"]
+    rows = [
+        [_name(row, names), str(row[last]), _digits(row["accepted"]), _digits(row["now"]), _percent(row)]
+        for row in changes.to_dict("records")
+    ]
+    widths = [max(len(line[i]) for line in [header, *rows]) for i in range(len(header))]
+    lines = [
+        "  ".join(
+            text.ljust(width) if i < 2 else text.rjust(width)
+            for i, (text, width) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in [header, ["-" * width for width in widths], *rows]
+    ]
+    summary = ", ".join(f"{counts.get(status, 0)} {status}" for status in ("moved", "added", "gone"))
+    return "\n".join([*lines, f"{what}: {summary}; {compared} compared, tolerance {100 * tolerance:g} %."])
+
+
+def _digits(value: float) -> str:
+    return "" if pd.isna(value) else f"{value:.6g}"
+
+
+def _percent(row: Mapping[str, Any]) -> str:
+    if row["status"] != "moved":
+        return str(row["status"])
+    return "from zero" if math.isinf(row["change"]) else f"{100 * row['change']:+.2f} %"
+
+
+def hold(now: Tables, accepted: Tables, tolerance: float) -> None:
+    """Print how the numbers of every table differ; exit status 1 when any moved or is gone."""
+    failed = False
+    for table, before in accepted.items():
+        changes = compare(now[table], before, tolerance)
+        print(report(changes, len(before), f"{before.columns[-1]} ({table})", tolerance))
+        failed |= bool(changes["status"].isin(["moved", "gone"]).any())
+    if failed:
+        raise SystemExit(1)
+
+
+def origins(before: pd.DataFrame, after: pd.DataFrame) -> list[str]:
+    """A line for every protocol and provenance column of the `cells` table whose values are not the same in both."""
+    lines = []
+    for name in dict.fromkeys([*PROTOCOL, *PROVENANCE]):
+        values = [sorted(map(str, frame[name].dropna().unique())) for frame in (before, after)]
+        if values[0] != values[1]:
+            kind = "protocol" if name in PROTOCOL else "provenance"
+            lines.append(f"{kind}: {name}: {' and '.join(values[0]) or 'none'} -> {' and '.join(values[1]) or 'none'}")
+    return lines
+
+
+def merge(parts: Mapping[Path, Tables], tolerance: float) -> dict[str, pd.DataFrame]:
+    """The tables of several result folders as one: rows in the order in which they first come.
+
+    A cell that several have is kept once, as the first that finished it has it; a row without a result yields to one
+    with it.
+    Raises InputError, one sentence, when two folders have different numbers, protocols or bounds for the same cell.
+    """
+    for folder, tables_of in parts.items():
+        protocol = Protocol()
+        for row in tables_of["cells"].to_dict("records"):
+            if sentence := protocol.difference(row):
+                raise InputError(f"{folder} is of two protocols: {sentence}.")
+    folders = iter(parts)
+    first = next(folders)
+    merged, where = dict(parts[first]), str(first)
+    for folder in folders:
+        _agree(merged, parts[folder], where, str(folder), tolerance)
+        merged = {table: _joined(table, merged, parts[folder]) for table in TABLES}
+        where = "the folders before it"
+    return merged | {"comparisons": compared_errors(merged["layers"])}
+
+
+def compared_errors(layers: pd.DataFrame) -> pd.DataFrame:
+    """The `comparisons` of methods by the errors of their layers. Those by windows and items need the cells' files."""
+    cells = layers.groupby(SPEC, sort=False, dropna=False)
+    observed = []
+    for _, own in cells:
+        columns = {name: None if pd.isna(value) else value for name, value in own[SPEC].iloc[0].items()}
+        observed.append(Observation(columns, {ERRORS: dict(zip(own["layer"], own["output_error"], strict=True))}))
+    return to_frame(from_rows(comparisons.compare(observed), "comparisons", "the merged layers table"))
+
+
+def _agree(one: Tables, other: Tables, a: str, b: str, tolerance: float) -> None:
+    ends = [frames["cells"].query("status == 'done'").fillna(dict.fromkeys(MEASURED, "")) for frames in (one, other)]
+    both = ends[0].merge(ends[1], on=ROW["cells"], suffixes=("_a", "_b"))
+    both["value_a"], both["value_b"] = both["value_a"].isna(), both["value_b"].isna()  # one diverged, the other did not
+    for name in [*PROTOCOL, "value"]:
+        differing = both[~_same(both[f"{name}_a"], both[f"{name}_b"])].to_dict("records")
+        if differing:
+            row = differing[0]
+            told = (
+                "whether there is a value" if name == "value" else f"{name} ({row[f'{name}_a']} and {row[f'{name}_b']})"
+            )
+            raise InputError(
+                f"Expected one result per cell, {a} and {b} differ in {told} of {_name(row, [*CELL, 'metric'])}."
+            )
+    _same_names(one["cells"], other["cells"], a, b)
+    mine, theirs = numbers(one, SPEC), numbers(other, SPEC)
+    for frames, those in ((one, mine), (other, theirs)):
+        bounds = frames["bounds"].rename(columns={"lower_bound": "bound"})
+        those["bounds"] = bounds[[*ROW["bounds"], "bound"]]
+    for table in mine:
+        changes = compare(theirs[table], mine[table], tolerance)
+        moved = changes[changes["status"] == "moved"].to_dict("records")
+        if moved:
+            row, key = moved[0], ROW[table] if table == "bounds" else [*CELL, *ROW[table][len(SPEC) :]]
+            raise InputError(
+                f"Expected numbers that agree within {100 * tolerance:g} %, {len(moved)} of the {table} tables of {a} "
+                f"and {b} do not; the first is {_digits(row['accepted'])} and {_digits(row['now'])} of "
+                f"{_name(row, key)}."
+            )
+
+
+def _same_names(one: pd.DataFrame, other: pd.DataFrame, a: str, b: str) -> None:
+    """Cells that only one folder has stand beside those of the other: their names must mean the same."""
+    for name, key, told in [*SAME, ("label", ("label", "method", "target"), ("params",))]:
+        for column in told:
+            known = [cells[[*key, column]].dropna().drop_duplicates() for cells in (one, other)]
+            both = known[0].merge(known[1], on=list(key), suffixes=("_a", "_b"))
+            differing = both[both[f"{column}_a"] != both[f"{column}_b"]]
+            if len(differing):
+                row = differing.to_dict("records")[0]
+                raise InputError(
+                    f"Expected one meaning of {name} {row[name]}, {a} and {b} differ in its {column} "
+                    f"({row[f'{column}_a']} and {row[f'{column}_b']})."
+                )
+
+
+def _same(one: pd.Series, other: pd.Series) -> pd.Series:
+    return (one == other).fillna(False).astype(bool) | (one.isna() & other.isna())
+
+
+def _joined(table: str, one: Tables, other: Tables) -> pd.DataFrame:
+    """The rows of both, each once, in the order of their first coming."""
+    rows = pd.concat([one[table], other[table]], ignore_index=True)
+    if table == "cells":
+        # A stable sort: of the rows with one name the first that is done comes first, and its place is the first's.
+        rows["place"] = rows.groupby(ROW["cells"], dropna=False, sort=False).ngroup()
+        rows["waits"] = rows["status"] != "done"
+        rows = rows.sort_values(["place", "waits"], kind="stable").drop_duplicates("place")
+        return rows.drop(columns=["place", "waits"]).reset_index(drop=True)
+    if table in ("layers", "traces"):  # all rows of a cell are of one run
+        had = pd.MultiIndex.from_frame(one["layers"][SPEC].astype(object))
+        fresh = ~pd.MultiIndex.from_frame(other[table][SPEC].astype(object)).isin(had)
+        return pd.concat([one[table], other[table][fresh]], ignore_index=True)
+    return rows.drop_duplicates(ROW.get(table, list(rows.columns)), ignore_index=True)
+
+
+def write(merged: Tables, out: Path) -> None:
+    """The tables as collect writes them, all or none of them new, and main.md and main.tex."""
+    with ExitStack() as stack:
+        for table, rows in merged.items():
+            data = typed(pa.Table.from_pandas(rows, preserve_index=False), table, f"the merged {table} table")
+            pq.write_table(data, stack.enter_context(whole_file(out / f"{table}.parquet")))
+            write_csv(data, stack.enter_context(whole_file(out / f"{table}.csv")))
+    main_table.write(merged["cells"], merged["comparisons"], merged["layers"], out)
+
+
+def main_merge(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(prog="compare merge", description=merge.__doc__)
+    parser.add_argument("folders", type=Path, nargs="+", help="result folders, at least two")
+    parser.add_argument("--out", type=Path, required=True, help="folder for the merged tables")
+    parser.add_argument("--tolerance", type=share, default=TOLERANCE, help="up to which numbers agree, relative")
+    args = parser.parse_args(argv)
+    if len({folder_of_tables(folder).resolve() for folder in args.folders}) < 2:
+        raise InputError(f"Expected at least two different folders to merge. Got {', '.join(map(str, args.folders))}.")
+    if args.out.resolve() in {folder_of_tables(folder).resolve() for folder in args.folders}:
+        raise InputError(f"Expected a folder of its own for the merged tables. {args.out} is one of those to merge.")
+    merged = merge({folder: read_tables(folder) for folder in args.folders}, args.tolerance)
+    write(merged, args.out)
+    cells = merged["cells"].drop_duplicates(SPEC)
+    absent = merged["cells"][merged["cells"]["status"] != "done"].drop_duplicates(SPEC)
+    print(f"{len(args.folders)} folders, {len(cells)} cells, {len(absent)} not whole -> {args.out}")
+
+
+def main(argv: list[str]) -> None:
+    if argv[:1] == ["merge"]:
+        return main_merge(argv[1:])
+    parser = argparse.ArgumentParser(
+        prog="compare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("a", type=Path, help="the older result folder")
+    parser.add_argument("b", type=Path, help="the newer one")
+    parser.add_argument("--tolerance", type=share, default=TOLERANCE, help="relative, such as 0.02")
+    args = parser.parse_args(argv)
+    before, after = read_numbers(args.a), read_numbers(args.b)
+    print("".join(f"{line}\n" for line in origins(before["cells"], after["cells"])), end="")
+    hold(numbers(after), numbers(before), args.tolerance)
+
+
+if __name__ == "__main__":
+    report_errors(main, sys.argv[1:])

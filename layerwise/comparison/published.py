@@ -1,0 +1,363 @@
+"""Lay the perplexities of a study beside the published ones: value, ours, difference, tolerance, verdict.
+
+The dense model is looked at first: where ours is not the published one, the evaluation is another, and no compressed
+model can be judged. Fields of the protocol that differ are named in every row.
+"""
+
+# pandas' own annotations lose whether a selection is a column or a frame.
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
+
+import argparse
+import csv
+import json
+import math
+import re
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pandas as pd
+import yaml
+
+from layerwise.comparison import published_page
+from layerwise.contract.catalogue import CatalogueError
+from layerwise.contract.target import Target
+from layerwise.results.collect import write_csv
+from layerwise.runtime.errors import InputError, report_errors
+from layerwise.runtime.files import whole_file
+from layerwise.runtime.project import ROOT
+from layerwise.sources.hub import dataset_of
+from layerwise.storage.table_schema import from_rows, read_table, to_frame, write_parquet
+from layerwise.study.config_file import brief
+from layerwise.study.grid import LONGEST_SENTENCE, Cell, Plan, plan
+
+FILE = ROOT / "resources/published.csv"
+SCHEMA = ROOT / "workflow/schemas/published.schema.yaml"
+# Shares of the published value. Papers that run one method on one model under one protocol agree within 0.5 % for the
+# dense model, mostly within 2 % at half the weights or at 4 bits, and within 5 % beyond (docs/evaluation.md).
+DENSE, NEAR, FAR = 0.005, 0.02, 0.05
+NOT_COMPARABLE = ("evaluation_length", "evaluation_windows")  # perplexities at other lengths are other numbers
+PRINTED = re.compile(r"(\d+\.?\d*|\.\d+)(e[+-]?\d{1,3})?", re.ASCII | re.IGNORECASE)
+KEYS = ("model", "calibration", "mode", "cell", "text")
+Row = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A planned cell and an evaluation that a published row may be compared with; differs: field -> (theirs, ours);
+    unsaid: fields of the protocol that the source leaves open."""
+
+    cell: Cell
+    text: str
+    differs: Mapping[str, tuple[Any, Any]]
+    unsaid: Sequence[str] = ()
+
+    @property
+    def key(self) -> tuple[str, ...]:
+        columns = self.cell.columns
+        return (columns["model"], columns["calibration"], columns["mode"], columns["cell"], self.text)
+
+
+def read_published(path: Path = FILE) -> list[dict[str, Any]]:
+    """Rows of published.csv, typed. Raises InputError naming the first row that its schema refuses."""
+    schema = yaml.safe_load(SCHEMA.read_text("utf-8"))
+    kinds = {name: column.get("type", "string") for name, column in schema["properties"].items()}
+    validator = jsonschema.Draft202012Validator(schema)
+    try:
+        with Path(path).open(encoding="utf-8-sig", newline="") as file:  # spreadsheets put a mark before the text
+            reader = csv.DictReader(file, strict=True)
+            header, records = list(reader.fieldnames or ()), list(reader)
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise InputError(f"{path} should be the table of published numbers, and cannot be read: {error}.") from None
+    absent = [name for name in kinds if header.count(name) != 1]
+    if absent:
+        raise InputError(
+            f"{path} must have each column of {SCHEMA.name} once; {brief(', '.join(absent))} came otherwise."
+        )
+    rows = []
+    for number, record in enumerate(records, 2):
+        row = {str(name): _typed(value, kinds.get(name, "string")) for name, value in record.items()}
+        for error in validator.iter_errors(row):
+            column = ".".join(map(str, error.path))
+            raise InputError(f"{path}, row {number}: {column or 'the row'} is wrong: {brief(error.message)}.")
+        if fault := _fault(row):
+            raise InputError(f"{path}, row {number}: {fault}.")
+        rows.append(row)
+    return rows
+
+
+def _fault(row: Row) -> str | None:
+    """What a schema cannot say of a row that is to be compared, or None."""
+    strange = [name for name, value in row.items() if isinstance(value, float) and not math.isfinite(value)]
+    if strange:
+        return f"{strange[0]} is wrong: {row[strange[0]]} is not finite"
+    if row["not_joined"] is not None:
+        return None
+    try:
+        params = json.loads(row["our_params"] or "{}")
+    except (ValueError, RecursionError):
+        params = None
+    if not isinstance(params, dict):
+        return f"our_params is wrong: {brief(repr(row['our_params']))} is no JSON object"
+    try:
+        target_of(row)
+    except ValueError as error:
+        return f"its target is wrong: {str(error).rstrip('.')}"
+    # The last digit that is printed says how far it is rounded.
+    return None if PRINTED.fullmatch(row["value"]) else f"value is wrong: {brief(repr(row['value']))} is no number"
+
+
+def _typed(text: str | None, kinds: str | list[str]) -> Any:
+    if not text:
+        return None
+    if "integer" in kinds or "number" in kinds or "boolean" in kinds:
+        try:
+            return json.loads(text)
+        except (ValueError, RecursionError):
+            return text  # the schema says what it should have been
+    return text
+
+
+def text_name(spec: Row) -> str:
+    """Name under which published.csv knows a text of the config: wikitext2, c4, c4-validation or its data set's."""
+    if spec.get("hub") == "Salesforce/wikitext" and all(f.startswith("wikitext-2-raw-v1/test") for f in spec["files"]):
+        return "wikitext2"
+    if spec.get("hub") == "allenai/c4":
+        return "c4-validation" if any("validation" in file for file in spec["files"]) else "c4"
+    return dataset_of(spec)
+
+
+def hub_name(model: Row) -> str | None:
+    """Name on the hub of a model of the config; `known_as` gives that of a local folder."""
+    return model.get("known_as") or model.get("hub")
+
+
+def target_of(row: Row) -> Target:
+    return Target(row["sparsity"], row["pattern"], row["bits"], row["group"], bool(row["symmetric"]))
+
+
+def tolerance(row: Row) -> float:
+    """Largest difference, in units of the perplexity, that counts as the same result."""
+    low_bits = row["bits"] is not None and row["bits"] <= 3
+    share = DENSE if row["our_method"] == "dense" else FAR if row["sparsity"] > 0.5 or low_bits else NEAR
+    return max(share * row["number"], 2 * (row["deviation"] or 0.0), _rounding(row["value"]))
+
+
+def _rounding(printed: str) -> float:
+    """Half a unit of the last printed digit: 0.05 for 6.1, 500 for 1.7e4."""
+    return 0.5 * 10.0 ** int(Decimal(printed).as_tuple().exponent)
+
+
+def pairs(study: Plan, row: Row, model: str) -> list[Pair]:
+    """The cells and evaluations of a model (its id) that a published row speaks of, those nearest to its protocol."""
+    method, params = row["our_method"], json.loads(row["our_params"] or "{}")
+    try:
+        wanted = study.catalogue.complete(method, params, f"{FILE.name}, {row['paper']}")
+    except CatalogueError as error:
+        raise InputError(brief(str(error), LONGEST_SENTENCE)) from None
+    # Which of two equal entries goes first, a convention, is left to the study where the row does not name it.
+    same = [name for name in wanted if name != "convention" or name in params]
+    target = target_of(row).as_dict()
+    found = []
+    for cell in study.cells:
+        own = cell.spec["method"]
+        if cell.model != model or own["name"] != method or cell.spec["target"] != target or "tune" in cell.spec:
+            continue
+        if any(own["params"][name] != wanted[name] for name in same):
+            continue
+        for spec in study.evaluations.values():
+            if text_name(study.config["texts"][spec["text"]]) == row["evaluation_text"]:
+                ours = our_protocol(study, row, cell, spec)
+                unsaid = [name for name in ours if row[name] is None]
+                found.append(Pair(cell, spec["name"], protocol_differences(row, ours, spec), unsaid))
+    fewest = min((len(pair.differs) for pair in found), default=0)
+    return [pair for pair in found if len(pair.differs) == fewest]
+
+
+def our_protocol(study: Plan, row: Row, cell: Cell, evaluation: Row) -> dict[str, Any]:
+    """Field of published.csv -> what a cell and evaluation do, of the fields that matter to the row's method."""
+    calibration = study.calibrations[cell.calib]
+    ours: dict[str, Any] = {"evaluation_length": evaluation["length"]}
+    if study.catalogue[row["our_method"]].card["needs"]:
+        ours |= {
+            "mode": cell.mode,
+            "calibration_text": text_name(study.config["texts"][calibration["text"]]),
+            "calibration_samples": calibration["samples"],
+            "calibration_length": calibration["length"],
+        }
+    return ours
+
+
+def protocol_differences(row: Row, ours: Row, evaluation: Row) -> dict[str, tuple[Any, Any]]:
+    """Field -> (published, ours) of what the paper says of its protocol and this cell does otherwise."""
+    differs = {name: (row[name], own) for name, own in ours.items() if row[name] is not None and row[name] != own}
+    if evaluation["samples"] is not None:
+        differs["evaluation_windows"] = ("all", evaluation["samples"])
+    return differs
+
+
+def dense_references(rows: Sequence[Row], row: Row) -> list[Row]:
+    """The published dense perplexities that a row is held against: its own paper's, then others' at the same length."""
+    same = ("hub", "our_metric", "evaluation_text", "evaluation_length")
+    found = [own for own in rows if own["our_method"] == "dense" and all(own[name] == row[name] for name in same)]
+    found = [own for own in found if own["not_joined"] is None]
+    own_paper = [own for own in found if own["paper"] == row["paper"]]
+    # Without a length, another paper's dense perplexity may be of another one.
+    others = [own for own in found if own["status"] == "primary"] if row["evaluation_length"] else []
+    return [*own_paper, *(own for own in others if own["paper"] != row["paper"])]
+
+
+def compare(study: Plan, rows: Sequence[Row], cells: pd.DataFrame | None) -> list[dict[str, Any]]:
+    """Rows of the table `published`: the published perplexities that a cell is compared with, and of papers that have
+    such a method the others of the same model, with the reason why they are not compared.
+
+    cells: the table of that name, or None where nothing has been run.
+    """
+    done = {} if cells is None else cells[cells["metric"] == "perplexity"].set_index(list(KEYS)).to_dict("index")
+    compared = []
+    for name, model in study.models.items():
+        known = [row for row in rows if row["hub"] and row["hub"] == hub_name(model)]
+        entries = [
+            entry
+            for row in sorted(known, key=lambda row: row["our_method"] != "dense")
+            if row["our_metric"] == "perplexity"
+            for entry in _entries(study, rows, row, name, done)
+        ]
+        # Of a paper of which the study has more than the dense model, what it does not have is told too.
+        papers = {entry["paper"] for entry in entries if entry.get("cell") and entry["method"] != "dense"}
+        compared += [entry for entry in entries if entry.get("cell") or entry["paper"] in papers]
+    return compared
+
+
+def _entries(study: Plan, rows: Sequence[Row], row: Row, model: str, done: Mapping) -> Iterator[dict[str, Any]]:
+    """One entry per cell that the row is compared with, or one that says why there is none."""
+    entry = {
+        "model": study.models[model]["name"],
+        "paper": row["paper"],
+        "paper_table": row["table"],
+        "printed_method": row["method"],
+        "printed_setting": row["setting"],
+        "metric": row["our_metric"],
+        "text": None,
+        "published": row["number"],
+        "deviation": row["deviation"],
+        "assumed": row["assumed"],
+        "source_status": row["status"],
+        "source": row["source"],
+    }
+    if row["not_joined"]:
+        yield entry | {"verdict": "not run", "reason": row["not_joined"]}
+        return
+    entry |= {"method": row["our_method"], "target": target_of(row).label}
+    found = pairs(study, row, model)
+    if not found:
+        yield entry | {"verdict": "not run", "reason": _absent(study, row)}
+        return
+    references = dense_references(rows, row)
+    allowed = tolerance(row)
+    for pair in found:
+        columns = pair.cell.columns
+        result = done.get(pair.key, {})
+        ours = result.get("value")
+        ours = float(ours) if ours is not None and pd.notna(ours) else None
+        full = entry | {name: columns[name] for name in ("calibration", "mode", "label", "seed", "cell")}
+        full |= {"text": pair.text, "ours": ours, "tolerance": allowed}
+        full["differs"] = "; ".join(f"{k}: published {a}, ours {b}" for k, (a, b) in pair.differs.items()) or None
+        full["unsaid"] = ", ".join(pair.unsaid) or None
+        if ours is None:
+            reason = result.get("reason")
+            yield full | {"verdict": "not run", "reason": reason if isinstance(reason, str) else "it has not been run"}
+            continue
+        full["difference"] = ours - row["number"]
+        verdict = "within" if abs(full["difference"]) <= allowed else "outside"
+        reason = None
+        if row["our_method"] != "dense":
+            dense = next(_dense(study, model, pair.text, done), None)
+            full |= {"dense_published": references[0]["number"] if references else None, "dense_ours": dense}
+            verdict, reason = _checked(verdict, references, dense)
+        if apart := [name for name in NOT_COMPARABLE if name in pair.differs]:
+            verdict = "protocol differs"
+            reason = reason or f"{apart[0]} is another"
+        elif verdict == "outside" and pair.differs:  # within, a difference of the calibration did no harm
+            verdict, reason = "protocol differs", reason or f"{' and '.join(pair.differs)} may explain it"
+        yield full | {"verdict": verdict, "reason": reason}
+
+
+def _checked(verdict: str, references: Sequence[Row], dense: float | None) -> tuple[str, str | None]:
+    """The verdict on a compressed model after a look at the dense one, and what is to be said of that."""
+    if not references:
+        return "not checked", "no dense perplexity is published with it"
+    if dense is None:
+        return "not checked", "our dense model has no perplexity"
+    same = [own for own in references if abs(dense - own["number"]) <= tolerance(own)]
+    first = references[0]
+    if not same:
+        return "protocol differs", (
+            f"our dense perplexity {dense:.4g} is not within {DENSE:.1%} of the published {first['number']:g} "
+            f"({first['paper']})"
+        )
+    if first in same:
+        return verdict, None
+    # Papers contradict each other at one length: a misprint, or a length that is not what it says.
+    return verdict, (
+        f"{first['paper']} prints {first['number']:g} for the dense model, {same[0]['paper']} "
+        f"{same[0]['number']:g} as here ({dense:.4g})"
+    )
+
+
+def _dense(study: Plan, model: str, text: str, done: Mapping) -> Iterator[float]:
+    """Our perplexities of the dense model on a text of the config."""
+    for cell in study.cells:
+        if cell.model == model and cell.spec["method"]["name"] == "dense":
+            value = done.get(Pair(cell, text, {}).key, {}).get("value")
+            if value is not None and pd.notna(value):
+                yield float(value)
+
+
+def _absent(study: Plan, row: Row) -> str:
+    """Why no cell of the study can be compared with a row."""
+    texts = {text_name(study.config["texts"][spec["text"]]) for spec in study.evaluations.values()}
+    if row["evaluation_text"] not in texts:
+        return f"the study has no evaluation on {row['evaluation_text']}"
+    return f"the study has no cell of {row['our_method']} at this target with these parameters"
+
+
+def write(entries: Sequence[Row], out: Path) -> None:
+    """Write published.parquet, .csv, .md and .tex into folder `out`."""
+    table = from_rows([dict(entry) for entry in entries], "published", "the published numbers")
+    with whole_file(out / "published.parquet") as parquet, whole_file(out / "published.csv") as text:
+        write_parquet(table, parquet)
+        write_csv(table, text)
+    published_page.write(to_frame(table), out)
+
+
+def main(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(prog="published", description=__doc__)
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--study", type=json.loads, help="the whole config as JSON")
+    source.add_argument("--config", type=Path, help="the config's file")
+    parser.add_argument("--tables", type=Path, default=Path("results/tables"), help="folder of the tables")
+    parser.add_argument("--out", type=Path, help="folder for the table (default: that of the tables)")
+    parser.add_argument("--unrun", action="store_true", help="what a study would be compared with: reads no tables")
+    args = parser.parse_args(argv)
+    config = args.study if args.config is None else _read_config(args.config)
+    cells = None if args.unrun else read_table(args.tables, "cells")
+    entries = compare(plan(config), read_published(), cells)
+    out = args.out or args.tables
+    write(entries, out)
+    print(f"{published_page.summary(pd.DataFrame(entries))} -> {out}")
+
+
+def _read_config(path: Path) -> Any:
+    try:
+        return yaml.safe_load(path.read_text("utf-8"))
+    except (OSError, yaml.YAMLError) as error:
+        raise InputError(f"{path} should be the config of a study, and cannot be read: {error}") from None
+
+
+if __name__ == "__main__":
+    report_errors(main, sys.argv[1:])

@@ -1,0 +1,1 @@
+"""One cell: solve, verify, score."""

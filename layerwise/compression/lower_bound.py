@@ -1,0 +1,197 @@
+"""A lower bound on the error of every mask of a pattern on one layer: how good a mask can be at all.
+
+Write p in {0, 1} for what is pruned, x = w o p for what a row loses, so that the error is the sum over the rows of
+xt G x. Since p = p^2 for a mask, it is also, for every diagonal D,
+
+    f(p) = xt (G - D) x + sum_i D_ii w_i^2 p_i,
+
+which is convex over the relaxed p in [0, 1] as long as G - D has no negative eigenvalue. For convex f and any p,
+
+    every mask's error >= f(p) - max over masks v of <grad f(p), p - v>,
+
+the Frank-Wolfe gap (Jaggi, ICML 2013), whose maximum is a sort. D = 0 is the relaxation of SparseFW (arXiv 2510.13713),
+in which a small weight is half pruned at a quarter of its cost; the D that raises f most there takes this discount away
+as far as convexity lets it (Poljak, Rendl and Wolkowicz, J. Global Optim. 7, 1995). The bound holds for whatever
+p and D come out: how well they are chosen decides how tight it is, not whether it is true.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from layerwise.contract.layer import Layer, Target
+from layerwise.contract.target import CERTIFIED
+from layerwise.numerics import ops
+
+ITERATIONS = 100  # at most, in each of two relaxations
+EVERY = 10  # iterations between two evaluations of the bound
+TOLERANCE = 2e-3  # the Frank-Wolfe gap, as a share of the bound, at which a relaxation is solved
+ROUNDING = 1e-9  # share that the bound is lowered by, and the least allowance for rounding in eigenvalues
+CANCELLATION = 1e-12  # what it is lowered by besides, as a share of the sum of w_j^2 G_jj
+INTERIOR = 1e-6  # by how much the first D lies inside what is positive definite
+SMALLEST_STEP = 1e-6  # a Newton step shortened further than this ends the search for D
+RELAXATION = 1.6  # over-relaxation of ADMM (Boyd et al. 2011, section 3.4.3)
+
+
+@dataclass(frozen=True)
+class Bound:
+    """error: no mask has a smaller tr((W - What) G (W - What)t). plain: the same for D = 0 (nearly, where G is
+    singular). gap: the Frank-Wolfe gap that is left, by which a longer run could raise `error` at most."""
+
+    error: float
+    plain: float
+    gap: float
+
+
+def lower_bound(layer: Layer, target: Target) -> Bound:
+    """Bound on the error of every mask of a row, layer or n:m target on a layer.
+
+    Raises ValueError for another target and when the weight or the Gram is not finite.
+    """
+    if target.structure not in CERTIFIED:
+        raise ValueError(f"A lower bound exists for {', '.join(CERTIFIED)} patterns. Got {target.label} instead.")
+    gram, gram_unit = ops.normalised(layer.gram.matrix)
+    weight, weight_unit = ops.normalised(layer.weight)
+    scale = gram.double().diagonal().clamp(min=0).sqrt()
+    correlation = gram.double() / scale.where(scale > 0, 1.0) / scale.where(scale > 0, 1.0)[:, None]
+    correlation.diagonal().fill_(1.0)  # a dead input, whose scale is 0, has no other entry
+    problem = Relaxation(weight.double() * scale, Groups(target, layer.weight.shape))
+    # In float32 a singular Gram can have an eigenvalue just below zero: it is as low as D must go.
+    shift = min(0.0, float(torch.linalg.eigvalsh(correlation)[0])) - rounding(correlation)
+    shrink = torch.full_like(scale, shift)
+    plain, gap, relaxed = problem.solve(correlation, shrink)
+    error = plain
+    gain = (problem.lengths.square() * relaxed * (1 - relaxed)).sum(0)  # of the bound, per unit of D
+    if gain.sum() > 0:
+        better, left, _ = problem.solve(correlation, strengthened(correlation, gain, shrink), relaxed)
+        if better > error:
+            error, gap = better, left
+    unit = weight_unit**2 * gram_unit
+    return Bound(*(max(value, 0.0) * unit for value in (error, plain)), gap * unit)
+
+
+class Groups:
+    """The comparison groups of a pattern: an axis along which `pruned` entries go in each group."""
+
+    def __init__(self, target: Target, shape: torch.Size) -> None:
+        self.target, self.shape = target, shape
+        if target.n_of_m:
+            kept, of = target.n_of_m
+            starts = torch.arange(0, shape[1], of)
+            self.pruned = ((shape[1] - starts).clamp(max=of) - kept).clamp(min=0)  # the last may be incomplete
+            self.axis = 0  # sums over an axis of four that is not the last are many times faster
+        else:
+            size = shape.numel() if target.pattern == "layer" else shape[1]
+            self.pruned, self.axis = torch.tensor([int(target.sparsity * size)]), -1
+
+    def split(self, entries: Tensor, filling: float) -> Tensor:
+        """[out, in] as [m, out, groups], [out, in] or [out * in]; `filling` completes the last group of m."""
+        if self.target.n_of_m:
+            return ops.grouped(entries, self.target.n_of_m[1], filling).movedim(2, 0).contiguous()
+        return entries.flatten() if self.target.pattern == "layer" else entries
+
+    def join(self, entries: Tensor) -> Tensor:
+        """[out, in] from what `split` gave."""
+        if self.target.n_of_m:
+            return entries.movedim(0, 2).flatten(1)[:, : self.shape[1]]
+        return entries.view(self.shape)
+
+    def smallest(self, cost: Tensor) -> Tensor:
+        """Scalar: the sum over the groups of the `pruned` smallest entries of cost [out, in]."""
+        ordered = self.split(cost, float("inf")).movedim(self.axis, -1).sort(-1).values
+        counted = torch.arange(ordered.shape[-1]) < self.pruned[:, None]
+        return ordered.where(counted, 0.0).sum()
+
+    def project(self, point: Tensor, curvature: Tensor, price: Tensor) -> tuple[Tensor, Tensor]:
+        """The p in [0, 1] [out, in] with the groups' counts as sums that is nearest to a point in the metric given by
+        curvature > 0, and the prices of the groups: p = clip(point - price / curvature), by Newton's method.
+
+        curvature: as `split` gives it, 1 where filled up; price: where to begin, such as that of a similar point.
+        """
+        point, wanted = self.split(point, -1.0), self.pruned.to(point)  # -1: a filling stays unpruned
+        low = ((point - 1) * curvature).amin(self.axis, keepdim=True)  # everything is pruned at this price ...
+        high = (point * curvature).amax(self.axis, keepdim=True)  # ... and nothing at this
+        price, inverse = price.clamp(low, high), 1 / curvature
+        for _ in range(60):
+            free = point - price * inverse
+            excess = free.clamp(0, 1).sum(self.axis, keepdim=True) - wanted
+            if float(excess.abs().mean()) < 1e-4:
+                break
+            low, high = torch.where(excess > 0, price, low), torch.where(excess > 0, high, price)
+            slope = (inverse * ((free > 0) & (free < 1))).sum(self.axis, keepdim=True)
+            newton = price + excess / slope
+            price = torch.where((newton > low) & (newton < high), newton, (low + high) / 2)
+        return self.join((point - price * inverse).clamp(0, 1)), price
+
+
+class Relaxation:
+    """min over p of f(p) for lengths a = w sqrt(diag G) [out, in] float64 and the correlations of the inputs."""
+
+    def __init__(self, lengths: Tensor, groups: Groups) -> None:
+        self.lengths, self.groups = lengths, groups
+
+    def solve(self, correlation: Tensor, shrink: Tensor, start: Tensor | None = None) -> tuple[float, float, Tensor]:
+        """The bound, the gap left and the relaxed p [out, in], for D = diag(shrink) in units of the correlation.
+
+        ADMM on x = a o p, which solves for x with one matrix for all rows, then projects p.
+        """
+        convex = correlation - torch.diag(shrink)
+        linear = shrink * self.lengths.square()
+        inverse = torch.linalg.inv(2 * convex + torch.eye(len(convex), dtype=convex.dtype))
+        lengths, force = self.lengths, shrink * self.lengths
+        curvature = lengths.square()
+        # Inputs that cancel leave an error far below the products that it is summed from, and their rounding in it.
+        margin = CANCELLATION * float(curvature.sum())
+        # Of a weight of nearly no length any p will do, but not one that drowns the others in rounding.
+        curvature = curvature.clamp(min=max(1e-13 * float(curvature.max()), 1e-200))
+        reciprocal, curvature = lengths / curvature, self.groups.split(curvature, 1.0)
+        relaxed, price = self.groups.project(torch.zeros_like(lengths), curvature, torch.zeros(()))
+        if start is not None:
+            relaxed = start
+        point, dual = lengths * relaxed, torch.zeros_like(lengths)
+        best, gap, answer = float("-inf"), float("inf"), relaxed
+        for iteration in range(ITERATIONS + 1):
+            if iteration % EVERY == 0:
+                product = point @ convex
+                quadratic = float((product * point).sum())
+                bound = float(self.groups.smallest(2 * self.lengths * product + linear)) - quadratic
+                bound -= ROUNDING * abs(bound) + margin
+                value = quadratic + float((linear * relaxed).sum())
+                if bound > best:
+                    best, gap, answer = bound, max(value - bound, 0.0), relaxed
+                if gap <= TOLERANCE * best:
+                    break
+            free = (point - dual - force) @ inverse
+            free = RELAXATION * free + (1 - RELAXATION) * point
+            relaxed, price = self.groups.project((free + dual) * reciprocal, curvature, price)
+            point = lengths * relaxed
+            dual += free - point
+        return best, gap, answer
+
+
+def rounding(correlation: Tensor) -> float:
+    """How far an eigenvalue of a matrix with a unit diagonal, or a Cholesky factor's verdict on it, can be off."""
+    return max(ROUNDING, len(correlation) ** 2 * torch.finfo(correlation.dtype).eps)
+
+
+def strengthened(correlation: Tensor, gain: Tensor, start: Tensor, steps: int = 12) -> Tensor:
+    """D [in] that nearly maximises gain . D while the correlation [in, in] minus diag(D) stays positive definite.
+
+    Newton's method on gain . D + t log det(C - diag D) with t falling; start: a D that is feasible.
+    """
+    gain = gain / gain.mean() + 1e-3  # an input that gains nothing would let its D fall without end
+    barrier, shrink, margin = 0.1, start - INTERIOR, rounding(correlation)
+    for _ in range(steps):
+        inverse = torch.linalg.inv(correlation - torch.diag(shrink))
+        ascent = gain - barrier * inverse.diagonal()
+        step = torch.linalg.solve(barrier * inverse.square(), ascent)
+        size = 1.0
+        while torch.linalg.cholesky_ex(correlation - torch.diag(shrink + size * step + margin)).info:
+            size /= 2
+            if size < SMALLEST_STEP:
+                return shrink
+        shrink = shrink + size * step
+        if size == 1.0:
+            barrier *= 0.2
+    return shrink

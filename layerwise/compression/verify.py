@@ -1,0 +1,200 @@
+"""The promises about a method's result that can be checked on any layer (docs/contract.md, promises 1 to 3, 7 and 10).
+
+The runner checks every result with `broken_promise`, so that a faulty adapter is named instead of published.
+"""
+
+from __future__ import annotations
+
+import math
+import numbers
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from layerwise.contract.layer import Compressed, Layer, Target
+from layerwise.numerics import ops
+
+TENSORS = ("weight", "mask", "codes", "scales", "zeros", "group_of", "input_scale")  # of a Compressed
+NOT_FINITE = "must be finite"  # in the sentence about a result that has diverged
+
+
+def broken_promise(layer: Layer, target: Target, result: Compressed, mask_only: bool = False) -> str | None:
+    """One sentence about the first promise that the result breaks, or None.
+
+    mask_only: whether the method's card says that it changes no weight that it keeps.
+    """
+    for check in (_plain, _tensor, _masked, _pattern, _grid, _unchanged, _told):
+        sentence = check(layer, target, result)
+        if sentence:
+            return sentence
+    return _moved(layer, target, result) if mask_only else None
+
+
+def _plain(layer: Layer, target: Target, result: Compressed) -> str | None:
+    inputs = [layer.weight, layer.gram.matrix, layer.keep]
+    inputs += vars(layer.statistics).values() if layer.statistics else ()
+    taken = {x.untyped_storage().data_ptr() for x in inputs if isinstance(x, Tensor)} - {0}  # 0: it has none
+    for name in TENSORS:
+        value = getattr(result, name)
+        if value is None and name != "weight":
+            continue
+        if type(value) is not type(layer.weight):
+            expected = type(layer.weight)
+            return f"promise 1: {name} must be a {expected.__module__}.{expected.__name__}, {type(value).__name__} came"
+        if value.requires_grad:
+            return f"promise 1: {name} must not require a gradient"
+        if value.layout != torch.strided:
+            return f"promise 1: {name} must be a dense tensor, {value.layout} came"
+        if value.device == layer.weight.device and value.untyped_storage().data_ptr() in taken:
+            return f"promise 1: {name} must have memory of its own, it shares that of the inputs"
+    return None
+
+
+def _tensor(layer: Layer, target: Target, result: Compressed) -> str | None:
+    for name in ("shape", "dtype", "device"):
+        expected, came = getattr(layer.weight, name), getattr(result.weight, name)
+        if expected != came:
+            return f"promise 1: the weight's {name} must be {_words(expected)}, {_words(came)} came"
+    if not finite(result.weight):
+        return f"promise 1: the weight {NOT_FINITE}, {int((~torch.isfinite(result.weight)).sum())} entries are not"
+    return None
+
+
+def finite(tensor: Tensor) -> bool:
+    """Whether all entries are, read once: a NaN is both the least and the largest."""
+    return all(math.isfinite(end) for end in tensor.aminmax()) if tensor.numel() else True
+
+
+def _masked(layer: Layer, target: Target, result: Compressed) -> str | None:
+    if result.mask is None:
+        return None if target.sparsity == 0 else "promise 1: a pruned layer must come with its mask, None came"
+    if result.mask.shape != layer.weight.shape or result.mask.dtype != torch.bool:
+        return f"promise 1: the mask must be bool {_words(layer.weight.shape)}, {result.mask.dtype} came"
+    left = int(result.weight.masked_fill(result.mask, 0.0).count_nonzero())
+    return f"promise 1: the weight must be zero where the mask is False, {left} entries are not" if left else None
+
+
+def _pattern(layer: Layer, target: Target, result: Compressed) -> str | None:
+    if target.sparsity == 0 or result.mask is None:
+        return None
+    expected = kept_counts(result.mask.shape, target).to(result.mask.device)
+    came = count_kept(result.mask, target)
+    if target.block and not torch.isin(came, torch.stack([torch.zeros_like(expected), expected])).all():
+        return f"promise 2: every 1x{target.block} block must be kept or dropped whole"
+    if target.block:
+        dropped = (came == 0).sum(1)
+        wanted = int(target.sparsity * came.shape[1])
+        wrong = int((dropped != wanted).sum())
+        return f"promise 2: {wanted} blocks must go in every row, {wrong} rows differ" if wrong else None
+    wrong = int((came != expected).sum())
+    where = {"row": "rows", "layer": "layer", "n:m": f"groups of {target.pattern}"}[target.structure]
+    return f"promise 2: the kept entries of {target.label} must be exact, {wrong} {where} differ" if wrong else None
+
+
+def count_kept(mask: Tensor, target: Target) -> Tensor:
+    """Kept entries of each comparison group: [1] per layer, [out] per row, [out, groups] of n:m or blocks."""
+    if target.n_of_m or target.block:
+        length = target.n_of_m[1] if target.n_of_m else target.block
+        return torch.nn.functional.pad(mask, (0, -mask.shape[1] % (length or 1))).unflatten(1, (-1, length)).sum(2)
+    return mask.sum().view(1) if target.pattern == "layer" else mask.sum(1)
+
+
+def kept_counts(shape: torch.Size, target: Target) -> Tensor:
+    """What `count_kept` must give; of a block pattern the size of a block that is kept."""
+    out, inputs = shape
+    if target.n_of_m or target.block:
+        length = target.n_of_m[1] if target.n_of_m else (target.block or 1)
+        most = target.n_of_m[0] if target.n_of_m else length
+        groups = -(-inputs // length)
+        sizes = torch.tensor([min(length, inputs - g * length) for g in range(groups)])
+        return sizes.clamp(max=most).expand(out, -1)
+    if target.pattern == "layer":
+        return torch.tensor([out * inputs - int(target.sparsity * (out * inputs))])
+    return torch.full((out,), inputs - int(target.sparsity * inputs))
+
+
+def _grid(layer: Layer, target: Target, result: Compressed) -> str | None:
+    if target.bits is None:
+        return None
+    if result.codes is None or result.scales is None or result.zeros is None:
+        return "promise 3: a quantised layer must come with codes, scales and zeros"
+    if result.codes.dtype != torch.uint8 or result.codes.shape != layer.weight.shape:
+        came = f"{result.codes.dtype} {_words(result.codes.shape)}"
+        return f"promise 3: codes must be uint8 {_words(layer.weight.shape)}, {came} came"
+    most = int(result.codes.max())
+    if most >= 2**target.bits:
+        return f"promise 3: codes of {target.bits} bits must lie in [0, {2**target.bits - 1}], {most} came"
+    out, inputs = layer.weight.shape
+    default = ops.groups_of(inputs, target.group, layer.weight.device)
+    group_of = default if result.group_of is None else result.group_of
+    if group_of.shape != (inputs,) or group_of.dtype != torch.int64 or int(group_of.min()) < 0:
+        came = f"{group_of.dtype} {_words(group_of.shape)}, least {group_of.min()}"
+        return f"promise 3: group_of must be int64 [{inputs}], at least 0, {came} came"
+    groups = int(group_of.max()) + 1
+    for name, tensor in (("scales", result.scales), ("zeros", result.zeros), ("input_scale", result.input_scale)):
+        if tensor is not None and tensor.dtype != torch.float32:
+            return f"promise 3: {name} must be torch.float32, {tensor.dtype} came"
+        if name != "input_scale" and tensor.shape != (out, groups):
+            return f"promise 3: {name} must be [{out}, {groups}], {_words(tensor.shape)} came"
+    if not ((result.scales > 0) & torch.isfinite(result.scales)).all():
+        return "promise 3: scales must be positive and finite"
+    off = (result.zeros != result.zeros.round()) | (result.zeros < 0) | (result.zeros >= 2**target.bits)
+    if target.symmetric:
+        off |= result.zeros != 2 ** (target.bits - 1)
+    if off.any():
+        expected = f"{2 ** (target.bits - 1)}" if target.symmetric else f"whole numbers in [0, {2**target.bits - 1}]"
+        return f"promise 3: zeros must be {expected}, {int(off.sum())} are not"
+    if result.input_scale is not None and result.input_scale.shape != (inputs,):
+        return f"promise 3: input_scale must be [{inputs}], {_words(result.input_scale.shape)} came"
+    if result.input_scale is not None and not ((result.input_scale > 0) & torch.isfinite(result.input_scale)).all():
+        return "promise 3: input_scale must be positive and finite"
+    values = ops.dequantise(result.codes, result.scales, result.zeros, group_of, result.input_scale)
+    kept = values if result.mask is None else torch.where(result.mask, values, 0.0)
+    wrong = int((kept != result.weight).sum())
+    by = "" if result.input_scale is None else " / input_scale"
+    return f"promise 3: scales * (codes - zeros){by} must equal the weight, {wrong} entries differ" if wrong else None
+
+
+def _unchanged(layer: Layer, target: Target, result: Compressed) -> str | None:
+    if target.sparsity == 0 and target.bits is None and not torch.equal(result.weight, layer.weight):
+        return "promise 7: sparsity 0 without bits must return the weight unchanged"
+    return None
+
+
+def _moved(layer: Layer, target: Target, result: Compressed) -> str | None:
+    """Methods that only choose a mask are compared with each other."""
+    if result.mask is None or target.bits is not None:
+        return None
+    moved = int((layer.weight != result.weight).masked_fill_(~result.mask, False).sum())
+    return (
+        f"promise 7: a mask-only method must leave what it keeps unchanged, {moved} weights differ" if moved else None
+    )
+
+
+def _told(layer: Layer, target: Target, result: Compressed) -> str | None:
+    """What tables show of a result as the method tells it."""
+    if not isinstance(result.info, Mapping) or not isinstance(result.trace, Sequence):
+        came = f"{type(result.trace).__name__} and {type(result.info).__name__}"
+        return f"promise 10: trace and info must be a tuple and a dict, {came} came"
+    for row in result.trace:
+        if not isinstance(row, Sequence) or len(row) != 3 or not all(isinstance(x, numbers.Real) for x in row):
+            return f"promise 10: the trace must be rows of (iteration, seconds, objective), {row!r} came"
+        if not all(map(math.isfinite, row)):
+            return f"promise 10: the trace {NOT_FINITE}, {tuple(map(float, row))} came"
+    iterations = [row[0] for row in result.trace]
+    if any(not isinstance(i, numbers.Integral) or i < 0 for i in iterations) or iterations != sorted(set(iterations)):
+        return "promise 10: the iterations of a trace must be whole numbers that rise"
+    damping = result.info.get("damping")
+    if damping is not None and not (isinstance(damping, numbers.Real) and 0 <= damping < math.inf):
+        return f"promise 10: info['damping'] must be a finite number, at least 0, {damping!r} came"
+    gaps = result.info.get("duality_gaps")
+    if gaps is not None and (len(gaps) != len(result.trace) or not all(isinstance(x, numbers.Real) for x in gaps)):
+        return "promise 10: info['duality_gaps'] must be a number for each row of the trace"
+    if gaps is not None and not all(map(math.isfinite, gaps)):
+        return f"promise 10: the duality gaps {NOT_FINITE}"
+    return None
+
+
+def _words(value: object) -> str:
+    return str(list(value)) if isinstance(value, torch.Size) else str(value)

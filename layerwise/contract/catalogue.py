@@ -1,0 +1,369 @@
+"""The catalogue of methods: cards and hyperparameters read from the files as text, without importing torch.
+
+A file in methods/, or in a folder of the config's `method_paths`, that holds a literal CARD and one frozen dataclass
+derived from Method is a method; its name is the file's. See docs/adding-a-method.md.
+"""
+
+import ast
+import contextlib
+import importlib
+import importlib.util
+import math
+import sys
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import jsonschema
+
+from layerwise.contract.target import Target, refusal
+
+if TYPE_CHECKING:
+    from layerwise.contract.layer import Method
+
+PACKAGE = Path(__file__).parents[1]
+HOME = (PACKAGE / "methods").resolve()  # of a checkout its folder methods/
+PACKAGES = {"layerwise.methods": HOME} | {  # whose files decide results
+    f"layerwise.{room}": PACKAGE / room for room in ("contract", "numerics", "kernels", "compression")
+}
+
+
+def imported(paths: Iterable[Path]) -> list[Path]:
+    """These files and, each once and after what imports it, the files of PACKAGES that they import."""
+    found: dict[Path, None] = {}
+    waiting = list(paths)
+    while waiting:
+        path = waiting.pop(0)
+        if path not in found:
+            found[path] = None
+            waiting = [*_imports(_parsed(path)), *waiting]
+    return list(found)
+
+
+@cache
+def _parsed(path: Path) -> ast.Module:
+    return ast.parse(path.read_text("utf-8"))
+
+
+def _imports(tree: ast.Module) -> list[Path]:
+    """Files of PACKAGES that a module imports with `from package...`."""
+    files: dict[Path, None] = {}
+    for node in tree.body:
+        if isinstance(node, ast.ImportFrom) and node.module:
+            package, _, module = node.module.rpartition(".")
+            if node.module in PACKAGES:
+                files |= dict.fromkeys(PACKAGES[node.module] / f"{alias.name}.py" for alias in node.names)
+            elif package in PACKAGES:
+                files[PACKAGES[package] / f"{module}.py"] = None
+    return [path for path in files if path.is_file()]
+
+
+# What a result depends on besides the method's own file. An edit to one of these re-runs every cell.
+SHARED_SOURCES = tuple(
+    imported(
+        PACKAGE / f"{name}.py" for name in ("contract/layer", "numerics/ops", "compression/verify", "contract/target")
+    )
+)
+STRUCTURES = ["dense", "row", "layer", "n:m", "1xb"]
+# What the objective of a method's trace measures: the layer's error, that of a relaxed mask, or something of its own.
+CRITERIA = ["error", "relaxed error", "own"]
+STATISTICS = ["gram", "mean", "absmean", "sequence_variance", "sample"]
+CARD_SCHEMA = {
+    "type": "object",
+    "required": ["title", "patterns", "bits", "updates_weights", "needs", "parameters"],
+    "additionalProperties": False,
+    "properties": {
+        "title": {"type": "string"},
+        "paper": {"type": "string"},
+        "arxiv": {"type": "string", "pattern": r"^\d{4}\.\d{4,5}$"},
+        "code": {"type": "string"},
+        "patterns": {"type": "array", "items": {"enum": STRUCTURES}},
+        "bits": {"type": "array", "items": {"type": "integer", "minimum": 2, "maximum": 8}},
+        "updates_weights": {"type": "boolean"},
+        "needs": {"type": "array", "items": {"enum": STATISTICS}},
+        "parameters": {"type": "object", "additionalProperties": {"type": "object"}},
+        "control": {"type": "boolean"},
+        "random": {"type": "boolean"},
+        "criterion": {"enum": CRITERIA},
+        "keeps_zeros": {"type": "boolean"},
+        "joint_only": {"type": "boolean"},
+    },
+}
+
+
+class CatalogueError(ValueError):
+    """A method's file or an entry that uses it is wrong; the text is one sentence for the user."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What a method's file says of itself."""
+
+    name: str
+    path: Path
+    class_name: str
+    card: Mapping[str, Any]
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    imports: tuple[Path, ...] = ()  # files of methods/ that it imports, the shared ones apart
+
+    @property
+    def control(self) -> bool:
+        return bool(self.card.get("control"))
+
+    @property
+    def criterion(self) -> str | None:
+        """What the objective of the method's trace measures; None for a method that returns no trace."""
+        return self.card.get("criterion")
+
+    @property
+    def warm_starts(self) -> list[str]:
+        """Names of the parameters that hold another method."""
+        return [name for name, schema in self.card["parameters"].items() if schema.get("format") == "method"]
+
+    @property
+    def chains(self) -> list[str]:
+        """Names of the parameters that hold two methods, one of which prunes and the other quantises."""
+        found = self.card["parameters"].items()
+        return [name for name, schema in found if schema.get("items", {}).get("format") == "method"]
+
+    def inner(self, params: Mapping[str, Any]) -> list[tuple[str, str, Mapping[str, Any]]]:
+        """(parameter, name, complete parameters) of every method inside this one's complete parameters."""
+        held = [(key, params[key]) for key in self.warm_starts]
+        held += [(key, step) for key in self.chains for step in params[key]]
+        return [(key, *next(iter(value.items()))) for key, value in held]
+
+    def refusal(self, target: Target) -> str | None:
+        """Why the method cannot reach the target, in one sentence, or None."""
+        return refusal(self.name, self.card, target)
+
+    def comparison(self, target: Target) -> str:
+        """The group of methods that this one may be compared with at the target."""
+        if self.control:
+            return "control"
+        if target.bits is not None:
+            return "pruned and quantised" if target.sparsity else "quantised"
+        return "weight-updating" if self.card["updates_weights"] else "mask-only"
+
+
+class Catalogue(Mapping[str, Entry]):
+    """All methods of the given folders by name."""
+
+    def __init__(self, folders: list[Path] | None = None) -> None:
+        self._entries: dict[str, Entry] = {}
+        for folder in [HOME, *(folders or [])]:
+            try:
+                files = sorted(folder.glob("*.py")) if folder.is_dir() else None
+            except OSError:  # such as a name that is too long
+                files = None
+            if files is None:
+                raise CatalogueError(f"method_paths names {folder}, which is not a folder.")
+            for path in files:
+                entry = read_entry(path)
+                if entry is None:
+                    continue
+                if entry.name in self._entries:
+                    other = self._entries[entry.name].path
+                    raise CatalogueError(f"Two files define the method {entry.name}: {other} and {path}.")
+                self._entries[entry.name] = entry
+
+    def __getitem__(self, name: str) -> Entry:
+        return self._entries[name]
+
+    def __iter__(self):
+        return iter(self._entries)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def find(self, name: str, where: str) -> Entry:
+        """The entry, or a CatalogueError that lists the known ones."""
+        if name not in self._entries:
+            known = ", ".join(sorted(self))
+            raise CatalogueError(f"{where}: there is no method {name!r}; the methods are {known}.")
+        return self._entries[name]
+
+    def complete(self, name: str, params: Mapping[str, Any], where: str) -> dict[str, Any]:
+        """The method's parameters with defaults filled in, warm starts as {name: {params}}; raises CatalogueError."""
+        return self._complete(name, params, where, ())
+
+    def _complete(self, name: str, params: Mapping[str, Any], where: str, outer: tuple[str, ...]) -> dict[str, Any]:
+        """`complete` of a warm start inside the defaults of the `outer` methods, which must not come round again."""
+        entry = self.find(name, where)
+        unknown = [key for key in params if key not in entry.card["parameters"]]
+        if unknown:
+            known = ", ".join(entry.card["parameters"]) or "none"
+            raise CatalogueError(f"{where}: {name} has no parameter {unknown[0]!r}; its parameters are: {known}.")
+        full = {key: params.get(key, entry.defaults[key]) for key in entry.card["parameters"]}
+        for key, schema in entry.card["parameters"].items():
+            inside = () if key in params else (*outer, name)
+            if schema.get("format") == "method":
+                full[key] = self._complete_warm_start(full[key], f"{where}.{key}", inside)
+                continue
+            if key in entry.chains and isinstance(full[key], list):
+                steps = enumerate(full[key])
+                full[key] = [self._complete_warm_start(step, f"{where}.{key}.{i}", inside) for i, step in steps]
+            if isinstance(full[key], float) and not math.isfinite(full[key]):  # nan passes any limit
+                raise CatalogueError(f"{where}: {name}'s {key} is wrong: {full[key]} is not finite.")
+            errors = list(jsonschema.Draft202012Validator(schema).iter_errors(full[key]))
+            if errors:
+                advice = _advice(full[key], schema)
+                raise CatalogueError(
+                    f"{where}: {name}'s {key} is wrong: {errors[0].message}{advice}.{_meaning(schema)}"
+                )
+            if schema.get("type") == "integer":  # JSON Schema takes 128.0 for an integer, range() does not
+                full[key] = int(full[key])
+        return full
+
+    def _complete_warm_start(self, value: Any, where: str, outer: tuple[str, ...]) -> dict[str, Any]:
+        name, params = next(iter(value.items())) if isinstance(value, dict) and len(value) == 1 else (value, {})
+        if not isinstance(name, str) or not isinstance(params or {}, dict):
+            raise CatalogueError(f"{where}: expected a method's name or {{name: {{parameters}}}}, got {value!r}.")
+        if name in outer:
+            raise CatalogueError(f"{where}: the warm starts of {', '.join(outer)} lead back to {name}, so none begins.")
+        return {name: self._complete(name, params or {}, where, outer)}
+
+    def refusal(self, name: str, params: Mapping[str, Any], target: Target) -> str | None:
+        """Why the method with these complete parameters, warm starts included, cannot reach the target, or None."""
+        entry = self[name]
+        own = entry.refusal(target)
+        if own:
+            return own
+        if entry.chains:
+            return self._chain_refusal([tuple(step) for _, *step in entry.inner(params)], target)
+        for key, inner, inner_params in entry.inner(params):
+            pruning = entry.card["parameters"][key].get("asked") == "pruning"
+            part = target.pruning if pruning else target
+            reason = None if pruning and not target.sparsity else self.refusal(inner, inner_params, part)
+            if reason:
+                return f"its {key} cannot: {reason}"
+        return None
+
+    def _chain_refusal(self, steps: list[tuple[str, Mapping[str, Any]]], target: Target) -> str | None:
+        """Why two methods, one after the other, cannot prune and quantise to the target, or None."""
+        quantises = [self.refusal(*step, target.grid) for step in steps]
+        if None not in quantises:
+            return f"none of its methods quantises: {quantises[0]}, {quantises[1]}"
+        prunes = [self.refusal(*step, target.pruning) for step in steps]
+        # Of two that quantise the first one prunes, unless the second alone can.
+        prunes_first = quantises[1] is None and not (quantises[0] is None and prunes[0] and not prunes[1])
+        pruner, quantiser = steps if prunes_first else steps[::-1]
+        cannot = prunes[0 if prunes_first else 1]
+        if cannot:
+            return f"{quantiser[0]} quantises, and the other of its methods cannot prune: {cannot}"
+        if not self[quantiser[0]].card.get("keeps_zeros"):
+            return f"{quantiser[0]} does not keep the zeros of {pruner[0]}"
+        if not prunes_first and self[pruner[0]].card["updates_weights"]:
+            return f"{pruner[0]} changes the weights that {quantiser[0]} has put on a grid"
+        return None
+
+    def sources(self, name: str, params: Mapping[str, Any]) -> list[Path]:
+        """Files whose code decides the method's results: its own with what it imports, its warm starts', the shared."""
+        own = [self[name].path, *self[name].imports]
+        for _, inner, inner_params in self[name].inner(params):
+            own += [p for p in self.sources(inner, inner_params) if p not in SHARED_SOURCES]
+        return [*dict.fromkeys(own), *SHARED_SOURCES]
+
+    def build(self, name: str, params: Mapping[str, Any]) -> "Method":
+        """Import the method's file (torch with it) and construct it with complete parameters."""
+        entry = self[name]
+        values = dict(params)
+        for key in entry.chains:
+            values[key] = ()
+        for key, inner, inner_params in entry.inner(params):
+            built = self.build(inner, inner_params)
+            values[key] = (*values[key], built) if key in entry.chains else built
+        return getattr(_import(entry), entry.class_name)(**values)
+
+
+def read_entry(path: Path) -> Entry | None:
+    """The entry of a method's file, or None for a file without a CARD; raises CatalogueError for a wrong one."""
+    try:
+        tree = ast.parse(path.read_text("utf-8"), filename=str(path))
+    except OSError as error:
+        raise CatalogueError(f"{path} cannot be read: {error.strerror}.") from None
+    except RecursionError:
+        raise CatalogueError(f"{path} is not valid Python: it is nested too deeply.") from None
+    except SyntaxError as error:
+        at = f" in line {error.lineno}" if error.lineno else ""
+        raise CatalogueError(f"{path} is not valid Python: {error.msg}{at}.") from None
+    except ValueError as error:  # bytes that are no text
+        raise CatalogueError(f"{path} is not valid Python: {error}.") from None
+    cards = [
+        node.value
+        for node in tree.body
+        if isinstance(node, ast.Assign) and [getattr(t, "id", None) for t in node.targets] == ["CARD"]
+    ]
+    if not cards:
+        return None
+    card = _literal(cards[0], f"{path}: CARD")
+    errors = list(jsonschema.Draft202012Validator(CARD_SCHEMA).iter_errors(card))
+    if errors:
+        at = "".join(f"[{part!r}]" for part in errors[0].absolute_path)
+        raise CatalogueError(f"{path}: CARD{at} is wrong: {errors[0].message}.")
+    for parameter, schema in card["parameters"].items():
+        try:
+            jsonschema.Draft202012Validator.check_schema(schema)
+        except jsonschema.SchemaError as error:
+            at = f"CARD['parameters'][{parameter!r}]"
+            raise CatalogueError(f"{path}: {at} is wrong: {error.message.splitlines()[0]}.") from None
+    classes = [
+        node
+        for node in tree.body
+        if isinstance(node, ast.ClassDef) and any(ast.unparse(base).split(".")[-1] == "Method" for base in node.bases)
+    ]
+    if len(classes) != 1:
+        raise CatalogueError(f"{path} must define one class derived from Method, {len(classes)} found.")
+    defaults = _defaults(classes[0], path)
+    if set(defaults) != set(card["parameters"]):
+        raise CatalogueError(
+            f"{path}: CARD['parameters'] and the fields of {classes[0].name} must be the same, "
+            f"{sorted(card['parameters'])} and {sorted(defaults)} came."
+        )
+    needed = tuple(own for own in imported(_imports(tree)) if own not in SHARED_SOURCES)
+    return Entry(path.stem, path, classes[0].name, card, defaults, needed)
+
+
+def _defaults(node: ast.ClassDef, path: Path) -> dict[str, Any]:
+    defaults = {}
+    for statement in node.body:
+        if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name):
+            name = statement.target.id
+            if statement.value is None:
+                raise CatalogueError(f"{path}: the field {name} of {node.name} needs a literal default.")
+            value = _literal(statement.value, f"{path}: the default of {node.name}.{name}")
+            defaults[name] = list(value) if isinstance(value, tuple) else value  # as JSON, and thus a config, has it
+    return defaults
+
+
+def _literal(node: ast.expr, what: str) -> Any:
+    try:
+        return ast.literal_eval(node)
+    except (ValueError, TypeError):
+        raise CatalogueError(f"{what} must be a literal, so that it can be read without running the file.") from None
+
+
+def _meaning(schema: Mapping[str, Any]) -> str:
+    return f" It means: {schema['description']}" if "description" in schema else ""
+
+
+def _advice(value: Any, schema: Mapping[str, Any]) -> str:
+    """What to write for a number that YAML reads as text, such as 1e-3."""
+    with contextlib.suppress(ValueError):
+        if isinstance(value, str) and schema.get("type") in ("number", "integer"):
+            return f"; YAML reads {value} as text, write {float(value)!r}"
+    return ""
+
+
+def _import(entry: Entry):
+    if entry.path.parent == HOME:
+        return importlib.import_module(f"layerwise.methods.{entry.name}")
+    name = f"layerwise_method_{entry.path.resolve()}"  # the path: another folder may hold another method of the name
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, entry.path)
+        assert spec and spec.loader
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[name] = module  # dataclasses look their own module up
+        spec.loader.exec_module(module)
+    return sys.modules[name]

@@ -1,0 +1,1 @@
+"""The embedded model: its text, its tasks and its training."""

@@ -1,0 +1,1 @@
+"""Perplexity, divergence and tasks of a compressed model."""

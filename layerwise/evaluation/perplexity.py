@@ -1,0 +1,152 @@
+"""Perplexity of a model with a cell's weights, as the papers compute it: windows that do not overlap, scored alone."""
+
+from __future__ import annotations
+
+import math
+import shutil
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+from layerwise.calibration.block_stream import Stream
+from layerwise.models.loading import Blocks, Linear, few, linears, model_linears, vocabulary
+from layerwise.runtime.errors import InputError
+from layerwise.sources.tokens import read_tokens
+from layerwise.storage.packed_weights import PackedFile
+
+ROWS = 1024  # of the logits of a window that are in float32 at a time
+LOGITS_AT_ONCE = 2**23  # logits of a batch, 32 MB in float32: on a processor larger batches are slower
+DECIMALS = 6  # of the losses written
+
+
+def batch_size(length: int, vocabulary: int) -> int:
+    """Windows per forward pass, at least one, so that the logits stay within LOGITS_AT_ONCE."""
+    return max(1, LOGITS_AT_ONCE // (length * vocabulary))
+
+
+@torch.no_grad()
+def window_losses(
+    model: PreTrainedModel | Blocks, tokens: Tensor, batch: int, label: str = "perplexity", folder: Path | None = None
+) -> Tensor:
+    """Mean negative log likelihood [n] float64, in nats, of the L - 1 targets of each window [n, L].
+
+    All windows pass one block after the other, so that each block is read once. They are scored alone, `batch` at a
+    time; logits are taken to float32 ROWS at a time. folder: for the hidden states (default: in memory).
+    """
+    return losses_of(Stream(model, tokens, batch, folder), tokens, batch, label)
+
+
+@torch.no_grad()
+def losses_of(stream: Stream, tokens: Tensor, batch: int, label: str) -> Tensor:
+    """The same by a stream that is at the first block; what its hidden states overflow is told by it afterwards."""
+    last = len(stream.blocks) - 1
+    losses = torch.empty(len(tokens), dtype=torch.float64)
+    # (one tensor: a small one kept per window pins the freed logits in the heap, 1.4 GB where 0.5 do)
+    with tqdm(total=last + 1, desc=label, unit="block", mininterval=0.5) as progress:
+        for index in range(last):
+            with stream.source.open(index):
+                stream.advance(index)
+            progress.update()
+        with stream.source.open(last), stream.source.outside():
+            for number, chunk in enumerate(tokens.split(batch)):  # [batch, L]
+                logits = stream.logits(number, chunk)  # [batch, L, vocabulary]
+                for place, (window, scores) in enumerate(zip(chunk.to(logits.device), logits, strict=True)):
+                    losses[number * batch + place] = loss_of(scores[:-1], window[1:])
+        progress.update()
+    return losses
+
+
+def loss_of(scores: Tensor, targets: Tensor) -> float:
+    """Mean negative log likelihood of the targets [n], given their logits [n, vocabulary] of any float dtype."""
+    parts = zip(scores.split(ROWS), targets.split(ROWS), strict=True)
+    return float(torch.cat([cross_entropy(s.float(), t, reduction="none") for s, t in parts]).double().mean())
+
+
+def perplexity(losses: Tensor | Sequence[float]) -> float:
+    """exp of the mean loss of windows of one length: the published exp(sum(loss L) / (n L)).
+
+    Raises InputError, naming the first window at fault, when it is not finite.
+    """
+    losses = torch.as_tensor(losses, dtype=torch.float64)
+    faults = (~torch.isfinite(losses)).nonzero().flatten().tolist()
+    if faults:
+        raise InputError(
+            f"The perplexity is not finite: the loss of {len(faults)} of {len(losses)} windows is NaN or Inf, "
+            f"first of window {faults[0]}."
+        )
+    mean = float(losses.mean())
+    try:
+        return math.exp(mean)
+    except OverflowError:
+        raise InputError(f"The perplexity is not finite: the mean loss is {mean:.6g} nats.") from None
+
+
+def apply_weights(model: PreTrainedModel | Blocks, path: Path) -> None:
+    """Give the linear layers of the model's blocks a cell's weights, one at a time; of lazy ones when they are read.
+
+    Raises InputError when the file cannot be read, or does not hold exactly these layers in their shapes.
+    """
+    file, blocks = PackedFile(path), model if isinstance(model, Blocks) else Blocks(model)
+    layers_of(blocks.model, file)
+
+    def write(index: int, block: nn.Module) -> None:
+        for layer in linears(block, f"{blocks.name}.{index}"):
+            layer.replace(file.read(layer.name).weight)
+
+    blocks.change(write)
+
+
+def layers_of(model: nn.Module, file: PackedFile) -> dict[str, Linear]:
+    """Name -> linear layer of all blocks; InputError when the file does not hold exactly these in their shapes."""
+    layers, path, names = model_linears(model), file.path, file.shapes.keys()
+    if names - layers.keys():
+        raise InputError(f"{path} has layers that the model has not: {few(names - layers.keys())}.")
+    if layers.keys() - names:
+        raise InputError(f"{path} lacks layers of the model: {few(layers.keys() - names)}.")
+    for name, layer in layers.items():
+        if file.shapes[name] != layer.shape:
+            raise InputError(f"{path} should hold {name} as {layer.shape}. Got {file.shapes[name]} instead.")
+    return layers
+
+
+def evaluate(
+    model: PreTrainedModel | Blocks, tokens: Tensor, label: str = "perplexity", folder: Path | None = None
+) -> dict[str, Any]:
+    """Perplexity and what it was made of, for tokens [n, L]; seconds: of the forward passes.
+
+    A perplexity that is not finite is None, with the reason. folder: for the hidden states (default: in memory).
+    """
+    start = time.perf_counter()
+    words = vocabulary(model.model if isinstance(model, Blocks) else model)
+    batch = batch_size(tokens.shape[1], words)
+    stream = Stream(model, tokens, batch, folder)
+    losses = losses_of(stream, tokens, batch, label)
+    seconds = time.perf_counter() - start
+    try:
+        found: dict[str, Any] = {"perplexity": perplexity(losses), "mean_loss": float(losses.mean())}
+    except InputError as error:  # a model that compression has ruined is a result, told as one
+        where = f" In the forward pass {stream.overflow}." if stream.overflow else ""
+        found = {"perplexity": None, "mean_loss": None, "reason": f"the model has diverged: {error}{where}"}
+    return found | {
+        "windows": tokens.shape[0],
+        "length": tokens.shape[1],
+        "seconds": round(seconds, 3),
+        "losses": [round(loss, DECIMALS) if math.isfinite(loss) else None for loss in losses.tolist()],
+    }
+
+
+def evaluate_text(blocks: Blocks, path: Path, folder: Path, label: str = "perplexity") -> dict[str, Any]:
+    """The same of a file of evaluation tokens, with what the file says of its text; folder: for the hidden states."""
+    tokens, text = read_tokens(path)
+    shutil.rmtree(folder, ignore_errors=True)  # of a process that was killed
+    try:
+        return evaluate(blocks, torch.from_numpy(tokens), label, folder) | {"text": text}
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)

@@ -1,0 +1,286 @@
+"""Zero-shot tasks through lm-eval, in process, on a model with a cell's weights.
+
+`lm_eval run --model hf` on a saved folder, with the same tasks, few-shot examples, batch and dtype, gives the same
+numbers: nothing of lm-eval is replaced, but for the templates of a folder that is not trusted, which run in a sandbox.
+A set with a folder is run from there, so that its YAML definitions and data sets are found, and asks no network.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import hashlib
+import importlib.metadata
+import json
+import logging
+import math
+import os
+import sys
+import time
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from layerwise.runtime.errors import InputError, record_failure, report_errors
+from layerwise.runtime.files import write_atomic
+from layerwise.sources.task_sets import BATCH, Spec, expanded
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from layerwise.models.streaming import LazyBlocks
+
+# lm-eval's perplexity, of answers or per word, is another than the cells' own.
+RENAMED = {"perplexity": "answer_perplexity"}
+
+
+def stay_offline(spec: Spec) -> None:
+    """For a set with a folder nothing is fetched. The libraries read this when they are imported."""
+    if spec.get("folder"):
+        os.environ["HF_HUB_OFFLINE"] = "1"
+
+
+def prepared(spec: Spec) -> dict[str, Any]:
+    """The set's config entry as it is run: every task by name, with a batch, the library telling errors alone."""
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    return {"batch": BATCH, **expanded(spec)}
+
+
+def inside(spec: Spec) -> contextlib.AbstractContextManager[None]:
+    """Work in the set's folder, where lm-eval finds definitions and data sets; stay when it has none."""
+    return contextlib.chdir(spec["folder"]) if spec.get("folder") else contextlib.nullcontext()
+
+
+def seed_generators() -> None:
+    """Seed the global generators as simple_evaluate does before it loads tasks: some tasks (gpqa) shuffle with them."""
+    import random
+
+    import numpy as np
+    import torch
+    from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
+
+    random.seed(DEFAULT_RANDOM_SEED)
+    np.random.seed(DEFAULT_OTHER_SEED)
+    torch.manual_seed(DEFAULT_OTHER_SEED)
+
+
+@cache
+def of_the_library() -> tuple[Any, Any]:
+    """lm-eval's templates' environment, and how it imports Python that a definition names, as it brings them."""
+    from lm_eval import utils
+    from lm_eval.tasks import _yaml_loader
+
+    return utils.env, _yaml_loader._import_func_in_yml
+
+
+def keep_in(kept: bool) -> None:
+    """Whether from now on lm-eval imports no Python but its own, whatever definitions name, and its templates see the
+    items alone: one that is not kept in can reach the whole of Python."""
+    from jinja2 import BaseLoader, StrictUndefined
+    from jinja2.sandbox import SandboxedEnvironment
+    from lm_eval import utils
+    from lm_eval.tasks import _yaml_loader
+
+    environment, own = of_the_library()
+
+    def import_own(name: str, folder: Path) -> Any:
+        if Path(folder).resolve().is_relative_to(Path(utils.__file__).parent):
+            return own(name, folder)
+        raise InputError(f"{name} is Python, which runs with trust_remote_code: true of the set of tasks alone")
+
+    sandbox = SandboxedEnvironment(loader=BaseLoader, undefined=StrictUndefined, keep_trailing_newline=True)
+    sandbox.filters.update(environment.filters)
+    utils.env = sandbox if kept else environment
+    _yaml_loader._import_func_in_yml = import_own if kept else own
+
+
+def load_tasks(spec: Spec) -> Any:
+    """lm-eval's TaskDict of a set, its data loaded. Raises InputError for an unknown task and for data out of reach."""
+    from lm_eval.tasks import TaskManager
+
+    seed_generators()
+    folder = spec.get("folder")
+    keep_in(bool(folder) and not spec.get("trust_remote_code"))
+    own = [f"{task}.yaml" for task in spec["tasks"] if Path(f"{task}.yaml").is_file()] if folder else []
+    # The library's thousands of definitions take seconds to read: only when one of them is asked for.
+    manager = TaskManager(include_path="." if folder else None, include_defaults=len(own) < len(spec["tasks"]))
+    unknown = [task for task in spec["tasks"] if task not in manager.all_tasks]
+    if unknown:
+        where = f"lm-eval {importlib.metadata.version('lm_eval')}" + (f" or in {folder}" if folder else "")
+        raise InputError(f"There is no task {unknown[0]!r} in {where}.")
+    try:
+        loaded = manager.load(list(spec["tasks"]))
+        for task in loaded["tasks"].values():
+            task.doc_to_text(next(iter(task.eval_docs)))
+        return loaded
+    except Exception as error:  # definitions are others' code and templates: they raise whatever they like
+        told = "; ".join(" ".join(str(one).split()) or type(one).__name__ for one in (error, error.__cause__) if one)
+        if folder:
+            wanted = f"{folder} should hold them, in a folder of the data set's name or where the definition says"
+        else:
+            wanted = (
+                "they need the network, a copy in the hub's cache, or a `folder`; HF_HUB_OFFLINE=1 forbids fetching"
+            )
+        named = ", ".join(spec["tasks"])
+        raise InputError(f"The data of the tasks {named} cannot be used; {wanted}: {told}") from None
+
+
+def describe(spec: Spec) -> dict[str, Any]:
+    """Version, items and data set of each task of a set, once its data has been loaded."""
+    loaded = load_tasks(spec)
+    tasks = {
+        name: {
+            "version": str(task.VERSION),
+            "items": len(task.eval_docs),
+            "data": task.config.dataset_path,
+            "sha256": documents_hash([task.eval_docs, task.fewshot_docs() if examples(task, spec) else ()]),
+        }
+        for name, task in loaded["tasks"].items()
+    }
+    return {"lm_eval": importlib.metadata.version("lm_eval"), "tasks": tasks}
+
+
+def examples(task: Any, spec: Spec) -> int:
+    """How many examples precede each item: the definition's number, or where it has none or allows it the set's."""
+    own = task.get_config("num_fewshot")
+    return own if own is not None and (own == 0 or spec.get("fewshot") is None) else spec.get("fewshot") or 0
+
+
+def documents_hash(sets: list[Any]) -> str:
+    """Of documents as lm-eval has loaded them: those that are asked and those that examples are taken from."""
+    told = hashlib.sha256()
+    for documents in sets:
+        for document in documents or ():
+            told.update(json.dumps(document, sort_keys=True, default=str).encode())
+    return told.hexdigest()
+
+
+def run(model: PreTrainedModel, tokenizer: Any, spec: Spec) -> dict[str, Any]:
+    """lm-eval's results for a model: rows, one per task and metric, and samples, the score of every item.
+
+    A task with a log-likelihood that is not finite has no values, and a reason. Groups stand for their tasks.
+    seconds: of the evaluation, the loading of the data included.
+    """
+    from lm_eval.defaults import DEFAULT_OTHER_SEED
+    from lm_eval.evaluator import evaluate
+    from lm_eval.models.huggingface import HFLM
+
+    start = time.perf_counter()
+    loaded = load_tasks(spec)
+    # As simple_evaluate does, which beside that would look the model's folder up on the hub by its name.
+    for task in loaded["tasks"].values():
+        task.set_config(key="num_fewshot", value=examples(task, spec))
+        task.set_fewshot_seed(seed=DEFAULT_OTHER_SEED)
+    grouped = {task.task_name for group in loaded["groups"].values() for task in group.get_all_tasks()}
+    inner = {child.name for group in loaded["groups"].values() for child in group.get_all_groups()}
+    top = [group for name, group in loaded["groups"].items() if name not in inner]
+    lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=spec["batch"])
+    found = evaluate(lm=lm, task_dict=loaded, limit=spec.get("items"))
+    members = {group.name: [task.task_name for task in group.get_all_tasks()] for group in top}
+    shown = [*members, *(name for name in loaded["tasks"] if name not in grouped)]
+    return {
+        "rows": [row for name in shown for row in rows_of(name, members.get(name, [name]), found)],
+        "lm_eval": importlib.metadata.version("lm_eval"),
+        "batch": spec["batch"],
+        "seconds": round(time.perf_counter() - start, 3),
+        "groups": members,
+        "samples": {name: scores(items) for name, items in found["samples"].items()},
+    }
+
+
+def rows_of(name: str, members: list[str], found: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """One row per metric of a task, or of the group of tasks `members`, from lm-eval's results."""
+    asked = [response for task in members for item in found["samples"][task] for response in item["filtered_resps"]]
+    broken = sum(not finite(response) for response in asked)
+    row = {
+        "task": name,
+        "task_version": None if (version := found["versions"].get(name)) is None else str(version),
+        "fewshot": max(found["n-shot"][task] for task in members),
+        "items": sum(found["n-samples"][task]["effective"] for task in members),
+        "eval_sha256": data_hash([item for task in members for item in found["samples"][task]]),
+    }
+    rows = []
+    for key, value in found["results"][name].items():
+        metric, comma, filtered = key.partition(",")
+        if not comma or metric.endswith("_stderr"):
+            continue
+        stderr = found["results"][name].get(f"{metric}_stderr,{filtered}")
+        own = RENAMED.get(metric, metric) + ("" if filtered == "none" else f",{filtered}")
+        values: dict[str, Any] = {
+            "value": float(value),
+            "stderr": stderr if isinstance(stderr, float) and math.isfinite(stderr) else None,
+        }
+        if broken or not math.isfinite(value):
+            reason = f"the model has diverged: {broken} of {len(asked)} log-likelihoods of {name} are NaN or Inf"
+            values = {"value": None, "stderr": None, "reason": reason}
+        rows.append({**row, "metric": own, **values})
+    return rows
+
+
+def data_hash(items: list[dict[str, Any]]) -> str:
+    """Of what was asked and what is right, as lm-eval hashes it item by item: the same data have the same."""
+    keys = ("doc_id", "doc_hash", "prompt_hash", "target_hash")
+    told = sorted(json.dumps([item[key] for key in keys]) for item in items)
+    return hashlib.sha256("\n".join(told).encode()).hexdigest()
+
+
+def finite(response: Any) -> bool:
+    """False for a log-likelihood that is NaN or Inf; text that was generated has none."""
+    numbers = response if isinstance(response, (tuple, list)) else [response]
+    return all(math.isfinite(number) for number in numbers if isinstance(number, float))
+
+
+def scores(items: list[dict[str, Any]]) -> dict[str, list[Any]]:
+    """metric -> the score of every item, in the order of the data."""
+    metrics = [name for name in items[0]["metrics"] if isinstance(items[0][name], (bool, int, float))]
+    ordered = sorted(items, key=lambda item: item["doc_id"])
+    return {name: [int(item[name]) if item[name] in (0, 1) else item[name] for item in ordered] for name in metrics}
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="zero_shot", description=__doc__)
+    parser.add_argument("stage", choices=("data", "cell"), help="data: load a set's data once; cell: evaluate a cell")
+    parser.add_argument("--tasks", type=json.loads, required=True, help="the set's config entry, as JSON")
+    parser.add_argument("--out", type=Path, required=True, help="JSON file for the result")
+    parser.add_argument("--model", type=json.loads, help="the model's config entry, as JSON")
+    parser.add_argument(
+        "--weights", type=Path, help="a cell's weights.safetensors; without it, the model as its folder has it"
+    )
+    parser.add_argument("--threads", type=int)
+    parser.add_argument("--device", default="cpu")
+    args = parser.parse_args(argv)
+    stay_offline(args.tasks)
+    if args.stage == "data":
+        spec = prepared(args.tasks)
+        with inside(spec):
+            found = describe(spec)
+    else:
+        with record_failure(args.out.parent, args.out.name.removesuffix(".json")):
+            found = evaluate_cell(args)
+    write_atomic(args.out, json.dumps(found, indent=1, allow_nan=False) + "\n")
+
+
+def evaluate_cell(args: argparse.Namespace) -> dict[str, Any]:
+    from layerwise.evaluation.perplexity import apply_weights
+    from layerwise.models.loading import set_threads
+    from layerwise.models.streaming import LazyBlocks
+
+    set_threads(args.threads)
+    blocks = LazyBlocks(args.model, args.device)
+    if args.weights:
+        apply_weights(blocks, args.weights)
+    return evaluate_tasks(blocks, args.model, args.tasks)
+
+
+def evaluate_tasks(blocks: LazyBlocks, entry: Mapping[str, Any], spec: Spec) -> dict[str, Any]:
+    """lm-eval's results (`run`) for a model that a config entry describes, on a set of tasks as the config has it."""
+    from layerwise.sources.tokens import load_tokenizer
+
+    spec, tokenizer = prepared(spec), load_tokenizer(entry)
+    with blocks.whole_if_it_fits(), inside(spec):
+        return run(blocks.model, tokenizer, spec)
+
+
+if __name__ == "__main__":
+    report_errors(main, sys.argv[1:])

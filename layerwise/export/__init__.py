@@ -1,0 +1,1 @@
+"""A compressed cell for other tools: saving, auditing, decoding."""

@@ -1,0 +1,355 @@
+"""Open a saved folder and verify, from its files alone, pattern, grid and exact counts of every layer (docs/export.md).
+
+Reads a cell's folder and the three formats of export.py; compressed-tensors without the library that wrote it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from layerwise.compression.verify import count_kept, kept_counts
+from layerwise.contract.target import Target
+from layerwise.export.save import MANIFEST, WEIGHTS, digest
+from layerwise.models.loading import Linear, few, load, model_linears, reason
+from layerwise.numerics import ops
+from layerwise.results.cell_results import read_json
+from layerwise.runtime.errors import InputError, report_errors
+from layerwise.storage.bits_per_weight import kept_blocks
+from layerwise.storage.packed_weights import PackedFile
+
+MARKS = {"zeros", "sha256", "input_scale", "reordered"}  # what a manifest says of a layer
+
+
+@dataclass(frozen=True)
+class Found:
+    """A layer as a folder holds it; mask: None where a kept weight of zero looks like a pruned one."""
+
+    weight: Tensor  # [out, in], in the model's dtype
+    mask: Tensor | None
+    stored: int  # bytes
+    grid: str | None = None  # what is off with the grid
+    note: str = "holds"  # what is said where nothing is off
+
+
+@dataclass(frozen=True)
+class Line:
+    """What the audit says of a layer; fault: None where nothing is off."""
+
+    layer: str
+    out: int
+    inputs: int
+    zeros: int
+    stored: int  # bytes
+    fault: str | None
+    note: str = "holds"
+
+    @property
+    def weights(self) -> int:
+        return self.out * self.inputs
+
+
+@dataclass(frozen=True)
+class Folder:
+    """A saved folder: the grid that it declares, the layers that it should hold, and a function that reads one."""
+
+    form: str
+    grid: Target | None  # None where nothing but the weights shows it
+    layers: Mapping[str, tuple[int, int]]  # name -> (out, in)
+    read: Callable[[str], Found]
+
+
+# -------------------------------------------------------------------------------------------------------------- reading
+
+
+class Tensors:
+    """The tensors of a Hugging Face folder by name, whichever file they lie in. Raises InputError when it has none."""
+
+    def __init__(self, folder: Path) -> None:
+        index = folder / "model.safetensors.index.json"
+        names = sorted(set(read_json(index)["weight_map"].values())) if index.is_file() else ["model.safetensors"]
+        try:
+            files = [safe_open(folder / name, "pt") for name in names]
+        except (OSError, SafetensorError) as error:
+            raise InputError(f"The weights of {folder} cannot be read: {error}.") from None
+        self.files = {key: file for file in files for key in list(file.keys())}
+
+    def get(self, name: str) -> Tensor:
+        """Raises ValueError when there is none of that name."""
+        if name not in self.files:
+            raise ValueError(f"there is no tensor {name}")
+        return self.files[name].get_tensor(name)
+
+
+def open_folder(folder: Path, said: Mapping[str, Any], target: Target, trust_remote_code: bool) -> Folder:
+    """The folder, whichever format it has; said: its manifest. Raises InputError when it is of none."""
+    config, linears = None, {}
+    if (folder / "config.json").is_file():
+        config, linears = structure(folder, trust_remote_code)
+    shapes = {name: linear.shape for name, linear in linears.items()}
+    dtype = getattr(config, "dtype", None) or torch.float32
+    if (folder / WEIGHTS).is_file():
+        file = PackedFile(folder / WEIGHTS)
+        return Folder("packed", file.target.grid, shapes or file.shapes, partial(read_packed, file, dtype))
+    if config is None:
+        raise InputError(f"{folder} is no saved model: it has neither config.json nor {WEIGHTS}.")
+    tensors, scheme = Tensors(folder), getattr(config, "quantization_config", None)
+    if scheme is None:
+        marks = said.get("layers", {})
+        hidden = {name for name, mark in marks.items() if mark["reordered"] or mark["input_scale"]}
+        loaded = loader(folder, trust_remote_code)
+        return Folder(
+            "dense", None, shapes, lambda name: read_dense(tensors, linears[name], target, name in hidden, loaded)
+        )
+    if scheme.get("format") != "pack-quantized" or len(scheme["config_groups"]) != 1:
+        raise InputError(f"{folder} is {scheme.get('format')}, only pack-quantized with one group of layers is read.")
+    weights = next(iter(scheme["config_groups"].values()))["weights"]
+    group = weights["group_size"] if weights["strategy"] == "group" else None
+    grid = Target(bits=weights["num_bits"], group=group, symmetric=weights["symmetric"])
+    return Folder(
+        "compressed-tensors", grid, shapes, lambda name: read_pack_quantized(tensors, linears[name], grid, dtype)
+    )
+
+
+def structure(folder: Path, trust_remote_code: bool) -> tuple[Any, dict[str, Linear]]:
+    """A saved model's config, and the linear layers of its blocks as its architecture has them, without weights."""
+    options = {"local_files_only": True, "trust_remote_code": trust_remote_code}
+    try:
+        config = AutoConfig.from_pretrained(folder, **options)
+        plain = AutoConfig.from_pretrained(folder, **options)
+        vars(plain).pop("quantization_config", None)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(plain, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, ImportError) as error:
+        raise InputError(f"Cannot read the config of {folder}: {reason(error)}.") from error
+    return config, model_linears(model)
+
+
+def read_packed(file: PackedFile, dtype: torch.dtype, name: str) -> Found:
+    """A layer of our own layout. Raises ValueError when the file has none of that name."""
+    if name not in file.shapes:
+        raise ValueError(f"{file.path.name} does not hold it")
+    result = file.read(name)
+    return Found(result.weight.to(dtype), result.mask, file.stored_bytes(name))
+
+
+def loader(folder: Path, trust_remote_code: bool) -> Callable[[], dict[str, Linear]]:
+    """The layers of a folder's model as transformers loads it, at the first call."""
+    return cache(lambda: model_linears(load({"path": str(folder), "trust_remote_code": trust_remote_code})))
+
+
+def read_dense(
+    tensors: Tensors, linear: Linear, target: Target, hidden: bool, loaded: Callable[[], Mapping[str, Linear]]
+) -> Found:
+    """A layer of a folder of dense weights; hidden: its grid cannot be seen in them (act-order, scales of inputs).
+
+    loaded: the same layers as transformers gives them, for experts, whose tensors have other names in a checkpoint.
+    """
+    if linear.expert is None:
+        stored = tensors.get(linear.stored_in(linear.name))
+        weight = stored.T if linear.transposed else stored
+    else:
+        stored = weight = loaded()[linear.name].stored()
+    grid = None if hidden else grid_fault(weight, target)
+    note = "holds, its grid cannot be seen" if hidden and target.bits else "holds"
+    return Found(weight, None, stored.nbytes, grid, note)
+
+
+def grid_fault(weight: Tensor, target: Target) -> str | None:
+    """What is off with the grid of a dequantised weight [out, in], or None."""
+    if target.bits is None:
+        return None
+    groups = ops.grouped(weight, target.group or weight.shape[1], 0.0).flatten(0, 1)
+    off = int((~on_grid(groups, target)).sum())
+    return f"the weights of {off} groups lie on no grid of {target.grid.label}" if off else None
+
+
+def on_grid(groups: Tensor, target: Target) -> Tensor:
+    """[groups] bool: whether some scale makes the weights of each of groups [groups, length] codes less a zero.
+
+    The largest weight is tried as 1, 2, ... 2^bits - 1 scales. Every weight may be off by the rounding of its dtype and
+    of the largest one's, so that grids as fine as that, 7 and 8 bits in bfloat16, always pass.
+    """
+    assert target.bits is not None
+    most, limits, weight = 2**target.bits - 1, torch.finfo(groups.dtype), groups.double()
+    largest = weight.abs().amax(1, keepdim=True)
+    found = largest[:, 0] == 0
+    for count in reversed(range(1, most + 1)):
+        rows = (~found).nonzero()[:, 0]
+        scale = largest[rows] / count
+        whole = (weight[rows] / scale).round()
+        low, high = whole.amin(1).clamp(max=0), whole.amax(1).clamp(min=0)
+        fits = (high <= most // 2) & (low >= -(most // 2 + 1)) if target.symmetric else high - low <= most
+        near = (weight[rows] - whole * scale).abs() <= limits.eps * (weight[rows].abs() + limits.tiny)
+        found[rows] = fits & near.all(1)
+    return found
+
+
+def read_pack_quantized(tensors: Tensors, linear: Linear, grid: Target, dtype: torch.dtype) -> Found:
+    """A layer in compressed-tensors' pack-quantized format. Raises ValueError when its tensors do not fit together."""
+    (rows, inputs), bits = linear.shape, grid.bits
+    assert bits is not None
+    names = ["weight_packed", "weight_scale", "weight_shape", *([] if grid.symmetric else ["weight_zero_point"])]
+    parts = {name: tensors.get(f"{linear.name}.{name}") for name in names}
+    if parts["weight_shape"].tolist() != [rows, inputs]:
+        raise ValueError(f"its shape must be [{rows}, {inputs}], {parts['weight_shape'].tolist()} came")
+    if f"{linear.name}.weight_g_idx" in tensors.files:
+        raise ValueError("its groups are no runs of consecutive inputs, which this audit cannot read")
+    groups, scales = -(-inputs // (grid.group or inputs)), parts["weight_scale"]
+    if scales.shape != (rows, groups) or not (torch.isfinite(scales).all() and (scales > 0).all()):
+        raise ValueError(f"its scales must be [{rows}, {groups}], positive and finite")
+    zeros = torch.full((rows, groups), 2 ** (bits - 1))
+    if not grid.symmetric:
+        zeros = from_words(parts["weight_zero_point"].T, bits, groups, rows).T
+    codes = from_words(parts["weight_packed"], bits, rows, inputs)
+    weight = ops.dequantise(codes, scales.float(), zeros.float(), ops.groups_of(inputs, grid.group))
+    return Found(weight.to(dtype), None, sum(part.nbytes for part in parts.values()))
+
+
+def from_words(words: Tensor, bits: int, lines: int, length: int) -> Tensor:
+    """[lines, length] uint8 numbers of `bits` bits, each line in whole 32-bit words, lowest bits first."""
+    size = -(-length * bits // 32)
+    if words.dtype != torch.int32 or words.shape != (lines, size):
+        raise ValueError(f"{lines} x {length} numbers take [{lines}, {size}] int32, {list(words.shape)} came")
+    octets = words.contiguous().numpy().astype("<i4").view(np.uint8)  # [lines, bytes]
+    digits = np.unpackbits(octets, axis=1, bitorder="little")[:, : length * bits]
+    return torch.from_numpy(np.packbits(digits.reshape(lines, length, bits), axis=2, bitorder="little")[..., 0])
+
+
+# ------------------------------------------------------------------------------------------------------------- checking
+
+
+def pattern_fault(weight: Tensor, mask: Tensor | None, target: Target) -> str | None:
+    """What is off with the pattern of a layer [out, in], or None.
+
+    With a mask the counts must be exact; without one, as a kept weight may be zero, no group may have more weights that
+    are not zero than the pattern keeps.
+    """
+    if target.sparsity == 0:
+        return None
+    count = count_kept(weight != 0 if mask is None else mask, target)
+    expected = kept_counts(weight.shape, target)
+    if target.block:
+        if mask is not None and not ((count == 0) | (count == expected)).all():
+            return f"a 1x{target.block} block is kept in part"
+        wanted, dropped = expected.shape[1] - kept_blocks(target, weight.shape[1]), (count == 0).sum(1)
+        wrong = int((dropped < wanted if mask is None else dropped != wanted).sum())
+        return f"{wanted} blocks of 1x{target.block} must be zero in every row, {wrong} rows differ" if wrong else None
+    wrong = int((count > expected if mask is None else count != expected).sum())
+    where = {"row": "rows", "layer": "layer", "n:m": f"groups of {target.pattern}"}[target.structure]
+    more = "more" if mask is None else "other counts"
+    return f"{target.label} is not kept: {wrong} {where} keep {more}" if wrong else None
+
+
+def check(folder: Folder, name: str, target: Target, saved: Mapping[str, Any] | None) -> Line:
+    """The line of a layer; saved: what the folder's manifest says of it."""
+    try:
+        found = folder.read(name)
+    except (ValueError, SafetensorError, InputError) as error:
+        return Line(name, *folder.layers[name], 0, 0, str(error).rstrip("."))
+    if tuple(found.weight.shape) != folder.layers[name]:
+        fault = f"it should be {folder.layers[name]}, {tuple(found.weight.shape)} came"
+        return Line(name, *folder.layers[name], 0, found.stored, fault)
+    counted = int((found.weight == 0).sum())
+    fault = pattern_fault(found.weight, found.mask, target) or found.grid
+    if not torch.isfinite(found.weight).all():
+        fault = "a weight is not finite"
+    elif fault is None and saved and counted != saved["zeros"]:
+        fault = f"{saved['zeros']} zeros were saved, {counted} are there"
+    elif fault is None and saved and digest(found.weight) != saved["sha256"]:
+        fault = "its weights are not those that were saved"
+    return Line(name, *folder.layers[name], counted, found.stored, fault, found.note)
+
+
+def audit(
+    folder: Path, target: Target | None = None, trust_remote_code: bool = False
+) -> tuple[str, Target, list[Line]]:
+    """Format and target of a saved folder, and a line for every linear layer of its model.
+
+    target: what the layers should be; None takes the folder's word. Raises InputError when the folder cannot be read,
+    declares another grid, or says nothing of a target where none is given.
+    """
+    if not folder.is_dir():
+        raise InputError(f"There is no folder {folder}.")
+    try:
+        said = read_json(folder / MANIFEST) if (folder / MANIFEST).is_file() else {}
+        if target is None and "target" in said:
+            target = Target(**said["target"])
+        marks = said.get("layers", {})
+        if not all(isinstance(mark, dict) and mark.keys() >= MARKS for mark in marks.values()):
+            raise ValueError(f"each of its layers needs {', '.join(sorted(MARKS))}")
+    except (ValueError, TypeError, AttributeError) as error:
+        raise InputError(f"{folder / MANIFEST} cannot be read: {error}.") from None
+    if target is None and (folder / WEIGHTS).is_file():
+        target = PackedFile(folder / WEIGHTS).target
+    if target is None:
+        raise InputError(f"{folder} does not say what its layers should be: give --target.")
+    try:
+        opened = open_folder(folder, said, target, trust_remote_code)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:  # what config.json or an index says is of no use
+        raise InputError(f"What {folder} says of its weights is of no use: {type(error).__name__}: {error}.") from None
+    if opened.grid not in (None, target.grid):
+        raise InputError(f"{folder} declares the grid {opened.grid.label}, that of {target.label} was expected.")
+    layers = said.get("layers", {})
+    if layers and layers.keys() != opened.layers.keys():
+        others = few(layers.keys() ^ opened.layers.keys())
+        raise InputError(f"{folder / MANIFEST} lists other layers than the model has: {others}.")
+    lines = [check(opened, name, target, layers.get(name)) for name in opened.layers]
+    return opened.form, target, lines
+
+
+def table(lines: list[Line]) -> str:
+    """The lines as text."""
+    width = max(len(line.layer) for line in lines)
+    head = f"{'layer':{width}}  {'out x in':>13}  {'zeros':>11}  {'zeros %':>8}  {'bits/weight':>11}  check"
+    text = [head, "-" * len(head)]
+    for line in lines:
+        shape = f"{line.out} x {line.inputs}"
+        text.append(
+            f"{line.layer:{width}}  {shape:>13}  {line.zeros:11,}  {100 * line.zeros / line.weights:8.3f}  "
+            f"{8 * line.stored / line.weights:11.4f}  {line.fault or line.note}"
+        )
+    return "\n".join(text)
+
+
+def summary(form: str, target: Target, lines: list[Line]) -> str:
+    """What all layers are together, in one line."""
+    weights, zeros, stored = (sum(getattr(line, name) for line in lines) for name in ("weights", "zeros", "stored"))
+    return (
+        f"{form}, {target.label}: {len(lines)} layers, {weights:,} weights, {zeros:,} zeros "
+        f"({100 * zeros / weights:.3f} %), {stored:,} bytes, {8 * stored / weights:.4f} bits per weight."
+    )
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", type=Path, help="a cell's folder, or one that export.py or another tool saved")
+    parser.add_argument("--target", type=json.loads, help="target as JSON, where the folder does not say it")
+    parser.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the model")
+    args = parser.parse_args(argv)
+    try:
+        target = None if args.target is None else Target(**args.target)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"--target is wrong: {error}") from None
+    form, target, lines = audit(args.folder, target, args.trust_remote_code)
+    print(table(lines), summary(form, target, lines), sep="\n\n")
+    faults = [line for line in lines if line.fault]
+    if faults:
+        others = f", and {len(faults) - 1} more layers are off" if len(faults) > 1 else ""
+        raise InputError(f"{args.folder}: {faults[0].layer}: {faults[0].fault}{others}.")
+
+
+if __name__ == "__main__":
+    report_errors(main, sys.argv[1:])

@@ -1,0 +1,214 @@
+"""Time y = W x, one token's product with a weight, for each way of storing W (docs/decode.md):
+python -m layerwise.export.decode --shape ROWS INPUTS --threads 1 --out results/decode.csv"""
+
+import argparse
+import csv
+import os
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numba
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from layerwise.compression.verify import kept_counts
+from layerwise.contract.target import Target
+from layerwise.kernels.packed_matvec import BLOCK, Blocks, Groups, TwoOfFour
+from layerwise.numerics import ops
+from layerwise.runtime.errors import InputError, report_errors
+from layerwise.runtime.files import whole_file
+from layerwise.runtime.provenance import provenance
+from layerwise.storage.bits_per_weight import bits_per_weight, kept_blocks
+
+FLOAT32_ERROR, BFLOAT16_ERROR = 1e-5, 1e-2  # of the largest entry of a product
+BASE = "dense bfloat16"
+W4 = Target(bits=4, group=128)
+W4_BLOCKS = Target(0.5, f"1x{BLOCK}", bits=4, group=BLOCK)
+TWO_OF_FOUR = Target(pattern="2:4")
+WARM_UP = 5  # rounds that are not counted
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A storage of W [rows, inputs] and the ways of computing its product, of which the fastest counts.
+
+    exact: [rows] float64, the product with what is stored; moved: bytes of W as stored, of x and of y.
+    """
+
+    storage: str
+    ways: dict[str, Callable[[], Tensor]]
+    exact: Tensor
+    bits: float
+    moved: int
+
+
+def entries(rows: int, inputs: int, threads: int, device: str) -> list[Entry]:
+    """Every storage of one weight with normal entries. x has entries that bfloat16 holds: all multiply the same."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(rows, inputs, generator=generator).bfloat16().float()
+    x = torch.randn(inputs, generator=generator).bfloat16().float()
+    moved = x.nbytes + 4 * rows
+
+    def bits(target: Target) -> float:
+        kept = 1.0
+        if target.block:
+            kept = min(kept_blocks(target, inputs) * target.block / inputs, 1.0)
+        elif target.sparsity:
+            kept = int(kept_counts(torch.Size((rows, inputs)), target).sum()) / (rows * inputs)
+        return bits_per_weight(target, kept, rows, inputs)
+
+    exact = weight.double() @ x.double()
+    found = [
+        Entry("dense float32", _dense(weight.to(device), x.to(device)), exact, 32.0, weight.nbytes + moved),
+        Entry(
+            BASE,
+            _dense(weight.bfloat16().to(device), x.bfloat16().to(device)),
+            exact,
+            bits(Target()),
+            (weight.nbytes + moved) // 2,
+        ),
+    ]
+    packed = {"W4 g128": (W4, _grouped(weight)), "W4 50% 1x16": (W4_BLOCKS, _blocks(weight))}
+    if device == "cpu":
+        packed = {"2:4 bfloat16": (TWO_OF_FOUR, _two_of_four(weight)), **packed}
+    for name, (target, storage) in packed.items():
+        exact = torch.from_numpy(storage.dequantised()) @ x.double()
+        way = _kernel(storage, x, threads, device)
+        found.append(Entry(name, way, exact, bits(target), storage.nbytes + moved))
+    return found
+
+
+def _dense(weight: Tensor, x: Tensor) -> dict[str, Callable[[], Tensor]]:
+    """torch's own ways of multiplying one vector."""
+    row, column = x[None], x[:, None]
+    return {
+        "W @ x": lambda: weight @ x,
+        "x @ W.T": lambda: x @ weight.T,
+        "W @ x[:, None]": lambda: weight @ column,
+        "linear(x[None], W)": lambda: linear(row, weight),
+        "linear(x, W)": lambda: linear(x, weight),
+    }
+
+
+def _kernel(storage: Groups | Blocks | TwoOfFour, x: Tensor, threads: int, device: str) -> dict:
+    if device == "cpu":
+        vector = x.numpy()
+        return {"numba": lambda: torch.from_numpy(storage.product(vector, threads))}
+    from layerwise.kernels.cuda import OnDevice  # needs Triton
+
+    placed, entry = OnDevice(storage, device), x.to(device)
+    return {"triton": lambda: placed.product(entry)}
+
+
+def _two_of_four(weight: Tensor) -> TwoOfFour:
+    mask = ops.prune_mask(weight.abs(), TWO_OF_FOUR)
+    return TwoOfFour.pack(weight, mask)
+
+
+def _grouped(weight: Tensor) -> Groups:
+    codes, scales, zeros = _quantised(weight, W4)
+    return Groups.pack(codes, scales, zeros, W4.group or weight.shape[1])
+
+
+def _blocks(weight: Tensor) -> Blocks:
+    mask = ops.prune_mask(weight.square(), W4_BLOCKS)
+    return Blocks.pack(*_quantised(weight, W4_BLOCKS), mask[:, ::BLOCK])
+
+
+def _quantised(weight: Tensor, target: Target) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes [rows, inputs], scales in bfloat16 and zeros [rows, groups] of a min-max grid."""
+    grid = ops.fit_grid(weight, target.grid)
+    grid = ops.Grid(grid.scales.bfloat16().float(), grid.zeros, grid.bits)
+    return grid.codes(weight, ops.groups_of(weight.shape[1], target.group)), grid.scales, grid.zeros
+
+
+def measure(found: list[Entry], rounds: int, threads: int, device: str) -> list[dict[str, object]]:
+    """One row per entry, in columns of the table: times in microseconds, over `rounds` rounds that call all once.
+
+    Raises InputError for a product that is wrong.
+
+    One thread on a processor is timed by its own clock, which stands still while other programs have their turns.
+    """
+    clock = time.thread_time if threads == 1 and device == "cpu" else time.perf_counter
+    calls = [(entry, way, call) for entry in found for way, call in entry.ways.items()]
+    seconds = np.empty((len(calls), WARM_UP + rounds))
+    for nth in range(WARM_UP + rounds):
+        for place, (_, _, call) in enumerate(calls):
+            began = clock()
+            call()
+            if device == "cuda":
+                torch.cuda.synchronize()
+            seconds[place, nth] = clock() - began
+    low, middle, high = np.quantile(1e6 * seconds[:, WARM_UP:], (0.25, 0.5, 0.75), axis=1)
+    rows = []
+    for entry in found:
+        place = min((n for n, (other, _, _) in enumerate(calls) if other is entry), key=middle.__getitem__)
+        error = (calls[place][2]().double().cpu().flatten() - entry.exact).abs().max() / entry.exact.abs().max()
+        if not error <= (BFLOAT16_ERROR if entry.storage == BASE else FLOAT32_ERROR):
+            raise InputError(f"The product of {entry.storage} is wrong by {float(error):.2g} of its largest entry.")
+        rows.append(
+            {
+                "storage": entry.storage,
+                "way": calls[place][1],
+                "bits_per_weight": round(entry.bits, 4),
+                "bytes_moved": entry.moved,
+                "microseconds": round(middle[place], 1),
+                "microseconds_q1": round(low[place], 1),
+                "microseconds_q3": round(high[place], 1),
+                "max_relative_error": float(f"{float(error):.2g}"),
+            }
+        )
+    base = next(float(row["microseconds"]) for row in rows if row["storage"] == BASE)
+    return [{**row, "times_as_fast": round(base / float(row["microseconds"]), 3)} for row in rows]
+
+
+def pin(threads: int) -> None:
+    """Keep this process to as many processors as it has threads, where the system allows it."""
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[-threads:])
+    torch.set_num_threads(threads)
+
+
+def main(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(prog="decode", description=__doc__)
+    parser.add_argument("--shape", type=int, nargs=2, action="append", required=True, metavar=("ROWS", "INPUTS"))
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=100, help="times that each product is timed")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--out", type=Path, required=True, help="table to write, .csv")
+    args = parser.parse_args(argv)
+    for name in ("threads", "rounds"):
+        if getattr(args, name) < 1:
+            raise InputError(f"--{name} must be at least 1. Got {getattr(args, name)} instead.")
+    for shape in args.shape:
+        if min(shape) < 1:
+            raise InputError(f"--shape needs at least one row and one input. Got {shape[0]} {shape[1]} instead.")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise InputError("--device cuda needs a GPU that torch can use; there is none.")
+    if args.threads > (os.cpu_count() or 1):
+        raise InputError(f"--threads must be at most the {os.cpu_count()} processors. Got {args.threads} instead.")
+    pin(args.threads)
+    made = provenance(args.device, args.threads)
+    machine = torch.cuda.get_device_name() if args.device == "cuda" else f"{made['cpu']}, {made['platform']}"
+    table = []
+    for rows, inputs in args.shape:
+        with torch.inference_mode():
+            found = entries(rows, inputs, args.threads, args.device)
+            measured = measure(found, args.rounds, args.threads, args.device)
+        for row in measured:
+            place = {"rows": rows, "inputs": inputs, "threads": args.threads, "device": args.device, "machine": machine}
+            table.append({**row, **place, "torch": torch.__version__, "numba": numba.__version__})
+            print("{rows} x {inputs}  {storage:15} {microseconds:9} us  x{times_as_fast}".format(**table[-1]))
+    with whole_file(args.out) as part, part.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, table[0].keys(), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(table)
+
+
+if __name__ == "__main__":
+    report_errors(main, sys.argv[1:])

@@ -1,0 +1,142 @@
+"""The frame of all figures: stacked bands over one legend, readable logarithmic axes, words for what is absent."""
+
+import textwrap
+from collections.abc import Sequence
+
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure, SubFigure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
+
+from layerwise.figures.style import WIDTH, Look, looks, strokes
+from layerwise.storage.table_schema import COMPARISONS
+
+Entry = tuple[str, str, str]  # label, method, comparison
+PLACE = ["model", "calibration", "mode"]  # what a band of panels is about
+BEYOND = {"linestyle": "none", "marker": 6, "markersize": 5}  # an arrowhead that points up
+LINE = 0.15  # inches per line of the legend
+
+
+def place_title(model: str, calibration: str, mode: str) -> str:
+    return f"{model}, {mode} calibration on {calibration}"
+
+
+def entries(data: pd.DataFrame) -> list[Entry]:
+    """The distinct (label, method, comparison) of a table, in its order, comparisons together."""
+    distinct = data[["label", "method", "comparison"]].drop_duplicates().itertuples(index=False, name=None)
+    return sorted(distinct, key=lambda entry: COMPARISONS.index(entry[2]))
+
+
+def chosen_target(layers: pd.DataFrame) -> str:
+    """The target that a figure of one target shows: 60% row, else the middle one of those that prune, else of all."""
+    targets = layers.loc[layers["target"] != "dense", ["target", "sparsity", "bits"]].drop_duplicates("target")
+    pruning = targets[(targets["sparsity"] > 0) & targets["bits"].isna()]
+    candidates = pruning if len(pruning) else targets
+    if "60% row" in set(candidates["target"]):
+        return "60% row"
+    ordered = candidates.sort_values("sparsity", kind="stable")["target"]
+    return str(ordered.iloc[(len(ordered) - 1) // 2])
+
+
+def page(
+    heights: Sequence[float], shown: Sequence[Entry], extra: Sequence[Line2D] = (), note: str = ""
+) -> tuple[Figure, list[SubFigure]]:
+    """An empty figure of full width with one band per height, in inches, above the legend.
+
+    shown: (label, method, comparison) of the legend, one column per comparison; extra: handles of a column of their
+    own; note: said above the legend, such as what is not drawn.
+    """
+    columns = _legend_columns(shown, extra)
+    depth = max(map(len, columns), default=0)
+    lines = textwrap.wrap(note, 130)
+    below = LINE * (depth + len(lines)) + 0.1
+    figure = Figure(figsize=(WIDTH, sum(heights) + below), layout="constrained")
+    *bands, bottom = figure.subfigures(len(heights) + 1, 1, height_ratios=[*heights, below], squeeze=False)[:, 0]
+    if depth:
+        blank = (Line2D([], [], linestyle="none"), "")
+        padded = [item for column in columns for item in column + [blank] * (depth - len(column))]
+        legend = bottom.legend(
+            [handle for handle, _ in padded],
+            [text for _, text in padded],
+            ncols=len(columns),
+            loc="upper center",
+            bbox_to_anchor=(0.5, 1.0),
+            borderaxespad=0.1,
+            handlelength=3.0,
+            columnspacing=2.0,
+            labelspacing=0.35,
+            title="\n".join(lines) or None,
+            title_fontsize=7,
+        )
+        for text in legend.get_texts():
+            if text.get_text() in COMPARISONS:
+                text.set_fontweight("bold")
+    return figure, bands
+
+
+def _legend_columns(shown: Sequence[Entry], extra: Sequence[Line2D]) -> list[list[tuple[Line2D, str]]]:
+    style = looks((label, method) for label, method, _ in shown)
+    columns = []
+    for comparison in COMPARISONS:
+        group = [label for label, _, own in shown if own == comparison]
+        if group:
+            lines = [(Line2D([], [], label=label, **strokes(style[label], comparison)), label) for label in group]
+            columns.append([(Line2D([], [], linestyle="none"), comparison), *lines])
+    if extra:
+        columns.append([(line, str(line.get_label())) for line in extra])
+    return columns
+
+
+def nothing(sentence: str) -> Figure:
+    """A figure that says why there is none: a partial study is still a report."""
+    figure = Figure(figsize=(WIDTH, 1.0), layout="constrained")
+    figure.text(0.5, 0.5, sentence, ha="center", va="center")
+    return figure
+
+
+def not_drawn(rows: pd.DataFrame) -> str:
+    """What has no value, for the reader of the figure: label, target and mode of up to six cells."""
+    absent = rows[rows["value"].isna()]
+    words = [
+        f"{row.label} {row.target} {row.mode} ({row.status if row.status != 'done' else 'diverged'})"
+        for row in absent.itertuples()
+    ]
+    words = list(dict.fromkeys(words))
+    more = f" and {len(words) - 6} more" if len(words) > 6 else ""
+    return f"Not drawn: {', '.join(words[:6])}{more}." if words else ""
+
+
+def log_limits(low: float, high: float, margin: float = 0.07) -> tuple[float, float]:
+    """[low, high] with a margin on either side, as a share of the logarithmic length."""
+    spread = max(high / low, 1.02) ** margin
+    return low / spread, high * spread
+
+
+def log_scale(axes: Axes, low: float, high: float) -> None:
+    """A logarithmic y axis over [low, high] with a handful of plain numbers as ticks."""
+    axes.set_yscale("log")
+    axes.set_ylim(low, high)
+    ratio = high / low
+    if ratio < 4:
+        ticks = [tick for tick in MaxNLocator(5).tick_values(low, high) if low <= tick <= high]
+        axes.yaxis.set_major_locator(FixedLocator(ticks))
+    else:
+        subs = (1, 2, 3, 5) if ratio < 20 else (1, 2, 5) if ratio < 60 else (1, 3) if ratio < 1000 else (1,)
+        axes.yaxis.set_major_locator(LogLocator(subs=subs, numticks=8))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_minor_formatter(NullFormatter())
+
+
+def dodge(position: int, count: int, width: float) -> float:
+    """Offset of the position-th of `count` marks that share a place `width` wide."""
+    return 0.0 if count < 2 else width * (position / (count - 1) - 0.5)
+
+
+def mark_beyond(axes: Axes, x: Sequence[float], values: Sequence[float], own: Look) -> None:
+    """Mark values above the axis with an arrowhead on its upper edge."""
+    top = axes.get_ylim()[1]
+    outside = [place for place, value in zip(x, values, strict=True) if value > top]
+    if outside:
+        axes.plot(outside, [top] * len(outside), color=own.colour, clip_on=False, **BEYOND)[0].set_in_layout(False)

@@ -1,0 +1,124 @@
+"""The figure of perplexities: a pure function from the `cells` table to a figure."""
+
+# pandas' own annotations lose whether a selection is a column or a frame.
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
+# pyright: reportGeneralTypeIssues=false, reportIndexIssue=false
+
+from collections.abc import Sequence
+
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure, SubFigure
+from matplotlib.lines import Line2D
+
+from layerwise.figures.page import (
+    BEYOND,
+    dodge,
+    entries,
+    log_limits,
+    log_scale,
+    mark_beyond,
+    not_drawn,
+    nothing,
+    page,
+)
+from layerwise.figures.style import Look, looks, strokes
+
+Entry = tuple[str, str, str]  # label, method, comparison
+DENSE = {"color": "black", "linestyle": (0, (6, 2)), "linewidth": 0.9}
+
+
+def perplexity_vs_sparsity(cells: pd.DataFrame) -> Figure:
+    """Perplexity of the `cells` table along the row-wise sparsities, other patterns beside them; a band per model,
+    calibration set and text, a pair of panels per mode. Quantised targets are left out."""
+    data = cells[(cells["metric"] == "perplexity") & cells["bits"].isna()]
+    pruned = data[data["sparsity"] > 0]
+    done = pruned[pruned["value"].notna()]
+    if done.empty:
+        return nothing("No perplexity of a pruned model: see the cells table for the reasons.")
+    bands = list(done[["model", "calibration", "text"]].drop_duplicates().itertuples(index=False, name=None))
+    modes = list(done["mode"].drop_duplicates())
+    shown = entries(done)
+    style = looks((label, method) for label, method, _ in shown)
+    dense = data[(data["target"] == "dense") & data["value"].notna()]
+    parts, limits = [], []
+    for model, calibration, text in bands:
+        part = done[(done["model"] == model) & (done["calibration"] == calibration) & (done["text"] == text)]
+        # The dense model is one cell of the model: it belongs to every calibration set and mode.
+        level = dense.loc[(dense["model"] == model) & (dense["text"] == text), "value"].to_list()[:1]
+        parts.append((part, level))
+        limits.append(_limits(part, level))
+    extra = [Line2D([], [], label="dense", **DENSE)] if len(dense) else []
+    if any((part["value"] > high).any() for (part, _), (_, high) in zip(parts, limits, strict=True)):
+        extra.append(Line2D([], [], label="beyond the axis", color="#8c8c8c", **BEYOND))
+    figure, subfigures = page([2.5] * len(bands), shown, extra, not_drawn(pruned))
+    for band, (part, level), limit, names in zip(subfigures, parts, limits, bands, strict=True):
+        _perplexity_band(band, part, level, limit, modes, shown, style)
+        model, calibration, text = names
+        band.suptitle(f"{model}, perplexity on {text}, calibrated on {calibration}", x=0.01, ha="left")
+    return figure
+
+
+def _limits(data: pd.DataFrame, dense: Sequence[float]) -> tuple[float, float]:
+    """Range of the perplexity axis. A control can be orders of magnitude worse than everything else: it does not count,
+    or it would squeeze the methods together."""
+    contest = data[data["comparison"] != "control"]
+    values = [*(contest if len(contest) else data)["value"], *dense]
+    return log_limits(min(values), max(values), margin=0.1)
+
+
+def _perplexity_band(
+    band: SubFigure,
+    data: pd.DataFrame,
+    dense: Sequence[float],
+    limits: tuple[float, float],
+    modes: Sequence[str],
+    shown: Sequence[Entry],
+    style: dict[str, Look],
+) -> None:
+    by_row = data[data["pattern"] == "row"]
+    others = data[data["pattern"] != "row"]
+    patterns = list(others["target"].drop_duplicates())
+    widths = ([3.0] if len(by_row) else []) + ([max(1.2, 0.7 * len(patterns))] if patterns else [])
+    axes = band.subplots(1, len(widths) * len(modes), sharey=True, squeeze=False, width_ratios=widths * len(modes))[0]
+    for axis in axes:
+        log_scale(axis, *limits)
+        for level in dense:
+            axis.axhline(level, zorder=1, **DENSE)
+    for index, mode in enumerate(modes):
+        pair = list(axes[index * len(widths) : (index + 1) * len(widths)])
+        pair[0].set_title(mode, loc="left", fontweight="bold")
+        if len(by_row):
+            _sparsity_lines(pair.pop(0), by_row[by_row["mode"] == mode], sorted(set(by_row["sparsity"])), shown, style)
+        if patterns:
+            _pattern_points(pair.pop(0), others[others["mode"] == mode], patterns, shown, style)
+    axes[0].set_ylabel("perplexity")
+
+
+def _sparsity_lines(
+    axes: Axes, data: pd.DataFrame, sparsities: Sequence[float], shown: Sequence[Entry], style: dict[str, Look]
+) -> None:
+    for label, _, comparison in shown:
+        line = data[(data["label"] == label) & (data["comparison"] == comparison)].sort_values("sparsity")
+        # A sparsity without a value breaks the line: nothing is drawn through what was not measured.
+        values = line.set_index("sparsity")["value"].reindex(sparsities)
+        percent = [100 * sparsity for sparsity in sparsities]
+        axes.plot(percent, values, **strokes(style[label], comparison))
+        mark_beyond(axes, percent, list(values), style[label])
+    axes.set_xticks([100 * sparsity for sparsity in sparsities], [f"{100 * value:g} %" for value in sparsities])
+    spread = 100 * (max(sparsities) - min(sparsities)) or 10.0
+    axes.set_xlim(100 * min(sparsities) - 0.1 * spread, 100 * max(sparsities) + 0.1 * spread)
+    axes.set_xlabel("sparsity of every row")
+
+
+def _pattern_points(
+    axes: Axes, data: pd.DataFrame, patterns: Sequence[str], shown: Sequence[Entry], style: dict[str, Look]
+) -> None:
+    for position, (label, _, comparison) in enumerate(shown):
+        points = data[(data["label"] == label) & (data["comparison"] == comparison)]
+        x = [patterns.index(target) + dodge(position, len(shown), 0.7) for target in points["target"]]
+        axes.plot(x, points["value"], **{**strokes(style[label], comparison), "linestyle": "none"})
+        mark_beyond(axes, x, list(points["value"]), style[label])
+    axes.set_xticks(range(len(patterns)), [target.replace(" ", "\n") for target in patterns])
+    axes.set_xlim(-0.5, len(patterns) - 0.5)
+    axes.set_xlabel("other patterns")

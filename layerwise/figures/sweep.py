@@ -1,0 +1,153 @@
+"""The figure of a sweep: a pure function from the `cells` table to a figure."""
+
+# pandas' own annotations lose whether a selection is a column or a frame.
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
+# pyright: reportGeneralTypeIssues=false, reportIndexIssue=false
+
+import json
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FixedLocator, NullLocator
+
+from layerwise.figures.page import entries, log_limits, log_scale, mark_beyond, not_drawn, nothing, page
+from layerwise.figures.style import Look, looks, strokes
+from layerwise.study.grid import SWEPT_TARGET, canonical
+
+DENSE = {"color": "black", "linestyle": (0, (6, 2)), "linewidth": 0.9, "zorder": 1}
+METRICS = {"mean_output_error": "mean output error", "perplexity": "perplexity"}
+TARGET = ["sparsity", "pattern", "bits", "group", "symmetric"]
+NAMES = {
+    "calibration": "calibration set",
+    "calibration_samples": "calibration sequences",
+    "calibration_length": "tokens per calibration sequence",
+    "calibration_seed": "seed of the calibration",
+    "group": "inputs per group",
+}
+BROKEN = 30  # times the lowest value: what is worse is beyond the axis
+LOGARITHMIC = 8  # ratio of the largest to the smallest swept value from which the x axis is logarithmic
+
+
+def sweep(cells: pd.DataFrame) -> Figure:
+    """Mean output error and perplexity of the `cells` table along the quantity that the study sweeps.
+
+    A band per model, mode, text and whatever else of calibration and target is not swept; a line per entry of the
+    config. An entry that does not have the swept parameter is a level line.
+    """
+    swept = list(cells["swept"].dropna().unique())
+    compressed = cells[cells["metric"].isin(METRICS) & (cells["target"] != "dense")]
+    if len(swept) != 1 or compressed.empty:
+        return nothing("The study sweeps nothing: its config has no `sweep`.")
+    data = along(compressed, swept[0])
+    done = data[data["value"].notna()]
+    if done.empty:
+        return nothing("No result along the sweep: see the cells table for the reasons.")
+    shown = entries(done)
+    style = looks((label, method) for label, method, _ in shown)
+    dense = cells[(cells["metric"] == "perplexity") & (cells["target"] == "dense") & cells["value"].notna()]
+    bands = list(done.loc[done["metric"] == "perplexity"].groupby(["band", "text"], sort=False))
+    extra = [Line2D([], [], label="dense", **DENSE)] if len(dense) else []
+    figure, subfigures = page([2.5] * len(bands), shown, extra, not_drawn(data))
+    for band, ((name, text), perplexities) in zip(subfigures, bands, strict=True):
+        errors = done[(done["metric"] == "mean_output_error") & (done["band"] == name)]
+        model = perplexities["model"].iloc[0]
+        level = dense.loc[(dense["model"] == model) & (dense["text"] == text), "value"].to_list()[:1]
+        both = band.subplots(1, 2, squeeze=False)[0]
+        for axes, part, levels, metric in zip(both, (errors, perplexities), ([], level), METRICS, strict=True):
+            _panel(axes, part, levels, swept[0], list(dict.fromkeys(done["x"].dropna())), shown, style)
+            axes.set_ylabel(METRICS[metric])
+        band.suptitle(f"{name}, perplexity on {text}", x=0.01, ha="left")
+    return figure
+
+
+def along(cells: pd.DataFrame, swept: str) -> pd.DataFrame:
+    """The rows with `x`, the swept value (empty where the entry has none), the entry's `label` without it, `band`."""
+    rows = cells.copy()
+    params = rows["params"].map(json.loads)
+    rows["x"] = rows[swept] if swept in rows else [own.get(swept) for own in params]
+    # A nullable column gives numbers of numpy and pd.NA, of which canonical knows neither.
+    rows["x"] = pd.Series([_plain(value) for value in rows["x"]], index=rows.index, dtype=object)
+    rows["label"] = [_series(row.label, swept, row.x) for row in rows.itertuples()]
+    rows["band"] = [_band(row, swept) for row in rows.to_dict("records")]
+    return rows
+
+
+def _plain(value: Any) -> Any:
+    if value is None or pd.isna(value):
+        return None
+    return value.item() if isinstance(value, np.generic) else value
+
+
+def _series(label: str, swept: str, value: Hashable) -> str:
+    """The name of a config's entry, from the label of one value of its sweep."""
+    return label.replace(f".{swept}_{value if isinstance(value, str) else canonical(value)}", "")
+
+
+def _band(row: Mapping, swept: str) -> str:
+    """Title of the panels of a row: all that is not swept."""
+    parts = [row["model"], f"{row['mode']} calibration"]
+    if not swept.startswith("calibration"):
+        parts[1] += f" on {row['calibration']}"
+    if swept not in SWEPT_TARGET:
+        return ", ".join([*parts, row["target"]])
+    rest = {name: row[name] for name in TARGET if name != swept and pd.notna(row[name])}
+    words = [f"{rest['sparsity']:.0%}"] if rest.get("sparsity") else []
+    words += [rest["pattern"]] if row["sparsity"] else []
+    words += [f"{rest['bits']} bits"] if "bits" in rest else []
+    words += [f"groups of {rest['group']}"] if "group" in rest else []
+    return ", ".join([*parts, " ".join(words)])
+
+
+def _panel(
+    axes: Axes,
+    data: pd.DataFrame,
+    levels: Sequence[float],
+    swept: str,
+    values: Sequence,
+    shown: Sequence[tuple[str, str, str]],
+    style: dict[str, Look],
+) -> None:
+    numeric = not any(isinstance(value, str) for value in values)
+    places = {value: value if numeric else place for place, value in enumerate(sorted(values) if numeric else values)}
+    positive = data.loc[data["value"] > 0, "value"]
+    if len(positive):
+        lowest = min([positive.min(), *levels])
+        log_scale(axes, *log_limits(lowest, min(positive.max(), BROKEN * lowest)))
+    for level in levels:
+        axes.axhline(level, **DENSE)
+    for label, _, comparison in shown:
+        own = data[(data["label"] == label) & (data["comparison"] == comparison)]
+        line = own[own["x"].notna()].set_index("x")["value"]
+        look = strokes(style[label], comparison)
+        for level in own.loc[own["x"].isna(), "value"]:
+            axes.axhline(level, color=look["color"], linestyle=look["linestyle"], linewidth=0.9, zorder=1)
+        if line.empty:
+            continue
+        # A value without a result breaks the line: nothing is drawn through what was not measured.
+        drawn = line.reindex(places)
+        axes.plot(list(places.values()), drawn, **{**look, "linestyle": look["linestyle"] if numeric else "none"})
+        mark_beyond(axes, list(places.values()), list(drawn), style[label])
+    _x_axis(axes, places, swept, numeric)
+
+
+def _x_axis(axes: Axes, places: Mapping, swept: str, numeric: bool) -> None:
+    low, high = min(places.values()), max(places.values())
+    if numeric and low > 0 and high / low >= LOGARITHMIC:
+        axes.set_xscale("log")
+        axes.set_xlim(*log_limits(low, high))
+    else:
+        spread = (high - low) or 1
+        axes.set_xlim(low - 0.05 * spread, high + 0.05 * spread)
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_locator(FixedLocator(list(places.values())))
+    percent = swept == "sparsity"
+    names = [f"{100 * v:g} %" if percent else f"{v:g}" if numeric else str(v) for v in places]
+    axes.set_xticks(list(places.values()), names)
+    if not numeric:
+        axes.tick_params(axis="x", labelrotation=45)
+    axes.set_xlabel(NAMES.get(swept, swept.replace("_", " ")))

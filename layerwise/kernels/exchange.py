@@ -1,0 +1,214 @@
+"""Pairwise steps on relaxed masks: mass moves from one entry to another of its comparison group, as far as is best.
+
+With p = (w o (1 - m)) G of a row, u is raised and v lowered: u has the largest w_j p_j of the group where that differs
+most from the smallest of what can be lowered, v is the entry of that group with which the error falls most. What a
+group leaves of its sum is an entry of weight zero. All sums are float64.
+
+A row lies place by place: of n:m first the groups' first entries; one that is a single group in LANES columns.
+"""
+
+import numpy as np
+
+from layerwise.kernels.rows import compiled
+
+LANES = 64
+FIXED = 2.0  # in a relaxed mask: fixed at one, or nothing but what fills up the last places
+SLACK = -1  # stands for the entry of weight zero
+FAST = {"contract", "nnan", "nsz"}
+
+
+@compiled(fastmath=FAST)
+def _shift(product, one, a, other, b):
+    """product [in] += a * one + b * other, rows of the Gram."""
+    for j in range(len(product)):
+        product[j] += a * one[j] + b * other[j]
+
+
+@compiled(fastmath=FAST)
+def _extremes(weight, relaxed, product, highest, lowest):
+    """Per lane the largest w_j p_j of what can be raised and the smallest of what can be lowered."""
+    lanes = len(highest)
+    highest[:], lowest[:] = -np.inf, np.inf
+    for begin in range(0, len(weight), lanes):
+        w, m, p = weight[begin : begin + lanes], relaxed[begin : begin + lanes], product[begin : begin + lanes]
+        for g in range(lanes):
+            score = w[g] * p[g]
+            highest[g] = max(highest[g], score if m[g] < 1 else -np.inf)
+            lowest[g] = min(lowest[g], score if (m[g] > 0) & (m[g] <= 1) else np.inf)
+
+
+@compiled()
+def _raised(weight, relaxed, product, value, lane, lanes):
+    """The first entry of the lane that can be raised and has w_j p_j = value; SLACK where that is below zero."""
+    if value >= 0:
+        for j in range(lane, len(weight), lanes):
+            if relaxed[j] < 1 and weight[j] * product[j] == value:
+                return j
+    return SLACK
+
+
+@compiled()
+def _lowered(u, top, spare, weight, product, gram, candidates, count):
+    """(place in candidates, or SLACK; w_v p_v; curvature) of what is best lowered while u is raised."""
+    alone = 0.0 if u == SLACK else np.float64(weight[u]) * weight[u] * gram[u, u]
+    most, place, bottom, curvature = 0.0, -2, 0.0, 1.0
+    if spare > 0 and top > 0:
+        most, place, curvature = (top * top / alone if alone > 0 else np.inf), SLACK, alone
+    for i in range(count):
+        v = candidates[i]
+        fall = top - weight[v] * product[v]
+        if fall <= 0:
+            continue
+        w = np.float64(weight[v])
+        bend = alone + w * w * gram[v, v]
+        if u != SLACK:
+            bend -= 2 * weight[u] * w * gram[u, v]
+        gain = fall * fall / bend if bend > 0 else np.inf
+        if gain > most:
+            most, place, bottom, curvature = gain, i, weight[v] * product[v], bend
+    return place, bottom, curvature
+
+
+@compiled()
+def _size(slope, curvature, most):
+    return min(slope / curvature, most) if curvature > 0 else most
+
+
+@compiled()
+def _supported(relaxed, first, step, found):
+    """How many entries first, first + step, ... can be lowered; they come into `found`."""
+    count = 0
+    for j in range(first, len(relaxed), step):
+        if 0 < relaxed[j] <= 1:
+            found[count] = j
+            count += 1
+    return count
+
+
+@compiled(["(f4[:, ::1], f4[:, ::1], f8[:, ::1], f8[:, ::1], f8[:, ::1], b1[::1], i8, i8, i8)"])
+def exchange_rows(weight, gram, relaxed, product, spare, active, steps, first, last):
+    """Up to `steps` exchanges in each active row. spare: [out, groups]."""
+    groups = spare.shape[1]
+    lanes = LANES if groups == 1 else groups
+    highest, lowest = np.empty(lanes), np.empty(lanes)
+    candidates = np.empty(weight.shape[1] + 1, np.int64)
+    nothing = np.zeros(weight.shape[1], np.float32)
+    for row in range(first, last):
+        if not active[row]:
+            continue
+        w, m, p, left = weight[row], relaxed[row], product[row], spare[row]
+        count = _supported(m, 0, 1, candidates) if groups == 1 else 0
+        for _ in range(steps):
+            _extremes(w, m, p, highest, lowest)
+            if groups == 1:
+                lane, group = np.argmax(highest), 0
+            else:
+                widest, group = 0.0, 0
+                for g in range(groups):
+                    low = min(lowest[g], 0.0) if left[g] > 0 else lowest[g]
+                    if max(highest[g], 0.0) - low > widest:
+                        widest, group = max(highest[g], 0.0) - low, g
+                lane = group
+                count = _supported(m, group, groups, candidates)
+            top = max(highest[lane], 0.0)
+            u = _raised(w, m, p, highest[lane], lane, lanes)
+            place, bottom, curvature = _lowered(u, top, left[group], w, p, gram, candidates, count)
+            if place < SLACK:
+                break
+            v = candidates[place] if place >= 0 else SLACK
+            most = min(1 - m[u] if u >= 0 else np.inf, m[v] if v >= 0 else left[group])
+            size = _size(top - bottom, curvature, most)
+            one, other, a, b = nothing, nothing, 0.0, 0.0
+            if u >= 0:
+                if groups == 1 and m[u] == 0:
+                    candidates[count] = u
+                    count += 1
+                one, a = gram[u], -size * w[u]
+                m[u] = 1.0 if size == 1 - m[u] else m[u] + size
+            else:
+                left[group] += size
+            if v >= 0:
+                other, b = gram[v], size * w[v]
+                m[v] -= size
+                if groups == 1 and m[v] == 0:
+                    count -= 1
+                    candidates[place] = candidates[count]
+            else:
+                left[group] -= size
+            _shift(p, one, a, other, b)
+
+
+@compiled()
+def _ends(weight, relaxed, product, highest, lowest):
+    """(place, w_j p_j) of what of a row is best raised, and of what is best lowered; -inf and inf where nothing is."""
+    _extremes(weight, relaxed, product, highest, lowest)
+    lane = np.argmax(highest)
+    high = highest[lane]
+    u = lane
+    for j in range(lane, len(weight), len(highest)):
+        if relaxed[j] < 1 and weight[j] * product[j] == high:
+            u = j
+            break
+    lane = np.argmin(lowest)
+    low = lowest[lane]
+    v = lane
+    for j in range(lane, len(weight), len(highest)):
+        if 0 < relaxed[j] <= 1 and weight[j] * product[j] == low:
+            v = j
+            break
+    return u, high, v, low
+
+
+@compiled(["f8(f4[:, ::1], f4[:, ::1], f8[:, ::1], f8[:, ::1], f8, i8)"])
+def exchange_layer(weight, gram, relaxed, product, spare, steps):
+    """Up to `steps` exchanges in a layer that is one group; what is left of its sum is returned.
+
+    Of every other row than that of u only the entry with the smallest w_j p_j may be lowered.
+    """
+    rows, inputs = weight.shape
+    highest, lowest = np.empty(LANES), np.empty(LANES)
+    candidates = np.empty(inputs, np.int64)
+    raised, lowered = np.empty(rows, np.int64), np.empty(rows, np.int64)
+    tops, bottoms, bends = np.empty(rows), np.empty(rows), np.empty(rows)
+    for row in range(rows):
+        raised[row], tops[row], lowered[row], bottoms[row] = _ends(
+            weight[row], relaxed[row], product[row], highest, lowest
+        )
+        bends[row] = np.float64(weight[row, lowered[row]]) ** 2 * gram[lowered[row], lowered[row]]
+    for _ in range(steps):
+        r = np.argmax(tops)
+        top = max(tops[r], 0.0)
+        u = raised[r] if tops[r] >= 0 else SLACK
+        w, m, p = weight[r], relaxed[r], product[r]
+        count = _supported(m, 0, 1, candidates)
+        place, bottom, curvature = _lowered(u, top, spare, w, p, gram, candidates, count)
+        gain = 0.0
+        if place >= SLACK:
+            gain = (top - bottom) ** 2 / curvature if curvature > 0 else np.inf
+        alone = np.float64(w[u]) ** 2 * gram[u, u] if u >= 0 else 0.0
+        s = r
+        for q in range(rows):
+            if q != r and bottoms[q] < top:
+                bend = alone + bends[q]
+                other = (top - bottoms[q]) ** 2 / bend if bend > 0 else np.inf
+                if other > gain:
+                    gain, s, bottom, curvature = other, q, bottoms[q], bend
+        if gain == 0:
+            break
+        v = lowered[s] if s != r else (candidates[place] if place >= 0 else SLACK)
+        most = min(1 - m[u] if u >= 0 else np.inf, relaxed[s, v] if v >= 0 else spare)
+        size = _size(top - bottom, curvature, most)
+        if u >= 0:
+            m[u] = 1.0 if size == 1 - m[u] else m[u] + size
+            _shift(p, gram[u], -size * w[u], gram[u], 0.0)
+        else:
+            spare += size
+        if v >= 0:
+            relaxed[s, v] -= size
+            _shift(product[s], gram[v], size * weight[s, v], gram[v], 0.0)
+        else:
+            spare -= size
+        for q in (r, s):
+            raised[q], tops[q], lowered[q], bottoms[q] = _ends(weight[q], relaxed[q], product[q], highest, lowest)
+            bends[q] = np.float64(weight[q, lowered[q]]) ** 2 * gram[lowered[q], lowered[q]]
+    return spare

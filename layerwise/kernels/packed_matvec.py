@@ -1,0 +1,381 @@
+"""Weights as they are stored, and the product y = W x of one vector with each of them (docs/decode.md).
+
+Codes are packed as in the file of a compressed model: 4 bits each, one after the other, lowest bits first. Scales and
+values that are not quantised are bfloat16. Vectors are float32, and so are all sums; nothing of x is quantised.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numba import njit
+from numpy.typing import NDArray
+from torch import Tensor
+
+from layerwise.kernels import simd
+
+BLOCK = 16  # inputs of a block, and of 64 bits of codes
+POWERS = np.array([16.0 ** (lane // 2) for lane in range(BLOCK)], np.float32)  # what lanes.load_nibbles leaves in
+
+
+# ----------------------------------------------------------------------------------------------------------- packed W4
+
+
+@dataclass(frozen=True)
+class Groups:
+    """4-bit codes, and a scale and a zero for each group of consecutive inputs of a row: scale * (code - zero).
+
+    codes: [rows, blocks, 2] uint32; scales: [rows, groups] uint16, the bits of bfloat16; zeros: [rows, groups / 2
+    rounded up] uint8, two of 4 bits in a byte; group: inputs of a group, a multiple of 16.
+    """
+
+    codes: NDArray[np.uint32]
+    scales: NDArray[np.uint16]
+    zeros: NDArray[np.uint8]
+    group: int
+    shape: tuple[int, int]
+
+    @classmethod
+    def pack(cls, codes: Tensor, scales: Tensor, zeros: Tensor, group: int) -> Groups:
+        """From codes [rows, inputs] in [0, 15], scales [rows, groups] that bfloat16 holds, zeros [rows, groups].
+
+        Raises ValueError for other shapes or values, in one sentence.
+        """
+        rows, inputs = _matrix(codes)
+        if group < 1 or group % BLOCK:
+            raise ValueError(f"A group must be a multiple of {BLOCK} inputs. Got {group} instead.")
+        _check_grid(codes, scales, zeros, (rows, -(-inputs // group)))
+        packed = _words(_padded(codes.numpy(), BLOCK)).reshape(rows, -1, 2)
+        return cls(packed, _bfloat16(scales), _nibbles(_padded(zeros.numpy(), 2)), group, (rows, inputs))
+
+    @property
+    def nbytes(self) -> int:
+        return self.codes.nbytes + self.scales.nbytes + self.zeros.nbytes
+
+    def dequantised(self) -> NDArray[np.float64]:
+        """[rows, inputs], the weights that it stands for."""
+        rows, inputs = self.shape
+        group_of = np.arange(inputs) // self.group
+        codes = _unpacked(self.codes).reshape(rows, -1)[:, :inputs]
+        zeros = _unpacked(self.zeros).reshape(rows, -1)
+        return _float64(self.scales)[:, group_of] * (codes - zeros[:, group_of])
+
+    def product(self, x: NDArray[np.float32], threads: int = 1) -> NDArray[np.float32]:
+        """[rows], W x for x [inputs]."""
+        entries = _in_lanes(_vector(x, self.shape), self.codes.shape[1])
+        sums = _sums(x, self.group)
+        arrays = (self.codes, self.scales, self.zeros)
+        return _by_rows(_groups_product, arrays, (self.group // BLOCK, entries, sums), self.shape[0], threads)
+
+
+@njit(cache=True, fastmath=True, error_model="numpy", nogil=True)
+def _groups_product(codes, scales, zeros, length, x, sums, y):
+    """The sum of a group's code * x is scaled once; its zero costs one product with the sum of x."""
+    blocks = codes.shape[1]
+    words = codes.reshape(-1)
+    for row in range(len(y)):
+        sum_of_row, offset = simd.none(), np.float32(0)
+        for group in range(scales.shape[1]):
+            scale = simd.from_bfloat16(scales[row, group])
+            zero = (zeros[row, group >> 1] >> (4 * (group & 1))) & 15
+            offset += scale * np.float32(zero) * sums[group]
+            one, other = simd.none(), simd.none()  # two sums, so that additions need not wait for each other
+            first, last = group * length, min((group + 1) * length, blocks)
+            for block in range(first, last - 1, 2):
+                word, entry = 2 * (row * blocks + block), BLOCK * block
+                one = simd.plus(one, simd.times(simd.load_nibbles(words, word), simd.load(x, entry)))
+                word, entry = word + 2, entry + BLOCK
+                other = simd.plus(other, simd.times(simd.load_nibbles(words, word), simd.load(x, entry)))
+            if (last - first) % 2:
+                word, entry = 2 * (row * blocks + last - 1), BLOCK * (last - 1)
+                one = simd.plus(one, simd.times(simd.load_nibbles(words, word), simd.load(x, entry)))
+            sum_of_row = simd.plus(sum_of_row, simd.times(simd.plus(one, other), simd.spread(scale)))
+        y[row] = simd.total(sum_of_row) - offset
+
+
+# ------------------------------------------------------------------------------------------- packed W4, blocks dropped
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """4-bit codes of the kept 1x16 blocks of each row, each block with its column, scale and zero, as GQSA stores them.
+
+    columns: [rows, kept] uint16, which block of the row it is; codes: [rows, kept, 2] uint32; scales: [rows, kept]
+    uint16, the bits of bfloat16; zeros: [rows, kept / 8] uint32, eight in a word. Rows are filled up to a multiple of
+    16 blocks, and to the longest of them, with blocks of scale zero.
+    """
+
+    columns: NDArray[np.uint16]
+    codes: NDArray[np.uint32]
+    scales: NDArray[np.uint16]
+    zeros: NDArray[np.uint32]
+    shape: tuple[int, int]
+
+    @classmethod
+    def pack(cls, codes: Tensor, scales: Tensor, zeros: Tensor, kept: Tensor) -> Blocks:
+        """From codes [rows, inputs] in [0, 15]; scales that bfloat16 holds, zeros and kept (bool), all [rows, blocks].
+
+        Raises ValueError for other shapes or values, in one sentence.
+        """
+        rows, inputs = _matrix(codes)
+        blocks = -(-inputs // BLOCK)
+        _check_grid(codes, scales, zeros, (rows, blocks))
+        if kept.dtype != torch.bool or kept.shape != (rows, blocks):
+            raise ValueError(f"Kept must be bool [{rows}, {blocks}]. Got {_kind(kept)} instead.")
+        if blocks > 2**16:
+            raise ValueError(f"The column of a block has 16 bits. Got {blocks} blocks in a row instead.")
+        where = kept.numpy()
+        order = np.argsort(~where, axis=1, kind="stable")  # kept blocks first, in their order
+        order = _padded(order[:, : where.sum(1).max()], BLOCK)
+        real = np.arange(order.shape[1]) < where.sum(1, keepdims=True)
+        order = np.where(real, order, 0)
+
+        def of_kept(values: np.ndarray) -> np.ndarray:
+            chosen = np.take_along_axis(values, order, 1)
+            return np.where(real, chosen, np.zeros((), chosen.dtype))
+
+        runs = _words(_padded(codes.numpy(), BLOCK)).reshape(rows, blocks, 2)
+        return cls(
+            order.astype(np.uint16),
+            np.stack([of_kept(runs[:, :, word]) for word in range(2)], 2),
+            of_kept(_bfloat16(scales)),
+            _words(of_kept(zeros.numpy())).reshape(rows, -1),
+            (rows, inputs),
+        )
+
+    @property
+    def nbytes(self) -> int:
+        return self.columns.nbytes + self.codes.nbytes + self.scales.nbytes + self.zeros.nbytes
+
+    def dequantised(self) -> NDArray[np.float64]:
+        """[rows, inputs], the weights that it stands for, zero in dropped blocks."""
+        rows, inputs = self.shape
+        codes = _unpacked(self.codes).reshape(*self.columns.shape, BLOCK)
+        zeros = _unpacked(self.zeros).reshape(self.columns.shape)
+        values = _float64(self.scales)[..., None] * (codes - zeros[..., None])
+        weight = np.zeros((rows, -(-inputs // BLOCK), BLOCK))
+        np.add.at(weight, (np.arange(rows)[:, None], self.columns), values)  # fillers add zeros
+        return weight.reshape(rows, -1)[:, :inputs]
+
+    def product(self, x: NDArray[np.float32], threads: int = 1) -> NDArray[np.float32]:
+        """[rows], W x for x [inputs]."""
+        entries = _in_lanes(_vector(x, self.shape), -(-self.shape[1] // BLOCK))
+        arrays = (self.columns, self.codes, self.scales, self.zeros)
+        return _by_rows(_blocks_product, arrays, (entries, POWERS), self.shape[0], threads)
+
+
+@njit(cache=True, fastmath=True, error_model="numpy", nogil=True)
+def _blocks_product(columns, codes, scales, zeros, x, powers, y):
+    """Sixteen scales and zeros are unpacked at once; then each of the sixteen blocks takes five vector instructions."""
+    kept = columns.shape[1]
+    words, all_scales, all_zeros = codes.reshape(-1), scales.reshape(-1), zeros.reshape(-1)
+    grid = _aligned(2 * BLOCK)
+    power = simd.load(powers, 0)
+    inverse = simd.load(np.float32(1) / powers, 0)
+    for row in range(len(y)):
+        own = columns[row]
+        low, high = simd.none(), simd.none()  # two sums, so that additions need not wait for each other
+        for start in range(0, kept, BLOCK):
+            first = row * kept + start
+            simd.store(grid, 0, simd.load_bfloat16(all_scales, first))
+            simd.store(grid, BLOCK, simd.times(simd.load_nibbles(all_zeros, first >> 3), inverse))
+            for block in range(8):  # and block + 8, whose zero is in the lane beside its own
+                for half in (0, 1):
+                    number = block + 8 * half
+                    zero = simd.times(power, simd.spread(grid[BLOCK + 2 * block + half]))
+                    code = simd.minus(simd.load_nibbles(words, 2 * (first + number)), zero)
+                    entry = simd.load(x, BLOCK * np.intp(own[np.uintp(start + number)]))
+                    term = simd.times(simd.times(code, simd.spread(grid[number])), entry)
+                    if half:
+                        high = simd.plus(high, term)
+                    else:
+                        low = simd.plus(low, term)
+        y[row] = simd.total(simd.plus(low, high))
+
+
+# ----------------------------------------------------------------------------------------------------------------- 2:4
+
+
+@dataclass(frozen=True)
+class TwoOfFour:
+    """Two bfloat16 values of every four consecutive inputs, and 2 bits each that say which inputs they belong to.
+
+    values: [rows, halves] uint16, the bits of bfloat16; positions: [rows, halves / 16, 2] uint16, the low bits of
+    sixteen positions, then their high bits. Rows are filled up to a multiple of 32 inputs.
+    """
+
+    values: NDArray[np.uint16]
+    positions: NDArray[np.uint16]
+    shape: tuple[int, int]
+
+    @classmethod
+    def pack(cls, weight: Tensor, mask: Tensor) -> TwoOfFour:
+        """From a weight [rows, inputs] that bfloat16 holds, and a mask [rows, inputs], True for two of four at most.
+
+        Raises ValueError for other shapes or values, in one sentence.
+        """
+        rows, inputs = _matrix(weight)
+        if mask.dtype != torch.bool or mask.shape != weight.shape:
+            raise ValueError(f"The mask must be bool [{rows}, {inputs}]. Got {_kind(mask)} instead.")
+        kept = _padded(mask.numpy(), 2 * BLOCK).reshape(rows, -1, 4)
+        if (kept.sum(2) > 2).any():
+            raise ValueError("The mask must keep two of every four inputs at most. Got more instead.")
+        values = np.where(kept, _padded(_bfloat16(weight), 2 * BLOCK).reshape(kept.shape), np.uint16(0))
+        places = np.sort(np.argsort(~kept, axis=2, kind="stable")[:, :, :2], axis=2)
+        stored = np.take_along_axis(values, places, 2).reshape(rows, -1)
+        bits = places.reshape(rows, -1, 1, BLOCK) >> np.array([0, 1])[:, None] & 1  # [rows, sixteens, 2, 16]
+        planes = np.packbits(bits.astype(bool), axis=3, bitorder="little").view("<u2")[..., 0]
+        return cls(stored, planes, (rows, inputs))
+
+    @property
+    def nbytes(self) -> int:
+        return self.values.nbytes + self.positions.nbytes
+
+    def dequantised(self) -> NDArray[np.float64]:
+        """[rows, inputs], the weights that it stands for."""
+        rows, inputs = self.shape
+        bits = (self.positions[..., None] >> np.arange(BLOCK, dtype=np.uint16) & 1).astype(np.int64)
+        places = (bits[:, :, 0] + 2 * bits[:, :, 1]).reshape(rows, -1, 2)  # [rows, fours, 2]
+        weight = np.zeros((rows, places.shape[1], 4))
+        np.put_along_axis(weight, places, _float64(self.values).reshape(places.shape), 2)
+        return weight.reshape(rows, -1)[:, :inputs]
+
+    def product(self, x: NDArray[np.float32], threads: int = 1) -> NDArray[np.float32]:
+        """[rows], W x for x [inputs]."""
+        entries = _candidates(_vector(x, self.shape), self.positions.shape[1])
+        return _by_rows(_two_of_four_product, (self.values, self.positions), (entries,), self.shape[0], threads)
+
+
+@njit(cache=True, fastmath=True, error_model="numpy", nogil=True)
+def _candidates(x, sixteens):
+    """For sixteen values in turn, the four entries of x that each could belong to, [sixteens, 4, 16] flat."""
+    entries = _aligned(64 * sixteens)
+    entries[:] = 0
+    for column in range(len(x)):
+        place = 64 * (column // 32) + 16 * (column % 4) + 2 * (column % 32 // 4)
+        entries[place] = entries[place + 1] = x[column]
+    return entries
+
+
+@njit(cache=True, fastmath=True, error_model="numpy", nogil=True)
+def _two_of_four_product(values, positions, x, y):
+    sixteens = positions.shape[1]
+    all_values = values.reshape(-1)
+    for row in range(len(y)):
+        one = simd.none()
+        for part in range(sixteens):
+            low, high, start = positions[row, part, 0], positions[row, part, 1], 64 * part
+            lower = simd.select(low, simd.load(x, start + 16), simd.load(x, start))
+            upper = simd.select(low, simd.load(x, start + 48), simd.load(x, start + 32))
+            entry = simd.select(high, upper, lower)
+            value = simd.load_bfloat16(all_values, BLOCK * (row * sixteens + part))
+            one = simd.plus(one, simd.times(value, entry))
+        y[row] = simd.total(one)
+
+
+# ----------------------------------------------------------------------------------------------------- what they share
+
+
+@njit(cache=True)
+def _aligned(count):
+    """Room for `count` float32 that starts on a cache line: loads that straddle two take twice as long."""
+    room = np.empty(count + 16, np.float32)
+    first = -room.ctypes.data % 64 // 4
+    return room[first : first + count]
+
+
+@njit(cache=True)
+def _in_lanes(x, blocks):
+    """x [inputs] filled up to blocks of 16, each in the order of lanes.load_nibbles and divided by its powers."""
+    entries = _aligned(BLOCK * blocks)
+    entries[:] = 0
+    for column in range(len(x)):
+        code = column % BLOCK
+        power = code % 8
+        entries[column - code + 2 * power + code // 8] = x[column] * np.float32(1.0 / 16.0**power)
+    return entries
+
+
+@njit(cache=True, fastmath=True)
+def _sums(x, length):
+    """[groups], the sum of x over each run of `length` entries."""
+    sums = np.empty(-(-len(x) // length), np.float32)
+    for group in range(len(sums)):
+        sums[group] = x[group * length : (group + 1) * length].sum()
+    return sums
+
+
+def _by_rows(kernel: Callable, arrays: tuple, others: tuple, rows: int, threads: int) -> NDArray[np.float32]:
+    """The kernel on as many runs of rows as there are threads, which write their parts of y [rows]."""
+    y = np.empty(rows, np.float32)
+    if threads == 1:
+        kernel(*arrays, *others, y)
+        return y
+    bounds = np.linspace(0, rows, threads + 1).astype(int)
+    with ThreadPoolExecutor(threads) as pool:
+        runs = [slice(*pair) for pair in zip(bounds, bounds[1:], strict=False)]
+        list(pool.map(lambda run: kernel(*(array[run] for array in arrays), *others, y[run]), runs))
+    return y
+
+
+def _matrix(values: Tensor) -> tuple[int, int]:
+    if values.dim() != 2 or not values.numel():
+        raise ValueError(f"A weight must be [rows, inputs], with at least one of each. Got {_kind(values)} instead.")
+    return values.shape[0], values.shape[1]
+
+
+def _check_grid(codes: Tensor, scales: Tensor, zeros: Tensor, shape: tuple[int, int]) -> None:
+    for name, values in (("Scales", scales), ("Zeros", zeros)):
+        if values.shape != shape:
+            raise ValueError(f"{name} must be [{shape[0]}, {shape[1]}]. Got {_kind(values)} instead.")
+    for name, values in (("Codes", codes), ("Zeros", zeros)):
+        if not ((values >= 0) & (values <= 15) & (values == values.round())).all():
+            raise ValueError(f"{name} must be whole numbers from 0 to 15. Got others instead.")
+
+
+def _vector(x: NDArray[np.float32], shape: tuple[int, int]) -> NDArray[np.float32]:
+    if x.dtype != np.float32 or x.shape != shape[1:]:
+        raise ValueError(f"The vector must be float32 [{shape[1]}]. Got {x.dtype} {list(x.shape)} instead.")
+    return x
+
+
+def _kind(values: Tensor) -> str:
+    return f"{str(values.dtype).removeprefix('torch.')} {list(values.shape)}"
+
+
+def _bfloat16(values: Tensor) -> NDArray[np.uint16]:
+    """The bits of values that bfloat16 holds."""
+    rounded = values.to(torch.bfloat16)
+    if not torch.equal(rounded.to(values.dtype), values):
+        raise ValueError("Scales and values must be given as they are stored, in bfloat16. Got others instead.")
+    return rounded.contiguous().view(torch.int16).numpy().view(np.uint16)
+
+
+def _float64(bits: NDArray[np.uint16]) -> NDArray[np.float64]:
+    return (bits.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
+
+
+def _padded(values: np.ndarray, length: int) -> np.ndarray:
+    """[rows, columns] filled up with zeros to a multiple of `length` columns."""
+    return np.pad(values, ((0, 0), (0, -values.shape[1] % length)))
+
+
+def _nibbles(numbers: np.ndarray) -> NDArray[np.uint8]:
+    """[rows, columns / 2] of numbers [rows, columns] in [0, 15], the first of each two in the low bits."""
+    low, high = numbers[:, ::2].astype(np.uint8), numbers[:, 1::2].astype(np.uint8)
+    return np.ascontiguousarray(low | high << 4)
+
+
+def _words(numbers: np.ndarray) -> NDArray[np.uint32]:
+    """[rows, columns / 8] of numbers [rows, columns] in [0, 15], the first in the lowest bits."""
+    return _nibbles(numbers).view("<u4")
+
+
+def _unpacked(packed: np.ndarray) -> NDArray[np.int64]:
+    """[numbers], what `_nibbles` or `_words` packed, row after row."""
+    octets = np.ascontiguousarray(packed).reshape(-1).view(np.uint8)
+    return np.stack([octets & 15, octets >> 4], 1).reshape(-1).astype(np.int64)

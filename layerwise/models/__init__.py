@@ -1,0 +1,1 @@
+"""Loading, structure and streaming of models."""

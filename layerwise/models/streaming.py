@@ -1,0 +1,243 @@
+"""A model that is never whole in memory: its blocks are read from their safetensors shards when they are run."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections import Counter, defaultdict
+from collections.abc import Callable, Collection, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    convert_and_load_state_dict_in_model,
+    rename_source_key,
+)
+from transformers.initialization import no_init_weights
+from transformers.modeling_utils import LoadStateDictConfig
+
+from layerwise.models.loading import Blocks, check_finite, check_names, read_config, sentences
+from layerwise.runtime.memory import free_memory, give_back_memory
+from layerwise.sources.hub import weight_files
+
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+DTYPES |= {"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8}
+DTYPES |= {"BOOL": torch.bool}
+
+
+SHARE = 0.7  # of the free memory that all blocks may take
+
+
+class Shards:
+    """The tensors of a model's safetensors files, read by name."""
+
+    def __init__(self, name: str, folder: Path) -> None:
+        """Raises SafetensorError for a damaged file."""
+        self._file_of: dict[str, Path] = {}
+        self.empty: dict[str, Tensor] = {}  # of each tensor one of its shape and dtype, without data
+        for path in weight_files(name, folder):
+            with opened(path) as file:
+                for key in file.keys():  # noqa: SIM118 (it is no mapping)
+                    part = file.get_slice(key)
+                    if part.get_dtype() not in DTYPES:
+                        raise SafetensorError(f"{key} is of dtype {part.get_dtype()}, which no model is read in")
+                    self._file_of[key] = path
+                    self.empty[key] = torch.empty(part.get_shape(), dtype=DTYPES[part.get_dtype()], device="meta")
+
+    def read(self, keys: Collection[str]) -> dict[str, Tensor]:
+        """Copies of the tensors: the library's are mapped files, which take memory until the last of them is gone."""
+        found = {}
+        for path in dict.fromkeys(self._file_of[key] for key in keys):
+            with opened(path) as file:
+                found |= {key: file.get_tensor(key).clone() for key in keys if self._file_of[key] == path}
+        return found
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[Any]:
+    """A safetensors file; errors name it."""
+    try:
+        with safe_open(path, "pt") as file:
+            yield file
+    except (OSError, SafetensorError) as error:
+        raise SafetensorError(f"{path.name}: {error}") from error
+
+
+class LazyBlocks(Blocks):
+    """The blocks of a model of which no weights are in memory.
+
+    A block is read when it is opened, or run, and dropped when it is closed, or has been run, with whatever was written
+    to its weights. Meanwhile another thread reads the next one. What lies outside the blocks is read and dropped alike.
+    """
+
+    def __init__(self, spec: Mapping[str, Any], device: str | torch.device = "cpu") -> None:
+        """spec: a config entry, as `models.load` takes it.
+
+        Raises InputError as that does; of weights that are not finite only when their block is read.
+        """
+        self._spec, self._device_map = spec, {"": str(device)}
+        folder, config, options = read_config(spec)
+        with sentences(spec):
+            self._shards = Shards(spec.get("name", folder), Path(folder).absolute())  # the process may move
+            # Parameters get no data. Buffers, which models compute, do.
+            with no_init_weights(), init_empty_weights(include_buffers=False):
+                model: Any = AutoModelForCausalLM.from_config(
+                    config,
+                    dtype=saved_dtype(spec, config, self._shards.empty),
+                    trust_remote_code=options["trust_remote_code"],
+                )
+        self._write: Callable[[int, nn.Module], None] | None = None
+        self._mapping = get_model_conversion_mapping(model)
+        self._plan = model._get_dtype_plan(model.dtype)
+        model.initialize_weights()  # of the buffers, outside the model's dtype, as the library's loader does
+        model.tie_weights()
+        buffers = [(module, key, own) for module in model.modules() for key, own in module._buffers.items()]
+        self._check(model)
+        for module, key, own in buffers:  # the check has taken the data of those that are saved
+            module._buffers[key] = None if own is None else own.to(device)
+        super().__init__(model.eval().requires_grad_(False))
+        self._keys = self._of_blocks(model)  # names in the files; those outside the blocks under None
+        self.device = torch.device(device)
+        self._users: Counter[int | None] = Counter()
+        self._reader = ThreadPoolExecutor(1)
+        self._ahead: tuple[int, Future[dict[str, Tensor]]] | None = None
+        for index, block in enumerate(self.modules):
+            block.forward = self._opening(index, block.forward)
+
+    def _opening(self, index: int, forward: Callable[..., Any]) -> Callable[..., Any]:
+        def opened(*args: Any, **kwargs: Any) -> Any:
+            with self.open(index):
+                return forward(*args, **kwargs)
+
+        return opened
+
+    def _put(
+        self, model: PreTrainedModel, tensors: Mapping[str, Tensor], device: Mapping[str, str] | None = None
+    ) -> Any:
+        """Give the parameters that the tensors of the files stand for, converted as the library does, to the model."""
+        config = LoadStateDictConfig(
+            dtype=model.dtype,
+            dtype_plan=self._plan,
+            weight_mapping=self._mapping,
+            device_map=dict(device or self._device_map),
+            ignore_mismatched_sizes=True,
+        )
+        with sentences(self._spec):
+            return convert_and_load_state_dict_in_model(model, dict(tensors), config)[0]
+
+    def _check(self, model: PreTrainedModel) -> None:
+        """Raise InputError when the files do not hold the model's parameters, by a loading of all without data."""
+        info = self._put(model, self._shards.empty, {"": "meta"})
+        missing = info.missing_keys - model.all_tied_weights_keys.keys()
+        missing -= {key for key, _ in model.named_buffers()}
+        check_names(self._spec, model, {key for key, *_ in info.mismatched_keys}, missing)
+
+    def _of_blocks(self, model: PreTrainedModel) -> dict[int | None, list[str]]:
+        renamings = [entry for entry in self._mapping if isinstance(entry, WeightRenaming)]
+        converters = [entry for entry in self._mapping if isinstance(entry, WeightConverter)]
+        known, found = model.state_dict(), defaultdict(list)
+        inside = re.compile(rf"{re.escape(self.name)}\.(\d+)\.")
+        for key in self._shards.empty:
+            name, _ = rename_source_key(key, renamings, converters, model.base_model_prefix, known)
+            block = inside.match(name)
+            found[int(block[1]) if block else None].append(key)
+        return found
+
+    @contextmanager
+    def open(self, index: int) -> Iterator[nn.Module]:
+        with self._used(index):
+            yield self.modules[index]
+
+    @contextmanager
+    def outside(self) -> Iterator[None]:
+        with self._used(None):
+            yield
+
+    @contextmanager
+    def _used(self, index: int | None) -> Iterator[None]:
+        if not self._users[index]:
+            self._load(index)
+        self._users[index] += 1
+        try:
+            yield
+        finally:
+            self._users[index] -= 1
+            if not self._users[index]:
+                self._drop(index)
+
+    @contextmanager
+    def whole_if_it_fits(self) -> Iterator[None]:
+        """Within it all blocks are in memory, where they take no more than SHARE of what is free; else each is read
+        whenever it is run, which gives the same results later."""
+        size, free = sum(own.nbytes for own in self.modules.parameters()), free_bytes(self.device)
+        with self.outside(), ExitStack() as stack:
+            if size <= SHARE * free:
+                for index in range(len(self)):
+                    stack.enter_context(self.open(index))
+            else:
+                print(
+                    f"The blocks take {size / 1e9:.1f} GB, of memory {free / 1e9:.1f} GB are free: "
+                    "each is read whenever it is run.",
+                    file=sys.stderr,
+                )
+            yield
+
+    def change(self, write: Callable[[int, nn.Module], None]) -> None:
+        self._write = write
+
+    def _load(self, index: int | None) -> None:
+        with sentences(self._spec):
+            found = self._read(index)
+        self._put(self.model, found)
+        del found
+        if index is None:
+            self.model.tie_weights()
+        read = self.model if index is None else self.modules[index]
+        read.requires_grad_(False)
+        prefix = "" if index is None else f"{self.name}.{index}."
+        check_finite(self._spec, ((prefix + key, own) for key, own in read.named_parameters() if not own.is_meta))
+        if index is not None and self._write:
+            self._write(index, read)
+
+    def _read(self, index: int | None) -> dict[str, Tensor]:
+        """The tensors of a block, or from outside them; from now on another thread reads the next block's."""
+        if index is None:
+            return self._shards.read(self._keys[None])
+        ahead, self._ahead = self._ahead, None
+        found = ahead[1].result() if ahead and ahead[0] == index else self._shards.read(self._keys[index])
+        if index + 1 < len(self) and not self._users[index + 1]:
+            self._ahead = (index + 1, self._reader.submit(self._shards.read, self._keys[index + 1]))
+        return found
+
+    def _drop(self, index: int | None) -> None:
+        inside = set(self.modules.modules()) if index is None else set()
+        for module in (self.model if index is None else self.modules[index]).modules():
+            for key, own in module._parameters.items() if module not in inside else ():
+                if own is not None:
+                    module._parameters[key] = nn.Parameter(torch.empty_like(own, device="meta"), requires_grad=False)
+        give_back_memory()
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory of the device, or that the system and the process's control group leave, that is free."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return free_memory()
+
+
+def saved_dtype(spec: Mapping[str, Any], config: PreTrainedConfig, tensors: Mapping[str, Tensor]) -> torch.dtype:
+    """The dtype of a model: its entry's, else its config's, else that of its first weight."""
+    own = spec.get("dtype") or "auto"
+    if own == "auto":
+        own = config.dtype or next(tensor.dtype for tensor in tensors.values() if tensor.is_floating_point())
+    return getattr(torch, own) if isinstance(own, str) else own

@@ -1,0 +1,1 @@
+"""Pure functions on matrices; the torch reference of every kernel."""

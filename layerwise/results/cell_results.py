@@ -1,0 +1,326 @@
+"""Read what a cell left in its folder: its layers, its trace, its numbers, or the reason why there are none."""
+
+import json
+import math
+import os
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import pyarrow as pa
+
+from layerwise.results.significance import bootstrap_interval
+from layerwise.runtime.errors import InputError
+from layerwise.runtime.files import aside_of
+from layerwise.sources.hub import contaminated
+from layerwise.storage.table_schema import first_line, from_rows, read_parquet, typed, unusable
+
+ACCURACIES = ("acc", "acc_norm")  # of zero-shot tasks; higher is better
+MEAN = "mean"  # the name of the row that has the mean accuracy over the tasks of a set
+CELL_METRICS = ("mean_output_error", "achieved_sparsity", "bits_per_weight", "solve_seconds", "job_seconds")
+LARGEST_LOSS = 700.0  # nats of a window, which exp takes close to the largest float64: no interval beyond
+COMPRESSED = {"cell.json", "layers.parquet", "trace.parquet"}  # what the compress job leaves and is read here
+NEVER_RAN = "no result and no failure record: an earlier step failed (see logs/), or the job was killed or never ran"
+BROKEN = (ValueError, OSError, KeyError, TypeError, AttributeError, pa.ArrowException, InputError)
+
+
+class PlannedCell(Protocol):
+    """What is used here of a cell of the plan."""
+
+    @property
+    def folder(self) -> str: ...
+    @property
+    def columns(self) -> Mapping[str, Any]: ...
+    @property
+    def certificate(self) -> str | None: ...
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """identity: part of the result's file name; text: name in the config; shared_with: the calibration sets (config
+    names) whose text is of the same data set."""
+
+    identity: str
+    text: str
+    shared_with: frozenset[str]
+
+
+@dataclass(frozen=True)
+class TaskSet:
+    """identity: part of the result's file name; name: of the set in the config; tasks: what was asked of lm-eval."""
+
+    identity: str
+    name: str
+    tasks: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Gap:
+    """Why a result does not exist; status: failed or missing."""
+
+    status: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Compression:
+    """What the compress job of a cell left: typed layers and trace, provenance and the seconds of the job."""
+
+    layers: pa.Table
+    trace: pa.Table
+    provenance: dict[str, Any]
+    seconds: float
+
+
+def evaluations(config: Mapping[str, Any], specs: Mapping[str, Mapping[str, Any]]) -> list[Evaluation]:
+    """The evaluations of a plan, each with the calibration sets that draw from the same data set.
+
+    config: whole, with defaults; specs: id -> spec with its name, as in Plan.evaluations.
+    """
+    texts = config["texts"]
+    found = []
+    for identity, spec in specs.items():
+        own = texts[spec["text"]]
+        shared = (name for name, calib in config["calibration"].items() if contaminated(texts[calib["text"]], own))
+        found.append(Evaluation(identity, spec["name"], frozenset(shared)))
+    return found
+
+
+def task_sets(specs: Mapping[str, Mapping[str, Any]]) -> list[TaskSet]:
+    """The sets of tasks of a plan; specs: id -> spec with its name, as in Plan.tasks."""
+    return [TaskSet(identity, spec["name"], tuple(spec["tasks"])) for identity, spec in specs.items()]
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    content = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(content, dict):
+        raise ValueError(f"expected an object, got {type(content).__name__}")
+    return content
+
+
+def read_compression(folder: Path, columns: Mapping[str, Any]) -> Compression:
+    """What the compress job left in a cell's folder. Raises InputError naming the file that is broken."""
+    name = "cell.json"
+    try:
+        record = read_json(folder / name)
+        if record["columns"]["cell"] != columns["cell"]:
+            raise ValueError(f"it belongs to cell {record['columns']['cell']!r}")
+        provenance, seconds = dict(record["provenance"]), float(record["seconds"])
+        if not math.isfinite(seconds):
+            raise ValueError(f"its seconds are {seconds}")
+        from_rows([{**columns, "metric": "", "status": "done", **provenance}], "cells", "its provenance")
+        name = "layers.parquet"
+        layers = _own(read_parquet(folder / name), "layers", columns)
+        name = "trace.parquet"
+        trace = _own(read_parquet(folder / name), "traces", columns)
+    except BROKEN as error:
+        raise unusable(folder / name, error) from None
+    return Compression(layers, trace, provenance, seconds)
+
+
+def _own(data: pa.Table, table: str, columns: Mapping[str, Any]) -> pa.Table:
+    """The rows with the plan's spec columns, once it is certain that they are of this cell."""
+    data = typed(data, table, "it")
+    strangers = set(data.column("cell").unique().to_pylist()) - {columns["cell"]}
+    if strangers:
+        raise ValueError(f"it holds rows of cell {min(strangers)!r}")
+    # The plan has the last word on what does not make a cell another one, such as the name of its model.
+    for name, value in columns.items():
+        position = data.schema.get_field_index(name)
+        field = data.schema.field(position)
+        data = data.set_column(position, field, pa.repeat(pa.scalar(value, field.type), len(data)))
+    return data
+
+
+def failure(folder: Path, present: set[str], stages: Sequence[str]) -> Gap:
+    """The failure record of the first of the stages that left one, as a gap; missing when none did."""
+    for stage in stages:
+        name = f"failed-{stage}.json"
+        if name not in present:
+            continue
+        try:
+            record = read_json(folder / name)
+            status, reason = str(record["status"]), " ".join(str(record["reason"]).split())
+        except BROKEN as error:
+            return Gap("failed", f"{stage} failed, and {folder / name} cannot be used: {first_line(error)}")
+        return Gap("failed", f"{stage}: {reason}" if status == "error" else f"{stage}, {status}: {reason}")
+    outputs = COMPRESSED if list(stages) == ["compress"] else {f"{stage}.json" for stage in stages}
+    if damaged := sorted(name for name in outputs if aside_of(folder / name).name in present):
+        aside = aside_of(folder / damaged[0])
+        return Gap(
+            "failed", f"{folder / damaged[0]} was damaged, and is now {aside.name}: run again, which makes it anew"
+        )
+    return Gap("missing", NEVER_RAN)
+
+
+def layer_metrics(compression: Compression) -> dict[str, float | None]:
+    """The metrics of CELL_METRICS, sparsity and bits weighted by the layers' sizes; None where there is no layer."""
+    layers = compression.layers
+    size = layers.column("out").to_numpy() * layers.column("in").to_numpy()
+    values: list[float | None] = [None, None, None]
+    if len(size):
+        weights = {"output_error": None, "achieved_sparsity": size, "bits_per_weight": size}
+        values = [float(np.average(layers.column(name).to_numpy(), weights=by)) for name, by in weights.items()]
+    values += [float(layers.column("seconds").to_numpy().sum()), compression.seconds]
+    return dict(zip(CELL_METRICS, values, strict=True))
+
+
+def perplexity(folder: Path, evaluation: Evaluation) -> tuple[dict[str, Any], list[float]]:
+    """The value columns of one perplexity and the mean loss of each window, none where one is not finite.
+
+    Raises InputError naming a broken file.
+    """
+    path = folder / f"perplexity-{evaluation.identity}.json"
+    try:
+        record = read_json(path)
+        value = math.nan if record["perplexity"] is None else float(record["perplexity"])
+        losses = [math.nan if loss is None else float(loss) for loss in record["losses"]]
+        row = {
+            "value": value,
+            "status": "done",
+            "eval_length": int(record["length"]),
+            "eval_windows": int(record["windows"]),
+            "eval_sha256": record["text"].get("sha256"),
+        }
+    except BROKEN as error:
+        raise unusable(path, error) from None
+    if not math.isfinite(value):
+        reason = record.get("reason") or f"the model has diverged: its perplexity is {value}"
+        return row | {"value": None, "reason": reason}, []
+    if max(losses, default=0.0) > LARGEST_LOSS:
+        return row, []
+    low, high = bootstrap_interval(losses, np.exp) or (None, None)
+    return row | {"low": low, "high": high}, losses
+
+
+def item_scores(record: Mapping[str, Any]) -> dict[tuple[str, str], list[float]]:
+    """(task or group of tasks, metric) -> the score of every item, of the accuracies that are the mean of these."""
+    found = {}
+    for row in record["rows"]:
+        members = record["groups"].get(row["task"], [row["task"]])
+        own = [record["samples"][task].get(row["metric"]) for task in members]
+        if row["metric"] not in ACCURACIES or row["value"] is None or not all(own):
+            continue
+        scores = [float(score) for items in own for score in items]
+        if math.isclose(statistics.fmean(scores), row["value"], abs_tol=1e-9):  # a group may weigh its tasks
+            found[row["task"], row["metric"]] = scores
+    return found
+
+
+def read_tasks(path: Path) -> tuple[list[dict[str, Any]], dict[tuple[str, str], list[float]]]:
+    """Rows and item scores of a file of tasks. Raises InputError naming one that is broken."""
+    try:
+        record = read_json(path)
+        rows = [{**row, "status": "done", "lm_eval": record["lm_eval"]} for row in record["rows"]]
+        if not rows or any(not row["task"] or not row["metric"] for row in rows):
+            raise ValueError("it has no rows that name a task and a metric")
+        if not all(math.isfinite(x) for row in rows for x in row.values() if isinstance(x, float)):
+            raise ValueError("it has numbers that are not finite")
+        return rows, item_scores(record)
+    except BROKEN as error:
+        raise unusable(path, error) from None
+
+
+def task_rows(folder: Path, tasks: TaskSet) -> tuple[list[dict[str, Any]], dict[tuple[str, str], list[float]]]:
+    """The value columns of every task and metric of a set, and (task, metric) -> the score of every item.
+
+    Raises InputError naming a broken file.
+    """
+    rows, scores = read_tasks(folder / f"tasks-{tasks.identity}.json")
+    for row in rows:
+        own = scores.get((row["task"], row["metric"]))
+        if interval := own and bootstrap_interval(own):
+            row["low"], row["high"] = interval
+    return [*rows, *_mean_of_tasks(rows)], scores
+
+
+def _mean_of_tasks(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The mean of `acc` over the tasks of a set, as papers print it; no row where a task has none or is alone."""
+    own = [row for row in rows if row["metric"] == "acc"]
+    if len(own) < 2 or {row["task"] for row in own} < {row["task"] for row in rows}:
+        return []
+    row: dict[str, Any] = {"task": MEAN, "metric": "acc", "items": sum(row["items"] for row in own)}
+    row |= {"status": "done", "lm_eval": own[0]["lm_eval"]}
+    if lost := [row for row in own if row["value"] is None]:
+        return [row | {"value": None, "reason": f"{lost[0]['task']} has no accuracy"}]
+    if all(row.get("stderr") is not None for row in own):
+        row["stderr"] = math.hypot(*(row["stderr"] for row in own)) / len(own)
+    return [row | {"value": statistics.fmean(row["value"] for row in own)}]
+
+
+@dataclass
+class Results:
+    """All there is of a cell: its compression, its rows of the `cells` table, the first gap in it, and what its values
+    are means of: losses, of each text's windows, and scores, (name of the set, task, metric) -> those of the items."""
+
+    compression: Compression | None = None
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    gap: Gap | None = None
+    losses: dict[str, list[float]] = field(default_factory=dict)
+    scores: dict[tuple[str, str, str], list[float]] = field(default_factory=dict)
+
+
+def gather_cell(
+    cell: PlannedCell, evaluations: Sequence[Evaluation], root: Path = Path(), tasks: Sequence[TaskSet] = ()
+) -> Results:
+    """Read what the jobs of a cell left."""
+    folder = root / cell.folder
+    present = set(os.listdir(folder)) if folder.is_dir() else set()
+    results = Results()
+    gap: Gap | None = None
+    if present >= COMPRESSED:
+        try:
+            results.compression = read_compression(folder, cell.columns)
+        except InputError as error:
+            gap = Gap("failed", str(error))
+    else:
+        gap = failure(folder, present, ["compress"])
+    gaps = [gap] if gap else []
+    compression, rows = results.compression, results.rows
+    common = dict(cell.columns) | (compression.provenance if compression else {})
+    for evaluation in evaluations:
+        row = common | {
+            "metric": "perplexity",
+            "text": evaluation.text,
+            "contaminated": cell.columns["calibration"] in evaluation.shared_with,
+        }
+        own_gap = gap
+        if not gap and f"perplexity-{evaluation.identity}.json" in present:
+            try:
+                values, results.losses[evaluation.text] = perplexity(folder, evaluation)
+                row |= values
+            except InputError as error:
+                own_gap = Gap("failed", str(error))
+        elif not gap:
+            own_gap = failure(folder, present, [f"perplexity-{evaluation.identity}", "perplexity"])
+        if own_gap:
+            row |= {"status": own_gap.status, "reason": own_gap.reason}
+            gaps.append(own_gap)
+        rows.append(row)
+    for task_set in tasks:
+        stage, own_gap, found = f"tasks-{task_set.identity}", gap, []
+        if not gap and f"{stage}.json" in present:
+            try:
+                found, scores = task_rows(folder, task_set)
+                results.scores |= {(task_set.name, *measured): own for measured, own in scores.items()}
+            except InputError as error:
+                own_gap = Gap("failed", str(error))
+        elif not gap:
+            own_gap = failure(folder, present, [stage])
+        if own_gap:
+            gaps.append(own_gap)
+            lost = {"metric": ACCURACIES[0], "status": own_gap.status, "reason": own_gap.reason}
+            names = [*task_set.tasks, MEAN] if len(task_set.tasks) > 1 else task_set.tasks
+            found = [{**lost, "task": task} for task in names]
+        rows += [{**common, "task_set": task_set.name, **row} for row in found]
+    metrics = layer_metrics(compression) if compression else dict.fromkeys(CELL_METRICS)
+    for metric, value in metrics.items():
+        row = common | {"metric": metric, "value": value, "status": gap.status if gap else "done"}
+        if value is None:
+            row["reason"] = gap.reason if gap else "the cell has no compressed layer"
+        rows.append(row)
+    results.gap = gaps[0] if gaps else None
+    return results

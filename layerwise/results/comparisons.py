@@ -1,0 +1,154 @@
+"""The `comparisons` table: every two methods of a group on one target, and whether they differ by more than noise.
+
+The units are layers for output_error, windows of the text for perplexity and items for accuracy. Seeds repeat the
+measurement of a unit and are no units of their own, because a layer that suits a method does so under every seed: they
+are averaged, have to agree on the direction, and from three on have to pass a test of their own.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from typing import Any
+
+import numpy as np
+
+from layerwise.results import significance
+from layerwise.results.significance import Floats
+from layerwise.storage.table_schema import COMPARISONS
+
+LEAST = 1e-12  # errors below are rounding, of errors that should be zero
+PLACE = ("model", "calibration", "mode", "target")
+TARGET = ("sparsity", "pattern", "bits", "group", "symmetric")
+NO_DIFFERENCE = "no difference shown"
+
+
+@dataclass(frozen=True)
+class Measure:
+    """Something measured of every unit. statistic: from the mean over units to the number that a table shows, or None
+    where the errors of layers are compared as ratios; sign: -1 where less is better."""
+
+    metric: str
+    text: str | None
+    statistic: Callable[[Floats], Floats] | None
+    sign: int
+
+
+ERRORS = Measure("output_error", None, None, -1)
+
+
+def perplexity(text: str) -> Measure:
+    """From mean losses of windows."""
+    return Measure("perplexity", text, np.exp, -1)
+
+
+def accuracy(metric: str, task: str) -> Measure:
+    """acc or acc_norm, from items that are right (1) or wrong (0)."""
+    return Measure(metric, task, significance.itself, 1)
+
+
+@dataclass(frozen=True)
+class Observation:
+    """A finished cell: its spec columns and, of each measure, the values of its units [n] by their names."""
+
+    columns: Mapping[str, Any]
+    values: Mapping[Measure, Mapping[Any, float]]
+
+
+def compare(observations: Sequence[Observation]) -> list[dict[str, Any]]:
+    """Rows of the `comparisons` table, in the order of the cells; p_holm is over those of one place and measure."""
+    measures = list(dict.fromkeys(measure for one in observations for measure in one.values))
+    places: dict[tuple, list[Observation]] = {}
+    for one in observations:
+        places.setdefault(tuple(one.columns[name] for name in PLACE), []).append(one)
+    found = []
+    for here in places.values():
+        for measure in measures:
+            groups = [_by_label(here, comparison, measure) for comparison in COMPARISONS]
+            pairs = sum(math.comb(len(by_label), 2) for by_label in groups)
+            family = [row for by_label in groups for row in _group(by_label, measure, pairs)]
+            adjusted = significance.holm([row["p"] for row in family])
+            for row, p in zip(family, adjusted.tolist(), strict=True):
+                found.append(row | {"p_holm": p, "verdict": _verdict(row, p, measure)})
+    return found
+
+
+def _by_label(here: Sequence[Observation], comparison: str, measure: Measure) -> dict[str, dict[int, Observation]]:
+    """label -> seed -> the cell, of a group's cells that have the measure."""
+    by_label: dict[str, dict[int, Observation]] = {}
+    for one in here:
+        if one.columns["comparison"] == comparison and one.values.get(measure):
+            by_label.setdefault(one.columns["label"], {})[one.columns["seed"]] = one
+    return by_label
+
+
+def _group(by_label: Mapping[str, Mapping[int, Observation]], measure: Measure, pairs: int) -> Iterator[dict[str, Any]]:
+    """The rows of a place, a group and a measure, without what needs the other groups; pairs: of all groups."""
+    own = [one for cells in by_label.values() for one in cells.values()]
+    if len(by_label) < 2:
+        return
+    every = [set(one.values[measure]) for one in own]
+    units = [unit for unit in own[0].values[measure] if all(unit in known for known in every)]
+    if len(units) < 2:
+        return
+    rows = {id(one): i for i, one in enumerate(own)}
+    values = np.array([[one.values[measure][unit] for unit in units] for one in own])  # [cells, units]
+    common = {name: own[0].columns[name] for name in (*PLACE, *TARGET, "comparison")}
+    common |= {"metric": measure.metric, "text": measure.text, "units": len(units)}
+    if measure.statistic:
+        drawn = significance.resampled_means(values, samples=significance.resamples_for(pairs))
+    else:
+        values = np.log(np.maximum(values, LEAST))
+        most = max(map(len, by_label.values()))
+        whole = [[rows[id(one)] for one in cells.values()] for cells in by_label.values() if len(cells) == most]
+        common["friedman_p"] = significance.friedman([values[own].mean(axis=0) for own in whole])
+    for label, other in combinations(by_label, 2):
+        # A cell that is lost under one seed takes that seed from its own pairs alone.
+        seeds = [seed for seed in by_label[label] if seed in by_label[other]]
+        if not seeds:
+            continue
+        first, second = ([rows[id(by_label[name][seed])] for seed in seeds] for name in (label, other))
+        row = common | {"label": label, "other": other, "seeds": len(seeds)}
+        if measure.statistic:
+            found = significance.bootstrap_difference(
+                values[first], values[second], measure.statistic, (drawn[:, first], drawn[:, second])
+            )
+            yield row | _differences(values[first], values[second], found, measure)
+        else:
+            yield row | _ratios(values[first], values[second], measure)
+
+
+def _ratios(first: Floats, second: Floats, measure: Measure) -> dict[str, Any]:
+    """Columns about two methods from the logarithms of the errors of layers [seeds, layers]."""
+    logs = first - second
+    mean = logs.mean(axis=0)
+    p, effect = significance.signed_rank(measure.sign * mean)
+    directions = [np.sign(significance.signed_rank(measure.sign * one).effect) for one in logs]
+    low, high = significance.median_interval(mean) or (None, None)
+    median, low, high = (None if value is None else float(np.exp(value)) for value in (np.median(mean), low, high))
+    columns = {"median_ratio": median, "low": low, "high": high, "effect": effect, "p": p}
+    columns["p_seeds"] = significance.over_seeds(logs.mean(axis=1))
+    return columns | {"seeds_agree": sum(one == np.sign(effect) for one in directions)}
+
+
+def _differences(
+    first: Floats, second: Floats, difference: significance.Difference, measure: Measure
+) -> dict[str, Any]:
+    """Columns about two methods from their values of each window or item [seeds, n] and the bootstrap of these."""
+    value, low, high, p = difference
+    effect = significance.signed_rank(measure.sign * (first - second).mean(axis=0)).effect
+    by_seed = measure.statistic(first.mean(axis=1)) - measure.statistic(second.mean(axis=1))
+    columns = {"difference": value, "low": low, "high": high, "effect": effect, "p": p}
+    columns["p_seeds"] = significance.over_seeds(by_seed)
+    return columns | {"seeds_agree": int((np.sign(by_seed) == np.sign(value)).sum())}
+
+
+def _verdict(row: Mapping[str, Any], p_holm: float, measure: Measure) -> str:
+    """better or worse, of the row's label, where the tests and all seeds say so."""
+    shown = p_holm < significance.ALPHA and row["seeds_agree"] == row["seeds"]
+    for gate in ("friedman_p", "p_seeds"):
+        shown &= row.get(gate) is None or row[gate] < significance.ALPHA
+    if not shown:
+        return NO_DIFFERENCE
+    gain = measure.sign * row["difference"] if measure.statistic else row["effect"]
+    return "better" if gain > 0 else "worse"

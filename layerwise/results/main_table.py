@@ -1,0 +1,337 @@
+"""Render the main table in Markdown and LaTeX: methods as rows, grouped by what may be compared, targets as columns."""
+
+# pandas' own annotations lose whether a selection is a column or a frame.
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
+# pyright: reportGeneralTypeIssues=false, reportIndexIssue=false
+
+import argparse
+import re
+import statistics
+import sys
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from layerwise.results.cell_results import ACCURACIES
+from layerwise.results.comparisons import NO_DIFFERENCE
+from layerwise.results.protocol import MARK, origins
+from layerwise.runtime.errors import report_errors
+from layerwise.runtime.files import write_atomic
+from layerwise.storage.table_schema import COMPARISONS, read_table
+
+UNSUPPORTED = "–"
+SIDES = ["label", "other"]
+LATEX = {
+    "\\": r"\textbackslash{}",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    "<": r"\textless{}",
+    ">": r"\textgreater{}",
+    "|": r"\textbar{}",
+    '"': r"\textquotedbl{}",
+    "–": "--",
+    "±": r"\ensuremath{\pm}",
+    MARK: r"\textsuperscript{\textdagger}",
+    **{character: "\\" + character for character in "&%$#_{}"},
+}
+SCOPES = ("model", "calibration", "mode", "target", "cell", "token_scope")  # of `layers`, what the notes need
+COMPARED = {"mean_output_error": "output_error"}  # what a metric is called in `comparisons`
+METRICS = ("perplexity", *ACCURACIES, "mean_output_error")  # that have tables, in their order
+MARKDOWN = re.compile(r"([\\`*_{}\[\]<>|#~])")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What stands in a cell of the table; best: of its group and column, or not shown to differ from it: bold."""
+
+    text: str
+    best: bool = False
+
+
+@dataclass(frozen=True)
+class Section:
+    """One mode: groups of (comparison, [(label, one entry per target)])."""
+
+    title: str
+    groups: list[tuple[str, list[tuple[str, list[Entry]]]]]
+
+
+@dataclass(frozen=True)
+class Table:
+    """One rendered table. note: sentences on how to read it, the dense value among them; model, calibration: whose
+    cells it holds."""
+
+    name: str
+    title: str
+    note: str
+    targets: list[str]
+    sections: list[Section]
+    model: str = ""
+    calibration: str = ""
+
+
+def task_title(task: Any, task_set: Any) -> Any:
+    """What a task of a set is called, in the tables' titles and in `comparisons`; strings or columns of them."""
+    return task + " of " + task_set
+
+
+def number(value: float, metric: str) -> str:
+    """A value as printed: perplexities to two decimals while these mean something, accuracies in percent, errors to
+    three digits."""
+    if metric in ACCURACIES:
+        return f"{100 * value:.1f}"
+    if metric != "perplexity":
+        return f"{value:.3g}"
+    return f"{value:.2f}" if value < 100 else f"{value:.1f}" if value < 1000 else f"{value:.4g}"
+
+
+def spread(values: Sequence[float], metric: str) -> str:
+    """Mean and sample standard deviation of the values of several seeds, with as many decimals; of one, itself."""
+    centre = statistics.fmean(values)
+    if len(values) < 2:
+        return number(centre, metric)
+    # 0.0500: as precise as 0.0501
+    mean = f"{centre:#.3g}" if metric == "mean_output_error" else number(centre, metric)
+    deviation = statistics.stdev(values) * (100 if metric in ACCURACIES else 1)
+    decimals = len(mean.partition(".")[2])
+    return f"{mean} ± {deviation:.2g}" if "e" in mean else f"{mean} ± {deviation:.{decimals}f}"
+
+
+def undecided(comparisons: pd.DataFrame, metric: str) -> set[tuple[str, ...]]:
+    """(model, calibration, text, mode, target, label, other), either way round, where no difference is shown."""
+    own = comparisons[
+        (comparisons["metric"] == COMPARED.get(metric, metric)) & (comparisons["verdict"] == NO_DIFFERENCE)
+    ]
+    keys = ["model", "calibration", "text", "mode", "target"]
+    pairs = [own[[*keys, *sides]].fillna("").itertuples(index=False, name=None) for sides in (SIDES, SIDES[::-1])]
+    return {row for side in pairs for row in side}
+
+
+def _place(comparisons: pd.DataFrame, metric: str, model: str, calibration: str, text: str) -> bool:
+    """Whether methods were compared by a metric there."""
+    own = comparisons[comparisons["metric"] == COMPARED.get(metric, metric)]
+    return bool(
+        ((own["model"] == model) & (own["calibration"] == calibration) & (own["text"].fillna("") == text)).any()
+    )
+
+
+def fallback(layers: pd.DataFrame, model: str, calibration: str) -> list[str]:
+    """A sentence on how many layers, experts', were calibrated on every token as few were routed to them, if any."""
+    own = layers[(layers["model"] == model) & (layers["calibration"] == calibration) & (layers["target"] != "dense")]
+    counts = (own["token_scope"] == "fallback").groupby([own["mode"], own["cell"]], sort=False).agg(["sum", "size"])
+    found = []
+    for mode, part in counts.groupby("mode", sort=False):
+        least, most = part["sum"].min(), part["sum"].max()  # in sequential mode the router depends on the cell
+        if most:
+            count = f"{least}" if least == most else f"{least} to {most}"
+            found.append(f"{count} of {part['size'].max()} layers in {mode} mode")
+    why = "Calibrated on every token, since fewer were routed to their expert than they have inputs"
+    return [f"{why}: {', '.join(found)}."] if found else []
+
+
+def tables(
+    cells: pd.DataFrame,
+    metric: str,
+    comparisons: pd.DataFrame | None = None,
+    layers: pd.DataFrame | None = None,
+) -> Iterator[Table]:
+    """One table per model, calibration set and text or task of `cells`, in its order; the modes are its sections.
+
+    Cells that differ in nothing but the seed stand together as mean and standard deviation. comparisons: the table from
+    which the best and what is not shown to differ from it are marked; without it only what is printed alike is as good.
+    layers: the table from which a note says which layers were not calibrated on the tokens that were meant for them.
+    """
+    equal = set() if comparisons is None else undecided(comparisons, metric)
+    data = cells[cells["metric"] == metric]
+    if metric in ACCURACIES:
+        # Of a set of tasks that failed there is one row per task, under the first metric: it lacks the others too.
+        lost = (cells["metric"] == ACCURACIES[0]) & (cells["status"] != "done") & cells["task"].isin(data["task"])
+        data = cells[(cells["metric"] == metric) | lost]
+        data = data.assign(text=task_title(data["task"], data["task_set"]))
+    dense = data[data["target"] == "dense"]
+    pruned = data[data["target"] != "dense"]
+    text_of = pruned["text"].fillna("")
+    for (model, calibration, text), part in pruned.groupby(["model", "calibration", text_of], sort=False):
+        own = dense[(dense["model"] == model) & (dense["text"].fillna("") == text)]
+        marked, reasons = origins(pd.concat([part, own]))
+        notes = []
+        if metric != "mean_output_error" and len(own):
+            row = own.to_dict("records")[0]
+            error = row["stderr"] if metric in ACCURACIES else None
+            noise = f" (standard error {number(error, metric)})" if pd.notna(error) else ""
+            notes.append(f"Dense: {_shown([row], metric, marked)}{noise}.")
+        better = "In percent, higher" if metric in ACCURACIES else "Lower"
+        tested = comparisons is not None and _place(comparisons, metric, str(model), str(calibration), str(text))
+        alike = ", and what is not shown to differ from it," if tested else ""
+        notes.append(f"{better} is better; the best of each group and column{alike} is bold where there is a choice.")
+        repeats = part["seed"].nunique()
+        if repeats > 1:
+            notes.append(f"Mean and standard deviation over {repeats} seeds.")
+        elif tested:
+            notes.append("One draw of the calibration: nothing is said of others.")
+        if part["contaminated"].eq(True).any():
+            notes.append("Calibration and evaluation text come from the same data set.")
+        if layers is not None:
+            notes += fallback(layers, str(model), str(calibration))
+        notes += reasons
+        what = "mean output error over the layers" if metric == "mean_output_error" else f"{metric} on {text}"
+        targets = list(part["target"].drop_duplicates())
+        modes = part.groupby("mode", sort=False)
+        sections = [
+            Section(
+                str(mode),
+                _groups(
+                    rows.to_dict("records"),
+                    targets,
+                    metric,
+                    lambda target, *sides, key=(model, calibration, text, mode): (*key, target, *sides) in equal,
+                    marked,
+                ),
+            )
+            for mode, rows in modes
+        ]
+        name = "-".join(filter(None, (metric, model, calibration, text)))
+        title = f"{model}, {what}, calibrated on {calibration}"
+        yield Table(name, title, " ".join(notes), targets, sections, str(model), str(calibration))
+
+
+def _shown(rows: Sequence[Mapping[str, Any]], metric: str, marked: Collection[tuple[str, str]] = ()) -> str:
+    """The rows of the seeds of one setting as an entry; one without a value is not averaged away."""
+    if any((row["mode"], row["cell"]) in marked for row in rows):
+        return _shown(rows, metric) + MARK
+    absent = [row for row in rows if pd.isna(row["value"])]
+    if not absent:
+        return spread([float(row["value"]) for row in rows], metric)
+    word = "diverged" if absent[0]["status"] == "done" else str(absent[0]["status"])
+    return word if len(rows) == 1 else f"{word} ({len(absent)} of {len(rows)})"
+
+
+def _groups(
+    rows: Sequence[Mapping[str, Any]],
+    targets: Sequence[str],
+    metric: str,
+    equal: Callable[[str, str, str], bool],
+    marked: Collection[tuple[str, str]],
+) -> list[tuple[str, list[tuple[str, list[Entry]]]]]:
+    groups = []
+    choose = max if metric in ACCURACIES else min
+    for comparison in COMPARISONS:
+        cells: dict[str, dict[str, list[Mapping[str, Any]]]] = {}  # label -> target -> seeds
+        for row in rows:
+            if row["comparison"] == comparison:
+                cells.setdefault(row["label"], {}).setdefault(row["target"], []).append(row)
+        best: dict[str, set[str]] = {}
+        for target in targets:
+            column = {label: own[target] for label, own in cells.items() if target in own}
+            values = {
+                label: statistics.fmean(row["value"] for row in own)
+                for label, own in column.items()
+                if all(pd.notna(row["value"]) for row in own)
+            }
+            if len(values) > 1:  # alone is not best
+                first = choose(values, key=values.__getitem__)
+                # Equal as printed is equally good.
+                printed = {label: number(value, metric) for label, value in values.items()}
+                best[target] = {
+                    label for label in values if printed[label] == printed[first] or equal(target, label, first)
+                }
+        lines = []
+        for label, own in cells.items():
+            shown = {target: _shown(found, metric, marked) for target, found in own.items()}
+            lines.append((label, [Entry(shown.get(t, UNSUPPORTED), label in best.get(t, ())) for t in targets]))
+        if lines:
+            groups.append((comparison, lines))
+    return groups
+
+
+def escape_latex(text: str) -> str:
+    """Text that LaTeX sets as it stands."""
+    return "".join(LATEX.get(character, character) for character in text)
+
+
+def escape_markdown(text: str) -> str:
+    return MARKDOWN.sub(r"\\\1", text)
+
+
+def latex_number(text: str) -> str:
+    """An entry in LaTeX: 1.2e+05 becomes 1.2 times a power of ten."""
+    if text.endswith(MARK):
+        return latex_number(text.removesuffix(MARK)) + LATEX[MARK]
+    if " ± " in text:
+        return r" \ensuremath{\pm} ".join(map(latex_number, text.split(" ± ")))
+    mantissa, e, exponent = text.partition("e")
+    if e and exponent.lstrip("+-").isdigit():
+        return rf"\ensuremath{{{mantissa} \times 10^{{{int(exponent)}}}}}"
+    return escape_latex(text)
+
+
+def markdown(table: Table) -> str:
+    """The table as GitHub Markdown, a heading per mode, a row of its own for each group's name."""
+    lines = [f"## {escape_markdown(table.title)}", "", escape_markdown(table.note), ""]
+    for section in table.sections:
+        lines += [f"### {escape_markdown(section.title)}", ""]
+        lines.append("| " + " | ".join(["method", *map(escape_markdown, table.targets)]) + " |")
+        lines.append("|:--" + "|--:" * len(table.targets) + "|")
+        for comparison, rows in section.groups:
+            lines.append(f"| *{escape_markdown(comparison)}* |" + " |" * len(table.targets))
+            for label, entries in rows:
+                shown = [f"**{entry.text}**" if entry.best else entry.text for entry in entries]
+                lines.append("| " + " | ".join([escape_markdown(label), *shown]) + " |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def latex(table: Table) -> str:
+    """The table as a float for a document that loads booktabs, a rule between the groups."""
+    width = len(table.targets) + 1
+    lines = [
+        r"\begin{table}[tbp]",
+        r"\centering\small\setlength{\tabcolsep}{4pt}",
+        rf"\caption{{{escape_latex(table.title)}. {escape_latex(table.note)}}}",
+        rf"\label{{tab:{re.sub(r'[^A-Za-z0-9.-]+', '-', table.name)}}}",
+        rf"\begin{{tabular}}{{@{{}}l{'r' * len(table.targets)}@{{}}}}",
+        r"\toprule",
+        " & ".join(["method", *map(escape_latex, table.targets)]) + r" \\",
+    ]
+    for section in table.sections:
+        lines += [r"\midrule", rf"\multicolumn{{{width}}}{{@{{}}l}}{{\textbf{{{escape_latex(section.title)}}}}} \\"]
+        for comparison, rows in section.groups:
+            lines += [r"\midrule", rf"\multicolumn{{{width}}}{{@{{}}l}}{{\emph{{{escape_latex(comparison)}}}}} \\"]
+            for label, entries in rows:
+                shown = [latex_number(entry.text) for entry in entries]
+                shown = [rf"\textbf{{{t}}}" if e.best else t for t, e in zip(shown, entries, strict=True)]
+                lines.append(" & ".join([escape_latex(label), *shown]) + r" \\")
+    return "\n".join([*lines, r"\bottomrule", r"\end{tabular}", r"\end{table}", ""])
+
+
+def document(
+    cells: pd.DataFrame,
+    render: Callable[[Table], str],
+    comparisons: pd.DataFrame | None = None,
+    layers: pd.DataFrame | None = None,
+) -> str:
+    """The perplexity tables, those of zero-shot tasks, then those of the mean output error."""
+    rendered = [render(table) for metric in METRICS for table in tables(cells, metric, comparisons, layers)]
+    return "\n".join(rendered) or "No results yet.\n"
+
+
+def write(cells: pd.DataFrame, comparisons: pd.DataFrame, layers: pd.DataFrame, out: Path) -> None:
+    """Write main.md and main.tex into folder `out`; of `layers` the columns SCOPES are read."""
+    write_atomic(out / "main.md", document(cells, markdown, comparisons, layers))
+    write_atomic(out / "main.tex", document(cells, latex, comparisons, layers))
+
+
+def main(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(prog="tables", description=__doc__)
+    parser.add_argument("--tables", type=Path, default=Path("results/tables"), help="folder of the tables")
+    parser.add_argument("--out", type=Path, help="folder for main.md and main.tex (default: that of the tables)")
+    args = parser.parse_args(argv)
+    data = [read_table(args.tables, "cells"), read_table(args.tables, "comparisons")]
+    write(*data, read_table(args.tables, "layers", SCOPES), args.out or args.tables)
+
+
+if __name__ == "__main__":
+    report_errors(main, sys.argv[1:])

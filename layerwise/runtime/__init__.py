@@ -1,0 +1,1 @@
+"""Files, errors, devices, memory and provenance."""

@@ -1,0 +1,148 @@
+"""Files that are whole or absent, and that are known by their content."""
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import socket
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import IO, Any
+
+from layerwise.runtime.errors import InputError, refusal
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Around what writes a file: what the disk refuses becomes an InputError that names it."""
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:
+        if sentence := refusal(error, path):
+            raise InputError(f"Cannot write {sentence}") from error
+        raise
+
+
+@contextlib.contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """Yield a temporary path beside `path`; it takes the name when the body ends without an error.
+
+    By then the content is on the disk: a machine that loses its power leaves no file that is empty or cut off.
+    Raises InputError when the disk refuses it.
+    """
+    path = Path(path)
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            yield part
+            with part.open("rb") as file:
+                os.fsync(file.fileno())
+            part.replace(path)
+            aside_of(path).unlink(missing_ok=True)
+        finally:
+            with contextlib.suppress(OSError):
+                part.unlink(missing_ok=True)
+
+
+def aside_of(path: Path) -> Path:
+    """Where a damaged file is kept until the next one takes its place."""
+    return path.with_name(f"{path.name}.damaged")
+
+
+def set_aside(path: Path) -> str:
+    """Rename a file that the workflow has made and that is damaged, so that the next run makes it anew.
+
+    Returns the end of the sentence that says so.
+    """
+    aside = aside_of(path)
+    try:
+        path.replace(aside)
+    except OSError:
+        return f"delete {path}, and run again: it will be made anew"
+    return f"it is now {aside}; run again, which makes it anew"
+
+
+def read_made(path: Path) -> Any:
+    """The content of a JSON file that the workflow has made. Raises InputError for a damaged one, and sets it aside."""
+    try:
+        return json.loads(path.read_text("utf-8"))
+    except ValueError:
+        raise InputError(f"{path} is damaged: {set_aside(path)}.") from None
+
+
+def check_weights(path: Path) -> str:
+    """The hash of a cell's weights.
+
+    Raises InputError when they are not those that the job wrote, and sets them aside.
+    """
+    found, record = sha256(path), path.with_name("cell.json")
+    known = read_made(record).get("weights_sha256") if record.is_file() else None
+    if known not in (None, found):
+        raise InputError(f"{path} is damaged: it has changed since it was written; {set_aside(path)}.")
+    return found
+
+
+def remove_parts(folder: Path) -> None:
+    """Remove what processes that were killed have left of whole_file; nobody else may be at work in the folder."""
+    for path in folder.glob(".*.part"):
+        path.unlink(missing_ok=True)
+
+
+def digest_of(files: Iterable[str]) -> str:
+    """Of names and contents of files of code: what results depend on."""
+    content = json.dumps([(os.path.basename(file), sha256(Path(file))) for file in files])
+    return hashlib.sha256(content.encode()).hexdigest()[:16]
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def unchanged(code: Path) -> str:
+    """The hash of the code that a file lists and is named after.
+
+    Raises InputError when the code is no longer that: what this process has imported would pass for something else.
+    """
+    if digest_of(read_made(code)) != code.name:
+        raise InputError("The code was edited since this run began: run again.")
+    return code.name
+
+
+def write_atomic(path: Path, text: str) -> None:
+    with whole_file(path) as part:
+        part.write_text(text, encoding="utf-8", newline="\n")
+
+
+def unlock_after_death(folder: Path) -> IO[str] | None:
+    """Remove Snakemake's locks in its folder (.snakemake) if no run that put them there lives, as after a SIGKILL.
+
+    Every run holds the file that is returned, which the system lets go of when the process dies, until its end.
+    After a death on another host, of which some file systems let nobody know whether it lives, and where there are no
+    locks of files (None is returned), a run that was killed needs `snakemake --unlock`, as ever.
+    """
+    with contextlib.suppress(OSError):
+        folder.mkdir(parents=True, exist_ok=True)
+        held = (folder / "layerwise.alive").open("a+")
+        held.seek(0)
+        host, own = held.read().strip(), socket.gethostname()
+        with contextlib.suppress(BlockingIOError):  # another run lives, and its locks are its own
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            for lock in (folder / "locks").glob("*.lock") if host in ("", own) else ():
+                lock.unlink(missing_ok=True)
+            if not any((folder / "locks").glob("*.lock")):  # else they are of a run on another host, which may live
+                held.truncate(0)
+                held.write(own)
+                held.flush()
+        fcntl.flock(held, fcntl.LOCK_SH)
+        return held
+    return None
+
+
+def gram_stores() -> Path:
+    """The folder of all Gram stores, which studies in other folders may share."""
+    return Path(os.environ.get("LAYERWISE_CACHE") or "results/grams")

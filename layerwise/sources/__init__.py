@@ -1,0 +1,1 @@
+"""Where models and texts come from, by name and header only."""

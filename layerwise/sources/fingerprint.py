@@ -1,0 +1,92 @@
+"""Which model a study computes with: fetched once, and the hash of its weights for the provenance of every row."""
+
+import argparse
+import contextlib
+import functools
+import hashlib
+import json
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from layerwise.runtime.errors import InputError, report_errors
+from layerwise.runtime.files import read_made, sha256, write_atomic
+from layerwise.sources import hub
+
+
+def weights_hash(hashes: list[str]) -> str:
+    """Of one file its SHA-256, as sha256sum and the hub give it; of shards the SHA-256 of theirs, in order."""
+    return hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
+
+
+@functools.lru_cache(maxsize=4096)
+def hash_at(path: Path, changed: int) -> str:
+    """SHA-256 of a file that was changed then: computed once in a process, whatever the clock says."""
+    return sha256(path)
+
+
+def check_unchanged(model: hub.Spec, fingerprint: Path) -> None:
+    """Raise InputError when a model's files are no longer those of its fingerprint: numbers would pass for theirs.
+
+    Only files that the file system has seen a change of since are hashed.
+    """
+    if not fingerprint.is_file():
+        raise InputError(
+            f"{fingerprint}, of the model that this job computes with, is gone: run again, which makes it."
+        )
+    folder, own, later = hub.model_folder(model), fingerprint.stat(), {}
+    for name, known in read_made(fingerprint)["files"].items():
+        path = folder / name
+        changed = path.stat().st_ctime_ns if path.is_file() else None
+        if changed is None or (changed >= own.st_ctime_ns and hash_at(path, changed) != known):
+            raise InputError(
+                f"{path} is no longer the file that {fingerprint} was made of, as if it had been edited or damaged: "
+                f"put it back, or delete {fingerprint} to study it as it is, and run again."
+            )
+        if changed >= own.st_ctime_ns:
+            later[path] = changed
+    if later and all(path.stat().st_ctime_ns == at for path, at in later.items()):
+        with contextlib.suppress(OSError):  # copied or linked anew: no job needs to hash them again
+            os.utime(fingerprint, ns=(own.st_atime_ns, own.st_mtime_ns))  # Snakemake looks at the second
+
+
+@contextlib.contextmanager
+def unchanging(model: hub.Spec, fingerprint: Path) -> Iterator[None]:
+    """Around what is computed of a model: check_unchanged before it and after it, also after an error."""
+    check_unchanged(model, fingerprint)
+    try:
+        yield
+    except Exception:
+        check_unchanged(model, fingerprint)  # of which it may come
+        raise
+    check_unchanged(model, fingerprint)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", type=json.loads, required=True, help="model entry of the config, as JSON")
+    parser.add_argument("--out", type=Path, required=True)
+    args = parser.parse_args(argv)
+    folder = hub.fetch_model(args.model)
+    weights = hub.weight_files(args.model["name"], folder)
+    rest = [path for path in hub.model_files({"path": folder}) if path.suffix != ".safetensors"]
+    before = {path: path.stat().st_ctime_ns for path in [*weights, *rest]}
+    every = {path.name: sha256(path) for path in before}
+    if changed := [path for path, at in before.items() if path.stat().st_ctime_ns != at]:
+        raise InputError(f"{changed[0]} was written to while it was hashed: run again when it is whole.")
+    hashes = [every[path.name] for path in weights]
+    found = {
+        "model_source": args.model.get("path") or args.model["hub"],
+        # A snapshot's folder is named after the commit that a branch or tag stood for.
+        "model_revision": folder.name if "hub" in args.model else None,
+        "model_sha256": weights_hash(hashes),
+        "dtype": args.model["dtype"],
+        # Not a column. Without it an edited config or tokenizer leaves this file as it was, and results out of date.
+        "files": every,
+    }
+    write_atomic(args.out, json.dumps(found, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    report_errors(main, sys.argv[1:])

@@ -1,0 +1,83 @@
+"""Sets of zero-shot tasks as a study names them: the papers' lists, and what is checked before a job. Free of torch.
+
+A set's spec is {tasks, folder, fewshot, items, batch}; its tasks are names of lm-eval, or of the lists here.
+"""
+
+import importlib.util
+import itertools
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from layerwise.runtime.errors import InputError
+from layerwise.sources.hub import readable
+from layerwise.study.config_file import brief
+
+Spec = Mapping[str, Any]
+BATCH = 8  # sequences per forward pass where a set does not say, as in the config schema
+
+LISTS = {  # name of a list -> names of lm-eval's tasks
+    # Wanda (arXiv:2306.11695), section 4.1; also of OWL and DSnoT, and of the code that SparseFW was run with
+    "wanda-seven": ["boolq", "rte", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa"],
+    # SparseGPT (arXiv:2301.00774), section 4, without StoryCloze, whose text is not public
+    "sparsegpt-four": ["lambada_openai", "piqa", "arc_easy", "arc_challenge"],
+}
+MOST_FILES = 20_000  # in a folder of tasks
+MADE_FOLDERS = (os.path.normpath("results/tasks/docstrings"),)  # written by the workflow
+
+
+def expanded(spec: Spec) -> dict[str, Any]:
+    """The spec with the papers' lists in its tasks written out, each task once."""
+    names = [task for name in spec["tasks"] for task in LISTS.get(name, [name])]
+    return {**spec, "tasks": list(dict.fromkeys(names))}
+
+
+def made(spec: Spec) -> bool:
+    """Whether the workflow writes the folder of the set itself."""
+    return bool(spec.get("folder")) and os.path.normpath(spec["folder"]) in MADE_FOLDERS
+
+
+def task_files(spec: Spec) -> list[Path]:
+    """Files that a job with these tasks depends on; none for the hub's data, of which the rows have a hash."""
+    if not spec.get("folder"):
+        return []
+    folder = Path(spec["folder"])
+    if made(spec):
+        return [folder / f"{task}.{kind}" for task in spec["tasks"] for kind in ("yaml", "jsonl")]
+    files = (path for path in searched(folder) if path.is_file())
+    return sorted(path for path in files if not any(part.startswith(".") for part in path.relative_to(folder).parts))
+
+
+def searched(folder: Path) -> list[Path]:
+    """What is in a folder of tasks. Raises InputError for one with so much in it that it must be meant otherwise."""
+    found = list(itertools.islice(folder.rglob("*"), MOST_FILES + 1))
+    if len(found) > MOST_FILES:
+        raise InputError(
+            f"The folder {brief(str(folder))} should hold definitions of tasks and their data, and has more than "
+            f"{MOST_FILES:,} files and folders: give the one of the tasks."
+        )
+    return found
+
+
+def check_tasks(name: str, spec: Spec) -> None:
+    """Raise InputError, in one sentence, when the set `name` cannot be run for a reason that can be seen now."""
+    if importlib.util.find_spec("lm_eval") is None:
+        raise InputError(f"tasks.{name} needs lm-eval, which is not installed: pip install lm-eval.")
+    if not spec.get("folder") or made(spec):
+        return
+    with readable(f"The folder of tasks.{name}"):
+        if not Path(spec["folder"]).is_dir():
+            raise InputError(f"tasks.{name}: its folder should be at {brief(spec['folder'])}, but there is none.")
+        code = [] if spec.get("trust_remote_code") else running_code(Path(spec["folder"]))
+    if code:
+        raise InputError(
+            f"tasks.{name}: {code[0]} names Python functions (!function), which run when the tasks are loaded: read "
+            "them, and set trust_remote_code: true in the entry if you trust them."
+        )
+
+
+def running_code(folder: Path) -> list[Path]:
+    """Definitions in a folder that have lm-eval import Python, told early; zero_shot.keep_in refuses all others."""
+    definitions = sorted(path for path in searched(folder) if path.suffix == ".yaml" and path.is_file())
+    return [path for path in definitions if b"!function" in path.read_bytes()]

@@ -1,0 +1,329 @@
+"""From texts to tokens: documents are read, tokenised and cut, as published, into calibration and evaluation sequences.
+
+The tokens of a model are drawn once per calibration set and evaluation, and every method and mode then sees the same.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import hashlib
+import json
+import random
+import sys
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from layerwise.runtime.errors import InputError, out_of_memory, refused, report_errors
+from layerwise.runtime.files import set_aside, whole_file
+from layerwise.sources.hub import PLAIN_SUFFIXES, TEXT_SUFFIXES, Spec, dataset_of, fetch_text, model_folder
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+COUNTED_BEFORE = 20_000  # documents up to which it is made sure before drawing that enough of them are long enough
+MISSES = 1_000  # draws in a row that found no long document, after which it is made sure with any number of them
+CHUNK = 500_000  # characters tokenised at once where a text can be cut: a call needs some 150 bytes for each
+READ_ERRORS = (OSError, EOFError, zlib.error)
+
+
+def documents(spec: Spec) -> list[str]:
+    """The documents of a text, in the order of its files.
+
+    A .txt or .raw is one document, or what its `separator` separates (no blank ones); a line of a .jsonl or .json,
+    an element of a JSON list and a row of a .parquet are one each, in its `field` (default "text"). With `begins`,
+    those that begin with it.
+    Raises InputError, naming the file, for one that cannot be read and for a field that is absent or holds no text,
+    and when no document begins so.
+    """
+    found = [document for path in fetch_text(spec) for document in _read(path, spec)]
+    begins = spec.get("begins", "")
+    chosen = [document for document in found if document.startswith(begins)]
+    if found and not chosen:
+        where = spec.get("path") or spec["hub"]
+        raise InputError(f"None of the {len(found)} documents of {where} begins with {begins!r}, as the text asks.")
+    return chosen
+
+
+def _read(path: Path, spec: Spec) -> list[str]:
+    if not path.name.endswith(TEXT_SUFFIXES):
+        raise InputError(f"A text must end in one of {', '.join(TEXT_SUFFIXES)}. Got {path} instead.")
+    try:
+        if path.suffix == ".parquet":
+            return _parquet(path, spec.get("field") or "text")
+        data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+        text = data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path} is not text in UTF-8: byte {error.start} cannot be decoded.") from None
+    except READ_ERRORS as error:
+        raise InputError(f"{path} cannot be read: {error}") from None
+    if path.suffix in PLAIN_SUFFIXES:
+        separator = spec.get("separator")
+        return [part for part in text.split(separator) if part.strip()] if separator else [text]
+    return list(_json(path, text, spec.get("field") or "text"))
+
+
+def _json(path: Path, text: str, field: str) -> Iterator[str]:
+    """The field of each object of a JSON list, or of each line that is not blank."""
+    if text.lstrip().startswith("["):
+        try:
+            rows = enumerate(json.loads(text), 1)
+        except ValueError as error:
+            raise InputError(f"{path} is not a JSON list: {error}.") from None
+    else:
+        rows = _lines(path, text)
+    for number, row in rows:
+        if not isinstance(row, dict) or field not in row:
+            fields = ", ".join(map(repr, row)) if isinstance(row, dict) else "no fields"
+            raise InputError(f"{path} should have the field {field!r} in each document; number {number} has {fields}.")
+        if not isinstance(row[field], str):
+            raise InputError(
+                f"The field {field!r} in {path} should hold text; in document {number} it is {json.dumps(row[field])}."
+            )
+        yield row[field]
+
+
+def _lines(path: Path, text: str) -> Iterator[tuple[int, Any]]:
+    for number, line in enumerate(text.split("\n"), 1):  # not splitlines(): strings may hold other line separators
+        if line.strip():
+            try:
+                yield number, json.loads(line)
+            except ValueError as error:
+                raise InputError(f"Line {number} of {path} is not JSON: {error}.") from None
+
+
+def _parquet(path: Path, field: str) -> list[str]:
+    import pyarrow as pa
+    import pyarrow.parquet as parquet
+
+    try:
+        names = parquet.read_schema(path).names
+        column = parquet.read_table(path, columns=[field])[field] if field in names else None
+    except (pa.ArrowException, OSError) as error:
+        raise InputError(f"{path} cannot be read: {str(error).splitlines()[0]}") from None
+    if column is None:
+        raise InputError(f"{path} should have the field {field!r}; it has {', '.join(map(repr, names))}.")
+    if not (pa.types.is_string(column.type) or pa.types.is_large_string(column.type)) or column.null_count:
+        raise InputError(
+            f"The field {field!r} in {path} should hold text; it is {column.type} with {column.null_count} nulls."
+        )
+    return column.to_pylist()
+
+
+def text_hash(documents: Sequence[str], join: str) -> str:
+    """SHA-256 of the joined documents in UTF-8."""
+    digest = hashlib.sha256()
+    for number, document in enumerate(documents):
+        digest.update(((join if number else "") + document).encode("utf-8"))
+    return digest.hexdigest()
+
+
+def load_tokenizer(model: Spec) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model's folder or hub repository. Raises InputError when it cannot be loaded."""
+    from transformers import AutoTokenizer
+
+    name = model["path"] if "path" in model else f"{model['hub']} at revision {model['revision']}"
+    try:
+        return AutoTokenizer.from_pretrained(
+            model_folder(model), trust_remote_code=bool(model.get("trust_remote_code")), local_files_only=True
+        )
+    except Exception as error:  # the tokenizers library raises bare Exceptions
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".:")
+        raise InputError(f"The tokenizer of {name} cannot be loaded: {reason}.") from error
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, text: str, special: bool = True) -> np.ndarray:
+    """Token ids [n] int64 of a text, with the tokenizer's default special tokens unless told otherwise."""
+    encoding = tokenizer(
+        text, add_special_tokens=special, return_attention_mask=False, return_token_type_ids=False, verbose=False
+    )  # verbose=False: no warning that the text is longer than the model's context
+    return np.asarray(encoding["input_ids"], dtype=np.int64)
+
+
+def encode_stream(tokenizer: PreTrainedTokenizerBase, documents: Sequence[str], join: str) -> np.ndarray:
+    """Token ids [n] int64 of the joined documents, tokenised as one text with the default special tokens.
+
+    Where a special token joins the documents, which the tokenizer cuts out before anything else, the text is
+    tokenised in pieces that begin with it: the same ids, in half the time and a quarter of the memory.
+    """
+    marks = getattr(tokenizer, "added_tokens_decoder", {}).values() if tokenizer.is_fast else ()
+    plain = (m for m in marks if m.special and not (m.lstrip or m.single_word or m.normalized))
+    if join not in (mark.content for mark in plain):
+        return encode(tokenizer, join.join(documents))
+    pieces: list[list[str]] = [[]]
+    size = 0
+    for number, document in enumerate(documents):
+        if size > CHUNK:
+            pieces.append([])
+            size = 0
+        pieces[-1] += [join, document] if number else [document]
+        size += len(document)
+    before, after = _special_tokens(tokenizer)
+    return np.concatenate([before, *(encode(tokenizer, "".join(piece), special=False) for piece in pieces), after])
+
+
+def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[np.ndarray, np.ndarray]:
+    """The special tokens that the tokenizer puts before and after a text by default."""
+    full, bare = encode(tokenizer, "a"), encode(tokenizer, "a", special=False)
+    starts = range(len(full) - len(bare) + 1)
+    start = next(start for start in starts if np.array_equal(full[start : start + len(bare)], bare))
+    return full[:start], full[start + len(bare) :]
+
+
+def sample_stream(ids: np.ndarray, samples: int, length: int, seed: int) -> np.ndarray:
+    """Random crops [samples, length] of a stream of ids [n], drawn as SparseGPT and Wanda draw them from WikiText-2.
+
+    Raises InputError when the stream has fewer windows of that length than samples are asked.
+    """
+    available = len(ids) // length
+    if available < samples or len(ids) <= length:
+        raise InputError(_too_short(f"The text has {len(ids)} tokens, {available} sequences", length, samples))
+    draw = random.Random(seed)
+    starts = [draw.randint(0, len(ids) - length - 1) for _ in range(samples)]
+    return np.stack([ids[start : start + length] for start in starts])
+
+
+def sample_documents(
+    encode: Callable[[str], np.ndarray], documents: Sequence[str], samples: int, length: int, seed: int
+) -> np.ndarray:
+    """Crops [samples, length] of random documents, drawn as Wanda draws them from C4 (lib/data.py, get_c4).
+
+    A document is drawn until one has more than `length` tokens, then a crop of it. (SparseGPT's code also accepts one
+    of exactly `length` tokens and then fails.) encode: document -> its ids [n], called once per document.
+    Raises InputError when the documents longer than `length` have fewer windows of that length than samples are asked.
+    """
+    cache: dict[int, np.ndarray | None] = {}  # None: too short, so that its ids need not be kept
+
+    def long_document(index: int) -> np.ndarray | None:
+        if index not in cache:
+            ids = encode(documents[index])
+            cache[index] = ids if len(ids) > length else None
+        return cache[index]
+
+    def check() -> None:
+        """Count until there is enough, which in most texts is soon."""
+        available = 0
+        for index in range(len(documents)):
+            ids = long_document(index)
+            available += 0 if ids is None else len(ids) // length
+            if available >= samples:
+                return
+        found = f"The text has {len(documents)} documents, and the longer ones hold {available} sequences"
+        raise InputError(_too_short(found, length, samples))
+
+    checked = len(documents) <= COUNTED_BEFORE
+    if checked:
+        check()
+    draw = random.Random(seed)
+    crops = []
+    for _ in range(samples):
+        misses = 0
+        while (ids := long_document(draw.randint(0, len(documents) - 1))) is None:
+            misses += 1
+            if misses >= MISSES and not checked:
+                check()
+                checked = True
+        start = draw.randint(0, len(ids) - length - 1)
+        crops.append(ids[start : start + length])
+    return np.stack(crops)
+
+
+def windows(ids: np.ndarray, length: int, samples: int | None = None) -> np.ndarray:
+    """The first `samples` (default: all) consecutive windows [n, length] of ids that do not overlap.
+
+    A special token at the very start of the stream, such as BOS, stands in the first window only, as in the published
+    evaluations. Raises InputError when there are fewer windows.
+    """
+    available = len(ids) // length
+    if available < (samples or 1):
+        raise InputError(_too_short(f"The text has {len(ids)} tokens, {available} windows", length, samples or 1))
+    return ids[: (samples or available) * length].reshape(-1, length)
+
+
+def _too_short(found: str, length: int, samples: int) -> str:
+    return f"{found} of {length} tokens, but {samples} are asked: give more text, fewer samples or a shorter length."
+
+
+def tokens(model: Spec, text: Spec, cut: Spec, task: str) -> tuple[np.ndarray, dict[str, Any]]:
+    """Tokens [n, length] int64 of a config's calibration or evaluation entry (`cut`), and where they come from.
+
+    task: "calibration" or "evaluation". Raises InputError, naming the text, when it is too short.
+    """
+    found = documents(text)
+    tokenizer = load_tokenizer(model)
+    length, join = cut["length"], text.get("join", "\n\n")
+    sampling = cut.get("sampling", "stream") if task == "calibration" else "windows"
+    stream = None if sampling == "documents" else encode_stream(tokenizer, found, join)
+    try:
+        if stream is None:
+            drawn = sample_documents(
+                lambda document: encode(tokenizer, document), found, cut["samples"], length, cut["seed"]
+            )
+        elif sampling == "stream":
+            drawn = sample_stream(stream, cut["samples"], length, cut["seed"])
+        else:
+            drawn = windows(stream, length, cut.get("samples"))
+    except InputError as error:
+        raise InputError(f"{text.get('path') or text['hub']}: {error}") from None
+    return drawn, {
+        "dataset": dataset_of(text),
+        "sha256": text_hash(found, join),
+        "documents": len(found),
+        "tokens_in_text": None if stream is None else len(stream),  # documents are tokenised only where drawn
+        "sampling": sampling,
+        "samples": len(drawn),
+        "length": length,
+        "seed": cut.get("seed"),
+        "tokenizer": type(tokenizer).__name__,
+        "vocabulary": len(tokenizer),
+    }
+
+
+def read_tokens(path: Path) -> tuple[np.ndarray, dict[str, Any]]:
+    """Tokens [n, length] int64 of a file that main() wrote, and where they come from.
+
+    Raises InputError for another file, and for one that is damaged, which is set aside.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "np") as file:
+            found, info = file.get_tensor("tokens"), json.loads((file.metadata() or {})["info"])
+    except (OSError, SafetensorError, KeyError, ValueError) as error:
+        sentence = f"{path} should hold the tensor 'tokens' and its 'info': {error}"
+        known = isinstance(error, OSError) or refused(error) or out_of_memory(error)
+        raise InputError(f"{sentence}." if known else f"{sentence}; {set_aside(path)}.") from error
+    if info.pop("tokens_sha256", None) not in (None, tokens_hash(found)):
+        raise InputError(f"{path} is damaged: its tokens are not those that were written; {set_aside(path)}.")
+    return found, info
+
+
+def tokens_hash(tokens: np.ndarray) -> str:
+    return hashlib.sha256(np.ascontiguousarray(tokens).data).hexdigest()
+
+
+def main(argv: list[str] | None = None) -> None:
+    from safetensors.numpy import save_file
+
+    parser = argparse.ArgumentParser(description=__doc__)
+    tasks = parser.add_subparsers(dest="task", required=True)
+    for task in ("calibration", "evaluation"):
+        command = tasks.add_parser(task)
+        command.add_argument("--model", type=json.loads, required=True, help="the model's config entry, as JSON")
+        command.add_argument("--text", type=json.loads, required=True, help="the text's config entry, as JSON")
+        command.add_argument(f"--{task}", dest="cut", type=json.loads, required=True, help="its config entry, as JSON")
+        command.add_argument("--out", type=Path, required=True, help="safetensors file for the tokens")
+    args = parser.parse_args(argv)
+
+    drawn, info = tokens(args.model, args.text, args.cut, args.task)
+    info["tokens_sha256"] = tokens_hash(drawn)
+    with whole_file(args.out) as part:
+        save_file({"tokens": np.ascontiguousarray(drawn)}, part, metadata={"info": json.dumps(info, sort_keys=True)})
+
+
+if __name__ == "__main__":
+    report_errors(main, sys.argv[1:])

@@ -1,0 +1,1 @@
+"""How a compressed layer is kept on disk, and its size."""

@@ -1,0 +1,76 @@
+"""Bits per weight as stored: the one place that counts them (docs/export.md).
+
+The parts are those of the file that `packed.py` writes, and the tests hold each count against the bytes of its tensor.
+"""
+
+import math
+
+from layerwise.contract.target import Target
+
+FLOAT_BITS = 16  # of a kept weight that is not quantised, of a scale, and of an input's scale
+INDEX_BITS = 16  # of a kept 1xb block, and of an input's group where groups are no runs of inputs
+
+
+def bits_per_weight(
+    target: Target, kept: float, rows: int, inputs: int, input_scale: bool = False, reordered: bool = False
+) -> float:
+    """Bits stored per weight of a layer [rows, inputs] of which the share `kept` is kept, in [0, 1]."""
+    return sum(stored_bits(target, kept, rows, inputs, input_scale, reordered).values()) / (rows * inputs)
+
+
+def stored_bits(
+    target: Target, kept: float, rows: int, inputs: int, input_scale: bool = False, reordered: bool = False
+) -> dict[str, float]:
+    """Bits of each part of a layer [rows, inputs] of which the share `kept` is kept, in [0, 1].
+
+    values or codes: 16 bits, or `target.bits`, per kept weight. bitmap: one bit per weight (row, layer). positions:
+    ceil(log2 m) bits per kept weight, its place in its group of m (n:m; 2 for 2:4). blocks: 16 bits, the column, per
+    kept block (1xb). scales: 16 bits per group of a row. zeros: `target.bits` per group, none if symmetric. Where
+    `grids_of_blocks`, of the kept blocks only. input_scale: 16 bits per input (AWQ). group_of: 16 bits per input where
+    groups are `reordered`, no runs of inputs (GPTQ's act-order).
+    """
+    count = kept * rows * inputs
+    parts = {"codes" if target.bits else "values": count * (target.bits or FLOAT_BITS)}
+    if target.structure in ("row", "layer"):
+        parts["bitmap"] = rows * inputs
+    elif target.n_of_m:
+        parts["positions"] = count * position_bits(target)
+    elif target.block:
+        parts["blocks"] = rows * kept_blocks(target, inputs) * INDEX_BITS
+    if target.bits:
+        groups = math.ceil(inputs / group_length(target, inputs))
+        if grids_of_blocks(target, inputs) and not reordered:
+            assert target.block
+            groups = kept_blocks(target, inputs) * target.block // group_length(target, inputs)
+        parts["scales"] = rows * groups * FLOAT_BITS
+        if not target.symmetric:
+            parts["zeros"] = rows * groups * target.bits
+    if input_scale:
+        parts["input_scale"] = inputs * FLOAT_BITS
+    if reordered:
+        parts["group_of"] = inputs * INDEX_BITS
+    return parts
+
+
+def position_bits(target: Target) -> int:
+    """Bits of a kept weight's place in its group of an n:m pattern."""
+    assert target.n_of_m
+    return math.ceil(math.log2(target.n_of_m[1]))
+
+
+def kept_blocks(target: Target, inputs: int) -> int:
+    """Blocks of a 1xb pattern that stay in every row."""
+    assert target.block
+    blocks = math.ceil(inputs / target.block)
+    return blocks - int(target.sparsity * blocks)
+
+
+def group_length(target: Target, inputs: int) -> int:
+    """Inputs that share a scale and zero; the last group may be shorter."""
+    return min(target.group or inputs, inputs)
+
+
+def grids_of_blocks(target: Target, inputs: int) -> bool:
+    """Whether every group lies in one block of a 1xb pattern, so that dropped blocks need no scales and zeros."""
+    length = group_length(target, inputs)
+    return bool(target.block) and target.block % length == 0 and inputs % target.block == 0  # type: ignore[operator]

@@ -1,0 +1,365 @@
+"""Compressed layers as they are stored: a cell's weights.safetensors (layout: docs/export.md).
+
+A layer is its kept values or codes, what says which weights are kept, scales and zeros, in as many bits as
+`accounting.py` counts; weights that were changed and not quantised stand in the model's dtype. What is read back is,
+bit for bit, what was scored and evaluated.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from layerwise.compression.verify import kept_counts
+from layerwise.contract.layer import Compressed
+from layerwise.contract.target import Target
+from layerwise.numerics import ops
+from layerwise.runtime.errors import InputError
+from layerwise.storage.bits_per_weight import grids_of_blocks, group_length, kept_blocks, position_bits
+
+VERSION = 1
+WIDTHS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "U16": 2, "U8": 1}  # bytes of a number, by its name in a header
+HALVES = (torch.float16, torch.bfloat16)
+PARTS = ("values", "codes", "bitmap", "positions", "blocks", "scales", "zeros", "input_scale", "group_of")
+
+
+# ---------------------------------------------------------------------------------------------------------------- bits
+
+
+def pack(numbers: Tensor, bits: int) -> Tensor:
+    """[bytes] uint8: whole numbers in [0, 2^bits - 1], bits <= 16, one after the other, lowest bits first."""
+    if bits == 1:
+        return torch.from_numpy(np.packbits(numbers.flatten().numpy().astype(bool), bitorder="little"))
+    width = 1 if bits <= 8 else 2
+    octets = numbers.flatten().numpy().astype(f"<u{width}").view(np.uint8).reshape(-1, width)
+    digits = np.unpackbits(octets, axis=1, count=bits, bitorder="little")  # [numbers, bits]
+    return torch.from_numpy(np.packbits(digits.reshape(-1), bitorder="little"))
+
+
+def unpack(packed: Tensor, bits: int, count: int) -> Tensor:
+    """[count] uint8, or int32 where bits > 8: what `pack` was given. Raises ValueError for another number of bytes."""
+    size = -(-count * bits // 8)
+    if packed.dtype != torch.uint8 or packed.shape != (size,):
+        raise ValueError(f"{count} numbers of {bits} bits take {size} bytes, {_kind(packed)} came")
+    digits = np.unpackbits(packed.numpy(), count=count * bits, bitorder="little")
+    if bits == 1:
+        return torch.from_numpy(digits)
+    octets = np.packbits(digits.reshape(count, bits), axis=1, bitorder="little")  # [numbers, 1 or 2]
+    return torch.from_numpy(octets[:, 0] if bits <= 8 else octets.view("<u2")[:, 0].astype(np.int32))
+
+
+def half(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """Positive values in 16 bits: a bfloat16 model's in bfloat16, others' in the one of float16 and bfloat16 whose
+    largest relative error is smaller, which is float16 unless values are tiny or huge. None becomes zero or infinite.
+    """
+    rounded = [within(values, kind) for kind in HALVES]
+    if dtype == torch.bfloat16:
+        return rounded[1]
+    errors = [float(((kind.double() - values) / values).abs().max()) for kind in rounded]
+    return rounded[errors[1] < errors[0]]
+
+
+def within(values: Tensor, kind: torch.dtype) -> Tensor:
+    """Positive values in another dtype, those beyond its smallest and largest numbers as these."""
+    limits = torch.finfo(kind)
+    return values.clamp(limits.tiny * limits.eps, limits.max).to(kind)
+
+
+def narrowest(values: Tensor) -> Tensor:
+    """The same values in 16 bits where float16 or bfloat16 holds every one, as it does those of a 16-bit checkpoint."""
+    for kind in reversed(HALVES) if values.dtype not in HALVES else ():
+        if torch.equal(values.to(kind).to(values.dtype), values):
+            return values.to(kind)
+    return values
+
+
+# -------------------------------------------------------------------------------------------------------------- layers
+
+
+def rounded(result: Compressed, target: Target, dtype: torch.dtype) -> Compressed:
+    """The result as it is stored: scales in 16 bits and the weight that they give, or the weight in the model's dtype.
+
+    dtype: of the model that the weight is written into; the weight comes back in float32. Scales of inputs that are all
+    one are left out.
+    """
+    if target.bits is None:
+        return result if dtype == torch.float32 else replace(result, weight=result.weight.to(dtype).float())
+    assert result.scales is not None
+    scales = half(result.scales, dtype).float()
+    input_scale = result.input_scale
+    if input_scale is not None:
+        input_scale = None if bool((input_scale == 1).all()) else half(input_scale, dtype).float()
+    result = replace(result, scales=scales, input_scale=input_scale)
+    return replace(result, weight=dequantised(result, target))
+
+
+def dequantised(result: Compressed, target: Target) -> Tensor:
+    """[out, in] float32 weight that the codes and the grid of a quantised result stand for, zero where pruned."""
+    assert result.codes is not None and result.scales is not None and result.zeros is not None
+    values = ops.dequantise(result.codes, result.scales, result.zeros, grouping(result, target), result.input_scale)
+    return values if result.mask is None else torch.where(result.mask, values, 0.0)
+
+
+def grouping(result: Compressed, target: Target) -> Tensor:
+    """[in] int64, group of each input of a quantised result."""
+    if result.group_of is not None:
+        return result.group_of
+    assert result.codes is not None
+    return ops.groups_of(result.codes.shape[1], target.group, result.codes.device)
+
+
+def reordered(result: Compressed, target: Target) -> bool:
+    """Whether the groups of a result are no runs of consecutive inputs."""
+    if result.group_of is None:
+        return False
+    runs = ops.groups_of(len(result.group_of), target.group, result.group_of.device)
+    return not torch.equal(result.group_of, runs)
+
+
+def parts_of(result: Compressed, target: Target, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The tensors that store a layer, on the processor; a weight that is not quantised is rounded to the model's dtype.
+
+    A layer that is neither pruned nor quantised is its weight [out, in], under the empty name.
+    Raises ValueError for scales that are not in 16 bits (see `rounded`).
+    """
+    result = replace(result, **{k: v.cpu() for k, v in vars(result).items() if isinstance(v, Tensor)})
+    rows, inputs = result.weight.shape
+    mask = torch.ones(rows, inputs, dtype=torch.bool) if result.mask is None else result.mask
+    parts = mask_parts(mask, target)
+    if target.bits is None:
+        weight = narrowest(result.weight.to(dtype))
+        return {"values": weight[mask], **parts} if parts else {"": weight.clone(memory_format=torch.contiguous_format)}
+    assert result.codes is not None and result.scales is not None and result.zeros is not None
+    codes = result.codes
+    if not parts:  # what a target without sparsity may still have at zero
+        codes = torch.where(mask, codes, result.zeros[:, grouping(result, target)].to(torch.uint8))
+    parts["codes"] = pack(codes[mask] if target.sparsity else codes, target.bits)
+    moved = reordered(result, target)
+    scales, zeros = result.scales, result.zeros
+    if grids_of_blocks(target, inputs) and not moved:
+        kept = mask[:, :: group_length(target, inputs)]  # [out, groups]
+        scales, zeros = scales[kept].view(rows, -1), zeros[kept]
+    parts["scales"] = _as_half(scales, dtype)
+    if not target.symmetric:
+        parts["zeros"] = pack(zeros, target.bits)
+    if result.input_scale is not None:
+        parts["input_scale"] = _as_half(result.input_scale, dtype)
+    if moved and result.group_of is not None:
+        parts["group_of"] = result.group_of.to(torch.uint16)
+    return parts
+
+
+def mask_parts(mask: Tensor, target: Target) -> dict[str, Tensor]:
+    """What says which weights of a mask [out, in] are kept; nothing where the target prunes nothing."""
+    if target.n_of_m:
+        return {"positions": pack(mask.nonzero()[:, 1] % target.n_of_m[1], position_bits(target))}
+    if target.block:
+        kept = mask[:, :: target.block]  # [out, blocks]
+        if kept.shape[1] > 2**16:
+            raise ValueError(f"a block's column is stored in 16 bits, a row has {kept.shape[1]} blocks")
+        return {"blocks": kept.nonzero()[:, 1].view(len(mask), -1).to(torch.uint16)}
+    return {"bitmap": pack(mask, 1)} if target.sparsity else {}
+
+
+def _as_half(values: Tensor, dtype: torch.dtype) -> Tensor:
+    stored = half(values, dtype)
+    if not torch.equal(stored.float(), values):
+        raise ValueError("scales must be given as they are stored, in 16 bits")
+    return stored
+
+
+def restored(parts: Mapping[str, Tensor], target: Target, shape: tuple[int, int]) -> Compressed:
+    """The layer [out, in] that the parts store; codes of pruned weights are their zero, so that they give zero.
+
+    Raises ValueError, without the layer's name, when parts are absent or do not belong together.
+    """
+    inputs = shape[1]
+    if "" in parts:
+        if parts[""].shape != shape:
+            raise ValueError(f"a weight {list(shape)} was announced, {_kind(parts[''])} came")
+        return Compressed(parts[""].float())
+    mask = _restored_mask(parts, target, shape)
+    kept = torch.ones(shape, dtype=torch.bool) if mask is None else mask
+    count = int(kept.sum())
+    if target.bits is None:
+        values = _part(parts, "values")
+        if values.shape != (count,):
+            raise ValueError(f"the mask keeps {count} weights, the values are {_kind(values)}")
+        weight = torch.zeros(shape)
+        weight[kept] = values.float()
+        return Compressed(weight, mask)
+    scales, zeros, group_of = _restored_grid(parts, target, kept)
+    input_scale = parts["input_scale"].float() if "input_scale" in parts else None
+    if input_scale is not None and (
+        input_scale.shape != (inputs,) or not ((input_scale > 0) & torch.isfinite(input_scale)).all()
+    ):
+        raise ValueError(f"input_scale must be [{inputs}], positive and finite")
+    groups = ops.groups_of(inputs, target.group) if group_of is None else group_of
+    codes = zeros[:, groups].to(torch.uint8)
+    codes[kept] = unpack(_part(parts, "codes"), target.bits, count)
+    result = Compressed(torch.empty(0), mask, codes, scales, zeros, group_of, input_scale)
+    return replace(result, weight=dequantised(result, target))
+
+
+def _restored_grid(parts: Mapping[str, Tensor], target: Target, kept: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Scales and zeros [out, groups] float32, and the group of each input where groups are no runs of inputs.
+
+    Groups of dropped blocks, which have no grid, get scale 1 and the zero in the middle.
+    """
+    assert target.bits is not None
+    (rows, inputs), length = kept.shape, group_length(target, kept.shape[1])
+    stored = torch.ones(rows, -(-inputs // length), dtype=torch.bool)  # [out, groups]
+    if grids_of_blocks(target, inputs) and "group_of" not in parts:
+        stored = kept[:, ::length]
+    count, scales = int(stored.sum()), _part(parts, "scales")
+    if scales.numel() != count or scales.dtype not in HALVES:
+        raise ValueError(f"{count} scales of 16 bits are needed, {_kind(scales)} came")
+    if not ((scales > 0) & torch.isfinite(scales)).all():
+        raise ValueError("a scale is not a positive finite number")
+    filled, zeros = torch.ones(stored.shape), torch.full(stored.shape, float(2 ** (target.bits - 1)))
+    filled[stored] = scales.float().flatten()
+    if not target.symmetric:
+        zeros[stored] = unpack(_part(parts, "zeros"), target.bits, count).float()
+    group_of = parts["group_of"].to(torch.int64) if "group_of" in parts else None
+    if group_of is not None and (group_of.shape != (inputs,) or int(group_of.max()) >= stored.shape[1]):
+        raise ValueError(f"group_of must name one of {stored.shape[1]} groups for each of {inputs} inputs")
+    return filled, zeros, group_of
+
+
+def _restored_mask(parts: Mapping[str, Tensor], target: Target, shape: tuple[int, int]) -> Tensor | None:
+    rows, inputs = shape
+    if target.sparsity == 0:
+        return None
+    if not (target.n_of_m or target.block):
+        return unpack(_part(parts, "bitmap"), 1, rows * inputs).bool().view(shape)
+    if target.block:
+        blocks, kept = _part(parts, "blocks"), kept_blocks(target, inputs)
+        columns, last, length = blocks.to(torch.int64), -(-inputs // target.block), target.block
+        if blocks.dtype != torch.uint16 or blocks.shape != (rows, kept):
+            raise ValueError(f"blocks must be [{rows}, {kept}] uint16, {_kind(blocks)} came")
+    else:
+        assert target.n_of_m
+        counts = kept_counts(torch.Size(shape), target)  # [out, groups]
+        places = unpack(_part(parts, "positions"), position_bits(target), int(counts.sum())).to(torch.int64)
+        groups = torch.arange(counts.shape[1]).expand_as(counts).flatten().repeat_interleave(counts.flatten())
+        columns, last, length = (groups * target.n_of_m[1] + places).view(rows, -1), inputs, 1
+    mask = torch.zeros(rows, last, dtype=torch.bool)
+    if int(columns.max()) >= last or (columns.diff() <= 0).any():
+        raise ValueError("the kept columns of a row do not rise, or lie outside it")
+    return mask.scatter_(1, columns, True).repeat_interleave(length, 1)[:, :inputs]
+
+
+def _part(parts: Mapping[str, Tensor], name: str) -> Tensor:
+    if name not in parts:
+        raise ValueError(f"the tensor {name!r} is absent")
+    return parts[name]
+
+
+def _kind(tensor: Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
+
+
+# --------------------------------------------------------------------------------------------------------------- files
+
+
+def write(
+    path: Path, layers: Mapping[str, Mapping[str, Tensor]], shapes: Mapping[str, tuple[int, ...]], target: Target
+) -> None:
+    """Write the parts of layers [out, in] of one target into a safetensors file, each as `layer.part`."""
+    tensors = {
+        f"{layer}.{part}" if part else layer: tensor
+        for layer, parts in layers.items()
+        for part, tensor in parts.items()
+    }
+    info = {"version": VERSION, "target": target.as_dict(), "shapes": {name: list(shapes[name]) for name in layers}}
+    save_file(tensors, path, metadata={"layerwise": json.dumps(info)})
+
+
+def join(path: Path, parts: Sequence[Path]) -> None:
+    """Write what files of `write`, of one target, hold into one, tensor by tensor."""
+    entries: list[tuple[str, dict[str, Any], Path, int]] = []
+    shapes, info = {}, {}
+    for part in parts:
+        with part.open("rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(size))
+        info = json.loads(header.pop("__metadata__")["layerwise"])
+        shapes |= info["shapes"]
+        entries += [(name, entry, part, 8 + size) for name, entry in header.items()]
+    # Wide numbers first, so that all are aligned.
+    entries.sort(key=lambda entry: (-WIDTHS[entry[1]["dtype"]], entry[0]))
+    whole: dict[str, Any] = {"__metadata__": {"layerwise": json.dumps(info | {"shapes": shapes})}}
+    end = 0
+    for name, entry, _, _ in entries:
+        start, stop = entry["data_offsets"]
+        whole[name] = entry | {"data_offsets": [end, end + stop - start]}
+        end += stop - start
+    text = json.dumps(whole).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as out:
+        out.write(len(text).to_bytes(8, "little") + text)
+        for _, entry, part, base in entries:
+            start, stop = entry["data_offsets"]
+            with part.open("rb") as file:
+                file.seek(base + start)
+                out.write(file.read(stop - start))
+
+
+class PackedFile:
+    """A file of compressed layers, read layer by layer.
+
+    It is opened for each: what has been read of a mapped file counts as memory until it is closed.
+    A file without the metadata of `write` is taken for weights [out, in] under their layers' names.
+    Raises InputError, in one sentence, when it cannot be read or what it holds does not fit together.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path, self._place = path, path.absolute()  # the process may move
+        try:
+            with safe_open(path, "pt") as file:
+                found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+                text = (file.metadata() or {}).get("layerwise")
+        except (OSError, SafetensorError) as error:
+            raise InputError(f"The weights at {path} cannot be read: {error}.") from None
+        try:
+            info = json.loads(text) if text else {"version": VERSION, "target": {}, "shapes": {}}
+            if info["version"] != VERSION:
+                raise InputError(f"{path} is of version {info['version']} of the layout, this code reads {VERSION}.")
+            self.target = Target(**info["target"])
+            self.shapes = {name: tuple(shape) for name, shape in info["shapes"].items()}
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise InputError(f"What {path} says of its layers cannot be read: {error!r}.") from None
+        if not text:
+            self.shapes = found
+        self._parts: dict[str, dict[str, str]] = {name: {} for name in self.shapes}
+        for name in found:
+            layer, _, part = name.rpartition(".")
+            if name in self.shapes:
+                self._parts[name][""] = name
+            elif layer in self.shapes and part in PARTS:
+                self._parts[layer][part] = name
+            else:
+                raise InputError(f"{path} has the tensor {name!r}, which belongs to none of its layers.")
+
+    def read(self, layer: str) -> Compressed:
+        """The layer, with its weight [out, in] float32."""
+        try:
+            with safe_open(self._place, "pt") as file:
+                parts = {part: file.get_tensor(name) for part, name in self._parts[layer].items()}
+            return restored(parts, self.target, self.shapes[layer])
+        except (ValueError, OSError, SafetensorError) as error:
+            raise InputError(f"{layer} in {self.path} is damaged: {error}.") from None
+
+    def stored_bytes(self, layer: str) -> int:
+        """Bytes of the layer's tensors."""
+        with safe_open(self._place, "pt") as file:
+            return sum(file.get_tensor(name).nbytes for name in self._parts[layer].values())

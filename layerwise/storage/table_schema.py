@@ -1,0 +1,195 @@
+"""Typed tables: the columns, types and limits of workflow/schemas/tables.schema.yaml, applied to whole columns.
+
+The schema describes one row. Checking row by row takes minutes for a large study, so the same limits are checked a
+column at a time; a test holds this check and a JSON Schema validator together.
+"""
+
+# pyarrow.compute makes its functions when it is imported, unseen by a type checker.
+# pyright: reportAttributeAccessIssue=false
+
+import json
+import math
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import yaml
+
+from layerwise.runtime.errors import InputError
+from layerwise.runtime.files import set_aside
+from layerwise.runtime.project import ROOT
+
+SCHEMA = ROOT / "workflow/schemas/tables.schema.yaml"
+ARROW = {"string": pa.string(), "integer": pa.int64(), "number": pa.float64(), "boolean": pa.bool_()}
+PANDAS = {pa.int64(): pd.Int64Dtype(), pa.bool_(): pd.BooleanDtype(), pa.string(): pd.StringDtype(na_value=pd.NA)}
+
+
+@cache
+def document() -> dict[str, Any]:
+    """The schema file as it stands."""
+    return yaml.safe_load(SCHEMA.read_text(encoding="utf-8"))
+
+
+COMPARISONS: tuple[str, ...] = tuple(document()["$defs"]["comparison"]["enum"])  # in the order of tables and legends
+
+
+@cache
+def columns(table: str) -> dict[str, dict[str, Any]]:
+    """{column: its JSON Schema} of a table, in the order of the columns."""
+    definitions = document()["$defs"]
+    properties = document()["tables"][table]["properties"]
+    return {name: definitions[reference["$ref"].rsplit("/", 1)[1]] for name, reference in properties.items()}
+
+
+@cache
+def arrow_schema(table: str) -> pa.Schema:
+    """Arrow types of a table; a column whose schema admits null is nullable."""
+    fields = []
+    for name, column in columns(table).items():
+        types = column["type"] if isinstance(column["type"], list) else [column["type"]]
+        fields.append(pa.field(name, ARROW[types[0]], nullable="null" in types))
+    return pa.schema(fields)
+
+
+def typed(data: pa.Table, table: str, where: str, only: Sequence[str] | None = None) -> pa.Table:
+    """The rows with columns in the schema's order and types. Raises InputError when the data does not satisfy it.
+
+    NaN counts as empty, as pandas writes it for a missing number. where: file that the error sentence names; only: the
+    columns there are, if not all.
+    """
+    wanted = arrow_schema(table)
+    wanted = wanted if only is None else pa.schema([wanted.field(name) for name in only])
+    if set(data.column_names) != set(wanted.names) or len(data.column_names) != len(wanted.names):
+        absent = [name for name in wanted.names if name not in data.column_names]
+        unknown = [name for name in data.column_names if name not in wanted.names]
+        raise InputError(
+            f"{where} must have the columns of the {table} table in {SCHEMA.name}. "
+            f"Lacking: {', '.join(absent) or 'none'}; unknown: {', '.join(unknown) or 'none'}."
+        )
+    arrays = []
+    for field in wanted:
+        array = data.column(field.name)
+        if pa.types.is_floating(array.type):
+            array = pc.if_else(pc.is_nan(array), pa.scalar(None, array.type), array)
+        if not _converts(array.type, field.type):
+            raise InputError(f"{where}: column {field.name!r} must be {field.type}. Got {array.type} instead.")
+        try:
+            array = array.cast(field.type)
+        except pa.ArrowInvalid as error:  # such as 0.5 for an integer
+            raise InputError(f"{where}: column {field.name!r} must be {field.type} ({first_line(error)}).") from None
+        if fault := _fault(array, field, columns(table)[field.name]):
+            raise InputError(f"{where}: column {field.name!r} {fault}")
+        arrays.append(array)
+    return pa.Table.from_arrays(arrays, schema=wanted)
+
+
+def _converts(given: pa.DataType, wanted: pa.DataType) -> bool:
+    """Whether a column of a type can stand for one of another without a change of meaning; 1 is no text."""
+    if pa.types.is_dictionary(given):
+        given = given.value_type
+    if pa.types.is_null(given):
+        return True
+    if pa.types.is_string(wanted):
+        return pa.types.is_string(given) or pa.types.is_large_string(given)
+    if pa.types.is_boolean(wanted):
+        return pa.types.is_boolean(given)
+    return pa.types.is_integer(given) or pa.types.is_floating(given)
+
+
+def _fault(array: pa.ChunkedArray, field: pa.Field, limits: dict[str, Any]) -> str | None:
+    """What is wrong with a column of the right type, as the end of a sentence, or None."""
+    if array.null_count and not field.nullable:
+        return f"must have a value in every row. {array.null_count} of {len(array)} are empty."
+    if pa.types.is_floating(array.type) and not pc.all(pc.is_finite(array)).as_py() and len(array) > array.null_count:
+        return "must be finite. Got inf."
+    if enum := limits.get("enum"):
+        strange = [value for value in pc.unique(array).to_pylist() if value not in enum and value is not None]
+        if strange:
+            return f"must be one of {', '.join(enum)}. Got {strange[0]!r} instead."
+    if "minimum" in limits or "maximum" in limits:
+        extremes = pc.min_max(array).as_py()
+        least, most = extremes["min"], extremes["max"]
+        if least is not None and least < limits.get("minimum", least):
+            return f"must be at least {limits['minimum']}. Got {least:g} instead."
+        if most is not None and most > limits.get("maximum", most):
+            return f"must be at most {limits['maximum']}. Got {most:g} instead."
+    return None
+
+
+def from_rows(rows: list[dict[str, Any]], table: str, where: str) -> pa.Table:
+    """A typed table of rows given as dicts; an absent key is empty, an unknown one or a NaN an InputError."""
+    wanted = arrow_schema(table)
+    unknown = sorted({key for row in rows for key in row} - set(wanted.names))
+    if unknown:
+        raise InputError(f"{where}: {', '.join(unknown)} is no column of the {table} table in {SCHEMA.name}.")
+    arrays = []
+    for field in wanted:
+        if any(isinstance(row.get(field.name), float) and math.isnan(row[field.name]) for row in rows):
+            raise InputError(f"{where}: column {field.name!r} must be finite. Got nan.")
+        try:
+            # Of the values' own type: asked for an integer, arrow would make 0 of 0.5 without a word.
+            arrays.append(pa.chunked_array([pa.array([row.get(field.name) for row in rows])]))
+        except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
+            message = first_line(error)
+            raise InputError(f"{where}: column {field.name!r} must be {field.type} ({message}).") from None
+    return typed(pa.Table.from_arrays(arrays, names=wanted.names), table, where)
+
+
+def to_frame(data: pa.Table) -> pd.DataFrame:
+    """DataFrame with integers, booleans and strings that may be empty as pandas' nullable types."""
+    return data.to_pandas(types_mapper=PANDAS.get)
+
+
+def write_parquet(data: pa.Table, path: Path) -> None:
+    """Write a table with the checksums by which `read_parquet` knows a damaged one."""
+    pq.write_table(data, path, write_page_checksum=True)
+
+
+def read_parquet(path: Path, only: Sequence[str] | None = None) -> pa.Table:
+    """A table as it was written, or only some columns of it.
+
+    Raises pyarrow's ArrowInvalid, or OSError without a number, for a file that is damaged or no parquet.
+    """
+    with pq.ParquetFile(path, page_checksum_verification=True) as file:
+        return file.read(columns=only)
+
+
+def unusable(path: Path, error: Exception) -> InputError:
+    """What tells of a result that cannot be used; one that is damaged is set aside, so that the next run makes it anew.
+
+    error: of `read_parquet`, of reading JSON, or of what the content should be, which is no damage.
+    """
+    text = f"it lacks {error.args[0]!r}." if isinstance(error, KeyError) else first_line(error)
+    damaged = isinstance(error, (json.JSONDecodeError, UnicodeDecodeError, pa.ArrowInvalid)) or (
+        isinstance(error, OSError) and error.errno is None
+    )
+    if damaged:
+        text = f"{text.rstrip('.')}; {set_aside(path)}."
+    return InputError(f"{path} cannot be used: {text}")
+
+
+def read_table(folder: Path, table: str, only: Sequence[str] | None = None) -> pd.DataFrame:
+    """A table as collect wrote it, or only some columns of it, checked.
+
+    Raises InputError when it is absent, broken or of another layout.
+    """
+    path = Path(folder) / f"{table}.parquet"
+    if not path.is_file():
+        raise InputError(f"Expected the {table} table at {path}, which does not exist: run collect first.")
+    try:
+        data = read_parquet(path, only)
+    except (pa.ArrowInvalid, OSError) as error:
+        said = first_line(error).rstrip(".")
+        raise InputError(f"{path} cannot be read as parquet: {said}; delete it, and run again.") from None
+    return to_frame(typed(data, table, str(path), only))
+
+
+def first_line(error: object) -> str:
+    """The first line of a message, in one line for a sentence or a cell of a table."""
+    lines = str(error).strip().splitlines()
+    return " ".join(lines[0].split()) if lines else type(error).__name__

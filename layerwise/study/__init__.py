@@ -1,0 +1,1 @@
+"""From a config to a grid of cells, and what they cost. Free of torch."""

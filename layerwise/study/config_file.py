@@ -1,0 +1,141 @@
+"""A config as a document: read without running anything, and made of nothing but JSON's values. Free of torch.
+
+python -m layerwise.study.config_file my-study.yaml    # before Snakemake, which runs Python in a file that asks for it
+"""
+
+import argparse
+import datetime
+import json
+import math
+import re
+import sys
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from layerwise.runtime.errors import InputError, report_errors
+
+DEEPEST = 40  # levels of a document; anchors can make one endless
+MOST_VALUES = 200_000  # in a document; anchors can make a short file stand for more than memory holds
+LONGEST = 200  # characters that a sentence quotes of a value
+PLAIN_KEY = re.compile(r"[\w.:-]{1,100}")
+RUNS_PYTHON = "__use_yte__"  # with this key Snakemake takes a config for a template with Python in it
+UNUSABLE = re.compile("[\0\ud800-\udfff]")  # in no path and in no file's UTF-8
+
+
+def brief(text: str, longest: int = LONGEST) -> str:
+    """The text in one line; of a long one the beginning and the end, which mostly says what was expected."""
+    text = text if text.isprintable() else "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+    return text if len(text) <= longest else f"{text[: longest // 2]}...{text[-longest // 2 :]}"
+
+
+def place(path: Iterable[Any]) -> str:
+    """How sentences call a place in a document: targets.0.sparsity."""
+    parts = (part if PLAIN_KEY.fullmatch(part) else brief(repr(part), 60) for part in map(str, path))
+    return ".".join(parts) or "the study"
+
+
+class _Loader(yaml.SafeLoader):
+    """Builds no objects, and takes no key twice, of which YAML would keep the last without a word."""
+
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        """Write what is merged (<<) into the node; before that its own keys are looked at, once."""
+        seen = set()
+        for key_node, _ in () if hasattr(node, "flat") else node.value:
+            if isinstance(key_node, yaml.ScalarNode) and key_node.tag != "tag:yaml.org,2002:merge":
+                key = self.construct_object(key_node)
+                if key in seen:
+                    raise yaml.constructor.ConstructorError(None, None, f"{key!r} is there twice", key_node.start_mark)
+                seen.add(key)
+        node.flat = True  # type: ignore[attr-defined]
+        super().flatten_mapping(node)
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A mapping of JSON."""
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise InputError(f"{key!r} is there twice")
+        found[key] = value
+    return found
+
+
+def read(path: Path) -> Any:
+    """The document of a config file, JSON or YAML as Snakemake takes it, each key once.
+
+    Raises InputError, in one sentence, for a file that cannot be read. Of the tags of YAML those of plain values alone
+    are known.
+    """
+    try:
+        text = Path(path).read_text("utf-8")
+        try:
+            found = json.loads(text, object_pairs_hook=_unique)
+        except ValueError:
+            found = yaml.load(text, _Loader)  # derived from the safe one
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}.") from None
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path} is not text in UTF-8: byte {error.start} cannot be decoded.") from None
+    except InputError as error:
+        raise InputError(f"{path} is not valid: {brief(str(error))}.") from None
+    except RecursionError:
+        raise InputError(f"{path} is nested too deeply.") from None
+    except (yaml.YAMLError, ValueError, OverflowError) as error:  # such as the 31st of February
+        mark = getattr(error, "problem_mark", None)
+        where = f" in line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        told = getattr(error, "problem", None) or str(error)
+        raise InputError(f"{path} is not valid YAML: {brief(told)}{where}.") from None
+    if isinstance(found, dict) and RUNS_PYTHON in found:
+        raise InputError(f"{path} asks for Python to be run in it ({RUNS_PYTHON}), which a study may not.")
+    return found
+
+
+def check(document: Any) -> None:
+    """Raise InputError for the first value that is none of JSON's, and for numbers and texts that no job can use."""
+    waiting: list[tuple[tuple[Any, ...], Any]] = [((), document)]
+    seen = 0
+    while waiting:
+        path, value = waiting.pop()
+        seen += 1
+        if seen > MOST_VALUES or len(path) > DEEPEST:
+            what = "nested too deeply" if len(path) > DEEPEST else f"too large, with more than {MOST_VALUES} values"
+            raise InputError(f"config: the study is {what}: does an anchor stand within itself?")
+        if isinstance(value, Mapping):
+            for key in value:
+                if not isinstance(key, str) or UNUSABLE.search(key):
+                    names = "names are letters, digits, '.', '_', '-'"
+                    raise InputError(f"config: {place(path)}: the name {brief(repr(key))} is wrong; {names}.")
+            waiting += [((*path, key), item) for key, item in reversed(value.items())]
+        elif isinstance(value, (list, tuple)):
+            waiting += [((*path, number), item) for number, item in reversed(list(enumerate(value)))]
+        elif fault := _fault(value):
+            raise InputError(f"config: {place(path)} is wrong: {fault}.")
+
+
+def _fault(value: Any) -> str | None:
+    """What is wrong with a single value, or None."""
+    if value is None or isinstance(value, bool):
+        return None
+    if isinstance(value, str):
+        return f"{brief(repr(value))} has characters that no file can hold" if UNUSABLE.search(value) else None
+    if isinstance(value, int):
+        return None if -(2**63) <= value < 2**63 else "it is a whole number of more than 64 bits"
+    if isinstance(value, float):
+        return None if math.isfinite(value) else f"{value} is not finite"
+    if isinstance(value, (datetime.date, datetime.datetime)):
+        return f"YAML reads {value.isoformat()} as a date, put it in quotes"
+    return f"a {type(value).__name__} of YAML is no text, number, list or mapping"
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="documents", description=__doc__.splitlines()[0])
+    parser.add_argument("files", type=Path, nargs="+", help="config files")
+    for path in parser.parse_args(argv).files:
+        check(read(path))
+
+
+if __name__ == "__main__":
+    report_errors(main, sys.argv[1:])

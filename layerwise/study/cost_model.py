@@ -1,0 +1,364 @@
+"""What each job of a study takes, in memory, on disk and in operations, from its config and its models' headers.
+
+No weights are read and torch is not imported: the Snakefile's process calls this for the resources of every job.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from layerwise.contract.target import Target
+from layerwise.sources.shapes import BYTES, Block, Shape, shape_of
+from layerwise.sources.task_sets import BATCH
+from layerwise.storage.bits_per_weight import stored_bits
+from layerwise.study.grid import Cell, Plan, canonical
+
+# ------------------------------------------------------------------------------ what the jobs' code holds, in one place
+
+PROCESS = 650e6  # bytes of Python with torch, transformers and the compiled loops
+OUTSIDE_HELD = 2  # of what lies outside the blocks: itself, and its mapped file while it is read
+BLOCKS_HELD = 3  # of a model that is read block by block: the one that is run, the next, and its mapped file
+# Bytes per entry of a Gram while it is summed: a float64 total and a float32 run, which experts of one width share
+# unless they are shown every token.
+GRAM_ENTRY = 12
+BATCH_BYTES = 2**22  # of a batch's widest activations, unless one sequence has more (propagate.BATCH_BYTES)
+ACTIVATIONS = 8  # tensors of that size at a time
+HIDDEN_FILES = 2  # files of all hidden states on disk: what enters a block and what leaves it
+LOGITS_AT_ONCE = 2**23  # of a batch of windows (evaluate.LOGITS_AT_ONCE)
+ROWS = 1024  # tokens whose logits are in float32 at a time (evaluate.ROWS)
+FITS = 0.7  # of the free memory: more than that, and the blocks are read whenever they are run (streaming.SHARE)
+TASK_TOKENS = 1024  # of the longest sequence that a zero-shot task asks for
+SCORING = 8 * 6 * 512  # bytes per input of a layer: rows in float64 while its result is scored (compress.SCORED)
+READ = 8  # float32 copies of a layer while it is unpacked from a cell's file
+TUNED = 24  # bytes per parameter of all blocks that tuning stages hold: results, codes, gradients and their moments
+SAMPLE = 512  # rows of inputs that a Gram store keeps, at most (taps.SAMPLE_ROWS)
+CELL_FILES = 300e3  # bytes of a cell's tables, logs and results
+UNKNOWN_MB = 8000  # asked for jobs of a model that has not been fetched
+
+# Method: (w, g, products). A layer's peak is w times its weight and g times its Gram, in float32, themselves
+# included; a solution takes as long as so many products of the two, with the default parameters, by docs/benchmark.md
+# at 2048 x 2048. What a method starts from, or chains, is added. (w, g) by python -m tests.benchmarks.bench_memory at
+# 4096 x 1024, 2048 x 2048 and 1024 x 2560, iterations cut to 4; awq's without the first shape, the certificate's and
+# Frank-Wolfe's pairwise 2:4 by the first alone; those of chain and dense are guesses. Held against whole jobs
+# (bench_streaming: 8 blocks, 2048 wide, vocabulary 32000, bfloat16, 4 sequences of 2048), estimate and peak in MB:
+# calibration 1856, 1690; dense 1469, 1415; wanda, shared 1918, 1500; wanda, sequential 2095, 1648; sparsegpt, shared
+# 1944, 1726.
+METHODS = {
+    "dense": (3.0, 1.5, 0.0),
+    "random": (6.5, 2.8, 0.5),
+    "magnitude": (5.9, 3.4, 0.2),
+    "wanda": (7.5, 3.7, 0.2),
+    "ria": (10.2, 1.5, 0.9),
+    "dsnot": (5.9, 1.7, 0.5),
+    "sparse_swaps": (9.3, 5.5, 66.0),
+    "frank_wolfe": (27.0, 10.0, 2000.0),
+    "awp": (16.0, 6.0, 260.0),
+    "sparsegpt": (7.8, 3.8, 3.1),
+    "admm": (31.2, 14.6, 140.0),
+    "alps": (36.0, 9.5, 3000.0),
+    "reconstruct": (18.0, 10.2, 16.0),
+    "rtn": (9.6, 1.6, 0.2),
+    "gptq": (9.6, 4.4, 3.5),
+    "awq": (24.6, 4.7, 73.0),
+    "gqsa": (12.9, 3.7, 2.2),
+    "chain": (10.0, 3.0, 0.0),
+}
+CERTIFICATE = (40.0, 16.0, 400.0)
+
+# ------------------------------------------------------------------------------------------------------ rough durations
+
+SLOWEST = 5e9  # operations per second and thread that a cluster's `runtime` counts on
+LEAST_MINUTES = 30
+# A longer job is one that a cluster does not take; --set-resources compress:runtime=N says more.
+MOST_MINUTES = 2 * 24 * 60
+TEXT_TOKENS = 350_000  # of an evaluation text that is taken whole
+ASKED_TOKENS = 20_000  # of a zero-shot task
+
+
+@dataclass(frozen=True)
+class Need:
+    """memory: bytes at most. disk: bytes that stay, of a Gram store in the folder of all stores, else in results/.
+    passing: more of them while the job runs. work: floating point operations. least: bytes of memory with which the
+    job ends, if later (default: memory)."""
+
+    memory: float
+    disk: float = 0.0
+    passing: float = 0.0
+    work: float = 0.0
+    least: float = 0.0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "least", self.least or self.memory)
+
+
+@dataclass(frozen=True)
+class Job:
+    """A rule and its wildcards, {model, calib, mode, cell, evaluation, tasks, bound} as far as the rule has them."""
+
+    rule: str
+    wildcards: Mapping[str, str]
+
+
+class Needs:
+    """What the jobs of a study take."""
+
+    def __init__(self, study: Plan) -> None:
+        self.plan = study
+        self._shapes: dict[str, Shape | None] = {}
+        self._needs: dict[tuple[Any, ...], Need] = {}  # by what a need depends on, which thousands of cells share
+
+    def shape(self, model: str) -> Shape | None:
+        """None for a model that has not been fetched."""
+        if self._shapes.get(model) is None:  # it may have been fetched since, by this run
+            self._shapes[model] = shape_of(self.plan.models[model])
+        return self._shapes[model]
+
+    def need(self, job: Job) -> Need | None:
+        """None for a rule that takes little, and for a model that has not been fetched."""
+        make = {
+            "gram": self._gram,
+            "compress": self._compress,
+            "perplexity": self._perplexity,
+            "zero_shot": self._tasks,
+            "certificate": self._certificate,
+            "export": self._export,
+        }.get(job.rule)
+        if make is None or self.shape(job.wildcards["model"]) is None:
+            return None
+        cell = self.cell(job) if job.rule == "compress" else None
+        named = (job.wildcards.get(key) for key in ("model", "calib", "mode", "evaluation", "tasks"))
+        key = (job.rule, *named, *(_kind(cell, self.plan) if cell else ()))
+        if key not in self._needs:
+            model = Model.of(self.plan.models[key[1]], self.shape(key[1]))
+            self._needs[key] = make(model, job)
+        return self._needs[key]
+
+    def mem_mb(self, job: Job) -> int:
+        """Megabytes that a job asks for."""
+        need = self.need(job)
+        return UNKNOWN_MB if need is None else math.ceil(need.memory / 1e6)
+
+    def minutes(self, job: Job, threads: int = 1) -> int:
+        """Minutes that a cluster may give a job, far more than it should take."""
+        need = self.need(job)
+        return min(LEAST_MINUTES + math.ceil((need.work if need else 0) / (SLOWEST * threads) / 60), MOST_MINUTES)
+
+    def jobs(self) -> Iterator[Job]:
+        """All jobs of the study that take more than a little."""
+        for model, calib in dict.fromkeys(
+            (cell.model, cell.calib) for cell in self.plan.cells if cell.mode == "shared"
+        ):
+            yield Job("gram", {"model": model, "calib": calib})
+        for cell in self.plan.cells:
+            place = {"model": cell.model, "calib": cell.calib, "mode": cell.mode, "cell": cell.cell}
+            yield Job("compress", place)
+            for evaluation in self.plan.evaluations:
+                yield Job("perplexity", {**place, "evaluation": evaluation})
+            for tasks in self.plan.tasks:
+                yield Job("zero_shot", {**place, "tasks": tasks})
+        for cell in self.plan.certificates.values():
+            yield Job("certificate", {"model": cell.model, "calib": cell.calib})
+
+    def cell(self, job: Job) -> Cell:
+        """That a compress job computes."""
+        return self.plan.by_folder["results/cells/{model}/{calib}/{mode}/{cell}".format(**job.wildcards)]
+
+    # ---------------------------------------------------------------------------------------------------- one rule each
+
+    def _gram(self, model: Model, job: Job) -> Need:
+        calib = self.plan.calibrations[job.wildcards["calib"]]
+        run = model.at(calib.get("dtype"))
+        tokens = calib["samples"] * calib["length"]
+        rows = min(SAMPLE, tokens) + 3
+        store = 4 * run.shape.total(lambda one: one.gram_entries + sum(rows * inputs for inputs, _ in one.taps))
+        work = run.forward(tokens) + run.gram_work(tokens)
+        return Need(run.calibrating(calib["length"]), store, run.states(tokens), work)
+
+    def _compress(self, model: Model, job: Job) -> Need:
+        cell = self.cell(job)
+        calib, target, sequential = (
+            self.plan.calibrations[cell.calib],
+            Target(**cell.spec["target"]),
+            cell.mode != "shared",
+        )
+        w, g, products = of_method(cell.spec["method"]["name"], cell.spec["method"]["params"])
+        changed = self.plan.catalogue[cell.spec["method"]["name"]].card["updates_weights"]
+        peaks, works = [], []
+        for block in model.shape.blocks:
+            grams = 4 * block.gram_entries if sequential else 0
+            solving = [4 * (w * out * size + g * size**2) + SCORING * size for out, size, _ in block.layers]
+            peaks.append(max(solving, default=0) + grams + model.stored(block, target, changed))
+            works.append(model.shape.blocks[block] * sum(2 * out * size**2 for out, size, _ in block.layers))
+        memory, work, passing = model.streamed + max(peaks), products * sum(works), 0.0
+        tokens = calib["samples"] * calib["length"]
+        if sequential:
+            run = model.at(calib.get("dtype"))
+            another = run.streamed - PROCESS if run.size != model.size else 0  # a copy of the model
+            memory = max(memory, run.calibrating(calib["length"])) + another
+            work += 2 * run.forward(tokens) + run.gram_work(tokens)
+            passing += run.states(tokens)
+        if "tune" in cell.spec:
+            memory = max(memory, model.tuning(calib["length"], cell.spec["tune"]))
+            epochs = sum(stage["epochs"] for stage in cell.spec["tune"].values())
+            work += 4 * epochs * model.forward(tokens)
+        # The job evaluates what it has compressed.
+        texts = [self._perplexity(model, Job("", {"evaluation": name})) for name in self.plan.evaluations]
+        others = texts + [self._tasks(model, Job("", {"tasks": name})) for name in self.plan.tasks]
+        least = max([memory, *(need.least for need in others)])
+        memory = max([memory, *(need.memory for need in others)])
+        stored = model.shape.total(lambda block: model.stored(block, target, changed))
+        passing = max([passing + stored, *(need.passing for need in others)])
+        return Need(memory, stored + CELL_FILES, passing, work + sum(need.work for need in others), least)
+
+    def _perplexity(self, model: Model, job: Job) -> Need:
+        spec = self.plan.evaluations[job.wildcards["evaluation"]]
+        length, windows = spec["length"], spec.get("samples")
+        tokens = windows * length if windows else TEXT_TOKENS
+        work = model.forward(tokens) + 2 * model.shape.vocabulary * model.shape.hidden * tokens
+        return Need(model.evaluating(length, tokens), 0.0, model.states(tokens), work)
+
+    def _tasks(self, model: Model, job: Job) -> Need:
+        spec = self.plan.tasks[job.wildcards["tasks"]]
+        memory, least = model.answering(spec.get("batch", BATCH))
+        return Need(memory, work=model.forward(ASKED_TOKENS * len(spec["tasks"])), least=least)
+
+    def _certificate(self, model: Model, job: Job) -> Need:
+        w, g, products = CERTIFICATE
+        layers = [layer for block in model.shape.blocks for layer in block.layers]
+        most = max((4 * (w * out * size + g * size**2) for out, size, _ in layers), default=0)
+        work = model.shape.total(lambda block: sum(2 * products * out * size**2 for out, size, _ in block.layers))
+        return Need(model.streamed + most, work=work)
+
+    def _export(self, model: Model, job: Job) -> Need:
+        return Need(PROCESS + 2 * model.whole, model.whole)
+
+
+def of_method(name: str, params: Mapping[str, Any]) -> tuple[float, float, float]:
+    """(w, g, products) of a method with complete parameters, what it starts from or chains included.
+
+    A method that METHODS does not know is taken to need what the most demanding one does.
+    """
+    own = METHODS.get(name) or tuple(map(max, zip(*METHODS.values(), strict=True)))
+    inner = [of_method(*next(iter(value.items()))) for value in _methods_in(params)]
+    w, g = (max(own[i], *(1 + one[i] for one in inner)) if inner else own[i] for i in (0, 1))
+    return w, g, own[2] + sum(one[2] for one in inner)
+
+
+def _methods_in(params: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    """{name: {parameters}} of the methods among complete parameters."""
+    for value in params.values():
+        for one in value if isinstance(value, list) else [value]:
+            if isinstance(one, Mapping) and len(one) == 1 and isinstance(next(iter(one.values())), Mapping):
+                yield one
+
+
+def summed(block: Block) -> float:
+    """Bytes of a block's Grams while they are summed, and of the rows of inputs that are kept."""
+    rows = sum(size for size, share in block.taps if share < 1)  # of an expert there may be twice as many
+    return kept(block) + (GRAM_ENTRY - 4) * block.gram_entries + 4 * SAMPLE * rows
+
+
+def kept(block: Block) -> float:
+    """Bytes of a block's Grams in float32, and of the rows of inputs beside them."""
+    return 4 * (block.gram_entries + SAMPLE * sum(size for size, _ in block.taps))
+
+
+def _kind(cell: Cell, study: Plan) -> tuple[Any, ...]:
+    """What the need of a cell depends on besides model, calibration and mode."""
+    method, tune = cell.spec["method"], cell.spec.get("tune")
+    asked = tuple(cell.spec["target"].values())
+    return (*of_method(method["name"], method["params"]), method["name"], asked, canonical(tune) if tune else None)
+
+
+@dataclass(frozen=True)
+class Model:
+    """A shape whose parameters take `size` bytes each as they are run; memory in bytes, work in operations."""
+
+    shape: Shape
+    size: int
+
+    @classmethod
+    def of(cls, spec: Mapping[str, Any], shape: Shape) -> Model:
+        return cls(shape, BYTES.get(spec.get("dtype") or shape.dtype, BYTES[shape.dtype]))
+
+    def at(self, dtype: str | None) -> Model:
+        """The same model run in another dtype."""
+        return Model(self.shape, BYTES.get(dtype or "", self.size))
+
+    @property
+    def block(self) -> int:
+        """Parameters of the largest block."""
+        return max((block.parameters for block in self.shape.blocks), default=0)
+
+    @property
+    def streamed(self) -> float:
+        """The process with as many blocks as it holds."""
+        return PROCESS + BLOCKS_HELD * self.size * self.block
+
+    @property
+    def embedding(self) -> float:
+        """Peak before the first block and after the last, where what lies outside the blocks is read."""
+        return self.streamed + OUTSIDE_HELD * self.size * self.shape.outside
+
+    @property
+    def whole(self) -> float:
+        return self.size * self.shape.parameters
+
+    def activations(self, length: int) -> float:
+        return ACTIVATIONS * max(BATCH_BYTES, self.size * length * self.shape.widest)
+
+    def calibrating(self, length: int) -> float:
+        """Peak of a pass that sums the Grams of a block."""
+        summing = self.streamed + self.activations(length) + max(map(summed, self.shape.blocks), default=0)
+        return max(summing, self.embedding)
+
+    def evaluating(self, length: int, tokens: int) -> float:
+        """Peak of the perplexity of `tokens` tokens in windows of `length`."""
+        batch = max(length, min(tokens, LOGITS_AT_ONCE // self.shape.vocabulary))  # tokens
+        logits = (self.size * batch + 8 * min(ROWS, length)) * self.shape.vocabulary  # two copies in float32 of some
+        passing = self.streamed + max(self.activations(batch), self.unpacked)
+        scoring = self.streamed + self.size * self.shape.outside + logits
+        return max(passing, scoring, self.embedding)
+
+    @property
+    def unpacked(self) -> float:
+        """Of a layer of a cell's file."""
+        return 4 * READ * math.prod(self.shape.largest_layer)
+
+    def answering(self, batch: int) -> tuple[float, float]:
+        """Peak of zero-shot tasks with all blocks in memory, and with each read whenever it is run."""
+        logits = batch * TASK_TOKENS * self.shape.vocabulary * (self.size + 8)
+        batch = max(self.activations(batch * TASK_TOKENS) + logits, self.unpacked)
+        outside, blocks = self.size * self.shape.outside, self.whole - self.size * self.shape.outside
+        fitting = max(blocks / FITS, blocks + 2 * self.size * self.block + batch)
+        least = max(self.streamed + outside + batch, self.embedding)
+        return max(PROCESS + outside + fitting, least), least
+
+    def tuning(self, length: int, stages: Mapping[str, Any]) -> float:
+        """Peak of the tuning stages, which take the whole model and the gradients of a block or of all."""
+        batch, depth = max(stage["batch"] for stage in stages.values()), self.shape.depth if "end" in stages else 1
+        kept = 4 * batch * length * (ACTIVATIONS * self.shape.widest * depth + 3 * self.shape.vocabulary)
+        return PROCESS + self.whole + TUNED * (self.shape.parameters - self.shape.outside) + kept
+
+    def states(self, tokens: int) -> float:
+        """Bytes of the files of hidden states."""
+        return HIDDEN_FILES * self.size * tokens * self.shape.hidden
+
+    def stored(self, block: Block, target: Target, changed: bool) -> float:
+        """Bytes of a block's layers in a cell's file; changed: weights are no longer those of the checkpoint."""
+        wide = max(BYTES[self.shape.dtype], self.size if changed else 0) / 2  # of a weight that is not quantised
+        total = 0.0
+        for out, inputs, _ in block.layers:
+            parts = stored_bits(target, 1 - target.sparsity, out, inputs, input_scale=target.bits is not None)
+            total += (sum(parts.values()) + parts.get("values", 0) * (wide - 1)) / 8
+        return total
+
+    def forward(self, tokens: int) -> float:
+        return tokens * self.shape.total(lambda block: sum(2 * share * out * size for out, size, share in block.layers))
+
+    def gram_work(self, tokens: int) -> float:
+        """Of Grams of which half is computed."""
+        return tokens * self.shape.total(lambda block: sum(share * size**2 for size, share in block.taps))
