@@ -35,5 +35,4 @@ class RTN(Method):
         ops.require("rtn", CARD, target)
         if target.bits is None:
             return Compressed(layer.weight.clone())
-        grid, codes, values = ops.fit_and_round(layer.weight, target, self.mse)
-        return Compressed(values, codes=codes, scales=grid.scales, zeros=grid.zeros)
+        return ops.round_to_nearest(layer.weight, target, self.mse)

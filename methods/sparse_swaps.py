@@ -13,8 +13,8 @@ from torch import Tensor
 
 from layerwise.contract.layer import Compressed, Layer, Method, Target
 from layerwise.kernels import swap_rounds
+from layerwise.kernels.swap_state import Rows
 from layerwise.numerics import dispatch, ops, swap_search
-from layerwise.numerics.swap_search import Rows
 
 CARD = {
     "title": "SparseSwaps",

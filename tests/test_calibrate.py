@@ -19,7 +19,8 @@ from layerwise.calibration.block_stream import PROBE, Stream, capture, same, wit
 from layerwise.calibration.calibrate import shared, write_gram
 from layerwise.calibration.gram_store import read_block, read_index
 from layerwise.calibration.tap_statistics import TapStatistics
-from layerwise.models.loading import Blocks, Linear, find_blocks, linears, load
+from layerwise.models.loading import load
+from layerwise.models.structure import Blocks, Linear, find_blocks, linears
 from layerwise.numerics.dispatch import plain_torch
 from layerwise.runtime.errors import InputError, report_errors
 from layerwise.runtime.files import digest_of

@@ -9,13 +9,13 @@ import torch
 from families import build, tokens
 
 from layerwise.calibration.calibrate import write_gram
-from layerwise.calibration.gram_store import shared_blocks
+from layerwise.calibration.modes import shared_blocks
 from layerwise.calibration.taps import tapped_linears
 from layerwise.compression import certificate
-from layerwise.compression.cell import output_error
+from layerwise.compression.score import output_error
 from layerwise.contract.layer import Gram, Layer, Target
 from layerwise.methods.magnitude import Magnitude
-from layerwise.models.loading import Blocks
+from layerwise.models.structure import Blocks
 from layerwise.runtime.errors import InputError
 from layerwise.sources import fingerprint
 from tests import layers

@@ -21,12 +21,14 @@ from torch import nn
 from layerwise.calibration.calibrate import write_gram
 from layerwise.calibration.gram_store import read_block
 from layerwise.compression import cell as compress
+from layerwise.compression import solver as solver_module
 from layerwise.contract.layer import Gram, Layer
 from layerwise.contract.target import Target
 from layerwise.methods.random import Random
 from layerwise.methods.sparsegpt import SparseGPT
-from layerwise.models.loading import find_blocks, linears, load
+from layerwise.models.loading import load
 from layerwise.models.streaming import LazyBlocks
+from layerwise.models.structure import find_blocks, linears
 from layerwise.numerics import ops
 from layerwise.runtime.errors import InputError
 from layerwise.sources import fingerprint
@@ -416,7 +418,7 @@ def test_the_same_twice(case):
 
 def test_random_numbers_depend_on_seed_and_layer_but_not_on_the_order():
     def masks(names: list[str], seed: int = 0) -> dict[str, torch.Tensor]:
-        solver = compress.Solver("random", Random(), ROW, seed)
+        solver = solver_module.Solver("random", Random(), ROW, seed)
         return {name: solver.solve(layers.make(layers.ORDINARY["correlated"], name))[0].mask for name in names}
 
     forward, backward = masks(["a", "b", "c"]), masks(["c", "b"])

@@ -15,7 +15,7 @@ from transformers import AutoConfig
 from layerwise.calibration.block_stream import Stream
 from layerwise.contract.catalogue import Catalogue
 from layerwise.evaluation import perplexity
-from layerwise.models import loading, streaming
+from layerwise.models import loading, streaming, structure
 from layerwise.runtime import memory
 from layerwise.sources import shapes
 from layerwise.study import cost_model, estimate
@@ -37,7 +37,7 @@ def test_headers_give_the_layers_of_every_family(family, tmp_path):
     model = build(family)
     model.save_pretrained(tmp_path, max_shard_size="20KB")
     shape = shapes.shape_of({"path": str(tmp_path)})
-    linears = Counter(layer.shape for layer in loading.model_linears(model).values())
+    linears = Counter(layer.shape for layer in structure.model_linears(model).values())
     found = Counter()
     for block, times in shape.blocks.items():
         for out, inputs, _ in block.layers:
@@ -46,7 +46,7 @@ def test_headers_give_the_layers_of_every_family(family, tmp_path):
     saved = model.state_dict()
     buffers = sum(own.numel() for name, own in model.named_buffers() if name in saved)  # a router's correction
     assert shape.parameters == buffers + sum(parameter.numel() for parameter in model.parameters())
-    assert (shape.depth, shape.vocabulary) == (len(loading.find_blocks(model)[1]), VOCABULARY)
+    assert (shape.depth, shape.vocabulary) == (len(structure.find_blocks(model)[1]), VOCABULARY)
     taps = Stream(model, tokens(16)).collect(0)
     (most, *_) = shape.blocks
     counted = Counter((size, share < 1) for size, share in most.taps)

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from layerwise.evaluation import perplexity
-from layerwise.models.loading import find_blocks, linears
+from layerwise.models.structure import find_blocks, linears
 from layerwise.runtime.errors import InputError
 
 VOCABULARY, LENGTH, WINDOWS = 50, 16, 7

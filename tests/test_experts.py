@@ -19,13 +19,14 @@ from layerwise.calibration.block_stream import Stream
 from layerwise.calibration.calibrate import shared, write_gram
 from layerwise.calibration.gram_store import read_block, read_index
 from layerwise.calibration.tap_statistics import SAMPLE_ROWS, RoutedStatistics, TapStatistics
-from layerwise.compression.cell import output_error
+from layerwise.compression.score import output_error
 from layerwise.contract.layer import Layer
 from layerwise.contract.target import Target
 from layerwise.evaluation.perplexity import apply_weights
 from layerwise.export import audit, save
 from layerwise.export.save import load_packed
-from layerwise.models.loading import EXPERTS, Blocks, is_experts, linears, load, model_linears
+from layerwise.models.loading import EXPERTS, load
+from layerwise.models.structure import Blocks, is_experts, linears, model_linears
 from layerwise.runtime.errors import InputError
 
 torch.set_num_threads(1)

@@ -18,7 +18,8 @@ from layerwise.contract.target import Target
 from layerwise.evaluation.perplexity import apply_weights
 from layerwise.export import audit
 from layerwise.export.save import FORMATS, load_packed, main
-from layerwise.models.loading import load, model_linears
+from layerwise.models.loading import load
+from layerwise.models.structure import model_linears
 from layerwise.runtime.errors import InputError
 from layerwise.runtime.files import sha256
 from layerwise.storage import packed_weights

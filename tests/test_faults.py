@@ -31,6 +31,7 @@ from test_resume import assert_same, killed
 
 from layerwise.calibration import calibrate, gram_store
 from layerwise.compression import cell as compress
+from layerwise.compression import solver
 from layerwise.contract.layer import Target
 from layerwise.results.bounds import read_bounds
 from layerwise.results.cell_results import failure
@@ -241,7 +242,7 @@ def test_memory_that_is_not_there(case: Case, whole, allocate: Callable[[], None
     def run() -> None:
         own = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
         resource.setrlimit(resource.RLIMIT_AS, (own + 2**31, own + 2**31))
-        compress.Solver.solve = lambda self, layer: allocate()
+        solver.Solver.solve = lambda self, layer: allocate()
         case.run(*CELL, out=out.name)
 
     status, said = ended(run)
@@ -303,7 +304,7 @@ def test_a_job_that_is_told_to_end(case: Case, whole, by: signal.Signals, code: 
 
 def test_a_job_that_is_killed_is_told_by_what_it_left(case: Case, whole):
     out = case.folder / "killed"
-    assert killed(lambda: case.run(*CELL, out=out.name), compress.Solver, "solve", 9)
+    assert killed(lambda: case.run(*CELL, out=out.name), solver.Solver, "solve", 9)
     gap = failure(out, set(os.listdir(out)), ["compress"])
     assert gap.status == "failed" and gap.reason.startswith("compress, killed: the job was killed before it could say")
     assert_same(case.run(*CELL, out=out.name), whole)
@@ -487,7 +488,7 @@ def test_a_damaged_block_of_a_checkpoint_starts_over(case: Case, whole, capfd, d
 def test_damaged_states_of_a_checkpoint_start_over(case: Case, capfd, damage: Callable[[Path], None]):
     cell = ("wanda", HALF, "sequential")
     out, whole = case.folder / f"states {damage.__name__}", case.run(*cell, out="states whole")
-    assert killed(lambda: case.run(*cell, out=out.name), compress.Solver, "solve", 9)
+    assert killed(lambda: case.run(*cell, out=out.name), solver.Solver, "solve", 9)
     damage(out / ".checkpoint/inputs-001.bin")
     assert_same(case.run(*cell, out=out.name), whole)
     assert "inputs-001.bin is damaged: starting over." in capfd.readouterr().err

@@ -25,11 +25,12 @@ from hypothesis import strategies as st
 from layerwise.comparison.published import FILE, pairs, read_published
 from layerwise.compression.verify import broken_promise
 from layerwise.contract.layer import Target, UnsupportedTarget
-from layerwise.models.loading import find_blocks, load
+from layerwise.models.loading import load
 from layerwise.models.streaming import LazyBlocks
+from layerwise.models.structure import find_blocks
 from layerwise.results.collect import write_csv
 from layerwise.runtime.errors import InputError
-from layerwise.sources import hub
+from layerwise.sources import checkpoint_files
 from layerwise.sources.tokens import load_tokenizer
 from layerwise.storage.table_schema import columns, from_rows, read_table, to_frame
 from layerwise.study import config_file
@@ -197,7 +198,7 @@ def whole_folder(folder: Path) -> Path:
 
 def loaders(spec: dict[str, Any]) -> dict[str, Callable[[], Any]]:
     return {
-        "check": lambda: hub.check_model("m", spec),
+        "check": lambda: checkpoint_files.check_model("m", spec),
         "load": lambda: same_logits(load(spec)),
         "stream": lambda: read_all(LazyBlocks(spec)),
         "tokenizer": lambda: load_tokenizer(spec),
@@ -251,7 +252,7 @@ def test_a_config_json_with_another_type_is_one_sentence(tmp_path, whole, field)
     folder = shutil.copytree(whole, tmp_path / "model")
     own = json.loads((folder / "config.json").read_text())
     spec = {"path": str(folder), "name": "m"}
-    calls = (lambda: hub.check_model("m", spec), lambda: find_blocks(load(spec)), lambda: LazyBlocks(spec))
+    calls = (lambda: checkpoint_files.check_model("m", spec), lambda: find_blocks(load(spec)), lambda: LazyBlocks(spec))
     for value in [*ODD, 10**30]:
         (folder / "config.json").write_text(json.dumps({**own, field: value}))
         for call in calls:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from layerwise.calibration.taps import TapStatistics
-from layerwise.compression.cell import Solver
+from layerwise.compression.solver import Solver
 from layerwise.contract.catalogue import Catalogue
 from layerwise.contract.layer import Gram, Layer
 from layerwise.contract.target import Target

@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 import torch
 
-from layerwise.compression import cell
-from layerwise.compression.cell import Solver, output_error
+from layerwise.compression import cell, score, verify
+from layerwise.compression.score import output_error
+from layerwise.compression.solver import Solver
 from layerwise.contract.catalogue import Catalogue
 from layerwise.contract.layer import Compressed, Gram, Layer, Method, Target
 from layerwise.numerics import dispatch, ops
@@ -278,11 +279,11 @@ LIES: dict[str, Lies] = {
     ),
     "a score of its own": Lies(
         ROW,
-        after(lambda _: setattr(cell, "output_error", lambda layer, weight: (0.0, 0.0))),
+        after(lambda _: setattr(score, "output_error", lambda layer, weight: (0.0, 0.0))),
         "promise 4: global state must be left alone, the runner's code changed",
     ),
     "a judge of its own": Lies(
-        ROW, after(lambda _: setattr(cell.verify, "_masked", lambda *_: None)), "the runner's code changed"
+        ROW, after(lambda _: setattr(verify, "_masked", lambda *_: None)), "the runner's code changed"
     ),
 }
 
@@ -292,7 +293,7 @@ def left_alone():
     """The process as it was, whatever an adapter has done to it."""
     states = torch.get_rng_state(), np.random.get_state(), random.getstate()
     settings = torch.get_default_dtype(), torch.get_num_threads(), torch.is_grad_enabled()
-    precision, judges = torch.get_float32_matmul_precision(), (cell.output_error, cell.verify._masked)
+    precision, judges = torch.get_float32_matmul_precision(), (score.output_error, verify._masked)
     yield
     torch.set_default_device(None)
     torch.set_rng_state(states[0])
@@ -302,7 +303,7 @@ def left_alone():
     torch.set_num_threads(settings[1])
     torch.set_grad_enabled(settings[2])
     torch.set_float32_matmul_precision(precision)
-    cell.output_error, cell.verify._masked = judges
+    score.output_error, verify._masked = judges
 
 
 @pytest.mark.parametrize("name", LIES)

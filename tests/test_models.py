@@ -13,7 +13,8 @@ from families import FAMILIES, HIDDEN, build, tokens
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from layerwise.models.loading import Linear, find_blocks, linears, load
+from layerwise.models.loading import load
+from layerwise.models.structure import Linear, find_blocks, linears
 from layerwise.runtime.errors import InputError
 
 torch.set_num_threads(1)

@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from layerwise.compression.cell import Solver, output_error
+from layerwise.compression.score import output_error
+from layerwise.compression.solver import Solver
 from layerwise.contract.catalogue import Catalogue, Entry
 from layerwise.contract.layer import Gram, Layer, Statistics, Target
 from layerwise.numerics import ops

@@ -13,7 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from layerwise.calibration.gram_store import INDEX, block_file, read_block
-from layerwise.compression.cell import output_error
+from layerwise.compression.score import output_error
 from layerwise.compression.verify import broken_promise
 from layerwise.contract.layer import Compressed, Layer
 from layerwise.contract.target import Target

@@ -16,6 +16,7 @@ from test_compress import Case, rows
 
 from layerwise.calibration import block_stream, hidden_states
 from layerwise.compression import cell as compress
+from layerwise.compression import solver
 from layerwise.contract.layer import Target
 from layerwise.evaluation import cache
 from layerwise.runtime.checkpoint import Checkpoint
@@ -28,7 +29,7 @@ MEASURED = ("seconds", "peak_mb")  # of two runs never the same
 CELLS = [("sparsegpt", "sequential"), ("sparse_swaps", "shared"), ("sparse_swaps", "sequential")]  # with a trace
 # Where a job may be killed: a function of the project, at one of its calls.
 PLACES = {
-    "within a block": (compress.Solver, "solve"),
+    "within a block": (solver.Solver, "solve"),
     "while a block is run": (block_stream.Call, "replay"),
     "before the states are known to be whole": (hidden_states, "write_atomic"),
     "while a block is written": (packed_weights, "save_file"),
@@ -103,11 +104,9 @@ def test_a_killed_cell_goes_on(case: Case, whole, cell: tuple[str, str], place: 
 def test_finished_blocks_are_not_computed_again(case: Case, whole, monkeypatch, capfd):
     cell = ("sparse_swaps", "sequential")
     layers = len(rows(whole[cell])) // 3
-    assert killed(lambda: case.run(*cell[:1], HALF, cell[1], "once"), compress.Solver, "solve", layers + 2)
-    solved, original = [], compress.Solver.solve
-    monkeypatch.setattr(
-        compress.Solver, "solve", lambda self, layer: solved.append(layer.name) or original(self, layer)
-    )
+    assert killed(lambda: case.run(*cell[:1], HALF, cell[1], "once"), solver.Solver, "solve", layers + 2)
+    solved, original = [], solver.Solver.solve
+    monkeypatch.setattr(solver.Solver, "solve", lambda self, layer: solved.append(layer.name) or original(self, layer))
     assert_same(case.run(cell[0], HALF, cell[1], "once"), whole[cell])
     assert "Going on after 1 finished blocks." in capfd.readouterr().err
     assert len(solved) == 2 * layers and not any(".0." in name for name in solved)
@@ -115,7 +114,7 @@ def test_finished_blocks_are_not_computed_again(case: Case, whole, monkeypatch, 
 
 def test_other_code_starts_over_and_says_so(case: Case, whole, monkeypatch, capfd):
     cell = ("sparse_swaps", "sequential")
-    assert killed(lambda: case.run(cell[0], HALF, cell[1], "edited"), compress.Solver, "solve", 20)
+    assert killed(lambda: case.run(cell[0], HALF, cell[1], "edited"), solver.Solver, "solve", 20)
     told, original = {}, compress.decisive
     monkeypatch.setattr(compress, "decisive", lambda args: original(args) | {"code": "edited"} | told)
     assert_same(case.run(cell[0], HALF, cell[1], "edited"), whole[cell])

@@ -28,7 +28,7 @@ from layerwise.results.cell_results import evaluations
 from layerwise.results.collect import collect
 from layerwise.results.main_table import escape_latex, escape_markdown
 from layerwise.runtime.errors import InputError
-from layerwise.sources import hub, task_sets
+from layerwise.sources import checkpoint_files, task_sets
 from layerwise.sources.tokens import load_tokenizer
 from layerwise.study.grid import plan
 from tests import dag, synthetic_tables
@@ -118,7 +118,7 @@ class Touches:
 def refusal(folder: Path, **spec: Any) -> list[str]:
     """The sentences with which every way of loading refuses a folder."""
     own, found = {"path": str(folder), "name": "m", **spec}, []
-    for call in (lambda: hub.check_model("m", own), lambda: load(own), lambda: LazyBlocks(own)):
+    for call in (lambda: checkpoint_files.check_model("m", own), lambda: load(own), lambda: LazyBlocks(own)):
         with pytest.raises(InputError) as error:
             call()
         found.append(str(error.value))
@@ -144,7 +144,7 @@ def test_a_checkpoint_that_is_a_pickle_is_refused_with_the_command_that_converts
     assert not mark.exists()
     torch.save(model.state_dict(), folder / name)
     exec(words[2])
-    hub.check_model("m", {"path": str(folder)})
+    checkpoint_files.check_model("m", {"path": str(folder)})
     tokens = torch.arange(4).view(1, -1)
     assert torch.equal(load({"path": str(folder)})(tokens).logits, model.eval()(tokens).logits)
 

@@ -11,9 +11,10 @@ import pytest
 from safetensors.numpy import save_file
 
 from layerwise.runtime.errors import InputError
-from layerwise.sources import hub
+from layerwise.sources import checkpoint_files, hub, text_files
 
 ROOT = Path(__file__).parents[1]
+EVERYTHING = "".join(f"from layerwise.sources.{name} import *\n" for name in ("hub", "checkpoint_files", "text_files"))
 HUB = {"hub": "organisation/name", "revision": "0123abc"}
 HUB_TEXT = {**HUB, "files": ["en/part.json.gz"]}
 
@@ -53,18 +54,18 @@ def test_importing_is_light(tmp_path):
 
 
 def test_complete_model(folder):
-    hub.check_model("mine", {"path": str(folder)})
-    names = [path.name for path in hub.model_files({"path": str(folder)})]
+    checkpoint_files.check_model("mine", {"path": str(folder)})
+    names = [path.name for path in checkpoint_files.model_files({"path": str(folder)})]
     assert names == ["config.json", "model.safetensors", "tokenizer.json"]
-    assert hub.model_files(HUB) == []
+    assert checkpoint_files.model_files(HUB) == []
     assert hub.fetch_model({"path": str(folder)}) == folder
 
 
 def test_complete_shards(folder):
     sharded(folder)
     save_file({"bias": np.ones(4, np.float32)}, folder / "model-00002-of-00002.safetensors")
-    hub.check_model("mine", {"path": str(folder)})
-    assert len(hub.model_files({"path": str(folder)})) == 5
+    checkpoint_files.check_model("mine", {"path": str(folder)})
+    assert len(checkpoint_files.model_files({"path": str(folder)})) == 5
 
 
 def cut(folder: Path) -> None:
@@ -116,12 +117,12 @@ def test_incomplete_model(folder, kind):
     spoil, sentence = BROKEN_MODELS[kind]
     spoil(folder)
     with pytest.raises(InputError, match=sentence):
-        hub.check_model("mine", {"path": str(folder)})
+        checkpoint_files.check_model("mine", {"path": str(folder)})
 
 
 def test_missing_model_folder(tmp_path):
     with pytest.raises(InputError, match="'mine' should be a folder at .*absent, but there is none"):
-        hub.check_model("mine", {"path": str(tmp_path / "absent")})
+        checkpoint_files.check_model("mine", {"path": str(tmp_path / "absent")})
 
 
 BROKEN_TEXTS = {
@@ -139,26 +140,26 @@ def test_unreadable_text(tmp_path, monkeypatch, kind):
     monkeypatch.chdir(tmp_path)
     spec, sentence = BROKEN_TEXTS[kind]
     with pytest.raises(InputError, match=sentence):
-        hub.check_text("mine", spec)
+        text_files.check_text("mine", spec)
 
 
 def test_readable_texts(tmp_path):
     (tmp_path / "a.jsonl.gz").touch()
-    hub.check_text("mine", {"path": str(tmp_path / "a.jsonl.gz")})
-    hub.check_text("made later", {"path": "results/text/train.txt"})
-    assert hub.text_files({"path": "a.txt"}) == hub.fetch_text({"path": "a.txt"}) == [Path("a.txt")]
-    assert hub.text_files(HUB_TEXT) == []
+    text_files.check_text("mine", {"path": str(tmp_path / "a.jsonl.gz")})
+    text_files.check_text("made later", {"path": "results/text/train.txt"})
+    assert text_files.text_files({"path": "a.txt"}) == text_files.fetch_text({"path": "a.txt"}) == [Path("a.txt")]
+    assert text_files.text_files(HUB_TEXT) == []
 
 
 def test_hub_model_needs_a_revision():
     with pytest.raises(InputError, match="must name its `revision`"):
-        hub.check_model("mine", {"hub": "organisation/name"})
+        checkpoint_files.check_model("mine", {"hub": "organisation/name"})
 
 
 @pytest.mark.parametrize("value", ["1", "true", "yes"])
 @pytest.mark.parametrize("call", [f"check_model('mine', {HUB})", f"check_text('mine', {HUB_TEXT})"])
 def test_offline_and_not_in_the_cache(tmp_path, call, value):
-    code = f"from layerwise.sources.hub import *\ntry: {call}\nexcept InputError as error: print(error)"
+    code = f"{EVERYTHING}try: {call}\nexcept InputError as error: print(error)"
     sentence = run(code, tmp_path, HF_HUB_OFFLINE=value)
     assert "'mine'" in sentence and "organisation/name at 0123abc" in sentence
     assert "is not in the local cache and HF_HUB_OFFLINE forbids fetching: download it before" in sentence
@@ -169,12 +170,19 @@ def test_offline_and_in_the_cache(tmp_path):
     snapshot = tmp_path / "hub/hub/models--organisation--name/snapshots/0123abc"
     snapshot.mkdir(parents=True)
     (snapshot / "config.json").write_text("{}")
-    assert run(f"from layerwise.sources.hub import *\ncheck_model('m', {HUB})", tmp_path, HF_HUB_OFFLINE="1") == ""
+    assert (
+        run(
+            f"{EVERYTHING}check_model('m', {HUB})",
+            tmp_path,
+            HF_HUB_OFFLINE="1",
+        )
+        == ""
+    )
 
 
 @pytest.mark.parametrize("call", [f"fetch_model({HUB})", f"fetch_text({HUB_TEXT})"])
 def test_fetching_offline_is_one_sentence(tmp_path, call):
-    code = f"from layerwise.sources.hub import *\ntry: {call}\nexcept InputError as error: print(error)"
+    code = f"{EVERYTHING}try: {call}\nexcept InputError as error: print(error)"
     assert "HF_HUB_OFFLINE forbids fetching" in run(code, tmp_path, HF_HUB_OFFLINE="1")
 
 
@@ -186,7 +194,7 @@ def test_a_hub_model_of_pickles_is_refused_with_what_to_do(tmp_path, monkeypatch
 
 
 def test_no_network_is_one_sentence(tmp_path):
-    code = f"from layerwise.sources.hub import *\ntry: fetch_model({HUB})\nexcept InputError as error: print(error)"
+    code = f"{EVERYTHING}try: fetch_model({HUB})\nexcept InputError as error: print(error)"
     sentence = run(code, tmp_path, HF_ENDPOINT="http://127.0.0.1:9")  # nothing listens there
     assert sentence.startswith(
         "organisation/name at revision 0123abc is not in the local cache and could not be fetched"
@@ -200,8 +208,8 @@ def test_contamination():
         {"path": "a/test.txt", "dataset": "d"},
         {"path": "b.txt"},
     )
-    assert hub.contaminated(train, test)
-    assert not hub.contaminated(train, other)
-    assert hub.contaminated(other, {"path": "./b.txt"})
-    assert hub.contaminated(HUB_TEXT, {**HUB_TEXT, "files": ["test.parquet"]})
-    assert [hub.dataset_of(spec) for spec in (train, other, HUB_TEXT)] == ["d", "b.txt", "organisation/name"]
+    assert text_files.contaminated(train, test)
+    assert not text_files.contaminated(train, other)
+    assert text_files.contaminated(other, {"path": "./b.txt"})
+    assert text_files.contaminated(HUB_TEXT, {**HUB_TEXT, "files": ["test.parquet"]})
+    assert [text_files.dataset_of(spec) for spec in (train, other, HUB_TEXT)] == ["d", "b.txt", "organisation/name"]

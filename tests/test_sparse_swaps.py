@@ -11,13 +11,14 @@ import torch
 
 from layerwise.contract.layer import Compressed, Gram, Layer, Target
 from layerwise.kernels import swap_rounds
+from layerwise.kernels.swap_state import Rows
 from layerwise.methods.magnitude import Magnitude
 from layerwise.methods.random import Random
 from layerwise.methods.sparse_swaps import SparseSwaps
 from layerwise.methods.sparsegpt import SparseGPT
 from layerwise.methods.wanda import Wanda
 from layerwise.numerics import swap_search
-from layerwise.numerics.swap_search import GroupSearch, Rows, RowSearch
+from layerwise.numerics.swap_search import GroupSearch, RowSearch
 from tests import layers
 from tests.brute_force import best_error, output_error
 from tests.layers import Recipe

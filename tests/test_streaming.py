@@ -14,8 +14,9 @@ from layerwise.calibration.block_stream import Stream
 from layerwise.calibration.calibrate import shared
 from layerwise.evaluation import perplexity
 from layerwise.models import streaming
-from layerwise.models.loading import Blocks, linears, load, model_linears
+from layerwise.models.loading import load
 from layerwise.models.streaming import LazyBlocks
+from layerwise.models.structure import Blocks, linears, model_linears
 from layerwise.runtime.errors import InputError
 
 torch.set_num_threads(1)

@@ -13,14 +13,16 @@ from families import build, tokens
 from test_compress import LENGTH, SAMPLES, Case, by_layer, dense_weights, rows, weights
 from torch.nn.functional import cross_entropy
 
+from layerwise.calibration import modes
 from layerwise.calibration.block_stream import Stream
 from layerwise.calibration.calibrate import shared
 from layerwise.compression import cell as compress
+from layerwise.compression import solver as solver_module
 from layerwise.compression.tune import Tunable, Tuner, rounded
 from layerwise.compression.verify import broken_promise
 from layerwise.contract.catalogue import Catalogue
 from layerwise.contract.layer import Compressed, Layer, Target
-from layerwise.models import loading
+from layerwise.models import loading, structure
 from layerwise.numerics import ops
 from tests import layers
 
@@ -140,9 +142,9 @@ def tuned(stages, mode: str = "shared", method: str = "gqsa", target: Target = B
     dense, model, batch = build(family), build(family), tokens(SAMPLES, LENGTH)
     catalogue = Catalogue()
     built = catalogue.build(method, catalogue.complete(method, {}, "tune"))
-    solver = compress.Solver(method, built, target, 0)
+    solver = solver_module.Solver(method, built, target, 0)
     stream = Stream(model, batch) if mode == "sequential" else None
-    blocks = compress.sequential_blocks(stream) if stream else enumerate(list(shared(Stream(dense, batch))))
+    blocks = modes.sequential_blocks(stream) if stream else enumerate(list(shared(Stream(dense, batch))))
     tuner = Tuner(model, batch, stages, target, 0)
     for _ in compress.visit(model, tuner.walk(blocks, stream), tuner.keep(solver.solve), lambda row: None):
         pass
@@ -160,7 +162,7 @@ def block_errors(dense, model, mode: str) -> list[float]:
     hidden: dict[str, list[torch.Tensor]] = {"dense": [], "model": []}
     found = []
     for name, one in (("dense", dense), ("model", model)):
-        _, blocks = loading.find_blocks(one)
+        _, blocks = structure.find_blocks(one)
         handles = [
             block.register_forward_hook(
                 lambda module, args, kwargs, out, name=name: hidden[name].append(
@@ -173,7 +175,7 @@ def block_errors(dense, model, mode: str) -> list[float]:
         one(input_ids=tokens(SAMPLES, LENGTH), use_cache=False)
         for handle in handles:
             handle.remove()
-    _, blocks = loading.find_blocks(model)
+    _, blocks = structure.find_blocks(model)
     for block, (inputs, kwargs, wanted), (_, _, came) in zip(blocks, hidden["dense"], hidden["model"], strict=True):
         if mode == "shared":
             came = block(inputs, **kwargs)
@@ -283,12 +285,12 @@ def test_a_cell_describes_its_final_weights(case: Case, mode: str, tmp_path: Pat
     assert {row["comparison"] for row in rows(cell)} == {"tuned"}
     assert set(by_layer(cell, "bits_per_weight").values()) == set(by_layer(plain, "bits_per_weight").values())
     # The error of the saved weights, through the Grams of the mode, the model before the block being the saved one.
-    name, blocks = loading.find_blocks(model)
+    name, blocks = structure.find_blocks(model)
     stream = Stream(model, tokens(SAMPLES, LENGTH))
     for index, block in enumerate(blocks):
         taps = stream.collect(index, advance=mode == "shared")
         grams = {layer: tap.gram.matrix.double() for tap in taps for layer in tap.layers}
-        for linear in loading.linears(block, f"{name}.{index}"):
+        for linear in structure.linears(block, f"{name}.{index}"):
             lost = (dense[linear.name] - saved[linear.name]).double()
             error = float(((lost @ grams[linear.name]) * lost).sum())
             assert by_layer(cell, "absolute_error")[linear.name] == pytest.approx(error, rel=1e-6)

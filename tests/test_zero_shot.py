@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from layerwise.demo import docstring_tasks
 from layerwise.evaluation import zero_shot
 from layerwise.evaluation.perplexity import apply_weights
-from layerwise.models.loading import find_blocks, linears
+from layerwise.models.structure import find_blocks, linears
 from layerwise.results.cell_results import TaskSet, gather_cell
 from layerwise.results.main_table import document, markdown
 from layerwise.runtime.errors import InputError

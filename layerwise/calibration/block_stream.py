@@ -16,8 +16,9 @@ from transformers import Cache, PreTrainedModel
 
 from layerwise.calibration.hidden_states import StoredStates, store
 from layerwise.calibration.taps import Tap, TapRecorder
-from layerwise.compression.verify import finite
-from layerwise.models.loading import Blocks, check_tokens, linears, vocabulary
+from layerwise.models.loading import check_tokens, vocabulary
+from layerwise.models.structure import Blocks, linears
+from layerwise.numerics.patterns import finite
 from layerwise.runtime.errors import Diverged, InputError
 
 HIDDEN = "hidden_states"

@@ -20,8 +20,9 @@ from tqdm import tqdm
 from layerwise.calibration.block_stream import Stream
 from layerwise.calibration.gram_store import INDEX, block_file, block_tensors, content, description, point_to, scopes
 from layerwise.calibration.taps import Tap
-from layerwise.models.loading import Blocks, set_threads
+from layerwise.models.loading import set_threads
 from layerwise.models.streaming import LazyBlocks
+from layerwise.models.structure import Blocks
 from layerwise.runtime.checkpoint import Checkpoint
 from layerwise.runtime.devices import take
 from layerwise.runtime.errors import report_errors

@@ -18,8 +18,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
 from layerwise.calibration.tap_statistics import RoutedStatistics, TapStatistics
-from layerwise.compression.verify import finite
-from layerwise.models.loading import Linear
+from layerwise.models.structure import Linear
+from layerwise.numerics.patterns import finite
 from layerwise.runtime.errors import InputError
 
 PRODUCTS = (torch.nn.functional.linear, torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, Tensor.mm)

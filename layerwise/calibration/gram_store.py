@@ -9,7 +9,7 @@ import importlib.metadata
 import json
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -20,7 +20,6 @@ from torch import Tensor
 
 from layerwise.calibration.taps import Tap
 from layerwise.contract.layer import Gram, Statistics
-from layerwise.models.loading import Blocks
 from layerwise.runtime.errors import InputError, out_of_memory, refused
 from layerwise.runtime.files import read_made, sha256, write_atomic
 
@@ -116,19 +115,6 @@ def _tap(path: Path, name: str, entry: Mapping[str, Any], length: int, device: s
         gram = Gram(file.get_tensor(f"{name}/gram"), entry["tokens"])
         statistics = Statistics(length=length, **{field: file.get_tensor(f"{name}/{field}") for field in STATISTICS})
     return Tap(name, tuple(entry["layers"]), tuple(entry["inside"]), gram, statistics, entry["scope"])
-
-
-def shared_blocks(
-    folder: Path, blocks: Blocks, start: int = 0, finished: Callable[[int], None] = lambda index: None
-) -> Iterator[tuple[int, Iterator[Tap]]]:
-    """The taps of each block in a Gram store, read one by one; meanwhile the block of the model is open.
-
-    finished: called when nothing of a block is needed any more.
-    """
-    for index in range(start, len(read_index(folder)["blocks"])):
-        with blocks.open(index):
-            yield index, read_block(folder, index, str(blocks.device))
-        finished(index)
 
 
 # ----------------------------------------------------------------------------------------------------------- sharing

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from layerwise.calibration.experts import ExpertRecorder
 from layerwise.calibration.tap_statistics import TapStatistics
 from layerwise.contract.layer import Gram, Statistics
-from layerwise.models.loading import Linear, few, find_blocks, linears
+from layerwise.models.structure import Linear, few, find_blocks, linears
 from layerwise.runtime.errors import InputError
 
 

@@ -30,9 +30,9 @@ from layerwise.results.collect import write_csv
 from layerwise.runtime.errors import InputError, report_errors
 from layerwise.runtime.files import whole_file
 from layerwise.runtime.project import ROOT
-from layerwise.sources.hub import dataset_of
+from layerwise.runtime.sentences import brief
+from layerwise.sources.text_files import dataset_of
 from layerwise.storage.table_schema import from_rows, read_table, to_frame, write_parquet
-from layerwise.study.config_file import brief
 from layerwise.study.grid import LONGEST_SENTENCE, Cell, Plan, plan
 
 FILE = ROOT / "resources/published.csv"

@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from layerwise.calibration.gram_store import shared_blocks, store_of, unless_damaged
+from layerwise.calibration.gram_store import store_of, unless_damaged
+from layerwise.calibration.modes import shared_blocks
 from layerwise.calibration.taps import tapped_linears
 from layerwise.compression.lower_bound import lower_bound
 from layerwise.contract.layer import Layer, Target
-from layerwise.models import loading
+from layerwise.models import loading, structure
 from layerwise.models.streaming import LazyBlocks
 from layerwise.numerics import ops
 from layerwise.runtime.errors import InputError, report_errors
@@ -57,7 +58,7 @@ def main(argv: list[str] | None = None) -> None:
         layers = tqdm(
             tapped_linears(blocks.model, shared_blocks(store_of(args.gram), blocks)),
             desc=f"bound {target.label}",
-            total=loading.count_linears(blocks.model),
+            total=structure.count_linears(blocks.model),
             unit="layer",
             mininterval=1.0,
         )

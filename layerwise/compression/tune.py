@@ -25,7 +25,7 @@ from transformers import PreTrainedModel
 from layerwise.calibration.block_stream import Stream
 from layerwise.calibration.taps import Tap
 from layerwise.contract.layer import Compressed, Layer, Target
-from layerwise.models.loading import Linear, find_blocks, linears
+from layerwise.models.structure import Linear, find_blocks, linears
 from layerwise.numerics import ops
 from layerwise.runtime.errors import Diverged
 

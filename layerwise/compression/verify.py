@@ -14,6 +14,7 @@ from torch import Tensor
 
 from layerwise.contract.layer import Compressed, Layer, Target
 from layerwise.numerics import ops
+from layerwise.numerics.patterns import count_kept, finite, kept_counts
 
 TENSORS = ("weight", "mask", "codes", "scales", "zeros", "group_of", "input_scale")  # of a Compressed
 NOT_FINITE = "must be finite"  # in the sentence about a result that has diverged
@@ -61,11 +62,6 @@ def _tensor(layer: Layer, target: Target, result: Compressed) -> str | None:
     return None
 
 
-def finite(tensor: Tensor) -> bool:
-    """Whether all entries are, read once: a NaN is both the least and the largest."""
-    return all(math.isfinite(end) for end in tensor.aminmax()) if tensor.numel() else True
-
-
 def _masked(layer: Layer, target: Target, result: Compressed) -> str | None:
     if result.mask is None:
         return None if target.sparsity == 0 else "promise 1: a pruned layer must come with its mask, None came"
@@ -90,28 +86,6 @@ def _pattern(layer: Layer, target: Target, result: Compressed) -> str | None:
     wrong = int((came != expected).sum())
     where = {"row": "rows", "layer": "layer", "n:m": f"groups of {target.pattern}"}[target.structure]
     return f"promise 2: the kept entries of {target.label} must be exact, {wrong} {where} differ" if wrong else None
-
-
-def count_kept(mask: Tensor, target: Target) -> Tensor:
-    """Kept entries of each comparison group: [1] per layer, [out] per row, [out, groups] of n:m or blocks."""
-    if target.n_of_m or target.block:
-        length = target.n_of_m[1] if target.n_of_m else target.block
-        return torch.nn.functional.pad(mask, (0, -mask.shape[1] % (length or 1))).unflatten(1, (-1, length)).sum(2)
-    return mask.sum().view(1) if target.pattern == "layer" else mask.sum(1)
-
-
-def kept_counts(shape: torch.Size, target: Target) -> Tensor:
-    """What `count_kept` must give; of a block pattern the size of a block that is kept."""
-    out, inputs = shape
-    if target.n_of_m or target.block:
-        length = target.n_of_m[1] if target.n_of_m else (target.block or 1)
-        most = target.n_of_m[0] if target.n_of_m else length
-        groups = -(-inputs // length)
-        sizes = torch.tensor([min(length, inputs - g * length) for g in range(groups)])
-        return sizes.clamp(max=most).expand(out, -1)
-    if target.pattern == "layer":
-        return torch.tensor([out * inputs - int(target.sparsity * (out * inputs))])
-    return torch.full((out,), inputs - int(target.sparsity * inputs))
 
 
 def _grid(layer: Layer, target: Target, result: Compressed) -> str | None:

@@ -16,7 +16,8 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from layerwise.calibration.block_stream import Stream
-from layerwise.models.loading import Blocks, Linear, few, linears, model_linears, vocabulary
+from layerwise.models.loading import vocabulary
+from layerwise.models.structure import Blocks, Linear, few, linears, model_linears
 from layerwise.runtime.errors import InputError
 from layerwise.sources.tokens import read_tokens
 from layerwise.storage.packed_weights import PackedFile

@@ -20,11 +20,12 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from layerwise.compression.verify import count_kept, kept_counts
 from layerwise.contract.target import Target
 from layerwise.export.save import MANIFEST, WEIGHTS, digest
-from layerwise.models.loading import Linear, few, load, model_linears, reason
+from layerwise.models.loading import load, reason
+from layerwise.models.structure import Linear, few, model_linears
 from layerwise.numerics import ops
+from layerwise.numerics.patterns import count_kept, kept_counts
 from layerwise.results.cell_results import read_json
 from layerwise.runtime.errors import InputError, report_errors
 from layerwise.storage.bits_per_weight import kept_blocks

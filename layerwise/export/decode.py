@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from layerwise.compression.verify import kept_counts
 from layerwise.contract.target import Target
 from layerwise.kernels.packed_matvec import BLOCK, Blocks, Groups, TwoOfFour
 from layerwise.numerics import ops
+from layerwise.numerics.patterns import kept_counts
 from layerwise.runtime.errors import InputError, report_errors
 from layerwise.runtime.files import whole_file
 from layerwise.runtime.provenance import provenance

@@ -22,12 +22,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from layerwise.contract.layer import Compressed
 from layerwise.contract.target import Target
 from layerwise.evaluation.perplexity import apply_weights, layers_of
-from layerwise.models import loading
-from layerwise.models.loading import Linear, few
+from layerwise.models import loading, structure
+from layerwise.models.structure import Linear, few
 from layerwise.results.cell_results import read_json
 from layerwise.runtime.errors import InputError, report_errors
 from layerwise.runtime.files import check_weights, write_atomic, writing
-from layerwise.sources.hub import TOKENIZER_FILES, model_folder
+from layerwise.sources.checkpoint_files import TOKENIZER_FILES, model_folder
 from layerwise.storage.packed_weights import PackedFile, reordered
 
 WEIGHTS = "weights.safetensors"  # the compressed layers of a cell, and of a packed folder
@@ -51,7 +51,7 @@ def save_packed(model: PreTrainedModel, file: PackedFile, folder: Path) -> None:
     if model.generation_config is not None:
         model.generation_config.save_pretrained(folder)
     shutil.copy(file.path, folder / WEIGHTS)
-    layers = {layer.stored_in(name) for name, layer in loading.model_linears(model).items()}
+    layers = {layer.stored_in(name) for name, layer in structure.model_linears(model).items()}
     rest = {name: tensor for name, tensor in model.state_dict().items() if name not in layers}
     once = {tensor.data_ptr(): name for name, tensor in rest.items()}.values()  # one name of those tied to each other
     save_file({name: rest[name].contiguous() for name in once}, folder / REST)
@@ -71,7 +71,7 @@ def load_packed(folder: Path, trust_remote_code: bool = False) -> PreTrainedMode
     absent, unknown = model.load_state_dict(rest, strict=False)
     parameters = model.state_dict()
     filled = {parameters[name].data_ptr() for name in rest if name in parameters}  # with those tied to them
-    layers = {layer.stored_in(name) for name, layer in loading.model_linears(model).items()}
+    layers = {layer.stored_in(name) for name, layer in structure.model_linears(model).items()}
     lacking = {name for name in absent if parameters[name].data_ptr() not in filled} - layers
     if lacking or unknown:
         raise InputError(f"{folder / REST} does not fit the model: {few(lacking or unknown)}.")

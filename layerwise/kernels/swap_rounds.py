@@ -27,7 +27,7 @@ from torch.nn.functional import pad
 
 from layerwise.kernels import simd
 from layerwise.kernels.rows import compiled
-from layerwise.numerics.swap_search import TOLERANCE, Rows
+from layerwise.kernels.swap_state import TOLERANCE, Rows
 
 ROUNDS = 32  # between two looks at the clock
 ROWS = 8  # of a thread's task: rows differ in how long they take

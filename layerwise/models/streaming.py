@@ -26,9 +26,10 @@ from transformers.core_model_loading import (
 from transformers.initialization import no_init_weights
 from transformers.modeling_utils import LoadStateDictConfig
 
-from layerwise.models.loading import Blocks, check_finite, check_names, read_config, sentences
+from layerwise.models.loading import check_finite, check_names, read_config, sentences
+from layerwise.models.structure import Blocks
 from layerwise.runtime.memory import free_memory, give_back_memory
-from layerwise.sources.hub import weight_files
+from layerwise.sources.checkpoint_files import weight_files
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 DTYPES |= {"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8}

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from layerwise.contract.layer import Compressed, Gram, Layer, Method, Target
 from layerwise.kernels import descent
-from layerwise.methods.rtn import RTN
 from layerwise.numerics import dispatch, ops
 
 
@@ -92,11 +91,11 @@ class Projection:
 def begun(warm_start: Method, layer: Layer, target: Target, rng: torch.Generator) -> Compressed:
     """The warm start, rounded if the target has bits: what the result is never worse than."""
     if not target.sparsity:
-        return RTN().compress(layer, target, rng)
+        return ops.round_to_nearest(layer.weight, target)
     pruned = warm_start.compress(layer, target.pruning, rng)
     if not target.bits:
         return pruned
-    rounded = RTN().compress(replace(layer, weight=pruned.weight), target.grid, rng)
+    rounded = ops.round_to_nearest(pruned.weight, target.grid)
     return replace(rounded, mask=pruned.mask, info=ops.damping_of(pruned))
 
 

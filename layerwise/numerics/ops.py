@@ -209,6 +209,12 @@ def fit_and_round(weight: Tensor, target: Target, mse: bool = False) -> tuple[Gr
     return grid, codes, grid.values(codes, group_of)
 
 
+def round_to_nearest(weight: Tensor, target: Target, mse: bool = False) -> Compressed:
+    """The weight [out, in] on the grid that is fitted to it; mse: as fit_grid has it."""
+    grid, codes, values = fit_and_round(weight, target, mse)
+    return Compressed(values, codes=codes, scales=grid.scales, zeros=grid.zeros)
+
+
 def _fit(piece: Tensor, bits: int, symmetric: bool, mse: bool) -> tuple[Tensor, Tensor]:
     """Scale and zero, [out] each, of the rows of piece [out, length]."""
     low = piece.amin(1).clamp(max=0.0)

@@ -9,33 +9,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-# A swap counts as an improvement if the row's loss falls by more than this share of the sum of w_j^2 G_jj over what is
-# pruned: far above the rounding of float64, so that no row can cycle, and whatever the inputs that stay.
-TOLERANCE = 1e-9
+from layerwise.kernels.swap_state import TOLERANCE, Rows
 
 CANDIDATES = 32  # kept weights of a row that are tried at once
 ENTRIES = 2**22  # pairs whose change is in memory at once, about
-
-
-@dataclass(frozen=True)
-class Rows:
-    """A layer's rows before their swaps, C-contiguous; the swaps change mask, coupling and loss in place.
-
-    weight [rows, in] and gram [in, in]: float32, entries of at most 1. mask: [rows, in], True where kept. coupling:
-    [rows, in] float64, G q for the pruned part q. loss: [rows] float64, qt G q. length: m of n:m, None for whole rows.
-    """
-
-    weight: Tensor
-    gram: Tensor
-    mask: Tensor
-    coupling: Tensor
-    loss: Tensor
-    length: int | None
 
 
 def rounds(rows: Rows, swaps: int | None) -> Iterator[tuple[float, float, int]]:

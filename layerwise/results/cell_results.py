@@ -15,7 +15,7 @@ import pyarrow as pa
 from layerwise.results.significance import bootstrap_interval
 from layerwise.runtime.errors import InputError
 from layerwise.runtime.files import aside_of
-from layerwise.sources.hub import contaminated
+from layerwise.sources.text_files import contaminated
 from layerwise.storage.table_schema import first_line, from_rows, read_parquet, typed, unusable
 
 ACCURACIES = ("acc", "acc_norm")  # of zero-shot tasks; higher is better

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from layerwise.runtime.errors import InputError, report_errors
 from layerwise.runtime.files import read_made, sha256, write_atomic
-from layerwise.sources import hub
+from layerwise.sources import checkpoint_files, hub
 
 
 def weights_hash(hashes: list[str]) -> str:
@@ -35,7 +35,7 @@ def check_unchanged(model: hub.Spec, fingerprint: Path) -> None:
         raise InputError(
             f"{fingerprint}, of the model that this job computes with, is gone: run again, which makes it."
         )
-    folder, own, later = hub.model_folder(model), fingerprint.stat(), {}
+    folder, own, later = checkpoint_files.model_folder(model), fingerprint.stat(), {}
     for name, known in read_made(fingerprint)["files"].items():
         path = folder / name
         changed = path.stat().st_ctime_ns if path.is_file() else None
@@ -69,8 +69,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args(argv)
     folder = hub.fetch_model(args.model)
-    weights = hub.weight_files(args.model["name"], folder)
-    rest = [path for path in hub.model_files({"path": folder}) if path.suffix != ".safetensors"]
+    weights = checkpoint_files.weight_files(args.model["name"], folder)
+    rest = [path for path in checkpoint_files.model_files({"path": folder}) if path.suffix != ".safetensors"]
     before = {path: path.stat().st_ctime_ns for path in [*weights, *rest]}
     every = {path.name: sha256(path) for path in before}
     if changed := [path for path, at in before.items() if path.stat().st_ctime_ns != at]:

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from layerwise.runtime.errors import InputError
-from layerwise.sources.hub import DEPTHS, Spec, language_config, read_json, tensors_of, weight_files
+from layerwise.sources.checkpoint_files import DEPTHS, language_config, tensors_of, weight_files
+from layerwise.sources.hub import Spec, read_json
 
 BYTES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
 SAVED = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}  # as safetensors calls them

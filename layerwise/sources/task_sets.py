@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from layerwise.runtime.errors import InputError
+from layerwise.runtime.sentences import brief
 from layerwise.sources.hub import readable
-from layerwise.study.config_file import brief
 
 Spec = Mapping[str, Any]
 BATCH = 8  # sequences per forward pass where a set does not say, as in the config schema

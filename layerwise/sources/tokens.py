@@ -20,7 +20,9 @@ import numpy as np
 
 from layerwise.runtime.errors import InputError, out_of_memory, refused, report_errors
 from layerwise.runtime.files import set_aside, whole_file
-from layerwise.sources.hub import PLAIN_SUFFIXES, TEXT_SUFFIXES, Spec, dataset_of, fetch_text, model_folder
+from layerwise.sources.checkpoint_files import model_folder
+from layerwise.sources.hub import Spec
+from layerwise.sources.text_files import PLAIN_SUFFIXES, TEXT_SUFFIXES, dataset_of, fetch_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

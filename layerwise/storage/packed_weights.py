@@ -19,10 +19,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from layerwise.compression.verify import kept_counts
 from layerwise.contract.layer import Compressed
 from layerwise.contract.target import Target
 from layerwise.numerics import ops
+from layerwise.numerics.patterns import kept_counts
 from layerwise.runtime.errors import InputError
 from layerwise.storage.bits_per_weight import grids_of_blocks, group_length, kept_blocks, position_bits
 

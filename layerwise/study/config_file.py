@@ -9,32 +9,19 @@ import json
 import math
 import re
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from layerwise.runtime.errors import InputError, report_errors
+from layerwise.runtime.sentences import brief, place
 
 DEEPEST = 40  # levels of a document; anchors can make one endless
 MOST_VALUES = 200_000  # in a document; anchors can make a short file stand for more than memory holds
-LONGEST = 200  # characters that a sentence quotes of a value
-PLAIN_KEY = re.compile(r"[\w.:-]{1,100}")
 RUNS_PYTHON = "__use_yte__"  # with this key Snakemake takes a config for a template with Python in it
 UNUSABLE = re.compile("[\0\ud800-\udfff]")  # in no path and in no file's UTF-8
-
-
-def brief(text: str, longest: int = LONGEST) -> str:
-    """The text in one line; of a long one the beginning and the end, which mostly says what was expected."""
-    text = text if text.isprintable() else "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
-    return text if len(text) <= longest else f"{text[: longest // 2]}...{text[-longest // 2 :]}"
-
-
-def place(path: Iterable[Any]) -> str:
-    """How sentences call a place in a document: targets.0.sparsity."""
-    parts = (part if PLAIN_KEY.fullmatch(part) else brief(repr(part), 60) for part in map(str, path))
-    return ".".join(parts) or "the study"
 
 
 class _Loader(yaml.SafeLoader):

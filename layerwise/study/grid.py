@@ -17,9 +17,9 @@ from layerwise.contract.catalogue import Catalogue, CatalogueError
 from layerwise.contract.target import CERTIFIED, Target
 from layerwise.runtime.errors import InputError
 from layerwise.runtime.project import ROOT
-from layerwise.sources import hub, task_sets
+from layerwise.runtime.sentences import brief, place
+from layerwise.sources import checkpoint_files, task_sets, text_files
 from layerwise.study import config_file
-from layerwise.study.config_file import brief, place
 
 SCHEMA = yaml.safe_load((ROOT / "workflow/schemas/config.schema.yaml").read_text("utf-8"))
 LONGEST_SENTENCE = 500  # of a catalogue's, which may quote values
@@ -127,9 +127,9 @@ class Plan:
         pairs = itertools.product(once.values(), self.evaluations.items())
         return [
             f"calibration {calib_id} and evaluation {eval_id} draw from the same data set, "
-            f"{hub.dataset_of(texts[calib['text']])}: data-aware methods may look better than on unseen text."
+            f"{text_files.dataset_of(texts[calib['text']])}: data-aware methods may look better than on unseen text."
             for (calib_id, calib), (eval_id, evaluation) in pairs
-            if hub.contaminated(texts[calib["text"]], texts[evaluation["text"]])
+            if text_files.contaminated(texts[calib["text"]], texts[evaluation["text"]])
         ]
 
 
@@ -206,14 +206,14 @@ def plan(config: Mapping[str, Any], check_sources: bool = False) -> Plan:
     if check_sources:
         asked = [*targets, *(target for *_, own in entries for target in own or ())]
         for name, spec in full["models"].items():
-            hub.check_model(name, spec)
-            for target, size in itertools.product(asked, hub.layer_inputs(spec)):
+            checkpoint_files.check_model(name, spec)
+            for target, size in itertools.product(asked, checkpoint_files.layer_inputs(spec)):
                 if target.group and size % target.group:
                     raise InputError(
                         f"targets: groups of {target.group} do not divide the {size} inputs that layers of the model "
                         f"{name!r} have."
                     )
-            longest = hub.longest_sequence(spec)
+            longest = checkpoint_files.longest_sequence(spec)
             for kind in ("calibration", "evaluation"):
                 for set_name, entry in full[kind].items():
                     if longest is not None and entry["length"] > longest:
@@ -223,7 +223,7 @@ def plan(config: Mapping[str, Any], check_sources: bool = False) -> Plan:
                         )
         used = {entry["text"] for kind in ("calibration", "evaluation") for entry in full[kind].values()}
         for name in sorted(used):
-            hub.check_text(name, full["texts"][name])
+            text_files.check_text(name, full["texts"][name])
         for name, spec in full["tasks"].items():
             task_sets.check_tasks(name, spec)
     models = {identity(name, spec): {"name": name, **spec} for name, spec in full["models"].items()}

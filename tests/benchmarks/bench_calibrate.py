@@ -19,7 +19,8 @@ from transformers import PreTrainedModel
 
 from layerwise.calibration.block_stream import Stream
 from layerwise.calibration.calibrate import shared
-from layerwise.models.loading import find_blocks, is_linear, load, vocabulary
+from layerwise.models.loading import load, vocabulary
+from layerwise.models.structure import find_blocks, is_linear
 
 
 class Seen(Exception):

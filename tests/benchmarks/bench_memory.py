@@ -16,10 +16,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from layerwise.compression.cell import Solver
 from layerwise.compression.lower_bound import lower_bound
+from layerwise.compression.solver import Solver
 from layerwise.contract.layer import Gram, Layer, Statistics, Target
-from layerwise.models import loading
+from layerwise.models import structure
 from layerwise.storage import packed_weights
 from tests.benchmarks.suite import CASES
 
@@ -52,7 +52,7 @@ def solved(case: str, layer: Layer) -> None:
         return
     chosen = CASES[case]
     dtype = torch.bfloat16
-    linear = loading.Linear(layer.name, layer.name, torch.nn.Linear(*layer.weight.shape[::-1], dtype=dtype), False)
+    linear = structure.Linear(layer.name, layer.name, torch.nn.Linear(*layer.weight.shape[::-1], dtype=dtype), False)
     built = replace(chosen.built, **{key: few for key, few in FEW.items() if hasattr(chosen.built, key)})
     result, _ = Solver(chosen.method, built, chosen.target, 0, dtype).solve(layer)
     linear.replace(result.weight)

@@ -25,8 +25,10 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from layerwise.calibration.block_stream import Stream
+from layerwise.calibration.modes import in_turn
 from layerwise.calibration.taps import Tap
-from layerwise.compression.cell import Solver, in_turn, visit
+from layerwise.compression.cell import visit
+from layerwise.compression.solver import Solver
 from layerwise.contract.catalogue import Catalogue
 from layerwise.contract.target import Target
 from layerwise.runtime.provenance import peak_mb

@@ -31,8 +31,9 @@ from transformers.initialization import no_init_weights
 
 from layerwise.calibration.block_stream import Stream
 from layerwise.calibration.calibrate import shared
-from layerwise.models.loading import Blocks, load
+from layerwise.models.loading import load
 from layerwise.models.streaming import LazyBlocks
+from layerwise.models.structure import Blocks
 from layerwise.study.grid import plan
 
 GROUPS = {"/sys/fs/cgroup/memory": "memory.limit_in_bytes", "/sys/fs/cgroup": "memory.max"}  # version 1, version 2

@@ -1,0 +1,52 @@
+"""The taps of each block in the two calibration modes, shared and sequential."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+from layerwise.calibration.block_stream import Stream
+from layerwise.calibration.gram_store import read_block, read_index
+from layerwise.calibration.taps import Tap
+from layerwise.models.structure import Blocks
+
+
+def shared_blocks(
+    folder: Path, blocks: Blocks, start: int = 0, finished: Callable[[int], None] = lambda index: None
+) -> Iterator[tuple[int, Iterator[Tap]]]:
+    """The taps of each block in a Gram store, read one by one; meanwhile the block of the model is open.
+
+    finished: called when nothing of a block is needed any more.
+    """
+    for index in range(start, len(read_index(folder)["blocks"])):
+        with blocks.open(index):
+            yield index, read_block(folder, index, str(blocks.device))
+        finished(index)
+
+
+def sequential_blocks(
+    stream: Stream,
+    blocks: Blocks | None = None,
+    start: int = 0,
+    finished: Callable[[int], None] = lambda index: None,
+) -> Iterator[tuple[int, Iterable[Tap]]]:
+    """The taps of each block; between one and the next the block, by then compressed, is run again.
+
+    blocks: those that are compressed, if the stream passes through a copy of them in another dtype. finished: called
+    when nothing of a block is needed any more.
+    """
+    blocks = blocks or stream.source
+    for index in range(start, len(blocks)):
+        with blocks.open(index) as block, stream.source.open(index) as other:
+            yield index, in_turn(stream.collect(index))
+            if index + 1 < len(blocks):
+                if block is not other:
+                    other.load_state_dict(block.state_dict())  # rounded to the copy's dtype
+                stream.advance(index)
+        finished(index)
+
+
+def in_turn(taps: list[Tap]) -> Iterator[Tap]:
+    """The taps, of which the list keeps those that are still to come."""
+    while taps:
+        yield taps.pop(0)

@@ -1,0 +1,59 @@
+"""The score of every method: a layer's output error, in float64 on the undamped Gram."""
+
+import math
+
+from torch import Tensor
+
+from layerwise.contract.layer import Compressed, Layer
+from layerwise.runtime.errors import Diverged
+
+LARGEST_ERROR = 1e6  # output_error of a result: what loses more has diverged
+TRACE_ERROR = 1e-3  # by how much, in units of it, a trace may miss the result's error
+ROUNDING = 1e-6  # the same in units of the dense output; of a Gram's trace, how far its eigenvalues may be below zero
+SCORED = 512  # rows of a weight, and columns of its Gram, that are in float64 at a time
+
+
+def output_error(layer: Layer, weight: Tensor) -> tuple[float, float]:
+    """tr((W - What) G (W - What)t) and its ratio to tr(W G Wt), in float64 on the undamped Gram.
+
+    Raises Diverged for a Gram with eigenvalues below zero by more than rounding.
+    """
+    error, whole = losses(layer, weight)
+    return error, ratio(error, whole)
+
+
+def ratio(error: float, whole: float) -> float:
+    """A layer whose dense output is zero on every token has ratio 0 where that is kept, else an infinite one."""
+    return error / whole if whole > 0 else 0.0 if error == 0 else math.inf
+
+
+def losses(layer: Layer, weight: Tensor) -> tuple[float, float]:
+    """tr((W - What) G (W - What)t) and tr(W G Wt), as output_error has them."""
+    error = whole = 0.0
+    for own, other in zip(layer.weight.split(SCORED), weight.split(SCORED), strict=True):
+        dense = own.double()
+        lost = dense - other.double()
+        for start in range(0, dense.shape[1], SCORED):
+            columns = slice(start, start + SCORED)
+            gram = layer.gram.matrix[:, columns].double()
+            error += float(((lost @ gram) * lost[:, columns]).sum())
+            whole += float(((dense @ gram) * dense[:, columns]).sum())
+    if min(error, whole) < 0:
+        # Rounding of a Gram that is singular can push a trace of zero below it, but by no more than its own size.
+        size = float(layer.gram.matrix.diagonal().double().sum())
+        squares = max(float(part.double().square().sum()) for part in (layer.weight - weight, layer.weight))
+        if min(error, whole) < -ROUNDING * squares * size:
+            raise Diverged(f"The Gram of {layer.name} has eigenvalues below zero by more than rounding.")
+        error, whole = max(error, 0.0), max(whole, 0.0)
+    return error, whole
+
+
+def untrue(result: Compressed, error: float, whole: float) -> str | None:
+    """One sentence where the trace's objective, the layer's error, is not that of the result, or None.
+
+    whole: the dense output's size, in units of which the objective is rounded.
+    """
+    told = min(row[2] for row in result.trace)
+    if abs(told - error) <= TRACE_ERROR * error + ROUNDING * whole:
+        return None
+    return f"promise 10: the trace's least error must be that of the result, {error:.6g}, {told:.6g} came"

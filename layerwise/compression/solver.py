@@ -1,0 +1,159 @@
+"""A method as the runner calls it: timed, guarded, verified and scored."""
+
+import hashlib
+import random
+import sys
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from layerwise.compression import score, verify
+from layerwise.compression.score import (
+    LARGEST_ERROR,
+    SCORED,
+    losses,
+    ratio,
+    untrue,
+)
+from layerwise.compression.verify import NOT_FINITE, broken_promise
+from layerwise.contract.layer import Compressed, Layer, Method
+from layerwise.contract.target import Target
+from layerwise.numerics.patterns import finite
+from layerwise.runtime.devices import peak_gpu_mb
+from layerwise.runtime.errors import Diverged, InputError
+from layerwise.runtime.provenance import peak_mb
+from layerwise.storage import packed_weights
+from layerwise.storage.bits_per_weight import bits_per_weight
+
+REGISTRY = "__warningregistry__"
+
+
+@dataclass(frozen=True)
+class Solver:
+    """A method at a target, as the runner calls it; dtype: of the model that it compresses.
+
+    mask_only: whether its card says that it changes no weight that it keeps. criterion: what its trace measures.
+    """
+
+    name: str
+    method: Method
+    target: Target
+    seed: int
+    dtype: torch.dtype = torch.float32
+    mask_only: bool = False
+    criterion: str | None = None
+
+    def solve(self, layer: Layer) -> tuple[Compressed, dict[str, Any]]:
+        """The layer's result, with the scales that are stored, and its row of numbers.
+
+        Raises InputError naming the layer when the method fails it.
+        """
+        rng = torch.Generator().manual_seed(layer_seed(self.seed, layer.name))
+        before, around = inputs_state(layer), process_state()
+        start = time.perf_counter()
+        try:
+            result = self.method.compress(layer, self.target, rng)
+        except Exception as error:  # whatever a method raises is told with the method's and the layer's name
+            raise InputError(f"{self.name} failed on {layer.name}: {type(error).__name__}: {error}") from error
+        seconds = time.perf_counter() - start
+        if not isinstance(result, Compressed):
+            raise InputError(f"{self.name} must return a Compressed on {layer.name}, {type(result).__name__} came.")
+        written = [name for name, state in inputs_state(layer).items() if state != before[name]]
+        if written:  # the score would compare the result with itself
+            raise self.breach(layer, f"promise 1: the inputs must be untouched, the {written[0]} was written to")
+        changed = [name for name, state in process_state().items() if state != around[name]]
+        if changed:  # later layers, and other methods' seconds, would depend on it
+            raise self.breach(layer, f"promise 4: global state must be left alone, {changed[0]} changed")
+        return self.judged(layer, result, seconds)
+
+    def breach(self, layer: Layer, broken: str) -> InputError:
+        """The error about a promise broken on a layer."""
+        kind = Diverged if NOT_FINITE in broken else InputError
+        return kind(f"{self.name} broke its contract on {layer.name}: {broken}.")
+
+    def judged(self, layer: Layer, result: Compressed, seconds: float) -> tuple[Compressed, dict[str, Any]]:
+        """A result that keeps its promises, with the scales that are stored, and its row of numbers.
+
+        Raises InputError for the first promise that is broken, Diverged for an error beyond LARGEST_ERROR.
+        """
+        broken = broken_promise(layer, self.target, result, self.mask_only)
+        if broken:
+            raise self.breach(layer, broken)
+        given, result = result, packed_weights.rounded(result, self.target, self.dtype)
+        if self.dtype == torch.float16 and not finite(result.weight.half()):
+            raise Diverged(
+                f"{self.name} gives {layer.name} weights beyond float16: use dtype: bfloat16 or float32 for the model."
+            )
+        rows, inputs = layer.weight.shape
+        absolute, whole = losses(layer, result.weight)
+        relative = ratio(absolute, whole)
+        if not relative <= LARGEST_ERROR:
+            raise Diverged(f"{self.name} has diverged on {layer.name}: its output_error is {relative:.3g}.")
+        if self.criterion == "error" and given.trace:
+            reached = absolute if given is result else losses(layer, given.weight)[0]
+            if broken := untrue(given, reached, whole):
+                raise self.breach(layer, broken)
+        kept = 1.0 if result.mask is None or not self.target.sparsity else int(result.mask.sum()) / result.mask.numel()
+        return result, {
+            "layer": layer.name,
+            "kind": layer.name.rpartition(".")[2],
+            "out": rows,
+            "in": inputs,
+            "output_error": relative,
+            "absolute_error": absolute,
+            "achieved_sparsity": int((result.weight == 0).sum()) / result.weight.numel(),
+            "bits_per_weight": bits_per_weight(
+                self.target,
+                kept,
+                rows,
+                inputs,
+                input_scale=result.input_scale is not None,
+                reordered=packed_weights.reordered(result, self.target),
+            ),
+            "damping": None if (used := result.info.get("damping")) is None else float(used),
+            "seconds": seconds,
+            "peak_mb": peak_mb(),
+            "peak_gpu_mb": peak_gpu_mb(layer.weight.device.type),
+        }
+
+
+def process_state() -> dict[str, Any]:
+    """What a method could change for others: generators, torch's settings, and the functions that judge it."""
+    judges = [vars(module) for module in (sys.modules[__name__], score, verify, packed_weights)]
+    numpys = np.random.get_state(legacy=False)["state"]
+    return {
+        "torch's global generator": torch.get_rng_state().numpy().tobytes(),
+        "numpy's global generator": (numpys["key"].tobytes(), numpys["pos"]),
+        "Python's global generator": random.getstate(),
+        "the default dtype": torch.get_default_dtype(),
+        "the default device": torch.get_default_device(),
+        "the number of threads": torch.get_num_threads(),
+        "whether gradients are recorded": torch.is_grad_enabled(),
+        "the precision of products": torch.get_float32_matmul_precision(),
+        # (a warning of a method leaves its registry in the module that called it)
+        "the runner's code": [id(own) for names in judges for name, own in names.items() if name != REGISTRY],
+    }
+
+
+def inputs_state(layer: Layer) -> dict[str, tuple[int, float]]:
+    """What changes when a method writes into its inputs: through torch the version, through other memory the sum."""
+    tensors = {"weight": layer.weight, "gram": layer.gram.matrix}
+    if layer.statistics:
+        tensors |= {key: value for key, value in vars(layer.statistics).items() if isinstance(value, Tensor)}
+    return {name: (tensor._version, total(tensor)) for name, tensor in tensors.items()}
+
+
+def total(tensor: Tensor) -> float:
+    """Sum in float64 where each place has a weight of its own, so that entries that are exchanged show too."""
+    rows = tensor.reshape(-1, tensor.shape[-1])
+    across, down = (torch.linspace(1, 2, n, dtype=torch.float64, device=tensor.device) for n in rows.shape[::-1])
+    return float(torch.cat([part.double() @ across for part in rows.split(SCORED)]) @ down)
+
+
+def layer_seed(seed: int, name: str) -> int:
+    """Seed of a layer's generator, independent of the order in which layers are solved."""
+    return int.from_bytes(hashlib.sha256(f"{seed} {name}".encode()).digest()[:7], "big")

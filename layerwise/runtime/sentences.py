@@ -1,0 +1,20 @@
+"""How error sentences quote values and name places in a config."""
+
+import re
+from collections.abc import Iterable
+from typing import Any
+
+LONGEST = 200  # characters that a sentence quotes of a value
+PLAIN_KEY = re.compile(r"[\w.:-]{1,100}")
+
+
+def brief(text: str, longest: int = LONGEST) -> str:
+    """The text in one line; of a long one the beginning and the end, which mostly says what was expected."""
+    text = text if text.isprintable() else "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+    return text if len(text) <= longest else f"{text[: longest // 2]}...{text[-longest // 2 :]}"
+
+
+def place(path: Iterable[Any]) -> str:
+    """How sentences call a place in a document: targets.0.sparsity."""
+    parts = (part if PLAIN_KEY.fullmatch(part) else brief(repr(part), 60) for part in map(str, path))
+    return ".".join(parts) or "the study"

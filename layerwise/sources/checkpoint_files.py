@@ -1,0 +1,245 @@
+"""The files of a model's folder, checked by name and header before any job runs. Free of torch."""
+
+import json
+import math
+import shlex
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from layerwise.runtime.errors import InputError
+from layerwise.runtime.sentences import brief
+from layerwise.sources.hub import (
+    Spec,
+    check_hub,
+    fetch_model,
+    read_json,
+    readable,
+)
+
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+VOCABULARIES = (  # files of which a folder needs one to have a tokenizer
+    "tokenizer.json",
+    "tokenizer.model",
+    "tekken.json",
+    "vocab.json",
+    "vocab.txt",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+)
+TOKENIZER_FILES = (*VOCABULARIES, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "merges.txt")
+# How the config.json of a model calls the inputs of its layers: its width and that of its MLP.
+DEPTHS = ("num_hidden_layers", "n_layer", "num_layers")  # and the number of its blocks
+WIDTHS = (
+    "hidden_size",
+    "n_embd",
+    "n_embed",
+    "intermediate_size",
+    "ffn_dim",
+    "ffn_hidden_size",
+    "n_inner",
+    "moe_intermediate_size",
+)
+LONGEST_HEADER = 100_000_000  # bytes, the limit of the safetensors format
+BITS = {"F64": 64, "F32": 32, "F16": 16, "BF16": 16, "I64": 64, "I32": 32, "I16": 16, "I8": 8, "U8": 8, "BOOL": 8}
+BITS |= {"U64": 64, "U32": 32, "U16": 16, "C64": 64, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F4": 4}
+BITS |= {"F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8, "F6_E2M3": 6, "F6_E3M2": 6}  # of the dtypes of the safetensors format
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")  # loading one can run whatever its author has put in
+
+
+def model_files(spec: Spec) -> list[Path]:
+    """Files of a local model folder that a job depends on, sorted; none for a hub model, which its revision fixes."""
+    if "path" not in spec:
+        return []
+    folder = Path(spec["path"])
+    named = [folder / name for name in ("config.json", INDEX, *TOKENIZER_FILES)]
+    return sorted({path for path in named if path.is_file()} | {*folder.glob("*.safetensors"), *folder.glob("*.py")})
+
+
+def check_model(name: str, spec: Spec) -> None:
+    """Raise InputError, in one sentence, when the model `name` cannot be loaded for a reason that can be seen now.
+
+    A local folder must hold config.json, a tokenizer and whole safetensors files; a hub model must name its revision
+    and lie in the cache when fetching is forbidden.
+    """
+    if "path" not in spec:
+        check_hub(f"The model {name!r}", spec, ["config.json"], repo_type="model")
+        return
+    with readable(f"The model {name!r}"):
+        _check_folder(name, Path(spec["path"]))
+
+
+def _check_folder(name: str, folder: Path) -> None:
+    if not folder.is_dir():
+        raise InputError(f"The model {name!r} should be a folder at {folder}, but there is none.")
+    if not (folder / "config.json").is_file():
+        raise InputError(f"The folder {folder} of the model {name!r} has no config.json.")
+    if not any((folder / vocabulary).is_file() for vocabulary in VOCABULARIES):
+        raise InputError(
+            f"The folder {folder} of the model {name!r} has no tokenizer: one of {', '.join(VOCABULARIES)} is needed."
+        )
+    check_weight_files(name, folder)
+
+
+def check_weight_files(name: str, folder: Path) -> None:
+    """Raise InputError when the weights are not whole, or the config.json asks for more blocks than they have tensors,
+    with which a model would be made until no memory is left."""
+    config = language_config(read_json(folder / "config.json"))
+    tensors = sum(check_safetensors(path) for path in weight_files(name, folder))
+    for key in DEPTHS:
+        depth = config.get(key)
+        if isinstance(depth, int) and depth > tensors:
+            raise InputError(
+                f"{folder / 'config.json'} of the model {name!r} says {key}: {brief(str(depth), 30)}, but its weights "
+                f"have no more than {tensors} tensors."
+            )
+
+
+def longest_sequence(spec: Spec) -> int | None:
+    """Tokens that a local model takes at most, where its config.json says so; None for a hub model."""
+    config = _model_config(spec)
+    found = config.get("max_position_embeddings", config.get("n_positions"))
+    return found if isinstance(found, int) else None
+
+
+def layer_inputs(spec: Spec) -> list[int]:
+    """Inputs that the layers of a local model have, as far as its config.json says; none for a hub model."""
+    config = _model_config(spec)
+    heads, length = config.get("num_attention_heads"), config.get("head_dim")
+    found = [config.get(key) for key in WIDTHS]
+    if isinstance(heads, int) and isinstance(length, int):
+        found.append(heads * length)  # of the attention's output projection
+    return sorted({size for size in found if isinstance(size, int)})
+
+
+def _model_config(spec: Spec) -> dict[str, Any]:
+    """The config.json of a local model, its language part; empty for a hub model."""
+    if "path" not in spec:
+        return {}
+    return language_config(read_json(Path(spec["path"]) / "config.json"))
+
+
+def language_config(config: dict[str, Any]) -> dict[str, Any]:
+    """Of a config.json the part on the language model."""
+    own = config.get("text_config")
+    return own if own and isinstance(own, dict) else config
+
+
+def weight_files(name: str, folder: Path) -> list[Path]:
+    """The safetensors files that make up the model; InputError when some are absent or lie elsewhere."""
+    if (folder / WEIGHTS).is_file():  # transformers takes it first, too
+        return [folder / WEIGHTS]
+    if (folder / INDEX).is_file():
+        weight_map = read_json(folder / INDEX).get("weight_map", {})
+        named = list(weight_map.values()) if isinstance(weight_map, dict) else [weight_map]
+        for shard in named:
+            if (
+                not isinstance(shard, str)
+                or "\0" in shard
+                or not shard.endswith(".safetensors")
+                or Path(shard).name != shard
+            ):
+                raise InputError(
+                    f"{folder / INDEX} of the model {name!r} should name safetensors files beside it. Got "
+                    f"{brief(repr(shard))} instead."
+                )
+        shards = [folder / shard for shard in sorted(set(named))]
+        absent = [shard.name for shard in shards if not shard.is_file()]
+        if absent or not shards:
+            raise InputError(
+                f"{folder / INDEX} of the model {name!r} names files that are not there: {brief(', '.join(absent))}."
+                if absent
+                else f"{folder / INDEX} of the model {name!r} names no files."
+            )
+        return shards
+    other = sorted(path.name for path in folder.glob("*.safetensors"))
+    if other:
+        raise InputError(
+            f"The folder {folder} of the model {name!r} has {', '.join(other)}, but neither {WEIGHTS} nor {INDEX}."
+        )
+    pickles = sorted(path.name for pattern in PICKLES for path in folder.glob(pattern))
+    if pickles:
+        code = (
+            "from transformers import AutoModelForCausalLM as M; "
+            f"M.from_pretrained({str(folder)!r}, use_safetensors=False).save_pretrained({str(folder)!r})"
+        )
+        raise InputError(
+            f"The folder {folder} of the model {name!r} has its weights as {brief(', '.join(pickles))}, and only "
+            "safetensors is read, since a pickle can run code: if you trust its source, convert pytorch_model*.bin "
+            f"with python -c {shlex.quote(code)}"
+        )
+    raise InputError(f"The folder {folder} of the model {name!r} has no weights: {WEIGHTS} or {INDEX} is needed.")
+
+
+def check_safetensors(path: Path) -> int:
+    """Number of tensors of a file, of which no weights are read.
+
+    Raises InputError when the file is not what its header says, or that breaks the format.
+    """
+    size = path.stat().st_size
+    length, tensors = _header(path)
+    expected = 8 + length + max((end for *_, end in tensors.values()), default=0)
+    if size != expected:
+        what = "is cut off" if size < expected else "is too long"
+        raise InputError(f"{path} {what}: it has {size} bytes and its header says {expected}.")
+    return len(tensors)
+
+
+def tensors_of(path: Path) -> list[tuple[str, tuple[int, ...], str]]:
+    """(name, shape, dtype) of every tensor of a safetensors file. Raises InputError for a header that is damaged."""
+    return [(name, shape, dtype) for name, (shape, dtype, *_) in _header(path)[1].items()]
+
+
+def _header(path: Path) -> tuple[int, dict[str, tuple[tuple[int, ...], str, int, int]]]:
+    """Length of the header in bytes, and name -> (shape, dtype, begin, end) of every tensor."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        start = file.read(8)
+        if start == b"version ":
+            raise InputError(f"{path} is a Git LFS pointer, not the weights: fetch them with `git lfs pull`.")
+        length = int.from_bytes(start, "little")
+        if len(start) < 8 or length > LONGEST_HEADER:
+            raise InputError(f"{path} is not a safetensors file: it does not begin with the length of a header.")
+        header = file.read(length)
+    if len(header) < length:
+        raise InputError(f"{path} is cut off: it has {size} bytes and its header alone should have {length}.")
+    try:
+        if not header.startswith(b"{"):
+            raise ValueError("another kind of JSON")
+        pairs = json.loads(header, object_pairs_hook=list)
+        found = {name: _tensor(dict(own)) for name, own in pairs if name != "__metadata__"}
+        if len(found) != sum(name != "__metadata__" for name, _ in pairs):
+            raise ValueError("a name twice")
+        end = 0
+        for _, _, first, last in sorted(found.values(), key=lambda tensor: tensor[2:]):
+            if first != end:
+                raise ValueError("tensors that overlap or leave holes")
+            end = last
+    except (ValueError, KeyError, TypeError, RecursionError):
+        raise InputError(f"{path} is not a safetensors file: its header cannot be read.") from None
+    return length, found
+
+
+def _tensor(entry: Mapping[str, Any]) -> tuple[tuple[int, ...], str, int, int]:
+    shape, dtype, (first, last) = entry["shape"], entry["dtype"], entry["data_offsets"]
+    if not all(type(number) is int and number >= 0 for number in (*shape, first, last)):
+        raise ValueError("sizes that are no numbers")
+    if (last - first) * 8 != math.prod(shape) * BITS[dtype]:
+        raise ValueError("a size that is not its shape's")
+    return tuple(shape), dtype, first, last
+
+
+def model_folder(spec: Spec) -> Path:
+    """Local folder of the model: of a hub model the snapshot that was fetched, so that all jobs see one commit.
+
+    It is fetched where there is none. Raises InputError when it cannot be.
+    """
+    if "path" in spec:
+        return Path(spec["path"])
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(spec["hub"], revision=spec["revision"], local_files_only=True))
+    except LocalEntryNotFoundError:
+        return fetch_model(spec)

@@ -1,0 +1,79 @@
+"""The files of a text: local or fetched from the hub, and which data set they are part of. Free of torch."""
+
+import os
+from pathlib import Path
+
+from layerwise.runtime.errors import InputError
+from layerwise.runtime.sentences import brief
+from layerwise.sources.hub import (
+    Spec,
+    check_hub,
+    hub_errors,
+    readable,
+)
+
+PLAIN_SUFFIXES = (".txt", ".raw")  # .raw: WikiText's own
+TEXT_SUFFIXES = (*PLAIN_SUFFIXES, ".jsonl", ".json", ".jsonl.gz", ".json.gz", ".parquet")
+# Texts that the workflow writes itself, absent when the configuration is checked.
+MADE_TEXTS = tuple(os.path.normpath(f"results/text/{split}.txt") for split in ("train", "validation", "test"))
+
+
+def check_text(name: str, spec: Spec) -> None:
+    """Raise InputError, in one sentence, when the text `name` cannot be read for a reason that can be seen now.
+
+    A local text must exist, unless the workflow writes it; a hub text must name its revision and its data files, and
+    lie in the cache when fetching is forbidden.
+    """
+    files: list[str] = [spec["path"]] if "path" in spec else list(spec.get("files", ()))
+    if not files:
+        raise InputError(
+            f"The text {name!r} must list the data files of the data set {spec.get('hub')!r} under `files`: "
+            "loading scripts are not run."
+        )
+    for file in files:
+        if not str(file).endswith(TEXT_SUFFIXES):
+            suffixes = ", ".join(TEXT_SUFFIXES)
+            raise InputError(f"The text {name!r} must end in one of {suffixes}. Got {brief(file)} instead.")
+    if "path" not in spec:
+        check_hub(f"The text {name!r}", spec, files, repo_type="dataset")
+        return
+    path = Path(spec["path"])
+    with readable(f"The text {name!r}"):
+        _check_file(name, path)
+
+
+def _check_file(name: str, path: Path) -> None:
+    made = os.path.normpath(path) in MADE_TEXTS
+    if not made and not path.is_file():
+        raise InputError(f"The text {name!r} should be a file at {path}, but there is none.")
+
+
+def text_files(spec: Spec) -> list[Path]:
+    """Local files that a job reading the text depends on; none for a hub text, which its revision fixes."""
+    return [Path(spec["path"])] if "path" in spec else []
+
+
+def fetch_text(spec: Spec) -> list[Path]:
+    """Local paths of the text's files, fetched from the hub one by one where it is a hub text.
+
+    Never runs a loading script. Raises InputError when a file cannot be fetched.
+    """
+    if "path" in spec:
+        return [Path(spec["path"])]
+    from huggingface_hub import hf_hub_download
+
+    with hub_errors(spec):
+        return [
+            Path(hf_hub_download(spec["hub"], file, repo_type="dataset", revision=spec["revision"]))
+            for file in spec["files"]
+        ]
+
+
+def dataset_of(spec: Spec) -> str:
+    """Name of the data set that a text is part of: the spec's `dataset`, else the hub name, else the path."""
+    return spec.get("dataset") or spec.get("hub") or os.path.normpath(spec["path"])
+
+
+def contaminated(calibration_text: Spec, evaluation_text: Spec) -> bool:
+    """True when the text calibrated on and the text evaluated on come from the same data set."""
+    return dataset_of(calibration_text) == dataset_of(evaluation_text)
