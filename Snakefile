@@ -33,8 +33,8 @@ rule all:
 
 
 onsuccess:
-    forget_what_is_over()
+    remove_stale_outputs(DRAWN)
 
 
 onerror:
-    gather_partial()
+    write_partial_results(STUDY, DRAWN)

@@ -9,12 +9,13 @@ import jsonschema
 import pytest
 import torch
 
-from layerwise.contract.catalogue import HOME, PACKAGE, SHARED_SOURCES, Catalogue, CatalogueError, read_entry
+from layerwise.contract.catalogue import SHARED_SOURCES, Catalogue, CatalogueError, read_entry
+from layerwise.contract.import_closure import METHODS, PACKAGE
 from layerwise.contract.layer import Target
 from tests import contract, layers
 
-METHODS = list(Catalogue())
-ROOT = HOME.parent
+NAMES = list(Catalogue())
+ROOT = METHODS.parent
 
 GOOD = '''"""A method."""
 from dataclasses import dataclass
@@ -114,7 +115,7 @@ def test_reading_the_cards_imports_no_torch():
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", NAMES)
 def test_defaults_obey_their_schema(name: str):
     catalogue = Catalogue()
     entry = catalogue[name]
@@ -128,7 +129,7 @@ def test_defaults_obey_their_schema(name: str):
             assert complete[key] == entry.defaults[key]
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", NAMES)
 def test_the_class_is_what_the_card_says(name: str):
     catalogue = Catalogue()
     entry = catalogue[name]
@@ -143,7 +144,7 @@ def test_the_class_is_what_the_card_says(name: str):
     assert entry.control or own or "paper" in entry.card  # RIA has no arXiv id
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", NAMES)
 def test_a_method_is_short(name: str):
     assert len(Catalogue()[name].path.read_text().splitlines()) <= 120
 
@@ -154,7 +155,7 @@ def test_the_contract_is_short():
 
 def test_a_file_without_a_card_is_no_method():
     assert read_entry(PACKAGE / "numerics/ops.py") is None
-    assert not {"base", "ops", "promises", "target", "catalogue"} & set(METHODS)
+    assert not {"layer", "ops", "verify", "target", "catalogue"} & set(NAMES)
 
 
 WRONG_FILES = {
@@ -248,7 +249,7 @@ def test_a_warm_start_that_starts_from_itself_is_one_sentence(tmp_path: Path):
 
 
 def test_a_chain_that_holds_itself_is_one_sentence(tmp_path: Path):
-    text = (HOME / "chain.py").read_text()
+    text = (METHODS / "chain.py").read_text()
     (tmp_path / "loop.py").write_text(edited('("wanda", "rtn")', '("loop", "rtn")', text))
     with pytest.raises(CatalogueError, match="loop") as caught:
         Catalogue([tmp_path]).complete("loop", {}, "here")
@@ -274,7 +275,7 @@ def assert_sentence(error: Exception) -> None:
 def test_a_dropped_file_is_a_method_and_adds_its_rows(tmp_path: Path):
     (tmp_path / "mine.py").write_text(GOOD)
     catalogue = Catalogue([tmp_path])
-    assert set(catalogue) == {*METHODS, "mine"}
+    assert set(catalogue) == {*NAMES, "mine"}
     method = catalogue.build("mine", catalogue.complete("mine", {"share": 0.25}, "test"))
     layer = layers.build("one output")
     torch.testing.assert_close(method.compress(layer, Target(0.5), torch.Generator()).weight, 0.25 * layer.weight)
@@ -357,8 +358,8 @@ def test_chains_are_completed_and_built():
 def test_sources_of_a_chain_are_those_of_all_its_methods():
     catalogue = Catalogue()
     params = catalogue.complete("chain", {"chain": [{"sparse_swaps": {"warm_start": "ria"}}, "rtn"]}, "test")
-    swaps = ("kernels/swap_rounds", "kernels/simd", "numerics/swap_search")
-    files = [HOME / f"{name}.py" for name in ("chain", "sparse_swaps", "ria", "rtn")]
+    swaps = ("kernels/swap_rounds", "kernels/simd", "kernels/swap_state", "numerics/swap_search")
+    files = [METHODS / f"{name}.py" for name in ("chain", "sparse_swaps", "ria", "rtn")]
     files[2:2] = [PACKAGE / f"{name}.py" for name in swaps]
     assert catalogue.sources("chain", params) == [*files, *SHARED_SOURCES]
 
@@ -410,7 +411,7 @@ def test_a_chain_is_refused_what_its_methods_cannot():
 def test_sources_are_the_files_that_decide(folder: Path):
     catalogue = Catalogue([folder])
     params = catalogue.complete("polish", {"warm_start": {"polish": {"warm_start": "wanda"}}}, "test")
-    expected = [folder / "polish.py", HOME / "wanda.py", *SHARED_SOURCES]
+    expected = [folder / "polish.py", METHODS / "wanda.py", *SHARED_SOURCES]
     assert catalogue.sources("polish", params) == expected
     assert all(path.is_file() for path in SHARED_SOURCES)
     shared = {path.stem for path in SHARED_SOURCES}
@@ -419,7 +420,7 @@ def test_sources_are_the_files_that_decide(folder: Path):
     assert {"obs", "columns", "simd"} <= compiled  # and what that imports
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", NAMES)
 def test_sources_hold_what_a_method_imports(name: str):
     """An edit to another file of methods/ that a method imports would not run its cells again."""
     catalogue = Catalogue()

@@ -20,7 +20,7 @@ from torch import nn
 
 from layerwise.calibration.calibrate import write_gram
 from layerwise.calibration.gram_store import read_block
-from layerwise.compression import cell as compress
+from layerwise.cli import compress as compress_worker
 from layerwise.compression import solver as solver_module
 from layerwise.contract.layer import Gram, Layer
 from layerwise.contract.target import Target
@@ -132,7 +132,7 @@ class Case:
             **({"dtype": dtype} if dtype else {}),
             "out": folder,
         }
-        compress.main([part for key, value in arguments.items() for part in (f"--{key}", str(value))])
+        compress_worker.main([part for key, value in arguments.items() for part in (f"--{key}", str(value))])
         return folder
 
 

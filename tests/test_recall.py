@@ -11,7 +11,7 @@ import torch
 from safetensors.numpy import save_file as save_numpy
 from safetensors.torch import save_file
 
-from layerwise.contract.catalogue import PACKAGE
+from layerwise.contract.import_closure import PACKAGE
 from layerwise.evaluation import cache, perplexity
 from layerwise.runtime.errors import InputError
 from layerwise.runtime.files import sha256
@@ -45,9 +45,9 @@ def entry(**changed):
     return {"name": "tiny", "path": "model", "dtype": "float32", "trust_remote_code": False} | changed
 
 
-def foresee(cell):
+def evaluate_ahead(cell, requested):
     weights = cell / "weights.safetensors"
-    cache.foresee(entry(), cell / "tiny.json", weights, sha256(weights), "cpu")
+    cache.evaluate_ahead(requested, entry(), cell / "tiny.json", weights, sha256(weights), "cpu")
 
 
 def arguments(out="out.json", data="tokens.safetensors", **changed):
@@ -107,14 +107,13 @@ def test_what_was_seen_is_read_without_torch(cell):
     assert (cell / "again.json").read_bytes() == (cell / "out.json").read_bytes()
 
 
-def test_what_the_compression_leaves_is_what_the_job_would_compute(cell, monkeypatch):
+def test_what_the_compression_leaves_is_what_the_job_would_compute(cell):
     cache.main(arguments())
     (alone,) = cache.STORE.iterdir()
     alone.rename("alone.json")
-    asked = [{"kind": "perplexity", "data": "{model}.safetensors", "spec": {}}]
+    requested = [{"kind": "perplexity", "data": "{model}.safetensors", "spec": {}}]
     (cell / "tokens.safetensors").rename("tiny.safetensors")  # the model's identity is its fingerprint's name
-    monkeypatch.setenv(cache.ASKED, json.dumps(asked))
-    foresee(cell)
+    evaluate_ahead(cell, requested)
     (beside,) = cache.STORE.iterdir()
     results = [json.loads(path.read_text()) for path in (cell / "alone.json", beside)]
     for result in results:
@@ -150,27 +149,28 @@ def test_the_place_depends_on_all_that_decides_the_result_and_on_no_name(cell):
     assert len({known, *(place(**change) for change in changes)}) == 1 + len(changes)
 
 
-@pytest.mark.parametrize("file", ["evaluation/perplexity", "sources/tokens", PACKAGE / "numerics/ops.py", "versions"])
+@pytest.mark.parametrize(
+    "file", ["evaluation/perplexity", "sources/tokens", "numerics/ops", "models/streaming", "versions"]
+)
 def test_other_code_and_other_versions_have_another_place(cell, monkeypatch, file):
     evaluation = cache.Evaluation(
         "perplexity", entry(), cell / "tiny.json", cell / "weights.safetensors", "0", cell / "tokens.safetensors"
     )
     before = evaluation.file()
     if file != "versions":
-        monkeypatch.setitem(cache.CODE, file, "edited")
+        monkeypatch.setitem(cache.CODE, PACKAGE / f"{file}.py", "edited")
     else:
         monkeypatch.setattr(cache.importlib.metadata, "version", lambda name: "0")
     assert evaluation.file() != before
 
 
-def test_what_fails_beside_the_compression_is_left_to_its_own_job(cell, monkeypatch, capsys):
+def test_what_fails_beside_the_compression_is_left_to_its_own_job(cell, capsys):
     write_tokens(cell / "wrong.safetensors", words=10 * VOCABULARY)
-    asked = [
+    requested = [
         {"kind": "perplexity", "data": name, "spec": {}}
         for name in ("wrong.safetensors", "absent.safetensors", "tokens.safetensors")
     ]
-    monkeypatch.setenv(cache.ASKED, json.dumps(asked))
-    foresee(cell)
+    evaluate_ahead(cell, requested)
     assert (
         "perplexity of wrong.safetensors could not be computed beside the compression: The tokens lie between"
         in capsys.readouterr().err
@@ -193,7 +193,6 @@ def test_a_result_that_a_crash_has_cut_is_computed_again(cell, left):
 
 
 def test_code_that_was_edited_meanwhile_evaluates_nothing(cell, monkeypatch):
-    monkeypatch.setenv(cache.ASKED, json.dumps([{"kind": "perplexity", "data": "tokens.safetensors", "spec": {}}]))
-    monkeypatch.setitem(cache.CODE, "evaluation/perplexity", "as it was when the compression began")
-    foresee(cell)
+    monkeypatch.setitem(cache.CODE, PACKAGE / "evaluation/perplexity.py", "as it was when the compression began")
+    evaluate_ahead(cell, [{"kind": "perplexity", "data": "tokens.safetensors", "spec": {}}])
     assert not cache.STORE.exists()

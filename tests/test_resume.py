@@ -15,8 +15,10 @@ import torch
 from test_compress import Case, rows
 
 from layerwise.calibration import block_stream, hidden_states
-from layerwise.compression import cell as compress
+from layerwise.cli import compress as compress_worker
+from layerwise.compression import cell as cell_module
 from layerwise.compression import solver
+from layerwise.compression.cell import CellJob
 from layerwise.contract.layer import Target
 from layerwise.evaluation import cache
 from layerwise.runtime.checkpoint import Checkpoint
@@ -35,8 +37,8 @@ PLACES = {
     "while a block is written": (packed_weights, "save_file"),
     "before a block counts as finished": (Checkpoint, "finish"),
     "while the blocks are joined": (packed_weights, "join"),
-    "before the evaluation": (compress, "foresee"),
-    "before the record is written": (compress, "provenance"),
+    "before the evaluation": (compress_worker, "evaluate_ahead"),
+    "before the record is written": (cell_module, "provenance"),
 }
 
 
@@ -115,8 +117,8 @@ def test_finished_blocks_are_not_computed_again(case: Case, whole, monkeypatch, 
 def test_other_code_starts_over_and_says_so(case: Case, whole, monkeypatch, capfd):
     cell = ("sparse_swaps", "sequential")
     assert killed(lambda: case.run(cell[0], HALF, cell[1], "edited"), solver.Solver, "solve", 20)
-    told, original = {}, compress.decisive
-    monkeypatch.setattr(compress, "decisive", lambda args: original(args) | {"code": "edited"} | told)
+    told, original = {}, CellJob.decisive
+    monkeypatch.setattr(CellJob, "decisive", lambda job: original(job) | {"code": "edited"} | told)
     assert_same(case.run(cell[0], HALF, cell[1], "edited"), whole[cell])
     assert "finished blocks in" in (said := capfd.readouterr().err)
     assert "are of another code: starting over." in said

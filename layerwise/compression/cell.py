@@ -4,18 +4,17 @@ shared: every layer sees the dense model's Gram. sequential: the Gram of a block
 through the compressed blocks before it, as in the published codes.
 """
 
-import argparse
 import importlib.metadata
 import json
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
-from functools import partial
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
@@ -25,16 +24,14 @@ from layerwise.calibration.modes import sequential_blocks, shared_blocks
 from layerwise.calibration.taps import Tap, tapped_linears
 from layerwise.compression.solver import Solver
 from layerwise.compression.tune import Tuner
-from layerwise.contract.catalogue import Catalogue
+from layerwise.contract.catalogue import Catalogue, Entry
 from layerwise.contract.layer import Compressed, Layer
 from layerwise.contract.target import Target
-from layerwise.evaluation.cache import foresee
 from layerwise.models import loading, structure
 from layerwise.models.streaming import LazyBlocks
 from layerwise.models.structure import Blocks
 from layerwise.runtime.checkpoint import Checkpoint
-from layerwise.runtime.devices import peak_gpu_mb, take
-from layerwise.runtime.errors import record_failure, report_errors
+from layerwise.runtime.devices import peak_gpu_mb
 from layerwise.runtime.files import read_made, remove_parts, sha256, unchanged, whole_file, write_atomic
 from layerwise.runtime.provenance import PROVENANCE, peak_mb, provenance
 from layerwise.sources.fingerprint import check_unchanged
@@ -102,95 +99,172 @@ def calibration_facts(info: Mapping[str, Any], dtype: str) -> dict[str, Any]:
     return facts | {f"calibration_{key}": info[key] for key in ("samples", "length", "seed", "sampling")}
 
 
-def run(args: argparse.Namespace) -> None:
-    """Compress and evaluate a cell. Its checkpoint goes when all is written, also what evaluates the weights."""
-    check = partial(check_unchanged, args.model, args.fingerprint)
-    with Checkpoint(args.out / ".checkpoint", decisive(args), check) as checkpoint:
-        remove_parts(args.out)
-        with unless_damaged(args.gram):
-            record = compressed(args, checkpoint)
-        weights = args.out / "weights.safetensors"
+@dataclass(frozen=True)
+class CellJob:
+    """One cell to be computed.
+
+    spec: of the cell, as the grid has it: columns, method, target and, if it is tuned, tune. model: the config's entry.
+    fingerprint: what sources/fingerprint.py wrote of the model. tokens: the calibration sequences. out: folder of the
+    cell. gram: where the Grams are, as calibration/calibrate.py says; None in sequential mode. code: the file that is
+    named after the hash of the code that decides the result. dtype: of the forward passes that give the Grams, None for
+    the model's. method_paths: folders of methods besides the shipped ones.
+    """
+
+    spec: Mapping[str, Any]
+    model: Mapping[str, Any]
+    fingerprint: Path
+    tokens: Path
+    out: Path
+    gram: Path | None = None
+    code: Path | None = None
+    dtype: str | None = None
+    method_paths: tuple[Path, ...] = ()
+    device: str = "cpu"
+
+    @property
+    def columns(self) -> Mapping[str, Any]:
+        return self.spec["columns"]
+
+    @property
+    def stages(self) -> Mapping[str, Any] | None:
+        """The tuning stages, None where the method's result stands."""
+        return self.spec.get("tune")
+
+    @property
+    def title(self) -> str:
+        """Label of the progress bar."""
+        return "{label} {target} {mode}".format(**self.columns)
+
+    @cached_property
+    def entry(self) -> Entry:
+        return self.catalogue[self.spec["method"]["name"]]
+
+    @cached_property
+    def catalogue(self) -> Catalogue:
+        return Catalogue(list(self.method_paths))
+
+    def solver(self, dtype: torch.dtype) -> Solver:
+        """The cell's method at its target; dtype: of the model that it compresses."""
+        name, target = self.spec["method"]["name"], Target(**self.spec["target"])
+        method = self.catalogue.build(name, self.spec["method"]["params"])
+        mask_only = self.entry.comparison(target) == "mask-only"
+        return Solver(name, method, target, self.columns["seed"], dtype, mask_only, self.entry.criterion)
+
+    def decisive(self) -> dict[str, Any]:
+        """What decides the cell's results, in the words in which its change is told."""
+        spec = {key: value for key, value in self.spec.items() if key != "columns"}
+        return {
+            "spec": spec | {"seed": self.columns["seed"]},
+            "code": self.code.name if self.code else None,
+            "model": [read_made(self.fingerprint), self.model],
+            "tokens": sha256(self.tokens),
+            "Grams": store_of(self.gram).name if self.gram else None,
+            "dtype": self.dtype,
+            "device": self.device,
+            "versions": {name: importlib.metadata.version(name) for name in PROVENANCE},
+        }
+
+
+def run(job: CellJob, then: Callable[[Path, str], None] = lambda weights, digest: None) -> None:
+    """Compress a cell into its folder: layers.parquet, trace.parquet, weights.safetensors and, last, cell.json.
+
+    A process that is killed leaves its finished blocks in a checkpoint, from which the next goes on. then: called with
+    the file of the weights and its SHA-256 before the cell counts as done. Raises InputError for a method that fails or
+    breaks its contract, and for a model or Grams that have changed.
+    """
+    check = partial(check_unchanged, job.model, job.fingerprint)
+    with Checkpoint(job.out / ".checkpoint", job.decisive(), check) as checkpoint:
+        remove_parts(job.out)
+        with unless_damaged(job.gram):
+            record = compress(job, checkpoint)
+        weights = job.out / "weights.safetensors"
         digest = sha256(weights)
-        foresee(args.model, args.fingerprint, weights, digest, args.device)
-        write_atomic(args.out / "cell.json", json.dumps(record | {"weights_sha256": digest}, indent=2) + "\n")
+        then(weights, digest)
+        write_atomic(job.out / "cell.json", json.dumps(record | {"weights_sha256": digest}, indent=2) + "\n")
         checkpoint.remove()
 
 
-def decisive(args: argparse.Namespace) -> dict[str, Any]:
-    """What decides the cell's results, in the words in which its change is told."""
-    return {
-        "spec": {key: args.cell[key] for key in args.cell if key != "columns"} | {"seed": args.cell["columns"]["seed"]},
-        "code": args.code.name if args.code else None,
-        "model": [read_made(args.fingerprint), args.model],
-        "tokens": sha256(args.tokens),
-        "Grams": store_of(args.gram).name if args.gram else None,
-        "dtype": args.dtype,
-        "device": args.device,
-        "versions": {name: importlib.metadata.version(name) for name in PROVENANCE},
-    }
-
-
-def compressed(args: argparse.Namespace, checkpoint: Checkpoint) -> dict[str, Any]:
+def compress(job: CellJob, checkpoint: Checkpoint) -> dict[str, Any]:
     """Write a cell's layers, trace and weights; returns its record. What the checkpoint has is not computed again."""
-    columns, entry = args.cell["columns"], args.cell["method"]
-    catalogue = Catalogue(args.method_path)
-    method, own = catalogue.build(entry["name"], entry["params"]), catalogue[entry["name"]]
-    criterion = own.criterion or "own"
-    if args.code:
-        unchanged(args.code)  # by now it is imported
-    tokens, info = read_tokens(args.tokens)
-    blocks = LazyBlocks(args.model, args.device)
-    target = Target(**args.cell["target"])
-    mask_only = own.comparison(target) == "mask-only"
-    solver = Solver(entry["name"], method, target, columns["seed"], blocks.model.dtype, mask_only, own.criterion)
-    another = args.dtype is not None and args.dtype != loading.dtype_name(blocks.model)
-    sequences, stages, solve = torch.from_numpy(tokens), args.cell.get("tune"), solver.solve
-    title, tuner = f"{columns['label']} {columns['target']} {columns['mode']}", None
-
-    def walk(
-        blocks: Blocks, folder: Path | None = None, start: int = 0, finished: Callable[[int], None] = lambda index: None
-    ) -> tuple[Iterator[tuple[int, Iterable[Tap]]], Stream | None]:
-        """The taps of each block, and in sequential mode the stream that they come from."""
-        if columns["mode"] == "shared":
-            return shared_blocks(store_of(args.gram), blocks, start, finished), None
-        own = LazyBlocks({**args.model, "dtype": args.dtype}, args.device) if another else blocks
-        stream = Stream(own, sequences, folder=folder, start=start)
-        return sequential_blocks(stream, blocks, start, finished), stream
-
-    if stages and checkpoint.done < len(blocks):  # they take the whole model, and are not kept block by block
-        checkpoint.done = 0
-        tuner = Tuner(loading.load(args.model, args.device), sequences, stages, solver.target, solver.seed)
-        with bar(tuner.model, f"{title}, tuned") as progress:
-            for _ in visit(tuner.model, tuner.walk(*walk(Blocks(tuner.model))), tuner.keep(solver.solve), progress):
-                pass
-            tuner.end()
-        write_atomic(checkpoint.folder / TUNING, json.dumps(tuner.history))
-        # What came out is scored as if the method had returned it, on the model as it was.
-        results, told = tuner.results, replace(solver, name=f"{solver.name}, tuned,", mask_only=False, criterion=None)
-        del tuner
-
-        def solve(layer: Layer) -> tuple[Compressed, dict[str, Any]]:
-            result, row = results[layer.name]
-            return told.judged(layer, result, row["seconds"])
-
+    tokens, text = read_tokens(job.tokens)
+    sequences = torch.from_numpy(tokens)
+    blocks = LazyBlocks(job.model, job.device)
+    solver = job.solver(blocks.model.dtype)
+    if job.code:
+        unchanged(job.code)  # by now it is imported
     if checkpoint.done < len(blocks):
-        with bar(blocks.model, title, skipped=checkpoint.done) as progress:
-            for index, taps in walk(blocks, checkpoint.folder, checkpoint.done, checkpoint.finish)[0]:
+        solve = tuned(job, solver, sequences, checkpoint) if job.stages else solver.solve
+        with bar(blocks.model, job.title, skipped=checkpoint.done) as progress:
+            taps_of_blocks, _ = walk(job, blocks, sequences, checkpoint.folder, checkpoint.done, checkpoint.finish)
+            for index, taps in taps_of_blocks:
                 block = visit(blocks.model, [(index, taps)], solve, progress)
                 write_block(checkpoint, index, block, solver)
-    join_blocks(checkpoint, len(blocks), args.out, columns | {"criterion": criterion}, solver.target, title)
-    fingerprint = read_made(args.fingerprint)
+    columns = {**job.columns, "criterion": job.entry.criterion or "own"}
+    join_blocks(checkpoint, len(blocks), job.out, columns, solver.target, job.title)
+    return record_of(job, checkpoint, text, job.dtype or loading.dtype_name(blocks.model))
+
+
+def walk(
+    job: CellJob,
+    blocks: Blocks,
+    sequences: Tensor,
+    folder: Path | None = None,
+    start: int = 0,
+    finished: Callable[[int], None] = lambda index: None,
+) -> tuple[Iterator[tuple[int, Iterable[Tap]]], Stream | None]:
+    """The taps of each block from `start` on, and in sequential mode the stream that they come from.
+
+    sequences: [samples, length] tokens. folder: for the stream's hidden states (default: in memory). finished: called
+    when nothing of a block is needed any more.
+    """
+    if job.columns["mode"] == "shared":
+        assert job.gram is not None
+        return shared_blocks(store_of(job.gram), blocks, start, finished), None
+    same = job.dtype is None or job.dtype == loading.dtype_name(blocks.model)
+    source = blocks if same else LazyBlocks({**job.model, "dtype": job.dtype}, job.device)
+    stream = Stream(source, sequences, folder=folder, start=start)
+    return sequential_blocks(stream, blocks, start, finished), stream
+
+
+def tuned(
+    job: CellJob, solver: Solver, sequences: Tensor, checkpoint: Checkpoint
+) -> Callable[[Layer], tuple[Compressed, dict[str, Any]]]:
+    """A function that gives each layer's tuned result, scored as if the method had returned it.
+
+    The stages take the whole model, and are not kept block by block: the checkpoint begins again.
+    """
+    assert job.stages is not None
+    checkpoint.done = 0
+    tuner = Tuner(loading.load(job.model, job.device), sequences, job.stages, solver.target, solver.seed)
+    with bar(tuner.model, f"{job.title}, tuned") as progress:
+        blocks = tuner.walk(*walk(job, Blocks(tuner.model), sequences))
+        for _ in visit(tuner.model, blocks, tuner.keep(solver.solve), progress):
+            pass
+        tuner.end()
+    write_atomic(checkpoint.folder / TUNING, json.dumps(tuner.history))
+    results, judge = tuner.results, replace(solver, name=f"{solver.name}, tuned,", mask_only=False, criterion=None)
+
+    def solve(layer: Layer) -> tuple[Compressed, dict[str, Any]]:
+        result, row = results[layer.name]
+        return judge.judged(layer, result, row["seconds"])
+
+    return solve
+
+
+def record_of(job: CellJob, checkpoint: Checkpoint, text: Mapping[str, Any], dtype: str) -> dict[str, Any]:
+    """The cell's record: where it comes from and what it took; text: what the tokens' file says of itself."""
+    fingerprint = read_made(job.fingerprint)
     fingerprint.pop("files", None)  # one hash stands for all in the tables
     facts = {
-        **provenance(args.device, torch.get_num_threads()),
+        **provenance(job.device, torch.get_num_threads()),
         **fingerprint,
-        **calibration_facts(info, args.dtype or loading.dtype_name(blocks.model)),
+        **calibration_facts(text, dtype),
     }
-    seconds = checkpoint.total_seconds()
-    peaks = {"peak_mb": peak_mb(), "peak_gpu_mb": peak_gpu_mb(args.device)}
+    peaks = {"peak_mb": peak_mb(), "peak_gpu_mb": peak_gpu_mb(job.device)}
     peaks = {name: checkpoint.most(name, value) for name, value in peaks.items()}
-    record = {"columns": columns, "provenance": facts, "seconds": seconds, **peaks, "model": args.model}
-    return record | ({"tuning": json.loads((checkpoint.folder / TUNING).read_text("utf-8"))} if stages else {})
+    seconds = checkpoint.total_seconds()
+    record = {"columns": job.columns, "provenance": facts, "seconds": seconds, **peaks, "model": job.model}
+    return record | ({"tuning": json.loads((checkpoint.folder / TUNING).read_text("utf-8"))} if job.stages else {})
 
 
 def write_block(
@@ -226,27 +300,3 @@ def join_blocks(
             write_parquet(from_rows(content, {"trace": "traces"}.get(table, table), title), part)
     with whole_file(out / "weights.safetensors") as part:
         packed_weights.join(part, [checkpoint.file(index, "safetensors") for index in range(count)])
-
-
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--cell", type=json.loads, required=True, help="spec of the cell, as JSON")
-    parser.add_argument("--model", type=json.loads, required=True, help="model entry of the config, as JSON")
-    parser.add_argument("--fingerprint", type=Path, required=True, help="what fingerprint.py wrote of the model")
-    parser.add_argument("--tokens", type=Path, required=True, help="calibration tokens")
-    parser.add_argument("--gram", type=Path, help="where the Grams are, as calibrate.py says (shared mode)")
-    parser.add_argument("--code", type=Path, help="file named after the hash of the code that decides the result")
-    parser.add_argument("--dtype", help="of the forward passes that give the Grams (default: the model's)")
-    parser.add_argument("--method-path", type=Path, action="append", default=[], help="further folder of methods")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--out", type=Path, required=True, help="folder of the cell")
-    args = parser.parse_args(argv)
-    loading.set_threads(args.threads)
-    with record_failure(args.out, "compress"):
-        take(args.device)
-        run(args)
-
-
-if __name__ == "__main__":
-    report_errors(main, sys.argv[1:])

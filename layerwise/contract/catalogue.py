@@ -10,62 +10,21 @@ import importlib
 import importlib.util
 import math
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jsonschema
 
+from layerwise.contract.import_closure import METHODS, closure, imports_of
 from layerwise.contract.target import Target, refusal
 
 if TYPE_CHECKING:
     from layerwise.contract.layer import Method
 
-PACKAGE = Path(__file__).parents[1]
-HOME = (PACKAGE / "methods").resolve()  # of a checkout its folder methods/
-PACKAGES = {"layerwise.methods": HOME} | {  # whose files decide results
-    f"layerwise.{room}": PACKAGE / room for room in ("contract", "numerics", "kernels", "compression")
-}
-
-
-def imported(paths: Iterable[Path]) -> list[Path]:
-    """These files and, each once and after what imports it, the files of PACKAGES that they import."""
-    found: dict[Path, None] = {}
-    waiting = list(paths)
-    while waiting:
-        path = waiting.pop(0)
-        if path not in found:
-            found[path] = None
-            waiting = [*_imports(_parsed(path)), *waiting]
-    return list(found)
-
-
-@cache
-def _parsed(path: Path) -> ast.Module:
-    return ast.parse(path.read_text("utf-8"))
-
-
-def _imports(tree: ast.Module) -> list[Path]:
-    """Files of PACKAGES that a module imports with `from package...`."""
-    files: dict[Path, None] = {}
-    for node in tree.body:
-        if isinstance(node, ast.ImportFrom) and node.module:
-            package, _, module = node.module.rpartition(".")
-            if node.module in PACKAGES:
-                files |= dict.fromkeys(PACKAGES[node.module] / f"{alias.name}.py" for alias in node.names)
-            elif package in PACKAGES:
-                files[PACKAGES[package] / f"{module}.py"] = None
-    return [path for path in files if path.is_file()]
-
-
 # What a result depends on besides the method's own file. An edit to one of these re-runs every cell.
-SHARED_SOURCES = tuple(
-    imported(
-        PACKAGE / f"{name}.py" for name in ("contract/layer", "numerics/ops", "compression/verify", "contract/target")
-    )
-)
+SHARED_SOURCES = tuple(closure(["layerwise.compression.verify"]))
 STRUCTURES = ["dense", "row", "layer", "n:m", "1xb"]
 # What the objective of a method's trace measures: the layer's error, that of a relaxed mask, or something of its own.
 CRITERIA = ["error", "relaxed error", "own"]
@@ -152,7 +111,7 @@ class Catalogue(Mapping[str, Entry]):
 
     def __init__(self, folders: list[Path] | None = None) -> None:
         self._entries: dict[str, Entry] = {}
-        for folder in [HOME, *(folders or [])]:
+        for folder in [METHODS, *(folders or [])]:
             try:
                 files = sorted(folder.glob("*.py")) if folder.is_dir() else None
             except OSError:  # such as a name that is too long
@@ -321,7 +280,7 @@ def read_entry(path: Path) -> Entry | None:
             f"{path}: CARD['parameters'] and the fields of {classes[0].name} must be the same, "
             f"{sorted(card['parameters'])} and {sorted(defaults)} came."
         )
-    needed = tuple(own for own in imported(_imports(tree)) if own not in SHARED_SOURCES)
+    needed = tuple(own for own in closure(imports_of(tree)) if own not in SHARED_SOURCES)
     return Entry(path.stem, path, classes[0].name, card, defaults, needed)
 
 
@@ -357,7 +316,7 @@ def _advice(value: Any, schema: Mapping[str, Any]) -> str:
 
 
 def _import(entry: Entry):
-    if entry.path.parent == HOME:
+    if entry.path.parent == METHODS:
         return importlib.import_module(f"layerwise.methods.{entry.name}")
     name = f"layerwise_method_{entry.path.resolve()}"  # the path: another folder may hold another method of the name
     if name not in sys.modules:

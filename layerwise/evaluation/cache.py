@@ -1,65 +1,53 @@
 """Evaluations by content: one of the same weights, on the same data, by the same code is read, not computed again.
 
 The job that compresses a cell evaluates it at once, while it has the model in memory, and leaves the results in STORE
-(`foresee`). The cell's own evaluation jobs then find them there and need neither torch nor the model. So do cells whose
-weights come out the same, as those of a method without data do in both modes. What is not in STORE is computed.
+(`evaluate_ahead`). The cell's own evaluation jobs then find them there and need neither torch nor the model. So do
+cells whose weights are the same, as those of a method without data are in both modes. What STORE lacks is computed.
 """
 
 from __future__ import annotations
 
 import argparse
 import hashlib
+import importlib
 import importlib.metadata
 import json
-import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from layerwise.contract.catalogue import SHARED_SOURCES
-from layerwise.evaluation.zero_shot import stay_offline
+from layerwise.contract.import_closure import closure
 from layerwise.runtime.devices import take
 from layerwise.runtime.errors import record_failure, report_errors
 from layerwise.runtime.files import check_weights, read_made, sha256, write_atomic
-from layerwise.runtime.project import PACKAGE
 from layerwise.sources.fingerprint import check_unchanged, unchanging
-from layerwise.sources.task_sets import task_files
+from layerwise.sources.task_sets import stay_offline, task_files
 
 if TYPE_CHECKING:
     from layerwise.models.streaming import LazyBlocks
 
 STORE = Path("results/evaluations")
-MODEL = (
-    *("evaluation/perplexity", "sources/tokens", "models/loading", "models/streaming"),
-    *("storage/packed_weights", "storage/bits_per_weight"),
-)
-# Scripts that decide the result of each kind of evaluation, and libraries whose versions do.
-SCRIPTS = {
-    "perplexity": (
-        *("evaluation/cache", "sources/task_sets", *MODEL),
-        *("calibration/block_stream", "calibration/taps", "calibration/hidden_states"),
-    ),
-    "tasks": ("evaluation/cache", "evaluation/zero_shot", "sources/task_sets", *MODEL),
-}
-
-
-def code() -> dict[Any, str]:
-    """The hash of each file of code; the shared files of methods decide what packed.py reads."""
-    names = dict.fromkeys(script for kind in SCRIPTS.values() for script in kind)
-    own = {script: sha256(PACKAGE / f"{script}.py") for script in names}
-    return own | {path: sha256(path) for path in SHARED_SOURCES}
-
-
-CODE = code()  # when this process starts
+# The module whose `evaluate_cell` computes each kind of evaluation, and libraries whose versions decide its result.
+KINDS = {"perplexity": "layerwise.evaluation.perplexity", "tasks": "layerwise.evaluation.zero_shot"}
 LIBRARIES = {
     "perplexity": ("torch", "transformers"),
     "tasks": ("torch", "transformers", "tokenizers", "datasets", "lm_eval"),
 }
-# What a cell of this run will be asked for: a list of {kind, data, spec}, {model} in data standing for the model's
-# identity. An environment variable and no parameter of the compress rule: a cell's weights do not depend on it.
-ASKED = "LAYERWISE_EVALUATIONS"
+
+
+def code_of(kind: str) -> list[Path]:
+    """Files of code that decide the result of a kind of evaluation."""
+    return closure([KINDS[kind], __name__])
+
+
+def hashes() -> dict[Path, str]:
+    """SHA-256 of each file of code that decides an evaluation's result."""
+    return {path: sha256(path) for path in dict.fromkeys(path for kind in KINDS for path in code_of(kind))}
+
+
+CODE = hashes()  # when this process starts
 
 
 @dataclass(frozen=True)
@@ -88,7 +76,7 @@ class Evaluation:
             "data": sha256(self.data),
             "files": [[path.as_posix(), sha256(path)] for path in (task_files(self.spec) if self.spec else ())],
             "spec": self.spec,
-            "code": [CODE[script] for script in SCRIPTS[self.kind]] + [CODE[path] for path in SHARED_SOURCES],
+            "code": [CODE[path] for path in code_of(self.kind)],
             "versions": [importlib.metadata.version(library) for library in LIBRARIES[self.kind]],
             "device": self.device,
         }
@@ -96,55 +84,59 @@ class Evaluation:
 
     def compute(self, blocks: LazyBlocks | None = None) -> str:
         """The result as text; blocks: of the model, which get the cell's weights."""
-        from layerwise.evaluation.perplexity import apply_weights, evaluate_text
-        from layerwise.models.streaming import LazyBlocks
-
         if blocks is None:
-            blocks = LazyBlocks(self.model, self.device)
-            apply_weights(blocks, self.weights)
-        if self.kind == "perplexity":
-            found = evaluate_text(blocks, self.data, self.weights.with_name(f".states-{self.data.stem}"), self.name)
-        else:
-            from layerwise.evaluation.zero_shot import evaluate_tasks
-
-            found = evaluate_tasks(blocks, self.model, self.spec)
+            blocks = self.blocks()
+        found = importlib.import_module(KINDS[self.kind]).evaluate_cell(blocks, self)
         return json.dumps(found, indent=1, allow_nan=False) + "\n"
 
+    def blocks(self) -> LazyBlocks:
+        """The model with the cell's weights as they are stored."""
+        from layerwise.evaluation.perplexity import apply_weights
+        from layerwise.models.streaming import LazyBlocks
 
-def foresee(entry: Mapping[str, Any], fingerprint: Path, weights: Path, digest: str, device: str) -> None:
-    """Evaluate a model with the weights of a cell's file on all that the cell will be asked for, into STORE.
+        blocks = LazyBlocks(self.model, self.device)
+        apply_weights(blocks, self.weights)
+        return blocks
 
-    digest: SHA-256 of that file. What is in STORE or has no data yet is left out. What fails is left to the
-    evaluation's own job, which fails loudly.
+
+def evaluate_ahead(
+    requested: Iterable[Mapping[str, Any]],
+    model: Mapping[str, Any],
+    fingerprint: Path,
+    weights: Path,
+    digest: str,
+    device: str,
+) -> None:
+    """Evaluate a model with the weights of a cell's file on all that is requested of the cell, into STORE.
+
+    requested: {kind, data, spec} of each evaluation, {model} in data standing for the model's identity. digest: SHA-256
+    of the file of weights. What is in STORE or has no data yet is left out. An evaluation that fails is left to its own
+    job, which reports it.
     """
-    from layerwise.evaluation.perplexity import apply_weights
-    from layerwise.models.streaming import LazyBlocks
-
-    if code() != CODE:  # edited during a compression of hours: what is imported now may not be what was hashed
+    if hashes() != CODE:  # edited during a compression of hours: what is imported now may not be what was hashed
         return
     blocks = None
-    for asked in json.loads(os.environ.get(ASKED, "[]")):
-        data = Path(asked["data"].replace("{model}", fingerprint.stem))
+    for entry in requested:
+        data = Path(entry["data"].replace("{model}", fingerprint.stem))
         if not data.is_file():
             continue
-        evaluation = Evaluation(asked["kind"], entry, fingerprint, weights, digest, data, asked["spec"], device)
+        evaluation = Evaluation(entry["kind"], model, fingerprint, weights, digest, data, entry["spec"], device)
         try:
             file = evaluation.file()
             if known(file) is not None:
                 continue
             if blocks is None:
-                blocks = LazyBlocks(entry, device)
-                apply_weights(blocks, weights)  # as they are stored, which is what the cell's own job would read
+                blocks = evaluation.blocks()
             text = evaluation.compute(blocks)
-            check_unchanged(entry, fingerprint)
+            check_unchanged(model, fingerprint)
             write_atomic(file, text)
-        except Exception as error:  # of whatever kind: it is that job's to tell
-            print(f"{asked['kind']} of {data} could not be computed beside the compression: {error}", file=sys.stderr)
+        except Exception as error:  # of whatever kind: its own job reports it
+            print(f"{entry['kind']} of {data} could not be computed beside the compression: {error}", file=sys.stderr)
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="recall", description=__doc__)
-    parser.add_argument("kind", choices=list(SCRIPTS))
+    parser.add_argument("kind", choices=list(KINDS))
     parser.add_argument("--model", type=json.loads, required=True, help="the model's config entry, as JSON")
     parser.add_argument("--fingerprint", type=Path, required=True, help="what fingerprint.py wrote of the model")
     parser.add_argument("--weights", type=Path, required=True, help="a cell's weights.safetensors")

@@ -7,7 +7,7 @@ import shutil
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,9 @@ from layerwise.models.structure import Blocks, Linear, few, linears, model_linea
 from layerwise.runtime.errors import InputError
 from layerwise.sources.tokens import read_tokens
 from layerwise.storage.packed_weights import PackedFile
+
+if TYPE_CHECKING:
+    from layerwise.evaluation.cache import Evaluation
 
 ROWS = 1024  # of the logits of a window that are in float32 at a time
 LOGITS_AT_ONCE = 2**23  # logits of a batch, 32 MB in float32: on a processor larger batches are slower
@@ -141,6 +144,12 @@ def evaluate(
         "seconds": round(seconds, 3),
         "losses": [round(loss, DECIMALS) if math.isfinite(loss) else None for loss in losses.tolist()],
     }
+
+
+def evaluate_cell(blocks: Blocks, evaluation: Evaluation) -> dict[str, Any]:
+    """The result of an evaluation of this kind, for a model with the cell's weights."""
+    folder = evaluation.weights.with_name(f".states-{evaluation.data.stem}")
+    return evaluate_text(blocks, evaluation.data, folder, evaluation.name)
 
 
 def evaluate_text(blocks: Blocks, path: Path, folder: Path, label: str = "perplexity") -> dict[str, Any]:

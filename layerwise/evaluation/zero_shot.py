@@ -14,7 +14,6 @@ import importlib.metadata
 import json
 import logging
 import math
-import os
 import sys
 import time
 from collections.abc import Mapping
@@ -24,21 +23,16 @@ from typing import TYPE_CHECKING, Any
 
 from layerwise.runtime.errors import InputError, record_failure, report_errors
 from layerwise.runtime.files import write_atomic
-from layerwise.sources.task_sets import BATCH, Spec, expanded
+from layerwise.sources.task_sets import BATCH, Spec, expanded, stay_offline
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from layerwise.evaluation.cache import Evaluation
     from layerwise.models.streaming import LazyBlocks
 
 # lm-eval's perplexity, of answers or per word, is another than the cells' own.
 RENAMED = {"perplexity": "answer_perplexity"}
-
-
-def stay_offline(spec: Spec) -> None:
-    """For a set with a folder nothing is fetched. The libraries read this when they are imported."""
-    if spec.get("folder"):
-        os.environ["HF_HUB_OFFLINE"] = "1"
 
 
 def prepared(spec: Spec) -> dict[str, Any]:
@@ -257,20 +251,13 @@ def main(argv: list[str] | None = None) -> None:
             found = describe(spec)
     else:
         with record_failure(args.out.parent, args.out.name.removesuffix(".json")):
-            found = evaluate_cell(args)
+            found = evaluate_model(args)
     write_atomic(args.out, json.dumps(found, indent=1, allow_nan=False) + "\n")
 
 
-def evaluate_cell(args: argparse.Namespace) -> dict[str, Any]:
-    from layerwise.evaluation.perplexity import apply_weights
-    from layerwise.models.loading import set_threads
-    from layerwise.models.streaming import LazyBlocks
-
-    set_threads(args.threads)
-    blocks = LazyBlocks(args.model, args.device)
-    if args.weights:
-        apply_weights(blocks, args.weights)
-    return evaluate_tasks(blocks, args.model, args.tasks)
+def evaluate_cell(blocks: LazyBlocks, evaluation: Evaluation) -> dict[str, Any]:
+    """The result of an evaluation of this kind, for a model with the cell's weights."""
+    return evaluate_tasks(blocks, evaluation.model, evaluation.spec)
 
 
 def evaluate_tasks(blocks: LazyBlocks, entry: Mapping[str, Any], spec: Spec) -> dict[str, Any]:
@@ -280,6 +267,18 @@ def evaluate_tasks(blocks: LazyBlocks, entry: Mapping[str, Any], spec: Spec) -> 
     spec, tokenizer = prepared(spec), load_tokenizer(entry)
     with blocks.whole_if_it_fits(), inside(spec):
         return run(blocks.model, tokenizer, spec)
+
+
+def evaluate_model(args: argparse.Namespace) -> dict[str, Any]:
+    from layerwise.evaluation.perplexity import apply_weights
+    from layerwise.models.loading import set_threads
+    from layerwise.models.streaming import LazyBlocks
+
+    set_threads(args.threads)
+    blocks = LazyBlocks(args.model, args.device)
+    if args.weights:
+        apply_weights(blocks, args.weights)
+    return evaluate_tasks(blocks, args.model, args.tasks)
 
 
 if __name__ == "__main__":

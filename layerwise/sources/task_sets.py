@@ -33,6 +33,12 @@ def expanded(spec: Spec) -> dict[str, Any]:
     return {**spec, "tasks": list(dict.fromkeys(names))}
 
 
+def stay_offline(spec: Spec) -> None:
+    """For a set with a folder nothing is fetched. The libraries read this when they are imported."""
+    if spec.get("folder"):
+        os.environ["HF_HUB_OFFLINE"] = "1"
+
+
 def made(spec: Spec) -> bool:
     """Whether the workflow writes the folder of the set itself."""
     return bool(spec.get("folder")) and os.path.normpath(spec["folder"]) in MADE_FOLDERS

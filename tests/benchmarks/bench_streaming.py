@@ -131,7 +131,7 @@ def study(folder: Path, blocks: int, args: argparse.Namespace) -> None:
     for method, mode, spec in cells(folder / "model", args.methods, args.samples, args.length):
         gram = ["--gram", "gram.json"] if mode == "shared" else []
         out = ["--out", f"cells/{method}-{mode}"]
-        jobs.append((method, mode, ["layerwise.compression.cell", "--cell", spec, *given, *gram, *out]))
+        jobs.append((method, mode, ["layerwise.cli.compress", "--cell", spec, *given, *gram, *out]))
     for name, mode, command in jobs:
         seconds, peak = run(command, limit, folder, args.threads)
         tokens = args.samples * args.length / seconds

@@ -1,10 +1,10 @@
 rule code:
-    """Stands for the content of the files of code that a job depends on; see common.smk."""
+    """Stands for the content of the files of code that a job depends on; see Code in study/job_inputs.py."""
     output:
         "results/code/{code}",
     localrule: True
     params:
-        files=lambda wildcards: json.dumps(CODE[wildcards.code]),
+        files=lambda wildcards: json.dumps(CODE.files[wildcards.code]),
     shell:
         "echo {params.files:q} > {output:q}"
 
@@ -12,22 +12,22 @@ rule code:
 rule docstrings:
     """The text of the embedded study, from the installed packages."""
     input:
-        hashes=from_here(f"{workflow.basedir}/resources/demo/text.sha256"),
-        code=code(*scripts("demo/docstrings")),
+        hashes=from_here(ROOT / f"resources/demo/text.sha256"),
+        code=CODE.of("layerwise.demo.docstrings"),
     output:
         expand("results/text/{split}.txt", split=("train", "validation", "test")),
     log:
         "logs/docstrings.log",
     localrule: True
     shell:
-        "{PYTHON} -m layerwise.demo.docstrings --hashes {input.hashes:q} --out results/text 2> >(tee {log:q} >&2)"
+        "{WORKER} docstrings --hashes {input.hashes:q} --out results/text 2> >(tee {log:q} >&2)"
 
 
 rule model:
     """Fetch a model once, and hash its weights for the provenance of every row."""
     input:
-        model_files,
-        code=code(*scripts("sources/fingerprint")),
+        JOBS.model_files,
+        code=CODE.of("layerwise.sources.fingerprint"),
     output:
         "results/models/{model}.json",
     log:
@@ -36,34 +36,34 @@ rule model:
     params:
         model=model_json,
     shell:
-        "{PYTHON} -m layerwise.sources.fingerprint --model {params.model:q} --out {output:q} 2> >(tee {log:q} >&2)"
+        "{WORKER} fingerprint --model {params.model:q} --out {output:q} 2> >(tee {log:q} >&2)"
 
 
 rule calibration_tokens:
     """Draw the calibration sequences once: both modes and all methods see the same."""
     input:
-        text_files("calibration"),
+        JOBS.text_files(JOBS.calibration_text),
         model="results/models/{model}.json",
-        code=code(*scripts("sources/tokens")),
+        code=CODE.of("layerwise.sources.tokens"),
     output:
         "results/tokens/{model}/calibration-{calib}.safetensors",
     log:
         "logs/tokens/{model}/calibration-{calib}.log",
     params:
         model=model_json,
-        text=json_of(text_of("calibration")),
-        spec=json_of(lambda wildcards: PLAN.calibrations[wildcards.calib]),
+        text=as_json(JOBS.calibration_text),
+        spec=as_json(lambda wildcards: PLAN.calibrations[wildcards.calib]),
     shell:
-        "{PYTHON} -m layerwise.sources.tokens calibration --model {params.model:q} --text {params.text:q}"
+        "{WORKER} tokens calibration --model {params.model:q} --text {params.text:q}"
         " --calibration {params.spec:q} --out {output:q} 2> >(tee {log:q} >&2)"
 
 
 rule evaluation_tokens:
     """Cut the evaluation text into windows."""
     input:
-        text_files("evaluation"),
+        JOBS.text_files(JOBS.evaluation_text),
         model="results/models/{model}.json",
-        code=code(*scripts("sources/tokens")),
+        code=CODE.of("layerwise.sources.tokens"),
     output:
         "results/tokens/{model}/evaluation-{evaluation}.safetensors",
     log:
@@ -71,10 +71,10 @@ rule evaluation_tokens:
     priority: 1  # before the cells, which evaluate what they have in memory
     params:
         model=model_json,
-        text=json_of(text_of("evaluation")),
-        spec=json_of(lambda wildcards: PLAN.evaluations[wildcards.evaluation]),
+        text=as_json(JOBS.evaluation_text),
+        spec=as_json(lambda wildcards: PLAN.evaluations[wildcards.evaluation]),
     shell:
-        "{PYTHON} -m layerwise.sources.tokens evaluation --model {params.model:q} --text {params.text:q}"
+        "{WORKER} tokens evaluation --model {params.model:q} --text {params.text:q}"
         " --evaluation {params.spec:q} --out {output:q} 2> >(tee {log:q} >&2)"
 
 
@@ -83,7 +83,7 @@ rule gram:
     input:
         model="results/models/{model}.json",
         tokens="results/tokens/{model}/calibration-{calib}.safetensors",
-        code=code(*scripts(*CALIBRATING), *kernels("rows", "sums")),
+        code=CODE.of("layerwise.calibration.calibrate"),
     output:
         "results/calibration/{model}/{calib}/gram.json",
     log:
@@ -97,8 +97,8 @@ rule gram:
         device="cpu",
     params:
         model=model_json,
-        dtype=forward_dtype,
+        dtype=JOBS.forward_dtype,
     shell:
-        "{PYTHON} -m layerwise.calibration.calibrate --model {params.model:q} --fingerprint {input.model:q}"
+        "{WORKER} calibrate --model {params.model:q} --fingerprint {input.model:q}"
         " --tokens {input.tokens:q} --code {input.code:q} {params.dtype:q} --threads {threads}"
         " --device {resources.device} --out {output:q} 2> >(tee {log:q} >&2)"

@@ -5,17 +5,7 @@ rule tables:
         [f"{cell.folder}/perplexity-{text}.json" for cell in PLAN.cells for text in PLAN.evaluations],
         [f"{cell.folder}/tasks-{tasks}.json" for cell in PLAN.cells for tasks in PLAN.tasks],
         list(PLAN.certificates),
-        code=code(
-            *scripts(
-                "results/collect",
-                "results/cell_results",
-                "results/bounds",
-                "results/comparisons",
-                "results/significance",
-            ),
-            *scripts("storage/table_schema", "results/main_table", "study/grid", "sources/hub", "sources/task_sets"),
-            TABLE_SCHEMA,
-        ),
+        code=CODE.of("layerwise.results.collect"),
     output:
         [
             report(table, caption="../report/main_table.rst", category="Tables") if table.endswith(".md") else table
@@ -27,26 +17,15 @@ rule tables:
     params:
         study=whole_study,
     shell:
-        "{PYTHON} -m layerwise.results.collect --study {params.study:q} --out results/tables 2> >(tee {log:q} >&2)"
+        "{WORKER} tables --study {params.study:q} --out results/tables 2> >(tee {log:q} >&2)"
 
 
 rule published:
     """The study's perplexities beside the published ones, the dense model first."""
     input:
         cells="results/tables/cells.parquet",
-        numbers=from_here(f"{workflow.basedir}/resources/published.csv"),
-        code=code(
-            *scripts(
-                "comparison/published",
-                "comparison/published_page",
-                "results/main_table",
-                "storage/table_schema",
-                "study/grid",
-                "sources/hub",
-            ),
-            from_here(f"{workflow.basedir}/workflow/schemas/published.schema.yaml"),
-            TABLE_SCHEMA,
-        ),
+        numbers=from_here(ROOT / f"resources/published.csv"),
+        code=CODE.of("layerwise.comparison.published"),
     output:
         [
             report(table, caption="../report/published.rst", category="Tables") if table.endswith(".md") else table
@@ -58,8 +37,7 @@ rule published:
     params:
         study=whole_study,
     shell:
-        "{PYTHON} -m layerwise.comparison.published --study {params.study:q} --tables results/tables"
-        " 2> >(tee {log:q} >&2)"
+        "{WORKER} published --study {params.study:q} --tables results/tables" " 2> >(tee {log:q} >&2)"
 
 
 rule report_page:
@@ -68,18 +46,7 @@ rule report_page:
         TABLES,
         published="results/tables/published.parquet",
         figures=[f"figures/{figure}.svg" for figure in DRAWN],
-        code=code(
-            *scripts(
-                "report/page",
-                "results/main_table",
-                "comparison/folders",
-                "results/cell_results",
-                "storage/table_schema",
-                "study/grid",
-                "figures/style",
-            ),
-            TABLE_SCHEMA,
-        ),
+        code=CODE.of("layerwise.report.page"),
         page=PAGE,
     output:
         "results/report.html",
@@ -89,7 +56,7 @@ rule report_page:
     params:
         study=whole_study,
     shell:
-        "{PYTHON} -m layerwise.report.page --study {params.study:q} --tables results/tables"
+        "{WORKER} report-page --study {params.study:q} --tables results/tables"
         " --figures {input.figures:q} --out {output:q} 2> >(tee {log:q} >&2)"
 
 
@@ -100,7 +67,7 @@ for figure, drawing in DRAWN.items():  # a rule each, because the path of a capt
             f"figure_{figure}"
         input:
             [f"results/tables/{table}.parquet" for table in drawing.tables],
-            code=FIGURE_CODE,
+            code=CODE.of("layerwise.figures.plot", drawing.module),
         output:
             f"figures/{figure}.pdf",
             report(f"figures/{figure}.svg", caption=f"../report/{figure}.rst", category="Figures"),
@@ -111,5 +78,4 @@ for figure, drawing in DRAWN.items():  # a rule each, because the path of a capt
         params:
             figure=figure,
         shell:
-            "{PYTHON} -m layerwise.figures.plot {params.figure} --tables results/tables --out {output:q}"
-            " 2> >(tee {log:q} >&2)"
+            "{WORKER} figure {params.figure} --tables results/tables --out {output:q}" " 2> >(tee {log:q} >&2)"

@@ -11,19 +11,7 @@ rule compress:
             then="results/calibration/{model}/{calib}/gram.json",
             otherwise=[],
         ),
-        code=lambda wildcards: code(
-            *method_sources(wildcards),
-            *scripts(
-                "compression/cell",
-                *CALIBRATING,
-                "storage/bits_per_weight",
-                "storage/packed_weights",
-                "storage/table_schema",
-            ),
-            *kernels("rows", "sums"),
-            *(scripts("compression/tune") if "tune" in cell_of(wildcards).spec else []),
-            TABLE_SCHEMA,
-        ),
+        code=lambda wildcards: CODE.of("layerwise.compression.cell", files=JOBS.method_sources(wildcards)),
     output:
         weights=KEPT("results/cells/{model}/{calib}/{mode}/{cell}/weights.safetensors"),
         layers="results/cells/{model}/{calib}/{mode}/{cell}/layers.parquet",
@@ -41,13 +29,15 @@ rule compress:
         model=model_json,
         cell=lambda wildcards: cell_of(wildcards).params,
         gram=lambda wildcards, input: ["--gram", input.gram] if wildcards.mode == "shared" else [],
-        dtype=forward_dtype,
-        folders=method_folders,
+        dtype=JOBS.forward_dtype,
+        folders=JOBS.method_folders,
         out=lambda wildcards, output: str(Path(output.record).parent),
+        requested=REQUESTED,
     shell:
-        "HF_HUB_OFFLINE=1 {PYTHON} -m layerwise.compression.cell --cell {params.cell:q} --model {params.model:q}"
+        "HF_HUB_OFFLINE=1 {WORKER} compress --cell {params.cell:q} --model {params.model:q}"
         " --fingerprint {input.model:q} --tokens {input.tokens:q} --code {input.code:q} {params.gram:q} {params.dtype:q}"
-        " {params.folders:q} --threads {threads} --device {resources.device} --out {params.out:q} 2> >(tee {log:q} >&2)"
+        " {params.folders:q} --requested {params.requested:q} --threads {threads} --device {resources.device}"
+        " --out {params.out:q} 2> >(tee {log:q} >&2)"
 
 
 rule certificate:
@@ -55,11 +45,7 @@ rule certificate:
     input:
         model="results/models/{model}.json",
         gram="results/calibration/{model}/{calib}/gram.json",
-        code=code(
-            *map(from_here, SHARED_SOURCES),
-            *scripts("compression/certificate", "compression/lower_bound", *CALIBRATING, "storage/table_schema"),
-            TABLE_SCHEMA,
-        ),
+        code=CODE.of("layerwise.compression.certificate"),
     output:
         "results/certificates/{model}/{calib}/{bound}.parquet",
     log:
@@ -69,11 +55,11 @@ rule certificate:
         runtime=runtime_min,
     params:
         model=model_json,
-        target=json_of(lambda wildcards: certified(wildcards).spec["target"]),
-        columns=json_of(
-            lambda wildcards: {key: certified(wildcards).columns[key] for key in ("model", "calibration", "seed")}
+        target=as_json(lambda wildcards: JOBS.certified(wildcards).spec["target"]),
+        columns=as_json(
+            lambda wildcards: {key: JOBS.certified(wildcards).columns[key] for key in ("model", "calibration", "seed")}
         ),
     shell:
-        "{PYTHON} -m layerwise.compression.certificate --columns {params.columns:q} --target {params.target:q}"
+        "{WORKER} certificate --columns {params.columns:q} --target {params.target:q}"
         " --model {params.model:q} --fingerprint {input.model:q} --gram {input.gram:q} --threads {threads}"
         " --out {output:q} 2> >(tee {log:q} >&2)"

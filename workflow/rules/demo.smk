@@ -2,7 +2,7 @@ rule demo_model:
     """The recipe of the embedded model; not part of `all`: its weights are committed."""
     input:
         expand("results/text/{split}.txt", split=("train", "validation", "test")),
-        code=code(*scripts("demo/train")),
+        code=CODE.of("layerwise.demo.train"),
     output:
         expand(
             "results/demo/{file}",
@@ -12,4 +12,4 @@ rule demo_model:
         "logs/demo_model.log",
     threads: os.cpu_count() or 1  # as many as --cores allows; a cluster is given no --cores
     shell:
-        "{PYTHON} -m layerwise.demo.train --text results/text --out results/demo 2> >(tee {log:q} >&2)"
+        "{WORKER} train --text results/text --out results/demo 2> >(tee {log:q} >&2)"

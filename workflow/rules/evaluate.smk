@@ -1,10 +1,10 @@
 rule perplexity:
-    """Perplexity of one cell on one text; read where the job that compressed it has left it (recall.py)."""
+    """Perplexity of one cell on one text; read where the job that compressed it has left it (evaluation/cache.py)."""
     input:
         model="results/models/{model}.json",
         tokens="results/tokens/{model}/evaluation-{evaluation}.safetensors",
         weights="results/cells/{model}/{calib}/{mode}/{cell}/weights.safetensors",
-        code=code(*scripts(*recall.SCRIPTS["perplexity"])),
+        code=CODE.of(KINDS["perplexity"], "layerwise.evaluation.cache"),
     output:
         "results/cells/{model}/{calib}/{mode}/{cell}/perplexity-{evaluation}.json",
     log:
@@ -17,7 +17,7 @@ rule perplexity:
         model=model_json,
         name=lambda wildcards: "{label} {target} {mode}".format(**cell_of(wildcards).columns),
     shell:
-        "{PYTHON} -m layerwise.evaluation.cache perplexity --model {params.model:q} --fingerprint {input.model:q}"
+        "{WORKER} evaluate perplexity --model {params.model:q} --fingerprint {input.model:q}"
         " --weights {input.weights:q} --data {input.tokens:q} --name {params.name:q} --threads {threads}"
         " --device {resources.device} --out {output:q} 2> >(tee {log:q} >&2)"
 
@@ -26,10 +26,8 @@ rule docstring_tasks:
     """The two tasks of the embedded study, from its test text."""
     input:
         text="results/text/test.txt",
-        definitions=[
-            from_here(f"{workflow.basedir}/resources/demo/tasks/{task}.yaml") for task in ("last_word", "continuation")
-        ],
-        code=code(*scripts("demo/docstring_tasks")),
+        definitions=[from_here(ROOT / f"resources/demo/tasks/{task}.yaml") for task in ("last_word", "continuation")],
+        code=CODE.of("layerwise.demo.docstring_tasks"),
     output:
         expand("results/tasks/docstrings/{task}.{kind}", task=("last_word", "continuation"), kind=("yaml", "jsonl")),
     log:
@@ -39,15 +37,15 @@ rule docstring_tasks:
         definitions=lambda wildcards, input: str(Path(input.definitions[0]).parent),
         out=lambda wildcards, output: str(Path(output[0]).parent),
     shell:
-        "{PYTHON} -m layerwise.demo.docstring_tasks --text {input.text:q} --definitions {params.definitions:q}"
+        "{WORKER} docstring-tasks --text {input.text:q} --definitions {params.definitions:q}"
         " --out {params.out:q} 2> >(tee {log:q} >&2)"
 
 
 rule task_data:
     """Load the data of a set of tasks once, so that what is absent is told early and nothing is fetched twice."""
     input:
-        task_files,
-        code=code(*scripts("evaluation/zero_shot", "sources/task_sets")),
+        JOBS.task_files,
+        code=CODE.of("layerwise.evaluation.zero_shot"),
     output:
         "results/tasks/{tasks}.json",
     log:
@@ -57,17 +55,17 @@ rule task_data:
     params:
         tasks=tasks_json,
     shell:
-        "{PYTHON} -m layerwise.evaluation.zero_shot data --tasks {params.tasks:q} --out {output:q} 2> >(tee {log:q} >&2)"
+        "{WORKER} tasks data --tasks {params.tasks:q} --out {output:q} 2> >(tee {log:q} >&2)"
 
 
 rule zero_shot:
     """One cell on one set of zero-shot tasks, by lm-eval; read where it is there already."""
     input:
-        task_files,
+        JOBS.task_files,
         model="results/models/{model}.json",
         tasks="results/tasks/{tasks}.json",
         weights="results/cells/{model}/{calib}/{mode}/{cell}/weights.safetensors",
-        code=code(*scripts(*recall.SCRIPTS["tasks"])),
+        code=CODE.of(KINDS["tasks"], "layerwise.evaluation.cache"),
     output:
         "results/cells/{model}/{calib}/{mode}/{cell}/tasks-{tasks}.json",
     log:
@@ -80,6 +78,6 @@ rule zero_shot:
         model=model_json,
         tasks=tasks_json,
     shell:
-        "{PYTHON} -m layerwise.evaluation.cache tasks --model {params.model:q} --fingerprint {input.model:q}"
+        "{WORKER} evaluate tasks --model {params.model:q} --fingerprint {input.model:q}"
         " --weights {input.weights:q} --data {input.tasks:q} --tasks {params.tasks:q}"
         " --threads {threads} --device {resources.device} --out {output:q} 2> >(tee {log:q} >&2)"

@@ -4,15 +4,7 @@ rule export:
         model="results/models/{model}.json",
         weights="results/cells/{model}/{calib}/{mode}/{cell}/weights.safetensors",
         record="results/cells/{model}/{calib}/{mode}/{cell}/cell.json",
-        code=code(
-            *scripts(
-                "export/save",
-                "storage/packed_weights",
-                "storage/bits_per_weight",
-                "evaluation/perplexity",
-                "models/loading",
-            )
-        ),
+        code=CODE.of("layerwise.export.save"),
     output:
         directory("results/exports/{format}/{model}/{calib}/{mode}/{cell}"),
     log:
@@ -26,5 +18,5 @@ rule export:
         model=model_json,
         cell=lambda wildcards, input: str(Path(input.record).parent),
     shell:
-        "{PYTHON} -m layerwise.export.save --cell {params.cell:q} --format {wildcards.format} --model {params.model:q}"
+        "{WORKER} export --cell {params.cell:q} --format {wildcards.format} --model {params.model:q}"
         " --out {output:q} 2> >(tee {log:q} >&2)"

@@ -42,3 +42,4 @@ def preflight():
 
 onstart:
     preflight()
+    write_atomic(Path(REQUESTED), json.dumps(JOBS.requested, indent=1) + "\n")

@@ -1,0 +1,33 @@
+"""`layerwise worker NAME ARGUMENTS`: one job of the workflow. Only the module of that job is imported."""
+
+import importlib
+import sys
+
+from layerwise.runtime.errors import report_errors
+
+WORKERS = {  # name -> module with main(argv)
+    "calibrate": "layerwise.calibration.calibrate",
+    "certificate": "layerwise.compression.certificate",
+    "compress": "layerwise.cli.compress",
+    "docstring-tasks": "layerwise.demo.docstring_tasks",
+    "docstrings": "layerwise.demo.docstrings",
+    "evaluate": "layerwise.evaluation.cache",
+    "export": "layerwise.export.save",
+    "figure": "layerwise.figures.plot",
+    "fingerprint": "layerwise.sources.fingerprint",
+    "published": "layerwise.comparison.published",
+    "report-page": "layerwise.report.page",
+    "tables": "layerwise.results.collect",
+    "tasks": "layerwise.evaluation.zero_shot",
+    "tokens": "layerwise.sources.tokens",
+    "train": "layerwise.demo.train",
+}
+
+
+def run(argv: list[str]) -> None:
+    """Run the job that the first argument names with the others. Ends the process with status 2 for an unknown name."""
+    name, *arguments = argv or [""]
+    if name not in WORKERS:
+        print(f"error: The worker must be one of {', '.join(WORKERS)}. Got {name!r} instead.", file=sys.stderr)
+        sys.exit(2)
+    report_errors(importlib.import_module(WORKERS[name]).main, arguments)

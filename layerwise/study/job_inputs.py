@@ -1,0 +1,129 @@
+"""What the rules of the workflow need for a job, from its wildcards: files, entries of the config, and code.
+
+Wildcards are Snakemake's, with attributes `model`, `calib`, `mode`, `cell`, `evaluation`, `tasks` and `bound`.
+"""
+
+import json
+import os
+from collections.abc import Callable, Mapping
+from functools import cache, cached_property
+from pathlib import Path
+from typing import Any
+
+from layerwise.contract.import_closure import METHODS, PACKAGE, closure
+from layerwise.runtime.errors import InputError
+from layerwise.runtime.files import digest_of
+from layerwise.sources import checkpoint_files, task_sets
+from layerwise.sources import text_files as texts
+from layerwise.study.grid import Cell, Plan, canonical
+
+Wildcards = Any
+CELL = "results/cells/{model}/{calib}/{mode}/{cell}"
+BOUND = "results/certificates/{model}/{calib}/{bound}.parquet"
+
+
+def from_here(path: Path | str) -> str:
+    """The path from the working directory: a project that is moved has nothing to compute again."""
+    return os.path.relpath(path)
+
+
+class Code:
+    """Files named after the content of the code that rules depend on, their input in its place.
+
+    An edit is another input. Neither a touched file nor a fresh checkout is, and a job has one input instead of fifty,
+    of which Snakemake would look at each for every job.
+    """
+
+    def __init__(self) -> None:
+        self.files: dict[str, tuple[str, ...]] = {}  # digest -> files
+        self._named = cache(self._name)
+
+    def of(self, *modules: str, files: tuple[Path, ...] = ()) -> str:
+        """The file that stands for the import closure of these modules of layerwise, and for further files."""
+        return self._named(modules, files)
+
+    def _name(self, modules: tuple[str, ...], files: tuple[Path, ...]) -> str:
+        paths = tuple(map(from_here, dict.fromkeys([*closure(modules), *files])))
+        digest = digest_of(paths)
+        self.files[digest] = paths
+        return f"results/code/{digest}"
+
+
+class JobInputs:
+    """The inputs and parameters of a study's jobs."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+        self._sources = cache(self._sources_of)  # Snakemake asks for every job of many thousands
+        self._model_files = cache(lambda model: list(map(str, checkpoint_files.model_files(plan.models[model]))))
+
+    def cell(self, wildcards: Wildcards) -> Cell:
+        """Raises InputError for a folder that is no cell of the study."""
+        folder = CELL.format(**wildcards)
+        if folder not in self.plan.by_folder:  # a cluster's job reads the config again
+            raise InputError(f"{folder} must be a cell of this study: its config was edited during a run. Run again.")
+        return self.plan.by_folder[folder]
+
+    def certified(self, wildcards: Wildcards) -> Cell:
+        """A cell whose layers are held against the bound."""
+        return self.plan.certificates[BOUND.format(**wildcards)]
+
+    def method_sources(self, wildcards: Wildcards) -> tuple[Path, ...]:
+        """Code that decides a cell's numbers: its method's file, its warm starts' files and what they import."""
+        method = self.cell(wildcards).spec["method"]
+        return self._sources(method["name"], canonical(method["params"]))
+
+    def _sources_of(self, name: str, params: str) -> tuple[Path, ...]:
+        return tuple(self.plan.catalogue.sources(name, json.loads(params)))
+
+    def method_folders(self, wildcards: Wildcards) -> list[str]:
+        """Arguments for the folders of others that the cell's method comes from, and no others: a folder that is added
+        to a study leaves its cells as they are."""
+        outside = [path for path in self.method_sources(wildcards) if not path.is_relative_to(PACKAGE)]
+        folders = {from_here(path.parent) for path in outside} - {from_here(METHODS)}
+        return [part for folder in sorted(folders) for part in ("--method-path", folder)]
+
+    def model_files(self, wildcards: Wildcards) -> list[str]:
+        return self._model_files(wildcards.model)
+
+    def forward_dtype(self, wildcards: Wildcards) -> list[str]:
+        """Arguments for the dtype of a calibration's forward passes, if it is not the model's."""
+        dtype = self.plan.calibrations[wildcards.calib].get("dtype")
+        return ["--dtype", dtype] if dtype else []
+
+    def calibration_text(self, wildcards: Wildcards) -> Mapping[str, Any]:
+        """The entry of the text that a calibration set is drawn from."""
+        return self.plan.config["texts"][self.plan.calibrations[wildcards.calib]["text"]]
+
+    def evaluation_text(self, wildcards: Wildcards) -> Mapping[str, Any]:
+        """The entry of the text that an evaluation is cut from."""
+        return self.plan.config["texts"][self.plan.evaluations[wildcards.evaluation]["text"]]
+
+    def text_files(self, entry: Callable[[Wildcards], Mapping[str, Any]]) -> Callable[[Wildcards], list[str]]:
+        """A function of wildcards that gives the local files of a text's entry."""
+        return lambda wildcards: list(map(str, texts.text_files(entry(wildcards))))
+
+    def task_files(self, wildcards: Wildcards) -> list[str]:
+        return list(map(str, task_sets.task_files(self.plan.tasks[wildcards.tasks])))
+
+    def task_set(self, wildcards: Wildcards) -> dict[str, Any]:
+        """The entry of a set of tasks, without its name."""
+        return _unnamed(self.plan.tasks[wildcards.tasks])
+
+    @cached_property
+    def requested(self) -> list[dict[str, Any]]:
+        """What every cell is to be evaluated on, as evaluation.cache.evaluate_ahead reads it."""
+        evaluations = self.plan.evaluations
+        texts = [f"results/tokens/{{model}}/evaluation-{evaluation}.safetensors" for evaluation in evaluations]
+        sets = [("tasks", f"results/tasks/{name}.json", _unnamed(spec)) for name, spec in self.plan.tasks.items()]
+        entries = [("perplexity", text, {}) for text in texts] + sets
+        return [dict(zip(("kind", "data", "spec"), entry, strict=True)) for entry in entries]
+
+
+def as_json(function: Callable[[Wildcards], Any]) -> Callable[[Wildcards], str]:
+    """As one canonical string: Snakemake compares the set of a param's values, in which order and swaps are lost."""
+    return lambda wildcards: canonical(function(wildcards))
+
+
+def _unnamed(spec: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in spec.items() if key != "name"}
