@@ -24,7 +24,7 @@ from layerwise.runtime.errors import InputError
 
 PRODUCTS = (torch.nn.functional.linear, torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, Tensor.mm)
 
-Found = tuple[str, str, list[Linear], TapStatistics | RoutedStatistics]  # name and scope of a tap, its layers
+TapParts = tuple[str, str, list[Linear], TapStatistics | RoutedStatistics]  # name and scope of a tap, its layers
 
 
 class ExpertRecorder(TorchFunctionMode):
@@ -74,7 +74,7 @@ class ExpertRecorder(TorchFunctionMode):
             return
         self.routing = Routing(module, hidden, chosen)
         for (owner, _, expert), layer in self.layers.items():
-            if owner == id(module):
+            if owner == id(module) and expert is not None:
                 self.seen[layer.name] -= int(self.routing.counts[expert])
 
     def _end(self, *_: Any) -> None:
@@ -83,7 +83,8 @@ class ExpertRecorder(TorchFunctionMode):
     def _show_all(self, module: nn.Module, hidden: Tensor, chosen: Tensor, weights: Tensor) -> None:
         """Feed the layers that were routed few tokens with all of them: run the module as if every token went there."""
         few = [layer for layer in (self.few or {}).values() if layer.module is module]
-        within = {layer.expert for layer in few if layer.parameter != self.entering[id(module)]}
+        inner = [layer for layer in few if layer.parameter != self.entering[id(module)]]
+        within = {layer.expert for layer in inner if layer.expert is not None}
         if any(layer.parameter == self.entering[id(module)] for layer in few):
             if id(module) not in self.shared:
                 self.shared[id(module)] = self._of_every(hidden)
@@ -161,7 +162,7 @@ class ExpertRecorder(TorchFunctionMode):
         found = (name for name, own in self.statistics.items() if not finite(own.gram.diagonal()))
         return next(found, None)
 
-    def found(self) -> Iterator[Found]:
+    def found(self) -> Iterator[TapParts]:
         """The experts' taps, in the order of the layers; experts that are shown every token share what enters them."""
         for module in self.modules:
             own = [layer for layer in self.layers.values() if layer.module is module]

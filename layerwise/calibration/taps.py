@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
-from layerwise.calibration.experts import ExpertRecorder
+from layerwise.calibration.experts import ExpertRecorder, TapParts
 from layerwise.calibration.tap_statistics import TapStatistics
 from layerwise.contract.layer import Gram, Statistics
 from layerwise.models.structure import Linear, few, find_blocks, linears
@@ -139,9 +139,7 @@ class TapRecorder:
     def finish(self) -> list[Tap]:
         """The block's taps in the order of their inputs, then its experts'. Raises InputError naming one not finite."""
         taps = []
-        ordinary = zip(tap_names(self.members), self.members, self.statistics, strict=True)
-        found = chain(((name, "all", *rest) for name, *rest in ordinary), self.experts.found())
-        for name, scope, members, accumulated in found:
+        for name, scope, members, accumulated in chain(self._ordinary(), self.experts.found()):
             gram, statistics = accumulated.finish()
             layers = tuple(layer.name for layer in members)
             if not torch.isfinite(gram.matrix).all():
@@ -151,6 +149,11 @@ class TapRecorder:
                 )
             taps.append(Tap(name, layers, tuple(layer.inside for layer in members), gram, statistics, scope))
         return taps
+
+    def _ordinary(self) -> Iterator[TapParts]:
+        """The taps of layers that are no experts, in the order of their inputs."""
+        for name, members, statistics in zip(tap_names(self.members), self.members, self.statistics, strict=True):
+            yield name, "all", members, statistics
 
 
 def identity(inputs: Tensor) -> tuple[Any, ...]:

@@ -19,7 +19,7 @@ import time
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from layerwise.runtime.errors import InputError, record_failure, report_errors
 from layerwise.runtime.files import write_atomic
@@ -169,8 +169,11 @@ def run(model: PreTrainedModel, tokenizer: Any, spec: Spec) -> dict[str, Any]:
     grouped = {task.task_name for group in loaded["groups"].values() for task in group.get_all_tasks()}
     inner = {child.name for group in loaded["groups"].values() for child in group.get_all_groups()}
     top = [group for name, group in loaded["groups"].items() if name not in inner]
-    lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=spec["batch"])
-    found = evaluate(lm=lm, task_dict=loaded, limit=spec.get("items"))
+    create = cast(Any, HFLM)  # its decorator hides its parameters
+    lm = create(pretrained=model, tokenizer=tokenizer, batch_size=spec["batch"])
+    results = evaluate(lm=lm, task_dict=loaded, limit=spec.get("items"))
+    assert results is not None  # as it is in every process but the first of several
+    found: Mapping[str, Any] = {**results}
     members = {group.name: [task.task_name for task in group.get_all_tasks()] for group in top}
     shown = [*members, *(name for name in loaded["tasks"] if name not in grouped)]
     return {
@@ -196,7 +199,7 @@ def rows_of(name: str, members: list[str], found: Mapping[str, Any]) -> list[dic
     }
     rows = []
     for key, value in found["results"][name].items():
-        metric, comma, filtered = key.partition(",")
+        metric, comma, filtered = str(key).partition(",")
         if not comma or metric.endswith("_stderr"):
             continue
         stderr = found["results"][name].get(f"{metric}_stderr,{filtered}")

@@ -98,7 +98,7 @@ class LazyBlocks(Blocks):
                     trust_remote_code=options["trust_remote_code"],
                 )
         self._write: Callable[[int, nn.Module], None] | None = None
-        self._mapping = get_model_conversion_mapping(model)
+        self._mapping: list[Any] = get_model_conversion_mapping(model)
         self._plan = model._get_dtype_plan(model.dtype)
         model.initialize_weights()  # of the buffers, outside the model's dtype, as the library's loader does
         model.tie_weights()

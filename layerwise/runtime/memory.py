@@ -31,9 +31,12 @@ def limit_files(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/sel
     lines = own.read_text().splitlines() if own.is_file() else []
     for line in lines:
         _, controllers, place = line.split(":", 2)
-        kind = {"": (root, "memory.max"), "memory": (root / "memory", "memory.limit_in_bytes")}.get(controllers)
-        for folder in (Path(place), *Path(place).parents) if kind else ():
-            yield kind[0] / folder.relative_to("/") / kind[1]
+        kinds = {"": (root, "memory.max"), "memory": (root / "memory", "memory.limit_in_bytes")}
+        if controllers not in kinds:
+            continue
+        top, name = kinds[controllers]
+        for folder in (Path(place), *Path(place).parents):
+            yield top / folder.relative_to("/") / name
 
 
 def free_memory() -> int:
