@@ -35,12 +35,12 @@ coverage: .venv/installed  # `make test`, and that it runs 95 % of the lines of 
 	export COVERAGE_DATA=$(COVERAGE_DATA); $(RUN) coverage combine --quiet && $(RUN) coverage report --fail-under 95
 
 mutants: .venv/installed  # plants faults, one at a time, that the tests must catch; docs/testing.md
-	$(RUN) python -m tests.mutants $(if $(UNTIL),--until=$(UNTIL))
+	$(RUN) python -m tests.support.mutants $(if $(UNTIL),--until=$(UNTIL))
 
 slurm: .venv/slurm  # what profiles/slurm needs
 
 smoke: .venv/installed  # a small real run of the DAG in a folder of its own
-	$(RUN) python -m tests.smoke
+	$(RUN) python -m tests.support.smoke
 
 lint: .venv/installed
 	$(RUN) ruff check .
