@@ -86,10 +86,15 @@ def verdict(project: Warm, fault: Fault) -> str:
     return test or ""
 
 
+def generated(folder: str, names: Sequence[str]) -> set[str]:
+    """Of what stands in a folder what no copy needs; `results` and `figures` are rooms of the package too."""
+    return set(LEFT_OUT) & set(names) if Path(folder) == ROOT else set()
+
+
 def warm_copy(folder: Path) -> Warm:
     """A copy of the project with what is compiled: only the loops of a file with a fault are compiled anew."""
     share_compiled(Path(numba.config.CACHE_DIR), folder, within=folder / COMPILED)
-    shutil.copytree(ROOT, folder, ignore=shutil.ignore_patterns(*LEFT_OUT), dirs_exist_ok=True)
+    shutil.copytree(ROOT, folder, symlinks=True, ignore=generated, dirs_exist_ok=True)
     return Warm(folder, {"NUMBA_CACHE_DIR": str(folder / COMPILED)})
 
 

@@ -12,7 +12,7 @@ import pytest
 
 from tests.support import mutants, time_budget
 from tests.support.fork_server import ENDED_LATE, Warm
-from tests.support.mutants import BEGIN, END, PAGE, Fault, faults, verdict
+from tests.support.mutants import BEGIN, END, PAGE, Fault, faults, generated, verdict
 from tests.support.paths import ROOT
 
 
@@ -30,6 +30,11 @@ def test_every_fault_is_told_as_caught():
         assert file.strip("`") == fault.file and f"tests/{path}" in fault.tests.split()
         assert f"def {test}(" in (ROOT / "tests" / path).read_text("utf-8")
     assert len({fault.fault for fault in faults()}) == len(rows) >= 30
+
+
+def test_a_copy_leaves_out_results_and_no_room_of_that_name():
+    assert generated(str(ROOT), ["layerwise", "results", "figures", ".git"]) == {"results", "figures", ".git"}
+    assert generated(str(ROOT / "layerwise"), ["results", "figures"]) == set()
 
 
 @pytest.fixture(scope="module")
