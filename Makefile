@@ -29,18 +29,18 @@ test: .venv/installed
 test-long: .venv/installed  # the rest: faults of whole runs, killed studies, a cluster, 10,000 configs, rarer variants
 	$(RUN) python -m pytest -m long $(if $(UNTIL),--no-loadscope-reorder --until=$(UNTIL))
 
-coverage: .venv/installed  # `make test`, and that it runs 95 % of the lines of methods/ and workflow/scripts/
+coverage: .venv/installed  # `make test`, and that it runs 95 % of the lines of methods/ and layerwise/
 	rm -rf $(COVERAGE_DATA) && mkdir -p $(COVERAGE_DATA)
 	COVERAGE_PROCESS_START=$(CURDIR)/pyproject.toml COVERAGE_DATA=$(COVERAGE_DATA) $(MAKE) test
 	export COVERAGE_DATA=$(COVERAGE_DATA); $(RUN) coverage combine --quiet && $(RUN) coverage report --fail-under 95
 
 mutants: .venv/installed  # plants faults, one at a time, that the tests must catch; docs/testing.md
-	$(RUN) python -m tests.mutants $(if $(UNTIL),--until=$(UNTIL))
+	$(RUN) python -m tests.support.mutants $(if $(UNTIL),--until=$(UNTIL))
 
 slurm: .venv/slurm  # what profiles/slurm needs
 
 smoke: .venv/installed  # a small real run of the DAG in a folder of its own
-	$(RUN) python -m tests.smoke
+	$(RUN) python -m tests.support.smoke
 
 lint: .venv/installed
 	$(RUN) ruff check .

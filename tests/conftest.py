@@ -2,15 +2,16 @@
 
 import pytest
 import torch
-from compiled import compile_loops
-from until import (  # noqa: F401 (pytest finds them here)
+
+from tests.support.compiled import compile_loops
+from tests.support.time_budget import (  # noqa: F401 (pytest finds them here)
     pytest_addoption,
     pytest_collection_modifyitems,
     pytest_runtest_setup,
     pytest_terminal_summary,
 )
 
-pytest.register_assert_rewrite("tests.contract", "tests.reference")
+pytest.register_assert_rewrite("tests.contract", "tests.support.official_outputs")
 torch.set_num_threads(1)
 
 

@@ -1,0 +1,139 @@
+"""The regression check: what moved, by how much, and with which exit status."""
+
+import math
+from pathlib import Path
+
+import pandas as pd
+import pyarrow.parquet as pq
+import pytest
+
+from layerwise.comparison import regression
+from layerwise.comparison.folders import compare, report
+from layerwise.results.cell_results import evaluations
+from layerwise.results.collect import collect
+from layerwise.runtime.errors import InputError
+from tests.support.synthetic_tables import EVALUATIONS, STUDY, cell, layer_frame, write_cell
+
+
+def frame(**errors: float) -> pd.DataFrame:
+    return pd.DataFrame({"label": "wanda", "layer": list(errors), "output_error": list(errors.values())})
+
+
+def test_agreement_within_the_tolerance():
+    changes = compare(frame(q=0.1019, k=0.5), frame(q=0.1, k=0.5), 0.02)
+    assert changes.empty
+    assert report(changes, 2, "output_error", 0.02) == "output_error: all 2 agree within 2 %."
+
+
+@pytest.mark.parametrize(("now", "change"), [(0.103, 0.03), (0.05, -0.5)])
+def test_worse_and_better_have_both_moved(now, change):
+    (moved,) = compare(frame(q=now, k=0.5), frame(q=0.1, k=0.5), 0.02).to_dict("records")
+    assert (moved["layer"], moved["status"]) == ("q", "moved")
+    assert moved["change"] == pytest.approx(change)
+
+
+def test_added_and_gone_in_the_order_of_today():
+    changes = compare(frame(z=1.0, new=0.1, a=2.0), frame(a=1.0, z=2.0, old=0.3), 0.02)
+    assert changes[["layer", "status"]].values.tolist() == [
+        ["z", "moved"], ["new", "added"], ["a", "moved"], ["old", "gone"]
+    ]  # fmt: skip
+
+
+def test_an_error_that_was_zero():
+    assert compare(frame(q=1e-15), frame(q=0.0), 0.02).empty
+    (moved,) = compare(frame(q=1e-6), frame(q=0.0), 0.02).to_dict("records")
+    assert math.isinf(moved["change"])
+    assert "from zero" in report(compare(frame(q=1e-6), frame(q=0.0), 0.02), 1, "output_error", 0.02)
+
+
+def test_a_number_that_is_not_a_number_has_moved():
+    assert list(compare(frame(q=math.nan), frame(q=0.1), 0.02)["status"]) == ["moved"]
+
+
+def test_a_key_with_two_numbers_is_a_sentence():
+    with pytest.raises(InputError, match="two are of wanda q"):
+        compare(pd.concat([frame(q=1.0), frame(q=2.0)]), frame(q=1.0), 0.02)
+
+
+def test_the_report_is_an_aligned_table_with_counts():
+    changes = compare(frame(q_proj=0.11, new=0.1), frame(q_proj=0.1, old=0.3), 0.02)
+    *table, summary = report(changes, 2, "output_error", 0.02).splitlines()
+    assert summary == "output_error: 1 moved, 1 added, 1 gone; 2 compared, tolerance 2 %."
+    assert table[0].split() == ["cell", "layer", "accepted", "now", "change"]
+    assert table[2].split() == ["wanda", "q_proj", "0.1", "0.11", "+10.00", "%"]
+    assert len({line.rstrip().rfind(" ") > 0 for line in table}) == 1
+    assert table[0].index("layer") == table[2].index("q_proj")
+
+
+def study(root: Path, change: float = 1.0, methods: tuple[str, ...] = ("magnitude", "wanda")) -> Path:
+    """Tables of a small study in which the errors of block 1's q_proj are changed by a factor."""
+    cells = [cell(method, "60% row") for method in methods]
+    for one in cells:
+        folder = write_cell(root, one)
+        layers = layer_frame(one, 2)
+        chosen = (layers["block"] == 1) & (layers["kind"] == "q_proj")
+        layers.loc[chosen, "output_error"] *= change
+        layers.to_parquet(folder / "layers.parquet")
+    collect(cells, [], evaluations(STUDY, EVALUATIONS), root / "tables", root=root)
+    return root / "tables"
+
+
+def run(command: str, tables: Path, accepted: Path) -> int:
+    try:
+        regression.main([command, "--tables", str(tables), "--accepted", str(accepted)])
+    except SystemExit as stop:
+        return int(stop.code or 0)
+    return 0
+
+
+def test_check_after_accept_agrees_in_one_line_per_table(tmp_path, capsys):
+    tables = study(tmp_path / "a")
+    assert run("accept", tables, tmp_path / "accepted") == 0
+    accepted = pd.read_csv(tmp_path / "accepted" / "layers.csv")
+    assert list(accepted.columns) == [*regression.CELL, "layer", "output_error"] and len(accepted) == 28
+    assert accepted["label"].is_monotonic_increasing
+    capsys.readouterr()
+    assert run("check", tables, tmp_path / "accepted") == 0
+    assert capsys.readouterr().out.splitlines() == [
+        "output_error (layers): all 28 agree within 2 %.",
+        "perplexity (cells): all 4 agree within 2 %.",
+    ]
+
+
+@pytest.mark.parametrize(("change", "shown"), [(1.05, "+5.00 %"), (0.9, "-10.00 %")])
+def test_check_fails_when_a_layer_moved(tmp_path, capsys, change, shown):
+    run("accept", study(tmp_path / "a"), tmp_path / "accepted")
+    assert run("check", study(tmp_path / "b", change), tmp_path / "accepted") == 1
+    out = capsys.readouterr().out
+    assert out.count("model.layers.1.self_attn.q_proj") == 2 and shown in out and "2 moved, 0 added, 0 gone" in out
+
+
+def test_gone_fails_and_added_does_not(tmp_path, capsys):
+    small, large = study(tmp_path / "a", methods=("wanda",)), study(tmp_path / "b")
+    run("accept", small, tmp_path / "small")
+    run("accept", large, tmp_path / "large")
+    assert run("check", large, tmp_path / "small") == 0
+    assert "0 moved, 14 added, 0 gone" in capsys.readouterr().out
+    assert run("check", small, tmp_path / "large") == 1
+    assert "0 moved, 0 added, 14 gone" in capsys.readouterr().out
+
+
+def test_nothing_accepted_yet_is_a_sentence(tmp_path):
+    with pytest.raises(InputError, match="make accept"):
+        run("check", study(tmp_path / "a"), tmp_path / "accepted")
+
+
+def test_a_strange_accepted_file_is_a_sentence(tmp_path):
+    tables = study(tmp_path / "a")
+    run("accept", tables, tmp_path)
+    (tmp_path / "layers.csv").write_text("a,b\n1,2\n")
+    with pytest.raises(InputError, match="must have the columns"):
+        run("check", tables, tmp_path)
+
+
+def test_a_failed_cell_is_gone(tmp_path):
+    tables = study(tmp_path / "a")
+    run("accept", tables, tmp_path / "accepted")
+    data = pq.read_table(tables / "layers.parquet")
+    pq.write_table(data.slice(14), tables / "layers.parquet")
+    assert run("check", tables, tmp_path / "accepted") == 1

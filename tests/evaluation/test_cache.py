@@ -1,0 +1,198 @@
+"""Evaluations by content: what is read is what would be computed, and nothing that differs is taken for the same."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.numpy import save_file as save_numpy
+from safetensors.torch import save_file
+
+from layerwise.contract.import_closure import PACKAGE
+from layerwise.evaluation import cache, perplexity
+from layerwise.runtime.errors import InputError
+from layerwise.runtime.files import sha256
+from layerwise.sources.fingerprint import main as fingerprint
+from tests.evaluation.test_perplexity import LENGTH, VOCABULARY, WINDOWS, layers_of, llama, weights_of
+from tests.support.paths import ROOT
+
+INFO = {"sha256": "abc", "dataset": "random"}
+
+
+def write_tokens(path, seed=0, words=VOCABULARY):
+    tokens = torch.randint(words, (WINDOWS, LENGTH), generator=torch.Generator().manual_seed(seed))
+    save_numpy({"tokens": tokens.numpy()}, path, metadata={"info": json.dumps(INFO)})
+    return tokens
+
+
+@pytest.fixture
+def cell(tmp_path, monkeypatch):
+    """A model, its weights all zero in a cell's folder, and tokens, in a folder that is worked in."""
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    model = llama()
+    model.save_pretrained("model")
+    save_file({name: torch.zeros_like(weight) for name, weight in weights_of(model).items()}, "weights.safetensors")
+    write_tokens("tokens.safetensors")
+    fingerprint(["--model", json.dumps(entry()), "--out", "tiny.json"])
+    return tmp_path
+
+
+def entry(**changed):
+    return {"name": "tiny", "path": "model", "dtype": "float32", "trust_remote_code": False} | changed
+
+
+def evaluate_ahead(cell, requested):
+    weights = cell / "weights.safetensors"
+    cache.evaluate_ahead(requested, entry(), cell / "tiny.json", weights, sha256(weights), "cpu")
+
+
+def arguments(out="out.json", data="tokens.safetensors", **changed):
+    given = ["perplexity", "--model", json.dumps(entry(**changed)), "--fingerprint", "tiny.json", "--threads", "1"]
+    return [*given, "--weights", "weights.safetensors", "--data", data, "--name", "wanda", "--out", out]
+
+
+def test_what_was_never_seen_is_computed(cell, capsys):
+    cache.main(arguments())
+    result = json.loads((cell / "out.json").read_text())
+    model, tokens = as_saved(), write_tokens(cell / "again.safetensors")
+    for layer in layers_of(model).values():
+        layer.replace(torch.zeros(layer.shape))
+    assert result["losses"] == pytest.approx(perplexity.window_losses(model, tokens, 1).tolist(), abs=1e-5)
+    assert result["perplexity"] == pytest.approx(math.exp(result["mean_loss"])) and result["text"] == INFO
+    assert (result["windows"], result["length"]) == (WINDOWS, LENGTH) and result["seconds"] > 0
+    assert "wanda: 100%" in capsys.readouterr().err
+
+
+def test_other_weights_in_the_same_place_are_evaluated_anew(cell, capsys):
+    cache.main(arguments())
+    save_file(weights_of(llama()), "weights.safetensors")
+    cache.main(arguments("again.json"))
+    before, after = (json.loads((cell / name).read_text()) for name in ("out.json", "again.json"))
+    assert before["losses"] != after["losses"] and "were evaluated before" not in capsys.readouterr().err
+
+
+def test_a_model_that_is_edited_meanwhile_leaves_no_result(cell, monkeypatch):
+    computed = cache.computed
+
+    def edited(*given):
+        text = computed(*given)
+        with open("model/config.json", "a") as file:
+            file.write("\n")
+        return text
+
+    monkeypatch.setattr(cache, "computed", edited)
+    with pytest.raises(InputError, match="config.json is no longer the file that tiny.json was made of"):
+        cache.main(arguments())
+    assert not (cell / "out.json").exists() and not cache.STORE.exists()
+
+
+def as_saved():
+    return type(llama()).from_pretrained("model")
+
+
+def test_what_was_seen_is_read_without_torch(cell):
+    cache.main(arguments())
+    program = (
+        "import sys; from layerwise.evaluation import cache; cache.main(sys.argv[1:]); print('torch' in sys.modules)"
+    )
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", program, *arguments("again.json")], capture_output=True, text=True, env=environment
+    )
+    assert done.stdout.strip() == "False" and "were evaluated before" in done.stderr, done.stderr
+    assert (cell / "again.json").read_bytes() == (cell / "out.json").read_bytes()
+
+
+def test_what_the_compression_leaves_is_what_the_job_would_compute(cell):
+    cache.main(arguments())
+    (alone,) = cache.STORE.iterdir()
+    alone.rename("alone.json")
+    requested = [{"kind": "perplexity", "data": "{model}.safetensors", "spec": {}}]
+    (cell / "tokens.safetensors").rename("tiny.safetensors")  # the model's identity is its fingerprint's name
+    evaluate_ahead(cell, requested)
+    (beside,) = cache.STORE.iterdir()
+    results = [json.loads(path.read_text()) for path in (cell / "alone.json", beside)]
+    for result in results:
+        del result["seconds"]
+    assert results[0] == results[1]
+    cache.main(arguments(data="tiny.safetensors"))
+    assert (cell / "out.json").read_bytes() == beside.read_bytes()
+
+
+def test_the_place_depends_on_all_that_decides_the_result_and_on_no_name(cell):
+    def place(**changed):
+        given = {"kind": "perplexity", "model": entry(), "fingerprint": cell / "tiny.json"}
+        given |= {"weights": cell / "weights.safetensors", "digest": "0", "data": cell / "tokens.safetensors"}
+        return cache.Evaluation(**given | changed).file()
+
+    known = place()
+    assert known == place(name="another label", model=entry(name="renamed", path="elsewhere"), weights=cell / "moved")
+    (cell / "other").mkdir()
+    write_tokens(cell / "other/tokens.safetensors", seed=1)
+    other = json.loads((cell / "tiny.json").read_text())
+    other["files"]["config.json"] = "0" * 64
+    (cell / "other.json").write_text(json.dumps(other))
+    changes = [
+        {"digest": "1"},
+        {"data": cell / "other/tokens.safetensors"},
+        {"fingerprint": cell / "other.json"},
+        {"model": entry(dtype="bfloat16")},
+        {"model": entry(trust_remote_code=True)},
+        {"kind": "tasks"},
+        {"spec": {"tasks": ["a"], "items": 3}},
+        {"device": "cuda"},
+    ]
+    assert len({known, *(place(**change) for change in changes)}) == 1 + len(changes)
+
+
+@pytest.mark.parametrize(
+    "file", ["evaluation/perplexity", "sources/tokens", "numerics/ops", "models/streaming", "versions"]
+)
+def test_other_code_and_other_versions_have_another_place(cell, monkeypatch, file):
+    evaluation = cache.Evaluation(
+        "perplexity", entry(), cell / "tiny.json", cell / "weights.safetensors", "0", cell / "tokens.safetensors"
+    )
+    before = evaluation.file()
+    if file != "versions":
+        monkeypatch.setitem(cache.CODE, PACKAGE / f"{file}.py", "edited")
+    else:
+        monkeypatch.setattr(cache.importlib.metadata, "version", lambda name: "0")
+    assert evaluation.file() != before
+
+
+def test_what_fails_beside_the_compression_is_left_to_its_own_job(cell, capsys):
+    write_tokens(cell / "wrong.safetensors", words=10 * VOCABULARY)
+    requested = [
+        {"kind": "perplexity", "data": name, "spec": {}}
+        for name in ("wrong.safetensors", "absent.safetensors", "tokens.safetensors")
+    ]
+    evaluate_ahead(cell, requested)
+    assert (
+        "perplexity of wrong.safetensors could not be computed beside the compression: The tokens lie between"
+        in capsys.readouterr().err
+    )
+    assert len(list(cache.STORE.iterdir())) == 1  # the last one is there all the same
+    with pytest.raises(InputError, match="do the tokenizer and the model belong together"):
+        cache.main(arguments(data="wrong.safetensors"))
+    assert (cell / "failed-out.json").is_file() and not (cell / "out.json").exists()
+
+
+@pytest.mark.parametrize("left", ["", '{"perplexity": 3'])
+def test_a_result_that_a_crash_has_cut_is_computed_again(cell, left):
+    cache.main(arguments())
+    (stored,) = cache.STORE.iterdir()
+    stored.write_text(left)
+    cache.main(arguments("again.json"))
+    assert (
+        json.loads((cell / "again.json").read_text())["losses"] == json.loads((cell / "out.json").read_text())["losses"]
+    )
+
+
+def test_code_that_was_edited_meanwhile_evaluates_nothing(cell, monkeypatch):
+    monkeypatch.setitem(cache.CODE, PACKAGE / "evaluation/perplexity.py", "as it was when the compression began")
+    evaluate_ahead(cell, [{"kind": "perplexity", "data": "tokens.safetensors", "spec": {}}])
+    assert not cache.STORE.exists()

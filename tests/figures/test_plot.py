@@ -1,0 +1,500 @@
+"""Figures: what is drawn and what is not, one look per method, the same bytes every time."""
+
+# pandas' own annotations lose whether a selection is a column or a frame.
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
+# pyright: reportGeneralTypeIssues=false
+
+import subprocess
+import sys
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from layerwise.figures import plot
+from layerwise.figures.convergence import BOUND, convergence, typical_layer
+from layerwise.figures.depth import error_along_depth, error_reduction
+from layerwise.figures.errors import error_relative, gap_to_bound, ratios
+from layerwise.figures.page import chosen_target
+from layerwise.figures.pareto import pareto_front, perplexity_vs_bits, sized
+from layerwise.figures.perplexity import perplexity_vs_sparsity
+from layerwise.figures.ranks import groups, method_ranks
+from layerwise.figures.style import LOOKS, look, looks, save, strokes, styled
+from layerwise.figures.sweep import along, sweep
+from layerwise.results.cell_results import evaluations
+from layerwise.results.collect import collect
+from layerwise.results.seeds import repeats
+from layerwise.runtime.errors import InputError
+from tests.support.paths import ROOT
+from tests.support.synthetic_tables import (
+    EVALUATIONS,
+    METHODS,
+    STUDY,
+    SyntheticCell,
+    cell,
+    cells_table,
+    comparisons_table,
+    layers_table,
+    plan,
+    traces_table,
+    write_cell,
+)
+
+TABLES = {
+    "cells": cells_table,
+    "layers": layers_table,
+    "traces": traces_table,
+    "comparisons": comparisons_table,
+}
+DRAW = {
+    "perplexity_vs_sparsity": perplexity_vs_sparsity,
+    "perplexity_vs_bits": perplexity_vs_bits,
+    "error_along_depth": error_along_depth,
+    "error_relative": error_relative,
+    "error_reduction": error_reduction,
+    "gap_to_bound": gap_to_bound,
+    "sweep": sweep,
+    "convergence": convergence,
+    "method_ranks": method_ranks,
+}
+
+
+def drawn(name: str, cells: list[SyntheticCell]) -> Figure:
+    drawing = plot.FIGURES[name]
+    return DRAW[name](*(repeats(TABLES[table](cells), table, drawing.repeats) for table in drawing.tables))
+
+
+def panels(figure: Figure) -> list[Axes]:
+    return [axes for axes in figure.get_axes() if axes.axison]
+
+
+def values(axes: Axes, colour: str) -> list[float]:
+    """y values of the lines with markers of a colour, gaps left out."""
+    lines = [line for line in axes.get_lines() if line.get_color() == colour and line.get_marker() != "None"]
+    return [float(y) for line in lines for y in np.asarray(line.get_ydata(), dtype=float) if y == y]
+
+
+def legend_texts(figure: Figure) -> list[str]:
+    (legend,) = [legend for band in figure.subfigs for legend in band.legends]
+    return [text.get_text() for text in legend.get_texts() if text.get_text()]
+
+
+def notes(figure: Figure) -> str:
+    return " ".join(legend.get_title().get_text() for band in figure.subfigs for legend in band.legends)
+
+
+@pytest.mark.parametrize("name", DRAW)
+@pytest.mark.parametrize(
+    "cells",
+    [
+        plan(),
+        pytest.param(plan(tuple(METHODS), models=("demo", "Llama-3.2-1B")), marks=pytest.mark.long),
+        pytest.param(plan(("magnitude", "wanda"), ("50% row",), ("shared",)), marks=pytest.mark.long),
+        pytest.param(plan(("wanda",), ("2:4",), ("sequential",)), marks=pytest.mark.long),
+        plan(("rtn",), ("4b g128",)),
+        [cell("dense", "dense")],
+        [cell(method, "60% row", seed=seed) for method in ("magnitude", "wanda", "ria") for seed in range(3)],
+    ],
+    ids=["demo", "two-models", "one-target", "one-pattern", "quantised-only", "dense-only", "seeds"],
+)
+@pytest.mark.filterwarnings("error")
+def test_every_figure_draws_every_kind_of_study_without_a_warning(name, cells, tmp_path):
+    with styled():
+        save(drawn(name, cells), tmp_path / "figure.png", ".png")
+    assert (tmp_path / "figure.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize("name", DRAW)
+def test_no_texts_overlap(name):
+    with styled():
+        figure = drawn(name, plan(tuple(METHODS)))
+        canvas = FigureCanvasAgg(figure)
+        canvas.draw()
+        renderer = canvas.get_renderer()
+        for axes in panels(figure):
+            titles = [axes.title, axes._left_title, axes._right_title]  # type: ignore[attr-defined]
+            ticks = axes.get_xticklabels() if axes.xaxis.get_tick_params().get("labelbottom", True) else []
+            for group in (titles, ticks):
+                boxes = [text.get_window_extent(renderer) for text in group if text.get_text() and text.get_visible()]
+                assert not any(a.overlaps(b) for a, b in pairwise(sorted(boxes, key=lambda box: box.x0)))
+        bands = [band.get_tightbbox(renderer) for band in figure.subfigs]
+        for above, below in pairwise(bands):
+            assert above.y0 >= below.y1 - 0.03, "bands must not run into each other"
+
+
+def test_perplexities_are_those_of_the_table():
+    cells = cells_table(plan())
+    with styled():
+        figure = perplexity_vs_sparsity(cells)
+    left, right, *_ = panels(figure)
+    own = cells.query("label == 'wanda' and mode == 'shared' and metric == 'perplexity'").set_index("target")["value"]
+    assert values(left, LOOKS["wanda"].colour) == pytest.approx(list(own[["50% row", "60% row", "70% row"]]))
+    assert values(right, LOOKS["wanda"].colour) == pytest.approx(list(own[["50% layer", "2:4", "4:8"]]))
+    assert left.get_yscale() == "log" and len(panels(figure)) == 4
+    dense = [line for line in right.get_lines() if line.get_color() == "black"]
+    assert [line.get_ydata()[0] for line in dense] == [pytest.approx(12.5)]  # type: ignore[index]
+    assert legend_texts(figure) == [
+        "control", "random", "mask-only", "magnitude", "wanda", "weight-updating", "sparsegpt", "dense",
+        "beyond the axis",
+    ]  # fmt: skip
+
+
+def test_the_front_is_what_nothing_beats_in_size_and_perplexity():
+    data = sized(cells_table(plan(tuple(METHODS), modes=("shared",))))
+    front = pareto_front(data)
+    contest = data[data["comparison"] != "control"]
+    assert list(front["size"]) == sorted(front["size"]) and list(front["value"]) == sorted(front["value"])[::-1]
+    for row in contest.dropna(subset=["size", "value"]).itertuples():
+        as_good = contest[(contest["size"] <= row.size) & (contest["value"] <= row.value)]
+        better = as_good[(as_good["size"] < row.size) | (as_good["value"] < row.value)]
+        assert (row.cell in set(front["cell"])) == better.empty
+
+
+def test_the_front_takes_one_of_equals_and_no_control():
+    rows = [("a", "mask-only", 2.0, 5.0), ("b", "mask-only", 2.0, 5.0), ("c", "control", 1.0, 1.0)]
+    rows += [("d", "quantised", 3.0, 5.0), ("e", "quantised", 3.0, 4.0), ("f", "quantised", 4.0, float("nan"))]
+    data = pd.DataFrame(rows, columns=["cell", "comparison", "size", "value"]).assign(target="2:4")
+    assert list(pareto_front(data)["cell"]) == ["a", "e"]
+
+
+def test_a_panel_of_controls_alone_has_no_front():
+    with styled():
+        figure = perplexity_vs_bits(cells_table([cell("random", "60% row"), cell("wanda", "60% row", "sequential")]))
+    assert [len(axes.texts) for axes in panels(figure)] == [0, 1]
+
+
+def test_every_cell_stands_at_its_size_and_perplexity():
+    cells = cells_table(plan(("wanda", "rtn"), modes=("shared",)), failed=[("wanda", "2:4", "shared")])
+    with styled():
+        figure = perplexity_vs_bits(cells)
+    (axes,) = panels(figure)
+    own = sized(cells).query("label == 'wanda'").dropna(subset="value")
+    (line,) = [line for line in axes.get_lines() if line.get_color() == LOOKS["wanda"].colour]
+    assert np.asarray(line.get_xydata()) == pytest.approx(own[["size", "value"]].to_numpy(dtype=float))
+    front = pareto_front(sized(cells))
+    named = ", ".join(
+        f"({number}) {'dense' if row.target == 'dense' else f'{row.label} {row.target}'}"
+        for number, row in enumerate(front.itertuples(), 1)
+    )
+    assert f"Front: {named}." in notes(figure).replace("\n", " ") and "wanda 2:4 shared (failed)" in notes(figure)
+
+
+def test_a_failed_cell_is_a_gap_and_is_said():
+    with styled():
+        figure = perplexity_vs_sparsity(cells_table(plan(), failed=[("wanda", "60% row", "shared")]))
+    left = panels(figure)[0]
+    assert len(values(left, LOOKS["wanda"].colour)) == 2 and len(values(left, LOOKS["magnitude"].colour)) == 3
+    (line,) = [line for line in left.get_lines() if line.get_color() == LOOKS["wanda"].colour]
+    assert np.isnan(np.asarray(line.get_ydata(), dtype=float)[1]), "no line may be drawn across the gap"
+    assert "wanda 60% row shared (failed)" in notes(figure)
+    assert "Not drawn" not in notes(perplexity_vs_sparsity(cells_table(plan())))
+
+
+def test_the_control_does_not_squeeze_the_methods():
+    cells = cells_table(plan())
+    cells.loc[(cells["label"] == "random") & (cells["metric"] == "perplexity"), "value"] = 1e6
+    with styled():
+        axes = panels(perplexity_vs_sparsity(cells))[0]
+    assert axes.get_ylim()[1] < 1000
+    assert any(line.get_marker() == 6 for line in axes.get_lines())
+
+
+def test_errors_are_those_of_the_table_at_60_percent():
+    layers = layers_table(plan())
+    with styled():
+        figure = error_along_depth(layers)
+    assert [axes._left_title.get_text() for axes in panels(figure)][:7] == [  # type: ignore[attr-defined]
+        "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj",
+    ]  # fmt: skip
+    own = layers.query("label == 'sparsegpt' and mode == 'shared' and target == '60% row' and kind == 'o_proj'")
+    assert not values(panels(figure)[3], LOOKS["sparsegpt"].colour)  # the masks' band
+    assert values(panels(figure)[7 + 3], LOOKS["sparsegpt"].colour) == pytest.approx(list(own["output_error"]))
+
+
+def test_experts_of_a_block_are_averaged():
+    layers = layers_table([cell("wanda", "60% row")], blocks=2)
+    twice = pd.concat([layers, layers.assign(output_error=3 * layers["output_error"])])
+    with styled():
+        axes = panels(error_along_depth(twice))[0]
+    own = layers.loc[layers["kind"] == "q_proj", "output_error"]
+    assert values(axes, LOOKS["wanda"].colour) == pytest.approx(list(2 * own))
+
+
+@pytest.mark.parametrize(
+    ("targets", "chosen"),
+    [
+        (("50% row", "60% row", "70% row"), "60% row"),
+        (("70% row", "2:4", "50% row"), "50% row"),
+        (("4b g128", "70% row"), "70% row"),
+        (("4b g128",), "4b g128"),
+    ],
+)
+def test_the_target_shown_along_depth(targets, chosen):
+    assert chosen_target(layers_table(plan(("sparsegpt",), targets), blocks=1)) == chosen
+
+
+def test_ratios_are_to_the_same_layer_target_and_mode():
+    layers = layers_table(plan())
+    found = ratios(layers, "magnitude")
+    assert "magnitude" not in set(found["label"])
+    row = found.query("label == 'wanda' and target == '2:4' and mode == 'sequential'").iloc[5]
+    same = layers.query("label == 'magnitude' and target == '2:4' and mode == 'sequential'")
+    base = same.loc[same["layer"] == row["layer"], "output_error"].item()
+    assert row["ratio"] == pytest.approx(row["output_error"] / base)
+    assert ratios(layers[layers["label"] != "wanda"], "wanda").empty
+
+
+def test_relative_errors_leave_out_quantisation_and_say_a_missing_reference():
+    layers = layers_table(plan())
+    with styled():
+        figure = error_relative(layers)
+        without = error_relative(layers[layers["label"] != "wanda"])
+    assert "rtn" not in legend_texts(figure)
+    assert [tick.get_text() for tick in panels(figure)[1].get_xticklabels()] == [
+        "50% row", "60% row", "70% row", "50% layer", "2:4", "4:8"
+    ]  # fmt: skip
+    assert "wanda has no errors to compare with" in {text.get_text() for text in panels(without)[1].texts}
+
+
+def test_error_saved_over_wanda_stands_in_a_band_per_comparison():
+    layers = layers_table(plan(("magnitude", "wanda", "ria", "sparsegpt"), ("60% row",), ("shared",)))
+    with styled():
+        figure = error_reduction(layers)
+    titles = [band.get_suptitle() for band in figure.subfigs[:-1]]
+    assert [title.rsplit(", ", 1)[1] for title in titles] == ["mask-only", "weight-updating"]
+    masks, updating = panels(figure)[:7], panels(figure)[7:]
+    assert not any(values(axes, LOOKS["sparsegpt"].colour) for axes in masks)
+    assert not any(values(axes, LOOKS["ria"].colour) for axes in updating)
+    own, base = (layers.query(f"label == '{label}' and kind == 'o_proj'")["output_error"] for label in ("ria", "wanda"))
+    assert values(masks[3], LOOKS["ria"].colour) == pytest.approx(list(1 - own.to_numpy() / base.to_numpy()))
+    assert "wanda" not in legend_texts(figure)
+
+
+def test_gaps_are_those_of_the_table():
+    layers = layers_table(plan(("magnitude", "wanda", "sparsegpt"), ("60% row", "2:4"), ("shared", "sequential")))
+    layers.loc[layers["label"] == "wanda", "gap_to_bound"] = 0.25
+    with styled():
+        figure = gap_to_bound(layers.assign(gap_to_bound=layers["gap_to_bound"].where(layers["mode"] == "shared")))
+    (axes,) = panels(figure)
+    assert set(values(axes, LOOKS["wanda"].colour)) == {0.25}
+    assert "sparsegpt" not in legend_texts(figure) and axes.get_ylim() == (0, 1)
+
+
+def test_convergence_shows_one_layer_in_units_of_output_error():
+    cells = plan(("wanda", "sparse_swaps", "alps"), ("50% row", "60% row"), ("shared",))
+    layers, traces = layers_table(cells), traces_table(cells)
+    traces = traces[traces["label"] != "wanda"]
+    own = traces["label"] == "alps"
+    with styled():
+        both = convergence(traces, layers)
+        masks = convergence(traces.assign(criterion=traces["criterion"].where(~own, "own")), layers)
+    assert len(panels(both)) == 4 and len(panels(masks)) == 2 and "alps" not in legend_texts(masks)
+    part = layers.query("label == 'sparse_swaps' and target == '60% row'")
+    traced = layers.query("label in ('sparse_swaps', 'alps') and target == '60% row'")
+    chosen = part[part["layer"] == typical_layer(traced)].iloc[0]
+    assert chosen["layer"] in both.subfigs[0].get_suptitle()
+    for axes in panels(both)[:2]:
+        line, end, bound = axes.get_lines()
+        assert list(line.get_ydata()) == pytest.approx([chosen["output_error"] * factor for factor in (2.5, 1.5, 1)])
+        assert list(end.get_ydata()) == [pytest.approx(chosen["output_error"])]
+        assert bound.get_ydata()[0] == pytest.approx(chosen["lower_bound"]) and bound.get_color() == BOUND["color"]
+    assert len(panels(both)[2].get_lines()) == 2  # a bound on masks says nothing of methods that update weights
+
+
+@pytest.mark.filterwarnings("error")
+def test_convergence_of_methods_that_made_no_step_or_left_no_trace_of_the_layer():
+    cells = plan(("sparse_swaps", "alps"), ("60% row",), ("shared",))
+    layers, traces = layers_table(cells), traces_table(cells)
+    absent = (traces["label"] == "alps") & (traces["layer"] == typical_layer(layers[layers["target"] != "dense"]))
+    with styled():
+        assert len(panels(convergence(traces[(traces["iteration"] == 0) & ~absent], layers))) == 4
+
+
+def test_a_sweep_of_a_target_has_a_line_per_method_and_a_band_per_pattern():
+    cells = cells_table(plan(("wanda", "sparsegpt"), ("50% row", "60% row", "70% row", "2:4"), ("shared",)))
+    with styled():
+        figure = sweep(cells)
+    titles = [band.get_suptitle() for band in figure.subfigs[:-1]]
+    assert titles == ["demo, shared calibration on docs, row, perplexity on docs", titles[1]] and "2:4" in titles[1]
+    error, perplexity, *_ = panels(figure)
+    for axes, metric in ((error, "mean_output_error"), (perplexity, "perplexity")):
+        own = cells.query(f"label == 'wanda' and pattern == 'row' and metric == '{metric}'").sort_values("sparsity")
+        assert values(axes, LOOKS["wanda"].colour) == pytest.approx(list(own["value"]))
+    assert [tick.get_text() for tick in error.get_xticklabels()] == ["50 %", "60 %", "70 %"]
+
+
+def test_a_sweep_of_a_parameter_has_a_level_line_for_who_lacks_it():
+    swept = [cell("sparse_swaps", "60% row", label=f"sparse_swaps.swaps_{swaps}") for swaps in (1, 10, 100)]
+    cells = cells_table([cell("dense", "dense"), cell("wanda", "60% row"), *swept]).assign(swept="swaps")
+    own = cells["label"].str.extract(r"swaps_(\d+)$")[0]
+    cells["params"] = [f'{{"swaps":{swaps}}}' if isinstance(swaps, str) else "{}" for swaps in own]
+    found = along(cells[cells["metric"] == "perplexity"], "swaps")
+    assert list(found["label"]) == ["dense", "wanda", *["sparse_swaps"] * 3]
+    with styled():
+        figure = sweep(cells)
+    axes = panels(figure)[1]
+    assert axes.get_xscale() == "log" and len(values(axes, LOOKS["sparse_swaps"].colour)) == 3
+    level = cells.query("label == 'wanda' and metric == 'perplexity'")["value"].item()
+    (line,) = [line for line in axes.get_lines() if line.get_color() == LOOKS["wanda"].colour]
+    assert list(line.get_ydata()) == [level, level] and legend_texts(figure)[-1] == "dense"
+
+
+@pytest.mark.parametrize("swept", ["group", "calibration_samples", "calibration_length", "calibration_seed"])
+def test_a_sweep_of_integers_is_drawn_where_some_have_no_value(swept):
+    """Columns of integers that may be empty, as they are read: of a cell that failed nothing is known."""
+    cells = cells_table(plan(("wanda",), ("60% row",), ("shared",)))
+    many = [cells.assign(swept=swept, **{swept: value, "cell": f"c{value}"}) for value in (16, 32, 64)]
+    lost = cells.assign(swept=swept, value=None, status="failed", reason="out of memory", **{swept: None})
+    table = pd.concat([*many, lost])
+    table[swept] = table[swept].astype("Int64")
+    with styled():
+        axes = panels(sweep(table))[0]
+    assert [tick.get_text() for tick in axes.get_xticklabels()] == ["16", "32", "64"]
+
+
+def test_a_sweep_of_texts_has_places_and_no_lines():
+    cells = cells_table(plan(("wanda",), ("60% row",), ("shared",)))
+    other = cells[cells["label"] == "wanda"].assign(calibration="other")
+    with styled():
+        axes = panels(sweep(pd.concat([cells, other]).assign(swept="calibration")))[0]
+        none = sweep(cells.assign(swept=None))
+    assert [tick.get_text() for tick in axes.get_xticklabels()] == ["docs", "other"]
+    assert {line.get_linestyle() for line in axes.get_lines()} == {"None"}
+    assert "The study sweeps nothing" in none.texts[0].get_text()
+
+
+def test_the_typical_layer_is_the_one_of_the_median_error():
+    layers = pd.DataFrame({"layer": list("abcab"), "output_error": [0.5, 0.1, 0.1, 0.7, 0.3]})
+    assert typical_layer(layers) == "b"
+
+
+def test_known_methods_differ_in_look_and_unknown_ones_are_stable():
+    assert len(set(LOOKS.values())) == len(LOOKS)
+    families = (
+        ("magnitude", "wanda", "ria", "dsnot", "sparse_swaps", "frank_wolfe"),
+        ("sparsegpt", "alps", "admm", "awp", "reconstruct"),
+        ("rtn", "gptq", "awq", "gqsa"),
+    )
+    for family in families:
+        assert len({LOOKS[method].colour for method in family}) == len(family)
+        assert len({LOOKS[method].marker for method in family}) >= len(family) - 1
+    assert look("brand_new") == look("brand_new") != look("other_new")
+
+
+def test_entries_of_one_method_share_its_colour():
+    found = looks([("wanda.alpha_1", "wanda"), ("wanda", "wanda"), ("magnitude", "magnitude")])
+    assert found["wanda"] == LOOKS["wanda"]
+    assert found["wanda.alpha_1"].colour == LOOKS["wanda"].colour
+    assert found["wanda.alpha_1"].marker != LOOKS["wanda"].marker
+
+
+def test_entries_of_one_method_have_markers_of_their_own():
+    for method in ("chain", "awp", "brand_new"):
+        found = looks([(f"{method}-{number}", method) for number in range(8)])
+        assert len({own.marker for own in found.values()}) == 8
+
+
+def test_weight_updating_methods_are_open_and_dashed():
+    own = LOOKS["sparsegpt"]
+    updating, masking = strokes(own, "weight-updating"), strokes(own, "mask-only")
+    assert updating["markerfacecolor"] == "white" and updating["linestyle"] != "-"
+    assert masking["markerfacecolor"] == own.colour and masking["linestyle"] == "-"
+
+
+SEEDS = [cell(method, "60% row", seed=seed) for method in METHODS for seed in range(3) if METHODS[method][2]]
+
+
+def test_ranks_are_those_of_brute_force():
+    layers, pairs = layers_table(SEEDS), comparisons_table(SEEDS)
+    masks, updates = groups(pairs, layers)
+    assert [masks.comparison, updates.comparison] == ["mask-only", "weight-updating"]
+    own = layers[layers["comparison"] == "mask-only"]
+    ranks: dict[str, list[float]] = {}
+    for _, place in own.groupby(["seed", "layer"]):
+        for row in place.itertuples():
+            ranks.setdefault(row.label, []).append(1 + int((place["output_error"] < row.output_error).sum()))
+    assert dict(masks.ranks) == pytest.approx({label: np.mean(numbers) for label, numbers in ranks.items()})
+    assert list(masks.ranks.index) == ["sparse_swaps", "ria", "wanda", "magnitude"]
+    told = pairs[(pairs["comparison"] == "mask-only") & (pairs["verdict"] != "no difference shown")]
+    assert masks.different == {frozenset(pair) for pair in zip(told["label"], told["other"], strict=True)}
+    assert frozenset(("magnitude", "wanda")) in masks.different
+
+
+def test_a_bar_joins_methods_that_are_not_told_apart():
+    layers, pairs = layers_table(SEEDS), comparisons_table(SEEDS)
+    pairs["verdict"] = "worse"
+    pairs.loc[(pairs["label"] == "wanda") & (pairs["other"] == "ria"), "verdict"] = "no difference shown"
+    masks, updates = groups(pairs, layers)
+    assert masks.bars() == [(1, 2)] and updates.bars() == []
+    with styled():
+        (axes,) = panels(method_ranks(pairs, layers))
+    bars = [line for line in axes.get_lines() if line.get_linewidth() == 2.5]
+    labels = dict(zip(axes.get_yticks(), (text.get_text().split()[0] for text in axes.get_yticklabels()), strict=True))
+    low, high = bars[0].get_ydata()  # type: ignore[misc]
+    assert len(bars) == 1 and [label for place, label in labels.items() if low < place < high] == ["ria", "wanda"]
+
+
+def test_figures_of_one_number_draw_the_mean_over_the_seeds():
+    cells, layers = cells_table(SEEDS), layers_table(SEEDS)
+    mean = repeats(layers, "layers", "mean")
+    assert len(mean) == len(layers) / 3 and list(mean.columns) == list(layers.columns)
+    name = layers["layer"].iloc[9]
+    here = (layers["layer"] == name) & (layers["label"] == "ria")
+    own = mean[(mean["layer"] == name) & (mean["label"] == "ria")]["output_error"]
+    assert own.item() == pytest.approx(layers.loc[here, "output_error"].mean())
+    assert set(repeats(layers, "layers", "first")["seed"]) == {0} and repeats(layers, "layers", "all") is layers
+    cells.loc[(cells["label"] == "wanda") & (cells["seed"] == 1), ["value", "status", "reason"]] = [
+        None,
+        "failed",
+        "no",
+    ]
+    found = repeats(cells, "cells", "mean").set_index(["label", "metric"])
+    assert len(found) == len(cells) / 3
+    assert found.loc[("wanda", "perplexity"), ["status", "reason"]].tolist() == ["failed", "no"]
+    assert pd.isna(found.loc[("wanda", "perplexity"), "value"])
+    ria = cells[(cells["label"] == "ria") & (cells["metric"] == "perplexity")]["value"]
+    assert found.loc[("ria", "perplexity"), "value"] == pytest.approx(ria.mean())
+
+
+@pytest.mark.parametrize("name", DRAW)
+def test_a_figure_has_a_caption(name):
+    assert list(DRAW) == list(plot.FIGURES)
+    assert len((ROOT / "workflow" / "report" / f"{name}.rst").read_text().split()) > 30
+
+
+@pytest.fixture(scope="module")
+def tables(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("study")
+    cells = plan(("magnitude", "wanda", "sparsegpt"), ("50% row", "2:4"), ("shared",))
+    for one in cells:
+        write_cell(root, one)
+    collect(cells, [], evaluations(STUDY, EVALUATIONS), root / "tables", root=root)
+    return root / "tables"
+
+
+def test_the_same_table_gives_the_same_bytes_in_another_process(tables, tmp_path):
+    names = [f"error_relative{suffix}" for suffix in plot.SUFFIXES]
+    for folder, seed in (("a", "1"), ("b", "2")):
+        out = [str(tmp_path / folder / name) for name in names]
+        command = [sys.executable, "-m", "layerwise.figures.plot", "error_relative", "--tables", str(tables), "--out"]
+        environment = {"PYTHONHASHSEED": seed, "PATH": "", "HOME": str(tmp_path), "SOURCE_DATE_EPOCH": seed}
+        subprocess.run([*command, *out], check=True, cwd=ROOT, env=environment)
+    for name in names:
+        first, second = ((tmp_path / folder / name).read_bytes() for folder in ("a", "b"))
+        assert first == second, name
+        assert b"CreationDate" not in first and b"<dc:date>" not in first
+
+
+def test_a_wrong_suffix_is_a_sentence(tables, tmp_path):
+    with pytest.raises(InputError, match=r"\.pdf, \.svg, \.png"):
+        plot.main(["error_relative", "--tables", str(tables), "--out", str(tmp_path / "figure.gif")])
+
+
+def test_naming_the_figures_needs_no_drawing_library():
+    code = "import sys, layerwise.figures.plot; sys.exit('matplotlib' in sys.modules or 'pandas' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0

@@ -1,0 +1,262 @@
+"""The report: one file, everything escaped and traceable, and what it does in a real browser."""
+
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportOptionalMemberAccess=false
+
+import json
+import re
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+from playwright.sync_api import sync_playwright
+
+from layerwise.report.page import other_tables, page
+from layerwise.results import main_table
+from layerwise.results.cell_results import evaluations
+from layerwise.results.collect import collect
+from layerwise.runtime.errors import InputError
+from layerwise.storage.table_schema import read_table
+from tests.support.synthetic_tables import EVALUATIONS, STUDY, SyntheticCell, cell, write_cell
+
+pytestmark = pytest.mark.xdist_group("report")
+EVIL = "<script>alert(1)</script>"
+SKIPPED = [{"label": "rtn", "method": "rtn", "target": "2:4", "reason": f"rtn does not prune {EVIL}"}]
+REASON = f"compress: no pivot {EVIL} is left"
+PUBLISHED = {
+    "paper": [EVIL, "Wanda"],
+    "published": [7.26, 6.42],
+    "verdict": ["not run", "within"],
+}
+SVG = '<svg xmlns="http://www.w3.org/2000/svg" width="300" height="100"><rect width="9" height="9"/></svg>'
+FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"]
+FLAGS += ["--disable-background-networking", "--disable-component-update", "--disable-sync"]
+CHROMIUM = shutil.which("chromium")
+
+
+@dataclass(frozen=True)
+class Study:
+    """What the page reads of a plan."""
+
+    cells: list[SyntheticCell]
+    config: dict[str, Any] = field(default_factory=lambda: {"study": EVIL, "models": {EVIL: {"path": EVIL}}, **STUDY})
+    evaluations: dict[str, Any] = field(default_factory=lambda: EVALUATIONS)
+
+    def warnings(self) -> list[str]:
+        return [f"warned of {EVIL}"]
+
+
+@pytest.fixture(scope="module")
+def study() -> Study:
+    targets = ("50% row", "60% row", "2:4")
+    pruned = [cell(method, target, model=EVIL) for method in ("magnitude", "wanda", "sparsegpt") for target in targets]
+    return Study([cell("dense", "dense", model=EVIL), *pruned])
+
+
+@pytest.fixture(scope="module")
+def folder(study, tmp_path_factory) -> Path:
+    """A study whose last cell has failed, with the page of it."""
+    root = tmp_path_factory.mktemp("report")
+    moved = [SyntheticCell(one.folder.replace(EVIL, "evil"), one.columns) for one in study.cells]
+    study.cells[:] = moved
+    for one in moved[:-1]:
+        write_cell(root, one)
+    failed = root / moved[-1].folder
+    failed.mkdir(parents=True)
+    record = {"status": "error", "reason": REASON.partition(": ")[2], "stage": "compress", "traceback": ""}
+    (failed / "failed-compress.json").write_text(json.dumps(record))
+    collect(moved, SKIPPED, evaluations(STUDY, EVALUATIONS), root / "tables", partial=True, root=root)
+    pd.DataFrame(PUBLISHED).to_parquet(root / "tables/published.parquet")
+    (root / "error_along_depth.svg").write_text(SVG)
+    (root / "report.html").write_text(page(study, root / "tables", [root / "error_along_depth.svg"]), "utf-8")
+    return root
+
+
+@pytest.fixture(scope="module")
+def html(folder) -> str:
+    return (folder / "report.html").read_text("utf-8")
+
+
+def drill(html: str) -> dict[str, Any]:
+    return json.loads(re.search(r'id="drill">(.*?)</script>', html, re.DOTALL).group(1))
+
+
+def test_everything_shown_is_escaped(html):
+    assert EVIL not in html and html.count("&lt;script&gt;alert(1)") > 20
+    assert html.count("<script") == html.count("</script>") == 4
+
+
+def test_every_number_leads_to_spec_log_and_row(study, folder, html):
+    found = drill(html)
+    data = {name: read_table(folder / "tables", name) for name in ("cells", "layers")}
+    numbers = [dict(zip(found["number"], row, strict=True)) for view in found["cells"] for row in view["numbers"]]
+    assert [number["row"] for number in numbers] == list(range(1, len(data["cells"]) + 1))
+    for number, row in zip(numbers, data["cells"].to_dict("records"), strict=True):
+        assert number["metric"] == row["metric"]
+        assert number["value"] == (None if pd.isna(row["value"]) else pytest.approx(row["value"], rel=1e-5))
+    for one, view in zip(study.cells, found["cells"], strict=True):
+        assert view["folder"] == one.folder and view["spec"] == dict(one.columns)
+        assert view["log"] == one.folder.replace("results/", "logs/") + "/compress.log"
+        files = [dict(zip(found["number"], row, strict=True))["file"] for row in view["numbers"]]
+        assert len(set(files)) == 4 and all((folder / file).is_file() == (view["status"] == "done") for file in files)
+        if view["layers"]:
+            rows = data["layers"].iloc[[row - 1 for row in view["layers"]["row"]]]
+            assert set(rows["cell"]) == {one.columns["cell"]}
+            assert rows["output_error"].to_list() == pytest.approx(view["layers"]["output_error"], rel=1e-5)
+            assert rows["layer"].to_list() == found["shapes"][view["layers"]["shape"]]["layer"]
+
+
+def test_gaps_have_their_reasons(html):
+    found = drill(html)["cells"]
+    assert [view["status"] for view in found] == ["done"] * 9 + ["failed"]
+    assert {tuple(gap[3:]) for gap in found[-1]["gaps"]} == {(REASON, found[-1]["log"])} and found[-1]["layers"] is None
+    assert "9 cells done, 1 failed, 0 missing; 1 pairs" in html
+
+
+def test_the_main_tables_mark_what_is_not_shown_to_differ(study, folder, html, monkeypatch):
+    marked = html.count('class="number best"')
+    monkeypatch.setattr(main_table, "NO_DIFFERENCE", "worse")
+    assert page(study, folder / "tables", []).count('class="number best"') > marked > 0
+
+
+def test_what_was_not_calibrated_as_meant_is_told_above_the_main_tables(study, folder, html, tmp_path):
+    shutil.copytree(folder / "tables", tmp_path / "tables")
+    layers = read_table(folder / "tables", "layers")
+    layers.loc[(layers["kind"] == "down_proj") & (layers["block"] == 0), "token_scope"] = "fallback"
+    layers.to_parquet(tmp_path / "tables/layers.parquet")
+    said = "Calibrated on every token, since fewer were routed to their expert than they have inputs: 1 of 14 layers in"
+    assert said in page(study, tmp_path / "tables", []) and said not in html
+
+
+def test_further_tables_lead_with_what_is_asked(folder, tmp_path):
+    verdicts = {"published": ["within", "outside"], "comparisons": ["better", "no difference shown"]}
+    for name, own in verdicts.items():
+        rows = {"model": "m", "cell": ["a", "b"], "n": [1, None], "verdict": own}
+        pd.DataFrame(rows).to_parquet(tmp_path / f"{name}.parquet")
+    found = other_tables(tmp_path, [{"spec": {"cell": "b"}}])
+    assert [one["title"] for one in found] == ["Published beside ours", "Comparisons"]
+    assert all(one["header"] == ["row", "verdict", "cell", "n"] for one in found)
+    assert [row[2]["link"] for row in found[0]["rows"]] == [None, "#cell-0"]
+    assert [row[3]["text"] for row in found[0]["rows"]] == ["1", ""]
+    assert found[0]["note"].startswith("2 comparisons with published perplexities: 1 within, 1 outside")
+    assert found[1]["note"] == "1 of 2 comparisons show no difference. In all rows: model m."
+
+
+def test_equal_input_gives_equal_bytes(study, folder, html):
+    again = page(study, folder / "tables", [folder / "error_along_depth.svg"])
+    ids = re.compile(r'"(?:id|root_id|docid|roots)":(?:"[^"]*"|\{[^}]*\})')
+    assert ids.sub("", again) == ids.sub("", html)
+
+
+def test_bad_input_is_a_sentence(study, folder):
+    with pytest.raises(InputError, match=r"Expected a figure at .*absent.svg: No such file"):
+        page(study, folder / "tables", [folder / "absent.svg"])
+    with pytest.raises(InputError, match="it has no cell"):
+        page(Study(study.cells[1:]), folder / "tables", [])
+
+
+# -------------------------------------------------------------------------------------------------------- in a browser
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    if not CHROMIUM:
+        pytest.skip("chromium is not installed")
+    with sync_playwright() as driver:
+        profile = tmp_path_factory.mktemp("profile")
+        context = driver.chromium.launch_persistent_context(
+            profile, executable_path=CHROMIUM, args=FLAGS, offline=True, timeout=180_000
+        )
+        context.set_default_timeout(180_000)
+        yield context
+        context.close()
+
+
+@pytest.fixture
+def opened(browser, folder):
+    """The page, opened; what it says on the console and asks of the network is in `page.said`."""
+    tab = browser.new_page()
+    tab.said = []
+    tab.on("console", lambda message: tab.said.append(message.text) if message.type in ("error", "warning") else None)
+    tab.on("pageerror", lambda error: tab.said.append(str(error)))
+    tab.on("dialog", lambda dialog: (tab.said.append(dialog.message), dialog.dismiss()))
+    tab.on(
+        "request", lambda asked: None if asked.url[:5] in ("data:", "file:", "blob:") else tab.said.append(asked.url)
+    )
+    tab.goto((folder / "report.html").as_uri(), wait_until="commit")
+    tab.wait_for_selector("html[data-ready]", state="attached")
+    yield tab
+    assert tab.said == []
+    tab.close()
+
+
+def column(tab, name: str) -> list[str]:
+    return tab.evaluate(
+        """name => { const table = document.getElementById("table-results");
+        const at = [...table.tHead.rows[0].cells].findIndex(cell => cell.innerText.trim() === name);
+        return [...table.tBodies[0].rows].map(row => row.cells[at]?.innerText) }""",
+        name,
+    )
+
+
+def test_tables_sort_and_filter(opened):
+    heading = opened.locator("#table-results thead tr").first.locator("th", has_text="mean_output_error")
+    heading.click()
+    opened.wait_for_selector("#table-results th[aria-sort=ascending]")
+    numbers = [float(text) for text in column(opened, "mean_output_error") if text]
+    assert len(numbers) == 9 and numbers == sorted(numbers) and len(set(numbers)) > 5
+    heading.click()
+    opened.wait_for_selector("#table-results th[aria-sort=descending]")
+    assert [float(text) for text in column(opened, "mean_output_error") if text] == numbers[::-1]
+    fields = opened.locator("#table-results thead input")
+    fields.nth(1).fill("wanda")
+    opened.wait_for_function("document.querySelectorAll('#table-results tbody tr').length == 3")
+    assert column(opened, "label") == ["wanda"] * 3
+    fields.nth(2).fill("2:4")
+    opened.wait_for_function("document.querySelectorAll('#table-results tbody tr').length == 1")
+    assert column(opened, "target") == ["2:4"]
+
+
+def test_figures_are_visible(opened):
+    image = opened.locator("#figures img")
+    image.scroll_into_view_if_needed()
+    assert image.is_visible() and image.evaluate("image => image.naturalWidth") == 300
+
+
+def test_the_chart_has_a_height_as_soon_as_it_is_seen(opened):
+    opened.wait_for_function("[...Bokeh.index][0].frame.bbox.height > 100", polling=100)
+
+
+def test_the_layers_of_the_chosen_cell_are_shown(opened, folder, study):
+    layers = read_table(folder / "tables", "layers")
+    for index in (4, 6):
+        name = study.cells[index].columns["cell"]
+        opened.locator("#table-results a", has_text=name).first.click()
+        opened.wait_for_function("name => document.getElementById('cell-spec').innerText.includes(name)", arg=name)
+        own = layers[layers["cell"] == name]
+        shown = opened.locator("#table-layers tbody tr").all_inner_texts()
+        assert [text.split("\t")[:2] for text in shown] == [[str(i + 1), layer] for i, layer in own["layer"].items()]
+        drawn = opened.evaluate("Bokeh.documents[0].get_model_by_name('q_proj').data.error")
+        assert list(drawn) == pytest.approx(own.loc[own["kind"] == "q_proj", "output_error"].to_list(), rel=1e-5)
+    opened.locator("#choice").select_option(str(len(study.cells) - 1))
+    opened.wait_for_function("document.getElementById('cell-layers').hidden")
+    assert opened.locator("#cell-gaps").inner_text() == REASON
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [390, 1400])
+def test_light_and_dark_wide_and_narrow(opened, scheme, width):
+    opened.set_viewport_size({"width": width, "height": 900})
+    opened.emulate_media(color_scheme=scheme)
+    # The browser lays out, and tells of a changed scheme, a little later.
+    opened.wait_for_function("width => document.documentElement.scrollWidth <= width", arg=width)
+    opened.wait_for_function(
+        "dark => document.documentElement.classList.contains('dark') === dark", arg=scheme == "dark"
+    )
+    paper, ink = opened.evaluate(
+        "(({ backgroundColor, color }) => [backgroundColor, color])(getComputedStyle(document.body))"
+    )
+    bright = [sum(map(int, re.findall(r"\d+", colour))) / 3 for colour in (paper, ink)]
+    assert abs(bright[0] - bright[1]) > 150 and (bright[0] < bright[1]) == (scheme == "dark")

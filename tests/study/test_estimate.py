@@ -1,0 +1,259 @@
+"""The estimate of a study: shapes from headers, what jobs need, and refusals before a job runs."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from transformers import AutoConfig
+
+from layerwise.calibration.block_stream import Stream
+from layerwise.contract.catalogue import Catalogue
+from layerwise.evaluation import perplexity
+from layerwise.models import loading, streaming, structure
+from layerwise.runtime import memory
+from layerwise.sources import shapes
+from layerwise.study import cost_model, estimate
+from layerwise.study.cost_model import METHODS, Model, Needs
+from layerwise.study.estimate import Limits, refusals, total
+from layerwise.study.grid import plan
+from tests.support.model_families import FAMILIES, VOCABULARY, build, tokens
+from tests.support.paths import ROOT
+from tests.support.workflow_harness import CONFIG, snakemake, tiny_project, tiny_study
+
+TALL = {"hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "num_hidden_layers": 3}
+ENOUGH = Limits(1e15, "nobody has", 1e15)
+
+
+def study_of(folder: Path, **changes: object) -> Needs:
+    """The tiny study on a model folder."""
+    return Needs(plan(tiny_study() | {"models": {"tiny": {"path": str(folder)}}} | changes))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_headers_give_the_layers_of_every_family(family, tmp_path):
+    model = build(family)
+    model.save_pretrained(tmp_path, max_shard_size="20KB")
+    shape = shapes.shape_of({"path": str(tmp_path)})
+    linears = Counter(layer.shape for layer in structure.model_linears(model).values())
+    found = Counter()
+    for block, times in shape.blocks.items():
+        for out, inputs, _ in block.layers:
+            found[out, inputs] += times
+    assert found == linears
+    saved = model.state_dict()
+    buffers = sum(own.numel() for name, own in model.named_buffers() if name in saved)  # a router's correction
+    assert shape.parameters == buffers + sum(parameter.numel() for parameter in model.parameters())
+    assert (shape.depth, shape.vocabulary) == (len(structure.find_blocks(model)[1]), VOCABULARY)
+    taps = Stream(model, tokens(16)).collect(0)
+    (most, *_) = shape.blocks
+    counted = Counter((size, share < 1) for size, share in most.taps)
+    own = Counter((len(tap.gram.matrix), ".experts." in tap.inside[0]) for tap in taps)
+    assert own <= counted and len(most.taps) - len(taps) in (0, 1)  # Phi's MLP and attention share theirs
+    assert {share for *_, share in (*most.layers, *most.taps) if share < 1} <= {0.75}  # three of four experts
+
+
+@pytest.mark.parametrize("family", ["qwen3", "opt", "gpt_neox", "mixtral", "qwen2_moe", "deepseek_v3"])
+def test_a_config_alone_gives_nearly_the_same(family, tmp_path):
+    build(family).save_pretrained(tmp_path)
+    found = shapes.shape_of({"path": str(tmp_path)})
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(loading.InputError, match="no weights"):
+        shapes.shape_of({"path": str(tmp_path)})
+    config = AutoConfig.from_pretrained(tmp_path).to_dict()
+    guess = shapes.shape_of_config(config)
+    assert guess.depth == found.depth and guess.largest_gram == found.largest_gram
+    assert guess.parameters == pytest.approx(found.parameters, rel=0.35)  # positions and biases, in models of this size
+    assert shapes.shape_of_config({"model_type": "unheard_of"}) is None
+
+
+def test_memory_does_not_grow_with_the_number_of_blocks():
+    config = dict(TALL, intermediate_size=64, vocab_size=VOCABULARY)
+    few, many = (Model(shapes.shape_of_config(config | {"num_hidden_layers": depth}), 2) for depth in (8, 22))
+    assert few.calibrating(512) == many.calibrating(512) and few.evaluating(512, 4096) == many.evaluating(512, 4096)
+    (some, least), (all_blocks, same) = few.answering(1), many.answering(1)
+    assert many.whole > 2 * few.whole and all_blocks > some > least == same
+    assert cost_model.FITS == streaming.SHARE and cost_model.ROWS == perplexity.ROWS
+
+
+def test_tasks_ask_for_the_whole_model_and_are_not_refused_without(tmp_path, monkeypatch):
+    config = dict(TALL, hidden_size=256, intermediate_size=1024, num_hidden_layers=2000, vocab_size=VOCABULARY)
+    monkeypatch.setattr(cost_model, "shape_of", lambda spec: shapes.shape_of_config(config))
+    build("llama").save_pretrained(tmp_path)
+    own = study_of(tmp_path, tasks={"own": {"tasks": ["piqa"]}})
+    jobs = [job for job in own.jobs() if job.rule in ("compress", "zero_shot")]
+    whole = own.shape(own.plan.cells[0].model).parameters * 4
+    assert all(own.mem_mb(job) > whole / 1e6 for job in jobs)
+    assert list(refusals(own, jobs, total(own, jobs, 2, 1e9), Limits(whole / 2, "", 1e15))) == []
+    assert list(refusals(own, jobs, total(own, jobs, 2, 1e9), Limits(1e8, "", 1e15)))
+
+
+def test_every_method_is_in_the_table_of_memory():
+    assert METHODS.keys() == set(Catalogue())
+    assert all(w >= 1 and g >= 0 and products >= 0 for w, g, products in METHODS.values())
+
+
+def test_what_is_inside_a_method_counts():
+    inside = {"warm_start": {"alps": {"iterations": 300}}, "swaps": 100}
+    w, g, products = cost_model.of_method("sparse_swaps", inside)
+    assert (w, g) == tuple(max(METHODS["sparse_swaps"][i], 1 + METHODS["alps"][i]) for i in (0, 1))
+    assert products == METHODS["sparse_swaps"][2] + METHODS["alps"][2]
+    assert cost_model.of_method("of_another", {}) == tuple(map(max, zip(*METHODS.values(), strict=True)))
+
+
+def test_needs_of_a_study(tmp_path):
+    build("llama").save_pretrained(tmp_path)
+    own = study_of(tmp_path)
+    found = {}
+    for job in own.jobs():
+        need = own.need(job)
+        assert need.memory > cost_model.PROCESS
+        if job.rule == "compress":
+            columns = own.cell(job).columns
+            found[columns["label"], columns["target"], columns["mode"]] = need
+    counts = Counter(job.rule for job in own.jobs())
+    assert counts == {"gram": 1, "compress": 7, "perplexity": 7, "certificate": 2}
+    assert found["wanda", "2:4", "sequential"].work > found["wanda", "2:4", "shared"].work
+    assert found["wanda", "2:4", "sequential"].passing > found["wanda", "2:4", "shared"].passing
+    assert found["dense", "dense", "shared"].disk > found["wanda", "50% row", "shared"].disk
+    whole = total(own, own.jobs(), 2, 1e9)
+    assert whole.jobs == 17 and whole.seconds > 0 and not whole.measured and not whole.unknown
+    assert list(refusals(own, own.jobs(), whole, ENOUGH)) == []
+
+
+def test_a_model_that_is_not_here_is_unknown(tmp_path, monkeypatch):
+    monkeypatch.setattr(shapes, "_folder", lambda spec: None)
+    own = study_of(tmp_path)
+    assert {own.mem_mb(job) for job in own.jobs()} == {cost_model.UNKNOWN_MB}
+    found = total(own, own.jobs(), 2, 1e9)
+    assert found.unknown == ("tiny",) and "unknown until fetched: tiny" in estimate.short(own, found, ENOUGH)
+    assert list(refusals(own, own.jobs(), found, Limits(1, "nobody has", 1e15))) == []
+
+
+def test_a_figure_of_the_user_takes_the_estimate_s_place(tmp_path):
+    build("llama").save_pretrained(tmp_path)
+    own = study_of(tmp_path)
+    jobs = [job for job in own.jobs() if job.rule == "compress"]
+    found = total(own, jobs, 2, 1e9)
+    (sentence,) = refusals(own, jobs, found, Limits(1e8, "this machine has", 1e15))
+    assert "this machine has 100 MB" in sentence and "--set-resources compress:mem_mb=N" in sentence
+    for given, refused in ((9e7, 0), (2e8, 1), (None, 0)):
+        assert len(list(refusals(own, jobs, found, Limits(1e8, "", 1e15, given={"compress": given})))) == refused
+    (sentence,) = refusals(own, jobs, found, Limits(None, "", found.disk - 1))
+    assert "of disk" in sentence
+
+
+def test_gram_stores_count_where_they_are(tmp_path, monkeypatch):
+    build("llama").save_pretrained(tmp_path)
+    own = study_of(tmp_path)
+    found = total(own, own.jobs(), 2, 1e9)
+    (gram,) = [own.need(job) for job in own.jobs() if job.rule == "gram"]
+    assert found.stores == gram.disk + gram.passing
+    for limits, refused in (
+        ((found.disk, found.stores), []),
+        ((found.disk - 1, found.stores), ["results/ is"]),
+        ((found.disk, found.stores - 1), ["Gram stores are"]),
+        ((found.disk + found.stores, None), []),
+        ((found.disk + found.stores - 1, None), ["results/ is"]),
+    ):
+        sentences = list(refusals(own, [], found, Limits(None, "", *limits)))
+        assert len(sentences) == len(refused) and all(part in s for part, s in zip(refused, sentences, strict=True))
+    monkeypatch.setenv("LAYERWISE_CACHE", "/proc/grams")
+    free, stores = estimate.disks(tmp_path / "results")
+    assert free > stores == 0
+    monkeypatch.setenv("LAYERWISE_CACHE", str(tmp_path / "absent" / "grams"))
+    assert estimate.disks(tmp_path / "results")[1] is None
+
+
+@pytest.mark.parametrize(
+    ("said", "files", "least"),
+    [
+        ("0::/a/b\n", {"a/memory.max": "300\n", "a/b/memory.max": "max\n", "memory.max": "900\n"}, 300),
+        ("9:cpu:/x\n4:memory:/a\n", {"memory/a/memory.limit_in_bytes": "500\n", "x/memory.max": "1\n"}, 500),
+        ("4:memory:/elsewhere\n", {"memory/memory.limit_in_bytes": "700\n"}, 700),
+    ],
+)
+def test_the_limits_of_control_groups_count(said, files, least, tmp_path, monkeypatch):
+    (tmp_path / "own").write_text(said)
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    found = list(memory.limit_files(tmp_path, tmp_path / "own"))
+    monkeypatch.setattr(memory, "limit_files", lambda: found)
+    assert memory.machine_memory() == least
+    for path in found:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        (path.parent / "memory.current").write_text("250\n")
+        (path.parent / "memory.usage_in_bytes").write_text("250\n")
+        (path.parent / "memory.stat").write_text("anon 190\ninactive_file 60\n")
+    assert memory.free_memory() == least - 190
+
+
+def test_times_of_finished_cells_are_used(tmp_path, monkeypatch):
+    build("llama").save_pretrained(tmp_path)
+    own = study_of(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    cell = next(cell for cell in own.plan.cells if cell.spec["columns"]["label"] == "wanda" and cell.mode == "shared")
+    Path(cell.folder).mkdir(parents=True)
+    (Path(cell.folder) / "cell.json").write_text("{}")
+    (Path(cell.folder) / "benchmark.tsv").write_text("s\th:m:s\n12.5\t0:00:12\n")
+    jobs = [job for job in own.jobs() if job.rule == "compress" and own.cell(job).spec["columns"]["label"] == "wanda"]
+    assert estimate.finished_seconds(own.plan) == {estimate.kind_of(cell): 12.5}
+    shared = [job for job in jobs if job.wildcards["mode"] == "shared"]
+    assert (total(own, shared, 1, 1e9).seconds, total(own, shared, 1, 1e9).measured) == (25.0, 2)
+    assert total(own, jobs, 1, 1e9).measured == 2
+
+
+def test_words():
+    assert [estimate.size(count) for count in (0, 2.5e6, 1.04e9, 1.4e11, 2e12)] == [
+        "0 MB",
+        "2 MB",
+        "1.0 GB",
+        "140 GB",
+        "2.0 TB",
+    ]
+    spoken = [estimate.duration(seconds) for seconds in (3, 600, 9000, 1e6)]
+    assert spoken == ["a minute or two", "some 10 minutes", "some 2 hours", "some 12 days"]
+
+
+# ----------------------------------------------------------------------------------------------------------- real runs
+
+
+def test_the_command_prints_a_table_without_torch_and_refuses(tmp_path):
+    code = (
+        "import sys; from layerwise.study.estimate import main; main(sys.argv[1:]); assert 'torch' not in sys.modules"
+    )
+    arguments = ["--configfile", "config/config.yaml", "--cores", "2"]
+    done = subprocess.run([sys.executable, "-c", code, *arguments], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "demo: 7 M parameters" in done.stdout and "compress: sparsegpt, sequential" in done.stdout
+    command = [sys.executable, "-m", "layerwise.study.estimate", *arguments, "--mem-mb", "300"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr.startswith("error: ") and "--mem-mb gives 300 MB" in done.stderr
+
+
+SMALL = ["--configfile", CONFIG, "--resources", "mem_mb=100", "--until", "gram"]
+
+
+def test_a_run_that_cannot_fit_is_refused_before_its_first_job(tmp_path):
+    folder = tiny_project(tmp_path / "project")
+    refused = snakemake(folder, *SMALL)
+    assert refused.status == 1
+    assert "gram of the model 'tiny' needs about" in refused.output
+    assert "--resources allow 100 MB" in refused.output and "Traceback" not in refused.output
+    assert not (folder / "results").exists() and "localrule" not in refused.output
+
+
+@pytest.mark.long
+def test_a_run_whose_user_knows_better_goes_on_and_takes_the_disk_that_was_foreseen(tmp_path):
+    folder = tiny_project(tmp_path / "project")
+    allowed = snakemake(folder, *SMALL, "--set-resources", "gram:mem_mb=90")
+    assert allowed.status == 0, allowed.output
+    assert "of memory, for gram of the model 'tiny'" in allowed.output
+    own = Needs(plan(tiny_study() | {"models": {"tiny": {"path": str(next(folder.glob("a model*")))}}}))
+    need = own.need(next(own.jobs()))
+    written = sum(path.stat().st_size for path in (folder / "results").rglob("block-*.safetensors"))
+    assert need.disk == pytest.approx(written, rel=0.1)

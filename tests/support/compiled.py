@@ -1,0 +1,16 @@
+"""The project's compiled loops, made before several processes would each make them."""
+
+import subprocess
+import sys
+
+from tests.support.paths import ROOT
+
+LOOPS = ("columns", "descent", "exchange", "frank_wolfe", "grids", "regrow", "select", "sums", "swap_rounds")
+
+
+def compile_loops() -> None:
+    """In two processes: minutes where nothing is compiled. Raises RuntimeError for loops that do not compile."""
+    halves = [", ".join(f"layerwise.kernels.{name}" for name in LOOPS[first::2]) for first in (0, 1)]
+    running = [subprocess.Popen([sys.executable, "-c", f"import {half}"], cwd=ROOT) for half in halves]
+    if any([half.wait() for half in running]):
+        raise RuntimeError(f"The loops in {ROOT / 'layerwise/kernels'} should compile, and do not.")
