@@ -10,7 +10,7 @@ from until import (  # noqa: F401 (pytest finds them here)
     pytest_terminal_summary,
 )
 
-pytest.register_assert_rewrite("tests.contract", "tests.reference")
+pytest.register_assert_rewrite("layerwise.checks.battery", "tests.reference")
 torch.set_num_threads(1)
 
 

@@ -20,6 +20,7 @@ from torch import nn
 
 from layerwise.calibration.calibrate import write_gram
 from layerwise.calibration.gram_store import read_block
+from layerwise.checks import layer_cases as layers
 from layerwise.cli import compress as compress_worker
 from layerwise.compression import solver as solver_module
 from layerwise.contract.layer import Gram, Layer
@@ -34,7 +35,6 @@ from layerwise.runtime.errors import InputError
 from layerwise.sources import fingerprint
 from layerwise.storage.packed_weights import PackedFile
 from layerwise.study.grid import plan
-from tests import layers
 
 SAMPLES, LENGTH = 6, 24
 ROW, TWO_OF_FOUR = Target(0.5), Target(pattern="2:4")

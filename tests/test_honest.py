@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 import torch
 
+from layerwise.checks import layer_cases as layers
+from layerwise.checks.battery import FEWER
 from layerwise.compression import cell, score, verify
 from layerwise.compression.score import output_error
 from layerwise.compression.solver import Solver
@@ -20,8 +22,6 @@ from layerwise.contract.layer import Compressed, Gram, Layer, Method, Target
 from layerwise.numerics import dispatch, ops
 from layerwise.runtime.errors import Diverged, InputError
 from layerwise.storage.packed_weights import parts_of
-from tests import layers
-from tests.contract import FEWER
 from tests.test_promises import BLOCK, DENSE, GRID, JOINT, NM, ROW, honest
 
 Lie = Callable[[Layer, Target, Compressed], Any]

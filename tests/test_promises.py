@@ -10,12 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from layerwise.checks import battery as contract
+from layerwise.checks import layer_cases as layers
 from layerwise.compression.verify import broken_promise
 from layerwise.contract.catalogue import Entry
 from layerwise.contract.layer import Compressed, Layer, Method, Target, UnsupportedTarget
 from layerwise.numerics import ops
 from layerwise.numerics.patterns import count_kept, kept_counts
-from tests import contract, layers
 
 ROW, NM, BLOCK, WHOLE = Target(0.5), Target(pattern="2:4"), Target(0.5, "1x16"), Target(0.5, "layer")
 GRID, JOINT, DENSE = Target(bits=4, group=16), Target(0.5, bits=4, group=16), Target()

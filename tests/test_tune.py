@@ -16,6 +16,7 @@ from torch.nn.functional import cross_entropy
 from layerwise.calibration import modes
 from layerwise.calibration.block_stream import Stream
 from layerwise.calibration.calibrate import shared
+from layerwise.checks import layer_cases as layers
 from layerwise.compression import cell as compress
 from layerwise.compression import solver as solver_module
 from layerwise.compression.tune import Tunable, Tuner, rounded
@@ -24,7 +25,6 @@ from layerwise.contract.catalogue import Catalogue
 from layerwise.contract.layer import Compressed, Layer, Target
 from layerwise.models import loading, structure
 from layerwise.numerics import ops
-from tests import layers
 
 BLOCKS = Target(0.5, "1x8", bits=4, group=8)
 STAGES: dict[str, dict[str, Any]] = {

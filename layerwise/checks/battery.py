@@ -16,12 +16,12 @@ import numpy as np
 import pytest
 import torch
 
+from layerwise.checks import layer_cases as layers
+from layerwise.checks.brute_force import best_error, output_error
+from layerwise.checks.layer_cases import HARD, ORDINARY, Recipe
 from layerwise.contract.catalogue import Catalogue, Entry
 from layerwise.contract.layer import Compressed, Gram, Layer, Method, Statistics, Target, UnsupportedTarget
 from layerwise.numerics import dispatch
-from tests import layers
-from tests.brute_force import best_error, output_error
-from tests.layers import HARD, ORDINARY, Recipe
 
 TARGETS = [
     Target(),
