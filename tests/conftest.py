@@ -1,4 +1,4 @@
-"""One thread for every test, loops compiled before it, and assertions of the shared checks with their values."""
+"""One thread for every test, loops compiled before it, and assertions of the shared helpers with their values."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from until import (  # noqa: F401 (pytest finds them here)
     pytest_terminal_summary,
 )
 
-pytest.register_assert_rewrite("layerwise.checks.battery", "tests.reference")
+pytest.register_assert_rewrite("tests.reference")
 torch.set_num_threads(1)
 
 
