@@ -26,7 +26,8 @@ from layerwise.checks.brute_force import best_error, output_error
 from layerwise.checks.layer_cases import EQUAL, HARD, LAYERS, ORDINARY, SMALL_ROWS, SMALL_WHOLE, UNCORRELATED
 from layerwise.checks.report import BROKEN, KEPT, KNOWN, NOTE, NOTHING, Report, Row
 from layerwise.compression.solver import Solver
-from layerwise.contract.catalogue import HOME, Catalogue, CatalogueError, Entry, forget
+from layerwise.contract.catalogue import Catalogue, CatalogueError, Entry, forget
+from layerwise.contract.import_closure import METHODS
 from layerwise.contract.layer import Compressed, Gram, Layer, Method, Target, UnsupportedTarget
 from layerwise.numerics import dispatch
 from layerwise.runtime.errors import InputError
@@ -610,7 +611,7 @@ def _loaded(path: Path) -> tuple[Catalogue, Entry]:
     path = path.resolve()
     try:
         catalogue = Catalogue()
-        if path.parent == HOME and path.stem in catalogue:
+        if path.parent == METHODS and path.stem in catalogue:
             return catalogue, catalogue[path.stem]
         forget(path)  # it may have been edited since
         entry = catalogue.add(path)
@@ -627,7 +628,7 @@ def _loaded(path: Path) -> tuple[Catalogue, Entry]:
 
 def _file_cases(catalogue: Catalogue, entry: Entry, quick: bool) -> Iterator[Case]:
     name = entry.name
-    shipped = entry.path.parent == HOME
+    shipped = entry.path.parent == METHODS
     variants = [FEWER.get(name, {}), *PARAMETERS.get(name, [])] if shipped else [{}, *_card_values(entry)]
     targets = [*TARGETS, *_more_targets(entry)]
     if quick:
@@ -697,7 +698,9 @@ def _row(name: str, case: Case, layer: str) -> Row:
         random.setstate(states[2])
     if known := KNOWN_FAILURES.get((name, case.label, case.target.label)):
         return replace(row, status=KNOWN, sentence=f"Known: {known}.")
-    if layer.endswith(UNCORRELATED) and case.entry.path.parent != HOME:  # a score may measure something else, as RIA's
+    if (
+        layer.endswith(UNCORRELATED) and case.entry.path.parent != METHODS
+    ):  # a score may measure something else, as RIA's
         row = replace(row, status=NOTE)
     return replace(row, sentence=f"{layer}: {row.expected}. Got {row.came} instead.")
 

@@ -11,7 +11,7 @@ import torch
 
 from layerwise.checks import battery, layer_cases, template
 from layerwise.checks.report import BROKEN, KEPT, KNOWN, NOTE, NOTHING, Report
-from layerwise.contract.catalogue import HOME, PACKAGE
+from layerwise.contract.import_closure import METHODS, PACKAGE
 from layerwise.runtime.errors import InputError
 
 RESULT = "        return ops.pruned(layer, importance, target)\n"
@@ -146,7 +146,7 @@ def test_a_choice_that_is_not_the_best_is_told_and_no_breach(tmp_path: Path):
 
 
 def test_a_shipped_file_is_checked_with_its_known_failures():
-    report = battery.check_file(HOME / "ria.py", quick=True)
+    report = battery.check_file(METHODS / "ria.py", quick=True)
     assert report.ok
     assert {row.status for row in report.rows} == {KEPT, KNOWN, NOTHING}
     assert {row.target for row in report.rows if row.status == KNOWN} == {"50% row", "2:4"}

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from layerwise.checks import battery, template
-from layerwise.contract.catalogue import HOME, Catalogue
+from layerwise.contract.catalogue import Catalogue
+from layerwise.contract.import_closure import METHODS
 from layerwise.runtime.errors import InputError
 
 
@@ -29,7 +30,7 @@ def test_the_new_file_is_a_method_of_its_folder(tmp_path: Path):
 def test_the_new_file_is_in_style(tmp_path: Path):
     path = template.write("power_norm", tmp_path)
     for command in (["check"], ["format", "--check"]):
-        call = [sys.executable, "-m", "ruff", *command, "--config", str(HOME.parent / "pyproject.toml"), str(path)]
+        call = [sys.executable, "-m", "ruff", *command, "--config", str(METHODS.parent / "pyproject.toml"), str(path)]
         done = subprocess.run(call, capture_output=True, text=True, timeout=60)
         assert done.returncode == 0, done.stdout
 
