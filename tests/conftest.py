@@ -1,4 +1,4 @@
-"""One thread for every test, loops compiled before it, and assertions of the shared checks with their values."""
+"""One thread for every test, loops compiled before it, and assertions of the shared helpers with their values."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ from tests.support.time_budget import (  # noqa: F401 (pytest finds them here)
     pytest_terminal_summary,
 )
 
-pytest.register_assert_rewrite("tests.contract", "tests.support.official_outputs")
+pytest.register_assert_rewrite("tests.support.official_outputs")
 torch.set_num_threads(1)
 
 

@@ -119,13 +119,17 @@ class Catalogue(Mapping[str, Entry]):
             if files is None:
                 raise CatalogueError(f"method_paths names {folder}, which is not a folder.")
             for path in files:
-                entry = read_entry(path)
-                if entry is None:
-                    continue
-                if entry.name in self._entries:
-                    other = self._entries[entry.name].path
-                    raise CatalogueError(f"Two files define the method {entry.name}: {other} and {path}.")
-                self._entries[entry.name] = entry
+                self.add(path)
+
+    def add(self, path: Path) -> Entry | None:
+        """The entry of one more file, or None for a file without a CARD; raises CatalogueError for a wrong one."""
+        entry = read_entry(path)
+        if entry is not None:
+            if entry.name in self._entries:
+                other = self._entries[entry.name].path
+                raise CatalogueError(f"Two files define the method {entry.name}: {other} and {path}.")
+            self._entries[entry.name] = entry
+        return entry
 
     def __getitem__(self, name: str) -> Entry:
         return self._entries[name]
@@ -318,7 +322,7 @@ def _advice(value: Any, schema: Mapping[str, Any]) -> str:
 def _import(entry: Entry):
     if entry.path.parent == METHODS:
         return importlib.import_module(f"layerwise.methods.{entry.name}")
-    name = f"layerwise_method_{entry.path.resolve()}"  # the path: another folder may hold another method of the name
+    name = _module_name(entry.path)
     if name not in sys.modules:
         spec = importlib.util.spec_from_file_location(name, entry.path)
         assert spec and spec.loader
@@ -326,3 +330,12 @@ def _import(entry: Entry):
         sys.modules[name] = module  # dataclasses look their own module up
         spec.loader.exec_module(module)
     return sys.modules[name]
+
+
+def forget(path: Path) -> None:
+    """Import the file outside methods/ anew the next time that its method is built: it may have been edited."""
+    sys.modules.pop(_module_name(path), None)
+
+
+def _module_name(path: Path) -> str:
+    return f"layerwise_method_{path.resolve()}"  # the path: another folder may hold another method of the name

@@ -15,13 +15,13 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from layerwise.checks.layer_cases import Recipe, make
 from layerwise.contract.layer import Gram, Layer, Method, Target
 from layerwise.methods.admm import ADMM
 from layerwise.methods.alps import ALPS
 from layerwise.methods.awp import AWP
 from layerwise.methods.frank_wolfe import FrankWolfe
 from layerwise.methods.wanda import Wanda
-from tests.layers import Recipe, make
 
 TARGETS = {"60% row": Target(0.6), "2:4": Target(pattern="2:4")}
 STEPS = 4  # of a published loop in one call: they all cost the same

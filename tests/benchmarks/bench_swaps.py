@@ -16,13 +16,13 @@ from unittest import mock
 import torch
 from torch import Tensor
 
+from layerwise.checks import layer_cases as layers
+from layerwise.checks.layer_cases import Recipe
 from layerwise.contract.layer import Compressed, Layer, Target
 from layerwise.kernels import swap_rounds
 from layerwise.methods.sparse_swaps import SparseSwaps
 from layerwise.methods.wanda import Wanda
 from layerwise.numerics import ops, swap_search
-from tests import layers
-from tests.layers import Recipe
 
 TARGETS = [Target(0.5), Target(0.6), Target(pattern="2:4")]
 SIZES = [512, 1024, 2048, 4096]

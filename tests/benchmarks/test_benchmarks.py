@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 
+from layerwise.checks.brute_force import output_error
 from layerwise.contract.catalogue import Catalogue
 from tests.benchmarks import bench_memory, bench_model, suite, summary
 from tests.benchmarks.suite import CASES, Case
-from tests.brute_force import output_error
 
 METHODS = Catalogue()
 # Where the method goes on to its best where the published loop, of which a part is timed, is still under way.

@@ -19,6 +19,7 @@ from torch import nn
 
 from layerwise.calibration.calibrate import write_gram
 from layerwise.calibration.gram_store import read_block
+from layerwise.checks import layer_cases as layers
 from layerwise.cli import compress as compress_worker
 from layerwise.compression import solver as solver_module
 from layerwise.contract.layer import Gram, Layer
@@ -33,7 +34,6 @@ from layerwise.runtime.errors import InputError
 from layerwise.sources import fingerprint
 from layerwise.storage.packed_weights import PackedFile
 from layerwise.study.grid import plan
-from tests import layers
 from tests.support.model_families import HIDDEN, build, tokens
 
 SAMPLES, LENGTH = 6, 24

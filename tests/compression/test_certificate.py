@@ -10,6 +10,9 @@ import torch
 from layerwise.calibration.calibrate import write_gram
 from layerwise.calibration.modes import shared_blocks
 from layerwise.calibration.taps import tapped_linears
+from layerwise.checks import layer_cases as layers
+from layerwise.checks.brute_force import best_error
+from layerwise.checks.layer_cases import Recipe
 from layerwise.compression import certificate
 from layerwise.compression.score import output_error
 from layerwise.contract.layer import Gram, Layer, Target
@@ -17,9 +20,6 @@ from layerwise.methods.magnitude import Magnitude
 from layerwise.models.structure import Blocks
 from layerwise.runtime.errors import InputError
 from layerwise.sources import fingerprint
-from tests import layers
-from tests.brute_force import best_error
-from tests.layers import Recipe
 from tests.support.model_families import build, tokens
 
 

@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 import torch
 
+from layerwise.checks import layer_cases as layers
+from layerwise.checks.battery import FEWER
 from layerwise.compression import cell, score, verify
 from layerwise.compression.score import output_error
 from layerwise.compression.solver import Solver
@@ -20,9 +22,7 @@ from layerwise.contract.layer import Compressed, Gram, Layer, Method, Target
 from layerwise.numerics import dispatch, ops
 from layerwise.runtime.errors import Diverged, InputError
 from layerwise.storage.packed_weights import parts_of
-from tests import layers
 from tests.compression.test_verify import BLOCK, DENSE, GRID, JOINT, NM, ROW, honest
-from tests.contract import FEWER
 
 Lie = Callable[[Layer, Target, Compressed], Any]
 

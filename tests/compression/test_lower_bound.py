@@ -8,14 +8,14 @@ import pytest
 import torch
 from scipy.optimize import LinearConstraint, minimize
 
+from layerwise.checks import layer_cases as layers
+from layerwise.checks.brute_force import best_error, output_error
+from layerwise.checks.layer_cases import Recipe
 from layerwise.compression.lower_bound import Bound, Groups, Relaxation, lower_bound
 from layerwise.contract.layer import Gram, Layer, Target
 from layerwise.methods.magnitude import Magnitude
 from layerwise.methods.sparse_swaps import SparseSwaps
 from layerwise.methods.wanda import Wanda
-from tests import layers
-from tests.brute_force import best_error, output_error
-from tests.layers import Recipe
 
 SMALL = {
     "10 inputs": Recipe(out=6, inputs=10),

@@ -14,6 +14,7 @@ from torch.nn.functional import cross_entropy
 from layerwise.calibration import modes
 from layerwise.calibration.block_stream import Stream
 from layerwise.calibration.calibrate import shared
+from layerwise.checks import layer_cases as layers
 from layerwise.compression import cell as compress
 from layerwise.compression import solver as solver_module
 from layerwise.compression.tune import Tunable, Tuner, rounded
@@ -22,7 +23,6 @@ from layerwise.contract.catalogue import Catalogue
 from layerwise.contract.layer import Compressed, Layer, Target
 from layerwise.models import loading, structure
 from layerwise.numerics import ops
-from tests import layers
 from tests.compression.test_cell import LENGTH, SAMPLES, Case, by_layer, dense_weights, rows, weights
 from tests.support.model_families import build, tokens
 

@@ -9,10 +9,11 @@ import jsonschema
 import pytest
 import torch
 
+from layerwise.checks import battery as contract
+from layerwise.checks import layer_cases as layers
 from layerwise.contract.catalogue import SHARED_SOURCES, Catalogue, CatalogueError, read_entry
 from layerwise.contract.import_closure import METHODS, PACKAGE
 from layerwise.contract.layer import Target
-from tests import contract, layers
 from tests.support.paths import ROOT
 
 NAMES = list(Catalogue())

@@ -5,6 +5,8 @@ from dataclasses import fields
 import pytest
 import torch
 
+from layerwise.checks import layer_cases as layers
+from layerwise.checks.brute_force import output_error
 from layerwise.contract.layer import Layer, Target
 from layerwise.methods.gptq import GPTQ
 from layerwise.methods.magnitude import Magnitude
@@ -12,8 +14,6 @@ from layerwise.methods.rtn import RTN
 from layerwise.methods.sparsegpt import SparseGPT
 from layerwise.methods.wanda import Wanda
 from layerwise.numerics import dispatch, ops
-from tests import layers
-from tests.brute_force import output_error
 
 GRID = Target(bits=4, group=16)
 CASES = [

@@ -7,6 +7,9 @@ import numpy as np
 import pytest
 import torch
 
+from layerwise.checks import layer_cases as layers
+from layerwise.checks.brute_force import best_error, output_error
+from layerwise.checks.layer_cases import Recipe
 from layerwise.contract.layer import Gram, Layer, Target
 from layerwise.methods.awp import AWP
 from layerwise.methods.chain import Chain
@@ -15,9 +18,6 @@ from layerwise.methods.rtn import RTN
 from layerwise.methods.wanda import Wanda
 from layerwise.numerics.dispatch import plain_torch
 from layerwise.numerics.gradient_projection import Projection, project, with_share
-from tests import layers
-from tests.brute_force import best_error, output_error
-from tests.layers import Recipe
 
 LAYERS = {
     "10 inputs": Recipe(out=4, inputs=10),

@@ -8,6 +8,9 @@ import numpy as np
 import pytest
 import torch
 
+from layerwise.checks import layer_cases as layers
+from layerwise.checks.brute_force import output_error
+from layerwise.checks.layer_cases import Recipe
 from layerwise.compression.verify import broken_promise
 from layerwise.contract.catalogue import Catalogue, CatalogueError
 from layerwise.contract.layer import Compressed, Gram, Layer, Target
@@ -15,9 +18,6 @@ from layerwise.methods.awq import AWQ, input_scale
 from layerwise.methods.chain import Chain
 from layerwise.methods.rtn import RTN
 from layerwise.methods.wanda import Wanda
-from tests import layers
-from tests.brute_force import output_error
-from tests.layers import Recipe
 
 SMALL = {
     "correlated": Recipe(out=3, inputs=24),

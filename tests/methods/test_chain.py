@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from layerwise.checks import layer_cases as layers
 from layerwise.contract.catalogue import Catalogue
 from layerwise.contract.layer import Compressed, Layer, Target
 from layerwise.methods.awp import AWP
@@ -16,7 +17,6 @@ from layerwise.methods.rtn import RTN
 from layerwise.methods.sparsegpt import SparseGPT
 from layerwise.methods.wanda import Wanda
 from layerwise.numerics import ops
-from tests import layers
 
 TARGETS = [
     Target(0.5, bits=4, group=16),

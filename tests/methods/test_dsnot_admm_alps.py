@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 
+from layerwise.checks import layer_cases as layers
 from layerwise.contract.layer import Gram, Layer, Target
 from layerwise.methods.reconstruct import least_squares
 from layerwise.numerics import ops
 from layerwise.numerics.dispatch import plain_torch
-from tests import layers
 from tests.methods.test_reconstruct import compress
 
 ROW, PAIRS, LAYER = Target(0.6), Target(pattern="2:4"), Target(0.5, "layer")

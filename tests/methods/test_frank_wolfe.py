@@ -6,6 +6,9 @@ import numpy as np
 import pytest
 import torch
 
+from layerwise.checks import layer_cases as layers
+from layerwise.checks.brute_force import best_error, output_error
+from layerwise.checks.layer_cases import Recipe
 from layerwise.contract.layer import Layer, Target
 from layerwise.methods.frank_wolfe import FrankWolfe
 from layerwise.methods.magnitude import Magnitude
@@ -14,9 +17,6 @@ from layerwise.methods.wanda import Wanda
 from layerwise.numerics import ops
 from layerwise.numerics.dispatch import plain_torch
 from layerwise.numerics.relaxation import best_step, linear_minimiser
-from tests import layers
-from tests.brute_force import best_error, output_error
-from tests.layers import Recipe
 
 LAYERS = {
     "10 inputs": Recipe(out=4, inputs=10),

@@ -10,6 +10,9 @@ import numpy as np
 import pytest
 import torch
 
+from layerwise.checks import layer_cases as layers
+from layerwise.checks.brute_force import output_error
+from layerwise.checks.layer_cases import Recipe
 from layerwise.compression.verify import broken_promise
 from layerwise.contract.layer import Compressed, Gram, Layer, Target
 from layerwise.methods.chain import Chain
@@ -17,9 +20,6 @@ from layerwise.methods.gptq import GPTQ
 from layerwise.methods.rtn import RTN
 from layerwise.methods.wanda import Wanda
 from layerwise.numerics import ops
-from tests import layers
-from tests.brute_force import output_error
-from tests.layers import Recipe
 
 LAYERS = {
     "correlated": Recipe(out=3, inputs=24),

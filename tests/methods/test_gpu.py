@@ -8,13 +8,14 @@ import pytest
 import torch
 
 from layerwise.calibration.taps import TapStatistics
+from layerwise.checks import battery as contract
+from layerwise.checks import layer_cases as layers
 from layerwise.compression.solver import Solver
 from layerwise.contract.catalogue import Catalogue
 from layerwise.contract.layer import Gram, Layer
 from layerwise.contract.target import Target
 from layerwise.numerics import dispatch
 from layerwise.storage import packed_weights
-from tests import contract, layers
 from tests.support import fake_device
 
 TARGETS = [

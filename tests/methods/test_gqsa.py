@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import torch
 
+from layerwise.checks import layer_cases as layers
+from layerwise.checks.layer_cases import Recipe
 from layerwise.contract.layer import Gram, Layer, Target
 from layerwise.methods.gqsa import GQSA
 from layerwise.numerics import ops
 from layerwise.storage.bits_per_weight import bits_per_weight
-from tests import layers
-from tests.layers import Recipe
 
 LAYERS = {
     "correlated": Recipe(out=6, inputs=24),

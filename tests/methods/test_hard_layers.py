@@ -11,13 +11,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from layerwise.checks import layer_cases as layers
+from layerwise.checks.layer_cases import Recipe
 from layerwise.compression.score import output_error
 from layerwise.compression.solver import Solver
 from layerwise.contract.catalogue import Catalogue, Entry
 from layerwise.contract.layer import Gram, Layer, Statistics, Target
 from layerwise.numerics import ops
-from tests import layers
-from tests.layers import Recipe
 
 SMALL = Recipe(out=8, inputs=32, sequences=4)
 TARGETS = [

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 
+from layerwise.checks import layer_cases as layers
+from layerwise.checks.brute_force import output_error
 from layerwise.contract.catalogue import Catalogue
 from layerwise.contract.layer import Gram, Layer, Target
 from layerwise.methods import reconstruct
-from tests import layers
-from tests.brute_force import output_error
 
 TARGETS = [Target(0.6), Target(0.5, "layer"), Target(pattern="2:4"), Target(0.5, "1x16")]
 

@@ -9,6 +9,9 @@ import numpy as np
 import pytest
 import torch
 
+from layerwise.checks import layer_cases as layers
+from layerwise.checks.brute_force import best_error, output_error
+from layerwise.checks.layer_cases import Recipe
 from layerwise.contract.layer import Compressed, Gram, Layer, Target
 from layerwise.kernels import swap_rounds
 from layerwise.kernels.swap_state import Rows
@@ -19,9 +22,6 @@ from layerwise.methods.sparsegpt import SparseGPT
 from layerwise.methods.wanda import Wanda
 from layerwise.numerics import swap_search
 from layerwise.numerics.swap_search import GroupSearch, RowSearch
-from tests import layers
-from tests.brute_force import best_error, output_error
-from tests.layers import Recipe
 
 LAYERS = {
     "10 inputs": Recipe(out=6, inputs=10),

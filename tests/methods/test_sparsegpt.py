@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 
+from layerwise.checks import layer_cases as layers
+from layerwise.checks.layer_cases import Recipe
 from layerwise.contract.layer import Gram, Layer, Target
 from layerwise.methods.sparsegpt import SparseGPT
-from tests import layers
-from tests.layers import Recipe
 
 LAYERS = {
     "correlated": Recipe(out=6, inputs=24),

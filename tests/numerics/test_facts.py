@@ -5,7 +5,7 @@ import pytest
 import torch
 import yaml
 
-from tests import layers
+from layerwise.checks import layer_cases as layers
 
 
 def test_cholesky_ex_flags_an_indefinite_matrix_without_raising():

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 import torch
 
+from layerwise.checks import battery as contract
+from layerwise.checks import layer_cases as layers
 from layerwise.contract.layer import Target
 from layerwise.numerics import ops
-from tests import contract, layers
 
 PRUNING = [target for target in contract.TARGETS if target.sparsity and not target.bits] + [
     Target(pattern="1:3"),

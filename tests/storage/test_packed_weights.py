@@ -13,6 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from layerwise.calibration.gram_store import INDEX, block_file, read_block
+from layerwise.checks import layer_cases as layers
 from layerwise.compression.score import output_error
 from layerwise.compression.verify import broken_promise
 from layerwise.contract.layer import Compressed, Layer
@@ -22,7 +23,6 @@ from layerwise.runtime.errors import InputError
 from layerwise.runtime.files import sha256
 from layerwise.storage import packed_weights
 from layerwise.storage.bits_per_weight import bits_per_weight, stored_bits
-from tests import layers
 
 
 def metadata(path: Path) -> dict[str, str]:

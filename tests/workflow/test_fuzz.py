@@ -22,6 +22,8 @@ import yaml
 from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
 
+from layerwise.checks import battery as contract
+from layerwise.checks import layer_cases as layers
 from layerwise.comparison.published import FILE, pairs, read_published
 from layerwise.compression.verify import broken_promise
 from layerwise.contract.layer import Target, UnsupportedTarget
@@ -35,7 +37,6 @@ from layerwise.sources.tokens import load_tokenizer
 from layerwise.storage.table_schema import columns, from_rows, read_table, to_frame
 from layerwise.study import config_file
 from layerwise.study.grid import plan
-from tests import contract, layers
 from tests.support.fuzz_configs import CATALOGUE, fuzz, sentence_of, targets
 from tests.support.model_families import build
 from tests.support.paths import ROOT

@@ -1,8 +1,11 @@
-"""Layers that the tests share: ordinary ones, and every kind that makes a method stumble. Built anew at every call."""
+"""Layers that methods are tried on: ordinary ones, and every kind that makes a method stumble.
+
+A layer is known by its name and built anew at every call, so that no tensor is shared.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -48,11 +51,28 @@ HARD = {
     "Gram of 1e12": Recipe(input_scale=1e6),
 }
 LAYERS = {**ORDINARY, **HARD}
+# Small enough to try every mask; two outputs of four inputs where the whole layer is one group.
+SMALL_ROWS = {f"3 outputs, 8 inputs, seed {seed}": Recipe(out=3, inputs=8, seed=seed) for seed in range(5)}
+SMALL_WHOLE = {f"2 outputs, 4 inputs, seed {seed}": Recipe(out=2, inputs=4, seed=seed) for seed in range(5)}
+UNCORRELATED = ", G diagonal"  # after the name of a layer: the same one, its Gram reduced to its diagonal
+EQUAL = "equal weights, equal inputs"
 
 
 def build(name: str) -> Layer:
-    """The layer of that name; no tensor is shared between two calls."""
-    return make(LAYERS[name], name)
+    """The layer of that name; no tensor is shared between two calls. Raises KeyError for an unknown name."""
+    if name == EQUAL:
+        return _equal()
+    layer = make({**LAYERS, **SMALL_ROWS, **SMALL_WHOLE}[name.removesuffix(UNCORRELATED)], name)
+    if not name.endswith(UNCORRELATED):
+        return layer
+    return replace(layer, gram=Gram(torch.diag(layer.gram.diagonal), layer.gram.tokens))
+
+
+def _equal() -> Layer:
+    """All weights are equal, and no method can tell two inputs apart: every choice is a tie."""
+    one = torch.ones(64)
+    statistics = Statistics(32, one, one, one, torch.ones(32, 64))
+    return replace(build("constant weights"), name=EQUAL, gram=Gram(torch.eye(64), 1000), statistics=statistics)
 
 
 def make(recipe: Recipe, name: str = "layer") -> Layer:
