@@ -45,8 +45,9 @@ class Commands(TyperGroup):
     def _status(self, args: list[str], options: dict[str, Any]) -> int:
         try:
             return super().main(args=args, **options) or 0
-        except Finding:
-            raise
+        except Finding as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 1
         except InputError as error:
             sentence = str(error)
         except typer.Abort:

@@ -77,7 +77,7 @@ def _is(word: str, option: str) -> bool:
 
 def _value(given: Sequence[str], *options: str) -> str | None:
     """The value of an option, or None where it is not given."""
-    for word, following in zip(given, [*given[1:], ""], strict=True):
+    for word, following in zip(given, [*given[1:], ""], strict=False):
         for option in options:
             if word == option:
                 return following
