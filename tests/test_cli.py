@@ -145,6 +145,20 @@ def test_a_further_folder_has_methods_too(tmp_path):
     assert "\nmine " in call("methods", "--method-path", tmp_path).stdout
 
 
+def test_a_new_method_passes_its_checks(tmp_path):
+    pytest.importorskip("layerwise.checks.template")
+    told = call("new-method", "shrink", "--folder", tmp_path / "mine")
+    path = tmp_path / "mine/shrink.py"
+    assert told.exit_code == 0 and f"layerwise check-method {path}" in told.stdout and path.is_file()
+    again = call("new-method", "shrink", "--folder", tmp_path / "mine")
+    assert again.exit_code == 2 and again.stderr.count("\n") == 1
+    checked = call("check-method", path, "--quick")
+    assert checked.exit_code == 0 and "shrink keeps its contract" in checked.stdout
+    path.write_text(path.read_text("utf-8").replace("CARD = ", "OTHER = "))
+    refused = call("check-method", path)
+    assert refused.exit_code == 2 and "must hold a method" in refused.stderr and refused.stderr.count("\n") == 1
+
+
 # ------------------------------------------------------------------------------------------------------------------ run
 
 

@@ -178,29 +178,36 @@ def methods(
 @app.command("new-method", epilog="Example: layerwise new-method shrink --folder my-methods")
 def new_method(
     name: Annotated[str, typer.Argument(help="Name of the method, which is that of its file.")],
-    folder: Annotated[Path, typer.Option(help="Where to write the file.")] = Path("methods"),
+    folder: Annotated[Path, typer.Option(help="Where to write the file.")] = Path(),
 ) -> None:
     """Write the file of a new method, which passes `layerwise check-method` as it stands."""
     from layerwise.checks import template
+    from layerwise.cli.workflow import check_writable
 
+    check_writable(folder)
     path = template.write(name, folder)
     print(f"{path} is a method that works: change it, then run layerwise check-method {path}")
 
 
 @app.command("check-method", epilog="Example: layerwise check-method my-methods/shrink.py")
-def check_method(file: Annotated[Path, typer.Argument(help="File of the method.")]) -> None:
+def check_method(
+    file: Annotated[Path, typer.Argument(help="File of the method.")],
+    quick: Annotated[bool, typer.Option("--quick", help="Check the defaults alone, at fewer targets.")] = False,
+) -> None:
     """Check that a method keeps every promise of the contract. Exit status 1 when it breaks one."""
     if not file.is_file():
         raise InputError(f"The method must be a file. Got {str(file)!r} instead.")
     from layerwise.checks import battery
 
-    results = list(battery.check_file(file))
-    broken = [result for result in results if result.failure]
-    for result in broken:
-        print(f"broken: {result.check} of {result.case}: {result.failure}")
-    print(f"{len(results) - len(broken)} of {len(results)} checks hold.")
-    if broken:
+    result = battery.check_file(file, quick=quick, progress=_progress if sys.stderr.isatty() else None)
+    print(result.render(), end="")
+    if not result.ok:
         raise typer.Exit(1)
+
+
+def _progress(done: int, of: int, label: str) -> None:
+    """Write how far it is over the line before, on a terminal."""
+    print(f"\r{done} of {of}  {label[:80]:80}" if done < of else f"\r{'':100}\r", end="", file=sys.stderr, flush=True)
 
 
 # ---------------------------------------------------------------------------------------------------- compare numbers
