@@ -10,7 +10,7 @@ UNTIL ?=
 THREADS ?= 2
 CONFIG := $(if $(filter embedded,$(STUDY)),,--configfile config/$(STUDY).yaml)
 # Snakemake runs Python in a config that asks for it, and shows a traceback for a file that it cannot decode.
-CHECK = $(RUN) python -m layerwise.study.config_file $(if $(CONFIG),config/$(STUDY).yaml,config/config.yaml)
+CHECK = $(RUN) python -m layerwise check-study $(STUDY)
 export OMP_WAIT_POLICY ?= PASSIVE
 BIN := $(CURDIR)/.venv/bin
 RUN := PATH="$(BIN):$$PATH"
@@ -46,25 +46,27 @@ lint: .venv/installed
 	$(RUN) ruff check .
 	$(RUN) ruff format --check .
 	$(RUN) snakefmt --check Snakefile workflow
+	$(RUN) python -m tests.support.lint_workflow
 
 estimate: .venv/installed  # memory, disk and time of the study, before it starts
-	$(RUN) python -m layerwise.study.estimate $(CONFIG)
+	$(RUN) python -m layerwise estimate $(STUDY)
 
 regression: reproduce
-	$(RUN) python -m layerwise.comparison.regression check --accepted results/accepted/$(STUDY)
+	$(RUN) python -m layerwise regression $(STUDY)
 
 report: reproduce  # the study as one page, results/report.html
 	$(RUN) snakemake --cores $(CORES) $(CONFIG) report_page
 
 accept: reproduce
-	$(RUN) python -m layerwise.comparison.regression accept --accepted results/accepted/$(STUDY)
+	$(RUN) python -m layerwise accept $(STUDY)
 
 gallery: reproduce  # the figures and tables that the README shows
 	mkdir -p figures/gallery/$(STUDY)
 	cp figures/*.png results/tables/main.md figures/gallery/$(STUDY)/
 
 decode: .venv/installed  # times products with packed weights; see docs/decode.md for a quiet machine
-	$(RUN) python -m layerwise.export.decode --shape 1024 1024 --shape 2048 2048 --shape 4096 4096 --shape 11008 4096 --threads 1 --out results/decode.csv
+	$(RUN) python -m layerwise decode --shape 1024x1024 --shape 2048x2048 --shape 4096x4096 --shape 11008x4096 --threads 1 \
+		--out results/decode.csv
 	$(RUN) python -m layerwise.figures.decode --table results/decode.csv --out figures/gallery/decode.png
 
 benchmark: .venv/installed  # every method against the published loop and the products it needs; SIZES="512 1024" for some
@@ -81,7 +83,7 @@ benchmark: .venv/installed  # every method against the published loop and the pr
 	$(RUN) python -m tests.benchmarks.bench_calibrate resources/demo
 
 clean-cache: .venv/installed  # the stores of Grams that no other study uses; says what it frees
-	$(RUN) python -m layerwise.calibration.clean_cache
+	$(RUN) python -m layerwise clean-cache
 
 clean:  # everything that can be computed again
 	rm -rf results/text results/tokens results/models results/calibration results/grams results/cells results/evaluations results/exports \
@@ -94,12 +96,16 @@ clean:  # everything that can be computed again
 	@touch $@
 
 # Everything but torch by the hashes of its files; of torch the index that PIP_FLAGS names may have a build of its own.
-.venv/installed: requirements.lock requirements-hashed.lock
+# The project itself is a link to this folder, built with what requirements-build.lock pins; nothing else is fetched.
+.venv/installed: requirements.lock requirements-hashed.lock requirements-build.lock
 	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed, %s came: make PYTHON=python3.11" % sys.version.split()[0])'
 	$(PYTHON) -m venv .venv
 	.venv/bin/python -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS) --no-deps --require-hashes \
 		--requirement requirements-hashed.lock
 	.venv/bin/python -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS) --requirement requirements.lock
+	.venv/bin/python -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS) --no-deps --require-hashes \
+		--requirement requirements-build.lock
+	.venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --no-index --no-build-isolation --editable .
 	@touch $@
 
 lock:  # the hashes of requirements.lock's versions, for every platform, from the package index; needs uv

@@ -1,11 +1,11 @@
 import os
 import sys
-
 from snakemake.utils import min_version
 
 min_version("9.19")
-sys.path.insert(0, workflow.basedir)  # the scripts are run as modules from any working directory; jobs inherit this
-os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [workflow.basedir, os.environ.get("PYTHONPATH")]))
+if os.path.isdir(f"{workflow.basedir}/layerwise"):  # a checkout, which need not be installed; jobs inherit this
+    sys.path.insert(0, workflow.basedir)
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [workflow.basedir, os.environ.get("PYTHONPATH")]))
 
 # A study of your own (--configfile) takes the place of the embedded one instead of being added to it.
 if not workflow.overwrite_configfiles:

@@ -1,8 +1,6 @@
 """`python -m layerwise`: the command, and the workers that the rules of the workflow call."""
 
-import sys
-
 from layerwise.cli import main
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

@@ -5,18 +5,14 @@ Not while a run of this study is reading them.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import fcntl
 import re
 import shutil
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 from layerwise.calibration.gram_store import users
-from layerwise.runtime.errors import report_errors
-from layerwise.runtime.files import gram_stores
 
 NAMES = re.compile(r"[0-9a-f]{32}|\.[0-9a-f]{32}\.part")  # of stores and of calibrations: nothing else is touched
 
@@ -63,15 +59,3 @@ def clean(folder: Path, here: Path, dry: bool = False) -> int:
                         pointer.unlink(missing_ok=True)
                     shutil.rmtree(path)
     return freed
-
-
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--dry-run", action="store_true", help="say what would go, and leave it")
-    args = parser.parse_args(argv)
-    freed = clean(gram_stores(), Path.cwd(), args.dry_run)
-    print(f"{freed / 1e6:.1f} MB in all, of {gram_stores()}.")
-
-
-if __name__ == "__main__":
-    report_errors(main, sys.argv[1:])

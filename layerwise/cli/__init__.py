@@ -1,9 +1,20 @@
 """The command `layerwise`."""
 
+import sys
+from collections.abc import Sequence
 
-def main(argv: list[str]) -> None:
-    """Run the command; `worker` starts without the rest of it."""
-    if argv[:1] == ["worker"]:
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command with these arguments (default: those of the process), and end the process with its exit status.
+
+    A worker starts without the rest of the command, which would take longer than many of the workers' jobs.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if arguments[:1] == ["worker"]:
         from layerwise.cli.worker import run
 
-        run(argv[1:])
+        run(arguments[1:])
+    else:
+        from layerwise.cli.app import app
+
+        app(arguments)

@@ -1,7 +1,7 @@
 """Hold two result folders (two commits, two machines) against each other, or put the tables of several into one.
 
-compare A B: what moved from A to B by more than the tolerance; exit status 1 when a number moved or is gone.
-compare merge A B ... --out C: the tables of all, for a study whose cells were computed on several machines.
+layerwise compare A B: what moved from A to B by more than the tolerance; exit status 1 when a number moved or is gone.
+layerwise merge A B ... --out C: the tables of all, for a study whose cells were computed on several machines.
 A folder is one that collect wrote, or one that holds it as tables/ or results/tables/.
 """
 
@@ -9,9 +9,7 @@ A folder is one that collect wrote, or one that holds it as tables/ or results/t
 # pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
 # pyright: reportGeneralTypeIssues=false, reportIndexIssue=false, reportReturnType=false
 
-import argparse
 import math
-import sys
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -25,7 +23,7 @@ from layerwise.results import comparisons, main_table
 from layerwise.results.collect import TABLES, write_csv
 from layerwise.results.comparisons import ERRORS, Observation
 from layerwise.results.protocol import SAME, Protocol
-from layerwise.runtime.errors import InputError, report_errors
+from layerwise.runtime.errors import InputError
 from layerwise.runtime.files import whole_file
 from layerwise.storage.table_schema import columns, first_line, from_rows, read_table, to_frame, typed
 
@@ -87,12 +85,10 @@ def read_numbers(folder: Path) -> dict[str, pd.DataFrame]:
     return data
 
 
-def share(text: str) -> float:
-    """A tolerance of the command line: a number of at least 0 that is finite."""
-    value = float(text)
+def check_tolerance(value: float) -> None:
+    """Raise InputError for a tolerance that is negative or not finite."""
     if not 0 <= value < math.inf:
-        raise argparse.ArgumentTypeError(f"a tolerance is at least 0, such as 0.02; got {text}")
-    return value
+        raise InputError(f"A tolerance must be at least 0, such as 0.02. Got {value:g} instead.")
 
 
 def numbers(data: Tables, cell: Sequence[str] = CELL) -> dict[str, pd.DataFrame]:
@@ -178,15 +174,14 @@ def _percent(row: Mapping[str, Any]) -> str:
     return "from zero" if math.isinf(row["change"]) else f"{100 * row['change']:+.2f} %"
 
 
-def hold(now: Tables, accepted: Tables, tolerance: float) -> None:
-    """Print how the numbers of every table differ; exit status 1 when any moved or is gone."""
-    failed = False
+def hold(now: Tables, accepted: Tables, tolerance: float) -> bool:
+    """Print how the numbers of every table differ. Returns whether all agree: none has moved, none is gone."""
+    agree = True
     for table, before in accepted.items():
         changes = compare(now[table], before, tolerance)
         print(report(changes, len(before), f"{before.columns[-1]} ({table})", tolerance))
-        failed |= bool(changes["status"].isin(["moved", "gone"]).any())
-    if failed:
-        raise SystemExit(1)
+        agree &= not changes["status"].isin(["moved", "gone"]).any()
+    return agree
 
 
 def origins(before: pd.DataFrame, after: pd.DataFrame) -> list[str]:
@@ -308,37 +303,31 @@ def write(merged: Tables, out: Path) -> None:
     main_table.write(merged["cells"], merged["comparisons"], merged["layers"], out)
 
 
-def main_merge(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(prog="compare merge", description=merge.__doc__)
-    parser.add_argument("folders", type=Path, nargs="+", help="result folders, at least two")
-    parser.add_argument("--out", type=Path, required=True, help="folder for the merged tables")
-    parser.add_argument("--tolerance", type=share, default=TOLERANCE, help="up to which numbers agree, relative")
-    args = parser.parse_args(argv)
-    if len({folder_of_tables(folder).resolve() for folder in args.folders}) < 2:
-        raise InputError(f"Expected at least two different folders to merge. Got {', '.join(map(str, args.folders))}.")
-    if args.out.resolve() in {folder_of_tables(folder).resolve() for folder in args.folders}:
-        raise InputError(f"Expected a folder of its own for the merged tables. {args.out} is one of those to merge.")
-    merged = merge({folder: read_tables(folder) for folder in args.folders}, args.tolerance)
-    write(merged, args.out)
+def merge_folders(folders: Sequence[Path], out: Path, tolerance: float = TOLERANCE) -> str:
+    """Write the tables of several result folders as one into the folder `out`. Returns a line that counts the cells.
+
+    tolerance: up to which two numbers of one cell agree, relative. Raises InputError where they do not, where there are
+    fewer than two folders, and where `out` is one of them.
+    """
+    check_tolerance(tolerance)
+    places = {folder_of_tables(folder).resolve() for folder in folders}
+    if len(places) < 2:
+        raise InputError(f"Expected at least two different folders to merge. Got {', '.join(map(str, folders))}.")
+    if out.resolve() in places:
+        raise InputError(f"Expected a folder of its own for the merged tables. {out} is one of those to merge.")
+    merged = merge({folder: read_tables(folder) for folder in folders}, tolerance)
+    write(merged, out)
     cells = merged["cells"].drop_duplicates(SPEC)
     absent = merged["cells"][merged["cells"]["status"] != "done"].drop_duplicates(SPEC)
-    print(f"{len(args.folders)} folders, {len(cells)} cells, {len(absent)} not whole -> {args.out}")
+    return f"{len(folders)} folders, {len(cells)} cells, {len(absent)} not whole -> {out}"
 
 
-def main(argv: list[str]) -> None:
-    if argv[:1] == ["merge"]:
-        return main_merge(argv[1:])
-    parser = argparse.ArgumentParser(
-        prog="compare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("a", type=Path, help="the older result folder")
-    parser.add_argument("b", type=Path, help="the newer one")
-    parser.add_argument("--tolerance", type=share, default=TOLERANCE, help="relative, such as 0.02")
-    args = parser.parse_args(argv)
-    before, after = read_numbers(args.a), read_numbers(args.b)
+def compare_folders(a: Path, b: Path, tolerance: float = TOLERANCE) -> bool:
+    """Print what differs from result folder `a`, the older one, to `b`. Returns whether every number of `a` agrees.
+
+    tolerance: relative. Raises InputError when a folder has no tables that can be read.
+    """
+    check_tolerance(tolerance)
+    before, after = read_numbers(a), read_numbers(b)
     print("".join(f"{line}\n" for line in origins(before["cells"], after["cells"])), end="")
-    hold(numbers(after), numbers(before), args.tolerance)
-
-
-if __name__ == "__main__":
-    report_errors(main, sys.argv[1:])
+    return hold(numbers(after), numbers(before), tolerance)

@@ -335,28 +335,23 @@ def write(entries: Sequence[Row], out: Path) -> None:
     published_page.write(to_frame(table), out)
 
 
+def lay_beside(study: Plan, tables: Path, out: Path | None = None, unrun: bool = False) -> str:
+    """Write the study's perplexities beside the published ones into a folder. Returns a line that counts the verdicts.
+
+    tables: folder of the study's tables. out: folder to write to (default: that one). unrun: what the study would be
+    compared with; no tables are read. Raises InputError when the tables cannot be read.
+    """
+    entries = compare(study, read_published(), None if unrun else read_table(tables, "cells"))
+    write(entries, out or tables)
+    return f"{published_page.summary(pd.DataFrame(entries))} -> {out or tables}"
+
+
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="published", description=__doc__)
-    source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--study", type=json.loads, help="the whole config as JSON")
-    source.add_argument("--config", type=Path, help="the config's file")
+    parser.add_argument("--study", required=True, type=json.loads, help="the whole config as JSON")
     parser.add_argument("--tables", type=Path, default=Path("results/tables"), help="folder of the tables")
-    parser.add_argument("--out", type=Path, help="folder for the table (default: that of the tables)")
-    parser.add_argument("--unrun", action="store_true", help="what a study would be compared with: reads no tables")
     args = parser.parse_args(argv)
-    config = args.study if args.config is None else _read_config(args.config)
-    cells = None if args.unrun else read_table(args.tables, "cells")
-    entries = compare(plan(config), read_published(), cells)
-    out = args.out or args.tables
-    write(entries, out)
-    print(f"{published_page.summary(pd.DataFrame(entries))} -> {out}")
-
-
-def _read_config(path: Path) -> Any:
-    try:
-        return yaml.safe_load(path.read_text("utf-8"))
-    except (OSError, yaml.YAMLError) as error:
-        raise InputError(f"{path} should be the config of a study, and cannot be read: {error}") from None
+    print(lay_beside(plan(args.study), args.tables))
 
 
 if __name__ == "__main__":

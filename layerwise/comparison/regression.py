@@ -1,22 +1,20 @@
-"""Hold today's numbers against accepted ones, layer by layer; compare.py holds two result folders against each other.
+"""Hold today's numbers against accepted ones, layer by layer; folders.py holds two result folders against each other.
 
-check: exit status 1 when a number moved by more than the tolerance, for better or worse, or is gone. New ones are said.
-accept: write what check compares with.
+layerwise regression: exit status 1 when a number moved by more than the tolerance, for better or worse, or is gone. New
+ones are said. layerwise accept writes what it compares with.
 """
 
 # pandas' own annotations lose whether a selection is a column or a frame.
 # pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
 # pyright: reportGeneralTypeIssues=false, reportIndexIssue=false
 
-import argparse
-import sys
 from pathlib import Path
 
 import pandas as pd
 
-from layerwise.comparison.folders import TOLERANCE, hold
+from layerwise.comparison.folders import TOLERANCE, check_tolerance, hold
 from layerwise.results.seeds import told_apart
-from layerwise.runtime.errors import InputError, report_errors
+from layerwise.runtime.errors import InputError
 from layerwise.runtime.files import write_atomic
 from layerwise.storage.table_schema import first_line, read_table
 
@@ -57,26 +55,19 @@ def accepted_csv(data: pd.DataFrame) -> str:
     return data.sort_values(key).to_csv(index=False, float_format="%.6g", lineterminator="\n")
 
 
-def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(prog="regression", description=__doc__)
-    commands = parser.add_subparsers(dest="command", required=True)
-    for name in ("check", "accept"):
-        command = commands.add_parser(name)
-        command.add_argument("--tables", type=Path, default=Path("results/tables"), help="folder of today's tables")
-        command.add_argument(
-            "--accepted", type=Path, default=Path("results/accepted/embedded"), help="what check compares with"
-        )
-    commands.choices["check"].add_argument("--tolerance", type=float, default=TOLERANCE, help="relative, such as 0.02")
-    args = parser.parse_args(argv)
-    if args.command == "accept":
-        texts = {table: accepted_csv(numbers(args.tables, table)) for table in NUMBERS}
-        for table, text in texts.items():
-            write_atomic(args.accepted / f"{table}.csv", text)
-            print(f"accepted {len(text.splitlines()) - 1} numbers -> {args.accepted / f'{table}.csv'}")
-    else:
-        accepted = {table: accepted_numbers(args.accepted, table) for table in NUMBERS}
-        hold({table: numbers(args.tables, table) for table in NUMBERS}, accepted, args.tolerance)
+def check(tables: Path, accepted: Path, tolerance: float = TOLERANCE) -> bool:
+    """Print how the numbers of a folder of tables differ from accepted ones. Returns whether all agree.
+
+    accepted: folder that `accept` wrote. tolerance: relative. Raises InputError when either cannot be read.
+    """
+    check_tolerance(tolerance)
+    known = {table: accepted_numbers(accepted, table) for table in NUMBERS}
+    return hold({table: numbers(tables, table) for table in NUMBERS}, known, tolerance)
 
 
-if __name__ == "__main__":
-    report_errors(main, sys.argv[1:])
+def accept(tables: Path, accepted: Path) -> list[str]:
+    """Write the numbers of a folder of tables as those that `check` compares with. Returns a line for each file."""
+    texts = {accepted / f"{table}.csv": accepted_csv(numbers(tables, table)) for table in NUMBERS}
+    for path, text in texts.items():
+        write_atomic(path, text)
+    return [f"accepted {len(text.splitlines()) - 1} numbers -> {path}" for path, text in texts.items()]

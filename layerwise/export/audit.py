@@ -5,9 +5,6 @@ Reads a cell's folder and the three formats of export.py; compressed-tensors wit
 
 from __future__ import annotations
 
-import argparse
-import json
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache, partial
@@ -27,7 +24,7 @@ from layerwise.models.structure import Linear, few, model_linears
 from layerwise.numerics import ops
 from layerwise.numerics.patterns import count_kept, kept_counts
 from layerwise.results.cell_results import read_json
-from layerwise.runtime.errors import InputError, report_errors
+from layerwise.runtime.errors import InputError
 from layerwise.storage.bits_per_weight import kept_blocks
 from layerwise.storage.packed_weights import PackedFile
 
@@ -334,23 +331,10 @@ def summary(form: str, target: Target, lines: list[Line]) -> str:
     )
 
 
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("folder", type=Path, help="a cell's folder, or one that export.py or another tool saved")
-    parser.add_argument("--target", type=json.loads, help="target as JSON, where the folder does not say it")
-    parser.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the model")
-    args = parser.parse_args(argv)
-    try:
-        target = None if args.target is None else Target(**args.target)
-    except (TypeError, ValueError) as error:
-        raise InputError(f"--target is wrong: {error}") from None
-    form, target, lines = audit(args.folder, target, args.trust_remote_code)
-    print(table(lines), summary(form, target, lines), sep="\n\n")
+def fault_of(folder: Path, lines: list[Line]) -> str | None:
+    """The first fault of a folder's layers in one sentence, or None where nothing is off."""
     faults = [line for line in lines if line.fault]
-    if faults:
-        others = f", and {len(faults) - 1} more layers are off" if len(faults) > 1 else ""
-        raise InputError(f"{args.folder}: {faults[0].layer}: {faults[0].fault}{others}.")
-
-
-if __name__ == "__main__":
-    report_errors(main, sys.argv[1:])
+    if not faults:
+        return None
+    others = f", and {len(faults) - 1} more layers are off" if len(faults) > 1 else ""
+    return f"{folder}: {faults[0].layer}: {faults[0].fault}{others}."

@@ -1,12 +1,10 @@
 """Time y = W x, one token's product with a weight, for each way of storing W (docs/decode.md):
-python -m layerwise.export.decode --shape ROWS INPUTS --threads 1 --out results/decode.csv"""
+layerwise decode --shape ROWSxINPUTS --threads 1 --out results/decode.csv"""
 
-import argparse
 import csv
 import os
-import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +18,7 @@ from layerwise.contract.target import Target
 from layerwise.kernels.packed_matvec import BLOCK, Blocks, Groups, TwoOfFour
 from layerwise.numerics import ops
 from layerwise.numerics.patterns import kept_counts
-from layerwise.runtime.errors import InputError, report_errors
+from layerwise.runtime.errors import InputError
 from layerwise.runtime.files import whole_file
 from layerwise.runtime.provenance import provenance
 from layerwise.storage.bits_per_weight import bits_per_weight, kept_blocks
@@ -30,6 +28,7 @@ BASE = "dense bfloat16"
 W4 = Target(bits=4, group=128)
 W4_BLOCKS = Target(0.5, f"1x{BLOCK}", bits=4, group=BLOCK)
 TWO_OF_FOUR = Target(pattern="2:4")
+DEVICES = ("cpu", "cuda")
 WARM_UP = 5  # rounds that are not counted
 
 
@@ -174,41 +173,38 @@ def pin(threads: int) -> None:
     torch.set_num_threads(threads)
 
 
-def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(prog="decode", description=__doc__)
-    parser.add_argument("--shape", type=int, nargs=2, action="append", required=True, metavar=("ROWS", "INPUTS"))
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--rounds", type=int, default=100, help="times that each product is timed")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--out", type=Path, required=True, help="table to write, .csv")
-    args = parser.parse_args(argv)
-    for name in ("threads", "rounds"):
-        if getattr(args, name) < 1:
-            raise InputError(f"--{name} must be at least 1. Got {getattr(args, name)} instead.")
-    for shape in args.shape:
+def time_products(
+    shapes: Sequence[tuple[int, int]], threads: int, rounds: int, device: str, out: Path
+) -> Iterator[str]:
+    """Time every storage at every shape (rows, inputs) and write the table `out`, a CSV. Yields a line per product.
+
+    rounds: times that each product is timed. device: cpu or cuda. Raises InputError for what this machine has not, and
+    for a product that is wrong.
+    """
+    for name, value in (("threads", threads), ("rounds", rounds)):
+        if value < 1:
+            raise InputError(f"--{name} must be at least 1. Got {value} instead.")
+    for shape in shapes:
         if min(shape) < 1:
             raise InputError(f"--shape needs at least one row and one input. Got {shape[0]} {shape[1]} instead.")
-    if args.device == "cuda" and not torch.cuda.is_available():
+    if device not in DEVICES:
+        raise InputError(f"--device must be {' or '.join(DEVICES)}. Got {device!r} instead.")
+    if device == "cuda" and not torch.cuda.is_available():
         raise InputError("--device cuda needs a GPU that torch can use; there is none.")
-    if args.threads > (os.cpu_count() or 1):
-        raise InputError(f"--threads must be at most the {os.cpu_count()} processors. Got {args.threads} instead.")
-    pin(args.threads)
-    made = provenance(args.device, args.threads)
-    machine = torch.cuda.get_device_name() if args.device == "cuda" else f"{made['cpu']}, {made['platform']}"
+    if threads > (os.cpu_count() or 1):
+        raise InputError(f"--threads must be at most the {os.cpu_count()} processors. Got {threads} instead.")
+    pin(threads)
+    made = provenance(device, threads)
+    machine = torch.cuda.get_device_name() if device == "cuda" else f"{made['cpu']}, {made['platform']}"
     table = []
-    for rows, inputs in args.shape:
+    for rows, inputs in shapes:
         with torch.inference_mode():
-            found = entries(rows, inputs, args.threads, args.device)
-            measured = measure(found, args.rounds, args.threads, args.device)
+            measured = measure(entries(rows, inputs, threads, device), rounds, threads, device)
         for row in measured:
-            place = {"rows": rows, "inputs": inputs, "threads": args.threads, "device": args.device, "machine": machine}
+            place = {"rows": rows, "inputs": inputs, "threads": threads, "device": device, "machine": machine}
             table.append({**row, **place, "torch": torch.__version__, "numba": numba.__version__})
-            print("{rows} x {inputs}  {storage:15} {microseconds:9} us  x{times_as_fast}".format(**table[-1]))
-    with whole_file(args.out) as part, part.open("w", newline="", encoding="utf-8") as file:
+            yield "{rows} x {inputs}  {storage:15} {microseconds:9} us  x{times_as_fast}".format(**table[-1])
+    with whole_file(out) as part, part.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, table[0].keys(), lineterminator="\n")
         writer.writeheader()
         writer.writerows(table)
-
-
-if __name__ == "__main__":
-    report_errors(main, sys.argv[1:])

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from layerwise.runtime.errors import InputError
+from layerwise.runtime.project import locate
 from layerwise.runtime.sentences import brief
 from layerwise.sources.hub import (
     Spec,
@@ -51,7 +52,7 @@ def model_files(spec: Spec) -> list[Path]:
     """Files of a local model folder that a job depends on, sorted; none for a hub model, which its revision fixes."""
     if "path" not in spec:
         return []
-    folder = Path(spec["path"])
+    folder = locate(spec["path"])
     named = [folder / name for name in ("config.json", INDEX, *TOKENIZER_FILES)]
     return sorted({path for path in named if path.is_file()} | {*folder.glob("*.safetensors"), *folder.glob("*.py")})
 
@@ -66,7 +67,7 @@ def check_model(name: str, spec: Spec) -> None:
         check_hub(f"The model {name!r}", spec, ["config.json"], repo_type="model")
         return
     with readable(f"The model {name!r}"):
-        _check_folder(name, Path(spec["path"]))
+        _check_folder(name, locate(spec["path"]))
 
 
 def _check_folder(name: str, folder: Path) -> None:
@@ -116,7 +117,7 @@ def _model_config(spec: Spec) -> dict[str, Any]:
     """The config.json of a local model, its language part; empty for a hub model."""
     if "path" not in spec:
         return {}
-    return language_config(read_json(Path(spec["path"]) / "config.json"))
+    return language_config(read_json(locate(spec["path"]) / "config.json"))
 
 
 def language_config(config: dict[str, Any]) -> dict[str, Any]:
@@ -235,7 +236,7 @@ def model_folder(spec: Spec) -> Path:
     It is fetched where there is none. Raises InputError when it cannot be.
     """
     if "path" in spec:
-        return Path(spec["path"])
+        return locate(spec["path"])
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from layerwise.runtime.errors import InputError
+from layerwise.runtime.project import locate
 from layerwise.runtime.sentences import brief
 
 Spec = Mapping[str, Any]
@@ -27,7 +28,7 @@ def fetch_model(spec: Spec) -> Path:
     Raises InputError when it cannot be fetched.
     """
     if "path" in spec:
-        return Path(spec["path"])
+        return locate(spec["path"])
     from huggingface_hub import snapshot_download
 
     with hub_errors(spec):

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from layerwise.runtime.errors import InputError
+from layerwise.runtime.project import locate
 from layerwise.sources.checkpoint_files import DEPTHS, language_config, tensors_of, weight_files
 from layerwise.sources.hub import Spec, read_json
 
@@ -105,7 +106,7 @@ def shape_of(spec: Spec) -> Shape | None:
 def _folder(spec: Spec) -> Path | None:
     """Local folder of a model; None for a hub model whose config.json is not in the cache."""
     if "path" in spec:
-        return Path(spec["path"])
+        return locate(spec["path"])
     from huggingface_hub import try_to_load_from_cache
 
     found = try_to_load_from_cache(spec["hub"], "config.json", None, spec["revision"], "model")

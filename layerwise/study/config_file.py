@@ -1,23 +1,24 @@
 """A config as a document: read without running anything, and made of nothing but JSON's values. Free of torch.
 
-python -m layerwise.study.config_file my-study.yaml    # before Snakemake, which runs Python in a file that asks for it
+Snakemake itself runs Python in a config that asks for it: read a config here before Snakemake sees it.
 """
 
-import argparse
 import datetime
+import difflib
 import json
 import math
 import re
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from layerwise.runtime.errors import InputError, report_errors
+from layerwise.runtime.errors import InputError
+from layerwise.runtime.project import ROOT
 from layerwise.runtime.sentences import brief, place
 
+EMBEDDED = "embedded"  # name of the study in config/config.yaml
 DEEPEST = 40  # levels of a document; anchors can make one endless
 MOST_VALUES = 200_000  # in a document; anchors can make a short file stand for more than memory holds
 RUNS_PYTHON = "__use_yte__"  # with this key Snakemake takes a config for a template with Python in it
@@ -117,12 +118,22 @@ def _fault(value: Any) -> str | None:
     return f"a {type(value).__name__} of YAML is no text, number, list or mapping"
 
 
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="documents", description=__doc__.splitlines()[0])
-    parser.add_argument("files", type=Path, nargs="+", help="config files")
-    for path in parser.parse_args(argv).files:
-        check(read(path))
+def shipped_studies() -> list[str]:
+    """Names of the studies that ship, `embedded` first."""
+    names = sorted(path.stem for path in (ROOT / "config").glob("*.yaml"))
+    return [EMBEDDED, *(name for name in names if name != "config")]
 
 
-if __name__ == "__main__":
-    report_errors(main, sys.argv[1:])
+def study_file(study: str | Path) -> Path:
+    """The file of a study: the path of one, or the name of one that ships. Raises InputError for neither."""
+    path = Path(study)
+    if path.is_file():
+        return path
+    names = shipped_studies()
+    if str(study) in names:
+        return ROOT / "config" / f"{'config' if str(study) == EMBEDDED else study}.yaml"
+    near = difflib.get_close_matches(str(study), names, 3)
+    known = ", ".join(near or [name for name in names if not name.startswith(("paper-", "sweep-"))])
+    raise InputError(
+        f"A study must be a file or the name of one that ships, such as {known}. Got {brief(str(study))!r} instead."
+    )

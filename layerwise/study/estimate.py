@@ -1,30 +1,26 @@
 """What a study takes before it starts: memory of each job, disk and time, from its config and its models' headers.
 
-    python -m layerwise.study.estimate --configfile config/config.yaml
+    layerwise estimate my-study.yaml
 
 The Snakefile prints the short form before its first job, and refuses what cannot fit. docs/big-models.md explains it.
 """
 
 from __future__ import annotations
 
-import argparse
 import math
-import os
 import shutil
-import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from layerwise.runtime.errors import InputError, report_errors
+from layerwise.runtime.errors import InputError
 from layerwise.runtime.files import gram_stores
 from layerwise.runtime.memory import machine_memory
 from layerwise.sources.shapes import Shape
-from layerwise.study import config_file
 from layerwise.study.cost_model import CELL_FILES, UNKNOWN_MB, Job, Model, Need, Needs
-from layerwise.study.grid import Cell, Plan, plan
+from layerwise.study.grid import Cell, Plan
 
 STARTUP = 6.0  # seconds of a job besides its work
 BELOW_PEAK = 3.0  # times as long as products of large matrices take for as many operations
@@ -259,27 +255,29 @@ def table(needs: Needs, jobs: Iterable[Job]) -> list[str]:
     ]
 
 
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--configfile", type=Path, default=Path("config/config.yaml"), help="the study")
-    parser.add_argument("--cores", type=int, default=os.cpu_count(), help="jobs at a time")
-    parser.add_argument("--mem-mb", type=float, help="memory of the machine (default: this one's)")
-    args = parser.parse_args(argv)
-    if args.cores < 1:
-        raise InputError(f"--cores is {args.cores}, and should be at least 1.")
-    needs = Needs(plan(config_file.read(args.configfile), check_sources=True))
+@dataclass(frozen=True)
+class Estimate:
+    """What a study takes. lines: for people to read. refusals: why the machine cannot hold it, a sentence each."""
+
+    lines: list[str]
+    refusals: list[str]
+
+
+def estimate(study: Plan, cores: int, memory: float | None = None) -> Estimate:
+    """What the study takes on this machine.
+
+    cores: jobs at a time. memory: bytes of the machine that will run it (default: this one's). Raises InputError for
+    fewer than one core.
+    """
+    if cores < 1:
+        raise InputError(f"--cores must be at least 1. Got {cores} instead.")
+    needs = Needs(study)
     jobs = list(needs.jobs())
-    memory, whose = (args.mem_mb * 1e6, "--mem-mb gives") if args.mem_mb else (machine_memory(), "this machine has")
-    limits = Limits(memory, whose, *disks())
-    found = total(needs, jobs, args.cores, operations_per_second())
-    for model, spec in needs.plan.models.items():
-        print(about(spec, needs.shape(model)))
-    print("", *table(needs, jobs), "", short(needs, found, limits), sep="\n")
+    limit, whose = (memory, "--mem-mb gives") if memory is not None else (machine_memory(), "this machine has")
+    limits = Limits(limit, whose, *disks())
+    found = total(needs, jobs, cores, operations_per_second())
+    lines = [about(spec, needs.shape(model)) for model, spec in study.models.items()]
+    lines += ["", *table(needs, jobs), "", short(needs, found, limits)]
     if found.measured:
-        print(f"The time of {found.measured} cells is that of cells of their kind that are done in this folder.")
-    if sentences := list(refusals(needs, jobs, found, limits)):
-        raise InputError(" ".join(sentences))
-
-
-if __name__ == "__main__":
-    report_errors(main, sys.argv[1:])
+        lines.append(f"The time of {found.measured} cells is that of cells of their kind that are done in this folder.")
+    return Estimate(lines, list(refusals(needs, jobs, found, limits)))

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from layerwise.calibration import clean_cache, gram_store
+from layerwise.calibration import gram_store
+from layerwise.cli.app import app
 from layerwise.runtime.checkpoint import Checkpoint
 
 OWN, THEIRS, BOTH, LEFT, RUNNING = (letter * 32 for letter in "abcde")  # named as stores are
@@ -35,7 +36,7 @@ def left(folder):
 
 def test_what_nobody_else_uses_is_freed(stores, capsys):
     with Checkpoint(stores / f"grams/.{RUNNING}.part", {}):
-        clean_cache.main([])
+        app(["clean-cache"], standalone_mode=False)
         assert left(stores) == [f".{RUNNING}.part", THEIRS, BOTH]
     said = capsys.readouterr().out
     assert f"freed 3.0 MB: {stores}/grams/.{LEFT}.part" in said and f"freed 2.0 MB: {stores}/grams/{OWN}" in said
@@ -46,13 +47,13 @@ def test_what_nobody_else_uses_is_freed(stores, capsys):
     assert not (stores / f"here/results/{OWN}.json").exists() and (stores / f"here/results/{BOTH}.json").exists()
     for name in (THEIRS, BOTH):  # once their study is gone
         (stores / f"other/results/{name}.json").unlink()
-    clean_cache.main([])
+    app(["clean-cache"], standalone_mode=False)
     assert left(stores) == []
 
 
 def test_a_dry_run_leaves_all(stores, capsys):
     before = left(stores)
-    clean_cache.main(["--dry-run"])
+    app(["clean-cache", "--dry-run"], standalone_mode=False)
     assert left(stores) == before and f"would free 2.0 MB: {stores}/grams/{OWN}" in capsys.readouterr().out
     assert (stores / f"here/results/{OWN}.json").exists()
 
@@ -70,5 +71,5 @@ def test_a_folder_of_another_kind_is_left_alone(stores):
     """LAYERWISE_CACHE may name a folder that holds more than stores."""
     (stores / "grams/thesis").mkdir()
     (stores / "grams/thesis/chapter.tex").write_text("all of it")
-    clean_cache.main([])
+    app(["clean-cache"], standalone_mode=False)
     assert (stores / "grams/thesis/chapter.tex").is_file()

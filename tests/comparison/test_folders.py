@@ -10,7 +10,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from layerwise.comparison import folders as compare
+from layerwise.cli.app import app
 from layerwise.results.cell_results import evaluations
 from layerwise.results.collect import TABLES, collect
 from layerwise.results.main_table import document, markdown
@@ -44,11 +44,8 @@ def results(
 
 
 def status(*arguments: object) -> int:
-    try:
-        compare.main([str(argument) for argument in arguments])
-    except SystemExit as stop:
-        return int(stop.code or 0)
-    return 0
+    command = arguments if arguments[0] == "merge" else ("compare", *arguments)
+    return app([str(word) for word in command], standalone_mode=False)
 
 
 def test_a_folder_agrees_with_itself(tmp_path, capsys):

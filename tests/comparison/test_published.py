@@ -15,8 +15,9 @@ import pandas as pd
 import pytest
 import yaml
 
+from layerwise.cli.app import app
 from layerwise.comparison import published_page
-from layerwise.comparison.published import FILE, compare, main, read_published, target_of, text_name, tolerance
+from layerwise.comparison.published import FILE, compare, read_published, target_of, text_name, tolerance
 from layerwise.runtime.errors import InputError
 from layerwise.storage.table_schema import from_rows, read_table, to_frame
 from layerwise.study.grid import Plan, plan
@@ -287,7 +288,7 @@ def test_texts_are_known_by_what_they_are():
 
 
 def test_the_embedded_study_has_nothing_to_compare_and_says_so(tmp_path):
-    main(["--config", str(ROOT / "config/config.yaml"), "--unrun", "--out", str(tmp_path)])
+    app(["published", "embedded", "--unrun", "--out", str(tmp_path)], standalone_mode=False)
     assert read_table(tmp_path, "published").empty
     for name in ("published.md", "published.tex"):
         assert published_page.NOTHING in (tmp_path / name).read_text("utf-8")

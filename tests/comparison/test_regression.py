@@ -7,6 +7,7 @@ import pandas as pd
 import pyarrow.parquet as pq
 import pytest
 
+from layerwise.cli.app import app
 from layerwise.comparison import regression
 from layerwise.comparison.folders import compare, report
 from layerwise.results.cell_results import evaluations
@@ -79,11 +80,7 @@ def study(root: Path, change: float = 1.0, methods: tuple[str, ...] = ("magnitud
 
 
 def run(command: str, tables: Path, accepted: Path) -> int:
-    try:
-        regression.main([command, "--tables", str(tables), "--accepted", str(accepted)])
-    except SystemExit as stop:
-        return int(stop.code or 0)
-    return 0
+    return app([command, "--tables", str(tables), "--accepted", str(accepted)], standalone_mode=False)
 
 
 def test_check_after_accept_agrees_in_one_line_per_table(tmp_path, capsys):
@@ -93,7 +90,7 @@ def test_check_after_accept_agrees_in_one_line_per_table(tmp_path, capsys):
     assert list(accepted.columns) == [*regression.CELL, "layer", "output_error"] and len(accepted) == 28
     assert accepted["label"].is_monotonic_increasing
     capsys.readouterr()
-    assert run("check", tables, tmp_path / "accepted") == 0
+    assert run("regression", tables, tmp_path / "accepted") == 0
     assert capsys.readouterr().out.splitlines() == [
         "output_error (layers): all 28 agree within 2 %.",
         "perplexity (cells): all 4 agree within 2 %.",
@@ -103,7 +100,7 @@ def test_check_after_accept_agrees_in_one_line_per_table(tmp_path, capsys):
 @pytest.mark.parametrize(("change", "shown"), [(1.05, "+5.00 %"), (0.9, "-10.00 %")])
 def test_check_fails_when_a_layer_moved(tmp_path, capsys, change, shown):
     run("accept", study(tmp_path / "a"), tmp_path / "accepted")
-    assert run("check", study(tmp_path / "b", change), tmp_path / "accepted") == 1
+    assert run("regression", study(tmp_path / "b", change), tmp_path / "accepted") == 1
     out = capsys.readouterr().out
     assert out.count("model.layers.1.self_attn.q_proj") == 2 and shown in out and "2 moved, 0 added, 0 gone" in out
 
@@ -112,15 +109,15 @@ def test_gone_fails_and_added_does_not(tmp_path, capsys):
     small, large = study(tmp_path / "a", methods=("wanda",)), study(tmp_path / "b")
     run("accept", small, tmp_path / "small")
     run("accept", large, tmp_path / "large")
-    assert run("check", large, tmp_path / "small") == 0
+    assert run("regression", large, tmp_path / "small") == 0
     assert "0 moved, 14 added, 0 gone" in capsys.readouterr().out
-    assert run("check", small, tmp_path / "large") == 1
+    assert run("regression", small, tmp_path / "large") == 1
     assert "0 moved, 0 added, 14 gone" in capsys.readouterr().out
 
 
 def test_nothing_accepted_yet_is_a_sentence(tmp_path):
     with pytest.raises(InputError, match="make accept"):
-        run("check", study(tmp_path / "a"), tmp_path / "accepted")
+        run("regression", study(tmp_path / "a"), tmp_path / "accepted")
 
 
 def test_a_strange_accepted_file_is_a_sentence(tmp_path):
@@ -128,7 +125,7 @@ def test_a_strange_accepted_file_is_a_sentence(tmp_path):
     run("accept", tables, tmp_path)
     (tmp_path / "layers.csv").write_text("a,b\n1,2\n")
     with pytest.raises(InputError, match="must have the columns"):
-        run("check", tables, tmp_path)
+        run("regression", tables, tmp_path)
 
 
 def test_a_failed_cell_is_gone(tmp_path):
@@ -136,4 +133,4 @@ def test_a_failed_cell_is_gone(tmp_path):
     run("accept", tables, tmp_path / "accepted")
     data = pq.read_table(tables / "layers.parquet")
     pq.write_table(data.slice(14), tables / "layers.parquet")
-    assert run("check", tables, tmp_path / "accepted") == 1
+    assert run("regression", tables, tmp_path / "accepted") == 1

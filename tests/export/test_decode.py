@@ -8,6 +8,7 @@ import pandas as pd
 import pytest
 import torch
 
+from layerwise.cli.app import app
 from layerwise.export import decode
 from layerwise.figures import decode as decode_figure
 from layerwise.kernels.packed_matvec import Blocks, Groups, TwoOfFour
@@ -83,14 +84,18 @@ def test_what_does_not_fit_is_one_sentence():
             call()
 
 
+def run(*arguments: str) -> int:
+    return app(["decode", *arguments], standalone_mode=False)
+
+
 def test_a_bad_shape_is_one_sentence(tmp_path):
     with pytest.raises(InputError, match="at least one row and one input. Got 0 16 instead."):
-        decode.main(["--shape", "0", "16", "--out", str(tmp_path / "decode.csv")])
+        run("--shape", "0x16", "--out", str(tmp_path / "decode.csv"))
 
 
 def test_more_threads_than_processors_are_one_sentence(tmp_path):
     with pytest.raises(InputError, match=r"--threads must be at most the \d+ processors. Got 100000 instead."):
-        decode.main(["--shape", "64", "64", "--threads", "100000", "--out", str(tmp_path / "decode.csv")])
+        run("--shape", "64x64", "--threads", "100000", "--out", str(tmp_path / "decode.csv"))
 
 
 def test_a_product_that_is_wrong_is_no_time():
@@ -108,7 +113,7 @@ def test_kept_weights_are_counted_as_they_are_stored():
 def test_the_table_and_its_figure(tmp_path, monkeypatch):
     monkeypatch.setattr(decode, "pin", lambda threads: None)  # these tests' process keeps its processors
     path = tmp_path / "decode.csv"
-    decode.main(["--shape", "64", "512", "--rounds", "2", "--out", str(path)])
+    run("--shape", "64x512", "--rounds", "2", "--out", str(path))
     rows = {row["storage"]: row for row in csv.DictReader(path.open())}
     bits = {name: float(row["bits_per_weight"]) for name, row in rows.items()}
     expected = {"dense float32": 32, "dense bfloat16": 16, "2:4 bfloat16": 9, "W4 g128": 4.1562, "W4 50% 1x16": 3.125}

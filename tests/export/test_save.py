@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, CompressedTensorsConfig, PreTrainedModel
 
+from layerwise.cli.app import app
 from layerwise.contract.target import Target
 from layerwise.evaluation.perplexity import apply_weights
 from layerwise.export import audit
@@ -325,7 +326,7 @@ def test_whatever_was_changed_in_a_folder_is_found(case, tmp_path, capsys, kind)
     folder = save(case, target, form, tmp_path / "out")
     change_tensor(folder, f"{UP}.{tensor}", change)
     with pytest.raises(InputError, match=f"^{folder}: {UP}: {sentence}"):
-        audit.main([str(folder)])
+        audited(folder)
     table = capsys.readouterr().out
     assert table.count("  holds") == 13  # the other layers
 
@@ -336,7 +337,7 @@ def test_what_was_changed_in_the_packed_layout_is_found(case, tmp_path, part):
     change = flip_a_bit if part != "scales" else set_value((0, 0), 1)
     change_tensor(folder, f"{UP}.{part}", change, "weights.safetensors")
     with pytest.raises(InputError, match=f"{UP}: ({NOT_SAVED}|... zeros were saved, ... are there)"):
-        audit.main([str(folder)])
+        audited(folder)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
@@ -362,7 +363,7 @@ def test_a_mask_of_other_counts_is_found_in_the_packed_layout(case, tmp_path):
     folder = save(case, Target(0.5, bits=4, group=16), "packed", tmp_path / "out")
     change_tensor(folder, f"{UP}.bitmap", set_value(slice(0, 4), 0b11111111), "weights.safetensors")
     with pytest.raises(InputError, match=f"{UP} in .* is damaged: .* numbers of 4 bits take .* bytes"):
-        audit.main([str(folder)])
+        audited(folder)
     folder = save(case, Target(0.5), "packed", tmp_path / "moved")
     path = folder / "weights.safetensors"
     row = load_file(path)[f"{UP}.bitmap"][:8]  # two rows of 32 weights: a kept weight of one goes to the other
@@ -371,7 +372,7 @@ def test_a_mask_of_other_counts_is_found_in_the_packed_layout(case, tmp_path):
     kept[[one, other]] = torch.tensor([0, 1])
     change_tensor(folder, f"{UP}.bitmap", set_value(slice(0, 8), packed_weights.pack(kept, 1)), "weights.safetensors")
     with pytest.raises(InputError, match=f"{UP}: 50% row is not kept: 2 rows keep other counts"):
-        audit.main([str(folder)])
+        audited(folder)
 
 
 def test_a_layer_that_is_absent_is_found(case, tmp_path):
@@ -380,29 +381,34 @@ def test_a_layer_that_is_absent_is_found(case, tmp_path):
     del tensors[f"{Q}.weight"]
     save_file(tensors, folder / "model.safetensors")
     with pytest.raises(InputError, match=f"{Q}: there is no tensor {Q}.weight"):
-        audit.main([str(folder)])
+        audited(folder)
+
+
+def audited(*arguments: object) -> int:
+    """Exit status of `layerwise audit`; what it finds is raised as InputError."""
+    return app(["audit", *map(str, arguments)], standalone_mode=False)
 
 
 def test_the_audit_takes_a_cell_and_a_target(case, tmp_path, capsys):
-    audit.main([str(cell(case, W4S50))])
+    audited(cell(case, W4S50))
     printed = capsys.readouterr().out
     assert f"{Q}" in printed and "packed, 50% 1x16 4b g16: 14 layers" in printed
     with pytest.raises(InputError, match="declares the grid 4b g16, that of 50% 1x16 3b g16 was expected"):
-        audit.main([str(cell(case, W4S50)), "--target", '{"sparsity": 0.5, "pattern": "1x16", "bits": 3, "group": 16}'])
+        audited(cell(case, W4S50), "--target", "50% 1x16 3b g16")
     folder = save(case, TWO_OF_FOUR, "dense", tmp_path / "out")
     with pytest.raises(InputError, match="70% row is not kept: 32 rows keep more, and 13 more layers are off"):
-        audit.main([str(folder), "--target", '{"sparsity": 0.7}'])
+        audited(folder, "--target", "70% row")
     (folder / "layerwise.json").unlink()
-    audit.main([str(folder), "--target", '{"pattern": "2:4"}'])
+    audited(folder, "--target", "2:4")
     for arguments, sentence in (
         ([folder], "does not say what its layers should be: give --target"),
         ([tmp_path / "absent"], "There is no folder"),
-        ([tmp_path, "--target", "{}"], "is no saved model: it has neither config.json nor weights.safetensors"),
-        ([folder, "--target", '{"bits": 9}'], "--target is wrong: Target.bits must be 2 to 8"),
-        ([folder, "--target", '{"bit": 4}'], "--target is wrong: .*unexpected keyword argument 'bit'"),
+        ([tmp_path, "--target", "dense"], "is no saved model: it has neither config.json nor weights.safetensors"),
+        ([folder, "--target", "9b"], "--target is wrong: .*bits must be 2 to 8"),
+        ([folder, "--target", "4 bits"], "--target is wrong: .*Got '4 bits' instead"),
     ):
         with pytest.raises(InputError, match=sentence):
-            audit.main(list(map(str, arguments)))
+            audited(*arguments)
 
 
 @pytest.mark.parametrize(
@@ -418,7 +424,7 @@ def test_what_a_folder_says_of_itself_may_be_damaged(case, tmp_path, form, file,
     folder = save(case, W4, form, tmp_path / "out")
     (folder / file).write_text(text, "utf-8")
     with pytest.raises(InputError, match=sentence):
-        audit.main([str(folder)])
+        audited(folder)
 
 
 def test_a_scheme_of_another_kind_is_a_sentence(case, tmp_path):
@@ -427,17 +433,17 @@ def test_a_scheme_of_another_kind_is_a_sentence(case, tmp_path):
     config["quantization_config"]["config_groups"]["group_0"]["weights"]["num_bits"] = 16
     (folder / "config.json").write_text(json.dumps(config), "utf-8")
     with pytest.raises(InputError, match="is of no use: ValueError: Target.bits must be 2 to 8"):
-        audit.main([str(folder)])
+        audited(folder)
 
 
 def test_the_command_prints_a_table_and_its_exit_status_tells(case, tmp_path, capsys):
     folder = save(case, TWO_OF_FOUR, "dense", tmp_path / "out")
 
-    audit.main([str(folder)])
+    audited(folder)
     told = capsys.readouterr().out
     assert "14 layers" in told and "(50.000 %)" in told
     change_tensor(folder, f"{UP}.weight", first_zero_to(1.0))
-    command = [sys.executable, "-m", "layerwise.export.audit", str(folder)]
+    command = [sys.executable, "-m", "layerwise", "audit", str(folder)]
     bad = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert bad.returncode == 1 and bad.stderr.strip().splitlines()[-1].startswith(f"error: {folder}: {UP}: 2:4 is not")
 

@@ -224,13 +224,14 @@ def test_words():
 
 def test_the_command_prints_a_table_without_torch_and_refuses(tmp_path):
     code = (
-        "import sys; from layerwise.study.estimate import main; main(sys.argv[1:]); assert 'torch' not in sys.modules"
+        "import sys; from layerwise.cli.app import app; app(sys.argv[1:], standalone_mode=False); "
+        "assert 'torch' not in sys.modules"
     )
-    arguments = ["--configfile", "config/config.yaml", "--cores", "2"]
+    arguments = ["estimate", "config/config.yaml", "--cores", "2"]
     done = subprocess.run([sys.executable, "-c", code, *arguments], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "demo: 7 M parameters" in done.stdout and "compress: sparsegpt, sequential" in done.stdout
-    command = [sys.executable, "-m", "layerwise.study.estimate", *arguments, "--mem-mb", "300"]
+    command = [sys.executable, "-m", "layerwise", *arguments, "--mem-mb", "300"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 1 and done.stderr.startswith("error: ") and "--mem-mb gives 300 MB" in done.stderr
 

@@ -148,10 +148,10 @@ def test_merge_keys_and_anchors_are_yaml(tmp_path):
 
 def test_commands_that_read_a_config_show_no_traceback(tmp_path):
     (tmp_path / "study.yaml").write_text(DOCUMENTS["template"])
-    for script in (("documents",), ("estimate", "--configfile")):
-        command = [sys.executable, "-m", f"workflow.scripts.{script[0]}", *script[1:], str(tmp_path / "study.yaml")]
+    for name in ("check-study", "estimate", "run"):
+        command = [sys.executable, "-m", "layerwise", name, str(tmp_path / "study.yaml")]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-        assert done.returncode == 1 and done.stdout == ""
+        assert done.returncode == 2 and done.stdout == ""
         assert done.stderr.startswith("error: ") and "asks for Python to be run in it" in done.stderr
         assert done.stderr.count("\n") == 1 and not (ROOT / "x").exists()
 

@@ -44,6 +44,13 @@ def test_the_lock_pins_every_version():
     assert [name for name in PINNED if CUDA.match(name)] == []
 
 
+def test_what_builds_the_project_is_locked_by_hashes():
+    text = (ROOT / "requirements-build.lock").read_text("utf-8")
+    assert set(re.findall(r"^([\w-]+)==", text, re.MULTILINE)) == {"hatchling", "tomlkit", "trove-classifiers"}
+    assert len(re.findall(r"^    --hash=sha256:[0-9a-f]{64}( \\)?$", text, re.MULTILINE)) == 2 * 3
+    assert {"packaging", "pathspec", "pluggy"} <= PINNED.keys()  # what else hatchling needs
+
+
 def test_the_lock_is_complete():
     """Nothing that a locked package needs is left for pip to choose; torch's CUDA libraries are not needed."""
     needed = set()
@@ -64,7 +71,7 @@ def test_the_installed_versions_are_the_locked_ones():
 def test_conda_users_get_the_same_versions():
     environment = yaml.safe_load((ROOT / "environment.yml").read_text("utf-8"))
     *conda, pip = environment["dependencies"]
-    assert pip == {"pip": ["--requirement requirements.lock"]}
+    assert pip == {"pip": ["--requirement requirements.lock", "--editable ."]}
     assert sorted(entry.partition("=")[0] for entry in conda) == ["pip", "python"]
     (version,) = (entry.partition("=")[2].strip("=") for entry in conda if entry.startswith("python"))
     assert version in SpecifierSet(PROJECT["requires-python"])

@@ -1,0 +1,370 @@
+"""The commands that people type. Each imports what it needs when it runs, so that help and completion start at once."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from layerwise.runtime.errors import InputError, refusal, report_errors
+from layerwise.study import config_file
+
+if TYPE_CHECKING:
+    from layerwise.contract.target import Target
+    from layerwise.study.grid import Plan
+
+BAD_INPUT = 2  # exit status where what was typed is wrong; 1 says that something was found, or that a run failed
+TABLES = Path("results/tables")
+TOLERANCE = 0.02  # relative; comparison.folders.TOLERANCE, which takes pandas to import
+
+
+class Finding(InputError):
+    """What a command was asked to find: no fault of what was typed."""
+
+
+class Commands(TyperGroup):
+    """The group of all commands: bad input is one sentence on stderr, without a page of usage, and exit status 2."""
+
+    def main(self, args: Sequence[str] | None = None, standalone_mode: bool = True, **options: Any) -> int:
+        """Run a command line and end the process with its exit status.
+
+        standalone_mode: False returns the status instead, and lets errors through.
+        """
+        given = list(sys.argv[1:] if args is None else args)
+        own = {**options, "prog_name": "layerwise", "standalone_mode": False}
+        if not standalone_mode:
+            return super().main(args=given, **own) or 0
+        report_errors(lambda argv: sys.exit(self._status(argv or ["--help"], own)), given)
+        return 0  # not reached: the process has ended
+
+    def _status(self, args: list[str], options: dict[str, Any]) -> int:
+        try:
+            return super().main(args=args, **options) or 0
+        except Finding as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 1
+        except InputError as error:
+            sentence = str(error)
+        except typer.Abort:
+            sentence = "The command was stopped."
+        except OSError as error:
+            if refusal(error) or not error.filename:
+                raise
+            sentence = f"{error.filename} cannot be used: {error.strerror}."
+        except Exception as error:
+            refused = getattr(error, "format_message", None)  # by the parser of command lines
+            if refused is None:
+                raise
+            context = getattr(error, "ctx", None)
+            command = context.command_path if context else "layerwise"
+            sentence = f"{' '.join(refused().split()).rstrip('.')} (`{command} --help` explains it)."
+        print(f"error: {sentence}", file=sys.stderr)
+        return BAD_INPUT
+
+
+app = typer.Typer(
+    cls=Commands,
+    help="Compress large language models layer by layer, and measure what that costs.",
+    epilog="Begin with: layerwise run embedded. `layerwise COMMAND --help` explains a command.",
+    context_settings={"max_content_width": 100},
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+FORWARD = {"allow_extra_args": True, "ignore_unknown_options": True, "allow_interspersed_args": False}
+
+
+def studies(incomplete: str) -> Iterator[str]:
+    """Names of the studies that ship, for the completion of a word."""
+    return (name for name in config_file.shipped_studies() if name.startswith(incomplete))
+
+
+def methods_known(incomplete: str) -> Iterator[str]:
+    """Names of the methods that ship, for the completion of a word."""
+    from layerwise.cli import cards
+
+    return (name for name in cards.catalogue() if name.startswith(incomplete))
+
+
+Study = Annotated[
+    str,
+    typer.Argument(help="A study's file, or the name of one that ships.", metavar="STUDY", autocompletion=studies),
+]
+Tolerance = Annotated[float, typer.Option(help="How far numbers may differ and agree, relative.")]
+Tables = Annotated[Path, typer.Option(help="Folder of the study's tables.")]
+MethodPath = Annotated[list[Path], typer.Option(help="A further folder of methods. May be given several times.")]
+Cores = Annotated[str | None, typer.Option(help="Jobs at a time, or `all`. [default: one for each processor]")]
+
+
+def _plan(study: str, check_sources: bool = False) -> Plan:
+    """The plan of a study. Raises InputError for one that is wrong."""
+    from layerwise.study.grid import plan
+
+    return plan(config_file.read(config_file.study_file(study)), check_sources=check_sources)
+
+
+def _found(sentence: str | None) -> None:
+    """Raise Finding for a sentence that is not empty."""
+    if sentence:
+        raise Finding(sentence)
+
+
+# --------------------------------------------------------------------------------------------------------- run a study
+
+
+@app.command(
+    context_settings=FORWARD,
+    epilog="Example: layerwise run pruning --cores 8 -n shows what would run. Further arguments are Snakemake's own.",
+)
+def run(context: typer.Context, study: Study, cores: Cores = None) -> None:
+    """Run a study in this folder: compress, evaluate, and write results/ and figures/."""
+    from layerwise.cli import workflow
+
+    workflow.run(study, cores, context.args)
+
+
+@app.command(context_settings=FORWARD, epilog="Example: layerwise report embedded, then open results/report.html.")
+def report(context: typer.Context, study: Study = config_file.EMBEDDED, cores: Cores = None) -> None:
+    """Write a study as one HTML page, results/report.html. What has not been run yet is run first."""
+    from layerwise.cli import workflow
+
+    workflow.run(study, cores, context.args, targets=["report_page"])
+
+
+@app.command(epilog="Example: layerwise estimate my-study.yaml --cores 8 --mem-mb 64000")
+def estimate(
+    study: Study = config_file.EMBEDDED,
+    cores: Annotated[int, typer.Option(help="Jobs at a time.")] = os.cpu_count() or 1,
+    mem_mb: Annotated[float | None, typer.Option(help="Memory of the machine. [default: this one's]")] = None,
+) -> None:
+    """Print the memory, disk and time that a study takes, without starting it."""
+    from layerwise.study import estimate as module
+
+    found = module.estimate(_plan(study, check_sources=True), cores, mem_mb and mem_mb * 1e6)
+    print(*found.lines, sep="\n")
+    _found(" ".join(found.refusals))
+
+
+@app.command("check-study", epilog="Example: layerwise check-study strangers-study.yaml")
+def check_study(
+    studies: Annotated[list[str], typer.Argument(help="Files of studies, or names of ones that ship.")],
+) -> None:
+    """Read studies as the workflow does, running nothing that is in them, and report what is wrong."""
+    for study in studies:
+        config_file.check(config_file.read(config_file.study_file(study)))
+
+
+# -------------------------------------------------------------------------------------------------------------- methods
+
+
+@app.command(epilog="Example: layerwise methods sparsegpt")
+def methods(
+    name: Annotated[str | None, typer.Argument(help="A method.", autocompletion=methods_known)] = None,
+    method_path: MethodPath = [],  # noqa: B006 (typer makes a list of its own of it)
+) -> None:
+    """List the methods, or print everything that is known of one: paper, targets, parameters."""
+    from layerwise.cli import cards
+
+    known = cards.catalogue(method_path)
+    if name is not None and name not in known:
+        raise InputError(f"The method must be one of {', '.join(sorted(known))}. Got {name!r} instead.")
+    print(cards.card(known[name]) if name is not None else cards.table(known))
+
+
+@app.command("new-method", epilog="Example: layerwise new-method shrink --folder my-methods")
+def new_method(
+    name: Annotated[str, typer.Argument(help="Name of the method, which is that of its file.")],
+    folder: Annotated[Path, typer.Option(help="Where to write the file.")] = Path(),
+) -> None:
+    """Write the file of a new method, which passes `layerwise check-method` as it stands."""
+    from layerwise.checks import template
+    from layerwise.cli.workflow import check_writable
+
+    check_writable(folder)
+    path = template.write(name, folder)
+    print(f"{path} is a method that works: change it, then run layerwise check-method {path}")
+
+
+@app.command("check-method", epilog="Example: layerwise check-method my-methods/shrink.py")
+def check_method(
+    file: Annotated[Path, typer.Argument(help="File of the method.")],
+    quick: Annotated[bool, typer.Option("--quick", help="Check the defaults alone, at fewer targets.")] = False,
+) -> None:
+    """Check that a method keeps every promise of the contract. Exit status 1 when it breaks one."""
+    if not file.is_file():
+        raise InputError(f"The method must be a file. Got {str(file)!r} instead.")
+    from layerwise.checks import battery
+
+    result = battery.check_file(file, quick=quick, progress=_progress if sys.stderr.isatty() else None)
+    print(result.render(), end="")
+    if not result.ok:
+        raise typer.Exit(1)
+
+
+def _progress(done: int, of: int, label: str) -> None:
+    """Write how far it is over the line before, on a terminal."""
+    print(f"\r{done} of {of}  {label[:80]:80}" if done < of else f"\r{'':100}\r", end="", file=sys.stderr, flush=True)
+
+
+# ---------------------------------------------------------------------------------------------------- compare numbers
+
+
+def _accepted(study: str, accepted: Path | None) -> Path:
+    return accepted or Path("results/accepted") / Path(study).stem
+
+
+Accepted = Annotated[Path | None, typer.Option(help="Folder of accepted numbers. [default: results/accepted/STUDY]")]
+
+
+@app.command(epilog="Example: layerwise regression pruning, after layerwise run pruning")
+def regression(
+    study: Study = config_file.EMBEDDED,
+    tables: Tables = TABLES,
+    accepted: Accepted = None,
+    tolerance: Tolerance = TOLERANCE,
+) -> None:
+    """Compare a study's numbers with the accepted ones. Exit status 1 when one has moved or is gone."""
+    from layerwise.comparison import regression as module
+
+    if not module.check(tables, _accepted(study, accepted), tolerance):
+        raise typer.Exit(1)
+
+
+@app.command(epilog="Example: layerwise accept pruning")
+def accept(study: Study = config_file.EMBEDDED, tables: Tables = TABLES, accepted: Accepted = None) -> None:
+    """Accept a study's numbers: `layerwise regression` compares later ones with them."""
+    from layerwise.comparison import regression as module
+
+    print(*module.accept(tables, _accepted(study, accepted)), sep="\n")
+
+
+@app.command(epilog="Example: layerwise compare old/results new/results --tolerance 0.05")
+def compare(
+    older: Annotated[Path, typer.Argument(help="The older result folder.")],
+    newer: Annotated[Path, typer.Argument(help="The newer result folder.")],
+    tolerance: Tolerance = TOLERANCE,
+) -> None:
+    """List the numbers that differ between two result folders. Exit status 1 when one has moved or is gone."""
+    from layerwise.comparison import folders
+
+    if not folders.compare_folders(older, newer, tolerance):
+        raise typer.Exit(1)
+
+
+@app.command(epilog="Example: layerwise merge machine1/results machine2/results --out merged")
+def merge(
+    folders: Annotated[list[Path], typer.Argument(help="Result folders, at least two.")],
+    out: Annotated[Path, typer.Option(help="Folder for the merged tables.")],
+    tolerance: Tolerance = TOLERANCE,
+) -> None:
+    """Put the tables of several machines into one, which refuses numbers that do not belong together."""
+    from layerwise.comparison import folders as module
+
+    print(module.merge_folders(folders, out, tolerance))
+
+
+@app.command(epilog="Example: layerwise published paper-wanda-llama2 --unrun --out coverage")
+def published(
+    study: Study,
+    tables: Tables = TABLES,
+    out: Annotated[Path | None, typer.Option(help="Folder to write to. [default: that of the tables]")] = None,
+    unrun: Annotated[bool, typer.Option(help="Read no tables: show what would be compared.")] = False,
+) -> None:
+    """Write a study's perplexities beside those that papers print."""
+    from layerwise.comparison import published as module
+
+    print(module.lay_beside(_plan(study), tables, out, unrun))
+
+
+# --------------------------------------------------------------------------------------------------- compressed models
+
+
+@app.command(epilog="Example: layerwise export results/cells/MODEL/CALIBRATION/shared/CELL --format packed --out saved")
+def export(
+    cell: Annotated[Path, typer.Argument(help="Folder of a cell that has its weights (keep_weights in the config).")],
+    form: Annotated[str, typer.Option("--format", help="dense, packed or compressed-tensors.")],
+    out: Annotated[Path, typer.Option(help="Folder to make.")],
+) -> None:
+    """Save a compressed model as a folder that other tools load. The cell's record says which model it is of."""
+    if not cell.is_dir():
+        raise InputError(f"The cell must be a folder. Got {str(cell)!r} instead.")
+    from layerwise.export import save
+
+    if form not in save.FORMATS:
+        raise InputError(f"--format must be one of {', '.join(save.FORMATS)}. Got {form!r} instead.")
+    save.export(cell, form, out)
+
+
+@app.command(epilog='Example: layerwise audit saved, or layerwise audit folder-of-another-tool --target "4b g128"')
+def audit(
+    folder: Annotated[Path, typer.Argument(help="A cell's folder, or one that export or another tool saved.")],
+    target: Annotated[
+        str | None, typer.Option(help='What the layers should be, such as "2:4", "50% row" or "4b g128".')
+    ] = None,
+    trust_remote_code: Annotated[bool, typer.Option(help="Run code that comes with the model.")] = False,
+) -> None:
+    """Verify pattern, grid and counts of every layer of a saved model. Exit status 1 when a layer is wrong."""
+    if not folder.is_dir():
+        raise InputError(f"There is no folder {folder}.")
+    wanted = None if target is None else _target(target)
+    from layerwise.export import audit as module
+
+    form, expected, lines = module.audit(folder, wanted, trust_remote_code)
+    print(module.table(lines), module.summary(form, expected, lines), sep="\n\n")
+    _found(module.fault_of(folder, lines))
+
+
+def _target(label: str) -> Target:
+    from layerwise.contract.target import Target
+
+    try:
+        return Target.parse(label)
+    except ValueError as error:
+        raise InputError(f"--target is wrong: {error}") from None
+
+
+@app.command(epilog="Example: layerwise decode --shape 4096x4096 --threads 1 --out results/decode.csv")
+def decode(
+    shape: Annotated[list[str], typer.Option(help="ROWSxINPUTS of a weight. May be given several times.")],
+    out: Annotated[Path, typer.Option(help="Table to write, .csv.")],
+    threads: Annotated[int, typer.Option(help="Threads of a product.")] = 1,
+    rounds: Annotated[int, typer.Option(help="Times that each product is timed.")] = 100,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+) -> None:
+    """Time one token's product with a weight, for each way of storing the weight."""
+    shapes = list(map(_shape, shape))
+    from layerwise.export import decode as module
+
+    for line in module.time_products(shapes, threads, rounds, device, out):
+        print(line)
+
+
+def _shape(text: str) -> tuple[int, int]:
+    rows, times, inputs = text.partition("x")
+    if not (times and rows.isdecimal() and inputs.isdecimal()):
+        raise InputError(f"--shape must be ROWSxINPUTS, such as 4096x4096. Got {text!r} instead.")
+    return int(rows), int(inputs)
+
+
+@app.command("clean-cache", epilog="Example: layerwise clean-cache --dry-run")
+def clean_cache(
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be freed, and leave it.")] = False,
+) -> None:
+    """Free the stored Grams that no other study uses."""
+    from layerwise.calibration import clean_cache as module
+    from layerwise.runtime.files import gram_stores
+
+    freed = module.clean(gram_stores(), Path.cwd(), dry_run)
+    print(f"{freed / 1e6:.1f} MB in all, of {gram_stores()}.")
+
+
+@app.command(context_settings=FORWARD, add_help_option=False, epilog="Example: layerwise worker fingerprint --help")
+def worker(context: typer.Context) -> None:
+    """Run one step of a job, as the rules of the workflow do."""
+    from layerwise.cli import worker as module
+
+    module.run(context.args)

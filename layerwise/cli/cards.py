@@ -1,0 +1,79 @@
+"""The cards of methods as text: one line each, or one card whole."""
+
+import json
+import textwrap
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from layerwise.contract.catalogue import Catalogue, CatalogueError, Entry
+from layerwise.runtime.errors import InputError
+
+WIDTH = 100  # characters of a line
+HEADER = ("method", "title", "prunes by", "bits", "updates weights", "needs")
+
+
+def catalogue(folders: Iterable[Path] = ()) -> Catalogue:
+    """The methods that ship and those of further folders. Raises InputError for a file that is no method."""
+    try:
+        return Catalogue(list(folders))
+    except CatalogueError as error:
+        raise InputError(str(error)) from None
+
+
+def table(entries: Mapping[str, Entry]) -> str:
+    """A line for each method: what it is, what it can do and which statistics it needs."""
+    rows = [HEADER, *(_row(entry) for entry in entries.values())]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["  ".join(word.ljust(width) for word, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:]])
+
+
+def _row(entry: Entry) -> tuple[str, ...]:
+    card = entry.card
+    patterns = [pattern for pattern in card["patterns"] if pattern != "dense"]
+    updates = "yes" if card["updates_weights"] else "no"
+    return (
+        *(entry.name, card["title"], ", ".join(patterns) or "-", bits(card["bits"]) or "-"),
+        *("-" if entry.control else updates, ", ".join(card["needs"]) or "-"),
+    )
+
+
+def bits(widths: Iterable[int]) -> str:
+    """Widths of codes, such as 2-8 or 3, 4."""
+    found = sorted(widths)
+    if len(found) > 2 and found == list(range(found[0], found[-1] + 1)):
+        return f"{found[0]}-{found[-1]}"
+    return ", ".join(map(str, found))
+
+
+def card(entry: Entry) -> str:
+    """One card whole: what the method is, its file, and every parameter with its default and meaning."""
+    lines = [f"{entry.name}: {entry.card['title']}", f"  file: {entry.path}"]
+    lines += [f"  {key}: {_text(value)}" for key, value in entry.card.items() if key not in ("title", "parameters")]
+    parameters = entry.card["parameters"]
+    lines += ["", "parameters:" if parameters else "It has no parameters."]
+    for name, schema in parameters.items():
+        lines.append(f"  {name}: {_kind(schema)}, default {_text(entry.defaults[name])}")
+        lines += textwrap.wrap(schema.get("description", ""), WIDTH, initial_indent="    ", subsequent_indent="    ")
+    return "\n".join(lines)
+
+
+def _kind(schema: Mapping[str, Any]) -> str:
+    """What a parameter may be, in words."""
+    if "enum" in schema:
+        return "one of " + ", ".join(map(_text, schema["enum"]))
+    if schema.get("format") == "method":
+        return "a method"
+    kinds = schema.get("type", "any value")
+    words = kinds if isinstance(kinds, str) else " or ".join(kinds)
+    limits = {"minimum": "at least", "exclusiveMinimum": "above", "maximum": "at most", "exclusiveMaximum": "below"}
+    return " ".join([words, *(f"{word} {schema[key]}" for key, word in limits.items() if key in schema)])
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, str):
+        return value
+    if isinstance(value, (list, tuple)) and all(isinstance(item, (str, int)) for item in value):
+        return ", ".join(map(str, value)) or "none"
+    return {True: "yes", False: "no", None: "none"}[value] if value in (None, True, False) else json.dumps(value)

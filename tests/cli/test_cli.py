@@ -1,0 +1,272 @@
+"""The command: what its help teaches, what it prints, and how it refuses bad input."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+import sysconfig
+import zipfile
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from layerwise.cli import workflow
+from layerwise.cli.app import app
+from layerwise.cli.worker import WORKERS
+from layerwise.contract.catalogue import Catalogue
+from layerwise.runtime import project
+from layerwise.runtime.errors import InputError
+from layerwise.study import config_file
+from layerwise.study.grid import plan
+from tests.support.paths import ROOT
+
+COMMANDS = [command.name or command.callback.__name__ for command in app.registered_commands if command.callback]
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+
+
+def call(*arguments: object):
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def layerwise(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "layerwise", *arguments]
+    return subprocess.run(command, cwd=folder, env=ENVIRONMENT, capture_output=True, text=True)
+
+
+# ----------------------------------------------------------------------------------------------------------------- help
+
+
+def test_help_lists_every_command_with_its_purpose():
+    told = call("--help")
+    assert told.exit_code == 0 and told.stdout == call().stdout
+    expected = (
+        "run report estimate check-study methods new-method check-method regression accept compare merge published"
+    )
+    assert [name.replace("_", "-") for name in COMMANDS] == f"{expected} export audit decode clean-cache worker".split()
+    for name in expected.split():
+        assert re.search(rf"^  {name} +[A-Z]", told.stdout, re.MULTILINE)
+    assert "--install-completion" in told.stdout and "--show-completion" in told.stdout
+
+
+@pytest.mark.parametrize("name", [name.replace("_", "-") for name in COMMANDS if name != "worker"])
+def test_help_of_a_command_has_a_sentence_and_an_example(name):
+    told = call(name, "--help")
+    text = " ".join(told.stdout.split())
+    assert told.exit_code == 0
+    assert re.search(rf"Usage: layerwise {name} .*?[A-Z][^.]*\.", text) and f"Example: layerwise {name}" in text
+
+
+def test_a_shell_completes_names_of_studies():
+    words = {"_LAYERWISE_COMPLETE": "complete_bash", "COMP_WORDS": "layerwise run qua", "COMP_CWORD": "2"}
+    command = [sys.executable, "-m", "layerwise"]
+    done = subprocess.run(command, env={**ENVIRONMENT, **words}, capture_output=True, text=True)
+    assert done.stdout.split() == ["quantisation"]
+
+
+# ------------------------------------------------------------------------------------------------------------ bad input
+
+BAD = {
+    "no-such-command": "No such command",
+    "run": "Missing argument",
+    "run no-such-study": "A study must be a file or the name of one that ships",
+    "run paper-wanda-lama": "such as paper-wanda-llama",
+    "run embedded --directory file/inside": "must be a folder that can be written",
+    "run absent-model.yaml": "The model 'absent' should be a folder at nowhere, but there is none.",
+    "estimate absent-model.yaml": "The model 'absent' should be a folder at nowhere, but there is none.",
+    "estimate embedded --cores 0": "--cores must be at least 1. Got 0 instead.",
+    "estimate embedded --cores many": "Invalid value for '--cores'",
+    "check-study file": "file is not valid YAML",
+    "methods no-such-method": "The method must be one of admm,",
+    "methods --method-path absent": "method_paths names absent, which is not a folder.",
+    "check-method absent.py": "The method must be a file. Got 'absent.py' instead.",
+    "report no-such-study": "A study must be a file",
+    "regression no-such-study": "Expected accepted numbers at results/accepted/no-such-study/layers.csv",
+    "compare absent absent": "Expected cells.parquet in absent",
+    "compare absent absent --tolerance -1": "A tolerance must be at least 0, such as 0.02. Got -1 instead.",
+    "merge absent": "Missing option '--out'",
+    "merge absent --out merged": "Expected cells.parquet in absent",
+    "published no-such-study": "A study must be a file",
+    "export absent --format dense --out saved": "The cell must be a folder. Got 'absent' instead.",
+    "export . --format nope --out saved": "--format must be one of dense, packed, compressed-tensors. Got 'nope'",
+    "audit absent": "There is no folder absent.",
+    "decode --shape 16 --out decode.csv": "--shape must be ROWSxINPUTS, such as 4096x4096. Got '16' instead.",
+    "worker no-such-worker": "The worker must be one of calibrate,",
+}
+
+
+@pytest.mark.parametrize("words", BAD)
+def test_bad_input_is_one_sentence_and_exit_status_two(tmp_path, monkeypatch, words):
+    monkeypatch.chdir(tmp_path)
+    Path("file").write_text("a: [")
+    study = (ROOT / "config/config.yaml").read_text("utf-8")
+    Path("absent-model.yaml").write_text(study.replace("demo: {path: resources/demo,", "absent: {path: nowhere,"))
+    told = call(*words.split())
+    assert told.exit_code == 2 and told.stdout == ""
+    assert told.stderr.startswith("error: ") and told.stderr.count("\n") == 1
+    assert BAD[words] in told.stderr
+
+
+def test_a_file_that_cannot_be_written_is_one_sentence(tmp_path):
+    (tmp_path / "file").write_text("")
+    told = call("published", "embedded", "--unrun", "--out", tmp_path / "file/inside")
+    assert told.exit_code == 2 and told.stderr.startswith("error: ") and told.stderr.count("\n") == 1
+
+
+def test_what_a_command_finds_is_exit_status_one(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    told = call("estimate", "embedded", "--mem-mb", "300")
+    assert told.exit_code == 1 and "--mem-mb gives 300 MB" in told.stderr and "demo: 7 M parameters" in told.stdout
+
+
+# -------------------------------------------------------------------------------------------------------------- methods
+
+
+def test_methods_are_a_table_of_all_cards():
+    lines = call("methods").stdout.splitlines()
+    assert lines[0].split("  ")[0] == "method" and [line.split()[0] for line in lines[2:]] == list(Catalogue())
+    sparsegpt = next(line for line in lines if line.startswith("sparsegpt"))
+    assert re.split("  +", sparsegpt) == ["sparsegpt", "SparseGPT", "row, layer, n:m", "2-8", "yes", "gram"]
+
+
+def test_one_card_whole():
+    text = call("methods", "sparsegpt").stdout
+    entry = Catalogue()["sparsegpt"]
+    assert text.startswith("sparsegpt: SparseGPT\n") and f"  arxiv: {entry.card['arxiv']}\n" in text
+    for name, schema in entry.card["parameters"].items():
+        assert f"\n  {name}: " in text and schema["description"] in " ".join(text.split())
+
+
+def test_a_further_folder_has_methods_too(tmp_path):
+    (tmp_path / "mine.py").write_text((ROOT / "methods/wanda.py").read_text("utf-8"))
+    assert "\nmine " in call("methods", "--method-path", tmp_path).stdout
+
+
+def test_a_new_method_passes_its_checks(tmp_path):
+    pytest.importorskip("layerwise.checks.template")
+    told = call("new-method", "shrink", "--folder", tmp_path / "mine")
+    path = tmp_path / "mine/shrink.py"
+    assert told.exit_code == 0 and f"layerwise check-method {path}" in told.stdout and path.is_file()
+    again = call("new-method", "shrink", "--folder", tmp_path / "mine")
+    assert again.exit_code == 2 and again.stderr.count("\n") == 1
+    checked = call("check-method", path, "--quick")
+    assert checked.exit_code == 0 and "shrink keeps its contract" in checked.stdout
+    path.write_text(path.read_text("utf-8").replace("CARD = ", "OTHER = "))
+    refused = call("check-method", path)
+    assert refused.exit_code == 2 and "must hold a method" in refused.stderr and refused.stderr.count("\n") == 1
+
+
+# ------------------------------------------------------------------------------------------------------------------ run
+
+
+def test_studies_by_name_and_by_file(tmp_path):
+    assert config_file.study_file("embedded") == project.ROOT / "config/config.yaml"
+    assert config_file.study_file("pruning") == project.ROOT / "config/pruning.yaml"
+    (tmp_path / "mine.yaml").write_text("study: mine")
+    assert config_file.study_file(tmp_path / "mine.yaml") == tmp_path / "mine.yaml"
+    with pytest.raises(InputError, match="such as embedded, gqsa, pruning, quantisation, seeds. Got 'config' instead"):
+        config_file.study_file("config")
+
+
+def test_what_snakemake_is_given():
+    study = Path("config/config.yaml")
+    own = ["--snakefile", str(project.ROOT / "Snakefile"), "--configfile", str(study.resolve())]
+    default = ["--workflow-profile", str(project.ROOT / "profiles/default")]
+    assert workflow.arguments(study, None, ["-n"]) == [*own, *default, "--cores", "all", "-n"]
+    assert workflow.arguments(study, "3", []) == [*own, *default, "--cores", "3"]
+    assert workflow.arguments(study, None, ["-c2"]) == [*own, *default, "-c2"]
+    target = workflow.arguments(study, None, ["--cores=2"], ["report_page"])
+    assert target == [*own, *default, "report_page", "--cores=2"]
+    given = workflow.arguments(study, None, ["--workflow-profile=profiles/gpu", "--resources", "gpu=4"])
+    assert given[: len(own)] == own and given[-3:] == [given[-3], "--resources", "gpu=4"]
+
+
+def test_a_path_that_ships_is_found_from_any_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert project.locate("resources/demo") == project.ROOT / "resources/demo"
+    for other in ("resources/absent", "config/config.yaml", "resources/../config", "", str(tmp_path)):
+        assert project.locate(other) == Path(other)
+    Path("resources/demo").mkdir(parents=True)  # the working directory comes first
+    assert project.locate("resources/demo") == Path("resources/demo")
+
+
+def test_where_a_model_lies_is_no_part_of_what_it_is(tmp_path, monkeypatch):
+    config = config_file.read(ROOT / "config/config.yaml")
+    here = plan(config)
+    monkeypatch.chdir(tmp_path)
+    elsewhere = plan(config, check_sources=True)
+    assert list(elsewhere.models) == list(here.models) and list(elsewhere.by_folder) == list(here.by_folder)
+
+
+def test_a_study_that_ships_runs_from_an_empty_folder(tmp_path):
+    done = layerwise(tmp_path, "run", "embedded", "-n", "--cores", "2")
+    assert done.returncode == 0, done.stderr
+    told = done.stdout + done.stderr
+    assert re.search(r"^compress +53$", told, re.MULTILINE) and "dry-run" in told
+
+
+# -------------------------------------------------------------------------------------------------------------- workers
+
+
+def test_a_worker_starts_without_help_torch_and_snakemake():
+    code = "import sys; sys.argv[1:] = ['worker', 'fingerprint', '--help']\nimport layerwise.cli\n"
+    code += "try: layerwise.cli.main()\nexcept SystemExit: pass\n"
+    code += "print({'typer', 'rich', 'click', 'torch', 'snakemake', 'pandas'} & set(sys.modules), file=sys.stderr)"
+    done = subprocess.run([sys.executable, "-c", code], env=ENVIRONMENT, capture_output=True, text=True)
+    assert done.stderr == "set()\n" and "--model" in done.stdout
+
+
+def test_the_rules_name_workers_that_there_are():
+    rules = "\n".join(path.read_text("utf-8") for path in (ROOT / "workflow/rules").glob("*.smk"))
+    named = set(re.findall(r"\{WORKER\} ([\w-]+)", rules))
+    assert named and named <= WORKERS.keys()
+    for module in WORKERS.values():
+        assert importlib.util.find_spec(module), module
+
+
+# ---------------------------------------------------------------------------------------------------------------- wheel
+
+
+@pytest.mark.long
+def test_the_wheel_works_without_the_checkout(tmp_path):
+    pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
+    isolated = [] if importlib.util.find_spec("hatchling") is None else ["--no-build-isolation"]
+    subprocess.run([*pip, "wheel", "--no-deps", *isolated, "--wheel-dir", tmp_path, ROOT], check=True)
+    (wheel,) = tmp_path.glob("layerwise-*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+    # No other top-level name: `kernels`, say, is that of a distribution which transformers imports.
+    assert {name.split("/")[0].split("-")[0] for name in names} == {"layerwise"} and len(names) == len(set(names))
+    methods = {path.name for path in (ROOT / "methods").glob("*.py")}
+    assert {name.removeprefix("layerwise/methods/") for name in names if "/methods/" in name} == methods
+    assert {"layerwise/shipped/Snakefile", "layerwise/shipped/config/config.yaml"} <= set(names)
+
+    environment = tmp_path / "environment"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", environment], check=True)
+    python = environment / "bin/python"
+    code = "import sysconfig; print(sysconfig.get_path('purelib'))"
+    places = subprocess.run([python, "-c", code], capture_output=True, text=True, check=True)
+    packages = Path(places.stdout.strip())
+    subprocess.run([*pip, "--python", python, "install", "--no-deps", "--no-index", wheel], check=True)
+    # The locked packages, without running what .pth files say there: it may lead to the checkout.
+    (packages / "locked.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    clean = {key: value for key, value in ENVIRONMENT.items() if key != "PYTHONPATH"}
+    folder = tmp_path / "empty"
+    folder.mkdir()
+
+    def run(*command: object) -> str:
+        words = [str(word) for word in command]
+        done = subprocess.run(words, cwd=folder, env=clean, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout + done.stderr
+
+    code = "import layerwise, transformers; from layerwise.runtime.project import ROOT; print(layerwise.__file__, ROOT)"
+    assert run(python, "-c", code).split() == [
+        str(packages / "layerwise/__init__.py"), str(packages / "layerwise/shipped")
+    ]  # fmt: skip
+    told = run(environment / "bin/layerwise", "run", "embedded", "-n", "--cores", "2")
+    assert re.search(r"^compress +53$", told, re.MULTILINE) and "dry-run" in told
+    assert "sparsegpt" in run(environment / "bin/layerwise", "methods")
