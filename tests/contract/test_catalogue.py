@@ -75,7 +75,6 @@ import torch
 
 from layerwise.numerics import ops
 from layerwise.contract.layer import Method
-from tests.support.paths import ROOT
 
 CARD = {
     "title": "First",

@@ -104,7 +104,7 @@ def test_the_scan_finds_what_it_looks_for(source):
 
 def test_every_value_in_a_shell_command_is_quoted():
     """Of wildcards the three that a rule leaves bare are digits of a fixed list, as their constraints say."""
-    bare = {"PYTHON", "threads", "resources.device", "params.figure", "wildcards.format"}
+    bare = {"WORKER", "threads", "resources.device", "params.figure", "wildcards.format"}
     found = set()
     for path in SNAKEFILES:
         for command in re.findall(r'shell:\n((?:\s+".*"\n)+)', path.read_text("utf-8")):
