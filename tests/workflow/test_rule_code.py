@@ -1,0 +1,143 @@
+"""Which rules an edit of a module runs again: those whose jobs import it, and no others."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from layerwise.contract.import_closure import closure
+from layerwise.figures.plot import FIGURES
+from tests.support.paths import ROOT
+
+RULE = re.compile(r"^rule (\w+):\n(.*?)(?=^rule |^for |\Z)", re.MULTILINE | re.DOTALL)
+ENTRIES = re.compile(r'CODE\.of\(\s*((?:"[\w.]+"|KINDS\["\w+"\])(?:,\s*(?:"[\w.]+"|KINDS\["\w+"\]))*)')
+# In a copy of the package: import an entry of a rule, and say which modules came with it. Forks share the libraries.
+LOADED = """
+import importlib, json, os, sys
+for name in ("torch", "transformers", "pandas", "pyarrow", "tqdm", "safetensors.torch", "numba", "matplotlib.figure"):
+    importlib.import_module(name)
+for entry in sys.argv[1:]:
+    if not os.fork():
+        importlib.import_module(entry)
+        names = [name for name in sys.modules if name.startswith("layerwise.")]
+        print(json.dumps([entry, [sys.modules[name].__file__ for name in names]]), flush=True)
+        os._exit(0)
+    os.wait()
+"""
+# In a copy of the package: edit each module in turn, and name the code of every rule before and after.
+EDITED = """
+import json, sys
+from pathlib import Path
+from layerwise.study.job_inputs import Code
+rules = json.loads(sys.argv[1])
+def names():
+    code = Code()  # a comment changes no import, of which nothing is read again
+    return {rule: code.of(*entries) for rule, entries in rules.items()}
+before = names()
+for path in map(Path, sys.argv[2:]):
+    text = path.read_text("utf-8")
+    path.write_text(text + "\\n# edited\\n", "utf-8")
+    after = names()
+    path.write_text(text, "utf-8")
+    print(json.dumps([str(path), [rule for rule in rules if after[rule] != before[rule]]]))
+assert names() == before
+"""
+
+
+def entries_of_rules() -> dict[str, list[str]]:
+    """Rule -> the modules that it names, from the text of the rules; a figure's rule by its name."""
+    from layerwise.evaluation.cache import KINDS
+
+    rules = {}
+    for file in sorted((ROOT / "workflow/rules").glob("*.smk")):
+        for name, body in RULE.findall(file.read_text("utf-8")):
+            if found := ENTRIES.search(body):
+                rules[name] = [KINDS.get(part, part) for part in re.findall(r'"([\w.]+)"', found[1])]
+    figures = {f"figure_{name}": ["layerwise.figures.plot", drawing.module] for name, drawing in FIGURES.items()}
+    return rules | figures
+
+
+RULES = entries_of_rules()
+
+
+def lines(program: str, *arguments: str, folder: Path = ROOT) -> dict[str, list[str]]:
+    command = [sys.executable, "-c", program, *arguments]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, env={"PYTHONPATH": str(folder)})
+    assert done.returncode == 0, done.stderr
+    return dict(map(json.loads, done.stdout.splitlines()))
+
+
+@pytest.fixture(scope="module")
+def again(tmp_path_factory) -> dict[str, set[str]]:
+    """Module -> the rules that run again after an edit of it, in a copy of the package."""
+    folder = tmp_path_factory.mktemp("copy")
+    for part in ("layerwise", "methods", "workflow"):
+        shutil.copytree(ROOT / part, folder / part, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
+    modules = sorted(map(str, (folder / "layerwise").rglob("*.py")))
+    found = lines(EDITED, json.dumps(RULES), *modules, folder=folder)
+    return {str(Path(path).relative_to(folder / "layerwise")): set(rules) for path, rules in found.items()}
+
+
+def test_every_rule_with_a_worker_names_its_code():
+    workers = {
+        name
+        for file in (ROOT / "workflow/rules").glob("*.smk")
+        for name, body in RULE.findall(file.read_text("utf-8"))
+        if "{WORKER}" in body
+    }
+    assert workers and workers <= RULES.keys()
+
+
+def test_what_a_rule_imports_is_its_code():
+    """Against Python's own imports, which know nothing of the closure."""
+    entries = sorted({entry for modules in RULES.values() for entry in modules})
+    loaded = lines(LOADED, *entries)
+    assert loaded.keys() == set(entries)
+    for entry, files in loaded.items():
+        known = {path.resolve() for path in closure([entry])}
+        files = {Path(file).resolve() for file in files if file}
+        rooms = {path for path in files if path.name == "__init__.py"}  # they hold a docstring
+        assert files - rooms <= known, (entry, sorted(files - rooms - known))
+        assert len(files) > 2
+
+
+def test_an_edit_of_any_module_runs_the_rules_that_import_it_again(again):
+    """Each module of each room, edited in a copy: the code of just those rules has another name."""
+    expected = {module: set() for module in again}
+    for rule, entries in RULES.items():
+        for path in closure(entries):
+            if path.suffix == ".py" and path.is_relative_to(ROOT / "layerwise"):
+                expected[str(path.relative_to(ROOT / "layerwise"))].add(rule)
+    assert again == expected
+    assert len(again) > 80
+
+
+FIGURE_RULES = {rule for rule in RULES if rule.startswith("figure_")}
+KNOWN = {  # module -> (rules that run again, rules that do not)
+    "results/protocol.py": ({"tables", "published", "report_page"}, {"compress", "gram", "perplexity"}),
+    "comparison/published_page.py": ({"published", "report_page"}, {"tables", "compress"}),
+    "results/comparisons.py": ({"tables", "report_page"}, {"compress"}),
+    "sources/hub.py": ({"calibration_tokens", "evaluation_tokens", "model", "gram", "compress"}, {"figure_error_along_depth", "docstrings"}),
+    "calibration/calibrate.py": ({"gram"}, {"certificate", "compress", "tables"}),
+    "compression/lower_bound.py": ({"certificate"}, {"compress", "gram", "perplexity"}),
+    "evaluation/perplexity.py": ({"perplexity", "zero_shot"}, {"compress", "gram", "tables"}),
+    "evaluation/zero_shot.py": ({"zero_shot", "task_data"}, {"perplexity", "compress"}),
+    "figures/depth.py": ({"figure_error_along_depth", "figure_error_reduction"}, {"figure_sweep", "tables"}),
+    "figures/style.py": (FIGURE_RULES, {"tables", "compress"}),
+    "export/audit.py": (set(), set(RULES)),
+    "cli/worker.py": (set(), set(RULES)),
+    "report/page.py": ({"report_page"}, set(RULES) - {"report_page"}),
+    "study/estimate.py": (set(), set(RULES)),
+}
+
+
+@pytest.mark.parametrize("module", KNOWN)
+def test_known_edits(again, module):
+    run, rest = KNOWN[module]
+    assert run <= again[module] and not rest & again[module], again[module]
