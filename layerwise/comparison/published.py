@@ -4,9 +4,6 @@ The dense model is looked at first: where ours is not the published one, the eva
 model can be judged. Fields of the protocol that differ are named in every row.
 """
 
-# pandas' own annotations lose whether a selection is a column or a frame.
-# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
-
 import argparse
 import csv
 import json
@@ -33,7 +30,8 @@ from layerwise.runtime.project import ROOT
 from layerwise.runtime.sentences import brief
 from layerwise.sources.text_files import dataset_of
 from layerwise.storage.table_schema import from_rows, read_table, to_frame, write_parquet
-from layerwise.study.grid import LONGEST_SENTENCE, Cell, Plan, plan
+from layerwise.study.cell import Cell
+from layerwise.study.grid import LONGEST_SENTENCE, Plan, plan
 
 FILE = ROOT / "resources/published.csv"
 SCHEMA = ROOT / "workflow/schemas/published.schema.yaml"

@@ -1,9 +1,5 @@
 """The figure of a sweep: a pure function from the `cells` table to a figure."""
 
-# pandas' own annotations lose whether a selection is a column or a frame.
-# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
-# pyright: reportGeneralTypeIssues=false, reportIndexIssue=false
-
 import json
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
@@ -17,7 +13,8 @@ from matplotlib.ticker import FixedLocator, NullLocator
 
 from layerwise.figures.page import entries, log_limits, log_scale, mark_beyond, not_drawn, nothing, page
 from layerwise.figures.style import Look, looks, strokes
-from layerwise.study.grid import SWEPT_TARGET, canonical
+from layerwise.study.cell import canonical
+from layerwise.study.grid import SWEPT_TARGET
 
 DENSE = {"color": "black", "linestyle": (0, (6, 2)), "linewidth": 0.9, "zorder": 1}
 METRICS = {"mean_output_error": "mean output error", "perplexity": "perplexity"}
