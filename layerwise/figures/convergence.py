@@ -1,9 +1,5 @@
 """The figure of convergence: a pure function from the `traces` and `layers` tables to a figure."""
 
-# pandas' own annotations lose whether a selection is a column or a frame.
-# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
-# pyright: reportAssignmentType=false, reportGeneralTypeIssues=false, reportIndexIssue=false
-
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure

@@ -1,9 +1,5 @@
 """The figures of layer errors along the depth of a model: pure functions from the `layers` table to a figure."""
 
-# pandas' own annotations lose whether a selection is a column or a frame.
-# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
-# pyright: reportAssignmentType=false, reportGeneralTypeIssues=false, reportIndexIssue=false
-
 from collections.abc import Callable, Sequence
 
 import pandas as pd

@@ -1,9 +1,5 @@
 """The figures of distributions over layers: pure functions from the `layers` table to a figure."""
 
-# pandas' own annotations lose whether a selection is a column or a frame.
-# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
-# pyright: reportAssignmentType=false, reportGeneralTypeIssues=false, reportIndexIssue=false
-
 from collections.abc import Sequence
 
 import numpy as np

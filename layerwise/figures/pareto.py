@@ -1,9 +1,5 @@
 """The figure of perplexity against size: a pure function from the `cells` table to a figure."""
 
-# pandas' own annotations lose whether a selection is a column or a frame.
-# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
-# pyright: reportGeneralTypeIssues=false
-
 from itertools import count
 
 import pandas as pd

@@ -1,9 +1,5 @@
 """The figure of perplexities: a pure function from the `cells` table to a figure."""
 
-# pandas' own annotations lose whether a selection is a column or a frame.
-# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
-# pyright: reportGeneralTypeIssues=false, reportIndexIssue=false
-
 from collections.abc import Sequence
 
 import pandas as pd

@@ -1,9 +1,5 @@
 """The figure of ranks: a pure function from the `comparisons` and `layers` tables to a figure."""
 
-# pandas' own annotations lose whether a selection is a column or a frame.
-# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
-# pyright: reportGeneralTypeIssues=false, reportIndexIssue=false
-
 from typing import NamedTuple
 
 import pandas as pd

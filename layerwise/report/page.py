@@ -4,10 +4,6 @@ Nothing is fetched when it is opened, and everything shown is escaped. Each numb
 spec, the folder, the log, and the row of the table under results/tables (1 is the first row below the header).
 """
 
-# pandas' own annotations lose whether a selection is a column or a frame.
-# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
-# pyright: reportGeneralTypeIssues=false, reportIndexIssue=false
-
 import argparse
 import base64
 import importlib.resources
