@@ -5,11 +5,8 @@ layerwise merge A B ... --out C: the tables of all, for a study whose cells were
 A folder is one that collect wrote, or one that holds it as tables/ or results/tables/.
 """
 
-# pandas' own annotations lose whether a selection is a column or a frame.
-# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
-# pyright: reportGeneralTypeIssues=false, reportIndexIssue=false, reportReturnType=false
-
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -25,6 +22,18 @@ from layerwise.results.comparisons import ERRORS, Observation
 from layerwise.results.protocol import SAME, Protocol
 from layerwise.runtime.errors import InputError
 from layerwise.runtime.files import whole_file
+from layerwise.storage.frames import (
+    column,
+    columns_of,
+    distinct,
+    groups,
+    matching,
+    missing,
+    renamed,
+    rows,
+    select,
+    true_of_any,
+)
 from layerwise.storage.table_schema import columns, first_line, from_rows, read_table, to_frame, typed
 
 CELL = ["model", "calibration", "seed", "mode", "label", "target", "params"]
@@ -48,6 +57,7 @@ ROW = {  # the columns that name a row of a table
     "bounds": ["model", "calibration", "seed", "target", "layer"],
     "skipped": ["label", "method", "target"],
 }
+STATUS = {"left_only": "gone", "right_only": "added", "both": "moved"}  # by where pandas finds a number
 TOLERANCE = 0.02
 LEAST = 1e-12  # differences below are rounding, of errors that should be zero
 
@@ -73,15 +83,15 @@ def read_numbers(folder: Path) -> dict[str, pd.DataFrame]:
     place, data = folder_of_tables(folder), {}
     for table, value in (("layers", "output_error"), ("cells", "value")):
         try:
-            found = pd.read_parquet(place / f"{table}.parquet")
+            frame = pd.read_parquet(place / f"{table}.parquet")
         except (OSError, ValueError, pa.ArrowException) as error:
             raise InputError(f"{place / table}.parquet cannot be read: {first_line(error)}") from None
-        lacking = [name for name in columns(table) if name not in found]
+        lacking = [name for name in columns(table) if name not in frame]
         if needed := [name for name in (*CELL, value) if name in lacking]:
             raise InputError(f"{place / table}.parquet should have a column {needed[0]}, and has not.")
         if lacking:
             print(f"{place / table}.parquet is of a version without {', '.join(lacking)}.")
-        data[table] = found.assign(**dict.fromkeys(lacking))
+        data[table] = frame.assign(**dict.fromkeys(lacking))
     return data
 
 
@@ -95,15 +105,15 @@ def numbers(data: Tables, cell: Sequence[str] = CELL) -> dict[str, pd.DataFrame]
     """What two folders are held against each other by: the output error of every layer, and every metric of every cell
     that is no time; the columns `cell`, then those that name a number in it, then the number."""
     cells = data["cells"]
-    cells = cells[~cells["metric"].isin(TIMES) & cells["value"].notna()]
+    cells = select(cells, ~column(cells, "metric").isin(TIMES) & column(cells, "value").notna())
     cells = cells.fillna(dict.fromkeys(MEASURED, ""))
     return {
-        "layers": data["layers"][[*cell, "layer", "output_error"]].reset_index(drop=True),
-        "cells": cells[[*cell, *MEASURED[::-1], "value"]].reset_index(drop=True),
+        "layers": columns_of(data["layers"], [*cell, "layer", "output_error"]).reset_index(drop=True),
+        "cells": columns_of(cells, [*cell, *MEASURED[::-1], "value"]).reset_index(drop=True),
     }
 
 
-def compare(now: pd.DataFrame, accepted: pd.DataFrame, tolerance: float) -> pd.DataFrame:
+def changed_numbers(now: pd.DataFrame, accepted: pd.DataFrame, tolerance: float) -> pd.DataFrame:
     """The numbers that differ: key columns, accepted, now, change (relative to accepted) and status.
 
     now, accepted: key columns and, last, the number. status: moved when |now - accepted| > tolerance * |accepted|,
@@ -112,7 +122,7 @@ def compare(now: pd.DataFrame, accepted: pd.DataFrame, tolerance: float) -> pd.D
     """
     *key, value = now.columns
     for side, frame in (("today's", now), ("accepted", accepted)):
-        twice = frame[frame.duplicated(key)].to_dict("records")
+        twice = rows(select(frame, frame.duplicated(key)))
         if twice:
             raise InputError(
                 f"Expected one number per {', '.join(key)} among {side}, two are of {_name(twice[0], key)}."
@@ -122,13 +132,15 @@ def compare(now: pd.DataFrame, accepted: pd.DataFrame, tolerance: float) -> pd.D
     placed = now.assign(place=range(len(now)))  # in today's order, that of the plan; what is gone comes last
     both = accepted.merge(placed, on=key, how="outer", suffixes=("_accepted", "_now"), indicator="status")
     both = both.sort_values("place", kind="stable")
-    both = both.rename(columns={f"{value}_accepted": "accepted", f"{value}_now": "now"})
-    both["status"] = both["status"].astype(str).map({"left_only": "gone", "right_only": "added", "both": "moved"})
-    difference = both["now"] - both["accepted"]
-    within = difference.abs() <= (tolerance * both["accepted"].abs()).clip(lower=LEAST)
-    both["change"] = (difference / both["accepted"]).where(both["accepted"] != 0, math.inf)
-    both.loc[both["status"] != "moved", "change"] = math.nan
-    return both.loc[(both["status"] != "moved") | ~within, [*key, "accepted", "now", "change", "status"]]
+    both = renamed(both, {f"{value}_accepted": "accepted", f"{value}_now": "now"})
+    status = [STATUS[str(side)] for side in column(both, "status")]
+    moved = pd.Series([name == "moved" for name in status], index=both.index, dtype=bool)
+    before = column(both, "accepted")
+    difference = column(both, "now") - before
+    within = difference.abs() <= (tolerance * before.abs()).clip(lower=LEAST)
+    change = (difference / before).where(before != 0, math.inf).where(moved, math.nan)
+    both = both.assign(change=change, status=status)
+    return columns_of(select(both, ~moved | ~within), [*key, "accepted", "now", "change", "status"])
 
 
 def _name(row: Mapping[str, Any], key: Sequence[str]) -> str:
@@ -137,35 +149,40 @@ def _name(row: Mapping[str, Any], key: Sequence[str]) -> str:
 
 def report(changes: pd.DataFrame, compared: int, what: str, tolerance: float) -> str:
     """The changes as an aligned table and their counts, or one line when there are none."""
-    counts = changes["status"].value_counts()
     if changes.empty:
         return f"{what}: all {compared} agree within {100 * tolerance:g} %."
-    key = list(changes.columns[:-4])
+    key = [str(name) for name in changes.columns[:-4]]
     last = key[-1]
     # A sweep's labels tell its entries apart: parameters and seed are shown only where the rest of the key does not.
-    names = [column for column in key if column not in (*TOLD, last)]
-    for column in TOLD:
-        if column in key and changes.drop_duplicates(key).duplicated([*names, last]).any():
-            names.append(column)
+    names = [name for name in key if name not in (*TOLD, last)]
+    for name in TOLD:
+        if name in key and true_of_any(distinct(changes, key).duplicated([*names, last])):
+            names.append(name)
     header = ["cell", last, "accepted", "now", "change"]
-    rows = [
-        [_name(row, names), str(row[last]), _digits(row["accepted"]), _digits(row["now"]), _percent(row)]
-        for row in changes.to_dict("records")
-    ]
-    widths = [max(len(line[i]) for line in [header, *rows]) for i in range(len(header))]
     lines = [
+        [_name(row, names), str(row[last]), _digits(row["accepted"]), _digits(row["now"]), _percent(row)]
+        for row in rows(changes)
+    ]
+    counts = Counter(column(changes, "status"))
+    summary = ", ".join(f"{counts[status]} {status}" for status in ("moved", "added", "gone"))
+    counted = f"{what}: {summary}; {compared} compared, tolerance {100 * tolerance:g} %."
+    return "\n".join([*_aligned(header, lines), counted])
+
+
+def _aligned(header: Sequence[str], lines: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of a table whose first two columns are text and the others numbers, under a rule."""
+    widths = [max(len(line[i]) for line in [header, *lines]) for i in range(len(header))]
+    return [
         "  ".join(
             text.ljust(width) if i < 2 else text.rjust(width)
             for i, (text, width) in enumerate(zip(line, widths, strict=True))
         ).rstrip()
-        for line in [header, ["-" * width for width in widths], *rows]
+        for line in [header, ["-" * width for width in widths], *lines]
     ]
-    summary = ", ".join(f"{counts.get(status, 0)} {status}" for status in ("moved", "added", "gone"))
-    return "\n".join([*lines, f"{what}: {summary}; {compared} compared, tolerance {100 * tolerance:g} %."])
 
 
 def _digits(value: float) -> str:
-    return "" if pd.isna(value) else f"{value:.6g}"
+    return "" if missing(value) else f"{value:.6g}"
 
 
 def _percent(row: Mapping[str, Any]) -> str:
@@ -178,17 +195,17 @@ def hold(now: Tables, accepted: Tables, tolerance: float) -> bool:
     """Print how the numbers of every table differ. Returns whether all agree: none has moved, none is gone."""
     agree = True
     for table, before in accepted.items():
-        changes = compare(now[table], before, tolerance)
+        changes = changed_numbers(now[table], before, tolerance)
         print(report(changes, len(before), f"{before.columns[-1]} ({table})", tolerance))
-        agree &= not changes["status"].isin(["moved", "gone"]).any()
+        agree &= not true_of_any(column(changes, "status").isin(["moved", "gone"]))
     return agree
 
 
-def origins(before: pd.DataFrame, after: pd.DataFrame) -> list[str]:
+def provenance_changes(before: pd.DataFrame, after: pd.DataFrame) -> list[str]:
     """A line for every protocol and provenance column of the `cells` table whose values are not the same in both."""
     lines = []
     for name in dict.fromkeys([*PROTOCOL, *PROVENANCE]):
-        values = [sorted(map(str, frame[name].dropna().unique())) for frame in (before, after)]
+        values = [sorted(map(str, column(frame, name).dropna().unique())) for frame in (before, after)]
         if values[0] != values[1]:
             kind = "protocol" if name in PROTOCOL else "provenance"
             lines.append(f"{kind}: {name}: {' and '.join(values[0]) or 'none'} -> {' and '.join(values[1]) or 'none'}")
@@ -204,7 +221,7 @@ def merge(parts: Mapping[Path, Tables], tolerance: float) -> dict[str, pd.DataFr
     """
     for folder, tables_of in parts.items():
         protocol = Protocol()
-        for row in tables_of["cells"].to_dict("records"):
+        for row in rows(tables_of["cells"]):
             if sentence := protocol.difference(row):
                 raise InputError(f"{folder} is of two protocols: {sentence}.")
     folders = iter(parts)
@@ -219,36 +236,26 @@ def merge(parts: Mapping[Path, Tables], tolerance: float) -> dict[str, pd.DataFr
 
 def compared_errors(layers: pd.DataFrame) -> pd.DataFrame:
     """The `comparisons` of methods by the errors of their layers. Those by windows and items need the cells' files."""
-    cells = layers.groupby(SPEC, sort=False, dropna=False)
     observed = []
-    for _, own in cells:
-        columns = {name: None if pd.isna(value) else value for name, value in own[SPEC].iloc[0].items()}
-        observed.append(Observation(columns, {ERRORS: dict(zip(own["layer"], own["output_error"], strict=True))}))
-    return to_frame(from_rows(comparisons.compare(observed), "comparisons", "the merged layers table"))
+    for key, part in groups(layers, SPEC, empty=True):
+        columns = {name: None if missing(value) else value for name, value in zip(SPEC, key, strict=True)}
+        errors = dict(zip(column(part, "layer"), column(part, "output_error"), strict=True))
+        observed.append(Observation(columns, {ERRORS: errors}))
+    compared = comparisons.compare_methods(observed)
+    return to_frame(from_rows(compared, "comparisons", "the merged layers table"))
 
 
-def _agree(one: Tables, other: Tables, a: str, b: str, tolerance: float) -> None:
-    ends = [frames["cells"].query("status == 'done'").fillna(dict.fromkeys(MEASURED, "")) for frames in (one, other)]
-    both = ends[0].merge(ends[1], on=ROW["cells"], suffixes=("_a", "_b"))
-    both["value_a"], both["value_b"] = both["value_a"].isna(), both["value_b"].isna()  # one diverged, the other did not
-    for name in [*PROTOCOL, "value"]:
-        differing = both[~_same(both[f"{name}_a"], both[f"{name}_b"])].to_dict("records")
-        if differing:
-            row = differing[0]
-            told = (
-                "whether there is a value" if name == "value" else f"{name} ({row[f'{name}_a']} and {row[f'{name}_b']})"
-            )
-            raise InputError(
-                f"Expected one result per cell, {a} and {b} differ in {told} of {_name(row, [*CELL, 'metric'])}."
-            )
-    _same_names(one["cells"], other["cells"], a, b)
-    mine, theirs = numbers(one, SPEC), numbers(other, SPEC)
-    for frames, those in ((one, mine), (other, theirs)):
-        bounds = frames["bounds"].rename(columns={"lower_bound": "bound"})
-        those["bounds"] = bounds[[*ROW["bounds"], "bound"]]
-    for table in mine:
-        changes = compare(theirs[table], mine[table], tolerance)
-        moved = changes[changes["status"] == "moved"].to_dict("records")
+def _agree(first: Tables, second: Tables, a: str, b: str, tolerance: float) -> None:
+    """Raise InputError where two folders, called a and b, differ in the results, protocols or bounds of a cell."""
+    _same_results(first["cells"], second["cells"], a, b)
+    _same_names(first["cells"], second["cells"], a, b)
+    known, added = numbers(first, SPEC), numbers(second, SPEC)
+    for tables, compared in ((first, known), (second, added)):
+        bounds = renamed(tables["bounds"], {"lower_bound": "bound"})
+        compared["bounds"] = columns_of(bounds, [*ROW["bounds"], "bound"])
+    for table in known:
+        changes = changed_numbers(added[table], known[table], tolerance)
+        moved = rows(matching(changes, status="moved"))
         if moved:
             row, key = moved[0], ROW[table] if table == "bounds" else [*CELL, *ROW[table][len(SPEC) :]]
             raise InputError(
@@ -258,49 +265,70 @@ def _agree(one: Tables, other: Tables, a: str, b: str, tolerance: float) -> None
             )
 
 
-def _same_names(one: pd.DataFrame, other: pd.DataFrame, a: str, b: str) -> None:
+def _same_results(first: pd.DataFrame, second: pd.DataFrame, a: str, b: str) -> None:
+    """Raise InputError where a number that both have is of two protocols, or a value in one of them alone."""
+    ends = [matching(cells, status="done").fillna(dict.fromkeys(MEASURED, "")) for cells in (first, second)]
+    both = ends[0].merge(ends[1], on=ROW["cells"], suffixes=("_a", "_b"))
+    # One diverged, the other did not.
+    both = both.assign(**{name: column(both, name).isna() for name in ("value_a", "value_b")})
+    for name in [*PROTOCOL, "value"]:
+        differing = rows(select(both, ~_same(column(both, f"{name}_a"), column(both, f"{name}_b"))))
+        if differing:
+            row = differing[0]
+            values = f"{name} ({row[f'{name}_a']} and {row[f'{name}_b']})"
+            what = "whether there is a value" if name == "value" else values
+            raise InputError(
+                f"Expected one result per cell, {a} and {b} differ in {what} of {_name(row, [*CELL, 'metric'])}."
+            )
+
+
+def _same_names(first: pd.DataFrame, second: pd.DataFrame, a: str, b: str) -> None:
     """Cells that only one folder has stand beside those of the other: their names must mean the same."""
-    for name, key, told in [*SAME, ("label", ("label", "method", "target"), ("params",))]:
-        for column in told:
-            known = [cells[[*key, column]].dropna().drop_duplicates() for cells in (one, other)]
+    for name, key, meant in [*SAME, ("label", ("label", "method", "target"), ("params",))]:
+        for meaning in meant:
+            known = [columns_of(cells, [*key, meaning]).dropna().drop_duplicates() for cells in (first, second)]
             both = known[0].merge(known[1], on=list(key), suffixes=("_a", "_b"))
-            differing = both[both[f"{column}_a"] != both[f"{column}_b"]]
+            differing = select(both, column(both, f"{meaning}_a") != column(both, f"{meaning}_b"))
             if len(differing):
-                row = differing.to_dict("records")[0]
+                row = rows(differing)[0]
                 raise InputError(
-                    f"Expected one meaning of {name} {row[name]}, {a} and {b} differ in its {column} "
-                    f"({row[f'{column}_a']} and {row[f'{column}_b']})."
+                    f"Expected one meaning of {name} {row[name]}, {a} and {b} differ in its {meaning} "
+                    f"({row[f'{meaning}_a']} and {row[f'{meaning}_b']})."
                 )
 
 
-def _same(one: pd.Series, other: pd.Series) -> pd.Series:
-    return (one == other).fillna(False).astype(bool) | (one.isna() & other.isna())
+def _same(first: pd.Series, second: pd.Series) -> pd.Series:
+    """Where two columns are equal, or both empty."""
+    return (first == second).fillna(False).astype(bool) | (first.isna() & second.isna())
 
 
-def _joined(table: str, one: Tables, other: Tables) -> pd.DataFrame:
+def _joined(table: str, first: Tables, second: Tables) -> pd.DataFrame:
     """The rows of both, each once, in the order of their first coming."""
-    rows = pd.concat([one[table], other[table]], ignore_index=True)
+    joined = pd.concat([first[table], second[table]], ignore_index=True)
     if table == "cells":
         # A stable sort: of the rows with one name the first that is done comes first, and its place is the first's.
-        rows["place"] = rows.groupby(ROW["cells"], dropna=False, sort=False).ngroup()
-        rows["waits"] = rows["status"] != "done"
-        rows = rows.sort_values(["place", "waits"], kind="stable").drop_duplicates("place")
-        return rows.drop(columns=["place", "waits"]).reset_index(drop=True)
+        joined["place"] = joined.groupby(ROW["cells"], dropna=False, sort=False).ngroup()
+        joined["waits"] = column(joined, "status") != "done"
+        joined = joined.sort_values(["place", "waits"], kind="stable").drop_duplicates("place")
+        return joined.drop(columns=["place", "waits"]).reset_index(drop=True)
     if table in ("layers", "traces"):  # all rows of a cell are of one run
-        had = pd.MultiIndex.from_frame(one["layers"][SPEC].astype(object))
-        fresh = ~pd.MultiIndex.from_frame(other[table][SPEC].astype(object)).isin(had)
-        return pd.concat([one[table], other[table][fresh]], ignore_index=True)
-    return rows.drop_duplicates(ROW.get(table, list(rows.columns)), ignore_index=True)
+        known, added = (
+            pd.MultiIndex.from_frame(columns_of(rows_of, SPEC).astype(object))
+            for rows_of in (first["layers"], second[table])
+        )
+        fresh = pd.Series(~added.isin(known), index=second[table].index)
+        return pd.concat([first[table], select(second[table], fresh)], ignore_index=True)
+    return joined.drop_duplicates(ROW.get(table, list(joined.columns)), ignore_index=True)
 
 
-def write(merged: Tables, out: Path) -> None:
+def write_merged(merged: Tables, out: Path) -> None:
     """The tables as collect writes them, all or none of them new, and main.md and main.tex."""
     with ExitStack() as stack:
         for table, rows in merged.items():
             data = typed(pa.Table.from_pandas(rows, preserve_index=False), table, f"the merged {table} table")
             pq.write_table(data, stack.enter_context(whole_file(out / f"{table}.parquet")))
             write_csv(data, stack.enter_context(whole_file(out / f"{table}.csv")))
-    main_table.write(merged["cells"], merged["comparisons"], merged["layers"], out)
+    main_table.write_main_table(merged["cells"], merged["comparisons"], merged["layers"], out)
 
 
 def merge_folders(folders: Sequence[Path], out: Path, tolerance: float = TOLERANCE) -> str:
@@ -316,9 +344,9 @@ def merge_folders(folders: Sequence[Path], out: Path, tolerance: float = TOLERAN
     if out.resolve() in places:
         raise InputError(f"Expected a folder of its own for the merged tables. {out} is one of those to merge.")
     merged = merge({folder: read_tables(folder) for folder in folders}, tolerance)
-    write(merged, out)
-    cells = merged["cells"].drop_duplicates(SPEC)
-    absent = merged["cells"][merged["cells"]["status"] != "done"].drop_duplicates(SPEC)
+    write_merged(merged, out)
+    cells = distinct(merged["cells"], SPEC)
+    absent = distinct(select(merged["cells"], column(merged["cells"], "status") != "done"), SPEC)
     return f"{len(folders)} folders, {len(cells)} cells, {len(absent)} not whole -> {out}"
 
 
@@ -329,5 +357,5 @@ def compare_folders(a: Path, b: Path, tolerance: float = TOLERANCE) -> bool:
     """
     check_tolerance(tolerance)
     before, after = read_numbers(a), read_numbers(b)
-    print("".join(f"{line}\n" for line in origins(before["cells"], after["cells"])), end="")
+    print("".join(f"{line}\n" for line in provenance_changes(before["cells"], after["cells"])), end="")
     return hold(numbers(after), numbers(before), tolerance)

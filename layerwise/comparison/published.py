@@ -4,9 +4,6 @@ The dense model is looked at first: where ours is not the published one, the eva
 model can be judged. Fields of the protocol that differ are named in every row.
 """
 
-# pandas' own annotations lose whether a selection is a column or a frame.
-# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
-
 import argparse
 import csv
 import json
@@ -31,9 +28,13 @@ from layerwise.runtime.errors import InputError, report_errors
 from layerwise.runtime.files import whole_file
 from layerwise.runtime.project import ROOT
 from layerwise.runtime.sentences import brief
+from layerwise.sources.specs import EvaluationSpec, ModelSpec, TextSpec
 from layerwise.sources.text_files import dataset_of
+from layerwise.storage.frames import matching, missing
+from layerwise.storage.frames import rows as rows_of
 from layerwise.storage.table_schema import from_rows, read_table, to_frame, write_parquet
-from layerwise.study.grid import LONGEST_SENTENCE, Cell, Plan, plan
+from layerwise.study.cell import Cell
+from layerwise.study.grid import LONGEST_SENTENCE, Plan, name_of, plan
 
 FILE = ROOT / "resources/published.csv"
 SCHEMA = ROOT / "workflow/schemas/published.schema.yaml"
@@ -122,16 +123,17 @@ def _typed(text: str | None, kinds: str | list[str]) -> Any:
     return text
 
 
-def text_name(spec: Row) -> str:
+def text_name(spec: TextSpec) -> str:
     """Name under which published.csv knows a text of the config: wikitext2, c4, c4-validation or its data set's."""
-    if spec.get("hub") == "Salesforce/wikitext" and all(f.startswith("wikitext-2-raw-v1/test") for f in spec["files"]):
+    files = spec.get("files", ())
+    if spec.get("hub") == "Salesforce/wikitext" and all(file.startswith("wikitext-2-raw-v1/test") for file in files):
         return "wikitext2"
     if spec.get("hub") == "allenai/c4":
-        return "c4-validation" if any("validation" in file for file in spec["files"]) else "c4"
+        return "c4-validation" if any("validation" in file for file in files) else "c4"
     return dataset_of(spec)
 
 
-def hub_name(model: Row) -> str | None:
+def hub_name(model: ModelSpec) -> str | None:
     """Name on the hub of a model of the config; `known_as` gives that of a local folder."""
     return model.get("known_as") or model.get("hub")
 
@@ -162,23 +164,27 @@ def pairs(study: Plan, row: Row, model: str) -> list[Pair]:
     # Which of two equal entries goes first, a convention, is left to the study where the row does not name it.
     same = [name for name in wanted if name != "convention" or name in params]
     target = target_of(row).as_dict()
-    found = []
+    candidates = []
     for cell in study.cells:
-        own = cell.spec["method"]
-        if cell.model != model or own["name"] != method or cell.spec["target"] != target or "tune" in cell.spec:
+        asked = cell.spec["method"]
+        if cell.model != model or asked["name"] != method or cell.spec["target"] != target or "tune" in cell.spec:
             continue
-        if any(own["params"][name] != wanted[name] for name in same):
-            continue
-        for spec in study.evaluations.values():
-            if text_name(study.config["texts"][spec["text"]]) == row["evaluation_text"]:
-                ours = our_protocol(study, row, cell, spec)
-                unsaid = [name for name in ours if row[name] is None]
-                found.append(Pair(cell, spec["name"], protocol_differences(row, ours, spec), unsaid))
-    fewest = min((len(pair.differs) for pair in found), default=0)
-    return [pair for pair in found if len(pair.differs) == fewest]
+        if all(asked["params"][name] == wanted[name] for name in same):
+            candidates += _pairs_of(study, row, cell)
+    fewest = min((len(pair.differs) for pair in candidates), default=0)
+    return [pair for pair in candidates if len(pair.differs) == fewest]
 
 
-def our_protocol(study: Plan, row: Row, cell: Cell, evaluation: Row) -> dict[str, Any]:
+def _pairs_of(study: Plan, row: Row, cell: Cell) -> Iterator[Pair]:
+    """A cell with each evaluation on the text of a published row."""
+    for spec in study.evaluations.values():
+        if text_name(study.config["texts"][spec["text"]]) == row["evaluation_text"]:
+            ours = our_protocol(study, row, cell, spec)
+            unsaid = [name for name in ours if row[name] is None]
+            yield Pair(cell, name_of(spec), protocol_differences(row, ours, spec), unsaid)
+
+
+def our_protocol(study: Plan, row: Row, cell: Cell, evaluation: EvaluationSpec) -> dict[str, Any]:
     """Field of published.csv -> what a cell and evaluation do, of the fields that matter to the row's method."""
     calibration = study.calibrations[cell.calib]
     ours: dict[str, Any] = {"evaluation_length": evaluation["length"]}
@@ -192,32 +198,33 @@ def our_protocol(study: Plan, row: Row, cell: Cell, evaluation: Row) -> dict[str
     return ours
 
 
-def protocol_differences(row: Row, ours: Row, evaluation: Row) -> dict[str, tuple[Any, Any]]:
+def protocol_differences(row: Row, ours: Row, evaluation: EvaluationSpec) -> dict[str, tuple[Any, Any]]:
     """Field -> (published, ours) of what the paper says of its protocol and this cell does otherwise."""
-    differs = {name: (row[name], own) for name, own in ours.items() if row[name] is not None and row[name] != own}
-    if evaluation["samples"] is not None:
-        differs["evaluation_windows"] = ("all", evaluation["samples"])
+    differs = {name: (row[name], here) for name, here in ours.items() if row[name] is not None and row[name] != here}
+    samples = evaluation.get("samples")
+    if samples is not None:
+        differs["evaluation_windows"] = ("all", samples)
     return differs
 
 
 def dense_references(rows: Sequence[Row], row: Row) -> list[Row]:
     """The published dense perplexities that a row is held against: its own paper's, then others' at the same length."""
     same = ("hub", "our_metric", "evaluation_text", "evaluation_length")
-    found = [own for own in rows if own["our_method"] == "dense" and all(own[name] == row[name] for name in same)]
-    found = [own for own in found if own["not_joined"] is None]
-    own_paper = [own for own in found if own["paper"] == row["paper"]]
+    dense = [other for other in rows if other["our_method"] == "dense" and other["not_joined"] is None]
+    dense = [other for other in dense if all(other[name] == row[name] for name in same)]
+    of_paper = [other for other in dense if other["paper"] == row["paper"]]
     # Without a length, another paper's dense perplexity may be of another one.
-    others = [own for own in found if own["status"] == "primary"] if row["evaluation_length"] else []
-    return [*own_paper, *(own for own in others if own["paper"] != row["paper"])]
+    others = [other for other in dense if other["status"] == "primary"] if row["evaluation_length"] else []
+    return [*of_paper, *(other for other in others if other["paper"] != row["paper"])]
 
 
-def compare(study: Plan, rows: Sequence[Row], cells: pd.DataFrame | None) -> list[dict[str, Any]]:
+def published_comparisons(study: Plan, rows: Sequence[Row], cells: pd.DataFrame | None) -> list[dict[str, Any]]:
     """Rows of the table `published`: the published perplexities that a cell is compared with, and of papers that have
     such a method the others of the same model, with the reason why they are not compared.
 
     cells: the table of that name, or None where nothing has been run.
     """
-    done = {} if cells is None else cells[cells["metric"] == "perplexity"].set_index(list(KEYS)).to_dict("index")
+    done = {} if cells is None else _perplexities(cells)
     compared = []
     for name, model in study.models.items():
         known = [row for row in rows if row["hub"] and row["hub"] == hub_name(model)]
@@ -233,10 +240,17 @@ def compare(study: Plan, rows: Sequence[Row], cells: pd.DataFrame | None) -> lis
     return compared
 
 
-def _entries(study: Plan, rows: Sequence[Row], row: Row, model: str, done: Mapping) -> Iterator[dict[str, Any]]:
+def _perplexities(cells: pd.DataFrame) -> dict[tuple[str, ...], Row]:
+    """KEYS -> row of `cells`, of the perplexities."""
+    return {tuple(row[name] for name in KEYS): row for row in rows_of(matching(cells, metric="perplexity"))}
+
+
+def _entries(
+    study: Plan, rows: Sequence[Row], row: Row, model: str, done: Mapping[tuple[str, ...], Row]
+) -> Iterator[dict[str, Any]]:
     """One entry per cell that the row is compared with, or one that says why there is none."""
     entry = {
-        "model": study.models[model]["name"],
+        "model": name_of(study.models[model]),
         "paper": row["paper"],
         "paper_table": row["table"],
         "printed_method": row["method"],
@@ -253,38 +267,53 @@ def _entries(study: Plan, rows: Sequence[Row], row: Row, model: str, done: Mappi
         yield entry | {"verdict": "not run", "reason": row["not_joined"]}
         return
     entry |= {"method": row["our_method"], "target": target_of(row).label}
-    found = pairs(study, row, model)
-    if not found:
+    chosen = pairs(study, row, model)
+    if not chosen:
         yield entry | {"verdict": "not run", "reason": _absent(study, row)}
         return
     references = dense_references(rows, row)
-    allowed = tolerance(row)
-    for pair in found:
-        columns = pair.cell.columns
-        result = done.get(pair.key, {})
-        ours = result.get("value")
-        ours = float(ours) if ours is not None and pd.notna(ours) else None
-        full = entry | {name: columns[name] for name in ("calibration", "mode", "label", "seed", "cell")}
-        full |= {"text": pair.text, "ours": ours, "tolerance": allowed}
-        full["differs"] = "; ".join(f"{k}: published {a}, ours {b}" for k, (a, b) in pair.differs.items()) or None
-        full["unsaid"] = ", ".join(pair.unsaid) or None
-        if ours is None:
-            reason = result.get("reason")
-            yield full | {"verdict": "not run", "reason": reason if isinstance(reason, str) else "it has not been run"}
-            continue
-        full["difference"] = ours - row["number"]
-        verdict = "within" if abs(full["difference"]) <= allowed else "outside"
-        reason = None
-        if row["our_method"] != "dense":
-            dense = next(_dense(study, model, pair.text, done), None)
-            full |= {"dense_published": references[0]["number"] if references else None, "dense_ours": dense}
-            verdict, reason = _checked(verdict, references, dense)
-        if apart := [name for name in NOT_COMPARABLE if name in pair.differs]:
-            verdict = "protocol differs"
-            reason = reason or f"{apart[0]} is another"
-        elif verdict == "outside" and pair.differs:  # within, a difference of the calibration did no harm
-            verdict, reason = "protocol differs", reason or f"{' and '.join(pair.differs)} may explain it"
-        yield full | {"verdict": verdict, "reason": reason}
+    for pair in chosen:
+        yield entry | _compared(study, row, pair, references, done)
+
+
+def _compared(
+    study: Plan, row: Row, pair: Pair, references: Sequence[Row], done: Mapping[tuple[str, ...], Row]
+) -> dict[str, Any]:
+    """The columns of `published` about a row and the cell that it is compared with."""
+    columns, allowed = pair.cell.columns, tolerance(row)
+    result = done.get(pair.key, {})
+    ours = _number(result)
+    compared = {name: columns[name] for name in ("calibration", "mode", "label", "seed", "cell")}
+    compared |= {"text": pair.text, "ours": ours, "tolerance": allowed}
+    differs = "; ".join(f"{name}: published {theirs}, ours {here}" for name, (theirs, here) in pair.differs.items())
+    compared |= {"differs": differs or None, "unsaid": ", ".join(pair.unsaid) or None}
+    if ours is None:
+        reason = result.get("reason")
+        reason = reason if isinstance(reason, str) else "it has not been run"
+        return compared | {"verdict": "not run", "reason": reason}
+    difference = ours - row["number"]
+    verdict, reason = "within" if abs(difference) <= allowed else "outside", None
+    if row["our_method"] != "dense":
+        dense = next(_dense(study, pair.cell.model, pair.text, done), None)
+        compared |= {"dense_published": references[0]["number"] if references else None, "dense_ours": dense}
+        verdict, reason = _checked(verdict, references, dense)
+    verdict, reason = _under_protocol(verdict, reason, pair)
+    return compared | {"difference": difference, "verdict": verdict, "reason": reason}
+
+
+def _number(result: Row) -> float | None:
+    """The value of a row of `cells`, None where it is empty or there is no row."""
+    value = result.get("value")
+    return None if missing(value) else float(value)
+
+
+def _under_protocol(verdict: str, reason: str | None, pair: Pair) -> tuple[str, str | None]:
+    """The verdict after a look at what differs in the protocols."""
+    if apart := [name for name in NOT_COMPARABLE if name in pair.differs]:
+        return "protocol differs", reason or f"{apart[0]} is another"
+    if verdict == "outside" and pair.differs:  # within, a difference of the calibration did no harm
+        return "protocol differs", reason or f"{' and '.join(pair.differs)} may explain it"
+    return verdict, reason
 
 
 def _checked(verdict: str, references: Sequence[Row], dense: float | None) -> tuple[str, str | None]:
@@ -293,7 +322,7 @@ def _checked(verdict: str, references: Sequence[Row], dense: float | None) -> tu
         return "not checked", "no dense perplexity is published with it"
     if dense is None:
         return "not checked", "our dense model has no perplexity"
-    same = [own for own in references if abs(dense - own["number"]) <= tolerance(own)]
+    same = [other for other in references if abs(dense - other["number"]) <= tolerance(other)]
     first = references[0]
     if not same:
         return "protocol differs", (
@@ -309,13 +338,13 @@ def _checked(verdict: str, references: Sequence[Row], dense: float | None) -> tu
     )
 
 
-def _dense(study: Plan, model: str, text: str, done: Mapping) -> Iterator[float]:
+def _dense(study: Plan, model: str, text: str, done: Mapping[tuple[str, ...], Row]) -> Iterator[float]:
     """Our perplexities of the dense model on a text of the config."""
     for cell in study.cells:
         if cell.model == model and cell.spec["method"]["name"] == "dense":
-            value = done.get(Pair(cell, text, {}).key, {}).get("value")
-            if value is not None and pd.notna(value):
-                yield float(value)
+            value = _number(done.get(Pair(cell, text, {}).key, {}))
+            if value is not None:
+                yield value
 
 
 def _absent(study: Plan, row: Row) -> str:
@@ -326,13 +355,13 @@ def _absent(study: Plan, row: Row) -> str:
     return f"the study has no cell of {row['our_method']} at this target with these parameters"
 
 
-def write(entries: Sequence[Row], out: Path) -> None:
+def write_published(entries: Sequence[Row], out: Path) -> None:
     """Write published.parquet, .csv, .md and .tex into folder `out`."""
     table = from_rows([dict(entry) for entry in entries], "published", "the published numbers")
     with whole_file(out / "published.parquet") as parquet, whole_file(out / "published.csv") as text:
         write_parquet(table, parquet)
         write_csv(table, text)
-    published_page.write(to_frame(table), out)
+    published_page.write_pages(to_frame(table), out)
 
 
 def lay_beside(study: Plan, tables: Path, out: Path | None = None, unrun: bool = False) -> str:
@@ -341,8 +370,8 @@ def lay_beside(study: Plan, tables: Path, out: Path | None = None, unrun: bool =
     tables: folder of the study's tables. out: folder to write to (default: that one). unrun: what the study would be
     compared with; no tables are read. Raises InputError when the tables cannot be read.
     """
-    entries = compare(study, read_published(), None if unrun else read_table(tables, "cells"))
-    write(entries, out or tables)
+    entries = published_comparisons(study, read_published(), None if unrun else read_table(tables, "cells"))
+    write_published(entries, out or tables)
     return f"{published_page.summary(pd.DataFrame(entries))} -> {out or tables}"
 
 

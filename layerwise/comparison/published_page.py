@@ -1,15 +1,15 @@
 """Render the table `published` in Markdown and LaTeX: a table per model and paper, and what is not in the study."""
 
-# pandas' own annotations lose whether a selection is a column or a frame.
-# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
-
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
 from layerwise.results.main_table import escape_latex, escape_markdown, latex_number, number
 from layerwise.runtime.files import write_atomic
+from layerwise.storage.frames import column, distinct, groups, groups_by, missing, rows, select
 
 VERDICTS = ("within", "outside", "protocol differs", "not checked", "not run")
 COLUMNS = ("as printed", "here", "target", "published", "ours", "difference", "tolerance", "verdict", "remark")
@@ -26,35 +26,36 @@ def summary(data: pd.DataFrame) -> str:
     """One sentence: how many published values there are, and how many have each verdict."""
     if data.empty:
         return NOTHING
-    counts = data["verdict"].value_counts()
-    told = ", ".join(f"{counts.get(verdict, 0)} {verdict}" for verdict in VERDICTS)
-    return f"{len(data)} comparisons with published perplexities: {told}."
+    counts = Counter(column(data, "verdict"))
+    verdicts = ", ".join(f"{counts[verdict]} {verdict}" for verdict in VERDICTS)
+    return f"{len(data)} comparisons with published perplexities: {verdicts}."
 
 
 def sections(data: pd.DataFrame) -> Iterator[tuple[str, list[list[str]], list[str]]]:
     """(title, lines of COLUMNS, sentences on what has no cell) of every model and paper, in the table's order."""
-    for (model, paper), part in data.groupby(["model", "paper"], sort=False):
-        here = part[part["cell"].notna()].drop_duplicates(["printed_method", "published", *WHERE])
-        own = here.groupby(["label", "target"])
-        several = [name for name in ("calibration", "seed", "mode", "text") if own[name].nunique().gt(1).any()]
-        absent = part[part["cell"].isna()]
+    for (model, paper), part in groups(data, ["model", "paper"]):
+        here = select(part, column(part, "cell").notna())
+        here = distinct(here, ["printed_method", "published", *WHERE])
+        cells = [cell for _, cell in groups(here, ["label", "target"])]
+        tells_apart = ("calibration", "seed", "mode", "text")
+        several = [name for name in tells_apart if any(column(cell, name).nunique() > 1 for cell in cells)]
         sentences = []
-        for reason, own in absent.groupby("reason", sort=False):
+        for reason, absent in groups_by(select(part, column(part, "cell").isna()), "reason"):
             names = dict.fromkeys(
-                f"{row.printed_method}, {row.printed_setting.split(';')[0]}" for row in own.itertuples()
+                f"{row['printed_method']}, {row['printed_setting'].split(';')[0]}" for row in rows(absent)
             )
             sentences.append(f"Not run, because {reason}: {'; '.join(names)}.")
-        yield f"{model} and {paper}", [_line(row, several) for row in here.to_dict("records")], sentences
+        yield f"{model} and {paper}", [_line(row, several) for row in rows(here)], sentences
 
 
-def _line(row: dict, several: Sequence[str] = ()) -> list[str]:
+def _line(row: Mapping[str, Any], several: Sequence[str] = ()) -> list[str]:
     """several: the columns that tell the cells of one entry and target apart."""
     shown = [_shown(row[name]) for name in ("published", "ours", "difference", "tolerance")]
     remarks = [", ".join(f"seed {row[name]}" if name == "seed" else str(row[name]) for name in several) or None]
-    remarks += [row["differs"], row["reason"], f"not said: {row['unsaid']}" if pd.notna(row["unsaid"]) else None]
-    remarks += [f"assumed: {row['assumed']}" if pd.notna(row["assumed"]) else None]
+    remarks += [row["differs"], row["reason"], f"not said: {row['unsaid']}" if not missing(row["unsaid"]) else None]
+    remarks += [f"assumed: {row['assumed']}" if not missing(row["assumed"]) else None]
     remarks += ["secondary"] if row["source_status"] == "secondary" else []
-    remark = "; ".join(str(text) for text in remarks if pd.notna(text))
+    remark = "; ".join(str(text) for text in remarks if not missing(text))
     return [
         f"{row['printed_method']}, {row['paper_table']}",
         row["label"],
@@ -66,7 +67,7 @@ def _line(row: dict, several: Sequence[str] = ()) -> list[str]:
 
 
 def _shown(value: float) -> str:
-    if pd.isna(value):
+    if missing(value):
         return "–"
     return f"{value:.3g}" if abs(value) < 1 else number(value, "perplexity")
 
@@ -75,11 +76,11 @@ def markdown(data: pd.DataFrame) -> str:
     """The whole page in GitHub Markdown."""
     lines = ["# Published beside ours", "", escape_markdown(summary(data)), ""]
     lines += [] if data.empty else [escape_markdown(NOTE), ""]
-    for title, rows, sentences in sections(data):
+    for title, body, sentences in sections(data):
         lines += [f"## {escape_markdown(title)}", ""]
-        if rows:
+        if body:
             lines += ["| " + " | ".join(COLUMNS) + " |", "|:--|:--|:--|--:|--:|--:|--:|:--|:--|"]
-            lines += ["| " + " | ".join(map(escape_markdown, row)) + " |" for row in rows]
+            lines += ["| " + " | ".join(map(escape_markdown, row)) + " |" for row in body]
             lines.append("")
         lines += [line for sentence in sentences for line in (escape_markdown(sentence), "")]
     return "\n".join(lines)
@@ -88,8 +89,8 @@ def markdown(data: pd.DataFrame) -> str:
 def latex(data: pd.DataFrame) -> str:
     """A float per model and paper for a document that loads booktabs; what has no cell is left to the Markdown page."""
     lines = ["% " + summary(data)]
-    for title, rows, _ in sections(data):
-        if rows:
+    for title, body, _ in sections(data):
+        if body:
             lines += [
                 r"\begin{table}[tbp]",
                 r"\centering\small\setlength{\tabcolsep}{4pt}",
@@ -98,7 +99,7 @@ def latex(data: pd.DataFrame) -> str:
                 r"\toprule",
                 " & ".join(COLUMNS) + r" \\",
                 r"\midrule",
-                *(_latex_line(row) for row in rows),
+                *(_latex_line(row) for row in body),
                 r"\bottomrule",
                 r"\end{tabular}",
                 r"\end{table}",
@@ -111,7 +112,7 @@ def _latex_line(row: list[str]) -> str:
     return " & ".join([*map(escape_latex, words), *map(latex_number, numbers), *map(escape_latex, rest)]) + r" \\"
 
 
-def write(data: pd.DataFrame, out: Path) -> None:
+def write_pages(data: pd.DataFrame, out: Path) -> None:
     """Write published.md and published.tex into folder `out`."""
     write_atomic(out / "published.md", markdown(data))
     write_atomic(out / "published.tex", latex(data))

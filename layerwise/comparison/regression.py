@@ -4,18 +4,16 @@ layerwise regression: exit status 1 when a number moved by more than the toleran
 ones are said. layerwise accept writes what it compares with.
 """
 
-# pandas' own annotations lose whether a selection is a column or a frame.
-# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
-# pyright: reportGeneralTypeIssues=false, reportIndexIssue=false
-
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
 from layerwise.comparison.folders import TOLERANCE, check_tolerance, hold
-from layerwise.results.seeds import told_apart
+from layerwise.results.seeds import with_seed_names
 from layerwise.runtime.errors import InputError
 from layerwise.runtime.files import write_atomic
+from layerwise.storage.frames import column, columns_of, matching, renamed, select
 from layerwise.storage.table_schema import first_line, read_table
 
 CELL = ["model", "calibration", "mode", "label", "target", "params"]
@@ -28,9 +26,9 @@ def numbers(tables: Path, table: str) -> pd.DataFrame:
     data = read_table(tables, table)
     key, value = NUMBERS[table]
     if table == "cells":
-        data = data[data["metric"] == "perplexity"].rename(columns={"value": value})
-    data = told_apart(data)
-    return data.loc[data[value].notna(), [*key, value]].reset_index(drop=True)
+        data = renamed(matching(data, metric="perplexity"), {"value": value})
+    data = with_seed_names(data)
+    return columns_of(select(data, column(data, value).notna()), [*key, value]).reset_index(drop=True)
 
 
 def accepted_numbers(folder: Path, table: str) -> pd.DataFrame:
@@ -40,7 +38,8 @@ def accepted_numbers(folder: Path, table: str) -> pd.DataFrame:
     if not path.is_file():
         raise InputError(f"Expected accepted numbers at {path}, which does not exist: `make accept` accepts today's.")
     try:
-        data = pd.read_csv(path, dtype={column: "string" for column in key} | {value: "float64"}, keep_default_na=False)
+        types: Any = dict.fromkeys(key, "string") | {value: "float64"}
+        data = pd.read_csv(path, dtype=types, keep_default_na=False)
     except (ValueError, pd.errors.ParserError) as error:
         raise InputError(f"{path} cannot be read: {first_line(error)}") from None
     if list(data.columns) != [*key, value]:

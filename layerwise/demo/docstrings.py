@@ -54,7 +54,7 @@ def docstrings(source: str) -> list[tuple[str, str]]:
         if text:
             found.append((name, text))
         for child in ast.iter_child_nodes(node):
-            if isinstance(child, DOCUMENTED):
+            if isinstance(child, (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
                 visit(child, f"{name}.{child.name}".lstrip("."))
             elif isinstance(child, (ast.If, ast.Try)):
                 visit(child, name)

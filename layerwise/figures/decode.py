@@ -12,6 +12,7 @@ from layerwise.figures import style
 from layerwise.figures.style import Look
 from layerwise.runtime.errors import InputError, report_errors
 from layerwise.runtime.files import whole_file
+from layerwise.storage.frames import groups, rows
 
 # Where a method of the suite gives the storage, its look.
 LOOKS = {
@@ -25,18 +26,18 @@ LOOKS = {
 
 def decode(table: pd.DataFrame) -> Figure:
     """Microseconds (median, quartiles) and megabytes moved against bits per weight, a column of panels per shape."""
-    shapes = list(table.groupby(["rows", "inputs"], sort=False))
+    shapes = groups(table, ["rows", "inputs"])
     figure = Figure(figsize=(style.WIDTH, 4.2), layout="constrained")
     axes = figure.subplots(2, len(shapes), sharex=True, squeeze=False)
-    for (upper, lower), ((rows, inputs), part) in zip(axes.T, shapes, strict=True):
-        for _, row in part.iterrows():
-            own = LOOKS[row["storage"]]
-            mark = {"color": own.colour, "marker": own.marker, "linestyle": "none", "label": row["storage"]}
+    for (upper, lower), ((outputs, inputs), part) in zip(axes.T, shapes, strict=True):
+        for row in rows(part):
+            look = LOOKS[row["storage"]]
+            mark = {"color": look.colour, "marker": look.marker, "linestyle": "none", "label": row["storage"]}
             middle = row["microseconds"]
             spread = [[middle - row["microseconds_q1"]], [row["microseconds_q3"] - middle]]
             upper.errorbar([row["bits_per_weight"]], [middle], yerr=spread, elinewidth=0.8, capsize=2, **mark)
             lower.plot([row["bits_per_weight"]], [row["bytes_moved"] / 1e6], **mark)
-        upper.set_title(f"{rows} x {inputs}")
+        upper.set_title(f"{outputs} x {inputs}")
         for axis in (upper, lower):
             axis.set_xscale("log", base=2)
             axis.set_xticks([4, 8, 16, 32])

@@ -1,9 +1,5 @@
 """The figures of distributions over layers: pure functions from the `layers` table to a figure."""
 
-# pandas' own annotations lose whether a selection is a column or a frame.
-# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
-# pyright: reportAssignmentType=false, reportGeneralTypeIssues=false, reportIndexIssue=false
-
 from collections.abc import Sequence
 
 import numpy as np
@@ -14,7 +10,7 @@ from matplotlib.ticker import PercentFormatter
 
 from layerwise.figures.page import (
     PLACE,
-    Entry,
+    LegendEntry,
     dodge,
     entries,
     log_limits,
@@ -24,6 +20,7 @@ from layerwise.figures.page import (
     place_title,
 )
 from layerwise.figures.style import Look, looks, strokes
+from layerwise.storage.frames import column, columns_of, distinct_values, groups, highest, lowest, matching, select
 
 REFERENCES = ("magnitude", "wanda")
 POINTS_PER_BOX = 80  # more layers than this and single points are a smear: the box alone is drawn
@@ -32,16 +29,16 @@ POINTS_PER_BOX = 80  # more layers than this and single points are a smear: the 
 def error_relative(layers: pd.DataFrame) -> Figure:
     """Distribution over the layers of each method's output_error divided by magnitude's, and by Wanda's, on the same
     layer, target, model, calibration set and mode. Targets that quantise are left out: neither reference quantises."""
-    data = layers[layers["bits"].isna() & (layers["sparsity"] > 0)]
+    data = select(layers, column(layers, "bits").isna() & (column(layers, "sparsity") > 0))
     if data.empty:
         return nothing("No layer errors of a pruned model: see the cells table for the reasons.")
-    places = list(data.groupby(PLACE, sort=False))
+    places = groups(data, PLACE)
     shown = entries(data)
     style = looks((label, method) for label, method, _ in shown)
     figure, bands = page([1.6 * len(REFERENCES) + 0.4] * len(places), shown)
     for band, (place, part) in zip(bands, places, strict=True):
         axes = band.subplots(len(REFERENCES), 1, sharex=True)
-        targets = list(part["target"].drop_duplicates())
+        targets = distinct_values(part, "target")
         for axis, reference in zip(axes, REFERENCES, strict=True):
             _ratio_panel(axis, ratios(part, reference), targets, reference, shown, style)
         axes[-1].set_xticks(range(len(targets)), targets)
@@ -56,13 +53,14 @@ def ratios(layers: pd.DataFrame, reference: str) -> pd.DataFrame:
     The reference is the entry named like the method, else its first. Its own rows, and layers where its error is zero
     or absent, are left out.
     """
-    own = layers[layers["method"] == reference]
-    names = list(own["label"].drop_duplicates())
+    base = matching(layers, method=reference)
+    names = distinct_values(base, "label")
     name = reference if reference in names or not names else names[0]
     key = [*PLACE, "target", "layer"]
-    base = own.loc[(own["label"] == name) & (own["output_error"] > 0), [*key, "output_error"]]
-    joined = layers[layers["label"] != name].merge(base, on=key, suffixes=("", "_reference"))
-    return joined.assign(ratio=joined["output_error"] / joined["output_error_reference"])
+    base = columns_of(matching(select(base, column(base, "output_error") > 0), label=name), [*key, "output_error"])
+    others = select(layers, column(layers, "label") != name)
+    joined = others.merge(base, on=key, suffixes=("", "_reference"))
+    return joined.assign(ratio=column(joined, "output_error") / column(joined, "output_error_reference"))
 
 
 def _ratio_panel(
@@ -70,32 +68,32 @@ def _ratio_panel(
     data: pd.DataFrame,
     targets: Sequence[str],
     reference: str,
-    shown: Sequence[Entry],
+    shown: Sequence[LegendEntry],
     style: dict[str, Look],
 ) -> None:
     axes.set_ylabel(f"error /\n{reference}'s")
-    data = data[data["ratio"] > 0]
+    data = select(data, column(data, "ratio") > 0)
     if data.empty:
         axes.text(0.5, 0.5, f"{reference} has no errors to compare with", transform=axes.transAxes, ha="center")
         axes.set_yticks([])
         return
-    log_scale(axes, *log_limits(min(data["ratio"].min(), 1.0), max(data["ratio"].max(), 1.0)))
+    log_scale(axes, *log_limits(min(lowest(column(data, "ratio")), 1.0), max(highest(column(data, "ratio")), 1.0)))
     axes.axhline(1.0, color="black", linewidth=0.8, zorder=1)
     _boxes(axes, data, "ratio", targets, shown, style)
 
 
 def gap_to_bound(layers: pd.DataFrame) -> Figure:
     """Distribution over the layers of gap_to_bound, the largest share of a mask's error that another could save."""
-    data = layers[layers["gap_to_bound"].notna()]
+    data = select(layers, column(layers, "gap_to_bound").notna())
     if data.empty:
         return nothing("No certified bounds: none of the cells selects masks in shared mode, or certificates are off.")
-    places = list(data.groupby(PLACE, sort=False))
+    places = groups(data, PLACE)
     shown = entries(data)
     style = looks((label, method) for label, method, _ in shown)
     figure, bands = page([2.6] * len(places), shown)
     for band, (place, part) in zip(bands, places, strict=True):
         axes = band.subplots()
-        targets = list(part["target"].drop_duplicates())
+        targets = distinct_values(part, "target")
         _boxes(axes, part, "gap_to_bound", targets, shown, style)
         axes.set_ylim(0, 1)
         axes.yaxis.set_major_formatter(PercentFormatter(1.0))
@@ -109,31 +107,31 @@ def gap_to_bound(layers: pd.DataFrame) -> Figure:
 def _boxes(
     axes: Axes,
     data: pd.DataFrame,
-    column: str,
+    measure: str,
     targets: Sequence[str],
-    shown: Sequence[Entry],
+    shown: Sequence[LegendEntry],
     style: dict[str, Look],
 ) -> None:
-    """A box per target and entry of what stands in a column."""
+    """A box per target and entry of what a column measures."""
     for boundary in range(1, len(targets)):
         axes.axvline(boundary - 0.5, color="#dddddd", linewidth=0.5, zorder=0)
     present = [entry for entry in shown if entry[0] in set(data["label"])]
     # An empty slot between groups that are not to be compared.
-    groups = list(dict.fromkeys(comparison for _, _, comparison in present))
-    slots = len(present) + len(groups) - 1
+    comparisons = list(dict.fromkeys(comparison for _, _, comparison in present))
+    slots = len(present) + len(comparisons) - 1
     width = min(0.72 / slots, 0.16)
     for number, (label, _, comparison) in enumerate(present):
         for place, target in enumerate(targets):
-            chosen = data[(data["label"] == label) & (data["comparison"] == comparison) & (data["target"] == target)]
+            chosen = matching(data, label=label, comparison=comparison, target=target)
             if len(chosen):
-                centre = place + dodge(number + groups.index(comparison), slots, width * (slots - 1))
-                _box(axes, centre, 0.75 * width, chosen[column].to_numpy(), style[label], comparison)
+                centre = place + dodge(number + comparisons.index(comparison), slots, width * (slots - 1))
+                _box(axes, centre, 0.75 * width, column(chosen, measure).to_numpy(), style[label], comparison)
 
 
-def _box(axes: Axes, centre: float, width: float, values: np.ndarray, own: Look, comparison: str) -> None:
+def _box(axes: Axes, centre: float, width: float, values: np.ndarray, look: Look, comparison: str) -> None:
     """Quartiles, whiskers at 5 and 95 %, every point where they are few, and the method's marker on the median."""
     few = len(values) <= POINTS_PER_BOX
-    line = {"color": own.colour, "linewidth": 0.9}
+    line = {"color": look.colour, "linewidth": 0.9}
     filled = comparison in ("control", "mask-only")
     axes.boxplot(
         [values],
@@ -143,16 +141,16 @@ def _box(axes: Axes, centre: float, width: float, values: np.ndarray, own: Look,
         showfliers=not few,
         patch_artist=True,
         manage_ticks=False,
-        boxprops={"edgecolor": own.colour, "facecolor": own.colour + "55" if filled else "white", "linewidth": 0.9},
+        boxprops={"edgecolor": look.colour, "facecolor": look.colour + "55" if filled else "white", "linewidth": 0.9},
         whiskerprops=line,
         capprops=line,
         medianprops=line,
-        flierprops={"marker": ".", "markersize": 2, "markeredgecolor": own.colour},
+        flierprops={"marker": ".", "markersize": 2, "markeredgecolor": look.colour},
         zorder=2,
     )
     if few:
         # Golden-ratio steps spread neighbours apart and are the same on every run.
         spread = (np.arange(len(values)) * 0.618034 % 1 - 0.5) * width * 0.8
-        axes.plot(centre + spread, values, ".", color=own.colour, markersize=1.8, alpha=0.6, zorder=3)
-    mark = {**strokes(own, comparison), "linestyle": "none", "zorder": 4, "markersize": 4}
+        axes.plot(centre + spread, values, ".", color=look.colour, markersize=1.8, alpha=0.6, zorder=3)
+    mark = {**strokes(look, comparison), "linestyle": "none", "zorder": 4, "markersize": 4}
     axes.plot([centre], [np.median(values)], **mark)

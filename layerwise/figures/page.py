@@ -10,9 +10,10 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 
 from layerwise.figures.style import WIDTH, Look, looks, strokes
+from layerwise.storage.frames import column, distinct, distinct_tuples, rows, select, sorted_by
 from layerwise.storage.table_schema import COMPARISONS
 
-Entry = tuple[str, str, str]  # label, method, comparison
+LegendEntry = tuple[str, str, str]  # label, method, comparison
 PLACE = ["model", "calibration", "mode"]  # what a band of panels is about
 BEYOND = {"linestyle": "none", "marker": 6, "markersize": 5}  # an arrowhead that points up
 LINE = 0.15  # inches per line of the legend
@@ -22,25 +23,23 @@ def place_title(model: str, calibration: str, mode: str) -> str:
     return f"{model}, {mode} calibration on {calibration}"
 
 
-def entries(data: pd.DataFrame) -> list[Entry]:
+def entries(data: pd.DataFrame) -> list[LegendEntry]:
     """The distinct (label, method, comparison) of a table, in its order, comparisons together."""
-    distinct = data[["label", "method", "comparison"]].drop_duplicates().itertuples(index=False, name=None)
-    return sorted(distinct, key=lambda entry: COMPARISONS.index(entry[2]))
+    found = distinct_tuples(data, ["label", "method", "comparison"])
+    return sorted(found, key=lambda entry: COMPARISONS.index(entry[2]))
 
 
 def chosen_target(layers: pd.DataFrame) -> str:
     """The target that a figure of one target shows: 60% row, else the middle one of those that prune, else of all."""
-    targets = layers.loc[layers["target"] != "dense", ["target", "sparsity", "bits"]].drop_duplicates("target")
-    pruning = targets[(targets["sparsity"] > 0) & targets["bits"].isna()]
-    candidates = pruning if len(pruning) else targets
-    if "60% row" in set(candidates["target"]):
-        return "60% row"
-    ordered = candidates.sort_values("sparsity", kind="stable")["target"]
-    return str(ordered.iloc[(len(ordered) - 1) // 2])
+    targets = distinct(select(layers, column(layers, "target") != "dense"), ["target"])
+    pruning = select(targets, (column(targets, "sparsity") > 0) & column(targets, "bits").isna())
+    candidates = sorted_by(pruning if len(pruning) else targets, ["sparsity"])
+    ordered = column(candidates, "target").to_list()
+    return "60% row" if "60% row" in ordered else str(ordered[(len(ordered) - 1) // 2])
 
 
 def page(
-    heights: Sequence[float], shown: Sequence[Entry], extra: Sequence[Line2D] = (), note: str = ""
+    heights: Sequence[float], shown: Sequence[LegendEntry], extra: Sequence[Line2D] = (), note: str = ""
 ) -> tuple[Figure, list[SubFigure]]:
     """An empty figure of full width with one band per height, in inches, above the legend.
 
@@ -75,11 +74,11 @@ def page(
     return figure, bands
 
 
-def _legend_columns(shown: Sequence[Entry], extra: Sequence[Line2D]) -> list[list[tuple[Line2D, str]]]:
+def _legend_columns(shown: Sequence[LegendEntry], extra: Sequence[Line2D]) -> list[list[tuple[Line2D, str]]]:
     style = looks((label, method) for label, method, _ in shown)
     columns = []
     for comparison in COMPARISONS:
-        group = [label for label, _, own in shown if own == comparison]
+        group = [label for label, _, group_of in shown if group_of == comparison]
         if group:
             lines = [(Line2D([], [], label=label, **strokes(style[label], comparison)), label) for label in group]
             columns.append([(Line2D([], [], linestyle="none"), comparison), *lines])
@@ -95,12 +94,12 @@ def nothing(sentence: str) -> Figure:
     return figure
 
 
-def not_drawn(rows: pd.DataFrame) -> str:
+def not_drawn(cells: pd.DataFrame) -> str:
     """What has no value, for the reader of the figure: label, target and mode of up to six cells."""
-    absent = rows[rows["value"].isna()]
+    absent = select(cells, column(cells, "value").isna())
     words = [
-        f"{row.label} {row.target} {row.mode} ({row.status if row.status != 'done' else 'diverged'})"
-        for row in absent.itertuples()
+        f"{row['label']} {row['target']} {row['mode']} ({row['status'] if row['status'] != 'done' else 'diverged'})"
+        for row in rows(absent)
     ]
     words = list(dict.fromkeys(words))
     more = f" and {len(words) - 6} more" if len(words) > 6 else ""

@@ -1,10 +1,8 @@
 """The figure of perplexity against size: a pure function from the `cells` table to a figure."""
 
-# pandas' own annotations lose whether a selection is a column or a frame.
-# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
-# pyright: reportGeneralTypeIssues=false
-
+from collections.abc import Mapping, Sequence
 from itertools import count
+from typing import Any
 
 import pandas as pd
 from matplotlib.axes import Axes
@@ -12,8 +10,21 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, NullLocator
 
-from layerwise.figures.page import entries, log_limits, log_scale, mark_beyond, not_drawn, nothing, page
-from layerwise.figures.style import looks, strokes
+from layerwise.figures.page import LegendEntry, entries, log_limits, log_scale, mark_beyond, not_drawn, nothing, page
+from layerwise.figures.style import Look, looks, strokes
+from layerwise.storage.frames import (
+    column,
+    columns_of,
+    distinct_tuples,
+    distinct_values,
+    highest,
+    lowest,
+    matching,
+    renamed,
+    rows,
+    select,
+    sorted_by,
+)
 
 CELL = ["model", "calibration", "mode", "cell"]
 FRONT = {"color": "#8c8c8c", "linewidth": 1.0, "drawstyle": "steps-post", "zorder": 1}
@@ -29,36 +40,35 @@ def perplexity_vs_bits(cells: pd.DataFrame) -> Figure:
     dense model; its points are numbered, and named above the legend.
     """
     data = sized(cells)
-    compressed = data[data["target"] != "dense"]
-    done = compressed[compressed["value"].notna()]
+    compressed = select(data, column(data, "target") != "dense")
+    done = select(compressed, column(compressed, "value").notna())
     if done.empty:
         return nothing("No perplexity of a compressed model: see the cells table for the reasons.")
-    bands = list(done[["model", "calibration", "text"]].drop_duplicates().itertuples(index=False, name=None))
-    modes = list(done["mode"].drop_duplicates())
+    bands = distinct_tuples(done, ["model", "calibration", "text"])
+    modes = distinct_values(done, "mode")
     shown = entries(done)
     style = looks((label, method) for label, method, _ in shown)
-    dense = data[(data["target"] == "dense") & data["value"].notna()]
+    dense = matching(select(data, column(data, "value").notna()), target="dense")
     extra = [Line2D([], [], label="dense", **DENSE)] if len(dense) else []
     panels = []
     for model, calibration, text in bands:
         # The dense model is one cell of the model: it belongs to every calibration set and mode.
-        level = dense[(dense["model"] == model) & (dense["text"] == text)].head(1)
-        part = done[(done["model"] == model) & (done["calibration"] == calibration) & (done["text"] == text)]
+        level = matching(dense, model=model, text=text).head(1)
         for mode in modes:
-            own = part[part["mode"] == mode]
-            panels.append((own, level, pareto_front(pd.concat([own, level]))))
+            here = matching(done, model=model, calibration=calibration, text=text, mode=mode)
+            panels.append((here, level, pareto_front(pd.concat([here, level]))))
     numbers = count(1)
-    named = [[(row, next(numbers)) for row in front.itertuples()] for _, _, front in panels]
+    named = [[(row, next(numbers)) for row in rows(front)] for _, _, front in panels]
     names = [f"({number}) {_name(row)}" for front in named for row, number in front]
     note = " ".join(filter(None, [f"Front: {', '.join(names)}." if names else "", not_drawn(compressed)]))
     figure, subfigures = page([3.2] * len(bands), shown, extra, note)
     for index, (band, (model, calibration, text)) in enumerate(zip(subfigures, bands, strict=True)):
         axes = band.subplots(1, len(modes), sharey=True, squeeze=False)[0]
         for place, (axis, mode) in enumerate(zip(axes, modes, strict=True), index * len(modes)):
-            own, level, front = panels[place]
+            here, level, front = panels[place]
             whole = panels[index * len(modes) : (index + 1) * len(modes)]
             _scales(axis, pd.concat([frame for panel in whole for frame in panel[:2]]))
-            _points(axis, own, level, front, named[place], shown, style)
+            _points(axis, here, level, front, named[place], shown, style)
             axis.set_title(mode, loc="left", fontweight="bold")
         axes[0].set_ylabel("perplexity")
         band.suptitle(f"{model}, perplexity on {text}, calibrated on {calibration}", x=0.01, ha="left")
@@ -67,27 +77,28 @@ def perplexity_vs_bits(cells: pd.DataFrame) -> Figure:
 
 def sized(cells: pd.DataFrame) -> pd.DataFrame:
     """The rows of perplexities of `cells`, with a column `size`: bits per weight, mean over all compressed weights."""
-    size = cells.loc[cells["metric"] == "bits_per_weight", [*CELL, "value"]].rename(columns={"value": "size"})
-    return cells[cells["metric"] == "perplexity"].merge(size, on=CELL, how="left")
+    size = renamed(columns_of(matching(cells, metric="bits_per_weight"), [*CELL, "value"]), {"value": "size"})
+    return matching(cells, metric="perplexity").merge(size, on=CELL, how="left")
 
 
 def pareto_front(data: pd.DataFrame) -> pd.DataFrame:
     """The rows, controls left out, that no other beats in `size` and `value` both, from small to large."""
-    contest = data[(data["comparison"] != "control") | (data["target"] == "dense")]
-    ordered = contest.dropna(subset=["size", "value"]).sort_values(["size", "value"], kind="stable")
-    return ordered[ordered["value"] < ordered["value"].cummin().shift(fill_value=float("inf"))]
+    contest = select(data, (column(data, "comparison") != "control") | (column(data, "target") == "dense"))
+    ordered = sorted_by(contest.dropna(subset=["size", "value"]), ["size", "value"])
+    values = column(ordered, "value")
+    return select(ordered, values < values.cummin().shift(fill_value=float("inf")))
 
 
-def _name(row) -> str:
-    return "dense" if row.target == "dense" else f"{row.label} {row.target}"
+def _name(row: Mapping[str, Any]) -> str:
+    return "dense" if row["target"] == "dense" else f"{row['label']} {row['target']}"
 
 
 def _scales(axes: Axes, data: pd.DataFrame) -> None:
-    contest = data[data["comparison"] != "control"]
-    values = pd.concat([contest if len(contest) else data, data[data["target"] == "dense"]])["value"]
-    log_scale(axes, *log_limits(values.min(), min(values.max(), BROKEN * values.min())))
+    contest = select(data, column(data, "comparison") != "control")
+    values = column(pd.concat([contest if len(contest) else data, matching(data, target="dense")]), "value")
+    log_scale(axes, *log_limits(lowest(values), min(highest(values), BROKEN * lowest(values))))
     axes.set_xscale("log")
-    low, high = log_limits(data["size"].min(), max(data["size"].max(), 16.0), 0.05)
+    low, high = log_limits(lowest(column(data, "size")), max(highest(column(data, "size")), 16.0), 0.05)
     axes.set_xlim(low, high)
     axes.xaxis.set_major_locator(FixedLocator([size for size in SIZES if low <= size <= high]))
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
@@ -95,16 +106,28 @@ def _scales(axes: Axes, data: pd.DataFrame) -> None:
     axes.set_xlabel("bits per weight, as stored")
 
 
-def _points(axes: Axes, data: pd.DataFrame, dense: pd.DataFrame, front: pd.DataFrame, named, shown, style) -> None:
+def _points(
+    axes: Axes,
+    data: pd.DataFrame,
+    dense: pd.DataFrame,
+    front: pd.DataFrame,
+    named: Sequence[tuple[Mapping[str, Any], int]],
+    shown: Sequence[LegendEntry],
+    style: Mapping[str, Look],
+) -> None:
+    """A panel: the methods' points, the front as a line, and its points' numbers."""
     right = axes.get_xlim()[1]
     if len(front):
         axes.plot([*front["size"], right], [*front["value"], *front["value"].tail(1)], **FRONT)
     for label, _, comparison in shown:
-        own = data[(data["label"] == label) & (data["comparison"] == comparison)]
-        axes.plot(own["size"], own["value"], **{**strokes(style[label], comparison), "linestyle": "none"})
-        mark_beyond(axes, own["size"], own["value"], style[label])
+        points = matching(data, label=label, comparison=comparison)
+        sizes, values = (column(points, name).to_list() for name in ("size", "value"))
+        axes.plot(sizes, values, **{**strokes(style[label], comparison), "linestyle": "none"})
+        mark_beyond(axes, sizes, values, style[label])
     axes.plot(dense["size"], dense["value"], **DENSE)
     for row, number in named:  # on either side in turn, so that neighbours can be told apart
         side = "left" if number % 2 == 0 else "right"
         shift = (4 if number % 2 == 0 else -4, -3)
-        axes.annotate(str(number), (row.size, row.value), shift, textcoords="offset points", ha=side, va="top", size=7)
+        axes.annotate(
+            str(number), (row["size"], row["value"]), shift, textcoords="offset points", ha=side, va="top", size=7
+        )

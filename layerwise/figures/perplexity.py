@@ -1,9 +1,5 @@
 """The figure of perplexities: a pure function from the `cells` table to a figure."""
 
-# pandas' own annotations lose whether a selection is a column or a frame.
-# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
-# pyright: reportGeneralTypeIssues=false, reportIndexIssue=false
-
 from collections.abc import Sequence
 
 import pandas as pd
@@ -13,6 +9,7 @@ from matplotlib.lines import Line2D
 
 from layerwise.figures.page import (
     BEYOND,
+    LegendEntry,
     dodge,
     entries,
     log_limits,
@@ -23,33 +20,33 @@ from layerwise.figures.page import (
     page,
 )
 from layerwise.figures.style import Look, looks, strokes
+from layerwise.storage.frames import column, distinct_tuples, distinct_values, highest, matching, select, sorted_by
 
-Entry = tuple[str, str, str]  # label, method, comparison
 DENSE = {"color": "black", "linestyle": (0, (6, 2)), "linewidth": 0.9}
 
 
 def perplexity_vs_sparsity(cells: pd.DataFrame) -> Figure:
     """Perplexity of the `cells` table along the row-wise sparsities, other patterns beside them; a band per model,
     calibration set and text, a pair of panels per mode. Quantised targets are left out."""
-    data = cells[(cells["metric"] == "perplexity") & cells["bits"].isna()]
-    pruned = data[data["sparsity"] > 0]
-    done = pruned[pruned["value"].notna()]
+    data = matching(select(cells, column(cells, "bits").isna()), metric="perplexity")
+    pruned = select(data, column(data, "sparsity") > 0)
+    done = select(pruned, column(pruned, "value").notna())
     if done.empty:
         return nothing("No perplexity of a pruned model: see the cells table for the reasons.")
-    bands = list(done[["model", "calibration", "text"]].drop_duplicates().itertuples(index=False, name=None))
-    modes = list(done["mode"].drop_duplicates())
+    bands = distinct_tuples(done, ["model", "calibration", "text"])
+    modes = distinct_values(done, "mode")
     shown = entries(done)
     style = looks((label, method) for label, method, _ in shown)
-    dense = data[(data["target"] == "dense") & data["value"].notna()]
+    dense = matching(select(data, column(data, "value").notna()), target="dense")
     parts, limits = [], []
     for model, calibration, text in bands:
-        part = done[(done["model"] == model) & (done["calibration"] == calibration) & (done["text"] == text)]
+        part = matching(done, model=model, calibration=calibration, text=text)
         # The dense model is one cell of the model: it belongs to every calibration set and mode.
-        level = dense.loc[(dense["model"] == model) & (dense["text"] == text), "value"].to_list()[:1]
+        level = column(matching(dense, model=model, text=text), "value").to_list()[:1]
         parts.append((part, level))
         limits.append(_limits(part, level))
     extra = [Line2D([], [], label="dense", **DENSE)] if len(dense) else []
-    if any((part["value"] > high).any() for (part, _), (_, high) in zip(parts, limits, strict=True)):
+    if any(highest(column(part, "value")) > high for (part, _), (_, high) in zip(parts, limits, strict=True)):
         extra.append(Line2D([], [], label="beyond the axis", color="#8c8c8c", **BEYOND))
     figure, subfigures = page([2.5] * len(bands), shown, extra, not_drawn(pruned))
     for band, (part, level), limit, names in zip(subfigures, parts, limits, bands, strict=True):
@@ -62,8 +59,8 @@ def perplexity_vs_sparsity(cells: pd.DataFrame) -> Figure:
 def _limits(data: pd.DataFrame, dense: Sequence[float]) -> tuple[float, float]:
     """Range of the perplexity axis. A control can be orders of magnitude worse than everything else: it does not count,
     or it would squeeze the methods together."""
-    contest = data[data["comparison"] != "control"]
-    values = [*(contest if len(contest) else data)["value"], *dense]
+    contest = select(data, column(data, "comparison") != "control")
+    values = [*column(contest if len(contest) else data, "value"), *dense]
     return log_limits(min(values), max(values), margin=0.1)
 
 
@@ -73,12 +70,13 @@ def _perplexity_band(
     dense: Sequence[float],
     limits: tuple[float, float],
     modes: Sequence[str],
-    shown: Sequence[Entry],
+    shown: Sequence[LegendEntry],
     style: dict[str, Look],
 ) -> None:
-    by_row = data[data["pattern"] == "row"]
-    others = data[data["pattern"] != "row"]
-    patterns = list(others["target"].drop_duplicates())
+    by_row = matching(data, pattern="row")
+    others = select(data, column(data, "pattern") != "row")
+    patterns = distinct_values(others, "target")
+    sparsities = sorted(distinct_values(by_row, "sparsity"))
     widths = ([3.0] if len(by_row) else []) + ([max(1.2, 0.7 * len(patterns))] if patterns else [])
     axes = band.subplots(1, len(widths) * len(modes), sharey=True, squeeze=False, width_ratios=widths * len(modes))[0]
     for axis in axes:
@@ -89,19 +87,19 @@ def _perplexity_band(
         pair = list(axes[index * len(widths) : (index + 1) * len(widths)])
         pair[0].set_title(mode, loc="left", fontweight="bold")
         if len(by_row):
-            _sparsity_lines(pair.pop(0), by_row[by_row["mode"] == mode], sorted(set(by_row["sparsity"])), shown, style)
+            _sparsity_lines(pair.pop(0), matching(by_row, mode=mode), sparsities, shown, style)
         if patterns:
-            _pattern_points(pair.pop(0), others[others["mode"] == mode], patterns, shown, style)
+            _pattern_points(pair.pop(0), matching(others, mode=mode), patterns, shown, style)
     axes[0].set_ylabel("perplexity")
 
 
 def _sparsity_lines(
-    axes: Axes, data: pd.DataFrame, sparsities: Sequence[float], shown: Sequence[Entry], style: dict[str, Look]
+    axes: Axes, data: pd.DataFrame, sparsities: Sequence[float], shown: Sequence[LegendEntry], style: dict[str, Look]
 ) -> None:
     for label, _, comparison in shown:
-        line = data[(data["label"] == label) & (data["comparison"] == comparison)].sort_values("sparsity")
+        line = sorted_by(matching(data, label=label, comparison=comparison), ["sparsity"])
         # A sparsity without a value breaks the line: nothing is drawn through what was not measured.
-        values = line.set_index("sparsity")["value"].reindex(sparsities)
+        values = column(line.set_index("sparsity"), "value").reindex(sparsities)
         percent = [100 * sparsity for sparsity in sparsities]
         axes.plot(percent, values, **strokes(style[label], comparison))
         mark_beyond(axes, percent, list(values), style[label])
@@ -112,10 +110,10 @@ def _sparsity_lines(
 
 
 def _pattern_points(
-    axes: Axes, data: pd.DataFrame, patterns: Sequence[str], shown: Sequence[Entry], style: dict[str, Look]
+    axes: Axes, data: pd.DataFrame, patterns: Sequence[str], shown: Sequence[LegendEntry], style: dict[str, Look]
 ) -> None:
     for position, (label, _, comparison) in enumerate(shown):
-        points = data[(data["label"] == label) & (data["comparison"] == comparison)]
+        points = matching(data, label=label, comparison=comparison)
         x = [patterns.index(target) + dodge(position, len(shown), 0.7) for target in points["target"]]
         axes.plot(x, points["value"], **{**strokes(style[label], comparison), "linestyle": "none"})
         mark_beyond(axes, x, list(points["value"]), style[label])

@@ -1,9 +1,5 @@
 """The figure of ranks: a pure function from the `comparisons` and `layers` tables to a figure."""
 
-# pandas' own annotations lose whether a selection is a column or a frame.
-# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
-# pyright: reportGeneralTypeIssues=false, reportIndexIssue=false
-
 from typing import NamedTuple
 
 import pandas as pd
@@ -14,6 +10,8 @@ from matplotlib.ticker import MultipleLocator
 from layerwise.figures.page import PLACE, entries, nothing, page, place_title
 from layerwise.figures.style import Look, looks, strokes
 from layerwise.results.significance import bars
+from layerwise.storage.frames import column, groups_by, matching, select, tuples
+from layerwise.storage.frames import groups as groups_of
 from layerwise.storage.table_schema import COMPARISONS
 
 COLUMNS = 2  # panels beside each other
@@ -31,35 +29,32 @@ class Group(NamedTuple):
     def bars(self) -> list[tuple[int, int]]:
         """Runs of methods, by their places in the order of ranks, that no test tells apart."""
         names = list(self.ranks.index)
-        return bars(len(names), lambda one, two: frozenset((names[one], names[two])) in self.different)
+        return bars(len(names), lambda first, second: frozenset((names[first], names[second])) in self.different)
 
 
 def method_ranks(comparisons: pd.DataFrame, layers: pd.DataFrame) -> Figure:
     """Mean rank of each method's output_error over layers and seeds among those of its group, a panel per target; a bar
     joins methods between which the `comparisons` table shows no difference."""
-    data = comparisons[comparisons["metric"] == "output_error"]
+    data = matching(comparisons, metric="output_error")
     if data.empty:
         return nothing("No ranks: on no target are two methods of one group done.")
     shown = [entry for entry in entries(layers) if entry[0] in {*data["label"], *data["other"]}]
     style = looks((label, method) for label, method, _ in shown)
     bands = []
-    for place, part in data.groupby(PLACE, sort=False):
-        own = layers[(layers[PLACE] == list(place)).all(axis=1)]
-        panels = [
-            (target, groups(pairs, own[own["target"] == target]))
-            for target, pairs in part.groupby("target", sort=False)
-        ]
+    for place, part in groups_of(data, PLACE):
+        here = matching(layers, **dict(zip(PLACE, place, strict=True)))
+        panels = [(target, groups(pairs, matching(here, target=target))) for target, pairs in groups_by(part, "target")]
         rows = [panels[start : start + COLUMNS] for start in range(0, len(panels), COLUMNS)]
         bands.append((place_title(*place), rows))
     heights = [[STEP * max(map(_lines, row)) + 0.55 for row in rows] for _, rows in bands]
-    figure, frames = page([sum(own) + 0.25 for own in heights], shown)
-    for frame, (title, rows), own in zip(frames, bands, heights, strict=True):
-        axes = frame.subplots(len(rows), COLUMNS, squeeze=False, height_ratios=own)
-        for axis, panel in zip(axes.flat, [*(panel for row in rows for panel in row), None], strict=False):
-            if panel is None:
-                axis.set_axis_off()
-            else:
-                _panel(axis, *panel, style)
+    figure, frames = page([sum(band) + 0.25 for band in heights], shown)
+    for frame, (title, rows), ratios in zip(frames, bands, heights, strict=True):
+        axes = frame.subplots(len(rows), COLUMNS, squeeze=False, height_ratios=ratios)
+        panels = [panel for row in rows for panel in row]
+        for axis, (target, ranked) in zip(axes.flat, panels, strict=False):
+            _panel(axis, target, ranked, style)
+        for axis in axes.flat[len(panels) :]:
+            axis.set_axis_off()
         frame.suptitle(title, x=0.01, ha="left")
     return figure
 
@@ -71,16 +66,16 @@ def groups(pairs: pd.DataFrame, layers: pd.DataFrame) -> list[Group]:
     """
     found = []
     for comparison in COMPARISONS:
-        own = pairs[pairs["comparison"] == comparison]
-        if own.empty:
+        here = matching(pairs, comparison=comparison)
+        if here.empty:
             continue
-        errors = layers[layers["comparison"] == comparison].pivot(
-            index="label", columns=["seed", "layer"], values="output_error"
-        )
-        errors = errors.loc[[name for name in errors.index if name in {*own["label"], *own["other"]}]]
+        compared = {*column(here, "label"), *column(here, "other")}
+        errors = matching(layers, comparison=comparison)
+        errors = errors.pivot(index="label", columns=["seed", "layer"], values="output_error")
+        errors = select(errors, pd.Series(errors.index.isin(list(compared)), index=errors.index))
         ranks = errors.dropna(axis=1).rank(axis=0).mean(axis=1).sort_values(kind="stable")
-        apart = own[own["verdict"].isin(["better", "worse"])]
-        different = {frozenset(pair) for pair in zip(apart["label"], apart["other"], strict=True)}
+        apart = select(here, column(here, "verdict").isin(["better", "worse"]))
+        different = {frozenset(pair) for pair in tuples(apart, ["label", "other"])}
         found.append(Group(comparison, ranks, different))
     return found
 
@@ -96,7 +91,7 @@ def _panel(axes: Axes, target: str, found: list[Group], style: dict[str, Look]) 
     for group in found:
         axes.text(most + 0.45, line, group.comparison, ha="right", va="center", fontsize=6.5, color="#555555")
         first = line = line + 1
-        for label, rank in group.ranks.items():
+        for label, rank in zip(map(str, group.ranks.index), group.ranks, strict=True):
             axes.plot([1, rank], [line, line], color="#dddddd", linewidth=0.6, zorder=1)
             axes.plot([rank], [line], **{**strokes(style[label], group.comparison), "linestyle": "none", "zorder": 4})
             ticks[line] = f"{label}  {rank:.2f}"

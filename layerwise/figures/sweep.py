@@ -1,9 +1,5 @@
 """The figure of a sweep: a pure function from the `cells` table to a figure."""
 
-# pandas' own annotations lose whether a selection is a column or a frame.
-# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
-# pyright: reportGeneralTypeIssues=false, reportIndexIssue=false
-
 import json
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
@@ -17,7 +13,10 @@ from matplotlib.ticker import FixedLocator, NullLocator
 
 from layerwise.figures.page import entries, log_limits, log_scale, mark_beyond, not_drawn, nothing, page
 from layerwise.figures.style import Look, looks, strokes
-from layerwise.study.grid import SWEPT_TARGET, canonical
+from layerwise.storage.frames import column, distinct_values, groups, highest, lowest, matching, missing, select
+from layerwise.storage.frames import rows as rows_of
+from layerwise.study.cell import canonical
+from layerwise.study.grid import SWEPT_TARGET
 
 DENSE = {"color": "black", "linestyle": (0, (6, 2)), "linewidth": 0.9, "zorder": 1}
 METRICS = {"mean_output_error": "mean output error", "perplexity": "perplexity"}
@@ -39,27 +38,28 @@ def sweep(cells: pd.DataFrame) -> Figure:
     A band per model, mode, text and whatever else of calibration and target is not swept; a line per entry of the
     config. An entry that does not have the swept parameter is a level line.
     """
-    swept = list(cells["swept"].dropna().unique())
-    compressed = cells[cells["metric"].isin(METRICS) & (cells["target"] != "dense")]
+    swept = list(column(cells, "swept").dropna().unique())
+    compressed = select(cells, column(cells, "metric").isin(list(METRICS)) & (column(cells, "target") != "dense"))
     if len(swept) != 1 or compressed.empty:
         return nothing("The study sweeps nothing: its config has no `sweep`.")
     data = along(compressed, swept[0])
-    done = data[data["value"].notna()]
+    done = select(data, column(data, "value").notna())
     if done.empty:
         return nothing("No result along the sweep: see the cells table for the reasons.")
     shown = entries(done)
     style = looks((label, method) for label, method, _ in shown)
-    dense = cells[(cells["metric"] == "perplexity") & (cells["target"] == "dense") & cells["value"].notna()]
-    bands = list(done.loc[done["metric"] == "perplexity"].groupby(["band", "text"], sort=False))
+    dense = matching(select(cells, column(cells, "value").notna()), metric="perplexity", target="dense")
+    bands = groups(matching(done, metric="perplexity"), ["band", "text"])
+    swept_values = list(dict.fromkeys(column(done, "x").dropna()))
     extra = [Line2D([], [], label="dense", **DENSE)] if len(dense) else []
     figure, subfigures = page([2.5] * len(bands), shown, extra, not_drawn(data))
     for band, ((name, text), perplexities) in zip(subfigures, bands, strict=True):
-        errors = done[(done["metric"] == "mean_output_error") & (done["band"] == name)]
-        model = perplexities["model"].iloc[0]
-        level = dense.loc[(dense["model"] == model) & (dense["text"] == text), "value"].to_list()[:1]
+        errors = matching(done, metric="mean_output_error", band=name)
+        model = distinct_values(perplexities, "model")[0]
+        level = column(matching(dense, model=model, text=text), "value").to_list()[:1]
         both = band.subplots(1, 2, squeeze=False)[0]
         for axes, part, levels, metric in zip(both, (errors, perplexities), ([], level), METRICS, strict=True):
-            _panel(axes, part, levels, swept[0], list(dict.fromkeys(done["x"].dropna())), shown, style)
+            _panel(axes, part, levels, swept[0], swept_values, shown, style)
             axes.set_ylabel(METRICS[metric])
         band.suptitle(f"{name}, perplexity on {text}", x=0.01, ha="left")
     return figure
@@ -68,17 +68,16 @@ def sweep(cells: pd.DataFrame) -> Figure:
 def along(cells: pd.DataFrame, swept: str) -> pd.DataFrame:
     """The rows with `x`, the swept value (empty where the entry has none), the entry's `label` without it, `band`."""
     rows = cells.copy()
-    params = rows["params"].map(json.loads)
-    rows["x"] = rows[swept] if swept in rows else [own.get(swept) for own in params]
+    values = column(rows, swept) if swept in rows else [json.loads(text).get(swept) for text in column(rows, "params")]
     # A nullable column gives numbers of numpy and pd.NA, of which canonical knows neither.
-    rows["x"] = pd.Series([_plain(value) for value in rows["x"]], index=rows.index, dtype=object)
-    rows["label"] = [_series(row.label, swept, row.x) for row in rows.itertuples()]
-    rows["band"] = [_band(row, swept) for row in rows.to_dict("records")]
-    return rows
+    x = [_plain(value) for value in values]
+    labels = [_series(label, swept, value) for label, value in zip(column(rows, "label"), x, strict=True)]
+    bands = [_band(row, swept) for row in rows_of(rows)]
+    return rows.assign(x=pd.Series(x, index=rows.index, dtype=object), label=labels, band=bands)
 
 
 def _plain(value: Any) -> Any:
-    if value is None or pd.isna(value):
+    if missing(value):
         return None
     return value.item() if isinstance(value, np.generic) else value
 
@@ -88,14 +87,14 @@ def _series(label: str, swept: str, value: Hashable) -> str:
     return label.replace(f".{swept}_{value if isinstance(value, str) else canonical(value)}", "")
 
 
-def _band(row: Mapping, swept: str) -> str:
+def _band(row: Mapping[str, Any], swept: str) -> str:
     """Title of the panels of a row: all that is not swept."""
     parts = [row["model"], f"{row['mode']} calibration"]
     if not swept.startswith("calibration"):
         parts[1] += f" on {row['calibration']}"
     if swept not in SWEPT_TARGET:
         return ", ".join([*parts, row["target"]])
-    rest = {name: row[name] for name in TARGET if name != swept and pd.notna(row[name])}
+    rest = {name: row[name] for name in TARGET if name != swept and not missing(row[name])}
     words = [f"{rest['sparsity']:.0%}"] if rest.get("sparsity") else []
     words += [rest["pattern"]] if row["sparsity"] else []
     words += [f"{rest['bits']} bits"] if "bits" in rest else []
@@ -108,23 +107,24 @@ def _panel(
     data: pd.DataFrame,
     levels: Sequence[float],
     swept: str,
-    values: Sequence,
+    values: Sequence[Any],
     shown: Sequence[tuple[str, str, str]],
     style: dict[str, Look],
 ) -> None:
     numeric = not any(isinstance(value, str) for value in values)
     places = {value: value if numeric else place for place, value in enumerate(sorted(values) if numeric else values)}
-    positive = data.loc[data["value"] > 0, "value"]
+    positive = column(select(data, column(data, "value") > 0), "value")
     if len(positive):
-        lowest = min([positive.min(), *levels])
-        log_scale(axes, *log_limits(lowest, min(positive.max(), BROKEN * lowest)))
+        least = min([lowest(positive), *levels])
+        log_scale(axes, *log_limits(least, min(highest(positive), BROKEN * least)))
     for level in levels:
         axes.axhline(level, **DENSE)
     for label, _, comparison in shown:
-        own = data[(data["label"] == label) & (data["comparison"] == comparison)]
-        line = own[own["x"].notna()].set_index("x")["value"]
+        points = matching(data, label=label, comparison=comparison)
+        empty = column(points, "x").isna()
+        line = column(select(points, ~empty).set_index("x"), "value")
         look = strokes(style[label], comparison)
-        for level in own.loc[own["x"].isna(), "value"]:
+        for level in column(select(points, empty), "value"):
             axes.axhline(level, color=look["color"], linestyle=look["linestyle"], linewidth=0.9, zorder=1)
         if line.empty:
             continue
@@ -135,7 +135,7 @@ def _panel(
     _x_axis(axes, places, swept, numeric)
 
 
-def _x_axis(axes: Axes, places: Mapping, swept: str, numeric: bool) -> None:
+def _x_axis(axes: Axes, places: Mapping[Any, Any], swept: str, numeric: bool) -> None:
     low, high = min(places.values()), max(places.values())
     if numeric and low > 0 and high / low >= LOGARITHMIC:
         axes.set_xscale("log")

@@ -4,10 +4,6 @@ Nothing is fetched when it is opened, and everything shown is escaped. Each numb
 spec, the folder, the log, and the row of the table under results/tables (1 is the first row below the header).
 """
 
-# pandas' own annotations lose whether a selection is a column or a frame.
-# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
-# pyright: reportGeneralTypeIssues=false, reportIndexIssue=false
-
 import argparse
 import base64
 import importlib.resources
@@ -32,6 +28,9 @@ from layerwise.results.comparisons import NO_DIFFERENCE
 from layerwise.runtime.errors import InputError, report_errors
 from layerwise.runtime.files import write_atomic
 from layerwise.runtime.project import ROOT
+from layerwise.storage.frames import column, columns_of
+from layerwise.storage.frames import groups as groups_of
+from layerwise.storage.frames import rows as rows_of
 from layerwise.storage.table_schema import columns, read_table
 from layerwise.study.grid import plan
 
@@ -50,6 +49,13 @@ LEAD = {  # what a reader of a table asks, before the columns that say where
         *("mode", "target", "metric", "text", "label", "other", "verdict", "median_ratio", "difference", "low", "high"),
         *("effect", "p_holm"),
     ),
+}
+PROTOCOL = {  # name on the page -> section of the config
+    "model": "models",
+    "text": "texts",
+    "calibration": "calibration",
+    "evaluation": "evaluation",
+    "tasks": "tasks",
 }
 MOST_ROWS = 5000  # of a table that is shown whole
 DIGITS = 6  # of a number in the drill-down; the table has all of them
@@ -166,16 +172,16 @@ def cell_views(study: Study, data: Mapping[str, pd.DataFrame]) -> tuple[list[dic
     names = [name for name in SPEC if study.cells and name in study.cells[0].columns]
     planned = {_key(cell.columns, names): cell for cell in study.cells}
     layers = data["layers"].assign(row=range(1, len(data["layers"]) + 1))
-    of_layers = {_key(dict(zip(names, key, strict=True)), names): part for key, part in _grouped(layers, names)}
+    of_layers = {_key(dict(zip(names, key, strict=True)), names): part for key, part in groups_of(layers, names, True)}
     shapes: list[dict[str, Any]] = []
     views = []
-    for key, part in _grouped(data["cells"].assign(row=range(1, len(data["cells"]) + 1)), names):
+    for key, part in groups_of(data["cells"].assign(row=range(1, len(data["cells"]) + 1)), names, True):
         own = _key(dict(zip(names, key, strict=True)), names)
         if own not in planned:
             asked = " ".join(str(value) for value in own)
             raise InputError(f"Expected tables of the study that --study gives; it has no cell {asked}.")
         cell = planned[own]
-        rows = part.to_dict("records")
+        rows = rows_of(part)
         numbers = []
         for row in rows:
             file, log = origin(cell, row, study)
@@ -194,10 +200,6 @@ def cell_views(study: Study, data: Mapping[str, pd.DataFrame]) -> tuple[list[dic
             }
         )
     return views, shapes
-
-
-def _grouped(data: pd.DataFrame, names: list[str]) -> Iterable[tuple[tuple[Any, ...], pd.DataFrame]]:
-    return data.groupby(names, sort=False, dropna=False)  # type: ignore[return-value]
 
 
 def _layers_view(rows: pd.DataFrame | None, shapes: list[dict[str, Any]]) -> dict[str, Any] | None:
@@ -299,7 +301,8 @@ def provenance(views: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 def prose(path: Path) -> str:
     """A caption of workflow/report, or of one's own, as HTML; formulas as MathML."""
     settings = {"math_output": "MathML", "file_insertion_enabled": False, "raw_enabled": False, "report_level": 5}
-    return publish_parts(path.read_text("utf-8"), writer="html5", settings_overrides=settings)["fragment"]
+    parts: Any = publish_parts(path.read_text("utf-8"), writer="html5", settings_overrides=settings)
+    return parts["fragment"]
 
 
 def figure(path: Path) -> dict[str, str]:
@@ -319,39 +322,45 @@ def other_tables(folder: Path, views: Sequence[Mapping[str, Any]]) -> list[dict[
     Columns that say what a reader asks come first, and those with one value in all rows are told above the table.
     """
     links = {view["spec"]["cell"]: f"#cell-{i}" for i, view in enumerate(views)}
-    found = []
     paths = (path for path in folder.glob("*.parquet") if path.stem not in TABLES)
-    for path in sorted(paths, key=lambda path: (path.stem != "published", path.stem)):
-        data = pd.read_parquet(path)
-        notes = [_told_of(path.stem, data)]
-        notes += [f"The first {MOST_ROWS} of {len(data)} rows."] if len(data) > MOST_ROWS else []
-        same = [name for name in data if name != "cell" and len(data) > 1 and data[name].nunique(dropna=False) == 1]
-        told = [f"{name} {shown(data[name].iloc[0])}" for name in same if plain(data[name].iloc[0]) is not None]
-        notes += [f"In all rows: {', '.join(told)}."] if told else []
-        lead = [name for name in LEAD.get(path.stem, ()) if name in data and name not in same]
-        header = [*lead, *(name for name in data if name not in (*lead, *same))]
-        data = data.assign(row=range(1, len(data) + 1))[["row", *header]]
-        rows = [
-            [Field(value, link=links.get(value) if name == "cell" else None) for name, value in row.items()]
-            for row in data.head(MOST_ROWS).to_dict("records")
-        ]
-        note, header = " ".join(filter(None, notes)), list(map(str, data.columns))
-        title = "Published beside ours" if path.stem == "published" else path.stem.replace("_", " ").capitalize()
-        found.append({"name": path.stem, "title": title, "note": note, **table(header, rows)})
-    return found
+    return [
+        _other_table(path.stem, pd.read_parquet(path), links)
+        for path in sorted(paths, key=lambda path: (path.stem != "published", path.stem))
+    ]
 
 
-def _told_of(name: str, data: pd.DataFrame) -> str:
+def _other_table(name: str, data: pd.DataFrame, links: Mapping[str, str]) -> dict[str, Any]:
+    """One of them; links: name of a cell -> its address within the page."""
+    notes = [_summary(name, data)]
+    notes += [f"The first {MOST_ROWS} of {len(data)} rows."] if len(data) > MOST_ROWS else []
+    names = [str(key) for key in data]
+    same = [key for key in names if key != "cell" and len(data) > 1 and column(data, key).nunique(dropna=False) == 1]
+    first = {key: column(data, key).iloc[0] for key in same}
+    common = [f"{key} {shown(value)}" for key, value in first.items() if plain(value) is not None]
+    notes += [f"In all rows: {', '.join(common)}."] if common else []
+    lead = [key for key in LEAD.get(name, ()) if key in names and key not in same]
+    header = ["row", *lead, *(key for key in names if key not in (*lead, *same))]
+    numbered = columns_of(data.assign(row=range(1, len(data) + 1)), header).head(MOST_ROWS)
+    rows = [
+        [Field(value, link=links.get(value) if key == "cell" else None) for key, value in row.items()]
+        for row in rows_of(numbered)
+    ]
+    title = "Published beside ours" if name == "published" else name.replace("_", " ").capitalize()
+    return {"name": name, "title": title, "note": " ".join(filter(None, notes)), **table(header, rows)}
+
+
+def _summary(name: str, data: pd.DataFrame) -> str:
     """A sentence on what a table says as a whole."""
     if name == "published":
         return published_page.summary(data)
     if name == "comparisons" and len(data):
-        return f"{(data['verdict'] == NO_DIFFERENCE).sum()} of {len(data)} comparisons show no difference."
+        return f"{int((column(data, 'verdict') == NO_DIFFERENCE).sum())} of {len(data)} comparisons show no difference."
     return ""
 
 
 def chart(shapes: Sequence[Mapping[str, Any]]) -> str:
     """The drill-down's chart as Bokeh's JSON: error along the blocks, a line per kind of layer; page.js fills it."""
+    from bokeh.core.types import ID
     from bokeh.embed import json_item
     from bokeh.models import BasicTickFormatter, ColumnDataSource, HoverTool, LogTicker, Range1d
     from bokeh.plotting import figure as new_figure
@@ -361,8 +370,8 @@ def chart(shapes: Sequence[Mapping[str, Any]]) -> str:
         height=340,
         sizing_mode="stretch_width",
         y_axis_type="log",
-        x_range=Range1d(0, 1),  # set to the cell's by page.js
-        y_range=Range1d(0.01, 1),
+        x_range=Range1d(start=0, end=1),  # set to the cell's by page.js
+        y_range=Range1d(start=0.01, end=1),
         x_axis_label="block",
         y_axis_label="output error",
         tools="pan,box_zoom,reset,save",
@@ -392,7 +401,7 @@ def chart(shapes: Sequence[Mapping[str, Any]]) -> str:
         legend.ncols = 4  # seven kinds in a row are wider than a phone
         legend.background_fill_alpha = legend.border_line_alpha = 0
         drawn.add_layout(legend, "below")
-    return json.dumps(json_item(drawn, "chart"))
+    return json.dumps(json_item(drawn, ID("chart")))
 
 
 def scripts() -> dict[str, str]:
@@ -413,58 +422,67 @@ def page(study: Study, folder: Path, figures: Sequence[Path]) -> str:
     """The HTML of a study whose tables are in a folder. Raises InputError when a table or figure cannot be used."""
     data = {name: read_table(folder, name) for name in ("layers", "cells", "comparisons", "skipped")}
     views, shapes = cell_views(study, data)
-    config = dict(study.config)
-    methods = {tuple(view["spec"][name] for name in ("label", "method", "comparison", "params")): 0 for view in views}
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(HERE / "page"), autoescape=True, undefined=jinja2.StrictUndefined
-    )
-    environment.policies["json.dumps_kwargs"] = {"separators": (",", ":"), "allow_nan": False}
     skipped = data["skipped"]
-    return environment.get_template("page.html.jinja").render(
-        name=str(config.get("study", "study")),
-        counts={
-            "done": sum(view["status"] == "done" for view in views),
-            "failed": sum(view["status"] == "failed" for view in views),
-            "missing": sum(view["status"] == "missing" for view in views),
-            "skipped": len(skipped),
-        },
-        about=prose(HERE / "workflow.rst"),
-        warnings=study.warnings(),
-        protocol={
-            name: entries(config.get(key, {}), name)
-            for name, key in (
-                ("model", "models"),
-                ("text", "texts"),
-                ("calibration", "calibration"),
-                ("evaluation", "evaluation"),
-                ("tasks", "tasks"),
-            )
-        }
-        | {"method": table(["label", "method", "comparison", "params"], methods)},
+    return _template().render(
+        **_about(study, views),
+        counts=_counts(views) | {"skipped": len(skipped)},
         links=links(views),
         targets=list(dict.fromkeys(view["spec"]["target"] for view in views)),
-        config=yaml.safe_dump(json.loads(json.dumps(config)), sort_keys=False, allow_unicode=True),
-        main=[
-            one
-            for metric in main_table.METRICS
-            for one in main_table.tables(data["cells"], metric, data["comparisons"], data["layers"])
-        ],
+        main=_main_tables(data),
         results=results(views),
         others=other_tables(folder, views),
         figures=[figure(path) for path in figures],
         gaps=gaps(views),
         skipped=table(list(skipped.columns), skipped.itertuples(index=False)),
         provenance=provenance(views),
-        drill={
-            "cells": views,
-            "shapes": shapes,
-            "number": ["row", *NUMBER, "file", "log"],
-            "layer": ["row", *LAYER],
-        },
+        drill={"cells": views, "shapes": shapes, "number": ["row", *NUMBER, "file", "log"], "layer": ["row", *LAYER]},
         chart=json.loads(chart(shapes)),
         folder=str(folder),
         **scripts(),
     )
+
+
+def _template() -> jinja2.Template:
+    """The page's template, which escapes whatever is shown."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(HERE / "page"), autoescape=True, undefined=jinja2.StrictUndefined
+    )
+    environment.policies["json.dumps_kwargs"] = {"separators": (",", ":"), "allow_nan": False}
+    return environment.get_template("page.html.jinja")
+
+
+def _about(study: Study, views: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What the page says of the study: its name, warnings, protocol and config."""
+    config = dict(study.config)
+    methods = {tuple(view["spec"][name] for name in ("label", "method", "comparison", "params")): 0 for view in views}
+    protocol = {name: entries(config.get(key, {}), name) for name, key in PROTOCOL.items()}
+    return {
+        "name": str(config.get("study", "study")),
+        "about": prose(HERE / "workflow.rst"),
+        "warnings": study.warnings(),
+        "protocol": protocol | {"method": table(["label", "method", "comparison", "params"], methods)},
+        "config": yaml.safe_dump(json.loads(json.dumps(config)), sort_keys=False, allow_unicode=True),
+    }
+
+
+def _counts(views: Sequence[Mapping[str, Any]]) -> dict[str, int]:
+    """Status -> cells that have it."""
+    return {name: sum(view["status"] == name for view in views) for name in ("done", "failed", "missing")}
+
+
+def _main_tables(data: Mapping[str, pd.DataFrame]) -> list[main_table.Table]:
+    return [
+        rendered
+        for metric in main_table.METRICS
+        for rendered in main_table.tables(data["cells"], metric, data["comparisons"], data["layers"])
+    ]
+
+
+def write_page(config: Mapping[str, Any], tables: Path, figures: Sequence[Path], out: Path) -> None:
+    """Write the page of a study to a file, and print its size."""
+    html = page(plan(config), tables, figures)
+    write_atomic(out, html)
+    print(f"{len(html.encode()) / 1e6:.1f} MB -> {out}")
 
 
 def main(argv: list[str]) -> None:
@@ -474,9 +492,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--figures", type=Path, nargs="*", default=[], help="figures to show, .svg, in their order")
     parser.add_argument("--out", type=Path, default=Path("results/report.html"))
     args = parser.parse_args(argv)
-    html = page(plan(args.study), args.tables, args.figures)
-    write_atomic(args.out, html)
-    print(f"{len(html.encode()) / 1e6:.1f} MB -> {args.out}")
+    write_page(args.study, args.tables, args.figures, args.out)
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ def with_bounds(layers: pa.Table, bounds: pa.Table, path: Path) -> pa.Table:
     Raises InputError when a layer has no bound, or an error below it, which no mask of the target can have.
     """
     known = dict(zip(*(bounds.column(name).to_pylist() for name in ("layer", "lower_bound")), strict=True))
-    found, gaps = [], []
+    lower, gaps = [], []
     for layer, error in zip(*(layers.column(name).to_pylist() for name in ("layer", "output_error")), strict=True):
         if layer not in known:
             raise InputError(f"{path} has no bound for the layer {layer}.")
@@ -34,9 +34,9 @@ def with_bounds(layers: pa.Table, bounds: pa.Table, path: Path) -> pa.Table:
             raise InputError(
                 f"{label} has an output_error of {error:.9g} on {layer}, below the bound {known[layer]:.9g} in {path}."
             )
-        found.append(known[layer])
+        lower.append(known[layer])
         gaps.append(1 - known[layer] / error if error else 0.0)
-    for name, values in (("lower_bound", found), ("gap_to_bound", gaps)):
+    for name, values in (("lower_bound", lower), ("gap_to_bound", gaps)):
         position = layers.schema.get_field_index(name)
         field = layers.schema.field(position)
         layers = layers.set_column(position, field, pa.chunked_array([pa.array(values, field.type)]))

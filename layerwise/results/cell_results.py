@@ -39,7 +39,7 @@ class PlannedCell(Protocol):
 
 
 @dataclass(frozen=True)
-class Evaluation:
+class TextEvaluation:
     """identity: part of the result's file name; text: name in the config; shared_with: the calibration sets (config
     names) whose text is of the same data set."""
 
@@ -75,18 +75,18 @@ class Compression:
     seconds: float
 
 
-def evaluations(config: Mapping[str, Any], specs: Mapping[str, Mapping[str, Any]]) -> list[Evaluation]:
+def evaluations(config: Mapping[str, Any], specs: Mapping[str, Mapping[str, Any]]) -> list[TextEvaluation]:
     """The evaluations of a plan, each with the calibration sets that draw from the same data set.
 
     config: whole, with defaults; specs: id -> spec with its name, as in Plan.evaluations.
     """
-    texts = config["texts"]
-    found = []
+    texts, calibrations = config["texts"], config["calibration"]
+    evaluated = []
     for identity, spec in specs.items():
-        own = texts[spec["text"]]
-        shared = (name for name, calib in config["calibration"].items() if contaminated(texts[calib["text"]], own))
-        found.append(Evaluation(identity, spec["name"], frozenset(shared)))
-    return found
+        text = texts[spec["text"]]
+        shared = (name for name, calib in calibrations.items() if contaminated(texts[calib["text"]], text))
+        evaluated.append(TextEvaluation(identity, spec["name"], frozenset(shared)))
+    return evaluated
 
 
 def task_sets(specs: Mapping[str, Mapping[str, Any]]) -> list[TaskSet]:
@@ -113,15 +113,15 @@ def read_compression(folder: Path, columns: Mapping[str, Any]) -> Compression:
             raise ValueError(f"its seconds are {seconds}")
         from_rows([{**columns, "metric": "", "status": "done", **provenance}], "cells", "its provenance")
         name = "layers.parquet"
-        layers = _own(read_parquet(folder / name), "layers", columns)
+        layers = _of_cell(read_parquet(folder / name), "layers", columns)
         name = "trace.parquet"
-        trace = _own(read_parquet(folder / name), "traces", columns)
+        trace = _of_cell(read_parquet(folder / name), "traces", columns)
     except BROKEN as error:
         raise unusable(folder / name, error) from None
     return Compression(layers, trace, provenance, seconds)
 
 
-def _own(data: pa.Table, table: str, columns: Mapping[str, Any]) -> pa.Table:
+def _of_cell(data: pa.Table, table: str, columns: Mapping[str, Any]) -> pa.Table:
     """The rows with the plan's spec columns, once it is certain that they are of this cell."""
     data = typed(data, table, "it")
     strangers = set(data.column("cell").unique().to_pylist()) - {columns["cell"]}
@@ -168,7 +168,7 @@ def layer_metrics(compression: Compression) -> dict[str, float | None]:
     return dict(zip(CELL_METRICS, values, strict=True))
 
 
-def perplexity(folder: Path, evaluation: Evaluation) -> tuple[dict[str, Any], list[float]]:
+def read_perplexity(folder: Path, evaluation: TextEvaluation) -> tuple[dict[str, Any], list[float]]:
     """The value columns of one perplexity and the mean loss of each window, none where one is not finite.
 
     Raises InputError naming a broken file.
@@ -198,16 +198,16 @@ def perplexity(folder: Path, evaluation: Evaluation) -> tuple[dict[str, Any], li
 
 def item_scores(record: Mapping[str, Any]) -> dict[tuple[str, str], list[float]]:
     """(task or group of tasks, metric) -> the score of every item, of the accuracies that are the mean of these."""
-    found = {}
+    by_task = {}
     for row in record["rows"]:
         members = record["groups"].get(row["task"], [row["task"]])
-        own = [record["samples"][task].get(row["metric"]) for task in members]
-        if row["metric"] not in ACCURACIES or row["value"] is None or not all(own):
+        samples = [record["samples"][task].get(row["metric"]) for task in members]
+        if row["metric"] not in ACCURACIES or row["value"] is None or not all(samples):
             continue
-        scores = [float(score) for items in own for score in items]
+        scores = [float(score) for items in samples for score in items]
         if math.isclose(statistics.fmean(scores), row["value"], abs_tol=1e-9):  # a group may weigh its tasks
-            found[row["task"], row["metric"]] = scores
-    return found
+            by_task[row["task"], row["metric"]] = scores
+    return by_task
 
 
 def read_tasks(path: Path) -> tuple[list[dict[str, Any]], dict[tuple[str, str], list[float]]]:
@@ -231,24 +231,24 @@ def task_rows(folder: Path, tasks: TaskSet) -> tuple[list[dict[str, Any]], dict[
     """
     rows, scores = read_tasks(folder / f"tasks-{tasks.identity}.json")
     for row in rows:
-        own = scores.get((row["task"], row["metric"]))
-        if interval := own and bootstrap_interval(own):
+        items = scores.get((row["task"], row["metric"]))
+        if interval := items and bootstrap_interval(items):
             row["low"], row["high"] = interval
     return [*rows, *_mean_of_tasks(rows)], scores
 
 
 def _mean_of_tasks(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """The mean of `acc` over the tasks of a set, as papers print it; no row where a task has none or is alone."""
-    own = [row for row in rows if row["metric"] == "acc"]
-    if len(own) < 2 or {row["task"] for row in own} < {row["task"] for row in rows}:
+    accuracies = [row for row in rows if row["metric"] == "acc"]
+    if len(accuracies) < 2 or {row["task"] for row in accuracies} < {row["task"] for row in rows}:
         return []
-    row: dict[str, Any] = {"task": MEAN, "metric": "acc", "items": sum(row["items"] for row in own)}
-    row |= {"status": "done", "lm_eval": own[0]["lm_eval"]}
-    if lost := [row for row in own if row["value"] is None]:
+    row: dict[str, Any] = {"task": MEAN, "metric": "acc", "items": sum(row["items"] for row in accuracies)}
+    row |= {"status": "done", "lm_eval": accuracies[0]["lm_eval"]}
+    if lost := [row for row in accuracies if row["value"] is None]:
         return [row | {"value": None, "reason": f"{lost[0]['task']} has no accuracy"}]
-    if all(row.get("stderr") is not None for row in own):
-        row["stderr"] = math.hypot(*(row["stderr"] for row in own)) / len(own)
-    return [row | {"value": statistics.fmean(row["value"] for row in own)}]
+    if all(row.get("stderr") is not None for row in accuracies):
+        row["stderr"] = math.hypot(*(row["stderr"] for row in accuracies)) / len(accuracies)
+    return [row | {"value": statistics.fmean(row["value"] for row in accuracies)}]
 
 
 @dataclass
@@ -264,63 +264,96 @@ class Results:
 
 
 def gather_cell(
-    cell: PlannedCell, evaluations: Sequence[Evaluation], root: Path = Path(), tasks: Sequence[TaskSet] = ()
+    cell: PlannedCell, evaluations: Sequence[TextEvaluation], root: Path = Path(), tasks: Sequence[TaskSet] = ()
 ) -> Results:
     """Read what the jobs of a cell left."""
-    folder = root / cell.folder
-    present = set(os.listdir(folder)) if folder.is_dir() else set()
+    folder = CellFolder.of(root / cell.folder)
     results = Results()
-    gap: Gap | None = None
-    if present >= COMPRESSED:
+    results.compression, results.gap = _compression(folder, cell)
+    failed = results.gap  # without a compression there is nothing else
+    common = dict(cell.columns) | (results.compression.provenance if results.compression else {})
+    for evaluation in evaluations:
+        row, gap = _perplexity_row(folder, evaluation, results, failed)
+        results.gap = results.gap or gap
+        row["contaminated"] = cell.columns["calibration"] in evaluation.shared_with
+        results.rows.append(common | row)
+    for task_set in tasks:
+        rows, gap = _task_rows(folder, task_set, results, failed)
+        results.gap = results.gap or gap
+        results.rows += [{**common, "task_set": task_set.name, **row} for row in rows]
+    results.rows += [common | row for row in _metric_rows(results.compression, failed)]
+    return results
+
+
+@dataclass(frozen=True)
+class CellFolder:
+    """A cell's folder and the names of the files in it."""
+
+    path: Path
+    present: set[str]
+
+    @classmethod
+    def of(cls, path: Path) -> "CellFolder":
+        return cls(path, set(os.listdir(path)) if path.is_dir() else set())
+
+    def failure(self, *stages: str) -> Gap:
+        """What is known of why a result of these stages is absent."""
+        return failure(self.path, self.present, stages)
+
+
+def _compression(folder: CellFolder, cell: PlannedCell) -> tuple[Compression | None, Gap | None]:
+    """What the compress job of a cell left, or why there is nothing."""
+    if not folder.present >= COMPRESSED:
+        return None, folder.failure("compress")
+    try:
+        return read_compression(folder.path, cell.columns), None
+    except InputError as error:
+        return None, Gap("failed", str(error))
+
+
+def _perplexity_row(
+    folder: CellFolder, evaluation: TextEvaluation, results: Results, failed: Gap | None
+) -> tuple[dict[str, Any], Gap | None]:
+    """The row of a perplexity and why it has no value, if so; the windows' losses go into `results`.
+
+    failed: the gap in the cell's compression, if any.
+    """
+    stage, gap, row = f"perplexity-{evaluation.identity}", failed, {"metric": "perplexity", "text": evaluation.text}
+    if not gap and f"{stage}.json" in folder.present:
         try:
-            results.compression = read_compression(folder, cell.columns)
+            values, results.losses[evaluation.text] = read_perplexity(folder.path, evaluation)
+            return row | values, None
         except InputError as error:
             gap = Gap("failed", str(error))
-    else:
-        gap = failure(folder, present, ["compress"])
-    gaps = [gap] if gap else []
-    compression, rows = results.compression, results.rows
-    common = dict(cell.columns) | (compression.provenance if compression else {})
-    for evaluation in evaluations:
-        row = common | {
-            "metric": "perplexity",
-            "text": evaluation.text,
-            "contaminated": cell.columns["calibration"] in evaluation.shared_with,
-        }
-        own_gap = gap
-        if not gap and f"perplexity-{evaluation.identity}.json" in present:
-            try:
-                values, results.losses[evaluation.text] = perplexity(folder, evaluation)
-                row |= values
-            except InputError as error:
-                own_gap = Gap("failed", str(error))
-        elif not gap:
-            own_gap = failure(folder, present, [f"perplexity-{evaluation.identity}", "perplexity"])
-        if own_gap:
-            row |= {"status": own_gap.status, "reason": own_gap.reason}
-            gaps.append(own_gap)
-        rows.append(row)
-    for task_set in tasks:
-        stage, own_gap, found = f"tasks-{task_set.identity}", gap, []
-        if not gap and f"{stage}.json" in present:
-            try:
-                found, scores = task_rows(folder, task_set)
-                results.scores |= {(task_set.name, *measured): own for measured, own in scores.items()}
-            except InputError as error:
-                own_gap = Gap("failed", str(error))
-        elif not gap:
-            own_gap = failure(folder, present, [stage])
-        if own_gap:
-            gaps.append(own_gap)
-            lost = {"metric": ACCURACIES[0], "status": own_gap.status, "reason": own_gap.reason}
-            names = [*task_set.tasks, MEAN] if len(task_set.tasks) > 1 else task_set.tasks
-            found = [{**lost, "task": task} for task in names]
-        rows += [{**common, "task_set": task_set.name, **row} for row in found]
+    gap = gap or folder.failure(stage, "perplexity")
+    return row | {"status": gap.status, "reason": gap.reason}, gap
+
+
+def _task_rows(
+    folder: CellFolder, task_set: TaskSet, results: Results, failed: Gap | None
+) -> tuple[list[dict[str, Any]], Gap | None]:
+    """The rows of a set of tasks and why they have no value, if so; the items' scores go into `results`."""
+    stage, gap = f"tasks-{task_set.identity}", failed
+    if not gap and f"{stage}.json" in folder.present:
+        try:
+            rows, scores = task_rows(folder.path, task_set)
+            results.scores |= {(task_set.name, *measured): items for measured, items in scores.items()}
+            return rows, None
+        except InputError as error:
+            gap = Gap("failed", str(error))
+    gap = gap or folder.failure(stage)
+    names = [*task_set.tasks, MEAN] if len(task_set.tasks) > 1 else task_set.tasks
+    absent = {"metric": ACCURACIES[0], "status": gap.status, "reason": gap.reason}
+    return [{**absent, "task": task} for task in names], gap
+
+
+def _metric_rows(compression: Compression | None, gap: Gap | None) -> list[dict[str, Any]]:
+    """A row of each of CELL_METRICS; gap: why there is no compression."""
     metrics = layer_metrics(compression) if compression else dict.fromkeys(CELL_METRICS)
+    rows = []
     for metric, value in metrics.items():
-        row = common | {"metric": metric, "value": value, "status": gap.status if gap else "done"}
+        row: dict[str, Any] = {"metric": metric, "value": value, "status": gap.status if gap else "done"}
         if value is None:
             row["reason"] = gap.reason if gap else "the cell has no compressed layer"
         rows.append(row)
-    results.gap = gaps[0] if gaps else None
-    return results
+    return rows

@@ -9,33 +9,40 @@ import csv
 import json
 import sys
 from collections.abc import Collection, Mapping, Sequence
-from contextlib import ExitStack, nullcontext, suppress
+from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from layerwise.results import main_table
 from layerwise.results.bounds import read_bounds, with_bounds
 from layerwise.results.cell_results import (
     Compression,
-    Evaluation,
     Gap,
     PlannedCell,
     Results,
     TaskSet,
+    TextEvaluation,
     evaluations,
     gather_cell,
     task_sets,
 )
-from layerwise.results.comparisons import ERRORS, Measure, Observation, accuracy, compare, perplexity
+from layerwise.results.comparisons import (
+    ERRORS,
+    Measure,
+    Observation,
+    accuracy_measure,
+    compare_methods,
+    perplexity_measure,
+)
 from layerwise.results.protocol import Protocol
 from layerwise.runtime.errors import InputError, report_errors
 from layerwise.runtime.files import whole_file
-from layerwise.storage.table_schema import arrow_schema, from_rows, read_table, to_frame
-from layerwise.study.grid import plan
+from layerwise.storage.table_schema import arrow_schema, from_rows, holds, read_table, to_frame
+from layerwise.study.grid import Plan, plan
 
 TABLES = ("layers", "cells", "traces", "bounds", "comparisons", "skipped")
 FLOAT_FORMAT = "%.9g"
@@ -76,7 +83,7 @@ def write_csv(data: pa.Table, path: Path, header: bool = True) -> None:
     mode = "w" if header else "a"
     texts = [column for column in data.columns if pa.types.is_string(column.type)]
     # Of characters that end a line the csv module of Python 3.11 and 3.12 quotes just the one that is written.
-    returns = any(pc.any(pc.match_substring(text, "\r")).as_py() for text in texts)
+    returns = any(holds(text, "\r") for text in texts)
     to_frame(data).to_csv(
         path,
         mode=mode,
@@ -94,90 +101,136 @@ def observe(columns: Mapping[str, Any], compression: Compression, results: Resul
     errors = (compression.layers.column(name).to_pylist() for name in ("layer", "output_error"))
     values: dict[Measure, dict[Any, float]] = {ERRORS: dict(zip(*errors, strict=True))}
     for text, losses in results.losses.items():
-        values[perplexity(text)] = dict(enumerate(losses))
+        values[perplexity_measure(text)] = dict(enumerate(losses))
     for (tasks, task, metric), scores in results.scores.items():
-        values[accuracy(metric, main_table.task_title(task, tasks))] = dict(enumerate(scores))
+        values[accuracy_measure(metric, main_table.task_title(task, tasks))] = dict(enumerate(scores))
     return Observation(columns, values)
 
 
-def refuse_others(results: Results, protocol: Protocol) -> None:
+def refuse_other_protocols(results: Results, protocol: Protocol) -> None:
     """Take away what was computed under another protocol than the cells before it: rows that say so are left."""
     for row in results.rows:
         if sentence := protocol.difference(row):
             row |= {"value": None, "stderr": None, "low": None, "high": None, "status": "failed", "reason": sentence}
             results.gap = results.gap or Gap("failed", sentence)
-            results.losses.pop(row.get("text"), None)
-            results.scores.pop((row.get("task_set"), row.get("task"), row["metric"]), None)
+            results.losses.pop(row.get("text") or "", None)
+            results.scores.pop((row.get("task_set") or "", row.get("task") or "", row["metric"]), None)
     if results.rows and all(row["status"] == "failed" for row in results.rows):
         results.compression = None
 
 
-def collect(
-    cells: Sequence[PlannedCell],
-    skipped: Sequence[Mapping[str, Any]],
-    evaluations: Sequence[Evaluation],
-    out: Path,
-    partial: bool = False,
-    root: Path = Path(),
-    certificates: Collection[str] = (),
-    swept: str | None = None,
-    tasks: Sequence[TaskSet] = (),
-) -> int:
+@dataclass(frozen=True)
+class StudyInputs:
+    """What tables are made of. evaluations, tasks: what every cell is evaluated on; certificates: paths, relative to
+    the root, of the bounds that the study computes; swept: what the study varies, the same in every row of `cells`."""
+
+    cells: Sequence[PlannedCell]
+    skipped: Sequence[Mapping[str, Any]]
+    evaluations: Sequence[TextEvaluation]
+    tasks: Sequence[TaskSet] = ()
+    certificates: Collection[str] = ()
+    swept: str | None = None
+
+    @classmethod
+    def of(cls, planned: Plan) -> "StudyInputs":
+        """The study that a plan describes."""
+        texts = evaluations(planned.config, planned.evaluations)
+        sets, swept = task_sets(planned.tasks), planned.config.get("sweep")
+        return cls(planned.cells, planned.skipped, texts, sets, planned.certificates, swept)
+
+
+def collect(study: StudyInputs, out: Path, partial: bool = False, root: Path = Path()) -> int:
     """Write the tables of the cells into folder `out` and return how many cells are not whole.
 
-    Raises InputError when a cell is failed, missing or broken, unless `partial`: then it is a row with its reason.
-    root: folder that the cells' folders are relative to; certificates: paths, relative to it, of the bounds that the
-    study computes; with `partial`, one that is absent, broken or out of date leaves the layers without bounds; swept:
-    what the study varies, the same in every row of `cells`.
+    Raises InputError when a cell is failed, missing or broken, unless `partial`: then it is a row with its reason, and
+    a bound that is absent, broken or out of date leaves the layers without bounds.
+    root: folder that the cells' folders are relative to.
     """
-    gaps: list[tuple[str, Gap]] = []
-    observations: list[Observation] = []
-    unless_partial = suppress(InputError) if partial else nullcontext()
-    bounds: dict[str, pa.Table] = {}
-    protocol = Protocol()
-    for path in certificates:
-        with unless_partial:
-            bounds[path] = read_bounds(root / path)
+    bounds = _read_bounds(study.certificates, root, partial)
     with ExitStack() as stack:
-        files = {
-            (table, suffix): stack.enter_context(whole_file(out / f"{table}.{suffix}"))
-            for table in TABLES
-            for suffix in ("parquet", "csv")
-        }
-        writers = {table: TableWriter(table, files[table, "parquet"], files[table, "csv"]) for table in TABLES}
-        for writer in writers.values():
-            stack.callback(writer.parquet.close)  # after an error too: before the unfinished files are removed
-        for cell in cells:
-            results = gather_cell(cell, evaluations, root, tasks)
-            refuse_others(results, protocol)
-            compression = results.compression
-            if results.gap:
-                gaps.append((cell.folder, results.gap))
-            if gaps and not partial:
-                continue  # only counting what is wrong
-            if compression:
-                layers = compression.layers
-                if cell.certificate in bounds:
-                    with unless_partial:
-                        layers = with_bounds(layers, bounds[cell.certificate], root / cell.certificate)
-                writers["layers"].add(layers)
-                writers["traces"].add(compression.trace)
-                observations.append(observe(cell.columns, compression, results))
-            writers["cells"].add(from_rows([{**row, "swept": swept} for row in results.rows], "cells", cell.folder))
+        writers = _open_tables(out, stack)
+        gaps, observations = _write_cells(study, writers, bounds, partial, root)
         if gaps and not partial:
             folder, gap = gaps[0]
             raise InputError(
-                f"Expected results of all {len(cells)} cells, {len(gaps)} are failed or missing; "
+                f"Expected results of all {len(study.cells)} cells, {len(gaps)} are failed or missing; "
                 f"the first is {folder} ({gap.status}: {gap.reason.rstrip('.')})."
             )
-        for table in bounds.values():
-            writers["bounds"].add(table)
-        compared = compare(observations)
-        writers["comparisons"].add(from_rows(compared, "comparisons", "the comparisons"))
-        writers["skipped"].add(from_rows([dict(row) for row in skipped], "skipped", "the plan"))
+        for rows in bounds.values():
+            writers["bounds"].add(rows)
+        writers["comparisons"].add(from_rows(compare_methods(observations), "comparisons", "the comparisons"))
+        writers["skipped"].add(from_rows([dict(row) for row in study.skipped], "skipped", "the plan"))
         for writer in writers.values():
             writer.close()
     return len(gaps)
+
+
+def _read_bounds(certificates: Collection[str], root: Path, partial: bool) -> dict[str, pa.Table]:
+    """Path -> rows of `bounds`; with `partial`, without those that cannot be read."""
+    bounds = {}
+    for path in certificates:
+        with _unless(partial):
+            bounds[path] = read_bounds(root / path)
+    return bounds
+
+
+def _unless(partial: bool) -> AbstractContextManager[None]:
+    """A context that an InputError leaves, unless what can be had is asked for."""
+    return suppress(InputError) if partial else nullcontext()
+
+
+def _open_tables(out: Path, stack: ExitStack) -> dict[str, TableWriter]:
+    """A writer of each table; its files appear when the stack is left without an error."""
+    writers = {}
+    for table in TABLES:
+        parquet, text = (stack.enter_context(whole_file(out / f"{table}.{suffix}")) for suffix in ("parquet", "csv"))
+        writers[table] = TableWriter(table, parquet, text)
+    for writer in writers.values():
+        stack.callback(writer.parquet.close)  # after an error too: before the unfinished files are removed
+    return writers
+
+
+def _write_cells(
+    study: StudyInputs, writers: Mapping[str, TableWriter], bounds: Mapping[str, pa.Table], partial: bool, root: Path
+) -> tuple[list[tuple[str, Gap]], list[Observation]]:
+    """Write layers, traces and rows of every cell; (folder, gap) of those that are not whole, and what was measured."""
+    gaps: list[tuple[str, Gap]] = []
+    observations: list[Observation] = []
+    protocol = Protocol()
+    for cell in study.cells:
+        results = gather_cell(cell, study.evaluations, root, study.tasks)
+        refuse_other_protocols(results, protocol)
+        if results.gap:
+            gaps.append((cell.folder, results.gap))
+        if gaps and not partial:
+            continue  # only counting what is wrong
+        if compression := results.compression:
+            writers["layers"].add(_bounded(cell, compression.layers, bounds, partial, root))
+            writers["traces"].add(compression.trace)
+            observations.append(observe(cell.columns, compression, results))
+        rows = [{**row, "swept": study.swept} for row in results.rows]
+        writers["cells"].add(from_rows(rows, "cells", cell.folder))
+    return gaps, observations
+
+
+def _bounded(
+    cell: PlannedCell, layers: pa.Table, bounds: Mapping[str, pa.Table], partial: bool, root: Path
+) -> pa.Table:
+    """The layers of a cell with their bounds, where the study computes any for it."""
+    path = cell.certificate
+    if path is not None and path in bounds:
+        with _unless(partial):
+            return with_bounds(layers, bounds[path], root / path)
+    return layers
+
+
+def write_tables(config: Mapping[str, Any], out: Path, partial: bool = False) -> None:
+    """Write all tables of a study whose results are in the working directory, and the main table, into `out`."""
+    planned = plan(config)
+    absent = collect(StudyInputs.of(planned), out, partial)
+    layers = read_table(out, "layers", main_table.SCOPES)
+    main_table.write_main_table(read_table(out, "cells"), read_table(out, "comparisons"), layers, out)
+    print(f"{len(planned.cells)} cells, {absent} not whole, {len(planned.skipped)} skipped -> {out}")
 
 
 def main(argv: list[str]) -> None:
@@ -186,20 +239,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--out", type=Path, default=Path("results/tables"), help="folder for the tables")
     parser.add_argument("--partial", action="store_true", help="gather what exists; the rest are rows with a reason")
     args = parser.parse_args(argv)
-    planned = plan(args.study)
-    absent = collect(
-        planned.cells,
-        planned.skipped,
-        evaluations(planned.config, planned.evaluations),
-        args.out,
-        args.partial,
-        certificates=planned.certificates,
-        swept=planned.config.get("sweep"),
-        tasks=task_sets(planned.tasks),
-    )
-    layers = read_table(args.out, "layers", main_table.SCOPES)
-    main_table.write(read_table(args.out, "cells"), read_table(args.out, "comparisons"), layers, args.out)
-    print(f"{len(planned.cells)} cells, {absent} not whole, {len(planned.skipped)} skipped -> {args.out}")
+    write_tables(args.study, args.out, args.partial)
 
 
 if __name__ == "__main__":

@@ -37,12 +37,12 @@ class Measure:
 ERRORS = Measure("output_error", None, None, -1)
 
 
-def perplexity(text: str) -> Measure:
+def perplexity_measure(text: str) -> Measure:
     """From mean losses of windows."""
     return Measure("perplexity", text, np.exp, -1)
 
 
-def accuracy(metric: str, task: str) -> Measure:
+def accuracy_measure(metric: str, task: str) -> Measure:
     """acc or acc_norm, from items that are right (1) or wrong (0)."""
     return Measure(metric, task, significance.itself, 1)
 
@@ -55,67 +55,73 @@ class Observation:
     values: Mapping[Measure, Mapping[Any, float]]
 
 
-def compare(observations: Sequence[Observation]) -> list[dict[str, Any]]:
+def compare_methods(observations: Sequence[Observation]) -> list[dict[str, Any]]:
     """Rows of the `comparisons` table, in the order of the cells; p_holm is over those of one place and measure."""
-    measures = list(dict.fromkeys(measure for one in observations for measure in one.values))
-    places: dict[tuple, list[Observation]] = {}
-    for one in observations:
-        places.setdefault(tuple(one.columns[name] for name in PLACE), []).append(one)
-    found = []
-    for here in places.values():
-        for measure in measures:
-            groups = [_by_label(here, comparison, measure) for comparison in COMPARISONS]
-            pairs = sum(math.comb(len(by_label), 2) for by_label in groups)
-            family = [row for by_label in groups for row in _group(by_label, measure, pairs)]
-            adjusted = significance.holm([row["p"] for row in family])
-            for row, p in zip(family, adjusted.tolist(), strict=True):
-                found.append(row | {"p_holm": p, "verdict": _verdict(row, p, measure)})
-    return found
+    measures = list(dict.fromkeys(measure for cell in observations for measure in cell.values))
+    places: dict[tuple[Any, ...], list[Observation]] = {}
+    for cell in observations:
+        places.setdefault(tuple(cell.columns[name] for name in PLACE), []).append(cell)
+    return [row for cells in places.values() for measure in measures for row in _family(cells, measure)]
 
 
-def _by_label(here: Sequence[Observation], comparison: str, measure: Measure) -> dict[str, dict[int, Observation]]:
+def _family(cells: Sequence[Observation], measure: Measure) -> Iterator[dict[str, Any]]:
+    """The rows of a place and a measure, over all of which p is adjusted."""
+    groups = [_by_label(cells, comparison, measure) for comparison in COMPARISONS]
+    pairs = sum(math.comb(len(by_label), 2) for by_label in groups)
+    family = [row for by_label in groups for row in _group(by_label, measure, pairs)]
+    adjusted = significance.holm([row["p"] for row in family])
+    for row, p in zip(family, adjusted.tolist(), strict=True):
+        yield row | {"p_holm": p, "verdict": _verdict(row, p, measure)}
+
+
+def _by_label(cells: Sequence[Observation], comparison: str, measure: Measure) -> dict[str, dict[int, Observation]]:
     """label -> seed -> the cell, of a group's cells that have the measure."""
     by_label: dict[str, dict[int, Observation]] = {}
-    for one in here:
-        if one.columns["comparison"] == comparison and one.values.get(measure):
-            by_label.setdefault(one.columns["label"], {})[one.columns["seed"]] = one
+    for cell in cells:
+        if cell.columns["comparison"] == comparison and cell.values.get(measure):
+            by_label.setdefault(cell.columns["label"], {})[cell.columns["seed"]] = cell
     return by_label
 
 
 def _group(by_label: Mapping[str, Mapping[int, Observation]], measure: Measure, pairs: int) -> Iterator[dict[str, Any]]:
     """The rows of a place, a group and a measure, without what needs the other groups; pairs: of all groups."""
-    own = [one for cells in by_label.values() for one in cells.values()]
+    cells = [cell for by_seed in by_label.values() for cell in by_seed.values()]
     if len(by_label) < 2:
         return
-    every = [set(one.values[measure]) for one in own]
-    units = [unit for unit in own[0].values[measure] if all(unit in known for known in every)]
+    every = [set(cell.values[measure]) for cell in cells]
+    units = [unit for unit in cells[0].values[measure] if all(unit in known for known in every)]
     if len(units) < 2:
         return
-    rows = {id(one): i for i, one in enumerate(own)}
-    values = np.array([[one.values[measure][unit] for unit in units] for one in own])  # [cells, units]
-    common = {name: own[0].columns[name] for name in (*PLACE, *TARGET, "comparison")}
+    places = {id(cell): i for i, cell in enumerate(cells)}
+    values = np.array([[cell.values[measure][unit] for unit in units] for cell in cells])  # [cells, units]
+    common = {name: cells[0].columns[name] for name in (*PLACE, *TARGET, "comparison")}
     common |= {"metric": measure.metric, "text": measure.text, "units": len(units)}
+    drawn = None
     if measure.statistic:
         drawn = significance.resampled_means(values, samples=significance.resamples_for(pairs))
     else:
         values = np.log(np.maximum(values, LEAST))
         most = max(map(len, by_label.values()))
-        whole = [[rows[id(one)] for one in cells.values()] for cells in by_label.values() if len(cells) == most]
-        common["friedman_p"] = significance.friedman([values[own].mean(axis=0) for own in whole])
+        whole = [
+            [places[id(cell)] for cell in by_seed.values()] for by_seed in by_label.values() if len(by_seed) == most
+        ]
+        common["friedman_p"] = significance.friedman([values[repeats].mean(axis=0) for repeats in whole])
     for label, other in combinations(by_label, 2):
         # A cell that is lost under one seed takes that seed from its own pairs alone.
         seeds = [seed for seed in by_label[label] if seed in by_label[other]]
         if not seeds:
             continue
-        first, second = ([rows[id(by_label[name][seed])] for seed in seeds] for name in (label, other))
+        first, second = ([places[id(by_label[name][seed])] for seed in seeds] for name in (label, other))
+        samples = None if drawn is None else (drawn[:, first], drawn[:, second])
         row = common | {"label": label, "other": other, "seeds": len(seeds)}
-        if measure.statistic:
-            found = significance.bootstrap_difference(
-                values[first], values[second], measure.statistic, (drawn[:, first], drawn[:, second])
-            )
-            yield row | _differences(values[first], values[second], found, measure)
-        else:
-            yield row | _ratios(values[first], values[second], measure)
+        yield row | _pair(values[first], values[second], samples, measure)
+
+
+def _pair(first: Floats, second: Floats, samples: tuple[Floats, Floats] | None, measure: Measure) -> dict[str, Any]:
+    """Columns about two methods from their values [seeds, units]; samples: their resampled means."""
+    if measure.statistic is None:
+        return _ratios(first, second, measure)
+    return _differences(first, second, samples, measure.statistic, measure.sign)
 
 
 def _ratios(first: Floats, second: Floats, measure: Measure) -> dict[str, Any]:
@@ -123,22 +129,26 @@ def _ratios(first: Floats, second: Floats, measure: Measure) -> dict[str, Any]:
     logs = first - second
     mean = logs.mean(axis=0)
     p, effect = significance.signed_rank(measure.sign * mean)
-    directions = [np.sign(significance.signed_rank(measure.sign * one).effect) for one in logs]
+    directions = [np.sign(significance.signed_rank(measure.sign * seed).effect) for seed in logs]
     low, high = significance.median_interval(mean) or (None, None)
     median, low, high = (None if value is None else float(np.exp(value)) for value in (np.median(mean), low, high))
-    columns = {"median_ratio": median, "low": low, "high": high, "effect": effect, "p": p}
+    columns: dict[str, Any] = {"median_ratio": median, "low": low, "high": high, "effect": effect, "p": p}
     columns["p_seeds"] = significance.over_seeds(logs.mean(axis=1))
-    return columns | {"seeds_agree": sum(one == np.sign(effect) for one in directions)}
+    return columns | {"seeds_agree": sum(direction == np.sign(effect) for direction in directions)}
 
 
 def _differences(
-    first: Floats, second: Floats, difference: significance.Difference, measure: Measure
+    first: Floats,
+    second: Floats,
+    samples: tuple[Floats, Floats] | None,
+    statistic: Callable[[Floats], Floats],
+    sign: int,
 ) -> dict[str, Any]:
     """Columns about two methods from their values of each window or item [seeds, n] and the bootstrap of these."""
-    value, low, high, p = difference
-    effect = significance.signed_rank(measure.sign * (first - second).mean(axis=0)).effect
-    by_seed = measure.statistic(first.mean(axis=1)) - measure.statistic(second.mean(axis=1))
-    columns = {"difference": value, "low": low, "high": high, "effect": effect, "p": p}
+    value, low, high, p = significance.bootstrap_difference(first, second, statistic, samples)
+    effect = significance.signed_rank(sign * (first - second).mean(axis=0)).effect
+    by_seed = statistic(first.mean(axis=1)) - statistic(second.mean(axis=1))
+    columns: dict[str, Any] = {"difference": value, "low": low, "high": high, "effect": effect, "p": p}
     columns["p_seeds"] = significance.over_seeds(by_seed)
     return columns | {"seeds_agree": int((np.sign(by_seed) == np.sign(value)).sum())}
 

@@ -1,9 +1,5 @@
 """Render the main table in Markdown and LaTeX: methods as rows, grouped by what may be compared, targets as columns."""
 
-# pandas' own annotations lose whether a selection is a column or a frame.
-# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
-# pyright: reportGeneralTypeIssues=false, reportIndexIssue=false
-
 import argparse
 import re
 import statistics
@@ -17,9 +13,21 @@ import pandas as pd
 
 from layerwise.results.cell_results import ACCURACIES
 from layerwise.results.comparisons import NO_DIFFERENCE
-from layerwise.results.protocol import MARK, origins
+from layerwise.results.protocol import MARK, provenance_marks
 from layerwise.runtime.errors import report_errors
 from layerwise.runtime.files import write_atomic
+from layerwise.storage.frames import (
+    column,
+    distinct_values,
+    groups,
+    groups_by,
+    matching,
+    missing,
+    rows,
+    select,
+    true_of_any,
+    tuples,
+)
 from layerwise.storage.table_schema import COMPARISONS, read_table
 
 UNSUPPORTED = "–"
@@ -44,7 +52,7 @@ MARKDOWN = re.compile(r"([\\`*_{}\[\]<>|#~])")
 
 
 @dataclass(frozen=True)
-class Entry:
+class TableEntry:
     """What stands in a cell of the table; best: of its group and column, or not shown to differ from it: bold."""
 
     text: str
@@ -56,7 +64,7 @@ class Section:
     """One mode: groups of (comparison, [(label, one entry per target)])."""
 
     title: str
-    groups: list[tuple[str, list[tuple[str, list[Entry]]]]]
+    groups: list[tuple[str, list[tuple[str, list[TableEntry]]]]]
 
 
 @dataclass(frozen=True)
@@ -102,34 +110,32 @@ def spread(values: Sequence[float], metric: str) -> str:
 
 def undecided(comparisons: pd.DataFrame, metric: str) -> set[tuple[str, ...]]:
     """(model, calibration, text, mode, target, label, other), either way round, where no difference is shown."""
-    own = comparisons[
-        (comparisons["metric"] == COMPARED.get(metric, metric)) & (comparisons["verdict"] == NO_DIFFERENCE)
-    ]
+    alike = matching(comparisons, metric=COMPARED.get(metric, metric), verdict=NO_DIFFERENCE)
     keys = ["model", "calibration", "text", "mode", "target"]
-    pairs = [own[[*keys, *sides]].fillna("").itertuples(index=False, name=None) for sides in (SIDES, SIDES[::-1])]
-    return {row for side in pairs for row in side}
+    filled = alike.assign(text=column(alike, "text").fillna(""))
+    return {row for sides in (SIDES, SIDES[::-1]) for row in tuples(filled, [*keys, *sides])}
 
 
-def _place(comparisons: pd.DataFrame, metric: str, model: str, calibration: str, text: str) -> bool:
+def _compared(comparisons: pd.DataFrame, metric: str, model: str, calibration: str, text: str) -> bool:
     """Whether methods were compared by a metric there."""
-    own = comparisons[comparisons["metric"] == COMPARED.get(metric, metric)]
-    return bool(
-        ((own["model"] == model) & (own["calibration"] == calibration) & (own["text"].fillna("") == text)).any()
-    )
+    here = matching(comparisons, metric=COMPARED.get(metric, metric), model=model, calibration=calibration)
+    return true_of_any(column(here, "text").fillna("") == text)
 
 
 def fallback(layers: pd.DataFrame, model: str, calibration: str) -> list[str]:
     """A sentence on how many layers, experts', were calibrated on every token as few were routed to them, if any."""
-    own = layers[(layers["model"] == model) & (layers["calibration"] == calibration) & (layers["target"] != "dense")]
-    counts = (own["token_scope"] == "fallback").groupby([own["mode"], own["cell"]], sort=False).agg(["sum", "size"])
-    found = []
-    for mode, part in counts.groupby("mode", sort=False):
-        least, most = part["sum"].min(), part["sum"].max()  # in sequential mode the router depends on the cell
+    here = matching(layers, model=model, calibration=calibration)
+    here = select(here, column(here, "target") != "dense")
+    counts = []
+    for mode, part in groups_by(here, "mode"):
+        scopes = [column(cell, "token_scope") == "fallback" for _, cell in groups_by(part, "cell")]
+        fallbacks = [int(scope.sum()) for scope in scopes]
+        least, most = min(fallbacks), max(fallbacks)  # in sequential mode the router depends on the cell
         if most:
             count = f"{least}" if least == most else f"{least} to {most}"
-            found.append(f"{count} of {part['size'].max()} layers in {mode} mode")
+            counts.append(f"{count} of {max(map(len, scopes))} layers in {mode} mode")
     why = "Calibrated on every token, since fewer were routed to their expert than they have inputs"
-    return [f"{why}: {', '.join(found)}."] if found else []
+    return [f"{why}: {', '.join(counts)}."] if counts else []
 
 
 def tables(
@@ -145,64 +151,70 @@ def tables(
     layers: the table from which a note says which layers were not calibrated on the tokens that were meant for them.
     """
     equal = set() if comparisons is None else undecided(comparisons, metric)
-    data = cells[cells["metric"] == metric]
-    if metric in ACCURACIES:
-        # Of a set of tasks that failed there is one row per task, under the first metric: it lacks the others too.
-        lost = (cells["metric"] == ACCURACIES[0]) & (cells["status"] != "done") & cells["task"].isin(data["task"])
-        data = cells[(cells["metric"] == metric) | lost]
-        data = data.assign(text=task_title(data["task"], data["task_set"]))
-    dense = data[data["target"] == "dense"]
-    pruned = data[data["target"] != "dense"]
-    text_of = pruned["text"].fillna("")
-    for (model, calibration, text), part in pruned.groupby(["model", "calibration", text_of], sort=False):
-        own = dense[(dense["model"] == model) & (dense["text"].fillna("") == text)]
-        marked, reasons = origins(pd.concat([part, own]))
-        notes = []
-        if metric != "mean_output_error" and len(own):
-            row = own.to_dict("records")[0]
-            error = row["stderr"] if metric in ACCURACIES else None
-            noise = f" (standard error {number(error, metric)})" if pd.notna(error) else ""
-            notes.append(f"Dense: {_shown([row], metric, marked)}{noise}.")
-        better = "In percent, higher" if metric in ACCURACIES else "Lower"
-        tested = comparisons is not None and _place(comparisons, metric, str(model), str(calibration), str(text))
-        alike = ", and what is not shown to differ from it," if tested else ""
-        notes.append(f"{better} is better; the best of each group and column{alike} is bold where there is a choice.")
-        repeats = part["seed"].nunique()
-        if repeats > 1:
-            notes.append(f"Mean and standard deviation over {repeats} seeds.")
-        elif tested:
-            notes.append("One draw of the calibration: nothing is said of others.")
-        if part["contaminated"].eq(True).any():
-            notes.append("Calibration and evaluation text come from the same data set.")
-        if layers is not None:
-            notes += fallback(layers, str(model), str(calibration))
-        notes += reasons
+    data = _of_metric(cells, metric)
+    dense = select(data, column(data, "target") == "dense")
+    pruned = select(data, column(data, "target") != "dense")
+    for (model, calibration, text), part in groups(pruned, ["model", "calibration", "text"]):
+        reference = matching(dense, model=model, text=text)
+        marked, reasons = provenance_marks(pd.concat([part, reference]))
+        tested = comparisons is not None and _compared(comparisons, metric, model, calibration, text)
+        notes = [*_dense_note(reference, metric, marked), *_notes(part, metric, tested)]
+        notes += [] if layers is None else fallback(layers, model, calibration)
+        targets = distinct_values(part, "target")
+        sections = []
+        for mode, here in groups_by(part, "mode"):
+            key = (model, calibration, text, mode)
+            alike = {row[len(key) :] for row in equal if row[: len(key)] == key}
+            sections.append(Section(mode, _groups(rows(here), targets, metric, alike, marked)))
         what = "mean output error over the layers" if metric == "mean_output_error" else f"{metric} on {text}"
-        targets = list(part["target"].drop_duplicates())
-        modes = part.groupby("mode", sort=False)
-        sections = [
-            Section(
-                str(mode),
-                _groups(
-                    rows.to_dict("records"),
-                    targets,
-                    metric,
-                    lambda target, *sides, key=(model, calibration, text, mode): (*key, target, *sides) in equal,
-                    marked,
-                ),
-            )
-            for mode, rows in modes
-        ]
         name = "-".join(filter(None, (metric, model, calibration, text)))
         title = f"{model}, {what}, calibrated on {calibration}"
-        yield Table(name, title, " ".join(notes), targets, sections, str(model), str(calibration))
+        yield Table(name, title, " ".join([*notes, *reasons]), targets, sections, model, calibration)
+
+
+def _of_metric(cells: pd.DataFrame, metric: str) -> pd.DataFrame:
+    """The rows of a metric, with the task as their text where it is an accuracy, and "" for no text."""
+    if metric not in ACCURACIES:
+        data = matching(cells, metric=metric)
+        return data.assign(text=column(data, "text").fillna(""))
+    # Of a set of tasks that failed there is one row per task, under the first metric: it lacks the others too.
+    measured = column(cells, "metric") == metric
+    tasks = column(select(cells, measured), "task")
+    lost = (column(cells, "metric") == ACCURACIES[0]) & (column(cells, "status") != "done")
+    data = select(cells, measured | (lost & column(cells, "task").isin(tasks)))
+    return data.assign(text=task_title(column(data, "task"), column(data, "task_set")).fillna(""))
+
+
+def _dense_note(reference: pd.DataFrame, metric: str, marked: Collection[tuple[str, str]]) -> list[str]:
+    """A sentence with the value of the dense model, which no table of errors has."""
+    if metric == "mean_output_error" or reference.empty:
+        return []
+    row = rows(reference)[0]
+    error = row["stderr"] if metric in ACCURACIES else None
+    noise = "" if error is None or missing(error) else f" (standard error {number(error, metric)})"
+    return [f"Dense: {_shown([row], metric, marked)}{noise}."]
+
+
+def _notes(part: pd.DataFrame, metric: str, tested: bool) -> list[str]:
+    """Sentences on how to read a table; tested: whether its methods were compared."""
+    better = "In percent, higher" if metric in ACCURACIES else "Lower"
+    alike = ", and what is not shown to differ from it," if tested else ""
+    notes = [f"{better} is better; the best of each group and column{alike} is bold where there is a choice."]
+    repeats = len(distinct_values(part, "seed"))
+    if repeats > 1:
+        notes.append(f"Mean and standard deviation over {repeats} seeds.")
+    elif tested:
+        notes.append("One draw of the calibration: nothing is said of others.")
+    if true_of_any(column(part, "contaminated").eq(True)):
+        notes.append("Calibration and evaluation text come from the same data set.")
+    return notes
 
 
 def _shown(rows: Sequence[Mapping[str, Any]], metric: str, marked: Collection[tuple[str, str]] = ()) -> str:
     """The rows of the seeds of one setting as an entry; one without a value is not averaged away."""
     if any((row["mode"], row["cell"]) in marked for row in rows):
         return _shown(rows, metric) + MARK
-    absent = [row for row in rows if pd.isna(row["value"])]
+    absent = [row for row in rows if missing(row["value"])]
     if not absent:
         return spread([float(row["value"]) for row in rows], metric)
     word = "diverged" if absent[0]["status"] == "done" else str(absent[0]["status"])
@@ -213,38 +225,46 @@ def _groups(
     rows: Sequence[Mapping[str, Any]],
     targets: Sequence[str],
     metric: str,
-    equal: Callable[[str, str, str], bool],
+    alike: Collection[tuple[str, ...]],
     marked: Collection[tuple[str, str]],
-) -> list[tuple[str, list[tuple[str, list[Entry]]]]]:
+) -> list[tuple[str, list[tuple[str, list[TableEntry]]]]]:
+    """(comparison, lines of a label and its entries); alike: (target, label, label) that are not shown to differ."""
     groups = []
-    choose = max if metric in ACCURACIES else min
     for comparison in COMPARISONS:
         cells: dict[str, dict[str, list[Mapping[str, Any]]]] = {}  # label -> target -> seeds
         for row in rows:
             if row["comparison"] == comparison:
                 cells.setdefault(row["label"], {}).setdefault(row["target"], []).append(row)
-        best: dict[str, set[str]] = {}
-        for target in targets:
-            column = {label: own[target] for label, own in cells.items() if target in own}
-            values = {
-                label: statistics.fmean(row["value"] for row in own)
-                for label, own in column.items()
-                if all(pd.notna(row["value"]) for row in own)
-            }
-            if len(values) > 1:  # alone is not best
-                first = choose(values, key=values.__getitem__)
-                # Equal as printed is equally good.
-                printed = {label: number(value, metric) for label, value in values.items()}
-                best[target] = {
-                    label for label in values if printed[label] == printed[first] or equal(target, label, first)
-                }
+        best = {
+            target: _best({label: seeds[target] for label, seeds in cells.items() if target in seeds}, metric, alike)
+            for target in targets
+        }
         lines = []
-        for label, own in cells.items():
-            shown = {target: _shown(found, metric, marked) for target, found in own.items()}
-            lines.append((label, [Entry(shown.get(t, UNSUPPORTED), label in best.get(t, ())) for t in targets]))
+        for label, by_target in cells.items():
+            shown = {target: _shown(seeds, metric, marked) for target, seeds in by_target.items()}
+            lines.append((label, [TableEntry(shown.get(t, UNSUPPORTED), label in best[t]) for t in targets]))
         if lines:
             groups.append((comparison, lines))
     return groups
+
+
+def _best(
+    seeds: Mapping[str, Sequence[Mapping[str, Any]]], metric: str, alike: Collection[tuple[str, ...]]
+) -> set[str]:
+    """Labels of the best of a target and of what is as good; seeds: label -> rows. Of a single method there is none."""
+    choose = max if metric in ACCURACIES else min
+    values = {
+        label: statistics.fmean(row["value"] for row in rows)
+        for label, rows in seeds.items()
+        if not any(missing(row["value"]) for row in rows)
+    }
+    if len(values) < 2:
+        return set()
+    first = choose(values, key=values.__getitem__)
+    target = seeds[first][0]["target"]
+    # Equal as printed is equally good.
+    printed = {label: number(value, metric) for label, value in values.items()}
+    return {label for label in values if printed[label] == printed[first] or (target, label, first) in alike}
 
 
 def escape_latex(text: str) -> str:
@@ -275,9 +295,9 @@ def markdown(table: Table) -> str:
         lines += [f"### {escape_markdown(section.title)}", ""]
         lines.append("| " + " | ".join(["method", *map(escape_markdown, table.targets)]) + " |")
         lines.append("|:--" + "|--:" * len(table.targets) + "|")
-        for comparison, rows in section.groups:
+        for comparison, group in section.groups:
             lines.append(f"| *{escape_markdown(comparison)}* |" + " |" * len(table.targets))
-            for label, entries in rows:
+            for label, entries in group:
                 shown = [f"**{entry.text}**" if entry.best else entry.text for entry in entries]
                 lines.append("| " + " | ".join([escape_markdown(label), *shown]) + " |")
         lines.append("")
@@ -298,9 +318,9 @@ def latex(table: Table) -> str:
     ]
     for section in table.sections:
         lines += [r"\midrule", rf"\multicolumn{{{width}}}{{@{{}}l}}{{\textbf{{{escape_latex(section.title)}}}}} \\"]
-        for comparison, rows in section.groups:
+        for comparison, group in section.groups:
             lines += [r"\midrule", rf"\multicolumn{{{width}}}{{@{{}}l}}{{\emph{{{escape_latex(comparison)}}}}} \\"]
-            for label, entries in rows:
+            for label, entries in group:
                 shown = [latex_number(entry.text) for entry in entries]
                 shown = [rf"\textbf{{{t}}}" if e.best else t for t, e in zip(shown, entries, strict=True)]
                 lines.append(" & ".join([escape_latex(label), *shown]) + r" \\")
@@ -318,7 +338,7 @@ def document(
     return "\n".join(rendered) or "No results yet.\n"
 
 
-def write(cells: pd.DataFrame, comparisons: pd.DataFrame, layers: pd.DataFrame, out: Path) -> None:
+def write_main_table(cells: pd.DataFrame, comparisons: pd.DataFrame, layers: pd.DataFrame, out: Path) -> None:
     """Write main.md and main.tex into folder `out`; of `layers` the columns SCOPES are read."""
     write_atomic(out / "main.md", document(cells, markdown, comparisons, layers))
     write_atomic(out / "main.tex", document(cells, latex, comparisons, layers))
@@ -329,8 +349,8 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--tables", type=Path, default=Path("results/tables"), help="folder of the tables")
     parser.add_argument("--out", type=Path, help="folder for main.md and main.tex (default: that of the tables)")
     args = parser.parse_args(argv)
-    data = [read_table(args.tables, "cells"), read_table(args.tables, "comparisons")]
-    write(*data, read_table(args.tables, "layers", SCOPES), args.out or args.tables)
+    cells, comparisons = read_table(args.tables, "cells"), read_table(args.tables, "comparisons")
+    write_main_table(cells, comparisons, read_table(args.tables, "layers", SCOPES), args.out or args.tables)
 
 
 if __name__ == "__main__":

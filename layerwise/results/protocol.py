@@ -1,12 +1,11 @@
 """What the cells of one table must have in common, and which of them have other code or versions than the others."""
 
-# pandas' own annotations lose whether a selection is a column or a frame.
-# pyright: reportArgumentType=false, reportAttributeAccessIssue=false
-
 from collections.abc import Mapping
 from typing import Any
 
 import pandas as pd
+
+from layerwise.storage.frames import column, distinct, distinct_values, missing, select, tuples
 
 # (what is named, columns of `cells` that name it, columns that must then have one value)
 SAME: list[tuple[str, tuple[str, ...], tuple[str, ...]]] = [
@@ -38,40 +37,44 @@ class Protocol:
         """One sentence where a row of `cells` is of another protocol than one before it, else None."""
         for what, names, columns in SAME:
             key = tuple(row.get(name) for name in names)
-            if any(pd.isna(part) for part in key):
+            if any(missing(part) for part in key):
                 continue
-            for column in columns:
-                value = row.get(column)
-                if pd.isna(value):
+            for name in columns:
+                value = row.get(name)
+                if missing(value):
                     continue
-                known, first = self._first.setdefault((column, *key), (value, row))
+                known, first = self._first.setdefault((name, *key), (value, row))
                 if known != value:
                     return (
-                        f"expected one protocol of the {what} {row[what]}, {described(first)} and {described(row)} "
-                        f"differ in {column} ({known} and {value}): delete the results of one of them, and run again"
+                        f"expected one protocol of the {what} {row[what]}, {cell_title(first)} and {cell_title(row)} "
+                        f"differ in {name} ({known} and {value}): delete the results of one of them, and run again"
                     )
         return None
 
 
-def described(row: Mapping[str, Any]) -> str:
+def cell_title(row: Mapping[str, Any]) -> str:
     """A cell, as sentences call it."""
     return " ".join(str(row[name]) for name in ("label", "target", "mode", "cell"))
 
 
-def origins(cells: pd.DataFrame) -> tuple[set[tuple[str, str]], list[str]]:
+def provenance_marks(cells: pd.DataFrame) -> tuple[set[tuple[str, str]], list[str]]:
     """The cells, (mode, cell), of a table whose numbers are marked, and the sentences that say why.
 
     Marked are those computed by code that no commit has, and those whose versions, platform or device are not those of
     most. Commits alone differ where a study was computed over time: what changed was computed anew.
     """
-    rows = cells[cells["python"].notna()].drop_duplicates(["mode", "cell"])  # those that were computed
-    strange = [("computed by code with changes that are in no commit", rows[rows["dirty"].eq(True).fillna(False)])]
-    for column in VERSIONS:
-        counts = rows[column].value_counts()
-        usual = max(counts.index, key=counts.__getitem__, default=None)
-        others = [value for value in counts.index if value != usual]
-        strange += [(f"with {column} {value}, the others {usual}", rows[rows[column] == value]) for value in others]
-    marked = {cell for _, own in strange for cell in zip(own["mode"], own["cell"], strict=True)}
-    notes = [f"{MARK} {why}: {', '.join(dict.fromkeys(own['label']))}." for why, own in strange if len(own)]
-    commits = rows["commit"].nunique()
+    computed = distinct(select(cells, column(cells, "python").notna()), ["mode", "cell"])
+    dirty = column(computed, "dirty").eq(True).fillna(False)
+    strange = [("computed by code with changes that are in no commit", select(computed, dirty))]
+    for name in VERSIONS:
+        counts: dict[Any, int] = column(computed, name).value_counts().to_dict()
+        usual = max(counts, key=counts.__getitem__, default=None)
+        others = [value for value in counts if value != usual]
+        strange += [
+            (f"with {name} {value}, the others {usual}", select(computed, column(computed, name) == value))
+            for value in others
+        ]
+    marked = {cell for _, rows in strange for cell in tuples(rows, ["mode", "cell"])}
+    notes = [f"{MARK} {why}: {', '.join(distinct_values(rows, 'label'))}." for why, rows in strange if len(rows)]
+    commits = column(computed, "commit").nunique()
     return marked, notes + ([f"Computed at {commits} commits."] if commits > 1 else [])

@@ -5,7 +5,7 @@ Pure functions of arrays; comparisons.py applies them to a study.
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -42,7 +42,12 @@ def signed_rank(differences: ArrayLike) -> SignedRank:
         return SignedRank(1.0, 0.0)
     ranks = stats.rankdata(np.abs(differences))
     effect = float((np.sign(differences) * ranks).sum() / ranks.sum())
-    return SignedRank(float(stats.wilcoxon(differences).pvalue), effect)
+    return SignedRank(_p_value(stats.wilcoxon(differences)), effect)
+
+
+def _p_value(test: Any) -> float:
+    """p of a test of scipy, whose results have no types."""
+    return float(test.pvalue)
 
 
 def holm(p: ArrayLike) -> Floats:
@@ -62,7 +67,7 @@ def friedman(values: ArrayLike) -> float | None:
         return None
     if (values == values[0]).all():  # all tied: the statistic is 0 / 0
         return 1.0
-    return float(stats.friedmanchisquare(*values).pvalue)
+    return _p_value(stats.friedmanchisquare(*values))
 
 
 def median_interval(values: ArrayLike) -> tuple[float, float] | None:
@@ -82,7 +87,7 @@ def over_seeds(differences: ArrayLike) -> float | None:
         return None
     if (differences == differences[0]).all():  # without any spread, as where no seed changes anything
         return 0.0 if differences[0] else 1.0
-    return float(stats.ttest_1samp(differences, 0.0).pvalue)
+    return _p_value(stats.ttest_1samp(differences, 0.0))
 
 
 def resamples_for(comparisons: int) -> int:
@@ -149,8 +154,8 @@ def bootstrap_difference(
     def of(values: Floats) -> Floats:
         return statistic(values).mean(axis=-1)
 
-    one, other = samples or (resampled_means(first), resampled_means(second))
-    differences = of(one) - of(other)
+    of_first, of_second = samples or (resampled_means(first), resampled_means(second))
+    differences = of(of_first) - of(of_second)
     tail = min((differences <= 0).sum(), (differences >= 0).sum())
     p = min(1.0, 2 * (float(tail) + 1) / (len(differences) + 1))
     return Difference(float(of(first.mean(axis=1)) - of(second.mean(axis=1))), *percentiles(differences), p)

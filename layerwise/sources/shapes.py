@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -29,7 +29,7 @@ NO_LINEAR = re.compile(r"norm|embed|rotary|router|(^|\.)(gate|wg)\.(\w+\.)?weigh
 
 
 @dataclass(frozen=True)
-class Block:
+class BlockShape:
     """parameters: of the whole block. layers: (out, in, share) of its linear layers. taps: (in, share) of the
     distinct inputs. share: of the tokens that they see, less than one in an expert, which has inputs of its own."""
 
@@ -43,13 +43,13 @@ class Block:
 
 
 @dataclass(frozen=True)
-class Shape:
+class ModelShape:
     """blocks: each kind with its number. outside: parameters of embeddings, head and what else is in no block.
 
     dtype: that it is run in by default. fetched: whether its weights are here, else its config.json says all this.
     """
 
-    blocks: Mapping[Block, int]
+    blocks: Mapping[BlockShape, int]
     outside: int
     vocabulary: int
     hidden: int
@@ -80,12 +80,12 @@ class Shape:
         """Its inputs."""
         return max((inputs for block in self.blocks for inputs, _ in block.taps), default=0)
 
-    def total(self, of: Any) -> float:
+    def total(self, of: Callable[[BlockShape], float]) -> float:
         """Sum of of(block) over all blocks."""
         return sum(of(block) * times for block, times in self.blocks.items())
 
 
-def shape_of(spec: Spec) -> Shape | None:
+def shape_of(spec: Spec) -> ModelShape | None:
     """The shape of a config's model: from its files, else its config.json; None where neither is here yet.
 
     Raises InputError for files that are damaged or absent.
@@ -113,7 +113,7 @@ def _folder(spec: Spec) -> Path | None:
     return Path(found).parent if isinstance(found, str) else None
 
 
-def shape_of_tensors(tensors: Iterable[tuple[str, tuple[int, ...], str]], config: Mapping[str, Any]) -> Shape:
+def shape_of_tensors(tensors: Iterable[tuple[str, tuple[int, ...], str]], config: Mapping[str, Any]) -> ModelShape:
     """tensors: (name, shape, dtype) as the files have them."""
     lists: dict[str, dict[int, list[tuple[str, tuple[int, ...]]]]] = defaultdict(lambda: defaultdict(list))
     sizes: Counter[str] = Counter()
@@ -134,10 +134,10 @@ def shape_of_tensors(tensors: Iterable[tuple[str, tuple[int, ...], str]], config
     saved = SAVED.get(dtypes.most_common(1)[0][0], "float32") if dtypes else "float32"
     hidden = _first(config, "hidden_size", "n_embd", "d_model") or 0
     vocabulary = _first(config, "vocab_size") or vocabulary
-    return Shape(own, total - inside, vocabulary, hidden, _dtype(config, saved), True)
+    return ModelShape(own, total - inside, vocabulary, hidden, _dtype(config, saved), True)
 
 
-def _block(tensors: list[tuple[str, tuple[int, ...]]], config: Mapping[str, Any]) -> Block:
+def _block(tensors: list[tuple[str, tuple[int, ...]]], config: Mapping[str, Any]) -> BlockShape:
     layers: list[tuple[int, int, float]] = []
     taps: dict[tuple[str, str, int], list[tuple[int, float]]] = {}
     fused: Counter[tuple[str, int]] = Counter()  # outputs of an expert's gate and up, which are run as one layer
@@ -162,7 +162,7 @@ def _block(tensors: list[tuple[str, tuple[int, ...]]], config: Mapping[str, Any]
         taps[key] = [(inputs, seen)] * count
     layers += [(out, inputs, share) for (_, inputs), out in fused.items()]
     found = tuple(sorted(tap for same in taps.values() for tap in same))
-    return Block(sum(math.prod(shape) for _, shape in tensors), tuple(sorted(layers)), found)
+    return BlockShape(sum(math.prod(shape) for _, shape in tensors), tuple(sorted(layers)), found)
 
 
 def _stands_turned(leaf: str, inputs: int, config: Mapping[str, Any]) -> bool:
@@ -178,7 +178,7 @@ def _share(config: Mapping[str, Any]) -> float:
     return chosen / experts if experts and chosen else 1.0
 
 
-def shape_of_config(config: Mapping[str, Any]) -> Shape | None:
+def shape_of_config(config: Mapping[str, Any]) -> ModelShape | None:
     """The shape that a config.json gives, for a model whose weights are not here; None where its fields do not."""
     hidden = _first(config, "hidden_size", "n_embd", "d_model")
     depth = _first(config, *DEPTHS)
@@ -192,7 +192,7 @@ def shape_of_config(config: Mapping[str, Any]) -> Shape | None:
     above, experts = 1 if config.get("model_type") in UNGATED else 2, _first(config, *EXPERTS) or 0
     attention = [(heads * length, hidden, 1.0), *[(shared, hidden, 1.0)] * 2, (hidden, heads * length, 1.0)]
 
-    def block(plain: int, experts: int = 0) -> Block:
+    def block(plain: int, experts: int = 0) -> BlockShape:
         """plain: width of an MLP that every token passes."""
         layers, taps = list(attention), [(hidden, 1.0), (heads * length, 1.0)]
         if plain:
@@ -202,7 +202,7 @@ def shape_of_config(config: Mapping[str, Any]) -> Shape | None:
         layers += [(2 * own, hidden, share), (hidden, own, share)] * experts
         taps += [(hidden, share), (own, share)] * experts
         parameters = sum(out * inputs for out, inputs, _ in layers) + (2 + experts) * hidden  # norms and router
-        return Block(parameters, tuple(sorted(layers)), tuple(sorted(taps)))
+        return BlockShape(parameters, tuple(sorted(layers)), tuple(sorted(taps)))
 
     dense = min(depth, _first(config, "first_k_dense_replace") or 0) if experts else depth
     beside = (_first(config, "n_shared_experts") or 0) * (_first(config, "moe_intermediate_size") or width)
@@ -210,7 +210,7 @@ def shape_of_config(config: Mapping[str, Any]) -> Shape | None:
     blocks = Counter({block(width): dense} if dense else {})
     blocks.update({block(beside, experts): depth - dense} if depth > dense else {})
     outside = vocabulary * hidden * (1 if config.get("tie_word_embeddings") else 2) + hidden
-    return Shape(blocks, outside, vocabulary, hidden, _dtype(config, "float32"), False)
+    return ModelShape(blocks, outside, vocabulary, hidden, _dtype(config, "float32"), False)
 
 
 def _first(config: Mapping[str, Any], *keys: str) -> int | None:

@@ -4,9 +4,6 @@ The schema describes one row. Checking row by row takes minutes for a large stud
 column at a time; a test holds this check and a JSON Schema validator together.
 """
 
-# pyarrow.compute makes its functions when it is imported, unseen by a type checker.
-# pyright: reportAttributeAccessIssue=false
-
 import json
 import math
 from collections.abc import Sequence
@@ -16,7 +13,7 @@ from typing import Any
 
 import pandas as pd
 import pyarrow as pa
-import pyarrow.compute as pc
+import pyarrow.compute
 import pyarrow.parquet as pq
 import yaml
 
@@ -24,6 +21,7 @@ from layerwise.runtime.errors import InputError
 from layerwise.runtime.files import set_aside
 from layerwise.runtime.project import ROOT
 
+pc: Any = pyarrow.compute  # it makes its functions when it is imported, unseen by a type checker
 SCHEMA = ROOT / "workflow/schemas/tables.schema.yaml"
 ARROW = {"string": pa.string(), "integer": pa.int64(), "number": pa.float64(), "boolean": pa.bool_()}
 PANDAS = {pa.int64(): pd.Int64Dtype(), pa.bool_(): pd.BooleanDtype(), pa.string(): pd.StringDtype(na_value=pd.NA)}
@@ -138,6 +136,11 @@ def from_rows(rows: list[dict[str, Any]], table: str, where: str) -> pa.Table:
             message = first_line(error)
             raise InputError(f"{where}: column {field.name!r} must be {field.type} ({message}).") from None
     return typed(pa.Table.from_arrays(arrays, names=wanted.names), table, where)
+
+
+def holds(array: pa.ChunkedArray, part: str) -> bool:
+    """Whether any of the strings has the part in it."""
+    return bool(pc.any(pc.match_substring(array, part)).as_py())
 
 
 def to_frame(data: pa.Table) -> pd.DataFrame:

@@ -96,7 +96,7 @@ def check(document: Any) -> None:
                 if not isinstance(key, str) or UNUSABLE.search(key):
                     names = "names are letters, digits, '.', '_', '-'"
                     raise InputError(f"config: {place(path)}: the name {brief(repr(key))} is wrong; {names}.")
-            waiting += [((*path, key), item) for key, item in reversed(value.items())]
+            waiting += [((*path, key), item) for key, item in reversed(list(value.items()))]
         elif isinstance(value, (list, tuple)):
             waiting += [((*path, number), item) for number, item in reversed(list(enumerate(value)))]
         elif fault := _fault(value):

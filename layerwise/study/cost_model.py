@@ -11,10 +11,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from layerwise.contract.target import Target
-from layerwise.sources.shapes import BYTES, Block, Shape, shape_of
+from layerwise.sources.shapes import BYTES, BlockShape, ModelShape, shape_of
 from layerwise.sources.task_sets import BATCH
 from layerwise.storage.bits_per_weight import stored_bits
-from layerwise.study.grid import Cell, Plan, canonical
+from layerwise.study.cell import Cell, canonical
+from layerwise.study.grid import Plan
 
 # ------------------------------------------------------------------------------ what the jobs' code holds, in one place
 
@@ -79,19 +80,19 @@ ASKED_TOKENS = 20_000  # of a zero-shot task
 
 
 @dataclass(frozen=True)
-class Need:
+class JobCost:
     """memory: bytes at most. disk: bytes that stay, of a Gram store in the folder of all stores, else in results/.
-    passing: more of them while the job runs. work: floating point operations. least: bytes of memory with which the
-    job ends, if later (default: memory)."""
+    transient: further bytes while the job runs. work: floating point operations. minimum: bytes of memory with which
+    the job still completes, more slowly (default: memory)."""
 
     memory: float
     disk: float = 0.0
-    passing: float = 0.0
+    transient: float = 0.0
     work: float = 0.0
-    least: float = 0.0
+    minimum: float = 0.0
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "least", self.least or self.memory)
+        object.__setattr__(self, "minimum", self.minimum or self.memory)
 
 
 @dataclass(frozen=True)
@@ -102,21 +103,21 @@ class Job:
     wildcards: Mapping[str, str]
 
 
-class Needs:
-    """What the jobs of a study take."""
+class CostModel:
+    """What each job of a study costs."""
 
     def __init__(self, study: Plan) -> None:
         self.plan = study
-        self._shapes: dict[str, Shape | None] = {}
-        self._needs: dict[tuple[Any, ...], Need] = {}  # by what a need depends on, which thousands of cells share
+        self._shapes: dict[str, ModelShape | None] = {}
+        self._costs: dict[tuple[Any, ...], JobCost] = {}  # by what a cost depends on, which thousands of cells share
 
-    def shape(self, model: str) -> Shape | None:
+    def shape(self, model: str) -> ModelShape | None:
         """None for a model that has not been fetched."""
         if self._shapes.get(model) is None:  # it may have been fetched since, by this run
             self._shapes[model] = shape_of(self.plan.models[model])
         return self._shapes[model]
 
-    def need(self, job: Job) -> Need | None:
+    def cost(self, job: Job) -> JobCost | None:
         """None for a rule that takes little, and for a model that has not been fetched."""
         make = {
             "gram": self._gram,
@@ -126,25 +127,29 @@ class Needs:
             "certificate": self._certificate,
             "export": self._export,
         }.get(job.rule)
-        if make is None or self.shape(job.wildcards["model"]) is None:
+        if make is None:
+            return None
+        name = job.wildcards["model"]
+        shape = self.shape(name)
+        if shape is None:
             return None
         cell = self.cell(job) if job.rule == "compress" else None
         named = (job.wildcards.get(key) for key in ("model", "calib", "mode", "evaluation", "tasks"))
         key = (job.rule, *named, *(_kind(cell, self.plan) if cell else ()))
-        if key not in self._needs:
-            model = Model.of(self.plan.models[key[1]], self.shape(key[1]))
-            self._needs[key] = make(model, job)
-        return self._needs[key]
+        if key not in self._costs:
+            model = ModelCost.of(self.plan.models[name], shape)
+            self._costs[key] = make(model, job)
+        return self._costs[key]
 
     def mem_mb(self, job: Job) -> int:
         """Megabytes that a job asks for."""
-        need = self.need(job)
-        return UNKNOWN_MB if need is None else math.ceil(need.memory / 1e6)
+        cost = self.cost(job)
+        return UNKNOWN_MB if cost is None else math.ceil(cost.memory / 1e6)
 
     def minutes(self, job: Job, threads: int = 1) -> int:
         """Minutes that a cluster may give a job, far more than it should take."""
-        need = self.need(job)
-        return min(LEAST_MINUTES + math.ceil((need.work if need else 0) / (SLOWEST * threads) / 60), MOST_MINUTES)
+        cost = self.cost(job)
+        return min(LEAST_MINUTES + math.ceil((cost.work if cost else 0) / (SLOWEST * threads) / 60), MOST_MINUTES)
 
     def jobs(self) -> Iterator[Job]:
         """All jobs of the study that take more than a little."""
@@ -168,16 +173,16 @@ class Needs:
 
     # ---------------------------------------------------------------------------------------------------- one rule each
 
-    def _gram(self, model: Model, job: Job) -> Need:
+    def _gram(self, model: ModelCost, job: Job) -> JobCost:
         calib = self.plan.calibrations[job.wildcards["calib"]]
         run = model.at(calib.get("dtype"))
         tokens = calib["samples"] * calib["length"]
         rows = min(SAMPLE, tokens) + 3
-        store = 4 * run.shape.total(lambda one: one.gram_entries + sum(rows * inputs for inputs, _ in one.taps))
+        store = 4 * run.shape.total(lambda block: block.gram_entries + sum(rows * inputs for inputs, _ in block.taps))
         work = run.forward(tokens) + run.gram_work(tokens)
-        return Need(run.calibrating(calib["length"]), store, run.states(tokens), work)
+        return JobCost(run.calibrating(calib["length"]), store, run.states(tokens), work)
 
-    def _compress(self, model: Model, job: Job) -> Need:
+    def _compress(self, model: ModelCost, job: Job) -> JobCost:
         cell = self.cell(job)
         calib, target, sequential = (
             self.plan.calibrations[cell.calib],
@@ -192,14 +197,14 @@ class Needs:
             solving = [4 * (w * out * size + g * size**2) + SCORING * size for out, size, _ in block.layers]
             peaks.append(max(solving, default=0) + grams + model.stored(block, target, changed))
             works.append(model.shape.blocks[block] * sum(2 * out * size**2 for out, size, _ in block.layers))
-        memory, work, passing = model.streamed + max(peaks), products * sum(works), 0.0
+        memory, work, transient = model.streamed + max(peaks), products * sum(works), 0.0
         tokens = calib["samples"] * calib["length"]
         if sequential:
             run = model.at(calib.get("dtype"))
             another = run.streamed - PROCESS if run.size != model.size else 0  # a copy of the model
             memory = max(memory, run.calibrating(calib["length"])) + another
             work += 2 * run.forward(tokens) + run.gram_work(tokens)
-            passing += run.states(tokens)
+            transient += run.states(tokens)
         if "tune" in cell.spec:
             memory = max(memory, model.tuning(calib["length"], cell.spec["tune"]))
             epochs = sum(stage["epochs"] for stage in cell.spec["tune"].values())
@@ -207,33 +212,33 @@ class Needs:
         # The job evaluates what it has compressed.
         texts = [self._perplexity(model, Job("", {"evaluation": name})) for name in self.plan.evaluations]
         others = texts + [self._tasks(model, Job("", {"tasks": name})) for name in self.plan.tasks]
-        least = max([memory, *(need.least for need in others)])
-        memory = max([memory, *(need.memory for need in others)])
+        minimum = max([memory, *(cost.minimum for cost in others)])
+        memory = max([memory, *(cost.memory for cost in others)])
         stored = model.shape.total(lambda block: model.stored(block, target, changed))
-        passing = max([passing + stored, *(need.passing for need in others)])
-        return Need(memory, stored + CELL_FILES, passing, work + sum(need.work for need in others), least)
+        transient = max([transient + stored, *(cost.transient for cost in others)])
+        return JobCost(memory, stored + CELL_FILES, transient, work + sum(cost.work for cost in others), minimum)
 
-    def _perplexity(self, model: Model, job: Job) -> Need:
+    def _perplexity(self, model: ModelCost, job: Job) -> JobCost:
         spec = self.plan.evaluations[job.wildcards["evaluation"]]
         length, windows = spec["length"], spec.get("samples")
         tokens = windows * length if windows else TEXT_TOKENS
         work = model.forward(tokens) + 2 * model.shape.vocabulary * model.shape.hidden * tokens
-        return Need(model.evaluating(length, tokens), 0.0, model.states(tokens), work)
+        return JobCost(model.evaluating(length, tokens), 0.0, model.states(tokens), work)
 
-    def _tasks(self, model: Model, job: Job) -> Need:
+    def _tasks(self, model: ModelCost, job: Job) -> JobCost:
         spec = self.plan.tasks[job.wildcards["tasks"]]
-        memory, least = model.answering(spec.get("batch", BATCH))
-        return Need(memory, work=model.forward(ASKED_TOKENS * len(spec["tasks"])), least=least)
+        memory, minimum = model.answering(spec.get("batch", BATCH))
+        return JobCost(memory, work=model.forward(ASKED_TOKENS * len(spec["tasks"])), minimum=minimum)
 
-    def _certificate(self, model: Model, job: Job) -> Need:
+    def _certificate(self, model: ModelCost, job: Job) -> JobCost:
         w, g, products = CERTIFICATE
         layers = [layer for block in model.shape.blocks for layer in block.layers]
         most = max((4 * (w * out * size + g * size**2) for out, size, _ in layers), default=0)
         work = model.shape.total(lambda block: sum(2 * products * out * size**2 for out, size, _ in block.layers))
-        return Need(model.streamed + most, work=work)
+        return JobCost(model.streamed + most, work=work)
 
-    def _export(self, model: Model, job: Job) -> Need:
-        return Need(PROCESS + 2 * model.whole, model.whole)
+    def _export(self, model: ModelCost, job: Job) -> JobCost:
+        return JobCost(PROCESS + 2 * model.whole, model.whole)
 
 
 def of_method(name: str, params: Mapping[str, Any]) -> tuple[float, float, float]:
@@ -255,38 +260,38 @@ def _methods_in(params: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
                 yield one
 
 
-def summed(block: Block) -> float:
+def summed(block: BlockShape) -> float:
     """Bytes of a block's Grams while they are summed, and of the rows of inputs that are kept."""
     rows = sum(size for size, share in block.taps if share < 1)  # of an expert there may be twice as many
     return kept(block) + (GRAM_ENTRY - 4) * block.gram_entries + 4 * SAMPLE * rows
 
 
-def kept(block: Block) -> float:
+def kept(block: BlockShape) -> float:
     """Bytes of a block's Grams in float32, and of the rows of inputs beside them."""
     return 4 * (block.gram_entries + SAMPLE * sum(size for size, _ in block.taps))
 
 
 def _kind(cell: Cell, study: Plan) -> tuple[Any, ...]:
-    """What the need of a cell depends on besides model, calibration and mode."""
+    """What the cost of a cell depends on besides model, calibration and mode."""
     method, tune = cell.spec["method"], cell.spec.get("tune")
     asked = tuple(cell.spec["target"].values())
     return (*of_method(method["name"], method["params"]), method["name"], asked, canonical(tune) if tune else None)
 
 
 @dataclass(frozen=True)
-class Model:
+class ModelCost:
     """A shape whose parameters take `size` bytes each as they are run; memory in bytes, work in operations."""
 
-    shape: Shape
+    shape: ModelShape
     size: int
 
     @classmethod
-    def of(cls, spec: Mapping[str, Any], shape: Shape) -> Model:
+    def of(cls, spec: Mapping[str, Any], shape: ModelShape) -> ModelCost:
         return cls(shape, BYTES.get(spec.get("dtype") or shape.dtype, BYTES[shape.dtype]))
 
-    def at(self, dtype: str | None) -> Model:
+    def at(self, dtype: str | None) -> ModelCost:
         """The same model run in another dtype."""
-        return Model(self.shape, BYTES.get(dtype or "", self.size))
+        return ModelCost(self.shape, BYTES.get(dtype or "", self.size))
 
     @property
     def block(self) -> int:
@@ -319,9 +324,9 @@ class Model:
         """Peak of the perplexity of `tokens` tokens in windows of `length`."""
         batch = max(length, min(tokens, LOGITS_AT_ONCE // self.shape.vocabulary))  # tokens
         logits = (self.size * batch + 8 * min(ROWS, length)) * self.shape.vocabulary  # two copies in float32 of some
-        passing = self.streamed + max(self.activations(batch), self.unpacked)
+        blocks = self.streamed + max(self.activations(batch), self.unpacked)
         scoring = self.streamed + self.size * self.shape.outside + logits
-        return max(passing, scoring, self.embedding)
+        return max(blocks, scoring, self.embedding)
 
     @property
     def unpacked(self) -> float:
@@ -331,11 +336,11 @@ class Model:
     def answering(self, batch: int) -> tuple[float, float]:
         """Peak of zero-shot tasks with all blocks in memory, and with each read whenever it is run."""
         logits = batch * TASK_TOKENS * self.shape.vocabulary * (self.size + 8)
-        batch = max(self.activations(batch * TASK_TOKENS) + logits, self.unpacked)
+        running = max(self.activations(batch * TASK_TOKENS) + logits, self.unpacked)
         outside, blocks = self.size * self.shape.outside, self.whole - self.size * self.shape.outside
-        fitting = max(blocks / FITS, blocks + 2 * self.size * self.block + batch)
-        least = max(self.streamed + outside + batch, self.embedding)
-        return max(PROCESS + outside + fitting, least), least
+        fitting = max(blocks / FITS, blocks + 2 * self.size * self.block + running)
+        minimum = max(self.streamed + outside + running, self.embedding)
+        return max(PROCESS + outside + fitting, minimum), minimum
 
     def tuning(self, length: int, stages: Mapping[str, Any]) -> float:
         """Peak of the tuning stages, which take the whole model and the gradients of a block or of all."""
@@ -347,7 +352,7 @@ class Model:
         """Bytes of the files of hidden states."""
         return HIDDEN_FILES * self.size * tokens * self.shape.hidden
 
-    def stored(self, block: Block, target: Target, changed: bool) -> float:
+    def stored(self, block: BlockShape, target: Target, changed: bool) -> float:
         """Bytes of a block's layers in a cell's file; changed: weights are no longer those of the checkpoint."""
         wide = max(BYTES[self.shape.dtype], self.size if changed else 0) / 2  # of a weight that is not quantised
         total = 0.0

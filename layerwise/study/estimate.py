@@ -18,9 +18,11 @@ from typing import Any
 from layerwise.runtime.errors import InputError
 from layerwise.runtime.files import gram_stores
 from layerwise.runtime.memory import machine_memory
-from layerwise.sources.shapes import Shape
-from layerwise.study.cost_model import CELL_FILES, UNKNOWN_MB, Job, Model, Need, Needs
-from layerwise.study.grid import Cell, Plan
+from layerwise.sources.shapes import ModelShape
+from layerwise.sources.specs import ModelSpec
+from layerwise.study.cell import Cell
+from layerwise.study.cost_model import CELL_FILES, UNKNOWN_MB, CostModel, Job, JobCost, ModelCost
+from layerwise.study.grid import Plan, name_of
 
 STARTUP = 6.0  # seconds of a job besides its work
 BELOW_PEAK = 3.0  # times as long as products of large matrices take for as many operations
@@ -49,7 +51,7 @@ def operations_per_second(rounds: int = 5) -> float:
     matrix, seconds = np.ones((768, 768), np.float32), math.inf
     for _ in range(rounds):
         start = time.perf_counter()
-        matrix @ matrix
+        np.matmul(matrix, matrix)
         seconds = min(seconds, time.perf_counter() - start)
     return 2 * len(matrix) ** 3 / seconds
 
@@ -73,13 +75,13 @@ class Limits:
 
 
 @dataclass(frozen=True)
-class Total:
+class JobTotals:
     """Of a set of jobs. largest: the one that needs most memory. disk, stores: bytes that results/ and the folder of
-    Gram stores grow by, with what passes while jobs run. seconds: on this machine. measured: cells whose seconds are
-    those of earlier ones of their kind. unknown: names of models that have not been fetched."""
+    Gram stores grow by, with what is transient while jobs run. seconds: on this machine. measured: cells whose seconds
+    are those of earlier ones of their kind. unknown: names of models that have not been fetched."""
 
     jobs: int
-    largest: tuple[Job, Need] | None
+    largest: tuple[Job, JobCost] | None
     disk: float
     stores: float
     seconds: float
@@ -87,32 +89,46 @@ class Total:
     unknown: tuple[str, ...]
 
 
-def total(needs: Needs, jobs: Iterable[Job], cores: int, rate: float) -> Total:
+def estimate_jobs(model: CostModel, jobs: Iterable[Job], cores: int, rate: float) -> JobTotals:
     """cores: jobs at a time. rate: operations per second of the machine."""
-    jobs, told = list(jobs), finished_seconds(needs.plan)
-    taking = [(job, need) for job in jobs if (need := needs.need(job))]
-    seconds, disk, stores, measured, running, waiting, stored = 0.0, 0.0, 0.0, 0, [], [], []
-    for job, need in taking:
-        own = told.get(kind_of(needs.cell(job))) if job.rule == "compress" else None
-        measured += own is not None
-        work = 0.0 if job.rule in EVALUATE else need.work
-        seconds += own / cores if own is not None else STARTUP / cores + BELOW_PEAK * work / rate
+    jobs = list(jobs)
+    costs = [(job, cost) for job in jobs if (cost := model.cost(job))]
+    seconds, measured = _seconds(model, costs, cores, rate)
+    grams = [cost for job, cost in costs if job.rule == "gram"]
+    stores = sum(cost.disk for cost in grams) + _largest((cost.transient for cost in grams), cores)
+    disk, transient, waiting = 0.0, [], []
+    for job, cost in costs:
         if job.rule == "gram":
-            stores += need.disk
-            stored.append(need.passing)
             continue
-        stays = need.disk
-        if job.rule == "compress" and not needs.plan.config["keep_weights"]:
-            stays = CELL_FILES
-        disk += stays
-        running.append(need.passing + need.disk - stays)
-        waiting.append(need.disk - stays)  # weights for those who read them, while the next cells run
-    disk += sum(sum(sorted(own, reverse=True)[:cores]) for own in (running, waiting))
-    stores += sum(sorted(stored, reverse=True)[:cores])
+        discarded = job.rule == "compress" and not model.plan.config["keep_weights"]
+        kept = CELL_FILES if discarded else cost.disk
+        disk += kept
+        transient.append(cost.transient + cost.disk - kept)
+        waiting.append(cost.disk - kept)  # weights for those who read them, while the next cells run
+    disk += _largest(transient, cores) + _largest(waiting, cores)
     models = dict.fromkeys(job.wildcards["model"] for job in jobs if "model" in job.wildcards)
-    unknown = tuple(needs.plan.models[model]["name"] for model in models if needs.shape(model) is None)
-    largest = max(taking, key=lambda one: one[1].least, default=None)
-    return Total(len(jobs), largest, disk, stores, seconds, measured, unknown)
+    unknown = tuple(name_of(model.plan.models[name]) for name in models if model.shape(name) is None)
+    largest = max(costs, key=lambda pair: pair[1].minimum, default=None)
+    return JobTotals(len(jobs), largest, disk, stores, seconds, measured, unknown)
+
+
+def _seconds(model: CostModel, costs: Iterable[tuple[Job, JobCost]], cores: int, rate: float) -> tuple[float, int]:
+    """Seconds of all jobs on so many cores, and of how many cells they are those of earlier cells of their kind."""
+    finished = finished_seconds(model.plan)
+    seconds, measured = 0.0, 0
+    for job, cost in costs:
+        known = finished.get(kind_of(model.cell(job))) if job.rule == "compress" else None
+        if known is not None:
+            seconds, measured = seconds + known / cores, measured + 1
+            continue
+        work = 0.0 if job.rule in EVALUATE else cost.work
+        seconds += STARTUP / cores + BELOW_PEAK * work / rate
+    return seconds, measured
+
+
+def _largest(values: Iterable[float], count: int) -> float:
+    """Sum of the `count` largest values."""
+    return sum(sorted(values, reverse=True)[:count])
 
 
 def kind_of(cell: Cell) -> tuple[str, str, str]:
@@ -121,30 +137,24 @@ def kind_of(cell: Cell) -> tuple[str, str, str]:
 
 def finished_seconds(study: Plan) -> dict[tuple[str, str, str], float]:
     """(model, label, mode) -> mean seconds of some first jobs of cells of that kind that are done in this folder."""
-    found: dict[tuple[str, str, str], list[float]] = {}
+    by_kind: dict[tuple[str, str, str], list[float]] = {}
     for cell in study.cells:
-        own, folder = found.setdefault(kind_of(cell), []), Path(cell.folder)
-        if len(own) < FINISHED and (folder / "cell.json").is_file() and (folder / "benchmark.tsv").is_file():
-            own.append(float((folder / "benchmark.tsv").read_text().splitlines()[1].split()[0]))
-    return {kind: sum(own) / len(own) for kind, own in found.items() if own}
+        seconds, folder = by_kind.setdefault(kind_of(cell), []), Path(cell.folder)
+        if len(seconds) < FINISHED and (folder / "cell.json").is_file() and (folder / "benchmark.tsv").is_file():
+            seconds.append(float((folder / "benchmark.tsv").read_text().splitlines()[1].split()[0]))
+    return {kind: sum(seconds) / len(seconds) for kind, seconds in by_kind.items() if seconds}
 
 
-def refusals(needs: Needs, jobs: Iterable[Job], found: Total, limits: Limits) -> Iterator[str]:
+def limit_errors(model: CostModel, jobs: Iterable[Job], totals: JobTotals, limits: Limits) -> Iterator[str]:
     """A sentence for memory and for disk if the jobs cannot have what they take."""
-    worst: tuple[float, Job] | None = None
-    for job in jobs if limits.memory is not None else ():
-        need = needs.need(job)
-        taken = limits.given.get(job.rule, need.least) if need else None
-        if taken is not None and taken > limits.memory and (worst is None or taken > worst[0]):
-            worst = taken, job
-    if worst:
-        taken, job = worst
+    if limits.memory is not None and (largest := _beyond_memory(model, jobs, limits, limits.memory)):
+        taken, job = largest
         yield (
-            f"{described(needs, job)} needs about {size(taken)} of memory, and {limits.whose} {size(limits.memory)}: "
+            f"{job_title(model, job)} needs about {size(taken)} of memory, and {limits.whose} {size(limits.memory)}: "
             f"docs/big-models.md says what takes less, and --set-resources {job.rule}:mem_mb=N puts a figure of yours "
             "in the place of this estimate."
         )
-    for place, taken, free in on_disks(found, limits):
+    for place, taken, free in on_disks(totals, limits):
         if taken > free:
             yield (
                 f"The jobs need about {size(taken)} of disk where {place}, and {size(free)} are free: make room, run "
@@ -153,22 +163,33 @@ def refusals(needs: Needs, jobs: Iterable[Job], found: Total, limits: Limits) ->
             )
 
 
-def on_disks(found: Total, limits: Limits) -> Iterator[tuple[str, float, float]]:
+def _beyond_memory(model: CostModel, jobs: Iterable[Job], limits: Limits, memory: float) -> tuple[float, Job] | None:
+    """(bytes, job) of the job that takes most of those that take more memory than there is."""
+    largest: tuple[float, Job] | None = None
+    for job in jobs:
+        cost = model.cost(job)
+        taken = limits.given.get(job.rule, cost.minimum) if cost else None
+        if taken is not None and taken > memory and (largest is None or taken > largest[0]):
+            largest = taken, job
+    return largest
+
+
+def on_disks(totals: JobTotals, limits: Limits) -> Iterator[tuple[str, float, float]]:
     """(what is there, bytes that the jobs take, bytes that are free) of each disk."""
     if limits.stores is None:
-        yield "results/ is", found.disk + found.stores, limits.disk
+        yield "results/ is", totals.disk + totals.stores, limits.disk
     else:
-        yield "results/ is", found.disk, limits.disk
-        yield "Gram stores are", found.stores, limits.stores
+        yield "results/ is", totals.disk, limits.disk
+        yield "Gram stores are", totals.stores, limits.stores
 
 
 # ------------------------------------------------------------------------------------------------------------- in words
 
 
-def described(needs: Needs, job: Job) -> str:
+def job_title(model: CostModel, job: Job) -> str:
     """How a sentence calls a job."""
-    of = f"{job.rule} of the model {needs.plan.models[job.wildcards['model']]['name']!r}"
-    return of + (" ({label}, {target}, {mode})".format(**needs.cell(job).columns) if job.rule == "compress" else "")
+    title = f"{job.rule} of the model {name_of(model.plan.models[job.wildcards['model']])!r}"
+    return title + (" ({label}, {target}, {mode})".format(**model.cell(job).columns) if job.rule == "compress" else "")
 
 
 def size(count: float) -> str:
@@ -187,17 +208,16 @@ def duration(seconds: float) -> str:
     return "a minute or two"
 
 
-def together(needs: Needs, planned: Iterable[Any], cores: int, memory: float) -> str | None:
+def together(model: CostModel, planned: Iterable[Any], cores: int, memory: float) -> str | None:
     """A sentence where the jobs that so many cores run at a time may need more memory than there is.
 
     planned: Snakemake's jobs, with `rule`, `wildcards_dict` and `threads`.
     """
-    taking = [(needs.need(Job(job.rule.name, job.wildcards_dict)), job.threads) for job in planned]
-    each = sorted(((need.least, threads) for need, threads in taking if need), reverse=True)
+    costs = [(model.cost(Job(job.rule.name, job.wildcards_dict)), job.threads) for job in planned]
     most, left = 0.0, cores
-    for least, threads in each:
+    for minimum, threads in sorted(((cost.minimum, threads) for cost, threads in costs if cost), reverse=True):
         if threads <= left:
-            most, left = most + least, left - threads
+            most, left = most + minimum, left - threads
     if most <= memory:
         return None
     return (
@@ -206,48 +226,53 @@ def together(needs: Needs, planned: Iterable[Any], cores: int, memory: float) ->
     )
 
 
-def short(needs: Needs, found: Total, limits: Limits, timed: bool = True) -> str:
+def short(model: CostModel, totals: JobTotals, limits: Limits, timed: bool = True) -> str:
     """What a run prints before its first job; timed: whether it runs on this machine."""
     parts = []
-    if found.largest:
-        job, need = found.largest
+    if totals.largest:
+        job, cost = totals.largest
         most = f" of {size(limits.memory)}" if limits.memory else ""
-        parts.append(f"{size(need.least)}{most} of memory, for {described(needs, job)}")
+        parts.append(f"{size(cost.minimum)}{most} of memory, for {job_title(model, job)}")
         parts += [
-            f"{size(taken)} of {size(free)} of disk where {place}" for place, taken, free in on_disks(found, limits)
+            f"{size(taken)} of {size(free)} of disk where {place}" for place, taken, free in on_disks(totals, limits)
         ]
-        parts += [f"{duration(found.seconds)}, roughly"] if timed else []
-    if found.unknown:
-        parts.append(f"unknown until fetched: {', '.join(found.unknown)}")
+        parts += [f"{duration(totals.seconds)}, roughly"] if timed else []
+    if totals.unknown:
+        parts.append(f"unknown until fetched: {', '.join(totals.unknown)}")
     return "Estimate: " + "; ".join(parts) + "."
 
 
-def about(spec: Mapping[str, Any], shape: Shape | None) -> str:
+def about(spec: ModelSpec, shape: ModelShape | None) -> str:
     """A line about a model."""
     if shape is None:
-        return f"{spec['name']}: unknown until fetched; its jobs ask for {size(UNKNOWN_MB * 1e6)} of memory"
-    model, (out, inputs), gram = Model.of(spec, shape), shape.largest_layer, shape.largest_gram
+        return f"{name_of(spec)}: unknown until fetched; its jobs ask for {size(UNKNOWN_MB * 1e6)} of memory"
+    model, (out, inputs), gram = ModelCost.of(spec, shape), shape.largest_layer, shape.largest_gram
     source = "" if shape.fetched else " (by its config.json)"
     return (
-        f"{spec['name']}: {shape.parameters / 1e6:,.0f} M parameters{source}, {size(model.whole)} as they are run; "
+        f"{name_of(spec)}: {shape.parameters / 1e6:,.0f} M parameters{source}, {size(model.whole)} as they are run; "
         f"{shape.depth} blocks of {size(model.size * model.block)} at most; hidden size {shape.hidden}; largest layer "
         f"{out} x {inputs}, largest Gram {gram} x {gram} ({size(4 * gram**2)})"
     )
 
 
-def table(needs: Needs, jobs: Iterable[Job]) -> list[str]:
+def table(model: CostModel, jobs: Iterable[Job]) -> list[str]:
     """A line per kind of job: how many, and the most that one asks for and needs at least of memory, and takes of disk
     for good and meanwhile."""
-    kinds: dict[tuple[str, str], list[Need]] = {}
+    kinds: dict[tuple[str, str], list[JobCost]] = {}
     for job in jobs:
-        if need := needs.need(job):
-            name = needs.plan.models[job.wildcards["model"]]["name"]
-            detail = ": {label}, {mode}".format(**needs.cell(job).columns) if job.rule == "compress" else ""
-            kinds.setdefault((name, f"{job.rule}{detail}"), []).append(need)
-    lines = [("model", "job", "jobs", "memory", "at least", "disk", "meanwhile")]
-    for (name, kind), own in kinds.items():
-        most = [size(max(getattr(need, what) for need in own)) for what in ("memory", "least", "disk", "passing")]
-        lines.append((name, kind, str(len(own)), *most))
+        if cost := model.cost(job):
+            name = name_of(model.plan.models[job.wildcards["model"]])
+            detail = ": {label}, {mode}".format(**model.cell(job).columns) if job.rule == "compress" else ""
+            kinds.setdefault((name, f"{job.rule}{detail}"), []).append(cost)
+    lines = [["model", "job", "jobs", "memory", "at least", "disk", "meanwhile"]]
+    for (name, kind), costs in kinds.items():
+        columns = (
+            [cost.memory for cost in costs],
+            [cost.minimum for cost in costs],
+            [cost.disk for cost in costs],
+            [cost.transient for cost in costs],
+        )
+        lines.append([name, kind, str(len(costs)), *(size(max(column)) for column in columns)])
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return [
         "  ".join(word.ljust(width) if place < 2 else word.rjust(width) for place, (word, width) in enumerate(pairs))
@@ -271,13 +296,15 @@ def estimate(study: Plan, cores: int, memory: float | None = None) -> Estimate:
     """
     if cores < 1:
         raise InputError(f"--cores must be at least 1. Got {cores} instead.")
-    needs = Needs(study)
-    jobs = list(needs.jobs())
+    model = CostModel(study)
+    jobs = list(model.jobs())
     limit, whose = (memory, "--mem-mb gives") if memory is not None else (machine_memory(), "this machine has")
     limits = Limits(limit, whose, *disks())
-    found = total(needs, jobs, cores, operations_per_second())
-    lines = [about(spec, needs.shape(model)) for model, spec in study.models.items()]
-    lines += ["", *table(needs, jobs), "", short(needs, found, limits)]
-    if found.measured:
-        lines.append(f"The time of {found.measured} cells is that of cells of their kind that are done in this folder.")
-    return Estimate(lines, list(refusals(needs, jobs, found, limits)))
+    totals = estimate_jobs(model, jobs, cores, operations_per_second())
+    lines = [about(spec, model.shape(name)) for name, spec in study.models.items()]
+    lines += ["", *table(model, jobs), "", short(model, totals, limits)]
+    if totals.measured:
+        lines.append(
+            f"The time of {totals.measured} cells is that of cells of their kind that are done in this folder."
+        )
+    return Estimate(lines, list(limit_errors(model, jobs, totals, limits)))

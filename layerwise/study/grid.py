@@ -1,29 +1,30 @@
 """From a config to the grid of cells: validated, defaults filled in, sweeps expanded. Free of torch."""
 
-import hashlib
 import itertools
-import json
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, cast
 
 import jsonschema
 import yaml
 
 from layerwise.contract.catalogue import Catalogue, CatalogueError
-from layerwise.contract.target import CERTIFIED, Target
+from layerwise.contract.target import Target
 from layerwise.runtime.errors import InputError
 from layerwise.runtime.project import ROOT
 from layerwise.runtime.sentences import brief, place
 from layerwise.sources import checkpoint_files, task_sets, text_files
+from layerwise.sources.specs import CalibrationSpec, EvaluationSpec, ModelSpec, TaskSetSpec
 from layerwise.study import config_file
+from layerwise.study.cell import Cell, CellColumns, CellSpec, TargetSpec, canonical, identity, plain, slug
 
 SCHEMA = yaml.safe_load((ROOT / "workflow/schemas/config.schema.yaml").read_text("utf-8"))
 LONGEST_SENTENCE = 500  # of a catalogue's, which may quote values
 LONGEST_NAME = 200  # of an entry with its swept values; file systems take 255 with a digest and a suffix
+TEXT_USERS = ("calibration", "evaluation")  # sections of the config whose entries name a text
 RESERVED = ("method", "targets", "tune")  # keys of a method's entry that are not its parameters
 
 # What a study may sweep, besides a parameter of its methods: a column of the table `cells`.
@@ -31,56 +32,33 @@ SWEPT_TARGET = ("sparsity", "bits", "group")
 SWEPT = (*SWEPT_TARGET, "calibration", "calibration_samples", "calibration_length", "calibration_seed")
 
 
-def canonical(value: Any) -> str:
-    """One JSON string for equal values, whatever the order of keys; numbers that are equal are spelled alike."""
-    return json.dumps(_plain(value), sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+class SkippedRow(TypedDict):
+    """A row of the table `skipped`: an entry, a target that it does not reach, and why."""
 
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    return int(value) if isinstance(value, float) and value.is_integer() and abs(value) < 2**63 else value
-
-
-def identity(name: str, spec: Any) -> str:
-    """`name-digest`: the digest, 8 hex digits of SHA-256 of the canonical JSON, changes with any value in the spec."""
-    return f"{name}-{hashlib.sha256(canonical(spec).encode()).hexdigest()[:8]}"
+    label: str
+    method: str
+    target: str
+    reason: str
 
 
 @dataclass(frozen=True)
-class Cell:
-    """One method on one model at one target, with one calibration and mode. The names are the parts of its path."""
+class MethodEntry:
+    """An entry of the config's `methods`, one value of each sweep chosen.
 
-    model: str
-    calib: str
-    mode: str
-    cell: str
-    spec: Mapping[str, Any]
+    params: complete; tune: stage -> its settings, empty where nothing is tuned; targets: the entry's own, None where
+    it has the study's.
+    """
 
-    @property
-    def folder(self) -> str:
-        return f"results/cells/{self.model}/{self.calib}/{self.mode}/{self.cell}"
+    label: str
+    method: str
+    params: Mapping[str, Any]
+    tune: Mapping[str, Mapping[str, Any]]
+    targets: Sequence[Target] | None
 
-    @property
-    def columns(self) -> dict[str, Any]:
-        return dict(self.spec["columns"])
-
-    @property
-    def certificate(self) -> str | None:
-        """Path of the bound that the cell's layers are held against: masks of a bounded pattern on the dense Grams."""
-        columns, target = self.spec["columns"], Target(**self.spec["target"])
-        if self.mode != "shared" or columns["comparison"] != "mask-only" or target.structure not in CERTIFIED:
-            return None
-        return (
-            f"results/certificates/{self.model}/{self.calib}/{identity(_slug(target.label), target.as_dict())}.parquet"
-        )
-
-    @cached_property
-    def params(self) -> str:
-        """The spec as the one string that Snakemake tracks."""
-        return canonical(self.spec)
+    def settings(self) -> dict[str, Any]:
+        """What the identity of its cells is made of, beside seed and target."""
+        settings = {"label": self.label, "method": self.method, "params": self.params}
+        return settings | ({"tune": self.tune} if self.tune else {})
 
 
 @dataclass(frozen=True)
@@ -89,12 +67,12 @@ class Plan:
 
     config: Mapping[str, Any]
     catalogue: Catalogue
-    models: Mapping[str, Mapping[str, Any]]
-    calibrations: Mapping[str, Mapping[str, Any]]
-    evaluations: Mapping[str, Mapping[str, Any]]
-    tasks: Mapping[str, Mapping[str, Any]]
+    models: Mapping[str, ModelSpec]
+    calibrations: Mapping[str, CalibrationSpec]
+    evaluations: Mapping[str, EvaluationSpec]
+    tasks: Mapping[str, TaskSetSpec]
     cells: list[Cell]
-    skipped: list[dict[str, Any]]
+    skipped: list[SkippedRow]
 
     @cached_property
     def by_folder(self) -> dict[str, Cell]:
@@ -114,16 +92,16 @@ class Plan:
         traced = criteria & {"error", "relaxed error"}
         keys = ("label", "model", "calibration", "mode", "comparison", "target")
         methods = {tuple(cell.columns[key] for key in keys) for cell in self.cells}
-        pairs = len({one[1:] for one in methods}) < len(methods)
-        found = {"certificates": self.certificates, "traces": traced, "pairs": pairs, "sweep": self.config.get("sweep")}
-        return {name for name, there in found.items() if there}
+        pairs = len({key[1:] for key in methods}) < len(methods)
+        given = {"certificates": self.certificates, "traces": traced, "pairs": pairs, "sweep": self.config.get("sweep")}
+        return {name for name, present in given.items() if present}
 
     def warnings(self) -> list[str]:
         """Sentences about choices that make numbers flatter than they are."""
         texts = self.config["texts"]
-        once: dict[str, tuple[str, Mapping[str, Any]]] = {}  # of the repeats of a calibration set the first
+        once: dict[str, tuple[str, CalibrationSpec]] = {}  # of the repeats of a calibration set the first
         for calib_id, calib in self.calibrations.items():
-            once.setdefault(calib["name"], (calib_id, calib))
+            once.setdefault(name_of(calib), (calib_id, calib))
         pairs = itertools.product(once.values(), self.evaluations.items())
         return [
             f"calibration {calib_id} and evaluation {eval_id} draw from the same data set, "
@@ -139,8 +117,8 @@ def validate(config: Mapping[str, Any]) -> dict[str, Any]:
     errors = sorted(jsonschema.Draft202012Validator(SCHEMA).iter_errors(config), key=lambda e: list(map(str, e.path)))
     if errors:
         raise InputError(_sentence(errors[0]))
-    full = _with_defaults(_plain(config), SCHEMA)  # 4.0 is an integer for JSON Schema, and for no label
-    for kind in ("calibration", "evaluation"):
+    full = _with_defaults(plain(config), SCHEMA)  # 4.0 is an integer for JSON Schema, and for no label
+    for kind in TEXT_USERS:
         for name, entry in full[kind].items():
             if entry["text"] not in full["texts"]:
                 known = ", ".join(full["texts"])
@@ -149,20 +127,21 @@ def validate(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _sentence(error: jsonschema.ValidationError) -> str:
-    where = place(error.absolute_path)
+    where, instance = place(error.absolute_path), cast(Any, error.instance)
+    schema, expected = cast(Mapping[str, Any], error.schema), cast(Any, error.validator_value)
     if "propertyNames" in error.absolute_schema_path:
-        name = brief(repr(error.instance))
+        name = brief(repr(instance))
         return f"config: {where}: the name {name} is wrong; names are letters, digits, '.', '_', '-'."
     if error.validator == "additionalProperties":
-        known = ", ".join(error.schema["properties"])
-        unknown = [key for key in error.instance if key not in error.schema["properties"]]
+        known = ", ".join(schema["properties"])
+        unknown = [key for key in instance if key not in schema["properties"]]
         return f"config: {where} has no key {brief(repr(unknown[0]))}; its keys are {known}."
-    if error.validator == "oneOf" and "required" in canonical(error.validator_value):
-        choices = " or ".join("+".join(choice["required"]) for choice in error.validator_value)
-        return f"config: {where} must have either {choices}, got {brief(', '.join(error.instance)) or 'nothing'}."
-    if error.validator == "type" and isinstance(error.instance, str) and _is_number(error.instance):
-        advice = f"; YAML reads {error.instance} as text, write {float(error.instance)!r}"
-    elif error.validator == "type" and where.endswith(".pattern") and isinstance(error.instance, int):
+    if error.validator == "oneOf" and "required" in canonical(expected):
+        choices = " or ".join("+".join(choice["required"]) for choice in expected)
+        return f"config: {where} must have either {choices}, got {brief(', '.join(instance)) or 'nothing'}."
+    if error.validator == "type" and isinstance(instance, str) and _is_number(instance):
+        advice = f"; YAML reads {instance} as text, write {float(instance)!r}"
+    elif error.validator == "type" and where.endswith(".pattern") and isinstance(instance, int):
         advice = '; YAML reads 2:4 without quotes as a number, write "2:4"'
     else:
         advice = ""
@@ -194,97 +173,191 @@ def plan(config: Mapping[str, Any], check_sources: bool = False) -> Plan:
     Raises InputError with one sentence for anything that can be known to be wrong before a job runs.
     """
     full = validate(config)
+    catalogue, entries = _methods(full)
+    targets = [_target(entry, f"targets.{i}") for i, entry in enumerate(full["targets"])]
+    if check_sources:
+        _check_sources(full, [*targets, *(target for entry in entries for target in entry.targets or ())])
+    grid = _Grid.of(full, catalogue)
+    cells: list[Cell] = []
+    skipped: list[SkippedRow] = []
+    for entry in entries:
+        cells += grid.expand(entry, targets, skipped)
+    _check_targets(targets, entries, catalogue, cells, skipped)
+    _check_sweep(full.get("sweep"), entries)
+    tasks = {name: task_sets.expanded(spec) for name, spec in full["tasks"].items()}
+    named = {identity(name, spec): cast(TaskSetSpec, {"name": name, **spec}) for name, spec in tasks.items()}
+    unique = {cell.folder: cell for cell in cells}
+    evaluations = cast(dict[str, EvaluationSpec], _repeated(full, "evaluation"))
+    return Plan(full, catalogue, grid.models, grid.calibrations, evaluations, named, list(unique.values()), skipped)
+
+
+def _methods(full: Mapping[str, Any]) -> tuple[Catalogue, list[MethodEntry]]:
+    """The methods that the config may name, and its entries, whose labels are distinct."""
     try:
         catalogue = Catalogue([Path(folder) for folder in full["method_paths"]])
         entries = [entry for label, raw in full["methods"].items() for entry in _entries(catalogue, label, raw or {})]
     except CatalogueError as error:
         raise InputError(brief(str(error), LONGEST_SENTENCE)) from None
-    label, times = Counter(label for label, *_ in entries).most_common(1)[0]
+    label, times = Counter(entry.label for entry in entries).most_common(1)[0]
     if times > 1:
         raise InputError(f"methods: two entries or values of a sweep are called {label}; give one another name.")
-    targets = [_target(entry, f"targets.{i}") for i, entry in enumerate(full["targets"])]
-    if check_sources:
-        asked = [*targets, *(target for *_, own in entries for target in own or ())]
-        for name, spec in full["models"].items():
-            checkpoint_files.check_model(name, spec)
-            for target, size in itertools.product(asked, checkpoint_files.layer_inputs(spec)):
-                if target.group and size % target.group:
-                    raise InputError(
-                        f"targets: groups of {target.group} do not divide the {size} inputs that layers of the model "
-                        f"{name!r} have."
-                    )
-            longest = checkpoint_files.longest_sequence(spec)
-            for kind in ("calibration", "evaluation"):
-                for set_name, entry in full[kind].items():
-                    if longest is not None and entry["length"] > longest:
-                        raise InputError(
-                            f"{kind}.{set_name}: its length is {entry['length']}, but the model {name!r} takes at most "
-                            f"{longest} tokens."
-                        )
-        used = {entry["text"] for kind in ("calibration", "evaluation") for entry in full[kind].values()}
-        for name in sorted(used):
-            text_files.check_text(name, full["texts"][name])
-        for name, spec in full["tasks"].items():
-            task_sets.check_tasks(name, spec)
-    models = {identity(name, spec): {"name": name, **spec} for name, spec in full["models"].items()}
-    calibrations, evaluations = (
-        {
-            identity(name, [spec, full["texts"][spec["text"]]]): {"name": name, **spec}
-            for name, entry in full[kind].items()
-            for spec in _repeats(entry)
-        }
-        for kind in ("calibration", "evaluation")
-    )
-    expanded = {name: task_sets.expanded(spec) for name, spec in full["tasks"].items()}
-    tasks = {identity(name, spec): {"name": name, **spec} for name, spec in expanded.items()}
-    seeds = {  # of the methods
-        calib: spec["seed"] if "seeds" in full["calibration"][spec["name"]] else full["seed"]
-        for calib, spec in calibrations.items()
-    }
-    cells, skipped = [], []
-    for label, method, params, tune, own_targets in entries:
-        settings = {"label": label, "method": method, "params": params}
-        settings |= {"tune": tune} if tune else {}
-        if catalogue[method].control and not catalogue[method].card["patterns"]:
-            if tune:
-                raise InputError(f"methods.{label}: {method} changes nothing, so that there is nothing to tune.")
-            # A control that changes nothing is one cell of the model, whatever the calibration and mode.
-            places = [(model, next(iter(calibrations)), full["modes"][0]) for model in models]
-            cells += [_cell(catalogue, settings, Target(), models, calibrations, seeds, *place) for place in places]
-            continue
-        reached = 0
-        for target in own_targets if own_targets is not None else targets:
-            reason = catalogue.refusal(method, params, target)
-            if not reason and "end" in tune and target.bits is None:
-                reason = "tune.end trains scales and zeros, of which there are none without bits"
-            if reason:
-                skipped.append({"label": label, "method": method, "target": target.label, "reason": reason})
-                continue
-            reached += 1
-            places = itertools.product(models, calibrations, full["modes"])
-            cells += [_cell(catalogue, settings, target, models, calibrations, seeds, *place) for place in places]
-        if not reached:
-            reason = skipped[-1]["reason"] if skipped else "no target is given"
-            raise InputError(f"methods.{label}: {method} reaches none of the targets ({reason}).")
+    return catalogue, entries
+
+
+def _check_sources(full: Mapping[str, Any], targets: Sequence[Target]) -> None:
+    """Raise InputError where models, texts or tasks are absent or damaged, or cannot serve what is asked of them."""
+    for name, spec in full["models"].items():
+        checkpoint_files.check_model(name, spec)
+        _check_groups(name, spec, targets)
+        _check_lengths(name, spec, full)
+    for name in sorted({entry["text"] for kind in TEXT_USERS for entry in full[kind].values()}):
+        text_files.check_text(name, full["texts"][name])
+    for name, spec in full["tasks"].items():
+        task_sets.check_tasks(name, spec)
+
+
+def _check_groups(name: str, spec: ModelSpec, targets: Sequence[Target]) -> None:
+    """Raise InputError where the groups of a target do not divide the inputs of a model's layers."""
+    for target, size in itertools.product(targets, checkpoint_files.layer_inputs(spec)):
+        if target.group and size % target.group:
+            raise InputError(
+                f"targets: groups of {target.group} do not divide the {size} inputs that layers of the model {name!r} "
+                "have."
+            )
+
+
+def _check_lengths(name: str, spec: ModelSpec, full: Mapping[str, Any]) -> None:
+    """Raise InputError where sequences are longer than a model takes."""
+    longest = checkpoint_files.longest_sequence(spec)
+    if longest is None:
+        return
+    for kind in TEXT_USERS:
+        for set_name, entry in full[kind].items():
+            if entry["length"] > longest:
+                raise InputError(
+                    f"{kind}.{set_name}: its length is {entry['length']}, but the model {name!r} takes at most "
+                    f"{longest} tokens."
+                )
+
+
+def _check_targets(
+    targets: Sequence[Target],
+    entries: Sequence[MethodEntry],
+    catalogue: Catalogue,
+    cells: Sequence[Cell],
+    skipped: Sequence[SkippedRow],
+) -> None:
+    """Raise InputError for a target that no method reaches, unless the study has controls alone."""
     supported = {cell.spec["columns"]["target"] for cell in cells}
     unreached = [target.label for target in targets if target.label not in supported]
-    if unreached and not all(catalogue[method].control for _, method, *_ in entries):
+    if unreached and not all(catalogue[entry.method].control for entry in entries):
         reasons = [f" ({row['label']}: {row['reason']})" for row in skipped if row["target"] == unreached[0]]
         raise InputError(f"targets: no method of the study supports {unreached[0]}{''.join(reasons[:1])}.")
-    sweep = full.get("sweep")
-    if sweep is not None and sweep not in SWEPT and not any(sweep in params for _, _, params, *_ in entries):
+
+
+def _check_sweep(sweep: str | None, entries: Sequence[MethodEntry]) -> None:
+    """Raise InputError where the study says that it varies what none of its entries has."""
+    if sweep is not None and sweep not in SWEPT and not any(sweep in entry.params for entry in entries):
         known = ", ".join(SWEPT)
         raise InputError(
             f"config: sweep must be {known} or a parameter of a method of the study. Got {sweep!r} instead."
         )
-    unique = {cell.folder: cell for cell in cells}
-    return Plan(full, catalogue, models, calibrations, evaluations, tasks, list(unique.values()), skipped)
 
 
-def _entries(
-    catalogue: Catalogue, label: str, raw: Mapping[str, Any]
-) -> Iterator[tuple[str, str, dict, dict, list | None]]:
-    """(label, method, complete params, tuning stages, own targets) of a config entry; lists of values are swept."""
+@dataclass(frozen=True)
+class _Grid:
+    """The places of cells: models x calibrations x modes. seeds: identity of a calibration -> seed of the methods."""
+
+    catalogue: Catalogue
+    models: Mapping[str, ModelSpec]
+    calibrations: Mapping[str, CalibrationSpec]
+    modes: Sequence[str]
+    seeds: Mapping[str, int]
+
+    @classmethod
+    def of(cls, full: Mapping[str, Any], catalogue: Catalogue) -> "_Grid":
+        models = {
+            identity(name, spec): cast(ModelSpec, {"name": name, **spec}) for name, spec in full["models"].items()
+        }
+        calibrations = cast(dict[str, CalibrationSpec], _repeated(full, "calibration"))
+        seeds = {
+            calib: spec["seed"] if "seeds" in full["calibration"][name_of(spec)] else full["seed"]
+            for calib, spec in calibrations.items()
+        }
+        return cls(catalogue, models, calibrations, full["modes"], seeds)
+
+    def expand(self, entry: MethodEntry, targets: Sequence[Target], skipped: list[SkippedRow]) -> Iterator[Cell]:
+        """The cells of an entry; what it does not reach is added to `skipped`.
+
+        Raises InputError where it reaches none of its targets.
+        """
+        method = self.catalogue[entry.method]
+        if method.control and not method.card["patterns"]:
+            yield from self._unchanged(entry)
+            return
+        reason = "no target is given"
+        reached = False
+        for target in targets if entry.targets is None else entry.targets:
+            if refused := self._refusal(entry, target):
+                reason = refused
+                skipped.append({"label": entry.label, "method": entry.method, "target": target.label, "reason": reason})
+                continue
+            reached = True
+            for model, calib, mode in itertools.product(self.models, self.calibrations, self.modes):
+                yield self._cell(entry, target, model, calib, mode)
+        if not reached:
+            raise InputError(f"methods.{entry.label}: {entry.method} reaches none of the targets ({reason}).")
+
+    def _unchanged(self, entry: MethodEntry) -> Iterator[Cell]:
+        """A control that changes nothing is one cell of the model, whatever the calibration and mode."""
+        if entry.tune:
+            raise InputError(
+                f"methods.{entry.label}: {entry.method} changes nothing, so that there is nothing to tune."
+            )
+        for model in self.models:
+            yield self._cell(entry, Target(), model, next(iter(self.calibrations)), self.modes[0])
+
+    def _refusal(self, entry: MethodEntry, target: Target) -> str | None:
+        """Why an entry cannot reach a target, or None."""
+        reason = self.catalogue.refusal(entry.method, entry.params, target)
+        if not reason and "end" in entry.tune and target.bits is None:
+            return "tune.end trains scales and zeros, of which there are none without bits"
+        return reason
+
+    def _cell(self, entry: MethodEntry, target: Target, model: str, calib: str, mode: str) -> Cell:
+        asked, seed = cast(TargetSpec, target.as_dict()), self.seeds[calib]
+        name = identity(entry.label, {**entry.settings(), "seed": seed, "target": asked})
+        comparison = self.catalogue[entry.method].comparison(target)
+        columns: CellColumns = {
+            "model": name_of(self.models[model]),
+            "calibration": name_of(self.calibrations[calib]),
+            "mode": mode,
+            "label": entry.label,
+            "method": entry.method,
+            "comparison": "tuned" if entry.tune and comparison != "control" else comparison,
+            "target": target.label,
+            **asked,
+            "params": canonical({**entry.params, **({"tune": entry.tune} if entry.tune else {})}),
+            "seed": seed,
+            "cell": name,
+        }
+        spec: CellSpec = {
+            "columns": columns,
+            "method": {"name": entry.method, "params": entry.params},
+            "target": asked,
+        }
+        if entry.tune:
+            spec["tune"] = entry.tune
+        return Cell(model, calib, mode, name, spec)
+
+
+def name_of(spec: ModelSpec | CalibrationSpec | EvaluationSpec | TaskSetSpec) -> str:
+    """The name in the config of what a plan knows by its identity."""
+    return spec["name"]  # pyright: ignore[reportTypedDictNotRequiredAccess]: a plan's specs have theirs
+
+
+def _entries(catalogue: Catalogue, label: str, raw: Mapping[str, Any]) -> Iterator[MethodEntry]:
+    """The entries that a config entry stands for: lists of values are swept."""
     where = f"methods.{label}"
     if "chain" in raw:
         if "method" in raw:
@@ -302,17 +375,27 @@ def _entries(
     ]
     if any(not params[key] for key in swept):
         raise CatalogueError(f"{where}: a sweep needs at least one value, {swept[0]} has none.")
-    own = raw.get("targets")
-    targets = None if own is None else [_target(value, f"{where}.targets.{i}") for i, value in enumerate(own)]
+    listed = raw.get("targets")
+    targets = None if listed is None else [_target(value, f"{where}.targets.{i}") for i, value in enumerate(listed)]
     for values in itertools.product(*(params[key] for key in swept)):
         chosen = dict(zip(swept, values, strict=True))
-        name = ".".join([label, *(f"{key}_{_slug(value)}" for key, value in chosen.items())])
+        name = ".".join([label, *(f"{key}_{slug(value)}" for key, value in chosen.items())])
         if len(name) > LONGEST_NAME:  # of a folder
             raise CatalogueError(
                 f"{where}: a value of the sweep makes a name of {len(name)} characters, more than {LONGEST_NAME}: give "
                 "it an entry of its own."
             )
-        yield name, method, catalogue.complete(method, {**params, **chosen}, where), raw.get("tune", {}), targets
+        complete = catalogue.complete(method, {**params, **chosen}, where)
+        yield MethodEntry(name, method, complete, raw.get("tune", {}), targets)
+
+
+def _repeated(full: Mapping[str, Any], kind: str) -> dict[str, dict[str, Any]]:
+    """Identity -> spec of every calibration set of each seed, or of every evaluation."""
+    return {
+        identity(name, [spec, full["texts"][spec["text"]]]): {"name": name, **spec}
+        for name, entry in full[kind].items()
+        for spec in _repeats(entry)
+    }
 
 
 def _repeats(entry: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -321,44 +404,8 @@ def _repeats(entry: Mapping[str, Any]) -> list[dict[str, Any]]:
     return [{**rest, "seed": seed} for seed in entry["seeds"]] if "seeds" in entry else [rest]
 
 
-def _slug(value: Any) -> str:
-    text = value if isinstance(value, str) else canonical(value)
-    return "".join(c if c.isascii() and c.isalnum() or c in "._-" else "_" for c in text).strip("_")
-
-
 def _target(entry: Mapping[str, Any], where: str) -> Target:
     try:
         return Target(**entry)
     except ValueError as error:
         raise InputError(f"config: {where} is wrong: {error}") from None
-
-
-def _cell(
-    catalogue: Catalogue,
-    settings: Mapping[str, Any],
-    target: Target,
-    models: Mapping[str, Any],
-    calibrations: Mapping[str, Any],
-    seeds: Mapping[str, int],
-    model: str,
-    calib: str,
-    mode: str,
-) -> Cell:
-    name = identity(settings["label"], {**settings, "seed": seeds[calib], "target": target.as_dict()})
-    tune = {"tune": settings["tune"]} if "tune" in settings else {}
-    comparison = catalogue[settings["method"]].comparison(target)
-    columns = {
-        "model": models[model]["name"],
-        "calibration": calibrations[calib]["name"],
-        "mode": mode,
-        "label": settings["label"],
-        "method": settings["method"],
-        "comparison": "tuned" if tune and comparison != "control" else comparison,
-        "target": target.label,
-        **target.as_dict(),
-        "params": canonical({**settings["params"], **tune}),
-        "seed": seeds[calib],
-        "cell": name,
-    }
-    method = {"name": settings["method"], "params": settings["params"]}
-    return Cell(model, calib, mode, name, {"columns": columns, "method": method, "target": target.as_dict(), **tune})

@@ -15,7 +15,8 @@ from layerwise.runtime.errors import InputError
 from layerwise.runtime.files import digest_of
 from layerwise.sources import checkpoint_files, task_sets
 from layerwise.sources import text_files as texts
-from layerwise.study.grid import Cell, Plan, canonical
+from layerwise.study.cell import Cell, canonical
+from layerwise.study.grid import Plan
 
 Wildcards = Any
 CELL = "results/cells/{model}/{calib}/{mode}/{cell}"

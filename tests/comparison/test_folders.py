@@ -12,7 +12,7 @@ import pytest
 
 from layerwise.cli.app import app
 from layerwise.results.cell_results import evaluations
-from layerwise.results.collect import TABLES, collect
+from layerwise.results.collect import TABLES, StudyInputs, collect
 from layerwise.results.main_table import document, markdown
 from layerwise.runtime.errors import InputError
 from layerwise.storage.table_schema import read_table
@@ -39,7 +39,9 @@ def results(
         record = json.loads((folder / "cell.json").read_text())
         record["provenance"] = PROVENANCE | provenance
         (folder / "cell.json").write_text(json.dumps(record))
-    collect(plan, SKIPPED, evaluations(STUDY, EVALUATIONS), root / "results/tables", partial=True, root=root)
+    collect(
+        StudyInputs(plan, SKIPPED, evaluations(STUDY, EVALUATIONS)), root / "results/tables", partial=True, root=root
+    )
     return root
 
 
@@ -168,7 +170,7 @@ def test_diverged_in_one_folder_alone_disagrees(tmp_path):
     one, other = results(tmp_path / "one"), results(tmp_path / "other")
     for path in other.glob("results/cells/*/*/*/wanda*/perplexity-*.json"):
         path.write_text(json.dumps(json.loads(path.read_text()) | {"perplexity": None}))
-    collect(PLAN, SKIPPED, evaluations(STUDY, EVALUATIONS), other / "results/tables", root=other)
+    collect(StudyInputs(PLAN, SKIPPED, evaluations(STUDY, EVALUATIONS)), other / "results/tables", root=other)
     with pytest.raises(InputError, match="differ in whether there is a value of demo docs 0 shared wanda"):
         status("merge", one, other, "--out", tmp_path / "merged")
 

@@ -17,7 +17,14 @@ import yaml
 
 from layerwise.cli.app import app
 from layerwise.comparison import published_page
-from layerwise.comparison.published import FILE, compare, read_published, target_of, text_name, tolerance
+from layerwise.comparison.published import (
+    FILE,
+    published_comparisons,
+    read_published,
+    target_of,
+    text_name,
+    tolerance,
+)
 from layerwise.runtime.errors import InputError
 from layerwise.storage.table_schema import from_rows, read_table, to_frame
 from layerwise.study.grid import Plan, plan
@@ -79,7 +86,7 @@ def results(planned: Plan, values: Mapping[str, float | None]) -> pd.DataFrame:
 
 
 def verdicts(rows: list[dict[str, Any]], planned: Plan, **values: float | None) -> list[dict[str, Any]]:
-    return compare(planned, rows, results(planned, values) if values else None)
+    return published_comparisons(planned, rows, results(planned, values) if values else None)
 
 
 # --------------------------------------------------------------------------------------------------- published.csv
@@ -316,7 +323,7 @@ def test_the_page_shows_every_mode_and_says_which():
     planned = study(modes=["shared", "sequential"])
     cells = results(planned, {"dense": 27.66, "wanda": 38.0})
     cells.loc[(cells["mode"] == "sequential") & (cells["label"] == "wanda"), "value"] = 60.0
-    entries = compare(planned, [row("dense", 27.66), row("wanda", 38.0, mode=None)], cells)
+    entries = published_comparisons(planned, [row("dense", 27.66), row("wanda", 38.0, mode=None)], cells)
     text = published_page.markdown(to_frame(from_rows(entries, "published", "the test")))
     assert "| 38.00 | 38.00 | 0 | 0.76 | within | shared; not said: mode |" in text
     assert "| 38.00 | 60.00 | 22.00 | 0.76 | outside | sequential; not said: mode |" in text
@@ -340,7 +347,7 @@ def test_a_paper_is_planned_without_network_and_is_not_run(path, no_network):
     planned = plan(read(path), check_sources=True)
     assert planned.warnings() == [] and planned.config["study"] == path.stem
     assert all(model["hub"] and model["revision"] for model in planned.models.values())
-    entries = compare(planned, ROWS, None)
+    entries = published_comparisons(planned, ROWS, None)
     assert {entry["verdict"] for entry in entries} <= {"not run"}
     own = {"paper-gptq-llama": "GPTQ", "paper-gptq-opt": "GPTQ"}.get(path.stem)
     own = own or next((p for p in {r["paper"] for r in ROWS} if path.stem.startswith(f"paper-{p.lower()}")), None)
@@ -352,7 +359,7 @@ def test_a_paper_is_planned_without_network_and_is_not_run(path, no_network):
 def test_a_paper_s_own_rows_agree_with_its_config_s_protocol(path):
     """What a config cannot do as the paper did is named; the others differ in nothing."""
     prefix = path.stem.removeprefix("paper-").split("-")[0]
-    for entry in compare(plan(read(path)), ROWS, None):
+    for entry in published_comparisons(plan(read(path)), ROWS, None):
         if entry["paper"].lower() == prefix and entry.get("cell") and entry["method"] != "dense":
             assert entry["differs"] == KNOWN.get((path.stem, entry["method"])), entry
 

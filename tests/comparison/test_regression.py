@@ -9,9 +9,9 @@ import pytest
 
 from layerwise.cli.app import app
 from layerwise.comparison import regression
-from layerwise.comparison.folders import compare, report
+from layerwise.comparison.folders import changed_numbers, report
 from layerwise.results.cell_results import evaluations
-from layerwise.results.collect import collect
+from layerwise.results.collect import StudyInputs, collect
 from layerwise.runtime.errors import InputError
 from tests.support.synthetic_tables import EVALUATIONS, STUDY, cell, layer_frame, write_cell
 
@@ -21,43 +21,43 @@ def frame(**errors: float) -> pd.DataFrame:
 
 
 def test_agreement_within_the_tolerance():
-    changes = compare(frame(q=0.1019, k=0.5), frame(q=0.1, k=0.5), 0.02)
+    changes = changed_numbers(frame(q=0.1019, k=0.5), frame(q=0.1, k=0.5), 0.02)
     assert changes.empty
     assert report(changes, 2, "output_error", 0.02) == "output_error: all 2 agree within 2 %."
 
 
 @pytest.mark.parametrize(("now", "change"), [(0.103, 0.03), (0.05, -0.5)])
 def test_worse_and_better_have_both_moved(now, change):
-    (moved,) = compare(frame(q=now, k=0.5), frame(q=0.1, k=0.5), 0.02).to_dict("records")
+    (moved,) = changed_numbers(frame(q=now, k=0.5), frame(q=0.1, k=0.5), 0.02).to_dict("records")
     assert (moved["layer"], moved["status"]) == ("q", "moved")
     assert moved["change"] == pytest.approx(change)
 
 
 def test_added_and_gone_in_the_order_of_today():
-    changes = compare(frame(z=1.0, new=0.1, a=2.0), frame(a=1.0, z=2.0, old=0.3), 0.02)
+    changes = changed_numbers(frame(z=1.0, new=0.1, a=2.0), frame(a=1.0, z=2.0, old=0.3), 0.02)
     assert changes[["layer", "status"]].values.tolist() == [
         ["z", "moved"], ["new", "added"], ["a", "moved"], ["old", "gone"]
     ]  # fmt: skip
 
 
 def test_an_error_that_was_zero():
-    assert compare(frame(q=1e-15), frame(q=0.0), 0.02).empty
-    (moved,) = compare(frame(q=1e-6), frame(q=0.0), 0.02).to_dict("records")
+    assert changed_numbers(frame(q=1e-15), frame(q=0.0), 0.02).empty
+    (moved,) = changed_numbers(frame(q=1e-6), frame(q=0.0), 0.02).to_dict("records")
     assert math.isinf(moved["change"])
-    assert "from zero" in report(compare(frame(q=1e-6), frame(q=0.0), 0.02), 1, "output_error", 0.02)
+    assert "from zero" in report(changed_numbers(frame(q=1e-6), frame(q=0.0), 0.02), 1, "output_error", 0.02)
 
 
 def test_a_number_that_is_not_a_number_has_moved():
-    assert list(compare(frame(q=math.nan), frame(q=0.1), 0.02)["status"]) == ["moved"]
+    assert list(changed_numbers(frame(q=math.nan), frame(q=0.1), 0.02)["status"]) == ["moved"]
 
 
 def test_a_key_with_two_numbers_is_a_sentence():
     with pytest.raises(InputError, match="two are of wanda q"):
-        compare(pd.concat([frame(q=1.0), frame(q=2.0)]), frame(q=1.0), 0.02)
+        changed_numbers(pd.concat([frame(q=1.0), frame(q=2.0)]), frame(q=1.0), 0.02)
 
 
 def test_the_report_is_an_aligned_table_with_counts():
-    changes = compare(frame(q_proj=0.11, new=0.1), frame(q_proj=0.1, old=0.3), 0.02)
+    changes = changed_numbers(frame(q_proj=0.11, new=0.1), frame(q_proj=0.1, old=0.3), 0.02)
     *table, summary = report(changes, 2, "output_error", 0.02).splitlines()
     assert summary == "output_error: 1 moved, 1 added, 1 gone; 2 compared, tolerance 2 %."
     assert table[0].split() == ["cell", "layer", "accepted", "now", "change"]
@@ -75,7 +75,7 @@ def study(root: Path, change: float = 1.0, methods: tuple[str, ...] = ("magnitud
         chosen = (layers["block"] == 1) & (layers["kind"] == "q_proj")
         layers.loc[chosen, "output_error"] *= change
         layers.to_parquet(folder / "layers.parquet")
-    collect(cells, [], evaluations(STUDY, EVALUATIONS), root / "tables", root=root)
+    collect(StudyInputs(cells, [], evaluations(STUDY, EVALUATIONS)), root / "tables", root=root)
     return root / "tables"
 
 

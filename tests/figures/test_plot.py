@@ -27,7 +27,7 @@ from layerwise.figures.ranks import groups, method_ranks
 from layerwise.figures.style import LOOKS, look, looks, save, strokes, styled
 from layerwise.figures.sweep import along, sweep
 from layerwise.results.cell_results import evaluations
-from layerwise.results.collect import collect
+from layerwise.results.collect import StudyInputs, collect
 from layerwise.results.seeds import repeats
 from layerwise.runtime.errors import InputError
 from tests.support.paths import ROOT
@@ -473,7 +473,7 @@ def tables(tmp_path_factory) -> Path:
     cells = plan(("magnitude", "wanda", "sparsegpt"), ("50% row", "2:4"), ("shared",))
     for one in cells:
         write_cell(root, one)
-    collect(cells, [], evaluations(STUDY, EVALUATIONS), root / "tables", root=root)
+    collect(StudyInputs(cells, [], evaluations(STUDY, EVALUATIONS)), root / "tables", root=root)
     return root / "tables"
 
 

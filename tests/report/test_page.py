@@ -16,7 +16,7 @@ from playwright.sync_api import sync_playwright
 from layerwise.report.page import other_tables, page
 from layerwise.results import main_table
 from layerwise.results.cell_results import evaluations
-from layerwise.results.collect import collect
+from layerwise.results.collect import StudyInputs, collect
 from layerwise.runtime.errors import InputError
 from layerwise.storage.table_schema import read_table
 from tests.support.synthetic_tables import EVALUATIONS, STUDY, SyntheticCell, cell, write_cell
@@ -67,7 +67,7 @@ def folder(study, tmp_path_factory) -> Path:
     failed.mkdir(parents=True)
     record = {"status": "error", "reason": REASON.partition(": ")[2], "stage": "compress", "traceback": ""}
     (failed / "failed-compress.json").write_text(json.dumps(record))
-    collect(moved, SKIPPED, evaluations(STUDY, EVALUATIONS), root / "tables", partial=True, root=root)
+    collect(StudyInputs(moved, SKIPPED, evaluations(STUDY, EVALUATIONS)), root / "tables", partial=True, root=root)
     pd.DataFrame(PUBLISHED).to_parquet(root / "tables/published.parquet")
     (root / "error_along_depth.svg").write_text(SVG)
     (root / "report.html").write_text(page(study, root / "tables", [root / "error_along_depth.svg"]), "utf-8")

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from layerwise.results.cell_results import NEVER_RAN, evaluations
-from layerwise.results.collect import collect
+from layerwise.results.collect import StudyInputs, collect
 from layerwise.results.comparisons import NO_DIFFERENCE
 from layerwise.results.main_table import SCOPES, escape_latex, latex, markdown, number, spread, tables
 from layerwise.results.main_table import document as rendered
@@ -41,7 +41,7 @@ SKIPPED = [{"label": "rtn", "method": "rtn", "target": "2:4", "reason": "rtn doe
 
 
 def gather(root: Path, cells: list[SyntheticCell], partial: bool = False) -> dict[str, pd.DataFrame]:
-    collect(cells, SKIPPED, TEXTS, root / "tables", partial, root)
+    collect(StudyInputs(cells, SKIPPED, TEXTS), root / "tables", partial, root)
     return {name: read_table(root / "tables", name) for name in ("layers", "cells", "traces", "skipped")}
 
 
@@ -279,7 +279,7 @@ def certified(root: Path, share: float) -> list[SyntheticCell]:
 
 def test_layers_stand_beside_their_bounds(tmp_path):
     cells = certified(tmp_path, 0.75)
-    collect(cells, SKIPPED, TEXTS, tmp_path / "tables", False, tmp_path, [CERTIFICATE])
+    collect(StudyInputs(cells, SKIPPED, TEXTS, certificates=[CERTIFICATE]), tmp_path / "tables", False, tmp_path)
     layers = read_table(tmp_path / "tables", "layers").set_index("label")
     assert layers.loc["wanda", "gap_to_bound"].to_numpy() == pytest.approx(0.25)
     assert (layers.loc["wanda", "lower_bound"] / layers.loc["wanda", "output_error"]).to_numpy() == pytest.approx(0.75)
@@ -290,15 +290,15 @@ def test_layers_stand_beside_their_bounds(tmp_path):
 def test_an_error_below_its_bound_is_told(tmp_path):
     cells = certified(tmp_path, 1.01)
     with pytest.raises(InputError, match=r"wanda has .* on .*q_proj, below the bound .* in .*bound.parquet"):
-        collect(cells, SKIPPED, TEXTS, tmp_path / "tables", False, tmp_path, [CERTIFICATE])
+        collect(StudyInputs(cells, SKIPPED, TEXTS, certificates=[CERTIFICATE]), tmp_path / "tables", False, tmp_path)
 
 
 def test_bounds_that_are_missing_are_an_error_unless_partial(tmp_path):
     cells = certified(tmp_path, 0.75)
     (tmp_path / CERTIFICATE).unlink()
     with pytest.raises(InputError, match="Expected the bounds of a target at .*bound.parquet, which does not exist"):
-        collect(cells, SKIPPED, TEXTS, tmp_path / "tables", False, tmp_path, [CERTIFICATE])
-    collect(cells, SKIPPED, TEXTS, tmp_path / "tables", True, tmp_path, [CERTIFICATE])
+        collect(StudyInputs(cells, SKIPPED, TEXTS, certificates=[CERTIFICATE]), tmp_path / "tables", False, tmp_path)
+    collect(StudyInputs(cells, SKIPPED, TEXTS, certificates=[CERTIFICATE]), tmp_path / "tables", True, tmp_path)
     assert read_table(tmp_path / "tables", "layers")["lower_bound"].isna().all()
 
 
@@ -307,7 +307,7 @@ def test_bounds_that_do_not_fit_leave_the_partial_tables_without_them(tmp_path, 
     cells = certified(tmp_path, 1.01)
     if broken:
         (tmp_path / CERTIFICATE).write_bytes(broken)
-    collect(cells, SKIPPED, TEXTS, tmp_path / "tables", True, tmp_path, [CERTIFICATE])
+    collect(StudyInputs(cells, SKIPPED, TEXTS, certificates=[CERTIFICATE]), tmp_path / "tables", True, tmp_path)
     assert read_table(tmp_path / "tables", "layers")["lower_bound"].isna().all()
 
 
@@ -479,7 +479,7 @@ def test_what_is_not_shown_to_differ_from_the_best_is_marked_too():
 def test_collect_compares_cells_and_gives_intervals(tmp_path):
     for one in REPEATED:
         write_cell(tmp_path, one)
-    collect(REPEATED, [], TEXTS, tmp_path / "tables", root=tmp_path)
+    collect(StudyInputs(REPEATED, [], TEXTS), tmp_path / "tables", root=tmp_path)
     found = read_table(tmp_path / "tables", "comparisons")
     assert list(found["metric"]) == ["output_error", "perplexity", "perplexity"]
     assert set(found["label"]) == {"magnitude"} and set(found["other"]) == {"wanda"} and set(found["seeds"]) == {3}
@@ -496,7 +496,7 @@ def test_a_cell_without_a_perplexity_is_not_compared_by_it(tmp_path):
         write_cell(tmp_path, one)
     for name in EVALUATIONS:
         (tmp_path / REPEATED[0].folder / f"perplexity-{name}.json").unlink()
-    collect(REPEATED, [], TEXTS, tmp_path / "tables", True, tmp_path)
+    collect(StudyInputs(REPEATED, [], TEXTS), tmp_path / "tables", True, tmp_path)
     found = read_table(tmp_path / "tables", "comparisons")
     assert list(found["seeds"]) == [3, 2, 2]
 

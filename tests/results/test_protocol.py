@@ -12,7 +12,7 @@ import pytest
 
 from layerwise.comparison import folders
 from layerwise.results.cell_results import TaskSet, evaluations
-from layerwise.results.collect import TABLES, collect
+from layerwise.results.collect import TABLES, StudyInputs, collect
 from layerwise.results.main_table import document, latex, markdown, tables
 from layerwise.results.protocol import MARK, SAME
 from layerwise.runtime.errors import Diverged, InputError, record_failure
@@ -69,7 +69,7 @@ def change(path: Path, **values: Any) -> None:
 
 
 def gather(root: Path, partial: bool = False):
-    collect(PLAN, [], TEXTS, root / "tables", partial, root, tasks=[TASKS])
+    collect(StudyInputs(PLAN, [], TEXTS, [TASKS]), root / "tables", partial, root)
     return read_table(root / "tables", "cells")
 
 
@@ -154,17 +154,17 @@ def test_models_and_seeds_have_protocols_of_their_own(tmp_path):
             provenance=FULL | own | {"calibration_dtype": "bfloat16" if number == 1 else "float32"},
         )
         change(folder / "perplexity-docs-00000001.json", windows=7 + number % 2)
-    collect(plan, [], TEXTS, tmp_path / "tables", root=tmp_path)
+    collect(StudyInputs(plan, [], TEXTS), tmp_path / "tables", root=tmp_path)
     for part in ("one", "other"):
-        collect(plan, [], TEXTS, tmp_path / part, root=tmp_path)
+        collect(StudyInputs(plan, [], TEXTS), tmp_path / part, root=tmp_path)
     folders.main(["merge", str(tmp_path / "one"), str(tmp_path / "other"), "--out", str(tmp_path / "merged")])
 
 
 def test_folders_of_two_protocols_are_not_merged(tmp_path):
     """Neither when both are, nor when one holds a mix, as a version without this check could write it."""
     one, other = study(tmp_path / "one"), study(tmp_path / "other", [PLAN[2]], calibration_length=256)
-    collect(PLAN, [], TEXTS, one / "tables", root=one)
-    collect([PLAN[2]], [], TEXTS, other / "tables", root=other)
+    collect(StudyInputs(PLAN, [], TEXTS), one / "tables", root=one)
+    collect(StudyInputs([PLAN[2]], [], TEXTS), other / "tables", root=other)
     merge = ["merge", str(one), str(other), "--out", str(tmp_path / "merged")]
     with pytest.raises(InputError, match=r"differ in calibration_length \(512 and 256\)"):
         folders.main(merge)

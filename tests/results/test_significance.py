@@ -8,7 +8,15 @@ import pytest
 from scipy import stats
 
 from layerwise.results import significance
-from layerwise.results.comparisons import ERRORS, LEAST, NO_DIFFERENCE, Observation, accuracy, compare, perplexity
+from layerwise.results.comparisons import (
+    ERRORS,
+    LEAST,
+    NO_DIFFERENCE,
+    Observation,
+    accuracy_measure,
+    compare_methods,
+    perplexity_measure,
+)
 from layerwise.results.significance import (
     ALPHA,
     bars,
@@ -161,7 +169,7 @@ def study(rng, factors: dict[str, float], seeds: int = 3, own: float = 0.15, noi
 
 
 def test_a_planted_effect_is_found_with_its_size():
-    rows = compare(study(np.random.default_rng(0), {"a": 1.0, "b": 0.8, "c": 0.79}))
+    rows = compare_methods(study(np.random.default_rng(0), {"a": 1.0, "b": 0.8, "c": 0.79}))
     from_rows(rows, "comparisons", "the test")
     by_pair = {(row["label"], row["other"]): row for row in rows}
     assert list(by_pair) == [("a", "b"), ("a", "c"), ("b", "c")]
@@ -181,7 +189,7 @@ def test_methods_that_do_not_differ_are_seldom_told_apart():
     told, pooled, studies = 0, 0, 300
     for _ in range(studies):
         made = study(rng, dict.fromkeys("abcd", 1.0))
-        told += any(row["verdict"] != NO_DIFFERENCE for row in compare(made))
+        told += any(row["verdict"] != NO_DIFFERENCE for row in compare_methods(made))
         logs: dict[str, list[float]] = {}
         for one in made:
             logs.setdefault(one.columns["label"], []).extend(np.log(list(one.values[ERRORS].values())))
@@ -192,7 +200,7 @@ def test_methods_that_do_not_differ_are_seldom_told_apart():
     assert pooled / studies > 2 * ALPHA
 
 
-@pytest.mark.parametrize("measure", [ERRORS, perplexity("wiki")], ids=["layers", "windows"])
+@pytest.mark.parametrize("measure", [ERRORS, perplexity_measure("wiki")], ids=["layers", "windows"])
 def test_noise_of_the_draw_that_all_units_share_is_seldom_a_difference(measure):
     """A draw of the calibration shifts a method on all layers and windows at once: three that happen to agree are no
     evidence, which they do in one study of four."""
@@ -208,7 +216,7 @@ def test_noise_of_the_draw_that_all_units_share_is_seldom_a_difference(measure):
                 made.append(
                     observed(label, seed, measure, level * np.exp(noise) if measure is ERRORS else level + noise)
                 )
-        (row,) = compare(made)
+        (row,) = compare_methods(made)
         told += row["verdict"] != NO_DIFFERENCE
         agreed += row["p_holm"] < ALPHA and row["seeds_agree"] == 3
     assert told / studies <= ALPHA + 0.03 and agreed / studies > 0.15
@@ -220,7 +228,7 @@ def test_a_cell_that_is_lost_takes_its_seed_from_its_own_pairs_alone():
     made = [
         one for one in made if one.columns["label"] in "ab" or one.columns["seed"] == "cd".index(one.columns["label"])
     ]
-    seeds = {(row["label"], row["other"]): row["seeds"] for row in compare(made)}
+    seeds = {(row["label"], row["other"]): row["seeds"] for row in compare_methods(made)}
     assert seeds == {("a", "b"): 3, **{(x, y): 1 for x in "ab" for y in "cd"}}
 
 
@@ -228,9 +236,9 @@ def test_many_methods_can_still_be_told_apart():
     """The smallest p of a bootstrap, times the pairs, must stay below the level."""
     rng = np.random.default_rng(10)
     hard = rng.normal(3, 0.5, 64)
-    text = perplexity("wiki")
+    text = perplexity_measure("wiki")
     made = [observed(f"m{i}", 0, text, hard + 0.5 * i + rng.normal(0, 0.01, 64)) for i in range(24)]
-    rows = compare(made)
+    rows = compare_methods(made)
     assert len(rows) == 276 and {row["verdict"] for row in rows} == {"better"}
 
 
@@ -240,9 +248,9 @@ def test_seeds_that_disagree_show_no_difference():
     shifts = {0: -0.5, 1: -0.5, 2: 0.1}  # of method a, by seed
     made = [observed("a", seed, ERRORS, np.exp(level + shift)) for seed, shift in shifts.items()]
     made += [observed("b", seed, ERRORS, np.exp(level)) for seed in shifts]
-    (row,) = compare(made)
+    (row,) = compare_methods(made)
     assert row["p_holm"] < 1e-6 and row["seeds_agree"] == 2 and row["verdict"] == NO_DIFFERENCE
-    (row,) = compare([one for one in made if one.columns["seed"] < 2])
+    (row,) = compare_methods([one for one in made if one.columns["seed"] < 2])
     assert row["verdict"] == "better" and row["median_ratio"] == pytest.approx(math.exp(-0.5))
 
 
@@ -255,7 +263,7 @@ def test_holm_runs_over_a_target_and_groups_are_kept_apart():
     ]
     made += [observed(label, 0, ERRORS, rng.lognormal(size=LAYERS), "weight-updating") for label in "xyz"]
     made += [observed("alone", 0, ERRORS, rng.lognormal(size=LAYERS), "tuned")]
-    rows = compare(made)
+    rows = compare_methods(made)
     assert {(row["target"], row["comparison"]) for row in rows} == {
         ("60% row", "mask-only"), ("60% row", "weight-updating"), ("2:4", "mask-only"),
     }  # fmt: skip
@@ -270,13 +278,13 @@ def test_only_what_all_methods_of_a_group_have_is_compared():
     made = [observed(label, seed, ERRORS, rng.lognormal(size=LAYERS)) for label in "abc" for seed in range(3)]
     del made[4]  # b under seed 1
     made[0] = observed("a", 0, ERRORS, [0.1] * (LAYERS - 2))
-    assert {(row["units"], row["seeds"]) for row in compare(made)} == {(LAYERS - 2, 2), (LAYERS - 2, 3)}
-    assert compare([observed("a", 0, ERRORS, [0.1] * 9), observed("b", 0, ERRORS, [])]) == []
+    assert {(row["units"], row["seeds"]) for row in compare_methods(made)} == {(LAYERS - 2, 2), (LAYERS - 2, 3)}
+    assert compare_methods([observed("a", 0, ERRORS, [0.1] * 9), observed("b", 0, ERRORS, [])]) == []
 
 
 def test_errors_of_zero_are_equal_to_one_another():
     made = [observed(label, 0, ERRORS, [0.0, LEAST / 10, 0.2, 0.3]) for label in "ab"]
-    (row,) = compare(made)
+    (row,) = compare_methods(made)
     assert (row["median_ratio"], row["effect"], row["p"], row["verdict"]) == (1.0, 0.0, 1.0, NO_DIFFERENCE)
 
 
@@ -285,7 +293,7 @@ def test_perplexities_are_compared_by_windows_and_accuracies_by_items(better):
     rng = np.random.default_rng(5)
     gain = {"first": -0.05, "second": 0.05, "neither": 0.0}[better]
     hard = rng.normal(3, 0.5, 64)
-    text, task = perplexity("wiki"), accuracy("acc", "boolq of zero-shot")
+    text, task = perplexity_measure("wiki"), accuracy_measure("acc", "boolq of zero-shot")
     chance = {"first": (0.8, 0.6), "second": (0.6, 0.8), "neither": (0.7, 0.7)}[better]
     made = []
     for label, shift, right in (("a", gain, chance[0]), ("b", 0.0, chance[1])):
@@ -294,7 +302,7 @@ def test_perplexities_are_compared_by_windows_and_accuracies_by_items(better):
             items = dict(enumerate((rng.random(500) < right).astype(float)))
             made.append(Observation(own.columns, {**own.values, task: items}))
     wanted = {"first": "better", "second": "worse", "neither": NO_DIFFERENCE}[better]
-    rows = compare(made)
+    rows = compare_methods(made)
     from_rows(rows, "comparisons", "the test")
     assert [(row["metric"], row["text"], row["units"], row["verdict"]) for row in rows] == [
         ("perplexity", "wiki", 64, wanted),

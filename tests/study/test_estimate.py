@@ -17,8 +17,8 @@ from layerwise.models import loading, streaming, structure
 from layerwise.runtime import memory
 from layerwise.sources import shapes
 from layerwise.study import cost_model, estimate
-from layerwise.study.cost_model import METHODS, Model, Needs
-from layerwise.study.estimate import Limits, refusals, total
+from layerwise.study.cost_model import METHODS, CostModel, ModelCost
+from layerwise.study.estimate import Limits, estimate_jobs, limit_errors
 from layerwise.study.grid import plan
 from tests.support.model_families import FAMILIES, VOCABULARY, build, tokens
 from tests.support.paths import ROOT
@@ -28,9 +28,9 @@ TALL = {"hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2, "
 ENOUGH = Limits(1e15, "nobody has", 1e15)
 
 
-def study_of(folder: Path, **changes: object) -> Needs:
+def study_of(folder: Path, **changes: object) -> CostModel:
     """The tiny study on a model folder."""
-    return Needs(plan(tiny_study() | {"models": {"tiny": {"path": str(folder)}}} | changes))
+    return CostModel(plan(tiny_study() | {"models": {"tiny": {"path": str(folder)}}} | changes))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -72,7 +72,7 @@ def test_a_config_alone_gives_nearly_the_same(family, tmp_path):
 
 def test_memory_does_not_grow_with_the_number_of_blocks():
     config = dict(TALL, intermediate_size=64, vocab_size=VOCABULARY)
-    few, many = (Model(shapes.shape_of_config(config | {"num_hidden_layers": depth}), 2) for depth in (8, 22))
+    few, many = (ModelCost(shapes.shape_of_config(config | {"num_hidden_layers": depth}), 2) for depth in (8, 22))
     assert few.calibrating(512) == many.calibrating(512) and few.evaluating(512, 4096) == many.evaluating(512, 4096)
     (some, least), (all_blocks, same) = few.answering(1), many.answering(1)
     assert many.whole > 2 * few.whole and all_blocks > some > least == same
@@ -87,8 +87,8 @@ def test_tasks_ask_for_the_whole_model_and_are_not_refused_without(tmp_path, mon
     jobs = [job for job in own.jobs() if job.rule in ("compress", "zero_shot")]
     whole = own.shape(own.plan.cells[0].model).parameters * 4
     assert all(own.mem_mb(job) > whole / 1e6 for job in jobs)
-    assert list(refusals(own, jobs, total(own, jobs, 2, 1e9), Limits(whole / 2, "", 1e15))) == []
-    assert list(refusals(own, jobs, total(own, jobs, 2, 1e9), Limits(1e8, "", 1e15)))
+    assert list(limit_errors(own, jobs, estimate_jobs(own, jobs, 2, 1e9), Limits(whole / 2, "", 1e15))) == []
+    assert list(limit_errors(own, jobs, estimate_jobs(own, jobs, 2, 1e9), Limits(1e8, "", 1e15)))
 
 
 def test_every_method_is_in_the_table_of_memory():
@@ -104,54 +104,54 @@ def test_what_is_inside_a_method_counts():
     assert cost_model.of_method("of_another", {}) == tuple(map(max, zip(*METHODS.values(), strict=True)))
 
 
-def test_needs_of_a_study(tmp_path):
+def test_costs_of_a_study(tmp_path):
     build("llama").save_pretrained(tmp_path)
     own = study_of(tmp_path)
     found = {}
     for job in own.jobs():
-        need = own.need(job)
-        assert need.memory > cost_model.PROCESS
+        cost = own.cost(job)
+        assert cost.memory > cost_model.PROCESS
         if job.rule == "compress":
             columns = own.cell(job).columns
-            found[columns["label"], columns["target"], columns["mode"]] = need
+            found[columns["label"], columns["target"], columns["mode"]] = cost
     counts = Counter(job.rule for job in own.jobs())
     assert counts == {"gram": 1, "compress": 7, "perplexity": 7, "certificate": 2}
     assert found["wanda", "2:4", "sequential"].work > found["wanda", "2:4", "shared"].work
-    assert found["wanda", "2:4", "sequential"].passing > found["wanda", "2:4", "shared"].passing
+    assert found["wanda", "2:4", "sequential"].transient > found["wanda", "2:4", "shared"].transient
     assert found["dense", "dense", "shared"].disk > found["wanda", "50% row", "shared"].disk
-    whole = total(own, own.jobs(), 2, 1e9)
+    whole = estimate_jobs(own, own.jobs(), 2, 1e9)
     assert whole.jobs == 17 and whole.seconds > 0 and not whole.measured and not whole.unknown
-    assert list(refusals(own, own.jobs(), whole, ENOUGH)) == []
+    assert list(limit_errors(own, own.jobs(), whole, ENOUGH)) == []
 
 
 def test_a_model_that_is_not_here_is_unknown(tmp_path, monkeypatch):
     monkeypatch.setattr(shapes, "_folder", lambda spec: None)
     own = study_of(tmp_path)
     assert {own.mem_mb(job) for job in own.jobs()} == {cost_model.UNKNOWN_MB}
-    found = total(own, own.jobs(), 2, 1e9)
+    found = estimate_jobs(own, own.jobs(), 2, 1e9)
     assert found.unknown == ("tiny",) and "unknown until fetched: tiny" in estimate.short(own, found, ENOUGH)
-    assert list(refusals(own, own.jobs(), found, Limits(1, "nobody has", 1e15))) == []
+    assert list(limit_errors(own, own.jobs(), found, Limits(1, "nobody has", 1e15))) == []
 
 
 def test_a_figure_of_the_user_takes_the_estimate_s_place(tmp_path):
     build("llama").save_pretrained(tmp_path)
     own = study_of(tmp_path)
     jobs = [job for job in own.jobs() if job.rule == "compress"]
-    found = total(own, jobs, 2, 1e9)
-    (sentence,) = refusals(own, jobs, found, Limits(1e8, "this machine has", 1e15))
+    found = estimate_jobs(own, jobs, 2, 1e9)
+    (sentence,) = limit_errors(own, jobs, found, Limits(1e8, "this machine has", 1e15))
     assert "this machine has 100 MB" in sentence and "--set-resources compress:mem_mb=N" in sentence
     for given, refused in ((9e7, 0), (2e8, 1), (None, 0)):
-        assert len(list(refusals(own, jobs, found, Limits(1e8, "", 1e15, given={"compress": given})))) == refused
-    (sentence,) = refusals(own, jobs, found, Limits(None, "", found.disk - 1))
+        assert len(list(limit_errors(own, jobs, found, Limits(1e8, "", 1e15, given={"compress": given})))) == refused
+    (sentence,) = limit_errors(own, jobs, found, Limits(None, "", found.disk - 1))
     assert "of disk" in sentence
 
 
 def test_gram_stores_count_where_they_are(tmp_path, monkeypatch):
     build("llama").save_pretrained(tmp_path)
     own = study_of(tmp_path)
-    found = total(own, own.jobs(), 2, 1e9)
-    (gram,) = [own.need(job) for job in own.jobs() if job.rule == "gram"]
-    assert found.stores == gram.disk + gram.passing
+    found = estimate_jobs(own, own.jobs(), 2, 1e9)
+    (gram,) = [own.cost(job) for job in own.jobs() if job.rule == "gram"]
+    assert found.stores == gram.disk + gram.transient
     for limits, refused in (
         ((found.disk, found.stores), []),
         ((found.disk - 1, found.stores), ["results/ is"]),
@@ -159,7 +159,7 @@ def test_gram_stores_count_where_they_are(tmp_path, monkeypatch):
         ((found.disk + found.stores, None), []),
         ((found.disk + found.stores - 1, None), ["results/ is"]),
     ):
-        sentences = list(refusals(own, [], found, Limits(None, "", *limits)))
+        sentences = list(limit_errors(own, [], found, Limits(None, "", *limits)))
         assert len(sentences) == len(refused) and all(part in s for part, s in zip(refused, sentences, strict=True))
     monkeypatch.setenv("LAYERWISE_CACHE", "/proc/grams")
     free, stores = estimate.disks(tmp_path / "results")
@@ -203,8 +203,8 @@ def test_times_of_finished_cells_are_used(tmp_path, monkeypatch):
     jobs = [job for job in own.jobs() if job.rule == "compress" and own.cell(job).spec["columns"]["label"] == "wanda"]
     assert estimate.finished_seconds(own.plan) == {estimate.kind_of(cell): 12.5}
     shared = [job for job in jobs if job.wildcards["mode"] == "shared"]
-    assert (total(own, shared, 1, 1e9).seconds, total(own, shared, 1, 1e9).measured) == (25.0, 2)
-    assert total(own, jobs, 1, 1e9).measured == 2
+    assert (estimate_jobs(own, shared, 1, 1e9).seconds, estimate_jobs(own, shared, 1, 1e9).measured) == (25.0, 2)
+    assert estimate_jobs(own, jobs, 1, 1e9).measured == 2
 
 
 def test_words():
@@ -254,7 +254,7 @@ def test_a_run_whose_user_knows_better_goes_on_and_takes_the_disk_that_was_fores
     allowed = snakemake(folder, *SMALL, "--set-resources", "gram:mem_mb=90")
     assert allowed.status == 0, allowed.output
     assert "of memory, for gram of the model 'tiny'" in allowed.output
-    own = Needs(plan(tiny_study() | {"models": {"tiny": {"path": str(next(folder.glob("a model*")))}}}))
-    need = own.need(next(own.jobs()))
+    own = CostModel(plan(tiny_study() | {"models": {"tiny": {"path": str(next(folder.glob("a model*")))}}}))
+    need = own.cost(next(own.jobs()))
     written = sum(path.stat().st_size for path in (folder / "results").rglob("block-*.safetensors"))
     assert need.disk == pytest.approx(written, rel=0.1)

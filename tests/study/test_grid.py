@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import itertools
 import json
 import math
@@ -16,7 +17,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from layerwise.runtime.errors import InputError
-from layerwise.study.grid import Plan, canonical, identity, plan, validate
+from layerwise.study import config_file
+from layerwise.study.cell import canonical, identity
+from layerwise.study.grid import MethodEntry, Plan, plan, validate
 from tests.support.paths import ROOT
 
 PATH_SAFE = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.\-]*")
@@ -821,3 +824,21 @@ def test_a_hub_name_without_network_is_one_sentence(sources, monkeypatch):
     assert "organisation/name at 0123abc" in sentence and "HF_HUB_OFFLINE forbids fetching" in sentence
     sentence = refused(edited("texts/test", {**hub, "files": ["a.txt"]}), check_sources=True)
     assert "(a.txt of organisation/name at 0123abc)" in sentence
+
+
+def test_cells_of_the_shipped_study_keep_their_paths_and_specs():
+    """Results that exist are found by these names: a typed spec serialises to the JSON that an untyped one had."""
+    planned = plan(config_file.read(ROOT / "config/config.yaml"))
+    paths = "\n".join(cell.folder for cell in planned.cells)
+    specs = "\n".join(f"{cell.folder} {cell.params} {cell.certificate}" for cell in planned.cells)
+    assert len(planned.cells) == 53
+    assert planned.cells[0].folder == "results/cells/demo-e0075f4f/docstrings-635aaf1d/shared/dense-d2776660"
+    assert hashlib.sha256(paths.encode()).hexdigest()[:16] == "c9de3b05f1b58b21"
+    assert hashlib.sha256(specs.encode()).hexdigest()[:16] == "2fadce6d2e9fa01b"
+
+
+def test_a_method_s_entry_says_what_its_cells_are_named_after():
+    entry = MethodEntry("mine", "wanda", {"a": 1}, {}, None)
+    assert entry.settings() == {"label": "mine", "method": "wanda", "params": {"a": 1}}
+    tuned = MethodEntry("mine", "wanda", {}, {"end": {"epochs": 2}}, [])
+    assert tuned.settings()["tune"] == {"end": {"epochs": 2}}

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from layerwise.results.comparisons import ERRORS, Observation, compare
+from layerwise.results.comparisons import ERRORS, Observation, compare_methods
 from layerwise.storage.table_schema import from_rows, to_frame
 
 KINDS = {
@@ -242,7 +242,7 @@ def comparisons_table(cells: Sequence[SyntheticCell]) -> pd.DataFrame:
     for of in cells:
         errors = layer_frame(of).set_index("layer")["output_error"].to_dict()
         observations.append(Observation(of.columns, {ERRORS: errors if of.columns["method"] != "dense" else {}}))
-    return to_frame(from_rows(compare(observations), "comparisons", "the comparisons"))
+    return to_frame(from_rows(compare_methods(observations), "comparisons", "the comparisons"))
 
 
 def cells_table(

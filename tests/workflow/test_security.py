@@ -25,7 +25,7 @@ from layerwise.models.loading import load
 from layerwise.models.streaming import LazyBlocks
 from layerwise.report.page import page
 from layerwise.results.cell_results import evaluations
-from layerwise.results.collect import collect
+from layerwise.results.collect import StudyInputs, collect
 from layerwise.results.main_table import escape_latex, escape_markdown
 from layerwise.runtime.errors import InputError
 from layerwise.sources import checkpoint_files, task_sets
@@ -383,7 +383,7 @@ def test_the_report_escapes_everything_it_shows(tmp_path, text):
         (root / cells[1].folder / "failed-compress.json").write_text(json.dumps(record))
         skipped = [{"label": word, "method": word, "target": word, "reason": word}]
         told = evaluations(synthetic_tables.STUDY, synthetic_tables.EVALUATIONS)
-        collect(cells, skipped, told, root / "tables", partial=True, root=root)
+        collect(StudyInputs(cells, skipped, told), root / "tables", partial=True, root=root)
         pd.DataFrame({"paper": [word], word: [word], "verdict": ["not run"]}).to_parquet(
             root / "tables/published.parquet"
         )

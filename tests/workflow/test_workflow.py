@@ -17,7 +17,8 @@ from transformers import AutoTokenizer
 from layerwise.contract.target import Target
 from layerwise.export.audit import audit
 from layerwise.figures.plot import FIGURES
-from layerwise.study.grid import Cell, plan
+from layerwise.study.cell import Cell
+from layerwise.study.grid import plan
 from tests.support.workflow_harness import (
     CONFIG,
     MODEL,

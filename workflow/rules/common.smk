@@ -14,7 +14,7 @@ from layerwise.runtime.errors import InputError
 from layerwise.runtime.files import unlock_after_death, write_atomic
 from layerwise.runtime.project import ROOT
 from layerwise.study import config_file
-from layerwise.study.cost_model import Job, Needs
+from layerwise.study.cost_model import CostModel, Job
 from layerwise.study.grid import plan
 from layerwise.study.job_inputs import Code, JobInputs, as_json, from_here
 
@@ -32,7 +32,7 @@ try:
     PLAN = plan(config, check_sources=True)
 except InputError as error:
     raise WorkflowError(str(error)) from None
-NEEDS = Needs(PLAN)
+COSTS = CostModel(PLAN)
 JOBS = JobInputs(PLAN)
 CODE = Code()
 for sentence in PLAN.warnings():
@@ -71,12 +71,12 @@ wildcard_constraints:
 
 def model_mb(wildcards, attempt, rulename):
     """Megabytes that a job with a model asks for; a retry may need more than was estimated."""
-    return attempt * NEEDS.mem_mb(Job(rulename, wildcards))
+    return attempt * COSTS.mem_mb(Job(rulename, wildcards))
 
 
 def runtime_min(wildcards, attempt, rulename, threads):
     """Minutes that a cluster grants a job with a model; retries get more."""
-    return attempt * NEEDS.minutes(Job(rulename, wildcards), threads)
+    return attempt * COSTS.minutes(Job(rulename, wildcards), threads)
 
 
 def cell_of(wildcards):

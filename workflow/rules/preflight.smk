@@ -1,5 +1,5 @@
 # What a run takes, told and refused before its first job.
-from layerwise.study.estimate import Limits, disks, operations_per_second, refusals, short, together, total
+from layerwise.study.estimate import Limits, disks, estimate_jobs, limit_errors, operations_per_second, short, together
 from layerwise.runtime.memory import machine_memory
 
 
@@ -24,10 +24,10 @@ def preflight():
     given = {rule: None if own.is_evaluable() else own.value * 1e6 for rule, own in told.items()}
     limits = Limits(memory, whose, *disks(), given)
     cores = workflow.resource_settings.cores or workflow.nodes
-    found = total(NEEDS, jobs, cores, operations_per_second())
-    if found.largest or found.unknown:
-        logger.info(short(NEEDS, found, limits, timed=workflow.local_exec))
-    sentences = list(refusals(NEEDS, jobs, found, limits))
+    totals = estimate_jobs(COSTS, jobs, cores, operations_per_second())
+    if totals.largest or totals.unknown:
+        logger.info(short(COSTS, totals, limits, timed=workflow.local_exec))
+    sentences = list(limit_errors(COSTS, jobs, totals, limits))
     devices = {job.resources.get("device") for job in planned if job.rule.name in ("gram", "compress")}
     if devices and "cuda" not in devices and workflow.local_exec and workflow.global_resources.get("gpu").value:
         sentences.append(
@@ -36,7 +36,7 @@ def preflight():
         )
     if sentences:
         raise WorkflowError(" ".join(sentences))
-    if workflow.local_exec and not asked and (sentence := together(NEEDS, planned, cores, machine_memory())):
+    if workflow.local_exec and not asked and (sentence := together(COSTS, planned, cores, machine_memory())):
         logger.warning(f"warning: {sentence}")
 
 

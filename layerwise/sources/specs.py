@@ -1,0 +1,65 @@
+"""What a study's config says of its models, texts, calibration sets, evaluations and sets of tasks, as typed mappings.
+
+They are plain dicts, as JSON has them: identities are digests of them. Defaults have been filled in. Free of torch.
+"""
+
+from typing import NotRequired, TypedDict
+
+
+class ModelSpec(TypedDict):
+    """A local folder (`path`) or a repository on the hub (`hub` at `revision`)."""
+
+    name: NotRequired[str]  # in the config
+    path: NotRequired[str]
+    hub: NotRequired[str]
+    revision: NotRequired[str]
+    known_as: NotRequired[str]
+    dtype: NotRequired[str]
+    trust_remote_code: NotRequired[bool]
+
+
+class TextSpec(TypedDict):
+    """A local file (`path`) or files of a data set on the hub (`hub`, `revision`, `files`)."""
+
+    path: NotRequired[str]
+    hub: NotRequired[str]
+    revision: NotRequired[str]
+    files: NotRequired[list[str]]
+    field: NotRequired[str]
+    separator: NotRequired[str]
+    join: NotRequired[str]
+    begins: NotRequired[str]
+    dataset: NotRequired[str]
+
+
+class CalibrationSpec(TypedDict):
+    """Sequences drawn from a text with one seed. samples: sequences; length: tokens of each."""
+
+    name: NotRequired[str]
+    text: str
+    samples: int
+    length: int
+    seed: int
+    sampling: NotRequired[str]
+    dtype: NotRequired[str]
+
+
+class EvaluationSpec(TypedDict):
+    """Windows of a text. length: tokens per window; samples: first windows that are used, None for all."""
+
+    name: NotRequired[str]
+    text: str
+    length: int
+    samples: NotRequired[int | None]
+
+
+class TaskSetSpec(TypedDict):
+    """A set of zero-shot tasks. items: first items that are used, None for all; batch: sequences per forward pass."""
+
+    name: NotRequired[str]
+    tasks: list[str]
+    folder: NotRequired[str]
+    fewshot: NotRequired[int | None]
+    items: NotRequired[int | None]
+    batch: NotRequired[int]
+    trust_remote_code: NotRequired[bool]

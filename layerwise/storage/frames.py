@@ -1,0 +1,105 @@
+"""The boundary to pandas: selections with exact types.
+
+pandas' annotations lose whether a selection is a column or a frame, and whether a reduction is a number. What is taken
+out of a table goes through these functions, each of which does one such step and nothing else.
+"""
+
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Any, cast
+
+import pandas as pd
+
+
+def column(frame: pd.DataFrame, name: str) -> pd.Series:
+    """One column. Raises KeyError when the frame has none of the name."""
+    return cast(pd.Series, frame[name])
+
+
+def columns_of(frame: pd.DataFrame, names: Sequence[str]) -> pd.DataFrame:
+    """Some columns, in the order given."""
+    return cast(pd.DataFrame, frame[list(names)])
+
+
+def select(frame: pd.DataFrame, mask: pd.Series) -> pd.DataFrame:
+    """The rows where the mask is true; an empty entry of the mask is false."""
+    return cast(pd.DataFrame, frame[mask])
+
+
+def matching(frame: pd.DataFrame, **values: Any) -> pd.DataFrame:
+    """The rows that have these values in the columns of these names."""
+    for name, value in values.items():
+        frame = select(frame, column(frame, name) == value)
+    return frame
+
+
+def rows(frame: pd.DataFrame) -> list[dict[str, Any]]:
+    """A dict per row."""
+    return cast(list[dict[str, Any]], frame.to_dict("records"))
+
+
+def tuples(frame: pd.DataFrame, names: Sequence[str]) -> list[tuple[Any, ...]]:
+    """A tuple per row, of some columns."""
+    return list(columns_of(frame, names).itertuples(index=False, name=None))
+
+
+def distinct(frame: pd.DataFrame, names: Sequence[str]) -> pd.DataFrame:
+    """The first row of every combination of values in some columns; all columns."""
+    return cast(pd.DataFrame, frame.drop_duplicates(list(names)))
+
+
+def distinct_values(frame: pd.DataFrame, name: str) -> list[Any]:
+    """The values of a column, each once, in the order of their first coming."""
+    return column(frame, name).drop_duplicates().to_list()
+
+
+def distinct_tuples(frame: pd.DataFrame, names: Sequence[str]) -> list[tuple[Any, ...]]:
+    """The combinations of values in some columns, each once, in the order of their first coming."""
+    return tuples(distinct(frame, names), names)
+
+
+def groups(
+    frame: pd.DataFrame, names: Sequence[str], empty: bool = False, observed: bool = False
+) -> list[tuple[tuple[Any, ...], pd.DataFrame]]:
+    """(values of some columns, rows that have them), in the order of their first coming.
+
+    empty: whether rows without one of the values make groups too. observed: of categories, only those that occur.
+    """
+    parts = frame.groupby(list(names), sort=False, dropna=not empty, observed=observed)
+    return [(cast(tuple[Any, ...], key), part) for key, part in parts]
+
+
+def groups_by(
+    frame: pd.DataFrame, name: str, sort: bool = False, observed: bool = False
+) -> list[tuple[Any, pd.DataFrame]]:
+    """(value of a column, rows that have it), in the order of their first coming, or sorted by the value."""
+    return [(key, part) for key, part in frame.groupby(name, sort=sort, observed=observed)]
+
+
+def sorted_by(frame: pd.DataFrame, names: Sequence[str]) -> pd.DataFrame:
+    """The rows in ascending order of some columns, stable."""
+    return frame.sort_values(list(names), kind="stable")
+
+
+def renamed(frame: pd.DataFrame, names: Mapping[str, str]) -> pd.DataFrame:
+    """The frame with some columns under other names."""
+    return frame.rename(columns=dict(names))
+
+
+def lowest(values: pd.Series) -> float:
+    """The least value that is not empty."""
+    return float(cast(float, values.min()))
+
+
+def highest(values: pd.Series) -> float:
+    """The largest value that is not empty."""
+    return float(cast(float, values.max()))
+
+
+def true_of_any(mask: pd.Series) -> bool:
+    """Whether the mask is true anywhere."""
+    return bool(mask.any())
+
+
+def missing(value: Hashable) -> bool:
+    """Whether a single value is empty: None, NaN or pd.NA."""
+    return bool(pd.isna(cast(Any, value)))

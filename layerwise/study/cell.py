@@ -1,0 +1,112 @@
+"""A cell of the grid: its typed spec, and the identity that names its folder. Free of torch."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, NotRequired, TypedDict
+
+from layerwise.contract.target import CERTIFIED, Target
+
+
+class TargetSpec(TypedDict):
+    """The fields of a Target."""
+
+    sparsity: float
+    pattern: str
+    bits: int | None
+    group: int | None
+    symmetric: bool
+
+
+class CellColumns(TargetSpec):
+    """What every row about a cell begins with, in all tables."""
+
+    model: str
+    calibration: str
+    mode: str
+    label: str
+    method: str
+    comparison: str
+    target: str
+    params: str
+    seed: int
+    cell: str
+
+
+class MethodSpec(TypedDict):
+    """A method and its complete parameters."""
+
+    name: str
+    params: Mapping[str, Any]
+
+
+class CellSpec(TypedDict):
+    """What the job that computes a cell is given. tune: stage -> its settings, absent where nothing is tuned."""
+
+    columns: CellColumns
+    method: MethodSpec
+    target: TargetSpec
+    tune: NotRequired[Mapping[str, Mapping[str, Any]]]
+
+
+def canonical(value: Any) -> str:
+    """One JSON string for equal values, whatever the order of keys; numbers that are equal are spelled alike."""
+    return json.dumps(plain(value), sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+
+
+def plain(value: Any) -> Any:
+    """The value as JSON has it, whole floats as integers."""
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    return int(value) if isinstance(value, float) and value.is_integer() and abs(value) < 2**63 else value
+
+
+def identity(name: str, spec: Any) -> str:
+    """`name-digest`: the digest, 8 hex digits of SHA-256 of the canonical JSON, changes with any value in the spec."""
+    return f"{name}-{hashlib.sha256(canonical(spec).encode()).hexdigest()[:8]}"
+
+
+def slug(value: Any) -> str:
+    """A value as part of a file's name."""
+    text = value if isinstance(value, str) else canonical(value)
+    return "".join(c if c.isascii() and c.isalnum() or c in "._-" else "_" for c in text).strip("_")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One method on one model at one target, with one calibration and mode. The names are the parts of its path."""
+
+    model: str
+    calib: str
+    mode: str
+    cell: str
+    spec: CellSpec
+
+    @property
+    def folder(self) -> str:
+        return f"results/cells/{self.model}/{self.calib}/{self.mode}/{self.cell}"
+
+    @property
+    def columns(self) -> dict[str, Any]:
+        """A new row that begins with the cell's columns."""
+        return dict(self.spec["columns"])
+
+    @property
+    def certificate(self) -> str | None:
+        """Path of the bound that the cell's layers are held against: masks of a bounded pattern on the dense Grams."""
+        target = Target(**self.spec["target"])
+        mask_only = self.spec["columns"]["comparison"] == "mask-only"
+        if self.mode != "shared" or not mask_only or target.structure not in CERTIFIED:
+            return None
+        return (
+            f"results/certificates/{self.model}/{self.calib}/{identity(slug(target.label), target.as_dict())}.parquet"
+        )
+
+    @cached_property
+    def params(self) -> str:
+        """The spec as the one string that Snakemake tracks."""
+        return canonical(self.spec)
