@@ -11,7 +11,7 @@ import torch
 
 from layerwise.contract.layer import Compressed, Layer, Method, Target
 from layerwise.numerics import ops
-from layerwise.numerics.gradient_projection import Momentum, Projection, begun, step_size, sums
+from layerwise.numerics.gradient_projection import Momentum, Projection, objective_and_norm, step_size, warm_started
 
 CARD = {
     "title": "AWP",
@@ -93,13 +93,13 @@ class AWP(Method):
         iterations = ITERATIONS[kind] if self.iterations is None else self.iterations
         projection = Projection(target, layer.keep, iterations, self.rounding == "gradual")
 
-        start = begun(self.warm_start, layer, target, rng)
+        start = warm_started(self.warm_start, layer, target, rng)
         theta, found, best = (start.weight.double() / unit).float(), None, None
         missing, before, momentum = weight - theta, None, Momentum(self.acceleration == "momentum" and not target.bits)
         least, trace = float("inf"), []
         for iteration in range(iterations + 1):
             gradient = missing @ gram  # [out, in], minus half the gradient
-            objective, norm = sums(gradient, missing)
+            objective, norm = objective_and_norm(gradient, missing)
             beta = momentum.next(objective)
             if iteration == 0 or projection.reaches(iteration):
                 scaled = objective * unit**2 * gram_unit

@@ -64,8 +64,8 @@ class DSnoT(Method):
         start, info = warm.mask, ops.damping_of(warm)
         if self.skip and self.skip in layer.name:
             return replace(ops.masked(layer, start, target), info=info)
-        of = target.n_of_m[1] if target.n_of_m else 0
-        rule = Rule(self.cycles, self.threshold, self.power, self.convention == "exact", of)
+        group_size = target.n_of_m[1] if target.n_of_m else 0
+        rule = Rule(self.cycles, self.threshold, self.power, self.convention == "exact", group_size)
         mask, trace = refine(layer, layer.statistics, start, rule)
         trace = tuple((t, at - began, loss) for t, at, loss in trace)
         return replace(ops.masked(layer, mask, target), trace=trace, info=info)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from layerwise.contract.layer import Compressed, Layer, Method, Target
 from layerwise.numerics import ops
-from layerwise.numerics.relaxation import relaxation
+from layerwise.numerics.relaxation import relaxed_masks
 
 CARD = {
     "title": "SparseFW",
@@ -81,7 +81,7 @@ class FrankWolfe(Method):
         if self.keep == 1:
             return replace(ops.masked(layer, started, target), info=ops.damping_of(warm_start))
         fixed = self.fixed(layer, started, target, rng)
-        run = relaxation(layer, started, fixed, target, self.step)
+        run = relaxed_masks(layer, started, fixed, target, self.step)
         trace, gaps, done, (warm, _) = [], [], 0, run.measure()
         for t in range(self.iterations + 1):
             if self.step != "pairwise" and t >= TRACED and t % TRACED and t != self.iterations:

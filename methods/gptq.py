@@ -11,7 +11,7 @@ from torch import Tensor
 
 from layerwise.contract.layer import Compressed, Layer, Method, Target
 from layerwise.numerics import ops
-from layerwise.numerics.obs import Columns, Settling
+from layerwise.numerics.obs import ColumnGrid, Columns, ColumnSweep
 
 CARD = {
     "title": "GPTQ",
@@ -98,7 +98,7 @@ class GPTQ(Method):
                 fitted = ops.fit_grid(torch.where(keep[:, columns], block, 0.0), target, self.mse)
                 grid.scales[:, groups], grid.zeros[:, groups] = fitted.scales, fitted.zeros
 
-        weight = Settling(weight, factor, keep, self.blocksize, None, grid, group_of, codes).run(fit)
+        weight = ColumnSweep(weight, factor, keep, self.blocksize, None, ColumnGrid(grid, group_of, codes)).run(fit)
         if self.act_order:
             back = order.argsort()
             weight, codes, group_of = weight[:, back], codes[:, back], group_of[back]

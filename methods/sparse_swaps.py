@@ -1,6 +1,6 @@
 """SparseSwaps: in every row again and again the best exchange of one kept weight for one pruned one (Zimmer et al.).
 
-With q = w o (1 - m) the pruned part of a row and c = G q, pruning u and restoring p changes the row's loss qt G q by
+With q = w o (1 - m) the pruned part of a row and c = G q, pruning u and restoring p changes the row's loss q^T G q by
     2 w_u c_u + w_u^2 G_uu - 2 w_p c_p + w_p^2 G_pp - 2 w_u w_p G_up = cost_u + gain_p - 2 w_u w_p G_up.
 """
 
@@ -12,9 +12,8 @@ import torch
 from torch import Tensor
 
 from layerwise.contract.layer import Compressed, Layer, Method, Target
-from layerwise.kernels import swap_rounds
-from layerwise.kernels.swap_state import Rows
-from layerwise.numerics import dispatch, ops, swap_search
+from layerwise.kernels.swap_state import SwapState
+from layerwise.numerics import ops, swap_search
 
 CARD = {
     "title": "SparseSwaps",
@@ -42,9 +41,9 @@ class SparseSwaps(Method):
     """Refines a mask by best swaps within rows, or within the groups of n:m. Precondition: a finite Gram.
 
     Pairs are compared in float32, of equal ones the lowest kept, then the lowest pruned index is taken; each swap is
-    checked, and the loss kept, in float64. On a CPU `swap_rounds.py` makes the swaps, elsewhere the plain loop in
-    `swap_search.py`: the same ones, but for ties on devices whose minimum takes any. The trace has the objective after
-    each round, in which every row that can makes one swap (its seconds on a CPU: see `swap_rounds.rounds`); info:
+    checked, and the loss kept, in float64. Swaps are compiled on a CPU, in torch elsewhere: the same ones, but for ties
+    on devices whose minimum takes any (numerics.swap_search). The trace has the objective after each round, in which
+    every row that can makes one swap (its seconds on a CPU: see kernels.swap_search); info:
     `swaps`, how many were made.
     """
 
@@ -60,13 +59,12 @@ class SparseSwaps(Method):
         mask = warm.mask.clone(memory_format=torch.contiguous_format)
         (weight, unit), (gram, gram_unit) = (ops.normalised(x.contiguous()) for x in (layer.weight, layer.gram.matrix))
         coupling, loss = coupled(torch.where(mask, 0.0, weight).double(), gram.double())
-        rows = Rows(weight, gram, mask, coupling, loss, target.n_of_m[1] if target.n_of_m else None)
+        rows = SwapState(weight, gram, mask, coupling, loss, target.n_of_m[1] if target.n_of_m else None)
         scale = unit**2 * gram_unit
         began = time.perf_counter() - start
         trace = [(0, began, float(loss.sum()) * scale)]
         made = 0
-        rounds = swap_rounds.rounds if dispatch.compiled(mask) else swap_search.rounds
-        for seconds, left, swapped in rounds(rows, self.swaps):
+        for seconds, left, swapped in swap_search.swap_rounds(rows, self.swaps):
             trace.append((len(trace), began + seconds, left * scale))
             made += swapped
         return replace(
@@ -75,6 +73,6 @@ class SparseSwaps(Method):
 
 
 def coupled(pruned: Tensor, gram: Tensor) -> tuple[Tensor, Tensor]:
-    """c = G q [out, in] and qt G q [out] of the pruned parts q [out, in]."""
+    """c = G q [out, in] and q^T G q [out] of the pruned parts q [out, in]."""
     coupling = pruned @ gram
     return coupling, (coupling * pruned).sum(1)

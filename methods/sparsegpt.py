@@ -11,7 +11,7 @@ from torch import Tensor
 
 from layerwise.contract.layer import Compressed, Layer, Method, Target
 from layerwise.numerics import ops
-from layerwise.numerics.obs import Columns, Settling, saliency
+from layerwise.numerics.obs import ColumnGrid, Columns, ColumnSweep, saliency
 
 CARD = {
     "title": "SparseGPT",
@@ -65,8 +65,9 @@ class SparseGPT(Method):
 
         original = torch.where(layer.gram.dead, 0.0, layer.weight) if layer.gram.dead.any() else layer.weight
         mask = torch.ones_like(original, dtype=torch.bool, memory_format=torch.contiguous_format)
-        codes = torch.zeros_like(mask, dtype=torch.uint8) if grid else None
+        codes = torch.zeros_like(mask, dtype=torch.uint8)
         group_of = ops.groups_of(len(factor), target.group, original.device)
+        column_grid = ColumnGrid(grid, group_of, codes) if grid else None
         multiple = target.n_of_m[1] if target.n_of_m else 1
         blocksize = max(self.blocksize // multiple, 1) * multiple
 
@@ -74,15 +75,16 @@ class SparseGPT(Method):
             score = saliency(now(end), diagonal)
             mask[:, start:end] = self._block_mask(score, target, start)
 
-        def choice(start: int, end: int) -> tuple[int, int]:
+        def block_budget(start: int, end: int) -> tuple[int, int]:
             if target.n_of_m:
-                kept, of = target.n_of_m
-                return of, of - kept
+                n_kept, group_size = target.n_of_m
+                return group_size, group_size - n_kept
             return end - start, int(target.sparsity * end) - int(target.sparsity * start)
 
         competing = target.pattern == "layer"  # rows of a block
-        settling = Settling(original, factor, mask, blocksize, None if competing else choice, grid, group_of, codes)
-        weight = settling.run(choose) if competing else settling.run()
+        budget = None if competing else block_budget
+        sweep = ColumnSweep(original, factor, mask, blocksize, budget, column_grid)
+        weight = sweep.run(choose) if competing else sweep.run()
         if grid is None:
             return Compressed(weight, mask, info={"damping": damping})
         weight = torch.where(mask, weight, 0.0)  # where it may be -0 by now

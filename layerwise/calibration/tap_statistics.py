@@ -7,7 +7,7 @@ from torch import Tensor
 
 from layerwise.contract.layer import Gram, Statistics
 from layerwise.kernels.rows import array
-from layerwise.kernels.sums import add_sums
+from layerwise.kernels.tap_statistics import add_sums
 from layerwise.numerics import dispatch
 
 SAMPLE_ROWS = 512
@@ -121,7 +121,7 @@ def mirror(matrix: Tensor) -> None:
 
 def add_statistics(sequences: Tensor, sums: Tensor) -> None:
     """Add mean, mean magnitude and variance of each of sequences [sequences, length, in] to sums [3, in] float64."""
-    if dispatch.compiled(sequences):
+    if dispatch.use_compiled(sequences):
         # In one thread, for some tenth of the product's time: a pool's would contend with torch's waiting ones.
         add_sums(array(sequences), array(sums))
     else:
@@ -140,7 +140,7 @@ def add_products(total: Tensor, x: Tensor) -> None:
 
 
 def add_sums_in_torch(sequences: Tensor, sums: Tensor) -> None:
-    """The plain reference of `layerwise.kernels.sums.add_sums`."""
+    """The plain reference of `layerwise.kernels.tap_statistics.add_sums`."""
     # Per sequence in float32, where cascade summation loses no digits, 16 times faster than summing in float64.
     means = sequences.mean(1, keepdim=True)
     sums[0] += means.sum((0, 1), dtype=torch.float64)

@@ -128,7 +128,7 @@ class Case:
         return f"{name} in torch" if self.plain else name
 
     def compress(self, layer: Layer, seed: int = 0) -> Compressed:
-        with dispatch.plain_torch() if self.plain else contextlib.nullcontext():
+        with dispatch.reference() if self.plain else contextlib.nullcontext():
             result = self.method.compress(layer, self.target, torch.Generator().manual_seed(seed))
         came = type(result).__name__
         demand(isinstance(result, Compressed), layer.name, "what a method returns must be a Compressed", came)
@@ -495,7 +495,7 @@ def runner(case: Case, name: str) -> None:
         entry.name, case.method, case.target, 0, mask_only=not card["updates_weights"], criterion=entry.criterion
     )
     try:
-        with dispatch.plain_torch() if case.plain else contextlib.nullcontext():
+        with dispatch.reference() if case.plain else contextlib.nullcontext():
             solver.solve(layer_cases.build(name))
     except InputError as error:
         raise Finding(name, "the runner must accept the result", f"its refusal ({str(error).rstrip('.')})") from error

@@ -1,8 +1,8 @@
 """The layer contract: what a method is given, what it returns, what it promises (docs/contract.md).
 
-For a weight W [out, in] and inputs X [in, tokens] with G = X Xt / tokens, every method approximately solves
+For a weight W [out, in] and inputs X [in, tokens] with G = X X^T / tokens, every method approximately solves
 
-    minimise tr((W - What) G (W - What)t)   subject to What being sparse and/or quantised as the target says.
+    minimise tr((W - W_hat) G (W - W_hat)^T)   subject to W_hat being sparse and/or quantised as the target says.
 """
 
 from __future__ import annotations

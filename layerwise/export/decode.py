@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from layerwise.contract.target import Target
-from layerwise.kernels.packed_matvec import BLOCK, Blocks, Groups, TwoOfFour
+from layerwise.kernels.packed_matvec import BLOCK, Sparse24, W4BlockSparse, W4Grouped
 from layerwise.numerics import ops
 from layerwise.numerics.patterns import kept_counts
 from layerwise.runtime.errors import InputError
@@ -94,7 +94,7 @@ def _dense(weight: Tensor, x: Tensor) -> dict[str, Callable[[], Tensor]]:
     }
 
 
-def _kernel(storage: Groups | Blocks | TwoOfFour, x: Tensor, threads: int, device: str) -> dict:
+def _kernel(storage: W4Grouped | W4BlockSparse | Sparse24, x: Tensor, threads: int, device: str) -> dict:
     if device == "cpu":
         vector = x.numpy()
         return {"numba": lambda: torch.from_numpy(storage.product(vector, threads))}
@@ -104,19 +104,19 @@ def _kernel(storage: Groups | Blocks | TwoOfFour, x: Tensor, threads: int, devic
     return {"triton": lambda: placed.product(entry)}
 
 
-def _two_of_four(weight: Tensor) -> TwoOfFour:
+def _two_of_four(weight: Tensor) -> Sparse24:
     mask = ops.prune_mask(weight.abs(), TWO_OF_FOUR)
-    return TwoOfFour.pack(weight, mask)
+    return Sparse24.pack(weight, mask)
 
 
-def _grouped(weight: Tensor) -> Groups:
+def _grouped(weight: Tensor) -> W4Grouped:
     codes, scales, zeros = _quantised(weight, W4)
-    return Groups.pack(codes, scales, zeros, W4.group or weight.shape[1])
+    return W4Grouped.pack(codes, scales, zeros, W4.group or weight.shape[1])
 
 
-def _blocks(weight: Tensor) -> Blocks:
+def _blocks(weight: Tensor) -> W4BlockSparse:
     mask = ops.prune_mask(weight.square(), W4_BLOCKS)
-    return Blocks.pack(*_quantised(weight, W4_BLOCKS), mask[:, ::BLOCK])
+    return W4BlockSparse.pack(*_quantised(weight, W4_BLOCKS), mask[:, ::BLOCK])
 
 
 def _quantised(weight: Tensor, target: Target) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,5 +1,8 @@
-"""Loops in compiled code. What is compiled is kept on disk, in a folder that the text of all kernels names: Numba looks
-at the file of a function alone, and would go on using what was compiled with another `simd.py`."""
+"""Compiled loops. Each module shares its stem with the module that is its reference in torch.
+
+Compiled code is kept on disk, in a folder named by a hash of the text of all kernels: Numba itself looks only at the
+file of a function, and would go on using code that was compiled with another `simd.py`.
+"""
 
 import hashlib
 from pathlib import Path

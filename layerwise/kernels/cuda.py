@@ -1,23 +1,33 @@
-"""The products of `storages.py` on CUDA, with Triton. Import it only where CUDA is available: Triton comes with torch
-there, and is not among the locked packages."""
+"""The products of `packed_matvec.py` on CUDA, with Triton.
+
+Import it only where CUDA is available: Triton comes with torch there, and is not among the locked packages.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import numpy as np
 import torch
-import triton
-import triton.language as tl
+import triton  # pyright: ignore[reportMissingImports]
+import triton.language as tl  # pyright: ignore[reportMissingImports]
 from torch import Tensor
 
-from layerwise.kernels.packed_matvec import BLOCK, Blocks, Groups
+from layerwise.kernels.packed_matvec import BLOCK, W4BlockSparse, W4Grouped
+
+
+def jit(function: Callable[..., Any]) -> Any:
+    """Triton's `jit`, with a result that type checkers let be launched on a grid."""
+    return triton.jit(function)
 
 
 class OnDevice:
-    """A storage whose arrays lie on a device; `product` is its W x, with the layout that `storages.py` describes."""
+    """A packed weight whose arrays lie on a device, in the layout that `packed_matvec.py` describes."""
 
-    def __init__(self, storage: Groups | Blocks, device: str = "cuda") -> None:
+    def __init__(self, storage: W4Grouped | W4BlockSparse, device: str = "cuda") -> None:
         self.shape = storage.shape
-        self.group = storage.group if isinstance(storage, Groups) else None
+        self.group = storage.group if isinstance(storage, W4Grouped) else None
         kinds = {"columns": np.int16, "codes": np.int32, "zeros": np.uint8, "scales": np.int16}
         self.arrays = {
             name: torch.from_numpy(np.ascontiguousarray(getattr(storage, name)).view(kind)).to(device)
@@ -33,19 +43,20 @@ class OnDevice:
         codes, scales, zeros = (self.arrays[name] for name in ("codes", "scales", "zeros"))
         if self.group is None:
             kept = scales.shape[1]
-            _blocks_product[(rows,)](self.arrays["columns"], codes, scales, zeros, x, y, kept, inputs, BLOCK=BLOCK)
+            columns = self.arrays["columns"]
+            _w4_block_sparse_product[(rows,)](columns, codes, scales, zeros, x, y, kept, inputs, BLOCK=BLOCK)
         else:
             groups, blocks = scales.shape[1], codes.shape[1]
             # 1024 inputs of a row at a time
-            _groups_product[(rows,)](codes, scales, zeros, x, y, groups, blocks, self.group, inputs, TILE=1024)
+            _w4_grouped_product[(rows,)](codes, scales, zeros, x, y, groups, blocks, self.group, inputs, TILE=1024)
         return y
 
 
-@triton.jit
-def _blocks_product(columns, codes, scales, zeros, x, y, kept, inputs, BLOCK: tl.constexpr):
+@jit
+def _w4_block_sparse_product(columns, codes, scales, zeros, x, y, kept, inputs, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     lane = tl.arange(0, BLOCK)[None, :]
-    total = tl.zeros((BLOCK, BLOCK), tl.float32)
+    sums = tl.zeros((BLOCK, BLOCK), tl.float32)
     for start in range(0, kept, BLOCK):  # rows are filled up to a multiple of sixteen blocks
         block = row * kept + start + tl.arange(0, BLOCK)
         column = tl.load(columns + block).to(tl.int32) & 0xFFFF
@@ -55,14 +66,14 @@ def _blocks_product(columns, codes, scales, zeros, x, y, kept, inputs, BLOCK: tl
         code = (word >> (lane % 8 * 4)) & 15
         place = column[:, None] * BLOCK + lane
         entry = tl.load(x + place, mask=place < inputs, other=0.0)
-        total += scale[:, None] * (code - zero[:, None]).to(tl.float32) * entry
-    tl.store(y + row, tl.sum(total))
+        sums += scale[:, None] * (code - zero[:, None]).to(tl.float32) * entry
+    tl.store(y + row, tl.sum(sums))
 
 
-@triton.jit
-def _groups_product(codes, scales, zeros, x, y, groups, blocks, group, inputs, TILE: tl.constexpr):
+@jit
+def _w4_grouped_product(codes, scales, zeros, x, y, groups, blocks, group, inputs, TILE: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
-    total = tl.zeros((TILE,), tl.float32)
+    sums = tl.zeros((TILE,), tl.float32)
     for start in range(0, inputs, TILE):
         place = start + tl.arange(0, TILE)
         inside = place < inputs
@@ -73,5 +84,5 @@ def _groups_product(codes, scales, zeros, x, y, groups, blocks, group, inputs, T
         word = tl.load(codes + row * (2 * blocks) + place // 8, mask=inside, other=0)
         code = (word >> (place % 8 * 4)) & 15
         entry = tl.load(x + place, mask=inside, other=0.0)
-        total += scale * (code - zero).to(tl.float32) * entry
-    tl.store(y + row, tl.sum(total))
+        sums += scale * (code - zero).to(tl.float32) * entry
+    tl.store(y + row, tl.sum(sums))

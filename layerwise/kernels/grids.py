@@ -1,13 +1,15 @@
-"""Min-max grids of runs of weights, and rounding to them (numerics.ops.Grid), in float32 as torch does."""
+"""Min-max grids of runs of weights, and rounding to them (numerics.grids.Grid), in float32 as torch does."""
 
 import math
+from typing import NamedTuple
 
 import numpy as np
+from numba import boolean, float32, int64, uint8
 from torch import Tensor, from_numpy
 
-from layerwise.kernels.rows import array, by_rows, compiled, empty
+from layerwise.kernels.rows import array, by_rows, compiled, empty, named
 
-LANES = 16
+PARTIAL_SUMS = 16
 RANGES = 80  # tried by `mse`
 FIFTH = 0x4C2C49BA  # the bits of x^(-1/5) are about these less a fifth of those of x
 EXPONENT = 0x7F800000  # of a float32, all set where it is not finite
@@ -34,7 +36,7 @@ def _range(run):
 
 @compiled()
 def _grid_of(low, high, most, symmetric):
-    """Scale and zero of the range, as layerwise.numerics.ops._scale_and_zero."""
+    """Scale and zero of the range, as layerwise.numerics.grids._scale_and_zero."""
     scale = np.float32((high - low) / most)
     if not scale > 0 and scale == scale:
         scale = np.float32(1)
@@ -60,21 +62,21 @@ def _power(x, root):
 
 
 @compiled()
-def _error(run, scale, zero, most, unit, lost, root, total):
+def _error(run, scale, zero, most, unit, lost, root, partial):
     """Sum of (|error| * unit)^2.4 of the entries on the grid; unit: a power of two as the product of its two parts."""
     first, second = unit[0], unit[1]
     for i in range(len(run)):
         code = min(max(np.rint(run[i] / scale) + zero, np.float32(0)), most)
         lost[i] = abs(scale * (code - zero) - run[i]) * first * second
     _power(lost, root)
-    total[:] = 0
-    whole = len(run) // LANES * LANES
-    for start in range(0, whole, LANES):
-        for lane in range(LANES):
-            total[lane] += lost[start + lane]
+    partial[:] = 0
+    whole = len(run) // PARTIAL_SUMS * PARTIAL_SUMS
+    for start in range(0, whole, PARTIAL_SUMS):
+        for lane in range(PARTIAL_SUMS):
+            partial[lane] += lost[start + lane]
     for i in range(whole, len(run)):
-        total[0] += lost[i]
-    return total.sum()
+        partial[0] += lost[i]
+    return partial.sum()
 
 
 @compiled()
@@ -85,13 +87,13 @@ def _shrink(run, low, high, most, symmetric):
     """
     best, least = _grid_of(low, high, most, symmetric), np.float32(np.inf)
     lost, root = np.empty(len(run), np.float32), np.empty(len(run), np.float32)
-    total, unit = np.empty(LANES, np.float32), np.empty(2, np.float32)
+    partial, unit = np.empty(PARTIAL_SUMS, np.float32), np.empty(2, np.float32)
     exponent = -math.frexp(high - low)[1]
     unit[0], unit[1] = 2.0 ** (exponent // 2), 2.0 ** (exponent - exponent // 2)
     for step in range(RANGES):
         share = np.float32(1 - step / 100)
         scale, zero = _grid_of(share * low, share * high, most, symmetric)
-        error = _error(run, scale, zero, most, unit, lost, root, total)
+        error = _error(run, scale, zero, most, unit, lost, root, partial)
         if error < least:
             best, least = (scale, zero), error
     return best
@@ -117,16 +119,31 @@ def _round(run, scale, zero, most, codes, values):
         values[i] = scale * (code - zero)
 
 
-@compiled(["(f4[:, ::1], i8, f4, b1, b1, f4[:, ::1], f4[:, ::1], i8, i8)"])
-def _fit_rows(weight, length, most, symmetric, mse, scales, zeros, first, last):
+class GridSettings(NamedTuple):
+    """How grids are fitted: to runs of `length` columns, with codes from 0 to `largest_code`."""
+
+    length: int
+    largest_code: np.float32
+    symmetric: bool
+    mse: bool
+
+
+FLOATS, CODES = float32[:, ::1], uint8[:, ::1]
+SETTINGS_TYPE = named(GridSettings, int64, float32, boolean, boolean)
+
+
+@compiled([(FLOATS, SETTINGS_TYPE, FLOATS, FLOATS, int64, int64)])
+def _fit_rows(weight, settings, scales, zeros, first, last):
+    length, most, symmetric, mse = settings
     for row in range(first, last):
         for group in range(scales.shape[1]):
             run = weight[row, group * length : (group + 1) * length]
             scales[row, group], zeros[row, group] = _fit(run, most, symmetric, mse)
 
 
-@compiled(["(f4[:, ::1], i8, f4, b1, b1, f4[:, ::1], f4[:, ::1], u1[:, ::1], f4[:, ::1], i8, i8)"])
-def _fit_and_round(weight, length, most, symmetric, mse, scales, zeros, codes, values, first, last):
+@compiled([(FLOATS, SETTINGS_TYPE, FLOATS, FLOATS, CODES, FLOATS, int64, int64)])
+def _fit_and_round(weight, settings, scales, zeros, codes, values, first, last):
+    length, most, symmetric, mse = settings
     for row in range(first, last):
         for group in range(scales.shape[1]):
             start, end = group * length, min((group + 1) * length, weight.shape[1])
@@ -139,18 +156,19 @@ def _fit_and_round(weight, length, most, symmetric, mse, scales, zeros, codes, v
 def fit(weight: Tensor, length: int, bits: int, symmetric: bool, mse: bool) -> tuple[Tensor, Tensor]:
     """Scales and zeros [out, groups] of runs of `length` columns of weight [out, in] float32."""
     scales, zeros = _grids(weight, length)
-    by_rows(_fit_rows, weight.shape, array(weight), length, 2**bits - 1, symmetric, mse, scales, zeros)
+    settings = GridSettings(length, np.float32(2**bits - 1), symmetric, mse)
+    by_rows(_fit_rows, weight.shape, array(weight), settings, scales, zeros)
     return from_numpy(scales), from_numpy(zeros)
 
 
 def fit_and_round(
     weight: Tensor, length: int, bits: int, symmetric: bool, mse: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Scales and zeros [out, groups] as `fit`, and the weight's codes and values [out, in], in one go over its rows."""
+    """Scales and zeros [out, groups] as `fit`, and the weight's codes and values [out, in], in one pass."""
     scales, zeros = _grids(weight, length)
     codes, values = empty(weight.shape, np.uint8), empty(weight.shape, np.float32)
-    settings = (length, 2**bits - 1, symmetric, mse)
-    by_rows(_fit_and_round, weight.shape, array(weight), *settings, scales, zeros, codes, values)
+    settings = GridSettings(length, np.float32(2**bits - 1), symmetric, mse)
+    by_rows(_fit_and_round, weight.shape, array(weight), settings, scales, zeros, codes, values)
     return from_numpy(scales), from_numpy(zeros), from_numpy(codes), from_numpy(values)
 
 

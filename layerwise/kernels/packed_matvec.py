@@ -12,21 +12,21 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from numba import njit
 from numpy.typing import NDArray
 from torch import Tensor
 
 from layerwise.kernels import simd
+from layerwise.kernels.rows import compiled
 
 BLOCK = 16  # inputs of a block, and of 64 bits of codes
-POWERS = np.array([16.0 ** (lane // 2) for lane in range(BLOCK)], np.float32)  # what lanes.load_nibbles leaves in
+POWERS = np.array([16.0 ** (lane // 2) for lane in range(BLOCK)], np.float32)  # what simd.load_nibbles leaves in
 
 
 # ----------------------------------------------------------------------------------------------------------- packed W4
 
 
 @dataclass(frozen=True)
-class Groups:
+class W4Grouped:
     """4-bit codes, and a scale and a zero for each group of consecutive inputs of a row: scale * (code - zero).
 
     codes: [rows, blocks, 2] uint32; scales: [rows, groups] uint16, the bits of bfloat16; zeros: [rows, groups / 2
@@ -40,7 +40,7 @@ class Groups:
     shape: tuple[int, int]
 
     @classmethod
-    def pack(cls, codes: Tensor, scales: Tensor, zeros: Tensor, group: int) -> Groups:
+    def pack(cls, codes: Tensor, scales: Tensor, zeros: Tensor, group: int) -> W4Grouped:
         """From codes [rows, inputs] in [0, 15], scales [rows, groups] that bfloat16 holds, zeros [rows, groups].
 
         Raises ValueError for other shapes or values, in one sentence.
@@ -69,39 +69,39 @@ class Groups:
         entries = _in_lanes(_vector(x, self.shape), self.codes.shape[1])
         sums = _sums(x, self.group)
         arrays = (self.codes, self.scales, self.zeros)
-        return _by_rows(_groups_product, arrays, (self.group // BLOCK, entries, sums), self.shape[0], threads)
+        return _on_threads(_w4_grouped_product, arrays, (self.group // BLOCK, entries, sums), self.shape[0], threads)
 
 
-@njit(cache=True, fastmath=True, error_model="numpy", nogil=True)
-def _groups_product(codes, scales, zeros, length, x, sums, y):
+@compiled(fastmath=True)
+def _w4_grouped_product(codes, scales, zeros, length, x, sums, y):
     """The sum of a group's code * x is scaled once; its zero costs one product with the sum of x."""
     blocks = codes.shape[1]
     words = codes.reshape(-1)
     for row in range(len(y)):
-        sum_of_row, offset = simd.none(), np.float32(0)
+        sum_of_row, offset = simd.zeros(), np.float32(0)
         for group in range(scales.shape[1]):
             scale = simd.from_bfloat16(scales[row, group])
             zero = (zeros[row, group >> 1] >> (4 * (group & 1))) & 15
             offset += scale * np.float32(zero) * sums[group]
-            one, other = simd.none(), simd.none()  # two sums, so that additions need not wait for each other
+            one, other = simd.zeros(), simd.zeros()  # two sums, so that additions need not wait for each other
             first, last = group * length, min((group + 1) * length, blocks)
             for block in range(first, last - 1, 2):
                 word, entry = 2 * (row * blocks + block), BLOCK * block
-                one = simd.plus(one, simd.times(simd.load_nibbles(words, word), simd.load(x, entry)))
+                one = simd.add(one, simd.mul(simd.load_nibbles(words, word), simd.load(x, entry)))
                 word, entry = word + 2, entry + BLOCK
-                other = simd.plus(other, simd.times(simd.load_nibbles(words, word), simd.load(x, entry)))
+                other = simd.add(other, simd.mul(simd.load_nibbles(words, word), simd.load(x, entry)))
             if (last - first) % 2:
                 word, entry = 2 * (row * blocks + last - 1), BLOCK * (last - 1)
-                one = simd.plus(one, simd.times(simd.load_nibbles(words, word), simd.load(x, entry)))
-            sum_of_row = simd.plus(sum_of_row, simd.times(simd.plus(one, other), simd.spread(scale)))
-        y[row] = simd.total(sum_of_row) - offset
+                one = simd.add(one, simd.mul(simd.load_nibbles(words, word), simd.load(x, entry)))
+            sum_of_row = simd.add(sum_of_row, simd.mul(simd.add(one, other), simd.splat(scale)))
+        y[row] = simd.reduce_add(sum_of_row) - offset
 
 
 # ------------------------------------------------------------------------------------------- packed W4, blocks dropped
 
 
 @dataclass(frozen=True)
-class Blocks:
+class W4BlockSparse:
     """4-bit codes of the kept 1x16 blocks of each row, each block with its column, scale and zero, as GQSA stores them.
 
     columns: [rows, kept] uint16, which block of the row it is; codes: [rows, kept, 2] uint32; scales: [rows, kept]
@@ -116,7 +116,7 @@ class Blocks:
     shape: tuple[int, int]
 
     @classmethod
-    def pack(cls, codes: Tensor, scales: Tensor, zeros: Tensor, kept: Tensor) -> Blocks:
+    def pack(cls, codes: Tensor, scales: Tensor, zeros: Tensor, kept: Tensor) -> W4BlockSparse:
         """From codes [rows, inputs] in [0, 15]; scales that bfloat16 holds, zeros and kept (bool), all [rows, blocks].
 
         Raises ValueError for other shapes or values, in one sentence.
@@ -165,11 +165,11 @@ class Blocks:
         """[rows], W x for x [inputs]."""
         entries = _in_lanes(_vector(x, self.shape), -(-self.shape[1] // BLOCK))
         arrays = (self.columns, self.codes, self.scales, self.zeros)
-        return _by_rows(_blocks_product, arrays, (entries, POWERS), self.shape[0], threads)
+        return _on_threads(_w4_block_sparse_product, arrays, (entries, POWERS), self.shape[0], threads)
 
 
-@njit(cache=True, fastmath=True, error_model="numpy", nogil=True)
-def _blocks_product(columns, codes, scales, zeros, x, powers, y):
+@compiled(fastmath=True)
+def _w4_block_sparse_product(columns, codes, scales, zeros, x, powers, y):
     """Sixteen scales and zeros are unpacked at once; then each of the sixteen blocks takes five vector instructions."""
     kept = columns.shape[1]
     words, all_scales, all_zeros = codes.reshape(-1), scales.reshape(-1), zeros.reshape(-1)
@@ -178,30 +178,30 @@ def _blocks_product(columns, codes, scales, zeros, x, powers, y):
     inverse = simd.load(np.float32(1) / powers, 0)
     for row in range(len(y)):
         own = columns[row]
-        low, high = simd.none(), simd.none()  # two sums, so that additions need not wait for each other
+        low, high = simd.zeros(), simd.zeros()  # two sums, so that additions need not wait for each other
         for start in range(0, kept, BLOCK):
             first = row * kept + start
             simd.store(grid, 0, simd.load_bfloat16(all_scales, first))
-            simd.store(grid, BLOCK, simd.times(simd.load_nibbles(all_zeros, first >> 3), inverse))
+            simd.store(grid, BLOCK, simd.mul(simd.load_nibbles(all_zeros, first >> 3), inverse))
             for block in range(8):  # and block + 8, whose zero is in the lane beside its own
                 for half in (0, 1):
                     number = block + 8 * half
-                    zero = simd.times(power, simd.spread(grid[BLOCK + 2 * block + half]))
-                    code = simd.minus(simd.load_nibbles(words, 2 * (first + number)), zero)
+                    zero = simd.mul(power, simd.splat(grid[BLOCK + 2 * block + half]))
+                    code = simd.sub(simd.load_nibbles(words, 2 * (first + number)), zero)
                     entry = simd.load(x, BLOCK * np.intp(own[np.uintp(start + number)]))
-                    term = simd.times(simd.times(code, simd.spread(grid[number])), entry)
+                    term = simd.mul(simd.mul(code, simd.splat(grid[number])), entry)
                     if half:
-                        high = simd.plus(high, term)
+                        high = simd.add(high, term)
                     else:
-                        low = simd.plus(low, term)
-        y[row] = simd.total(simd.plus(low, high))
+                        low = simd.add(low, term)
+        y[row] = simd.reduce_add(simd.add(low, high))
 
 
 # ----------------------------------------------------------------------------------------------------------------- 2:4
 
 
 @dataclass(frozen=True)
-class TwoOfFour:
+class Sparse24:
     """Two bfloat16 values of every four consecutive inputs, and 2 bits each that say which inputs they belong to.
 
     values: [rows, halves] uint16, the bits of bfloat16; positions: [rows, halves / 16, 2] uint16, the low bits of
@@ -213,7 +213,7 @@ class TwoOfFour:
     shape: tuple[int, int]
 
     @classmethod
-    def pack(cls, weight: Tensor, mask: Tensor) -> TwoOfFour:
+    def pack(cls, weight: Tensor, mask: Tensor) -> Sparse24:
         """From a weight [rows, inputs] that bfloat16 holds, and a mask [rows, inputs], True for two of four at most.
 
         Raises ValueError for other shapes or values, in one sentence.
@@ -247,10 +247,10 @@ class TwoOfFour:
     def product(self, x: NDArray[np.float32], threads: int = 1) -> NDArray[np.float32]:
         """[rows], W x for x [inputs]."""
         entries = _candidates(_vector(x, self.shape), self.positions.shape[1])
-        return _by_rows(_two_of_four_product, (self.values, self.positions), (entries,), self.shape[0], threads)
+        return _on_threads(_sparse24_product, (self.values, self.positions), (entries,), self.shape[0], threads)
 
 
-@njit(cache=True, fastmath=True, error_model="numpy", nogil=True)
+@compiled(fastmath=True)
 def _candidates(x, sixteens):
     """For sixteen values in turn, the four entries of x that each could belong to, [sixteens, 4, 16] flat."""
     entries = _aligned(64 * sixteens)
@@ -261,26 +261,26 @@ def _candidates(x, sixteens):
     return entries
 
 
-@njit(cache=True, fastmath=True, error_model="numpy", nogil=True)
-def _two_of_four_product(values, positions, x, y):
+@compiled(fastmath=True)
+def _sparse24_product(values, positions, x, y):
     sixteens = positions.shape[1]
     all_values = values.reshape(-1)
     for row in range(len(y)):
-        one = simd.none()
+        one = simd.zeros()
         for part in range(sixteens):
             low, high, start = positions[row, part, 0], positions[row, part, 1], 64 * part
             lower = simd.select(low, simd.load(x, start + 16), simd.load(x, start))
             upper = simd.select(low, simd.load(x, start + 48), simd.load(x, start + 32))
             entry = simd.select(high, upper, lower)
             value = simd.load_bfloat16(all_values, BLOCK * (row * sixteens + part))
-            one = simd.plus(one, simd.times(value, entry))
-        y[row] = simd.total(one)
+            one = simd.add(one, simd.mul(value, entry))
+        y[row] = simd.reduce_add(one)
 
 
 # ----------------------------------------------------------------------------------------------------- what they share
 
 
-@njit(cache=True)
+@compiled()
 def _aligned(count):
     """Room for `count` float32 that starts on a cache line: loads that straddle two take twice as long."""
     room = np.empty(count + 16, np.float32)
@@ -288,9 +288,9 @@ def _aligned(count):
     return room[first : first + count]
 
 
-@njit(cache=True)
+@compiled()
 def _in_lanes(x, blocks):
-    """x [inputs] filled up to blocks of 16, each in the order of lanes.load_nibbles and divided by its powers."""
+    """x [inputs] filled up to blocks of 16, each in the order of simd.load_nibbles and divided by its powers."""
     entries = _aligned(BLOCK * blocks)
     entries[:] = 0
     for column in range(len(x)):
@@ -300,7 +300,7 @@ def _in_lanes(x, blocks):
     return entries
 
 
-@njit(cache=True, fastmath=True)
+@compiled(fastmath=True)
 def _sums(x, length):
     """[groups], the sum of x over each run of `length` entries."""
     sums = np.empty(-(-len(x) // length), np.float32)
@@ -309,7 +309,7 @@ def _sums(x, length):
     return sums
 
 
-def _by_rows(kernel: Callable, arrays: tuple, others: tuple, rows: int, threads: int) -> NDArray[np.float32]:
+def _on_threads(kernel: Callable, arrays: tuple, others: tuple, rows: int, threads: int) -> NDArray[np.float32]:
     """The kernel on as many runs of rows as there are threads, which write their parts of y [rows]."""
     y = np.empty(rows, np.float32)
     if threads == 1:
@@ -367,7 +367,7 @@ def _padded(values: np.ndarray, length: int) -> np.ndarray:
 def _nibbles(numbers: np.ndarray) -> NDArray[np.uint8]:
     """[rows, columns / 2] of numbers [rows, columns] in [0, 15], the first of each two in the low bits."""
     low, high = numbers[:, ::2].astype(np.uint8), numbers[:, 1::2].astype(np.uint8)
-    return np.ascontiguousarray(low | high << 4)
+    return np.ascontiguousarray(low | high << 4, np.uint8)
 
 
 def _words(numbers: np.ndarray) -> NDArray[np.uint32]:

@@ -2,26 +2,41 @@
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
-from typing import Any
+from typing import Any, ParamSpec, TypeVar, cast
 
 import numpy as np
 import torch
-from numba import njit
+from numba import njit, types
+from numpy.typing import DTypeLike
 from torch import Tensor
 
-PARTS = 4  # runs of rows per thread, so that one which is held up leaves little for the others to wait for
-SMALL = 2**15  # entries that one thread is done with before a second one has started
+P = ParamSpec("P")
+R = TypeVar("R")
 
-# Signatures are given, so that a kernel is compiled, or read from the cache on disk, when its module is imported and
-# not within a layer's seconds. No fastmath: products and differences are rounded one by one, as torch rounds them.
-compiled = partial(njit, cache=True, nogil=True, error_model="numpy")
+PARTS = 4  # runs of rows per thread: if one thread is held up, the others wait for one short run only
+SMALL = 2**15  # entries that one thread finishes before a second one has started
+
+
+def compiled(
+    signatures: Any = None, *, fastmath: bool | set[str] = False
+) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Decorator that compiles a function with Numba and keeps its type.
+
+    signatures: with them a kernel is compiled, or read from the cache on disk, when its module is imported, not within
+    a layer's seconds. fastmath: off by default, so that products and differences are rounded one by one, as in torch.
+    """
+    return njit(signatures, cache=True, nogil=True, error_model="numpy", fastmath=fastmath)
+
+
+def named(kind: type[tuple], *fields: types.Type) -> types.Type:
+    """Numba's type of a named tuple with fields of these types, for signatures."""
+    return cast(types.Type, types.BaseTuple.from_types(fields, kind))
 
 
 def by_rows(kernel: Callable, shape: tuple[int, ...], *arguments: Any) -> list:
-    """kernel(*arguments, first, last) on runs of the rows of a matrix of that shape, in torch's number of threads.
+    """Call kernel(*arguments, first, last) on runs of rows of a matrix of that shape, in torch's number of threads.
 
-    Returns what the kernel returns, run by run.
+    Returns the kernel's results, one per run.
     """
     rows, threads = shape[0], torch.get_num_threads()
     if threads == 1 or np.prod(shape) < SMALL or rows == 1:
@@ -32,10 +47,10 @@ def by_rows(kernel: Callable, shape: tuple[int, ...], *arguments: Any) -> list:
 
 
 def array(tensor: Tensor) -> np.ndarray:
-    """The tensor's entries, row after row, as kernels take them; a view where they lie so."""
+    """The tensor's entries as a C-contiguous array: a view of a contiguous tensor, else a copy."""
     return tensor.detach().contiguous().numpy()
 
 
-def empty(shape: tuple[int, ...], dtype: type) -> np.ndarray:
-    """Memory for a result. numpy asks for large pages, which spares most of the page faults of torch.empty."""
+def empty(shape: tuple[int, ...], dtype: DTypeLike) -> np.ndarray:
+    """Uninitialised memory for a result. numpy asks for large pages, which avoids most page faults of torch.empty."""
     return np.empty(shape, dtype)

@@ -1,19 +1,27 @@
-"""Sixteen float32 lanes in one register, for Numba: what LLVM's vectoriser does not find in loops over packed codes.
+"""Vectors of sixteen float32 lanes for Numba's loops, where LLVM's vectoriser finds no vector code by itself.
 
-Each function is a line or two of LLVM IR on vectors, which LLVM splits where the processor's registers are shorter.
+Each function is a line or two of LLVM IR on vectors. LLVM splits them where the processor's registers are shorter.
 """
 
-# Numba's extension interface is not annotated.
-# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
+from collections.abc import Callable
+from typing import Any, Concatenate, ParamSpec, cast
 
 from llvmlite import ir
 from numba import types
-from numba.extending import intrinsic, models, register_model
+from numba.extending import intrinsic as numba_intrinsic
+from numba.extending import models, register_model
+
+P = ParamSpec("P")
 
 LANES = 16
 FLOAT, INT, HALF = ir.FloatType(), ir.IntType(32), ir.IntType(16)
 FLOATS, INTS = ir.VectorType(FLOAT, LANES), ir.VectorType(INT, LANES)
 FAST = ("fast",)  # sums in any order, and fused multiply-add; all entries finite
+
+
+def intrinsic(make: Callable[Concatenate[Any, P], Any]) -> Callable[P, Any]:
+    """Numba's `intrinsic` with the type of the call: the typing context that `make` takes first is left out."""
+    return cast(Callable[P, Any], numba_intrinsic(make))
 
 
 class Lanes(types.Type):
@@ -47,7 +55,7 @@ def _pointer(context, builder, array_type, array, index, kind: ir.Type):
 
 
 @intrinsic
-def none(typing_context):
+def zeros(typing_context):
     """Sixteen zeros."""
     return LANES_TYPE(), lambda context, builder, signature, args: ir.Constant(FLOATS, [0.0] * LANES)
 
@@ -89,7 +97,7 @@ def load_nibbles(typing_context, array, index):
 
 
 @intrinsic
-def spread(typing_context, number):
+def splat(typing_context, number):
     """One float32 in every lane."""
 
     def build(context, builder, signature, args):
@@ -146,25 +154,25 @@ def select(typing_context, bits, lanes, others):
 
 
 @intrinsic
-def times(typing_context, a, b):
+def mul(typing_context, a, b):
     """a * b."""
     return LANES_TYPE(a, b), lambda context, builder, signature, args: builder.fmul(*args, flags=FAST)
 
 
 @intrinsic
-def plus(typing_context, a, b):
+def add(typing_context, a, b):
     """a + b."""
     return LANES_TYPE(a, b), lambda context, builder, signature, args: builder.fadd(*args, flags=FAST)
 
 
 @intrinsic
-def minus(typing_context, a, b):
+def sub(typing_context, a, b):
     """a - b."""
     return LANES_TYPE(a, b), lambda context, builder, signature, args: builder.fsub(*args, flags=FAST)
 
 
 @intrinsic
-def less_product(typing_context, a, b, c):
+def sub_mul(typing_context, a, b, c):
     """a - b * c, product and difference each rounded, as if one were stored before the other."""
 
     def build(context, builder, signature, args):
@@ -174,8 +182,8 @@ def less_product(typing_context, a, b, c):
 
 
 @intrinsic
-def over(typing_context, a, b):
-    """a / b, rounded as ever."""
+def div(typing_context, a, b):
+    """a / b, rounded to nearest."""
     return LANES_TYPE(a, b), lambda context, builder, signature, args: builder.fdiv(*args)
 
 
@@ -191,7 +199,7 @@ def absolute(typing_context, lanes):
 
 
 @intrinsic
-def to_whole(typing_context, lanes):
+def rint(typing_context, lanes):
     """Each lane rounded to a whole number, halves to even."""
 
     def build(context, builder, signature, args):
@@ -202,7 +210,7 @@ def to_whole(typing_context, lanes):
 
 
 @intrinsic
-def within(typing_context, lanes, limits):
+def clamp(typing_context, lanes, limits):
     """The lanes, or 0 or the limit where they are beyond; none is nan."""
 
     def build(context, builder, signature, args):
@@ -214,7 +222,7 @@ def within(typing_context, lanes, limits):
 
 
 @intrinsic
-def total(typing_context, lanes):
+def reduce_add(typing_context, lanes):
     """Sum of the sixteen lanes, float32."""
 
     def build(context, builder, signature, args):
@@ -226,7 +234,7 @@ def total(typing_context, lanes):
 
 
 @intrinsic
-def smaller(typing_context, a, b):
+def minimum(typing_context, a, b):
     """The smaller of each two lanes; none is nan."""
 
     def build(context, builder, signature, args):
@@ -236,7 +244,7 @@ def smaller(typing_context, a, b):
 
 
 @intrinsic
-def least(typing_context, lanes):
+def reduce_min(typing_context, lanes):
     """The smallest of the sixteen lanes, float32; none is nan, but they may be infinite."""
 
     def build(context, builder, signature, args):
@@ -248,7 +256,7 @@ def least(typing_context, lanes):
 
 
 @intrinsic
-def at_most(typing_context, lanes, limits):
+def le_mask(typing_context, lanes, limits):
     """Bit i says whether lane i is at most that of the limits."""
 
     def build(context, builder, signature, args):

@@ -12,11 +12,11 @@ TOLERANCE = 1e-9
 
 
 @dataclass(frozen=True)
-class Rows:
-    """A layer's rows before their swaps, C-contiguous; the swaps change mask, coupling and loss in place.
+class SwapState:
+    """A layer's rows, C-contiguous; swaps change mask, coupling and loss in place.
 
     weight [rows, in] and gram [in, in]: float32, entries of at most 1. mask: [rows, in], True where kept. coupling:
-    [rows, in] float64, G q for the pruned part q. loss: [rows] float64, qt G q. length: m of n:m, None for whole rows.
+    [rows, in] float64, G q for the pruned part q. loss: [rows] float64, q^T G q. length: m of n:m, None for whole rows.
     """
 
     weight: Tensor

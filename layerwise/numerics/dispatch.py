@@ -1,4 +1,4 @@
-"""Which of two equal paths a loop takes: compiled on a processor, plain torch on every other device."""
+"""Which of two equal paths a loop takes: compiled on a CPU, the torch reference on every other device."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from contextvars import ContextVar
 
 from torch import Tensor
 
-_plain = ContextVar("plain", default=False)
+_reference = ContextVar("reference", default=False)
 
 
-def compiled(tensor: Tensor) -> bool:
-    """Whether what is done with the tensor, float32 or float64, is done by compiled code (Numba)."""
-    return tensor.device.type == "cpu" and not _plain.get()
+def use_compiled(tensor: Tensor) -> bool:
+    """Whether loops over the tensor, float32 or float64, run as compiled code (Numba)."""
+    return tensor.device.type == "cpu" and not _reference.get()
 
 
 @contextmanager
-def plain_torch() -> Iterator[None]:
-    """Within it the plain torch reference runs everywhere: for tests and benchmarks."""
-    token = _plain.set(True)
+def reference() -> Iterator[None]:
+    """Context in which the torch reference runs everywhere: for tests and benchmarks."""
+    token = _reference.set(True)
     try:
         yield
     finally:
-        _plain.reset(token)
+        _reference.reset(token)

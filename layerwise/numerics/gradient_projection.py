@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from layerwise.contract.layer import Compressed, Gram, Layer, Method, Target
-from layerwise.kernels import descent
+from layerwise.kernels import gradient_projection as kernel
 from layerwise.numerics import dispatch, ops
 
 
@@ -70,16 +70,16 @@ class Projection:
         step: float,
         iteration: int,
     ) -> tuple[Compressed, Tensor]:
-        """The projection after a gradient step, and what it misses of the weight, [out, in].
+        """The projection after a gradient step, and the weight less the projection, [out, in].
 
         now, before: (iterate, gradient) of this iterate and the one before it. beta: the momentum. The gradient is
-        linear in the iterate, so that where the momentum leads to it is known without another product.
+        linear in the iterate, so the gradient at the point that momentum leads to needs no further product.
         """
         target = self.target
-        if target.bits is None and target.structure in ("row", "n:m") and dispatch.compiled(weight):
-            kept, of = target.n_of_m or (0, 0)
-            pruned = of - kept if of else int(target.sparsity * weight.shape[1])
-            theta, mask, missing = descent.descend(weight, now, before, beta, step, pruned, of)
+        if target.bits is None and target.structure in ("row", "n:m") and dispatch.use_compiled(weight):
+            n_kept, group_size = target.n_of_m or (0, 0)
+            n_pruned = group_size - n_kept if group_size else int(target.sparsity * weight.shape[1])
+            theta, mask, missing = kernel.descend(weight, now, before, beta, step, n_pruned, group_size)
             return Compressed(theta, mask), missing
         moved = now[0] + step * now[1]
         if beta:
@@ -88,8 +88,8 @@ class Projection:
         return found, weight - found.weight
 
 
-def begun(warm_start: Method, layer: Layer, target: Target, rng: torch.Generator) -> Compressed:
-    """The warm start, rounded if the target has bits: what the result is never worse than."""
+def warm_started(warm_start: Method, layer: Layer, target: Target, rng: torch.Generator) -> Compressed:
+    """The warm start, rounded if the target has bits; the result is never worse than it."""
     if not target.sparsity:
         return ops.round_to_nearest(layer.weight, target)
     pruned = warm_start.compress(layer, target.pruning, rng)
@@ -100,13 +100,13 @@ def begun(warm_start: Method, layer: Layer, target: Target, rng: torch.Generator
 
 
 class Momentum:
-    """Nesterov's beta of each iterate, none after one whose error is above that of the iterate before it."""
+    """Nesterov's beta for each iterate; zero after an iterate with a larger error than the one before it."""
 
     def __init__(self, used: bool) -> None:
         self.used, self.length, self.error = used, 1.0, float("inf")
 
     def next(self, error: float) -> float:
-        """The beta with which to go on from an iterate of that error; 0 where momentum is not used."""
+        """The beta for the step from an iterate with that error; 0 where momentum is not used."""
         if not self.used:
             return 0.0
         last, rises = self.length, error > self.error
@@ -115,10 +115,10 @@ class Momentum:
         return 0.0 if rises else (last - 1) / self.length
 
 
-def sums(gradient: Tensor, missing: Tensor) -> tuple[float, float]:
-    """The sum of gradient * missing and the norm of the gradient, float64."""
-    if gradient.dtype == torch.float32 and dispatch.compiled(gradient):
-        return descent.sums(gradient, missing)
+def objective_and_norm(gradient: Tensor, missing: Tensor) -> tuple[float, float]:
+    """The sum of gradient * missing, both [out, in], and the norm of the gradient; sums in float64."""
+    if gradient.dtype == torch.float32 and dispatch.use_compiled(gradient):
+        return kernel.objective_and_norm(gradient, missing)
     return float(ops.inner(gradient, missing).sum()), float(gradient.norm())
 
 
@@ -132,9 +132,9 @@ def with_share(target: Target, share: float) -> Target:
     """The target's pattern with a share, in (0, 1], of its sparsity."""
     if not target.n_of_m:
         return Target(share * target.sparsity, target.pattern)
-    kept, of = target.n_of_m
-    dropped = int(share * (of - kept))
-    return Target(pattern=f"{of - dropped}:{of}") if dropped else Target()
+    n_kept, group_size = target.n_of_m
+    n_pruned = int(share * (group_size - n_kept))
+    return Target(pattern=f"{group_size - n_pruned}:{group_size}") if n_pruned else Target()
 
 
 def nearest(distance: Tensor, mask: Tensor, share: float) -> Tensor:

@@ -1,57 +1,68 @@
-"""The optimal brain surgeon column by column, which SparseGPT and GPTQ share (Frantar and Alistarh)."""
+"""The optimal brain surgeon (OBS) column by column, which SparseGPT and GPTQ share (Frantar and Alistarh)."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from layerwise.contract.cholesky import inverse_of_lower
-from layerwise.kernels import columns
+from layerwise.kernels import obs as kernel
+from layerwise.kernels.rows import array
 from layerwise.numerics import dispatch, ops
 
 Columns = Callable[[int], Tensor]
 
 
-SPAN = 512  # columns that the errors of all columns before them are multiplied to at once
+SPAN = 512  # columns for which the errors of all columns before them are multiplied at once
 
 
 @dataclass(frozen=True)
-class Settling:
-    """The columns of a weight [out, in] settled in order, those to the right made up for what has changed.
+class ColumnGrid:
+    """The grid that a sweep rounds columns to: group_of [in] int64, and the codes [out, in] uint8 that it writes."""
 
-    With G = Mt M, M lower, the loss of errors E is |E Mt|^2: whatever the settled columns S lost, the others F lose
-    nothing more at E_F = -E_S M_FS^t M_FF^-t. So a block of columns is brought up to date when its turn comes, from all
-    errors before it, where the official codes multiply the inverse's factor to all columns after a block. The inverse
-    is needed within blocks alone. M is in float32: at the methods' damping, .01 and .02, weights agree with float64 to
+    grid: ops.Grid
+    group_of: Tensor
+    codes: Tensor
+
+
+@dataclass(frozen=True)
+class ColumnSweep:
+    """Prune or round the columns of a weight [out, in] from left to right; those to the right absorb the error.
+
+    With G = M^T M, M lower, the loss of errors E is |E M^T|^2. Whatever the finished columns S lost, the others F lose
+    nothing more at E_F = -E_S M_FS^T M_FF^-T. So a block of columns is brought up to date when its turn comes, from all
+    errors before it, where the official codes apply the inverse's factor to all columns after a block. The inverse is
+    needed within blocks only. M is in float32: at the methods' damping, .01 and .02, weights agree with float64 to
     1e-7, at 1e-4 to 1e-6; with less, on Grams without full rank, both paths lose digits.
 
-    factor: M [in, in]. mask: [out, in] bool, in place; a column becomes zero where it is False, then is rounded to the
-    grid, if there is one, with its codes [out, in] uint8; group_of [in].
-    choice(start, end): (of, pruned) of a block: when the first of each `of` columns comes, the mask is chosen that lets
-    the `pruned` smallest |w / U_jj| of them go; of divides the block size or is all of it.
+    factor: M [in, in]. mask: [out, in] bool, written in place; a column becomes zero where it is False, and is then
+    rounded to the grid, if there is one.
+    block_budget(start, end): (group_size, n_pruned) of a block. At the first of each `group_size` columns the mask is
+    chosen that prunes the `n_pruned` smallest |w / U_jj| of them; group_size divides the block size or equals it.
     """
 
     original: Tensor
     factor: Tensor
     mask: Tensor
     blocksize: int
-    choice: Callable[[int, int], tuple[int, int]] | None = None
-    grid: ops.Grid | None = None
-    group_of: Tensor | None = None
-    codes: Tensor | None = None
+    block_budget: Callable[[int, int], tuple[int, int]] | None = None
+    grid: ColumnGrid | None = None
 
     def run(self, prepare: Callable[[int, int, Columns, Tensor], None] = lambda *_: None) -> Tensor:
-        """The settled weight [out, in].
+        """The weight [out, in] after the sweep.
 
-        prepare(start, end, now, diagonal) may fill in mask and grid of a block of columns: now(end) are the columns
-        from start to end, or to one after it, as the blocks before have left them, and diagonal is U_jj of the block.
+        prepare(start, end, now, diagonal) may fill in mask and grid of a block of columns: now(stop) are the columns
+        from start to stop as the blocks before have left them, where stop is `end` or later, and diagonal is U_jj of
+        the block.
         """
         factor, inputs = self.factor, len(self.factor)
         shape = (2, *self.original.shape)
-        weight, errors = columns.memory(shape) if dispatch.compiled(self.original) else self.original.new_empty(shape)
+        use_compiled = dispatch.use_compiled(self.original)
+        weight, errors = kernel.memory(shape) if use_compiled else self.original.new_empty(shape)
         span = self.blocksize * max(SPAN // self.blocksize, 1)
         for first in range(0, inputs, span):
             missing = errors[:, :first] @ factor[first : first + span, :first].T
@@ -63,52 +74,53 @@ class Settling:
                 block = weight[:, start:end]
                 torch.addmm(self.original[:, start:end], lost, inverse, out=block)
 
-                def now(until: int, start: int = start, end: int = end, block: Tensor = block) -> Tensor:
-                    return block if until == end else self._now(errors, start, until)
+                def now(stop: int, start: int = start, end: int = end, block: Tensor = block) -> Tensor:
+                    return block if stop == end else self._now(errors, start, stop)
 
                 prepare(start, end, now, inverse.diagonal())
-                settle = self._block if dispatch.compiled(weight) else self._block_plainly
-                settle(weight, errors, start, inverse)
+                sweep = self._sweep_compiled if use_compiled else self._sweep_reference
+                sweep(weight, errors, start, inverse)
         return weight
 
     def _now(self, errors: Tensor, start: int, end: int) -> Tensor:
         lost = errors[:, :start] @ self.factor[start:end, :start].T
         return self.original[:, start:end] + lost @ inverse_of_lower(self.factor[start:end, start:end]).T
 
-    def _block(self, weight: Tensor, errors: Tensor, start: int, inverse: Tensor) -> None:
-        """What _block_plainly does, compiled: the same to the last bit."""
-        columns.settle_block(
-            self.original,
-            weight,
-            errors,
-            start,
-            inverse,
-            self.mask,
-            self.choice(start, start + len(inverse)) if self.choice else (0, 0),
-            (self.grid.scales, self.grid.zeros, self.group_of, self.codes, self.grid.bits) if self.grid else None,
-        )
+    def _budget(self, start: int, end: int) -> kernel.BlockBudget:
+        return kernel.BlockBudget(*(self.block_budget(start, end) if self.block_budget else (0, 0)))
 
-    def _block_plainly(self, weight: Tensor, errors: Tensor, start: int, inverse: Tensor) -> None:
-        """Settles a block of columns of the weight; what they lost of the original goes to the errors.
+    def _sweep_compiled(self, weight: Tensor, errors: Tensor, start: int, inverse: Tensor) -> None:
+        """As _sweep_reference, compiled: the same to the last bit."""
+        grid = None
+        if self.grid:
+            largest_code = np.float32(2**self.grid.grid.bits - 1)
+            scales, zeros, group_of = map(array, (self.grid.grid.scales, self.grid.grid.zeros, self.grid.group_of))
+            grid = kernel.GridArrays(scales, zeros, group_of, self.grid.codes.numpy(), largest_code)
+        budget = self._budget(start, start + len(inverse))
+        kernel.sweep_columns(self.original, weight, errors, self.mask, start, inverse, budget, grid)
 
-        inverse: [columns, columns] upper U of the block, Ut U the inverse of the Gram of these and all later columns,
-        as far as it is theirs.
+    def _sweep_reference(self, weight: Tensor, errors: Tensor, start: int, inverse: Tensor) -> None:
+        """Sweep a block of columns of the weight; what they lose of the original is written to the errors.
+
+        inverse: [columns, columns] upper U of the block, where U^T U is this block's part of the inverse of the Gram of
+        these and all later columns.
         """
         end = start + len(inverse)
         block = weight[:, start:end].clone()
-        of, pruned = self.choice(start, end) if self.choice else (0, 0)
+        group_size, n_pruned = self._budget(start, end)
         for i, j in enumerate(range(start, end)):
-            if of and i % of == 0:
-                score = saliency(block[:, i : i + of], inverse.diagonal()[i : i + of])
-                self.mask[:, j : min(j + of, end)] = ops.keep_of_groups(score, of, pruned)
-            settled = torch.where(self.mask[:, j], block[:, i], 0.0)
+            if group_size and i % group_size == 0:
+                score = saliency(block[:, i : i + group_size], inverse.diagonal()[i : i + group_size])
+                chosen = ops.keep_top_per_group(score, group_size, n_pruned)
+                self.mask[:, j : min(j + group_size, end)] = chosen
+            final = torch.where(self.mask[:, j], block[:, i], 0.0)
             if self.grid:
-                group = self.group_of[j : j + 1]
-                self.codes[:, j] = self.grid.codes(settled[:, None], group)[:, 0]
-                settled = self.grid.values(self.codes[:, j : j + 1], group)[:, 0]
-            error = (block[:, i] - settled) / inverse[i, i]
+                group, codes = self.grid.group_of[j : j + 1], self.grid.codes
+                codes[:, j] = self.grid.grid.codes(final[:, None], group)[:, 0]
+                final = self.grid.grid.values(codes[:, j : j + 1], group)[:, 0]
+            error = (block[:, i] - final) / inverse[i, i]
             block[:, i:] -= torch.outer(error, inverse[i, i:])
-            block[:, i] = settled
+            block[:, i] = final
         weight[:, start:end] = block
         errors[:, start:end] = self.original[:, start:end] - block
 

@@ -1,6 +1,6 @@
-"""Pure projections that methods share: masks of a target, quantisation grids.
+"""What methods share: masks of a target, quantisation grids, results in the contract's form.
 
-Ties are broken by index everywhere: of equal scores the one with the lower index is pruned first.
+Grids and the selection of largest scores are those of `grids` and `selection`, under the same names.
 """
 
 from __future__ import annotations
@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,8 +15,36 @@ from torch import Tensor
 
 from layerwise.contract.layer import Compressed, Layer, Target, UnsupportedTarget
 from layerwise.contract.target import refusal
-from layerwise.kernels import grids, select
+from layerwise.kernels import selection as kernel
 from layerwise.numerics import dispatch
+from layerwise.numerics.grids import Grid, dequantise, fit_and_round, fit_grid, groups_of, official_awq_grid
+from layerwise.numerics.selection import grouped, keep_largest, keep_top_per_group
+
+__all__ = [
+    "Best",
+    "Grid",
+    "damping_of",
+    "dequantise",
+    "fit_and_round",
+    "fit_grid",
+    "grouped",
+    "groups_of",
+    "in_float64",
+    "inner",
+    "keep_largest",
+    "keep_top_per_group",
+    "keeping",
+    "mask_objective",
+    "masked",
+    "normalised",
+    "official_awq_grid",
+    "official_layer_mask",
+    "prune_mask",
+    "pruned",
+    "pruned_by_norm",
+    "require",
+    "round_to_nearest",
+]
 
 
 def require(name: str, card: Mapping[str, Any], target: Target) -> None:
@@ -35,7 +62,7 @@ def normalised(tensor: Tensor) -> tuple[Tensor, float]:
     """
     largest = float(tensor.abs().max())
     if not math.isfinite(largest):
-        raise ValueError("A layer's weight and Gram must be finite, an entry that is not came.")
+        raise ValueError("A layer's weight and Gram must be finite. Got NaN or infinity instead.")
     unit = 2.0 ** math.frexp(largest)[1]
     return (tensor.double() / unit).float(), unit
 
@@ -44,7 +71,7 @@ def in_float64(layer: Layer) -> tuple[Tensor, Tensor]:
     """Weight and Gram in float64, where products of them neither over- nor underflow. Raises ValueError as above."""
     weight, gram = layer.weight.double(), layer.gram.matrix.double()
     if not (torch.isfinite(weight).all() and torch.isfinite(gram).all()):
-        raise ValueError("A layer's weight and Gram must be finite, an entry that is not came.")
+        raise ValueError("A layer's weight and Gram must be finite. Got NaN or infinity instead.")
     return weight, gram
 
 
@@ -58,8 +85,8 @@ def prune_mask(score: Tensor, target: Target) -> Tensor:
     if target.sparsity == 0:
         return torch.ones_like(score, dtype=torch.bool)
     if target.n_of_m:
-        kept, of = target.n_of_m
-        return keep_of_groups(score, of, of - kept)
+        n_kept, group_size = target.n_of_m
+        return keep_top_per_group(score, group_size, group_size - n_kept)
     if target.block:
         blocks = grouped(score, target.block, 0.0).sum(2)  # [out, blocks]
         mask = keep_largest(blocks, int(target.sparsity * blocks.shape[1]))
@@ -76,7 +103,7 @@ def keeping(count: int, target: Target, shape: torch.Size) -> Target:
 
 
 def mask_objective(weight: Tensor, gram: Tensor, mask: Tensor) -> float:
-    """tr((W - W o M) G (W - W o M)t) in float64."""
+    """tr((W - W o M) G (W - W o M)^T) in float64."""
     lost = torch.where(mask, 0.0, weight).double()
     return float(inner(lost @ gram.double(), lost).sum())
 
@@ -87,35 +114,6 @@ def official_layer_mask(score: Tensor, sparsity: float) -> Tensor:
     return score > threshold
 
 
-def keep_largest(score: Tensor, pruned: int) -> Tensor:
-    """Mask, True where kept, without the `pruned` smallest entries of each line along the last axis."""
-    if pruned == 0:
-        return torch.ones_like(score, dtype=torch.bool)
-    if dispatch.compiled(score):
-        return select.keep_largest(score, pruned)
-    threshold = score.kthvalue(pruned, dim=-1, keepdim=True).values
-    mask = ~(score <= threshold)  # nan is kept, where it is seen: a weight that is not finite must not be pruned away
-    spare = score.shape[-1] - pruned - mask.sum(-1, keepdim=True)  # how many of the entries equal to it stay
-    if not spare.any():
-        return mask
-    equal = score == threshold
-    return mask | equal & (equal.flip(-1).cumsum(-1).flip(-1) <= spare)  # those with the highest indices
-
-
-def keep_of_groups(score: Tensor, of: int, pruned: int) -> Tensor:
-    """Mask [out, in] without the `pruned` smallest of each `of` consecutive inputs; what the last lacks goes first."""
-    if dispatch.compiled(score):
-        return select.keep_of_groups(score, of, pruned)
-    mask = keep_largest(grouped(score, of, float("-inf")), pruned)  # [out, groups, of]
-    return mask.flatten(1)[:, : score.shape[1]]
-
-
-def grouped(score: Tensor, length: int, value: float) -> Tensor:
-    """[out, groups, length]: consecutive inputs in groups, the last one filled up with `value`."""
-    missing = -score.shape[1] % length
-    return torch.nn.functional.pad(score, (0, missing), value=value).unflatten(1, (-1, length))
-
-
 def pruned(layer: Layer, score: Tensor, target: Target) -> Compressed:
     """The layer's own weights where the scores [out, in] are largest: what every mask-only method returns."""
     return masked(layer, prune_mask(score, target), target)
@@ -124,14 +122,14 @@ def pruned(layer: Layer, score: Tensor, target: Target) -> Compressed:
 def pruned_by_norm(layer: Layer, norm: Tensor, target: Target) -> Compressed:
     """The layer's own weights where |W| * norm is largest; norm: [in] of each input, not negative."""
     norm, _ = normalised(norm)  # |W| * norm neither overflows nor underflows before the weight itself
-    structure = target.structure if target.sparsity and dispatch.compiled(layer.weight) else "in torch"
+    structure = target.structure if target.sparsity and dispatch.use_compiled(layer.weight) else "in torch"
     if structure == "row":
-        return Compressed(*select.prune_lines(layer.weight, norm, int(target.sparsity * layer.weight.shape[1])))
+        return Compressed(*kernel.prune_lines(layer.weight, norm, int(target.sparsity * layer.weight.shape[1])))
     if structure == "layer" and (count := int(target.sparsity * layer.weight.numel())):
-        return Compressed(*select.prune_layer(layer.weight, norm, count))
-    if structure == "n:m":
-        kept, of = target.n_of_m
-        return Compressed(*select.prune_groups(layer.weight, norm, of, of - kept))
+        return Compressed(*kernel.prune_layer(layer.weight, norm, count))
+    if structure == "n:m" and target.n_of_m:
+        n_kept, group_size = target.n_of_m
+        return Compressed(*kernel.prune_groups(layer.weight, norm, group_size, group_size - n_kept))
     return pruned(layer, layer.weight.abs() * norm, target)
 
 
@@ -148,126 +146,17 @@ def damping_of(*results: Compressed) -> dict[str, float]:
     return {"damping": max(used)} if used else {}
 
 
-@dataclass(frozen=True)
-class Grid:
-    """Integer grid: value = scale * (code - zero) with codes in [0, 2^bits - 1]; scales, zeros: [out, groups] float32.
-
-    Grids and weight / scale are float32: bfloat16 weights land on rounding ties, which a float64 grid would flip.
-    """
-
-    scales: Tensor
-    zeros: Tensor
-    bits: int
-
-    def codes(self, weight: Tensor, group_of: Tensor) -> Tensor:
-        """[out, in] uint8 codes of weight [out, in], rounding half to even; group_of [in] names each input's group."""
-        scales, zeros = self.scales[:, group_of], self.zeros[:, group_of]
-        return (torch.round(weight / scales) + zeros).clamp(0, 2**self.bits - 1).to(torch.uint8)
-
-    def values(self, codes: Tensor, group_of: Tensor) -> Tensor:
-        """[out, in] float32 values of the codes."""
-        return dequantise(codes, self.scales, self.zeros, group_of)
-
-
-def dequantise(
-    codes: Tensor, scales: Tensor, zeros: Tensor, group_of: Tensor, input_scale: Tensor | None = None
-) -> Tensor:
-    """[out, in] float32: scales * (codes - zeros) / input_scale, each input with the scale and zero of its group."""
-    values = scales[:, group_of] * (codes.float() - zeros[:, group_of])
-    return values if input_scale is None else values / input_scale
-
-
-def groups_of(inputs: int, group: int | None, device: torch.device | None = None) -> Tensor:
-    """[in] int64, group of each input when groups are runs of `group` consecutive inputs (None: one group)."""
-    return torch.arange(inputs, device=device) // (group or inputs)
-
-
-def fit_grid(weight: Tensor, target: Target, mse: bool = False) -> Grid:
-    """Min-max grid of weight [out, in] per row and group, as in the GPTQ code's Quantizer.
-
-    Asymmetric: the range is forced to include zero. Symmetric: unsigned codes, zero at 2^(bits - 1). mse: of 80 shrunk
-    ranges the one with the smallest sum of |error|^2.4 (first best wins). A last group that is short stands alone.
-    """
-    assert target.bits is not None
-    length = target.group or weight.shape[1]
-    if dispatch.compiled(weight):
-        return Grid(*grids.fit(weight, length, target.bits, target.symmetric, mse), target.bits)
-    pieces = [_fit(piece, target.bits, target.symmetric, mse) for piece in weight.split(length, 1)]
-    scales, zeros = (torch.stack(column, 1) for column in zip(*pieces, strict=True))
-    return Grid(scales, zeros, target.bits)
-
-
-def fit_and_round(weight: Tensor, target: Target, mse: bool = False) -> tuple[Grid, Tensor, Tensor]:
-    """The grid fitted to weight [out, in], and the weight's codes and values [out, in] on it."""
-    assert target.bits is not None
-    length = target.group or weight.shape[1]
-    if dispatch.compiled(weight):
-        scales, zeros, codes, values = grids.fit_and_round(weight, length, target.bits, target.symmetric, mse)
-        return Grid(scales, zeros, target.bits), codes, values
-    grid, group_of = fit_grid(weight, target, mse), groups_of(weight.shape[1], target.group, weight.device)
-    codes = grid.codes(weight, group_of)
-    return grid, codes, grid.values(codes, group_of)
-
-
 def round_to_nearest(weight: Tensor, target: Target, mse: bool = False) -> Compressed:
     """The weight [out, in] on the grid that is fitted to it; mse: as fit_grid has it."""
     grid, codes, values = fit_and_round(weight, target, mse)
     return Compressed(values, codes=codes, scales=grid.scales, zeros=grid.zeros)
 
 
-def _fit(piece: Tensor, bits: int, symmetric: bool, mse: bool) -> tuple[Tensor, Tensor]:
-    """Scale and zero, [out] each, of the rows of piece [out, length]."""
-    low = piece.amin(1).clamp(max=0.0)
-    high = piece.amax(1).clamp(min=0.0)
-    if symmetric:
-        high = torch.maximum(low.abs(), high)
-        low = torch.where(low < 0, -high, low)
-    flat = (low == 0) & (high == 0)
-    low, high = torch.where(flat, -1.0, low), torch.where(flat, 1.0, high)
-    best = _scale_and_zero(low, high, bits, symmetric)
-    if not mse:
-        return best
-    least = torch.full_like(low, float("inf"))
-    exponent = -torch.frexp(high - low).exponent[:, None]  # |error|^2.4 of tiny weights would underflow as it is
-    for step in range(80):
-        share = 1 - step / 100
-        scale, zero = _scale_and_zero(share * low, share * high, bits, symmetric)
-        grid = Grid(scale[:, None], zero[:, None], bits)
-        only = torch.zeros(piece.shape[1], dtype=torch.int64, device=piece.device)
-        error = torch.ldexp(grid.values(grid.codes(piece, only), only) - piece, exponent).abs_().pow_(2.4).sum(1)
-        better = error < least
-        least = torch.where(better, error, least)
-        best = (torch.where(better, scale, best[0]), torch.where(better, zero, best[1]))
-    return best
-
-
-def _scale_and_zero(low: Tensor, high: Tensor, bits: int, symmetric: bool) -> tuple[Tensor, Tensor]:
-    scale = (high - low) / (2**bits - 1)
-    # Weights so small that the step underflows are zero on any grid; a step of one keeps the division finite.
-    scale = torch.where(scale > 0, scale, 1.0)
-    zero = torch.full_like(scale, 2 ** (bits - 1)) if symmetric else torch.round(-low / scale)
-    return scale, zero
-
-
-def official_awq_grid(weight: Tensor, target: Target) -> Grid:
-    """Asymmetric min-max grid of the released AWQ code: 0 is not forced into the range, which is at least 1e-5 wide.
-
-    The zero point is clamped to the codes, so that a range without 0 is rounded to one end of the grid.
-    """
-    assert target.bits is not None
-    scales, zeros, most = [], [], 2**target.bits - 1
-    for piece in weight.split(target.group or weight.shape[1], 1):
-        low, high = piece.aminmax(dim=1)
-        scales.append((high - low).clamp(min=1e-5) / most)
-        zeros.append((-torch.round(low / scales[-1])).clamp(0, most))
-    return Grid(torch.stack(scales, 1), torch.stack(zeros, 1), target.bits)
-
-
 class Best:
     """The best of a method's sparse iterates, and the path of the loss of the best so far.
 
-    In normalised units: dense and iterates [out, in] are W * norm / unit, gram [in, in] is G / (norm normt) / size; the
-    loss tr((W - What) G (W - What)t) of an iterate is then unit^2 * size * tr(E gram Et), E its distance to dense.
+    In normalised units: dense and iterates [out, in] are W * norm / unit, gram [in, in] is G / (norm norm^T) / size.
+    The loss tr((W - W_hat) G (W - W_hat)^T) of an iterate is then unit^2 * size * tr(E gram E^T), E = dense - iterate.
     """
 
     def __init__(self, dense: Tensor, gram: Tensor, norm: Tensor, unit: float, size: float) -> None:

@@ -17,9 +17,9 @@ def finite(tensor: Tensor) -> bool:
 
 def count_kept(mask: Tensor, target: Target) -> Tensor:
     """Kept entries of each comparison group: [1] per layer, [out] per row, [out, groups] of n:m or blocks."""
-    if target.n_of_m or target.block:
-        length = target.n_of_m[1] if target.n_of_m else target.block
-        return torch.nn.functional.pad(mask, (0, -mask.shape[1] % (length or 1))).unflatten(1, (-1, length)).sum(2)
+    length = target.n_of_m[1] if target.n_of_m else target.block
+    if length:
+        return torch.nn.functional.pad(mask, (0, -mask.shape[1] % length)).unflatten(1, (-1, length)).sum(2)
     return mask.sum().view(1) if target.pattern == "layer" else mask.sum(1)
 
 

@@ -1,4 +1,4 @@
-"""The cycles of DSnoT, in compiled code and in plain torch: which weights come back and which go, row by row."""
+"""The cycles of DSnoT, compiled and in torch: which pruned weight of a row is regrown, and which kept one is pruned."""
 
 import time
 from dataclasses import dataclass
@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from layerwise.contract.layer import Layer, Statistics
-from layerwise.kernels import regrow
+from layerwise.kernels import regrowing as kernel
+from layerwise.kernels.rows import array
 from layerwise.numerics import dispatch
 
 Trace = list[tuple[int, float, float]]
@@ -15,42 +16,44 @@ Trace = list[tuple[int, float, float]]
 
 @dataclass(frozen=True)
 class Rule:
-    """How a row's cycles go and end, as in DSnoT's parameters; of: m of n:m, 0 of row."""
+    """How a row's cycles go and end, as in DSnoT's parameters; group_size: m of n:m, 0 of row."""
 
     cycles: int
     threshold: float
     power: float
     exact: bool
-    of: int
+    group_size: int
 
 
 def refine(layer: Layer, statistics: Statistics, start: Tensor, rule: Rule) -> tuple[Tensor, Trace]:
-    """Mask [out, in] and (cycle, time, loss) rows, from the mask of the start."""
-    return (in_compiled_code if dispatch.compiled(layer.weight) else in_torch)(layer, statistics, start, rule)
-
-
-def in_compiled_code(layer: Layer, statistics: Statistics, start: Tensor, rule: Rule) -> tuple[Tensor, Trace]:
-    """As `refine`, but that a row makes all its cycles before the next one begins: they end at one time."""
-    began, official = time.perf_counter(), None if rule.exact else 1 / statistics.length
-    mean, spread = statistics.mean.double(), statistics.sequence_variance.double() ** rule.power
-    norm = layer.gram.diagonal.sqrt()
-    mask, losses = regrow.refine(
-        layer.weight, start, mean, spread, norm, rule.of, rule.cycles, rule.threshold, official
+    """Refined mask [out, in] and the trace of (cycle, time, loss), from the mask `start` [out, in]."""
+    return (refine_compiled if dispatch.use_compiled(layer.weight) else refine_reference)(
+        layer, statistics, start, rule
     )
+
+
+def refine_compiled(layer: Layer, statistics: Statistics, start: Tensor, rule: Rule) -> tuple[Tensor, Trace]:
+    """As `refine`, compiled: a row makes all its cycles before the next row begins, so that all end at one time."""
+    began = time.perf_counter()
+    divisor = statistics.sequence_variance.double() ** rule.power
+    inputs = kernel.InputStatistics(*map(array, (statistics.mean.double(), divisor, layer.gram.diagonal.sqrt())))
+    unit = 0.0 if rule.exact else 1 / statistics.length
+    cycles = kernel.CycleRule(rule.group_size, rule.cycles, float(rule.threshold), unit, rule.exact)
+    mask, losses = kernel.refine(layer.weight, start, inputs, cycles)
     ended = time.perf_counter()
     return mask, [(cycle, ended if cycle else began, loss) for cycle, loss in enumerate(losses)]
 
 
-def in_torch(layer: Layer, statistics: Statistics, start: Tensor, rule: Rule) -> tuple[Tensor, Trace]:
-    """As `refine`."""
-    exact, kept = rule.exact, start.clone()  # changed in place
+def refine_reference(layer: Layer, statistics: Statistics, start: Tensor, rule: Rule) -> tuple[Tensor, Trace]:
+    """As `refine`, in torch."""
+    exact, kept = rule.exact, start.clone()
     share = layer.weight.double() * statistics.mean.double()  # [out, in] of a weight in its row's mean output
     score = (layer.weight.abs() * layer.gram.diagonal.sqrt()).masked_fill(~kept, float("inf"))  # Wanda's
     lost = share.masked_fill(kept, 0.0)
     error = lost.sum(1, keepdim=True)  # [out, 1], the expected error over the length of a sequence
     limit = rule.threshold * (share.norm(dim=1, keepdim=True) if exact else 1 / statistics.length)
-    lost = lost / statistics.sequence_variance.double() ** rule.power  # nan: dead
-    grow = torch.sort(lost.nan_to_num(0.0) if exact else lost, stable=True).indices  # nan is the largest
+    lost = lost / statistics.sequence_variance.double() ** rule.power  # nan: dead input
+    grow = torch.sort(lost.nan_to_num(0.0) if exact else lost, stable=True).indices  # nan sorts as the largest
     drop = drop_order(share, score, kept)
     grow_ends, drop_ends = ends(torch.full_like(error, kept.shape[1])), ends(kept.sum(1, keepdim=True))
     sign, active = error.sign(), torch.ones_like(kept[:, :1])
@@ -58,10 +61,13 @@ def in_torch(layer: Layer, statistics: Statistics, start: Tensor, rule: Rule) ->
     trace = [(0, time.perf_counter(), float(best_error.square().sum()))]
     for cycle in range(1, rule.cycles + 1):
         grown = step(grow, grow_ends, error > 0)
-        dropped = lowest_of_group(score, grown, rule.of) if rule.of else step(drop, drop_ends, error < 0)
+        if rule.group_size:
+            dropped = lowest_of_group(score, grown, rule.group_size)
+        else:
+            dropped = step(drop, drop_ends, error < 0)
         after = error + share.gather(1, dropped) - share.gather(1, grown)
         active &= (error.abs() > limit) & ~kept.gather(1, grown) & kept.gather(1, dropped)
-        active &= (after.sign() == sign) if rule.of else True
+        active &= (after.sign() == sign) if rule.group_size else True
         if not active.any():
             break
         kept.scatter_(1, dropped, kept.gather(1, dropped) & ~active)
@@ -94,7 +100,7 @@ def step(order: Tensor, pointers: Tensor, from_right: Tensor) -> Tensor:
     return order.gather(1, at.clamp(min=0))
 
 
-def lowest_of_group(score: Tensor, member: Tensor, of: int) -> Tensor:
+def lowest_of_group(score: Tensor, member: Tensor, size: int) -> Tensor:
     """[out, 1] input of the smallest score in the n:m group of `member` [out, 1]."""
-    group = (member - member % of + torch.arange(of, device=member.device)).clamp(max=score.shape[1] - 1)
+    group = (member - member % size + torch.arange(size, device=member.device)).clamp(max=score.shape[1] - 1)
     return group.gather(1, score.gather(1, group).argmin(1, keepdim=True))

@@ -1,10 +1,12 @@
 """Relaxed masks M in [0, 1] and the steps that Frank-Wolfe's `step` names: in torch, and compiled with the same result.
 
-f(M) = tr((W o (1 - M)) G (W o (1 - M))t), of which minus half the gradient is W o product, product = (W o (1 - M)) G.
-A line is what is optimised by itself: a row, or with a layer's pattern the layer.
+f(M) = tr((W o (1 - M)) G (W o (1 - M))^T). Minus half its gradient is W o product, with product = (W o (1 - M)) G.
+A line is optimised by itself: it is a row, or with a layer's pattern the whole layer.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -12,25 +14,28 @@ from torch import Tensor, from_numpy
 from torch.nn.functional import pad
 
 from layerwise.contract.layer import Layer, Target
-from layerwise.kernels import exchange, frank_wolfe
+from layerwise.kernels import relaxation_exchanges, relaxation_steps
+from layerwise.kernels.relaxation_exchanges import ExchangeState
+from layerwise.kernels.relaxation_steps import MaskState, PruneCount, VertexState
 from layerwise.kernels.rows import array, by_rows
 from layerwise.numerics import dispatch, ops
 
 
-def relaxation(layer: Layer, started: Tensor, fixed: Tensor, target: Target, step: str) -> Relaxation:
-    """Compiled on a processor, plain torch on other devices."""
-    if not dispatch.compiled(layer.weight):
+def relaxed_masks(layer: Layer, started: Tensor, fixed: Tensor, target: Target, step: str) -> RelaxedMasks:
+    """The masks to begin with; their steps are compiled on a CPU, in torch on other devices. See RelaxedMasks."""
+    if not dispatch.use_compiled(layer.weight):
         kind = Exchanges if step == "pairwise" else Steps
     else:
         kind = CompiledExchanges if step == "pairwise" else CompiledSteps
     return kind(layer, started, fixed, target, step)
 
 
-class Relaxation:
-    """Relaxed masks in the midst of their steps.
+class RelaxedMasks:
+    """Relaxed masks and the state of their steps.
 
-    started, fixed: [out, in] bool, the mask begun with, and what of it is fixed at 1. relaxed, product: [out, in]
-    float64. active: [lines] bool, those that `advance` goes on with. Raises ValueError for entries that are not finite.
+    started: [out, in] bool, the mask to begin with. fixed: [out, in] bool, entries of it that stay 1. relaxed, product:
+    [out, in] float64. active: [lines] bool, the lines that `advance` moves on. Raises ValueError for entries that are
+    not finite.
     """
 
     def __init__(self, layer: Layer, started: Tensor, fixed: Tensor, target: Target, step: str) -> None:
@@ -44,28 +49,28 @@ class Relaxation:
         self.prepare(layer)
 
     def prepare(self, layer: Layer) -> None:
-        """What the steps need besides."""
+        """Set up further state that the steps need."""
 
     def advance(self, begin: int, end: int) -> None:
         """Steps begin + 1 to end."""
         raise NotImplementedError
 
     def measure(self) -> tuple[Tensor, Tensor]:
-        """f and the duality gap of each line: no mask that keeps what is fixed is better than their difference."""
+        """f and the duality gap of each line, [lines] float64: no mask that keeps what is fixed has f below f - gap."""
         slope = self.product * self.weight * (self.vertex().double() - self.relaxed)
         value = self.product * self.weight * (1 - self.relaxed)
         return value.view(self.lines, -1).sum(1), 2 * slope.view(self.lines, -1).sum(1)
 
     def rounding(self, started: Tensor) -> Tensor:
-        """[out, in] by which entries are kept: relaxed; equal ones, most of them never chosen, by the warm start."""
+        """[out, in] scores of the entries to keep: the relaxed mask; of equal ones those of the warm start first."""
         return self.relaxed.round(decimals=10) + 1e-11 * started
 
     def vertex(self) -> Tensor:
-        """[out, in] bool, V."""
+        """[out, in] bool, the vertex V that the gradient leads to."""
         return linear_minimiser(self.weight * self.product, self.fixed, self.target)
 
 
-class Steps(Relaxation):
+class Steps(RelaxedMasks):
     """`published` and `line_search` in torch: towards the vertex by 2 / (t + 2), or as far as is best for each line."""
 
     def advance(self, begin: int, end: int) -> None:
@@ -81,157 +86,208 @@ class Steps(Relaxation):
 
 
 def spared(weight: Tensor, gram: Tensor, relaxed: Tensor, product: Tensor) -> Tensor:
-    """[out, in] by which entries are kept after exchanges: relaxed; equal ones, most of them 0, by what f saves.
+    """[out, in] scores of the entries to keep after exchanges: the relaxed mask; equal entries by what f saves.
 
-    At the exact optimum those with m = 0 are equal, while after some steps of 2 / (t + 2) the better ones are above 0.
+    At the exact optimum all entries with m = 0 are equal; after steps of 2 / (t + 2) the better ones are above 0.
     """
     saved = weight * (2 * product - weight * gram.diagonal())
     return relaxed.round(decimals=10) + 1e-11 * saved / saved.abs().max().clamp(min=1e-300)
 
 
-class CompiledSteps(Relaxation):
-    """The same, where (W o (1 - V)) G of the vertex is kept and follows the entries that enter and leave it."""
+class CompiledSteps(RelaxedMasks):
+    """As Steps, but (W o (1 - V)) G of the vertex is kept and updated by the entries that change in the vertex."""
 
     def prepare(self, layer: Layer) -> None:
         self.weight, self.gram = layer.weight, layer.gram.matrix  # the compiled loops widen float32 as they read
         vertex, product = self.relaxed.bool(), self.product.clone()
-        self.state = [array(x) for x in (self.weight, self.gram, self.fixed, self.relaxed, self.product)]
-        self.state += [array(vertex), array(product)]
-        inputs, of = self.weight.shape[1], self.target.n_of_m
-        self.pruned = (of[1] - of[0], of[1]) if of else (int(self.target.sparsity * inputs), 0)
+        self.state = MaskState(*map(array, (self.weight, self.fixed, self.relaxed, self.product)))
+        self.vertices = VertexState(array(vertex), array(product), array(self.gram))
+        self.count = prune_count(self.target, self.weight.shape[1])
 
     def advance(self, begin: int, end: int) -> None:
-        search = self.step == "line_search"
+        search, shape = self.step == "line_search", self.fixed.shape
         if self.target.pattern != "layer":
-            by_rows(frank_wolfe.steps, self.fixed.shape, *self.state, *self.pruned, search, begin, end)
+            by_rows(relaxation_steps.steps, shape, self.state, self.vertices, self.count, search, begin, end)
             return
         for t in range(begin, end):
-            sums = np.empty((2, len(self.fixed)))
-            by_rows(frank_wolfe.approach, self.fixed.shape, *self.state, array(self.vertex()), *sums)
-            best = best_step(from_numpy(sums[0]), from_numpy(sums[1]), self.target)
+            slopes, curvatures = np.empty((2, len(self.fixed)))
+            chosen = array(self.vertex())
+            by_rows(relaxation_steps.follow_vertex, shape, self.state, self.vertices, chosen, slopes, curvatures)
+            best = best_step(from_numpy(slopes), from_numpy(curvatures), self.target)
             size = float(best) if search else 2 / (t + 2)
-            _, _, _, relaxed, product, vertex, vertex_product = self.state
-            by_rows(frank_wolfe.move, self.fixed.shape, relaxed, product, vertex, vertex_product, size)
+            by_rows(relaxation_steps.move, shape, self.state, self.vertices, size)
 
     def measure(self) -> tuple[Tensor, Tensor]:
         if self.target.pattern == "layer":
             return super().measure()
-        return measured(self.weight, self.fixed, self.relaxed, self.product, self.pruned)
+        return measured(self.state, self.count)
 
 
-def measured(
-    weight: Tensor, fixed: Tensor, relaxed: Tensor, product: Tensor, pruned: tuple[int, int]
-) -> tuple[Tensor, Tensor]:
-    """f and the gap of each row, compiled."""
-    sums = np.empty((2, len(weight)))
-    by_rows(frank_wolfe.measure, weight.shape, *map(array, (weight, fixed, relaxed, product)), *pruned, *sums)
-    return from_numpy(sums[0]), from_numpy(sums[1])
+def prune_count(target: Target, inputs: int) -> PruneCount:
+    """How many entries of a row, or of each group of n:m, are pruned."""
+    if target.n_of_m:
+        n_kept, group_size = target.n_of_m
+        return PruneCount(group_size - n_kept, group_size)
+    return PruneCount(int(target.sparsity * inputs), 0)
 
 
-class Exchanges(Relaxation):
-    """`pairwise` in torch: a step is `free` exchanges in each line (layerwise/kernels/exchange.py has their rule)."""
+def measured(state: MaskState, count: PruneCount) -> tuple[Tensor, Tensor]:
+    """f and the gap of each row, [out] float64 each, compiled."""
+    objectives, gaps = np.empty((2, len(state.weight)))
+    by_rows(relaxation_steps.measure, state.weight.shape, state, count, objectives, gaps)
+    return from_numpy(objectives), from_numpy(gaps)
+
+
+class Exchange(NamedTuple):
+    """An exchange in each line, [lines] each: one entry of a group is raised, another one lowered by as much.
+
+    group: of the line. raised, lowered: indices of the entries in the flat matrix. raises, lowers: bool, False where
+    the unused part of the group's sum takes the entry's place. fall, curvature: moving t changes f by
+    -2 fall t + curvature t^2. gain: by how much f falls with the best unlimited t; 0 where no exchange lowers f.
+    """
+
+    group: Tensor
+    raised: Tensor
+    raises: Tensor
+    lowered: Tensor
+    lowers: Tensor
+    fall: Tensor
+    curvature: Tensor
+    gain: Tensor
+
+
+class Exchanges(RelaxedMasks):
+    """`pairwise` in torch: a step is `free` exchanges in each line (kernels/relaxation_exchanges.py has their rule)."""
 
     def prepare(self, layer: Layer) -> None:
-        of = self.target.n_of_m[1] if self.target.n_of_m else self.relaxed.numel() // self.lines
-        self.of, inputs = of, self.relaxed.shape[1]
-        place = torch.arange(self.relaxed.numel(), device=self.relaxed.device).view(self.lines, -1)
-        self.places = pad(place, (0, -place.shape[1] % of), value=-1).unflatten(1, (-1, of))  # [lines, groups, of]
-        self.spare = torch.zeros(self.places.shape[:2], dtype=torch.float64, device=place.device)
-        self.inputs = inputs
+        group_size = self.target.n_of_m[1] if self.target.n_of_m else self.relaxed.numel() // self.lines
+        index = torch.arange(self.relaxed.numel(), device=self.relaxed.device).view(self.lines, -1)
+        padded = pad(index, (0, -index.shape[1] % group_size), value=-1)
+        self.entries = padded.unflatten(1, (-1, group_size))  # [lines, groups, group size], flat indices, -1: padding
+        self.spare = torch.zeros(self.entries.shape[:2], dtype=torch.float64, device=index.device)
+        self.inputs = self.relaxed.shape[1]
+        self.line = torch.arange(self.lines, device=index.device)
 
     def advance(self, begin: int, end: int) -> None:
         for _ in range((end - begin) * max(self.free, 1)):
-            self.exchange()
+            exchange = self.choose()
+            self.apply(exchange, self.sizes(exchange))
 
     def rounding(self, started: Tensor) -> Tensor:
         return spared(self.weight.double(), self.gram, self.relaxed, self.product)
 
-    def exchange(self) -> None:
-        line, inf = torch.arange(self.lines, device=self.spare.device), float("inf")
+    def choose(self) -> Exchange:
+        """The exchange of each line with the largest gain."""
+        group, high, low = self.widest_groups()
+        entries, spare = self.entries[self.line, group], self.spare[self.line, group]
+        top, place = high.max(1)
+        raises, top = top >= 0, top.clamp(min=0)
+        raised, others = entries[self.line, place], entries.clamp(min=0)
+        alone, curvature = self.curvatures(raised, raises, others)
+        # The entry of weight zero comes first, as in the compiled loop: of equal gains the first is taken.
+        low = torch.cat([torch.where(spare > 0, 0.0, float("inf"))[:, None], low], 1)
+        curvature = torch.cat([alone[:, None], curvature], 1)
+        fall = top[:, None] - low
+        gain = torch.where(fall > 0, torch.where(curvature > 0, fall.square() / curvature, float("inf")), 0.0)
+        best, column = gain.max(1)
+        lowered = others[self.line, (column - 1).clamp(min=0)]
+        fall, curvature = fall[self.line, column], curvature[self.line, column]
+        return Exchange(group, raised, raises, lowered, column > 0, fall, curvature, best)
+
+    def widest_groups(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The group [lines] whose entries differ most in W o product, and its entries' values [lines, group size].
+
+        The values come twice: with -inf for entries that cannot be raised, and with inf for those that cannot be
+        lowered.
+        """
+        inf = float("inf")
         score, relaxed, fixed = (
-            torch.where(self.places < 0, fill, x.flatten()[self.places])
-            for x, fill in ((self.weight * self.product, 0.0), (self.relaxed, 1.0), (self.fixed, True))
+            torch.where(self.entries < 0, padding, x.flatten()[self.entries])
+            for x, padding in ((self.weight * self.product, 0.0), (self.relaxed, 1.0), (self.fixed, True))
         )
         fixed = fixed.bool()
         high = torch.where(fixed | (relaxed >= 1), -inf, score)
         low = torch.where(fixed | (relaxed <= 0), inf, score)
-        least = torch.where(self.spare > 0, low.amin(2).clamp(max=0), low.amin(2))
-        group = (high.amax(2).clamp(min=0) - least).argmax(1)
-        places, high, low, spare = (x[line, group] for x in (self.places, high, low, self.spare))
-        top, u = high.max(1)
-        raises, top = top >= 0, top.clamp(min=0)
-        u = places[line, u]
-        weight, diagonal = self.weight.flatten(), self.gram.diagonal()
-        w_u = torch.where(raises, weight[u], 0.0)
-        others = places.clamp(min=0)
-        w = weight[others]
-        alone = w_u.square() * diagonal[u % self.inputs]
-        coupled = self.gram[(u % self.inputs)[:, None], others % self.inputs]
-        coupled = torch.where(others // self.inputs == (u // self.inputs)[:, None], coupled, 0.0)
-        bend = alone[:, None] + w.square() * diagonal[others % self.inputs] - 2 * w_u[:, None] * w * coupled
-        # The entry of weight zero, first as in the compiled loop, which of equal gains takes the first.
-        low = torch.cat([torch.where(spare > 0, 0.0, inf)[:, None], low], 1)
-        bend = torch.cat([alone[:, None], bend], 1)
-        fall = top[:, None] - low
-        gain = torch.where(fall > 0, torch.where(bend > 0, fall.square() / bend, inf), 0.0)
-        most, v = gain.max(1)
-        lowers = v > 0
-        fall, bend = fall[line, v], bend[line, v]
-        v = others[line, (v - 1).clamp(min=0)]
-        flat = self.relaxed.view(-1)
-        limit = torch.minimum(torch.where(raises, 1 - flat[u], inf), torch.where(lowers, flat[v], spare))
-        size = torch.where(bend > 0, torch.minimum(fall / bend, limit), limit)
-        size = torch.where((most > 0) & self.active, size, 0.0)
-        self.spare[line, group] += torch.where(raises, 0.0, size) - torch.where(lowers, 0.0, size)
+        lowest = torch.where(self.spare > 0, low.amin(2).clamp(max=0), low.amin(2))
+        group = (high.amax(2).clamp(min=0) - lowest).argmax(1)
+        return group, high[self.line, group], low[self.line, group]
+
+    def curvatures(self, raised: Tensor, raises: Tensor, others: Tensor) -> tuple[Tensor, Tensor]:
+        """Of raising `raised` alone [lines], and while each of `others` [lines, group size] is lowered."""
+        weight, diagonal, inputs = self.weight.flatten(), self.gram.diagonal(), self.inputs
+        weight_raised = torch.where(raises, weight[raised], 0.0)
+        weight_others = weight[others]
+        alone = weight_raised.square() * diagonal[raised % inputs]
+        coupled = self.gram[(raised % inputs)[:, None], others % inputs]
+        coupled = torch.where(others // inputs == (raised // inputs)[:, None], coupled, 0.0)  # in one row
+        both = alone[:, None] + weight_others.square() * diagonal[others % inputs]
+        return alone, both - 2 * weight_raised[:, None] * weight_others * coupled
+
+    def sizes(self, exchange: Exchange) -> Tensor:
+        """[lines] how far the exchanges go: to the minimum of f, or as far as the masks' limits allow."""
+        relaxed, inf = self.relaxed.view(-1), float("inf")
+        room_above = torch.where(exchange.raises, 1 - relaxed[exchange.raised], inf)
+        spare = self.spare[self.line, exchange.group]
+        limit = torch.minimum(room_above, torch.where(exchange.lowers, relaxed[exchange.lowered], spare))
+        best = torch.minimum(exchange.fall / exchange.curvature, limit)
+        size = torch.where(exchange.curvature > 0, best, limit)
+        return torch.where((exchange.gain > 0) & self.active, size, 0.0)
+
+    def apply(self, exchange: Exchange, size: Tensor) -> None:
+        """Move the relaxed masks, their product and what their groups have spare, in place."""
+        raises, raised, lowers, lowered = exchange.raises, exchange.raised, exchange.lowers, exchange.lowered
+        self.spare[self.line, exchange.group] += torch.where(raises, 0.0, size) - torch.where(lowers, 0.0, size)
         up, down = torch.where(raises, size, 0.0), torch.where(lowers, size, 0.0)
-        flat[u] = torch.where(up == 1 - flat[u], 1.0, flat[u] + up)
-        flat[v] -= down
-        for entry, moved in ((u, -up), (v, down)):
+        relaxed, weight = self.relaxed.view(-1), self.weight.flatten()
+        relaxed[raised] = torch.where(up == 1 - relaxed[raised], 1.0, relaxed[raised] + up)
+        relaxed[lowered] -= down
+        for entry, moved in ((raised, -up), (lowered, down)):
             change = (moved * weight[entry])[:, None] * self.gram[entry % self.inputs]
             self.product.index_add_(0, entry // self.inputs, change)
 
 
-class CompiledExchanges(Relaxation):
-    """The same, row after row; a layer's exchanges one after another."""
+class CompiledExchanges(RelaxedMasks):
+    """As Exchanges, row after row; a layer's exchanges one after another."""
 
     def prepare(self, layer: Layer) -> None:
         (out, inputs), n_of_m = self.fixed.shape, self.target.n_of_m
-        of = n_of_m[1] if n_of_m and inputs > n_of_m[1] else 1
-        missing = -inputs % (of if of > 1 else exchange.LANES)
+        group_size = n_of_m[1] if n_of_m and inputs > n_of_m[1] else 1  # 1: rows are single groups
+        grouped = group_size > 1
+        missing = -inputs % (group_size if grouped else relaxation_exchanges.STRIPES)
         order = torch.arange(inputs + missing)
-        order = order.view(-1, of).T.flatten() if of > 1 else order
+        order = order.view(-1, group_size).T.flatten() if grouped else order
         self.order, self.inverse = order, order.argsort()[:inputs]
         gram = pad(layer.gram.matrix, (0, missing, 0, missing))[order][:, order]
-        self.laid = [pad(x, (0, missing))[:, order] for x in (layer.weight, self.product)]
-        masks = torch.where(self.fixed, exchange.FIXED, self.relaxed)
-        masks = pad(masks, (0, missing), value=exchange.FIXED)[:, order]
-        self.state = [array(x) for x in (self.laid[0], gram, masks, self.laid[1])]
-        self.spare = np.zeros((out, len(order) // of if of > 1 else 1))
-        self.left = 0.0
+        weight, product = (pad(x, (0, missing))[:, order] for x in (layer.weight, self.product))
+        masks = torch.where(self.fixed, relaxation_exchanges.FIXED, self.relaxed)
+        masks = pad(masks, (0, missing), value=relaxation_exchanges.FIXED)[:, order]
+        self.state = ExchangeState(*map(array, (weight, gram, masks, product)))
+        self.spare = np.zeros((out, len(order) // group_size if grouped else 1))
+        self.spare_of_layer = 0.0
         self.weight, self.gram = layer.weight, layer.gram.matrix
-        self.pruned = (n_of_m[1] - n_of_m[0], n_of_m[1]) if n_of_m else (int(self.target.sparsity * inputs), 0)
+        self.count = prune_count(self.target, inputs)
 
     def advance(self, begin: int, end: int) -> None:
-        count = (end - begin) * max(self.free, 1)
+        count, state = (end - begin) * max(self.free, 1), self.state
         if self.target.pattern == "layer":
-            weight, gram, relaxed, product = self.state
-            self.left = exchange.exchange_layer(weight, gram, relaxed, product, self.left, count)
+            self.spare_of_layer = relaxation_exchanges.exchange_layer(state, self.spare_of_layer, count)
         else:
-            by_rows(exchange.exchange_rows, self.state[0].shape, *self.state, self.spare, array(self.active), count)
-        relaxed, product = (from_numpy(x)[:, self.inverse] for x in self.state[2:])
+            rows = relaxation_exchanges.exchange_rows
+            by_rows(rows, state.weight.shape, state, self.spare, array(self.active), count)
+        relaxed, product = (from_numpy(x)[:, self.inverse] for x in (state.relaxed, state.product))
         self.relaxed, self.product = relaxed.clamp(max=1), product
 
     def measure(self) -> tuple[Tensor, Tensor]:
         if self.target.pattern == "layer":
             return super().measure()
-        return measured(self.weight, self.fixed, self.relaxed, self.product, self.pruned)
+        return measured(MaskState(*map(array, (self.weight, self.fixed, self.relaxed, self.product))), self.count)
 
     def rounding(self, started: Tensor) -> Tensor:
         return spared(self.weight.double(), self.gram, self.relaxed, self.product)
 
 
 def linear_minimiser(descent: Tensor, fixed: Tensor, target: Target) -> Tensor:
-    """[out, in] bool: what is fixed and, as far as they are positive, the largest entries of minus the gradient."""
+    """[out, in] bool: what is fixed and, as far as positive, the largest entries of `descent`, minus the gradient."""
     return ops.prune_mask(descent.masked_fill(fixed, float("inf")), target) & (descent > 0) | fixed
 
 

@@ -1,4 +1,4 @@
-"""The exchange of a kept weight u for a pruned one p that changes a row's loss least, repeated: plain, on any device.
+"""SparseSwaps' search: the swap of a kept weight u for a pruned one p that lowers a row's loss most, repeated.
 
 The change is cost_u + gain_p - 2 w_u w_p G_up. Each search is called with cost [rows, in], inf where pruned,
 gain [rows, in], inf where kept, and weight [rows, in], all float32, and returns u and p, [rows] each: of equal pairs
@@ -13,15 +13,26 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from layerwise.kernels.swap_state import TOLERANCE, Rows
+from layerwise.kernels import swap_search as kernel
+from layerwise.kernels.swap_state import TOLERANCE, SwapState
+from layerwise.numerics import dispatch
 
 CANDIDATES = 32  # kept weights of a row that are tried at once
 ENTRIES = 2**22  # pairs whose change is in memory at once, about
 
 
-def rounds(rows: Rows, swaps: int | None) -> Iterator[tuple[float, float, int]]:
-    """Rounds in which every row that can makes its best swap, at most `swaps`: seconds from the call to the round's
-    end, the loss of all rows then, how many swaps the round made (at least one)."""
+def swap_rounds(rows: SwapState, swaps: int | None) -> Iterator[tuple[float, float, int]]:
+    """Rounds in which every row that can makes its best swap, at most `swaps` (None: until no swap improves a row).
+
+    Yields after each round the seconds since the call, the loss of all rows, and how many swaps the round made (at
+    least one). Compiled on a CPU, in torch elsewhere: the same swaps, except for ties on devices whose minimum picks
+    any of equal entries.
+    """
+    return (kernel.swap_rounds if dispatch.use_compiled(rows.weight) else reference_rounds)(rows, swaps)
+
+
+def reference_rounds(rows: SwapState, swaps: int | None) -> Iterator[tuple[float, float, int]]:
+    """As `swap_rounds`, in torch on any device."""
     start = time.perf_counter()
     weight, gram, mask, coupling = rows.weight.double(), rows.gram.double(), rows.mask, rows.coupling
     alone = weight**2 * gram.diagonal()  # [rows, in] loss of removing each weight alone

@@ -19,7 +19,7 @@ from torch import Tensor
 from layerwise.checks import layer_cases as layers
 from layerwise.checks.layer_cases import Recipe
 from layerwise.contract.layer import Compressed, Layer, Target
-from layerwise.kernels import swap_rounds
+from layerwise.kernels import swap_search as kernel
 from layerwise.methods.sparse_swaps import SparseSwaps
 from layerwise.methods.wanda import Wanda
 from layerwise.numerics import ops, swap_search
@@ -53,7 +53,7 @@ def swaps(layer: Layer, target: Target) -> Compressed:
 
 
 def plain_swaps(layer: Layer, target: Target) -> Compressed:
-    with mock.patch.object(swap_rounds, "rounds", swap_search.rounds):
+    with mock.patch.object(kernel, "swap_rounds", swap_search.reference_rounds):
         return swaps(layer, target)
 
 

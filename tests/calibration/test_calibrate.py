@@ -20,7 +20,7 @@ from layerwise.calibration.gram_store import read_block, read_index
 from layerwise.calibration.tap_statistics import TapStatistics
 from layerwise.models.loading import load
 from layerwise.models.structure import Blocks, Linear, find_blocks, linears
-from layerwise.numerics.dispatch import plain_torch
+from layerwise.numerics import dispatch
 from layerwise.runtime.errors import InputError, report_errors
 from layerwise.runtime.files import digest_of
 from layerwise.sources import fingerprint
@@ -292,7 +292,7 @@ def test_accumulated_statistics_are_exact_and_the_sample_is_evenly_spaced(batch,
 def test_both_paths_sum_alike(features, length):
     x = 3 + torch.randn(4, length, features)
     found = []
-    for path in (nullcontext, plain_torch):
+    for path in (nullcontext, dispatch.reference):
         with path():
             statistics = TapStatistics(features, 4, length)
             statistics.update(x)

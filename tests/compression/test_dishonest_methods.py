@@ -368,7 +368,7 @@ def test_no_method_of_the_catalogue_is_named():
                 mask_only = entry.comparison(target) == "mask-only"
                 solver = Solver(name, method, target, 0, mask_only=mask_only, criterion=entry.criterion)
                 for compiled in (True, False):
-                    with dispatch.plain_torch() if not compiled else torch.no_grad():
+                    with dispatch.reference() if not compiled else torch.no_grad():
                         solver.solve(layers.build("correlated"))
 
 

@@ -11,7 +11,7 @@ import torch
 from layerwise.cli.app import app
 from layerwise.export import decode
 from layerwise.figures import decode as decode_figure
-from layerwise.kernels.packed_matvec import Blocks, Groups, TwoOfFour
+from layerwise.kernels.packed_matvec import Sparse24, W4BlockSparse, W4Grouped
 from layerwise.runtime.errors import InputError
 
 SHAPES = [(1, 16), (1, 1), (5, 100), (7, 512), (3, 1000), (64, 352)]
@@ -44,7 +44,7 @@ def check(storage, weight):
 @pytest.mark.parametrize("group", [32, 64, 128])
 def test_groups(rows, inputs, group):
     codes, scales, zeros, weight = grid(rows, inputs, group)
-    check(Groups.pack(codes, scales, zeros, group), weight)
+    check(W4Grouped.pack(codes, scales, zeros, group), weight)
 
 
 @pytest.mark.parametrize("rows, inputs", SHAPES)
@@ -55,7 +55,7 @@ def test_blocks(rows, inputs, share):
     chosen[0] = False  # an empty row beside others
     kept = {"none": torch.zeros_like(chosen), "some": chosen, "all": torch.ones_like(chosen)}[share]
     mask = kept.repeat_interleave(16, 1)[:, :inputs].numpy()
-    check(Blocks.pack(codes, scales, zeros, kept), np.where(mask, weight, 0.0))
+    check(W4BlockSparse.pack(codes, scales, zeros, kept), np.where(mask, weight, 0.0))
 
 
 @pytest.mark.parametrize("rows, inputs", SHAPES)
@@ -64,19 +64,21 @@ def test_two_of_four(rows, inputs):
     weight = torch.randn(rows, inputs, generator=generator).bfloat16().float()
     order = torch.rand(rows, -(-inputs // 4), 4, generator=generator).argsort(2)
     mask = (order < 2).flatten(1)[:, :inputs]
-    check(TwoOfFour.pack(weight, mask), torch.where(mask, weight, 0.0).double().numpy())
+    check(Sparse24.pack(weight, mask), torch.where(mask, weight, 0.0).double().numpy())
 
 
 def test_what_does_not_fit_is_one_sentence():
     codes, scales, zeros, _ = grid(2, 64, 32)
     kept = torch.ones(2, 4, dtype=torch.bool)
     for message, call in {
-        "A group must be a multiple of 16 inputs. Got 24 instead.": lambda: Groups.pack(codes, scales, zeros, 24),
-        r"Scales must be \[2, 4\]. Got float32 \[2, 2\] instead.": lambda: Blocks.pack(codes, scales, zeros, kept),
-        "Codes must be whole numbers from 0 to 15.": lambda: Groups.pack(codes + 1, scales, zeros, 32),
-        "as they are stored, in bfloat16": lambda: Groups.pack(codes, scales + 1e-4, zeros, 32),
-        "two of every four": lambda: TwoOfFour.pack(codes.float(), torch.ones(2, 64, dtype=torch.bool)),
-        r"float32 \[64\]. Got float32 \[63\]": lambda: Groups.pack(codes, scales, zeros, 32).product(
+        "A group must be a multiple of 16 inputs. Got 24 instead.": lambda: W4Grouped.pack(codes, scales, zeros, 24),
+        r"Scales must be \[2, 4\]. Got float32 \[2, 2\] instead.": lambda: W4BlockSparse.pack(
+            codes, scales, zeros, kept
+        ),
+        "Codes must be whole numbers from 0 to 15.": lambda: W4Grouped.pack(codes + 1, scales, zeros, 32),
+        "as they are stored, in bfloat16": lambda: W4Grouped.pack(codes, scales + 1e-4, zeros, 32),
+        "two of every four": lambda: Sparse24.pack(codes.float(), torch.ones(2, 64, dtype=torch.bool)),
+        r"float32 \[64\]. Got float32 \[63\]": lambda: W4Grouped.pack(codes, scales, zeros, 32).product(
             np.zeros(63, np.float32)
         ),
     }.items():
@@ -133,7 +135,7 @@ def test_on_cuda():
     for length, pack in ((16, None), (128, 128)):
         codes, scales, zeros, weight = grid(33, 1000, length)
         kept = torch.arange(scales.numel()).view(scales.shape) % 2 == 0
-        storage = Groups.pack(codes, scales, zeros, pack) if pack else Blocks.pack(codes, scales, zeros, kept)
+        storage = W4Grouped.pack(codes, scales, zeros, pack) if pack else W4BlockSparse.pack(codes, scales, zeros, kept)
         exact = torch.from_numpy(storage.dequantised()) @ x.double()
         found = OnDevice(storage).product(x.cuda()).cpu().double()
         assert float((found - exact).abs().max() / exact.abs().max()) < 1e-5

@@ -49,7 +49,7 @@ LINES = {
 def test_both_paths_give_the_same(name: str, method, target: Target):
     layer = layers.build(name)
     compiled = method.compress(layer, target, torch.Generator())
-    with dispatch.plain_torch():
+    with dispatch.reference():
         plain = method.compress(layer, target, torch.Generator())
     for field in fields(plain):
         expected = getattr(plain, field.name)
@@ -63,12 +63,12 @@ def test_selections_are_the_plain_ones(lines: str, dtype: torch.dtype):
     score = LINES[lines]().to(dtype)
     for pruned in range(score.shape[1]):
         compiled = ops.keep_largest(score, pruned)
-        with dispatch.plain_torch():
+        with dispatch.reference():
             assert torch.equal(compiled, ops.keep_largest(score, pruned))
     for kept, of in ((2, 4), (4, 8), (1, 3)):
-        compiled = ops.keep_of_groups(score, of, of - kept)
-        with dispatch.plain_torch():
-            assert torch.equal(compiled, ops.keep_of_groups(score, of, of - kept))
+        compiled = ops.keep_top_per_group(score, of, of - kept)
+        with dispatch.reference():
+            assert torch.equal(compiled, ops.keep_top_per_group(score, of, of - kept))
 
 
 @FLOATS
@@ -82,7 +82,7 @@ def test_of_a_long_line_the_plain_ones_are_kept(values: int, dtype: torch.dtype)
     for line in (score, misled):
         for pruned in (1, len(line) // 3, len(line) - 1):
             compiled = ops.keep_largest(line, pruned)
-            with dispatch.plain_torch():
+            with dispatch.reference():
                 assert torch.equal(compiled, ops.keep_largest(line, pruned))
 
 
@@ -93,7 +93,7 @@ def test_of_a_long_layer_the_plain_weights_are_kept(values: int):
     layer = Layer("long", weight, layers.build("correlated").gram)
     for target in (Target(0.3, "layer"), Target(1e-7, "layer")):
         compiled = Magnitude().compress(layer, target, rng)
-        with dispatch.plain_torch():
+        with dispatch.reference():
             plain = Magnitude().compress(layer, target, rng)
         assert torch.equal(compiled.weight, plain.weight) and torch.equal(compiled.mask, plain.mask)
 
@@ -103,13 +103,13 @@ def test_the_shrunk_ranges_are_as_good_as_the_plain_ones(target: Target):
     """The sums of |error|^2.4 are added up in another order: of ranges that are equally good either may win."""
     weight = torch.randn(50, 500, generator=torch.Generator().manual_seed(3))
     errors = []
-    for _, _, values in (ops.fit_and_round(weight, target, mse=True), plainly(weight, target)):
+    for _, _, values in (ops.fit_and_round(weight, target, mse=True), reference_rounding(weight, target)):
         errors.append(float((values - weight).abs().double().pow(2.4).sum()))
     assert errors[0] == pytest.approx(errors[1], rel=1e-5)
 
 
-def plainly(weight: torch.Tensor, target: Target):
-    with dispatch.plain_torch():
+def reference_rounding(weight: torch.Tensor, target: Target):
+    with dispatch.reference():
         return ops.fit_and_round(weight, target, mse=True)
 
 
@@ -147,7 +147,7 @@ WIDE = layers.Recipe(out=20, inputs=1100, sequences=8, length=100)  # more than 
 def test_of_a_wide_layer_both_paths_give_the_same(method, target: Target):
     layer = layers.make(WIDE)
     compiled = method.compress(layer, target, torch.Generator())
-    with dispatch.plain_torch():
+    with dispatch.reference():
         assert torch.equal(compiled.weight, method.compress(layer, target, torch.Generator()).weight)
 
 
@@ -162,9 +162,9 @@ def test_of_a_wide_layer_later_columns_make_up_for_all_before_them(damping: floa
     factor = torch.linalg.cholesky(torch.linalg.inv(gram), upper=True)
     weight = layer.weight.double()
     for j in range(len(gram)):
-        settled = torch.where(found.mask[:, j], weight[:, j], 0.0)
-        weight = weight - torch.outer((weight[:, j] - settled) / factor[j, j], factor[j])
-        weight[:, j] = settled
+        final = torch.where(found.mask[:, j], weight[:, j], 0.0)
+        weight = weight - torch.outer((weight[:, j] - final) / factor[j, j], factor[j])
+        weight[:, j] = final
     assert output_error(layer, found.weight) == pytest.approx(output_error(layer, weight), rel=1e-4)
     torch.testing.assert_close(found.weight.double(), weight, rtol=0, atol=1e-5 * float(weight.abs().max()))
 
@@ -175,5 +175,5 @@ def test_a_nan_is_not_pruned_away_on_either_path():
     for target in (Target(0.5), Target(0.5, "layer"), Target(pattern="2:4")):
         for method in (Magnitude(), Wanda()):
             assert method.compress(layer, target, torch.Generator()).weight.isnan().any()
-            with dispatch.plain_torch():
+            with dispatch.reference():
                 assert method.compress(layer, target, torch.Generator()).weight.isnan().any()

@@ -11,8 +11,7 @@ import torch
 from layerwise.checks import layer_cases as layers
 from layerwise.contract.layer import Gram, Layer, Target
 from layerwise.methods.reconstruct import least_squares
-from layerwise.numerics import ops
-from layerwise.numerics.dispatch import plain_torch
+from layerwise.numerics import dispatch, ops
 from tests.methods.test_reconstruct import compress
 
 ROW, PAIRS, LAYER = Target(0.6), Target(pattern="2:4"), Target(0.5, "layer")
@@ -204,7 +203,7 @@ def test_dsnot_compiled_is_that_in_torch(name: str, target: Target, convention: 
     layer = replace(layer, weight=(20 * layer.weight).round() / 20)  # many ties and zeros
     params = {"convention": convention, "threshold": threshold}
     result = compress(layer, target, "dsnot", **params)
-    with plain_torch():
+    with dispatch.reference():
         plain = compress(layer, target, "dsnot", **params)
     assert torch.equal(result.mask, plain.mask)
     assert [row[0] for row in result.trace] == [row[0] for row in plain.trace]

@@ -14,8 +14,7 @@ from layerwise.methods.frank_wolfe import FrankWolfe
 from layerwise.methods.magnitude import Magnitude
 from layerwise.methods.sparse_swaps import SparseSwaps
 from layerwise.methods.wanda import Wanda
-from layerwise.numerics import ops
-from layerwise.numerics.dispatch import plain_torch
+from layerwise.numerics import dispatch, ops
 from layerwise.numerics.relaxation import best_step, linear_minimiser
 
 LAYERS = {
@@ -247,7 +246,7 @@ def test_the_compiled_steps_are_those_in_torch(name: str, target: Target, step: 
     """The vertex's product by changed entries, and a dense product per step: f and gaps, and with them the masks."""
     layer = layers.build(name)
     ours = compress(layer, target, step=step, keep=keep, iterations=60)
-    with plain_torch():
+    with dispatch.reference():
         plain = compress(layer, target, step=step, keep=keep, iterations=60)
     assert torch.equal(ours.mask, plain.mask)
     start = plain.trace[0][2]
@@ -264,7 +263,7 @@ def test_exchanges_reach_the_relaxed_optimum(name: str, target: Target, keep: fl
     layer = layers.make(LAYERS[name], name)
     params = {"step": "pairwise", "keep": keep, "tolerance": 1e-6, "iterations": 200}
     ours = compress(layer, target, **params)
-    with plain_torch():
+    with dispatch.reference():
         plain = compress(layer, target, **params)
     published = compress(layer, target, keep=keep, iterations=300)
     start, optimum = ours.trace[0][2], ours.trace[-1][2]

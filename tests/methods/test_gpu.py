@@ -73,7 +73,7 @@ def solved(case: contract.Case, device: torch.device | str):
 
 @pytest.mark.parametrize("case", CASES)
 def test_no_method_mixes_devices(case):
-    with dispatch.plain_torch():
+    with dispatch.reference():
         _, row, parts = solved(case, "cpu")
     with fake_device.reachable():
         result, far_row, far_parts = solved(case, fake_device.DEVICE)
@@ -95,7 +95,7 @@ def test_statistics_of_a_tap_stay_on_the_device():
         found = [gram.matrix, *(value for value in vars(statistics).values() if isinstance(value, torch.Tensor))]
         return [tensor.cpu() for tensor in found]
 
-    with dispatch.plain_torch():
+    with dispatch.reference():
         expected = finished("cpu")
     with fake_device.reachable():
         came = finished(fake_device.DEVICE)

@@ -13,8 +13,8 @@ from layerwise.checks import layer_cases as layers
 from layerwise.checks.brute_force import best_error, output_error
 from layerwise.checks.layer_cases import Recipe
 from layerwise.contract.layer import Compressed, Gram, Layer, Target
-from layerwise.kernels import swap_rounds
-from layerwise.kernels.swap_state import Rows
+from layerwise.kernels import swap_search as kernel
+from layerwise.kernels.swap_state import SwapState
 from layerwise.methods.magnitude import Magnitude
 from layerwise.methods.random import Random
 from layerwise.methods.sparse_swaps import SparseSwaps
@@ -32,15 +32,15 @@ LAYERS = {
 TARGETS = [Target(0.5), Target(0.3), Target(pattern="2:4"), Target(pattern="1:5")]
 
 
-@pytest.fixture(params=["compiled", "plain"])
+@pytest.fixture(params=["compiled", "reference"])
 def path(request, monkeypatch):
     """Both ways to the same swaps: that of a CPU and that of other devices."""
-    if request.param == "plain":
-        use_plain(monkeypatch)
+    if request.param == "reference":
+        use_reference(monkeypatch)
 
 
-def use_plain(monkeypatch) -> None:
-    monkeypatch.setattr(swap_rounds, "rounds", swap_search.rounds)
+def use_reference(monkeypatch) -> None:
+    monkeypatch.setattr(kernel, "swap_rounds", swap_search.reference_rounds)
 
 
 def plain_loss(row: np.ndarray, gram: np.ndarray, mask: np.ndarray) -> float:
@@ -228,7 +228,7 @@ EQUAL = [Target(0.5), Target(0.7), Target(pattern="2:4"), Target(pattern="4:8"),
 def test_both_paths_make_the_same_swaps(kind: str, target: Target, start, monkeypatch):
     layer = {"wide": wide, "tied": tied}[kind](90, 0) if kind in ("wide", "tied") else layers.build(kind)
     fast = SparseSwaps(start, None).compress(layer, target, torch.Generator().manual_seed(0))
-    use_plain(monkeypatch)
+    use_reference(monkeypatch)
     assert_same(fast, SparseSwaps(start, None).compress(layer, target, torch.Generator().manual_seed(0)))
 
 
@@ -239,7 +239,7 @@ def test_both_paths_agree_where_bounds_are_loose_or_pairs_tied(make, inputs: int
     layer = make(inputs, seed)
     fast = SparseSwaps(Wanda(), 40).compress(layer, Target(0.5), torch.Generator())
     assert fast.info["swaps"] > 12 * 10
-    use_plain(monkeypatch)
+    use_reference(monkeypatch)
     assert_same(fast, SparseSwaps(Wanda(), 40).compress(layer, Target(0.5), torch.Generator()))
 
 
@@ -247,8 +247,8 @@ def test_both_paths_agree_where_bounds_are_loose_or_pairs_tied(make, inputs: int
 def test_threads_and_the_number_of_rounds_at_a_time_change_nothing(target: Target, monkeypatch):
     layer, before = wide(100, 1), torch.get_num_threads()
     one = SparseSwaps(Wanda(), 50).compress(layer, target, torch.Generator())
-    monkeypatch.setattr(swap_rounds, "ROUNDS", 7)
-    monkeypatch.setattr(swap_rounds, "ROWS", 5)
+    monkeypatch.setattr(kernel, "ROUNDS", 7)
+    monkeypatch.setattr(kernel, "TASK_ROWS", 5)
     torch.set_num_threads(3)
     try:
         assert_same(SparseSwaps(Wanda(), 50).compress(layer, target, torch.Generator()), one)
@@ -260,7 +260,7 @@ def test_seconds_of_rounds_rise_and_end_within_the_call(path):
     start = time.perf_counter()
     result = SparseSwaps(Random(), None).compress(wide(300, 1), Target(0.5), torch.Generator())
     total, seconds = time.perf_counter() - start, [s for _, s, _ in result.trace]
-    assert len(seconds) > 2 * swap_rounds.ROUNDS  # the clock is looked at more than once
+    assert len(seconds) > 2 * kernel.ROUNDS  # the clock is looked at more than once
     assert seconds[-1] <= total and all(0 < s < t for s, t in itertools.pairwise(seconds))
 
 
@@ -280,8 +280,8 @@ def test_the_rounds_leave_the_rows_as_they_tell(length: int | None, path):
     mask = Wanda().compress(layer, Target(pattern="2:4") if length else Target(0.5), torch.Generator()).mask
     pruned = torch.where(mask, 0.0, weight.double())
     coupling = pruned @ gram.double()
-    rows = Rows(weight, gram, mask, coupling, (coupling * pruned).sum(1), length)
-    *_, (_, last, made) = swap_rounds.rounds(rows, 20)
+    rows = SwapState(weight, gram, mask, coupling, (coupling * pruned).sum(1), length)
+    *_, (_, last, made) = swap_search.swap_rounds(rows, 20)
     pruned = torch.where(mask, 0.0, weight.double())
     loss = ((pruned @ gram.double()) * pruned).sum(1)
     torch.testing.assert_close(rows.loss, loss, rtol=1e-9, atol=0)

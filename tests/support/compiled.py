@@ -5,7 +5,17 @@ import sys
 
 from tests.support.paths import ROOT
 
-LOOPS = ("columns", "descent", "exchange", "frank_wolfe", "grids", "regrow", "select", "sums", "swap_rounds")
+LOOPS = (
+    "obs",
+    "gradient_projection",
+    "relaxation_exchanges",
+    "relaxation_steps",
+    "grids",
+    "regrowing",
+    "selection",
+    "tap_statistics",
+    "swap_search",
+)
 
 
 def compile_loops() -> None:

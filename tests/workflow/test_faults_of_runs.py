@@ -36,7 +36,11 @@ def fresh(tmp_path_factory) -> Path:
     folder = tiny_project(tmp_path_factory.mktemp("fresh"))
     write_config(folder, small_study())
     subprocess.run(
-        [sys.executable, "-c", "import layerwise.methods.wanda, layerwise.kernels.rows, layerwise.kernels.sums"],
+        [
+            sys.executable,
+            "-c",
+            "import layerwise.methods.wanda, layerwise.kernels.rows, layerwise.kernels.tap_statistics",
+        ],
         cwd=folder,
         check=True,
     )

@@ -3,12 +3,15 @@
 A row takes few of its entries, so that lists are not sorted: the next one is the smallest of the blocks' smallest.
 """
 
+from typing import NamedTuple
+
 import numpy as np
-from torch import Tensor
+from numba import boolean, float32, float64, int64
+from torch import Tensor, contiguous_format
 
-from layerwise.kernels.rows import array, by_rows, compiled
+from layerwise.kernels.rows import array, by_rows, compiled, named
 
-BLOCK = 64
+KEYS_PER_BLOCK = 64
 TAKEN = np.iinfo(np.int64).max
 LAST = TAKEN - 1  # the key of nan
 
@@ -33,7 +36,7 @@ def _smallest(keys):
 @compiled()
 def _begin(keys, least):
     for block in range(len(least)):
-        least[block] = _smallest(keys[block * BLOCK : (block + 1) * BLOCK])
+        least[block] = _smallest(keys[block * KEYS_PER_BLOCK : (block + 1) * KEYS_PER_BLOCK])
 
 
 @compiled()
@@ -45,21 +48,21 @@ def _next(keys, least, before):
     block = 0
     while least[block] != smallest:
         block += 1
-    place = block * BLOCK
+    place = block * KEYS_PER_BLOCK
     while keys[place] != smallest:
         place += 1
     keys[place] = TAKEN
-    least[block] = _smallest(keys[block * BLOCK : (block + 1) * BLOCK])
+    least[block] = _smallest(keys[block * KEYS_PER_BLOCK : (block + 1) * KEYS_PER_BLOCK])
     return place
 
 
 @compiled()
-def _order_grown(share, spread, kept, exact, right, keys):
-    """Keys of what may come back, by lost share per spread; from the right all in reverse."""
+def _order_grown(share, divisor, kept, exact, right, keys):
+    """Keys of what may come back, by lost share per divisor; from the right all in reverse."""
     inputs = len(share)
     keys[inputs:] = TAKEN
     for j in range(inputs):
-        value = (0.0 if kept[j] else share[j]) / spread[j]
+        value = (0.0 if kept[j] else share[j]) / divisor[j]
         key = np.int64(0) if exact and value != value else _ordered(value)
         if right:
             keys[inputs - 1 - j] = ~key
@@ -85,22 +88,50 @@ def _order_dropped(share, scores, kept, right, keys):
 
 
 @compiled()
-def _lowest_of_group(scores, droppable, member, of):
+def _lowest_of_group(scores, droppable, member, group_size):
     """The first of the smallest scores in the member's group; what must not go counts as infinite."""
-    start = member - member % of
+    start = member - member % group_size
     lowest, place = np.float32(np.inf), start
-    for j in range(start, min(start + of, len(scores))):
+    for j in range(start, min(start + group_size, len(scores))):
         if droppable[j] and scores[j] < lowest:
             lowest, place = scores[j], j
     return place
 
 
-@compiled(["Tuple((f8[::1], i8))(f4[:, ::1], f8[::1], f8[::1], f4[::1], i8, i8, f8, f8, b1, b1[:, ::1], i8, i8)"])
-def _refine(weight, mean, spread, norm, of, cycles, threshold, official, exact, mask, first, last):
+class InputStatistics(NamedTuple):
+    """Of each input, [in]: its mean, what its lost share is divided by (float64), and sqrt(G_jj) (float32)."""
+
+    mean: np.ndarray
+    divisor: np.ndarray
+    norm: np.ndarray
+
+
+class CycleRule(NamedTuple):
+    """How a row's cycles go and end.
+
+    group_size: m of n:m, 0 of row. cycles: swaps per row at most. threshold: the |error| at which a row is done, in
+    units of `unit` or, where `exact`, of the norm of the row's shares. exact: return the best state, not the last.
+    """
+
+    group_size: int
+    cycles: int
+    threshold: float
+    unit: float
+    exact: bool
+
+
+STATISTICS_TYPE = named(InputStatistics, float64[::1], float64[::1], float32[::1])
+RULE_TYPE = named(CycleRule, int64, int64, float64, float64, boolean)
+
+
+@compiled([(float32[:, ::1], STATISTICS_TYPE, RULE_TYPE, boolean[:, ::1], int64, int64)])
+def _refine(weight, statistics, rule, mask, first, last):
+    mean, divisor, norm = statistics
+    group_size, cycles, threshold, unit, exact = rule
     inputs = weight.shape[1]
-    blocks = -(-inputs // BLOCK)
+    blocks = -(-inputs // KEYS_PER_BLOCK)
     share, scores = np.empty(inputs), np.empty(inputs, np.float32)
-    grow, drop = np.empty((2, blocks * BLOCK), np.int64), np.empty((2, blocks * BLOCK), np.int64)
+    grow, drop = np.empty((2, blocks * KEYS_PER_BLOCK), np.int64), np.empty((2, blocks * KEYS_PER_BLOCK), np.int64)
     grow_least, drop_least = np.empty((2, blocks), np.int64), np.empty((2, blocks), np.int64)
     start, kept, droppable = np.empty(inputs, np.bool_), np.empty(inputs, np.bool_), np.empty(inputs, np.bool_)
     began, grown, dropped = np.empty(2, np.bool_), np.empty(2, np.int64), np.empty(2, np.int64)
@@ -111,7 +142,7 @@ def _refine(weight, mean, spread, norm, of, cycles, threshold, official, exact, 
             share[j] = np.float64(weight[row, j]) * mean[j]
             size += share[j] * share[j]
             error += 0.0 if mask[row, j] else share[j]
-        limit = threshold * (np.sqrt(size) if exact else official)
+        limit = threshold * (np.sqrt(size) if exact else unit)
         least, positive, cycle = error, error > 0, 0
         objectives[0] += least * least
         if abs(error) > limit:
@@ -122,20 +153,20 @@ def _refine(weight, mean, spread, norm, of, cycles, threshold, official, exact, 
         while cycle < cycles and abs(error) > limit:
             side = np.int64(error > 0)
             if not began[side]:
-                _order_grown(share, spread, start, exact, side == 1, grow[side])
+                _order_grown(share, divisor, start, exact, side == 1, grow[side])
                 _begin(grow[side], grow_least[side])
-                if of == 0:
+                if group_size == 0:
                     _order_dropped(share, scores, start, side == 0, drop[side])
                     _begin(drop[side], drop_least[side])
                 began[side] = True
             grown[side] = _next(grow[side], grow_least[side], grown[side])
             back = inputs - 1 - grown[side] if side == 1 else grown[side]
-            if of:
-                gone = _lowest_of_group(scores, droppable, back, of)
+            if group_size:
+                gone = _lowest_of_group(scores, droppable, back, group_size)
             else:
                 gone = dropped[side] = _next(drop[side], drop_least[side], dropped[side])
             after = error + share[gone] - share[back]
-            if kept[back] or not kept[gone] or (of > 0 and (after == 0 or (after > 0) != positive)):
+            if kept[back] or not kept[gone] or (group_size > 0 and (after == 0 or (after > 0) != positive)):
                 break
             kept[gone], kept[back], droppable[gone] = False, True, False
             error = after
@@ -149,34 +180,12 @@ def _refine(weight, mean, spread, norm, of, cycles, threshold, official, exact, 
     return objectives, longest
 
 
-def refine(
-    weight: Tensor,
-    mask: Tensor,
-    mean: Tensor,
-    spread: Tensor,
-    norm: Tensor,
-    of: int,
-    cycles: int,
-    threshold: float,
-    official: float | None,
-) -> tuple[Tensor, list[float]]:
-    """Mask [out, in] after up to `cycles` swaps per row, and the sum of the rows' squared errors after each cycle.
+def refine(weight: Tensor, mask: Tensor, statistics: InputStatistics, rule: CycleRule) -> tuple[Tensor, list[float]]:
+    """Mask [out, in] after up to `rule.cycles` swaps per row, and the sum of squared row errors after each cycle.
 
-    weight: [out, in] float32. mask: [out, in] of the start. mean, spread: [in] float64, of each input its mean and what
-    its lost share is divided by. norm: [in] float32, sqrt(G_jj). of: m of n:m, 0 of row. threshold: of the |error|, in
-    units of `official` or, where that is None, of the norm of the row's shares; None also returns the best state.
+    weight: [out, in] float32. mask: [out, in] bool, of the start; not changed.
     """
-    result = mask.clone()
-    runs = by_rows(
-        _refine,
-        weight.shape,
-        *(array(tensor) for tensor in (weight, mean, spread, norm)),
-        of,
-        cycles,
-        threshold,
-        official or 0.0,
-        official is None,
-        array(result),
-    )
+    result = mask.clone(memory_format=contiguous_format)
+    runs = by_rows(_refine, weight.shape, array(weight), statistics, rule, result.numpy())
     longest = max(last for _, last in runs)
-    return result, sum(objectives for objectives, _ in runs)[: longest + 1].tolist()
+    return result, np.sum([objectives for objectives, _ in runs], 0)[: longest + 1].tolist()

@@ -10,7 +10,8 @@ from torch import Tensor, from_numpy
 
 from layerwise.kernels.rows import array, by_rows, compiled, empty
 
-CHUNK, LONG = 2**10, 2**15  # entries that are brought in order at once; a line of so many is shared between threads
+KEYS_AT_ONCE = 2**10  # keys that are reflected at once
+LONG_LINE = 2**15  # entries from which on a line is shared between threads
 SAMPLE = 2**14  # entries that say where the cut of a long line lies
 
 
@@ -31,8 +32,8 @@ def _count_below(keys, bound):
 
 
 @compiled()
-def _cut(keys, pruned):
-    """(key, ties): the `pruned` smallest of the keys are those below `key` and the first `ties` of those equal to it.
+def _cut(keys, n_pruned):
+    """(key, ties): the `n_pruned` smallest of the keys are those below `key` and the first `ties` of those equal to it.
 
     Secant steps on the number of keys below a bound, every third one a bisection.
     """
@@ -42,22 +43,22 @@ def _cut(keys, pruned):
     low, high = np.int64(lowest), np.int64(highest) + 1  # none of the keys is below low, all are below high
     below_low, below_high = np.int64(0), np.int64(len(keys))
     bound, step = np.empty(1, keys.dtype), 0
-    while below_low < pruned < below_high and high - low != 1:
+    while below_low < n_pruned < below_high and high - low != 1:
         width = high - low
-        share = 0.5 if step % 3 == 2 else (pruned - below_low) / (below_high - below_low)
+        share = 0.5 if step % 3 == 2 else (n_pruned - below_low) / (below_high - below_low)
         if width > 0:
             bound[0] = low + min(max(np.int64(share * width), 1), width - 1)
         else:  # beyond the integers of 64 bits
             bound[0] = (low >> 1) + (high >> 1)
         below = _count_below(keys, bound[0])
-        if below <= pruned:
+        if below <= n_pruned:
             low, below_low = np.int64(bound[0]), below
         else:
             high, below_high = np.int64(bound[0]), below
         step += 1
-    if below_high == pruned:
+    if below_high == n_pruned:
         return high, np.int64(0)
-    return low, pruned - below_low
+    return low, n_pruned - below_low
 
 
 @compiled()
@@ -77,82 +78,82 @@ def _mark(keys, key, ties, mask):
 
 
 @compiled(["(i4[:, ::1], i8, b1[:, ::1], i8, i8)", "(i8[:, ::1], i8, b1[:, ::1], i8, i8)"])
-def _lines(bits, pruned, mask, first, last):
+def _lines(bits, n_pruned, mask, first, last):
     keys = np.empty(bits.shape[1], bits.dtype)
     for row in range(first, last):
         keys[:] = bits[row]
         _to_order(keys)
-        key, ties = _cut(keys, pruned)
+        key, ties = _cut(keys, n_pruned)
         _mark(keys, key, ties, mask[row])
 
 
 @compiled(["(f4[:, ::1], f4[::1], i8, f4[:, ::1], b1[:, ::1], i8, i8)"])
-def _prune_lines(weight, norm, pruned, values, mask, first, last):
+def _prune_lines(weight, norm, n_pruned, values, mask, first, last):
     scores = np.empty(weight.shape[1], np.float32)
-    keys = scores.view(np.int32)  # which need no reflection: no score is negative
+    keys = scores.view(np.int32)  # no score is negative: the bits are in order
     for row in range(first, last):
         for i in range(len(scores)):
             scores[i] = abs(weight[row, i] * norm[i])
-        key, ties = _cut(keys, pruned)
+        key, ties = _cut(keys, n_pruned)
         _mark(keys, key, ties, mask[row])
         for i in range(len(scores)):
             values[row, i] = weight[row, i] if mask[row, i] else np.float32(0)
 
 
 @compiled()
-def _mark_groups(keys, of, pruned, sorted_in, ranks, mask):
-    """False at the `pruned` smallest of each `of` consecutive keys; len(keys) is a multiple of `of`."""
-    groups = len(keys) // of
-    for e in range(of):
+def _mark_groups(keys, group_size, n_pruned, by_place, ranks, mask):
+    """False at the `n_pruned` smallest of each `group_size` consecutive keys, of which there are whole groups."""
+    groups = len(keys) // group_size
+    for e in range(group_size):
         for g in range(groups):
-            sorted_in[e, g] = keys[g * of + e]
-    for e in range(of):
+            by_place[e, g] = keys[g * group_size + e]
+    for e in range(group_size):
         ranks[:groups] = 0
-        for f in range(of):
+        for f in range(group_size):
             if f < e:
                 for g in range(groups):
-                    ranks[g] += sorted_in[f, g] <= sorted_in[e, g]
+                    ranks[g] += by_place[f, g] <= by_place[e, g]
             else:
                 for g in range(groups):
-                    ranks[g] += sorted_in[f, g] < sorted_in[e, g]
+                    ranks[g] += by_place[f, g] < by_place[e, g]
         for g in range(groups):
-            mask[g * of + e] = ranks[g] >= pruned
+            mask[g * group_size + e] = ranks[g] >= n_pruned
 
 
 @compiled(["(i4[:, ::1], i8, i8, b1[:, ::1], i8, i8)", "(i8[:, ::1], i8, i8, b1[:, ::1], i8, i8)"])
-def _groups(bits, of, pruned, mask, first, last):
+def _groups(bits, group_size, n_pruned, mask, first, last):
     inputs = bits.shape[1]
-    groups = -(-inputs // of)
-    keys, kept = np.empty(groups * of, bits.dtype), np.empty(groups * of, np.bool_)
-    by_place, ranks = np.empty((of, groups), bits.dtype), np.empty(groups, np.int32)
+    groups = -(-inputs // group_size)
+    keys, kept = np.empty(groups * group_size, bits.dtype), np.empty(groups * group_size, np.bool_)
+    by_place, ranks = np.empty((group_size, groups), bits.dtype), np.empty(groups, np.int32)
     for row in range(first, last):
         keys[:inputs] = bits[row]
         _to_order(keys[:inputs])
-        keys[inputs:] = -(2 ** (8 * bits.itemsize - 1) - 1)  # what fills up the last group goes first
-        _mark_groups(keys, of, pruned, by_place, ranks, kept)
+        keys[inputs:] = -(2 ** (8 * bits.itemsize - 1) - 1)  # entries that pad the last group are pruned first
+        _mark_groups(keys, group_size, n_pruned, by_place, ranks, kept)
         mask[row] = kept[:inputs]
 
 
 @compiled(["(f4[:, ::1], f4[::1], i8, i8, f4[:, ::1], b1[:, ::1], i8, i8)"])
-def _prune_groups(weight, norm, of, pruned, values, mask, first, last):
+def _prune_groups(weight, norm, group_size, n_pruned, values, mask, first, last):
     inputs = weight.shape[1]
-    groups = -(-inputs // of)
-    scores, kept = np.empty(groups * of, np.float32), np.empty(groups * of, np.bool_)
+    groups = -(-inputs // group_size)
+    scores, kept = np.empty(groups * group_size, np.float32), np.empty(groups * group_size, np.bool_)
     keys = scores.view(np.int32)
-    by_place, ranks = np.empty((of, groups), np.int32), np.empty(groups, np.int32)
+    by_place, ranks = np.empty((group_size, groups), np.int32), np.empty(groups, np.int32)
     for row in range(first, last):
         for i in range(inputs):
             scores[i] = abs(weight[row, i] * norm[i])
         keys[inputs:] = -1  # below every score
-        _mark_groups(keys, of, pruned, by_place, ranks, kept)
+        _mark_groups(keys, group_size, n_pruned, by_place, ranks, kept)
         for i in range(inputs):
             mask[row, i] = kept[i]
             values[row, i] = weight[row, i] if kept[i] else np.float32(0)
 
 
 @compiled(["Tuple((i8, i8))(i4[::1], i8)", "Tuple((i8, i8))(i8[::1], i8)"])
-def _cut_of(keys, pruned):
-    return _cut(keys, pruned)
+def _cut_of(keys, n_pruned):
+    return _cut(keys, n_pruned)
 
 
 @compiled(
@@ -164,9 +165,9 @@ def _cut_of(keys, pruned):
 def _tally(bits, low, high, found, first, last):
     """(entries below low, first, end): those in [low, high) are copied to found[first:end]."""
     below, end = 0, first
-    keys = np.empty(CHUNK, bits.dtype)
-    for start in range(first, last, CHUNK):
-        size = min(CHUNK, last - start)
+    keys = np.empty(KEYS_AT_ONCE, bits.dtype)
+    for start in range(first, last, KEYS_AT_ONCE):
+        size = min(KEYS_AT_ONCE, last - start)
         keys[:size] = bits[start : start + size]
         _to_order(keys[:size])
         for i in range(size):
@@ -194,9 +195,9 @@ def _tally_scores(weight, norm, low, high, found, first, last):
 
 @compiled(["(i4[::1], i8, b1[::1], i8, i8)", "(i8[::1], i8, b1[::1], i8, i8)"])
 def _mark_all(bits, key, mask, first, last):
-    keys = np.empty(CHUNK, bits.dtype)
-    for start in range(first, last, CHUNK):
-        size = min(CHUNK, last - start)
+    keys = np.empty(KEYS_AT_ONCE, bits.dtype)
+    for start in range(first, last, KEYS_AT_ONCE):
+        size = min(KEYS_AT_ONCE, last - start)
         keys[:size] = bits[start : start + size]
         _to_order(keys[:size])
         _mark(keys[:size], key, 0, mask[start : start + size])
@@ -213,22 +214,25 @@ def _prune_at(weight, norm, key, values, mask, first, last):
             values[row, i] = weight[row, i] if mask[row, i] else np.float32(0)
 
 
-def _cut_in_parts(sample: np.ndarray, pruned: int, total: int, tally: Callable, found: np.ndarray) -> tuple[int, int]:
-    """As _cut, of `total` keys; tally(low, high) as _tally, run by run.
+def _cut_in_parts(
+    sample: np.ndarray, n_pruned: int, n_keys: int, tally: Callable, found: np.ndarray
+) -> tuple[int, int]:
+    """As _cut, of `n_keys` keys; tally(low, high) as _tally, run by run.
 
     The sample, sorted, says where the cut lies, four standard deviations to each side; beyond them all keys are taken.
     """
-    place, margin = pruned / total * len(sample), 2 * len(sample) ** 0.5 + 1
+    place, margin = n_pruned / n_keys * len(sample), 2 * len(sample) ** 0.5 + 1
     limits = np.iinfo(found.dtype)
     low = int(sample[int(place - margin)]) if place > margin else limits.min
     high = int(sample[int(place + margin)]) if place + margin < len(sample) else limits.max
     for bounds in ((low, high), (limits.min, limits.max)):
         tallies = tally(*bounds)
-        missing = pruned - sum(below for below, _, _ in tallies)
+        missing = n_pruned - sum(below for below, _, _ in tallies)
         inside = np.concatenate([found[first:end] for _, first, end in tallies])
         if 0 < missing <= len(inside):
             break
-    return _cut_of(inside, missing)
+    key, ties = _cut_of(inside, missing)
+    return int(key), int(ties)
 
 
 def _bits(score: Tensor) -> np.ndarray:
@@ -236,24 +240,24 @@ def _bits(score: Tensor) -> np.ndarray:
     return scores.view(f"i{scores.itemsize}")
 
 
-def keep_largest(score: Tensor, pruned: int) -> Tensor:
-    """Mask, True where kept, without the `pruned` smallest entries of each line of score [..., n], float32 or 64."""
+def keep_largest(score: Tensor, n_pruned: int) -> Tensor:
+    """Mask, True where kept, without the `n_pruned` smallest entries of each line of score [..., n], float32 or 64."""
     bits = _bits(score).reshape(-1, score.shape[-1])
     mask = empty(bits.shape, np.bool_)
-    if len(bits) == 1 and bits.size >= LONG:
-        _keep_of_line(bits[0], pruned, mask[0])
+    if len(bits) == 1 and bits.size >= LONG_LINE:
+        _keep_of_line(bits[0], n_pruned, mask[0])
     else:
-        by_rows(_lines, bits.shape, bits, pruned, mask)
+        by_rows(_lines, bits.shape, bits, n_pruned, mask)
     return from_numpy(mask).view(score.shape)
 
 
-def _keep_of_line(bits: np.ndarray, pruned: int, mask: np.ndarray) -> None:
+def _keep_of_line(bits: np.ndarray, n_pruned: int, mask: np.ndarray) -> None:
     sample, found = bits[:: len(bits) // SAMPLE | 1].copy(), empty(bits.shape, bits.dtype)
     _to_order(sample)
     sample.sort()
     shape = (len(bits), 1)
     key, ties = _cut_in_parts(
-        sample, pruned, len(bits), lambda low, high: by_rows(_tally, shape, bits, low, high, found), found
+        sample, n_pruned, len(bits), lambda low, high: by_rows(_tally, shape, bits, low, high, found), found
     )
     by_rows(_mark_all, shape, bits, key, mask)
     mask[_first_equal(bits, key, ties)] = False
@@ -263,30 +267,30 @@ def _first_equal(bits: np.ndarray, key: int, ties: int) -> np.ndarray:
     """Indices of the first `ties` entries whose key that is."""
     equal, start = [], 0
     while ties:
-        keys = bits[start : start + LONG].copy()
+        keys = bits[start : start + LONG_LINE].copy()
         _to_order(keys)
         equal.append(start + np.flatnonzero(keys == key)[:ties])
         ties -= len(equal[-1])
-        start += LONG
+        start += LONG_LINE
     return np.concatenate(equal) if equal else np.empty(0, np.int64)
 
 
-def keep_of_groups(score: Tensor, of: int, pruned: int) -> Tensor:
-    """Mask [out, in] without the `pruned` smallest of each `of` consecutive entries of a row of score [out, in]."""
+def keep_top_per_group(score: Tensor, group_size: int, n_pruned: int) -> Tensor:
+    """Mask [out, in] without the `n_pruned` smallest of each `group_size` consecutive scores [out, in] of a row."""
     bits = _bits(score)
     mask = empty(bits.shape, np.bool_)
-    by_rows(_groups, bits.shape, bits, of, pruned, mask)
+    by_rows(_groups, bits.shape, bits, group_size, n_pruned, mask)
     return from_numpy(mask)
 
 
-def prune_lines(weight: Tensor, norm: Tensor, pruned: int) -> tuple[Tensor, Tensor]:
-    """Weight and mask [out, in] without the `pruned` entries of each row whose |weight| * norm [in] is smallest."""
+def prune_lines(weight: Tensor, norm: Tensor, n_pruned: int) -> tuple[Tensor, Tensor]:
+    """Weight and mask [out, in] without the `n_pruned` entries of each row whose |weight| * norm [in] is smallest."""
     values, mask = empty(weight.shape, np.float32), empty(weight.shape, np.bool_)
-    by_rows(_prune_lines, weight.shape, array(weight), array(norm), pruned, values, mask)
+    by_rows(_prune_lines, weight.shape, array(weight), array(norm), n_pruned, values, mask)
     return from_numpy(values), from_numpy(mask)
 
 
-def prune_layer(weight: Tensor, norm: Tensor, pruned: int) -> tuple[Tensor, Tensor]:
+def prune_layer(weight: Tensor, norm: Tensor, n_pruned: int) -> tuple[Tensor, Tensor]:
     """The same of all entries of the layer."""
     entries, by_input, inputs = array(weight), array(norm), weight.shape[1]
     values, mask = empty(weight.shape, np.float32), empty(weight.shape, np.bool_)
@@ -297,7 +301,7 @@ def prune_layer(weight: Tensor, norm: Tensor, pruned: int) -> tuple[Tensor, Tens
     def tally(low: int, high: int) -> list:
         return by_rows(_tally_scores, weight.shape, entries, by_input, low, high, found)
 
-    key, ties = _cut_in_parts(sample, pruned, weight.numel(), tally, found)
+    key, ties = _cut_in_parts(sample, n_pruned, weight.numel(), tally, found)
     by_rows(_prune_at, weight.shape, entries, by_input, key, values, mask)
     for row in range(len(entries)) if ties else ():
         equal = np.flatnonzero(abs(entries[row] * by_input).view(np.int32) == key)[:ties]
@@ -308,8 +312,8 @@ def prune_layer(weight: Tensor, norm: Tensor, pruned: int) -> tuple[Tensor, Tens
     return from_numpy(values), from_numpy(mask)
 
 
-def prune_groups(weight: Tensor, norm: Tensor, of: int, pruned: int) -> tuple[Tensor, Tensor]:
-    """The same of each `of` consecutive entries of a row."""
+def prune_groups(weight: Tensor, norm: Tensor, group_size: int, n_pruned: int) -> tuple[Tensor, Tensor]:
+    """The same of each `group_size` consecutive entries of a row."""
     values, mask = empty(weight.shape, np.float32), empty(weight.shape, np.bool_)
-    by_rows(_prune_groups, weight.shape, array(weight), array(norm), of, pruned, values, mask)
+    by_rows(_prune_groups, weight.shape, array(weight), array(norm), group_size, n_pruned, values, mask)
     return from_numpy(values), from_numpy(mask)

@@ -1,30 +1,35 @@
 """Pairwise steps on relaxed masks: mass moves from one entry to another of its comparison group, as far as is best.
 
-With p = (w o (1 - m)) G of a row, u is raised and v lowered: u has the largest w_j p_j of the group where that differs
-most from the smallest of what can be lowered, v is the entry of that group with which the error falls most. What a
-group leaves of its sum is an entry of weight zero. All sums are float64.
+With p = (w o (1 - m)) G of a row, u is raised and v lowered. The group is the one in which the largest w_j p_j of an
+entry that can be raised and the smallest of one that can be lowered differ most. u has that largest value, and v is the
+entry of the group with which the error falls most. What a group does not use of its sum counts as an entry of weight
+zero. All sums are float64.
 
-A row lies place by place: of n:m first the groups' first entries; one that is a single group in LANES columns.
+Rows are stored place by place: with n:m first the first entries of all groups, then the second ones; a row that is a
+single group in STRIPES columns.
 """
 
+from typing import NamedTuple
+
 import numpy as np
+from numba import boolean, float32, float64, int64
 
-from layerwise.kernels.rows import compiled
+from layerwise.kernels.rows import compiled, named
 
-LANES = 64
-FIXED = 2.0  # in a relaxed mask: fixed at one, or nothing but what fills up the last places
-SLACK = -1  # stands for the entry of weight zero
-FAST = {"contract", "nnan", "nsz"}
+STRIPES = 64
+FIXED = 2.0  # in a relaxed mask: fixed at one, or padding of the last places
+UNUSED = -1  # index that stands for the entry of weight zero: the unused part of a group's sum
+FASTMATH = {"contract", "nnan", "nsz"}
 
 
-@compiled(fastmath=FAST)
+@compiled(fastmath=FASTMATH)
 def _shift(product, one, a, other, b):
     """product [in] += a * one + b * other, rows of the Gram."""
     for j in range(len(product)):
         product[j] += a * one[j] + b * other[j]
 
 
-@compiled(fastmath=FAST)
+@compiled(fastmath=FASTMATH)
 def _extremes(weight, relaxed, product, highest, lowest):
     """Per lane the largest w_j p_j of what can be raised and the smallest of what can be lowered."""
     lanes = len(highest)
@@ -39,21 +44,21 @@ def _extremes(weight, relaxed, product, highest, lowest):
 
 @compiled()
 def _raised(weight, relaxed, product, value, lane, lanes):
-    """The first entry of the lane that can be raised and has w_j p_j = value; SLACK where that is below zero."""
+    """The first entry of the lane that can be raised and has w_j p_j = value; UNUSED where that is below zero."""
     if value >= 0:
         for j in range(lane, len(weight), lanes):
             if relaxed[j] < 1 and weight[j] * product[j] == value:
                 return j
-    return SLACK
+    return UNUSED
 
 
 @compiled()
 def _lowered(u, top, spare, weight, product, gram, candidates, count):
-    """(place in candidates, or SLACK; w_v p_v; curvature) of what is best lowered while u is raised."""
-    alone = 0.0 if u == SLACK else np.float64(weight[u]) * weight[u] * gram[u, u]
+    """(place in candidates, or UNUSED, or -2 for none; w_v p_v; curvature) of the entry best lowered for u."""
+    alone = 0.0 if u == UNUSED else np.float64(weight[u]) * weight[u] * gram[u, u]
     most, place, bottom, curvature = 0.0, -2, 0.0, 1.0
     if spare > 0 and top > 0:
-        most, place, curvature = (top * top / alone if alone > 0 else np.inf), SLACK, alone
+        most, place, curvature = (top * top / alone if alone > 0 else np.inf), UNUSED, alone
     for i in range(count):
         v = candidates[i]
         fall = top - weight[v] * product[v]
@@ -61,7 +66,7 @@ def _lowered(u, top, spare, weight, product, gram, candidates, count):
             continue
         w = np.float64(weight[v])
         bend = alone + w * w * gram[v, v]
-        if u != SLACK:
+        if u != UNUSED:
             bend -= 2 * weight[u] * w * gram[u, v]
         gain = fall * fall / bend if bend > 0 else np.inf
         if gain > most:
@@ -76,7 +81,7 @@ def _size(slope, curvature, most):
 
 @compiled()
 def _supported(relaxed, first, step, found):
-    """How many entries first, first + step, ... can be lowered; they come into `found`."""
+    """Write which of the entries first, first + step, ... can be lowered to `found`; returns how many."""
     count = 0
     for j in range(first, len(relaxed), step):
         if 0 < relaxed[j] <= 1:
@@ -85,11 +90,28 @@ def _supported(relaxed, first, step, found):
     return count
 
 
-@compiled(["(f4[:, ::1], f4[:, ::1], f8[:, ::1], f8[:, ::1], f8[:, ::1], b1[::1], i8, i8, i8)"])
-def exchange_rows(weight, gram, relaxed, product, spare, active, steps, first, last):
-    """Up to `steps` exchanges in each active row. spare: [out, groups]."""
+class ExchangeState(NamedTuple):
+    """Weight [out, in] and Gram [in, in] (float32), relaxed mask and product [out, in] (float64), place by place."""
+
+    weight: np.ndarray
+    gram: np.ndarray
+    relaxed: np.ndarray
+    product: np.ndarray
+
+
+FLOATS, DOUBLES = float32[:, ::1], float64[:, ::1]
+STATE_TYPE = named(ExchangeState, FLOATS, FLOATS, DOUBLES, DOUBLES)
+
+
+@compiled([(STATE_TYPE, DOUBLES, boolean[::1], int64, int64, int64)])
+def exchange_rows(state, spare, active, steps, first, last):
+    """Make up to `steps` exchanges in each active row, in place.
+
+    spare: [out, groups], what each group's mask sum is below its limit.
+    """
+    weight, gram, relaxed, product = state
     groups = spare.shape[1]
-    lanes = LANES if groups == 1 else groups
+    lanes = STRIPES if groups == 1 else groups
     highest, lowest = np.empty(lanes), np.empty(lanes)
     candidates = np.empty(weight.shape[1] + 1, np.int64)
     nothing = np.zeros(weight.shape[1], np.float32)
@@ -113,9 +135,9 @@ def exchange_rows(weight, gram, relaxed, product, spare, active, steps, first, l
             top = max(highest[lane], 0.0)
             u = _raised(w, m, p, highest[lane], lane, lanes)
             place, bottom, curvature = _lowered(u, top, left[group], w, p, gram, candidates, count)
-            if place < SLACK:
+            if place < UNUSED:
                 break
-            v = candidates[place] if place >= 0 else SLACK
+            v = candidates[place] if place >= 0 else UNUSED
             most = min(1 - m[u] if u >= 0 else np.inf, m[v] if v >= 0 else left[group])
             size = _size(top - bottom, curvature, most)
             one, other, a, b = nothing, nothing, 0.0, 0.0
@@ -140,7 +162,7 @@ def exchange_rows(weight, gram, relaxed, product, spare, active, steps, first, l
 
 @compiled()
 def _ends(weight, relaxed, product, highest, lowest):
-    """(place, w_j p_j) of what of a row is best raised, and of what is best lowered; -inf and inf where nothing is."""
+    """(u, w_u p_u, v, w_v p_v) of the entries of a row best raised and lowered; -inf and inf where there is none."""
     _extremes(weight, relaxed, product, highest, lowest)
     lane = np.argmax(highest)
     high = highest[lane]
@@ -159,14 +181,15 @@ def _ends(weight, relaxed, product, highest, lowest):
     return u, high, v, low
 
 
-@compiled(["f8(f4[:, ::1], f4[:, ::1], f8[:, ::1], f8[:, ::1], f8, i8)"])
-def exchange_layer(weight, gram, relaxed, product, spare, steps):
-    """Up to `steps` exchanges in a layer that is one group; what is left of its sum is returned.
+@compiled([float64(STATE_TYPE, float64, int64)])
+def exchange_layer(state, spare, steps):
+    """Make up to `steps` exchanges in a layer that is one group, in place; returns what is spare of its sum then.
 
-    Of every other row than that of u only the entry with the smallest w_j p_j may be lowered.
+    In rows other than that of u only the entry with the smallest w_j p_j may be lowered.
     """
+    weight, gram, relaxed, product = state
     rows, inputs = weight.shape
-    highest, lowest = np.empty(LANES), np.empty(LANES)
+    highest, lowest = np.empty(STRIPES), np.empty(STRIPES)
     candidates = np.empty(inputs, np.int64)
     raised, lowered = np.empty(rows, np.int64), np.empty(rows, np.int64)
     tops, bottoms, bends = np.empty(rows), np.empty(rows), np.empty(rows)
@@ -178,12 +201,12 @@ def exchange_layer(weight, gram, relaxed, product, spare, steps):
     for _ in range(steps):
         r = np.argmax(tops)
         top = max(tops[r], 0.0)
-        u = raised[r] if tops[r] >= 0 else SLACK
+        u = raised[r] if tops[r] >= 0 else UNUSED
         w, m, p = weight[r], relaxed[r], product[r]
         count = _supported(m, 0, 1, candidates)
         place, bottom, curvature = _lowered(u, top, spare, w, p, gram, candidates, count)
         gain = 0.0
-        if place >= SLACK:
+        if place >= UNUSED:
             gain = (top - bottom) ** 2 / curvature if curvature > 0 else np.inf
         alone = np.float64(w[u]) ** 2 * gram[u, u] if u >= 0 else 0.0
         s = r
@@ -195,7 +218,7 @@ def exchange_layer(weight, gram, relaxed, product, spare, steps):
                     gain, s, bottom, curvature = other, q, bottoms[q], bend
         if gain == 0:
             break
-        v = lowered[s] if s != r else (candidates[place] if place >= 0 else SLACK)
+        v = lowered[s] if s != r else (candidates[place] if place >= 0 else UNUSED)
         most = min(1 - m[u] if u >= 0 else np.inf, relaxed[s, v] if v >= 0 else spare)
         size = _size(top - bottom, curvature, most)
         if u >= 0:

@@ -1,0 +1,230 @@
+"""The column loop of SparseGPT and GPTQ within one block, compiled: sixteen rows at a time, all columns in cache."""
+
+from typing import NamedTuple
+
+import numpy as np
+from numba import boolean, float32, int64, uint8
+from torch import Tensor, from_numpy
+
+from layerwise.kernels import simd
+from layerwise.kernels.rows import array, by_rows, compiled, empty, named
+
+TILE_ROWS = simd.LANES
+COLUMNS_AT_ONCE = 4  # columns whose errors are subtracted from the later columns in one pass
+MOST_RANKED = 16  # columns of a group up to which each is compared with each; in larger groups the cut is searched
+INFINITE = 0x7F800000  # the bits of infinity
+
+
+class SweepMatrices(NamedTuple):
+    """The matrices [out, in] of a sweep. It writes a block of columns of the last three."""
+
+    original: np.ndarray  # float32
+    weight: np.ndarray  # float32, as it comes and as it is left
+    errors: np.ndarray  # float32, original less weight
+    mask: np.ndarray  # bool
+
+
+class BlockBudget(NamedTuple):
+    """Of each `group_size` consecutive columns, `n_pruned` entries of each row become zero. 0: the mask is given."""
+
+    group_size: int
+    n_pruned: int
+
+
+class GridArrays(NamedTuple):
+    """The grid that columns are rounded to; a largest code of 0 stands for none."""
+
+    scales: np.ndarray  # [out, groups] float32
+    zeros: np.ndarray  # [out, groups] float32
+    group_of: np.ndarray  # [in] int64
+    codes: np.ndarray  # [out, in] uint8, written
+    largest_code: np.float32
+
+
+NO_SCALES = np.empty((0, 0), np.float32)
+NO_GRID = GridArrays(NO_SCALES, NO_SCALES, np.empty(0, np.int64), np.empty((0, 0), np.uint8), np.float32(0))
+FLOATS, BOOLS, CODES = float32[:, ::1], boolean[:, ::1], uint8[:, ::1]
+MATRICES_TYPE = named(SweepMatrices, FLOATS, FLOATS, FLOATS, BOOLS)
+BUDGET_TYPE = named(BlockBudget, int64, int64)
+GRID_TYPE = named(GridArrays, FLOATS, FLOATS, int64[::1], CODES, float32)
+
+
+@compiled()
+def _choose(entries, factor, i, group_size, n_pruned, scores, keep):
+    """Write keep [columns * rows] from column i on: 0 at the `n_pruned` smallest |w / U_jj| of a group, else 1."""
+    size = min(group_size, len(factor) - i)
+    n_pruned -= group_size - size  # entries that pad the last group are pruned first
+    for e in range(size):
+        own = simd.splat(factor[i + e, i + e])
+        simd.store(scores, e * TILE_ROWS, simd.absolute(simd.div(simd.load(entries, (i + e) * TILE_ROWS), own)))
+    if size <= MOST_RANKED:
+        _rank(scores, size, np.float32(n_pruned), keep, i)
+    else:
+        _search(scores, size, np.float32(n_pruned), keep, i)
+
+
+@compiled()
+def _rank(scores, size, n_pruned, keep, i):
+    one, nothing = simd.splat(np.float32(1)), simd.zeros()
+    for e in range(size):
+        score, rank = simd.load(scores, e * TILE_ROWS), simd.zeros()
+        for f in range(e):
+            rank = simd.add(rank, simd.select(simd.le_mask(simd.load(scores, f * TILE_ROWS), score), one, nothing))
+        for f in range(e + 1, size):
+            rank = simd.add(rank, simd.select(simd.le_mask(score, simd.load(scores, f * TILE_ROWS)), nothing, one))
+        simd.store(keep, (i + e) * TILE_ROWS, simd.select(simd.le_mask(simd.splat(n_pruned), rank), one, nothing))
+
+
+@compiled()
+def _search(scores, size, n_pruned, keep, i):
+    """Bisection in each row; floats that are not negative are in the order of their bits."""
+    one, nothing = simd.splat(np.float32(1)), simd.zeros()
+    low, high = (
+        np.full(TILE_ROWS, -1, np.int32),
+        np.full(TILE_ROWS, INFINITE, np.int32),
+    )
+    middle, counted = np.empty(TILE_ROWS, np.int32), np.empty(TILE_ROWS, np.float32)
+    bounds = middle.view(np.float32)
+    for _ in range(31):
+        for r in range(TILE_ROWS):
+            middle[r] = (low[r] + high[r]) >> 1
+        bound, count = simd.load(bounds, 0), simd.zeros()
+        for e in range(size):
+            count = simd.add(count, simd.select(simd.le_mask(simd.load(scores, e * TILE_ROWS), bound), one, nothing))
+        simd.store(counted, 0, count)
+        for r in range(TILE_ROWS):
+            if counted[r] >= n_pruned:
+                high[r] = middle[r]
+            else:
+                low[r] = middle[r]
+    bound, spare = simd.load(high.view(np.float32), 0), simd.splat(max(n_pruned, np.float32(0)))
+    for e in range(size):
+        spare = simd.sub(spare, simd.select(simd.le_mask(bound, simd.load(scores, e * TILE_ROWS)), nothing, one))
+    for e in range(size):  # of entries equal to the cut the first are pruned
+        score = simd.load(scores, e * TILE_ROWS)
+        below, above = simd.le_mask(score, bound), simd.le_mask(bound, score)
+        tied = below & above
+        simd.store(keep, (i + e) * TILE_ROWS, simd.select(below & ~(tied & simd.le_mask(spare, nothing)), nothing, one))
+        spare = simd.sub(spare, simd.select(tied, one, nothing))
+
+
+@compiled()
+def _transpose_tile(source, target, height, width):
+    """The first height x width entries of source [., .] as columns of the target; both are multiples of 16."""
+    step, stride = source.shape[1], target.shape[1]
+    before, after = source.reshape(-1), target.reshape(-1)
+    for r in range(0, height, simd.LANES):
+        for i in range(0, width, simd.LANES):
+            simd.transpose(before, r * step + i, step, after, i * stride + r, stride)
+
+
+@compiled()
+def _subtract_errors(entries, losses, factor, i, end):
+    """Subtract the errors of columns i to end, one or four of them, from all columns from `end` on, in order."""
+    if end == i + 1:
+        error = simd.load(losses, i * TILE_ROWS)
+        for k in range(end, len(factor)):
+            simd.store(
+                entries, k * TILE_ROWS, simd.sub_mul(simd.load(entries, k * TILE_ROWS), error, simd.splat(factor[i, k]))
+            )
+    elif end < len(factor):
+        first, second = simd.load(losses, i * TILE_ROWS), simd.load(losses, (i + 1) * TILE_ROWS)
+        third, fourth = simd.load(losses, (i + 2) * TILE_ROWS), simd.load(losses, (i + 3) * TILE_ROWS)
+        for k in range(end, len(factor)):
+            left = simd.sub_mul(simd.load(entries, k * TILE_ROWS), first, simd.splat(factor[i, k]))
+            left = simd.sub_mul(left, second, simd.splat(factor[i + 1, k]))
+            left = simd.sub_mul(left, third, simd.splat(factor[i + 2, k]))
+            simd.store(entries, k * TILE_ROWS, simd.sub_mul(left, fourth, simd.splat(factor[i + 3, k])))
+
+
+@compiled([(MATRICES_TYPE, int64, FLOATS, BUDGET_TYPE, GRID_TYPE, int64, int64)])
+def _sweep(matrices, start, factor, budget, grid, first, last):
+    original, weight, errors, mask = matrices
+    group_size, n_pruned = budget
+    scales, zeros, group_of, codes, most = grid
+    columns = len(factor)
+    end, wide = start + columns, -(-columns // simd.LANES) * simd.LANES
+    rows = np.zeros((TILE_ROWS, wide), np.float32)  # a tile as in the weight; the other arrays have its rows as lanes
+    tiles = np.zeros((4, wide, TILE_ROWS), np.float32)
+    entries, losses, keep, code = tiles.reshape(4, -1)
+    tile_grid = np.ones((2, TILE_ROWS), np.float32)
+    scale, zero = tile_grid[0], tile_grid[1]
+    scores = np.empty(group_size * TILE_ROWS, np.float32)
+    one, minus_one, largest = simd.splat(np.float32(1)), simd.splat(np.float32(-1)), simd.splat(most)
+    stride = (
+        COLUMNS_AT_ONCE if group_size % COLUMNS_AT_ONCE == 0 or group_size >= columns else 1
+    )  # choosing a mask needs columns that are up to date
+    for top in range(first, last, TILE_ROWS):
+        height = min(TILE_ROWS, last - top)
+        if not group_size:
+            for r in range(height):
+                for i in range(columns):
+                    rows[r, i] = np.float32(mask[top + r, start + i])
+            _transpose_tile(rows, tiles[2], TILE_ROWS, wide)
+        rows[height:] = 0
+        rows[:height, :columns] = weight[top : top + height, start:end]
+        _transpose_tile(rows, tiles[0], TILE_ROWS, wide)
+        for i in range(columns):
+            if group_size and i % group_size == 0:
+                _choose(entries, factor, i, group_size, n_pruned, scores, keep)
+            if most and (i == 0 or group_of[start + i] != group_of[start + i - 1]):
+                for r in range(height):
+                    scale[r], zero[r] = scales[top + r, group_of[start + i]], zeros[top + r, group_of[start + i]]
+            entry = simd.load(entries, i * TILE_ROWS)
+            final = simd.select(simd.le_mask(one, simd.load(keep, i * TILE_ROWS)), entry, simd.zeros())
+            if most:  # products and sums as sub_mul has them: rounded one by one
+                steps, origin = simd.load(scale, 0), simd.load(zero, 0)
+                rounded_codes = simd.clamp(simd.sub_mul(simd.rint(simd.div(final, steps)), minus_one, origin), largest)
+                simd.store(code, i * TILE_ROWS, rounded_codes)
+                final = simd.mul(steps, simd.sub_mul(rounded_codes, one, origin))
+            error = simd.div(simd.sub_mul(entry, one, final), simd.splat(factor[i, i]))
+            simd.store(losses, i * TILE_ROWS, error)
+            simd.store(entries, i * TILE_ROWS, final)
+            next_stop = min(i // stride * stride + stride, columns)
+            for k in range(i + 1, next_stop):
+                simd.store(
+                    entries,
+                    k * TILE_ROWS,
+                    simd.sub_mul(simd.load(entries, k * TILE_ROWS), error, simd.splat(factor[i, k])),
+                )
+            if i + 1 == next_stop:
+                _subtract_errors(entries, losses, factor, i + 1 - stride if stride > 1 else i, next_stop)
+        _transpose_tile(tiles[0], rows, wide, TILE_ROWS)
+        weight[top : top + height, start:end] = rows[:height, :columns]
+        for r in range(height):
+            for i in range(columns):
+                errors[top + r, start + i] = original[top + r, start + i] - rows[r, i]
+        if group_size:
+            _transpose_tile(tiles[2], rows, wide, TILE_ROWS)
+            for r in range(height):
+                for i in range(columns):
+                    mask[top + r, start + i] = rows[r, i] != 0
+        if most:
+            _transpose_tile(tiles[3], rows, wide, TILE_ROWS)
+            for r in range(height):
+                for i in range(columns):
+                    codes[top + r, start + i] = np.uint8(rows[r, i])
+
+
+def memory(shape: tuple[int, ...]) -> Tensor:
+    """Uninitialised float32 tensor."""
+    return from_numpy(empty(shape, np.float32))
+
+
+def sweep_columns(
+    original: Tensor,
+    weight: Tensor,
+    errors: Tensor,
+    mask: Tensor,
+    start: int,
+    factor: Tensor,
+    budget: BlockBudget,
+    grid: GridArrays | None,
+) -> None:
+    """Sweep the columns of a block from `start` on: prune or round each, and let those after it absorb the error.
+
+    original, weight, errors, mask: [out, in], contiguous, see `SweepMatrices`; the last three are written in place.
+    factor: [columns, columns] upper U of the block (layerwise.numerics.obs is the reference).
+    """
+    matrices = SweepMatrices(array(original), weight.numpy(), errors.numpy(), mask.numpy())
+    by_rows(_sweep, (len(weight), len(factor)), matrices, start, array(factor), budget, grid or NO_GRID)

@@ -1,0 +1,121 @@
+"""Min-max quantisation grids, and rounding weights to them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from layerwise.contract.layer import Target
+from layerwise.kernels import grids as kernel
+from layerwise.numerics import dispatch
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Integer grid: value = scale * (code - zero) with codes in [0, 2^bits - 1]; scales, zeros: [out, groups] float32.
+
+    Grids and weight / scale are float32: bfloat16 weights land on rounding ties, which a float64 grid would flip.
+    """
+
+    scales: Tensor
+    zeros: Tensor
+    bits: int
+
+    def codes(self, weight: Tensor, group_of: Tensor) -> Tensor:
+        """[out, in] uint8 codes of weight [out, in], rounding half to even; group_of [in] names each input's group."""
+        scales, zeros = self.scales[:, group_of], self.zeros[:, group_of]
+        return (torch.round(weight / scales) + zeros).clamp(0, 2**self.bits - 1).to(torch.uint8)
+
+    def values(self, codes: Tensor, group_of: Tensor) -> Tensor:
+        """[out, in] float32 values of the codes."""
+        return dequantise(codes, self.scales, self.zeros, group_of)
+
+
+def dequantise(
+    codes: Tensor, scales: Tensor, zeros: Tensor, group_of: Tensor, input_scale: Tensor | None = None
+) -> Tensor:
+    """[out, in] float32: scales * (codes - zeros) / input_scale, each input with the scale and zero of its group."""
+    values = scales[:, group_of] * (codes.float() - zeros[:, group_of])
+    return values if input_scale is None else values / input_scale
+
+
+def groups_of(inputs: int, group: int | None, device: torch.device | None = None) -> Tensor:
+    """[in] int64, group of each input when groups are runs of `group` consecutive inputs (None: one group)."""
+    return torch.arange(inputs, device=device) // (group or inputs)
+
+
+def fit_grid(weight: Tensor, target: Target, mse: bool = False) -> Grid:
+    """Min-max grid of weight [out, in] per row and group, as in the GPTQ code's Quantizer.
+
+    Asymmetric: the range is forced to include zero. Symmetric: unsigned codes, zero at 2^(bits - 1). mse: of 80 shrunk
+    ranges the one with the smallest sum of |error|^2.4 (first best wins). A last group that is short stands alone.
+    """
+    assert target.bits is not None
+    length = target.group or weight.shape[1]
+    if dispatch.use_compiled(weight):
+        return Grid(*kernel.fit(weight, length, target.bits, target.symmetric, mse), target.bits)
+    pieces = [_fit(piece, target.bits, target.symmetric, mse) for piece in weight.split(length, 1)]
+    scales, zeros = (torch.stack(column, 1) for column in zip(*pieces, strict=True))
+    return Grid(scales, zeros, target.bits)
+
+
+def fit_and_round(weight: Tensor, target: Target, mse: bool = False) -> tuple[Grid, Tensor, Tensor]:
+    """The grid fitted to weight [out, in], and the weight's codes and values [out, in] on it."""
+    assert target.bits is not None
+    length = target.group or weight.shape[1]
+    if dispatch.use_compiled(weight):
+        scales, zeros, codes, values = kernel.fit_and_round(weight, length, target.bits, target.symmetric, mse)
+        return Grid(scales, zeros, target.bits), codes, values
+    grid, group_of = fit_grid(weight, target, mse), groups_of(weight.shape[1], target.group, weight.device)
+    codes = grid.codes(weight, group_of)
+    return grid, codes, grid.values(codes, group_of)
+
+
+def _fit(piece: Tensor, bits: int, symmetric: bool, mse: bool) -> tuple[Tensor, Tensor]:
+    """Scale and zero, [out] each, of the rows of piece [out, length]."""
+    low = piece.amin(1).clamp(max=0.0)
+    high = piece.amax(1).clamp(min=0.0)
+    if symmetric:
+        high = torch.maximum(low.abs(), high)
+        low = torch.where(low < 0, -high, low)
+    flat = (low == 0) & (high == 0)
+    low, high = torch.where(flat, -1.0, low), torch.where(flat, 1.0, high)
+    best = _scale_and_zero(low, high, bits, symmetric)
+    if not mse:
+        return best
+    least = torch.full_like(low, float("inf"))
+    exponent = -torch.frexp(high - low).exponent[:, None]  # |error|^2.4 of tiny weights would underflow as it is
+    for step in range(80):
+        share = 1 - step / 100
+        scale, zero = _scale_and_zero(share * low, share * high, bits, symmetric)
+        grid = Grid(scale[:, None], zero[:, None], bits)
+        only = torch.zeros(piece.shape[1], dtype=torch.int64, device=piece.device)
+        error = torch.ldexp(grid.values(grid.codes(piece, only), only) - piece, exponent).abs_().pow_(2.4).sum(1)
+        better = error < least
+        least = torch.where(better, error, least)
+        best = (torch.where(better, scale, best[0]), torch.where(better, zero, best[1]))
+    return best
+
+
+def _scale_and_zero(low: Tensor, high: Tensor, bits: int, symmetric: bool) -> tuple[Tensor, Tensor]:
+    scale = (high - low) / (2**bits - 1)
+    # Weights so small that the step underflows are zero on any grid; a step of one keeps the division finite.
+    scale = torch.where(scale > 0, scale, 1.0)
+    zero = torch.full_like(scale, 2 ** (bits - 1)) if symmetric else torch.round(-low / scale)
+    return scale, zero
+
+
+def official_awq_grid(weight: Tensor, target: Target) -> Grid:
+    """Asymmetric min-max grid of the released AWQ code: 0 is not forced into the range, which is at least 1e-5 wide.
+
+    The zero point is clamped to the codes, so that a range without 0 is rounded to one end of the grid.
+    """
+    assert target.bits is not None
+    scales, zeros, most = [], [], 2**target.bits - 1
+    for piece in weight.split(target.group or weight.shape[1], 1):
+        low, high = piece.aminmax(dim=1)
+        scales.append((high - low).clamp(min=1e-5) / most)
+        zeros.append((-torch.round(low / scales[-1])).clamp(0, most))
+    return Grid(torch.stack(scales, 1), torch.stack(zeros, 1), target.bits)
