@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from layerwise.contract.layer import Compressed, Layer, Method, Target
+from layerwise.contract.layer import Compressed, Layer, Method, Quantised, Target
 from layerwise.numerics import ops
 
 CARD = {
@@ -95,9 +95,8 @@ def rounded(weight: Tensor, scale: Tensor, target: Target, official: bool, limit
         scaled = scaled.clamp(-limits[:, group_of], limits[:, group_of])
     fit = ops.official_awq_grid if official and not target.symmetric else ops.fit_grid
     grid = fit(scaled, target)
-    codes = grid.codes(scaled, group_of)
-    values = ops.dequantise(codes, grid.scales, grid.zeros, group_of, scale)
-    return Compressed(values, codes=codes, scales=grid.scales, zeros=grid.zeros, input_scale=scale)
+    quantised = Quantised(grid.codes(scaled, group_of), grid.scales, grid.zeros, input_scale=scale)
+    return Compressed(ops.quantised_values(quantised, target), quantised=quantised)
 
 
 def clip_limits(weight: Tensor, sample: Tensor, unit: float, target: Target, official: bool) -> Tensor:

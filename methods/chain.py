@@ -52,18 +52,15 @@ class Chain(Method):
         else:
             result = first.compress(layer, target.grid, rng)
             pruned = second.compress(replace(layer, weight=result.weight), target.pruning, rng)
-        mask, codes, scales, zeros = pruned.mask, result.codes, result.scales, result.zeros
-        assert mask is not None and codes is not None and scales is not None and zeros is not None
-        group_of = result.group_of
-        if group_of is None:
-            group_of = ops.groups_of(layer.weight.shape[1], target.group, layer.weight.device)
+        mask, quantised = pruned.mask, result.quantised
         if not quantises(second, target):
-            codes = torch.where(mask, codes, zeros[:, group_of].to(torch.uint8))
-        weight = ops.dequantise(codes, scales, zeros, group_of, result.input_scale)
+            zeros = quantised.zeros[:, ops.grouping(quantised, target)].to(torch.uint8)  # [out, in]
+            quantised = replace(quantised, codes=torch.where(mask, quantised.codes, zeros))
+        weight = ops.quantised_values(quantised, target)
         if bool((weight[~mask] != 0).any()):
             raise ValueError("A chain must keep its zeros on the grid, weights that were pruned came back.")
         info = {**pruned.info, **result.info, **ops.damping_of(pruned, result)}
-        return replace(result, weight=weight, mask=mask, codes=codes, trace=(), info=info)
+        return replace(result, weight=weight, mask=mask, quantised=quantised, trace=(), info=info)
 
 
 def quantises(method: Method, target: Target) -> bool:

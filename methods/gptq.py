@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from layerwise.contract.layer import Compressed, Layer, Method, Target
+from layerwise.contract.layer import Compressed, Layer, Method, Quantised, Target
 from layerwise.numerics import ops
 from layerwise.numerics.obs import Columns, Settling
 
@@ -75,7 +75,8 @@ class GPTQ(Method):
         weight = torch.where(gram.dead, 0.0, layer.weight) if gram.dead.any() else layer.weight  # [out, in]
         refitted = None if self.static_groups else target.group  # length of the groups that are fitted on the way
         if refitted:
-            grid = ops.Grid(*weight.new_empty(2, len(weight), -(-inputs // refitted)), target.bits)
+            scales, zeros = weight.new_empty(2, len(weight), -(-inputs // refitted))
+            grid = ops.Grid(scales, zeros, target.bits)
         else:
             grid = ops.fit_grid(weight if target.group else layer.weight, target, self.mse)
         group_of = ops.groups_of(inputs, target.group, weight.device)  # [in], of the columns in their order
@@ -102,11 +103,5 @@ class GPTQ(Method):
         if self.act_order:
             back = order.argsort()
             weight, codes, group_of = weight[:, back], codes[:, back], group_of[back]
-        return Compressed(
-            weight,
-            codes=codes,
-            scales=grid.scales,
-            zeros=grid.zeros,
-            group_of=group_of if self.act_order and refitted else None,
-            info={"damping": damping},
-        )
+        moved = group_of if self.act_order and refitted else None
+        return Compressed(weight, quantised=Quantised(codes, grid.scales, grid.zeros, moved), info={"damping": damping})

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from layerwise.contract.layer import Compressed, Gram, Layer, Method, Target
+from layerwise.contract.layer import Compressed, Gram, Layer, Method, Quantised, Target
 from layerwise.numerics import ops
 
 CARD = {
@@ -55,7 +55,7 @@ class GQSA(Method):
         # Every range includes zero: pruned weights do not widen it.
         grid, codes, values = ops.fit_and_round(kept, target)
         weight = torch.where(mask, values, 0.0)
-        return Compressed(weight, mask, codes, grid.scales, grid.zeros, info={"damping": damping})
+        return Compressed(weight, mask, Quantised(codes, grid.scales, grid.zeros), info={"damping": damping})
 
 
 def diagonal_of_inverse(gram: Gram, damping: float) -> tuple[Tensor, float]:

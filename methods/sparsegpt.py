@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from layerwise.contract.layer import Compressed, Layer, Method, Target
+from layerwise.contract.layer import Compressed, Layer, Method, Quantised, Target
 from layerwise.numerics import ops
 from layerwise.numerics.obs import Columns, Settling, saliency
 
@@ -83,10 +83,10 @@ class SparseGPT(Method):
         competing = target.pattern == "layer"  # rows of a block
         settling = Settling(original, factor, mask, blocksize, None if competing else choice, grid, group_of, codes)
         weight = settling.run(choose) if competing else settling.run()
-        if grid is None:
+        if grid is None or codes is None:
             return Compressed(weight, mask, info={"damping": damping})
         weight = torch.where(mask, weight, 0.0)  # where it may be -0 by now
-        return Compressed(weight, mask, codes, grid.scales, grid.zeros, info={"damping": damping})
+        return Compressed(weight, mask, Quantised(codes, grid.scales, grid.zeros), info={"damping": damping})
 
     def _block_mask(self, score: Tensor, target: Target, start: int) -> Tensor:
         """Mask [out, columns] of a block all of whose entries compete; the counts of all add up to the target's."""

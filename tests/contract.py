@@ -173,16 +173,18 @@ def assert_grid(layer: Layer, target: Target, result: Compressed) -> None:
     """Promise 3: scale * (code - zero) / input scale in float32 is the weight at kept entries, and codes fit."""
     if target.bits is None:
         return
-    assert result.codes is not None and result.scales is not None and result.zeros is not None, layer.name
-    codes, scales, zeros = result.codes.numpy(), result.scales.numpy(), result.zeros.numpy()
+    quantised = result.quantised
+    assert quantised is not None, layer.name
+    codes, scales, zeros = quantised.codes.numpy(), quantised.scales.numpy(), quantised.zeros.numpy()
     inputs = layer.weight.shape[1]
-    group_of = np.arange(inputs) // (target.group or inputs) if result.group_of is None else result.group_of.numpy()
+    runs = np.arange(inputs) // (target.group or inputs)
+    group_of = runs if quantised.group_of is None else quantised.group_of.numpy()
     assert codes.dtype == np.uint8 and codes.max() < 2**target.bits, layer.name
     assert scales.shape == zeros.shape == (len(codes), group_of.max() + 1), layer.name
     assert (np.isfinite(scales) & (scales > 0)).all() and np.isfinite(zeros).all(), layer.name
     values = scales[:, group_of] * (codes.astype(np.float32) - zeros[:, group_of])
-    if result.input_scale is not None:
-        divisor = result.input_scale.numpy()
+    if quantised.input_scale is not None:
+        divisor = quantised.input_scale.numpy()
         assert divisor.shape == (inputs,) and (np.isfinite(divisor) & (divisor > 0)).all(), layer.name
         values = values / divisor
     kept = np.ones_like(codes, bool) if result.mask is None else result.mask.numpy()
@@ -211,8 +213,9 @@ def assert_deterministic(case: Case, name: str) -> Compressed:
         assert np.random.get_state()[1].tolist() == states[1], f"{name}: numpy's global generator was used"  # type: ignore[index]
         assert random.getstate() == states[2], f"{name}: Python's global generator was used"
     first, second = results
+    parts = [vars(result) | (vars(result.quantised) if result.quantised else {}) for result in results]
     for key in ("weight", "mask", "codes", "scales", "zeros", "group_of", "input_scale"):
-        a, b = getattr(first, key), getattr(second, key)
+        a, b = (found.get(key) for found in parts)
         assert (a is None) == (b is None) and (a is None or torch.equal(a, b)), f"{name}: {key} differs"
     assert_untouched(name, layer, second)
     return first

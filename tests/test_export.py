@@ -24,6 +24,7 @@ from layerwise.runtime.errors import InputError
 from layerwise.runtime.files import sha256
 from layerwise.storage import packed_weights
 from tests.dag import write_tokenizer
+from tests.layers import regridded
 
 TWO_OF_FOUR, W4, W4S50 = Target(pattern="2:4"), Target(bits=4, group=16), Target(0.5, "1x16", bits=4, group=16)
 JOINT = Target(pattern="2:4", bits=4, group=16)
@@ -163,13 +164,13 @@ def changed_cell(case: Case, target: Target, tmp_path: Path, change) -> Path:
 
 
 def with_input_scale(result):
-    scaled = packed_weights.replace(result, input_scale=torch.linspace(0.5, 2, result.weight.shape[1]))
+    scaled = regridded(result, input_scale=torch.linspace(0.5, 2, result.weight.shape[1]))
     return packed_weights.rounded(scaled, W4, torch.float32)
 
 
 def with_act_order(result):
     order = torch.randperm(result.weight.shape[1], generator=torch.Generator().manual_seed(0))
-    return packed_weights.rounded(packed_weights.replace(result, group_of=order // 16), W4, torch.float32)
+    return packed_weights.rounded(regridded(result, group_of=order // 16), W4, torch.float32)
 
 
 INEXPRESSIBLE = {

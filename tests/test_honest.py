@@ -22,6 +22,7 @@ from layerwise.runtime.errors import Diverged, InputError
 from layerwise.storage.packed_weights import parts_of
 from tests import layers
 from tests.contract import FEWER
+from tests.layers import regridded
 from tests.test_promises import BLOCK, DENSE, GRID, JOINT, NM, ROW, honest
 
 Lie = Callable[[Layer, Target, Compressed], Any]
@@ -177,17 +178,17 @@ LIES: dict[str, Lies] = {
     ),
     "scales in float64": Lies(
         GRID,
-        lambda layer, target, r: replace(r, scales=r.scales.double()),
+        lambda layer, target, r: regridded(r, scales=r.quantised.scales.double()),
         "promise 3: scales must be torch.float32, torch.float64 came",
     ),
     "groups that count from the end": Lies(
         GRID,
-        lambda layer, target, r: replace(r, group_of=ops.groups_of(64, 16) - 4),
+        lambda layer, target, r: regridded(r, group_of=ops.groups_of(64, 16) - 4),
         "promise 3: group_of must be int64 [64], at least 0, torch.int64 [64], least -4 came",
     ),
     "groups that are no whole numbers": Lies(
         GRID,
-        lambda layer, target, r: replace(r, group_of=ops.groups_of(64, 16).float()),
+        lambda layer, target, r: regridded(r, group_of=ops.groups_of(64, 16).float()),
         "promise 3: group_of must be i",
     ),
     "weights that no code stands for": Lies(

@@ -19,7 +19,7 @@ from torch import Tensor
 from layerwise.contract.cholesky import inverse_of_lower, reversed_cholesky
 from layerwise.contract.target import Target
 
-__all__ = ["Compressed", "Gram", "Layer", "Method", "Statistics", "Target", "UnsupportedTarget"]
+__all__ = ["Compressed", "Gram", "Layer", "Method", "Quantised", "Statistics", "Target", "UnsupportedTarget"]
 
 DAMPING_GROWTH = 10.0  # a factorisation that fails is tried again with this many times the damping ...
 LARGEST_DAMPING = 100.0  # ... until it is this many times the mean of the diagonal
@@ -148,25 +148,40 @@ class Layer:
 
 
 @dataclass(frozen=True)
+class Quantised:
+    """The integer codes of a layer [out, in] and the grid that they lie on.
+
+    The value of a code is scales[i, g] * (codes[i, j] - zeros[i, g]) / input_scale[j], with g = group_of[j].
+
+    codes:  [out, in] uint8, in [0, 2^bits - 1].
+    scales: [out, groups] float32, positive and finite.
+    zeros:  [out, groups] float32, whole numbers in [0, 2^bits - 1]; 2^(bits - 1) where the target is symmetric.
+    group_of: [in] int64, group of each input. None when groups are runs of `target.group` consecutive inputs.
+    input_scale: [in] float32, positive and finite (AWQ). None when every input has the scale one.
+    """
+
+    codes: Tensor
+    scales: Tensor
+    zeros: Tensor
+    group_of: Tensor | None = None
+    input_scale: Tensor | None = None
+
+
+@dataclass(frozen=True)
 class Compressed:
     """What a method returns for a layer.
 
-    weight: [out, in] float32, the compressed weight, dequantised where quantised, zero where mask is False.
-    mask:   [out, in] bool, True where kept; None when the target prunes nothing.
-    codes:  [out, in] uint8 in [0, 2^bits - 1]; scales, zeros: [out, groups] float32, value = scale * (code - zero).
-    group_of: [in] int64, group of each input; None when groups are runs of `target.group` consecutive inputs.
-    input_scale: [in] float32, what the value above is divided by, input by input (AWQ); None for one.
+    weight: [out, in] float32, the compressed weight: zero where mask is False, elsewhere the value of its code where
+            the layer is quantised.
+    mask:   [out, in] bool, True where kept. None when the target prunes nothing.
+    quantised: the codes and their grid. None when the target has no bits.
     trace:  (iteration, seconds, objective) rows of an iterative method.
     info:   further facts; `damping`, the damping used, has a column in the layers table.
     """
 
     weight: Tensor
     mask: Tensor | None = None
-    codes: Tensor | None = None
-    scales: Tensor | None = None
-    zeros: Tensor | None = None
-    group_of: Tensor | None = None
-    input_scale: Tensor | None = None
+    quantised: Quantised | None = None
     trace: tuple[tuple[int, float, float], ...] = ()
     info: Mapping[str, Any] = field(default_factory=dict)
 

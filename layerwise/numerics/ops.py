@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from layerwise.contract.layer import Compressed, Layer, Target, UnsupportedTarget
+from layerwise.contract.layer import Compressed, Layer, Quantised, Target, UnsupportedTarget
 from layerwise.contract.target import refusal
 from layerwise.kernels import grids, select
 from layerwise.numerics import dispatch
@@ -177,6 +177,19 @@ def dequantise(
     return values if input_scale is None else values / input_scale
 
 
+def quantised_values(quantised: Quantised, target: Target) -> Tensor:
+    """[out, in] float32 values of a layer's codes; those of pruned weights too."""
+    groups = grouping(quantised, target)
+    return dequantise(quantised.codes, quantised.scales, quantised.zeros, groups, quantised.input_scale)
+
+
+def grouping(quantised: Quantised, target: Target) -> Tensor:
+    """[in] int64, the group of each input of a quantised layer."""
+    if quantised.group_of is not None:
+        return quantised.group_of
+    return groups_of(quantised.codes.shape[1], target.group, quantised.codes.device)
+
+
 def groups_of(inputs: int, group: int | None, device: torch.device | None = None) -> Tensor:
     """[in] int64, group of each input when groups are runs of `group` consecutive inputs (None: one group)."""
     return torch.arange(inputs, device=device) // (group or inputs)
@@ -212,7 +225,7 @@ def fit_and_round(weight: Tensor, target: Target, mse: bool = False) -> tuple[Gr
 def round_to_nearest(weight: Tensor, target: Target, mse: bool = False) -> Compressed:
     """The weight [out, in] on the grid that is fitted to it; mse: as fit_grid has it."""
     grid, codes, values = fit_and_round(weight, target, mse)
-    return Compressed(values, codes=codes, scales=grid.scales, zeros=grid.zeros)
+    return Compressed(values, quantised=Quantised(codes, grid.scales, grid.zeros))
 
 
 def _fit(piece: Tensor, bits: int, symmetric: bool, mse: bool) -> tuple[Tensor, Tensor]:
