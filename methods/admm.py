@@ -54,10 +54,7 @@ class ADMM(Method):
     refresh: int = 15
     damping: float = 0.1
 
-    def compress(self, layer: Layer, target: Target, rng: torch.Generator) -> Compressed:
-        ops.require("admm", CARD, target)
-        if target.sparsity == 0:
-            return Compressed(layer.weight.clone())
+    def solve(self, layer: Layer, target: Target, rng: torch.Generator) -> Compressed:
         norm = layer.gram.diagonal.double().sqrt()  # [in]
         mean = float(norm.mean()) or 1.0
         norm = torch.where(layer.gram.dead, DEAD_NORM if norm.any() else 1.0, norm / mean)

@@ -48,10 +48,7 @@ class ALPS(Method):
     refinements: int = 10
     damping: float = 0.01
 
-    def compress(self, layer: Layer, target: Target, rng: torch.Generator) -> Compressed:
-        ops.require("alps", CARD, target)
-        if target.sparsity == 0:
-            return Compressed(layer.weight.clone())
+    def solve(self, layer: Layer, target: Target, rng: torch.Generator) -> Compressed:
         mean = float(layer.gram.diagonal.double().mean()) or 1.0
         gram = layer.gram.matrix.double() / mean  # [in, in]
         damping = self.damping if gram.any() else 1.0

@@ -77,10 +77,7 @@ class AWP(Method):
     rounding: str = "full"
     acceleration: str = "none"
 
-    def compress(self, layer: Layer, target: Target, rng: torch.Generator) -> Compressed:
-        ops.require("awp", CARD, target)
-        if target.label == "dense":
-            return Compressed(layer.weight.clone())
+    def solve(self, layer: Layer, target: Target, rng: torch.Generator) -> Compressed:
         began = time.perf_counter()
         if target.bits:  # float32 cannot tell two roundings of nearly the same error apart
             (weight, gram), unit, gram_unit = ops.in_float64(layer), 1.0, 1.0

@@ -52,10 +52,7 @@ class AWQ(Method):
     clip: bool = True
     convention: str = "exact"
 
-    def compress(self, layer: Layer, target: Target, rng: torch.Generator) -> Compressed:
-        ops.require("awq", CARD, target)
-        if target.bits is None:
-            return Compressed(layer.weight.clone())
+    def solve(self, layer: Layer, target: Target, rng: torch.Generator) -> Compressed:
         if layer.statistics is None:
             raise ValueError(f"awq needs absmean and sample, but {layer.name} has no statistics.")
         official = self.convention == "official"

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 import torch
 
 from layerwise.contract.layer import Compressed, Layer, Method, Target
-from layerwise.numerics import ops
 
 CARD = {
     "title": "Dense",
@@ -22,6 +21,5 @@ CARD = {
 class Dense(Method):
     """Returns the weight as it is. No preconditions."""
 
-    def compress(self, layer: Layer, target: Target, rng: torch.Generator) -> Compressed:
-        ops.require("dense", CARD, target)
+    def solve(self, layer: Layer, target: Target, rng: torch.Generator) -> Compressed:
         return Compressed(layer.weight.clone())

@@ -53,10 +53,7 @@ class DSnoT(Method):
     skip: str = "mlp"
     convention: str = "exact"
 
-    def compress(self, layer: Layer, target: Target, rng: torch.Generator) -> Compressed:
-        ops.require("dsnot", CARD, target)
-        if target.sparsity == 0:
-            return Compressed(layer.weight.clone())
+    def solve(self, layer: Layer, target: Target, rng: torch.Generator) -> Compressed:
         if layer.statistics is None:
             raise ValueError(f"dsnot needs mean and sequence_variance, but {layer.name} has no statistics.")
         began = time.perf_counter()

@@ -65,10 +65,7 @@ class GPTQ(Method):
     mse: bool = False
     convention: str = "exact"
 
-    def compress(self, layer: Layer, target: Target, rng: torch.Generator) -> Compressed:
-        ops.require("gptq", CARD, target)
-        if target.bits is None:
-            return Compressed(layer.weight.clone())
+    def solve(self, layer: Layer, target: Target, rng: torch.Generator) -> Compressed:
         gram, inputs = layer.gram, layer.weight.shape[1]
         length = layer.statistics.length if layer.statistics else 1
         dead_diagonal = 1 / (2 * length) if self.convention == "official" else None  # its H is 2 length G

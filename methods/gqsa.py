@@ -42,10 +42,7 @@ class GQSA(Method):
 
     damping: float = 0.01
 
-    def compress(self, layer: Layer, target: Target, rng: torch.Generator) -> Compressed:
-        ops.require("gqsa", CARD, target)
-        if target.sparsity == 0:
-            return Compressed(layer.weight.clone())
+    def solve(self, layer: Layer, target: Target, rng: torch.Generator) -> Compressed:
         inverse_diagonal, damping = diagonal_of_inverse(layer.gram, self.damping)
         pieces = layer.weight.split(ROWS)  # whose scores stay in the cache: blocks compete within rows
         mask = torch.cat([ops.prune_mask(saliency(rows, inverse_diagonal), target) for rows in pieces])

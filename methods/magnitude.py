@@ -31,8 +31,7 @@ class Magnitude(Method):
 
     convention: str = "exact"
 
-    def compress(self, layer: Layer, target: Target, rng: torch.Generator) -> Compressed:
-        ops.require("magnitude", CARD, target)
+    def solve(self, layer: Layer, target: Target, rng: torch.Generator) -> Compressed:
         if self.convention == "official" and target.structure == "layer":
             return ops.masked(layer, ops.official_layer_mask(layer.weight.abs(), target.sparsity), target)
         return ops.pruned_by_norm(layer, torch.ones_like(layer.weight[0]), target)

@@ -23,7 +23,6 @@ CARD = {
 class Random(Method):
     """Keeps uniformly random weights of each comparison group. No preconditions."""
 
-    def compress(self, layer: Layer, target: Target, rng: torch.Generator) -> Compressed:
-        ops.require("random", CARD, target)
+    def solve(self, layer: Layer, target: Target, rng: torch.Generator) -> Compressed:
         score = torch.rand(layer.weight.shape, generator=rng, device=rng.device).to(layer.weight.device)
         return ops.pruned(layer, score, target)

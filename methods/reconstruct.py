@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from layerwise.contract.cholesky import cholesky_in_place
-from layerwise.contract.layer import DAMPING_GROWTH, LARGEST_DAMPING, Compressed, Layer, Method, Target
+from layerwise.contract.gram import DAMPING_GROWTH, LARGEST_DAMPING
+from layerwise.contract.layer import Compressed, Layer, Method, Target
 from layerwise.numerics import ops
 
 CARD = {
@@ -45,10 +46,7 @@ class Reconstruct(Method):
     mask_from: Any = "wanda"
     damping: float = 1e-4
 
-    def compress(self, layer: Layer, target: Target, rng: torch.Generator) -> Compressed:
-        ops.require("reconstruct", CARD, target)
-        if target.sparsity == 0:
-            return Compressed(layer.weight.clone())
+    def solve(self, layer: Layer, target: Target, rng: torch.Generator) -> Compressed:
         given = self.mask_from.compress(layer, target, rng)
         weight, unit = ops.normalised(layer.weight)
         gram, _ = ops.normalised(layer.gram.matrix)

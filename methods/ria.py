@@ -38,8 +38,7 @@ class RIA(Method):
     a: float = 0.5
     convention: str = "exact"
 
-    def compress(self, layer: Layer, target: Target, rng: torch.Generator) -> Compressed:
-        ops.require("ria", CARD, target)
+    def solve(self, layer: Layer, target: Target, rng: torch.Generator) -> Compressed:
         # Double: sums of float32 weights do not depend on their order then, so that ties stay ties.
         magnitude = layer.weight.abs().double()
         score = relative(magnitude, 0) + relative(magnitude, 1)

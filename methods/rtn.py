@@ -31,8 +31,5 @@ class RTN(Method):
 
     mse: bool = False
 
-    def compress(self, layer: Layer, target: Target, rng: torch.Generator) -> Compressed:
-        ops.require("rtn", CARD, target)
-        if target.bits is None:
-            return Compressed(layer.weight.clone())
+    def solve(self, layer: Layer, target: Target, rng: torch.Generator) -> Compressed:
         return ops.round_to_nearest(layer.weight, target, self.mse)

@@ -51,10 +51,7 @@ class SparseSwaps(Method):
     warm_start: Any = "wanda"
     swaps: int | None = 100
 
-    def compress(self, layer: Layer, target: Target, rng: torch.Generator) -> Compressed:
-        ops.require("sparse_swaps", CARD, target)
-        if target.sparsity == 0:
-            return Compressed(layer.weight.clone())
+    def solve(self, layer: Layer, target: Target, rng: torch.Generator) -> Compressed:
         start = time.perf_counter()
         warm = self.warm_start.compress(layer, target, rng)
         mask = warm.mask.clone(memory_format=torch.contiguous_format)

@@ -54,10 +54,7 @@ class SparseGPT(Method):
     damping: float = 0.01
     convention: str = "exact"
 
-    def compress(self, layer: Layer, target: Target, rng: torch.Generator) -> Compressed:
-        ops.require("sparsegpt", CARD, target)
-        if target.sparsity == 0:
-            return Compressed(layer.weight.clone())
+    def solve(self, layer: Layer, target: Target, rng: torch.Generator) -> Compressed:
         official = self.convention == "official"
         length = layer.statistics.length if layer.statistics else 1
         factor, damping = layer.gram.factor(self.damping, 1 / (2 * length) if official else None)

@@ -26,6 +26,5 @@ class Wanda(Method):
     No preconditions; the weights of a dead input score zero and go first.
     """
 
-    def compress(self, layer: Layer, target: Target, rng: torch.Generator) -> Compressed:
-        ops.require("wanda", CARD, target)
+    def solve(self, layer: Layer, target: Target, rng: torch.Generator) -> Compressed:
         return ops.pruned_by_norm(layer, layer.gram.diagonal.sqrt(), target)

@@ -36,7 +36,7 @@ CARD = {
 class Mine(Method):
     share: float = 0.5
 
-    def compress(self, layer, target, rng):
+    def solve(self, layer, target, rng):
         return Compressed(self.share * layer.weight)
 '''
 POLISH = '''"""Starts from another method's mask and puts the dense weights back where it kept any."""
@@ -61,7 +61,7 @@ class Polish(Method):
     warm_start: str = "magnitude"
     rounds: int = 1
 
-    def compress(self, layer, target, rng):
+    def solve(self, layer, target, rng):
         start = self.warm_start.compress(layer, target, rng)
         if start.mask is None:
             return start
@@ -87,7 +87,7 @@ CARD = {
 
 @dataclass(frozen=True)
 class First(Method):
-    def compress(self, layer, target, rng):
+    def solve(self, layer, target, rng):
         return ops.pruned(layer, -torch.arange(layer.weight.shape[1]).expand_as(layer.weight).float(), target)
 '''
 
@@ -177,6 +177,15 @@ WRONG_FILES = {
     "a field without a default": (edited(" = 0.5", ""), "the field share of Mine needs a literal default"),
     "a default that is not literal": (edited("= 0.5", "= 1 / 2"), "the default of Mine.share must be a literal"),
     "no class": (edited("(Method)", ""), "must define one class derived from Method, 0 found"),
+    "compress instead of solve": (
+        edited("def solve(", "def compress("),
+        r"Mine must define solve\(layer, target, rng\)\. Got compress instead, which belongs to the base class",
+    ),
+    "a field of the base's name": (
+        edited("    share: float = 0.5", "    compress: float = 0.5"),
+        "Got compress instead",
+    ),
+    "neither": (edited("def solve(", "def resolve("), r"Mine must define solve\(layer, target, rng\)\.$"),
     "two classes": (GOOD + "\n\nclass Other(Method):\n    pass\n", "one class derived from Method, 2 found"),
     "the name of another method": (GOOD, "Two files define the method"),
     "not UTF-8": (b'"""\xff"""\n' + GOOD.encode(), "is not"),

@@ -45,7 +45,7 @@ CARD = {
 
 @dataclass(frozen=True)
 class Forgetful(Method):
-    def compress(self, layer, target, rng):
+    def solve(self, layer, target, rng):
         result = RTN().compress(replace(layer, weight=layer.weight + 1), target, rng)
         return CHANGED
 '''

@@ -62,7 +62,7 @@ CARD = {{
 
 @dataclass(frozen=True)
 class Faulty(Method):
-    def compress(self, layer, target, rng):
+    def solve(self, layer, target, rng):
         good = ops.pruned(layer, layer.weight.abs(), target)
         if layer.name != "{layer}":
             return good

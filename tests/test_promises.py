@@ -215,8 +215,10 @@ class Faulty(Method):
 
     fault: Callable[[Layer, Target, torch.Generator], Compressed] = lambda layer, target, rng: honest(layer, target)
 
-    def compress(self, layer: Layer, target: Target, rng: torch.Generator) -> Compressed:
+    def solve(self, layer: Layer, target: Target, rng: torch.Generator) -> Compressed:
         return self.fault(layer, target, rng)
+
+    compress = solve  # asked at the dense target too, which the base class keeps from an adapter
 
 
 def changes_its_input(layer: Layer, target: Target, rng: torch.Generator) -> Compressed:

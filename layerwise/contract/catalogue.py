@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 # What a result depends on besides the method's own file. An edit to one of these re-runs every cell.
 SHARED_SOURCES = tuple(closure(["layerwise.compression.verify"]))
+OF_THE_BASE = ("compress", "refusal")  # what an adapter's class must not define
 STRUCTURES = ["dense", "row", "layer", "n:m", "1xb"]
 # What the objective of a method's trace measures: the layer's error, that of a relaxed mask, or something of its own.
 CRITERIA = ["error", "relaxed error", "own"]
@@ -274,6 +275,7 @@ def read_entry(path: Path) -> Entry | None:
     ]
     if len(classes) != 1:
         raise CatalogueError(f"{path} must define one class derived from Method, {len(classes)} found.")
+    _check_methods(classes[0], path)
     defaults = _defaults(classes[0], path)
     if set(defaults) != set(card["parameters"]):
         raise CatalogueError(
@@ -282,6 +284,22 @@ def read_entry(path: Path) -> Entry | None:
         )
     needed = tuple(own for own in closure(imports_of(tree)) if own not in SHARED_SOURCES)
     return Entry(path.stem, path, classes[0].name, card, defaults, needed)
+
+
+def _check_methods(node: ast.ClassDef, path: Path) -> None:
+    """Raise CatalogueError unless the class implements `solve` and leaves what the base class does alone."""
+    defined = {statement.name for statement in node.body if isinstance(statement, ast.FunctionDef)}
+    names = [target for statement in node.body if isinstance(statement, ast.Assign) for target in statement.targets]
+    names += [statement.target for statement in node.body if isinstance(statement, ast.AnnAssign)]
+    defined |= {name.id for name in names if isinstance(name, ast.Name)}
+    for name in OF_THE_BASE:
+        if name in defined:
+            raise CatalogueError(
+                f"{path}: {node.name} must define solve(layer, target, rng). Got {name} instead, which belongs to the "
+                "base class: it checks the target before solve is called."
+            )
+    if "solve" not in defined and len(node.bases) == 1:
+        raise CatalogueError(f"{path}: {node.name} must define solve(layer, target, rng).")
 
 
 def _defaults(node: ast.ClassDef, path: Path) -> dict[str, Any]:

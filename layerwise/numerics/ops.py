@@ -7,24 +7,14 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from layerwise.contract.layer import Compressed, Layer, Quantised, Target, UnsupportedTarget
-from layerwise.contract.target import refusal
+from layerwise.contract.layer import Compressed, Layer, Quantised, Target
 from layerwise.kernels import grids, select
 from layerwise.numerics import dispatch
-
-
-def require(name: str, card: Mapping[str, Any], target: Target) -> None:
-    """Raise UnsupportedTarget, with the card's refusal, unless the card lists the target; `dense` always passes."""
-    reason = refusal(name, card, target)
-    if reason and target.label != "dense":
-        raise UnsupportedTarget(f"{reason}; {target.label} was asked of it.")
 
 
 def normalised(tensor: Tensor) -> tuple[Tensor, float]:
