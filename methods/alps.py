@@ -22,11 +22,13 @@ CARD = {
     "updates_weights": True,
     "needs": ["gram"],
     "criterion": "error",
+    "cost": {"weights": 36.0, "grams": 9.5, "products": 3000.0},
+    "look": {"colour": "#009E73", "marker": "s"},
     "parameters": {
-        "rho": {"type": "number", "exclusiveMinimum": 0, "description": "First penalty on what B and D disagree."},
+        "rho": {"$ref": "penalty", "description": "First penalty on what B and D disagree."},
         "iterations": {"type": "integer", "minimum": 1, "description": "Largest number of updates of B."},
         "refinements": {"type": "integer", "minimum": 0, "description": "Conjugate gradient steps on the support."},
-        "damping": {"type": "number", "exclusiveMinimum": 0, "description": "Share of G's mean diagonal added to it."},
+        "damping": {"$ref": "damping"},
     },
 }
 LOOK = 3  # iterations between two looks at the support

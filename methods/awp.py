@@ -23,6 +23,8 @@ CARD = {
     "needs": ["gram"],
     "keeps_zeros": True,
     "criterion": "error",
+    "cost": {"weights": 16.0, "grams": 6.0, "products": 260.0},
+    "look": {"colour": "#AA4499", "marker": "D"},
     "parameters": {
         "warm_start": {"format": "method", "asked": "pruning", "description": "Method that prunes the first iterate."},
         "step": {

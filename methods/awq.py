@@ -23,6 +23,8 @@ CARD = {
     "updates_weights": True,
     "needs": ["gram", "absmean", "sample"],
     "keeps_zeros": True,
+    "cost": {"weights": 24.6, "grams": 4.7, "products": 73.0},
+    "look": {"colour": "#0072B2", "marker": "X"},
     "parameters": {
         "grid": {"type": "integer", "minimum": 1, "description": "Ratios tried, k / grid; 1 leaves inputs unscaled."},
         "clip": {"type": "boolean", "description": "Clip ranges too, in every layer (released code: not in q and k)."},

@@ -15,6 +15,9 @@ CARD = {
     "updates_weights": True,
     "needs": ["gram", "mean", "absmean", "sequence_variance", "sample"],
     "joint_only": True,
+    "named_by": "chain",
+    "cost": {"weights": 10.0, "grams": 3.0, "products": 0.0},  # guessed
+    "look": {"colour": "#6699CC", "marker": ">"},
     "parameters": {
         "chain": {
             "type": "array",

@@ -13,6 +13,8 @@ CARD = {
     "updates_weights": False,
     "needs": [],
     "control": True,
+    "cost": {"weights": 3.0, "grams": 1.5, "products": 0.0},  # guessed
+    "look": {"colour": "#000000", "marker": "_"},
     "parameters": {},
 }
 

@@ -25,6 +25,8 @@ CARD = {
     "updates_weights": False,
     "needs": ["gram"],
     "criterion": "relaxed error",
+    "cost": {"weights": 27.0, "grams": 10.0, "products": 2000.0},
+    "look": {"colour": "#CC79A7", "marker": "P"},
     "parameters": {
         "warm_start": {
             "format": "method",

@@ -19,12 +19,10 @@ CARD = {
     "bits": [2, 3, 4, 5, 6, 7, 8],
     "updates_weights": False,
     "needs": ["gram"],
+    "cost": {"weights": 12.9, "grams": 3.7, "products": 2.2},
+    "look": {"colour": "#009E73", "marker": "p"},
     "parameters": {
-        "damping": {
-            "type": "number",
-            "exclusiveMinimum": 0,
-            "description": "Added to the Gram's diagonal, as a share of its mean.",
-        },
+        "damping": {"$ref": "damping"},
     },
 }
 

@@ -15,13 +15,9 @@ CARD = {
     "bits": [],
     "updates_weights": False,
     "needs": [],
-    "parameters": {
-        "convention": {
-            "enum": ["exact", "official"],
-            "description": "exact: floor(n p) zeros. official: the released codes' layer-wide threshold, "
-            "which prunes floor(n p) + 1 entries and ties (layer pattern; breaks promise 2).",
-        }
-    },
+    "cost": {"weights": 5.9, "grams": 3.4, "products": 0.2},
+    "look": {"colour": "#E69F00", "marker": "o"},
+    "parameters": {"convention": {"$ref": "layer_convention"}},
 }
 
 

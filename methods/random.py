@@ -15,6 +15,8 @@ CARD = {
     "needs": [],
     "control": True,
     "random": True,
+    "cost": {"weights": 6.5, "grams": 2.8, "products": 0.5},
+    "look": {"colour": "#8c8c8c", "marker": "x"},
     "parameters": {},
 }
 

@@ -16,13 +16,11 @@ CARD = {
     "bits": [],
     "updates_weights": False,
     "needs": ["gram"],
+    "cost": {"weights": 10.2, "grams": 1.5, "products": 0.9},
+    "look": {"colour": "#56B4E9", "marker": "^"},
     "parameters": {
         "a": {"type": "number", "minimum": 0, "description": "Exponent of the input's norm."},
-        "convention": {
-            "enum": ["exact", "official"],
-            "description": "exact: floor(n p) zeros. official: the released code's layer-wide threshold, "
-            "which prunes floor(n p) + 1 entries and ties (layer pattern; breaks promise 2).",
-        },
+        "convention": {"$ref": "layer_convention"},
     },
 }
 

@@ -26,8 +26,10 @@ CARD = {
     "updates_weights": False,
     "needs": ["gram"],
     "criterion": "error",
+    "cost": {"weights": 9.3, "grams": 5.5, "products": 66.0},
+    "look": {"colour": "#117733", "marker": "v"},
     "parameters": {
-        "warm_start": {"format": "method", "description": "Method whose mask is refined."},
+        "warm_start": {"$ref": "mask_warm_start"},
         "swaps": {
             "type": ["integer", "null"],
             "minimum": 0,

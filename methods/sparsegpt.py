@@ -21,17 +21,15 @@ CARD = {
     "bits": [2, 3, 4, 5, 6, 7, 8],
     "updates_weights": True,
     "needs": ["gram"],
+    "cost": {"weights": 7.8, "grams": 3.8, "products": 3.1},
+    "look": {"colour": "#D55E00", "marker": "o"},
     "parameters": {
         "blocksize": {
             "type": "integer",
             "minimum": 1,
             "description": "Columns whose mask is chosen at once (n:m: rounded down to a multiple of m).",
         },
-        "damping": {
-            "type": "number",
-            "exclusiveMinimum": 0,
-            "description": "Added to the Gram's diagonal, as a share of its mean.",
-        },
+        "damping": {"$ref": "damping"},
         "convention": {
             "enum": ["exact", "official"],
             "description": "exact: floor(n p) zeros, results free of the activations' scale. official: the released "

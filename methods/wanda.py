@@ -15,6 +15,8 @@ CARD = {
     "bits": [],
     "updates_weights": False,
     "needs": ["gram"],
+    "cost": {"weights": 7.5, "grams": 3.7, "products": 0.2},
+    "look": {"colour": "#0072B2", "marker": "s"},
     "parameters": {},
 }
 

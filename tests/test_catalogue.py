@@ -9,6 +9,7 @@ import jsonschema
 import pytest
 import torch
 
+from layerwise.contract.cards import PARAMETERS, merged
 from layerwise.contract.catalogue import SHARED_SOURCES, Catalogue, CatalogueError, read_entry
 from layerwise.contract.import_closure import METHODS, PACKAGE
 from layerwise.contract.layer import Target
@@ -129,6 +130,13 @@ def test_defaults_obey_their_schema(name: str):
             assert complete[key] == entry.defaults[key]
 
 
+def test_a_card_takes_a_shared_schema_and_may_change_it():
+    damping = merged({"$ref": "damping"})
+    assert damping == PARAMETERS["damping"] == Catalogue()["sparsegpt"].card["parameters"]["damping"]
+    changed = merged({"$ref": "damping", "minimum": 1, "description": "More."})
+    assert changed == damping | {"minimum": 1, "description": "More."}
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_the_class_is_what_the_card_says(name: str):
     catalogue = Catalogue()
@@ -176,6 +184,26 @@ WRONG_FILES = {
     "a field without a parameter": (edited("0.5\n", "0.5\n    more: int = 1\n"), "must be the same, .* and .*more"),
     "a field without a default": (edited(" = 0.5", ""), "the field share of Mine needs a literal default"),
     "a default that is not literal": (edited("= 0.5", "= 1 / 2"), "the default of Mine.share must be a literal"),
+    "a shared schema that is not there": (
+        edited('{"type": "number", "minimum": 0}', '{"$ref": "dampening"}'),
+        r"CARD\['parameters'\]\['share'\] is wrong: \$ref must be one of damping, .* Got 'dampening' instead",
+    ),
+    "a cost without products": (
+        edited('"needs": []', '"needs": [], "cost": {"weights": 1, "grams": 1}'),
+        r"CARD\['cost'\] is wrong: 'products' is a required property",
+    ),
+    "a colour without a number": (
+        edited('"needs": []', '"needs": [], "look": {"colour": "red", "marker": "o"}'),
+        r"CARD\['look'\]\['colour'\] is wrong",
+    ),
+    "named by what it has not": (
+        edited('"needs": []', '"needs": [], "named_by": "chain"'),
+        r"CARD\['named_by'\] must be a parameter. Got 'chain' instead",
+    ),
+    "a parameter that names another method": (
+        GOOD.replace('"share"', '"chain"').replace("share: float", "chain: float"),
+        "the parameter chain must have another name: in a config it names the method chain",
+    ),
     "no class": (edited("(Method)", ""), "must define one class derived from Method, 0 found"),
     "compress instead of solve": (
         edited("def solve(", "def compress("),
