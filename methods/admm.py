@@ -22,8 +22,10 @@ CARD = {
     "updates_weights": True,
     "needs": ["gram"],
     "criterion": "error",
+    "cost": {"weights": 31.2, "grams": 14.6, "products": 140.0},
+    "look": {"colour": "#882255", "marker": "^"},
     "parameters": {
-        "rho": {"type": "number", "exclusiveMinimum": 0, "description": "Penalty on the disagreement of B and Z."},
+        "rho": {"$ref": "penalty"},
         "iterations": {"type": "integer", "minimum": 1, "description": "Updates of B."},
         "refresh": {
             "type": "integer",
@@ -31,8 +33,7 @@ CARD = {
             "description": "First iterations, in which the mask is chosen.",
         },
         "damping": {
-            "type": "number",
-            "exclusiveMinimum": 0,
+            "$ref": "damping",
             "description": "Added to the normalised Gram's diagonal, as a share of its mean.",
         },
     },
@@ -54,10 +55,7 @@ class ADMM(Method):
     refresh: int = 15
     damping: float = 0.1
 
-    def compress(self, layer: Layer, target: Target, rng: torch.Generator) -> Compressed:
-        ops.require("admm", CARD, target)
-        if target.sparsity == 0:
-            return Compressed(layer.weight.clone())
+    def solve(self, layer: Layer, target: Target, rng: torch.Generator) -> Compressed:
         norm = layer.gram.diagonal.double().sqrt()  # [in]
         mean = float(norm.mean()) or 1.0
         norm = torch.where(layer.gram.dead, DEAD_NORM if norm.any() else 1.0, norm / mean)

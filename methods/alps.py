@@ -22,11 +22,13 @@ CARD = {
     "updates_weights": True,
     "needs": ["gram"],
     "criterion": "error",
+    "cost": {"weights": 36.0, "grams": 9.5, "products": 3000.0},
+    "look": {"colour": "#009E73", "marker": "s"},
     "parameters": {
-        "rho": {"type": "number", "exclusiveMinimum": 0, "description": "First penalty on what B and D disagree."},
+        "rho": {"$ref": "penalty", "description": "First penalty on what B and D disagree."},
         "iterations": {"type": "integer", "minimum": 1, "description": "Largest number of updates of B."},
         "refinements": {"type": "integer", "minimum": 0, "description": "Conjugate gradient steps on the support."},
-        "damping": {"type": "number", "exclusiveMinimum": 0, "description": "Share of G's mean diagonal added to it."},
+        "damping": {"$ref": "damping"},
     },
 }
 LOOK = 3  # iterations between two looks at the support
@@ -48,10 +50,7 @@ class ALPS(Method):
     refinements: int = 10
     damping: float = 0.01
 
-    def compress(self, layer: Layer, target: Target, rng: torch.Generator) -> Compressed:
-        ops.require("alps", CARD, target)
-        if target.sparsity == 0:
-            return Compressed(layer.weight.clone())
+    def solve(self, layer: Layer, target: Target, rng: torch.Generator) -> Compressed:
         mean = float(layer.gram.diagonal.double().mean()) or 1.0
         gram = layer.gram.matrix.double() / mean  # [in, in]
         damping = self.damping if gram.any() else 1.0

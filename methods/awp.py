@@ -23,6 +23,8 @@ CARD = {
     "needs": ["gram"],
     "keeps_zeros": True,
     "criterion": "error",
+    "cost": {"weights": 16.0, "grams": 6.0, "products": 260.0},
+    "look": {"colour": "#AA4499", "marker": "D"},
     "parameters": {
         "warm_start": {"format": "method", "asked": "pruning", "description": "Method that prunes the first iterate."},
         "step": {
@@ -77,10 +79,7 @@ class AWP(Method):
     rounding: str = "full"
     acceleration: str = "none"
 
-    def compress(self, layer: Layer, target: Target, rng: torch.Generator) -> Compressed:
-        ops.require("awp", CARD, target)
-        if target.label == "dense":
-            return Compressed(layer.weight.clone())
+    def solve(self, layer: Layer, target: Target, rng: torch.Generator) -> Compressed:
         began = time.perf_counter()
         if target.bits:  # float32 cannot tell two roundings of nearly the same error apart
             (weight, gram), unit, gram_unit = ops.in_float64(layer), 1.0, 1.0

@@ -24,8 +24,10 @@ CARD = {
     "updates_weights": False,
     "needs": ["gram", "mean", "sequence_variance"],
     "criterion": "own",
+    "cost": {"weights": 5.9, "grams": 1.7, "products": 0.5},
+    "look": {"colour": "#332288", "marker": "D"},
     "parameters": {
-        "warm_start": {"format": "method", "description": "Method whose mask is refined."},
+        "warm_start": {"$ref": "mask_warm_start"},
         "cycles": {"type": "integer", "minimum": 0, "description": "Largest number of swaps per row."},
         "threshold": {"type": "number", "minimum": 0, "description": "|expected error| at which a row is done."},
         "power": {"type": "number", "minimum": 0, "description": "Exponent of the variance in the regrowing score."},
@@ -53,10 +55,7 @@ class DSnoT(Method):
     skip: str = "mlp"
     convention: str = "exact"
 
-    def compress(self, layer: Layer, target: Target, rng: torch.Generator) -> Compressed:
-        ops.require("dsnot", CARD, target)
-        if target.sparsity == 0:
-            return Compressed(layer.weight.clone())
+    def solve(self, layer: Layer, target: Target, rng: torch.Generator) -> Compressed:
         if layer.statistics is None:
             raise ValueError(f"dsnot needs mean and sequence_variance, but {layer.name} has no statistics.")
         began = time.perf_counter()

@@ -25,6 +25,8 @@ CARD = {
     "updates_weights": False,
     "needs": ["gram"],
     "criterion": "relaxed error",
+    "cost": {"weights": 27.0, "grams": 10.0, "products": 2000.0},
+    "look": {"colour": "#CC79A7", "marker": "P"},
     "parameters": {
         "warm_start": {
             "format": "method",
@@ -71,10 +73,7 @@ class FrankWolfe(Method):
     step: str = "published"
     tolerance: float = 1e-4
 
-    def compress(self, layer: Layer, target: Target, rng: torch.Generator) -> Compressed:
-        ops.require("frank_wolfe", CARD, target)
-        if target.sparsity == 0:
-            return Compressed(layer.weight.clone())
+    def solve(self, layer: Layer, target: Target, rng: torch.Generator) -> Compressed:
         begin = time.perf_counter()
         warm_start = self.warm_start.compress(layer, target, rng)
         started = warm_start.mask

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from layerwise.contract.layer import Compressed, Layer, Method, Target
+from layerwise.contract.layer import Compressed, Layer, Method, Quantised, Target
 from layerwise.numerics import ops
 from layerwise.numerics.obs import ColumnGrid, Columns, ColumnSweep
 
@@ -23,13 +23,11 @@ CARD = {
     "updates_weights": True,
     "needs": ["gram"],
     "keeps_zeros": True,
+    "cost": {"weights": 9.6, "grams": 4.4, "products": 3.5},
+    "look": {"colour": "#D55E00", "marker": "h"},
     "parameters": {
         "blocksize": {"type": "integer", "minimum": 1, "description": "Columns after which the others are updated."},
-        "damping": {
-            "type": "number",
-            "exclusiveMinimum": 0,
-            "description": "Added to the Gram's diagonal, as a share of its mean.",
-        },
+        "damping": {"$ref": "damping"},
         "act_order": {
             "type": "boolean",
             "description": "Columns in the order of falling diagonal of the Gram; groups are runs of that order.",
@@ -38,10 +36,7 @@ CARD = {
             "type": "boolean",
             "description": "Groups are runs of consecutive inputs, all fitted to the weight as it was.",
         },
-        "mse": {
-            "type": "boolean",
-            "description": "Shrink each range to the one of 80 with the smallest sum of |error|^2.4.",
-        },
+        "mse": {"$ref": "mse"},
         "convention": {
             "enum": ["exact", "official"],
             "description": "exact: dead inputs come last in act_order and count as zero, results are free of the "
@@ -65,17 +60,15 @@ class GPTQ(Method):
     mse: bool = False
     convention: str = "exact"
 
-    def compress(self, layer: Layer, target: Target, rng: torch.Generator) -> Compressed:
-        ops.require("gptq", CARD, target)
-        if target.bits is None:
-            return Compressed(layer.weight.clone())
+    def solve(self, layer: Layer, target: Target, rng: torch.Generator) -> Compressed:
         gram, inputs = layer.gram, layer.weight.shape[1]
         length = layer.statistics.length if layer.statistics else 1
         dead_diagonal = 1 / (2 * length) if self.convention == "official" else None  # its H is 2 length G
         weight = torch.where(gram.dead, 0.0, layer.weight) if gram.dead.any() else layer.weight  # [out, in]
         refitted = None if self.static_groups else target.group  # length of the groups that are fitted on the way
         if refitted:
-            grid = ops.Grid(*weight.new_empty(2, len(weight), -(-inputs // refitted)), target.bits)
+            scales, zeros = weight.new_empty(2, len(weight), -(-inputs // refitted))
+            grid = ops.Grid(scales, zeros, target.bits)
         else:
             grid = ops.fit_grid(weight if target.group else layer.weight, target, self.mse)
         group_of = ops.groups_of(inputs, target.group, weight.device)  # [in], of the columns in their order
@@ -102,11 +95,5 @@ class GPTQ(Method):
         if self.act_order:
             back = order.argsort()
             weight, codes, group_of = weight[:, back], codes[:, back], group_of[back]
-        return Compressed(
-            weight,
-            codes=codes,
-            scales=grid.scales,
-            zeros=grid.zeros,
-            group_of=group_of if self.act_order and refitted else None,
-            info={"damping": damping},
-        )
+        moved = group_of if self.act_order and refitted else None
+        return Compressed(weight, quantised=Quantised(codes, grid.scales, grid.zeros, moved), info={"damping": damping})

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from layerwise.contract.layer import Compressed, Gram, Layer, Method, Target
+from layerwise.contract.layer import Compressed, Gram, Layer, Method, Quantised, Target
 from layerwise.numerics import ops
 
 CARD = {
@@ -19,12 +19,10 @@ CARD = {
     "bits": [2, 3, 4, 5, 6, 7, 8],
     "updates_weights": False,
     "needs": ["gram"],
+    "cost": {"weights": 12.9, "grams": 3.7, "products": 2.2},
+    "look": {"colour": "#009E73", "marker": "p"},
     "parameters": {
-        "damping": {
-            "type": "number",
-            "exclusiveMinimum": 0,
-            "description": "Added to the Gram's diagonal, as a share of its mean.",
-        },
+        "damping": {"$ref": "damping"},
     },
 }
 
@@ -42,10 +40,7 @@ class GQSA(Method):
 
     damping: float = 0.01
 
-    def compress(self, layer: Layer, target: Target, rng: torch.Generator) -> Compressed:
-        ops.require("gqsa", CARD, target)
-        if target.sparsity == 0:
-            return Compressed(layer.weight.clone())
+    def solve(self, layer: Layer, target: Target, rng: torch.Generator) -> Compressed:
         inverse_diagonal, damping = diagonal_of_inverse(layer.gram, self.damping)
         pieces = layer.weight.split(ROWS)  # whose scores stay in the cache: blocks compete within rows
         mask = torch.cat([ops.prune_mask(saliency(rows, inverse_diagonal), target) for rows in pieces])
@@ -55,7 +50,7 @@ class GQSA(Method):
         # Every range includes zero: pruned weights do not widen it.
         grid, codes, values = ops.fit_and_round(kept, target)
         weight = torch.where(mask, values, 0.0)
-        return Compressed(weight, mask, codes, grid.scales, grid.zeros, info={"damping": damping})
+        return Compressed(weight, mask, Quantised(codes, grid.scales, grid.zeros), info={"damping": damping})
 
 
 def diagonal_of_inverse(gram: Gram, damping: float) -> tuple[Tensor, float]:

@@ -15,13 +15,9 @@ CARD = {
     "bits": [],
     "updates_weights": False,
     "needs": [],
-    "parameters": {
-        "convention": {
-            "enum": ["exact", "official"],
-            "description": "exact: floor(n p) zeros. official: the released codes' layer-wide threshold, "
-            "which prunes floor(n p) + 1 entries and ties (layer pattern; breaks promise 2).",
-        }
-    },
+    "cost": {"weights": 5.9, "grams": 3.4, "products": 0.2},
+    "look": {"colour": "#E69F00", "marker": "o"},
+    "parameters": {"convention": {"$ref": "layer_convention"}},
 }
 
 
@@ -31,8 +27,7 @@ class Magnitude(Method):
 
     convention: str = "exact"
 
-    def compress(self, layer: Layer, target: Target, rng: torch.Generator) -> Compressed:
-        ops.require("magnitude", CARD, target)
+    def solve(self, layer: Layer, target: Target, rng: torch.Generator) -> Compressed:
         if self.convention == "official" and target.structure == "layer":
             return ops.masked(layer, ops.official_layer_mask(layer.weight.abs(), target.sparsity), target)
         return ops.pruned_by_norm(layer, torch.ones_like(layer.weight[0]), target)

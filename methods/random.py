@@ -15,6 +15,8 @@ CARD = {
     "needs": [],
     "control": True,
     "random": True,
+    "cost": {"weights": 6.5, "grams": 2.8, "products": 0.5},
+    "look": {"colour": "#8c8c8c", "marker": "x"},
     "parameters": {},
 }
 
@@ -23,7 +25,6 @@ CARD = {
 class Random(Method):
     """Keeps uniformly random weights of each comparison group. No preconditions."""
 
-    def compress(self, layer: Layer, target: Target, rng: torch.Generator) -> Compressed:
-        ops.require("random", CARD, target)
+    def solve(self, layer: Layer, target: Target, rng: torch.Generator) -> Compressed:
         score = torch.rand(layer.weight.shape, generator=rng, device=rng.device).to(layer.weight.device)
         return ops.pruned(layer, score, target)

@@ -16,13 +16,11 @@ CARD = {
     "bits": [],
     "updates_weights": False,
     "needs": ["gram"],
+    "cost": {"weights": 10.2, "grams": 1.5, "products": 0.9},
+    "look": {"colour": "#56B4E9", "marker": "^"},
     "parameters": {
         "a": {"type": "number", "minimum": 0, "description": "Exponent of the input's norm."},
-        "convention": {
-            "enum": ["exact", "official"],
-            "description": "exact: floor(n p) zeros. official: the released code's layer-wide threshold, "
-            "which prunes floor(n p) + 1 entries and ties (layer pattern; breaks promise 2).",
-        },
+        "convention": {"$ref": "layer_convention"},
     },
 }
 
@@ -38,8 +36,7 @@ class RIA(Method):
     a: float = 0.5
     convention: str = "exact"
 
-    def compress(self, layer: Layer, target: Target, rng: torch.Generator) -> Compressed:
-        ops.require("ria", CARD, target)
+    def solve(self, layer: Layer, target: Target, rng: torch.Generator) -> Compressed:
         # Double: sums of float32 weights do not depend on their order then, so that ties stay ties.
         magnitude = layer.weight.abs().double()
         score = relative(magnitude, 0) + relative(magnitude, 1)

@@ -25,8 +25,10 @@ CARD = {
     "updates_weights": False,
     "needs": ["gram"],
     "criterion": "error",
+    "cost": {"weights": 9.3, "grams": 5.5, "products": 66.0},
+    "look": {"colour": "#117733", "marker": "v"},
     "parameters": {
-        "warm_start": {"format": "method", "description": "Method whose mask is refined."},
+        "warm_start": {"$ref": "mask_warm_start"},
         "swaps": {
             "type": ["integer", "null"],
             "minimum": 0,
@@ -50,10 +52,7 @@ class SparseSwaps(Method):
     warm_start: Any = "wanda"
     swaps: int | None = 100
 
-    def compress(self, layer: Layer, target: Target, rng: torch.Generator) -> Compressed:
-        ops.require("sparse_swaps", CARD, target)
-        if target.sparsity == 0:
-            return Compressed(layer.weight.clone())
+    def solve(self, layer: Layer, target: Target, rng: torch.Generator) -> Compressed:
         start = time.perf_counter()
         warm = self.warm_start.compress(layer, target, rng)
         mask = warm.mask.clone(memory_format=torch.contiguous_format)

@@ -15,6 +15,8 @@ CARD = {
     "bits": [],
     "updates_weights": False,
     "needs": ["gram"],
+    "cost": {"weights": 7.5, "grams": 3.7, "products": 0.2},
+    "look": {"colour": "#0072B2", "marker": "s"},
     "parameters": {},
 }
 
@@ -26,6 +28,5 @@ class Wanda(Method):
     No preconditions; the weights of a dead input score zero and go first.
     """
 
-    def compress(self, layer: Layer, target: Target, rng: torch.Generator) -> Compressed:
-        ops.require("wanda", CARD, target)
+    def solve(self, layer: Layer, target: Target, rng: torch.Generator) -> Compressed:
         return ops.pruned_by_norm(layer, layer.gram.diagonal.sqrt(), target)

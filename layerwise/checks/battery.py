@@ -233,11 +233,13 @@ def assert_grid(layer: Layer, target: Target, result: Compressed) -> None:
     """Promise 3: scale * (code - zero) / input scale in float32 is the weight at kept entries, and codes fit."""
     if target.bits is None:
         return
-    if result.codes is None or result.scales is None or result.zeros is None:
+    quantised = result.quantised
+    if quantised is None:
         raise Finding(layer.name, "a quantised layer must come with codes, scales and zeros", "None")
-    codes, scales, zeros = result.codes.numpy(), result.scales.numpy(), result.zeros.numpy()
+    codes, scales, zeros = quantised.codes.numpy(), quantised.scales.numpy(), quantised.zeros.numpy()
     inputs = layer.weight.shape[1]
-    group_of = np.arange(inputs) // (target.group or inputs) if result.group_of is None else result.group_of.numpy()
+    runs = np.arange(inputs) // (target.group or inputs)
+    group_of = runs if quantised.group_of is None else quantised.group_of.numpy()
     most = 2**target.bits - 1
     fit = codes.dtype == np.uint8 and codes.max() <= most
     demand(fit, layer.name, f"codes must be uint8 in [0, {most}]", f"{codes.dtype} up to {codes.max()}")
@@ -248,8 +250,8 @@ def assert_grid(layer: Layer, target: Target, result: Compressed) -> None:
     demand((np.isfinite(scales) & (scales > 0)).all(), layer.name, "scales must be positive and finite", f"{low:g}")
     demand(np.isfinite(zeros).all(), layer.name, "zeros must be finite", "NaN or infinity")
     values = scales[:, group_of] * (codes.astype(np.float32) - zeros[:, group_of])
-    if result.input_scale is not None:
-        divisor = result.input_scale.numpy()
+    if quantised.input_scale is not None:
+        divisor = quantised.input_scale.numpy()
         positive = divisor.shape == (inputs,) and (np.isfinite(divisor) & (divisor > 0)).all()
         expected = f"input_scale must be [{inputs}], positive and finite"
         demand(positive, layer.name, expected, f"{divisor.shape} from {divisor.min():g} on")
@@ -303,8 +305,9 @@ def _generators() -> dict[str, object]:
 
 def assert_same(name: str, first: Compressed, second: Compressed) -> None:
     """Promise 4: two results of the same inputs are the same to the last bit."""
+    parts = [vars(result) | (vars(result.quantised) if result.quantised else {}) for result in (first, second)]
     for key in ("weight", "mask", "codes", "scales", "zeros", "group_of", "input_scale"):
-        a, b = getattr(first, key), getattr(second, key)
+        a, b = (part.get(key) for part in parts)
         same = (a is None) == (b is None) and (a is None or torch.equal(a, b))
         demand(same, name, f"two calls with the same inputs must give the same {key}", f"a {key} that differs")
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from layerwise.contract.layer import Gram, Layer, Statistics
+from layerwise.contract.layer import Compressed, Gram, Layer, Quantised, Statistics
 
 
 @dataclass(frozen=True)
@@ -110,3 +110,14 @@ def tensors(layer: Layer) -> dict[str, torch.Tensor]:
     if layer.statistics:
         found |= {key: value for key, value in vars(layer.statistics).items() if isinstance(value, torch.Tensor)}
     return found
+
+
+def grid_of(result: Compressed) -> Quantised:
+    """The codes and the grid of a result that must have them."""
+    assert result.quantised is not None
+    return result.quantised
+
+
+def regridded(result: Compressed, **parts: object) -> Compressed:
+    """The result with other codes, scales, zeros, group_of or input_scale."""
+    return replace(result, quantised=replace(grid_of(result), **parts))  # pyright: ignore[reportArgumentType]

@@ -40,8 +40,7 @@ class CLASS(Method):
 
     power: float = 1.0
 
-    def compress(self, layer: Layer, target: Target, rng: torch.Generator) -> Compressed:
-        ops.require("NAME", CARD, target)
+    def solve(self, layer: Layer, target: Target, rng: torch.Generator) -> Compressed:
         # Yours from here on. layer.weight is W [out, in]; layer.gram.matrix is G = X X^T / tokens [in, in]. Leave both
         # as they are, draw random numbers from rng alone, and expect dead inputs: zeros on the diagonal of G.
         importance = layer.weight.abs() * layer.gram.diagonal.sqrt() ** self.power

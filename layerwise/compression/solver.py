@@ -111,7 +111,7 @@ class Solver:
                 kept,
                 rows,
                 inputs,
-                input_scale=result.input_scale is not None,
+                input_scale=result.quantised is not None and result.quantised.input_scale is not None,
                 reordered=packed_weights.reordered(result, self.target),
             ),
             "damping": None if (used := result.info.get("damping")) is None else float(used),

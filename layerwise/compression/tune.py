@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 
 from layerwise.calibration.block_stream import Stream
 from layerwise.calibration.taps import Tap
-from layerwise.contract.layer import Compressed, Layer, Target
+from layerwise.contract.layer import Compressed, Layer, Quantised, Target
 from layerwise.models.structure import Linear, find_blocks, linears
 from layerwise.numerics import ops
 from layerwise.runtime.errors import Diverged
@@ -35,6 +35,46 @@ Solve = Callable[[Layer], tuple[Compressed, dict[str, Any]]]
 def rounded(values: Tensor) -> Tensor:
     """Rounded half to even; the gradient passes straight through."""
     return values + (torch.round(values) - values).detach()
+
+
+class TunableGrid:
+    """The codes, scales and zeros of a compressed layer as they are trained; frozen: the codes stay.
+
+    Puts what is trained, `stretch` of the scales and `shift` of the zeros, into `trained`.
+    """
+
+    def __init__(
+        self, quantised: Quantised, target: Target, bits: int, trained: dict[str, Tensor], frozen: bool
+    ) -> None:
+        self.quantised, self.bits, self.trained, self.frozen = quantised, bits, trained, frozen
+        self.group_of = ops.grouping(quantised, target)
+        trained["stretch"] = torch.zeros_like(quantised.scales, requires_grad=True)
+        if not target.symmetric:
+            trained["shift"] = torch.zeros_like(quantised.zeros, requires_grad=True)
+
+    def keeps_codes_of(self, dense: Tensor) -> Tensor:
+        """[out, in] bool: where the codes are those of the dense weight [out, in], rounded to its own grid."""
+        quantised = self.quantised
+        grid = ops.Grid(quantised.scales, quantised.zeros, self.bits)
+        return grid.codes(self._scaled(dense), self.group_of) == quantised.codes
+
+    def parts(self, weight: Tensor) -> tuple[Tensor, Quantised]:
+        """The value [out, in] of a weight [out, in] on the grid of now; the codes, scales and zeros in float32."""
+        quantised, most = self.quantised, 2**self.bits - 1
+        scales = quantised.scales * self.trained["stretch"].exp()
+        zeros = quantised.zeros
+        if "shift" in self.trained:
+            zeros = rounded(zeros + most * self.trained["shift"]).clamp(0, most)
+        scale, zero = scales[:, self.group_of], zeros[:, self.group_of]
+        codes = quantised.codes.float()
+        if not self.frozen:
+            codes = (rounded(self._scaled(weight) / scale) + zero).clamp(0, most)
+        weight = scale * (codes - zero)
+        weight = weight if quantised.input_scale is None else weight / quantised.input_scale
+        return weight, replace(quantised, codes=codes, scales=scales, zeros=zeros)
+
+    def _scaled(self, weight: Tensor) -> Tensor:
+        return weight if self.quantised.input_scale is None else weight * self.quantised.input_scale
 
 
 class Tunable:
@@ -52,53 +92,35 @@ class Tunable:
         """
         self.result, self.target = result, target
         self.start, self.trained = result.weight, {}
-        if target.bits is not None:
-            assert result.codes is not None and result.scales is not None and result.zeros is not None
-            default = ops.groups_of(result.weight.shape[1], target.group, result.weight.device)
-            self.group_of = default if result.group_of is None else result.group_of
-            self.input_scale = 1.0 if result.input_scale is None else result.input_scale
-            self.most = 2**target.bits - 1
-            self.trained["stretch"] = torch.zeros_like(result.scales, requires_grad=True)
-            if not target.symmetric:
-                self.trained["shift"] = torch.zeros_like(result.zeros, requires_grad=True)
-        self.codes = result.codes if dense is None else None
+        self.grid = None
+        if target.bits is not None and result.quantised is not None:
+            self.grid = TunableGrid(result.quantised, target, target.bits, self.trained, frozen=dense is None)
         if dense is not None:
             self.trained["moved"] = torch.zeros_like(dense, requires_grad=True)
             kept = result.weight if result.mask is None else result.weight[result.mask]
             self.unit = float(kept.double().square().mean().sqrt()) if kept.numel() else 0.0
-            if target.bits is not None:
-                own = ops.Grid(result.scales, result.zeros, target.bits).codes(dense * self.input_scale, self.group_of)
-                self.start = torch.where(own == result.codes, dense, self.start)
+            if self.grid is not None:
+                self.start = torch.where(self.grid.keeps_codes_of(dense), dense, self.start)
 
-    def parts(self) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-        """(weight [out, in] float32, codes as float32, scales, zeros) as they stand now."""
-        weight, result = self.start, self.result
+    def parts(self) -> tuple[Tensor, Quantised | None]:
+        """The weight [out, in] float32, and codes (as float32), scales and zeros, as they stand now."""
+        weight, quantised = self.start, None
         if "moved" in self.trained:
             weight = weight + self.unit * self.trained["moved"]
-        codes = scales = zeros = None
-        if self.target.bits is not None:
-            scales = result.scales * self.trained["stretch"].exp()
-            zeros = result.zeros
-            if "shift" in self.trained:
-                zeros = rounded(zeros + self.most * self.trained["shift"]).clamp(0, self.most)
-            scale, zero = scales[:, self.group_of], zeros[:, self.group_of]
-            if self.codes is None:
-                codes = (rounded(weight * self.input_scale / scale) + zero).clamp(0, self.most)
-            else:
-                codes = self.codes.float()
-            weight = scale * (codes - zero)
-            weight = weight if result.input_scale is None else weight / result.input_scale
-        return weight if result.mask is None else torch.where(result.mask, weight, 0.0), codes, scales, zeros
+        if self.grid is not None:
+            weight, quantised = self.grid.parts(weight)
+        return weight if self.result.mask is None else torch.where(self.result.mask, weight, 0.0), quantised
 
     @torch.no_grad()
     def compressed(self) -> Compressed:
         """What the method returned with the weight, codes, scales and zeros of now."""
-        weight, codes, scales, zeros = self.parts()
-        if codes is None or zeros is None:
+        weight, quantised = self.parts()
+        if quantised is None:
             return replace(self.result, weight=weight)
+        codes = quantised.codes
         if self.result.mask is not None:  # the code of a pruned weight is the one that stands for zero
-            codes = torch.where(self.result.mask, codes, zeros[:, self.group_of])
-        return replace(self.result, weight=weight, codes=codes.to(torch.uint8), scales=scales, zeros=zeros)
+            codes = torch.where(self.result.mask, codes, quantised.zeros[:, ops.grouping(quantised, self.target)])
+        return replace(self.result, weight=weight, quantised=replace(quantised, codes=codes.to(torch.uint8)))
 
 
 def descend(
@@ -211,7 +233,7 @@ class Tuner:
             dense.advance(index)
             yield index, taps
             if stream:  # which may pass through a model in another dtype
-                inputs = torch.cat(stream.inputs).to(inputs[0].dtype).split(size)
+                inputs = torch.cat(list(stream.inputs)).to(inputs[0].dtype).split(size)
             self._tune_block(dense, index, inputs)
             self.given.clear()
 

@@ -12,11 +12,10 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from layerwise.contract.layer import Compressed, Layer, Target
+from layerwise.contract.layer import Compressed, Layer, Quantised, Target
 from layerwise.numerics import ops
 from layerwise.numerics.patterns import count_kept, finite, kept_counts
 
-TENSORS = ("weight", "mask", "codes", "scales", "zeros", "group_of", "input_scale")  # of a Compressed
 NOT_FINITE = "must be finite"  # in the sentence about a result that has diverged
 
 
@@ -36,12 +35,18 @@ def _plain(layer: Layer, target: Target, result: Compressed) -> str | None:
     inputs = [layer.weight, layer.gram.matrix, layer.keep]
     inputs += vars(layer.statistics).values() if layer.statistics else ()
     taken = {x.untyped_storage().data_ptr() for x in inputs if isinstance(x, Tensor)} - {0}  # 0: it has none
-    for name in TENSORS:
-        value = getattr(result, name)
-        if value is None and name != "weight":
-            continue
-        if type(value) is not type(layer.weight):
-            expected = type(layer.weight)
+    tensors: dict[str, object] = {"weight": result.weight}
+    optional = {"mask": result.mask}
+    if result.quantised is not None:
+        if not isinstance(result.quantised, Quantised):
+            return f"promise 1: quantised must be a Quantised, {type(result.quantised).__name__} came"
+        parts = vars(result.quantised)
+        tensors |= {name: parts[name] for name in ("codes", "scales", "zeros")}
+        optional |= {name: parts[name] for name in ("group_of", "input_scale")}
+    tensors |= {name: value for name, value in optional.items() if value is not None}
+    expected = type(layer.weight)
+    for name, value in tensors.items():
+        if not isinstance(value, Tensor) or type(value) is not expected:
             return f"promise 1: {name} must be a {expected.__module__}.{expected.__name__}, {type(value).__name__} came"
         if value.requires_grad:
             return f"promise 1: {name} must not require a gradient"
@@ -91,42 +96,41 @@ def _pattern(layer: Layer, target: Target, result: Compressed) -> str | None:
 def _grid(layer: Layer, target: Target, result: Compressed) -> str | None:
     if target.bits is None:
         return None
-    if result.codes is None or result.scales is None or result.zeros is None:
+    quantised = result.quantised
+    if quantised is None:
         return "promise 3: a quantised layer must come with codes, scales and zeros"
-    if result.codes.dtype != torch.uint8 or result.codes.shape != layer.weight.shape:
-        came = f"{result.codes.dtype} {_words(result.codes.shape)}"
+    codes, scales, zeros, input_scale = quantised.codes, quantised.scales, quantised.zeros, quantised.input_scale
+    if codes.dtype != torch.uint8 or codes.shape != layer.weight.shape:
+        came = f"{codes.dtype} {_words(codes.shape)}"
         return f"promise 3: codes must be uint8 {_words(layer.weight.shape)}, {came} came"
-    most = int(result.codes.max())
+    most = int(codes.max())
     if most >= 2**target.bits:
         return f"promise 3: codes of {target.bits} bits must lie in [0, {2**target.bits - 1}], {most} came"
     out, inputs = layer.weight.shape
-    default = ops.groups_of(inputs, target.group, layer.weight.device)
-    group_of = default if result.group_of is None else result.group_of
+    group_of = ops.grouping(quantised, target)
     if group_of.shape != (inputs,) or group_of.dtype != torch.int64 or int(group_of.min()) < 0:
         came = f"{group_of.dtype} {_words(group_of.shape)}, least {group_of.min()}"
         return f"promise 3: group_of must be int64 [{inputs}], at least 0, {came} came"
     groups = int(group_of.max()) + 1
-    for name, tensor in (("scales", result.scales), ("zeros", result.zeros), ("input_scale", result.input_scale)):
+    shapes = {"scales": (out, groups), "zeros": (out, groups), "input_scale": (inputs,)}
+    for name, tensor in (("scales", scales), ("zeros", zeros), ("input_scale", input_scale)):
         if tensor is not None and tensor.dtype != torch.float32:
             return f"promise 3: {name} must be torch.float32, {tensor.dtype} came"
-        if name != "input_scale" and tensor.shape != (out, groups):
-            return f"promise 3: {name} must be [{out}, {groups}], {_words(tensor.shape)} came"
-    if not ((result.scales > 0) & torch.isfinite(result.scales)).all():
-        return "promise 3: scales must be positive and finite"
-    off = (result.zeros != result.zeros.round()) | (result.zeros < 0) | (result.zeros >= 2**target.bits)
+        if tensor is not None and tensor.shape != shapes[name]:
+            return f"promise 3: {name} must be {list(shapes[name])}, {_words(tensor.shape)} came"
+    for name, tensor in (("scales", scales), ("input_scale", input_scale)):
+        if tensor is not None and not ((tensor > 0) & torch.isfinite(tensor)).all():
+            return f"promise 3: {name} must be positive and finite"
+    off = (zeros != zeros.round()) | (zeros < 0) | (zeros >= 2**target.bits)
     if target.symmetric:
-        off |= result.zeros != 2 ** (target.bits - 1)
+        off |= zeros != 2 ** (target.bits - 1)
     if off.any():
         expected = f"{2 ** (target.bits - 1)}" if target.symmetric else f"whole numbers in [0, {2**target.bits - 1}]"
         return f"promise 3: zeros must be {expected}, {int(off.sum())} are not"
-    if result.input_scale is not None and result.input_scale.shape != (inputs,):
-        return f"promise 3: input_scale must be [{inputs}], {_words(result.input_scale.shape)} came"
-    if result.input_scale is not None and not ((result.input_scale > 0) & torch.isfinite(result.input_scale)).all():
-        return "promise 3: input_scale must be positive and finite"
-    values = ops.dequantise(result.codes, result.scales, result.zeros, group_of, result.input_scale)
+    values = ops.quantised_values(quantised, target)
     kept = values if result.mask is None else torch.where(result.mask, values, 0.0)
     wrong = int((kept != result.weight).sum())
-    by = "" if result.input_scale is None else " / input_scale"
+    by = "" if input_scale is None else " / input_scale"
     return f"promise 3: scales * (codes - zeros){by} must equal the weight, {wrong} entries differ" if wrong else None
 
 

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import jsonschema
 
+from layerwise.contract.cards import CARD_SCHEMA, merged
 from layerwise.contract.import_closure import METHODS, closure, imports_of
 from layerwise.contract.target import Target, refusal
 
@@ -25,31 +26,7 @@ if TYPE_CHECKING:
 
 # What a result depends on besides the method's own file. An edit to one of these re-runs every cell.
 SHARED_SOURCES = tuple(closure(["layerwise.compression.verify"]))
-STRUCTURES = ["dense", "row", "layer", "n:m", "1xb"]
-# What the objective of a method's trace measures: the layer's error, that of a relaxed mask, or something of its own.
-CRITERIA = ["error", "relaxed error", "own"]
-STATISTICS = ["gram", "mean", "absmean", "sequence_variance", "sample"]
-CARD_SCHEMA = {
-    "type": "object",
-    "required": ["title", "patterns", "bits", "updates_weights", "needs", "parameters"],
-    "additionalProperties": False,
-    "properties": {
-        "title": {"type": "string"},
-        "paper": {"type": "string"},
-        "arxiv": {"type": "string", "pattern": r"^\d{4}\.\d{4,5}$"},
-        "code": {"type": "string"},
-        "patterns": {"type": "array", "items": {"enum": STRUCTURES}},
-        "bits": {"type": "array", "items": {"type": "integer", "minimum": 2, "maximum": 8}},
-        "updates_weights": {"type": "boolean"},
-        "needs": {"type": "array", "items": {"enum": STATISTICS}},
-        "parameters": {"type": "object", "additionalProperties": {"type": "object"}},
-        "control": {"type": "boolean"},
-        "random": {"type": "boolean"},
-        "criterion": {"enum": CRITERIA},
-        "keeps_zeros": {"type": "boolean"},
-        "joint_only": {"type": "boolean"},
-    },
-}
+OF_THE_BASE = ("compress", "refusal")  # what an adapter's class must not define
 
 
 class CatalogueError(ValueError):
@@ -75,6 +52,21 @@ class Entry:
     def criterion(self) -> str | None:
         """What the objective of the method's trace measures; None for a method that returns no trace."""
         return self.card.get("criterion")
+
+    @property
+    def shipped(self) -> bool:
+        """Whether the file comes with the project, and not from a folder of the config's `method_paths`."""
+        return self.path.parent == METHODS
+
+    @property
+    def cost(self) -> Mapping[str, float] | None:
+        """What a layer's solution takes, as the card has it: weights, grams, products (docs/adding-a-method.md)."""
+        return self.card.get("cost")
+
+    @property
+    def look(self) -> Mapping[str, str] | None:
+        """Colour and marker in figures, as the card has them."""
+        return self.card.get("look")
 
     @property
     def warm_starts(self) -> list[str]:
@@ -129,7 +121,24 @@ class Catalogue(Mapping[str, Entry]):
                 other = self._entries[entry.name].path
                 raise CatalogueError(f"Two files define the method {entry.name}: {other} and {path}.")
             self._entries[entry.name] = entry
+            self._check_names()
         return entry
+
+    @property
+    def named_by(self) -> dict[str, str]:
+        """Parameter that names its method in a config -> the method."""
+        return {entry.card["named_by"]: entry.name for entry in self.values() if "named_by" in entry.card}
+
+    def _check_names(self) -> None:
+        """Raise CatalogueError for a parameter that in a config names another method."""
+        named_by = self.named_by
+        for entry in self.values():
+            for key in named_by.keys() & entry.card["parameters"].keys():
+                if named_by[key] != entry.name:
+                    raise CatalogueError(
+                        f"{entry.path}: the parameter {key} must have another name: in a config it names the method "
+                        f"{named_by[key]}."
+                    )
 
     def __getitem__(self, name: str) -> Entry:
         return self._entries[name]
@@ -266,10 +275,13 @@ def read_entry(path: Path) -> Entry | None:
         at = "".join(f"[{part!r}]" for part in errors[0].absolute_path)
         raise CatalogueError(f"{path}: CARD{at} is wrong: {errors[0].message}.")
     for parameter, schema in card["parameters"].items():
+        at = f"CARD['parameters'][{parameter!r}]"
         try:
+            card["parameters"][parameter] = schema = merged(schema)
             jsonschema.Draft202012Validator.check_schema(schema)
+        except KeyError as error:
+            raise CatalogueError(f"{path}: {at} is wrong: {error.args[0]}.") from None
         except jsonschema.SchemaError as error:
-            at = f"CARD['parameters'][{parameter!r}]"
             raise CatalogueError(f"{path}: {at} is wrong: {error.message.splitlines()[0]}.") from None
     classes = [
         node
@@ -278,6 +290,9 @@ def read_entry(path: Path) -> Entry | None:
     ]
     if len(classes) != 1:
         raise CatalogueError(f"{path} must define one class derived from Method, {len(classes)} found.")
+    _check_methods(classes[0], path)
+    if "named_by" in card and card["named_by"] not in card["parameters"]:
+        raise CatalogueError(f"{path}: CARD['named_by'] must be a parameter. Got {card['named_by']!r} instead.")
     defaults = _defaults(classes[0], path)
     if set(defaults) != set(card["parameters"]):
         raise CatalogueError(
@@ -286,6 +301,22 @@ def read_entry(path: Path) -> Entry | None:
         )
     needed = tuple(own for own in closure(imports_of(tree)) if own not in SHARED_SOURCES)
     return Entry(path.stem, path, classes[0].name, card, defaults, needed)
+
+
+def _check_methods(node: ast.ClassDef, path: Path) -> None:
+    """Raise CatalogueError unless the class implements `solve` and leaves what the base class does alone."""
+    defined = {statement.name for statement in node.body if isinstance(statement, ast.FunctionDef)}
+    names = [target for statement in node.body if isinstance(statement, ast.Assign) for target in statement.targets]
+    names += [statement.target for statement in node.body if isinstance(statement, ast.AnnAssign)]
+    defined |= {name.id for name in names if isinstance(name, ast.Name)}
+    for name in OF_THE_BASE:
+        if name in defined:
+            raise CatalogueError(
+                f"{path}: {node.name} must define solve(layer, target, rng). Got {name} instead, which belongs to the "
+                "base class: it checks the target before solve is called."
+            )
+    if "solve" not in defined and len(node.bases) == 1:
+        raise CatalogueError(f"{path}: {node.name} must define solve(layer, target, rng).")
 
 
 def _defaults(node: ast.ClassDef, path: Path) -> dict[str, Any]:

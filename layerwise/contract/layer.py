@@ -7,118 +7,24 @@ For a weight W [out, in] and inputs X [in, tokens] with G = X X^T / tokens, ever
 
 from __future__ import annotations
 
+import sys
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
-from typing import Any
+from pathlib import Path
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from layerwise.contract.cholesky import inverse_of_lower, reversed_cholesky
-from layerwise.contract.target import Target
+from layerwise.contract.gram import Gram
+from layerwise.contract.target import Target, refusal
 
-__all__ = ["Compressed", "Gram", "Layer", "Method", "Statistics", "Target", "UnsupportedTarget"]
-
-DAMPING_GROWTH = 10.0  # a factorisation that fails is tried again with this many times the damping ...
-LARGEST_DAMPING = 100.0  # ... until it is this many times the mean of the diagonal
+__all__ = ["Compressed", "Gram", "Layer", "Method", "Quantised", "Statistics", "Target", "UnsupportedTarget"]
 
 
 class UnsupportedTarget(ValueError):
     """A method was asked for a target that its card does not list."""
-
-
-class Gram:
-    """Second moment of a layer's inputs, shared by all layers and methods that see the same inputs.
-
-    matrix: [in, in] float32, mean of x xt over the tokens, UNDAMPED. tokens: how many were averaged.
-    What depends on the matrix alone is computed once and kept, so that q, k and v factorise once.
-    """
-
-    def __init__(self, matrix: Tensor, tokens: int) -> None:
-        self.matrix = matrix
-        self.tokens = tokens
-        self._kept: dict[Hashable, Any] = {}
-
-    @cached_property
-    def diagonal(self) -> Tensor:
-        """[in] mean squared activation of each input."""
-        return self.matrix.diagonal()
-
-    @cached_property
-    def dead(self) -> Tensor:
-        """[in] bool, the inputs that are zero on every token."""
-        return self.diagonal == 0
-
-    @cached_property
-    def largest_eigenvalue(self) -> float:
-        """By Lanczos' method, each vector made orthogonal to all before it; 1e-9 of it above the true one at most."""
-        matrix, rng = self.matrix.double(), torch.Generator().manual_seed(0)
-        image = torch.randn(len(matrix), dtype=matrix.dtype, generator=rng).to(matrix.device)
-        vectors, diagonal, beside, value = torch.empty(0, len(matrix)).to(matrix), [], [float(image.norm())], 0.0
-        while len(diagonal) < len(matrix) and beside[-1] > 0:
-            vectors = torch.cat([vectors, image[None] / beside[-1]])
-            image = matrix @ vectors[-1]
-            diagonal.append(float(image @ vectors[-1]))
-            for _ in range(2):
-                image = image - vectors.T @ (vectors @ image)
-            beside.append(float(image.norm()))
-            small = [torch.tensor(x, dtype=torch.float64) for x in (diagonal, beside[1:-1])]
-            values, found = torch.linalg.eigh(small[0].diag() + small[1].diag(-1))
-            value = float(values[-1])
-            residual = beside[-1] * abs(float(found[-1, -1]))  # an eigenvalue lies within it
-            if residual <= 1e-9 * value:
-                return value + residual
-        return value
-
-    def once(self, key: Hashable, compute: Callable[[], Any]) -> Any:
-        """What compute() gives, at the first call with this key; it must depend on the matrix and the key alone."""
-        if key not in self._kept:
-            self._kept[key] = compute()
-        return self._kept[key]
-
-    def descending(self, dead_diagonal: float | None = None) -> tuple[Tensor, Gram]:
-        """Order [in] of the inputs by falling diagonal, ties by index, and the Gram of the inputs in that order.
-
-        dead_diagonal: what a dead input counts as; None puts dead inputs last.
-        """
-        return self.once(("descending", dead_diagonal), lambda: self._descend(dead_diagonal))
-
-    def _descend(self, dead_diagonal: float | None) -> tuple[Tensor, Gram]:
-        diagonal = self.diagonal.double()  # in which dead_diagonal is exact
-        order = torch.where(self.dead, dead_diagonal or 0.0, diagonal).argsort(descending=True, stable=True)
-        return order, Gram(self.matrix[order][:, order], self.tokens)
-
-    def factor(self, damping: float, dead_diagonal: float | None = None) -> tuple[Tensor, float]:
-        """Lower M [in, in] float32 with Mt M = G + damping * mean(diagonal) I, and the damping used.
-
-        dead_diagonal: what a dead input counts in the mean of the diagonal; None counts it as the zero that it is, so
-        that the factor does not depend on the scale of G. A factorisation that fails is repeated with ten times the
-        damping.
-        Raises ValueError when no damping up to 100 times the mean helps, which means that G is not finite.
-        """
-        return self.once(("factor", damping, dead_diagonal), lambda: self._factorise(damping, dead_diagonal))
-
-    def inverse_factor(self, damping: float, dead_diagonal: float | None = None) -> tuple[Tensor, float]:
-        """Upper U = M^-t [in, in] float32 with Ut U = inverse of the damped Gram, and the damping used; as `factor`."""
-        lower, used = self.factor(damping, dead_diagonal)
-        return self.once(("inverse factor", damping, dead_diagonal), lambda: inverse_of_lower(lower).T), used
-
-    def _factorise(self, damping: float, dead_diagonal: float | None) -> tuple[Tensor, float]:
-        diagonal = self.diagonal.double()
-        if dead_diagonal is not None:
-            diagonal[self.dead] = dead_diagonal
-        mean = float(diagonal.mean()) or 1.0
-        # A dead input is coupled to no other: what stands on its diagonal, anything positive, matters to itself alone.
-        diagonal[diagonal == 0] = mean
-        used = damping
-        while used <= LARGEST_DAMPING:
-            lower = reversed_cholesky(self.matrix, diagonal + used * mean)
-            if lower is not None:
-                return lower, used
-            used = max(used * DAMPING_GROWTH, 1e-8)
-        raise ValueError(f"Gram.factor found no damping up to {LARGEST_DAMPING:g} that factorises the matrix.")
 
 
 @dataclass(frozen=True)
@@ -148,36 +54,81 @@ class Layer:
 
 
 @dataclass(frozen=True)
+class Quantised:
+    """The integer codes of a layer [out, in] and the grid that they lie on.
+
+    The value of a code is scales[i, g] * (codes[i, j] - zeros[i, g]) / input_scale[j], with g = group_of[j].
+
+    codes:  [out, in] uint8, in [0, 2^bits - 1].
+    scales: [out, groups] float32, positive and finite.
+    zeros:  [out, groups] float32, whole numbers in [0, 2^bits - 1]; 2^(bits - 1) where the target is symmetric.
+    group_of: [in] int64, group of each input. None when groups are runs of `target.group` consecutive inputs.
+    input_scale: [in] float32, positive and finite (AWQ). None when every input has the scale one.
+    """
+
+    codes: Tensor
+    scales: Tensor
+    zeros: Tensor
+    group_of: Tensor | None = None
+    input_scale: Tensor | None = None
+
+
+@dataclass(frozen=True)
 class Compressed:
     """What a method returns for a layer.
 
-    weight: [out, in] float32, the compressed weight, dequantised where quantised, zero where mask is False.
-    mask:   [out, in] bool, True where kept; None when the target prunes nothing.
-    codes:  [out, in] uint8 in [0, 2^bits - 1]; scales, zeros: [out, groups] float32, value = scale * (code - zero).
-    group_of: [in] int64, group of each input; None when groups are runs of `target.group` consecutive inputs.
-    input_scale: [in] float32, what the value above is divided by, input by input (AWQ); None for one.
+    weight: [out, in] float32, the compressed weight: zero where mask is False, elsewhere the value of its code where
+            the layer is quantised.
+    mask:   [out, in] bool, True where kept. None when the target prunes nothing.
+    quantised: the codes and their grid. None when the target has no bits.
     trace:  (iteration, seconds, objective) rows of an iterative method.
     info:   further facts; `damping`, the damping used, has a column in the layers table.
     """
 
     weight: Tensor
     mask: Tensor | None = None
-    codes: Tensor | None = None
-    scales: Tensor | None = None
-    zeros: Tensor | None = None
-    group_of: Tensor | None = None
-    input_scale: Tensor | None = None
+    quantised: Quantised | None = None
     trace: tuple[tuple[int, float, float], ...] = ()
     info: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Method(ABC):
-    """A frozen dataclass of hyperparameters with one pure call; its file declares a literal CARD beside it."""
+    """A frozen dataclass of hyperparameters with one pure call, `compress`; its file declares a literal CARD beside it.
+
+    An adapter implements `solve`. The runner, warm starts and chains call `compress`, which checks the target first.
+    """
+
+    _name: ClassVar[str] = ""  # of the adapter's file
+    _card: ClassVar[Mapping[str, Any] | None] = None  # the CARD beside the class
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        module = sys.modules.get(cls.__module__)
+        card = getattr(module, "CARD", None)
+        if card is not None:
+            cls._name, cls._card = Path(getattr(module, "__file__", None) or cls.__name__).stem, card
+
+    @classmethod
+    def refusal(cls, target: Target) -> str | None:
+        """Why the card refuses the target, in one sentence; None when it lists it, and for a class without a card."""
+        return refusal(cls._name, cls._card, target) if cls._card is not None else None
+
+    def compress(self, layer: Layer, target: Target, rng: torch.Generator) -> Compressed:
+        """Compress one layer; the dense target, no sparsity and no bits, gives a copy of the weight.
+
+        Raises UnsupportedTarget, with the card's sentence, when the card does not list the target.
+        """
+        if target.dense:
+            return Compressed(layer.weight.clone())
+        reason = self.refusal(target)
+        if reason is not None:
+            raise UnsupportedTarget(f"{reason}; {target.label} was asked of it.")
+        return self.solve(layer, target, rng)
 
     @abstractmethod
-    def compress(self, layer: Layer, target: Target, rng: torch.Generator) -> Compressed:
-        """Compress one layer; no scoring, timing, logging, seeding, saving or change of the inputs.
+    def solve(self, layer: Layer, target: Target, rng: torch.Generator) -> Compressed:
+        """Compress one layer to a target that the card lists, never the dense one.
 
-        Raises UnsupportedTarget when the card does not list the target.
+        rng: the only source of randomness. No scoring, timing, logging, seeding, saving or change of the inputs.
         """

@@ -68,6 +68,11 @@ class Target:
         return int(self.pattern[2:]) if self.pattern.startswith("1x") else None
 
     @property
+    def dense(self) -> bool:
+        """Whether it asks for nothing: the weight stays as it is."""
+        return self.sparsity == 0 and self.bits is None
+
+    @property
     def structure(self) -> str:
         """Kind of pattern, as a method's card lists it: dense, row, layer, n:m or 1xb."""
         if self.sparsity == 0:

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from layerwise.contract.layer import Compressed
+from layerwise.contract.layer import Compressed, Quantised
 from layerwise.contract.target import Target
 from layerwise.evaluation.perplexity import apply_weights, layers_of
 from layerwise.models import loading, structure
@@ -28,7 +28,7 @@ from layerwise.results.cell_results import read_json
 from layerwise.runtime.errors import InputError, report_errors
 from layerwise.runtime.files import check_weights, write_atomic, writing
 from layerwise.sources.checkpoint_files import TOKENIZER_FILES, model_folder
-from layerwise.storage.packed_weights import PackedFile, reordered
+from layerwise.storage.packed_weights import PackedFile, quantised_of, reordered
 
 WEIGHTS = "weights.safetensors"  # the compressed layers of a cell, and of a packed folder
 REST = "rest.safetensors"  # the other parameters of a packed folder
@@ -88,17 +88,19 @@ def save_compressed_tensors(model: PreTrainedModel, file: PackedFile, folder: Pa
     from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme, QuantizationStatus
     from compressed_tensors.utils import get_direct_state_dict, replace_direct_state_dict
 
-    target = file.target
-    layers = layers_of(model, file)
+    target, layers = file.target, layers_of(model, file)
+    bits = target.bits
+    assert bits is not None  # `export` refuses others
     group = target.group or -1  # -1: one group per row
-    arguments = QuantizationArgs(num_bits=target.bits, symmetric=target.symmetric, group_size=group)
+    arguments = QuantizationArgs(num_bits=bits, symmetric=target.symmetric, group_size=group)
     scheme = QuantizationScheme(targets=["Linear"], weights=arguments, format="pack-quantized")
     for name, linear in layers.items():
         result = file.read(name)
         refuse_inexpressible(linear, result, target, model.dtype)
         state = get_direct_state_dict(linear.module)
         del state["weight"]
-        replace_direct_state_dict(linear.module, state | pack_quantized(result, target, model.dtype))
+        tensors = pack_quantized(quantised_of(result), bits, target.symmetric, model.dtype)
+        replace_direct_state_dict(linear.module, state | tensors)
         linear.module.quantization_scheme = scheme
         linear.module.quantization_status = QuantizationStatus.COMPRESSED
     compressor = ModelCompressor.from_pretrained_model(model, "pack-quantized")
@@ -117,37 +119,34 @@ def save_compressed_tensors(model: PreTrainedModel, file: PackedFile, folder: Pa
 
 def refuse_inexpressible(linear: Linear, result: Compressed, target: Target, dtype: torch.dtype) -> None:
     """Raise InputError, in one sentence, for what the pack-quantized format has no place for."""
-    rows, inputs = linear.shape
-    why = None
+    inputs, quantised, why = linear.shape[1], quantised_of(result), None
     if not isinstance(linear.module, nn.Linear):
         why = f"{type(linear.module).__name__} is no torch Linear"
-    elif result.input_scale is not None:
+    elif quantised.input_scale is not None:
         why = "it has a scale for each input (AWQ)"
     elif reordered(result, target):
         why = "its groups are no runs of consecutive inputs (act-order)"
     elif target.group and inputs % target.group:
         why = f"groups of {target.group} do not divide its {inputs} inputs"
-    elif result.scales is not None and not torch.equal(result.scales.to(dtype).float(), result.scales):
+    elif not torch.equal(quantised.scales.to(dtype).float(), quantised.scales):
         why = f"{str(dtype).removeprefix('torch.')} cannot hold its scales"
     if why:
         raise InputError(f"{linear.name} cannot be saved as compressed-tensors: {why}; use --format packed or dense.")
 
 
-def pack_quantized(result: Compressed, target: Target, dtype: torch.dtype) -> dict[str, Tensor]:
+def pack_quantized(quantised: Quantised, bits: int, symmetric: bool, dtype: torch.dtype) -> dict[str, Tensor]:
     """The tensors of a layer [out, in] in the pack-quantized format."""
     from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
 
-    assert target.bits is not None and result.codes is not None
-    assert result.scales is not None and result.zeros is not None
-    offset = 2 ** (target.bits - 1)
+    offset = 2 ** (bits - 1)
     tensors = {
-        "weight_packed": pack_to_int32((result.codes.int() - offset).to(torch.int8), target.bits),
-        "weight_scale": result.scales.to(dtype),
-        "weight_shape": torch.tensor(result.codes.shape),
+        "weight_packed": pack_to_int32((quantised.codes.int() - offset).to(torch.int8), bits),
+        "weight_scale": quantised.scales.to(dtype),
+        "weight_shape": torch.tensor(quantised.codes.shape),
     }
-    if not target.symmetric:
-        zeros = (result.zeros - offset).to(torch.int8)
-        tensors["weight_zero_point"] = pack_to_int32(zeros, target.bits, packed_dim=0)
+    if not symmetric:
+        zeros = (quantised.zeros - offset).to(torch.int8)
+        tensors["weight_zero_point"] = pack_to_int32(zeros, bits, packed_dim=0)
     return tensors
 
 
@@ -183,7 +182,7 @@ def manifest(record: Mapping[str, Any], file: PackedFile, form: str, dtype: torc
         layers[name] = {
             "zeros": int((weight == 0).sum()),
             "sha256": digest(weight),
-            "input_scale": result.input_scale is not None,
+            "input_scale": result.quantised is not None and result.quantised.input_scale is not None,
             "reordered": reordered(result, file.target),
         }
     own = {"format": form, "target": file.target.as_dict(), "layers": layers}

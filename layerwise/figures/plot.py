@@ -3,6 +3,7 @@
 import argparse
 import importlib
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -35,19 +36,26 @@ FIGURES = {
 SUFFIXES = (".pdf", ".svg", ".png")
 
 
-def draw(name: str, tables: Path, out: list[Path]) -> None:
-    """Draw a figure of FIGURES and write it to every file of `out`, in the format of its suffix."""
+def draw(name: str, tables: Path, out: list[Path], method_paths: Sequence[Path] = ()) -> None:
+    """Draw a figure of FIGURES and write it to every file of `out`, in the format of its suffix.
+
+    method_paths: the study's folders of methods besides the shipped ones. Raises InputError for a wrong card there.
+    """
+    from layerwise.contract.catalogue import CatalogueError
     from layerwise.figures import style
     from layerwise.results import seeds
     from layerwise.storage.table_schema import read_table
 
     drawing = FIGURES[name]
     data = [seeds.repeats(read_table(tables, table), table, drawing.repeats) for table in drawing.tables]
-    with style.styled():
-        figure = getattr(importlib.import_module(drawing.module), name)(*data)
-        for path in out:
-            with whole_file(path) as part:
-                style.save(figure, part, path.suffix)
+    try:
+        with style.styled(method_paths):
+            figure = getattr(importlib.import_module(drawing.module), name)(*data)
+            for path in out:
+                with whole_file(path) as part:
+                    style.save(figure, part, path.suffix)
+    except CatalogueError as error:
+        raise InputError(str(error)) from None
 
 
 def main(argv: list[str]) -> None:
@@ -55,11 +63,18 @@ def main(argv: list[str]) -> None:
     parser.add_argument("figure", choices=FIGURES)
     parser.add_argument("--tables", type=Path, default=Path("results/tables"), help="folder of the tables")
     parser.add_argument("--out", type=Path, nargs="+", required=True, help="files to write, .pdf, .svg or .png")
+    parser.add_argument(
+        "--method-path",
+        type=Path,
+        action="append",
+        default=[],
+        help="further folder of methods, whose cards say how they are drawn",
+    )
     args = parser.parse_args(argv)
     for path in args.out:
         if path.suffix not in SUFFIXES:
             raise InputError(f"Expected --out files that end in {', '.join(SUFFIXES)}. Got {path} instead.")
-    draw(args.figure, args.tables, args.out)
+    draw(args.figure, args.tables, args.out, args.method_path)
 
 
 if __name__ == "__main__":

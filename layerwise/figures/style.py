@@ -1,18 +1,21 @@
 """The look of every figure: one colour and marker per method, for good; bytes that depend on the data alone.
 
-A method keeps its colour and marker in every figure and study. Filled markers on solid lines leave the kept weights as
-they are, open markers on dashed lines change them. Colours are Okabe and Ito's and Tol's muted ones, which colour-blind
-readers tell apart; the marker says the same without colour.
+A method keeps its colour and marker in every figure and study: its card gives them. Filled markers on solid lines leave
+the kept weights as they are, open markers on dashed lines change them. Colours are those of Okabe, Ito and Tol, which
+colour-blind readers tell apart; the marker says the same without colour.
 """
 
 import zlib
-from collections.abc import Iterable
-from contextlib import AbstractContextManager
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from matplotlib import style
 from matplotlib.figure import Figure
+
+from layerwise.contract.catalogue import Catalogue
 
 WIDTH = 7.0  # inches, the text width of a two-column page
 RC = {
@@ -55,35 +58,39 @@ class Look(NamedTuple):
     marker: str
 
 
-LOOKS = {
-    "dense": Look("#000000", "_"),
-    "random": Look("#8c8c8c", "x"),
-    "magnitude": Look("#E69F00", "o"),
-    "wanda": Look("#0072B2", "s"),
-    "ria": Look("#56B4E9", "^"),
-    "dsnot": Look("#332288", "D"),
-    "sparse_swaps": Look("#117733", "v"),
-    "frank_wolfe": Look("#CC79A7", "P"),
-    "sparsegpt": Look("#D55E00", "o"),
-    "alps": Look("#009E73", "s"),
-    "admm": Look("#882255", "^"),
-    "awp": Look("#AA4499", "D"),
-    "reconstruct": Look("#999933", "v"),
-    "rtn": Look("#E69F00", "X"),
-    "gptq": Look("#D55E00", "h"),
-    "awq": Look("#0072B2", "X"),
-    "gqsa": Look("#009E73", "p"),
-}
-SPARE_COLOURS = ("#44AA99", "#661100", "#6699CC", "#888888", "#DDAA33", "#AA4466", "#4477AA", "#117733")
+SPARE_COLOURS = ("#44AA99", "#661100", "#CC6677", "#DDAA33", "#AA4466", "#4477AA", "#6699CC")
 SPARE_MARKERS = ("<", ">", "d", "*", "p", "h", "8", "P")
 
 
-def look(method: str) -> Look:
-    """Colour and marker of a method; one that is not in LOOKS gets a pair that depends on its name alone."""
-    if method in LOOKS:
-        return LOOKS[method]
+def looks_of(catalogue: Catalogue) -> dict[str, Look]:
+    """Colour and marker of every method: those of its card, or spare ones for a card without.
+
+    Spare ones depend on the names of the catalogue's methods alone, so that all figures of a study agree.
+    """
+    found = {name: Look(**entry.look) for name, entry in catalogue.items() if entry.look}
+    for name in sorted(catalogue.keys() - found.keys()):
+        found[name] = spare(name, found.values())
+    return found
+
+
+def spare(method: str, taken: Collection[Look]) -> Look:
+    """A pair for a method of this name: of a colour that is not taken, or at least another pair, where there is one."""
+    colours, looks_taken = {own.colour for own in taken}, set(taken)
     digest = zlib.crc32(method.encode())
-    return Look(SPARE_COLOURS[digest % len(SPARE_COLOURS)], SPARE_MARKERS[digest // 8 % len(SPARE_MARKERS)])
+    pairs = [Look(colour, marker) for marker in SPARE_MARKERS for colour in SPARE_COLOURS]
+    pairs = pairs[digest % len(pairs) :] + pairs[: digest % len(pairs)]
+    free = [pair for pair in pairs if pair.colour not in colours] or [pair for pair in pairs if pair not in looks_taken]
+    return (free or pairs)[0]
+
+
+LOOKS = looks_of(Catalogue())  # of the methods that come with the project
+_LOOKS = ContextVar("looks", default=LOOKS)  # of the methods of the study that is drawn
+
+
+def look(method: str) -> Look:
+    """Colour and marker of a method, as `styled` was told; a method that no card describes gets spare ones."""
+    known = _LOOKS.get()
+    return known[method] if method in known else spare(method, known.values())
 
 
 def looks(labels: Iterable[tuple[str, str]]) -> dict[str, Look]:
@@ -116,9 +123,19 @@ def strokes(own: Look, comparison: str) -> dict[str, Any]:
     }
 
 
-def styled() -> AbstractContextManager[None]:
-    """Context in which figures must be both drawn and saved."""
-    return style.context(RC, after_reset=True)
+@contextmanager
+def styled(method_paths: Sequence[Path] = ()) -> Iterator[None]:
+    """Context in which figures must be both drawn and saved.
+
+    method_paths: the study's folders of methods besides the shipped ones; the cards there say how they are drawn.
+    Raises CatalogueError for a folder or a card that is wrong.
+    """
+    token = _LOOKS.set(looks_of(Catalogue(list(method_paths))) if method_paths else LOOKS)
+    try:
+        with style.context(RC, after_reset=True):
+            yield
+    finally:
+        _LOOKS.reset(token)
 
 
 def save(figure: Figure, path: Path, suffix: str) -> None:

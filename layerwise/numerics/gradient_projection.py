@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from layerwise.contract.layer import Compressed, Gram, Layer, Method, Target
+from layerwise.contract.layer import Compressed, Gram, Layer, Method, Quantised, Target
 from layerwise.kernels import gradient_projection as kernel
 from layerwise.numerics import dispatch, ops
 
@@ -59,7 +59,7 @@ class Projection:
             share = 1 - (1 - (iteration - self.unrounded) / (self.iterations - self.unrounded)) ** 3
             cells = (rounded - weight).abs() / grid.scales[:, group_of]
             rounded = torch.where(nearest(cells, mask, share), rounded, weight)
-        return Compressed(rounded, mask, codes, grid.scales, grid.zeros)
+        return Compressed(rounded, mask, Quantised(codes, grid.scales, grid.zeros))
 
     def descend(
         self,

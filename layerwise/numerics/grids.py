@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from layerwise.contract.layer import Target
+from layerwise.contract.layer import Quantised, Target
 from layerwise.kernels import grids as kernel
 from layerwise.numerics import dispatch
 
@@ -39,6 +39,19 @@ def dequantise(
     """[out, in] float32: scales * (codes - zeros) / input_scale, each input with the scale and zero of its group."""
     values = scales[:, group_of] * (codes.float() - zeros[:, group_of])
     return values if input_scale is None else values / input_scale
+
+
+def quantised_values(quantised: Quantised, target: Target) -> Tensor:
+    """[out, in] float32 values of a layer's codes; those of pruned weights too."""
+    groups = grouping(quantised, target)
+    return dequantise(quantised.codes, quantised.scales, quantised.zeros, groups, quantised.input_scale)
+
+
+def grouping(quantised: Quantised, target: Target) -> Tensor:
+    """[in] int64, the group of each input of a quantised layer."""
+    if quantised.group_of is not None:
+        return quantised.group_of
+    return groups_of(quantised.codes.shape[1], target.group, quantised.codes.device)
 
 
 def groups_of(inputs: int, group: int | None, device: torch.device | None = None) -> Tensor:

@@ -7,17 +7,23 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from layerwise.contract.layer import Compressed, Layer, Target, UnsupportedTarget
-from layerwise.contract.target import refusal
+from layerwise.contract.layer import Compressed, Layer, Quantised, Target
 from layerwise.kernels import selection as kernel
 from layerwise.numerics import dispatch
-from layerwise.numerics.grids import Grid, dequantise, fit_and_round, fit_grid, groups_of, official_awq_grid
+from layerwise.numerics.grids import (
+    Grid,
+    dequantise,
+    fit_and_round,
+    fit_grid,
+    grouping,
+    groups_of,
+    official_awq_grid,
+    quantised_values,
+)
 from layerwise.numerics.selection import grouped, keep_largest, keep_top_per_group
 
 __all__ = [
@@ -28,6 +34,7 @@ __all__ = [
     "fit_and_round",
     "fit_grid",
     "grouped",
+    "grouping",
     "groups_of",
     "in_float64",
     "inner",
@@ -38,20 +45,13 @@ __all__ = [
     "masked",
     "normalised",
     "official_awq_grid",
+    "quantised_values",
     "official_layer_mask",
     "prune_mask",
     "pruned",
     "pruned_by_norm",
-    "require",
     "round_to_nearest",
 ]
-
-
-def require(name: str, card: Mapping[str, Any], target: Target) -> None:
-    """Raise UnsupportedTarget, with the card's refusal, unless the card lists the target; `dense` always passes."""
-    reason = refusal(name, card, target)
-    if reason and target.label != "dense":
-        raise UnsupportedTarget(f"{reason}; {target.label} was asked of it.")
 
 
 def normalised(tensor: Tensor) -> tuple[Tensor, float]:
@@ -149,7 +149,7 @@ def damping_of(*results: Compressed) -> dict[str, float]:
 def round_to_nearest(weight: Tensor, target: Target, mse: bool = False) -> Compressed:
     """The weight [out, in] on the grid that is fitted to it; mse: as fit_grid has it."""
     grid, codes, values = fit_and_round(weight, target, mse)
-    return Compressed(values, codes=codes, scales=grid.scales, zeros=grid.zeros)
+    return Compressed(values, quantised=Quantised(codes, grid.scales, grid.zeros))
 
 
 class Best:

@@ -1,5 +1,6 @@
 """What the end of a run leaves: nothing stale after a success, tables and figures of what exists after a failure."""
 
+import json
 import shutil
 import subprocess
 import sys
@@ -33,10 +34,10 @@ def write_partial_results(study: str, drawn: Iterable[str]) -> None:
     if not _worker("tables", "--study", study, "--out", tables, "--partial"):
         return
     _worker("published", "--study", study, "--tables", tables)
-    svgs = []
+    svgs, folders = [], [part for folder in json.loads(study)["method_paths"] for part in ("--method-path", folder)]
     for figure in drawn:
         files = [PARTIAL / "figures" / f"{figure}.{kind}" for kind in FORMATS]
-        _worker("figure", figure, "--tables", tables, "--out", *files)
+        _worker("figure", figure, "--tables", tables, *folders, "--out", *files)
         svgs += [path for path in files if path.suffix == ".svg" and path.is_file()]
     _worker("report-page", "--study", study, "--tables", tables, "--out", PARTIAL / "report.html", "--figures", *svgs)
     print(

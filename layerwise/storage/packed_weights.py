@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from layerwise.contract.layer import Compressed
+from layerwise.contract.layer import Compressed, Quantised
 from layerwise.contract.target import Target
 from layerwise.numerics import ops
 from layerwise.numerics.patterns import kept_counts
@@ -93,36 +93,33 @@ def rounded(result: Compressed, target: Target, dtype: torch.dtype) -> Compresse
     """
     if target.bits is None:
         return result if dtype == torch.float32 else replace(result, weight=result.weight.to(dtype).float())
-    assert result.scales is not None
-    scales = half(result.scales, dtype).float()
-    input_scale = result.input_scale
+    quantised = quantised_of(result)
+    scales, input_scale = half(quantised.scales, dtype).float(), quantised.input_scale
     if input_scale is not None:
         input_scale = None if bool((input_scale == 1).all()) else half(input_scale, dtype).float()
-    result = replace(result, scales=scales, input_scale=input_scale)
-    return replace(result, weight=dequantised(result, target))
+    quantised = replace(quantised, scales=scales, input_scale=input_scale)
+    return replace(result, weight=dequantised(quantised, result.mask, target), quantised=quantised)
 
 
-def dequantised(result: Compressed, target: Target) -> Tensor:
-    """[out, in] float32 weight that the codes and the grid of a quantised result stand for, zero where pruned."""
-    assert result.codes is not None and result.scales is not None and result.zeros is not None
-    values = ops.dequantise(result.codes, result.scales, result.zeros, grouping(result, target), result.input_scale)
-    return values if result.mask is None else torch.where(result.mask, values, 0.0)
+def quantised_of(result: Compressed) -> Quantised:
+    """The codes and the grid of a result at a target with bits. Raises ValueError when it has none."""
+    if result.quantised is None:
+        raise ValueError("a layer of a target with bits must be quantised")
+    return result.quantised
 
 
-def grouping(result: Compressed, target: Target) -> Tensor:
-    """[in] int64, group of each input of a quantised result."""
-    if result.group_of is not None:
-        return result.group_of
-    assert result.codes is not None
-    return ops.groups_of(result.codes.shape[1], target.group, result.codes.device)
+def dequantised(quantised: Quantised, mask: Tensor | None, target: Target) -> Tensor:
+    """[out, in] float32 weight that codes and grid stand for, zero where the mask [out, in] is False."""
+    values = ops.quantised_values(quantised, target)
+    return values if mask is None else torch.where(mask, values, 0.0)
 
 
 def reordered(result: Compressed, target: Target) -> bool:
-    """Whether the groups of a result are no runs of consecutive inputs."""
-    if result.group_of is None:
+    """Whether a result has groups that are not runs of consecutive inputs."""
+    group_of = result.quantised.group_of if result.quantised else None
+    if group_of is None:
         return False
-    runs = ops.groups_of(len(result.group_of), target.group, result.group_of.device)
-    return not torch.equal(result.group_of, runs)
+    return not torch.equal(group_of, ops.groups_of(len(group_of), target.group, group_of.device))
 
 
 def parts_of(result: Compressed, target: Target, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -131,31 +128,34 @@ def parts_of(result: Compressed, target: Target, dtype: torch.dtype) -> dict[str
     A layer that is neither pruned nor quantised is its weight [out, in], under the empty name.
     Raises ValueError for scales that are not in 16 bits (see `rounded`).
     """
-    result = replace(result, **{k: v.cpu() for k, v in vars(result).items() if isinstance(v, Tensor)})
     rows, inputs = result.weight.shape
-    mask = torch.ones(rows, inputs, dtype=torch.bool) if result.mask is None else result.mask
+    mask = torch.ones(rows, inputs, dtype=torch.bool) if result.mask is None else result.mask.cpu()
     parts = mask_parts(mask, target)
     if target.bits is None:
-        weight = narrowest(result.weight.to(dtype))
+        weight = narrowest(result.weight.cpu().to(dtype))
         return {"values": weight[mask], **parts} if parts else {"": weight.clone(memory_format=torch.contiguous_format)}
-    assert result.codes is not None and result.scales is not None and result.zeros is not None
-    codes = result.codes
+    quantised = on_processor(quantised_of(result))
+    codes, scales, zeros = quantised.codes, quantised.scales, quantised.zeros
     if not parts:  # what a target without sparsity may still have at zero
-        codes = torch.where(mask, codes, result.zeros[:, grouping(result, target)].to(torch.uint8))
+        codes = torch.where(mask, codes, zeros[:, ops.grouping(quantised, target)].to(torch.uint8))
     parts["codes"] = pack(codes[mask] if target.sparsity else codes, target.bits)
     moved = reordered(result, target)
-    scales, zeros = result.scales, result.zeros
     if grids_of_blocks(target, inputs) and not moved:
         kept = mask[:, :: group_length(target, inputs)]  # [out, groups]
         scales, zeros = scales[kept].view(rows, -1), zeros[kept]
     parts["scales"] = _as_half(scales, dtype)
     if not target.symmetric:
         parts["zeros"] = pack(zeros, target.bits)
-    if result.input_scale is not None:
-        parts["input_scale"] = _as_half(result.input_scale, dtype)
-    if moved and result.group_of is not None:
-        parts["group_of"] = result.group_of.to(torch.uint16)
+    if quantised.input_scale is not None:
+        parts["input_scale"] = _as_half(quantised.input_scale, dtype)
+    if moved and quantised.group_of is not None:
+        parts["group_of"] = quantised.group_of.to(torch.uint16)
     return parts
+
+
+def on_processor(quantised: Quantised) -> Quantised:
+    """The same with all its tensors in the processor's memory."""
+    return replace(quantised, **{name: part.cpu() for name, part in vars(quantised).items() if part is not None})
 
 
 def mask_parts(mask: Tensor, target: Target) -> dict[str, Tensor]:
@@ -206,8 +206,8 @@ def restored(parts: Mapping[str, Tensor], target: Target, shape: tuple[int, int]
     groups = ops.groups_of(inputs, target.group) if group_of is None else group_of
     codes = zeros[:, groups].to(torch.uint8)
     codes[kept] = unpack(_part(parts, "codes"), target.bits, count)
-    result = Compressed(torch.empty(0), mask, codes, scales, zeros, group_of, input_scale)
-    return replace(result, weight=dequantised(result, target))
+    quantised = Quantised(codes, scales, zeros, group_of, input_scale)
+    return Compressed(dequantised(quantised, mask, target), mask, quantised)
 
 
 def _restored_grid(parts: Mapping[str, Tensor], target: Target, kept: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:

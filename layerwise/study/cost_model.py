@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from layerwise.contract.catalogue import Catalogue, Entry
 from layerwise.contract.target import Target
 from layerwise.sources.shapes import BYTES, BlockShape, ModelShape, shape_of
 from layerwise.sources.task_sets import BATCH
@@ -39,34 +40,14 @@ SAMPLE = 512  # rows of inputs that a Gram store keeps, at most (taps.SAMPLE_ROW
 CELL_FILES = 300e3  # bytes of a cell's tables, logs and results
 UNKNOWN_MB = 8000  # asked for jobs of a model that has not been fetched
 
-# Method: (w, g, products). A layer's peak is w times its weight and g times its Gram, in float32, themselves
-# included; a solution takes as long as so many products of the two, with the default parameters, by docs/benchmark.md
-# at 2048 x 2048. What a method starts from, or chains, is added. (w, g) by python -m tests.benchmarks.bench_memory at
-# 4096 x 1024, 2048 x 2048 and 1024 x 2560, iterations cut to 4; awq's without the first shape, the certificate's and
-# Frank-Wolfe's pairwise 2:4 by the first alone; those of chain and dense are guesses. Held against whole jobs
-# (bench_streaming: 8 blocks, 2048 wide, vocabulary 32000, bfloat16, 4 sequences of 2048), estimate and peak in MB:
-# calibration 1856, 1690; dense 1469, 1415; wanda, shared 1918, 1500; wanda, sequential 2095, 1648; sparsegpt, shared
-# 1944, 1726.
-METHODS = {
-    "dense": (3.0, 1.5, 0.0),
-    "random": (6.5, 2.8, 0.5),
-    "magnitude": (5.9, 3.4, 0.2),
-    "wanda": (7.5, 3.7, 0.2),
-    "ria": (10.2, 1.5, 0.9),
-    "dsnot": (5.9, 1.7, 0.5),
-    "sparse_swaps": (9.3, 5.5, 66.0),
-    "frank_wolfe": (27.0, 10.0, 2000.0),
-    "awp": (16.0, 6.0, 260.0),
-    "sparsegpt": (7.8, 3.8, 3.1),
-    "admm": (31.2, 14.6, 140.0),
-    "alps": (36.0, 9.5, 3000.0),
-    "reconstruct": (18.0, 10.2, 16.0),
-    "rtn": (9.6, 1.6, 0.2),
-    "gptq": (9.6, 4.4, 3.5),
-    "awq": (24.6, 4.7, 73.0),
-    "gqsa": (12.9, 3.7, 2.2),
-    "chain": (10.0, 3.0, 0.0),
-}
+# A method's share stands on its card as `cost`: a layer's peak is `weights` times its weight and `grams` times its
+# Gram, in float32, themselves included; a solution takes as long as so many `products` of the two, with the default
+# parameters, by docs/benchmark.md at 2048 x 2048. What a method starts from, or chains, is added. Weights and Grams by
+# python -m tests.benchmarks.bench_memory at 4096 x 1024, 2048 x 2048 and 1024 x 2560, iterations cut to 4; awq's
+# without the first shape, the certificate's and Frank-Wolfe's pairwise 2:4 by the first alone; those of chain and dense
+# are guesses. Held against whole jobs (bench_streaming: 8 blocks, 2048 wide, vocabulary 32000, bfloat16, 4 sequences of
+# 2048), estimate and peak in MB: calibration 1856, 1690; dense 1469, 1415; wanda, shared 1918, 1500; wanda, sequential
+# 2095, 1648; sparsegpt, shared 1944, 1726.
 CERTIFICATE = (40.0, 16.0, 400.0)
 
 # ------------------------------------------------------------------------------------------------------ rough durations
@@ -189,7 +170,7 @@ class CostModel:
             Target(**cell.spec["target"]),
             cell.mode != "shared",
         )
-        w, g, products = of_method(cell.spec["method"]["name"], cell.spec["method"]["params"])
+        w, g, products = of_method(self.plan.catalogue, cell.spec["method"]["name"], cell.spec["method"]["params"])
         changed = self.plan.catalogue[cell.spec["method"]["name"]].card["updates_weights"]
         peaks, works = [], []
         for block in model.shape.blocks:
@@ -241,23 +222,27 @@ class CostModel:
         return JobCost(PROCESS + 2 * model.whole, model.whole)
 
 
-def of_method(name: str, params: Mapping[str, Any]) -> tuple[float, float, float]:
-    """(w, g, products) of a method with complete parameters, what it starts from or chains included.
+def of_method(catalogue: Catalogue, name: str, params: Mapping[str, Any]) -> tuple[float, float, float]:
+    """(weights, grams, products) of a method with complete parameters, what it starts from or chains included.
 
-    A method that METHODS does not know is taken to need what the most demanding one does.
+    A method whose card gives no cost is taken to need what the most demanding shipped one does.
     """
-    own = METHODS.get(name) or tuple(map(max, zip(*METHODS.values(), strict=True)))
-    inner = [of_method(*next(iter(value.items()))) for value in _methods_in(params)]
+    own = stated(catalogue[name]) or most_demanding(catalogue)
+    inner = [of_method(catalogue, inside, inside_params) for _, inside, inside_params in catalogue[name].inner(params)]
     w, g = (max(own[i], *(1 + one[i] for one in inner)) if inner else own[i] for i in (0, 1))
     return w, g, own[2] + sum(one[2] for one in inner)
 
 
-def _methods_in(params: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
-    """{name: {parameters}} of the methods among complete parameters."""
-    for value in params.values():
-        for one in value if isinstance(value, list) else [value]:
-            if isinstance(one, Mapping) and len(one) == 1 and isinstance(next(iter(one.values())), Mapping):
-                yield one
+def stated(entry: Entry) -> tuple[float, float, float] | None:
+    """(weights, grams, products) as the card gives them, or None."""
+    return None if entry.cost is None else (entry.cost["weights"], entry.cost["grams"], entry.cost["products"])
+
+
+def most_demanding(catalogue: Catalogue) -> tuple[float, float, float]:
+    """The largest weights, grams and products that a shipped method needs."""
+    costs = [cost for entry in catalogue.values() if entry.shipped and (cost := stated(entry))]
+    weights, grams, products = (max(column) for column in zip(*costs, strict=True))
+    return weights, grams, products
 
 
 def summed(block: BlockShape) -> float:
@@ -275,7 +260,8 @@ def _kind(cell: Cell, study: Plan) -> tuple[Any, ...]:
     """What the cost of a cell depends on besides model, calibration and mode."""
     method, tune = cell.spec["method"], cell.spec.get("tune")
     asked = tuple(cell.spec["target"].values())
-    return (*of_method(method["name"], method["params"]), method["name"], asked, canonical(tune) if tune else None)
+    cost = of_method(study.catalogue, method["name"], method["params"])
+    return (*cost, method["name"], asked, canonical(tune) if tune else None)
 
 
 @dataclass(frozen=True)

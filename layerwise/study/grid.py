@@ -359,14 +359,14 @@ def name_of(spec: ModelSpec | CalibrationSpec | EvaluationSpec | TaskSetSpec) ->
 def _entries(catalogue: Catalogue, label: str, raw: Mapping[str, Any]) -> Iterator[MethodEntry]:
     """The entries that a config entry stands for: lists of values are swept."""
     where = f"methods.{label}"
-    if "chain" in raw:
-        if "method" in raw:
-            raise CatalogueError(f"{where}: a chain names its methods itself, method: {raw['method']} came with it.")
-        raw = {**raw, "method": "chain"}
-    method = raw.get("method", label)
-    if method == "chain" and "chain" not in raw:
-        raise CatalogueError(f"{where}: a chain needs its two methods, such as chain: [wanda, gptq].")
+    named = [key for key in raw if key in catalogue.named_by]  # parameters that say which method it is
+    if named and "method" in raw:
+        raise CatalogueError(f"{where}: {named[0]} says the method. Got method: {raw['method']} beside it.")
+    method = catalogue.named_by[named[0]] if named else raw.get("method", label)
     entry = catalogue.find(method, where)
+    if not named and "named_by" in entry.card:
+        key = entry.card["named_by"]
+        raise CatalogueError(f"{where}: {method} needs its parameter {key}, which has no default in a config.")
     params = {key: value for key, value in raw.items() if key not in RESERVED}
     swept = [
         key

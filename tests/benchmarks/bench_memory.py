@@ -1,4 +1,4 @@
-"""What a method takes besides the process: the table METHODS of layerwise/study/cost_model.py.
+"""What a method takes besides the process: weights and grams of the `cost` on its card.
 
     python -m tests.benchmarks.bench_memory [method ...]
 

@@ -48,7 +48,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from layerwise.numerics import ops
-from layerwise.contract.layer import Compressed, Method, UnsupportedTarget
+from layerwise.contract.layer import Compressed, Method, Quantised, UnsupportedTarget
 
 CARD = {{
     "title": "Faulty",
@@ -62,7 +62,7 @@ CARD = {{
 
 @dataclass(frozen=True)
 class Faulty(Method):
-    def compress(self, layer, target, rng):
+    def solve(self, layer, target, rng):
         good = ops.pruned(layer, layer.weight.abs(), target)
         if layer.name != "{layer}":
             return good
@@ -511,7 +511,7 @@ def test_a_fault_is_named_with_its_method_and_layer(case, tmp_path, kind):
 
 
 def test_a_grid_without_codes_is_named(case, tmp_path):
-    fault = "return replace(good, codes=None)"
+    fault = "return replace(good, quantised=None)"
     target = Target(pattern="2:4", bits=4)
     own = faulty(tmp_path / "own", fault)
     text = (
@@ -530,7 +530,7 @@ GOOD_GRID = """mask = ops.prune_mask(layer.weight.abs(), target)
         grid, group_of = ops.fit_grid(layer.weight, target), ops.groups_of(layer.weight.shape[1], target.group)
         codes = grid.codes(layer.weight, group_of)
         values = torch.where(mask, grid.values(codes, group_of), 0.0)
-        good = Compressed(values, mask, codes, grid.scales, grid.zeros)"""
+        good = Compressed(values, mask, Quantised(codes, grid.scales, grid.zeros))"""
 
 
 @pytest.mark.parametrize("kind", SHORTAGES)

@@ -15,14 +15,16 @@ from layerwise.calibration import modes
 from layerwise.calibration.block_stream import Stream
 from layerwise.calibration.calibrate import shared
 from layerwise.checks import layer_cases as layers
+from layerwise.checks.layer_cases import grid_of
 from layerwise.compression import cell as compress
 from layerwise.compression import solver as solver_module
 from layerwise.compression.tune import Tunable, Tuner, rounded
 from layerwise.compression.verify import broken_promise
 from layerwise.contract.catalogue import Catalogue
-from layerwise.contract.layer import Compressed, Layer, Target
+from layerwise.contract.layer import Compressed, Layer, Quantised, Target
 from layerwise.models import loading, structure
 from layerwise.numerics import ops
+from layerwise.runtime.errors import InputError
 from tests.compression.test_cell import LENGTH, SAMPLES, Case, by_layer, dense_weights, rows, weights
 from tests.support.model_families import build, tokens
 
@@ -58,7 +60,7 @@ def reordered(layer: Layer) -> tuple[Layer, Target, Compressed]:
     grid = ops.Grid(torch.cat([p.scales for p in pieces], 1), torch.cat([p.zeros for p in pieces], 1), 4)
     codes = grid.codes(layer.weight * input_scale, group_of)
     weight = ops.dequantise(codes, grid.scales, grid.zeros, group_of, input_scale)
-    return layer, target, Compressed(weight, None, codes, grid.scales, grid.zeros, group_of, input_scale)
+    return layer, target, Compressed(weight, None, Quantised(codes, grid.scales, grid.zeros, group_of, input_scale))
 
 
 def solved(method: str, target: Target) -> tuple[Layer, Target, Compressed]:
@@ -89,9 +91,10 @@ def test_it_starts_from_the_result(case, frozen: bool):
     assert torch.equal(came.weight, result.weight)
     assert broken_promise(layer, target, came) is None
     if target.bits:
-        kept = torch.ones_like(result.codes, dtype=torch.bool) if result.mask is None else result.mask
-        assert torch.equal(came.codes[kept], result.codes[kept])
-        assert torch.equal(came.scales, result.scales) and torch.equal(came.zeros, result.zeros)
+        before, after = grid_of(result), grid_of(came)
+        kept = torch.ones_like(before.codes, dtype=torch.bool) if result.mask is None else result.mask
+        assert torch.equal(after.codes[kept], before.codes[kept])
+        assert torch.equal(after.scales, before.scales) and torch.equal(after.zeros, before.zeros)
 
 
 @pytest.mark.parametrize("frozen", [False, True], ids=["blocks", "end"])
@@ -111,13 +114,14 @@ def test_wherever_it_goes_it_is_on_the_pattern_and_the_grid(case, frozen: bool):
         return
     assert not torch.equal(came.weight, result.weight)
     if target.bits:
-        assert (came.scales > 0).all() and (came.zeros == came.zeros.round()).all()
-        assert came.zeros.min() >= 0 and came.zeros.max() < 2**target.bits
-        assert torch.equal(came.zeros, result.zeros) == target.symmetric
-        kept = torch.ones_like(came.codes, dtype=torch.bool) if result.mask is None else result.mask
-        assert torch.equal(came.codes[kept], result.codes[kept]) == frozen
-        zeros = came.zeros[:, ops.groups_of(64, target.group) if came.group_of is None else came.group_of]
-        assert torch.equal(came.codes[~kept].float(), zeros[~kept])  # without its mask it is exactly zero too
+        before, after = grid_of(result), grid_of(came)
+        assert (after.scales > 0).all() and (after.zeros == after.zeros.round()).all()
+        assert after.zeros.min() >= 0 and after.zeros.max() < 2**target.bits
+        assert torch.equal(after.zeros, before.zeros) == target.symmetric
+        kept = torch.ones_like(after.codes, dtype=torch.bool) if result.mask is None else result.mask
+        assert torch.equal(after.codes[kept], before.codes[kept]) == frozen
+        zeros = after.zeros[:, ops.grouping(after, target)]
+        assert torch.equal(after.codes[~kept].float(), zeros[~kept])  # without its mask it is exactly zero too
 
 
 def test_what_it_trains_has_no_unit():
@@ -223,8 +227,8 @@ def test_end_leaves_the_codes_of_the_blocks_stage():
     assert [record["stage"] for record in both.history] == ["blocks", "blocks", "end"]
     for name, (result, _) in both.results.items():
         earlier = first.results[name][0]
-        assert torch.equal(result.codes[result.mask], earlier.codes[result.mask])
-        assert not torch.equal(result.scales, earlier.scales)
+        assert torch.equal(grid_of(result).codes[result.mask], grid_of(earlier).codes[result.mask])
+        assert not torch.equal(grid_of(result).scales, grid_of(earlier).scales)
 
 
 @pytest.mark.parametrize(("method", "target"), RESULTS[1:], ids=NAMES[1:-1])
@@ -324,5 +328,5 @@ def test_a_tuned_result_off_its_grid_is_named(case: Case, tmp_path: Path, monkey
         return replace(honest(self), weight=honest(self).weight * 1.5)
 
     monkeypatch.setattr(Tunable, "compressed", faulty)
-    with pytest.raises(compress.InputError, match=r"gqsa, tuned, broke its contract on model\.layers\.0.*promise 3"):
+    with pytest.raises(InputError, match=r"gqsa, tuned, broke its contract on model\.layers\.0.*promise 3"):
         case.run("gqsa", BLOCKS, "shared", str(tmp_path / "cell"), tune=only("blocks"))

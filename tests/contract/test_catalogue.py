@@ -11,6 +11,7 @@ import torch
 
 from layerwise.checks import battery as contract
 from layerwise.checks import layer_cases as layers
+from layerwise.contract.cards import PARAMETERS, merged
 from layerwise.contract.catalogue import SHARED_SOURCES, Catalogue, CatalogueError, read_entry
 from layerwise.contract.import_closure import METHODS, PACKAGE
 from layerwise.contract.layer import Target
@@ -37,7 +38,7 @@ CARD = {
 class Mine(Method):
     share: float = 0.5
 
-    def compress(self, layer, target, rng):
+    def solve(self, layer, target, rng):
         return Compressed(self.share * layer.weight)
 '''
 POLISH = '''"""Starts from another method's mask and puts the dense weights back where it kept any."""
@@ -62,7 +63,7 @@ class Polish(Method):
     warm_start: str = "magnitude"
     rounds: int = 1
 
-    def compress(self, layer, target, rng):
+    def solve(self, layer, target, rng):
         start = self.warm_start.compress(layer, target, rng)
         if start.mask is None:
             return start
@@ -88,7 +89,7 @@ CARD = {
 
 @dataclass(frozen=True)
 class First(Method):
-    def compress(self, layer, target, rng):
+    def solve(self, layer, target, rng):
         return ops.pruned(layer, -torch.arange(layer.weight.shape[1]).expand_as(layer.weight).float(), target)
 '''
 
@@ -128,6 +129,13 @@ def test_defaults_obey_their_schema(name: str):
         if key not in entry.warm_starts + entry.chains:
             jsonschema.validate(entry.defaults[key], schema)
             assert complete[key] == entry.defaults[key]
+
+
+def test_a_card_takes_a_shared_schema_and_may_change_it():
+    damping = merged({"$ref": "damping"})
+    assert damping == PARAMETERS["damping"] == Catalogue()["sparsegpt"].card["parameters"]["damping"]
+    changed = merged({"$ref": "damping", "minimum": 1, "description": "More."})
+    assert changed == damping | {"minimum": 1, "description": "More."}
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -177,7 +185,36 @@ WRONG_FILES = {
     "a field without a parameter": (edited("0.5\n", "0.5\n    more: int = 1\n"), "must be the same, .* and .*more"),
     "a field without a default": (edited(" = 0.5", ""), "the field share of Mine needs a literal default"),
     "a default that is not literal": (edited("= 0.5", "= 1 / 2"), "the default of Mine.share must be a literal"),
+    "a shared schema that is not there": (
+        edited('{"type": "number", "minimum": 0}', '{"$ref": "dampening"}'),
+        r"CARD\['parameters'\]\['share'\] is wrong: \$ref must be one of damping, .* Got 'dampening' instead",
+    ),
+    "a cost without products": (
+        edited('"needs": []', '"needs": [], "cost": {"weights": 1, "grams": 1}'),
+        r"CARD\['cost'\] is wrong: 'products' is a required property",
+    ),
+    "a colour without a number": (
+        edited('"needs": []', '"needs": [], "look": {"colour": "red", "marker": "o"}'),
+        r"CARD\['look'\]\['colour'\] is wrong",
+    ),
+    "named by what it has not": (
+        edited('"needs": []', '"needs": [], "named_by": "chain"'),
+        r"CARD\['named_by'\] must be a parameter. Got 'chain' instead",
+    ),
+    "a parameter that names another method": (
+        GOOD.replace('"share"', '"chain"').replace("share: float", "chain: float"),
+        "the parameter chain must have another name: in a config it names the method chain",
+    ),
     "no class": (edited("(Method)", ""), "must define one class derived from Method, 0 found"),
+    "compress instead of solve": (
+        edited("def solve(", "def compress("),
+        r"Mine must define solve\(layer, target, rng\)\. Got compress instead, which belongs to the base class",
+    ),
+    "a field of the base's name": (
+        edited("    share: float = 0.5", "    compress: float = 0.5"),
+        "Got compress instead",
+    ),
+    "neither": (edited("def solve(", "def resolve("), r"Mine must define solve\(layer, target, rng\)\.$"),
     "two classes": (GOOD + "\n\nclass Other(Method):\n    pass\n", "one class derived from Method, 2 found"),
     "the name of another method": (GOOD, "Two files define the method"),
     "not UTF-8": (b'"""\xff"""\n' + GOOD.encode(), "is not"),

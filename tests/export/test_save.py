@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, CompressedTensorsConfig, PreTrainedModel
 
+from layerwise.checks.layer_cases import regridded
 from layerwise.cli.app import app
 from layerwise.contract.target import Target
 from layerwise.evaluation.perplexity import apply_weights
@@ -165,13 +166,13 @@ def changed_cell(case: Case, target: Target, tmp_path: Path, change) -> Path:
 
 
 def with_input_scale(result):
-    scaled = packed_weights.replace(result, input_scale=torch.linspace(0.5, 2, result.weight.shape[1]))
+    scaled = regridded(result, input_scale=torch.linspace(0.5, 2, result.weight.shape[1]))
     return packed_weights.rounded(scaled, W4, torch.float32)
 
 
 def with_act_order(result):
     order = torch.randperm(result.weight.shape[1], generator=torch.Generator().manual_seed(0))
-    return packed_weights.rounded(packed_weights.replace(result, group_of=order // 16), W4, torch.float32)
+    return packed_weights.rounded(regridded(result, group_of=order // 16), W4, torch.float32)
 
 
 INEXPRESSIBLE = {

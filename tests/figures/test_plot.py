@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import pytest
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -24,12 +25,13 @@ from layerwise.figures.page import chosen_target
 from layerwise.figures.pareto import pareto_front, perplexity_vs_bits, sized
 from layerwise.figures.perplexity import perplexity_vs_sparsity
 from layerwise.figures.ranks import groups, method_ranks
-from layerwise.figures.style import LOOKS, look, looks, save, strokes, styled
+from layerwise.figures.style import LOOKS, Look, look, looks, save, spare, strokes, styled
 from layerwise.figures.sweep import along, sweep
 from layerwise.results.cell_results import evaluations
 from layerwise.results.collect import StudyInputs, collect
 from layerwise.results.seeds import repeats
 from layerwise.runtime.errors import InputError
+from layerwise.storage.table_schema import read_table, typed, write_parquet
 from tests.support.paths import ROOT
 from tests.support.synthetic_tables import (
     EVALUATIONS,
@@ -386,6 +388,50 @@ def test_known_methods_differ_in_look_and_unknown_ones_are_stable():
     assert look("brand_new") == look("brand_new") != look("other_new")
 
 
+DROPPED_IN = """from dataclasses import dataclass
+from layerwise.contract.layer import Method
+
+CARD = {
+    "title": "Mine",
+    "patterns": ["row"],
+    "bits": [],
+    "updates_weights": False,
+    "needs": [],
+    "parameters": {},
+}
+
+
+@dataclass(frozen=True)
+class Mine(Method):
+    def solve(self, layer, target, rng):
+        raise NotImplementedError
+"""
+
+
+def test_a_method_from_elsewhere_has_a_colour_of_its_own_or_that_of_its_card(tmp_path):
+    own = {"colour": "#123456", "marker": "H"}
+    (tmp_path / "told.py").write_text(DROPPED_IN.replace('    "needs"', f'    "look": {own},\n    "needs"'))
+    others = [f"other_{number}" for number in range(4)]
+    for name in others:
+        (tmp_path / f"{name}.py").write_text(DROPPED_IN)
+    with styled([tmp_path]):
+        assert look("told") == ("#123456", "H")
+        chosen = [look(name) for name in others]
+        assert {name: look(name) for name in LOOKS} == LOOKS
+    colours = {one.colour for one in chosen}
+    assert len(colours) == len(others) and not colours & {one.colour for one in LOOKS.values()}
+    with styled([tmp_path]):
+        assert [look(name) for name in others] == chosen
+    assert look("told") != ("#123456", "H")  # the next figure knows its own study alone
+
+
+def test_spare_looks_do_not_run_out():
+    taken: list[Look] = []
+    for number in range(56):
+        taken.append(spare(f"method_{number}", taken))
+    assert len(set(taken)) == 56
+
+
 def test_entries_of_one_method_share_its_colour():
     found = looks([("wanda.alpha_1", "wanda"), ("wanda", "wanda"), ("magnitude", "magnitude")])
     assert found["wanda"] == LOOKS["wanda"]
@@ -488,6 +534,24 @@ def test_the_same_table_gives_the_same_bytes_in_another_process(tables, tmp_path
         first, second = ((tmp_path / folder / name).read_bytes() for folder in ("a", "b"))
         assert first == second, name
         assert b"CreationDate" not in first and b"<dc:date>" not in first
+
+
+def test_a_figure_takes_the_look_of_a_card_in_the_studys_folder(tables, tmp_path):
+    data = read_table(tables, "layers")
+    for column in ("label", "method"):
+        data[column] = data[column].replace("magnitude", "mine")
+    table = typed(pa.Table.from_pandas(data, preserve_index=False), "layers", "test")
+    write_parquet(table, tmp_path / "layers.parquet")
+    file, out = tmp_path / "mine.py", tmp_path / "figure.svg"
+    command = ["error_relative", "--tables", str(tmp_path), "--out", str(out)]
+    file.write_text(DROPPED_IN.replace('    "needs"', '    "look": {"colour": "#12ab56", "marker": "H"},\n    "needs"'))
+    plot.main(command)
+    assert "#12ab56" not in out.read_text()
+    plot.main([*command, "--method-path", str(tmp_path)])
+    assert "#12ab56" in out.read_text()
+    file.write_text(DROPPED_IN.replace('    "needs"', '    "look": {"colour": "red", "marker": "H"},\n    "needs"'))
+    with pytest.raises(InputError, match=r"mine.py: CARD\['look'\]\['colour'\] is wrong"):
+        plot.main([*command, "--method-path", str(tmp_path)])
 
 
 def test_a_wrong_suffix_is_a_sentence(tables, tmp_path):

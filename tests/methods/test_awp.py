@@ -9,7 +9,7 @@ import torch
 
 from layerwise.checks import layer_cases as layers
 from layerwise.checks.brute_force import best_error, output_error
-from layerwise.checks.layer_cases import Recipe
+from layerwise.checks.layer_cases import Recipe, grid_of
 from layerwise.contract.layer import Gram, Layer, Target
 from layerwise.methods.awp import AWP
 from layerwise.methods.chain import Chain
@@ -311,9 +311,9 @@ def test_gradual_rounding_ends_below_full_rounding_which_stays_near_the_start():
 def test_zeros_are_exact_and_so_are_those_of_the_codes(name: str, target: Target, rounding: str):
     layer = layers.build(name)
     result = AWP(Wanda(), iterations=8, rounding=rounding).compress(layer, target, torch.Generator())
-    assert result.codes is not None and result.scales is not None and result.zeros is not None
     group_of = torch.arange(layer.weight.shape[1]) // (target.group or layer.weight.shape[1])
-    values = result.scales[:, group_of] * (result.codes.float() - result.zeros[:, group_of])
+    grid = grid_of(result)
+    values = grid.scales[:, group_of] * (grid.codes.float() - grid.zeros[:, group_of])
     assert result.mask is not None and (values[~result.mask] == 0).all()
     assert torch.equal(values, result.weight)
 
@@ -335,7 +335,7 @@ def test_no_iteration_is_the_start_rounded(target: Target):
     result = AWP(Wanda(), iterations=0).compress(layer, target, torch.Generator())
     pruned = Wanda().compress(layer, target.pruning, torch.Generator()).weight
     expected = RTN().compress(replace(layer, weight=pruned), target.grid, torch.Generator())
-    assert torch.equal(result.weight, expected.weight) and torch.equal(result.codes, expected.codes)
+    assert torch.equal(result.weight, expected.weight) and torch.equal(grid_of(result).codes, grid_of(expected).codes)
     assert [t for t, _, _ in result.trace] == [0]
 
 
@@ -344,7 +344,7 @@ def test_the_sparsity_rises_over_the_first_quarter_and_is_held():
     projection = Projection(Target(0.5, bits=4, group=16), None, 40, False)
     dropped = [int((~projection(weight, t).mask).sum()) // 3 for t in range(1, 41)]  # type: ignore[operator]
     assert dropped == [int(0.5 * t / 10 * 64) for t in range(1, 10)] + [32] * 31
-    assert [projection(weight, t).codes is not None for t in (1, 20, 21, 40)] == [False, False, True, True]
+    assert [projection(weight, t).quantised is not None for t in (1, 20, 21, 40)] == [False, False, True, True]
     assert [with_share(Target(pattern="2:4"), share).label for share in (0.4, 0.5, 1.0)] == ["dense", "3:4", "2:4"]
 
 
@@ -353,7 +353,7 @@ def test_gradual_rounding_takes_the_nearest_of_each_row_first():
     target = Target(bits=2, group=16)
     projection = Projection(target, None, 10, True)
     rounded = RTN().compress(Layer("layer", weight, Gram(torch.eye(64), 1)), target, torch.Generator())
-    cells = (rounded.weight - weight).abs() / rounded.scales.repeat_interleave(16, 1)  # type: ignore[union-attr]
+    cells = (rounded.weight - weight).abs() / grid_of(rounded).scales.repeat_interleave(16, 1)
     for t in range(1, 11):
         on_grid = projection(weight, t).weight == rounded.weight
         count = int((1 - (1 - t / 10) ** 3) * 64)

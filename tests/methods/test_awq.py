@@ -10,7 +10,7 @@ import torch
 
 from layerwise.checks import layer_cases as layers
 from layerwise.checks.brute_force import output_error
-from layerwise.checks.layer_cases import Recipe
+from layerwise.checks.layer_cases import Recipe, grid_of
 from layerwise.compression.verify import broken_promise
 from layerwise.contract.catalogue import Catalogue, CatalogueError
 from layerwise.contract.layer import Compressed, Gram, Layer, Target
@@ -120,7 +120,7 @@ def test_agrees_with_the_plain_search(name: str, target: Target, convention: str
     errors = [output_error(layer, torch.tensor(quantised(layer, s, None, target, official))) for s in scales]
     best = int(np.argmin(errors))
     assert result.info["ratio"] == best / 20
-    scale = result.input_scale.numpy()
+    scale = grid_of(result).input_scale.numpy()
     assert np.array_equal(scale, scales[best])
     limits = plain_limits(layer, scale, target, official)
     unclipped, expected = (quantised(layer, scale, tried, target, official) for tried in (None, limits))
@@ -163,8 +163,8 @@ def test_scaling_and_clipping_each_help_where_inputs_differ():
 def test_one_ratio_without_clipping_is_rounding_to_nearest(name: str, target: Target):
     layer = layers.build(name)
     result, plain = compress(layer, target, grid=1, clip=False), RTN().compress(layer, target, torch.Generator())
-    assert torch.equal(result.weight, plain.weight) and torch.equal(result.codes, plain.codes)
-    assert result.info["ratio"] == 0 and torch.equal(result.input_scale, torch.ones(layer.weight.shape[1]))
+    assert torch.equal(result.weight, plain.weight) and torch.equal(grid_of(result).codes, grid_of(plain).codes)
+    assert result.info["ratio"] == 0 and torch.equal(grid_of(result).input_scale, torch.ones(layer.weight.shape[1]))
 
 
 @pytest.mark.parametrize(("weights", "inputs"), [(2.0**40, 1.0), (2.0**-60, 1.0), (1.0, 2.0**-30), (2.0**9, 2.0**20)])
@@ -172,7 +172,9 @@ def test_exact_is_free_of_the_scales_of_weights_and_inputs(weights: float, input
     for name in ("correlated", "dead inputs", "constant weights"):
         layer = layers.build(name)
         before, after = compress(layer, FOUR), compress(scaled(layer, weights, inputs), FOUR)
-        assert torch.equal(before.codes, after.codes) and torch.equal(before.input_scale, after.input_scale)
+        assert torch.equal(grid_of(before).codes, grid_of(after).codes) and torch.equal(
+            grid_of(before).input_scale, grid_of(after).input_scale
+        )
         assert torch.equal(weights * before.weight, after.weight)
 
 
@@ -222,13 +224,13 @@ def test_a_chain_keeps_zeros_in_both_orders(target: Target, positive: bool, conv
     mask = wanda.compress(layer, target.pruning, torch.Generator()).mask
     first = Chain((wanda, awq)).compress(layer, target, torch.Generator())
     assert torch.equal(first.mask, mask) and not first.weight[~mask].any()
-    zeros = first.zeros.repeat_interleave(target.group or 64, 1)
-    assert torch.equal(first.codes[~mask].float(), zeros[~mask])  # zero before any mask is applied
+    zeros = grid_of(first).zeros.repeat_interleave(target.group or 64, 1)
+    assert torch.equal(grid_of(first).codes[~mask].float(), zeros[~mask])  # zero before any mask is applied
     second = Chain((awq, wanda)).compress(layer, target, torch.Generator())
     kept = awq.compress(layer, target.grid, torch.Generator()).weight[second.mask]
     assert torch.equal(second.weight[second.mask], kept)
     for result in (first, second):
-        assert broken_promise(layer, target, result) is None and result.input_scale is not None
+        assert broken_promise(layer, target, result) is None and grid_of(result).input_scale is not None
 
 
 @pytest.mark.parametrize("convention", CONVENTIONS)
@@ -237,7 +239,7 @@ def test_dead_inputs_get_the_smallest_scale(convention: str):
     result = compress(layer, Target(bits=3), convention=convention)
     assert result.info["ratio"] > 0
     dead = layer.gram.dead
-    assert result.input_scale[dead].max() < 0.1 * result.input_scale[~dead].min()
+    assert grid_of(result).input_scale[dead].max() < 0.1 * grid_of(result).input_scale[~dead].min()
     assert torch.equal(compress(layers.build("all inputs dead"), FOUR).input_scale, torch.ones(64))
 
 
@@ -245,7 +247,7 @@ def test_a_group_of_dead_inputs_is_not_clipped():
     """All ranges are as good there, and the first, the whole one, is taken."""
     layer = layers.make(Recipe(dead=tuple(range(16))))
     result = compress(layer, FOUR, convention="official")
-    largest = (layer.weight * result.input_scale)[:, :16].abs().amax(1)
+    largest = (layer.weight * grid_of(result).input_scale)[:, :16].abs().amax(1)
     assert torch.equal(result.info["clip"][:, 0], largest)
 
 

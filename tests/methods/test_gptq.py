@@ -12,7 +12,7 @@ import torch
 
 from layerwise.checks import layer_cases as layers
 from layerwise.checks.brute_force import output_error
-from layerwise.checks.layer_cases import Recipe
+from layerwise.checks.layer_cases import Recipe, grid_of
 from layerwise.compression.verify import broken_promise
 from layerwise.contract.layer import Compressed, Gram, Layer, Target
 from layerwise.methods.chain import Chain
@@ -134,7 +134,7 @@ def test_agrees_with_plain_quantisation(zeros: str, name: str, target: Target, s
     result = compress(layer, target, **settings)
     codes, weight, certain = oracle(layer, target, settings)
     assert certain.mean() >= 0.5
-    assert np.array_equal(result.codes.numpy()[certain], codes[certain])
+    assert np.array_equal(grid_of(result).codes.numpy()[certain], codes[certain])
     np.testing.assert_allclose(result.weight.numpy()[certain], weight[certain], rtol=1e-4, atol=1e-7)
 
 
@@ -151,8 +151,7 @@ def test_zeros_to_keep_stay_zero_and_their_loss_is_made_up_for(target: Target, s
     layer.weight[~layer.keep] = dense[~layer.keep]  # not zero yet: their whole loss is to be made up for
     result = compress(layer, target, **settings)
     assert not result.weight[~layer.keep].any()
-    group_of = ops.groups_of(64, target.group) if result.group_of is None else result.group_of
-    values = ops.dequantise(result.codes, result.scales, result.zeros, group_of)
+    values = ops.quantised_values(grid_of(result), target)
     assert torch.equal(values, result.weight)  # zero is on the grid
     zeroed = replace(layer, weight=torch.where(layer.keep, dense, 0.0))
     rounded = RTN(settings.get("mse", False)).compress(zeroed, target, torch.Generator())
@@ -184,12 +183,11 @@ def test_act_order_is_nothing_but_another_order(target: Target, static_groups: b
     result = compress(layer, target, act_order=True, static_groups=static_groups)
     if not (static_groups and target.group):  # whose groups are those of the order that the inputs came in
         expected = compress(ordered, target)
-        assert torch.equal(result.codes[:, order], expected.codes)
+        assert torch.equal(grid_of(result).codes[:, order], grid_of(expected).codes)
         assert torch.equal(result.weight[:, order], expected.weight)
-        runs = ops.groups_of(64, target.group)
-        assert torch.equal((runs if result.group_of is None else result.group_of)[order], runs)
+        assert torch.equal(ops.grouping(grid_of(result), target)[order], ops.groups_of(64, target.group))
     again = compress(ordered, target, act_order=True)
-    assert torch.equal(again.codes, compress(ordered, target).codes)  # they are in that order already
+    assert torch.equal(grid_of(again).codes, compress(ordered, target).codes)  # they are in that order already
 
 
 def test_static_groups_are_those_of_rtn():
@@ -198,8 +196,10 @@ def test_static_groups_are_those_of_rtn():
     rounded = RTN().compress(layer, target, torch.Generator())
     for act_order in (False, True):
         result = compress(layer, target, static_groups=True, act_order=act_order)
-        assert torch.equal(result.scales, rounded.scales) and torch.equal(result.zeros, rounded.zeros)
-        assert result.group_of is None and not torch.equal(result.codes, rounded.codes)
+        assert torch.equal(grid_of(result).scales, grid_of(rounded).scales) and torch.equal(
+            grid_of(result).zeros, grid_of(rounded).zeros
+        )
+        assert grid_of(result).group_of is None and not torch.equal(grid_of(result).codes, grid_of(rounded).codes)
 
 
 @pytest.mark.parametrize("settings", SETTINGS, ids=label)
@@ -233,7 +233,7 @@ def test_results_are_free_of_scale(name: str, target: Target, settings: dict[str
             (replace(layer, gram=Gram(2.0**exponent * layer.gram.matrix, layer.gram.tokens)), 1.0),
         ):
             result = compress(scaled, target, **settings)
-            assert torch.equal(result.codes, expected.codes)
+            assert torch.equal(grid_of(result).codes, grid_of(expected).codes)
             assert torch.equal(result.weight, factor * expected.weight)
 
 
@@ -253,7 +253,9 @@ def test_the_official_convention_counts_a_dead_input_as_1():
             ]
             for convention in ("exact", "official")
         )
-        assert torch.equal(exact[0].codes, exact[1].codes) and not torch.equal(official[0].codes, official[1].codes)
+        assert torch.equal(grid_of(exact[0]).codes, grid_of(exact[1]).codes) and not torch.equal(
+            grid_of(official[0]).codes, grid_of(official[1]).codes
+        )
 
 
 def test_inputs_of_equal_activations_stay_in_their_order_and_are_sorted_once():

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from layerwise.checks.layer_cases import grid_of
 from layerwise.compression.verify import broken_promise
 from layerwise.contract.catalogue import Catalogue
 from layerwise.contract.layer import Compressed
@@ -110,9 +111,9 @@ def test_magnitude_patterns_keep_the_same_magnitudes(name: str, case: str):
 def test_rtn_is_bit_identical(name: str, case: str):
     official = official_outputs.load(name)
     result = compress(name, case, mse=official.cases[case].get("mse", False))
-    assert np.array_equal(result.scales.numpy(), official.arrays[f"{case}/scale"])
-    assert np.array_equal(result.zeros.numpy(), official.arrays[f"{case}/zero"])
-    assert np.array_equal(result.codes.numpy(), official.codes(case))
+    assert np.array_equal(grid_of(result).scales.numpy(), official.arrays[f"{case}/scale"])
+    assert np.array_equal(grid_of(result).zeros.numpy(), official.arrays[f"{case}/zero"])
+    assert np.array_equal(grid_of(result).codes.numpy(), official.codes(case))
     assert np.array_equal(result.weight.numpy(), official.compressed(case))
 
 
@@ -121,7 +122,7 @@ def gptq(name: str, case: str, convention: str) -> tuple[Compressed, float]:
     official = official_outputs.load(name)
     settings = {key: official.cases[case].get(key, False) for key in ("act_order", "static_groups")}
     result = compress(name, case, convention=convention, **settings)
-    return result, float((result.codes.numpy() == official.codes(case)).mean())
+    return result, float((grid_of(result).codes.numpy() == official.codes(case)).mean())
 
 
 @pytest.mark.parametrize("convention", ["exact", "official"])
@@ -133,11 +134,11 @@ def test_gptq_agrees(name: str, case: str, convention: str):
     assert agreement >= 0.995
     assert official.output_error(result.weight.numpy()) == pytest.approx(official.cases[case]["error"], rel=5e-4)
     group_of = ops.groups_of(official.weight.shape[1], official.target(case).group)
-    group_of = group_of if result.group_of is None else result.group_of
+    group_of = group_of if grid_of(result).group_of is None else grid_of(result).group_of
     assert np.array_equal(group_of.numpy(), official.group_of(case))
     if agreement == 1:
-        np.testing.assert_allclose(result.scales.numpy(), official.arrays[f"{case}/scale"], rtol=1e-5)
-        assert np.array_equal(result.zeros.numpy(), official.arrays[f"{case}/zero"])
+        np.testing.assert_allclose(grid_of(result).scales.numpy(), official.arrays[f"{case}/scale"], rtol=1e-5)
+        assert np.array_equal(grid_of(result).zeros.numpy(), official.arrays[f"{case}/zero"])
 
 
 @pytest.mark.long
@@ -156,7 +157,7 @@ def test_sparsegpt_masks_are_identical_and_weights_equal(name: str, case: str):
     stored = ~np.isnan(expected).any(1)
     assert np.array_equal(nonzero(result), official.nonzero(case))
     if official.target(case).bits:
-        assert np.array_equal(result.codes.numpy(), official.codes(case))
+        assert np.array_equal(grid_of(result).codes.numpy(), official.codes(case))
         assert np.array_equal(result.weight.numpy(), expected)
     else:
         assert np.abs(result.weight.numpy() - expected)[stored].max() <= 1e-6
@@ -286,7 +287,7 @@ def sampled(pair: tuple[str, str]) -> bool:
 @pytest.mark.parametrize(("name", "case"), official_outputs.cases("awq"))
 def test_awq_scales_and_errors_agree(name: str, case: str, convention: str):
     official, result = official_outputs.load(name), compress(name, case, clip=False, convention=convention)
-    scale, expected = result.input_scale.numpy(), official.arrays[f"{case}/input_scale"]
+    scale, expected = grid_of(result).input_scale.numpy(), official.arrays[f"{case}/input_scale"]
     if convention == "exact" and official.layer().gram.dead.any():
         # The floor under a dead input is relative there: its own scale differs, and the unit of all with it.
         live = ~official.layer().gram.dead.numpy()

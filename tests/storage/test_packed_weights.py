@@ -14,9 +14,10 @@ from safetensors.torch import load_file, save_file
 
 from layerwise.calibration.gram_store import INDEX, block_file, read_block
 from layerwise.checks import layer_cases as layers
+from layerwise.checks.layer_cases import grid_of, regridded
 from layerwise.compression.score import output_error
 from layerwise.compression.verify import broken_promise
-from layerwise.contract.layer import Compressed, Layer
+from layerwise.contract.layer import Compressed, Layer, Quantised
 from layerwise.contract.target import Target
 from layerwise.numerics import ops
 from layerwise.runtime.errors import InputError
@@ -61,7 +62,9 @@ def compressed(layer: Layer, target: Target) -> Compressed:
     grid, group_of = ops.fit_grid(kept, target), ops.groups_of(kept.shape[1], target.group)
     codes = grid.codes(kept, group_of)
     values = grid.values(codes, group_of)
-    return Compressed(values if mask is None else torch.where(mask, values, 0.0), mask, codes, grid.scales, grid.zeros)
+    return Compressed(
+        values if mask is None else torch.where(mask, values, 0.0), mask, Quantised(codes, grid.scales, grid.zeros)
+    )
 
 
 def stored(layer: Layer, target: Target, dtype: torch.dtype = torch.float32) -> Compressed:
@@ -74,12 +77,12 @@ def parts(result: Compressed, target: Target, dtype: torch.dtype = torch.float32
 
 def assert_same(found: Compressed, result: Compressed, target: Target) -> None:
     assert torch.equal(found.weight, result.weight)
-    assert (found.mask is None) == (target.sparsity == 0) and (found.codes is None) == (target.bits is None)
+    assert (found.mask is None) == (target.sparsity == 0) and (found.quantised is None) == (target.bits is None)
     kept = slice(None) if result.mask is None else result.mask
     if found.mask is not None:
         assert torch.equal(found.mask, result.mask)
-    if found.codes is not None:
-        assert torch.equal(found.codes[kept], result.codes[kept])
+    if found.quantised is not None:
+        assert torch.equal(grid_of(found).codes[kept], grid_of(result).codes[kept])
 
 
 # ------------------------------------------------------------------------------------------------- what is read back
@@ -107,12 +110,13 @@ def test_a_model_in_half_precision_gets_the_weight_that_is_evaluated(target, dty
 def test_reordered_groups_and_input_scales_are_stored(target):
     layer = layers.build("correlated")
     shuffled = torch.randperm(64, generator=torch.Generator().manual_seed(0)) // 16
-    values = replace(stored(layer, target), group_of=shuffled, input_scale=torch.rand(64) + 0.5)
+    values = regridded(stored(layer, target), group_of=shuffled, input_scale=torch.rand(64) + 0.5)
     values = packed_weights.rounded(values, target, torch.float32)
     tensors = parts(values, target)
     found = packed_weights.restored(tensors, target, (24, 64))
     assert_same(found, values, target)
-    assert torch.equal(found.group_of, shuffled) and torch.equal(found.input_scale, values.input_scale)
+    assert torch.equal(grid_of(found).group_of, shuffled)
+    assert torch.equal(grid_of(found).input_scale, grid_of(values).input_scale)
     kept = 1.0 if values.mask is None else float(values.mask.float().mean())
     expected = stored_bits(target, kept, 24, 64, input_scale=True, reordered=True)
     assert {name: tensor.nbytes * 8 for name, tensor in tensors.items()} == expected
@@ -120,7 +124,7 @@ def test_reordered_groups_and_input_scales_are_stored(target):
 
 def test_runs_of_inputs_are_not_stored_as_reordered():
     layer, target = layers.build("correlated"), Target(bits=4, group=16)
-    result = replace(stored(layer, target), group_of=torch.arange(64) // 16)
+    result = regridded(stored(layer, target), group_of=torch.arange(64) // 16)
     assert not packed_weights.reordered(result, target) and "group_of" not in parts(result, target)
 
 
@@ -181,10 +185,11 @@ def test_the_file_is_as_large_as_the_accounting_says(tmp_path, case):
 def test_scales_are_rounded_to_sixteen_bits_and_the_weight_with_them():
     layer, target = layers.build("correlated"), Target(bits=4, group=16)
     before, after = compressed(layer, target), stored(layer, target)
-    assert not torch.equal(before.scales, after.scales) and torch.equal(before.codes, after.codes)
-    assert torch.equal(after.scales.half().float(), after.scales)
-    assert torch.equal(stored(layer, target, torch.bfloat16).scales, before.scales.bfloat16().float())
-    assert packed_weights.rounded(after, target, torch.float32).scales.equal(after.scales)
+    exact, rounded = grid_of(before), grid_of(after)
+    assert not torch.equal(exact.scales, rounded.scales) and torch.equal(exact.codes, rounded.codes)
+    assert torch.equal(rounded.scales.half().float(), rounded.scales)
+    assert torch.equal(grid_of(stored(layer, target, torch.bfloat16)).scales, exact.scales.bfloat16().float())
+    assert grid_of(packed_weights.rounded(after, target, torch.float32)).scales.equal(rounded.scales)
     torch.testing.assert_close(after.weight, before.weight, rtol=2**-11, atol=0)
 
 
@@ -197,9 +202,9 @@ def test_rounding_of_scales_hardly_moves_the_error(bits):
 
 def test_scales_of_inputs_that_are_all_one_take_no_bits():
     layer, target = layers.build("correlated"), Target(bits=4, group=16)
-    result = replace(compressed(layer, target), input_scale=torch.ones(64))
+    result = regridded(compressed(layer, target), input_scale=torch.ones(64))
     found = packed_weights.rounded(result, target, torch.float32)
-    assert found.input_scale is None and torch.equal(found.weight, stored(layer, target).weight)
+    assert grid_of(found).input_scale is None and torch.equal(found.weight, stored(layer, target).weight)
 
 
 def test_scales_that_float16_cannot_hold_are_bfloat16():

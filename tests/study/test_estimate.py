@@ -17,7 +17,7 @@ from layerwise.models import loading, streaming, structure
 from layerwise.runtime import memory
 from layerwise.sources import shapes
 from layerwise.study import cost_model, estimate
-from layerwise.study.cost_model import METHODS, CostModel, ModelCost
+from layerwise.study.cost_model import CostModel, ModelCost
 from layerwise.study.estimate import Limits, estimate_jobs, limit_errors
 from layerwise.study.grid import plan
 from tests.support.model_families import FAMILIES, VOCABULARY, build, tokens
@@ -91,17 +91,50 @@ def test_tasks_ask_for_the_whole_model_and_are_not_refused_without(tmp_path, mon
     assert list(limit_errors(own, jobs, estimate_jobs(own, jobs, 2, 1e9), Limits(1e8, "", 1e15)))
 
 
-def test_every_method_is_in_the_table_of_memory():
-    assert METHODS.keys() == set(Catalogue())
-    assert all(w >= 1 and g >= 0 and products >= 0 for w, g, products in METHODS.values())
+def test_every_shipped_card_gives_a_cost():
+    assert all(entry.cost for entry in Catalogue().values())
 
 
 def test_what_is_inside_a_method_counts():
-    inside = {"warm_start": {"alps": {"iterations": 300}}, "swaps": 100}
-    w, g, products = cost_model.of_method("sparse_swaps", inside)
-    assert (w, g) == tuple(max(METHODS["sparse_swaps"][i], 1 + METHODS["alps"][i]) for i in (0, 1))
-    assert products == METHODS["sparse_swaps"][2] + METHODS["alps"][2]
-    assert cost_model.of_method("of_another", {}) == tuple(map(max, zip(*METHODS.values(), strict=True)))
+    catalogue = Catalogue()
+    costs = {name: cost_model.stated(entry) for name, entry in catalogue.items()}
+    inside = catalogue.complete("sparse_swaps", {"warm_start": {"alps": {"iterations": 300}}}, "test")
+    w, g, products = cost_model.of_method(catalogue, "sparse_swaps", inside)
+    assert (w, g) == tuple(max(costs["sparse_swaps"][i], 1 + costs["alps"][i]) for i in (0, 1))
+    assert products == costs["sparse_swaps"][2] + costs["alps"][2]
+
+
+FIRST = """from dataclasses import dataclass
+from layerwise.contract.layer import Method
+
+CARD = {
+    "title": "First",
+    "patterns": ["row"],
+    "bits": [],
+    "updates_weights": False,
+    "needs": [],
+    "parameters": {},
+}
+
+
+@dataclass(frozen=True)
+class First(Method):
+    def solve(self, layer, target, rng):
+        raise NotImplementedError
+"""
+COST = '    "cost": {"weights": 4, "grams": 2, "products": 1},\n'
+
+
+def test_a_method_from_elsewhere_counts_as_its_card_says_or_as_the_most_demanding(tmp_path):
+    (tmp_path / "first.py").write_text(FIRST)
+    (tmp_path / "second.py").write_text(FIRST.replace('    "needs"', f'{COST}    "needs"'))
+    catalogue = Catalogue([tmp_path])
+    shipped = [cost_model.stated(entry) for entry in Catalogue().values()]
+    assert cost_model.of_method(catalogue, "first", {}) == tuple(map(max, zip(*shipped, strict=True)))
+    assert cost_model.of_method(catalogue, "second", {}) == (4, 2, 1)
+    inside = catalogue.complete("sparse_swaps", {"warm_start": "second"}, "test")
+    sparse_swaps = cost_model.stated(catalogue["sparse_swaps"])
+    assert cost_model.of_method(catalogue, "sparse_swaps", inside) == (*sparse_swaps[:2], sparse_swaps[2] + 1)
 
 
 def test_costs_of_a_study(tmp_path):

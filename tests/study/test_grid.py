@@ -49,6 +49,9 @@ class Warm(Method):
     warm_start: str = "sparsegpt"
     steps: tuple = (1, 2)
     rate: float = 1.0
+
+    def solve(self, layer, target, rng):
+        return self.warm_start.compress(layer, target, rng)
 '''
 
 
@@ -323,6 +326,15 @@ def test_a_stage_that_trains_grids_skips_targets_without_one():
 JOINT = [{"sparsity": 0.5, "bits": 4, "group": 8}]
 
 
+def test_a_method_from_elsewhere_may_be_named_by_its_parameter(tmp_path):
+    (tmp_path / "warm.py").write_text(WARM.replace('    "needs"', '    "named_by": "steps",\n    "needs"'))
+    planned = plan(study(methods={"two": {"steps": [3, 4]}}, method_paths=[str(tmp_path)]))
+    assert {cell.columns["method"] for cell in planned.cells} == {"warm"}
+    assert json.loads(planned.cells[0].columns["params"])["steps"] == [3, 4]
+    with pytest.raises(InputError, match="methods.two: warm needs its parameter steps, which has no default"):
+        plan(study(methods={"two": {"method": "warm"}}, method_paths=[str(tmp_path)]))
+
+
 def test_both_orders_of_a_chain_are_cells_of_their_own():
     methods = {"wanda-rtn": {"chain": ["wanda", "rtn"]}, "rtn-wanda": {"chain": ["rtn", {"wanda": None}]}}
     planned = plan(study(methods=methods, targets=[*JOINT, {"pattern": "2:4", "bits": 3}]))
@@ -571,17 +583,20 @@ WRONG = {
     ),
     "chain with a method": (
         study(methods={"a": {"method": "rtn", "chain": ["wanda", "rtn"]}}, targets=JOINT),
-        "methods.a: a chain names its methods itself, method: rtn came with it.",
+        "methods.a: chain says the method. Got method: rtn beside it.",
     ),
     "chain with a parameter": (
         study(methods={"a": {"chain": ["wanda", "rtn"], "mse": True}}, targets=JOINT),
         "methods.a: chain has no parameter 'mse'; its parameters are: chain.",
     ),
-    "chain of one": (study(methods={"a": {"chain": ["rtn"]}}), "methods.a.chain is wrong: ['rtn'] is too short."),
-    "chain of three": (study(methods={"a": {"chain": ["ria", "ria", "rtn"]}}), "methods.a.chain is wrong: ["),
+    "chain of one": (
+        study(methods={"a": {"chain": ["rtn"]}}),
+        "methods.a: chain's chain is wrong: [{'rtn': {'mse': False}}] is too short.",
+    ),
+    "chain of three": (study(methods={"a": {"chain": ["ria", "ria", "rtn"]}}), "methods.a: chain's chain is wrong: ["),
     "chain that is a name": (
         study(methods={"a": {"chain": "wanda"}}),
-        "methods.a.chain is wrong: 'wanda' is not of type 'array'.",
+        "methods.a: chain's chain is wrong: 'wanda' is not of type 'array'.",
     ),
     "unknown method in a chain": (
         study(methods={"a": {"chain": ["wander", "rtn"]}}),
@@ -605,7 +620,7 @@ WRONG = {
     ),
     "chain without methods": (
         study(methods={"a": {"method": "chain"}}, targets=JOINT),
-        "methods.a: a chain needs its two methods, such as chain: [wanda, gptq].",
+        "methods.a: chain needs its parameter chain, which has no default in a config.",
     ),
     "chain that does not quantise": (
         study(methods={"a": {"chain": ["wanda", "sparsegpt"]}}, targets=JOINT),

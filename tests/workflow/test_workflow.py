@@ -62,7 +62,7 @@ class Lift(Method):
     warm_start: str = "magnitude"
     gain: float = 0.0
 
-    def compress(self, layer, target, rng):
+    def solve(self, layer, target, rng):
         start = self.warm_start.compress(layer, target, rng)
         trace = ((0, 0.0, 1.0), (1, 0.1, 0.5))
         return replace(start, weight=start.weight * (1 + self.gain), trace=trace)
@@ -88,7 +88,7 @@ CARD = {{
 
 @dataclass(frozen=True)
 class Fragile(Method):
-    def compress(self, layer, target, rng):
+    def solve(self, layer, target, rng):
 {FAULT}        return ops.pruned(layer, layer.weight.abs(), target)
 '''
 

@@ -77,5 +77,8 @@ for figure, drawing in DRAWN.items():  # a rule each, because the path of a capt
         localrule: True
         params:
             figure=figure,
+            folders=method_paths,
+            looks=card_looks,
         shell:
-            "{WORKER} figure {params.figure} --tables results/tables --out {output:q}" " 2> >(tee {log:q} >&2)"
+            "{WORKER} figure {params.figure} --tables results/tables {params.folders:q} --out {output:q}"
+            " 2> >(tee {log:q} >&2)"

@@ -58,6 +58,17 @@ def whole_study(wildcards):
     return STUDY
 
 
+def method_paths(wildcards):
+    """Arguments for the study's folders of methods, whose cards say how figures draw them."""
+    return [part for folder in PLAN.config["method_paths"] for part in ("--method-path", folder)]
+
+
+def card_looks(wildcards):
+    """How the cards draw the study's methods: a card that says otherwise draws the figures again."""
+    methods = sorted({cell.columns["method"] for cell in PLAN.cells})
+    return json.dumps({method: PLAN.catalogue[method].look for method in methods})
+
+
 wildcard_constraints:
     code="[0-9a-f]+",
     model="|".join(map(re.escape, PLAN.models)),

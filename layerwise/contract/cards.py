@@ -1,0 +1,87 @@
+"""What a method's card may say, and the parameters that cards share. Literals, free of torch."""
+
+from collections.abc import Mapping
+from typing import Any
+
+STRUCTURES = ["dense", "row", "layer", "n:m", "1xb"]
+# What the objective of a method's trace measures: the layer's error, that of a relaxed mask, or something of its own.
+CRITERIA = ["error", "relaxed error", "own"]
+STATISTICS = ["gram", "mean", "absmean", "sequence_variance", "sample"]
+MARKERS = ["o", "s", "^", "v", "<", ">", "D", "d", "P", "p", "X", "x", "H", "h", "8", "*", "+", "_"]  # of matplotlib
+CARD_SCHEMA = {
+    "type": "object",
+    "required": ["title", "patterns", "bits", "updates_weights", "needs", "parameters"],
+    "additionalProperties": False,
+    "properties": {
+        "title": {"type": "string"},
+        "paper": {"type": "string"},
+        "arxiv": {"type": "string", "pattern": r"^\d{4}\.\d{4,5}$"},
+        "code": {"type": "string"},
+        "patterns": {"type": "array", "items": {"enum": STRUCTURES}},
+        "bits": {"type": "array", "items": {"type": "integer", "minimum": 2, "maximum": 8}},
+        "updates_weights": {"type": "boolean"},
+        "needs": {"type": "array", "items": {"enum": STATISTICS}},
+        "parameters": {"type": "object", "additionalProperties": {"type": "object"}},
+        "control": {"type": "boolean"},
+        "random": {"type": "boolean"},
+        "criterion": {"enum": CRITERIA},
+        "keeps_zeros": {"type": "boolean"},
+        "joint_only": {"type": "boolean"},
+        "named_by": {"type": "string"},
+        "cost": {
+            "type": "object",
+            "required": ["weights", "grams", "products"],
+            "additionalProperties": False,
+            "properties": {
+                "weights": {"type": "number", "minimum": 1},
+                "grams": {"type": "number", "minimum": 0},
+                "products": {"type": "number", "minimum": 0},
+            },
+        },
+        "look": {
+            "type": "object",
+            "required": ["colour", "marker"],
+            "additionalProperties": False,
+            "properties": {
+                "colour": {"type": "string", "pattern": "^#[0-9A-Fa-f]{6}$"},
+                "marker": {"enum": MARKERS},
+            },
+        },
+    },
+}
+
+# JSON Schemas of parameters that several methods have. {"$ref": "damping"} in a card stands for the schema of that name
+# here; what stands beside "$ref" comes in addition, or instead.
+PARAMETERS: dict[str, dict[str, Any]] = {
+    "damping": {
+        "type": "number",
+        "exclusiveMinimum": 0,
+        "description": "Added to the Gram's diagonal, as a share of its mean.",
+    },
+    "mask_warm_start": {"format": "method", "description": "Method whose mask is refined."},
+    "mse": {
+        "type": "boolean",
+        "description": "Shrink each range to the one of 80 with the smallest sum of |error|^2.4.",
+    },
+    "layer_convention": {
+        "enum": ["exact", "official"],
+        "description": "exact: floor(n p) zeros. official: the layer-wide threshold of the released code, which prunes "
+        "floor(n p) + 1 entries and ties (layer pattern; breaks promise 2).",
+    },
+    "penalty": {
+        "type": "number",
+        "exclusiveMinimum": 0,
+        "description": "Penalty on the disagreement of ADMM's two iterates.",
+    },
+}
+
+
+def merged(schema: Mapping[str, Any]) -> dict[str, Any]:
+    """A parameter's schema with the shared one that it refers to filled in. Raises KeyError, with a sentence."""
+    own = dict(schema)
+    name = own.pop("$ref", None)
+    if name is None:
+        return own
+    if name not in PARAMETERS:
+        raise KeyError(f"$ref must be one of {', '.join(PARAMETERS)}. Got {name!r} instead")
+    return PARAMETERS[name] | own
