@@ -30,13 +30,21 @@ class Finding(InputError):
 class Commands(TyperGroup):
     """The group of all commands: bad input is one sentence on stderr, without a page of usage, and exit status 2."""
 
-    def main(self, args: Sequence[str] | None = None, standalone_mode: bool = True, **options: Any) -> int:
+    def main(
+        self,
+        args: Sequence[str] | None = None,
+        prog_name: str | None = None,
+        complete_var: str | None = None,
+        standalone_mode: bool = True,
+        windows_expand_args: bool = True,
+        **extra: Any,
+    ) -> int:
         """Run a command line and end the process with its exit status.
 
         standalone_mode: False returns the status instead, and lets errors through.
         """
         given = list(sys.argv[1:] if args is None else args)
-        own = {**options, "prog_name": "layerwise", "standalone_mode": False}
+        own = {**extra, "prog_name": "layerwise", "complete_var": complete_var, "standalone_mode": False}
         if not standalone_mode:
             return super().main(args=given, **own) or 0
         report_errors(lambda argv: sys.exit(self._status(argv or ["--help"], own)), given)

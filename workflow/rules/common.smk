@@ -99,3 +99,6 @@ def cell_of(wildcards):
 
 tasks_json = as_json(JOBS.task_set)
 model_json = as_json(lambda wildcards: PLAN.models[wildcards.model])
+
+
+include: "preflight.smk"
