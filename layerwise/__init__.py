@@ -1,1 +1,101 @@
-"""A benchmark and reproducibility suite for layer-wise compression of large language models."""
+"""Layer-wise compression of large language models: methods, one contract, comparable numbers.
+
+    import layerwise
+
+    gram = layerwise.Gram.from_inputs(x)                              # x [tokens, in]
+    result = layerwise.compress_layer(weight, gram, "2:4", "sparsegpt")  # weight [out, in]
+    print(result.output_error, result.weight)
+
+Each name is imported when it is first used, so that `import layerwise` is quick and loads no torch (docs/library.md).
+"""
+
+import sys
+from importlib import import_module
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from layerwise.api import LayerResult, LowerBound, calibrate, compress_layer, lower_bound, output_error
+    from layerwise.compression.model import compress_model
+    from layerwise.contract.layer import Compressed, Gram, Layer, Method, Statistics, UnsupportedTarget
+    from layerwise.contract.method_table import MethodCard, MethodTable, methods
+    from layerwise.contract.target import Target
+    from layerwise.runtime.errors import InputError
+
+    __version__: str
+
+__all__ = [
+    "Compressed",
+    "Gram",
+    "InputError",
+    "Layer",
+    "LayerResult",
+    "LowerBound",
+    "Method",
+    "MethodCard",
+    "MethodTable",
+    "Statistics",
+    "Target",
+    "UnsupportedTarget",
+    "__version__",
+    "calibrate",
+    "compress_layer",
+    "compress_model",
+    "lower_bound",
+    "methods",
+    "output_error",
+]
+
+CHECKOUT = "0+checkout"  # the version of a checkout that is not installed
+_MODULES = {
+    "layerwise.api": ("LayerResult", "LowerBound", "calibrate", "compress_layer", "lower_bound", "output_error"),
+    "layerwise.compression.model": ("compress_model",),
+    "layerwise.contract.method_table": ("MethodCard", "MethodTable", "methods"),
+    "layerwise.contract.layer": ("Compressed", "Gram", "Layer", "Method", "Statistics", "UnsupportedTarget"),
+    "layerwise.contract.target": ("Target",),
+    "layerwise.runtime.errors": ("InputError",),
+}
+_MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        return _version()
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module 'layerwise' has no attribute {name!r}")
+    return getattr(import_module(_MODULE_OF[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+def _version() -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("layerwise")
+    except PackageNotFoundError:
+        return CHECKOUT
+
+
+class _Package(ModuleType):
+    """This module. `methods` is both a function of it and the folder of adapters, layerwise.methods.gptq and so on.
+
+    Importing an adapter makes the folder an attribute of the package; the folder can then be called as the function.
+    """
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "methods" and type(value) is ModuleType:
+            value.__class__, value.__doc__ = _Adapters, "The adapters; called, it gives the table of their cards."
+        super().__setattr__(name, value)
+
+
+class _Adapters(ModuleType):
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        from layerwise.contract.method_table import methods
+
+        return methods(*args, **kwargs)
+
+
+sys.modules[__name__].__class__ = _Package

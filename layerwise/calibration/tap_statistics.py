@@ -6,13 +6,12 @@ import torch
 from torch import Tensor
 
 from layerwise.contract.layer import Gram, Statistics
+from layerwise.contract.second_moment import RUN, SecondMoment, add_products, add_to, mirror
 from layerwise.kernels.rows import array
 from layerwise.kernels.tap_statistics import add_sums
 from layerwise.numerics import dispatch
 
 SAMPLE_ROWS = 512
-RUN = 4096  # tokens whose products are summed in float32
-NARROW_PANEL, WIDEST_PANEL, NARROW_BELOW = 128, 256, 2048  # of a symmetric product, and the inputs that ask for each
 
 
 class TapStatistics:
@@ -26,40 +25,31 @@ class TapStatistics:
         count = min(SAMPLE_ROWS, self.tokens)
         self.stride, self.taken = max(1, self.tokens // SAMPLE_ROWS), 0  # of the sample's rows
         self.seen = 0
-        self.gram = torch.zeros(features, features, dtype=torch.float64, device=device)  # above the diagonal
-        self.run = torch.zeros(features, features, dtype=torch.float32, device=device)  # what it lacks as yet
-        self.in_run = 0  # tokens
+        self.moment = SecondMoment(features, device)
         self.sums = torch.zeros(3, features, dtype=torch.float64, device=device)  # mean, absmean, variance
         self.sample = torch.zeros(count, features, dtype=torch.float32, device=device)
+
+    @property
+    def gram(self) -> Tensor:
+        """[in, in] float64, the sum of all but the present run, above the diagonal."""
+        return self.moment.total
 
     def update(self, inputs: Tensor) -> None:
         """Add whole sequences: inputs [..., in] of any float dtype, tokens of a sequence one after the other."""
         sequences = inputs.detach().reshape(-1, self.length, inputs.shape[-1]).float()  # [sequences, length, in]
         flat = sequences.flatten(0, 1)  # [tokens, in]
-        for part in flat.split(RUN):
-            if self.in_run + len(part) > RUN:
-                self._end_run()
-            add_products(self.run, part)
-            self.in_run += len(part)
+        self.moment.update(flat)
         add_statistics(sequences, self.sums)
         rows = flat[self.taken * self.stride - self.seen :: self.stride][: len(self.sample) - self.taken]
         self.sample[self.taken : self.taken + len(rows)] = rows
         self.taken += len(rows)
         self.seen += len(flat)
 
-    def _end_run(self) -> None:
-        add_to(self.gram, self.run)
-        self.run.zero_()
-        self.in_run = 0
-
     def finish(self) -> tuple[Gram, Statistics]:
         """The means over the tokens, in float32 on the device of the inputs; the accumulated sums are given up."""
         if self.seen != self.tokens:
             raise ValueError(f"TapStatistics awaited {self.tokens} tokens. Got {self.seen} instead.")
-        self._end_run()
-        matrix = self.run.copy_(self.gram.div_(self.tokens))
-        del self.gram, self.run
-        mirror(matrix)
+        matrix = self.moment.finish()
         mean, absmean, variance = (self.sums * (self.length / self.tokens)).float()  # means over the sequences
         return Gram(matrix, self.tokens), Statistics(self.length, mean, absmean, variance, self.sample)
 
@@ -103,22 +93,6 @@ class RoutedStatistics:
         return Gram(matrix, self.seen), Statistics(self.length, mean, absmean, variance, self.sample)
 
 
-def add_to(total: Tensor, run: Tensor) -> None:
-    """Add float32 to float64 in place, in parts: torch would take a float64 copy of the whole."""
-    for rows, others in zip(total.split(WIDEST_PANEL), run.split(WIDEST_PANEL), strict=True):
-        rows += others
-
-
-def mirror(matrix: Tensor) -> None:
-    """Make a square matrix symmetric in place: what lies below the diagonal is what lies above."""
-    for start in range(0, len(matrix), WIDEST_PANEL):
-        panel = matrix[start:, start : start + WIDEST_PANEL]
-        upper = matrix[start : start + WIDEST_PANEL, start:]
-        corner = upper[:, : len(upper)].triu()
-        upper[:, : len(upper)] = corner + corner.triu(1).T
-        panel.copy_(upper.T.clone())
-
-
 def add_statistics(sequences: Tensor, sums: Tensor) -> None:
     """Add mean, mean magnitude and variance of each of sequences [sequences, length, in] to sums [3, in] float64."""
     if dispatch.use_compiled(sequences):
@@ -126,17 +100,6 @@ def add_statistics(sequences: Tensor, sums: Tensor) -> None:
         add_sums(array(sequences), array(sums))
     else:
         add_sums_in_torch(sequences, sums)
-
-
-def add_products(total: Tensor, x: Tensor) -> None:
-    """Add Xt X of x [tokens, in] to total [in, in], of which what lies below its diagonal is left undefined.
-
-    Panel by panel from the diagonal on: half the work of the whole product, and what the panels have too much.
-    """
-    inputs = x.shape[1]
-    width = NARROW_PANEL if inputs < NARROW_BELOW and x.device.type == "cpu" else WIDEST_PANEL
-    for start in range(0, inputs, width):
-        total[start : start + width, start:].addmm_(x[:, start : start + width].T, x[:, start:])
 
 
 def add_sums_in_torch(sequences: Tensor, sums: Tensor) -> None:

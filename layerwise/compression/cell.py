@@ -72,9 +72,12 @@ def trace_rows(result: Compressed) -> list[dict[str, Any]]:
 
 
 @contextmanager
-def bar(model: PreTrainedModel, title: str, skipped: int = 0) -> Iterator[Callable[[Mapping[str, Any]], None]]:
-    """A progress bar over the layers, as a function of their rows; skipped: blocks that are done."""
-    total, done = structure.count_linears(model), structure.count_linears(model, skipped)
+def bar(
+    model: PreTrainedModel, title: str, skipped: int = 0, total: int | None = None
+) -> Iterator[Callable[[Mapping[str, Any]], None]]:
+    """A progress bar over the layers, as a function of their rows; skipped: blocks that are done; total: if not all."""
+    total = structure.count_linears(model) if total is None else total
+    done = structure.count_linears(model, skipped)
     with tqdm(total=total, initial=done, desc=title, unit="layer", mininterval=1.0) as shown:
 
         def progress(row: Mapping[str, Any]) -> None:

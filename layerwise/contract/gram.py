@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from layerwise.contract.cholesky import inverse_of_lower, reversed_cholesky
+from layerwise.contract.second_moment import SecondMoment
 
 DAMPING_GROWTH = 10.0  # a factorisation that fails is tried again with this many times the damping ...
 LARGEST_DAMPING = 100.0  # ... until it is this many times the mean of the diagonal
@@ -26,6 +27,27 @@ class Gram:
         self.matrix = matrix
         self.tokens = tokens
         self._kept: dict[Hashable, Any] = {}
+
+    @classmethod
+    def from_inputs(cls, x: Tensor) -> Gram:
+        """The Gram of a layer's inputs x, of any float dtype.
+
+        x: [tokens, in] or [..., in], such as [sequences, length, in].
+        Products are float32 over at most 4096 tokens, whose sums are added up in float64; the matrix is on x's device.
+        Raises ValueError for x that is empty, not floating point or not finite, or whose squares overflow float32.
+        """
+        if not isinstance(x, Tensor) or x.ndim < 2 or not x.numel():
+            came = list(x.shape) if isinstance(x, Tensor) else type(x).__name__
+            raise ValueError(f"x must be a tensor [tokens, in] or [..., in] that is not empty. Got {came} instead.")
+        if not x.is_floating_point():
+            raise ValueError(f"x must be floating point. Got {x.dtype} instead.")
+        moment = SecondMoment(x.shape[-1], x.device)
+        moment.update(x.flatten(0, -2))
+        gram = cls(moment.finish(), moment.tokens)
+        if not torch.isfinite(gram.matrix).all():  # a NaN or Inf in x makes its square one
+            came = "squares beyond float32" if torch.isfinite(x).all() else "NaN or Inf"
+            raise ValueError(f"x must be finite, and so must its squares in float32. Got {came} instead.")
+        return gram
 
     @cached_property
     def diagonal(self) -> Tensor:

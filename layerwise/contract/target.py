@@ -3,9 +3,16 @@
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from decimal import Decimal
 from typing import Any
 
 PATTERN = re.compile(r"row|layer|[1-9]\d*:[1-9]\d*|1x[1-9]\d*")
+# What `Target.label` writes, with a space after each word.
+LABEL = re.compile(
+    r"(?:(?P<n_of_m>[1-9][0-9]*:[1-9][0-9]*) |"
+    r"(?P<percent>[0-9]+(?:\.[0-9]+)?(?:e[+-]?[0-9]+)?)% (?P<pattern>row|layer|1x[1-9][0-9]*) )?"
+    r"(?:(?P<bits>[0-9]+)b (?:g(?P<group>[0-9]+) )?(?P<symmetric>sym )?)?"
+)
 CERTIFIED = ("row", "layer", "n:m")  # patterns for which the error of every mask has a bound
 
 
@@ -55,6 +62,31 @@ class Target:
             raise ValueError(f"Target.group must be a number of inputs, at least 1. Got {self.group} instead.")
         if self.bits is None and (self.group is not None or self.symmetric):
             raise ValueError("Target.group and Target.symmetric describe a grid: give bits too.")
+
+    @classmethod
+    def parse(cls, label: str) -> "Target":
+        """The target of a label such as "60% row", "50% layer", "2:4", "50% 1x16", "4b g128", "2:4 4b sym" or "dense".
+
+        The inverse of `label`, which shows six digits of the percentage: one third is written 33.3333%, and 33.3333% is
+        read as 0.333333, digit by digit. Raises ValueError for what is no label, and for what no target can be.
+        """
+        words = label.split() if isinstance(label, str) else []
+        if words == ["dense"]:
+            return cls()
+        found = LABEL.fullmatch("".join(f"{word} " for word in words))
+        if not words or not found:
+            raise ValueError(
+                "A target's label must be like '60% row', '50% layer', '2:4', '50% 1x16', '4b g128', '4b sym', "
+                f"'2:4 4b g128' or 'dense'. Got {label!r} instead."
+            )
+        bits, group, percent = found["bits"], found["group"], found["percent"]
+        return cls(
+            sparsity=float(Decimal(percent) / 100) if percent else 0.0,  # as the decimal 0.07, not as 7 times 0.01
+            pattern=found["n_of_m"] or found["pattern"] or "row",
+            bits=int(bits) if bits else None,
+            group=int(group) if group else None,
+            symmetric=bool(found["symmetric"]),
+        )
 
     @property
     def n_of_m(self) -> tuple[int, int] | None:

@@ -250,6 +250,24 @@ def _too_short(found: str, length: int, samples: int) -> str:
     return f"{found} of {length} tokens, but {samples} are asked: give more text, fewer samples or a shorter length."
 
 
+def sequences(
+    tokenizer: PreTrainedTokenizerBase, documents: Sequence[str], cut: Spec, sampling: str, join: str = "\n\n"
+) -> tuple[np.ndarray, int | None]:
+    """Tokens [n, length] int64 of documents, and how many tokens they have: None where only those drawn are tokenised.
+
+    cut: {length, samples, seed}. sampling: "stream" or "documents", which are drawn, or "windows", from the beginning.
+    Raises InputError when the documents are too short.
+    """
+    length = cut["length"]
+    if sampling == "documents":
+        draws = (cut["samples"], length, cut["seed"])
+        return sample_documents(lambda document: encode(tokenizer, document), documents, *draws), None
+    stream = encode_stream(tokenizer, documents, join)
+    if sampling == "stream":
+        return sample_stream(stream, cut["samples"], length, cut["seed"]), len(stream)
+    return windows(stream, length, cut.get("samples")), len(stream)
+
+
 def tokens(model: Spec, text: Spec, cut: Spec, task: str) -> tuple[np.ndarray, dict[str, Any]]:
     """Tokens [n, length] int64 of a config's calibration or evaluation entry (`cut`), and where they come from.
 
@@ -259,23 +277,15 @@ def tokens(model: Spec, text: Spec, cut: Spec, task: str) -> tuple[np.ndarray, d
     tokenizer = load_tokenizer(model)
     length, join = cut["length"], text.get("join", "\n\n")
     sampling = cut.get("sampling", "stream") if task == "calibration" else "windows"
-    stream = None if sampling == "documents" else encode_stream(tokenizer, found, join)
     try:
-        if stream is None:
-            drawn = sample_documents(
-                lambda document: encode(tokenizer, document), found, cut["samples"], length, cut["seed"]
-            )
-        elif sampling == "stream":
-            drawn = sample_stream(stream, cut["samples"], length, cut["seed"])
-        else:
-            drawn = windows(stream, length, cut.get("samples"))
+        drawn, count = sequences(tokenizer, found, cut, sampling, join)
     except InputError as error:
         raise InputError(f"{text.get('path') or text['hub']}: {error}") from None
     return drawn, {
         "dataset": dataset_of(text),
         "sha256": text_hash(found, join),
         "documents": len(found),
-        "tokens_in_text": None if stream is None else len(stream),  # documents are tokenised only where drawn
+        "tokens_in_text": count,
         "sampling": sampling,
         "samples": len(drawn),
         "length": length,

@@ -1,0 +1,228 @@
+"""The library's functions on one layer (docs/library.md): thin, typed doors to the rooms that the workflow uses."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from layerwise.calibration.tap_statistics import TapStatistics
+from layerwise.compression import lower_bound as bounds
+from layerwise.compression import score
+from layerwise.compression.resolve import as_target, needed_statistics, resolve, solve
+from layerwise.contract.layer import Compressed, Gram, Layer, Method, Statistics
+from layerwise.contract.target import Target
+
+__all__ = ["LayerResult", "LowerBound", "calibrate", "compress_layer", "lower_bound", "output_error"]
+
+
+@dataclass(frozen=True, repr=False)
+class LayerResult:
+    """A layer that `compress_layer` has compressed, checked and scored.
+
+    method, target: what was asked for.
+    weight: [out, in], zero where pruned and dequantised where quantised, in the dtype and on the device of the weight
+        that was given.
+    compressed: what is stored: the weight in float32, the mask, and the codes and grid of a quantised layer.
+    output_error: tr((W - W_hat) G (W - W_hat)^T) / tr(W G W^T) in float64, on the Gram that was given.
+    absolute_error: its numerator, in squared units of the layer's output per token.
+    achieved_sparsity: share of zeros in W_hat.
+    bits_per_weight: as stored, with scales, zeros and positions (docs/export.md).
+    seconds: of the method alone.
+    damping: share of the Gram's mean diagonal that was added to it; None for a method that adds none.
+    """
+
+    method: str
+    target: Target
+    weight: Tensor
+    compressed: Compressed
+    output_error: float
+    absolute_error: float
+    achieved_sparsity: float
+    bits_per_weight: float
+    seconds: float
+    damping: float | None
+
+    @property
+    def mask(self) -> Tensor | None:
+        """[out, in] bool, True where kept; None when the target prunes nothing."""
+        return self.compressed.mask
+
+    @property
+    def trace(self) -> tuple[tuple[int, float, float], ...]:
+        """(iteration, seconds, objective) rows of an iterative method; empty for others."""
+        return self.compressed.trace
+
+    def __repr__(self) -> str:
+        damped = "" if self.damping is None else f", damping {self.damping:g}"
+        return (
+            f"LayerResult({self.method} to {self.target.label}, weight {list(self.weight.shape)} "
+            f"{str(self.weight.dtype).removeprefix('torch.')}: output_error {self.output_error:.6g}, "
+            f"{100 * self.achieved_sparsity:.4g}% zeros, {self.bits_per_weight:.4g} bits per weight, "
+            f"{self.seconds:.3g} s{damped})"
+        )
+
+
+@dataclass(frozen=True)
+class LowerBound:
+    """What no mask of a pattern can beat, whichever method chooses it, if the weights that it keeps stay as they are.
+
+    output_error: the bound as a share of tr(W G W^T), to be held against `LayerResult.output_error`.
+    absolute_error: the bound on tr((W - W_hat) G (W - W_hat)^T).
+    gap: by how much of output_error a longer computation could raise the bound at most.
+    """
+
+    output_error: float
+    absolute_error: float
+    gap: float
+
+
+def calibrate(x: Tensor) -> tuple[Gram, Statistics]:
+    """The Gram of a layer's inputs, and the statistics that some methods need besides (AWQ, DSnoT).
+
+    x: [sequences, length, in], of any float dtype; tokens of a sequence one after the other. The Gram is that of
+    `Gram.from_inputs(x)`, to the last bit. Raises ValueError for x of another shape, and as that does.
+    """
+    if not isinstance(x, Tensor) or x.ndim != 3 or not x.numel():
+        came = list(x.shape) if isinstance(x, Tensor) else type(x).__name__
+        raise ValueError(f"x must be a tensor [sequences, length, in] that is not empty. Got {came} instead.")
+    gram = Gram.from_inputs(x)  # it knows which inputs have no Gram
+    sequences, length, inputs = x.shape
+    accumulated = TapStatistics(inputs, sequences, length, x.device)
+    accumulated.update(x)
+    return gram, accumulated.finish()[1]
+
+
+def compress_layer(
+    weight: Tensor | nn.Linear,
+    gram: Gram,
+    target: Target | str,
+    method: str | Path | Mapping[str, Any] | Method,
+    *,
+    statistics: Statistics | None = None,
+    seed: int = 0,
+    **parameters: Any,
+) -> LayerResult:
+    """Compress one linear layer, check what comes out and score it, as the workflow does.
+
+    The result keeps the promises of docs/contract.md, or an error says which one it breaks.
+
+    weight: [out, in] of any float dtype, or a torch Linear; neither is written to. Computed in float32.
+    gram: of the layer's inputs, from `Gram.from_inputs` or `calibrate`, on the weight's device.
+    target: a Target or its label, such as "2:4", "60% row", "50% 1x16", "4b g128" or "2:4 4b g128".
+    method: a name of `layerwise.methods()`, {name: {parameters}}, the path of a method's file, or an instance.
+    statistics: from `calibrate`, for methods that need more than the Gram.
+    seed: of the random numbers of a method that draws some.
+    parameters: the method's own, by name; the others have its defaults.
+
+    Raises ValueError, in one sentence, for arguments that do not fit; of its kinds CatalogueError for an unknown method
+    or parameter, and UnsupportedTarget for a method that cannot reach the target. Raises InputError when the method
+    fails or breaks a promise, and its kind Diverged when its numbers are not finite.
+    """
+    original = weight_of(weight)
+    goal = as_target(target)
+    layer = checked(Layer("the layer", original.to(torch.float32, copy=True).contiguous(), gram, statistics))
+    resolved = resolve(method, parameters, goal)
+    needed = needed_statistics(resolved.method)
+    if needed and statistics is None:
+        raise ValueError(
+            f"statistics must be given: {resolved.name} needs {' and '.join(needed)}, which layerwise.calibrate(x) "
+            "returns with the Gram. Got None instead."
+        )
+    result, row = solve(resolved.solver(goal, seed, stored_dtype(original)), layer)
+    return LayerResult(
+        method=resolved.name,
+        target=goal,
+        weight=result.weight.to(original.dtype),
+        compressed=result,
+        **{name: row[name] for name in ("output_error", "absolute_error", "achieved_sparsity", "bits_per_weight")},
+        seconds=row["seconds"],
+        damping=row["damping"],
+    )
+
+
+def output_error(weight: Tensor | nn.Linear, weight_hat: Tensor, gram: Gram) -> float:
+    """tr((W - W_hat) G (W - W_hat)^T) / tr(W G W^T) in float64, the share of the layer's output that is lost.
+
+    weight, weight_hat: [out, in] of any float dtype. gram: undamped. A layer whose output is zero on every token has
+    the error 0 where W_hat keeps that, else infinity. Raises ValueError for shapes that do not fit and numbers that are
+    not finite, InputError for a Gram with eigenvalues below zero by more than rounding.
+    """
+    layer = checked(Layer("the layer", weight_of(weight), gram))
+    other = weight_of(weight_hat, "weight_hat")
+    if other.shape != layer.weight.shape:
+        raise ValueError(f"weight_hat must be [out, in] = {list(layer.weight.shape)}. Got {list(other.shape)} instead.")
+    return score.output_error(layer, other.to(layer.weight.device))[1]
+
+
+def lower_bound(weight: Tensor | nn.Linear, gram: Gram, target: Target | str) -> LowerBound:
+    """A bound below the error of every mask of a row, layer or n:m target.
+
+    From a convex relaxation, that of SparseFW (arXiv 2510.13713) strengthened by a diagonal, and its Frank-Wolfe gap
+    (Jaggi, ICML 2013).
+
+    It holds for masks that leave the weights they keep unchanged: methods that update weights can go below it. weight:
+    [out, in] of any float dtype. Computed on the processor. Raises ValueError for another pattern, a target without
+    sparsity, shapes that do not fit and numbers that are not finite.
+    """
+    goal = as_target(target)
+    if goal.structure == "dense":
+        raise ValueError(f"A lower bound must be asked for a target with sparsity. Got {goal.label!r} instead.")
+    layer = checked(Layer("the layer", weight_of(weight).float(), gram))
+    layer = Layer(layer.name, layer.weight.cpu(), Gram(gram.matrix.cpu(), gram.tokens))
+    bound = bounds.lower_bound(layer, goal.pruning)
+    _, whole = score.losses(layer, layer.weight)
+    unit = 1 / whole if whole > 0 else 0.0
+    return LowerBound(bound.error * unit, bound.error, bound.gap * unit)
+
+
+def weight_of(weight: Tensor | nn.Linear, name: str = "weight") -> Tensor:
+    """The weight [out, in] itself. Raises ValueError for what is none, or is not finite."""
+    tensor = weight.weight.detach() if isinstance(weight, nn.Linear) else weight
+    if not isinstance(tensor, Tensor):
+        raise ValueError(f"{name} must be a tensor [out, in] or a torch Linear. Got {type(weight).__name__} instead.")
+    if tensor.ndim != 2 or not tensor.numel():
+        raise ValueError(f"{name} must be [out, in] and not empty. Got {list(tensor.shape)} instead.")
+    if not tensor.is_floating_point():
+        raise ValueError(f"{name} must be floating point. Got {tensor.dtype} instead.")
+    if not torch.isfinite(tensor.float()).all():
+        raise ValueError(f"{name} must be finite in float32. Got NaN or Inf instead.")
+    return tensor.detach()
+
+
+def checked(layer: Layer) -> Layer:
+    """The layer. Raises ValueError when Gram or statistics are not those of its inputs."""
+    inputs, device = layer.weight.shape[1], layer.weight.device
+    if not isinstance(layer.gram, Gram):
+        came = type(layer.gram).__name__
+        raise ValueError(f"gram must be a layerwise.Gram, such as Gram.from_inputs(x). Got {came} instead.")
+    tensors: dict[str, tuple[Tensor, tuple[int, ...], str]] = {
+        "gram": (layer.gram.matrix, (inputs, inputs), "[in, in]")
+    }
+    if layer.statistics is not None:
+        if not isinstance(layer.statistics, Statistics):
+            came = type(layer.statistics).__name__
+            raise ValueError(f"statistics must be a layerwise.Statistics, from calibrate(x). Got {came} instead.")
+        for name in ("mean", "absmean", "sequence_variance"):
+            tensors[f"statistics.{name}"] = (getattr(layer.statistics, name), (inputs,), "[in]")
+        sample = layer.statistics.sample
+        tensors["statistics.sample"] = (sample, (len(sample), inputs), "[rows, in]")
+    for name, (tensor, shape, meaning) in tensors.items():
+        if tuple(tensor.shape) != shape:
+            raise ValueError(f"{name} must be {meaning} = {list(shape)}. Got {list(tensor.shape)} instead.")
+        if tensor.device != device:
+            raise ValueError(f"{name} must be on the weight's device, {device}. Got {tensor.device} instead.")
+        if tensor.dtype != torch.float32:
+            raise ValueError(f"{name} must be torch.float32. Got {tensor.dtype} instead.")
+        if not torch.isfinite(tensor).all():
+            raise ValueError(f"{name} must be finite. Got NaN or Inf instead.")
+    return layer
+
+
+def stored_dtype(weight: Tensor) -> torch.dtype:
+    """The dtype in which the result is kept and scored: the weight's, float32 where that is wider."""
+    return torch.float32 if weight.dtype.itemsize > 4 else weight.dtype

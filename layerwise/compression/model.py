@@ -1,0 +1,247 @@
+"""A loaded Hugging Face model compressed in place: the walk of a cell, in memory and without files."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pyarrow as pa
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from layerwise.calibration.block_stream import Stream
+from layerwise.calibration.calibrate import shared
+from layerwise.calibration.modes import in_turn, sequential_blocks
+from layerwise.calibration.taps import Tap
+from layerwise.compression.cell import bar, visit
+from layerwise.compression.resolve import MethodSpec, Resolved, as_target, resolve, solve
+from layerwise.contract.layer import Layer
+from layerwise.contract.target import Target
+from layerwise.models.loading import EXPERTS
+from layerwise.models.structure import model_linears
+from layerwise.runtime.errors import InputError, status_of
+from layerwise.sources.text_files import TEXT_SUFFIXES
+from layerwise.sources.tokens import documents, sequences
+from layerwise.storage.table_schema import columns, to_frame, typed
+from layerwise.study.grid import canonical
+
+ATTRIBUTE = "_experts_implementation"  # of a config: how transformers multiplies by experts
+MODES = ("shared", "sequential")
+SAMPLINGS = ("stream", "documents")
+LONGEST = 2048  # tokens of a sequence, where the model takes as many and no length is given
+
+
+def compress_model(
+    model: PreTrainedModel,
+    tokenizer_or_tokens: PreTrainedTokenizerBase | Tensor,
+    target: Target | str,
+    method: MethodSpec,
+    *,
+    mode: str = "shared",
+    text: str | Path | Sequence[str] | None = None,
+    samples: int = 128,
+    length: int | None = None,
+    sampling: str = "stream",
+    seed: int = 0,
+    layers: str | Sequence[str] | Callable[[str], bool] | None = None,
+    progress: bool = True,
+    **parameters: Any,
+) -> pd.DataFrame:
+    """Compress the linear layers of a causal language model's blocks, in place; returns a row for each layer.
+
+    The numbers are those of a study's cell for the same tokens. Embeddings, the head, norms and routers stay as they
+    are, and so do the model's dtype, device, training mode, requires_grad and config.
+
+    model: whole in memory, on one device. target, method, parameters: as `compress_layer` takes them.
+    tokenizer_or_tokens: calibration tokens [sequences, length], integers; or the model's tokenizer, with `text`.
+    mode: "shared": every layer sees the inputs that it has in the dense model. "sequential": those that the compressed
+        blocks before it pass on, as in the published codes.
+    text: to draw tokens from: a text, a list of documents, or the path of a .txt, .jsonl, .json or .parquet file.
+    samples, length: of the drawn sequences; length None is what the model takes, at most 2048.
+    sampling: "stream": crops of the joined text, as published for WikiText-2; "documents": of documents, as for C4.
+    seed: of the draw, and of the random numbers of a method that draws some.
+    layers: those to compress: patterns such as "*.mlp.*", or a function of a layer's name; None is all of them.
+    progress: whether to show a bar on stderr.
+
+    The table has the columns of a study's `layers` table that apply; output_error is the share of the layer's output
+    that is lost, in float64 on the Gram of its mode.
+    Raises ValueError, in one sentence, for arguments that do not fit, with its kinds CatalogueError and
+    UnsupportedTarget; InputError when the model is of an unknown structure, the text is too short, or a method fails a
+    layer. If layers have been compressed by then, the sentence says which: they stay so, the others are as they were.
+    """
+    goal = as_target(target)
+    for name, value, known in (("mode", mode, MODES), ("sampling", sampling, SAMPLINGS)):
+        if value not in known:
+            raise ValueError(f"{name} must be {' or '.join(map(repr, known))}. Got {value!r} instead.")
+    check(model)
+    chosen = chosen_layers(model, layers)
+    resolved = resolve(method, parameters, goal)
+    tokens = calibration_tokens(model, tokenizer_or_tokens, text, samples, length, sampling, seed)
+    solver = resolved.solver(goal, seed, model.dtype)
+    done: list[str] = []
+    rows = []
+    with as_it_was(model), saying(done, len(chosen)):
+        stream = Stream(model, tokens)
+        walked = enumerate(map(in_turn, shared(stream))) if mode == "shared" else sequential_blocks(stream)
+        title = f"{resolved.name} {goal.label} {mode}"
+        with bar(model, title, total=len(chosen)) if progress else nullcontext(ignore) as shown:
+
+            def report(row: Mapping[str, Any]) -> None:
+                done.append(row["layer"])
+                shown(row)
+
+            def solved(layer: Layer) -> tuple[Any, dict[str, Any]]:
+                return solve(solver, layer)
+
+            rows += [row for row, _ in visit(model, only(walked, chosen), solved, report)]
+    return table(rows, resolved, goal, mode, seed)
+
+
+def ignore(row: Mapping[str, Any]) -> None:
+    """A progress bar that is not shown."""
+
+
+def check(model: PreTrainedModel) -> None:
+    """Raise ValueError or InputError for a model that cannot be compressed in place."""
+    if not isinstance(model, PreTrainedModel):
+        raise ValueError(f"model must be a loaded transformers model. Got {type(model).__name__} instead.")
+    if getattr(model.config, "quantization_config", None) is not None:
+        raise InputError("A model in floating point is needed, but this one is already quantised.")
+    devices = sorted({str(parameter.device) for parameter in model.parameters()})
+    if len(devices) != 1 or devices == ["meta"]:
+        raise InputError(f"model must be whole on one device. Got {', '.join(devices) or 'no parameters'} instead.")
+
+
+def chosen_layers(model: PreTrainedModel, layers: str | Sequence[str] | Callable[[str], bool] | None) -> set[str]:
+    """Names of the layers to compress. Raises ValueError when there is none, or a pattern fits none."""
+    names = list(model_linears(model))
+    if layers is None:
+        return set(names)
+    if callable(layers):
+        found = {name for name in names if layers(name)}
+        if not found:
+            raise ValueError(f"layers must choose at least one of the {len(names)} linear layers. Got none instead.")
+        return found
+    found = set()
+    for pattern in [layers] if isinstance(layers, str) else layers:
+        fitting = {name for name in names if fnmatchcase(name, pattern)}
+        if not fitting:
+            raise ValueError(f"layers must fit names such as {names[0]}. Got {pattern!r} instead.")
+        found |= fitting
+    if not found:
+        raise ValueError(f"layers must choose at least one of the {len(names)} linear layers. Got none instead.")
+    return found
+
+
+def only(blocks: Iterable[tuple[int, Iterable[Tap]]], chosen: set[str]) -> Iterator[tuple[int, Iterator[Tap]]]:
+    """The blocks' taps with the chosen layers alone."""
+
+    def of(taps: Iterable[Tap]) -> Iterator[Tap]:
+        for tap in taps:
+            pairs = [pair for pair in zip(tap.layers, tap.inside, strict=True) if pair[0] in chosen]
+            if pairs:
+                names, inside = zip(*pairs, strict=True)
+                yield replace(tap, layers=names, inside=inside)
+            del tap  # with its Gram, before the next
+
+    for index, taps in blocks:
+        yield index, of(taps)
+
+
+def calibration_tokens(
+    model: PreTrainedModel,
+    tokenizer_or_tokens: PreTrainedTokenizerBase | Tensor,
+    text: str | Path | Sequence[str] | None,
+    samples: int,
+    length: int | None,
+    sampling: str,
+    seed: int,
+) -> Tensor:
+    """The given tokens, or tokens [samples, length] drawn from the text as a study draws them."""
+    if isinstance(tokenizer_or_tokens, Tensor):
+        if text is not None:
+            raise ValueError("text must be given with a tokenizer. Got it beside tokens instead.")
+        return tokenizer_or_tokens  # the stream checks them
+    if not callable(tokenizer_or_tokens):
+        came = type(tokenizer_or_tokens).__name__
+        raise ValueError(f"Calibration needs tokens [sequences, length] or a tokenizer. Got {came} instead.")
+    if text is None:
+        raise ValueError("text must be given with a tokenizer: a text, documents or a file. Got None instead.")
+    if length is None:
+        positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        length = min(LONGEST, positions) if isinstance(positions, int) else LONGEST
+    for name, value in (("samples", samples), ("length", length)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name} must be a whole number, at least 1. Got {value!r} instead.")
+    cut = {"samples": samples, "length": length, "seed": seed}
+    drawn, _ = sequences(tokenizer_or_tokens, documents_of(text), cut, sampling)
+    return torch.from_numpy(drawn)
+
+
+def documents_of(text: str | Path | Sequence[str]) -> list[str]:
+    """The documents of a text: of a file, of a list, or the one that the text is."""
+    if isinstance(text, Path) or (isinstance(text, str) and text.endswith(TEXT_SUFFIXES) and "\n" not in text):
+        return documents({"path": str(text)})
+    found = [text] if isinstance(text, str) else list(text)
+    if not found or not all(isinstance(document, str) for document in found):
+        came = next((type(document).__name__ for document in found if not isinstance(document, str)), "none")
+        raise ValueError(f"text must hold at least one document, each a str. Got {came} instead.")
+    return found
+
+
+@contextmanager
+def as_it_was(model: PreTrainedModel) -> Iterator[None]:
+    """Within it the model is ready for calibration; after it, its modes and configs are what they were before."""
+    training = {module: module.training for module in model.modules()}
+    configs = {id(own): own for module in model.modules() if (own := getattr(module, "config", None)) is not None}
+    experts = [(own, getattr(own, ATTRIBUTE)) for own in configs.values() if hasattr(own, ATTRIBUTE)]
+    model.eval()
+    for config, _ in experts:
+        setattr(config, ATTRIBUTE, EXPERTS)
+    try:
+        yield
+    finally:
+        for module, mode in training.items():
+            module.training = mode
+        for config, before in experts:
+            setattr(config, ATTRIBUTE, before)
+
+
+@contextmanager
+def saying(done: Sequence[str], total: int) -> Iterator[None]:
+    """Within it an error says which of the layers have been compressed before it came."""
+    try:
+        yield
+    except BaseException as error:
+        if not done:
+            raise
+        told = f"{len(done)} of {total} layers of the model are compressed by now: {', '.join(done)}"
+        if not isinstance(error, Exception):  # such as Ctrl-C
+            error.add_note(told)
+            raise
+        kind = type(error) if isinstance(error, InputError) else InputError
+        raise kind(f"{status_of(error)[1].rstrip('.')} ({told}).") from error
+
+
+def table(rows: Sequence[Mapping[str, Any]], resolved: Resolved, target: Target, mode: str, seed: int) -> pd.DataFrame:
+    """The rows with the columns of the `layers` table that apply, in its order and types."""
+    common = {
+        "mode": mode,
+        "label": resolved.name,
+        "method": resolved.name,
+        **({"comparison": resolved.entry.comparison(target)} if resolved.entry else {}),
+        "target": target.label,
+        **target.as_dict(),
+        "params": canonical(resolved.params),
+        "seed": seed,
+    }
+    full = [{**common, **row} for row in rows]
+    names = [name for name in columns("layers") if name in full[0]]
+    data = pa.Table.from_pylist([{name: row[name] for name in names} for row in full])
+    return to_frame(typed(data, "layers", f"the layers of {resolved.name} {target.label}", names))

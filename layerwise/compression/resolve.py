@@ -1,0 +1,140 @@
+"""What a caller in Python asks for, as the runner wants it: a target from its label, a method from its name or file."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from layerwise.compression.solver import Solver
+from layerwise.contract.catalogue import Catalogue, CatalogueError, Entry, read_entry
+from layerwise.contract.layer import Compressed, Layer, Method, UnsupportedTarget
+from layerwise.contract.target import Target
+from layerwise.runtime.errors import InputError
+
+MethodSpec = str | Path | Mapping[str, Any] | Method
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """A method that can be run. entry: what its file says of it, or None for a class without a card."""
+
+    name: str
+    method: Method
+    params: Mapping[str, Any]
+    entry: Entry | None
+
+    def solver(self, target: Target, seed: int, dtype: torch.dtype) -> Solver:
+        """The method as the runner calls it; dtype: of the weights that are replaced."""
+        mask_only = self.entry is not None and self.entry.comparison(target) == "mask-only"
+        return Solver(self.name, self.method, target, seed, dtype, mask_only, self.entry and self.entry.criterion)
+
+
+def as_target(target: Target | str) -> Target:
+    """The target, or that of a label. Raises ValueError for what is no label."""
+    return target if isinstance(target, Target) else Target.parse(target)
+
+
+def resolve(method: MethodSpec, parameters: Mapping[str, Any], target: Target) -> Resolved:
+    """The method that a name, {name: {parameters}}, the path of a method's file or an instance stands for.
+
+    Raises CatalogueError (a ValueError) for an unknown name or parameter and a faulty file, UnsupportedTarget for a
+    method that cannot reach the target.
+    """
+    if isinstance(method, Method):
+        if parameters:
+            came = ", ".join(parameters)
+            raise ValueError(f"Parameters must be given with a method's name. Got {came} beside an instance instead.")
+        entry = entry_of(method)
+        refuse(entry.refusal(target) if entry else None, target)
+        return Resolved(entry.name if entry else type(method).__name__, method, params_of(method), entry)
+    name, given, catalogue = named(method)
+    params = catalogue.complete(name, {**given, **as_json(parameters)}, "method")
+    refuse(catalogue.refusal(name, params, target), target)
+    return Resolved(name, built(catalogue, name, params), params, catalogue[name])
+
+
+def refuse(reason: str | None, target: Target) -> None:
+    """Raise UnsupportedTarget for a reason; every method leaves a layer of which nothing is asked as it is."""
+    if reason and target.label != "dense":
+        raise UnsupportedTarget(f"{reason}; {target.label} was asked of it.")
+
+
+def named(method: str | Path | Mapping[str, Any]) -> tuple[str, dict[str, Any], Catalogue]:
+    """Name and parameters of a method, and a catalogue that has it."""
+    if isinstance(method, Mapping) and len(method) == 1:
+        name, given = next(iter(method.items()))
+        if isinstance(name, str) and isinstance(given, Mapping | None):
+            return name, as_json(given or {}), Catalogue()
+    if isinstance(method, Path) or (isinstance(method, str) and method.endswith(".py")):
+        return Path(method).stem, {}, with_file(Path(method))
+    if isinstance(method, str):
+        return method, {}, Catalogue()
+    raise ValueError(
+        f"method must be a name, {{name: {{parameters}}}}, the path of a method's file or a Method. "
+        f"Got {method!r} instead."
+    )
+
+
+def with_file(path: Path) -> Catalogue:
+    """The methods that ship and that of a file, which may be one of them."""
+    catalogue = Catalogue()
+    if path.resolve() not in [entry.path for entry in catalogue.values()] and catalogue.add(path) is None:
+        raise CatalogueError(f"{path} must be a method: it has no CARD.")
+    return catalogue
+
+
+def built(catalogue: Catalogue, name: str, params: Mapping[str, Any]) -> Method:
+    try:
+        return catalogue.build(name, params)
+    except Exception as error:  # of the method's own code
+        said = " ".join(str(error).split())
+        raise InputError(f"The method {name} cannot be made: {type(error).__name__}: {said}") from error
+
+
+def entry_of(method: Method) -> Entry | None:
+    """What the file of an instance's class says of it; None where the file has no card or another class's."""
+    file = getattr(sys.modules.get(type(method).__module__), "__file__", None)
+    entry = read_entry(Path(file)) if file else None
+    return entry if entry and entry.class_name == type(method).__name__ else None
+
+
+def params_of(method: Method) -> dict[str, Any]:
+    """The parameters of an instance as a config spells them, warm starts as {name: {parameters}}."""
+    return as_json({field.name: getattr(method, field.name) for field in fields(method)})
+
+
+def as_json(value: Any) -> Any:
+    if isinstance(value, Method):
+        entry = entry_of(value)
+        return {entry.name if entry else type(value).__name__: params_of(value)}
+    if isinstance(value, Mapping):
+        return {key: as_json(own) for key, own in value.items()}
+    return [as_json(own) for own in value] if isinstance(value, list | tuple) else value
+
+
+def needed_statistics(method: Method) -> list[str]:
+    """Names of the fields of a Statistics that a method needs, or a method inside it.
+
+    A chain gives its layer to its methods alone, and needs what they need.
+    """
+    held = [getattr(method, field.name) for field in fields(method)]
+    steps = [step for value in held if isinstance(value, Sequence) for step in value if isinstance(step, Method)]
+    inner = [value for value in held if isinstance(value, Method)]
+    card = getattr(sys.modules.get(type(method).__module__), "CARD", {})
+    found = [] if steps else [name for name in card.get("needs", ()) if name != "gram"]
+    return list(dict.fromkeys([*found, *(name for own in (*steps, *inner) for name in needed_statistics(own))]))
+
+
+def solve(solver: Solver, layer: Layer) -> tuple[Compressed, dict[str, Any]]:
+    """As Solver.solve, but a target that only the method itself refuses is an UnsupportedTarget."""
+    try:
+        return solver.solve(layer)
+    except InputError as error:
+        if isinstance(error.__cause__, UnsupportedTarget):
+            raise UnsupportedTarget(str(error.__cause__)) from error
+        raise

@@ -1,0 +1,141 @@
+"""The methods' cards as a table for people, read without importing torch."""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, overload
+
+from layerwise.contract.catalogue import Catalogue, Entry
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One hyperparameter of a method: its default, what it means, and the JSON Schema of its values."""
+
+    name: str
+    default: Any
+    description: str
+    schema: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class MethodCard:
+    """What a method's file says of itself.
+
+    paper, arxiv, code: of its source, where it has one.
+    patterns: kinds of sparsity that it reaches: dense, row, layer, n:m, 1xb.
+    bits: widths of the grids that it quantises to; empty where it does not quantise.
+    updates_weights: whether weights that are kept change.
+    needs: what it reads of the inputs; all but "gram" are fields of a `Statistics`.
+    control: whether it is there to be compared with, and compresses nothing well.
+    """
+
+    name: str
+    title: str
+    paper: str | None
+    arxiv: str | None
+    code: str | None
+    patterns: tuple[str, ...]
+    bits: tuple[int, ...]
+    updates_weights: bool
+    needs: tuple[str, ...]
+    control: bool
+    parameters: tuple[Parameter, ...]
+    path: Path
+
+    def __repr__(self) -> str:
+        """The card, whole, as text."""
+        source = [text for text in (self.paper, self.arxiv and f"arXiv {self.arxiv}", self.code) if text]
+        lines = [f"{self.name}: {self.title}", *(f"  {text}" for text in source)]
+        lines += [
+            f"  patterns: {', '.join(self.patterns) or 'none'}",
+            f"  bits: {_widths(self.bits) or 'none'}",
+            f"  updates weights: {'yes' if self.updates_weights else 'no'}",
+            f"  needs: {', '.join(self.needs) or 'nothing'}",
+            *(f"  {own.name} = {own.default!r}: {own.description}" for own in self.parameters),
+        ]
+        return "\n".join(lines)
+
+
+class MethodTable(Sequence[MethodCard]):
+    """Cards by number or by name; shown as a table with a row each."""
+
+    def __init__(self, cards: Iterable[MethodCard]) -> None:
+        self._cards = tuple(cards)
+
+    @overload
+    def __getitem__(self, key: int | str) -> MethodCard: ...
+    @overload
+    def __getitem__(self, key: slice) -> "MethodTable": ...
+    def __getitem__(self, key: "int | str | slice") -> "MethodCard | MethodTable":
+        if isinstance(key, slice):
+            return MethodTable(self._cards[key])
+        if isinstance(key, int):
+            return self._cards[key]
+        found = {card.name: card for card in self._cards}
+        if key not in found:
+            raise KeyError(f"A method must be one of {', '.join(found)}. Got {key!r} instead.")
+        return found[key]
+
+    def __len__(self) -> int:
+        return len(self._cards)
+
+    def __iter__(self) -> Iterator[MethodCard]:
+        return iter(self._cards)
+
+    def __repr__(self) -> str:
+        rows = [("name", "title", "patterns", "bits", "updates", "needs", "parameters")]
+        rows += [
+            (
+                card.name,
+                card.title,
+                ", ".join(card.patterns),
+                _widths(card.bits),
+                "yes" if card.updates_weights else "",
+                ", ".join(card.needs),
+                ", ".join(f"{own.name}={own.default!r}" for own in card.parameters),
+            )
+            for card in self._cards
+        ]
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        return "\n".join(
+            "  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip() for row in rows
+        )
+
+
+def methods(folders: Iterable[Path | str] = ()) -> MethodTable:
+    """The cards of all methods that ship, and of those in further folders, by name in alphabetical order.
+
+    Reads the files as text; torch is not imported. Raises CatalogueError (a ValueError) for a folder that is absent and
+    for a file whose card is wrong.
+    """
+    catalogue = Catalogue([Path(folder) for folder in folders])
+    return MethodTable(card_of(catalogue[name]) for name in sorted(catalogue))
+
+
+def card_of(entry: Entry) -> MethodCard:
+    card = entry.card
+    return MethodCard(
+        name=entry.name,
+        title=card["title"],
+        paper=card.get("paper"),
+        arxiv=card.get("arxiv"),
+        code=card.get("code"),
+        patterns=tuple(card["patterns"]),
+        bits=tuple(card["bits"]),
+        updates_weights=card["updates_weights"],
+        needs=tuple(card["needs"]),
+        control=entry.control,
+        parameters=tuple(
+            Parameter(name, entry.defaults[name], schema.get("description", ""), schema)
+            for name, schema in card["parameters"].items()
+        ),
+        path=entry.path,
+    )
+
+
+def _widths(bits: Sequence[int]) -> str:
+    """2-8 for every width from 2 to 8, else the list."""
+    if len(bits) > 2 and list(bits) == list(range(bits[0], bits[-1] + 1)):
+        return f"{bits[0]}-{bits[-1]}"
+    return ", ".join(map(str, bits))
