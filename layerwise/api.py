@@ -14,7 +14,7 @@ from layerwise.calibration.tap_statistics import TapStatistics
 from layerwise.compression import lower_bound as bounds
 from layerwise.compression import score
 from layerwise.compression.resolve import as_target, needed_statistics, resolve, solve
-from layerwise.contract.layer import Compressed, Gram, Layer, Method, Statistics
+from layerwise.contract.layer import Compressed, Gram, Layer, Method, Quantised, Statistics
 from layerwise.contract.target import Target
 
 __all__ = ["LayerResult", "LowerBound", "calibrate", "compress_layer", "lower_bound", "output_error"]
@@ -51,6 +51,11 @@ class LayerResult:
     def mask(self) -> Tensor | None:
         """[out, in] bool, True where kept; None when the target prunes nothing."""
         return self.compressed.mask
+
+    @property
+    def quantised(self) -> Quantised | None:
+        """Codes, scales and zeros; None when the target has no bits."""
+        return self.compressed.quantised
 
     @property
     def trace(self) -> tuple[tuple[int, float, float], ...]:
