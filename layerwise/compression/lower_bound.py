@@ -68,7 +68,7 @@ def lower_bound(layer: Layer, target: Target) -> Bound:
         if better > error:
             error, gap = better, left
     unit = weight_unit**2 * gram_unit
-    return Bound(*(max(value, 0.0) * unit for value in (error, plain)), gap * unit)
+    return Bound(max(error, 0.0) * unit, max(plain, 0.0) * unit, gap * unit)
 
 
 class Groups:

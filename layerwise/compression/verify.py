@@ -164,7 +164,7 @@ def _told(layer: Layer, target: Target, result: Compressed) -> str | None:
     if any(not isinstance(i, numbers.Integral) or i < 0 for i in iterations) or iterations != sorted(set(iterations)):
         return "promise 10: the iterations of a trace must be whole numbers that rise"
     damping = result.info.get("damping")
-    if damping is not None and not (isinstance(damping, numbers.Real) and 0 <= damping < math.inf):
+    if damping is not None and not (isinstance(damping, numbers.Real) and 0 <= float(damping) < math.inf):
         return f"promise 10: info['damping'] must be a finite number, at least 0, {damping!r} came"
     gaps = result.info.get("duality_gaps")
     if gaps is not None and (len(gaps) != len(result.trace) or not all(isinstance(x, numbers.Real) for x in gaps)):

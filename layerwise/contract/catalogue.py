@@ -83,7 +83,7 @@ class Entry:
         """(parameter, name, complete parameters) of every method inside this one's complete parameters."""
         held = [(key, params[key]) for key in self.warm_starts]
         held += [(key, step) for key in self.chains for step in params[key]]
-        return [(key, *next(iter(value.items()))) for key, value in held]
+        return [(key, name, inside) for key, value in held for name, inside in value.items()]
 
     def refusal(self, target: Target) -> str | None:
         """Why the method cannot reach the target, in one sentence, or None."""
@@ -203,7 +203,7 @@ class Catalogue(Mapping[str, Entry]):
         if own:
             return own
         if entry.chains:
-            return self._chain_refusal([tuple(step) for _, *step in entry.inner(params)], target)
+            return self._chain_refusal([(name, inside) for _, name, inside in entry.inner(params)], target)
         for key, inner, inner_params in entry.inner(params):
             pruning = entry.card["parameters"][key].get("asked") == "pruning"
             part = target.pruning if pruning else target

@@ -95,7 +95,7 @@ def _dense(weight: Tensor, x: Tensor) -> dict[str, Callable[[], Tensor]]:
 
 
 def _kernel(storage: W4Grouped | W4BlockSparse | Sparse24, x: Tensor, threads: int, device: str) -> dict:
-    if device == "cpu":
+    if device == "cpu" or isinstance(storage, Sparse24):  # for which there is no kernel on a device
         vector = x.numpy()
         return {"numba": lambda: torch.from_numpy(storage.product(vector, threads))}
     from layerwise.kernels.cuda import OnDevice  # needs Triton

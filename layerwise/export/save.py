@@ -85,6 +85,7 @@ def save_compressed_tensors(model: PreTrainedModel, file: PackedFile, folder: Pa
     Its codes and zeros are ours less 2^(bits - 1), its scales in the model's dtype.
     """
     from compressed_tensors.compressors import ModelCompressor
+    from compressed_tensors.config import CompressionFormat
     from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme, QuantizationStatus
     from compressed_tensors.utils import get_direct_state_dict, replace_direct_state_dict
 
@@ -93,7 +94,7 @@ def save_compressed_tensors(model: PreTrainedModel, file: PackedFile, folder: Pa
     assert bits is not None  # `export` refuses others
     group = target.group or -1  # -1: one group per row
     arguments = QuantizationArgs(num_bits=bits, symmetric=target.symmetric, group_size=group)
-    scheme = QuantizationScheme(targets=["Linear"], weights=arguments, format="pack-quantized")
+    scheme = QuantizationScheme(targets=["Linear"], weights=arguments, format=CompressionFormat.pack_quantized)
     for name, linear in layers.items():
         result = file.read(name)
         refuse_inexpressible(linear, result, target, model.dtype)
@@ -101,14 +102,14 @@ def save_compressed_tensors(model: PreTrainedModel, file: PackedFile, folder: Pa
         del state["weight"]
         tensors = pack_quantized(quantised_of(result), bits, target.symmetric, model.dtype)
         replace_direct_state_dict(linear.module, state | tensors)
-        linear.module.quantization_scheme = scheme
-        linear.module.quantization_status = QuantizationStatus.COMPRESSED
+        vars(linear.module).update(quantization_scheme=scheme, quantization_status=QuantizationStatus.COMPRESSED)
     compressor = ModelCompressor.from_pretrained_model(model, "pack-quantized")
     # The library leaves out linear layers of another class than those quantised, such as Falcon's head.
     linear_names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    assert compressor.quantization_config is not None
     compressor.quantization_config.ignore = [name for name in linear_names if name not in layers]
     model.save_pretrained(folder)
-    compressor.update_config(folder)
+    compressor.update_config(str(folder))
     if not target.symmetric:
         # compressed-tensors 0.20 cannot lay packed zero points out before they are loaded (its compress() on meta
         # tensors leaves them unpacked), so that from_pretrained must dequantise while it loads.
@@ -191,7 +192,7 @@ def manifest(record: Mapping[str, Any], file: PackedFile, form: str, dtype: torc
 
 def digest(weight: Tensor) -> str:
     """SHA-256 of a weight [out, in] as its dtype has it, row by row."""
-    return hashlib.sha256(weight.contiguous().view(torch.uint8).numpy()).hexdigest()
+    return hashlib.sha256(weight.contiguous().view(torch.uint8).numpy().data).hexdigest()
 
 
 def export(cell: Path, form: str, out: Path, spec: Mapping[str, Any] | None = None) -> None:

@@ -73,7 +73,7 @@ def typed(data: pa.Table, table: str, where: str, only: Sequence[str] | None = N
     for field in wanted:
         array = data.column(field.name)
         if pa.types.is_floating(array.type):
-            array = pc.if_else(pc.is_nan(array), pa.scalar(None, array.type), array)
+            array = _compute("if_else", _compute("is_nan", array), pa.scalar(None, array.type), array)
         if not _converts(array.type, field.type):
             raise InputError(f"{where}: column {field.name!r} must be {field.type}. Got {array.type} instead.")
         try:
@@ -84,6 +84,11 @@ def typed(data: pa.Table, table: str, where: str, only: Sequence[str] | None = N
             raise InputError(f"{where}: column {field.name!r} {fault}")
         arrays.append(array)
     return pa.Table.from_arrays(arrays, schema=wanted)
+
+
+def _compute(function: str, *arguments: Any) -> Any:
+    """What a function of pyarrow.compute gives, by its name: as attributes they are unseen by a type checker."""
+    return pc.call_function(function, list(arguments))
 
 
 def _converts(given: pa.DataType, wanted: pa.DataType) -> bool:
@@ -103,14 +108,18 @@ def _fault(array: pa.ChunkedArray, field: pa.Field, limits: dict[str, Any]) -> s
     """What is wrong with a column of the right type, as the end of a sentence, or None."""
     if array.null_count and not field.nullable:
         return f"must have a value in every row. {array.null_count} of {len(array)} are empty."
-    if pa.types.is_floating(array.type) and not pc.all(pc.is_finite(array)).as_py() and len(array) > array.null_count:
+    if (
+        pa.types.is_floating(array.type)
+        and not _compute("all", _compute("is_finite", array)).as_py()
+        and len(array) > array.null_count
+    ):
         return "must be finite. Got inf."
     if enum := limits.get("enum"):
-        strange = [value for value in pc.unique(array).to_pylist() if value not in enum and value is not None]
+        strange = [value for value in array.unique().to_pylist() if value not in enum and value is not None]
         if strange:
             return f"must be one of {', '.join(enum)}. Got {strange[0]!r} instead."
     if "minimum" in limits or "maximum" in limits:
-        extremes = pc.min_max(array).as_py()
+        extremes = _compute("min_max", array).as_py()
         least, most = extremes["min"], extremes["max"]
         if least is not None and least < limits.get("minimum", least):
             return f"must be at least {limits['minimum']}. Got {least:g} instead."
