@@ -61,6 +61,7 @@ class GPTQ(Method):
     convention: str = "exact"
 
     def solve(self, layer: Layer, target: Target, rng: torch.Generator) -> Compressed:
+        assert target.bits is not None  # the card lists no other target
         gram, inputs = layer.gram, layer.weight.shape[1]
         length = layer.statistics.length if layer.statistics else 1
         dead_diagonal = 1 / (2 * length) if self.convention == "official" else None  # its H is 2 length G
