@@ -27,7 +27,14 @@ PACKAGE = ROOT / "layerwise"
 MODULES = [path for path in sorted(PACKAGE.rglob("*.py")) if path.relative_to(PACKAGE).parts[0] != "methods"]
 ADAPTERS = sorted((ROOT / "methods").glob("*.py"))
 HEAVY = ("torch", "transformers", "pandas", "matplotlib")
-LIGHT = ("contract.target", "contract.catalogue", "runtime", "sources", "study")  # the Snakefile imports them
+LIGHT = (
+    "contract.target",
+    "contract.catalogue",
+    "contract.cards",
+    "runtime",
+    "sources",
+    "study",
+)  # the Snakefile imports them
 IMPORT_EACH = f"""
 import importlib, pkgutil, sys
 for name in {LIGHT}:
