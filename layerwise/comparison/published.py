@@ -304,7 +304,7 @@ def _compared(
 def _number(result: Row) -> float | None:
     """The value of a row of `cells`, None where it is empty or there is no row."""
     value = result.get("value")
-    return None if missing(value) else float(value)
+    return None if value is None or missing(value) else float(value)
 
 
 def _under_protocol(verdict: str, reason: str | None, pair: Pair) -> tuple[str, str | None]:

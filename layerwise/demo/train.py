@@ -98,7 +98,7 @@ def bits_per_byte(
     windows = ids[: (len(ids) - 1) // LENGTH * LENGTH + 1].unfold(0, LENGTH + 1, LENGTH)[:limit]  # [n, LENGTH + 1]
     nats = sum(loss_of(chunk).item() * chunk[:, 1:].numel() for chunk in windows.split(16) if len(chunk) == 16)
     scored = windows[: len(windows) // 16 * 16, 1:].flatten().tolist()
-    size = len(tokenizer.decode([t for t in scored if t != 0]).encode("utf-8"))
+    size = len(str(tokenizer.decode([t for t in scored if t != 0])).encode("utf-8"))
     return nats / math.log(2) / size
 
 
@@ -196,7 +196,7 @@ def main(argv: list[str] | None = None) -> None:
         tokenizer = train_tokenizer((args.text / "train.txt").read_text("utf-8"))
         tokenizer.save_pretrained(args.out)
     model = train(args, tokenizer)
-    model.to(torch.bfloat16).save_pretrained(args.out)
+    model.bfloat16().save_pretrained(args.out)
     describe(model, tokenizer, args)
 
 

@@ -17,7 +17,17 @@ from layerwise.figures.page import (
     place_title,
 )
 from layerwise.figures.style import Look, looks, strokes
-from layerwise.storage.frames import column, columns_of, groups, groups_by, highest, matching, select, true_of_any
+from layerwise.storage.frames import (
+    column,
+    columns_of,
+    entry,
+    groups,
+    groups_by,
+    highest,
+    matching,
+    select,
+    true_of_any,
+)
 
 BOUND = {"color": "black", "linewidth": 0.9, "linestyle": (0, (6, 2))}
 
@@ -74,7 +84,7 @@ def _panel(
     """layer: the rows of one layer by label, for the units of the objective and for the result's error."""
     values = []
     for label, trace in lines:
-        error, absolute = (float(column(layer, name)[label]) for name in ("output_error", "absolute_error"))
+        error, absolute = (entry(layer, label, name) for name in ("output_error", "absolute_error"))
         # The objective is absolute; of a layer with nothing to lose both are zero.
         scale = error / absolute if absolute else 1.0
         objective = column(trace, "objective")

@@ -41,5 +41,5 @@ def repeats(data: pd.DataFrame, table: str, what: str) -> pd.DataFrame:
         value = [column(part, "value").mean(skipna=False) for _, part in groups]
         return first.assign(value=value).reset_index(drop=True)
     first = groups.head(1).reset_index(drop=True)
-    means = groups[list(MEASURED)].mean()
+    means = pd.DataFrame(groups[list(MEASURED)].mean())
     return first.assign(**{name: column(means, name).to_numpy() for name in MEASURED})

@@ -85,6 +85,11 @@ def renamed(frame: pd.DataFrame, names: Mapping[str, str]) -> pd.DataFrame:
     return frame.rename(columns=dict(names))
 
 
+def entry(frame: pd.DataFrame, row: Hashable, name: str) -> float:
+    """The number of a column in the row of an index. Raises KeyError where there is none."""
+    return float(cast(float, frame.at[row, name]))
+
+
 def lowest(values: pd.Series) -> float:
     """The least value that is not empty."""
     return float(cast(float, values.min()))
