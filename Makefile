@@ -88,7 +88,7 @@ clean-cache: .venv/installed  # the stores of Grams that no other study uses; sa
 clean:  # everything that can be computed again
 	rm -rf results/text results/tokens results/models results/calibration results/grams results/cells results/evaluations results/exports \
 		results/tasks results/certificates results/demo \
-		results/code results/tables results/partial results/benchmarks results/report.html
+		results/code results/requested.json results/tables results/partial results/benchmarks results/report.html
 	rm -rf figures/*.pdf figures/*.svg figures/*.png logs .snakemake
 
 .venv/slurm: .venv/installed requirements-slurm.lock

@@ -354,7 +354,7 @@ def test_an_export_gives_the_same_logits(case, tmp_path):
     apply_weights(model, cell / "weights.safetensors")
     for form in ("dense", "packed"):
         save.main(["--cell", str(cell), "--format", form, "--out", str(tmp_path / form)])
-        audit.main([str(tmp_path / form)])
+        assert not [line for line in audit.audit(tmp_path / form)[2] if line.fault]
     expected = logits(model)
     assert torch.equal(logits(load_packed(tmp_path / "packed")), expected)
     own = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", experts_implementation=EXPERTS)

@@ -157,7 +157,7 @@ def test_models_and_seeds_have_protocols_of_their_own(tmp_path):
     collect(StudyInputs(plan, [], TEXTS), tmp_path / "tables", root=tmp_path)
     for part in ("one", "other"):
         collect(StudyInputs(plan, [], TEXTS), tmp_path / part, root=tmp_path)
-    folders.main(["merge", str(tmp_path / "one"), str(tmp_path / "other"), "--out", str(tmp_path / "merged")])
+    folders.merge_folders([tmp_path / "one", tmp_path / "other"], tmp_path / "merged")
 
 
 def test_folders_of_two_protocols_are_not_merged(tmp_path):
@@ -165,16 +165,15 @@ def test_folders_of_two_protocols_are_not_merged(tmp_path):
     one, other = study(tmp_path / "one"), study(tmp_path / "other", [PLAN[2]], calibration_length=256)
     collect(StudyInputs(PLAN, [], TEXTS), one / "tables", root=one)
     collect(StudyInputs([PLAN[2]], [], TEXTS), other / "tables", root=other)
-    merge = ["merge", str(one), str(other), "--out", str(tmp_path / "merged")]
     with pytest.raises(InputError, match=r"differ in calibration_length \(512 and 256\)"):
-        folders.main(merge)
+        folders.merge_folders([one, other], tmp_path / "merged")
     mixed = read_table(one / "tables", "cells")
     mixed.loc[mixed["label"] == "ria", "calibration_seed"] = 3
     mixed.to_parquet(one / "tables/cells.parquet")
     with pytest.raises(
         InputError, match=r"one is of two protocols: .*ria 2:4 .* differ in calibration_seed \(0 and 3\): delete .*\."
     ):
-        folders.main(merge)
+        folders.merge_folders([one, other], tmp_path / "merged")
     assert not (tmp_path / "merged").exists()
 
 

@@ -74,7 +74,6 @@ from dataclasses import dataclass
 
 from layerwise.numerics import ops
 from layerwise.contract.layer import Method
-from tests.support.paths import ROOT
 
 CARD = {{
     "title": "Fragile",

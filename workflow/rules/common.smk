@@ -20,7 +20,7 @@ from layerwise.study.job_inputs import Code, JobInputs, as_json, from_here
 
 # The interpreter that runs Snakemake has the locked packages.
 WORKER = f"{shlex.quote(sys.executable)} -m layerwise worker"
-REQUESTED = "results/evaluations/requested.json"  # what every cell is to be evaluated on
+REQUESTED = "results/requested.json"  # what every cell is to be evaluated on
 
 # Held until the end of a run, so that the next knows whether it was killed.
 ALIVE = unlock_after_death(Path(".snakemake")) if workflow.is_main_process else None
