@@ -245,7 +245,7 @@ def test_a_new_target_leaves_the_cells_that_are_there(drawn):
 
 @pytest.mark.parametrize(
     ("file", "cells"),
-    [("methods/wanda", 4), ("methods/magnitude", 2), ("layerwise/contract/layer", 7), ("methods/rtn", 0)],
+    [("methods/wanda", 4), ("methods/magnitude", 2), ("layerwise/compression/solver", 7), ("methods/rtn", 0)],
 )
 def test_an_edited_method_concerns_its_own_cells(drawn, file, cells):
     path = drawn.folder / f"{file}.py"
