@@ -31,6 +31,7 @@ LIGHT = (
     "contract.target",
     "contract.catalogue",
     "contract.cards",
+    "contract.method_table",
     "runtime",
     "sources",
     "study",

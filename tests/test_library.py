@@ -51,7 +51,7 @@ CARD = {
 class Faulty(Method):
     share: float = 1.0
 
-    def compress(self, layer, target, rng):
+    def solve(self, layer, target, rng):
         if layer.name.endswith("layers.1.mlp.up_proj"):
             raise RuntimeError("it is late")
         return ops.pruned(layer, layer.weight.abs() * self.share, target)
@@ -383,7 +383,7 @@ def test_a_target_that_a_method_does_not_reach(method: Any):
 
 def test_a_broken_promise_names_the_method():
     class Liar(layerwise.Method):
-        def compress(self, layer: Layer, target: Target, rng: torch.Generator) -> layerwise.Compressed:
+        def solve(self, layer: Layer, target: Target, rng: torch.Generator) -> layerwise.Compressed:
             layer.weight.zero_()
             return layerwise.Compressed(layer.weight.clone(), torch.zeros_like(layer.weight, dtype=torch.bool))
 

@@ -60,7 +60,7 @@ def resolve(method: MethodSpec, parameters: Mapping[str, Any], target: Target) -
 
 def refuse(reason: str | None, target: Target) -> None:
     """Raise UnsupportedTarget for a reason; every method leaves a layer of which nothing is asked as it is."""
-    if reason and target.label != "dense":
+    if reason and not target.dense:
         raise UnsupportedTarget(f"{reason}; {target.label} was asked of it.")
 
 
