@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from layerwise.checks import layer_cases as layers
-from layerwise.checks.layer_cases import Recipe
+from layerwise.checks.layer_cases import Recipe, grid_of
 from layerwise.contract.layer import Gram, Layer, Target
 from layerwise.methods.gqsa import GQSA
 from layerwise.numerics import ops
@@ -104,4 +104,4 @@ def test_the_grid_of_a_group_is_that_of_its_kept_weights():
     target = Target(0.5, "1x16", bits=4, group=32)
     result = GQSA().compress(layer, target, torch.Generator())
     grid = ops.fit_grid(torch.where(result.mask, layer.weight, 0.0), target)
-    assert torch.equal(result.scales, grid.scales) and torch.equal(result.zeros, grid.zeros)
+    assert torch.equal(grid_of(result).scales, grid.scales) and torch.equal(grid_of(result).zeros, grid.zeros)
