@@ -16,7 +16,7 @@ BIN := $(CURDIR)/.venv/bin
 RUN := PATH="$(BIN):$$PATH"
 COVERAGE_DATA := $(CURDIR)/.venv/coverage
 
-.PHONY: reproduce test test-long coverage mutants slurm smoke lint audit lock regression estimate report accept gallery \
+.PHONY: reproduce test battery test-long coverage mutants slurm smoke lint audit lock regression estimate report accept gallery \
 	decode benchmark clean clean-cache
 
 reproduce: .venv/installed
@@ -26,12 +26,15 @@ reproduce: .venv/installed
 test: .venv/installed
 	$(RUN) python -m pytest
 
-test-long: .venv/installed  # the rest: faults of whole runs, killed studies, a cluster, 10,000 configs, rarer variants
+battery: .venv/installed  # the rest of what a change is held to: whole runs, their faults, variants
+	$(RUN) python -m pytest -m "battery and not long"
+
+test-long: .venv/installed  # rarer: faults of whole runs, killed studies, a cluster, 10,000 configs, rarer variants
 	$(RUN) python -m pytest -m long $(if $(UNTIL),--no-loadscope-reorder --until=$(UNTIL))
 
-coverage: .venv/installed  # `make test`, and that it runs 95 % of the lines of methods/ and layerwise/
+coverage: .venv/installed  # `make test` and `make battery`, and that they run 95 % of the lines of methods/ and layerwise/
 	rm -rf $(COVERAGE_DATA) && mkdir -p $(COVERAGE_DATA)
-	COVERAGE_PROCESS_START=$(CURDIR)/pyproject.toml COVERAGE_DATA=$(COVERAGE_DATA) $(MAKE) test
+	COVERAGE_PROCESS_START=$(CURDIR)/pyproject.toml COVERAGE_DATA=$(COVERAGE_DATA) $(MAKE) test battery
 	export COVERAGE_DATA=$(COVERAGE_DATA); $(RUN) coverage combine --quiet && $(RUN) coverage report --fail-under 95
 
 mutants: .venv/installed  # plants faults, one at a time, that the tests must catch; docs/testing.md

@@ -1,0 +1,48 @@
+"""The tests that `make test` leaves to `make battery`: whole runs, and variants of what a quicker test holds.
+
+A change waits for `make test`, some minutes; `.ci/run` runs both. A test with the mark `long` is in neither.
+"""
+
+import pytest
+
+# What the id of a test begins with.
+BATTERY = (
+    "tests/checks/",
+    "tests/cli/",
+    "tests/workflow/",  # whole runs of the DAG, their faults, and strangers' input
+    "tests/calibration/test_experts.py",
+    "tests/calibration/test_calibrate.py",
+    "tests/comparison/test_folders.py::test_halves",
+    "tests/comparison/test_folders.py::test_three_folders",
+    "tests/comparison/test_published.py::test_a_dry_run",
+    "tests/compression/test_cell.py",
+    "tests/compression/test_certificate.py",
+    "tests/compression/test_dishonest_methods.py",
+    "tests/compression/test_lower_bound.py",
+    "tests/compression/test_tune.py",
+    "tests/evaluation/test_cache.py",
+    "tests/evaluation/test_zero_shot.py",
+    "tests/export/test_save.py",
+    "tests/figures/test_plot.py::test_every_figure",
+    "tests/figures/test_plot.py::test_no_texts_overlap",
+    "tests/figures/test_plot.py::test_the_same_table",
+    "tests/methods/test_contract.py::test_promise[4",
+    "tests/methods/test_contract.py::test_promise[5",
+    "tests/methods/test_contract.py::test_promise[6",
+    "tests/methods/test_dsnot_admm_alps.py::test_alps_is_the_algorithm",
+    "tests/methods/test_frank_wolfe.py::test_exchanges",
+    "tests/methods/test_hard_layers.py",
+    "tests/models/test_streaming.py",
+    "tests/report/",
+    "tests/runtime/test_checkpoint.py",
+    "tests/study/test_estimate.py::test_a_run_that_cannot_fit",
+    "tests/support/",
+    "tests/test_library.py::test_a_model",
+)
+
+
+@pytest.hookimpl(tryfirst=True)  # before `-m` looks at the marks
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.nodeid.startswith(BATTERY):
+            item.add_marker(pytest.mark.battery)
