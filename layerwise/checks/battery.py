@@ -308,7 +308,7 @@ def assert_same(name: str, first: Compressed, second: Compressed) -> None:
     parts = [vars(result) | (vars(result.quantised) if result.quantised else {}) for result in (first, second)]
     for key in ("weight", "mask", "codes", "scales", "zeros", "group_of", "input_scale"):
         a, b = (part.get(key) for part in parts)
-        same = (a is None) == (b is None) and (a is None or torch.equal(a, b))
+        same = b is None if a is None else b is not None and torch.equal(a, b)
         demand(same, name, f"two calls with the same inputs must give the same {key}", f"a {key} that differs")
 
 

@@ -43,7 +43,7 @@ REFUSALS = {
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
-def report_errors(main: Callable[[list[str]], None], argv: list[str]) -> None:
+def report_errors(main: Callable[[list[str]], object], argv: list[str]) -> None:
     """Run a script's main; what the user can mend becomes a sentence on stderr and exit status 1.
 
     That is an InputError, what a disk refuses and a lack of memory. SIGTERM and Ctrl-C end the process in a sentence

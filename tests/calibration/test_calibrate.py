@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import shutil
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import Cache, DynamicCache
+from transformers import Cache, DynamicCache, PreTrainedModel
 
 from layerwise.calibration import block_stream, calibrate, gram_store
 from layerwise.calibration.block_stream import PROBE, Stream, capture, same, without_cache
@@ -82,7 +82,7 @@ def test_the_walk_is_the_models_own_forward_pass(family, dtype):
         assert stream.inputs[0].dtype == dtype
         if sequences_per_batch == SEQUENCES:
             assert torch.equal(stream.inputs[0], final)
-        close(torch.cat(stream.inputs), final, 1e-5 if dtype == torch.float32 else 2e-2)
+        close(torch.cat(list(stream.inputs)), final, 1e-5 if dtype == torch.float32 else 2e-2)
     assert torch.equal(forward(model)[2], logits)
 
 
@@ -183,7 +183,7 @@ class Residuals(nn.Module):
 
 def test_states_that_blocks_return_beside_the_hidden_ones_are_refused():
     with pytest.raises(InputError, match="passes more than hidden_states from block to block"):
-        Stream(Residuals(build("llama")), tokens(4), 2)
+        Stream(cast(PreTrainedModel, Residuals(build("llama"))), tokens(4), 2)
 
 
 @every_family

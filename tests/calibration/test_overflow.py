@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import PreTrainedModel
 
 from layerwise.calibration.block_stream import Stream
 from layerwise.compression.tune import Tunable, descend
@@ -24,15 +25,15 @@ UP, DOWN = "model.layers.0.mlp.up_proj", "model.layers.0.mlp.down_proj"
 ADVICE = ", use dtype: bfloat16 or float32"
 
 
-def overflowing(name: str, dtype: torch.dtype = torch.float16) -> torch.nn.Module:
+def overflowing(name: str, dtype: torch.dtype = torch.float16) -> PreTrainedModel:
     """A Llama whose float16 activations overflow in one linear layer of its first block, and in no other dtype."""
     model = build("llama", dtype=dtype).eval()
-    weight = model.get_submodule(name).weight.data
+    weight = model.get_submodule(name).get_parameter("weight").data
     weight.mul_(6e4 / float(weight.abs().max()))
     if name == DOWN:
-        model.get_submodule(UP).weight.data.mul_(50)
+        model.get_submodule(UP).get_parameter("weight").data.mul_(50)
     else:  # what comes back to the residual stream is small
-        model.get_submodule(DOWN).weight.data.mul_(1e-3)
+        model.get_submodule(DOWN).get_parameter("weight").data.mul_(1e-3)
     return model
 
 
@@ -80,8 +81,8 @@ def test_a_compressed_block_that_overflows_is_named_before_the_next(tmp_path):
     model = build("llama", dtype=torch.float16).eval()
     stream = Stream(model, tokens(4, 16))
     stream.collect(0)
-    model.get_submodule(UP).weight.data.mul_(6e4)
-    model.get_submodule(DOWN).weight.data.mul_(6e4)
+    model.get_submodule(UP).get_parameter("weight").data.mul_(6e4)
+    model.get_submodule(DOWN).get_parameter("weight").data.mul_(6e4)
     stream.advance(0)
     with pytest.raises(Diverged, match=r"model\.layers\.0\..* has NaN or Inf in float16, use dtype"):
         stream.collect(1)
@@ -89,7 +90,7 @@ def test_a_compressed_block_that_overflows_is_named_before_the_next(tmp_path):
 
 def test_no_advice_where_none_helps():
     model = build("llama").eval()
-    model.get_submodule(UP).weight.data.fill_(3e38)
+    model.get_submodule(UP).get_parameter("weight").data.fill_(3e38)
     with pytest.raises(Diverged, match=f"the output of {UP} has NaN or Inf in float32\\.$"):
         Stream(model, tokens(4, 16)).collect(0)
 

@@ -27,7 +27,7 @@ from layerwise.comparison.published import (
 )
 from layerwise.runtime.errors import InputError
 from layerwise.storage.table_schema import from_rows, read_table, to_frame
-from layerwise.study.grid import Plan, plan
+from layerwise.study.grid import Plan, name_of, plan
 from tests.support.paths import ROOT
 from tests.support.workflow_harness import copy_project, snakemake
 
@@ -77,7 +77,7 @@ def results(planned: Plan, values: Mapping[str, float | None]) -> pd.DataFrame:
     """The `cells` table with a perplexity for every label; None: the cell has failed."""
     rows = [
         cell.columns
-        | {"metric": "perplexity", "text": spec["name"], "value": values[cell.columns["label"]]}
+        | {"metric": "perplexity", "text": name_of(spec), "value": values[cell.columns["label"]]}
         | ({"status": "done"} if values[cell.columns["label"]] else {"status": "failed", "reason": "out of memory"})
         for cell in planned.cells
         for spec in planned.evaluations.values()
@@ -346,7 +346,7 @@ def no_network(monkeypatch):
 def test_a_paper_is_planned_without_network_and_is_not_run(path, no_network):
     planned = plan(read(path), check_sources=True)
     assert planned.warnings() == [] and planned.config["study"] == path.stem
-    assert all(model["hub"] and model["revision"] for model in planned.models.values())
+    assert all(model.get("hub") and model.get("revision") for model in planned.models.values())
     entries = published_comparisons(planned, ROWS, None)
     assert {entry["verdict"] for entry in entries} <= {"not run"}
     own = {"paper-gptq-llama": "GPTQ", "paper-gptq-opt": "GPTQ"}.get(path.stem)
@@ -384,7 +384,7 @@ def test_a_sweep_is_planned_and_varies_what_it_says(path):
     for cell in planned.cells:
         columns = {**cell.columns, **json.loads(cell.columns["params"])}
         calibration = planned.calibrations[cell.calib]
-        columns |= {"calibration": calibration["name"], **{f"calibration_{k}": v for k, v in calibration.items()}}
+        columns |= {"calibration": name_of(calibration), **{f"calibration_{k}": v for k, v in calibration.items()}}
         if cell.columns["target"] != "dense":
             found.add(columns.get(swept))
     assert len(found - {None}) >= 5

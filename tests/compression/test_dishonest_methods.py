@@ -14,7 +14,7 @@ import torch
 
 from layerwise.checks import layer_cases as layers
 from layerwise.checks.battery import FEWER
-from layerwise.checks.layer_cases import regridded
+from layerwise.checks.layer_cases import grid_of, regridded
 from layerwise.compression import cell, score, verify
 from layerwise.compression.score import output_error
 from layerwise.compression.solver import Solver
@@ -24,6 +24,7 @@ from layerwise.numerics import dispatch, ops
 from layerwise.runtime.errors import Diverged, InputError
 from layerwise.storage.packed_weights import parts_of
 from tests.compression.test_verify import BLOCK, DENSE, GRID, JOINT, NM, ROW, honest
+from tests.support.narrow import some
 
 Lie = Callable[[Layer, Target, Compressed], Any]
 
@@ -61,7 +62,7 @@ def descended(step: float, iterations: int = 60) -> Lie:
     def lie(layer: Layer, target: Target, result: Compressed) -> Compressed:
         weight = result.weight
         for _ in range(iterations):
-            weight = torch.where(result.mask, weight + step * (layer.weight - weight) @ layer.gram.matrix, 0.0)
+            weight = torch.where(some(result.mask), weight + step * (layer.weight - weight) @ layer.gram.matrix, 0.0)
         return replace(result, weight=weight)
 
     return lie
@@ -82,7 +83,7 @@ def told(objective: Callable[[float], float]) -> Lie:
 
 
 def no_finite_weight(layer: Layer, target: Target, result: Compressed) -> Compressed:
-    return replace(result, weight=torch.where(result.mask, torch.nan, 0.0))
+    return replace(result, weight=torch.where(some(result.mask), torch.nan, 0.0))
 
 
 class Named(torch.Tensor):
@@ -122,7 +123,9 @@ LIES: dict[str, Lies] = {
         ROW, after(lambda layer: layer.gram.matrix.mul_(0)), "promise 1: the inputs must be untouched, the gram"
     ),
     "writes into the sample": Lies(
-        ROW, after(lambda layer: layer.statistics.sample.zero_()), "promise 1: the inputs must be untouched, the sample"
+        ROW,
+        after(lambda layer: some(layer.statistics).sample.zero_()),
+        "promise 1: the inputs must be untouched, the sample",
     ),
     # what comes back
     "nothing": Lies(ROW, lambda *_: None, "liar must return a Compressed on layer, NoneType came"),
@@ -147,7 +150,9 @@ LIES: dict[str, Lies] = {
         "promise 1: weight must not require a gradient",
     ),
     "a sparse mask": Lies(
-        ROW, lambda layer, target, r: replace(r, mask=r.mask.to_sparse()), "promise 1: mask must be a dense tensor"
+        ROW,
+        lambda layer, target, r: replace(r, mask=some(r.mask).to_sparse()),
+        "promise 1: mask must be a dense tensor",
     ),
     "the layer's own weight": Lies(
         DENSE, lambda layer, target, r: Compressed(layer.weight), "promise 1: weight must have memory of its own"
@@ -161,11 +166,13 @@ LIES: dict[str, Lies] = {
         "promise 1: the weight must be zero where the mask is False, 768 entries are not",
     ),
     "a mask of exact counts that is another one": Lies(
-        ROW, lambda layer, target, r: replace(r, mask=r.mask.roll(1, 0)), "promise 1: the weight must be zero where the"
+        ROW,
+        lambda layer, target, r: replace(r, mask=some(r.mask).roll(1, 0)),
+        "promise 1: the weight must be zero where the",
     ),
     "a denormal number where the mask is False": Lies(
         ROW,
-        lambda layer, target, r: replace(r, weight=torch.where(r.mask, r.weight, 1e-45)),
+        lambda layer, target, r: replace(r, weight=torch.where(some(r.mask), r.weight, 1e-45)),
         "promise 1: the weight must be zero where the mask is False, 768 entries are not",
     ),
     "half of what it must prune": Lies(
@@ -180,7 +187,7 @@ LIES: dict[str, Lies] = {
     ),
     "scales in float64": Lies(
         GRID,
-        lambda layer, target, r: regridded(r, scales=r.quantised.scales.double()),
+        lambda layer, target, r: regridded(r, scales=grid_of(r).scales.double()),
         "promise 3: scales must be torch.float32, torch.float64 came",
     ),
     "groups that count from the end": Lies(
@@ -195,7 +202,7 @@ LIES: dict[str, Lies] = {
     ),
     "weights that no code stands for": Lies(
         JOINT,
-        lambda layer, target, r: replace(r, weight=torch.where(r.mask, layer.weight, 0.0)),
+        lambda layer, target, r: replace(r, weight=torch.where(some(r.mask), layer.weight, 0.0)),
         "promise 3: scales * (codes - zeros) must equal the weight",
     ),
     "updated weights as mask-only": Lies(
@@ -220,7 +227,7 @@ LIES: dict[str, Lies] = {
     ),
     "weights for a layer of zeros": Lies(
         ROW,
-        lambda layer, target, r: replace(r, weight=r.mask.float()),
+        lambda layer, target, r: replace(r, weight=some(r.mask).float()),
         "liar has diverged on layer: its output_error is inf",
         diverged=True,
     ),
@@ -324,11 +331,11 @@ def test_a_lie_is_named_with_its_method_and_layer(name: str, left_alone):
 
 def expanded(layer: Layer, target: Target, result: Compressed) -> Compressed:
     """The same numbers in another layout."""
-    return replace(result, weight=result.weight.T.contiguous().T, mask=result.mask.T.contiguous().T)
+    return replace(result, weight=result.weight.T.contiguous().T, mask=some(result.mask).T.contiguous().T)
 
 
 def minus_zero(layer: Layer, target: Target, result: Compressed) -> Compressed:
-    return replace(result, weight=torch.where(result.mask, result.weight, -0.0))
+    return replace(result, weight=torch.where(some(result.mask), result.weight, -0.0))
 
 
 def fewer(layer: Layer, target: Target, result: Compressed) -> Compressed:

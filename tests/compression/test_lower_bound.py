@@ -189,7 +189,7 @@ def test_projection_and_linear_minimum(target):
             vertices.append(
                 groups.join((ranks.movedim(groups.axis, -1) < groups.pruned[:, None]).double().movedim(-1, groups.axis))
             )
-        mixture = sum(vertices) / 3
+        mixture = sum(vertices, torch.zeros(shape, dtype=torch.float64)) / 3
         assert distance(mixture) >= least - 1e-2
         assert groups.smallest(cost) <= float((cost * mixture).sum()) + 1e-9
         assert all(float((cost * vertex).sum()) >= groups.smallest(cost) - 1e-9 for vertex in vertices)

@@ -214,7 +214,7 @@ def test_a_model_that_has_diverged_has_no_accuracy(likelihood):
 
 def test_lists_of_papers_are_written_out():
     planned = plan(study(tasks={"zero-shot": {"tasks": ["sparsegpt-four", "piqa", "mmlu"]}}))
-    (spec,) = planned.tasks.values()
+    (spec,) = (dict(own) for own in planned.tasks.values())
     assert spec["tasks"] == ["lambada_openai", "piqa", "arc_easy", "arc_challenge", "mmlu"]
     assert (spec["name"], spec["fewshot"], spec["items"], spec["batch"]) == ("zero-shot", None, None, 8)
     assert len(task_sets.LISTS["wanda-seven"]) == 7 and plan(study()).tasks == {}

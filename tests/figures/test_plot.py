@@ -304,7 +304,8 @@ def test_convergence_shows_one_layer_in_units_of_output_error():
         line, end, bound = axes.get_lines()
         assert list(line.get_ydata()) == pytest.approx([chosen["output_error"] * factor for factor in (2.5, 1.5, 1)])
         assert list(end.get_ydata()) == [pytest.approx(chosen["output_error"])]
-        assert bound.get_ydata()[0] == pytest.approx(chosen["lower_bound"]) and bound.get_color() == BOUND["color"]
+        height = np.asarray(bound.get_ydata())[0]
+        assert height == pytest.approx(chosen["lower_bound"]) and bound.get_color() == BOUND["color"]
     assert len(panels(both)[2].get_lines()) == 2  # a bound on masks says nothing of methods that update weights
 
 

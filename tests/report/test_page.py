@@ -237,7 +237,8 @@ def test_the_layers_of_the_chosen_cell_are_shown(opened, folder, study):
         opened.wait_for_function("name => document.getElementById('cell-spec').innerText.includes(name)", arg=name)
         own = layers[layers["cell"] == name]
         shown = opened.locator("#table-layers tbody tr").all_inner_texts()
-        assert [text.split("\t")[:2] for text in shown] == [[str(i + 1), layer] for i, layer in own["layer"].items()]
+        numbered = zip(own.index.to_list(), own["layer"].to_list(), strict=True)
+        assert [text.split("\t")[:2] for text in shown] == [[str(i + 1), layer] for i, layer in numbered]
         drawn = opened.evaluate("Bokeh.documents[0].get_model_by_name('q_proj').data.error")
         assert list(drawn) == pytest.approx(own.loc[own["kind"] == "q_proj", "output_error"].to_list(), rel=1e-5)
     opened.locator("#choice").select_option(str(len(study.cells) - 1))

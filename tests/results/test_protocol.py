@@ -93,11 +93,13 @@ def test_a_cell_of_another_model_or_calibration_is_refused(tmp_path, column):
     assert not list(tmp_path.glob("tables/*"))
     cells = gather(tmp_path, partial=True)
     own = cells[cells["label"] == "wanda"]
-    assert set(own["status"]) == {"failed"} and own["value"].isna().all() and own["reason"].str.contains(column).all()
+    assert set(own["status"]) == {"failed"} and bool(own["value"].isna().all())
+    assert own["reason"].str.contains(column).all()
     assert set(cells.loc[cells["label"] != "wanda", "status"]) == {"done"}
     for table in ("layers", "traces", "comparisons"):
         found = read_table(tmp_path / "tables", table)
-        assert len(found) and "wanda" not in {*found["label"], *found.get("other", ())}
+        sides = [name for name in ("label", "other") if name in found]
+        assert len(found) and "wanda" not in {label for name in sides for label in found[name]}
 
 
 @pytest.mark.parametrize(
@@ -196,7 +198,7 @@ def test_a_method_that_diverges_is_a_row_with_status_and_reason(tmp_path):
     cells = gather(tmp_path, partial=True)
     own = cells[cells["label"] == "wanda"]
     told = "compress, diverged: wanda has diverged on model.layers.0.mlp.up_proj: its output_error is 3e+07."
-    assert set(own["reason"]) == {told} and set(own["status"]) == {"failed"} and own["value"].isna().all()
+    assert set(own["reason"]) == {told} and set(own["status"]) == {"failed"} and bool(own["value"].isna().all())
     assert set(cells.loc[cells["label"] != "wanda", "status"]) == {"done"}
     assert len(read_table(tmp_path / "tables", "comparisons")) and told.lower() in numbers_of(tmp_path)
     assert "| wanda | failed |" in document(cells, markdown)
@@ -227,7 +229,8 @@ def test_no_number_that_is_not_finite_reaches_a_table(tmp_path, name, put, value
     cells = gather(tmp_path, partial=True)
     numbers_of(tmp_path)
     own = cells[(cells["label"] == "wanda") & cells["value"].isna()]
-    assert own["reason"].notna().all() and (len(own) or "losses" in str(put(json.loads(path.read_text()), value)))
+    assert bool(own["reason"].notna().all())
+    assert len(own) or "losses" in str(put(json.loads(path.read_text()), value))
     assert set(cells.loc[cells["label"] != "wanda", "status"]) == {"done"}
 
 

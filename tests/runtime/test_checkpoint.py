@@ -30,7 +30,7 @@ HALF = Target(0.5)
 MEASURED = ("seconds", "peak_mb")  # of two runs never the same
 CELLS = [("sparsegpt", "sequential"), ("sparse_swaps", "shared"), ("sparse_swaps", "sequential")]  # with a trace
 # Where a job may be killed: a function of the project, at one of its calls.
-PLACES = {
+PLACES: dict[str, tuple[object, str]] = {
     "within a block": (solver.Solver, "solve"),
     "while a block is run": (block_stream.Call, "replay"),
     "before the states are known to be whole": (hidden_states, "write_atomic"),

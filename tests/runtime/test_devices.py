@@ -12,6 +12,7 @@ import pytest
 from layerwise.runtime import devices
 from layerwise.runtime.devices import VISIBLE, available, free, take
 from layerwise.runtime.errors import InputError
+from tests.support.narrow import some
 from tests.support.paths import ROOT
 
 TWO = {"0": "GPU-a", "1": "GPU-b"}
@@ -41,7 +42,7 @@ def job(names: dict[str, str]) -> subprocess.Popen[str]:
 def test_a_device_has_one_job_until_it_is_killed(monkeypatch):
     first, second = job(TWO), job(TWO)
     try:
-        assert {first.stdout.readline(), second.stdout.readline()} == {"0\n", "1\n"}
+        assert {some(first.stdout).readline(), some(second.stdout).readline()} == {"0\n", "1\n"}
         assert free(TWO) is None
         first.send_signal(signal.SIGKILL)
         first.wait()
@@ -57,7 +58,7 @@ def test_a_device_has_one_job_until_it_is_killed(monkeypatch):
 def test_a_job_waits_and_says_so(monkeypatch, capsys):
     monkeypatch.setenv(VISIBLE, "0")
     with job({"0": "0"}) as other:
-        assert other.stdout.readline() == "0\n"
+        assert some(other.stdout).readline() == "0\n"
         waits = []
 
         def sleep(seconds: float) -> None:
@@ -142,7 +143,7 @@ def test_jobs_of_slurm_have_their_own_numbers(monkeypatch):
     """On nodes where each job sees its devices alone, every job has a device 0."""
     monkeypatch.setenv(VISIBLE, "0")
     with job({"0": "0"}) as other:
-        assert other.stdout.readline() == "0\n"
+        assert some(other.stdout).readline() == "0\n"
         monkeypatch.setenv("SLURM_JOB_ID", "7")
         assert take("cuda") == "0"
         other.kill()

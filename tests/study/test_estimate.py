@@ -21,6 +21,7 @@ from layerwise.study.cost_model import CostModel, ModelCost
 from layerwise.study.estimate import Limits, estimate_jobs, limit_errors
 from layerwise.study.grid import plan
 from tests.support.model_families import FAMILIES, VOCABULARY, build, tokens
+from tests.support.narrow import some
 from tests.support.paths import ROOT
 from tests.support.workflow_harness import CONFIG, snakemake, tiny_project, tiny_study
 
@@ -37,7 +38,7 @@ def study_of(folder: Path, **changes: object) -> CostModel:
 def test_headers_give_the_layers_of_every_family(family, tmp_path):
     model = build(family)
     model.save_pretrained(tmp_path, max_shard_size="20KB")
-    shape = shapes.shape_of({"path": str(tmp_path)})
+    shape = some(shapes.shape_of({"path": str(tmp_path)}))
     linears = Counter(layer.shape for layer in structure.model_linears(model).values())
     found = Counter()
     for block, times in shape.blocks.items():
@@ -59,12 +60,12 @@ def test_headers_give_the_layers_of_every_family(family, tmp_path):
 @pytest.mark.parametrize("family", ["qwen3", "opt", "gpt_neox", "mixtral", "qwen2_moe", "deepseek_v3"])
 def test_a_config_alone_gives_nearly_the_same(family, tmp_path):
     build(family).save_pretrained(tmp_path)
-    found = shapes.shape_of({"path": str(tmp_path)})
+    found = some(shapes.shape_of({"path": str(tmp_path)}))
     (tmp_path / "model.safetensors").unlink()
     with pytest.raises(loading.InputError, match="no weights"):
         shapes.shape_of({"path": str(tmp_path)})
     config = AutoConfig.from_pretrained(tmp_path).to_dict()
-    guess = shapes.shape_of_config(config)
+    guess = some(shapes.shape_of_config(config))
     assert guess.depth == found.depth and guess.largest_gram == found.largest_gram
     assert guess.parameters == pytest.approx(found.parameters, rel=0.35)  # positions and biases, in models of this size
     assert shapes.shape_of_config({"model_type": "unheard_of"}) is None
@@ -72,10 +73,11 @@ def test_a_config_alone_gives_nearly_the_same(family, tmp_path):
 
 def test_memory_does_not_grow_with_the_number_of_blocks():
     config = dict(TALL, intermediate_size=64, vocab_size=VOCABULARY)
-    few, many = (ModelCost(shapes.shape_of_config(config | {"num_hidden_layers": depth}), 2) for depth in (8, 22))
+    sizes = (some(shapes.shape_of_config(config | {"num_hidden_layers": depth})) for depth in (8, 22))
+    few, many = (ModelCost(size, 2) for size in sizes)
     assert few.calibrating(512) == many.calibrating(512) and few.evaluating(512, 4096) == many.evaluating(512, 4096)
-    (some, least), (all_blocks, same) = few.answering(1), many.answering(1)
-    assert many.whole > 2 * few.whole and all_blocks > some > least == same
+    (few_blocks, least), (all_blocks, same) = few.answering(1), many.answering(1)
+    assert many.whole > 2 * few.whole and all_blocks > few_blocks > least == same
     assert cost_model.FITS == streaming.SHARE and cost_model.ROWS == perplexity.ROWS
 
 
@@ -85,7 +87,7 @@ def test_tasks_ask_for_the_whole_model_and_are_not_refused_without(tmp_path, mon
     build("llama").save_pretrained(tmp_path)
     own = study_of(tmp_path, tasks={"own": {"tasks": ["piqa"]}})
     jobs = [job for job in own.jobs() if job.rule in ("compress", "zero_shot")]
-    whole = own.shape(own.plan.cells[0].model).parameters * 4
+    whole = some(own.shape(own.plan.cells[0].model)).parameters * 4
     assert all(own.mem_mb(job) > whole / 1e6 for job in jobs)
     assert list(limit_errors(own, jobs, estimate_jobs(own, jobs, 2, 1e9), Limits(whole / 2, "", 1e15))) == []
     assert list(limit_errors(own, jobs, estimate_jobs(own, jobs, 2, 1e9), Limits(1e8, "", 1e15)))
@@ -97,7 +99,7 @@ def test_every_shipped_card_gives_a_cost():
 
 def test_what_is_inside_a_method_counts():
     catalogue = Catalogue()
-    costs = {name: cost_model.stated(entry) for name, entry in catalogue.items()}
+    costs = {name: some(cost_model.stated(entry)) for name, entry in catalogue.items()}
     inside = catalogue.complete("sparse_swaps", {"warm_start": {"alps": {"iterations": 300}}}, "test")
     w, g, products = cost_model.of_method(catalogue, "sparse_swaps", inside)
     assert (w, g) == tuple(max(costs["sparse_swaps"][i], 1 + costs["alps"][i]) for i in (0, 1))
@@ -133,7 +135,7 @@ def test_a_method_from_elsewhere_counts_as_its_card_says_or_as_the_most_demandin
     assert cost_model.of_method(catalogue, "first", {}) == tuple(map(max, zip(*shipped, strict=True)))
     assert cost_model.of_method(catalogue, "second", {}) == (4, 2, 1)
     inside = catalogue.complete("sparse_swaps", {"warm_start": "second"}, "test")
-    sparse_swaps = cost_model.stated(catalogue["sparse_swaps"])
+    sparse_swaps = some(cost_model.stated(catalogue["sparse_swaps"]))
     assert cost_model.of_method(catalogue, "sparse_swaps", inside) == (*sparse_swaps[:2], sparse_swaps[2] + 1)
 
 
@@ -142,7 +144,7 @@ def test_costs_of_a_study(tmp_path):
     own = study_of(tmp_path)
     found = {}
     for job in own.jobs():
-        cost = own.cost(job)
+        cost = some(own.cost(job))
         assert cost.memory > cost_model.PROCESS
         if job.rule == "compress":
             columns = own.cell(job).columns
@@ -183,7 +185,7 @@ def test_gram_stores_count_where_they_are(tmp_path, monkeypatch):
     build("llama").save_pretrained(tmp_path)
     own = study_of(tmp_path)
     found = estimate_jobs(own, own.jobs(), 2, 1e9)
-    (gram,) = [own.cost(job) for job in own.jobs() if job.rule == "gram"]
+    (gram,) = [some(own.cost(job)) for job in own.jobs() if job.rule == "gram"]
     assert found.stores == gram.disk + gram.transient
     for limits, refused in (
         ((found.disk, found.stores), []),
@@ -196,7 +198,7 @@ def test_gram_stores_count_where_they_are(tmp_path, monkeypatch):
         assert len(sentences) == len(refused) and all(part in s for part, s in zip(refused, sentences, strict=True))
     monkeypatch.setenv("LAYERWISE_CACHE", "/proc/grams")
     free, stores = estimate.disks(tmp_path / "results")
-    assert free > stores == 0
+    assert free > some(stores) == 0
     monkeypatch.setenv("LAYERWISE_CACHE", str(tmp_path / "absent" / "grams"))
     assert estimate.disks(tmp_path / "results")[1] is None
 
@@ -288,6 +290,6 @@ def test_a_run_whose_user_knows_better_goes_on_and_takes_the_disk_that_was_fores
     assert allowed.status == 0, allowed.output
     assert "of memory, for gram of the model 'tiny'" in allowed.output
     own = CostModel(plan(tiny_study() | {"models": {"tiny": {"path": str(next(folder.glob("a model*")))}}}))
-    need = own.cost(next(own.jobs()))
+    need = some(own.cost(next(own.jobs())))
     written = sum(path.stat().st_size for path in (folder / "results").rglob("block-*.safetensors"))
     assert need.disk == pytest.approx(written, rel=0.1)

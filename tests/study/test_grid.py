@@ -296,7 +296,8 @@ def test_tuning_is_part_of_a_cell_with_its_defaults():
     entries = {"gqsa": None, "gqsa-tuned": {"method": "gqsa", "tune": {"blocks": {"epochs": 3}, "end": {}}}}
     plain, tuned = plan(study(targets=targets, methods=entries, modes=["shared"])).cells
     assert plain.columns["comparison"] == "pruned and quantised" and tuned.columns["comparison"] == "tuned"
-    blocks, end = tuned.spec["tune"]["blocks"], tuned.spec["tune"]["end"]
+    stages = tuned.spec.get("tune", {})
+    blocks, end = stages["blocks"], stages["end"]
     assert blocks["epochs"] == 3 and set(blocks) == {"epochs", "batch", "weights", "grid"}
     assert set(end) == {"epochs", "batch", "grid"}
     assert json.loads(tuned.columns["params"]) == {"damping": 0.01, "tune": {"blocks": blocks, "end": end}}

@@ -28,7 +28,8 @@ class Far(Tensor):
     """A tensor whose memory, `here`, is out of reach of everything but operations on far tensors."""
 
     here: Tensor
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    # Of a subclass that dispatches, as torch documents it. The annotation of Tensor has a class method.
+    __torch_function__ = torch._C._disabled_torch_function_impl  # pyright: ignore[reportAssignmentType]
 
     @staticmethod
     def __new__(cls, here: Tensor) -> Far:

@@ -18,7 +18,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 import yaml
 from hypothesis import HealthCheck, Phase, given, note, seed, settings
@@ -29,9 +29,11 @@ from layerwise.contract.catalogue import Catalogue
 from layerwise.contract.target import Target
 from layerwise.runtime.errors import InputError
 from layerwise.study.grid import RESERVED, SCHEMA, SWEPT, Plan, plan
+from tests.support.narrow import some
 
 LONGEST_SENTENCE = 600
 PART = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.\-]*")
+EVERY_CHECK = cast(list[HealthCheck], list(HealthCheck))  # whose members have another type in its annotations
 
 CATALOGUE = Catalogue()
 PRUNERS = ["magnitude", "wanda", "ria", "sparsegpt"]
@@ -68,12 +70,12 @@ def parameter(schema: dict[str, Any]) -> st.SearchStrategy[Any]:
     kinds = schema["type"] if isinstance(schema["type"], list) else [schema["type"]]
     low = schema.get("minimum", schema.get("exclusiveMinimum"))
     high = schema.get("maximum", schema.get("exclusiveMaximum"))
-    edges = {"exclude_min": "exclusiveMinimum" in schema, "exclude_max": "exclusiveMaximum" in schema}
+    above, below = "exclusiveMinimum" in schema, "exclusiveMaximum" in schema
     known = {
         "boolean": st.booleans(),
         "null": st.none(),
         "integer": st.integers(low if low is not None else -9, high if high is not None else 9999),
-        "number": st.floats(low, high, allow_nan=False, allow_infinity=False, **edges),
+        "number": st.floats(low, high, allow_nan=False, allow_infinity=False, exclude_min=above, exclude_max=below),
         "string": WORDS,
     }
     return st.one_of([known[kind] for kind in kinds])
@@ -137,7 +139,7 @@ def studies(draw: st.DrawFn) -> dict[str, Any]:
     )
     texts = draw(st.dictionaries(NAMES, text, min_size=1, max_size=2))
     asked = draw(st.lists(targets(), min_size=1, max_size=3))
-    methods = draw(st.dictionaries(NAMES, method_entries(), min_size=1, max_size=3))
+    methods = cast(dict[str, Any], draw(st.dictionaries(NAMES, method_entries(), min_size=1, max_size=3)))
     for entry in methods.values():
         if not any(reaches(entry, target) for target in asked):
             able = [target for target in COMMON if reaches(entry, target)]
@@ -340,7 +342,7 @@ def fuzz(examples: int, start: int = 0) -> Counter[str]:
         max_examples=-(-examples // FAMILY),
         deadline=None,
         database=None,
-        suppress_health_check=list(HealthCheck),
+        suppress_health_check=EVERY_CHECK,
         phases=[Phase.generate, Phase.shrink],
     )
 
@@ -359,7 +361,7 @@ def fuzz(examples: int, start: int = 0) -> Counter[str]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=some(__doc__).splitlines()[0])
     parser.add_argument("--examples", type=int, default=10_000)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)

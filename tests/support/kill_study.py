@@ -83,7 +83,7 @@ def tables(folder: Path) -> dict[str, pd.DataFrame]:
     for path in sorted((folder / "results/tables").glob("*.parquet")):
         table = pd.read_parquet(path)
         if "metric" in table:
-            table = table[~table["metric"].isin(TIMES)].reset_index(drop=True)
+            table = table[~table["metric"].isin(list(TIMES))].reset_index(drop=True)
         found[path.stem] = table.drop(columns=list(MEASURED & set(table.columns)))
     return found
 

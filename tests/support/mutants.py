@@ -26,13 +26,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from queue import SimpleQueue
 
-import numba
 import yaml
 
 from tests.support.compiled import compile_loops
 from tests.support.fork_server import Warm
 from tests.support.paths import ROOT
-from tests.support.workflow_harness import share_compiled
+from tests.support.workflow_harness import compiled_folder, share_compiled
 
 TABLE = ROOT / "tests/support/mutants.yaml"
 PAGE = ROOT / "docs/testing.md"
@@ -88,12 +87,12 @@ def verdict(project: Warm, fault: Fault) -> str:
 
 def generated(folder: str, names: Sequence[str]) -> set[str]:
     """Of what stands in a folder what no copy needs; `results` and `figures` are rooms of the package too."""
-    return set(LEFT_OUT) & set(names) if Path(folder) == ROOT else set()
+    return set(names) & set(LEFT_OUT) if Path(folder) == ROOT else set()
 
 
 def warm_copy(folder: Path) -> Warm:
     """A copy of the project with what is compiled: only the loops of a file with a fault are compiled anew."""
-    share_compiled(Path(numba.config.CACHE_DIR), folder, within=folder / COMPILED)
+    share_compiled(compiled_folder(), folder, within=folder / COMPILED)
     shutil.copytree(ROOT, folder, symlinks=True, ignore=generated, dirs_exist_ok=True)
     return Warm(folder, {"NUMBA_CACHE_DIR": str(folder / COMPILED)})
 

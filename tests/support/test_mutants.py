@@ -7,6 +7,7 @@ from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
@@ -91,7 +92,7 @@ def test_no_fault_is_planted_after_the_time(monkeypatch):
 
 
 def begun(end: int | None) -> bool:
-    item = SimpleNamespace(config=SimpleNamespace(getoption=lambda name: end))
+    item = cast(pytest.Item, SimpleNamespace(config=SimpleNamespace(getoption=lambda name: end)))
     try:
         time_budget.pytest_runtest_setup(item)
     except pytest.skip.Exception:
@@ -105,11 +106,12 @@ def test_no_test_is_begun_after_the_time():
 
 
 def test_files_come_by_chance_where_the_time_is_short():
-    items = [SimpleNamespace(path=Path(f"test_{number // 3}.py"), number=number) for number in range(30)]
+    items: list[Any] = [SimpleNamespace(path=Path(f"test_{number // 3}.py"), number=number) for number in range(30)]
 
     def order(end: int | None) -> list[int]:
         ours = items.copy()
-        time_budget.pytest_collection_modifyitems(SimpleNamespace(getoption=lambda name: end), ours)
+        config = cast(pytest.Config, SimpleNamespace(getoption=lambda name: end))
+        time_budget.pytest_collection_modifyitems(config, ours)
         return [item.number for item in ours]
 
     assert order(None) == list(range(30)) != order(7) == order(7) != order(8)

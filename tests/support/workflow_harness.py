@@ -66,8 +66,14 @@ def copy_project(to: Path) -> Path:
         else:
             (to / part).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(source, to / part)
-    share_compiled(Path(numba.config.CACHE_DIR), to)
+    share_compiled(compiled_folder(), to)
     return to
+
+
+def compiled_folder() -> Path:
+    """Where Numba keeps what is compiled."""
+    # Numba makes its settings when it is imported, which no type says.
+    return Path(numba.config.CACHE_DIR)  # pyright: ignore[reportPrivateImportUsage, reportAttributeAccessIssue]
 
 
 def share_compiled(cache: Path, to: Path, within: Path | None = None) -> None:

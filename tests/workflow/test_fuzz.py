@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
-from hypothesis import HealthCheck, assume, example, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 from layerwise.checks import battery as contract
@@ -37,12 +37,12 @@ from layerwise.sources.tokens import load_tokenizer
 from layerwise.storage.table_schema import columns, from_rows, read_table, to_frame
 from layerwise.study import config_file
 from layerwise.study.grid import plan
-from tests.support.fuzz_configs import CATALOGUE, fuzz, sentence_of, targets
+from tests.support.fuzz_configs import CATALOGUE, EVERY_CHECK, fuzz, sentence_of, targets
 from tests.support.model_families import build
 from tests.support.paths import ROOT
 from tests.support.workflow_harness import tiny_study, words, write_tokenizer
 
-QUIET = settings(deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
+QUIET = settings(deadline=None, derandomize=True, database=None, suppress_health_check=EVERY_CHECK)
 some = settings(QUIET, max_examples=60)
 
 

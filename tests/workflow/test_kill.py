@@ -9,6 +9,7 @@ import pytest
 
 from layerwise.runtime.files import unlock_after_death
 from tests.support.kill_study import assert_same_tables, disturbed
+from tests.support.narrow import some
 from tests.support.workflow_harness import WITHOUT_FIGURES, snakemake, tiny_project
 
 
@@ -39,10 +40,10 @@ def test_the_lock_of_a_run_that_lives_is_left_alone(tmp_path):
     lock.write_text("")
     second = unlock_after_death(tmp_path)
     assert lock.exists()
-    first.close()
+    some(first).close()
     third = unlock_after_death(tmp_path)  # the second still lives
     assert lock.exists()
-    second.close()
-    third.close()
-    unlock_after_death(tmp_path).close()
+    some(second).close()
+    some(third).close()
+    some(unlock_after_death(tmp_path)).close()
     assert not lock.exists()

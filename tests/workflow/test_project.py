@@ -327,7 +327,7 @@ def test_the_small_study_is_the_embedded_one_in_small(tmp_path):
     study = yaml.safe_load((ROOT / "config/config.yaml").read_text("utf-8"))
     planned = plan(smoke.small_study(study, tmp_path))
     assert len(planned.cells) == 1 + 3 * 2 and planned.skipped == []
-    assert {spec["path"] for spec in planned.models.values()} == {str(tmp_path / "resources/demo")}
+    assert {spec.get("path") for spec in planned.models.values()} == {str(tmp_path / "resources/demo")}
     assert planned.config["texts"] == plan(study).config["texts"]
 
 

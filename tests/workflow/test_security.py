@@ -13,7 +13,8 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pandas as pd
 import pytest
@@ -23,7 +24,7 @@ import yaml
 from layerwise.evaluation import zero_shot
 from layerwise.models.loading import load
 from layerwise.models.streaming import LazyBlocks
-from layerwise.report.page import page
+from layerwise.report.page import Study, page
 from layerwise.results.cell_results import evaluations
 from layerwise.results.collect import StudyInputs, collect
 from layerwise.results.main_table import escape_latex, escape_markdown
@@ -142,6 +143,7 @@ def test_a_checkpoint_that_is_a_pickle_is_refused_with_the_command_that_converts
     model = build("llama")
     model.config.save_pretrained(folder)
     (folder / name).write_bytes(pickle.dumps({"a": Touches(mark)}))
+    command: list[str] = []
     for told in refusal(folder):
         assert name in told and "a pickle can run code: if you trust its source" in told
         command = shlex.split(told.partition("convert pytorch_model*.bin with ")[2])
@@ -390,12 +392,14 @@ def test_the_report_escapes_everything_it_shows(tmp_path, text):
         entry = {"path": word, "known_as": word, "dataset": word, "tasks": [word], word: word}
         config = {"study": word, "models": {word: entry}, **synthetic_tables.STUDY, "tasks": {word: entry}}
 
-        class Study:
-            pass
-
-        Study.cells, Study.config, Study.evaluations = cells, config, synthetic_tables.EVALUATIONS
-        Study.tasks, Study.warnings = {}, staticmethod(lambda: [f"warned of {word}"])
-        return Study, page(Study, root / "tables", [])
+        planned = SimpleNamespace(
+            cells=cells,
+            config=config,
+            evaluations=synthetic_tables.EVALUATIONS,
+            tasks={},
+            warnings=lambda: [f"warned of {word}"],
+        )
+        return planned, page(cast(Study, planned), root / "tables", [])
 
     _, hostile = study_of(text)
     _, plain = study_of("harmless")

@@ -17,6 +17,7 @@ import pandas as pd
 import pytest
 import yaml
 
+from layerwise.storage.frames import select
 from tests.support.slurm_cluster import Cluster, missing
 from tests.support.workflow_harness import CONFIG, snakemake, tiny_project, tiny_study, write_config
 from tests.workflow.test_workflow import FRAGILE
@@ -128,7 +129,7 @@ def tables(folder: Path) -> dict[str, pd.DataFrame]:
     """Every table without what is a run's own."""
     read = {name: pd.read_parquet(folder / f"results/tables/{name}.parquet") for name in TABLES}
     cells = read["cells"]
-    read["cells"] = cells[~cells["metric"].str.endswith("seconds")].reset_index(drop=True)
+    read["cells"] = select(cells, ~cells["metric"].str.endswith("seconds")).reset_index(drop=True)
     return {name: table.drop(columns=OWN, errors="ignore") for name, table in read.items()}
 
 
