@@ -52,7 +52,8 @@ def solved(case: str, layer: Layer) -> None:
         return
     chosen = CASES[case]
     dtype = torch.bfloat16
-    linear = structure.Linear(layer.name, layer.name, torch.nn.Linear(*layer.weight.shape[::-1], dtype=dtype), False)
+    out, inputs = layer.weight.shape
+    linear = structure.Linear(layer.name, layer.name, torch.nn.Linear(inputs, out, dtype=dtype), False)
     built = replace(chosen.built, **{key: few for key, few in FEW.items() if hasattr(chosen.built, key)})
     result, _ = Solver(chosen.method, built, chosen.target, 0, dtype).solve(layer)
     linear.replace(result.weight)

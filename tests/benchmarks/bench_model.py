@@ -87,9 +87,8 @@ class Measured:
 
 def build(name: str, blocks: int, dtype: str, length: int, device: torch.device) -> LlamaForCausalLM:
     """A random model of the shape with so many blocks, on the device."""
-    config = LlamaConfig(
-        **SHAPES[name] | {"num_hidden_layers": blocks}, vocab_size=VOCABULARY, max_position_embeddings=length
-    )
+    sides: dict[str, Any] = {**SHAPES[name], "num_hidden_layers": blocks}
+    config = LlamaConfig(**sides, vocab_size=VOCABULARY, max_position_embeddings=length)
     before = torch.get_default_dtype()
     torch.set_default_dtype(getattr(torch, dtype))  # never the float32 of the whole
     try:

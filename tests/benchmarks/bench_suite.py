@@ -17,6 +17,7 @@ import torch
 
 from layerwise.contract.layer import Layer
 from tests.benchmarks.suite import CASES, first_rows, layer_of, shapes
+from tests.support.typing_helpers import some
 
 WARM = 256  # side of the layer that every call sees once before it is timed
 
@@ -24,7 +25,7 @@ WARM = 256  # side of the layer that every call sees once before it is timed
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     found = [
         pytest.param(name, shape, compared, id=f"{name}, {shape[0]} x {shape[1]}")
-        for shape, compared in shapes(metafunc.config.getoption("sizes")).items()
+        for shape, compared in shapes(some(metafunc.config.getoption("sizes"))).items()
         for name in CASES
     ]
     metafunc.parametrize("name, shape, compared", found)
@@ -42,7 +43,7 @@ def test_case(benchmark, pytestconfig: pytest.Config, name: str, shape: tuple[in
     reason = case.left_out(out, inputs)
     if reason:
         pytest.skip(reason)
-    torch.set_num_threads(pytestconfig.getoption("threads"))
+    torch.set_num_threads(some(pytestconfig.getoption("threads")))
 
     layer, load = first_rows(layer_of(out, inputs), case.rows), os.getloadavg()[0]
     few, floor, baseline = first_rows(layer, case.few), [], []

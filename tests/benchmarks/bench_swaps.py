@@ -23,6 +23,7 @@ from layerwise.kernels import swap_search as kernel
 from layerwise.methods.sparse_swaps import SparseSwaps
 from layerwise.methods.wanda import Wanda
 from layerwise.numerics import ops, swap_search
+from tests.support.typing_helpers import mask_of
 
 TARGETS = [Target(0.5), Target(0.6), Target(pattern="2:4")]
 SIZES = [512, 1024, 2048, 4096]
@@ -65,7 +66,7 @@ def baseline_swaps(layer: Layer, target: Target) -> Compressed:
 
 def floor_swaps(layer: Layer, target: Target) -> Tensor:
     """The product that the method needs: c = G q of the first mask, in float64."""
-    mask = Wanda().compress(layer, target, torch.Generator()).mask
+    mask = mask_of(Wanda().compress(layer, target, torch.Generator()))
     weight, gram = (ops.normalised(x)[0].double() for x in (layer.weight, layer.gram.matrix))
     return torch.where(mask, 0.0, weight) @ gram
 
@@ -111,7 +112,7 @@ def main(size: int = 2048, rows: int = 4) -> None:
         print(f"  floor {time.perf_counter() - start:.2f} s")
         for name, function in (("plain", plain_swaps), ("brute force", baseline_swaps)):
             seconds, slow = timed(function, few, target)
-            assert torch.equal(slow.mask, result.mask[:rows]), name
+            assert torch.equal(mask_of(slow), mask_of(result)[:rows]), name
             ratio = seconds / slow.info["swaps"] / each
             print(f"  {name}, {rows} rows: {seconds:.2f} s, {ratio:.0f} times as long a swap")
 

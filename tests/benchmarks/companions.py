@@ -116,7 +116,7 @@ def baseline_awq(layer: Layer, target: Target) -> Tensor:
 
 def floor_awq(layer: Layer, target: Target) -> None:
     """A product with the Gram for each ratio, and one with the sample for each range of every group."""
-    assert layer.statistics is not None
+    assert layer.statistics is not None and target.group is not None
     groups = (-1, target.group)
     weight, tokens = (x.unflatten(1, groups).transpose(0, 1) for x in (layer.weight, layer.statistics.sample))
     for _ in range(RATIOS):

@@ -162,7 +162,7 @@ def copies(layer: Layer, count: int) -> None:
         columns.floor_copy(layer)
 
 
-def of(call: Callable, *arguments: object, **named: object) -> Callable[[Layer], object]:
+def of(call: Callable, *arguments: object, **named: object) -> Callable[[Layer], Any]:
     """call(layer, *arguments)."""
     return lambda layer: call(layer, *arguments, **named)
 

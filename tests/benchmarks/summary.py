@@ -18,6 +18,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from layerwise.figures import style
 from layerwise.runtime.files import whole_file, write_atomic
+from layerwise.storage import frames
 from tests.benchmarks.suite import BUDGET, CASES, FIXED, SIDES, UNTIMED
 
 LOOKS = tuple(zip(("#9fc3e6", "#5b9bd5", "#2f6fb0", "#123f73", "#D55E00"), "os^DP", strict=True))  # by size
@@ -48,7 +49,7 @@ def exponent(part: pd.DataFrame, along: str, seconds: str) -> float:
 
 def squares(table: pd.DataFrame) -> pd.DataFrame:
     """The lines of the sizes that were asked for, without those that serve the exponents alone, and their `shape`."""
-    asked = table[table["compared"]].copy()
+    asked = frames.select(table, frames.column(table, "compared")).copy()
     asked["shape"] = [f"{o}" if o == i else f"{o} x {i}" for o, i in zip(asked["out"], asked["in"], strict=True)]
     return asked
 
@@ -77,7 +78,8 @@ def by_shape(table: pd.DataFrame, column: str) -> str:
 def markdown(table: pd.DataFrame, run: dict[str, Any], command: str) -> str:
     """The page of tables."""
     (threads,) = set(table["threads"])
-    rounds = " to ".join(str(few) for few in sorted({table["rounds"].min(), table["rounds"].max()}))
+    taken = frames.column(table, "rounds")
+    rounds = " to ".join(str(few) for few in sorted({int(frames.lowest(taken)), int(frames.highest(taken))}))
     cpu = run["machine_info"]["cpu"].get("brand_raw", "unknown processor")
     rows = [
         [
@@ -138,8 +140,9 @@ def drawn(table: pd.DataFrame) -> Figure:
     panels = figure.subplots(1, 2, sharey=True)
     for panel, column, title in zip(panels, ("gain", "to_floor"), (GAIN, TO_FLOOR), strict=True):
         for name, (colour, marker) in zip(shapes, cycle(LOOKS), strict=False):
-            part = asked[asked["shape"] == name]
-            panel.plot(part[column], part["case"].cat.codes, marker, color=colour, label=name, markersize=4)
+            part = frames.matching(asked, shape=name)
+            places = frames.column(part, "case").cat.codes
+            panel.plot(part[column], places, marker, color=colour, label=name, markersize=4)
         panel.axvline(1, color="black", linewidth=0.8)
         panel.set_xscale("log")
         panel.xaxis.set_major_locator(LogLocator(numticks=9))

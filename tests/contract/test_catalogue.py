@@ -4,6 +4,7 @@ import ast
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import jsonschema
 import pytest
@@ -388,7 +389,8 @@ def test_chains_are_completed_and_built():
     assert first["sparse_swaps"] == {"warm_start": {"magnitude": {"convention": "exact"}}, "swaps": 3}
     assert second == {"rtn": {"mse": False}}
     assert catalogue.complete("chain", complete, "test") == complete
-    pruner, quantiser = catalogue.build("chain", complete).chain
+    built: Any = catalogue.build("chain", complete)  # a class of the adapter's file
+    pruner, quantiser = built.chain
     assert (type(pruner).__name__, type(quantiser).__name__) == ("SparseSwaps", "RTN")
     assert pruner.swaps == 3 and type(pruner.warm_start).__name__ == "Magnitude"
 

@@ -1,6 +1,7 @@
 """SparseFW against its algorithm 2 written plainly, in float64 and loops."""
 
 import itertools
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,13 +10,14 @@ import torch
 from layerwise.checks import layer_cases as layers
 from layerwise.checks.brute_force import best_error, output_error
 from layerwise.checks.layer_cases import Recipe
-from layerwise.contract.layer import Layer, Target
+from layerwise.contract.layer import Compressed, Layer, Target
 from layerwise.methods.frank_wolfe import FrankWolfe
 from layerwise.methods.magnitude import Magnitude
 from layerwise.methods.sparse_swaps import SparseSwaps
 from layerwise.methods.wanda import Wanda
 from layerwise.numerics import dispatch, ops
 from layerwise.numerics.relaxation import best_step, linear_minimiser
+from tests.support.typing_helpers import mask_of
 
 LAYERS = {
     "10 inputs": Recipe(out=4, inputs=10),
@@ -29,8 +31,8 @@ ALL_STEPS = [*STEPS, "pairwise"]
 KEEPS = [0.0, 0.1, 0.25, 0.5, 0.75, 0.9]  # of the paper's second table
 
 
-def compress(layer: Layer, target: Target, **params):
-    return FrankWolfe(**{"warm_start": Wanda()} | params).compress(layer, target, torch.Generator())
+def compress(layer: Layer, target: Target, **params: Any) -> Compressed:
+    return FrankWolfe(**{"warm_start": Wanda(), **params}).compress(layer, target, torch.Generator())
 
 
 def groups(shape: tuple[int, int], target: Target) -> list[tuple[list[tuple[int, int]], int]]:
@@ -133,8 +135,8 @@ def test_agrees_after_many_steps(keep: float, target: Target):
 @pytest.mark.parametrize("target", [Target(0.6), Target(pattern="2:4")], ids=lambda target: target.label)
 def test_keep_one_is_the_warm_start(target: Target, start):
     layer = layers.build("correlated")
-    mask = start.compress(layer, target, torch.Generator()).mask
-    assert torch.equal(compress(layer, target, warm_start=start, keep=1.0).mask, mask)
+    mask = mask_of(start.compress(layer, target, torch.Generator()))
+    assert torch.equal(mask_of(compress(layer, target, warm_start=start, keep=1.0)), mask)
 
 
 @pytest.mark.parametrize("keep", [0.5, 0.9])
@@ -142,13 +144,13 @@ def test_keep_one_is_the_warm_start(target: Target, start):
 def test_what_is_fixed_stays(target: Target, keep: float):
     """The top of the warm start's saliency, floor(keep k) of a row's or the layer's k, also where these are in n:m."""
     layer = layers.build("correlated")
-    start = Wanda().compress(layer, target, torch.Generator()).mask
+    start = mask_of(Wanda().compress(layer, target, torch.Generator()))
     saliency = torch.where(start, layer.weight.abs() * layer.gram.diagonal.sqrt(), 0.0)
     lines = saliency.flatten()[None] if target.pattern == "layer" else saliency
     count = int(keep * int((lines[0] > 0).sum()))
     fixed = torch.zeros_like(lines, dtype=torch.bool).scatter(1, lines.topk(count).indices, True).view_as(start)
     assert torch.equal(FrankWolfe(Wanda(), keep).fixed(layer, start, target, torch.Generator()), fixed)
-    came = compress(layer, target, keep=keep, iterations=50).mask
+    came = mask_of(compress(layer, target, keep=keep, iterations=50))
     assert (came | ~fixed).all()
     assert not torch.equal(came, start)
 
@@ -166,7 +168,7 @@ def test_no_weight_is_lost_between_fixed_and_free(inputs: int, keep: float):
     """floor(keep k) + floor((1 - keep) k) can be k - 1; the target of every count keeps that count."""
     layer = layers.make(Recipe(out=2, inputs=inputs))
     result = compress(layer, Target(0.6), keep=keep, iterations=2)
-    assert result.mask.sum(1).tolist() == [inputs - int(0.6 * inputs)] * 2
+    assert mask_of(result).sum(1).tolist() == [inputs - int(0.6 * inputs)] * 2
     for count in range(1, inputs + 1):
         for pattern, group in (("row", inputs), ("layer", 2 * inputs)):
             target = ops.keeping(count, Target(0.6, pattern), layer.weight.shape)
@@ -188,14 +190,14 @@ def test_the_line_search_is_the_minimiser(target: Target):
         weight, gram = layer.weight.double(), layer.gram.matrix.double()
         mask, vertex = torch.rand(2, 3, 12, generator=generator, dtype=torch.float64)
         lost, moved = weight * (1 - mask), weight * (vertex - mask)
-        came = best_step(ops.inner(lost @ gram, moved), ops.inner(moved @ gram, moved), target)
+        came = torch.as_tensor(best_step(ops.inner(lost @ gram, moved), ops.inner(moved @ gram, moved), target))
         for part in [slice(None)] if target.pattern == "layer" else [[i] for i in range(3)]:
             numeric = line_minimum(*(x.numpy() for x in (weight[part], gram, mask[part], (vertex - mask)[part])))
             assert float(came if target.pattern == "layer" else came[part]) == pytest.approx(numeric, abs=1e-5)
 
 
 def test_a_flat_direction_takes_the_whole_step_down_and_none_up():
-    came = best_step(torch.tensor([1.0, 0.0, -1.0]), torch.zeros(3), Target(0.5))
+    came = torch.as_tensor(best_step(torch.tensor([1.0, 0.0, -1.0]), torch.zeros(3), Target(0.5)))
     assert came.flatten().tolist() == [1, 0, 0]
 
 
@@ -248,7 +250,7 @@ def test_the_compiled_steps_are_those_in_torch(name: str, target: Target, step: 
     ours = compress(layer, target, step=step, keep=keep, iterations=60)
     with dispatch.reference():
         plain = compress(layer, target, step=step, keep=keep, iterations=60)
-    assert torch.equal(ours.mask, plain.mask)
+    assert torch.equal(mask_of(ours), mask_of(plain))
     start = plain.trace[0][2]
     assert [f for *_, f in ours.trace] == pytest.approx([f for *_, f in plain.trace], rel=1e-9, abs=1e-9 * start)
     gaps = plain.info["duality_gaps"]

@@ -12,6 +12,7 @@ from layerwise.contract.layer import Gram, Layer, Target
 from layerwise.methods.gqsa import GQSA
 from layerwise.numerics import ops
 from layerwise.storage.bits_per_weight import bits_per_weight
+from tests.support.typing_helpers import mask_of
 
 LAYERS = {
     "correlated": Recipe(out=6, inputs=24),
@@ -73,7 +74,7 @@ def test_agrees_with_the_formulas(name: str, damping: float, target: Target):
     layer = layers.make(LAYERS[name], name)
     result = GQSA(damping).compress(layer, target, torch.Generator())
     weight, mask = oracle(layer, target, damping)
-    assert np.array_equal(result.mask.numpy(), mask)
+    assert np.array_equal(mask_of(result).numpy(), mask)
     assert np.array_equal(result.weight.numpy(), weight)
     assert result.info["damping"] == damping
 
@@ -83,14 +84,14 @@ def test_activations_decide_which_block_stays():
     weight = torch.tensor([[2.0, 2.0, 1.0, 1.0]])
     for size, kept in ((1.9, [True, False]), (2.1, [False, True])):
         gram = Gram(torch.diag(torch.tensor([1.0, 1.0, size, size])), 10)
-        mask = GQSA(1e-6).compress(Layer("layer", weight, gram), Target(0.5, "1x2"), torch.Generator()).mask
-        assert mask[0, ::2].tolist() == kept
+        result = GQSA(1e-6).compress(Layer("layer", weight, gram), Target(0.5, "1x2"), torch.Generator())
+        assert mask_of(result)[0, ::2].tolist() == kept
 
 
 def test_the_blocks_of_dead_inputs_go_first():
     layer = layers.make(Recipe(out=6, inputs=24, dead=tuple(range(8, 16))))
     layer = replace(layer, weight=torch.where(layer.gram.dead, 100.0, layer.weight))
-    mask = GQSA().compress(layer, Target(0.4, "1x8"), torch.Generator()).mask
+    mask = mask_of(GQSA().compress(layer, Target(0.4, "1x8"), torch.Generator()))
     assert torch.equal(mask, (~layer.gram.dead).expand_as(mask))
 
 
@@ -103,5 +104,6 @@ def test_the_grid_of_a_group_is_that_of_its_kept_weights():
     layer = layers.build("correlated")
     target = Target(0.5, "1x16", bits=4, group=32)
     result = GQSA().compress(layer, target, torch.Generator())
-    grid = ops.fit_grid(torch.where(result.mask, layer.weight, 0.0), target)
-    assert torch.equal(grid_of(result).scales, grid.scales) and torch.equal(grid_of(result).zeros, grid.zeros)
+    grid = ops.fit_grid(torch.where(mask_of(result), layer.weight, 0.0), target)
+    came = grid_of(result)
+    assert torch.equal(came.scales, grid.scales) and torch.equal(came.zeros, grid.zeros)

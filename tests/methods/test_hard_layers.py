@@ -196,7 +196,8 @@ def test_the_damping_that_was_needed_is_in_the_row(name: str):
     entry = Catalogue()[name]
     target = next(target for target in TARGETS if not entry.refusal(target))
     _, asked = solver(entry, {}, target).solve(seen(inputs()))
-    assert asked["damping"] == solver(entry, {}, target).method.damping
+    method: Any = solver(entry, {}, target).method  # a class of the adapter's file
+    assert asked["damping"] == method.damping
     _, row = solver(entry, {"damping": TINY}, target).solve(spectrum(below_zero))
     assert row["damping"] >= 10 * TINY
     assert math.log10(row["damping"] / TINY) == pytest.approx(round(math.log10(row["damping"] / TINY)))

@@ -13,6 +13,7 @@ from layerwise.checks.brute_force import output_error
 from layerwise.contract.catalogue import Catalogue
 from layerwise.contract.layer import Gram, Layer, Target
 from layerwise.methods import reconstruct
+from tests.support.typing_helpers import mask_of
 
 TARGETS = [Target(0.6), Target(0.5, "layer"), Target(pattern="2:4"), Target(0.5, "1x16")]
 
@@ -45,7 +46,7 @@ def normal_equations(layer: Layer, mask: torch.Tensor, damping: float) -> np.nda
 def test_it_solves_the_normal_equations(name: str, target: Target, damping: float):
     layer = layers.build(name)
     result = compress(layer, target, damping=damping)
-    expected = normal_equations(layer, result.mask, damping)
+    expected = normal_equations(layer, mask_of(result), damping)
     np.testing.assert_allclose(result.weight.numpy(), expected, rtol=1e-5, atol=1e-7 * np.abs(expected).max())
     assert result.info["damping"] == damping
 
@@ -54,7 +55,7 @@ def test_it_solves_the_normal_equations(name: str, target: Target, damping: floa
 def test_degenerate_grams_are_solved_to_the_same_error(name: str):
     layer = layers.build(name)
     result = compress(layer, Target(0.5), damping=1e-4)
-    expected = torch.tensor(normal_equations(layer, result.mask, 1e-4))
+    expected = torch.tensor(normal_equations(layer, mask_of(result), 1e-4))
     assert output_error(layer, result.weight) == pytest.approx(output_error(layer, expected), rel=1e-3, abs=1e-10)
 
 
@@ -65,10 +66,10 @@ def test_no_row_is_worse_than_the_method_whose_mask_it_takes(mask_from: str):
     given = compress(layer, target, mask_from)
     for damping in (1e-6, 100.0):
         result = compress(layer, target, mask_from=mask_from, damping=damping)
-        assert torch.equal(result.mask, given.mask)
+        assert torch.equal(mask_of(result), mask_of(given))
         for row in range(len(layer.weight)):
             one = replace(layer, weight=layer.weight[row : row + 1])
-            ours, plain = result.weight[row : row + 1], torch.where(given.mask, layer.weight, 0.0)[row : row + 1]
+            ours, plain = result.weight[row : row + 1], torch.where(mask_of(given), layer.weight, 0.0)[row : row + 1]
             error = output_error(one, ours)
             assert error <= output_error(one, given.weight[row : row + 1]) * (1 + 1e-6)
             assert error <= output_error(one, plain) * (1 + 1e-6)

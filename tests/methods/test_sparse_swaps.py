@@ -22,6 +22,7 @@ from layerwise.methods.sparsegpt import SparseGPT
 from layerwise.methods.wanda import Wanda
 from layerwise.numerics import swap_search
 from layerwise.numerics.swap_search import GroupSearch, RowSearch
+from tests.support.typing_helpers import mask_of
 
 LAYERS = {
     "10 inputs": Recipe(out=6, inputs=10),
@@ -73,18 +74,19 @@ def numbers(layer: Layer) -> tuple[np.ndarray, np.ndarray]:
 def test_every_swap_is_the_best_one_and_the_end_a_local_optimum(name: str, target: Target, start, path):
     layer = layers.make(LAYERS[name], name)
     weight, gram = numbers(layer)
-    expected = start.compress(layer, target, torch.Generator()).mask.numpy().copy()
+    expected = mask_of(start.compress(layer, target, torch.Generator())).numpy().copy()
+    swaps = 0
     for swaps in range(100):
         result = SparseSwaps(start, swaps).compress(layer, target, torch.Generator())
         loss = sum(plain_loss(*row) for row in zip(weight, [gram] * len(weight), expected, strict=True))
-        assert result.mask.numpy().tolist() == expected.tolist()
+        assert mask_of(result).numpy().tolist() == expected.tolist()
         assert result.trace[-1][2] == pytest.approx(loss, rel=1e-6, abs=1e-12)
         swapped = [plain_swap(row, gram, mask, target) for row, mask in zip(weight, expected, strict=True)]
         if all(mask is None for mask in swapped):
             break
         expected = np.array([old if new is None else new for old, new in zip(expected, swapped, strict=True)])
     optimum = SparseSwaps(start, None).compress(layer, target, torch.Generator())
-    assert optimum.mask.numpy().tolist() == expected.tolist() and len(optimum.trace) == swaps + 1
+    assert mask_of(optimum).numpy().tolist() == expected.tolist() and len(optimum.trace) == swaps + 1
 
 
 @pytest.mark.parametrize("target", TARGETS[:3], ids=lambda target: target.label)
@@ -108,10 +110,11 @@ def test_the_loss_never_rises_and_the_trace_tells_it(name: str, target: Target, 
     objectives = [value for _, _, value in result.trace]
     assert all(after < before for before, after in itertools.pairwise(objectives))
     weight, gram = numbers(layer)
-    lost = weight * ~result.mask.numpy()
+    lost = weight * ~mask_of(result).numpy()
     scale = (weight**2 * gram.diagonal()).sum()
     assert objectives[-1] == pytest.approx(((lost @ gram) * lost).sum(), rel=1e-6, abs=1e-12 * scale)
-    changed = (result.mask != Random().compress(layer, target, torch.Generator().manual_seed(0)).mask).sum()
+    start = Random().compress(layer, target, torch.Generator().manual_seed(0))
+    changed = (mask_of(result) != mask_of(start)).sum()
     assert 2 * result.info["swaps"] >= changed and len(result.trace) <= 1 + result.info["swaps"]
 
 
@@ -135,7 +138,7 @@ def test_the_search_finds_the_best_of_all_pairs(seed: int, length: int | None, m
     weight, gram = layer.weight.double(), layer.gram.matrix.double()
     mask = torch.rand(weight.shape, generator=torch.Generator().manual_seed(seed)) < 0.4
     if seed % 2:
-        mask = Wanda().compress(layer, Target(0.6), torch.Generator()).mask
+        mask = mask_of(Wanda().compress(layer, Target(0.6), torch.Generator()))
     change = brute_changes(weight, gram, mask, length or 150)
     coupling, alone = torch.where(mask, 0.0, weight) @ gram, weight**2 * gram.diagonal()
     cost = torch.where(mask, alone + 2 * weight * coupling, torch.inf)
@@ -150,7 +153,7 @@ def test_the_search_finds_the_best_of_all_pairs(seed: int, length: int | None, m
 def test_no_pair_is_better_than_its_bound(seed: int):
     layer = layers.make(Recipe(out=10, inputs=60, seed=seed))
     weight, gram = layer.weight.double(), layer.gram.matrix.double()
-    mask = Wanda().compress(layer, Target(0.5), torch.Generator()).mask
+    mask = mask_of(Wanda().compress(layer, Target(0.5), torch.Generator()))
     coupling, alone = torch.where(mask, 0.0, weight) @ gram, weight**2 * gram.diagonal()
     cost = torch.where(mask, alone + 2 * weight * coupling, torch.inf)
     gain = torch.where(mask, torch.inf, alone - 2 * weight * coupling)
@@ -163,16 +166,16 @@ def test_a_warm_start_that_updates_weights_gives_its_mask_alone():
     layer = layers.build("correlated")
     start = SparseGPT().compress(layer, Target(0.6), torch.Generator())
     result = SparseSwaps(SparseGPT(), 0).compress(layer, Target(0.6), torch.Generator())
-    assert torch.equal(result.mask, start.mask)
-    assert torch.equal(result.weight, torch.where(start.mask, layer.weight, 0.0))
+    assert torch.equal(mask_of(result), mask_of(start))
+    assert torch.equal(result.weight, torch.where(mask_of(start), layer.weight, 0.0))
 
 
 def test_swaps_are_counted_per_row(path):
     layer = layers.build("correlated")
-    before = Wanda().compress(layer, Target(0.6), torch.Generator()).mask
+    before = mask_of(Wanda().compress(layer, Target(0.6), torch.Generator()))
     for swaps in (0, 1, 3):
         after = SparseSwaps(Wanda(), swaps).compress(layer, Target(0.6), torch.Generator())
-        assert int((before != after.mask).sum(1).max()) <= 2 * swaps and len(after.trace) == swaps + 1
+        assert int((before != mask_of(after)).sum(1).max()) <= 2 * swaps and len(after.trace) == swaps + 1
 
 
 def test_a_diagonal_gram_leaves_nothing_to_swap():
@@ -190,7 +193,8 @@ def test_a_huge_input_that_every_row_keeps_does_not_end_the_search(target: Targe
         size = torch.ones(64)
         size[3] = 2.0**power
         gram = Gram(layer.gram.matrix * size * size[:, None], layer.gram.tokens)
-        masks.append(SparseSwaps(Wanda(), None).compress(replace(layer, gram=gram), target, torch.Generator()).mask)
+        result = SparseSwaps(Wanda(), None).compress(replace(layer, gram=gram), target, torch.Generator())
+        masks.append(mask_of(result))
         assert masks[-1][:, 3].all()
     assert torch.equal(*masks)
 
@@ -215,7 +219,7 @@ def tied(inputs: int, seed: int) -> Layer:
 
 def assert_same(fast: Compressed, plain: Compressed) -> None:
     """Swap by swap: after each round the same loss, to the last bit, and the same masks in the end."""
-    assert torch.equal(fast.mask, plain.mask) and fast.info == plain.info
+    assert torch.equal(mask_of(fast), mask_of(plain)) and fast.info == plain.info
     assert [(i, value) for i, _, value in fast.trace] == [(i, value) for i, _, value in plain.trace]
 
 
@@ -277,7 +281,7 @@ def test_the_rounds_leave_the_rows_as_they_tell(length: int | None, path):
     """Mask and loss are those of the last round."""
     layer = wide(100, 2)
     weight, gram = layer.weight, layer.gram.matrix / 1024
-    mask = Wanda().compress(layer, Target(pattern="2:4") if length else Target(0.5), torch.Generator()).mask
+    mask = mask_of(Wanda().compress(layer, Target(pattern="2:4") if length else Target(0.5), torch.Generator()))
     pruned = torch.where(mask, 0.0, weight.double())
     coupling = pruned @ gram.double()
     rows = SwapState(weight, gram, mask, coupling, (coupling * pruned).sum(1), length)
