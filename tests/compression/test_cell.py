@@ -35,7 +35,7 @@ from layerwise.sources import fingerprint
 from layerwise.storage.packed_weights import PackedFile
 from layerwise.study.grid import plan
 from tests.support.model_families import HIDDEN, build, tokens
-from tests.support.narrow import some
+from tests.support.typing_helpers import some
 
 SAMPLES, LENGTH = 6, 24
 ROW, TWO_OF_FOUR = Target(0.5), Target(pattern="2:4")

@@ -24,7 +24,7 @@ from layerwise.numerics import dispatch, ops
 from layerwise.runtime.errors import Diverged, InputError
 from layerwise.storage.packed_weights import parts_of
 from tests.compression.test_verify import BLOCK, DENSE, GRID, JOINT, NM, ROW, honest
-from tests.support.narrow import some
+from tests.support.typing_helpers import some
 
 Lie = Callable[[Layer, Target, Compressed], Any]
 

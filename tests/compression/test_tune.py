@@ -27,7 +27,7 @@ from layerwise.numerics import ops
 from layerwise.runtime.errors import InputError
 from tests.compression.test_cell import LENGTH, SAMPLES, Case, by_layer, dense_weights, rows, weights
 from tests.support.model_families import build, tokens
-from tests.support.narrow import some
+from tests.support.typing_helpers import some
 
 BLOCKS = Target(0.5, "1x8", bits=4, group=8)
 STAGES: dict[str, dict[str, Any]] = {

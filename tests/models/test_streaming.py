@@ -18,7 +18,7 @@ from layerwise.models.streaming import LazyBlocks
 from layerwise.models.structure import Blocks, linears, model_linears
 from layerwise.runtime.errors import InputError
 from tests.support.model_families import FAMILIES, build, tokens
-from tests.support.narrow import some
+from tests.support.typing_helpers import some
 
 torch.set_num_threads(1)
 every_family = pytest.mark.parametrize("family", FAMILIES)

@@ -17,8 +17,8 @@ from layerwise.models.loading import load
 from layerwise.models.structure import Linear, find_blocks, linears
 from layerwise.runtime.errors import InputError
 from tests.support.model_families import FAMILIES, HIDDEN, build, tokens
-from tests.support.narrow import some
 from tests.support.paths import ROOT
+from tests.support.typing_helpers import some
 
 torch.set_num_threads(1)
 DOCUMENT = ROOT / "docs/models.md"

@@ -12,8 +12,8 @@ import pytest
 from layerwise.runtime import devices
 from layerwise.runtime.devices import VISIBLE, available, free, take
 from layerwise.runtime.errors import InputError
-from tests.support.narrow import some
 from tests.support.paths import ROOT
+from tests.support.typing_helpers import some
 
 TWO = {"0": "GPU-a", "1": "GPU-b"}
 JOB = "from layerwise.runtime.devices import take; print(take('cuda', {devices}), flush=True); input()"

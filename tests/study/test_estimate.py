@@ -21,8 +21,8 @@ from layerwise.study.cost_model import CostModel, ModelCost
 from layerwise.study.estimate import Limits, estimate_jobs, limit_errors
 from layerwise.study.grid import plan
 from tests.support.model_families import FAMILIES, VOCABULARY, build, tokens
-from tests.support.narrow import some
 from tests.support.paths import ROOT
+from tests.support.typing_helpers import some
 from tests.support.workflow_harness import CONFIG, snakemake, tiny_project, tiny_study
 
 TALL = {"hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "num_hidden_layers": 3}

@@ -29,7 +29,7 @@ from layerwise.contract.catalogue import Catalogue
 from layerwise.contract.target import Target
 from layerwise.runtime.errors import InputError
 from layerwise.study.grid import RESERVED, SCHEMA, SWEPT, Plan, plan
-from tests.support.narrow import some
+from tests.support.typing_helpers import some
 
 LONGEST_SENTENCE = 600
 PART = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.\-]*")

@@ -9,7 +9,7 @@ import pytest
 
 from layerwise.runtime.files import unlock_after_death
 from tests.support.kill_study import assert_same_tables, disturbed
-from tests.support.narrow import some
+from tests.support.typing_helpers import some
 from tests.support.workflow_harness import WITHOUT_FIGURES, snakemake, tiny_project
 
 
