@@ -25,7 +25,8 @@ def arguments(study: Path, cores: str | None, passed_on: Sequence[str], targets:
     cores: jobs at a time (default: one for each processor, unless an argument or a profile says it). passed_on: further
     arguments of Snakemake, which come last. targets: what is made in the place of everything.
     """
-    own = ["--snakefile", str(ROOT / "Snakefile"), "--configfile", str(study.resolve())]
+    # --configfile takes all that follows up to the next option: another one must stand between it and the targets.
+    own = ["--configfile", str(study.resolve()), "--snakefile", str(ROOT / "Snakefile")]
     if not _has(passed_on, PROFILE):
         own += [PROFILE, str(ROOT / "profiles/default")]
     if cores is None and not _has(passed_on, *CORES, *ELSEWHERE):

@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from layerwise.runtime.project import ROOT
+from layerwise.runtime.project import PACKAGE, ROOT
 
 PROVENANCE = ("torch", "transformers", "numpy", "snakemake")  # distributions whose versions a row carries
 
@@ -30,6 +30,8 @@ def provenance(device: str, threads: int) -> dict[str, object]:
 
 def _git(*arguments: str) -> str | None:
     """Output of a git command about the project, or None where it is no git checkout."""
+    if ROOT.is_relative_to(PACKAGE):  # installed: the repository around it, if any, is another project's
+        return None
     try:
         done = subprocess.run(["git", "-C", ROOT, *arguments], capture_output=True, text=True, check=True, timeout=20)
     except (OSError, subprocess.SubprocessError):

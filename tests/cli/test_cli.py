@@ -173,7 +173,7 @@ def test_studies_by_name_and_by_file(tmp_path):
 
 def test_what_snakemake_is_given():
     study = Path("config/config.yaml")
-    own = ["--snakefile", str(project.ROOT / "Snakefile"), "--configfile", str(study.resolve())]
+    own = ["--configfile", str(study.resolve()), "--snakefile", str(project.ROOT / "Snakefile")]
     default = ["--workflow-profile", str(project.ROOT / "profiles/default")]
     assert workflow.arguments(study, None, ["-n"]) == [*own, *default, "--cores", "all", "-n"]
     assert workflow.arguments(study, "3", []) == [*own, *default, "--cores", "3"]

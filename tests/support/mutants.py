@@ -65,7 +65,7 @@ def faults() -> list[Fault]:
 
 def failing(project: Warm, tests: Sequence[str], longest: float = LONGEST) -> str | None:
     """The first test that fails in a copy of the project; nothing where all pass, None where they cannot be run."""
-    options = ["-x", "-q", "-n", "0", "-p", "no:cacheprovider", "--tb", "no"]
+    options = ["-x", "-q", "-n", "0", "-p", "no:cacheprovider", "--tb", "no", "-m", "not long"]
     status, output = project.pytest([*options, *tests], longest)
     found = FAILED.search(output)
     if status == 1 and found:
