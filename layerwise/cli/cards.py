@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from layerwise.contract.catalogue import Catalogue, CatalogueError, Entry
+from layerwise.contract.method_table import aligned, widths
 from layerwise.runtime.errors import InputError
 
 WIDTH = 100  # characters of a line
@@ -24,8 +25,7 @@ def catalogue(folders: Iterable[Path] = ()) -> Catalogue:
 def table(entries: Mapping[str, Entry]) -> str:
     """A line for each method: what it is, what it can do and which statistics it needs."""
     rows = [HEADER, *(_row(entry) for entry in entries.values())]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ["  ".join(word.ljust(width) for word, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    lines = aligned(rows)
     return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:]])
 
 
@@ -34,17 +34,9 @@ def _row(entry: Entry) -> tuple[str, ...]:
     patterns = [pattern for pattern in card["patterns"] if pattern != "dense"]
     updates = "yes" if card["updates_weights"] else "no"
     return (
-        *(entry.name, card["title"], ", ".join(patterns) or "-", bits(card["bits"]) or "-"),
+        *(entry.name, card["title"], ", ".join(patterns) or "-", widths(card["bits"]) or "-"),
         *("-" if entry.control else updates, ", ".join(card["needs"]) or "-"),
     )
-
-
-def bits(widths: Iterable[int]) -> str:
-    """Widths of codes, such as 2-8 or 3, 4."""
-    found = sorted(widths)
-    if len(found) > 2 and found == list(range(found[0], found[-1] + 1)):
-        return f"{found[0]}-{found[-1]}"
-    return ", ".join(map(str, found))
 
 
 def card(entry: Entry) -> str:

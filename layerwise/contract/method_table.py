@@ -49,7 +49,7 @@ class MethodCard:
         lines = [f"{self.name}: {self.title}", *(f"  {text}" for text in source)]
         lines += [
             f"  patterns: {', '.join(self.patterns) or 'none'}",
-            f"  bits: {_widths(self.bits) or 'none'}",
+            f"  bits: {widths(self.bits) or 'none'}",
             f"  updates weights: {'yes' if self.updates_weights else 'no'}",
             f"  needs: {', '.join(self.needs) or 'nothing'}",
             *(f"  {own.name} = {own.default!r}: {own.description}" for own in self.parameters),
@@ -90,17 +90,14 @@ class MethodTable(Sequence[MethodCard]):
                 card.name,
                 card.title,
                 ", ".join(card.patterns),
-                _widths(card.bits),
+                widths(card.bits),
                 "yes" if card.updates_weights else "",
                 ", ".join(card.needs),
                 ", ".join(f"{own.name}={own.default!r}" for own in card.parameters),
             )
             for card in self._cards
         ]
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        return "\n".join(
-            "  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip() for row in rows
-        )
+        return "\n".join(aligned(rows))
 
 
 def methods(folders: Iterable[Path | str] = ()) -> MethodTable:
@@ -134,8 +131,15 @@ def card_of(entry: Entry) -> MethodCard:
     )
 
 
-def _widths(bits: Sequence[int]) -> str:
-    """2-8 for every width from 2 to 8, else the list."""
-    if len(bits) > 2 and list(bits) == list(range(bits[0], bits[-1] + 1)):
-        return f"{bits[0]}-{bits[-1]}"
-    return ", ".join(map(str, bits))
+def widths(bits: Iterable[int]) -> str:
+    """Widths of codes in words: 2-8 for every width from 2 to 8, else the list."""
+    ordered = sorted(bits)
+    if len(ordered) > 2 and ordered == list(range(ordered[0], ordered[-1] + 1)):
+        return f"{ordered[0]}-{ordered[-1]}"
+    return ", ".join(map(str, ordered))
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """The rows as lines whose columns begin at the same place."""
+    lengths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(text.ljust(n) for text, n in zip(row, lengths, strict=True)).rstrip() for row in rows]

@@ -135,7 +135,7 @@ def evaluate_ahead(
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="recall", description=__doc__)
+    parser = argparse.ArgumentParser(prog="evaluate", description=__doc__)
     parser.add_argument("kind", choices=list(KINDS))
     parser.add_argument("--model", type=json.loads, required=True, help="the model's config entry, as JSON")
     parser.add_argument("--fingerprint", type=Path, required=True, help="what fingerprint.py wrote of the model")

@@ -1,6 +1,6 @@
 """Open a saved folder and verify, from its files alone, pattern, grid and exact counts of every layer (docs/export.md).
 
-Reads a cell's folder and the three formats of export.py; compressed-tensors without the library that wrote it.
+Reads a cell's folder and the three formats of save.py; compressed-tensors without the library that wrote it.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ from layerwise.runtime.errors import InputError
 from layerwise.runtime.files import sha256, write_atomic, writing
 
 STATE = "state.json"
-STATES = "inputs-"  # how the files of hidden states begin (activations.py)
+STATES = "inputs-"  # how the files of hidden states begin (calibration/hidden_states.py)
 
 
 class Checkpoint:

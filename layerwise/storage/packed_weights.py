@@ -1,7 +1,7 @@
 """Compressed layers as they are stored: a cell's weights.safetensors (layout: docs/export.md).
 
 A layer is its kept values or codes, what says which weights are kept, scales and zeros, in as many bits as
-`accounting.py` counts; weights that were changed and not quantised stand in the model's dtype. What is read back is,
+`bits_per_weight.py` counts; weights that were changed, not quantised, are in the dtype of the model. What is read is,
 bit for bit, what was scored and evaluated.
 """
 

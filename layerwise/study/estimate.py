@@ -27,7 +27,7 @@ from layerwise.study.grid import Plan, name_of
 STARTUP = 6.0  # seconds of a job besides its work
 BELOW_PEAK = 3.0  # times as long as products of large matrices take for as many operations
 FINISHED = 3  # cells of a model, method and mode whose seconds are looked at
-EVALUATE = ("perplexity", "zero_shot")  # rules that mostly read what a cell's first job has left (recall.py)
+EVALUATE = ("perplexity", "zero_shot")  # rules that mostly read what a cell's first job has left (evaluation/cache.py)
 
 # ---------------------------------------------------------------------------------------------------------- the machine
 

@@ -32,6 +32,7 @@ from layerwise.results.collect import StudyInputs, collect
 from layerwise.results.seeds import repeats
 from layerwise.runtime.errors import InputError
 from layerwise.storage.table_schema import read_table, typed, write_parquet
+from tests.support.method_files import UNSOLVED
 from tests.support.paths import ROOT
 from tests.support.synthetic_tables import (
     EVALUATIONS,
@@ -389,32 +390,12 @@ def test_known_methods_differ_in_look_and_unknown_ones_are_stable():
     assert look("brand_new") == look("brand_new") != look("other_new")
 
 
-DROPPED_IN = """from dataclasses import dataclass
-from layerwise.contract.layer import Method
-
-CARD = {
-    "title": "Mine",
-    "patterns": ["row"],
-    "bits": [],
-    "updates_weights": False,
-    "needs": [],
-    "parameters": {},
-}
-
-
-@dataclass(frozen=True)
-class Mine(Method):
-    def solve(self, layer, target, rng):
-        raise NotImplementedError
-"""
-
-
 def test_a_method_from_elsewhere_has_a_colour_of_its_own_or_that_of_its_card(tmp_path):
     own = {"colour": "#123456", "marker": "H"}
-    (tmp_path / "told.py").write_text(DROPPED_IN.replace('    "needs"', f'    "look": {own},\n    "needs"'))
+    (tmp_path / "told.py").write_text(UNSOLVED.replace('    "needs"', f'    "look": {own},\n    "needs"'))
     others = [f"other_{number}" for number in range(4)]
     for name in others:
-        (tmp_path / f"{name}.py").write_text(DROPPED_IN)
+        (tmp_path / f"{name}.py").write_text(UNSOLVED)
     with styled([tmp_path]):
         assert look("told") == ("#123456", "H")
         chosen = [look(name) for name in others]
@@ -545,12 +526,12 @@ def test_a_figure_takes_the_look_of_a_card_in_the_studys_folder(tables, tmp_path
     write_parquet(table, tmp_path / "layers.parquet")
     file, out = tmp_path / "mine.py", tmp_path / "figure.svg"
     command = ["error_relative", "--tables", str(tmp_path), "--out", str(out)]
-    file.write_text(DROPPED_IN.replace('    "needs"', '    "look": {"colour": "#12ab56", "marker": "H"},\n    "needs"'))
+    file.write_text(UNSOLVED.replace('    "needs"', '    "look": {"colour": "#12ab56", "marker": "H"},\n    "needs"'))
     plot.main(command)
     assert "#12ab56" not in out.read_text()
     plot.main([*command, "--method-path", str(tmp_path)])
     assert "#12ab56" in out.read_text()
-    file.write_text(DROPPED_IN.replace('    "needs"', '    "look": {"colour": "red", "marker": "H"},\n    "needs"'))
+    file.write_text(UNSOLVED.replace('    "needs"', '    "look": {"colour": "red", "marker": "H"},\n    "needs"'))
     with pytest.raises(InputError, match=r"mine.py: CARD\['look'\]\['colour'\] is wrong"):
         plot.main([*command, "--method-path", str(tmp_path)])
 

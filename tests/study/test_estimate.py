@@ -20,6 +20,7 @@ from layerwise.study import cost_model, estimate
 from layerwise.study.cost_model import CostModel, ModelCost
 from layerwise.study.estimate import Limits, estimate_jobs, limit_errors
 from layerwise.study.grid import plan
+from tests.support.method_files import UNSOLVED
 from tests.support.model_families import FAMILIES, VOCABULARY, build, tokens
 from tests.support.paths import ROOT
 from tests.support.typing_helpers import some
@@ -106,30 +107,12 @@ def test_what_is_inside_a_method_counts():
     assert products == costs["sparse_swaps"][2] + costs["alps"][2]
 
 
-FIRST = """from dataclasses import dataclass
-from layerwise.contract.layer import Method
-
-CARD = {
-    "title": "First",
-    "patterns": ["row"],
-    "bits": [],
-    "updates_weights": False,
-    "needs": [],
-    "parameters": {},
-}
-
-
-@dataclass(frozen=True)
-class First(Method):
-    def solve(self, layer, target, rng):
-        raise NotImplementedError
-"""
 COST = '    "cost": {"weights": 4, "grams": 2, "products": 1},\n'
 
 
 def test_a_method_from_elsewhere_counts_as_its_card_says_or_as_the_most_demanding(tmp_path):
-    (tmp_path / "first.py").write_text(FIRST)
-    (tmp_path / "second.py").write_text(FIRST.replace('    "needs"', f'{COST}    "needs"'))
+    (tmp_path / "first.py").write_text(UNSOLVED)
+    (tmp_path / "second.py").write_text(UNSOLVED.replace('    "needs"', f'{COST}    "needs"'))
     catalogue = Catalogue([tmp_path])
     shipped = [cost_model.stated(entry) for entry in Catalogue().values()]
     assert cost_model.of_method(catalogue, "first", {}) == tuple(map(max, zip(*shipped, strict=True)))
