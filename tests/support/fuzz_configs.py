@@ -217,7 +217,10 @@ def spoilt(draw: st.DrawFn, whole: dict[str, Any]) -> dict[str, Any]:
     """A study of which up to three values are taken away, renamed, replaced, added or moved elsewhere."""
     study = copy.deepcopy(whole)
     for _ in range(draw(st.integers(1, 3))):
-        *path, last = draw(st.sampled_from(list(nodes(study)) or [("models",)]))
+        places = list(nodes(study))
+        if not places:
+            break
+        *path, last = draw(st.sampled_from(places))
         inner: Any = study
         for part in path:
             inner = inner[part]
@@ -227,21 +230,19 @@ def spoilt(draw: st.DrawFn, whole: dict[str, Any]) -> dict[str, Any]:
             del inner[last]
         elif kind == "rename" and isinstance(inner, dict):
             inner[draw(st.sampled_from(KEYS))] = inner.pop(last)
-        elif kind == "add" and isinstance(inner, dict):
-            inner[draw(st.sampled_from(KEYS))] = value
-        elif kind == "add":
-            inner.append(value)
         elif kind == "wrap":
             inner[last] = [inner[last]] * draw(st.integers(1, 2))
         elif kind == "move":
             inner[last] = copy.deepcopy(study.get(draw(st.sampled_from(sorted(SCHEMA["properties"])))))
         else:
-            inner[last] = value
-        if not nodes(study):
-            break
-        # What was put in is not looked into: it may have no end.
-        if isinstance(value, (list, dict)) and kind in ("replace", "add"):
-            break
+            if kind != "add":
+                inner[last] = value
+            elif isinstance(inner, dict):
+                inner[draw(st.sampled_from(KEYS))] = value
+            else:
+                inner.append(value)
+            if isinstance(value, (list, dict)):  # CYCLE and TREE are too large to be walked by `nodes`
+                break
     return study
 
 
