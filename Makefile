@@ -90,8 +90,8 @@ clean-cache: .venv/installed  # the stores of Grams that no other study uses; sa
 	$(RUN) python -m layerwise clean-cache
 
 clean:  # everything that can be computed again
-	rm -rf results/text results/tokens results/models results/calibration results/grams results/cells results/evaluations results/exports \
-		results/tasks results/certificates results/demo \
+	rm -rf results/text results/tokens results/models results/checks results/calibration results/grams results/cells \
+		results/evaluations results/exports results/tasks results/certificates results/demo \
 		results/code results/requested.json results/tables results/partial results/benchmarks results/report.html
 	rm -rf figures/*.pdf figures/*.svg figures/*.png logs .snakemake
 

@@ -101,6 +101,11 @@ def capture(model: PreTrainedModel, blocks: Sequence[nn.Module], tokens: Tensor,
         states = kwargs.get(HIDDEN) if keyword else args[0]
         if not isinstance(states, Tensor) or index in calls:
             raise InputError(f"{type(model).__name__} does not call each block once with its {HIDDEN}.")
+        if states.ndim != 3:  # Gemma 3n's have a dimension for its four streams, before that of the sequences
+            raise InputError(
+                f"{type(model).__name__} must pass {HIDDEN} [sequences, length, width] from block to block. Got "
+                f"{list(states.shape)} for {tokens.shape[0]} sequences of {tokens.shape[1]} tokens instead."
+            )
         rest = {key: without_cache(value) for key, value in kwargs.items() if not (keyword and key == HIDDEN)}
         calls[index] = Call(tuple(map(without_cache, args[1:])), rest, keyword)
         if index == 0:

@@ -8,6 +8,7 @@ from layerwise.runtime.errors import report_errors
 WORKERS = {  # name -> module with main(argv)
     "calibrate": "layerwise.calibration.calibrate",
     "certificate": "layerwise.compression.certificate",
+    "check-model": "layerwise.evaluation.model_check",
     "compress": "layerwise.cli.compress",
     "docstring-tasks": "layerwise.demo.docstring_tasks",
     "docstrings": "layerwise.demo.docstrings",

@@ -23,8 +23,9 @@ from layerwise.compression.cell import bar, visit
 from layerwise.compression.resolve import MethodSpec, Resolved, as_target, resolve, solve
 from layerwise.contract.layer import Layer
 from layerwise.contract.target import Target
+from layerwise.evaluation.model_check import check_walk
 from layerwise.models.loading import EXPERTS
-from layerwise.models.structure import model_linears
+from layerwise.models.structure import Blocks, model_linears
 from layerwise.runtime.errors import InputError, status_of
 from layerwise.sources.text_files import TEXT_SUFFIXES
 from layerwise.sources.tokens import documents, sequences
@@ -72,8 +73,9 @@ def compress_model(
     The table has the columns of a study's `layers` table that apply; output_error is the share of the layer's output
     that is lost, in float64 on the Gram of its mode.
     Raises ValueError, in one sentence, for arguments that do not fit, with its kinds CatalogueError and
-    UnsupportedTarget; InputError when the model is of an unknown structure, the text is too short, or a method fails a
-    layer. If layers have been compressed by then, the sentence says which: they stay so, the others are as they were.
+    UnsupportedTarget; InputError when the model is of an unknown structure, not causal or more than its blocks one
+    after the other, the text is too short, or a method fails a layer. If layers have been compressed by then, the
+    sentence says which: they stay so, the others are as they were.
     """
     goal = as_target(target)
     for name, value, known in (("mode", mode, MODES), ("sampling", sampling, SAMPLINGS)):
@@ -87,6 +89,7 @@ def compress_model(
     done: list[str] = []
     rows = []
     with as_it_was(model), saying(done, len(chosen)):
+        check_walk(Blocks(model), Blocks(model), tokens)
         stream = Stream(model, tokens)
         walked = enumerate(map(in_turn, shared(stream))) if mode == "shared" else sequential_blocks(stream)
         title = f"{resolved.name} {goal.label} {mode}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -54,9 +54,7 @@ def losses_of(stream: Stream, tokens: Tensor, batch: int, label: str) -> Tensor:
     losses = torch.empty(len(tokens), dtype=torch.float64)
     # (one tensor: a small one kept per window pins the freed logits in the heap, 1.4 GB where 0.5 do)
     with tqdm(total=last + 1, desc=label, unit="block", mininterval=0.5) as progress:
-        for index in range(last):
-            with stream.source.open(index):
-                stream.advance(index)
+        for _ in to_last_block(stream):
             progress.update()
         with stream.source.open(last), stream.source.outside():
             for number, chunk in enumerate(tokens.split(batch)):  # [batch, L]
@@ -65,6 +63,14 @@ def losses_of(stream: Stream, tokens: Tensor, batch: int, label: str) -> Tensor:
                     losses[number * batch + place] = loss_of(scores[:-1], window[1:])
         progress.update()
     return losses
+
+
+def to_last_block(stream: Stream) -> Iterator[int]:
+    """Take a stream that is at the first block to the last one; yields the index of each block passed."""
+    for index in range(len(stream.blocks) - 1):
+        with stream.source.open(index):
+            stream.advance(index)
+        yield index
 
 
 def loss_of(scores: Tensor, targets: Tensor) -> float:

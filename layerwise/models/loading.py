@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,13 +13,14 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from layerwise.models.structure import (
-    few,
-)
+from layerwise.models.shards import Shards
+from layerwise.models.structure import few
 from layerwise.runtime.errors import InputError, out_of_memory
 from layerwise.runtime.sentences import brief
 from layerwise.sources.checkpoint_files import check_weight_files, model_folder
 
+RECOMPUTED = (".masked_bias", ".inv_freq", ".position_ids", ".cos_cached", ".sin_cached")  # ends of buffers' names
+OF_QUANTISED = ("scale", "zero", "qweight", "g_idx", "absmax", "quant_state", "quant_map", "packed")
 EXPERTS = "eager"  # transformers' experts that multiply one expert after the other, by torch's own products
 
 
@@ -102,6 +104,32 @@ def check_names(
         )
 
 
+def check_used(spec: Mapping[str, Any], model: nn.Module, unused: Mapping[str, Tensor]) -> None:
+    """Raise InputError for tensors of the files that the model does not take, masks and such apart.
+
+    unused: name in the files -> tensor of the shape and dtype there; those that the model's class ignores are not
+    among them.
+    """
+    names = [name for name, tensor in unused.items() if not recomputed(name, tensor)]
+    if names:
+        advice = ": they belong to a quantised model, and one in floating point is needed" if quantised(names) else ""
+        raise InputError(
+            f"The weights of {described(spec)} hold {len(names)} tensors that {type(model).__name__} does not take: "
+            f"{few(names)}{advice}."
+        )
+
+
+def recomputed(name: str, tensor: Tensor) -> bool:
+    """Whether a tensor of a file is none of the weights: a mask or positions, which older versions saved with them."""
+    mask = tensor.ndim == 4 and tensor.shape[:2] == (1, 1) and tensor.shape[2] == tensor.shape[3]
+    return mask or name.endswith(RECOMPUTED)
+
+
+def quantised(names: Iterable[str]) -> bool:
+    """Whether tensors are called as scales, codes and zero points are."""
+    return any(part in name.rpartition(".")[2] for name in names for part in OF_QUANTISED)
+
+
 def check_finite(spec: Mapping[str, Any], parameters: Iterable[tuple[str, Tensor]]) -> None:
     """Raise InputError for the first weight that is not finite."""
     for name, value in parameters:
@@ -115,21 +143,25 @@ def load(spec: Mapping[str, Any], device: str | torch.device = "cpu") -> PreTrai
     In eval mode, without gradients, in the entry's dtype (default: the dtype it was saved in), with the library's
     default attention and its eager experts, whose products are recorded one by one. Raises InputError, in one sentence,
     when the model is absent, damaged, incomplete (transformers would draw what is missing at random) or already
-    quantised, or has weights that are not finite.
+    quantised, has tensors that its class does not take, or weights that are not finite.
     """
     name, config, options = read_config(spec)
     with sentences(spec):
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            name,
-            config=config,
-            dtype=spec.get("dtype") or "auto",
-            use_safetensors=True,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # they are refused below, by name
-            **options,
-        )
+        shards = Shards(str(spec.get("name", name)), Path(name))
+        own: dict[str, Any] = {"config": config, "dtype": spec.get("dtype") or "auto", "output_loading_info": True}
+        own["ignore_mismatched_sizes"] = True  # they are refused below, by name
+        loaded: Any
+        if shards.repeated:  # of a tensor that several files hold the library takes the last, whatever the index says
+            with torch.device("meta"):
+                kind: Any = type(
+                    AutoModelForCausalLM.from_config(config, trust_remote_code=options["trust_remote_code"])
+                )
+            loaded = kind.from_pretrained(None, state_dict=shards.read(shards.empty), **own)
+        else:
+            loaded = AutoModelForCausalLM.from_pretrained(name, use_safetensors=True, **own, **options)
     model, info = loaded
     check_names(spec, model, [key for key, *_ in info["mismatched_keys"]], info["missing_keys"])
+    check_used(spec, model, {key: shards.empty[key] for key in info["unexpected_keys"]})
     check_finite(spec, model.named_parameters())
     return model.to(device).eval().requires_grad_(False)
 
@@ -163,8 +195,5 @@ def check_tokens(model: PreTrainedModel, tokens: Tensor) -> None:
             "do the tokenizer and the model belong together?"
         )
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if isinstance(positions, int) and tokens.shape[1] > positions:
+    if isinstance(positions, int) and 0 < positions < tokens.shape[1]:  # XLNet says -1: any number
         raise InputError(f"The sequences have {tokens.shape[1]} tokens, but the model takes at most {positions}.")
-
-
-# -------------------------------------------------------------------------------------------------------- structure

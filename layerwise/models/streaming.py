@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import sys
 from collections import Counter, defaultdict
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from accelerate import init_empty_weights
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
@@ -26,52 +25,12 @@ from transformers.core_model_loading import (
 from transformers.initialization import no_init_weights
 from transformers.modeling_utils import LoadStateDictConfig
 
-from layerwise.models.loading import check_finite, check_names, read_config, sentences
-from layerwise.models.structure import Blocks
+from layerwise.models.loading import check_finite, check_names, check_used, read_config, sentences
+from layerwise.models.shards import Shards
+from layerwise.models.structure import Blocks, check_unshared
 from layerwise.runtime.memory import free_memory, give_back_memory
-from layerwise.sources.checkpoint_files import weight_files
-
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-DTYPES |= {"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8}
-DTYPES |= {"BOOL": torch.bool}
-
 
 SHARE = 0.7  # of the free memory that all blocks may take
-
-
-class Shards:
-    """The tensors of a model's safetensors files, read by name."""
-
-    def __init__(self, name: str, folder: Path) -> None:
-        """Raises SafetensorError for a damaged file."""
-        self._file_of: dict[str, Path] = {}
-        self.empty: dict[str, Tensor] = {}  # of each tensor one of its shape and dtype, without data
-        for path in weight_files(name, folder):
-            with opened(path) as file:
-                for key in file.keys():  # noqa: SIM118 (it is no mapping)
-                    part = file.get_slice(key)
-                    if part.get_dtype() not in DTYPES:
-                        raise SafetensorError(f"{key} is of dtype {part.get_dtype()}, which no model is read in")
-                    self._file_of[key] = path
-                    self.empty[key] = torch.empty(part.get_shape(), dtype=DTYPES[part.get_dtype()], device="meta")
-
-    def read(self, keys: Collection[str]) -> dict[str, Tensor]:
-        """Copies of the tensors: the library's are mapped files, which take memory until the last of them is gone."""
-        found = {}
-        for path in dict.fromkeys(self._file_of[key] for key in keys):
-            with opened(path) as file:
-                found |= {key: file.get_tensor(key).clone() for key in keys if self._file_of[key] == path}
-        return found
-
-
-@contextmanager
-def opened(path: Path) -> Iterator[Any]:
-    """A safetensors file; errors name it."""
-    try:
-        with safe_open(path, "pt") as file:
-            yield file
-    except (OSError, SafetensorError) as error:
-        raise SafetensorError(f"{path.name}: {error}") from error
 
 
 class LazyBlocks(Blocks):
@@ -101,12 +60,12 @@ class LazyBlocks(Blocks):
         self._mapping: list[Any] = get_model_conversion_mapping(model)
         self._plan = model._get_dtype_plan(model.dtype)
         model.initialize_weights()  # of the buffers, outside the model's dtype, as the library's loader does
-        model.tie_weights()
         buffers = [(module, key, own) for module in model.modules() for key, own in module._buffers.items()]
-        self._check(model)
+        self._absent = self._check(model)
         for module, key, own in buffers:  # the check has taken the data of those that are saved
             module._buffers[key] = None if own is None else own.to(device)
         super().__init__(model.eval().requires_grad_(False))
+        check_unshared(model)
         self._keys = self._of_blocks(model)  # names in the files; those outside the blocks under None
         self.device = torch.device(device)
         self._users: Counter[int | None] = Counter()
@@ -136,12 +95,19 @@ class LazyBlocks(Blocks):
         with sentences(self._spec):
             return convert_and_load_state_dict_in_model(model, dict(tensors), config)[0]
 
-    def _check(self, model: PreTrainedModel) -> None:
-        """Raise InputError when the files do not hold the model's parameters, by a loading of all without data."""
+    def _check(self, model: PreTrainedModel) -> frozenset[str]:
+        """Names of the parameters that the files leave to be tied to others, by a loading of all without data.
+
+        Raises InputError when the files do not hold the model's parameters, or hold others.
+        """
         info = self._put(model, self._shards.empty, {"": "meta"})
-        missing = info.missing_keys - model.all_tied_weights_keys.keys()
-        missing -= {key for key, _ in model.named_buffers()}
+        absent = frozenset(info.missing_keys)
+        model.tie_weights(missing_keys=info.missing_keys, recompute_mapping=False)  # takes those that it ties out
+        model._adjust_missing_and_unexpected_keys(info)
+        missing = info.missing_keys - {key for key, _ in model.named_buffers()}
         check_names(self._spec, model, {key for key, *_ in info.mismatched_keys}, missing)
+        check_used(self._spec, model, {key: self._shards.empty[key] for key in info.unexpected_keys})
+        return absent
 
     def _of_blocks(self, model: PreTrainedModel) -> dict[int | None, list[str]]:
         renamings = [entry for entry in self._mapping if isinstance(entry, WeightRenaming)]
@@ -201,8 +167,8 @@ class LazyBlocks(Blocks):
             found = self._read(index)
         self._put(self.model, found)
         del found
-        if index is None:
-            self.model.tie_weights()
+        if index is None:  # as from_pretrained ties: a head of its own in the files stays one, whatever the config says
+            self.model.tie_weights(missing_keys=set(self._absent), recompute_mapping=False)
         read = self.model if index is None else self.modules[index]
         read.requires_grad_(False)
         prefix = "" if index is None else f"{self.name}.{index}."

@@ -41,19 +41,40 @@ def expert_parameters(module: nn.Module) -> list[str]:
     return [name for name, parameter in module.named_parameters(recurse=False) if parameter.ndim == 3]
 
 
-def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
-    """Name and list of the model's blocks: the outermost ModuleList with linear layers that holds most parameters.
-
-    Raises InputError when there is none.
-    """
+def block_lists(model: nn.Module) -> list[tuple[str, nn.ModuleList]]:
+    """Name and list of the model's outermost ModuleLists that have linear layers."""
     outermost: list[tuple[str, nn.ModuleList]] = []
     for name, module in model.named_modules():  # parents come before their children
         inner = any(name.startswith(f"{outer}.") for outer, _ in outermost)
         if isinstance(module, nn.ModuleList) and not inner and any(map(is_linear, module.modules())):
             outermost.append((name, module))
-    if not outermost:
+    return outermost
+
+
+def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
+    """Name and list of the model's blocks: of block_lists that with most parameters.
+
+    Raises InputError when there is none.
+    """
+    lists = block_lists(model)
+    if not lists:
         raise InputError(f"{type(model).__name__} has no list of blocks with linear layers (a torch ModuleList).")
-    return max(outermost, key=lambda found: sum(p.numel() for p in found[1].parameters()))
+    return max(lists, key=lambda found: sum(p.numel() for p in found[1].parameters()))
+
+
+def check_unshared(model: PreTrainedModel) -> None:
+    """Raise InputError when blocks share weights: compressing one would change another after its statistics."""
+    prefix = f"{find_blocks(model)[0]}."
+    first: dict[int, str] = {}
+    shared = {key for pair in model.all_tied_weights_keys.items() for key in pair}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if first.setdefault(id(parameter), name) != name:
+            shared |= {name, first[id(parameter)]}
+    if inside := [name for name in shared if name.startswith(prefix)]:
+        raise InputError(
+            f"Each block of {type(model).__name__} must have weights of its own. Got shared ones instead: "
+            f"{few(inside)}."
+        )
 
 
 class Blocks:

@@ -41,6 +41,8 @@ WIDTHS = (
     "n_inner",
     "moe_intermediate_size",
 )
+FLOATING = ("F64", "F32", "F16", "BF16")  # beginnings of dtypes: the formats of eight bits begin otherwise
+QUANTISED_FILES = ("hf_quant_config.json", "quantize_config.json", "quant_config.json", "qmodel_config.json")
 LONGEST_HEADER = 100_000_000  # bytes, the limit of the safetensors format
 BITS = {"F64": 64, "F32": 32, "F16": 16, "BF16": 16, "I64": 64, "I32": 32, "I16": 16, "I8": 8, "U8": 8, "BOOL": 8}
 BITS |= {"U64": 64, "U32": 32, "U16": 16, "C64": 64, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F4": 4}
@@ -84,7 +86,7 @@ def _check_folder(name: str, folder: Path) -> None:
 
 def check_weight_files(name: str, folder: Path) -> None:
     """Raise InputError when the weights are not whole, or the config.json asks for more blocks than they have tensors,
-    with which a model would be made until no memory is left."""
+    with which a model would be made until no memory is left, or when they are codes of a quantiser."""
     config = language_config(read_json(folder / "config.json"))
     tensors = sum(check_safetensors(path) for path in weight_files(name, folder))
     for key in DEPTHS:
@@ -94,6 +96,7 @@ def check_weight_files(name: str, folder: Path) -> None:
                 f"{folder / 'config.json'} of the model {name!r} says {key}: {brief(str(depth), 30)}, but its weights "
                 f"have no more than {tensors} tensors."
             )
+    check_floating(name, folder)
 
 
 def longest_sequence(spec: Spec) -> int | None:
@@ -170,6 +173,28 @@ def weight_files(name: str, folder: Path) -> list[Path]:
             f"with python -c {shlex.quote(code)}"
         )
     raise InputError(f"The folder {folder} of the model {name!r} has no weights: {WEIGHTS} or {INDEX} is needed.")
+
+
+def weight_map(folder: Path) -> dict[str, str]:
+    """Tensor -> file, as the index says; empty for a model of one file. weight_files has checked the files' names."""
+    if (folder / WEIGHTS).is_file():
+        return {}
+    return dict(read_json(folder / INDEX).get("weight_map", {}))
+
+
+def check_floating(name: str, folder: Path) -> None:
+    """Raise InputError when the weights of a model are codes of a quantiser, which a config.json need not say."""
+    for other in QUANTISED_FILES:
+        if (folder / other).is_file():
+            raise InputError(
+                f"The model {name!r} must be in floating point. Got a quantised one instead: {folder} has {other}."
+            )
+    for path in weight_files(name, folder):
+        for tensor, shape, dtype in tensors_of(path):
+            if len(shape) > 1 and tensor.endswith("weight") and not dtype.startswith(FLOATING):
+                raise InputError(
+                    f"The model {name!r} must be in floating point. Got {tensor} of dtype {dtype} in {path} instead."
+                )
 
 
 def check_safetensors(path: Path) -> int:

@@ -32,6 +32,7 @@ HIDDEN_FILES = 2  # files of all hidden states on disk: what enters a block and 
 LOGITS_AT_ONCE = 2**23  # of a batch of windows (evaluate.LOGITS_AT_ONCE)
 ROWS = 1024  # tokens whose logits are in float32 at a time (evaluate.ROWS)
 FITS = 0.7  # of the free memory: more than that, and the blocks are read whenever they are run (streaming.SHARE)
+CHECKED_WINDOW = 64  # tokens (model_check.WINDOW)
 TASK_TOKENS = 1024  # of the longest sequence that a zero-shot task asks for
 SCORING = 8 * 6 * 512  # bytes per input of a layer: rows in float64 while its result is scored (compress.SCORED)
 READ = 8  # float32 copies of a layer while it is unpacked from a cell's file
@@ -101,6 +102,7 @@ class CostModel:
     def cost(self, job: Job) -> JobCost | None:
         """None for a rule that takes little, and for a model that has not been fetched."""
         make = {
+            "check_model": self._check_model,
             "gram": self._gram,
             "compress": self._compress,
             "perplexity": self._perplexity,
@@ -134,6 +136,8 @@ class CostModel:
 
     def jobs(self) -> Iterator[Job]:
         """All jobs of the study that take more than a little."""
+        for model in dict.fromkeys(cell.model for cell in self.plan.cells):
+            yield Job("check_model", {"model": model})
         for model, calib in dict.fromkeys(
             (cell.model, cell.calib) for cell in self.plan.cells if cell.mode == "shared"
         ):
@@ -153,6 +157,12 @@ class CostModel:
         return self.plan.by_folder["results/cells/{model}/{calib}/{mode}/{cell}".format(**job.wildcards)]
 
     # ---------------------------------------------------------------------------------------------------- one rule each
+
+    def _check_model(self, model: ModelCost, job: Job) -> JobCost:
+        run = model.at("float32")
+        tokens = 2 * CHECKED_WINDOW
+        minimum = run.evaluating(CHECKED_WINDOW, tokens)
+        return JobCost(minimum + run.whole / FITS, work=2 * run.forward(tokens), minimum=minimum)
 
     def _gram(self, model: ModelCost, job: Job) -> JobCost:
         calib = self.plan.calibrations[job.wildcards["calib"]]

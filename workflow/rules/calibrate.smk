@@ -78,11 +78,35 @@ rule evaluation_tokens:
         " --evaluation {params.spec:q} --out {output:q} 2> >(tee {log:q} >&2)"
 
 
+rule check_model:
+    """That the walk through the model's blocks is the model, on a window of its text, before anything is calibrated."""
+    input:
+        model="results/models/{model}.json",
+        tokens=f"results/tokens/{{model}}/calibration-{next(iter(PLAN.calibrations))}.safetensors",
+        code=CODE.of("layerwise.evaluation.model_check"),
+    output:
+        CHECKED,
+    log:
+        "logs/models/{model}-check.log",
+    threads: 4
+    resources:
+        mem_mb=model_mb,
+        runtime=runtime_min,
+        device="cpu",
+    params:
+        model=model_json,
+    shell:
+        "{WORKER} check-model --model {params.model:q} --fingerprint {input.model:q}"
+        " --tokens {input.tokens:q} --threads {threads}"
+        " --device {resources.device} --out {output:q} 2> >(tee {log:q} >&2)"
+
+
 rule gram:
     """The dense model's Gram of every tap, block by block, for all cells in shared mode."""
     input:
         model="results/models/{model}.json",
         tokens="results/tokens/{model}/calibration-{calib}.safetensors",
+        checked=ancient(CHECKED),
         code=CODE.of("layerwise.calibration.calibrate"),
     output:
         "results/calibration/{model}/{calib}/gram.json",

@@ -20,6 +20,8 @@ from layerwise.study.job_inputs import Code, JobInputs, as_json, from_here
 
 # The interpreter that runs Snakemake has the locked packages.
 WORKER = f"{shlex.quote(sys.executable)} -m layerwise worker"
+# What the jobs of a model wait for. Of what age it is does not matter to them: it changes no number.
+CHECKED = "results/checks/{model}.json"
 REQUESTED = "results/requested.json"  # what every cell is to be evaluated on
 
 # Held until the end of a run, so that the next knows whether it was killed.
