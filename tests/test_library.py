@@ -535,6 +535,8 @@ def test_wrong_arguments_of_a_model_are_one_sentence():
             "tokenizer_or_tokens": print,
             "text": [],
         },
+        "text must hold whole characters. Got half of one, the lone surrogate '\\ud800', as character 1 of document 2 "
+        "instead.": {"tokenizer_or_tokens": print, "text": ["words", "a\ud800"]},
         "samples must be a whole number, at least 1. Got 0 instead.": {
             "tokenizer_or_tokens": print,
             "text": "words",

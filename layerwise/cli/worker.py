@@ -16,6 +16,7 @@ WORKERS = {  # name -> module with main(argv)
     "export": "layerwise.export.save",
     "figure": "layerwise.figures.plot",
     "fingerprint": "layerwise.sources.fingerprint",
+    "overlap": "layerwise.sources.overlap",
     "published": "layerwise.comparison.published",
     "report-page": "layerwise.report.page",
     "tables": "layerwise.results.collect",

@@ -97,6 +97,7 @@ def calibration_facts(info: Mapping[str, Any], dtype: str) -> dict[str, Any]:
     facts = {
         "calibration_text": info["dataset"],
         "calibration_sha256": info["sha256"],
+        "calibration_normalised": info.get("normalised"),
         "calibration_dtype": dtype,
     }
     return facts | {f"calibration_{key}": info[key] for key in ("samples", "length", "seed", "sampling")}

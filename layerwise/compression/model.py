@@ -27,8 +27,9 @@ from layerwise.evaluation.model_check import check_walk
 from layerwise.models.loading import EXPERTS
 from layerwise.models.structure import Blocks, model_linears
 from layerwise.runtime.errors import InputError, status_of
+from layerwise.sources.documents import documents, lone_surrogate
 from layerwise.sources.text_files import TEXT_SUFFIXES
-from layerwise.sources.tokens import documents, sequences
+from layerwise.sources.tokens import sequences
 from layerwise.storage.table_schema import columns, to_frame, typed
 from layerwise.study.grid import canonical
 
@@ -195,6 +196,12 @@ def documents_of(text: str | Path | Sequence[str]) -> list[str]:
     if not found or not all(isinstance(document, str) for document in found):
         came = next((type(document).__name__ for document in found if not isinstance(document, str)), "none")
         raise ValueError(f"text must hold at least one document, each a str. Got {came} instead.")
+    for number, document in enumerate(found, 1):
+        if (place := lone_surrogate(document)) is not None:
+            raise ValueError(
+                f"text must hold whole characters. Got half of one, the lone surrogate {document[place]!r}, as "
+                f"character {place} of document {number} instead."
+            )
     return found
 
 

@@ -10,8 +10,8 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Mapping
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +20,11 @@ from torch import Tensor, nn
 
 from layerwise.calibration.block_stream import Stream
 from layerwise.evaluation.perplexity import to_last_block
-from layerwise.models.loading import check_tokens, dtype_name, load, set_threads, vocabulary
+from layerwise.models.loading import check_tokens, dtype_name, load, reason, set_threads, vocabulary
 from layerwise.models.streaming import SHARE, LazyBlocks, free_bytes
 from layerwise.models.structure import Blocks, block_lists, check_unshared, few, is_linear
 from layerwise.runtime.devices import take
-from layerwise.runtime.errors import InputError, report_errors
+from layerwise.runtime.errors import InputError, out_of_memory, report_errors
 from layerwise.runtime.files import write_atomic
 from layerwise.sources.fingerprint import unchanging
 from layerwise.sources.tokens import read_tokens
@@ -45,6 +45,27 @@ def check_model(spec: Mapping[str, Any], tokens: Tensor, device: str | torch.dev
     """
     spec = {**spec, "dtype": "float32"}
     lazy = LazyBlocks(spec, device)
+    with refusing(lazy):
+        return _check(lazy, spec, tokens, device)
+
+
+@contextmanager
+def refusing(blocks: Blocks) -> Iterator[None]:
+    """Within it whatever a model's own code raises becomes an InputError: it knows nothing of the walk."""
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:
+        if out_of_memory(error):
+            raise
+        raise InputError(
+            f"{type(blocks.model).__name__} cannot be run one block after the other: {type(error).__name__}, "
+            f"{reason(error)}."
+        ) from error
+
+
+def _check(lazy: LazyBlocks, spec: Mapping[str, Any], tokens: Tensor, device: str | torch.device) -> dict[str, Any]:
     size = sum(own.nbytes for own in lazy.model.parameters())
     whole = size <= SHARE * free_bytes(lazy.device)
     reference = Blocks(load(spec, device)) if whole else lazy

@@ -12,10 +12,11 @@ from typing import Any, Protocol
 import numpy as np
 import pyarrow as pa
 
+from layerwise.results.contamination import contamination
 from layerwise.results.significance import bootstrap_interval
 from layerwise.runtime.errors import InputError
 from layerwise.runtime.files import aside_of
-from layerwise.sources.text_files import contaminated
+from layerwise.sources.text_files import shared_origin
 from layerwise.storage.table_schema import first_line, from_rows, read_parquet, typed, unusable
 
 ACCURACIES = ("acc", "acc_norm")  # of zero-shot tasks; higher is better
@@ -36,16 +37,17 @@ class PlannedCell(Protocol):
     def columns(self) -> Mapping[str, Any]: ...
     @property
     def certificate(self) -> str | None: ...
+    def overlap(self, evaluation: str) -> str: ...
 
 
 @dataclass(frozen=True)
 class TextEvaluation:
-    """identity: part of the result's file name; text: name in the config; shared_with: the calibration sets (config
-    names) whose text is of the same data set."""
+    """identity: part of the result's file name; text: name in the config; shared_with: config name of each calibration
+    set whose text is of the same file or data set -> these, as `shared_origin` calls them."""
 
     identity: str
     text: str
-    shared_with: frozenset[str]
+    shared_with: Mapping[str, str]
 
 
 @dataclass(frozen=True)
@@ -76,7 +78,7 @@ class Compression:
 
 
 def evaluations(config: Mapping[str, Any], specs: Mapping[str, Mapping[str, Any]]) -> list[TextEvaluation]:
-    """The evaluations of a plan, each with the calibration sets that draw from the same data set.
+    """The evaluations of a plan, each with the calibration sets that draw from the same file or data set.
 
     config: whole, with defaults; specs: id -> spec with its name, as in Plan.evaluations.
     """
@@ -84,8 +86,9 @@ def evaluations(config: Mapping[str, Any], specs: Mapping[str, Mapping[str, Any]
     evaluated = []
     for identity, spec in specs.items():
         text = texts[spec["text"]]
-        shared = (name for name, calib in calibrations.items() if contaminated(texts[calib["text"]], text))
-        evaluated.append(TextEvaluation(identity, spec["name"], frozenset(shared)))
+        origins = {name: shared_origin(texts[calib["text"]], text) for name, calib in calibrations.items()}
+        shared = {name: origin for name, origin in origins.items() if origin}
+        evaluated.append(TextEvaluation(identity, spec["name"], shared))
     return evaluated
 
 
@@ -184,6 +187,7 @@ def read_perplexity(folder: Path, evaluation: TextEvaluation) -> tuple[dict[str,
             "eval_length": int(record["length"]),
             "eval_windows": int(record["windows"]),
             "eval_sha256": record["text"].get("sha256"),
+            "eval_normalised": record["text"].get("normalised"),
         }
     except BROKEN as error:
         raise unusable(path, error) from None
@@ -275,7 +279,11 @@ def gather_cell(
     for evaluation in evaluations:
         row, gap = _perplexity_row(folder, evaluation, results, failed)
         results.gap = results.gap or gap
-        row["contaminated"] = cell.columns["calibration"] in evaluation.shared_with
+        try:
+            origin = evaluation.shared_with.get(cell.columns["calibration"])
+            row |= contamination(origin, root / cell.overlap(evaluation.identity))
+        except InputError as error:
+            results.gap = results.gap or Gap("failed", str(error))
         results.rows.append(common | row)
     for task_set in tasks:
         rows, gap = _task_rows(folder, task_set, results, failed)

@@ -205,8 +205,8 @@ def _notes(part: pd.DataFrame, metric: str, tested: bool) -> list[str]:
         notes.append(f"Mean and standard deviation over {repeats} seeds.")
     elif tested:
         notes.append("One draw of the calibration: nothing is said of others.")
-    if true_of_any(column(part, "contaminated").eq(True)):
-        notes.append("Calibration and evaluation text come from the same data set.")
+    contaminated = select(part, column(part, "contaminated").eq(True).fillna(False))
+    notes += [f"Calibration and evaluation {what}." for what in distinct_values(contaminated, "contamination")]
     return notes
 
 

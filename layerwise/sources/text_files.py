@@ -22,7 +22,7 @@ def check_text(name: str, spec: Spec) -> None:
     """Raise InputError, in one sentence, when the text `name` cannot be read for a reason that can be seen now.
 
     A local text must exist, unless the workflow writes it; a hub text must name its revision and its data files, and
-    lie in the cache when fetching is forbidden.
+    lie in the cache when fetching is forbidden. A separator is of plain text alone.
     """
     files: list[str] = [spec["path"]] if "path" in spec else list(spec.get("files", ()))
     if not files:
@@ -34,6 +34,11 @@ def check_text(name: str, spec: Spec) -> None:
         if not str(file).endswith(TEXT_SUFFIXES):
             suffixes = ", ".join(TEXT_SUFFIXES)
             raise InputError(f"The text {name!r} must end in one of {suffixes}. Got {brief(file)} instead.")
+    if spec.get("separator") and not any(str(file).endswith(PLAIN_SUFFIXES) for file in files):
+        raise InputError(
+            f"The text {name!r} must have no separator, for only {' and '.join(PLAIN_SUFFIXES)} are separated by one. "
+            f"Got {brief(repr(spec['separator']))} for {brief(str(files[0]))}."
+        )
     if "path" not in spec:
         check_hub(f"The text {name!r}", spec, files, repo_type="dataset")
         return
@@ -74,6 +79,25 @@ def dataset_of(spec: Spec) -> str:
     return spec.get("dataset") or spec.get("hub") or os.path.normpath(spec["path"])
 
 
-def contaminated(calibration_text: Spec, evaluation_text: Spec) -> bool:
-    """True when the text calibrated on and the text evaluated on come from the same data set."""
-    return dataset_of(calibration_text) == dataset_of(evaluation_text)
+def shared_origin(one: Spec, other: Spec) -> str | None:
+    """The file or data set that two texts are both drawn from, as the end of a sentence; None where they share neither.
+
+    A file is the same by whatever path, relative, absolute or through links, and whatever data set it is said to be of.
+    """
+    files = _files(other)
+    for file, name in _files(one).items():
+        if file in files:
+            return f"the same file, {name}"
+    return f"the same data set, {dataset_of(one)}" if dataset_of(one) == dataset_of(other) else None
+
+
+def _files(spec: Spec) -> dict[tuple[object, ...], str]:
+    """What makes each file of a text the one that it is -> its name."""
+    if "path" not in spec:
+        return {("hub", spec["hub"], file): f"{spec['hub']}/{file}" for file in spec.get("files", ())}
+    path = os.path.realpath(spec["path"])
+    try:
+        found = os.stat(path)
+    except OSError:  # one that the workflow will write
+        return {("path", path): os.path.normpath(spec["path"])}
+    return {("file", found.st_dev, found.st_ino): os.path.normpath(spec["path"])}

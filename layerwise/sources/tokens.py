@@ -1,4 +1,4 @@
-"""From texts to tokens: documents are read, tokenised and cut, as published, into calibration and evaluation sequences.
+"""From texts to tokens: documents are tokenised and cut, as published, into calibration and evaluation sequences.
 
 The tokens of a model are drawn once per calibration set and evaluation, and every method and mode then sees the same.
 """
@@ -6,13 +6,11 @@ The tokens of a model are drawn once per calibration set and evaluation, and eve
 from __future__ import annotations
 
 import argparse
-import gzip
 import hashlib
 import json
 import random
 import sys
-import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,8 +19,10 @@ import numpy as np
 from layerwise.runtime.errors import InputError, out_of_memory, refused, report_errors
 from layerwise.runtime.files import set_aside, whole_file
 from layerwise.sources.checkpoint_files import model_folder
+from layerwise.sources.documents import Text, read_text, text_hash
 from layerwise.sources.hub import Spec
-from layerwise.sources.text_files import PLAIN_SUFFIXES, TEXT_SUFFIXES, dataset_of, fetch_text
+from layerwise.sources.ngrams import text_sketch
+from layerwise.sources.text_files import dataset_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -30,98 +30,6 @@ if TYPE_CHECKING:
 COUNTED_BEFORE = 20_000  # documents up to which it is made sure before drawing that enough of them are long enough
 MISSES = 1_000  # draws in a row that found no long document, after which it is made sure with any number of them
 CHUNK = 500_000  # characters tokenised at once where a text can be cut: a call needs some 150 bytes for each
-READ_ERRORS = (OSError, EOFError, zlib.error)
-
-
-def documents(spec: Spec) -> list[str]:
-    """The documents of a text, in the order of its files.
-
-    A .txt or .raw is one document, or what its `separator` separates (no blank ones); a line of a .jsonl or .json,
-    an element of a JSON list and a row of a .parquet are one each, in its `field` (default "text"). With `begins`,
-    those that begin with it.
-    Raises InputError, naming the file, for one that cannot be read and for a field that is absent or holds no text,
-    and when no document begins so.
-    """
-    found = [document for path in fetch_text(spec) for document in _read(path, spec)]
-    begins = spec.get("begins", "")
-    chosen = [document for document in found if document.startswith(begins)]
-    if found and not chosen:
-        where = spec.get("path") or spec["hub"]
-        raise InputError(f"None of the {len(found)} documents of {where} begins with {begins!r}, as the text asks.")
-    return chosen
-
-
-def _read(path: Path, spec: Spec) -> list[str]:
-    if not path.name.endswith(TEXT_SUFFIXES):
-        raise InputError(f"A text must end in one of {', '.join(TEXT_SUFFIXES)}. Got {path} instead.")
-    try:
-        if path.suffix == ".parquet":
-            return _parquet(path, spec.get("field") or "text")
-        data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-        text = data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path} is not text in UTF-8: byte {error.start} cannot be decoded.") from None
-    except READ_ERRORS as error:
-        raise InputError(f"{path} cannot be read: {error}") from None
-    if path.suffix in PLAIN_SUFFIXES:
-        separator = spec.get("separator")
-        return [part for part in text.split(separator) if part.strip()] if separator else [text]
-    return list(_json(path, text, spec.get("field") or "text"))
-
-
-def _json(path: Path, text: str, field: str) -> Iterator[str]:
-    """The field of each object of a JSON list, or of each line that is not blank."""
-    if text.lstrip().startswith("["):
-        try:
-            rows = enumerate(json.loads(text), 1)
-        except ValueError as error:
-            raise InputError(f"{path} is not a JSON list: {error}.") from None
-    else:
-        rows = _lines(path, text)
-    for number, row in rows:
-        if not isinstance(row, dict) or field not in row:
-            fields = ", ".join(map(repr, row)) if isinstance(row, dict) else "no fields"
-            raise InputError(f"{path} should have the field {field!r} in each document; number {number} has {fields}.")
-        if not isinstance(row[field], str):
-            raise InputError(
-                f"The field {field!r} in {path} should hold text; in document {number} it is {json.dumps(row[field])}."
-            )
-        yield row[field]
-
-
-def _lines(path: Path, text: str) -> Iterator[tuple[int, Any]]:
-    for number, line in enumerate(text.split("\n"), 1):  # not splitlines(): strings may hold other line separators
-        if line.strip():
-            try:
-                yield number, json.loads(line)
-            except ValueError as error:
-                raise InputError(f"Line {number} of {path} is not JSON: {error}.") from None
-
-
-def _parquet(path: Path, field: str) -> list[str]:
-    import pyarrow as pa
-    import pyarrow.parquet as parquet
-
-    try:
-        names = parquet.read_schema(path).names
-        column = parquet.read_table(path, columns=[field])[field] if field in names else None
-    except (pa.ArrowException, OSError) as error:
-        raise InputError(f"{path} cannot be read: {str(error).splitlines()[0]}") from None
-    if column is None:
-        raise InputError(f"{path} should have the field {field!r}; it has {', '.join(map(repr, names))}.")
-    if not (pa.types.is_string(column.type) or pa.types.is_large_string(column.type)) or column.null_count:
-        raise InputError(
-            f"The field {field!r} in {path} should hold text; it is {column.type} with {column.null_count} nulls."
-        )
-    return column.to_pylist()
-
-
-def text_hash(documents: Sequence[str], join: str) -> str:
-    """SHA-256 of the joined documents in UTF-8."""
-    digest = hashlib.sha256()
-    for number, document in enumerate(documents):
-        digest.update(((join if number else "") + document).encode("utf-8"))
-    return digest.hexdigest()
 
 
 def load_tokenizer(model: Spec) -> PreTrainedTokenizerBase:
@@ -268,12 +176,16 @@ def sequences(
     return windows(stream, length, cut.get("samples")), len(stream)
 
 
-def tokens(model: Spec, text: Spec, cut: Spec, task: str) -> tuple[np.ndarray, dict[str, Any]]:
+def tokens(
+    model: Spec, text: Spec, cut: Spec, task: str, read: Text | None = None
+) -> tuple[np.ndarray, dict[str, Any]]:
     """Tokens [n, length] int64 of a config's calibration or evaluation entry (`cut`), and where they come from.
 
-    task: "calibration" or "evaluation". Raises InputError, naming the text, when it is too short.
+    task: "calibration" or "evaluation"; read: the text's documents, where they have been read. Raises InputError,
+    naming the text, when it cannot be read or is too short.
     """
-    found = documents(text)
+    read = read or read_text(text)
+    found = read.documents
     tokenizer = load_tokenizer(model)
     length, join = cut["length"], text.get("join", "\n\n")
     sampling = cut.get("sampling", "stream") if task == "calibration" else "windows"
@@ -284,6 +196,7 @@ def tokens(model: Spec, text: Spec, cut: Spec, task: str) -> tuple[np.ndarray, d
     return drawn, {
         "dataset": dataset_of(text),
         "sha256": text_hash(found, join),
+        "normalised": read.normalised,
         "documents": len(found),
         "tokens_in_text": count,
         "sampling": sampling,
@@ -300,17 +213,27 @@ def read_tokens(path: Path) -> tuple[np.ndarray, dict[str, Any]]:
 
     Raises InputError for another file, and for one that is damaged, which is set aside.
     """
+    return _read_tensor(path, "tokens")
+
+
+def read_sketch(path: Path) -> np.ndarray:
+    """The sketch [k] uint64 of the whole text of such a file, as `ngrams.text_sketch` makes it; raises the same."""
+    return _read_tensor(path, "sketch")[0]
+
+
+def _read_tensor(path: Path, name: str) -> tuple[np.ndarray, dict[str, Any]]:
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(path, "np") as file:
-            found, info = file.get_tensor("tokens"), json.loads((file.metadata() or {})["info"])
+            found, info = file.get_tensor(name), json.loads((file.metadata() or {})["info"])
     except (OSError, SafetensorError, KeyError, ValueError) as error:
-        sentence = f"{path} should hold the tensor 'tokens' and its 'info': {error}"
+        sentence = f"{path} should hold the tensor {name!r} and its 'info': {error}"
         known = isinstance(error, OSError) or refused(error) or out_of_memory(error)
         raise InputError(f"{sentence}." if known else f"{sentence}; {set_aside(path)}.") from error
-    if info.pop("tokens_sha256", None) not in (None, tokens_hash(found)):
-        raise InputError(f"{path} is damaged: its tokens are not those that were written; {set_aside(path)}.")
+    hashes = {each: info.pop(f"{each}_sha256", None) for each in ("tokens", "sketch")}
+    if hashes[name] not in (None, tokens_hash(found)):
+        raise InputError(f"{path} is damaged: its tensor {name!r} is not what was written; {set_aside(path)}.")
     return found, info
 
 
@@ -331,10 +254,12 @@ def main(argv: list[str] | None = None) -> None:
         command.add_argument("--out", type=Path, required=True, help="safetensors file for the tokens")
     args = parser.parse_args(argv)
 
-    drawn, info = tokens(args.model, args.text, args.cut, args.task)
-    info["tokens_sha256"] = tokens_hash(drawn)
+    read = read_text(args.text)
+    drawn, info = tokens(args.model, args.text, args.cut, args.task, read)
+    tensors = {"tokens": np.ascontiguousarray(drawn), "sketch": text_sketch(read.documents)}
+    info |= {f"{name}_sha256": tokens_hash(tensor) for name, tensor in tensors.items()}
     with whole_file(args.out) as part:
-        save_file({"tokens": np.ascontiguousarray(drawn)}, part, metadata={"info": json.dumps(info, sort_keys=True)})
+        save_file(tensors, part, metadata={"info": json.dumps(info, sort_keys=True)})
 
 
 if __name__ == "__main__":

@@ -106,6 +106,10 @@ class Cell:
             f"results/certificates/{self.model}/{self.calib}/{identity(slug(target.label), target.as_dict())}.parquet"
         )
 
+    def overlap(self, evaluation: str) -> str:
+        """Path of what the cell's calibration has in common with an evaluation, which is known by its identity."""
+        return f"results/tokens/{self.model}/overlap/{self.calib}/{evaluation}.json"
+
     @cached_property
     def params(self) -> str:
         """The spec as the one string that Snakemake tracks."""

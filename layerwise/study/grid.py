@@ -104,10 +104,10 @@ class Plan:
             once.setdefault(name_of(calib), (calib_id, calib))
         pairs = itertools.product(once.values(), self.evaluations.items())
         return [
-            f"calibration {calib_id} and evaluation {eval_id} draw from the same data set, "
-            f"{text_files.dataset_of(texts[calib['text']])}: data-aware methods may look better than on unseen text."
+            f"calibration {calib_id} and evaluation {eval_id} draw from {origin}: data-aware methods may look better "
+            "than on unseen text."
             for (calib_id, calib), (eval_id, evaluation) in pairs
-            if text_files.contaminated(texts[calib["text"]], texts[evaluation["text"]])
+            if (origin := text_files.shared_origin(texts[calib["text"]], texts[evaluation["text"]]))
         ]
 
 

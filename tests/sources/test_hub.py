@@ -128,6 +128,10 @@ def test_missing_model_folder(tmp_path):
 BROKEN_TEXTS = {
     "missing": ({"path": "absent.txt"}, "'mine' should be a file at absent.txt, but there is none"),
     "suffix": ({"path": "text.csv"}, r"must end in one of \.txt, .*Got text.csv instead"),
+    "separator": (
+        {"path": "a.jsonl", "separator": "\n\n"},
+        r"'mine' must have no separator, for only \.txt and \.raw are separated by one. Got '\\n\\n' for a.jsonl",
+    ),
     "hub files": (HUB, "must list the data files of the data set 'organisation/name'"),
     "hub suffix": ({**HUB, "files": ["c4.py"]}, "Got c4.py instead"),
     "hub revision": ({"hub": "a/b", "files": ["a.txt"]}, "must name its `revision`"),
@@ -208,8 +212,11 @@ def test_contamination():
         {"path": "a/test.txt", "dataset": "d"},
         {"path": "b.txt"},
     )
-    assert text_files.contaminated(train, test)
-    assert not text_files.contaminated(train, other)
-    assert text_files.contaminated(other, {"path": "./b.txt"})
-    assert text_files.contaminated(HUB_TEXT, {**HUB_TEXT, "files": ["test.parquet"]})
+    assert text_files.shared_origin(train, test) == "the same data set, d"
+    assert text_files.shared_origin(train, other) is None
+    assert text_files.shared_origin(other, {"path": "./b.txt"}) == "the same file, b.txt"
+    another, named = {**HUB_TEXT, "files": ["x.parquet"]}, {**HUB_TEXT, "dataset": "mine"}
+    assert text_files.shared_origin(HUB_TEXT, another) == "the same data set, organisation/name"
+    assert text_files.shared_origin(HUB_TEXT, named) == f"the same file, organisation/name/{HUB_TEXT['files'][0]}"
+    assert text_files.shared_origin(HUB_TEXT, {**another, "dataset": "mine"}) is None
     assert [text_files.dataset_of(spec) for spec in (train, other, HUB_TEXT)] == ["d", "b.txt", "organisation/name"]

@@ -1,91 +1,16 @@
-"""Texts: every file format, the published ways of sampling and cutting, and sentences for what is too short."""
+"""Tokens of texts: the published ways of sampling and cutting, and sentences for what is too short."""
 
-import gzip
 import json
 import random
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as parquet
 import pytest
+from safetensors.numpy import save_file
 from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from layerwise.runtime.errors import InputError
 from layerwise.sources import tokens as text
-
-DOCUMENTS = ["The first.", "", "Line one.\nLine two: ä\u2028ö."]
-ROWS = [{"id": number, "text": document} for number, document in enumerate(DOCUMENTS)]
-LINES = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ROWS)
-
-
-def write(path, content: str | bytes) -> str:
-    data = content.encode() if isinstance(content, str) else content
-    path.write_bytes(gzip.compress(data) if path.suffix == ".gz" else data)
-    return str(path)
-
-
-# ------------------------------------------------------------------------------------------------------------ documents
-
-
-@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.jsonl.gz", "a.json.gz"])
-def test_json_lines(tmp_path, name):
-    assert text.documents({"path": write(tmp_path / name, LINES)}) == DOCUMENTS
-    assert text.documents({"path": write(tmp_path / name, LINES.replace("\n", "\n\n"))}) == DOCUMENTS
-
-
-def test_json_list(tmp_path):
-    assert text.documents({"path": write(tmp_path / "a.json", json.dumps(ROWS))}) == DOCUMENTS
-
-
-def test_parquet_and_field(tmp_path):
-    parquet.write_table(pa.table({"id": [0, 1, 2], "body": DOCUMENTS}), tmp_path / "a.parquet")
-    assert text.documents({"path": str(tmp_path / "a.parquet"), "field": "body"}) == DOCUMENTS
-    with pytest.raises(InputError, match=r"a.parquet should have the field 'text'; it has 'id', 'body'"):
-        text.documents({"path": str(tmp_path / "a.parquet")})
-    with pytest.raises(InputError, match="'id' in .* should hold text; it is int64"):
-        text.documents({"path": str(tmp_path / "a.parquet"), "field": "id"})
-
-
-@pytest.mark.parametrize("name", ["a.txt", "wiki.test.raw"])
-def test_plain_text(tmp_path, name):
-    path = write(tmp_path / name, "one\r\n\n\n\n\ntwo\n\n\n\n")
-    assert text.documents({"path": path}) == ["one\r\n\n\n\n\ntwo\n\n\n\n"]
-    assert text.documents({"path": path, "separator": "\n\n\n\n"}) == ["one\r", "\ntwo"]
-
-
-UNREADABLE = {
-    "absent.txt": (None, "cannot be read: .*No such file"),
-    "latin.txt": ("ä".encode("latin-1"), "is not text in UTF-8: byte 0"),
-    "line.jsonl": ('{"text": "a"}\n{"text": \n', "Line 2 of .*line.jsonl is not JSON"),
-    "list.json": ("[1, ", "list.json is not a JSON list"),
-    "field.jsonl": (
-        '{"body": "a", "id": 1}',
-        "should have the field 'text' in each document; number 1 has 'body', 'id'",
-    ),
-    "number.jsonl": ('{"text": "a"}\n{"text": 3}', "should hold text; in document 2 it is 3"),
-    "string.jsonl": ('"a"', "number 1 has no fields"),
-    "a.csv": ("text", r"must end in one of .*\.txt.*Got .*a.csv instead"),
-    "bad.parquet": (b"PAR1", "bad.parquet cannot be read"),
-}
-
-
-@pytest.mark.parametrize("name", UNREADABLE)
-def test_unreadable(tmp_path, name):
-    content, sentence = UNREADABLE[name]
-    path = tmp_path / name
-    if content is not None:
-        write(path, content)
-    with pytest.raises(InputError, match=sentence):
-        text.documents({"path": str(path)})
-
-
-@pytest.mark.parametrize("spoil", [lambda data: data[:-12], lambda data: b"plain" + data])
-def test_broken_gzip(tmp_path, spoil):
-    (tmp_path / "a.jsonl.gz").write_bytes(spoil(gzip.compress(LINES.encode())))
-    with pytest.raises(InputError, match="a.jsonl.gz cannot be read"):
-        text.documents({"path": str(tmp_path / "a.jsonl.gz")})
-
 
 # ------------------------------------------------------------------------------------------------------------- sampling
 
@@ -239,7 +164,7 @@ def test_tokenizer_that_cannot_be_loaded(tmp_path):
 def study(tmp_path, many):
     """A model's and a text's config entries."""
     tokenizer_of("plain").save_pretrained(tmp_path / "model")
-    write(tmp_path / "a.txt", "|".join(many))
+    (tmp_path / "a.txt").write_text("|".join(many))
     spec = {"path": str(tmp_path / "a.txt"), "separator": "|", "join": "</s>", "dataset": "letters"}
     return {"path": str(tmp_path / "model")}, spec
 
@@ -260,9 +185,9 @@ def test_main_writes_calibration_tokens(tmp_path, study, many, sampling):
         assert info["tokens_in_text"] is None
     np.testing.assert_array_equal(tokens, expected)
     assert tokens.dtype == np.int64
-    kept = {key: info[key] for key in ("samples", "length", "seed", "sampling", "dataset", "documents", "vocabulary")}
     wanted = {key: cut[key] for key in ("samples", "length", "seed", "sampling")}
-    assert kept == wanted | {"dataset": "letters", "documents": len(found), "vocabulary": len(CHARACTERS)}
+    wanted |= {"dataset": "letters", "documents": len(found), "vocabulary": len(CHARACTERS), "normalised": ""}
+    assert {key: info[key] for key in wanted} == wanted
     assert info["sha256"] == text.hashlib.sha256("</s>".join(found).encode()).hexdigest()
 
 
@@ -280,6 +205,21 @@ def test_main_writes_evaluation_tokens(tmp_path, study):
 
 
 def test_tokens_file_of_another_kind(tmp_path):
-    write(tmp_path / "a.safetensors", b"nothing")
+    (tmp_path / "a.safetensors").write_bytes(b"nothing")
     with pytest.raises(InputError, match="should hold the tensor 'tokens'"):
         text.read_tokens(tmp_path / "a.safetensors")
+
+
+@pytest.mark.parametrize("name", ["tokens", "sketch"])
+def test_a_damaged_tensor_is_set_aside(tmp_path, name):
+    whole = {"tokens": np.arange(8).reshape(2, 4), "sketch": np.arange(3, dtype=np.uint64)}
+    info = {f"{key}_sha256": text.tokens_hash(tensor) for key, tensor in whole.items()} | {"dataset": "letters"}
+    path = tmp_path / "a.safetensors"
+    save_file({**whole, name: whole[name] + whole[name].dtype.type(1)}, path, metadata={"info": json.dumps(info)})
+    read = {"tokens": text.read_tokens, "sketch": text.read_sketch}
+    other = "sketch" if name == "tokens" else "tokens"
+    found = read[other](path)
+    np.testing.assert_array_equal(found[0] if other == "tokens" else found, whole[other])
+    with pytest.raises(InputError, match=f"is damaged: its tensor '{name}' is not what was written; it is now"):
+        read[name](path)
+    assert not path.exists()

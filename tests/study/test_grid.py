@@ -496,7 +496,15 @@ def test_texts_of_one_data_set_are_warned_about():
     (sentence,) = plan(study(texts=texts)).warnings()
     assert sentence.startswith("calibration words-") and "draw from the same data set, news" in sentence
     (sentence,) = plan(edited("evaluation/words/text", "train")).warnings()
-    assert "train.txt" in sentence
+    assert "draw from the same file, train.txt" in sentence
+
+
+def test_a_text_by_another_path_is_warned_about(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("test.txt").write_text("text")
+    texts = {"train": {"path": str(tmp_path / "test.txt")}, "test": {"path": "test.txt"}}
+    (sentence,) = plan(study(texts=texts)).warnings()
+    assert f"draw from the same file, {tmp_path / 'test.txt'}: data-aware methods may look better" in sentence
 
 
 # ---------------------------------------------------------------------------------------------------------- bad input

@@ -78,6 +78,10 @@ class SyntheticCell:
     columns: Mapping[str, Any]
     certificate: str | None = None
 
+    def overlap(self, evaluation: str) -> str:
+        _, _, model, calib, *_ = self.folder.split("/")
+        return f"results/tokens/{model}/overlap/{calib}/{evaluation}.json"
+
 
 def cell(
     method: str,
@@ -215,7 +219,15 @@ def write_cell(root: Path, of: SyntheticCell, texts: Iterable[str] = tuple(EVALU
             "seconds": 1.0,
         }
         (folder / f"perplexity-{identity}.json").write_text(json.dumps(result))
+        write_overlap(root / of.overlap(identity))
     return folder
+
+
+def write_overlap(path: Path, overlap: float | None = 0.0, contamination: str | None = None) -> None:
+    """What is known of the tokens of a calibration and an evaluation."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    found = {"overlap": overlap, "reverse": overlap, "text_overlap": overlap, "contamination": contamination}
+    path.write_text(json.dumps(found))
 
 
 def layers_table(cells: Sequence[SyntheticCell], blocks: int = 8) -> pd.DataFrame:
@@ -271,6 +283,7 @@ def cells_table(
                     "status": "failed" if broken else "done",
                     "reason": "compress, out of memory: no room" if broken else None,
                     "contaminated": metric == "perplexity",
+                    "contamination": "draw from the same data set, docstrings" if metric == "perplexity" else None,
                     "swept": "sparsity",
                     **(dict.fromkeys(PROVENANCE) if broken else PROVENANCE),
                 }

@@ -38,7 +38,8 @@ TABLES = ("layers", "cells", "traces", "bounds", "comparisons", "skipped")
 # The study has no iterative method and sweeps nothing.
 DRAWN = [name for name, drawing in FIGURES.items() if drawing.needs not in ("traces", "sweep")]
 LAYERS = 7  # linear layers in a block of a Llama
-BEFORE = {"docstrings", "model", "calibration_tokens", "evaluation_tokens", "gram"}  # rules that no method concerns
+# Rules that no method concerns.
+BEFORE = {"docstrings", "model", "calibration_tokens", "evaluation_tokens", "overlap", "gram"}
 NOTHING = "Nothing to be done"
 
 LIFT = '''"""Starts from another method and raises what it keeps: a warm start and a parameter to sweep."""

@@ -101,6 +101,23 @@ rule check_model:
         " --device {resources.device} --out {output:q} 2> >(tee {log:q} >&2)"
 
 
+rule overlap:
+    """How much of an evaluation a calibration set has seen, by content."""
+    input:
+        calibration="results/tokens/{model}/calibration-{calib}.safetensors",
+        evaluation="results/tokens/{model}/evaluation-{evaluation}.safetensors",
+        code=CODE.of("layerwise.sources.overlap"),
+    output:
+        "results/tokens/{model}/overlap/{calib}/{evaluation}.json",
+    log:
+        "logs/tokens/{model}/overlap/{calib}/{evaluation}.log",
+    priority: 1  # before the cells: who reads the warning may end the run
+    localrule: True
+    shell:
+        "{WORKER} overlap --calibration {input.calibration:q} --evaluation {input.evaluation:q}"
+        " --out {output:q} 2> >(tee {log:q} >&2)"
+
+
 rule gram:
     """The dense model's Gram of every tap, block by block, for all cells in shared mode."""
     input:

@@ -4,6 +4,7 @@ rule tables:
         [f"{cell.folder}/{name}" for cell in PLAN.cells for name in ("layers.parquet", "trace.parquet", "cell.json")],
         [f"{cell.folder}/perplexity-{text}.json" for cell in PLAN.cells for text in PLAN.evaluations],
         [f"{cell.folder}/tasks-{tasks}.json" for cell in PLAN.cells for tasks in PLAN.tasks],
+        list(dict.fromkeys(cell.overlap(text) for cell in PLAN.cells for text in PLAN.evaluations)),
         list(PLAN.certificates),
         code=CODE.of("layerwise.results.collect"),
     output:

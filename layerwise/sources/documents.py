@@ -1,0 +1,232 @@
+"""The documents of a text: its files read, whatever their format and encoding, and normalised.
+
+What an editor or a platform puts into a file and no reader sees would become tokens: a byte order mark and the carriage
+returns of line ends are taken out, in files and in strings of JSON and parquet alike.
+"""
+
+from __future__ import annotations
+
+import codecs
+import gzip
+import hashlib
+import json
+import re
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from layerwise.runtime.errors import InputError
+from layerwise.runtime.sentences import brief
+from layerwise.sources.hub import Spec
+from layerwise.sources.text_files import PLAIN_SUFFIXES, TEXT_SUFFIXES, fetch_text
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+READ_ERRORS = (OSError, EOFError, zlib.error)
+# What may be done to a text, in the order in which it is told.
+WIDE, MARK, RETURNS = ("UTF-32", "UTF-16"), "byte order mark", "line ends"
+STEPS = (*WIDE, MARK, RETURNS)
+# Byte order marks of encodings that are known by theirs alone; that of UTF-32 begins with that of UTF-16.
+ENCODINGS = {
+    codecs.BOM_UTF32_LE: "UTF-32",
+    codecs.BOM_UTF32_BE: "UTF-32",
+    codecs.BOM_UTF16_LE: "UTF-16",
+    codecs.BOM_UTF16_BE: "UTF-16",
+}
+RETURN = re.compile("\r\n?")
+MARKS = re.compile("^\ufeff+", re.MULTILINE)  # of a line too, where files that had one were joined
+
+
+@dataclass(frozen=True)
+class Text:
+    """documents: in the order of the files. normalised: what was done to them, of STEPS, as "byte order mark, line
+    ends"; empty where they are as they were written."""
+
+    documents: list[str]
+    normalised: str = ""
+
+
+def documents(spec: Spec) -> list[str]:
+    """The documents of a text, as `read_text` reads them."""
+    return read_text(spec).documents
+
+
+def read_text(spec: Spec) -> Text:
+    """The documents of a text, normalised, in the order of its files.
+
+    A .txt or .raw is one document, or what its `separator` separates (no blank ones); a line of a .jsonl or .json,
+    an element of a JSON list and a row of a .parquet are one each, in its `field` (default "text"). With `begins`,
+    those that begin with it. Line ends of `separator` and `begins` are normalised like those of the text.
+    Raises InputError, naming the file, for one that cannot be read and for a field that is absent or holds no text;
+    and where the separator occurs nowhere or no document begins so.
+    """
+    where = spec.get("path") or spec["hub"]
+    separator, begins = (RETURN.sub("\n", spec.get(key) or "") for key in ("separator", "begins"))
+    done: set[str] = set()
+    found: list[str] = []
+    occurs = False
+    for path in fetch_text(spec):
+        read = _read(path, spec.get("field") or "text", done)
+        if separator and path.suffix in PLAIN_SUFFIXES:
+            parts = read[0].split(separator)
+            occurs = occurs or len(parts) > 1
+            read = [part for part in (normalise(part, done) for part in parts) if part.strip()]
+        found += read
+    if separator and not occurs:  # it would all be one document, and of JSON or parquet it separates nothing
+        raise InputError(
+            f"The separator {separator!r} of {where} must occur in a .txt or .raw of the text, but it occurs nowhere: "
+            "leave it out, or give what separates the documents."
+        )
+    chosen = [document for document in found if document.startswith(begins)]
+    if found and not chosen:
+        raise InputError(f"None of the {len(found)} documents of {where} begins with {begins!r}, as the text asks.")
+    return Text(chosen, ", ".join(step for step in STEPS if step in done))
+
+
+def normalise(text: str, done: set[str]) -> str:
+    """The text without byte order marks at its start or that of a line, each line end a "\\n".
+
+    done: what was done is added to it, of STEPS.
+    """
+    if "\r" in text:
+        text = RETURN.sub("\n", text)
+        done.add(RETURNS)
+    if "\ufeff" in text and (cleaned := MARKS.sub("", text)) != text:
+        text = cleaned
+        done.add(MARK)
+    return text
+
+
+def lone_surrogate(text: str) -> int | None:
+    """Where a text has half a character, which no file can hold and no tokenizer takes; None for nowhere."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        return error.start
+    return None
+
+
+def text_hash(documents: Sequence[str], join: str) -> str:
+    """SHA-256 of the joined documents in UTF-8."""
+    digest = hashlib.sha256()
+    for number, document in enumerate(documents):
+        digest.update(((join if number else "") + document).encode("utf-8"))
+    return digest.hexdigest()
+
+
+def _read(path: Path, field: str, done: set[str]) -> list[str]:
+    """The documents of a file, normalised; a plain text is one."""
+    if not path.name.endswith(TEXT_SUFFIXES):
+        raise InputError(f"A text must end in one of {', '.join(TEXT_SUFFIXES)}. Got {path} instead.")
+    if path.suffix == ".parquet":
+        return [normalise(text, done) for text in _parquet(path, field)]
+    text = _decoded(path, done)
+    if path.suffix in PLAIN_SUFFIXES:
+        return [normalise(text, done)]
+    # Marks and line ends between the strings are the file's, not the text's: nothing is told of them.
+    return [normalise(found, done) for found in _json(path, normalise(text, set()), field)]
+
+
+def _decoded(path: Path, done: set[str]) -> str:
+    """The characters of a file: UTF-8, or what its byte order mark says."""
+    try:
+        data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    except READ_ERRORS as error:
+        raise InputError(f"{path} cannot be read: {error}") from None
+    encoding = next((name for mark, name in ENCODINGS.items() if data.startswith(mark)), "UTF-8")
+    try:
+        text = data.decode(encoding)
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path} is not text in {encoding}: byte {error.start} cannot be decoded.") from None
+    if "\0" in text:
+        raise InputError(
+            f"{path} must hold text. Got a NUL at character {text.index(chr(0))} instead: "
+            "is it in UTF-16 without a byte order mark, or no text at all?"
+        )
+    if encoding in WIDE:
+        done.add(encoding)
+    return text
+
+
+def _json(path: Path, text: str, field: str) -> Iterator[str]:
+    """The field of each object of a JSON list, or of each line that is not blank."""
+    if text.lstrip().startswith("["):
+        try:
+            rows = enumerate(json.loads(text), 1)
+        except (ValueError, RecursionError) as error:
+            raise InputError(f"{path} is not a JSON list: {error}.") from None
+    else:
+        rows = _lines(path, text)
+    for number, row in rows:
+        if not isinstance(row, dict) or field not in row:
+            fields = ", ".join(map(repr, row)) if isinstance(row, dict) else "no fields"
+            raise InputError(f"{path} should have the field {field!r} in each document; number {number} has {fields}.")
+        found = row[field]
+        if not isinstance(found, str):
+            raise InputError(
+                f"The field {field!r} in {path} should hold text; in document {number} it is {json.dumps(found)}."
+            )
+        if (place := lone_surrogate(found)) is not None:
+            raise InputError(
+                f"The field {field!r} in {path} should hold text; in document {number} character {place} is half of "
+                f"one, the lone surrogate {brief(found[place])}."
+            )
+        yield found
+
+
+def _lines(path: Path, text: str) -> Iterator[tuple[int, Any]]:
+    for number, line in enumerate(text.split("\n"), 1):  # not splitlines(): strings may hold other line separators
+        if line.strip():
+            try:
+                yield number, json.loads(line)
+            except (ValueError, RecursionError) as error:
+                raise InputError(f"Line {number} of {path} is not JSON: {error}.") from None
+
+
+def _parquet(path: Path, field: str) -> Iterator[str]:
+    """The field of each row: of any of Arrow's types of strings, or of binary that holds UTF-8."""
+    import pyarrow as pa
+    import pyarrow.parquet as parquet
+
+    try:
+        names = parquet.read_schema(path).names
+        column = parquet.read_table(path, columns=[field])[field] if field in names else None
+    except (pa.ArrowException, OSError) as error:
+        raise InputError(f"{path} cannot be read: {str(error).splitlines()[0]}") from None
+    if column is None:
+        raise InputError(f"{path} should have the field {field!r}; it has {', '.join(map(repr, names))}.")
+    if not _of_text(column.type) or column.null_count:
+        raise InputError(
+            f"The field {field!r} in {path} should hold text; it is {column.type} with {column.null_count} nulls."
+        )
+    row = 0
+    for chunk in column.chunks:
+        values: Iterator[Any]
+        try:
+            values = iter(chunk.to_pylist())
+        except UnicodeDecodeError:  # a column of strings may hold bytes that are none: Arrow trusts whoever wrote them
+            values = (scalar.as_py() for scalar in chunk)  # one by one, in a sixth of the speed, to say which
+        for _ in range(len(chunk)):
+            row += 1
+            try:
+                value = next(values)
+                yield value.decode("utf-8") if isinstance(value, bytes) else value
+            except UnicodeDecodeError as error:
+                raise InputError(
+                    f"The field {field!r} in {path} should hold text in UTF-8; in row {row} byte {error.start} cannot "
+                    "be decoded."
+                ) from None
+
+
+def _of_text(kind: pa.DataType) -> bool:
+    """Whether a column of an Arrow type can hold text, by itself or as codes of a dictionary."""
+    import pyarrow as pa
+
+    if isinstance(kind, pa.DictionaryType):
+        kind = kind.value_type
+    own = pa.types
+    texts = (own.is_string, own.is_large_string, own.is_string_view)
+    return any(is_kind(kind) for is_kind in (*texts, own.is_binary, own.is_large_binary, own.is_binary_view))
