@@ -230,11 +230,28 @@ def test_the_rules_name_workers_that_there_are():
 # ---------------------------------------------------------------------------------------------------------------- wheel
 
 
+PIP = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
+BUILD = ["--no-deps", *(["--no-build-isolation"] if importlib.util.find_spec("hatchling") else [])]
+# Stands for the distribution `kernels`, which transformers imports where it is installed. It has any class asked for.
+KERNELS = """
+def __getattr__(name):
+    if name.startswith("__"):
+        raise AttributeError(name)
+    return type(name, (), {"__init__": lambda self, *args, **options: None})
+"""
+
+
+@pytest.mark.long
+def test_an_editable_install_is_a_link_and_nothing_else(tmp_path):
+    subprocess.run([*PIP, "install", *BUILD, "--target", tmp_path, "--editable", ROOT], check=True)
+    assert (tmp_path / "_layerwise.pth").read_text("utf-8").split() == [str(ROOT)]
+    others = {path.name.split("-")[0] for path in tmp_path.iterdir() if not path.name.endswith(".dist-info")}
+    assert others <= {"_layerwise.pth", "bin"}
+
+
 @pytest.mark.long
 def test_the_wheel_works_without_the_checkout(tmp_path):
-    pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
-    isolated = [] if importlib.util.find_spec("hatchling") is None else ["--no-build-isolation"]
-    subprocess.run([*pip, "wheel", "--no-deps", *isolated, "--wheel-dir", tmp_path, ROOT], check=True)
+    subprocess.run([*PIP, "wheel", *BUILD, "--wheel-dir", tmp_path, ROOT], check=True)
     (wheel,) = tmp_path.glob("layerwise-*.whl")
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
@@ -250,9 +267,14 @@ def test_the_wheel_works_without_the_checkout(tmp_path):
     code = "import sysconfig; print(sysconfig.get_path('purelib'))"
     places = subprocess.run([python, "-c", code], capture_output=True, text=True, check=True)
     packages = Path(places.stdout.strip())
-    subprocess.run([*pip, "--python", python, "install", "--no-deps", "--no-index", wheel], check=True)
+    subprocess.run([*PIP, "--python", python, "install", "--no-deps", "--no-index", wheel], check=True)
     # The locked packages, without running what .pth files say there: it may lead to the checkout.
     (packages / "locked.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    known = packages / "kernels-0.18.2.dist-info"
+    known.mkdir()
+    (known / "METADATA").write_text("Metadata-Version: 2.1\nName: kernels\nVersion: 0.18.2\n")
+    (packages / "kernels").mkdir()
+    (packages / "kernels/__init__.py").write_text(KERNELS)
     clean = {key: value for key, value in ENVIRONMENT.items() if key != "PYTHONPATH"}
     folder = tmp_path / "empty"
     folder.mkdir()
@@ -263,10 +285,11 @@ def test_the_wheel_works_without_the_checkout(tmp_path):
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout + done.stderr
 
-    code = "import layerwise, transformers; from layerwise.runtime.project import ROOT; print(layerwise.__file__, ROOT)"
-    assert run(python, "-c", code).split() == [
-        str(packages / "layerwise/__init__.py"), str(packages / "layerwise/shipped")
-    ]  # fmt: skip
+    code = "import kernels, layerwise, layerwise.kernels.obs, transformers.integrations.hub_kernels\n"
+    code += "from transformers.utils import is_kernels_available\nfrom layerwise.runtime.project import ROOT\n"
+    code += "print(layerwise.__file__, ROOT, kernels.__file__, is_kernels_available())"
+    wanted = ["layerwise/__init__.py", "layerwise/shipped", "kernels/__init__.py"]
+    assert run(python, "-c", code).split() == [*(str(packages / path) for path in wanted), "True"]
     told = run(environment / "bin/layerwise", "run", "embedded", "-n", "--cores", "2")
     assert re.search(r"^compress +53$", told, re.MULTILINE) and "dry-run" in told
     assert "sparsegpt" in run(environment / "bin/layerwise", "methods")
