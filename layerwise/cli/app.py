@@ -221,10 +221,6 @@ def _progress(done: int, of: int, label: str) -> None:
 # ---------------------------------------------------------------------------------------------------- compare numbers
 
 
-def _accepted(study: str, accepted: Path | None) -> Path:
-    return accepted or Path("results/accepted") / Path(study).stem
-
-
 Accepted = Annotated[Path | None, typer.Option(help="Folder of accepted numbers. [default: results/accepted/STUDY]")]
 
 
@@ -235,10 +231,13 @@ def regression(
     accepted: Accepted = None,
     tolerance: Tolerance = TOLERANCE,
 ) -> None:
-    """Compare a study's numbers with the accepted ones. Exit status 1 when one has moved or is gone."""
+    """Compare a study's numbers with the accepted ones. Exit status 1 when one has moved or is gone.
+
+    Where nothing has been accepted in this folder, the numbers that ship with a study are taken.
+    """
     from layerwise.comparison import regression as module
 
-    if not module.check(tables, _accepted(study, accepted), tolerance):
+    if not module.check(tables, accepted or module.accepted_folder(study), tolerance):
         raise typer.Exit(1)
 
 
@@ -247,7 +246,7 @@ def accept(study: Study = config_file.EMBEDDED, tables: Tables = TABLES, accepte
     """Accept a study's numbers: `layerwise regression` compares later ones with them."""
     from layerwise.comparison import regression as module
 
-    print(*module.accept(tables, _accepted(study, accepted)), sep="\n")
+    print(*module.accept(tables, accepted or module.folder_of(study)), sep="\n")
 
 
 @app.command(epilog="Example: layerwise compare old/results new/results --tolerance 0.05")

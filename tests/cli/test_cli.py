@@ -84,7 +84,11 @@ BAD = {
     "methods --method-path absent": "method_paths names absent, which is not a folder.",
     "check-method absent.py": "The method must be a file. Got 'absent.py' instead.",
     "report no-such-study": "A study must be a file",
-    "regression no-such-study": "Expected accepted numbers at results/accepted/no-such-study/layers.csv",
+    "regression no-such-study": "A study must be a file or the name of one that ships",
+    "regression seeds": "Accepted numbers must be in results/accepted/seeds/layers.csv. There is no such file",
+    "regression embedded": "Expected the layers table at results/tables/layers.parquet",
+    "accept no-such-study": "A study must be a file or the name of one that ships",
+    "accept embedded": "Expected the layers table at results/tables/layers.parquet",
     "compare absent absent": "Expected cells.parquet in absent",
     "compare absent absent --tolerance -1": "A tolerance must be at least 0, such as 0.02. Got -1 instead.",
     "merge absent": "Missing option '--out'",
@@ -259,7 +263,8 @@ def test_the_wheel_works_without_the_checkout(tmp_path):
     assert {name.split("/")[0].split("-")[0] for name in names} == {"layerwise"} and len(names) == len(set(names))
     methods = {path.name for path in (ROOT / "methods").glob("*.py")}
     assert {name.removeprefix("layerwise/methods/") for name in names if "/methods/" in name} == methods
-    assert {"layerwise/shipped/Snakefile", "layerwise/shipped/config/config.yaml"} <= set(names)
+    shipped = ("Snakefile", "config/config.yaml", "requirements.lock", "results/accepted/embedded/layers.csv")
+    assert {f"layerwise/shipped/{path}" for path in shipped} <= set(names)
 
     environment = tmp_path / "environment"
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", environment], check=True)
@@ -293,3 +298,5 @@ def test_the_wheel_works_without_the_checkout(tmp_path):
     told = run(environment / "bin/layerwise", "run", "embedded", "-n", "--cores", "2")
     assert re.search(r"^compress +53$", told, re.MULTILINE) and "dry-run" in told
     assert "sparsegpt" in run(environment / "bin/layerwise", "methods")
+    code = "from layerwise.comparison import regression; print(regression.accepted_folder('pruning'))"
+    assert run(python, "-c", code).split() == [str(packages / "layerwise/shipped/results/accepted/pruning")]
