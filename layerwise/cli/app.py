@@ -132,15 +132,20 @@ def run(context: typer.Context, study: Study, cores: Cores = None) -> None:
     """Run a study in this folder: compress, evaluate, and write results/ and figures/."""
     from layerwise.cli import workflow
 
-    workflow.run(study, cores, context.args)
+    study, passed_on = workflow.study_and_rest([study, *context.args])
+    workflow.run(study, cores, passed_on)
 
 
 @app.command(context_settings=FORWARD, epilog="Example: layerwise report embedded, then open results/report.html.")
 def report(context: typer.Context, study: Study = config_file.EMBEDDED, cores: Cores = None) -> None:
-    """Write a study as one HTML page, results/report.html. What has not been run yet is run first."""
+    """Write a study as one HTML page, results/report.html. What has not been run yet is run first.
+
+    Arguments that begin with a dash are Snakemake's own, and come after STUDY.
+    """
     from layerwise.cli import workflow
 
-    workflow.run(study, cores, context.args, targets=["report_page"])
+    study, passed_on = workflow.study_and_rest([study, *context.args], default=config_file.EMBEDDED)
+    workflow.run(study, cores, passed_on, targets=["report_page"])
 
 
 @app.command(epilog="Example: layerwise estimate my-study.yaml --cores 8 --mem-mb 64000")
@@ -344,7 +349,10 @@ def decode(
 ) -> None:
     """Time one token's product with a weight, for each way of storing the weight."""
     shapes = list(map(_shape, shape))
+    from layerwise.cli.workflow import check_writable
     from layerwise.export import decode as module
+
+    check_writable(out.parent)
 
     for line in module.time_products(shapes, threads, rounds, device, out):
         print(line)

@@ -74,6 +74,8 @@ BAD = {
     "run": "Missing argument",
     "run no-such-study": "A study must be a file or the name of one that ships",
     "run paper-wanda-lama": "such as paper-wanda-llama",
+    "run -n": "STUDY must come before Snakemake's own arguments. Got '-n' in its place instead.",
+    "run -n embedded": "STUDY must come before Snakemake's own arguments. Got '-n' in its place instead.",
     "run embedded --directory file/inside": "must be a folder that can be written",
     "run absent-model.yaml": "The model 'absent' should be a folder at nowhere, but there is none.",
     "estimate absent-model.yaml": "The model 'absent' should be a folder at nowhere, but there is none.",
@@ -84,6 +86,14 @@ BAD = {
     "methods --method-path absent": "method_paths names absent, which is not a folder.",
     "check-method absent.py": "The method must be a file. Got 'absent.py' instead.",
     "report no-such-study": "A study must be a file",
+    "report no-such-study -n": "A study must be a file",
+    "report -n pruning": "STUDY must come before Snakemake's own arguments. Got '-n' in its place instead.",
+    "report -n absent-model.yaml": "STUDY must come before Snakemake's own arguments.",
+    "report absent-model.yaml": "The model 'absent' should be a folder at nowhere, but there is none.",
+    "report -n --directory file/inside": "must be a folder that can be written",
+    "estimate -n": "No such option: -n",
+    "published -n": "No such option: -n",
+    "published absent-model.yaml --tables absent": "Expected the cells table at absent/cells.parquet",
     "regression no-such-study": "A study must be a file or the name of one that ships",
     "regression seeds": "Accepted numbers must be in results/accepted/seeds/layers.csv. There is no such file",
     "regression embedded": "Expected the layers table at results/tables/layers.parquet",
@@ -98,6 +108,9 @@ BAD = {
     "export . --format nope --out saved": "--format must be one of dense, packed, compressed-tensors. Got 'nope'",
     "audit absent": "There is no folder absent.",
     "decode --shape 16 --out decode.csv": "--shape must be ROWSxINPUTS, such as 4096x4096. Got '16' instead.",
+    "decode --shape 16x16 --out file/inside/decode.csv": "file/inside must be a folder that can be written",
+    "new-method shrink --folder file/inside": "must be a folder that can be written",
+    "--no-such-option": "No such option",
     "worker no-such-worker": "The worker must be one of calibrate,",
 }
 
@@ -186,6 +199,19 @@ def test_what_snakemake_is_given():
     assert target == [*own, *default, "report_page", "--cores=2"]
     given = workflow.arguments(study, None, ["--workflow-profile=profiles/gpu", "--resources", "gpu=4"])
     assert given[: len(own)] == own and given[-3:] == [given[-3], "--resources", "gpu=4"]
+
+
+def test_a_report_without_a_study_is_of_the_embedded_one(monkeypatch):
+    given: list[tuple[object, ...]] = []
+    monkeypatch.setattr(workflow, "run", lambda *arguments, targets=(): given.append((*arguments, targets)))
+    for words in (["-n"], ["--cores", "2", "-n"], ["seeds", "-n"], ["-n", "--directory", "elsewhere"]):
+        assert call("report", *words).exit_code == 0
+    assert given == [
+        ("embedded", None, ["-n"], ["report_page"]),
+        ("embedded", "2", ["-n"], ["report_page"]),
+        ("seeds", None, ["-n"], ["report_page"]),
+        ("embedded", None, ["-n", "--directory", "elsewhere"], ["report_page"]),
+    ]
 
 
 def test_a_path_that_ships_is_found_from_any_folder(tmp_path, monkeypatch):
