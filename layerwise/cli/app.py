@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from layerwise.runtime.errors import InputError, refusal, report_errors
+from layerwise.runtime.errors import InputError, report_errors, system_refusal
 from layerwise.study import config_file
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ class Commands(TyperGroup):
         except typer.Abort:
             sentence = "The command was stopped."
         except OSError as error:
-            if refusal(error) or not error.filename:
+            if system_refusal(error) or not error.filename:
                 raise
             sentence = f"{error.filename} cannot be used: {error.strerror}."
         except Exception as error:
@@ -159,7 +159,7 @@ def estimate(
 
     found = module.estimate(_plan(study, check_sources=True), cores, mem_mb and mem_mb * 1e6)
     print(*found.lines, sep="\n")
-    _found(" ".join(found.refusals))
+    _found(" ".join(found.exceeded))
 
 
 @app.command("check-study", epilog="Example: layerwise check-study strangers-study.yaml")

@@ -282,10 +282,10 @@ def table(model: CostModel, jobs: Iterable[Job]) -> list[str]:
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a study takes. lines: for people to read. refusals: why the machine cannot hold it, a sentence each."""
+    """What a study takes. lines: for people to read. exceeded: what the machine cannot hold, a sentence each."""
 
     lines: list[str]
-    refusals: list[str]
+    exceeded: list[str]
 
 
 def estimate(study: Plan, cores: int, memory: float | None = None) -> Estimate:
