@@ -1,6 +1,6 @@
 """AWP: projected gradient descent on the layer problem, to prune (iterative hard thresholding), to quantise, or both.
 
-Liu et al.: gradient step on tr((W - Theta) G (W - Theta)t), then the nearest weight that is sparse, on a grid, or both.
+Liu et al.: gradient step on tr((W - Theta) G (W - Theta)^T), then the nearest weight that is sparse, on a grid or both.
 """
 
 import time

@@ -42,7 +42,7 @@ SHRUNK = [1 - step / 20 for step in range(10)]  # shares of a range that clippin
 
 @dataclass(frozen=True)
 class AWQ(Method):
-    """What = Q(W s) / s, s = (mean |x|)^ratio in units of the root of its largest times its smallest entry.
+    """W_hat = Q(W s) / s, s = (mean |x|)^ratio in units of the root of its largest times its smallest entry.
 
     Ratio 0 is rounding to nearest, so that the exact convention is never worse than `rtn`. A pruned weight stays zero:
     it puts 0 into its group's range, and every zero point is a code.
@@ -66,14 +66,14 @@ class AWQ(Method):
             return float(ops.inner(lost @ gram, lost).sum())
 
         scales = [input_scale(layer.statistics.absmean, step / self.grid, official) for step in range(self.grid)]
-        losses = [loss(rounded(layer.weight, scale, target, official)) for scale in scales]
+        losses = [loss(quantise_scaled(layer.weight, scale, target, official)) for scale in scales]
         step = min(range(self.grid), key=losses.__getitem__)  # of equal losses the first
         scale, limits = scales[step], None
-        best = rounded(layer.weight, scale, target, official)
+        best = quantise_scaled(layer.weight, scale, target, official)
         if self.clip:
             sample, _ = ops.normalised(layer.statistics.sample)
             tried = clip_limits(layer.weight * scale, sample / scale, unit, target, official)
-            clipped = rounded(layer.weight, scale, target, official, tried)
+            clipped = quantise_scaled(layer.weight, scale, target, official, tried)
             if official or loss(clipped) < losses[step]:
                 best, limits = clipped, tried
         return replace(best, info={"ratio": step / self.grid, "clip": limits})
@@ -86,7 +86,9 @@ def input_scale(absmean: Tensor, ratio: float, official: bool) -> Tensor:
     return scale / (scale.max() * scale.min()).sqrt()
 
 
-def rounded(weight: Tensor, scale: Tensor, target: Target, official: bool, limits: Tensor | None = None) -> Compressed:
+def quantise_scaled(
+    weight: Tensor, scale: Tensor, target: Target, official: bool, limits: Tensor | None = None
+) -> Compressed:
     """Q(W s) / s of weight [out, in] and scale [in], W s clipped to +-limits [out, groups] first."""
     group_of = ops.groups_of(weight.shape[1], target.group, weight.device)
     scaled = weight * scale
@@ -109,7 +111,7 @@ def clip_limits(weight: Tensor, sample: Tensor, unit: float, target: Target, off
         largest = piece.abs().amax(1, keepdim=True)  # [out, 1]
         limits, least = largest, torch.full_like(largest, float("inf"), dtype=torch.float64)
         for share in SHRUNK:
-            clipped = rounded(piece, torch.ones_like(inputs[0]), alone, official, share * largest)
+            clipped = quantise_scaled(piece, torch.ones_like(inputs[0]), alone, official, share * largest)
             lost = ((piece - clipped.weight).double() / unit).float() @ inputs.T  # [out, rows]
             error = ops.inner(lost, lost)[:, None]
             limits, least = torch.where(error < least, share * largest, limits), torch.minimum(error, least)

@@ -44,7 +44,7 @@ CARD = {
 class DSnoT(Method):
     """Refines the mask of `warm_start`, n:m within its groups. Precondition: `layer.statistics`.
 
-    trace: the loss on the mean activation alone, ||(W - What) mean||^2. In the released code a row that is done still
+    trace: the loss on the mean activation alone, ||(W - W_hat) mean||^2. In the released code a row that is done still
     moves its pointers and resets what they meet, which can break the pattern; here it, or one out of swaps, rests.
     """
 

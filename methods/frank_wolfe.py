@@ -1,6 +1,6 @@
 """SparseFW: the mask relaxed to [0, 1] and optimised by Frank-Wolfe, then rounded (Roux et al., algorithm 2).
 
-Minimise f(M) = tr((W o (1 - M)) G (W o (1 - M))t) over masks M in [0, 1] of which each comparison group sums to at
+Minimise f(M) = tr((W o (1 - M)) G (W o (1 - M))^T) over masks M in [0, 1] of which each comparison group sums to at
 most k. A share of the k, the weights that the warm start values most, is fixed at 1 beforehand.
 """
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from layerwise.runtime.errors import InputError, refusal, report_errors
+from layerwise.runtime.errors import InputError, report_errors, system_refusal
 from layerwise.study import config_file
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ class Commands(TyperGroup):
         except typer.Abort:
             sentence = "The command was stopped."
         except OSError as error:
-            if refusal(error) or not error.filename:
+            if system_refusal(error) or not error.filename:
                 raise
             sentence = f"{error.filename} cannot be used: {error.strerror}."
         except Exception as error:
@@ -132,15 +132,20 @@ def run(context: typer.Context, study: Study, cores: Cores = None) -> None:
     """Run a study in this folder: compress, evaluate, and write results/ and figures/."""
     from layerwise.cli import workflow
 
-    workflow.run(study, cores, context.args)
+    study, passed_on = workflow.study_and_rest([study, *context.args])
+    workflow.run(study, cores, passed_on)
 
 
 @app.command(context_settings=FORWARD, epilog="Example: layerwise report embedded, then open results/report.html.")
 def report(context: typer.Context, study: Study = config_file.EMBEDDED, cores: Cores = None) -> None:
-    """Write a study as one HTML page, results/report.html. What has not been run yet is run first."""
+    """Write a study as one HTML page, results/report.html. What has not been run yet is run first.
+
+    Arguments that begin with a dash are Snakemake's own, and come after STUDY.
+    """
     from layerwise.cli import workflow
 
-    workflow.run(study, cores, context.args, targets=["report_page"])
+    study, passed_on = workflow.study_and_rest([study, *context.args], default=config_file.EMBEDDED)
+    workflow.run(study, cores, passed_on, targets=["report_page"])
 
 
 @app.command(epilog="Example: layerwise estimate my-study.yaml --cores 8 --mem-mb 64000")
@@ -154,7 +159,7 @@ def estimate(
 
     found = module.estimate(_plan(study, check_sources=True), cores, mem_mb and mem_mb * 1e6)
     print(*found.lines, sep="\n")
-    _found(" ".join(found.refusals))
+    _found(" ".join(found.exceeded))
 
 
 @app.command("check-study", epilog="Example: layerwise check-study strangers-study.yaml")
@@ -221,10 +226,6 @@ def _progress(done: int, of: int, label: str) -> None:
 # ---------------------------------------------------------------------------------------------------- compare numbers
 
 
-def _accepted(study: str, accepted: Path | None) -> Path:
-    return accepted or Path("results/accepted") / Path(study).stem
-
-
 Accepted = Annotated[Path | None, typer.Option(help="Folder of accepted numbers. [default: results/accepted/STUDY]")]
 
 
@@ -235,10 +236,13 @@ def regression(
     accepted: Accepted = None,
     tolerance: Tolerance = TOLERANCE,
 ) -> None:
-    """Compare a study's numbers with the accepted ones. Exit status 1 when one has moved or is gone."""
+    """Compare a study's numbers with the accepted ones. Exit status 1 when one has moved or is gone.
+
+    Where nothing has been accepted in this folder, the numbers that ship with a study are taken.
+    """
     from layerwise.comparison import regression as module
 
-    if not module.check(tables, _accepted(study, accepted), tolerance):
+    if not module.check(tables, accepted or module.accepted_folder(study), tolerance):
         raise typer.Exit(1)
 
 
@@ -247,7 +251,7 @@ def accept(study: Study = config_file.EMBEDDED, tables: Tables = TABLES, accepte
     """Accept a study's numbers: `layerwise regression` compares later ones with them."""
     from layerwise.comparison import regression as module
 
-    print(*module.accept(tables, _accepted(study, accepted)), sep="\n")
+    print(*module.accept(tables, accepted or module.folder_of(study)), sep="\n")
 
 
 @app.command(epilog="Example: layerwise compare old/results new/results --tolerance 0.05")
@@ -345,7 +349,10 @@ def decode(
 ) -> None:
     """Time one token's product with a weight, for each way of storing the weight."""
     shapes = list(map(_shape, shape))
+    from layerwise.cli.workflow import check_writable
     from layerwise.export import decode as module
+
+    check_writable(out.parent)
 
     for line in module.time_products(shapes, threads, rounds, device, out):
         print(line)

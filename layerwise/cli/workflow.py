@@ -35,6 +35,20 @@ def arguments(study: Path, cores: str | None, passed_on: Sequence[str], targets:
     return [*own, *targets, *map(_located, passed_on)]
 
 
+def study_and_rest(words: Sequence[str], default: str | None = None) -> tuple[str, list[str]]:
+    """The study that leads what was typed, and Snakemake's own arguments, which follow it.
+
+    default: the study where none is typed. Raises InputError where an argument of Snakemake stands before the study, as
+    it may take the next word for its value.
+    """
+    first, *rest = words
+    if not first.startswith("-"):
+        return first, rest
+    if default is None or any(word in config_file.shipped_studies() or Path(word).is_file() for word in rest):
+        raise InputError(f"STUDY must come before Snakemake's own arguments. Got {first!r} in its place instead.")
+    return default, [first, *rest]
+
+
 def run(study: str, cores: str | None, passed_on: Sequence[str], targets: Sequence[str] = ()) -> None:
     """Run Snakemake on a study in this process, and end it with Snakemake's exit status.
 

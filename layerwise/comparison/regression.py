@@ -13,12 +13,29 @@ from layerwise.comparison.folders import TOLERANCE, check_tolerance, hold
 from layerwise.results.seeds import with_seed_names
 from layerwise.runtime.errors import InputError
 from layerwise.runtime.files import write_atomic
+from layerwise.runtime.project import ROOT
 from layerwise.storage.frames import column, columns_of, matching, renamed, select
 from layerwise.storage.table_schema import first_line, read_table
+from layerwise.study.config_file import study_file, study_name
 
 CELL = ["model", "calibration", "mode", "label", "target", "params"]
 # table: (columns that name a number, the number)
 NUMBERS = {"layers": ([*CELL, "layer"], "output_error"), "cells": ([*CELL, "text"], "perplexity")}
+
+
+def folder_of(study: str | Path) -> Path:
+    """Where `accept` writes a study's numbers. study: its name or its file. Raises InputError where there is none."""
+    return Path("results/accepted", study_name(study))
+
+
+def accepted_folder(study: str | Path) -> Path:
+    """Where a study's accepted numbers are: as `folder_of`, or, while nothing is accepted there, those that ship.
+
+    study: its name or its file. Numbers ship for studies that ship alone. Raises InputError where there is no study.
+    """
+    folder = folder_of(study)
+    ships = study_file(study).resolve().is_relative_to(ROOT / "config") and (ROOT / folder).is_dir()
+    return ROOT / folder if ships and not folder.is_dir() else folder
 
 
 def numbers(tables: Path, table: str) -> pd.DataFrame:
@@ -36,7 +53,7 @@ def accepted_numbers(folder: Path, table: str) -> pd.DataFrame:
     key, value = NUMBERS[table]
     path = folder / f"{table}.csv"
     if not path.is_file():
-        raise InputError(f"Expected accepted numbers at {path}, which does not exist: `make accept` accepts today's.")
+        raise InputError(f"Accepted numbers must be in {path}. There is no such file: `layerwise accept` writes it.")
     try:
         types: Any = dict.fromkeys(key, "string") | {value: "float64"}
         data = pd.read_csv(path, dtype=types, keep_default_na=False)

@@ -36,7 +36,7 @@ RELAXATION = 1.6  # over-relaxation of ADMM (Boyd et al. 2011, section 3.4.3)
 
 @dataclass(frozen=True)
 class Bound:
-    """error: no mask has a smaller tr((W - What) G (W - What)t). plain: the same for D = 0 (nearly, where G is
+    """error: no mask has a smaller tr((W - W_hat) G (W - W_hat)^T). plain: the same for D = 0 (nearly, where G is
     singular). gap: the Frank-Wolfe gap that is left, by which a longer run could raise `error` at most."""
 
     error: float

@@ -14,7 +14,7 @@ SCORED = 512  # rows of a weight, and columns of its Gram, that are in float64 a
 
 
 def output_error(layer: Layer, weight: Tensor) -> tuple[float, float]:
-    """tr((W - What) G (W - What)t) and its ratio to tr(W G Wt), in float64 on the undamped Gram.
+    """tr((W - W_hat) G (W - W_hat)^T) and its ratio to tr(W G W^T), in float64 on the undamped Gram.
 
     Raises Diverged for a Gram with eigenvalues below zero by more than rounding.
     """
@@ -28,7 +28,7 @@ def ratio(error: float, whole: float) -> float:
 
 
 def losses(layer: Layer, weight: Tensor) -> tuple[float, float]:
-    """tr((W - What) G (W - What)t) and tr(W G Wt), as output_error has them."""
+    """tr((W - W_hat) G (W - W_hat)^T) and tr(W G W^T), as output_error has them."""
     error = whole = 0.0
     for own, other in zip(layer.weight.split(SCORED), weight.split(SCORED), strict=True):
         dense = own.double()

@@ -83,7 +83,7 @@ class Solver:
         broken = broken_promise(layer, self.target, result, self.mask_only)
         if broken:
             raise self.breach(layer, broken)
-        given, result = result, packed_weights.rounded(result, self.target, self.dtype)
+        given, result = result, packed_weights.as_stored(result, self.target, self.dtype)
         if self.dtype == torch.float16 and not finite(result.weight.half()):
             raise Diverged(
                 f"{self.name} gives {layer.name} weights beyond float16: use dtype: bfloat16 or float32 for the model."
@@ -144,10 +144,10 @@ def inputs_state(layer: Layer) -> dict[str, tuple[int, float]]:
     tensors = {"weight": layer.weight, "gram": layer.gram.matrix}
     if layer.statistics:
         tensors |= {key: value for key, value in vars(layer.statistics).items() if isinstance(value, Tensor)}
-    return {name: (tensor._version, total(tensor)) for name, tensor in tensors.items()}
+    return {name: (tensor._version, placed_sum(tensor)) for name, tensor in tensors.items()}
 
 
-def total(tensor: Tensor) -> float:
+def placed_sum(tensor: Tensor) -> float:
     """Sum in float64 where each place has a weight of its own, so that entries that are exchanged show too."""
     rows = tensor.reshape(-1, tensor.shape[-1])
     across, down = (torch.linspace(1, 2, n, dtype=torch.float64, device=tensor.device) for n in rows.shape[::-1])

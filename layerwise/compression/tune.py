@@ -32,7 +32,7 @@ from layerwise.runtime.errors import Diverged
 Solve = Callable[[Layer], tuple[Compressed, dict[str, Any]]]
 
 
-def rounded(values: Tensor) -> Tensor:
+def round_straight_through(values: Tensor) -> Tensor:
     """Rounded half to even; the gradient passes straight through."""
     return values + (torch.round(values) - values).detach()
 
@@ -64,11 +64,11 @@ class TunableGrid:
         scales = quantised.scales * self.trained["stretch"].exp()
         zeros = quantised.zeros
         if "shift" in self.trained:
-            zeros = rounded(zeros + most * self.trained["shift"]).clamp(0, most)
+            zeros = round_straight_through(zeros + most * self.trained["shift"]).clamp(0, most)
         scale, zero = scales[:, self.group_of], zeros[:, self.group_of]
         codes = quantised.codes.float()
         if not self.frozen:
-            codes = (rounded(self._scaled(weight) / scale) + zero).clamp(0, most)
+            codes = (round_straight_through(self._scaled(weight) / scale) + zero).clamp(0, most)
         weight = scale * (codes - zero)
         weight = weight if quantised.input_scale is None else weight / quantised.input_scale
         return weight, replace(quantised, codes=codes, scales=scales, zeros=zeros)

@@ -58,7 +58,7 @@ def mirror(matrix: Tensor) -> None:
 
 
 def add_products(total: Tensor, x: Tensor) -> None:
-    """Add Xt X of x [tokens, in] to total [in, in], of which what lies below its diagonal is left undefined.
+    """Add X^T X of x [tokens, in] to total [in, in], of which what lies below its diagonal is left undefined.
 
     Panel by panel from the diagonal on: half the work of the whole product, and what the panels have too much.
     """

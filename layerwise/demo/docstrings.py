@@ -11,10 +11,12 @@ import hashlib
 import importlib.metadata
 import sys
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
 
 from layerwise.runtime.errors import InputError, report_errors
 from layerwise.runtime.files import write_atomic
+from layerwise.runtime.project import ROOT
 
 PACKAGES = {  # distribution -> import package
     "matplotlib": "matplotlib",
@@ -40,9 +42,16 @@ def package_folder(distribution: str) -> Path:
     except importlib.metadata.PackageNotFoundError:
         raise InputError(
             f"The embedded study reads the docstrings of {distribution}, which is not installed: "
-            "install requirements.lock (make reproduce does)."
+            f"`pip install {pinned([distribution])}` installs it."
         ) from None
     return Path(str(found.locate_file(PACKAGES[distribution])))
+
+
+def pinned(distributions: Iterable[str]) -> str:
+    """These distributions with the versions of requirements.lock, as pip takes them."""
+    lines = (ROOT / "requirements.lock").read_text("utf-8").splitlines()
+    versions = dict(line.split("==") for line in lines if "==" in line)
+    return " ".join(f"{name}=={versions[name]}" for name in distributions)
 
 
 def docstrings(source: str) -> list[tuple[str, str]]:
@@ -110,15 +119,12 @@ def digest(documents: Modules) -> str:
 
 def check(by_package: dict[str, Modules], expected: dict[str, str]) -> None:
     """Raise InputError, naming the packages whose text is not the recorded one."""
-    wrong = [
-        f"{name} {importlib.metadata.version(name)}"
-        for name, documents in by_package.items()
-        if digest(documents) != expected.get(name)
-    ]
+    wrong = [name for name, documents in by_package.items() if digest(documents) != expected.get(name)]
     if wrong:
+        installed = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in wrong)
         raise InputError(
-            f"The docstrings of {', '.join(wrong)} are not those that the demo model was trained on: "
-            "install the versions of requirements.lock."
+            f"The docstrings of {installed} are not those that the demo model was trained on: "
+            f"`pip install {pinned(wrong)}` installs those."
         )
 
 

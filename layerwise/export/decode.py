@@ -33,7 +33,7 @@ WARM_UP = 5  # rounds that are not counted
 
 
 @dataclass(frozen=True)
-class Entry:
+class StoredWeight:
     """A storage of W [rows, inputs] and the ways of computing its product, of which the fastest counts.
 
     exact: [rows] float64, the product with what is stored; moved: bytes of W as stored, of x and of y.
@@ -46,7 +46,7 @@ class Entry:
     moved: int
 
 
-def entries(rows: int, inputs: int, threads: int, device: str) -> list[Entry]:
+def stored_weights(rows: int, inputs: int, threads: int, device: str) -> list[StoredWeight]:
     """Every storage of one weight with normal entries. x has entries that bfloat16 holds: all multiply the same."""
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(rows, inputs, generator=generator).bfloat16().float()
@@ -63,8 +63,8 @@ def entries(rows: int, inputs: int, threads: int, device: str) -> list[Entry]:
 
     exact = weight.double() @ x.double()
     found = [
-        Entry("dense float32", _dense(weight.to(device), x.to(device)), exact, 32.0, weight.nbytes + moved),
-        Entry(
+        StoredWeight("dense float32", _dense(weight.to(device), x.to(device)), exact, 32.0, weight.nbytes + moved),
+        StoredWeight(
             BASE,
             _dense(weight.bfloat16().to(device), x.bfloat16().to(device)),
             exact,
@@ -78,7 +78,7 @@ def entries(rows: int, inputs: int, threads: int, device: str) -> list[Entry]:
     for name, (target, storage) in packed.items():
         exact = torch.from_numpy(storage.dequantised()) @ x.double()
         way = _kernel(storage, x, threads, device)
-        found.append(Entry(name, way, exact, bits(target), storage.nbytes + moved))
+        found.append(StoredWeight(name, way, exact, bits(target), storage.nbytes + moved))
     return found
 
 
@@ -126,7 +126,7 @@ def _quantised(weight: Tensor, target: Target) -> tuple[Tensor, Tensor, Tensor]:
     return grid.codes(weight, ops.groups_of(weight.shape[1], target.group)), grid.scales, grid.zeros
 
 
-def measure(found: list[Entry], rounds: int, threads: int, device: str) -> list[dict[str, object]]:
+def measure(found: list[StoredWeight], rounds: int, threads: int, device: str) -> list[dict[str, object]]:
     """One row per entry, in columns of the table: times in microseconds, over `rounds` rounds that call all once.
 
     Raises InputError for a product that is wrong.
@@ -199,7 +199,7 @@ def time_products(
     table = []
     for rows, inputs in shapes:
         with torch.inference_mode():
-            measured = measure(entries(rows, inputs, threads, device), rounds, threads, device)
+            measured = measure(stored_weights(rows, inputs, threads, device), rounds, threads, device)
         for row in measured:
             place = {"rows": rows, "inputs": inputs, "threads": threads, "device": device, "machine": machine}
             table.append({**row, **place, "torch": torch.__version__, "numba": numba.__version__})

@@ -58,7 +58,7 @@ def report_errors(main: Callable[[list[str]], object], argv: list[str]) -> None:
         print(f"error: {STOPPED}.", file=sys.stderr)
         sys.exit(128 + (signal.SIGTERM if isinstance(error, Stopped) else signal.SIGINT))
     except Exception as error:
-        if sentence := refusal(error) or no_memory(error):
+        if sentence := system_refusal(error) or no_memory(error):
             sys.exit(f"error: {sentence}")
         raise  # a fault of the code, whose traceback says where
     finally:
@@ -89,7 +89,7 @@ def refused(error: BaseException) -> OSError | None:
     return None
 
 
-def refusal(error: BaseException, path: Path | None = None) -> str | None:
+def system_refusal(error: BaseException, path: Path | None = None) -> str | None:
     """One sentence about what a disk refused, or None for another error; path: the file, where the error names none."""
     own = refused(error)
     if own is None or own.errno is None:
@@ -143,7 +143,7 @@ def status_of(error: Exception) -> tuple[str, str]:
     status = "diverged" if isinstance(error, Diverged) else status
     if isinstance(error, InputError):
         return status, text
-    return status, refusal(error) or no_memory(error) or f"{type(error).__name__}: {text}"
+    return status, system_refusal(error) or no_memory(error) or f"{type(error).__name__}: {text}"
 
 
 def out_of_memory(error: BaseException | None) -> bool:

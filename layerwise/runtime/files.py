@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from layerwise.runtime.errors import InputError, refusal
+from layerwise.runtime.errors import InputError, system_refusal
 
 
 @contextlib.contextmanager
@@ -21,7 +21,7 @@ def writing(path: Path) -> Iterator[None]:
     except InputError:
         raise
     except Exception as error:
-        if sentence := refusal(error, path):
+        if sentence := system_refusal(error, path):
             raise InputError(f"Cannot write {sentence}") from error
         raise
 

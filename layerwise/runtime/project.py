@@ -1,4 +1,5 @@
-"""Where the files that ship beside the code lie: the Snakefile, workflow/, config/, profiles/ and resources/."""
+"""Where the files that ship beside the code lie: the Snakefile, workflow/, config/, profiles/, resources/,
+requirements.lock and results/accepted/."""
 
 import os
 from pathlib import Path

@@ -85,7 +85,7 @@ def narrowest(values: Tensor) -> Tensor:
 # -------------------------------------------------------------------------------------------------------------- layers
 
 
-def rounded(result: Compressed, target: Target, dtype: torch.dtype) -> Compressed:
+def as_stored(result: Compressed, target: Target, dtype: torch.dtype) -> Compressed:
     """The result as it is stored: scales in 16 bits and the weight that they give, or the weight in the model's dtype.
 
     dtype: of the model that the weight is written into; the weight comes back in float32. Scales of inputs that are all
@@ -126,7 +126,7 @@ def parts_of(result: Compressed, target: Target, dtype: torch.dtype) -> dict[str
     """The tensors that store a layer, on the processor; a weight that is not quantised is rounded to the model's dtype.
 
     A layer that is neither pruned nor quantised is its weight [out, in], under the empty name.
-    Raises ValueError for scales that are not in 16 bits (see `rounded`).
+    Raises ValueError for scales that are not in 16 bits (see `as_stored`).
     """
     rows, inputs = result.weight.shape
     mask = torch.ones(rows, inputs, dtype=torch.bool) if result.mask is None else result.mask.cpu()

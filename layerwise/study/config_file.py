@@ -137,3 +137,9 @@ def study_file(study: str | Path) -> Path:
     raise InputError(
         f"A study must be a file or the name of one that ships, such as {known}. Got {brief(str(study))!r} instead."
     )
+
+
+def study_name(study: str | Path) -> str:
+    """The name of a study, given by that or by its file. Raises InputError as study_file does."""
+    path = study_file(study)
+    return EMBEDDED if path.samefile(ROOT / "config/config.yaml") else path.stem

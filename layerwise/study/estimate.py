@@ -151,8 +151,8 @@ def limit_errors(model: CostModel, jobs: Iterable[Job], totals: JobTotals, limit
         taken, job = largest
         yield (
             f"{job_title(model, job)} needs about {size(taken)} of memory, and {limits.whose} {size(limits.memory)}: "
-            f"docs/big-models.md says what takes less, and --set-resources {job.rule}:mem_mb=N puts a figure of yours "
-            "in the place of this estimate."
+            "shorter sequences, dtype: bfloat16 and other methods take less, and --set-resources "
+            f"{job.rule}:mem_mb=N puts a figure of yours in the place of this estimate."
         )
     for place, taken, free in on_disks(totals, limits):
         if taken > free:
@@ -282,10 +282,10 @@ def table(model: CostModel, jobs: Iterable[Job]) -> list[str]:
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a study takes. lines: for people to read. refusals: why the machine cannot hold it, a sentence each."""
+    """What a study takes. lines: for people to read. exceeded: what the machine cannot hold, a sentence each."""
 
     lines: list[str]
-    refusals: list[str]
+    exceeded: list[str]
 
 
 def estimate(study: Plan, cores: int, memory: float | None = None) -> Estimate:

@@ -10,7 +10,7 @@ from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
-from layerwise.contract.import_closure import METHODS, PACKAGE, closure
+from layerwise.contract.import_closure import METHODS, PACKAGE, closure, file_of
 from layerwise.runtime.errors import InputError
 from layerwise.runtime.files import digest_of
 from layerwise.sources import checkpoint_files, task_sets
@@ -39,9 +39,12 @@ class Code:
         self.files: dict[str, tuple[str, ...]] = {}  # digest -> files
         self._named = cache(self._name)
 
-    def of(self, *modules: str, files: tuple[Path, ...] = ()) -> str:
-        """The file that stands for the import closure of these modules of layerwise, and for further files."""
-        return self._named(modules, files)
+    def of(self, *modules: str, alone: str | None = None, files: tuple[Path, ...] = ()) -> str:
+        """The file that stands for the import closure of these modules of layerwise, and for further code.
+
+        alone: a module that counts without what it imports. files: further files.
+        """
+        return self._named(modules, (file_of(alone), *files) if alone else files)
 
     def _name(self, modules: tuple[str, ...], files: tuple[Path, ...]) -> str:
         paths = tuple(map(from_here, dict.fromkeys([*closure(modules), *files])))

@@ -74,6 +74,8 @@ BAD = {
     "run": "Missing argument",
     "run no-such-study": "A study must be a file or the name of one that ships",
     "run paper-wanda-lama": "such as paper-wanda-llama",
+    "run -n": "STUDY must come before Snakemake's own arguments. Got '-n' in its place instead.",
+    "run -n embedded": "STUDY must come before Snakemake's own arguments. Got '-n' in its place instead.",
     "run embedded --directory file/inside": "must be a folder that can be written",
     "run absent-model.yaml": "The model 'absent' should be a folder at nowhere, but there is none.",
     "estimate absent-model.yaml": "The model 'absent' should be a folder at nowhere, but there is none.",
@@ -84,7 +86,19 @@ BAD = {
     "methods --method-path absent": "method_paths names absent, which is not a folder.",
     "check-method absent.py": "The method must be a file. Got 'absent.py' instead.",
     "report no-such-study": "A study must be a file",
-    "regression no-such-study": "Expected accepted numbers at results/accepted/no-such-study/layers.csv",
+    "report no-such-study -n": "A study must be a file",
+    "report -n pruning": "STUDY must come before Snakemake's own arguments. Got '-n' in its place instead.",
+    "report -n absent-model.yaml": "STUDY must come before Snakemake's own arguments.",
+    "report absent-model.yaml": "The model 'absent' should be a folder at nowhere, but there is none.",
+    "report -n --directory file/inside": "must be a folder that can be written",
+    "estimate -n": "No such option: -n",
+    "published -n": "No such option: -n",
+    "published absent-model.yaml --tables absent": "Expected the cells table at absent/cells.parquet",
+    "regression no-such-study": "A study must be a file or the name of one that ships",
+    "regression seeds": "Accepted numbers must be in results/accepted/seeds/layers.csv. There is no such file",
+    "regression embedded": "Expected the layers table at results/tables/layers.parquet",
+    "accept no-such-study": "A study must be a file or the name of one that ships",
+    "accept embedded": "Expected the layers table at results/tables/layers.parquet",
     "compare absent absent": "Expected cells.parquet in absent",
     "compare absent absent --tolerance -1": "A tolerance must be at least 0, such as 0.02. Got -1 instead.",
     "merge absent": "Missing option '--out'",
@@ -94,6 +108,9 @@ BAD = {
     "export . --format nope --out saved": "--format must be one of dense, packed, compressed-tensors. Got 'nope'",
     "audit absent": "There is no folder absent.",
     "decode --shape 16 --out decode.csv": "--shape must be ROWSxINPUTS, such as 4096x4096. Got '16' instead.",
+    "decode --shape 16x16 --out file/inside/decode.csv": "file/inside must be a folder that can be written",
+    "new-method shrink --folder file/inside": "must be a folder that can be written",
+    "--no-such-option": "No such option",
     "worker no-such-worker": "The worker must be one of calibrate,",
 }
 
@@ -184,6 +201,19 @@ def test_what_snakemake_is_given():
     assert given[: len(own)] == own and given[-3:] == [given[-3], "--resources", "gpu=4"]
 
 
+def test_a_report_without_a_study_is_of_the_embedded_one(monkeypatch):
+    given: list[tuple[object, ...]] = []
+    monkeypatch.setattr(workflow, "run", lambda *arguments, targets=(): given.append((*arguments, targets)))
+    for words in (["-n"], ["--cores", "2", "-n"], ["seeds", "-n"], ["-n", "--directory", "elsewhere"]):
+        assert call("report", *words).exit_code == 0
+    assert given == [
+        ("embedded", None, ["-n"], ["report_page"]),
+        ("embedded", "2", ["-n"], ["report_page"]),
+        ("seeds", None, ["-n"], ["report_page"]),
+        ("embedded", None, ["-n", "--directory", "elsewhere"], ["report_page"]),
+    ]
+
+
 def test_a_path_that_ships_is_found_from_any_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert project.locate("resources/demo") == project.ROOT / "resources/demo"
@@ -230,11 +260,28 @@ def test_the_rules_name_workers_that_there_are():
 # ---------------------------------------------------------------------------------------------------------------- wheel
 
 
+PIP = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
+BUILD = ["--no-deps", *(["--no-build-isolation"] if importlib.util.find_spec("hatchling") else [])]
+# Stands for the distribution `kernels`, which transformers imports where it is installed. It has any class asked for.
+KERNELS = """
+def __getattr__(name):
+    if name.startswith("__"):
+        raise AttributeError(name)
+    return type(name, (), {"__init__": lambda self, *args, **options: None})
+"""
+
+
+@pytest.mark.long
+def test_an_editable_install_is_a_link_and_nothing_else(tmp_path):
+    subprocess.run([*PIP, "install", *BUILD, "--target", tmp_path, "--editable", ROOT], check=True)
+    assert (tmp_path / "_layerwise.pth").read_text("utf-8").split() == [str(ROOT)]
+    others = {path.name.split("-")[0] for path in tmp_path.iterdir() if not path.name.endswith(".dist-info")}
+    assert others <= {"_layerwise.pth", "bin"}
+
+
 @pytest.mark.long
 def test_the_wheel_works_without_the_checkout(tmp_path):
-    pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
-    isolated = [] if importlib.util.find_spec("hatchling") is None else ["--no-build-isolation"]
-    subprocess.run([*pip, "wheel", "--no-deps", *isolated, "--wheel-dir", tmp_path, ROOT], check=True)
+    subprocess.run([*PIP, "wheel", *BUILD, "--wheel-dir", tmp_path, ROOT], check=True)
     (wheel,) = tmp_path.glob("layerwise-*.whl")
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
@@ -242,7 +289,8 @@ def test_the_wheel_works_without_the_checkout(tmp_path):
     assert {name.split("/")[0].split("-")[0] for name in names} == {"layerwise"} and len(names) == len(set(names))
     methods = {path.name for path in (ROOT / "methods").glob("*.py")}
     assert {name.removeprefix("layerwise/methods/") for name in names if "/methods/" in name} == methods
-    assert {"layerwise/shipped/Snakefile", "layerwise/shipped/config/config.yaml"} <= set(names)
+    shipped = ("Snakefile", "config/config.yaml", "requirements.lock", "results/accepted/embedded/layers.csv")
+    assert {f"layerwise/shipped/{path}" for path in shipped} <= set(names)
 
     environment = tmp_path / "environment"
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", environment], check=True)
@@ -250,9 +298,14 @@ def test_the_wheel_works_without_the_checkout(tmp_path):
     code = "import sysconfig; print(sysconfig.get_path('purelib'))"
     places = subprocess.run([python, "-c", code], capture_output=True, text=True, check=True)
     packages = Path(places.stdout.strip())
-    subprocess.run([*pip, "--python", python, "install", "--no-deps", "--no-index", wheel], check=True)
+    subprocess.run([*PIP, "--python", python, "install", "--no-deps", "--no-index", wheel], check=True)
     # The locked packages, without running what .pth files say there: it may lead to the checkout.
     (packages / "locked.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    known = packages / "kernels-0.18.2.dist-info"
+    known.mkdir()
+    (known / "METADATA").write_text("Metadata-Version: 2.1\nName: kernels\nVersion: 0.18.2\n")
+    (packages / "kernels").mkdir()
+    (packages / "kernels/__init__.py").write_text(KERNELS)
     clean = {key: value for key, value in ENVIRONMENT.items() if key != "PYTHONPATH"}
     folder = tmp_path / "empty"
     folder.mkdir()
@@ -263,10 +316,13 @@ def test_the_wheel_works_without_the_checkout(tmp_path):
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout + done.stderr
 
-    code = "import layerwise, transformers; from layerwise.runtime.project import ROOT; print(layerwise.__file__, ROOT)"
-    assert run(python, "-c", code).split() == [
-        str(packages / "layerwise/__init__.py"), str(packages / "layerwise/shipped")
-    ]  # fmt: skip
+    code = "import kernels, layerwise, layerwise.kernels.obs, transformers.integrations.hub_kernels\n"
+    code += "from transformers.utils import is_kernels_available\nfrom layerwise.runtime.project import ROOT\n"
+    code += "print(layerwise.__file__, ROOT, kernels.__file__, is_kernels_available())"
+    wanted = ["layerwise/__init__.py", "layerwise/shipped", "kernels/__init__.py"]
+    assert run(python, "-c", code).split() == [*(str(packages / path) for path in wanted), "True"]
     told = run(environment / "bin/layerwise", "run", "embedded", "-n", "--cores", "2")
     assert re.search(r"^compress +53$", told, re.MULTILINE) and "dry-run" in told
     assert "sparsegpt" in run(environment / "bin/layerwise", "methods")
+    code = "from layerwise.comparison import regression; print(regression.accepted_folder('pruning'))"
+    assert run(python, "-c", code).split() == [str(packages / "layerwise/shipped/results/accepted/pruning")]

@@ -13,6 +13,7 @@ from layerwise.comparison.folders import changed_numbers, report
 from layerwise.results.cell_results import evaluations
 from layerwise.results.collect import StudyInputs, collect
 from layerwise.runtime.errors import InputError
+from layerwise.study import config_file
 from tests.support.synthetic_tables import EVALUATIONS, STUDY, cell, layer_frame, write_cell
 
 
@@ -116,8 +117,39 @@ def test_gone_fails_and_added_does_not(tmp_path, capsys):
 
 
 def test_nothing_accepted_yet_is_a_sentence(tmp_path):
-    with pytest.raises(InputError, match="make accept"):
+    with pytest.raises(InputError, match="`layerwise accept` writes it"):
         run("regression", study(tmp_path / "a"), tmp_path / "accepted")
+
+
+def test_a_study_s_numbers_by_its_name_and_by_its_file(tmp_path, monkeypatch):
+    root, folder, local = tmp_path / "shipped", tmp_path / "here", Path("results/accepted")
+    for path in (root / "config", folder, *(root / local / name for name in ("embedded", "pruning"))):
+        path.mkdir(parents=True)
+    ships = {"embedded": "config/config.yaml", "pruning": "config/pruning.yaml", "seeds": "config/seeds.yaml"}
+    for path in (*(root / file for file in ships.values()), folder / "mine.yaml", folder / "pruning.yaml"):
+        path.write_text("")
+    monkeypatch.setattr(config_file, "ROOT", root)
+    monkeypatch.setattr(regression, "ROOT", root)
+    monkeypatch.chdir(folder)
+    for name, file in ships.items():
+        for study in (name, root / file):
+            assert regression.folder_of(study) == local / name
+            # No numbers ship for `seeds`.
+            assert regression.accepted_folder(study) == (local if name == "seeds" else root / local) / name
+    for study in ("mine.yaml", folder / "mine.yaml"):
+        assert regression.folder_of(study) == regression.accepted_folder(study) == local / "mine"
+    assert regression.accepted_folder("pruning.yaml") == local / "pruning"  # what ships is of another study
+    (local / "pruning").mkdir(parents=True)
+    assert regression.accepted_folder("pruning") == local / "pruning"  # what was accepted here comes first
+    for function in (regression.folder_of, regression.accepted_folder):
+        with pytest.raises(InputError, match="A study must be a file or the name of one that ships"):
+            function("no-such-study")
+
+
+def test_numbers_that_ship_can_be_read():
+    for name in ("embedded", "pruning", "quantisation"):
+        for table in regression.NUMBERS:
+            assert len(regression.accepted_numbers(regression.accepted_folder(name), table)) > 20
 
 
 def test_a_strange_accepted_file_is_a_sentence(tmp_path):

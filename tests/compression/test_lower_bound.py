@@ -32,7 +32,7 @@ TINY = Recipe(out=3, inputs=5, seed=4)
 EVERY = [*TARGETS, Target(0.5, "layer")]
 
 
-def total(layer: Layer) -> float:
+def squared_output(layer: Layer) -> float:
     weight, gram = layer.weight.double(), layer.gram.matrix.double()
     return float(((weight @ gram) * weight).sum())
 
@@ -43,7 +43,7 @@ def best(layer: Layer, target: Target) -> float:
     missing = -layer.weight.shape[1] % of
     filled = torch.nn.functional.pad(layer.weight, (0, missing))
     gram = torch.nn.functional.pad(layer.gram.matrix, (0, missing, 0, missing))
-    return best_error(replace(layer, weight=filled, gram=Gram(gram, 1)), target, refit=False) * total(layer)
+    return best_error(replace(layer, weight=filled, gram=Gram(gram, 1)), target, refit=False) * squared_output(layer)
 
 
 @pytest.mark.parametrize("target", TARGETS, ids=lambda target: target.label)
@@ -76,7 +76,8 @@ def test_where_inputs_do_not_interact_the_bound_is_the_best_mask(target):
     """G diagonal: D = G makes the relaxation a sort, so that nothing is left between bound and mask."""
     layer = layers.make(Recipe(out=4, inputs=20))
     diagonal = replace(layer, gram=Gram(layer.gram.matrix.diagonal().diag(), 1))
-    reached = output_error(diagonal, Wanda().compress(diagonal, target, torch.Generator()).weight) * total(diagonal)
+    pruned = Wanda().compress(diagonal, target, torch.Generator()).weight
+    reached = output_error(diagonal, pruned) * squared_output(diagonal)
     found = lower_bound(diagonal, target)
     assert 0.98 * reached < found.error <= reached * (1 + 1e-9)
     assert found.plain < 0.95 * reached

@@ -18,7 +18,7 @@ from layerwise.checks import layer_cases as layers
 from layerwise.checks.layer_cases import grid_of
 from layerwise.compression import cell as compress
 from layerwise.compression import solver as solver_module
-from layerwise.compression.tune import Tunable, Tuner, rounded
+from layerwise.compression.tune import Tunable, Tuner, round_straight_through
 from layerwise.compression.verify import broken_promise
 from layerwise.contract.catalogue import Catalogue
 from layerwise.contract.layer import Compressed, Layer, Quantised, Target
@@ -78,7 +78,7 @@ NAMES = [f"{method} {target.label}" for method, target in RESULTS] + ["groups an
 
 def test_rounding_is_exact_and_lets_the_gradient_through():
     values = torch.cat([torch.linspace(-300, 300, 4001), torch.tensor([0.5, 1.5, 2.5, 1e-30, 3e8])]).requires_grad_()
-    found = rounded(values)
+    found = round_straight_through(values)
     assert torch.equal(found, torch.round(values))
     found.sum().backward()
     assert torch.equal(some(values.grad), torch.ones_like(values))

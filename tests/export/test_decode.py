@@ -101,14 +101,14 @@ def test_more_threads_than_processors_are_one_sentence(tmp_path):
 
 
 def test_a_product_that_is_wrong_is_no_time():
-    (good, base) = decode.entries(32, 64, 1, "cpu")[:2]
+    (good, base) = decode.stored_weights(32, 64, 1, "cpu")[:2]
     wrong = replace(good, exact=good.exact + good.exact.abs().max() / 1000)
     with pytest.raises(InputError, match="The product of dense float32 is wrong by 0.001 of its largest entry."):
         decode.measure([wrong, base], 1, 1, "cpu")
 
 
 def test_kept_weights_are_counted_as_they_are_stored():
-    bits = {entry.storage: entry.bits for entry in decode.entries(8, 80, 1, "cpu")}
+    bits = {entry.storage: entry.bits for entry in decode.stored_weights(8, 80, 1, "cpu")}
     assert bits["W4 50% 1x16"] == 3 / 5 * (4 + (16 + 16 + 4) / 16)  # three of five blocks stay
 
 

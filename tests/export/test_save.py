@@ -168,12 +168,12 @@ def changed_cell(case: Case, target: Target, tmp_path: Path, change) -> Path:
 
 def with_input_scale(result):
     scaled = regridded(result, input_scale=torch.linspace(0.5, 2, result.weight.shape[1]))
-    return packed_weights.rounded(scaled, W4, torch.float32)
+    return packed_weights.as_stored(scaled, W4, torch.float32)
 
 
 def with_act_order(result):
     order = torch.randperm(result.weight.shape[1], generator=torch.Generator().manual_seed(0))
-    return packed_weights.rounded(regridded(result, group_of=order // 16), W4, torch.float32)
+    return packed_weights.as_stored(regridded(result, group_of=order // 16), W4, torch.float32)
 
 
 INEXPRESSIBLE = {

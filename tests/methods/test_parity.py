@@ -318,7 +318,7 @@ def test_awq_rounds_as_the_official_code_does(name: str, case: str, as_official:
     scale, limits = (torch.tensor(official.arrays[f"{case}/{key}"]) for key in ("input_scale", "clip"))
     weight = torch.tensor(official.weight)
     for given, expected in ((None, official.compressed(case)), (limits, official.scaled(case, clipped=True))):
-        assert np.array_equal(awq.rounded(weight, scale, target, as_official, given).weight.numpy(), expected)
+        assert np.array_equal(awq.quantise_scaled(weight, scale, target, as_official, given).weight.numpy(), expected)
 
 
 @pytest.mark.parametrize(("name", "case"), list(filter(sampled, official_outputs.cases("awq", clipped))))

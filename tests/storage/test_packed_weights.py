@@ -74,7 +74,7 @@ def shape_of(layer: Layer) -> tuple[int, int]:
 
 
 def stored(layer: Layer, target: Target, dtype: torch.dtype = torch.float32) -> Compressed:
-    return packed_weights.rounded(compressed(layer, target), target, dtype)
+    return packed_weights.as_stored(compressed(layer, target), target, dtype)
 
 
 def parts(result: Compressed, target: Target, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
@@ -117,7 +117,7 @@ def test_reordered_groups_and_input_scales_are_stored(target):
     layer = layers.build("correlated")
     shuffled = torch.randperm(64, generator=torch.Generator().manual_seed(0)) // 16
     values = regridded(stored(layer, target), group_of=shuffled, input_scale=torch.rand(64) + 0.5)
-    values = packed_weights.rounded(values, target, torch.float32)
+    values = packed_weights.as_stored(values, target, torch.float32)
     tensors = parts(values, target)
     found = packed_weights.restored(tensors, target, (24, 64))
     assert_same(found, values, target)
@@ -195,7 +195,7 @@ def test_scales_are_rounded_to_sixteen_bits_and_the_weight_with_them():
     assert not torch.equal(exact.scales, rounded.scales) and torch.equal(exact.codes, rounded.codes)
     assert torch.equal(rounded.scales.half().float(), rounded.scales)
     assert torch.equal(grid_of(stored(layer, target, torch.bfloat16)).scales, exact.scales.bfloat16().float())
-    assert grid_of(packed_weights.rounded(after, target, torch.float32)).scales.equal(rounded.scales)
+    assert grid_of(packed_weights.as_stored(after, target, torch.float32)).scales.equal(rounded.scales)
     torch.testing.assert_close(after.weight, before.weight, rtol=2**-11, atol=0)
 
 
@@ -209,7 +209,7 @@ def test_rounding_of_scales_hardly_moves_the_error(bits):
 def test_scales_of_inputs_that_are_all_one_take_no_bits():
     layer, target = layers.build("correlated"), Target(bits=4, group=16)
     result = regridded(compressed(layer, target), input_scale=torch.ones(64))
-    found = packed_weights.rounded(result, target, torch.float32)
+    found = packed_weights.as_stored(result, target, torch.float32)
     assert grid_of(found).input_scale is None and torch.equal(found.weight, stored(layer, target).weight)
 
 

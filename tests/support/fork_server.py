@@ -25,7 +25,7 @@ ENDING = (signal.SIGTERM, signal.SIGHUP)
 ENDED_LATE = 124  # as `timeout` says it
 
 
-class Warm:
+class ForkServer:
     """Runs of pytest in a folder whose files may change between them; no two at a time. A context."""
 
     def __init__(
@@ -36,7 +36,7 @@ class Warm:
         # What is compiled goes by a file's seconds and size, which a fault may leave as they were.
         self.environment = {**os.environ, **(environment or {}), "PYTHONDONTWRITEBYTECODE": "1"}
 
-    def __enter__(self) -> Warm:
+    def __enter__(self) -> ForkServer:
         pipe = subprocess.PIPE
         self.process = subprocess.Popen(
             self.command, cwd=self.folder, env=self.environment, stdin=pipe, stdout=pipe, text=True

@@ -29,7 +29,7 @@ from queue import SimpleQueue
 import yaml
 
 from tests.support.compiled import compile_loops
-from tests.support.fork_server import Warm
+from tests.support.fork_server import ForkServer
 from tests.support.paths import ROOT
 from tests.support.workflow_harness import compiled_folder, share_compiled
 
@@ -63,7 +63,7 @@ def faults() -> list[Fault]:
     return [Fault(**entry) for entry in yaml.safe_load(TABLE.read_text("utf-8"))]
 
 
-def failing(project: Warm, tests: Sequence[str], longest: float = LONGEST) -> str | None:
+def failing(project: ForkServer, tests: Sequence[str], longest: float = LONGEST) -> str | None:
     """The first test that fails in a copy of the project; nothing where all pass, None where they cannot be run."""
     options = ["-x", "-q", "-n", "0", "-p", "no:cacheprovider", "--tb", "no", "-m", "not long"]
     status, output = project.pytest([*options, *tests], longest)
@@ -73,7 +73,7 @@ def failing(project: Warm, tests: Sequence[str], longest: float = LONGEST) -> st
     return "" if status == 0 else None
 
 
-def verdict(project: Warm, fault: Fault) -> str:
+def verdict(project: ForkServer, fault: Fault) -> str:
     """The first test that fails with the fault, or nothing."""
     path = project.folder / fault.file
     code = path.read_text("utf-8")
@@ -90,11 +90,11 @@ def generated(folder: str, names: Sequence[str]) -> set[str]:
     return set(names) & set(LEFT_OUT) if Path(folder) == ROOT else set()
 
 
-def warm_copy(folder: Path) -> Warm:
+def served_copy(folder: Path) -> ForkServer:
     """A copy of the project with what is compiled: only the loops of a file with a fault are compiled anew."""
     share_compiled(compiled_folder(), folder, within=folder / COMPILED)
     shutil.copytree(ROOT, folder, symlinks=True, ignore=generated, dirs_exist_ok=True)
-    return Warm(folder, {"NUMBA_CACHE_DIR": str(folder / COMPILED)})
+    return ForkServer(folder, {"NUMBA_CACHE_DIR": str(folder / COMPILED)})
 
 
 def judged(chosen: Sequence[Fault], workers: int, until: float = math.inf) -> list[str | None]:
@@ -105,9 +105,9 @@ def judged(chosen: Sequence[Fault], workers: int, until: float = math.inf) -> li
     compile_loops()  # a loop that is compiled with a fault in what it calls would keep it
     with ExitStack() as stack:
         place = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="layerwise-mutants-")))
-        free: SimpleQueue[Warm] = SimpleQueue()
+        free: SimpleQueue[ForkServer] = SimpleQueue()
         for number in range(workers):
-            free.put(stack.enter_context(warm_copy(place / str(number))))
+            free.put(stack.enter_context(served_copy(place / str(number))))
         pool = stack.enter_context(ThreadPoolExecutor(workers))
 
         def judge(fault: Fault) -> str | None:

@@ -12,7 +12,7 @@ from typing import Any, cast
 import pytest
 
 from tests.support import mutants, time_budget
-from tests.support.fork_server import ENDED_LATE, Warm
+from tests.support.fork_server import ENDED_LATE, ForkServer
 from tests.support.mutants import BEGIN, END, PAGE, Fault, faults, generated, verdict
 from tests.support.paths import ROOT
 
@@ -39,7 +39,7 @@ def test_a_copy_leaves_out_results_and_no_room_of_that_name():
 
 
 @pytest.fixture(scope="module")
-def project(tmp_path_factory) -> Iterator[Warm]:
+def project(tmp_path_factory) -> Iterator[ForkServer]:
     folder, begin = tmp_path_factory.mktemp("project"), "from code_under_test import *\n\ndef test_it():\n    "
     (folder / "code_under_test.py").write_text("def double(x):\n    return 2 * x\n")
     (folder / "test_weak.py").write_text(begin + "assert double(2) == 4\n")
@@ -48,7 +48,7 @@ def project(tmp_path_factory) -> Iterator[Warm]:
         "import pathlib, subprocess\n\ndef test_it():\n    child = subprocess.Popen(['sleep', '1000'])\n"
         "    pathlib.Path('child').write_text(str(child.pid))\n    child.wait()\n"
     )
-    with Warm(folder, packages=("pytest", "hypothesis")) as running:
+    with ForkServer(folder, packages=("pytest", "hypothesis")) as running:
         yield running
 
 
@@ -78,13 +78,13 @@ def test_tests_that_do_not_end_are_ended_with_what_they_started(project):
 
 
 def test_an_end_of_the_process_is_no_verdict(tmp_path):
-    with Warm(tmp_path, packages=("no_such_package",)) as project, pytest.raises(RuntimeError, match="ended: 1"):
+    with ForkServer(tmp_path, packages=("no_such_package",)) as project, pytest.raises(RuntimeError, match="ended: 1"):
         project.pytest([], 60)
 
 
 def test_no_fault_is_planted_after_the_time(monkeypatch):
     monkeypatch.setattr(mutants, "compile_loops", lambda: None)
-    monkeypatch.setattr(mutants, "warm_copy", lambda folder: nullcontext())
+    monkeypatch.setattr(mutants, "served_copy", lambda folder: nullcontext())
     assert mutants.judged(faults(), 2, until=time.time() - 1) == [None] * len(faults())
 
 

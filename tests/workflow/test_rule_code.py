@@ -11,11 +11,13 @@ from pathlib import Path
 
 import pytest
 
-from layerwise.contract.import_closure import closure
+from layerwise.cli.worker import WORKERS
+from layerwise.contract.import_closure import closure, file_of, imports
 from layerwise.figures.plot import FIGURES
 from tests.support.paths import ROOT
 
 RULE = re.compile(r"^rule (\w+):\n(.*?)(?=^rule |^for |\Z)", re.MULTILINE | re.DOTALL)
+ALONE = re.compile(r'alone="([\w.]+)"')
 ENTRIES = re.compile(r'CODE\.of\(\s*((?:"[\w.]+"|KINDS\["\w+"\])(?:,\s*(?:"[\w.]+"|KINDS\["\w+"\]))*)')
 # In a copy of the package: import an entry of a rule, and say which modules came with it. Forks share the libraries.
 LOADED = """
@@ -35,12 +37,12 @@ EDITED = """
 import json, sys
 from pathlib import Path
 from layerwise.study.job_inputs import Code
-rules = json.loads(sys.argv[1])
+rules, alone = map(json.loads, sys.argv[1:3])
 def names():
     code = Code()  # a comment changes no import, of which nothing is read again
-    return {rule: code.of(*entries) for rule, entries in rules.items()}
+    return {rule: code.of(*entries, alone=alone.get(rule)) for rule, entries in rules.items()}
 before = names()
-for path in map(Path, sys.argv[2:]):
+for path in map(Path, sys.argv[3:]):
     text = path.read_text("utf-8")
     path.write_text(text + "\\n# edited\\n", "utf-8")
     after = names()
@@ -50,20 +52,24 @@ assert names() == before
 """
 
 
-def entries_of_rules() -> dict[str, list[str]]:
-    """Rule -> the modules that it names, from the text of the rules; a figure's rule by its name."""
+def modules_of_rules() -> tuple[dict[str, list[str]], dict[str, str]]:
+    """Of the text of the rules: rule -> modules that it names, and rule -> a module that it names without imports."""
     from layerwise.evaluation.cache import KINDS
 
-    rules = {}
+    rules: dict[str, list[str]] = {}
+    alone: dict[str, str] = {}
     for file in sorted((ROOT / "workflow/rules").glob("*.smk")):
         for name, body in RULE.findall(file.read_text("utf-8")):
             if found := ENTRIES.search(body):
-                rules[name] = [KINDS.get(part, part) for part in re.findall(r'"([\w.]+)"', found[1])]
+                parts: list[str] = re.findall(r'"([\w.]+)"', found[1])
+                rules[name] = [KINDS.get(part, part) for part in parts]
+            if found := ALONE.search(body):
+                alone[name] = found[1]
     figures = {f"figure_{name}": ["layerwise.figures.plot", drawing.module] for name, drawing in FIGURES.items()}
-    return rules | figures
+    return rules | figures, alone
 
 
-RULES = entries_of_rules()
+RULES, WITHOUT_IMPORTS = modules_of_rules()
 
 
 def lines(program: str, *arguments: str, folder: Path = ROOT) -> dict[str, list[str]]:
@@ -80,18 +86,30 @@ def again(tmp_path_factory) -> dict[str, set[str]]:
     for part in ("layerwise", "methods", "workflow"):
         shutil.copytree(ROOT / part, folder / part, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
     modules = sorted(map(str, (folder / "layerwise").rglob("*.py")))
-    found = lines(EDITED, json.dumps(RULES), *modules, folder=folder)
+    found = lines(EDITED, json.dumps(RULES), json.dumps(WITHOUT_IMPORTS), *modules, folder=folder)
     return {str(Path(path).relative_to(folder / "layerwise")): set(rules) for path, rules in found.items()}
 
 
-def test_every_rule_with_a_worker_names_its_code():
-    workers = {
-        name
-        for file in (ROOT / "workflow/rules").glob("*.smk")
-        for name, body in RULE.findall(file.read_text("utf-8"))
-        if "{WORKER}" in body
-    }
-    assert workers and workers <= RULES.keys()
+def workers_of_rules() -> dict[str, list[str]]:
+    """Rule -> the workers that it runs."""
+    bodies = [
+        body for file in (ROOT / "workflow/rules").glob("*.smk") for body in RULE.findall(file.read_text("utf-8"))
+    ]
+    return {name: found for name, body in bodies if (found := re.findall(r"\{WORKER\} ([\w-]+)", body))}
+
+
+def test_every_rule_names_the_code_of_its_worker():
+    """The module that the job runs is its code: an edit of how it reads its arguments can change the result, too."""
+    for rule, names in workers_of_rules().items():
+        code = {*closure(RULES[rule]), *(file_of(module) for module in [WITHOUT_IMPORTS.get(rule)] if module)}
+        assert names and {file_of(WORKERS[name]) for name in names} <= code, rule
+
+
+def test_a_worker_that_is_named_alone_imports_no_other_code_of_its_result():
+    """But the store of evaluations, which has code of its own."""
+    for rule, module in WITHOUT_IMPORTS.items():
+        rest = set(imports(file_of(module))) - set(closure(RULES[rule]))
+        assert {path.relative_to(ROOT / "layerwise").parts[0] for path in rest} == {"evaluation"}
 
 
 def test_what_a_rule_imports_is_its_code():
@@ -114,6 +132,8 @@ def test_an_edit_of_any_module_runs_the_rules_that_import_it_again(again):
         for path in closure(entries):
             if path.suffix == ".py" and path.is_relative_to(ROOT / "layerwise"):
                 expected[str(path.relative_to(ROOT / "layerwise"))].add(rule)
+    for rule, module in WITHOUT_IMPORTS.items():
+        expected[str(file_of(module).relative_to(ROOT / "layerwise"))].add(rule)
     assert again == expected
     assert len(again) > 80
 
@@ -131,6 +151,7 @@ KNOWN = {  # module -> (rules that run again, rules that do not)
     "figures/depth.py": ({"figure_error_along_depth", "figure_error_reduction"}, {"figure_sweep", "tables"}),
     "figures/style.py": (FIGURE_RULES, {"tables", "compress"}),
     "export/audit.py": (set(), set(RULES)),
+    "cli/compress.py": ({"compress"}, set(RULES) - {"compress"}),
     "cli/worker.py": (set(), set(RULES)),
     "report/page.py": ({"report_page"}, set(RULES) - {"report_page"}),
     "study/estimate.py": (set(), set(RULES)),

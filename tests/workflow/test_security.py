@@ -126,7 +126,7 @@ class Touches:
         return os.system, (f"touch {shlex.quote(str(self.path))}",)
 
 
-def refusal(folder: Path, **spec: Any) -> list[str]:
+def sentences_of_loaders(folder: Path, **spec: Any) -> list[str]:
     """The sentences with which every way of loading refuses a folder."""
     own, found = {"path": str(folder), "name": "m", **spec}, []
     for call in (lambda: checkpoint_files.check_model("m", own), lambda: load(own), lambda: LazyBlocks(own)):
@@ -144,7 +144,7 @@ def test_a_checkpoint_that_is_a_pickle_is_refused_with_the_command_that_converts
     model.config.save_pretrained(folder)
     (folder / name).write_bytes(pickle.dumps({"a": Touches(mark)}))
     command: list[str] = []
-    for told in refusal(folder):
+    for told in sentences_of_loaders(folder):
         assert name in told and "a pickle can run code: if you trust its source" in told
         command = shlex.split(told.partition("convert pytorch_model*.bin with ")[2])
         assert command[:2] == ["python", "-c"] and len(command) == 3

@@ -12,7 +12,11 @@ rule compress:
             then="results/calibration/{model}/{calib}/gram.json",
             otherwise=[],
         ),
-        code=lambda wildcards: CODE.of("layerwise.compression.cell", files=JOBS.method_sources(wildcards)),
+        # The worker also evaluates ahead. What it imports for that decides no output of this rule, and has code of its
+        # own in the store of evaluations.
+        code=lambda wildcards: CODE.of(
+            "layerwise.compression.cell", alone="layerwise.cli.compress", files=JOBS.method_sources(wildcards)
+        ),
     output:
         weights=KEPT("results/cells/{model}/{calib}/{mode}/{cell}/weights.safetensors"),
         layers="results/cells/{model}/{calib}/{mode}/{cell}/layers.parquet",
