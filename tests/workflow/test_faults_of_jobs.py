@@ -37,6 +37,7 @@ from layerwise.runtime import files
 from layerwise.runtime.errors import InputError, report_errors, status_of
 from layerwise.runtime.files import check_weights, read_made, sha256, whole_file
 from layerwise.sources import tokens
+from layerwise.sources.documents import documents
 from layerwise.sources.fingerprint import check_unchanged
 from layerwise.storage.table_schema import read_parquet, write_parquet
 from tests.compression.test_cell import OUTPUTS, Case
@@ -524,7 +525,7 @@ def test_a_text_that_is_cut_off(tmp_path):
     write_parquet(pa.table({"text": ["words"] * 100}), path)
     halve(path)
     with pytest.raises(InputError, match=f"{path} cannot be read: "):
-        tokens.documents({"path": str(path)})
+        documents({"path": str(path)})
 
 
 # ------------------------------------------------------------------------------------------------------------- clocks
