@@ -24,6 +24,7 @@ CARD = {
     "criterion": "error",
     "cost": {"weights": 31.2, "grams": 14.6, "products": 140.0},
     "look": {"colour": "#882255", "marker": "^"},
+    "checks": {"variants": [{"iterations": 3, "refresh": 0}]},
     "parameters": {
         "rho": {"$ref": "penalty"},
         "iterations": {"type": "integer", "minimum": 1, "description": "Updates of B."},

@@ -24,6 +24,7 @@ CARD = {
     "criterion": "error",
     "cost": {"weights": 36.0, "grams": 9.5, "products": 3000.0},
     "look": {"colour": "#009E73", "marker": "s"},
+    "checks": {"variants": [{"iterations": 4, "refinements": 0}]},
     "parameters": {
         "rho": {"$ref": "penalty", "description": "First penalty on what B and D disagree."},
         "iterations": {"type": "integer", "minimum": 1, "description": "Largest number of updates of B."},

@@ -25,6 +25,11 @@ CARD = {
     "criterion": "error",
     "cost": {"weights": 16.0, "grams": 6.0, "products": 260.0},
     "look": {"colour": "#AA4499", "marker": "D"},
+    "checks": {
+        "defaults": {"iterations": 20},
+        "variants": [{"step": "spectral"}, {"rounding": "gradual"}, {"acceleration": "momentum"}],
+        "reference": True,
+    },
     "parameters": {
         "warm_start": {"format": "method", "asked": "pruning", "description": "Method that prunes the first iterate."},
         "step": {

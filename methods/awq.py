@@ -25,6 +25,7 @@ CARD = {
     "keeps_zeros": True,
     "cost": {"weights": 24.6, "grams": 4.7, "products": 73.0},
     "look": {"colour": "#0072B2", "marker": "X"},
+    "checks": {"variants": [{"grid": 4, "clip": False}, {"convention": "official"}]},
     "parameters": {
         "grid": {"type": "integer", "minimum": 1, "description": "Ratios tried, k / grid; 1 leaves inputs unscaled."},
         "clip": {"type": "boolean", "description": "Clip ranges too, in every layer (released code: not in q and k)."},

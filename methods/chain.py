@@ -18,6 +18,12 @@ CARD = {
     "named_by": "chain",
     "cost": {"weights": 10.0, "grams": 3.0, "products": 0.0},  # guessed
     "look": {"colour": "#6699CC", "marker": ">"},
+    "checks": {
+        "variants": [
+            {"chain": ["rtn", "wanda"]},
+            {"chain": ["wanda", {"awp": {"rounding": "gradual", "iterations": 20}}]},
+        ]
+    },
     "parameters": {
         "chain": {
             "type": "array",

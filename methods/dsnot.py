@@ -26,6 +26,7 @@ CARD = {
     "criterion": "own",
     "cost": {"weights": 5.9, "grams": 1.7, "products": 0.5},
     "look": {"colour": "#332288", "marker": "D"},
+    "checks": {"reference": True, "variants": [{"warm_start": "sparsegpt", "cycles": 5}]},
     "parameters": {
         "warm_start": {"$ref": "mask_warm_start"},
         "cycles": {"type": "integer", "minimum": 0, "description": "Largest number of swaps per row."},

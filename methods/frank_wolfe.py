@@ -27,6 +27,15 @@ CARD = {
     "criterion": "relaxed error",
     "cost": {"weights": 27.0, "grams": 10.0, "products": 2000.0},
     "look": {"colour": "#CC79A7", "marker": "P"},
+    "checks": {
+        "defaults": {"iterations": 60},
+        "variants": [
+            {"step": "line_search", "keep": 0.5, "iterations": 20},
+            {"step": "pairwise", "keep": 0.5, "iterations": 20},
+        ],
+        "reference": True,
+        "no_descent": "2 / (t + 2) is no descent step, and the first is a whole one",
+    },
     "parameters": {
         "warm_start": {
             "format": "method",

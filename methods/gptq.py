@@ -25,6 +25,10 @@ CARD = {
     "keeps_zeros": True,
     "cost": {"weights": 9.6, "grams": 4.4, "products": 3.5},
     "look": {"colour": "#D55E00", "marker": "h"},
+    "checks": {
+        "reference": True,
+        "variants": [{"blocksize": 16}, {"act_order": True}, {"act_order": True, "static_groups": True, "mse": True}],
+    },
     "parameters": {
         "blocksize": {"type": "integer", "minimum": 1, "description": "Columns after which the others are updated."},
         "damping": {"$ref": "damping"},

@@ -21,6 +21,7 @@ CARD = {
     "needs": ["gram"],
     "cost": {"weights": 12.9, "grams": 3.7, "products": 2.2},
     "look": {"colour": "#009E73", "marker": "p"},
+    "checks": {"variants": [{"damping": 1.0}]},
     "parameters": {
         "damping": {"$ref": "damping"},
     },

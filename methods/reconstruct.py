@@ -25,6 +25,7 @@ CARD = {
     "needs": ["gram"],
     "cost": {"weights": 18.0, "grams": 10.2, "products": 16.0},
     "look": {"colour": "#999933", "marker": "v"},
+    "checks": {"variants": [{"mask_from": "ria", "damping": 0.01}]},
     "parameters": {
         "mask_from": {"format": "method", "description": "Method whose mask is taken."},
         "damping": {"$ref": "damping"},

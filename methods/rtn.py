@@ -18,6 +18,7 @@ CARD = {
     "keeps_zeros": True,
     "cost": {"weights": 9.6, "grams": 1.6, "products": 0.2},
     "look": {"colour": "#E69F00", "marker": "X"},
+    "checks": {"reference": True},
     "parameters": {"mse": {"$ref": "mse"}},
 }
 

@@ -27,6 +27,7 @@ CARD = {
     "criterion": "error",
     "cost": {"weights": 9.3, "grams": 5.5, "products": 66.0},
     "look": {"colour": "#117733", "marker": "v"},
+    "checks": {"reference": True, "variants": [{"warm_start": "magnitude", "swaps": None}]},
     "parameters": {
         "warm_start": {"$ref": "mask_warm_start"},
         "swaps": {

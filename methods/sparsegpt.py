@@ -23,6 +23,7 @@ CARD = {
     "needs": ["gram"],
     "cost": {"weights": 7.8, "grams": 3.8, "products": 3.1},
     "look": {"colour": "#D55E00", "marker": "o"},
+    "checks": {"reference": True, "variants": [{"blocksize": 16}]},
     "parameters": {
         "blocksize": {
             "type": "integer",

@@ -17,6 +17,7 @@ CARD = {
     "needs": ["gram"],
     "cost": {"weights": 7.5, "grams": 3.7, "products": 0.2},
     "look": {"colour": "#0072B2", "marker": "s"},
+    "checks": {"reference": True},
     "parameters": {},
 }
 

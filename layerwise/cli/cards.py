@@ -42,7 +42,8 @@ def _row(entry: Entry) -> tuple[str, ...]:
 def card(entry: Entry) -> str:
     """One card whole: what the method is, its file, and every parameter with its default and meaning."""
     lines = [f"{entry.name}: {entry.card['title']}", f"  file: {entry.path}"]
-    lines += [f"  {key}: {_text(value)}" for key, value in entry.card.items() if key not in ("title", "parameters")]
+    said = {key: value for key, value in entry.card.items() if key not in ("title", "parameters", "checks")}
+    lines += [f"  {key}: {_text(value)}" for key, value in said.items()]
     parameters = entry.card["parameters"]
     lines += ["", "parameters:" if parameters else "It has no parameters."]
     for name, schema in parameters.items():

@@ -47,6 +47,29 @@ CARD_SCHEMA = {
                 "marker": {"enum": MARKERS},
             },
         },
+        "checks": {  # what the contract's checks take (checks/settings.py)
+            "type": "object",
+            "additionalProperties": False,
+            "properties": {
+                "defaults": {"type": "object"},
+                "variants": {"type": "array", "items": {"type": "object"}},
+                "reference": {"type": "boolean"},
+                "no_descent": {"type": "string"},
+                "known_failures": {
+                    "type": "object",
+                    "propertyNames": {"pattern": "^9 "},  # a matter of quality; no other promise may fail
+                    "additionalProperties": {
+                        "type": "object",
+                        "required": ["targets", "reason"],
+                        "additionalProperties": False,
+                        "properties": {
+                            "targets": {"type": "array", "items": {"type": "string"}},
+                            "reason": {"type": "string"},
+                        },
+                    },
+                },
+            },
+        },
     },
 }
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from layerwise.checks import battery, layer_cases, template
+from layerwise.checks.case import Finding
 from layerwise.checks.report import BROKEN, KEPT, KNOWN, NOTE, NOTHING, Report
 from layerwise.contract.import_closure import METHODS, PACKAGE
 from layerwise.runtime.errors import InputError
@@ -100,7 +101,7 @@ def test_the_three_lines_repeat_the_breach(tmp_path: Path):
     change, (promise, *_) = MISTAKES["one kept weight too many"]
     text = battery.check_file(edited(tmp_path, RESULT, change), quick=True).render()
     lines = text[text.index(f"Promise {promise}") :].partition("To repeat:\n")[2].splitlines()[:3]
-    with pytest.raises(battery.Finding, match=r"row 0 must have 32 pruned entries. Got 31 instead\."):
+    with pytest.raises(Finding, match=r"row 0 must have 32 pruned entries. Got 31 instead\."):
         exec("\n".join(line.strip() for line in lines))
 
 
@@ -126,6 +127,30 @@ def test_the_values_that_a_card_lists_are_tried(tmp_path: Path):
     assert {row.method for row in report.rows if not row.ok} == {"mine(way=crash)"}
     assert "battery.case_at(" in report.render() and "{'way': 'crash'}" in report.render()
     assert {row.method for row in battery.check_file(path, quick=True).rows} == {"mine"}
+
+
+CHECKS = """    "checks": {
+        "defaults": {"power": 0.5},
+        "variants": [{"power": 0.25}],
+        "known_failures": {"PROMISE": {"targets": ["70% row"], "reason": "it is no loss"}},
+    },
+    "parameters": {"""
+
+
+def test_a_card_says_what_is_tried(tmp_path: Path):
+    """A known failure is one of what stands for the defaults alone; of a variant it is worth a note."""
+    report = battery.check_file(edited(tmp_path, '    "parameters": {', CHECKS.replace("PROMISE", "9 brute force")))
+    assert {row.method for row in report.rows} == {"mine(power=0.5)", "mine(power=0.25)"}
+    found = {
+        status: {(row.method, row.target) for row in report.rows if row.status == status} for status in (KNOWN, NOTE)
+    }
+    assert found[KNOWN] == {("mine(power=0.5)", "70% row")} and ("mine(power=0.25)", "70% row") in found[NOTE]
+
+
+def test_no_promise_but_the_ninth_may_be_known_to_fail(tmp_path: Path):
+    path = edited(tmp_path, '    "parameters": {', CHECKS.replace("PROMISE", "2 pattern"))
+    with pytest.raises(InputError, match="known_failures'] is wrong: '2 pattern' does not match"):
+        battery.check_file(path)
 
 
 def test_widths_that_no_usual_target_has_are_checked(tmp_path: Path):

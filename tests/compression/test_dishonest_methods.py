@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from layerwise.checks import layer_cases as layers
-from layerwise.checks.battery import FEWER
+from layerwise.checks import settings
 from layerwise.checks.layer_cases import grid_of, regridded
 from layerwise.compression import cell, score, verify
 from layerwise.compression.score import output_error
@@ -372,7 +372,7 @@ def test_no_method_of_the_catalogue_is_named():
     """With the trace held to the result's error, kept weights to the layer's, and global state to what it was."""
     catalogue = Catalogue()
     for name, entry in catalogue.items():
-        method = catalogue.build(name, catalogue.complete(name, FEWER.get(name, {}), "the test"))
+        method = catalogue.build(name, catalogue.complete(name, settings.defaults(entry), "the test"))
         for target in (ROW, NM, GRID, JOINT):
             if not entry.refusal(target):
                 mask_only = entry.comparison(target) == "mask-only"

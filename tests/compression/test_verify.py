@@ -10,9 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from layerwise.checks import battery as contract
 from layerwise.checks import layer_cases as layers
+from layerwise.checks.case import Case, Finding
 from layerwise.checks.layer_cases import grid_of, regridded
+from layerwise.checks.promises import CHECKS
+from layerwise.checks.settings import TARGETS
 from layerwise.compression.verify import broken_promise
 from layerwise.contract.catalogue import Entry
 from layerwise.contract.layer import Compressed, Layer, Method, Quantised, Target, UnsupportedTarget
@@ -185,7 +187,7 @@ VIOLATIONS: dict[str, tuple[Target, Damage, str]] = {
 }
 
 
-@pytest.mark.parametrize("target", contract.TARGETS, ids=lambda target: target.label)
+@pytest.mark.parametrize("target", TARGETS, ids=lambda target: target.label)
 @pytest.mark.parametrize("name", layers.LAYERS)
 def test_an_honest_result_breaks_no_promise(name: str, target: Target):
     layer = layers.build(name)
@@ -329,7 +331,7 @@ FAULTS = [
 ]
 
 
-def case_of(fault: Callable, target: Target) -> contract.Case:
+def case_of(fault: Callable, target: Target) -> Case:
     card = {
         "patterns": ["row", "layer", "n:m", "1xb"],
         "bits": [],
@@ -337,16 +339,16 @@ def case_of(fault: Callable, target: Target) -> contract.Case:
         "needs": ["gram"],
         "parameters": {},
     }
-    return contract.Case(Entry("faulty", Path("faulty.py"), "Faulty", card), Faulty(fault), target, {})
+    return Case(Entry("faulty", Path("faulty.py"), "Faulty", card), Faulty(fault), target, {})
 
 
 @pytest.mark.parametrize(
     ("check", "target", "fault"), FAULTS, ids=[f"{c}-{f.__name__}-{t.label}" for c, t, f in FAULTS]
 )
 def test_the_contract_tests_catch_a_faulty_method(check: str, target: Target, fault: Callable):
-    with pytest.raises(contract.Finding):
-        contract.CHECKS[check](case_of(fault, target))
+    with pytest.raises(Finding):
+        CHECKS[check](case_of(fault, target))
 
 
 def test_every_check_has_a_fault_that_it_catches():
-    assert {check for check, _, _ in FAULTS} == set(contract.CHECKS)
+    assert {check for check, _, _ in FAULTS} == set(CHECKS)

@@ -2,28 +2,33 @@
 
 import pytest
 
-from layerwise.checks import battery as contract
+from layerwise.checks.case import Case, NothingToCheck
+from layerwise.checks.promises import CHECKS, rows
+from layerwise.checks.settings import ONE_OF_EACH, known_failure
 from layerwise.contract.catalogue import Catalogue
 
 
-def marked(name: str, case: contract.Case):
+def marked(name: str, case: Case):
     """The pair as a pytest parameter with its id."""
-    reason = contract.KNOWN_FAILURES.get((name, case.label, case.target.label))
+    reason = known_failure(name, case.entry, case.params, case.target)
     marks = [pytest.mark.xfail(reason=reason, strict=True)] if reason else []
-    if case.variant and case.target.label not in contract.ONE_OF_EACH:
+    if case.variant and case.target.label not in ONE_OF_EACH:
         marks.append(pytest.mark.long)
     return pytest.param(name, case, id=f"{name}-{case.label}-{case.target.label}", marks=marks)
 
 
-@pytest.mark.parametrize(("name", "case"), [marked(*row) for row in contract.rows(Catalogue())])
-def test_promise(name: str, case: contract.Case):
+@pytest.mark.parametrize(("name", "case"), [marked(*row) for row in rows(Catalogue())])
+def test_promise(name: str, case: Case):
     try:
-        contract.CHECKS[name](case)
-    except contract.NothingToCheck as reason:
+        CHECKS[name](case)
+    except NothingToCheck as reason:
         pytest.skip(str(reason))
 
 
 def test_every_known_failure_is_a_row():
-    rows = {(name, case.label, case.target.label) for name, case in contract.rows(Catalogue())}
-    assert set(contract.KNOWN_FAILURES) <= rows
-    assert set(contract.ONE_OF_EACH) <= {target for _, _, target in rows}
+    catalogue = Catalogue()
+    labels = {(name, case.entry.name, case.target.label) for name, case in rows(catalogue)}
+    for name, entry in catalogue.items():
+        for check, known in entry.card.get("checks", {}).get("known_failures", {}).items():
+            assert {(check, name, target) for target in known["targets"]} <= labels
+    assert set(ONE_OF_EACH) <= {target for _, _, target in labels}

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from layerwise.calibration.taps import TapStatistics
-from layerwise.checks import battery as contract
 from layerwise.checks import layer_cases as layers
+from layerwise.checks import settings
+from layerwise.checks.case import Case
 from layerwise.compression.solver import Solver
 from layerwise.contract.catalogue import Catalogue
 from layerwise.contract.layer import Gram, Layer
@@ -46,12 +47,12 @@ GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU (torch.cu
 def cases():
     catalogue = Catalogue()
     for name, entry in catalogue.items():
-        for params in [{}, *contract.PARAMETERS.get(name, [])]:
+        for params in [{}, *settings.parameter_sets(entry)[1:]]:
             params = {**params, **FEWER.get(name, {})}
             method = catalogue.build(name, catalogue.complete(name, params, "the device tests"))
             for target in TARGETS:
                 if not entry.refusal(target):
-                    case = contract.Case(entry, method, target, params)
+                    case = Case(entry, method, target, params)
                     rare = set(params) - set(FEWER.get(name, ())) or target in RARE
                     yield case, [pytest.mark.long] if rare else []
 
@@ -65,7 +66,7 @@ def on(device: torch.device | str, layer: Layer) -> Layer:
     return Layer(layer.name, weight, gram, replace(some(layer.statistics), **moved))
 
 
-def solved(case: contract.Case, device: torch.device | str):
+def solved(case: Case, device: torch.device | str):
     """What the runner makes of a method's result on a device: result, row, and stored tensors on the processor."""
     solver = Solver(case.entry.name, case.method, case.target, seed=0)
     result, row = solver.solve(on(device, layers.make(SMALL)))

@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from layerwise.checks import battery as contract
 from layerwise.checks import layer_cases as layers
+from layerwise.checks.settings import TARGETS
 from layerwise.contract.layer import Target
 from layerwise.numerics import ops
 
-PRUNING = [target for target in contract.TARGETS if target.sparsity and not target.bits] + [
+PRUNING = [target for target in TARGETS if target.sparsity and not target.bits] + [
     Target(pattern="1:3"),
     Target(0.4, "1x7"),
 ]

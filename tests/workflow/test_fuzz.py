@@ -22,8 +22,8 @@ import yaml
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
-from layerwise.checks import battery as contract
 from layerwise.checks import layer_cases as layers
+from layerwise.checks.settings import parameter_sets
 from layerwise.comparison.published import FILE, pairs, read_published
 from layerwise.compression.verify import broken_promise
 from layerwise.contract.layer import Target, UnsupportedTarget
@@ -348,7 +348,7 @@ def shapes(draw: st.DrawFn) -> tuple[Target, layers.Recipe]:
 
 
 def methods() -> list[tuple[str, dict[str, Any]]]:
-    others = [(name, one) for name in CATALOGUE for one in contract.PARAMETERS.get(name, [])[:1]]
+    others = [(name, one) for name, entry in CATALOGUE.items() for one in parameter_sets(entry)[1:2]]
     return [(name, {}) for name in CATALOGUE if name != "chain"] + others
 
 

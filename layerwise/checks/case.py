@@ -1,0 +1,84 @@
+"""A method at a target, as the checks of the contract look at it, and what a check that does not hold raises."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from layerwise.checks import settings
+from layerwise.contract.catalogue import Catalogue, Entry
+from layerwise.contract.layer import Compressed, Layer, Method, Target
+from layerwise.numerics import dispatch
+
+
+class Finding(AssertionError):
+    """A promise that does not hold: on which layer, what was expected, what came."""
+
+    def __init__(self, layer: str, expected: str, came: object) -> None:
+        super().__init__(f"{layer}: {expected}. Got {came} instead.")
+        self.layer = layer
+        self.expected = expected
+        self.came = str(came)
+
+
+class NothingToCheck(Exception):
+    """Why a check says nothing of a case."""
+
+
+def demand(holds: object, layer: str, expected: str, came: object) -> None:
+    """Raise a Finding unless it holds. expected: "X must be Y", without the full stop."""
+    if not holds:
+        raise Finding(layer, expected, came)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A method, constructed, at a target."""
+
+    entry: Entry
+    method: Method
+    target: Target
+    params: Mapping[str, Any]  # what differs from the defaults
+    plain: bool = False  # in plain torch, where by default compiled code runs
+
+    @property
+    def variant(self) -> bool:
+        """Whether it is not what a study has that sets nothing."""
+        return self.plain or self.params != settings.defaults(self.entry)
+
+    @property
+    def label(self) -> str:
+        changed = ",".join(f"{key}={value}" for key, value in self.params.items())
+        name = f"{self.entry.name}({changed})" if changed else self.entry.name
+        return f"{name} in torch" if self.plain else name
+
+    def compress(self, layer: Layer, seed: int = 0) -> Compressed:
+        with dispatch.reference() if self.plain else contextlib.nullcontext():
+            result = self.method.compress(layer, self.target, torch.Generator().manual_seed(seed))
+        came = type(result).__name__
+        demand(isinstance(result, Compressed), layer.name, "what a method returns must be a Compressed", came)
+        return result
+
+
+def cases(catalogue: Catalogue) -> Iterator[Case]:
+    """Every method of the catalogue, with every set of parameters, at every target."""
+    for name in catalogue:
+        yield from cases_of(catalogue, name, settings.parameter_sets(catalogue[name]), settings.TARGETS)
+
+
+def cases_of(
+    catalogue: Catalogue, name: str, variants: Sequence[Mapping[str, Any]], targets: Sequence[Target]
+) -> Iterator[Case]:
+    """A method of the catalogue with each of these sets of parameters at each target."""
+    entry = catalogue[name]
+    for params in variants:
+        method = catalogue.build(name, catalogue.complete(name, params, "the contract tests"))
+        both = settings.has_reference(entry) and params == settings.defaults(entry)
+        for target in targets:
+            yield Case(entry, method, target, params)
+            if both and not entry.refusal(target):
+                yield Case(entry, method, target, params, plain=True)

@@ -1,0 +1,149 @@
+"""Promises 1 to 4 of the layer contract as assertions about one result, each counted entry by entry."""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import torch
+
+from layerwise.checks import layer_cases
+from layerwise.checks.case import Case, Finding, demand
+from layerwise.contract.layer import Compressed, Layer, Target
+
+
+def assert_tensors(layer: Layer, target: Target, result: Compressed) -> None:
+    """Promise 1: shape, dtype and device kept, all finite, zero where the mask is False."""
+    weight, mask = result.weight, result.mask
+    for key, expected in (("shape", layer.weight.shape), ("dtype", torch.float32), ("device", layer.weight.device)):
+        came = getattr(weight, key)
+        demand(came == expected, layer.name, f"the weight's {key} must be {_words(expected)}", _words(came))
+    lost = int((~torch.isfinite(weight)).sum())
+    demand(not lost, layer.name, "the weight must be finite", f"{lost} entries that are NaN or infinite")
+    if target.sparsity:
+        if mask is None:
+            raise Finding(layer.name, "a pruned layer must come with its mask", "None")
+        expected, came = f"torch.bool {_words(weight.shape)}", f"{mask.dtype} {_words(mask.shape)}"
+        demand((mask.shape, mask.dtype) == (weight.shape, torch.bool), layer.name, f"the mask must be {expected}", came)
+        left = int(np.count_nonzero(weight.numpy()[~mask.numpy()]))
+        demand(not left, layer.name, "the weight must be zero where the mask is False", f"{left} other entries there")
+
+
+def _words(value: object) -> str:
+    return str(list(value)) if isinstance(value, torch.Size) else str(value)
+
+
+def assert_pattern(layer: Layer, target: Target, result: Compressed) -> None:
+    """Promise 2, counted entry by entry."""
+    if not target.sparsity:
+        return
+    if result.mask is None:
+        raise Finding(layer.name, "a pruned layer must come with its mask", "None")
+    mask = result.mask.tolist()
+    out, inputs = layer.weight.shape
+    dropped = [[not kept for kept in row] for row in mask]
+
+    def exact(what: str, came: int, expected: int) -> None:
+        demand(came == expected, layer.name, f"{what} must have {expected} pruned entries", came)
+
+    if target.pattern == "layer":
+        exact("the layer", sum(map(sum, dropped)), int(target.sparsity * out * inputs))
+        return
+    for index, row in enumerate(dropped):
+        if target.pattern == "row":
+            exact(f"row {index}", sum(row), int(target.sparsity * inputs))
+        elif ":" in target.pattern:
+            kept, of = map(int, target.pattern.split(":"))
+            for start in range(0, inputs, of):
+                group = row[start : start + of]
+                exact(f"row {index}, inputs {start} to {start + of - 1},", sum(group), max(len(group) - kept, 0))
+        else:
+            length = int(target.pattern[2:])
+            blocks = [row[start : start + length] for start in range(0, inputs, length)]
+            parts = sum(len(set(block)) > 1 for block in blocks)
+            demand(not parts, layer.name, f"row {index} must keep or drop whole blocks", f"{parts} blocks in part")
+            gone, expected = sum(block[0] for block in blocks), int(target.sparsity * len(blocks))
+            demand(gone == expected, layer.name, f"row {index} must have {expected} pruned blocks", gone)
+
+
+def assert_grid(layer: Layer, target: Target, result: Compressed) -> None:
+    """Promise 3: scale * (code - zero) / input scale in float32 is the weight at kept entries, and codes fit."""
+    if target.bits is None:
+        return
+    quantised = result.quantised
+    if quantised is None:
+        raise Finding(layer.name, "a quantised layer must come with codes, scales and zeros", "None")
+    codes, scales, zeros = quantised.codes.numpy(), quantised.scales.numpy(), quantised.zeros.numpy()
+    inputs = layer.weight.shape[1]
+    runs = np.arange(inputs) // (target.group or inputs)
+    group_of = runs if quantised.group_of is None else quantised.group_of.numpy()
+    most = 2**target.bits - 1
+    fit = codes.dtype == np.uint8 and codes.max() <= most
+    demand(fit, layer.name, f"codes must be uint8 in [0, {most}]", f"{codes.dtype} up to {codes.max()}")
+    shape = (len(codes), group_of.max() + 1)
+    expected = f"scales and zeros must be [{shape[0]}, {shape[1]}]"
+    demand(scales.shape == zeros.shape == shape, layer.name, expected, f"{scales.shape} and {zeros.shape}")
+    low = scales.min()
+    demand((np.isfinite(scales) & (scales > 0)).all(), layer.name, "scales must be positive and finite", f"{low:g}")
+    demand(np.isfinite(zeros).all(), layer.name, "zeros must be finite", "NaN or infinity")
+    values = scales[:, group_of] * (codes.astype(np.float32) - zeros[:, group_of])
+    if quantised.input_scale is not None:
+        divisor = quantised.input_scale.numpy()
+        positive = divisor.shape == (inputs,) and (np.isfinite(divisor) & (divisor > 0)).all()
+        expected = f"input_scale must be [{inputs}], positive and finite"
+        demand(positive, layer.name, expected, f"{divisor.shape} from {divisor.min():g} on")
+        values = values / divisor
+    kept = np.ones_like(codes, bool) if result.mask is None else result.mask.numpy()
+    same = np.array_equal(values[kept], result.weight.numpy()[kept])
+    wrong = 0 if same else int((values[kept] != result.weight.numpy()[kept]).sum())
+    demand(same, layer.name, "scales * (codes - zeros) must equal the weight", f"{wrong} entries that differ")
+
+
+def assert_untouched(name: str, layer: Layer, result: Compressed) -> None:
+    """Of the layer of that name, which was compressed; the result is of no use afterwards."""
+    before = layer_cases.tensors(layer_cases.build(name))
+    for key, value in layer_cases.tensors(layer).items():
+        demand(torch.equal(value, before[key]), name, f"the {key} given must stay as it is", f"a changed {key}")
+    result.weight.add_(1.0)  # and the result is no view of the input
+    shared = not torch.equal(layer.weight, before["weight"])
+    demand(not shared, name, "the result must have memory of its own", "memory that it shares with the layer")
+
+
+def assert_deterministic(case: Case, name: str) -> Compressed:
+    """The same again whatever the global generators hold, which are left alone. Returns it; inputs stay, too."""
+    first, second, layer = twice(case, name)
+    assert_same(name, first, second)
+    assert_untouched(name, layer, second)
+    return first
+
+
+def twice(case: Case, name: str) -> tuple[Compressed, Compressed, Layer]:
+    """The results of two calls that find other global generators, and the layer of the second call."""
+    results = []
+    layer = layer_cases.build(name)
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        np.random.seed(seed)
+        random.seed(seed)
+        states = _generators()
+        results.append(case.compress(layer := layer_cases.build(name)))
+        for whose, state in _generators().items():
+            demand(state == states[whose], name, f"{whose} global generator must be left alone", "another state of it")
+    return *results, layer
+
+
+def _generators() -> dict[str, object]:
+    return {
+        "torch's": torch.get_rng_state().tolist(),
+        "numpy's": np.random.get_state(legacy=False)["state"]["key"].tolist(),
+        "Python's": random.getstate(),
+    }
+
+
+def assert_same(name: str, first: Compressed, second: Compressed) -> None:
+    """Promise 4: two results of the same inputs are the same to the last bit."""
+    parts = [vars(result) | (vars(result.quantised) if result.quantised else {}) for result in (first, second)]
+    for key in ("weight", "mask", "codes", "scales", "zeros", "group_of", "input_scale"):
+        a, b = (part.get(key) for part in parts)
+        same = b is None if a is None else b is not None and torch.equal(a, b)
+        demand(same, name, f"two calls with the same inputs must give the same {key}", f"a {key} that differs")

@@ -1,0 +1,86 @@
+"""What methods are checked at: targets, and sets of parameters by their cards.
+
+A card's `checks` says what the checks take, where the defaults take minutes or choose one of several paths through the
+code. Without it they take the defaults, and beside them each value of a parameter that is an enum or a boolean.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from layerwise.contract.catalogue import Entry
+from layerwise.contract.target import Target
+
+TARGETS = [
+    Target(),
+    Target(0.5),
+    Target(0.7),  # of 64, 44.8 go
+    Target(0.5, "layer"),
+    Target(pattern="2:4"),
+    Target(pattern="3:8"),  # not as many go as stay
+    Target(0.5, "1x16"),
+    Target(bits=4, group=128),
+    Target(bits=4, group=16),
+    Target(bits=3, group=16),
+    Target(bits=4, symmetric=True),
+    Target(pattern="2:4", bits=4),
+    Target(0.5, bits=4, group=16),
+    Target(0.5, "1x16", bits=4, group=16),
+]
+# One target of each kind, by label: where variants of a method are tried at every change, and all that `quick` has.
+ONE_OF_EACH = ("50% row", "50% layer", "2:4", "4b g16", "2:4 4b", "50% 1x16 4b g16")
+
+
+def defaults(entry: Entry) -> dict[str, Any]:
+    """What differs from the method's defaults where the checks try these: fewer iterations, for one."""
+    return dict(_checks(entry).get("defaults", {}))
+
+
+def parameter_sets(entry: Entry) -> list[dict[str, Any]]:
+    """What differs from the method's defaults in each way in which it is tried, those of `defaults` first."""
+    usual = defaults(entry)
+    variants = _checks(entry).get("variants", _listed_values(entry))
+    return [usual, *({**changed, **usual, **changed} for changed in variants)]
+
+
+def _listed_values(entry: Entry) -> list[dict[str, Any]]:
+    """Each value that the card lists for a parameter and that is not its default."""
+    found = []
+    for key, schema in entry.card["parameters"].items():
+        values = schema.get("enum", [False, True] if schema.get("type") == "boolean" else [])
+        found += [{key: value} for value in values if value != entry.defaults[key]]
+    return found
+
+
+def has_reference(entry: Entry) -> bool:
+    """Whether the method has compiled code whose reference in plain torch must keep the promises too."""
+    return bool(_checks(entry).get("reference"))
+
+
+def no_descent(entry: Entry, params: Mapping[str, Any]) -> str | None:
+    """Why the objective of the trace may grow with these parameters, or None."""
+    return _checks(entry).get("no_descent") if params == defaults(entry) else None
+
+
+def known_failure(check: str, entry: Entry, params: Mapping[str, Any], target: Target) -> str | None:
+    """Why a check is known not to hold of the method, or None. What a card says is held to be true, too."""
+    known = _checks(entry).get("known_failures", {}).get(check)
+    if known is None or params != defaults(entry):
+        return None
+    return known["reason"] if target.label in known["targets"] else None
+
+
+def _checks(entry: Entry) -> Mapping[str, Any]:
+    return entry.card.get("checks", {})
+
+
+def more_targets(entry: Entry) -> list[Target]:
+    """Targets that the card lists with widths that no target of the battery has."""
+    usual = {target.bits for target in TARGETS}
+    found = []
+    for bits in entry.card["bits"]:
+        if bits not in usual:
+            found += [Target(bits=bits, group=16), Target(pattern="2:4", bits=bits)]
+            found += [Target(0.5, pattern, bits=bits, group=16) for pattern in ("row", "layer", "1x16")]
+    return [target for target in found if not entry.refusal(target)]
