@@ -27,6 +27,7 @@ from layerwise.runtime.devices import take
 from layerwise.runtime.errors import InputError, out_of_memory, report_errors
 from layerwise.runtime.files import write_atomic
 from layerwise.sources.fingerprint import unchanging
+from layerwise.sources.tokenizer_files import check_prefix_token, load_tokenizer
 from layerwise.sources.tokens import read_tokens
 
 WINDOW = 64  # tokens of the window; it is run twice, with another last token, by the library and by the walk
@@ -164,11 +165,14 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--fingerprint", type=Path, required=True, help="what fingerprint.py wrote of the model")
     parser.add_argument("--tokens", type=Path, required=True, help="calibration tokens, safetensors")
     parser.add_argument("--out", type=Path, required=True, help="JSON file for what was found")
+    parser.add_argument("--tasks", action="store_true", help="whether the study has zero-shot tasks")
     parser.add_argument("--threads", type=int, default=None)
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args(argv)
     set_threads(args.threads)
     with unchanging(args.model, args.fingerprint):
+        if args.tasks:
+            check_prefix_token(load_tokenizer(args.model), args.model)
         take(args.device)
         tokens = torch.from_numpy(read_tokens(args.tokens)[0])
         found = check_model(args.model, tokens, args.device)

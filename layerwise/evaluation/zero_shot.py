@@ -265,9 +265,10 @@ def evaluate_cell(blocks: LazyBlocks, evaluation: Evaluation) -> dict[str, Any]:
 
 def evaluate_tasks(blocks: LazyBlocks, entry: Mapping[str, Any], spec: Spec) -> dict[str, Any]:
     """lm-eval's results (`run`) for a model that a config entry describes, on a set of tasks as the config has it."""
-    from layerwise.sources.tokens import load_tokenizer
+    from layerwise.sources.tokenizer_files import check_prefix_token, load_tokenizer
 
     spec, tokenizer = prepared(spec), load_tokenizer(entry)
+    check_prefix_token(tokenizer, entry)
     with blocks.whole_if_it_fits(), inside(spec):
         return run(blocks.model, tokenizer, spec)
 

@@ -19,16 +19,14 @@ from layerwise.sources.hub import (
 )
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
-VOCABULARIES = (  # files of which a folder needs one to have a tokenizer
-    "tokenizer.json",
-    "tokenizer.model",
-    "tekken.json",
-    "vocab.json",
-    "vocab.txt",
-    "spiece.model",
-    "sentencepiece.bpe.model",
+PIPELINE = "tokenizer.json"  # a tokenizer as a whole: how a text is cut, and the tokens
+VOCABULARIES = (PIPELINE, "tekken.json", "vocab.json", "vocab.txt")  # files of which a folder needs one
+MODEL_VOCABULARIES = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "tiktoken.model")  # binary
+TOKENIZER_CONFIG, MERGES = "tokenizer_config.json", "merges.txt"
+TOKENIZER_FILES = (
+    *(*VOCABULARIES, *MODEL_VOCABULARIES, MERGES),
+    *(TOKENIZER_CONFIG, "special_tokens_map.json", "added_tokens.json"),
 )
-TOKENIZER_FILES = (*VOCABULARIES, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "merges.txt")
 # How the config.json of a model calls the inputs of its layers: its width and that of its MLP.
 DEPTHS = ("num_hidden_layers", "n_layer", "num_layers")  # and the number of its blocks
 WIDTHS = (
@@ -77,11 +75,39 @@ def _check_folder(name: str, folder: Path) -> None:
         raise InputError(f"The model {name!r} should be a folder at {folder}, but there is none.")
     if not (folder / "config.json").is_file():
         raise InputError(f"The folder {folder} of the model {name!r} has no config.json.")
-    if not any((folder / vocabulary).is_file() for vocabulary in VOCABULARIES):
-        raise InputError(
-            f"The folder {folder} of the model {name!r} has no tokenizer: one of {', '.join(VOCABULARIES)} is needed."
-        )
+    check_vocabulary(f"The folder {folder} of the model {name!r}", folder)
     check_weight_files(name, folder)
+
+
+def check_vocabulary(subject: str, folder: Path) -> None:
+    """Raise InputError, in one sentence, when a folder has no file from which its tokenizer can be loaded.
+
+    SentencePiece and tiktoken files are refused: transformers converts them, and what it makes of them gives other ids
+    than they do. A folder whose tokenizer is code of its own reads its files itself; loading it needs trust.
+    """
+    present = {name for name in (*VOCABULARIES, *MODEL_VOCABULARIES, MERGES) if (folder / name).is_file()}
+    if PIPELINE in present or own_code(folder):
+        return
+    binary = [name for name in MODEL_VOCABULARIES if name in present]
+    if binary:
+        raise InputError(
+            f"{subject} has its tokenizer as {binary[0]} without {PIPELINE}, and SentencePiece and tiktoken files are "
+            f"not read, since what transformers makes of them may give other ids: add the publisher's {PIPELINE}."
+        )
+    if present.isdisjoint(VOCABULARIES):
+        raise InputError(
+            f"{subject} has no tokenizer: {PIPELINE}, or one of tekken.json, vocab.json with {MERGES}, and vocab.txt "
+            "is needed."
+        )
+    if present == {"vocab.json"}:
+        raise InputError(f"{subject} has vocab.json, but neither {MERGES} nor {PIPELINE}: one of them is needed.")
+
+
+def own_code(folder: Path) -> bool:
+    """Whether the tokenizer of a folder is code beside it, which runs with trust_remote_code alone."""
+    path = folder / TOKENIZER_CONFIG
+    mapped = read_json(path).get("auto_map") if path.is_file() else None
+    return isinstance(mapped, list) or (isinstance(mapped, dict) and bool(mapped.get("AutoTokenizer")))
 
 
 def check_weight_files(name: str, folder: Path) -> None:

@@ -18,32 +18,19 @@ import numpy as np
 
 from layerwise.runtime.errors import InputError, out_of_memory, refused, report_errors
 from layerwise.runtime.files import set_aside, whole_file
-from layerwise.sources.checkpoint_files import model_folder
 from layerwise.sources.documents import Text, read_text, text_hash
 from layerwise.sources.hub import Spec
 from layerwise.sources.ngrams import text_sketch
 from layerwise.sources.text_files import dataset_of
+from layerwise.sources.tokenizer_files import SAMPLE, check_ids, load_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 COUNTED_BEFORE = 20_000  # documents up to which it is made sure before drawing that enough of them are long enough
 MISSES = 1_000  # draws in a row that found no long document, after which it is made sure with any number of them
+SAMPLED_DOCUMENTS = 100  # on the beginnings of which ids are compared with those of the tokenizer's file
 CHUNK = 500_000  # characters tokenised at once where a text can be cut: a call needs some 150 bytes for each
-
-
-def load_tokenizer(model: Spec) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model's folder or hub repository. Raises InputError when it cannot be loaded."""
-    from transformers import AutoTokenizer
-
-    name = model["path"] if "path" in model else f"{model['hub']} at revision {model['revision']}"
-    try:
-        return AutoTokenizer.from_pretrained(
-            model_folder(model), trust_remote_code=bool(model.get("trust_remote_code")), local_files_only=True
-        )
-    except Exception as error:  # the tokenizers library raises bare Exceptions
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".:")
-        raise InputError(f"The tokenizer of {name} cannot be loaded: {reason}.") from error
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, text: str, special: bool = True) -> np.ndarray:
@@ -182,11 +169,13 @@ def tokens(
     """Tokens [n, length] int64 of a config's calibration or evaluation entry (`cut`), and where they come from.
 
     task: "calibration" or "evaluation"; read: the text's documents, where they have been read. Raises InputError,
-    naming the text, when it cannot be read or is too short.
+    naming the text, when it cannot be read or is too short, and naming the model's folder when its tokenizer gives
+    other ids for the text than its tokenizer.json.
     """
     read = read or read_text(text)
     found = read.documents
     tokenizer = load_tokenizer(model)
+    check_ids(tokenizer, model, "\n".join(document[:SAMPLE] for document in found[:SAMPLED_DOCUMENTS]))
     length, join = cut["length"], text.get("join", "\n\n")
     sampling = cut.get("sampling", "stream") if task == "calibration" else "windows"
     try:

@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerFast
 
 from layerwise.runtime.errors import InputError
 from layerwise.sources import tokens as text
+from layerwise.sources.tokenizer_files import load_tokenizer
 
 # ------------------------------------------------------------------------------------------------------------- sampling
 
@@ -157,7 +158,7 @@ def test_tokenizer_that_cannot_be_loaded(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     (tmp_path / "tokenizer.json").write_text("{")
     with pytest.raises(InputError, match=f"The tokenizer of {tmp_path} cannot be loaded: .*"):
-        text.load_tokenizer({"path": str(tmp_path)})
+        load_tokenizer({"path": str(tmp_path)})
 
 
 @pytest.fixture

@@ -33,7 +33,7 @@ from layerwise.models.structure import find_blocks
 from layerwise.results.collect import write_csv
 from layerwise.runtime.errors import InputError
 from layerwise.sources import checkpoint_files
-from layerwise.sources.tokens import load_tokenizer
+from layerwise.sources.tokenizer_files import load_tokenizer
 from layerwise.storage.table_schema import columns, from_rows, read_table, to_frame
 from layerwise.study import config_file
 from layerwise.study.grid import plan

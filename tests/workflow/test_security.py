@@ -30,7 +30,7 @@ from layerwise.results.collect import StudyInputs, collect
 from layerwise.results.main_table import escape_latex, escape_markdown
 from layerwise.runtime.errors import InputError
 from layerwise.sources import checkpoint_files, task_sets
-from layerwise.sources.tokens import load_tokenizer
+from layerwise.sources.tokenizer_files import load_tokenizer
 from layerwise.study.grid import plan
 from tests.support import synthetic_tables
 from tests.support.model_families import build
