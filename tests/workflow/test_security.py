@@ -377,7 +377,9 @@ def test_the_report_escapes_everything_it_shows(tmp_path, text):
             synthetic_tables.cell("magnitude", "2:4", model=word),
             synthetic_tables.cell("wanda", "2:4", model=word),
         ]
-        cells = [synthetic_tables.SyntheticCell(f"results/cells/{i}", one.columns) for i, one in enumerate(cells)]
+        cells = [
+            synthetic_tables.SyntheticCell(f"results/cells/m/c/shared/{i}", one.columns) for i, one in enumerate(cells)
+        ]
         root = tmp_path / str(word == text)
         synthetic_tables.write_cell(root, cells[0])
         (root / cells[1].folder).mkdir(parents=True)

@@ -95,10 +95,10 @@ rule check_model:
         device="cpu",
     params:
         model=model_json,
-        tasks="--tasks" if PLAN.tasks else "",
+        tasks=["--tasks"] if PLAN.tasks else [],
     shell:
         "{WORKER} check-model --model {params.model:q} --fingerprint {input.model:q}"
-        " --tokens {input.tokens:q} {params.tasks} --threads {threads}"
+        " --tokens {input.tokens:q} {params.tasks:q} --threads {threads}"
         " --device {resources.device} --out {output:q} 2> >(tee {log:q} >&2)"
 
 
