@@ -32,6 +32,7 @@ BATTERY = (
     "tests/methods/test_dsnot_admm_alps.py::test_alps_is_the_algorithm",
     "tests/methods/test_frank_wolfe.py::test_exchanges",
     "tests/methods/test_hard_layers.py",
+    "tests/models/test_families.py::test_a_family",
     "tests/models/test_streaming.py",
     "tests/report/",
     "tests/runtime/test_checkpoint.py",

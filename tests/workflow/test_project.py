@@ -29,7 +29,7 @@ from tests.support.paths import ROOT
 
 DEMO = ROOT / "resources/demo"
 LOCK = [line for line in (ROOT / "requirements.lock").read_text("utf-8").splitlines() if line and line[0] != "#"]
-PINNED = {canonicalize_name(line.partition("==")[0]): line.partition("==")[2] for line in LOCK}
+PINNED: dict[str, str] = {canonicalize_name(line.partition("==")[0]): line.partition("==")[2] for line in LOCK}
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
 CUDA = re.compile("nvidia|cuda|triton")
 SNAKEFILES = [ROOT / "Snakefile", *(ROOT / "workflow/rules").glob("*.smk")]
