@@ -193,7 +193,7 @@ class Stream:
         self.inputs: Sequence[Tensor] = []
         with torch.no_grad(), self.source.outside():
             self._skip = self._probe(tokens)  # per block but the last; empty where all must be run
-            self._reusable, self._first = bool(self._skip) or len(self.blocks) == 1, len(parts[0])
+            self._first = len(parts[0])
             hidden = (self._embed(part.to(self.device)) for part in parts)
             if start and folder:
                 for _ in hidden:  # for the calls
@@ -244,8 +244,8 @@ class Stream:
     def _embed(self, tokens: Tensor) -> Tensor:
         """What enters the first block; the blocks' calls are kept."""
         blocks = list(self.blocks)
-        # Calls of one shape that do not depend on the tokens: a later block's mask may be of the batch's size (CWM).
-        if self._calls and self._reusable and len(tokens) == self._first:
+        # Of one size alone: where the first block's mask fits any batch, a later one's may not (CWM).
+        if self._calls and len(tokens) == self._first:
             first = capture(self.model, blocks[:1], tokens)
             if same(first.calls[0], self._calls[0][0]):  # one copy in memory
                 self._calls.append(self._calls[0])

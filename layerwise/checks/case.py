@@ -16,7 +16,7 @@ from layerwise.numerics import dispatch
 
 
 class Finding(AssertionError):
-    """A promise that does not hold: on which layer, what was expected, what came."""
+    """A broken promise: the layer that shows it, what was expected, and what came instead."""
 
     def __init__(self, layer: str, expected: str, came: object) -> None:
         super().__init__(f"{layer}: {expected}. Got {came} instead.")

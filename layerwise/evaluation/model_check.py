@@ -46,8 +46,12 @@ def check_model(spec: Mapping[str, Any], tokens: Tensor, device: str | torch.dev
     """
     spec = {**spec, "dtype": "float32"}
     lazy = LazyBlocks(spec, device)
+    size = sum(own.nbytes for own in lazy.model.parameters())
+    whole = size <= SHARE * free_bytes(lazy.device)
     with refusing(lazy):
-        return _check(lazy, spec, tokens, device)
+        reference = Blocks(load(spec, device)) if whole else lazy
+        found = check_walk(lazy, reference, tokens)
+    return found | {"reference": "from_pretrained" if whole else "block by block"}
 
 
 @contextmanager
@@ -64,13 +68,6 @@ def refusing(blocks: Blocks) -> Iterator[None]:
             f"{type(blocks.model).__name__} cannot be run one block after the other: {type(error).__name__}, "
             f"{reason(error)}."
         ) from error
-
-
-def _check(lazy: LazyBlocks, spec: Mapping[str, Any], tokens: Tensor, device: str | torch.device) -> dict[str, Any]:
-    size = sum(own.nbytes for own in lazy.model.parameters())
-    whole = size <= SHARE * free_bytes(lazy.device)
-    reference = Blocks(load(spec, device)) if whole else lazy
-    return check_walk(lazy, reference, tokens) | {"reference": "from_pretrained" if whole else "block by block"}
 
 
 @torch.no_grad()

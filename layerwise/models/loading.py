@@ -148,8 +148,12 @@ def load(spec: Mapping[str, Any], device: str | torch.device = "cpu") -> PreTrai
     name, config, options = read_config(spec)
     with sentences(spec):
         shards = Shards(str(spec.get("name", name)), Path(name))
-        own: dict[str, Any] = {"config": config, "dtype": spec.get("dtype") or "auto", "output_loading_info": True}
-        own["ignore_mismatched_sizes"] = True  # they are refused below, by name
+        own: dict[str, Any] = {
+            "config": config,
+            "dtype": spec.get("dtype") or "auto",
+            "output_loading_info": True,
+            "ignore_mismatched_sizes": True,  # they are refused below, by name
+        }
         loaded: Any
         if shards.repeated:  # of a tensor that several files hold the library takes the last, whatever the index says
             with torch.device("meta"):

@@ -3,7 +3,7 @@
 import json
 import math
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,7 @@ WIDTHS = (
     "n_inner",
     "moe_intermediate_size",
 )
+Header = tuple[str, tuple[int, ...], str]  # name, shape and dtype of a tensor
 FLOATING = ("F64", "F32", "F16", "BF16")  # beginnings of dtypes: the formats of eight bits begin otherwise
 QUANTISED_FILES = ("hf_quant_config.json", "quantize_config.json", "quant_config.json", "qmodel_config.json")
 LONGEST_HEADER = 100_000_000  # bytes, the limit of the safetensors format
@@ -114,7 +115,8 @@ def check_weight_files(name: str, folder: Path) -> None:
     """Raise InputError when the weights are not whole, or the config.json asks for more blocks than they have tensors,
     with which a model would be made until no memory is left, or when they are codes of a quantiser."""
     config = language_config(read_json(folder / "config.json"))
-    tensors = sum(check_safetensors(path) for path in weight_files(name, folder))
+    files = {path: check_safetensors(path) for path in weight_files(name, folder)}
+    tensors = sum(map(len, files.values()))
     for key in DEPTHS:
         depth = config.get(key)
         if isinstance(depth, int) and depth > tensors:
@@ -122,7 +124,7 @@ def check_weight_files(name: str, folder: Path) -> None:
                 f"{folder / 'config.json'} of the model {name!r} says {key}: {brief(str(depth), 30)}, but its weights "
                 f"have no more than {tensors} tensors."
             )
-    check_floating(name, folder)
+    check_floating(name, folder, files)
 
 
 def longest_sequence(spec: Spec) -> int | None:
@@ -208,23 +210,26 @@ def weight_map(folder: Path) -> dict[str, str]:
     return dict(read_json(folder / INDEX).get("weight_map", {}))
 
 
-def check_floating(name: str, folder: Path) -> None:
-    """Raise InputError when the weights of a model are codes of a quantiser, which a config.json need not say."""
+def check_floating(name: str, folder: Path, files: Mapping[Path, Sequence[Header]]) -> None:
+    """Raise InputError when the weights of a model are codes of a quantiser, which a config.json need not say.
+
+    files: the tensors of each of the model's files.
+    """
     for other in QUANTISED_FILES:
         if (folder / other).is_file():
             raise InputError(
                 f"The model {name!r} must be in floating point. Got a quantised one instead: {folder} has {other}."
             )
-    for path in weight_files(name, folder):
-        for tensor, shape, dtype in tensors_of(path):
+    for path, tensors in files.items():
+        for tensor, shape, dtype in tensors:
             if len(shape) > 1 and tensor.endswith("weight") and not dtype.startswith(FLOATING):
                 raise InputError(
                     f"The model {name!r} must be in floating point. Got {tensor} of dtype {dtype} in {path} instead."
                 )
 
 
-def check_safetensors(path: Path) -> int:
-    """Number of tensors of a file, of which no weights are read.
+def check_safetensors(path: Path) -> list[Header]:
+    """The tensors of a file, of which no weights are read.
 
     Raises InputError when the file is not what its header says, or that breaks the format.
     """
@@ -234,12 +239,16 @@ def check_safetensors(path: Path) -> int:
     if size != expected:
         what = "is cut off" if size < expected else "is too long"
         raise InputError(f"{path} {what}: it has {size} bytes and its header says {expected}.")
-    return len(tensors)
+    return _named(tensors)
 
 
-def tensors_of(path: Path) -> list[tuple[str, tuple[int, ...], str]]:
-    """(name, shape, dtype) of every tensor of a safetensors file. Raises InputError for a header that is damaged."""
-    return [(name, shape, dtype) for name, (shape, dtype, *_) in _header(path)[1].items()]
+def tensors_of(path: Path) -> list[Header]:
+    """The tensors of a safetensors file. Raises InputError for a header that is damaged."""
+    return _named(_header(path)[1])
+
+
+def _named(tensors: Mapping[str, tuple[tuple[int, ...], str, int, int]]) -> list[Header]:
+    return [(name, shape, dtype) for name, (shape, dtype, *_) in tensors.items()]
 
 
 def _header(path: Path) -> tuple[int, dict[str, tuple[tuple[int, ...], str, int, int]]]:

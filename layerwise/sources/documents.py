@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 READ_ERRORS = (OSError, EOFError, zlib.error)
-# What may be done to a text, in the order in which it is told.
+# The steps of normalisation, in the order in which `normalised` names them.
 WIDE, MARK, RETURNS = ("UTF-32", "UTF-16"), "byte order mark", "line ends"
 STEPS = (*WIDE, MARK, RETURNS)
 # Byte order marks of encodings that are known by theirs alone; that of UTF-32 begins with that of UTF-16.
@@ -126,7 +126,7 @@ def _read(path: Path, field: str, done: set[str]) -> list[str]:
     text = _decoded(path, done)
     if path.suffix in PLAIN_SUFFIXES:
         return [normalise(text, done)]
-    # Marks and line ends between the strings are the file's, not the text's: nothing is told of them.
+    # Marks and line ends between the strings belong to the file, not to the text: `normalised` leaves them out.
     return [normalise(found, done) for found in _json(path, normalise(text, set()), field)]
 
 

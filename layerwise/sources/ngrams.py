@@ -8,7 +8,7 @@ import numpy as np
 NGRAM = 50  # tokens: two sentences or so, which no two texts share by chance
 RUN = 200  # bytes of a text, about as many as NGRAM tokens have
 SKETCH = 2**16  # hashes that are kept of a text, by which one is found in another that is a thousand times longer
-FEWEST = 50  # hashes of a text of which a share is told
+FEWEST = 50  # hashes: a share of fewer would say nothing
 AT_ONCE = 2**15  # n-grams hashed at a time, whose arrays stay in a processor's cache
 BLANKS = b" \t\n\v\f"  # left out of a sketch: joins, line breaks and indentation make no other text
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
+from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,19 +32,19 @@ PROBE = (
 SAMPLE = 100_000  # characters of a study's text on which ids are compared
 
 
-def load_tokenizer(model: Spec) -> PreTrainedTokenizerBase:
+def load_tokenizer(model: Spec, documents: Sequence[str] = ()) -> PreTrainedTokenizerBase:
     """The tokenizer of a model's folder or hub repository; its pipeline is that of tokenizer.json, where there is one.
 
     What AutoTokenizer puts before and after a text stays, for published codes tokenise so: whether it comes of the
     file's post-processor, of the class or of tokenizer_config.json is the library's choice. So do tokens that the
     config adds to those of the file.
+    documents: what will be tokenised, on the beginning of which ids are held against the file's.
     Raises InputError when it cannot be loaded, or gives other ids than its file does.
     """
     from transformers import AutoTokenizer
 
-    name = model["path"] if "path" in model else f"{model['hub']} at revision {model['revision']}"
     folder = model_folder(model)
-    check_vocabulary(f"The model {name}", folder)
+    check_vocabulary(f"The model {name_of(model)}", folder)
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             folder, trust_remote_code=bool(model.get("trust_remote_code")), local_files_only=True
@@ -50,24 +52,52 @@ def load_tokenizer(model: Spec) -> PreTrainedTokenizerBase:
         file = pipeline_of(folder) if tokenizer.is_fast else None
     except Exception as error:  # the tokenizers library raises bare Exceptions
         reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".:")
-        raise InputError(f"The tokenizer of {name} cannot be loaded: {reason}.") from error
+        raise InputError(f"The tokenizer of {name_of(model)} cannot be loaded: {reason}.") from error
     if file is not None:
         if replaced := use_pipeline(tokenizer, file):
             print(
-                f"The tokenizer of {name} is used as {PIPELINE} has it: {type(tokenizer).__name__} would take another "
-                f"{' and '.join(replaced)}.",
+                f"The tokenizer of {name_of(model)} is used as {PIPELINE} has it: {type(tokenizer).__name__} would "
+                f"take another {' and '.join(replaced)}.",
                 file=sys.stderr,
             )
-        check_ids(tokenizer, model, PROBE)
+        for text in (PROBE, beginning(documents)):
+            check_ids(tokenizer, file, folder, text)
     return tokenizer
 
 
+def name_of(model: Spec) -> str:
+    """How sentences call a model whose tokenizer they are about."""
+    return model["path"] if "path" in model else f"{model['hub']} at revision {model['revision']}"
+
+
+def beginning(documents: Sequence[str]) -> str:
+    """The first SAMPLE characters of documents, a line break after each."""
+    characters = chain.from_iterable(part for document in documents for part in (document, "\n"))
+    return "".join(islice(characters, SAMPLE))
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, text: str, special: bool = True) -> np.ndarray:
+    """Token ids [n] int64 of a text, with the tokenizer's default special tokens unless told otherwise."""
+    encoding = tokenizer(
+        text, add_special_tokens=special, return_attention_mask=False, return_token_type_ids=False, verbose=False
+    )  # verbose=False: no warning that the text is longer than the model's context
+    return np.asarray(encoding["input_ids"], dtype=np.int64)
+
+
 def pipeline_of(folder: Path) -> Tokenizer | None:
-    """The tokenizer of a folder's tokenizer.json, by the library that defines the format; None where there is none."""
+    """The tokenizer of a folder's tokenizer.json, by the library that defines the format; None where there is none.
+
+    It cuts and pads nothing, whatever the file says: neither does a study.
+    """
     from tokenizers import Tokenizer
 
     path = folder / PIPELINE
-    return Tokenizer.from_file(str(path)) if path.is_file() else None
+    if not path.is_file():
+        return None
+    file = Tokenizer.from_file(str(path))
+    file.no_truncation()
+    file.no_padding()
+    return file
 
 
 def use_pipeline(tokenizer: Any, file: Tokenizer) -> list[str]:
@@ -80,28 +110,20 @@ def use_pipeline(tokenizer: Any, file: Tokenizer) -> list[str]:
     return replaced
 
 
-def check_ids(tokenizer: PreTrainedTokenizerBase, model: Spec, text: str) -> None:
-    """Raise InputError when a tokenizer gives other ids than the model's tokenizer.json for the beginning of a text.
+def check_ids(tokenizer: PreTrainedTokenizerBase, file: Tokenizer, folder: Path, text: str) -> None:
+    """Raise InputError, naming the folder, when a tokenizer gives other ids for a text than its tokenizer.json.
 
-    Special tokens before and after the text apart; nothing is compared where there is no such file.
+    file: that tokenizer.json, as `pipeline_of` reads it. Special tokens before and after the text are left out.
     """
-    folder = model_folder(model)
-    file = pipeline_of(folder) if tokenizer.is_fast else None
-    if file is None:
-        return
-    file.no_truncation()
-    file.no_padding()
-    sample = text[:SAMPLE]
-    expected = file.encode(sample, add_special_tokens=False).ids
-    found = tokenizer(sample, add_special_tokens=False, verbose=False)["input_ids"]
-    if found != expected:
-        lengths = min(len(found), len(expected))
-        differing = np.flatnonzero(np.asarray(found[:lengths]) != np.asarray(expected[:lengths]))
-        place = int(differing[0]) if len(differing) else lengths
+    expected = np.asarray(file.encode(text, add_special_tokens=False).ids, dtype=np.int64)
+    found = encode(tokenizer, text, special=False)
+    if not np.array_equal(found, expected):
+        both = min(len(found), len(expected))
+        place = next(iter(np.flatnonzero(found[:both] != expected[:both])), both)
+        came, wanted = found[place : place + 3].tolist(), expected[place : place + 3].tolist()
         raise InputError(
-            f"The tokenizer of {folder} must give the ids of its {PIPELINE}. Got {found[place : place + 3]} instead of "
-            f"{expected[place : place + 3]} from token {place} on: does tokenizer_config.json or "
-            "added_tokens.json have tokens of its own?"
+            f"The tokenizer of {folder} must give the ids of its {PIPELINE}. Got {came} instead of {wanted} from token "
+            f"{place} on: does tokenizer_config.json or added_tokens.json have tokens of its own?"
         )
 
 
@@ -109,6 +131,6 @@ def check_prefix_token(tokenizer: PreTrainedTokenizerBase, model: Spec) -> None:
     """Raise InputError when a tokenizer has no token that a task can begin an empty context with, as lm-eval does."""
     if tokenizer.bos_token_id is None and tokenizer.eos_token_id is None:
         raise InputError(
-            f"The tokenizer of {model.get('path') or model['hub']} must have a bos_token or an eos_token for zero-shot "
-            "tasks. Got neither instead: name one in its tokenizer_config.json, or leave the tasks out."
+            f"The tokenizer of {name_of(model)} must have a bos_token or an eos_token for zero-shot tasks. Got neither "
+            "instead: name one in its tokenizer_config.json, or leave the tasks out."
         )

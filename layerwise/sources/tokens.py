@@ -22,23 +22,14 @@ from layerwise.sources.documents import Text, read_text, text_hash
 from layerwise.sources.hub import Spec
 from layerwise.sources.ngrams import text_sketch
 from layerwise.sources.text_files import dataset_of
-from layerwise.sources.tokenizer_files import SAMPLE, check_ids, load_tokenizer
+from layerwise.sources.tokenizer_files import encode, load_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 COUNTED_BEFORE = 20_000  # documents up to which it is made sure before drawing that enough of them are long enough
 MISSES = 1_000  # draws in a row that found no long document, after which it is made sure with any number of them
-SAMPLED_DOCUMENTS = 100  # on the beginnings of which ids are compared with those of the tokenizer's file
 CHUNK = 500_000  # characters tokenised at once where a text can be cut: a call needs some 150 bytes for each
-
-
-def encode(tokenizer: PreTrainedTokenizerBase, text: str, special: bool = True) -> np.ndarray:
-    """Token ids [n] int64 of a text, with the tokenizer's default special tokens unless told otherwise."""
-    encoding = tokenizer(
-        text, add_special_tokens=special, return_attention_mask=False, return_token_type_ids=False, verbose=False
-    )  # verbose=False: no warning that the text is longer than the model's context
-    return np.asarray(encoding["input_ids"], dtype=np.int64)
 
 
 def encode_stream(tokenizer: PreTrainedTokenizerBase, documents: Sequence[str], join: str) -> np.ndarray:
@@ -174,8 +165,7 @@ def tokens(
     """
     read = read or read_text(text)
     found = read.documents
-    tokenizer = load_tokenizer(model)
-    check_ids(tokenizer, model, "\n".join(document[:SAMPLE] for document in found[:SAMPLED_DOCUMENTS]))
+    tokenizer = load_tokenizer(model, found)
     length, join = cut["length"], text.get("join", "\n\n")
     sampling = cut.get("sampling", "stream") if task == "calibration" else "windows"
     try:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 import layerwise
 from layerwise.evaluation import model_check
@@ -23,17 +23,8 @@ from layerwise.models.structure import Blocks
 from layerwise.runtime.errors import InputError
 from layerwise.sources import checkpoint_files, fingerprint
 from layerwise.sources.tokens import tokens_hash
+from tests.support import tiny_configs
 from tests.support.model_families import FAMILIES, VOCABULARY, build, tokens
-
-SMALL: dict[str, Any] = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "max_position_embeddings": 64,
-}
-SPECIAL = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 
 
 def shaken(model: PreTrainedModel) -> PreTrainedModel:
@@ -45,11 +36,9 @@ def shaken(model: PreTrainedModel) -> PreTrainedModel:
     return model.eval()
 
 
-def made(model_type: str, **config: Any) -> PreTrainedModel:
-    """A random model of a family, with special tokens inside its vocabulary."""
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        return shaken(AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **config, **SPECIAL)))
+def tiny(family: str) -> PreTrainedModel:
+    """A random model of a family of transformers that model_families does not have."""
+    return tiny_configs.build(tiny_configs.family_config(family))
 
 
 def saved(folder: Path, model: PreTrainedModel, **options: Any) -> dict[str, str]:
@@ -104,21 +93,17 @@ def test_a_model_that_does_not_fit_is_held_against_its_own_forward_pass(tmp_path
 
 
 def test_blocks_that_are_passed_several_times_are_refused(tmp_path: Path):
-    spec = saved(tmp_path, made("hrm_text", **SMALL | {"num_hidden_layers": 4}, head_dim=8, num_key_value_heads=4))
+    spec = saved(tmp_path, tiny("hrm_text"))
     told = "must call each block of model.L_module.layers once, in order. It calls them 6 times instead."
     assert refusal(spec) == f"HrmTextForCausalLM {told}"
 
 
 def test_a_second_list_of_blocks_is_refused(tmp_path: Path):
-    sizes = {"vocab_size": VOCABULARY, "emb_dim": 32, "n_layers": 2, "n_heads": 4, "max_position_embeddings": 64}
-    assert "must have one list of blocks" in refusal(saved(tmp_path, made("xlm", **sizes, causal=True)))
+    assert "must have one list of blocks" in refusal(saved(tmp_path, tiny("xlm")))
 
 
 def test_states_of_four_dimensions_are_refused(tmp_path: Path):
-    sizes = {"hidden_size_per_layer_input": 8, "num_key_value_heads": 2, "head_dim": 8, "laurel_rank": 4}
-    sizes |= {"vocab_size_per_layer_input": VOCABULARY, "num_kv_shared_layers": 0}
-    kinds = {"layer_types": ["sliding_attention", "full_attention"], "activation_sparsity_pattern": None}
-    spec = saved(tmp_path, made("gemma3n_text", **SMALL, **sizes, **kinds))
+    spec = saved(tmp_path, tiny("gemma3n_text"))
     assert refusal(spec)
     with pytest.raises(InputError, match=r"must pass hidden_states \[sequences, length, width\].* Got \[4, 1, 8, 32\]"):
         evaluate(LazyBlocks(spec), tokens(2))
@@ -152,7 +137,7 @@ def test_blocks_called_in_another_order_are_refused():
 
 
 def test_a_model_that_sees_its_targets_is_refused(tmp_path: Path):
-    told = refusal(saved(tmp_path, made("bert", **SMALL)))
+    told = refusal(saved(tmp_path, tiny("bert")))
     assert told.startswith("BertLMHeadModel is not causal: another last token changes the logits before it by ")
 
 
@@ -165,7 +150,7 @@ def test_a_leak_of_one_block_is_seen():
 
 def test_the_library_refuses_them_too():
     with pytest.raises(InputError, match="is not causal"):
-        layerwise.compress_model(made("bert", **SMALL), tokens(4), "2:4", "magnitude")
+        layerwise.compress_model(tiny("bert"), tokens(4), "2:4", "magnitude")
 
 
 # ------------------------------------------------------------------------------------------------- tensors of the file

@@ -15,7 +15,8 @@ from transformers import AutoTokenizer
 from layerwise.runtime.errors import InputError
 from layerwise.sources import tokenizer_files, tokens
 from layerwise.sources.checkpoint_files import MODEL_VOCABULARIES, check_model
-from layerwise.sources.tokenizer_files import PROBE, check_ids, check_prefix_token, load_tokenizer
+from layerwise.sources.tokenizer_files import PROBE, check_ids, check_prefix_token, load_tokenizer, pipeline_of
+from tests.support.typing_helpers import some
 
 TEXT = PROBE * 3 + "".join(f"river item {i * 7919} costs {i * 104729} coins in year {1900 + i}.\n" for i in range(60))
 SPECIAL = ["<s>", "</s>", "<unk>"]
@@ -147,11 +148,14 @@ def test_other_ids_than_the_files_are_refused(tmp_path: Path, monkeypatch):
         InputError, match=r"must give the ids of its tokenizer.json. Got \[.*\] instead of \[.*\] from to"
     ):
         load_tokenizer(spec)
-    monkeypatch.setattr(tokenizer_files, "check_ids", lambda *_: None)
-    tokenizer = load_tokenizer(spec)
-    check_ids(tokenizer, spec, "no digit")
+    monkeypatch.setattr(tokenizer_files, "PROBE", "no digit")
+    tokenizer, file = load_tokenizer(spec), some(pipeline_of(tmp_path))
+    check_ids(tokenizer, file, tmp_path, "no digit")
     with pytest.raises(InputError, match="from token"):
-        check_ids(tokenizer, spec, TEXT)
+        check_ids(tokenizer, file, tmp_path, TEXT)
+    assert load_tokenizer(spec, ["no digit"])
+    with pytest.raises(InputError, match="from token"):
+        load_tokenizer(spec, ["no digit", TEXT])
     text = tmp_path / "text.txt"
     text.write_text(TEXT)
     with pytest.raises(InputError, match="must give the ids of its tokenizer.json"):

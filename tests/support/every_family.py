@@ -51,7 +51,6 @@ REFUSALS = {
     "are in no linear layer": "refused: most weights are in no linear layer",
     "[sequences, length, width]": "refused: hidden states of another shape",
     "from block to block": "refused: blocks pass more than hidden states",
-    "of its 2 blocks.": "refused: text passes other blocks than the largest ones",
     "the largest of its lists of blocks": "refused: text passes other blocks than the largest ones",
     "is not causal": "refused: logits depend on later tokens",
     "once, in order": "refused: blocks are called several times",
