@@ -137,73 +137,101 @@ def _subtract_errors(entries, losses, factor, i, end):
             simd.store(entries, k * TILE_ROWS, simd.sub_mul(left, fourth, simd.splat(factor[i + 3, k])))
 
 
-@compiled([(MATRICES_TYPE, int64, FLOATS, BUDGET_TYPE, GRID_TYPE, int64, int64)])
-def _sweep(matrices, start, factor, budget, grid, first, last):
-    original, weight, errors, mask = matrices
-    group_size, n_pruned = budget
-    scales, zeros, group_of, codes, most = grid
-    columns = len(factor)
-    end, wide = start + columns, -(-columns // simd.LANES) * simd.LANES
-    rows = np.zeros((TILE_ROWS, wide), np.float32)  # a tile as in the weight; the other arrays have its rows as lanes
-    tiles = np.zeros((4, wide, TILE_ROWS), np.float32)
-    entries, losses, keep, code = tiles.reshape(4, -1)
-    tile_grid = np.ones((2, TILE_ROWS), np.float32)
-    scale, zero = tile_grid[0], tile_grid[1]
-    scores = np.empty(group_size * TILE_ROWS, np.float32)
-    one, minus_one, largest = simd.splat(np.float32(1)), simd.splat(np.float32(-1)), simd.splat(most)
-    stride = (
-        COLUMNS_AT_ONCE if group_size % COLUMNS_AT_ONCE == 0 or group_size >= columns else 1
-    )  # choosing a mask needs columns that are up to date
-    for top in range(first, last, TILE_ROWS):
-        height = min(TILE_ROWS, last - top)
-        if not group_size:
-            for r in range(height):
-                for i in range(columns):
-                    rows[r, i] = np.float32(mask[top + r, start + i])
-            _transpose_tile(rows, tiles[2], TILE_ROWS, wide)
-        rows[height:] = 0
-        rows[:height, :columns] = weight[top : top + height, start:end]
-        _transpose_tile(rows, tiles[0], TILE_ROWS, wide)
-        for i in range(columns):
-            if group_size and i % group_size == 0:
-                _choose(entries, factor, i, group_size, n_pruned, scores, keep)
-            if most and (i == 0 or group_of[start + i] != group_of[start + i - 1]):
-                for r in range(height):
-                    scale[r], zero[r] = scales[top + r, group_of[start + i]], zeros[top + r, group_of[start + i]]
-            entry = simd.load(entries, i * TILE_ROWS)
-            final = simd.select(simd.le_mask(one, simd.load(keep, i * TILE_ROWS)), entry, simd.zeros())
-            if most:  # products and sums as sub_mul has them: rounded one by one
-                steps, origin = simd.load(scale, 0), simd.load(zero, 0)
-                rounded_codes = simd.clamp(simd.sub_mul(simd.rint(simd.div(final, steps)), minus_one, origin), largest)
-                simd.store(code, i * TILE_ROWS, rounded_codes)
-                final = simd.mul(steps, simd.sub_mul(rounded_codes, one, origin))
-            error = simd.div(simd.sub_mul(entry, one, final), simd.splat(factor[i, i]))
-            simd.store(losses, i * TILE_ROWS, error)
-            simd.store(entries, i * TILE_ROWS, final)
-            next_stop = min(i // stride * stride + stride, columns)
-            for k in range(i + 1, next_stop):
-                simd.store(
-                    entries,
-                    k * TILE_ROWS,
-                    simd.sub_mul(simd.load(entries, k * TILE_ROWS), error, simd.splat(factor[i, k])),
-                )
-            if i + 1 == next_stop:
-                _subtract_errors(entries, losses, factor, i + 1 - stride if stride > 1 else i, next_stop)
-        _transpose_tile(tiles[0], rows, wide, TILE_ROWS)
-        weight[top : top + height, start:end] = rows[:height, :columns]
+@compiled()
+def _load_tile(matrices, start, top, height, columns, given_mask, rows, lanes):
+    """Fill a tile's entries, and what it keeps if the mask is given. rows: memory to work in, see `_sweep`."""
+    wide = rows.shape[1]
+    if given_mask:
         for r in range(height):
             for i in range(columns):
-                errors[top + r, start + i] = original[top + r, start + i] - rows[r, i]
-        if group_size:
-            _transpose_tile(tiles[2], rows, wide, TILE_ROWS)
-            for r in range(height):
-                for i in range(columns):
-                    mask[top + r, start + i] = rows[r, i] != 0
-        if most:
-            _transpose_tile(tiles[3], rows, wide, TILE_ROWS)
-            for r in range(height):
-                for i in range(columns):
-                    codes[top + r, start + i] = np.uint8(rows[r, i])
+                rows[r, i] = np.float32(matrices.mask[top + r, start + i])
+        _transpose_tile(rows, lanes[2].reshape(wide, TILE_ROWS), TILE_ROWS, wide)
+    rows[height:] = 0
+    rows[:height, :columns] = matrices.weight[top : top + height, start : start + columns]
+    _transpose_tile(rows, lanes[0].reshape(wide, TILE_ROWS), TILE_ROWS, wide)
+
+
+@compiled()
+def _store_tile(matrices, grid, start, top, height, columns, given_mask, rows, lanes):
+    """Write a tile's weight and errors, its mask unless it was given, and its codes if there is a grid."""
+    original, weight, errors, mask = matrices
+    wide = rows.shape[1]
+    _transpose_tile(lanes[0].reshape(wide, TILE_ROWS), rows, wide, TILE_ROWS)
+    weight[top : top + height, start : start + columns] = rows[:height, :columns]
+    for r in range(height):
+        for i in range(columns):
+            errors[top + r, start + i] = original[top + r, start + i] - rows[r, i]
+    if not given_mask:
+        _transpose_tile(lanes[2].reshape(wide, TILE_ROWS), rows, wide, TILE_ROWS)
+        for r in range(height):
+            for i in range(columns):
+                mask[top + r, start + i] = rows[r, i] != 0
+    if grid.largest_code:
+        _transpose_tile(lanes[3].reshape(wide, TILE_ROWS), rows, wide, TILE_ROWS)
+        for r in range(height):
+            for i in range(columns):
+                grid.codes[top + r, start + i] = np.uint8(rows[r, i])
+
+
+@compiled()
+def _load_grid(grid, top, height, column, tile_grid):
+    """Scale and zero of each row of a tile, for the group of a column [in]."""
+    group = grid.group_of[column]
+    for r in range(height):
+        tile_grid[0, r], tile_grid[1, r] = grid.scales[top + r, group], grid.zeros[top + r, group]
+
+
+@compiled()
+def _prune_and_round(lanes, i, pivot, tile_grid, largest_code):
+    """Make column i of a tile what it becomes, and write its error over `pivot`, U_ii."""
+    entries, losses, keep, codes = lanes
+    one, minus_one = simd.splat(np.float32(1)), simd.splat(np.float32(-1))
+    entry = simd.load(entries, i * TILE_ROWS)
+    final = simd.select(simd.le_mask(one, simd.load(keep, i * TILE_ROWS)), entry, simd.zeros())
+    if largest_code:  # products and sums as sub_mul has them: rounded one by one
+        steps, origin, largest = simd.load(tile_grid[0], 0), simd.load(tile_grid[1], 0), simd.splat(largest_code)
+        rounded_codes = simd.clamp(simd.sub_mul(simd.rint(simd.div(final, steps)), minus_one, origin), largest)
+        simd.store(codes, i * TILE_ROWS, rounded_codes)
+        final = simd.mul(steps, simd.sub_mul(rounded_codes, one, origin))
+    simd.store(losses, i * TILE_ROWS, simd.div(simd.sub_mul(entry, one, final), simd.splat(pivot)))
+    simd.store(entries, i * TILE_ROWS, final)
+
+
+@compiled()
+def _pass_on(entries, losses, factor, i, stride):
+    """Let later columns absorb the error of column i: those of its run of `stride` now, the others after its last."""
+    stop = min(i // stride * stride + stride, len(factor))
+    error = simd.load(losses, i * TILE_ROWS)
+    for k in range(i + 1, stop):
+        left = simd.sub_mul(simd.load(entries, k * TILE_ROWS), error, simd.splat(factor[i, k]))
+        simd.store(entries, k * TILE_ROWS, left)
+    if i + 1 == stop:
+        _subtract_errors(entries, losses, factor, i + 1 - stride, stop)
+
+
+@compiled([(MATRICES_TYPE, int64, FLOATS, BUDGET_TYPE, GRID_TYPE, int64, int64)])
+def _sweep(matrices, start, factor, budget, grid, first, last):
+    group_size, n_pruned = budget
+    given_mask = group_size == 0
+    columns = len(factor)
+    wide = -(-columns // simd.LANES) * simd.LANES
+    rows = np.zeros((TILE_ROWS, wide), np.float32)  # a tile as in the weight
+    lanes = np.zeros((4, wide * TILE_ROWS), np.float32)  # entries, losses, keep, codes: a column's rows lie together
+    tile_grid = np.ones((2, TILE_ROWS), np.float32)
+    scores = np.empty(group_size * TILE_ROWS, np.float32)
+    # Choosing a mask needs columns that are up to date.
+    stride = COLUMNS_AT_ONCE if group_size % COLUMNS_AT_ONCE == 0 or group_size >= columns else 1
+    for top in range(first, last, TILE_ROWS):
+        height = min(TILE_ROWS, last - top)
+        _load_tile(matrices, start, top, height, columns, given_mask, rows, lanes)
+        for i in range(columns):
+            if not given_mask and i % group_size == 0:
+                _choose(lanes[0], factor, i, group_size, n_pruned, scores, lanes[2])
+            if grid.largest_code and (i == 0 or grid.group_of[start + i] != grid.group_of[start + i - 1]):
+                _load_grid(grid, top, height, start + i, tile_grid)
+            _prune_and_round(lanes, i, factor[i, i], tile_grid, grid.largest_code)
+            _pass_on(lanes[0], lanes[1], factor, i, stride)
+        _store_tile(matrices, grid, start, top, height, columns, given_mask, rows, lanes)
 
 
 def memory(shape: tuple[int, ...]) -> Tensor:

@@ -405,7 +405,8 @@ def test_chains_are_completed_and_built():
 def test_sources_of_a_chain_are_those_of_all_its_methods():
     catalogue = Catalogue()
     params = catalogue.complete("chain", {"chain": [{"sparse_swaps": {"warm_start": "ria"}}, "rtn"]}, "test")
-    swaps = ("kernels/swap_state", "numerics/swap_search", "kernels/swap_search", "kernels/simd")
+    kernels = ("swap_search", "simd", "swap_loops", "scans")
+    swaps = ("kernels/swap_state", "numerics/swap_search", *(f"kernels/{name}" for name in kernels))
     files = [METHODS / f"{name}.py" for name in ("chain", "sparse_swaps", "ria", "rtn")]
     files[2:2] = [PACKAGE / f"{name}.py" for name in swaps]
     assert catalogue.sources("chain", params) == [*files, *SHARED_SOURCES]
