@@ -19,7 +19,8 @@ FLOORS = (
     ("study", "calibration"),
     ("storage", "models"),
     ("numerics", "sources"),
-    ("kernels", "contract", "runtime"),
+    ("kernels", "contract"),
+    ("runtime",),
 )
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 ENTRANCES = {"__init__", "__main__"}  # of the package: they may import every room

@@ -10,10 +10,10 @@ from collections.abc import Iterable, Iterator
 from functools import cache
 from pathlib import Path
 
+from layerwise.runtime.project import PACKAGE, ROOT
+
 NAME = "layerwise"
-PACKAGE = Path(__file__).parents[1]
 METHODS = (PACKAGE / "methods").resolve()  # of a checkout its folder methods/
-SHIPPED = PACKAGE / "shipped" if (PACKAGE / "shipped").is_dir() else PACKAGE.parent  # as runtime.project.ROOT
 DATA = re.compile(r"(workflow|resources)/[\w./-]+\.\w+")  # a shipped file that a module names in a string
 
 
@@ -64,7 +64,7 @@ def _files(tree: ast.AST) -> Iterator[Path]:
             names = [name for alias in node.names for name in (alias.name.rpartition(".")[0], alias.name)]
             yield from (path for name in names if (path := _file(name)))
         elif isinstance(node, ast.Constant) and isinstance(node.value, str) and DATA.fullmatch(node.value):
-            path = SHIPPED / node.value
+            path = ROOT / node.value
             if path.is_file():
                 yield path
 

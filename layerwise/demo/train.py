@@ -8,12 +8,14 @@ rate and linear decay, bfloat16 autocast over float32 weights. Resumes from its 
 import argparse
 import csv
 import hashlib
+import itertools
 import json
 import lzma
 import math
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -128,52 +130,79 @@ def optimizers(model: LlamaForCausalLM, muon_rate: float, adam_rate: float) -> l
     ]
 
 
+@dataclass
+class Run:
+    """A training run: what is trained, and how far it is. curve: a point per validation; seconds: spent so far."""
+
+    model: LlamaForCausalLM
+    optimizers: list[torch.optim.Optimizer]
+    step: int = 0
+    seconds: float = 0.0
+    curve: list[dict[str, float]] = field(default_factory=list)
+
+    def save(self, checkpoint: Path) -> None:
+        state = {"step": self.step, "seconds": self.seconds, "curve": self.curve, "model": self.model.state_dict()}
+        with whole_file(checkpoint) as part:
+            torch.save(state | {"optimizers": [own.state_dict() for own in self.optimizers]}, part)
+
+    def load(self, checkpoint: Path) -> None:
+        state = torch.load(checkpoint, weights_only=True)
+        self.model.load_state_dict(state["model"])
+        for own, saved in zip(self.optimizers, state["optimizers"], strict=True):
+            own.load_state_dict(saved)
+        self.step, self.seconds, self.curve = state["step"], state["seconds"], state["curve"]
+
+
 def train(args: argparse.Namespace, tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
+    """Train from the start, or from the checkpoint in `args.out`; writes checkpoints and curve.csv there."""
     torch.manual_seed(args.seed)
     model = LlamaForCausalLM(CONFIG)
     loss_of = torch.compile(lambda window: mean_loss(model, window))
-    optimizer = optimizers(model, args.muon_rate, args.adam_rate)
-    peaks = [o.param_groups[0]["lr"] for o in optimizer]
+    run = Run(model, optimizers(model, args.muon_rate, args.adam_rate))
+    peaks = [own.param_groups[0]["lr"] for own in run.optimizers]
     train_ids, held_out = (encode(tokenizer, args.text / f"{s}.txt") for s in ("train", "validation"))
-    stream = batches(train_ids, args.batch, args.seed)
-    curve: list[dict] = []
-    first, spent, checkpoint = 0, 0.0, args.out / "checkpoint.pt"
+    checkpoint = args.out / "checkpoint.pt"
     if checkpoint.exists():
-        state = torch.load(checkpoint, weights_only=True)
-        model.load_state_dict(state["model"])
-        for o, saved in zip(optimizer, state["optimizers"], strict=True):
-            o.load_state_dict(saved)
-        first, spent, curve = state["step"], state["seconds"], state["curve"]
-        for _ in range(first):
-            next(stream)
-    start = time.perf_counter() - spent
-    for step in range(first, args.steps):
-        for o, peak in zip(optimizer, peaks, strict=True):
-            o.param_groups[0]["lr"] = peak * rate(step, args.warmup, args.decay, args.steps)
-        loss = loss_of(next(stream))
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for o in optimizer:
-            o.step()
-            o.zero_grad()
-        done = step + 1
-        if done % 10 == 0:
-            print(f"step {done} loss {loss.item():.3f} seconds {time.perf_counter() - start:.0f}", flush=True)
-        if done % args.every == 0 or done == args.steps:
+        run.load(checkpoint)
+    start = time.perf_counter() - run.seconds
+    for window in itertools.islice(batches(train_ids, args.batch, args.seed), run.step, args.steps):
+        share = rate(run.step, args.warmup, args.decay, args.steps)
+        loss = update(run, loss_of, window, [peak * share for peak in peaks])
+        run.seconds = time.perf_counter() - start
+        if run.step % 10 == 0:
+            print(f"step {run.step} loss {loss:.3f} seconds {run.seconds:.0f}", flush=True)
+        if run.step % args.every == 0 or run.step == args.steps:
             bits = bits_per_byte(loss_of, tokenizer, held_out, limit=96)
-            seconds = time.perf_counter() - start
-            point = {"step": done, "tokens": done * args.batch * LENGTH, "seconds": round(seconds)}
-            point |= {"train_loss": round(loss.item(), 4), "validation_bits_per_byte": round(bits, 4)}
-            curve.append(point)
-            print(curve[-1], flush=True)
-            with whole_file(checkpoint) as part:
-                state = {"step": done, "seconds": seconds, "curve": curve, "model": model.state_dict()}
-                torch.save(state | {"optimizers": [o.state_dict() for o in optimizer]}, part)
-    with whole_file(args.out / "curve.csv") as part, part.open("w", newline="") as file:
+            run.seconds = time.perf_counter() - start
+            point = {"step": run.step, "tokens": run.step * args.batch * LENGTH, "seconds": round(run.seconds)}
+            run.curve.append(point | {"train_loss": round(loss, 4), "validation_bits_per_byte": round(bits, 4)})
+            print(run.curve[-1], flush=True)
+            run.save(checkpoint)
+    write_curve(run.curve, args.out / "curve.csv")
+    return model
+
+
+def update(
+    run: Run, loss_of: Callable[[torch.Tensor], torch.Tensor], window: torch.Tensor, rates: Sequence[float]
+) -> float:
+    """One step on a batch with these rates of the optimisers. Returns the loss before it."""
+    for own, rate_of_step in zip(run.optimizers, rates, strict=True):
+        own.param_groups[0]["lr"] = rate_of_step
+    loss = loss_of(window)
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(run.model.parameters(), 1.0)
+    for own in run.optimizers:
+        own.step()
+        own.zero_grad()
+    run.step += 1
+    return loss.item()
+
+
+def write_curve(curve: Sequence[Mapping[str, float]], path: Path) -> None:
+    with whole_file(path) as part, part.open("w", newline="") as file:
         writer = csv.DictWriter(file, curve[0].keys(), lineterminator="\n")
         writer.writeheader()
         writer.writerows(curve)
-    return model
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -14,6 +14,7 @@ from layerwise.storage.frames import column, distinct, distinct_tuples, rows, se
 from layerwise.storage.table_schema import COMPARISONS
 
 LegendEntry = tuple[str, str, str]  # label, method, comparison
+LegendItem = tuple[Line2D, str]  # handle, text
 PLACE = ["model", "calibration", "mode"]  # what a band of panels is about
 BEYOND = {"linestyle": "none", "marker": 6, "markersize": 5}  # an arrowhead that points up
 LINE = 0.15  # inches per line of the legend
@@ -53,28 +54,33 @@ def page(
     figure = Figure(figsize=(WIDTH, sum(heights) + below), layout="constrained")
     *bands, bottom = figure.subfigures(len(heights) + 1, 1, height_ratios=[*heights, below], squeeze=False)[:, 0]
     if depth:
-        blank = (Line2D([], [], linestyle="none"), "")
-        padded = [item for column in columns for item in column + [blank] * (depth - len(column))]
-        legend = bottom.legend(
-            [handle for handle, _ in padded],
-            [text for _, text in padded],
-            ncols=len(columns),
-            loc="upper center",
-            bbox_to_anchor=(0.5, 1.0),
-            borderaxespad=0.1,
-            handlelength=3.0,
-            columnspacing=2.0,
-            labelspacing=0.35,
-            title="\n".join(lines) or None,
-            title_fontsize=7,
-        )
-        for text in legend.get_texts():
-            if text.get_text() in COMPARISONS:
-                text.set_fontweight("bold")
+        _draw_legend(bottom, columns, depth, "\n".join(lines))
     return figure, bands
 
 
-def _legend_columns(shown: Sequence[LegendEntry], extra: Sequence[Line2D]) -> list[list[tuple[Line2D, str]]]:
+def _draw_legend(place: SubFigure, columns: Sequence[Sequence[LegendItem]], depth: int, title: str) -> None:
+    """A legend of columns, each filled up to the same depth; names of comparisons are bold."""
+    blank = (Line2D([], [], linestyle="none"), "")
+    padded = [item for column in columns for item in [*column, *[blank] * (depth - len(column))]]
+    legend = place.legend(
+        [handle for handle, _ in padded],
+        [text for _, text in padded],
+        ncols=len(columns),
+        loc="upper center",
+        bbox_to_anchor=(0.5, 1.0),
+        borderaxespad=0.1,
+        handlelength=3.0,
+        columnspacing=2.0,
+        labelspacing=0.35,
+        title=title or None,
+        title_fontsize=7,
+    )
+    for text in legend.get_texts():
+        if text.get_text() in COMPARISONS:
+            text.set_fontweight("bold")
+
+
+def _legend_columns(shown: Sequence[LegendEntry], extra: Sequence[Line2D]) -> list[list[LegendItem]]:
     style = looks((label, method) for label, method, _ in shown)
     columns = []
     for comparison in COMPARISONS:

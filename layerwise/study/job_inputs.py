@@ -10,9 +10,10 @@ from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
-from layerwise.contract.import_closure import METHODS, PACKAGE, closure, file_of
+from layerwise.contract.import_closure import METHODS, closure, file_of
 from layerwise.runtime.errors import InputError
 from layerwise.runtime.files import digest_of
+from layerwise.runtime.project import PACKAGE
 from layerwise.sources import checkpoint_files, task_sets
 from layerwise.sources import text_files as texts
 from layerwise.study.cell import Cell, canonical

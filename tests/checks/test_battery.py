@@ -12,8 +12,9 @@ import torch
 from layerwise.checks import battery, layer_cases, template
 from layerwise.checks.case import Finding
 from layerwise.checks.report import BROKEN, KEPT, KNOWN, NOTE, NOTHING, Report
-from layerwise.contract.import_closure import METHODS, PACKAGE
+from layerwise.contract.import_closure import METHODS
 from layerwise.runtime.errors import InputError
+from layerwise.runtime.project import PACKAGE
 
 RESULT = "        return ops.pruned(layer, importance, target)\n"
 # mistake: (what the template's last line becomes, the check, the layer, part of what was expected, part of what came)

@@ -14,8 +14,9 @@ from layerwise.checks import layer_cases as layers
 from layerwise.checks import promises
 from layerwise.contract.cards import PARAMETERS, merged
 from layerwise.contract.catalogue import SHARED_SOURCES, Catalogue, CatalogueError, read_entry
-from layerwise.contract.import_closure import METHODS, PACKAGE
+from layerwise.contract.import_closure import METHODS
 from layerwise.contract.layer import Target
+from layerwise.runtime.project import PACKAGE
 from tests.support.paths import ROOT
 
 NAMES = list(Catalogue())

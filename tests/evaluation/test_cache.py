@@ -11,10 +11,10 @@ import torch
 from safetensors.numpy import save_file as save_numpy
 from safetensors.torch import save_file
 
-from layerwise.contract.import_closure import PACKAGE
 from layerwise.evaluation import cache, perplexity
 from layerwise.runtime.errors import InputError
 from layerwise.runtime.files import sha256
+from layerwise.runtime.project import PACKAGE
 from layerwise.sources.fingerprint import main as fingerprint
 from tests.evaluation.test_perplexity import LENGTH, VOCABULARY, WINDOWS, layers_of, llama, weights_of
 from tests.support.paths import ROOT
