@@ -1,8 +1,11 @@
 """One thread for every test, loops compiled before it, and assertions of the shared helpers with their values."""
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 
+from layerwise.models import compute_dtype
 from tests.support.compiled import compile_loops
 from tests.support.time_budget import (  # noqa: F401 (pytest finds them here)
     pytest_addoption,
@@ -14,6 +17,15 @@ from tests.support.time_budget import (  # noqa: F401 (pytest finds them here)
 pytest_plugins = ["tests.support.battery"]
 pytest.register_assert_rewrite("tests.support.official_outputs")
 torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def every_dtype_is_fast() -> Iterator[None]:
+    """What a test computes does not depend on the processor's units: no dtype is slow unless the test says so."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compute_dtype, "slowdown", lambda dtype: 1.0)
+        patch.setattr(compute_dtype, "slow_apart", lambda dtype: False)
+        yield
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -20,7 +20,8 @@ from tqdm import tqdm
 from layerwise.calibration.block_stream import Stream
 from layerwise.calibration.gram_store import INDEX, block_file, block_tensors, content, description, point_to, scopes
 from layerwise.calibration.taps import Tap
-from layerwise.models.loading import set_threads
+from layerwise.models import compute_dtype
+from layerwise.models.loading import computed_dtype, set_threads
 from layerwise.models.streaming import LazyBlocks
 from layerwise.models.structure import Blocks
 from layerwise.runtime.checkpoint import Checkpoint
@@ -73,7 +74,8 @@ def write_gram(
             taps.clear()  # the progress bar holds on to the list
         found = [json.loads(checkpoint.file(index, "json").read_text("utf-8")) for index in range(len(blocks))]
         hashes = [checkpoint.hashes[f"{part.name}/{block_file(index)}"] for index in range(len(blocks))]
-        contents = {"length": tokens.shape[1], "blocks": found, "sha256": hashes}
+        contents = {"length": tokens.shape[1], "compute_dtype": computed_dtype(blocks.model)}
+        contents |= {"blocks": found, "sha256": hashes}
         write_atomic(part / INDEX, json.dumps(contents, indent=1) + "\n")
         if folder.exists():  # a folder of before that has no index
             shutil.rmtree(folder)
@@ -95,7 +97,9 @@ def main(argv: list[str] | None = None) -> None:
 
     set_threads(args.threads)
     code = unchanged(args.code) if args.code else ""
-    fingerprint = content(args.fingerprint, args.model, args.tokens, args.dtype, code, args.device)
+    model = compute_dtype.at(args.model, args.dtype)
+    computed = compute_dtype.compute_dtype(model, args.device)
+    fingerprint = content(args.fingerprint, model, args.tokens, computed, code, args.device)
     key = hashlib.sha256(json.dumps(fingerprint, sort_keys=True).encode()).hexdigest()[:32]
     folder = gram_stores() / key
     if (folder / INDEX).is_file():
@@ -105,8 +109,8 @@ def main(argv: list[str] | None = None) -> None:
         check()  # before the model is opened; the checkpoint asks again
         take(args.device)
         tokens = torch.from_numpy(read_tokens(args.tokens)[0])
-        model = {**args.model, "dtype": args.dtype} if args.dtype else args.model
-        write_gram(folder, LazyBlocks(model, args.device), tokens, fingerprint, check)
+        compute_dtype.tell(model, computed, args.device)
+        write_gram(folder, LazyBlocks(model, args.device, computed), tokens, fingerprint, check)
     point_to(folder, args.out)
 
 

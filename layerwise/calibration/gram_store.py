@@ -47,9 +47,9 @@ def description(tap: Tap) -> dict[str, Any]:
 
 
 def read_index(folder: Path) -> dict[str, Any]:
-    """{length, blocks: [{tap: {layers, inside, in, tokens, scope}}], sha256: [of each block's file]}.
+    """{length, compute_dtype, blocks: [{tap: {layers, inside, in, tokens, scope}}], sha256: [of each block's file]}.
 
-    Taps stand in the order of their inputs.
+    Taps stand in the order of their inputs. compute_dtype: of the forward passes.
 
     Raises InputError when the folder holds no complete Gram store.
     """
@@ -57,6 +57,11 @@ def read_index(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         raise InputError(f"Expected the Grams of a calibration at {folder}, which has no {INDEX}: run again.")
     return read_made(path)
+
+
+def computed_in(folder: Path) -> str | None:
+    """The dtype that the forward passes of a store were computed in; None where it does not say."""
+    return read_index(folder).get("compute_dtype")
 
 
 def scopes(folder: Path) -> str:
@@ -121,15 +126,17 @@ def _tap(path: Path, name: str, entry: Mapping[str, Any], length: int, device: s
 
 
 def content(
-    fingerprint: Path, model: Mapping[str, Any], tokens: Path, dtype: str | None, code: str, device: str
+    fingerprint: Path, model: Mapping[str, Any], tokens: Path, computed: str | None, code: str, device: str
 ) -> Any:
     """What decides the Grams.
 
-    fingerprint: what fingerprint.py wrote of the model; model: its config entry; code: hash of that of the job.
+    fingerprint: what fingerprint.py wrote of the model; model: its config entry, in the dtype of the calibration;
+    computed: the dtype that passes are computed in, which depends on the machine; code: hash of that of the job.
     """
     return {
         "model": read_made(fingerprint)["files"],
-        "loading": {"dtype": dtype or model.get("dtype"), "trust_remote_code": model.get("trust_remote_code")},
+        "loading": {key: model.get(key) for key in ("dtype", "trust_remote_code")},
+        "compute dtype": computed,
         "tokens": sha256(tokens),
         "code": code,
         "versions": {name: importlib.metadata.version(name) for name in ("torch", "transformers")},

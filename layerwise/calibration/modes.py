@@ -8,6 +8,7 @@ from pathlib import Path
 from layerwise.calibration.block_stream import Stream
 from layerwise.calibration.gram_store import read_block, read_index
 from layerwise.calibration.taps import Tap
+from layerwise.models.stored_dtypes import round_as_stored
 from layerwise.models.structure import Blocks
 
 
@@ -42,6 +43,7 @@ def sequential_blocks(
             if index + 1 < len(blocks):
                 if block is not other:
                     other.load_state_dict(block.state_dict())  # rounded to the copy's dtype
+                    round_as_stored(other)  # where it computes in a wider one
                 stream.advance(index)
         finished(index)
 

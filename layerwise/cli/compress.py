@@ -43,7 +43,7 @@ def main(argv: list[str] | None = None) -> None:
 
     def evaluate(weights: Path, digest: str) -> None:
         requested = json.loads(args.requested.read_text("utf-8")) if args.requested else []
-        evaluate_ahead(requested, job.model, job.fingerprint, weights, digest, job.device)
+        evaluate_ahead(requested, job.model, job.fingerprint, weights, digest, job.device, job.computed)
 
     with record_failure(args.out, "compress"):
         take(args.device)

@@ -42,8 +42,10 @@ SPEC = _CELLS[: _CELLS.index("metric")]  # what was asked of a cell
 PROVENANCE = _CELLS[_CELLS.index("commit") :]
 # What decides a number beside the cell's spec: rows that differ in these are of two experiments.
 PROTOCOL = [
-    *("model_sha256", "dtype", "calibration_sha256", "calibration_samples", "calibration_length", "calibration_seed"),
-    *("calibration_sampling", "calibration_dtype", "eval_sha256", "eval_length", "eval_windows"),
+    *("model_sha256", "dtype", "compute_dtype"),
+    *("calibration_sha256", "calibration_samples", "calibration_length", "calibration_seed"),
+    *("calibration_sampling", "calibration_dtype", "calibration_compute_dtype"),
+    *("eval_sha256", "eval_length", "eval_windows"),
     *("task_version", "fewshot", "items", "lm_eval"),
 ]
 MEASURED = ["metric", "text", "task_set", "task"]  # what a number of a cell is, and of what

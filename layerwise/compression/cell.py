@@ -19,7 +19,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from layerwise.calibration.block_stream import Stream
-from layerwise.calibration.gram_store import store_of, unless_damaged
+from layerwise.calibration.gram_store import computed_in, store_of, unless_damaged
 from layerwise.calibration.modes import sequential_blocks, shared_blocks
 from layerwise.calibration.taps import Tap, tapped_linears
 from layerwise.compression.solver import Solver
@@ -27,7 +27,8 @@ from layerwise.compression.tune import Tuner
 from layerwise.contract.catalogue import Catalogue, Entry
 from layerwise.contract.layer import Compressed, Layer
 from layerwise.contract.target import Target
-from layerwise.models import loading, structure
+from layerwise.models import compute_dtype, loading, structure
+from layerwise.models.stored_dtypes import stored_dtype
 from layerwise.models.streaming import LazyBlocks
 from layerwise.models.structure import Blocks
 from layerwise.runtime.checkpoint import Checkpoint
@@ -89,16 +90,17 @@ def bar(
         yield progress
 
 
-def calibration_facts(info: Mapping[str, Any], dtype: str) -> dict[str, Any]:
+def calibration_facts(info: Mapping[str, Any], dtype: str, computed: str | None) -> dict[str, Any]:
     """The columns about the calibration set, from what the tokens' file says of itself.
 
-    dtype: of the forward passes.
+    dtype: that the weights in the forward passes are rounded to; computed: the one that these are computed in.
     """
     facts = {
         "calibration_text": info["dataset"],
         "calibration_sha256": info["sha256"],
         "calibration_normalised": info.get("normalised"),
         "calibration_dtype": dtype,
+        "calibration_compute_dtype": computed,
     }
     return facts | {f"calibration_{key}": info[key] for key in ("samples", "length", "seed", "sampling")}
 
@@ -147,8 +149,25 @@ class CellJob:
     def catalogue(self) -> Catalogue:
         return Catalogue(list(self.method_paths))
 
+    @property
+    def computed(self) -> str | None:
+        """The dtype that passes of the model are computed in here; None for that of the entry without one."""
+        return compute_dtype.compute_dtype(self.model, self.device)
+
+    @property
+    def calibrated(self) -> Mapping[str, Any]:
+        """The model's entry in the dtype of the calibration."""
+        return compute_dtype.at(self.model, self.dtype)
+
+    @property
+    def calibration_computed(self) -> str | None:
+        """The dtype that the calibration's passes are computed in: by who left the Grams, or here."""
+        if self.gram and self.columns["mode"] == "shared":
+            return computed_in(store_of(self.gram))
+        return compute_dtype.compute_dtype(self.calibrated, self.device)
+
     def solver(self, dtype: torch.dtype) -> Solver:
-        """The cell's method at its target; dtype: of the model that it compresses."""
+        """The cell's method at its target; dtype: that the weights which it compresses are stored in."""
         name, target = self.spec["method"]["name"], Target(**self.spec["target"])
         method = self.catalogue.build(name, self.spec["method"]["params"])
         mask_only = self.entry.comparison(target) == "mask-only"
@@ -164,6 +183,7 @@ class CellJob:
             "tokens": sha256(self.tokens),
             "Grams": store_of(self.gram).name if self.gram else None,
             "dtype": self.dtype,
+            "compute dtype": [self.computed, self.calibration_computed],
             "device": self.device,
             "versions": {name: importlib.metadata.version(name) for name in PROVENANCE},
         }
@@ -192,8 +212,9 @@ def compress(job: CellJob, checkpoint: Checkpoint) -> dict[str, Any]:
     """Write a cell's layers, trace and weights; returns its record. What the checkpoint has is not computed again."""
     tokens, text = read_tokens(job.tokens)
     sequences = torch.from_numpy(tokens)
-    blocks = LazyBlocks(job.model, job.device)
-    solver = job.solver(blocks.model.dtype)
+    compute_dtype.tell(job.model, job.computed, job.device)
+    blocks = LazyBlocks(job.model, job.device, job.computed)
+    solver = job.solver(stored_dtype(blocks.model))
     if job.code:
         unchanged(job.code)  # by now it is imported
     if checkpoint.done < len(blocks):
@@ -205,7 +226,7 @@ def compress(job: CellJob, checkpoint: Checkpoint) -> dict[str, Any]:
                 write_block(checkpoint, index, block, solver)
     columns = {**job.columns, "criterion": job.entry.criterion or "own"}
     join_blocks(checkpoint, len(blocks), job.out, columns, solver.target, job.title)
-    return record_of(job, checkpoint, text, job.dtype or loading.dtype_name(blocks.model))
+    return record_of(job, checkpoint, text, blocks.model)
 
 
 def walk(
@@ -225,7 +246,9 @@ def walk(
         assert job.gram is not None
         return shared_blocks(store_of(job.gram), blocks, start, finished), None
     same = job.dtype is None or job.dtype == loading.dtype_name(blocks.model)
-    source = blocks if same else LazyBlocks({**job.model, "dtype": job.dtype}, job.device)
+    if not same:
+        compute_dtype.tell(job.calibrated, job.calibration_computed, job.device)
+    source = blocks if same else LazyBlocks(job.calibrated, job.device, job.calibration_computed)
     stream = Stream(source, sequences, folder=folder, start=start)
     return sequential_blocks(stream, blocks, start, finished), stream
 
@@ -239,7 +262,7 @@ def tuned(
     """
     assert job.stages is not None
     checkpoint.done = 0
-    tuner = Tuner(loading.load(job.model, job.device), sequences, job.stages, solver.target, solver.seed)
+    tuner = Tuner(loading.load(job.model, job.device, job.computed), sequences, job.stages, solver.target, solver.seed)
     with bar(tuner.model, f"{job.title}, tuned") as progress:
         blocks = tuner.walk(*walk(job, Blocks(tuner.model), sequences))
         for _ in visit(tuner.model, blocks, tuner.keep(solver.solve), progress):
@@ -255,14 +278,15 @@ def tuned(
     return solve
 
 
-def record_of(job: CellJob, checkpoint: Checkpoint, text: Mapping[str, Any], dtype: str) -> dict[str, Any]:
+def record_of(job: CellJob, checkpoint: Checkpoint, text: Mapping[str, Any], model: PreTrainedModel) -> dict[str, Any]:
     """The cell's record: where it comes from and what it took; text: what the tokens' file says of itself."""
     fingerprint = read_made(job.fingerprint)
     fingerprint.pop("files", None)  # one hash stands for all in the tables
     facts = {
         **provenance(job.device, torch.get_num_threads()),
         **fingerprint,
-        **calibration_facts(text, dtype),
+        "compute_dtype": loading.computed_dtype(model),
+        **calibration_facts(text, job.dtype or loading.dtype_name(model), job.calibration_computed),
     }
     peaks = {"peak_mb": peak_mb(), "peak_gpu_mb": peak_gpu_mb(job.device)}
     peaks = {name: checkpoint.most(name, value) for name, value in peaks.items()}

@@ -171,7 +171,7 @@ def weights(layers: Mapping[str, tuple[Linear, Tunable]]) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
     experts: defaultdict[str, list[Tensor]] = defaultdict(list)
     for name, (linear, tunable) in layers.items():
-        weight = tunable.parts()[0].to(linear.module.get_parameter(linear.parameter).dtype)
+        weight = linear.as_stored(tunable.parts()[0])
         weight = weight.T if linear.transposed else weight
         if linear.expert is None:
             found[linear.stored_in(name)] = weight

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from layerwise.contract.import_closure import closure
+from layerwise.models.compute_dtype import KEY, compute_dtype, tell
 from layerwise.runtime.devices import take
 from layerwise.runtime.errors import record_failure, report_errors
 from layerwise.runtime.files import check_weights, read_made, sha256, write_atomic
@@ -54,7 +55,7 @@ CODE = hashes()  # when this process starts
 class Evaluation:
     """kind: perplexity or tasks; model: config entry; fingerprint: what fingerprint.py wrote of it; digest: SHA-256 of
     the weights' file, which whoever has read it knows; data: file of the tokens, or what `zero_shot data` wrote of the
-    tasks; spec: of a set of tasks."""
+    tasks; spec: of a set of tasks; computed: dtype of the forward passes, as models.load takes it."""
 
     kind: str
     model: Mapping[str, Any]
@@ -65,6 +66,7 @@ class Evaluation:
     spec: Mapping[str, Any] = field(default_factory=dict)
     device: str = "cpu"
     name: str = "perplexity"
+    computed: str | None = None
 
     def file(self) -> Path:
         """Where the result of this content is, or belongs."""
@@ -72,6 +74,7 @@ class Evaluation:
             "kind": self.kind,
             "model": read_made(self.fingerprint)["files"],
             "loaded": {key: self.model.get(key) for key in ("dtype", "trust_remote_code")},
+            "compute dtype": self.computed,
             "weights": self.digest,
             "data": sha256(self.data),
             "files": [[path.as_posix(), sha256(path)] for path in (task_files(self.spec) if self.spec else ())],
@@ -87,6 +90,7 @@ class Evaluation:
         if blocks is None:
             blocks = self.blocks()
         found = importlib.import_module(KINDS[self.kind]).evaluate_cell(blocks, self)
+        found[KEY] = str(blocks.model.dtype).removeprefix("torch.")
         return json.dumps(found, indent=1, allow_nan=False) + "\n"
 
     def blocks(self) -> LazyBlocks:
@@ -94,7 +98,7 @@ class Evaluation:
         from layerwise.evaluation.perplexity import apply_weights
         from layerwise.models.streaming import LazyBlocks
 
-        blocks = LazyBlocks(self.model, self.device)
+        blocks = LazyBlocks(self.model, self.device, self.computed)
         apply_weights(blocks, self.weights)
         return blocks
 
@@ -106,12 +110,13 @@ def evaluate_ahead(
     weights: Path,
     digest: str,
     device: str,
+    computed: str | None = None,
 ) -> None:
     """Evaluate a model with the weights of a cell's file on all that is requested of the cell, into STORE.
 
     requested: {kind, data, spec} of each evaluation, {model} in data standing for the model's identity. digest: SHA-256
-    of the file of weights. What is in STORE or has no data yet is left out. An evaluation that fails is left to its own
-    job, which reports it.
+    of the file of weights. computed: the dtype of the cell's forward passes. What is in STORE or has no data yet is
+    left out. An evaluation that fails is left to its own job, which reports it.
     """
     if hashes() != CODE:  # edited during a compression of hours: what is imported now may not be what was hashed
         return
@@ -120,7 +125,9 @@ def evaluate_ahead(
         data = Path(entry["data"].replace("{model}", fingerprint.stem))
         if not data.is_file():
             continue
-        evaluation = Evaluation(entry["kind"], model, fingerprint, weights, digest, data, entry["spec"], device)
+        evaluation = Evaluation(
+            entry["kind"], model, fingerprint, weights, digest, data, entry["spec"], device, computed=computed
+        )
         try:
             file = evaluation.file()
             if known(file) is not None:
@@ -158,6 +165,7 @@ def main(argv: list[str] | None = None) -> None:
             spec=args.tasks,
             device=args.device,
             name=args.name,
+            computed=computed_as(args.weights, args.model, args.device),
         )
         file = evaluation.file()
         text = known(file)
@@ -168,6 +176,16 @@ def main(argv: list[str] | None = None) -> None:
                 text = computed(evaluation, args.threads)
             write_atomic(file, text)
     write_atomic(args.out, text)
+
+
+def computed_as(weights: Path, model: Mapping[str, Any], device: str) -> str | None:
+    """The dtype that a cell was computed in, in which it is evaluated too, whatever is fast on this machine.
+
+    For weights that are no cell's, the dtype that this machine computes the model of a config entry in.
+    """
+    record = weights.with_name("cell.json")
+    found = read_made(record)["provenance"].get(KEY) if record.is_file() else None
+    return found or compute_dtype(model, device)
 
 
 def known(file: Path) -> str | None:
@@ -187,6 +205,7 @@ def computed(evaluation: Evaluation, threads: int | None) -> str:
     from layerwise.models.loading import set_threads
 
     set_threads(threads)
+    tell(evaluation.model, evaluation.computed, evaluation.device)
     return evaluation.compute()
 
 

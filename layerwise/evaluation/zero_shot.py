@@ -275,11 +275,14 @@ def evaluate_tasks(blocks: LazyBlocks, entry: Mapping[str, Any], spec: Spec) -> 
 
 def evaluate_model(args: argparse.Namespace) -> dict[str, Any]:
     from layerwise.evaluation.perplexity import apply_weights
+    from layerwise.models.compute_dtype import compute_dtype, tell
     from layerwise.models.loading import set_threads
     from layerwise.models.streaming import LazyBlocks
 
     set_threads(args.threads)
-    blocks = LazyBlocks(args.model, args.device)
+    computed = compute_dtype(args.model, args.device)
+    tell(args.model, computed, args.device)
+    blocks = LazyBlocks(args.model, args.device, computed)
     if args.weights:
         apply_weights(blocks, args.weights)
     return evaluate_tasks(blocks, args.model, args.tasks)

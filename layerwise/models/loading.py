@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 from transformers.utils import logging as transformers_logging
 
 from layerwise.models.shards import Shards
+from layerwise.models.stored_dtypes import mark, native_dtypes, round_as_stored, stored_dtype
 from layerwise.models.structure import few
 from layerwise.runtime.errors import InputError, out_of_memory
 from layerwise.runtime.sentences import brief
@@ -137,11 +138,15 @@ def check_finite(spec: Mapping[str, Any], parameters: Iterable[tuple[str, Tensor
             raise InputError(f"The weights of {described(spec)} are not finite: {name} has NaN or Inf.")
 
 
-def load(spec: Mapping[str, Any], device: str | torch.device = "cpu") -> PreTrainedModel:
+def load(
+    spec: Mapping[str, Any], device: str | torch.device = "cpu", compute_dtype: str | None = None
+) -> PreTrainedModel:
     """The model of a config entry {path | hub, revision, dtype, trust_remote_code}, whole and ready for inference.
 
     In eval mode, without gradients, in the entry's dtype (default: the dtype it was saved in), with the library's
-    default attention and its eager experts, whose products are recorded one by one. Raises InputError, in one sentence,
+    default attention and its eager experts, whose products are recorded one by one. compute_dtype: of its tensors and
+    passes, where that is not the entry's (`models/compute_dtype.py`); they hold values that the entry's has, and what
+    is written to them is rounded so (`models/stored_dtypes.py`). Raises InputError, in one sentence,
     when the model is absent, damaged, incomplete (transformers would draw what is missing at random) or already
     quantised, has tensors that its class does not take, or weights that are not finite.
     """
@@ -150,7 +155,7 @@ def load(spec: Mapping[str, Any], device: str | torch.device = "cpu") -> PreTrai
         shards = Shards(str(spec.get("name", name)), Path(name))
         own: dict[str, Any] = {
             "config": config,
-            "dtype": spec.get("dtype") or "auto",
+            "dtype": compute_dtype or spec.get("dtype") or "auto",
             "output_loading_info": True,
             "ignore_mismatched_sizes": True,  # they are refused below, by name
         }
@@ -167,7 +172,16 @@ def load(spec: Mapping[str, Any], device: str | torch.device = "cpu") -> PreTrai
     check_names(spec, model, [key for key, *_ in info["mismatched_keys"]], info["missing_keys"])
     check_used(spec, model, {key: shards.empty[key] for key in info["unexpected_keys"]})
     check_finite(spec, model.named_parameters())
+    if compute_dtype and compute_dtype != spec["dtype"]:
+        keep_as_stored(model, getattr(torch, spec["dtype"]), options["trust_remote_code"])
+        round_as_stored(model)
+        check_finite(spec, model.named_parameters())  # what float16 cannot hold
     return model.to(device).eval().requires_grad_(False)
+
+
+def keep_as_stored(model: PreTrainedModel, dtype: torch.dtype, trust_remote_code: bool) -> None:
+    """Note in a model which dtype it is stored in, where it is computed in another; dtype: of most tensors."""
+    mark(model, native_dtypes(model.config, dtype, trust_remote_code), dtype)
 
 
 def set_threads(threads: int | None) -> None:
@@ -179,7 +193,12 @@ def set_threads(threads: int | None) -> None:
 
 
 def dtype_name(model: PreTrainedModel) -> str:
-    """As the config spells it."""
+    """The dtype that a model's weights are stored in, as the config spells it."""
+    return str(stored_dtype(model)).removeprefix("torch.")
+
+
+def computed_dtype(model: PreTrainedModel) -> str:
+    """The dtype that a model's passes are computed in, as the config spells it."""
     return str(model.dtype).removeprefix("torch.")
 
 

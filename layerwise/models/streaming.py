@@ -25,8 +25,9 @@ from transformers.core_model_loading import (
 from transformers.initialization import no_init_weights
 from transformers.modeling_utils import LoadStateDictConfig
 
-from layerwise.models.loading import check_finite, check_names, check_used, read_config, sentences
+from layerwise.models.loading import check_finite, check_names, check_used, keep_as_stored, read_config, sentences
 from layerwise.models.shards import Shards
+from layerwise.models.stored_dtypes import round_as_stored
 from layerwise.models.structure import Blocks, check_unshared
 from layerwise.runtime.memory import free_memory, give_back_memory
 
@@ -40,8 +41,10 @@ class LazyBlocks(Blocks):
     to its weights. Meanwhile another thread reads the next one. What lies outside the blocks is read and dropped alike.
     """
 
-    def __init__(self, spec: Mapping[str, Any], device: str | torch.device = "cpu") -> None:
-        """spec: a config entry, as `models.load` takes it.
+    def __init__(
+        self, spec: Mapping[str, Any], device: str | torch.device = "cpu", compute_dtype: str | None = None
+    ) -> None:
+        """spec, compute_dtype: a config entry, and the dtype that it is computed in, as `models.load` takes them.
 
         Raises InputError as that does; of weights that are not finite only when their block is read.
         """
@@ -49,13 +52,16 @@ class LazyBlocks(Blocks):
         folder, config, options = read_config(spec)
         with sentences(spec):
             self._shards = Shards(spec.get("name", folder), Path(folder).absolute())  # the process may move
+            stored = saved_dtype(spec, config, self._shards.empty)
             # Parameters get no data. Buffers, which models compute, do.
             with no_init_weights(), init_empty_weights(include_buffers=False):
                 model: Any = AutoModelForCausalLM.from_config(
                     config,
-                    dtype=saved_dtype(spec, config, self._shards.empty),
+                    dtype=getattr(torch, compute_dtype) if compute_dtype else stored,
                     trust_remote_code=options["trust_remote_code"],
                 )
+            if compute_dtype and getattr(torch, compute_dtype) != stored:
+                keep_as_stored(model, stored, options["trust_remote_code"])
         self._write: Callable[[int, nn.Module], None] | None = None
         self._mapping: list[Any] = get_model_conversion_mapping(model)
         self._plan = model._get_dtype_plan(model.dtype)
@@ -171,6 +177,7 @@ class LazyBlocks(Blocks):
             self.model.tie_weights(missing_keys=set(self._absent), recompute_mapping=False)
         read = self.model if index is None else self.modules[index]
         read.requires_grad_(False)
+        round_as_stored(read)
         prefix = "" if index is None else f"{self.name}.{index}."
         check_finite(self._spec, ((prefix + key, own) for key, own in read.named_parameters() if not own.is_meta))
         if index is not None and self._write:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from layerwise.models.stored_dtypes import as_stored
 from layerwise.runtime.errors import InputError
 
 ROUTERS = ("gate", "router")  # what a linear layer that chooses experts, or the module around it, is called
@@ -150,12 +151,16 @@ class Linear:
             raise InputError(f"The weight of {self.name} is not finite: it has NaN or Inf.")
         return weight
 
+    def as_stored(self, weight: Tensor) -> Tensor:
+        """A weight [out, in] with the values and the dtype that it has once it is in the module."""
+        return as_stored(self.module, self.parameter, weight)
+
     def replace(self, weight: Tensor) -> None:
-        """Write a weight [out, in] into the module, in place and rounded to the model's dtype."""
+        """Write a weight [out, in] into the module, in place and rounded to the dtype that the model is stored in."""
         if tuple(weight.shape) != self.shape:  # copy_ would broadcast
             raise ValueError(f"Linear.replace: {self.name} is {self.shape}. Got {tuple(weight.shape)} instead.")
         with torch.no_grad():
-            self._view.copy_(weight)
+            self._view.copy_(self.as_stored(weight))
 
 
 def linears(block: nn.Module, prefix: str) -> list[Linear]:

@@ -188,6 +188,7 @@ def read_perplexity(folder: Path, evaluation: TextEvaluation) -> tuple[dict[str,
             "eval_windows": int(record["windows"]),
             "eval_sha256": record["text"].get("sha256"),
             "eval_normalised": record["text"].get("normalised"),
+            **_computed(record),
         }
     except BROKEN as error:
         raise unusable(path, error) from None
@@ -198,6 +199,11 @@ def read_perplexity(folder: Path, evaluation: TextEvaluation) -> tuple[dict[str,
         return row, []
     low, high = bootstrap_interval(losses, np.exp) or (None, None)
     return row | {"low": low, "high": high}, losses
+
+
+def _computed(record: Mapping[str, Any]) -> dict[str, str]:
+    """The dtype that an evaluation was computed in; without it the row has that of its cell."""
+    return {"compute_dtype": str(record["compute_dtype"])} if "compute_dtype" in record else {}
 
 
 def item_scores(record: Mapping[str, Any]) -> dict[tuple[str, str], list[float]]:
@@ -218,7 +224,8 @@ def read_tasks(path: Path) -> tuple[list[dict[str, Any]], dict[tuple[str, str], 
     """Rows and item scores of a file of tasks. Raises InputError naming one that is broken."""
     try:
         record = read_json(path)
-        rows = [{**row, "status": "done", "lm_eval": record["lm_eval"]} for row in record["rows"]]
+        common = {"status": "done", "lm_eval": record["lm_eval"], **_computed(record)}
+        rows = [{**row, **common} for row in record["rows"]]
         if not rows or any(not row["task"] or not row["metric"] for row in rows):
             raise ValueError("it has no rows that name a task and a metric")
         if not all(math.isfinite(x) for row in rows for x in row.values() if isinstance(x, float)):
@@ -247,7 +254,7 @@ def _mean_of_tasks(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     if len(accuracies) < 2 or {row["task"] for row in accuracies} < {row["task"] for row in rows}:
         return []
     row: dict[str, Any] = {"task": MEAN, "metric": "acc", "items": sum(row["items"] for row in accuracies)}
-    row |= {"status": "done", "lm_eval": accuracies[0]["lm_eval"]}
+    row |= {"status": "done", "lm_eval": accuracies[0]["lm_eval"], **_computed(accuracies[0])}
     if lost := [row for row in accuracies if row["value"] is None]:
         return [row | {"value": None, "reason": f"{lost[0]['task']} has no accuracy"}]
     if all(row.get("stderr") is not None for row in accuracies):

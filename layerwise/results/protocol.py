@@ -9,13 +9,13 @@ from layerwise.storage.frames import column, distinct, distinct_values, missing,
 
 # (what is named, columns of `cells` that name it, columns that must then have one value)
 SAME: list[tuple[str, tuple[str, ...], tuple[str, ...]]] = [
-    ("model", ("model",), ("model_sha256", "dtype")),
+    ("model", ("model",), ("model_sha256", "dtype", "compute_dtype")),
     (
         "calibration",
         ("model", "calibration"),
         (
             *("calibration_sha256", "calibration_samples", "calibration_length", "calibration_sampling"),
-            "calibration_dtype",
+            *("calibration_dtype", "calibration_compute_dtype"),
         ),
     ),
     ("calibration", ("model", "calibration", "seed"), ("calibration_seed",)),

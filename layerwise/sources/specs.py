@@ -15,6 +15,7 @@ class ModelSpec(TypedDict):
     revision: NotRequired[str]
     known_as: NotRequired[str]
     dtype: NotRequired[str]
+    compute_dtype: NotRequired[str]
     trust_remote_code: NotRequired[bool]
 
 

@@ -6,12 +6,13 @@ No weights are read and torch is not imported: the Snakefile's process calls thi
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from layerwise.contract.catalogue import Catalogue, Entry
 from layerwise.contract.target import Target
+from layerwise.models import compute_dtype
 from layerwise.sources.shapes import BYTES, BlockShape, ModelShape, shape_of
 from layerwise.sources.task_sets import BATCH
 from layerwise.storage.bits_per_weight import stored_bits
@@ -77,6 +78,11 @@ class JobCost:
         object.__setattr__(self, "minimum", self.minimum or self.memory)
 
 
+def here(entry: Mapping[str, Any], rule: str = "") -> str | None:
+    """The dtype that the processor of this machine computes a model of the config in, whichever job it is."""
+    return compute_dtype.compute_dtype(entry, "cpu", compute_dtype.slow_apart)
+
+
 @dataclass(frozen=True)
 class Job:
     """A rule and its wildcards, {model, calib, mode, cell, evaluation, tasks, bound} as far as the rule has them."""
@@ -88,8 +94,9 @@ class Job:
 class CostModel:
     """What each job of a study costs."""
 
-    def __init__(self, study: Plan) -> None:
-        self.plan = study
+    def __init__(self, study: Plan, computed: Callable[[Mapping[str, Any], str], str | None] = here) -> None:
+        """computed: the dtype that jobs of a rule compute a model of the config in, as `compute_dtype` gives it."""
+        self.plan, self.computed = study, computed
         self._shapes: dict[str, ModelShape | None] = {}
         self._costs: dict[tuple[Any, ...], JobCost] = {}  # by what a cost depends on, which thousands of cells share
 
@@ -120,7 +127,7 @@ class CostModel:
         named = (job.wildcards.get(key) for key in ("model", "calib", "mode", "evaluation", "tasks"))
         key = (job.rule, *named, *(_kind(cell, self.plan) if cell else ()))
         if key not in self._costs:
-            model = ModelCost.of(self.plan.models[name], shape)
+            model = ModelCost.of(self.plan.models[name], shape, lambda entry: self.computed(entry, job.rule))
             self._costs[key] = make(model, job)
         return self._costs[key]
 
@@ -192,7 +199,7 @@ class CostModel:
         tokens = calib["samples"] * calib["length"]
         if sequential:
             run = model.at(calib.get("dtype"))
-            another = run.streamed - PROCESS if run.size != model.size else 0  # a copy of the model
+            another = run.streamed - PROCESS if run.entry["dtype"] != model.entry["dtype"] else 0  # a copy of the model
             memory = max(memory, run.calibrating(calib["length"])) + another
             work += 2 * run.forward(tokens) + run.gram_work(tokens)
             transient += run.states(tokens)
@@ -226,9 +233,10 @@ class CostModel:
         layers = [layer for block in model.shape.blocks for layer in block.layers]
         most = max((4 * (w * out * size + g * size**2) for out, size, _ in layers), default=0)
         work = model.shape.total(lambda block: sum(2 * products * out * size**2 for out, size, _ in block.layers))
-        return JobCost(model.streamed + most, work=work)
+        return JobCost(model.at_rest.streamed + most, work=work)
 
     def _export(self, model: ModelCost, job: Job) -> JobCost:
+        model = model.at_rest
         return JobCost(PROCESS + 2 * model.whole, model.whole)
 
 
@@ -276,18 +284,33 @@ def _kind(cell: Cell, study: Plan) -> tuple[Any, ...]:
 
 @dataclass(frozen=True)
 class ModelCost:
-    """A shape whose parameters take `size` bytes each as they are run; memory in bytes, work in operations."""
+    """A shape whose parameters take `size` bytes each as they are run; memory in bytes, work in operations.
+
+    width: bytes of one as it is stored. entry: of the config, with its dtype. computed: dtype that an entry is run in.
+    """
 
     shape: ModelShape
     size: int
+    width: int
+    entry: Mapping[str, Any] = field(compare=False)
+    computed: Callable[[Mapping[str, Any]], str | None] = field(compare=False)
 
     @classmethod
-    def of(cls, spec: Mapping[str, Any], shape: ModelShape) -> ModelCost:
-        return cls(shape, BYTES.get(spec.get("dtype") or shape.dtype, BYTES[shape.dtype]))
+    def of(
+        cls, spec: Mapping[str, Any], shape: ModelShape, computed: Callable[[Mapping[str, Any]], str | None] = here
+    ) -> ModelCost:
+        entry = {**spec, "dtype": spec.get("dtype") or shape.dtype}
+        width = BYTES.get(entry["dtype"], BYTES[shape.dtype])
+        return cls(shape, BYTES.get(computed(spec) or "", width), width, entry, computed)
 
     def at(self, dtype: str | None) -> ModelCost:
         """The same model run in another dtype."""
-        return ModelCost(self.shape, BYTES.get(dtype or "", self.size))
+        return self.of(compute_dtype.at(self.entry, dtype), self.shape, self.computed) if dtype else self
+
+    @property
+    def at_rest(self) -> ModelCost:
+        """The same model as jobs hold it that do not run it."""
+        return replace(self, size=self.width)
 
     @property
     def block(self) -> int:
@@ -350,7 +373,7 @@ class ModelCost:
 
     def stored(self, block: BlockShape, target: Target, changed: bool) -> float:
         """Bytes of a block's layers in a cell's file; changed: weights are no longer those of the checkpoint."""
-        wide = max(BYTES[self.shape.dtype], self.size if changed else 0) / 2  # of a weight that is not quantised
+        wide = max(BYTES[self.shape.dtype], self.width if changed else 0) / 2  # of a weight that is not quantised
         total = 0.0
         for out, inputs, _ in block.layers:
             parts = stored_bits(target, 1 - target.sparsity, out, inputs, input_scale=target.bits is not None)

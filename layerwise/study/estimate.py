@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from layerwise.models import compute_dtype
 from layerwise.runtime.errors import InputError
 from layerwise.runtime.files import gram_stores
 from layerwise.runtime.memory import machine_memory
@@ -226,6 +227,25 @@ def together(model: CostModel, planned: Iterable[Any], cores: int, memory: float
     )
 
 
+def computed_wider(model: CostModel, jobs: Iterable[Job]) -> list[str]:
+    """A sentence for each model and dtype that jobs compute in another one, because it is slow on the processor."""
+    found: dict[str, None] = {}
+    for job in jobs:
+        if job.rule not in ("gram", "compress", *EVALUATE):
+            continue
+        spec, calib = model.plan.models[job.wildcards["model"]], job.wildcards.get("calib")
+        own = model.plan.calibrations[calib].get("dtype") if calib and job.rule in ("gram", "compress") else None
+        for entry in (spec, compute_dtype.at(spec, own)):
+            computed = model.computed(entry, job.rule)
+            if computed not in (None, entry.get("dtype")) and compute_dtype.KEY not in entry:
+                found[
+                    f"Forward passes of the model {name_of(spec)!r} are computed in {computed}, from weights rounded "
+                    f"to {entry.get('dtype')}: this processor multiplies matrices in that dtype more than "
+                    f"{compute_dtype.RATIO:g} times as slowly."
+                ] = None
+    return list(found)
+
+
 def short(model: CostModel, totals: JobTotals, limits: Limits, timed: bool = True) -> str:
     """What a run prints before its first job; timed: whether it runs on this machine."""
     parts = []
@@ -303,6 +323,7 @@ def estimate(study: Plan, cores: int, memory: float | None = None) -> Estimate:
     totals = estimate_jobs(model, jobs, cores, operations_per_second())
     lines = [about(spec, model.shape(name)) for name, spec in study.models.items()]
     lines += ["", *table(model, jobs), "", short(model, totals, limits)]
+    lines += computed_wider(model, jobs)
     if totals.measured:
         lines.append(
             f"The time of {totals.measured} cells is that of cells of their kind that are done in this folder."

@@ -25,20 +25,24 @@ PLAN = [cell("dense", "dense"), cell("magnitude", "2:4"), cell("wanda", "2:4"), 
 FULL = PROVENANCE | {
     "model_sha256": "a" * 64,
     "dtype": "float32",
+    "compute_dtype": "float32",
     "calibration_sha256": "b" * 64,
     "calibration_length": 512,
     "calibration_sampling": "stream",
     "calibration_seed": 0,
     "calibration_dtype": "float32",
+    "calibration_compute_dtype": "float32",
 }
 OTHER: dict[str, Any] = {
     "model_sha256": "c" * 64,
     "dtype": "bfloat16",
+    "compute_dtype": "bfloat16",
     "calibration_sha256": "c" * 64,
     "calibration_samples": 128,
     "calibration_length": 256,
     "calibration_sampling": "documents",
     "calibration_dtype": "bfloat16",
+    "calibration_compute_dtype": "bfloat16",
     "calibration_seed": 1,
 }
 TASKS = TaskSet("tasks-00000001", "four", ("copa",))
@@ -138,6 +142,24 @@ def test_tasks_of_another_harness_are_refused(tmp_path, column, value):
         gather(tmp_path)
     cells = gather(tmp_path, partial=True)
     assert cells.loc[cells["status"] == "failed", ["label", "metric"]].values.tolist() == [["wanda", "acc"]]
+
+
+@pytest.mark.parametrize("name", ["perplexity-docs-00000001.json", f"tasks-{TASKS.identity}.json"])
+def test_an_evaluation_in_another_dtype_is_told_by_its_own_rows(tmp_path, name):
+    """What the evaluation says of itself, and not what its cell was computed in; such a mix is no table."""
+    root = study(tmp_path)
+    for path in root.glob(f"results/cells/*/*/*/*/{name}"):
+        change(path, compute_dtype="bfloat16" if "wanda" in path.parent.name else "float32")
+    with pytest.raises(InputError, match=r"differ in compute_dtype \(float32 and bfloat16\)"):
+        gather(root)
+    for path in root.glob("results/cells/*/*/*/*/*.json"):
+        change(path, compute_dtype="bfloat16")
+    for path in root.glob("results/cells/*/*/*/*/cell.json"):
+        change(path, provenance={key: value for key, value in FULL.items() if key != "compute_dtype"})
+    cells = gather(root)
+    evaluated = cells["metric"].isin(["perplexity", "acc"])
+    assert set(cells.loc[evaluated, "compute_dtype"]) == {"bfloat16"}
+    assert bool(cells.loc[~evaluated, "compute_dtype"].isna().all())
 
 
 def test_what_a_protocol_names_are_columns():

@@ -13,12 +13,12 @@ from transformers import AutoConfig
 from layerwise.calibration.block_stream import Stream
 from layerwise.contract.catalogue import Catalogue
 from layerwise.evaluation import perplexity
-from layerwise.models import loading, streaming, structure
+from layerwise.models import compute_dtype, loading, streaming, structure
 from layerwise.runtime import memory
 from layerwise.sources import shapes
 from layerwise.study import cost_model, estimate
-from layerwise.study.cost_model import CostModel, ModelCost
-from layerwise.study.estimate import Limits, estimate_jobs, limit_errors
+from layerwise.study.cost_model import CostModel, Job, JobCost, ModelCost
+from layerwise.study.estimate import Limits, computed_wider, estimate_jobs, limit_errors
 from layerwise.study.grid import plan
 from tests.support.method_files import UNSOLVED
 from tests.support.model_families import FAMILIES, VOCABULARY, build, tokens
@@ -75,11 +75,51 @@ def test_a_config_alone_gives_nearly_the_same(family, tmp_path):
 def test_memory_does_not_grow_with_the_number_of_blocks():
     config = dict(TALL, intermediate_size=64, vocab_size=VOCABULARY)
     sizes = (some(shapes.shape_of_config(config | {"num_hidden_layers": depth})) for depth in (8, 22))
-    few, many = (ModelCost(size, 2) for size in sizes)
+    few, many = (ModelCost.of({"dtype": "float16", "compute_dtype": "native"}, size) for size in sizes)
     assert few.calibrating(512) == many.calibrating(512) and few.evaluating(512, 4096) == many.evaluating(512, 4096)
     (few_blocks, least), (all_blocks, same) = few.answering(1), many.answering(1)
     assert many.whole > 2 * few.whole and all_blocks > few_blocks > least == same
     assert cost_model.FITS == streaming.SHARE and cost_model.ROWS == perplexity.ROWS
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_passes_in_float32_take_what_float32_takes_and_are_stored_as_they_are(tmp_path, monkeypatch, dtype):
+    build("llama").save_pretrained(tmp_path)
+    costs: dict[str, dict[str, JobCost]] = {}
+    for name, entry, slow in [
+        ("wide", {"dtype": "float32"}, True),
+        ("fast", {"dtype": dtype}, False),
+        ("slow", {"dtype": dtype}, True),
+        ("native", {"dtype": dtype, "compute_dtype": "native"}, True),
+    ]:
+        monkeypatch.setattr(compute_dtype, "slow_apart", lambda dtype, slow=slow: slow and dtype != "float32")
+        own = CostModel(plan(tiny_study() | {"models": {"tiny": {"path": str(tmp_path), **entry}}}))
+        found = {job.rule: some(own.cost(job)) for job in own.jobs() if job.wildcards.get("mode") != "shared"}
+        export = Job("export", {"model": next(iter(own.plan.models))})
+        costs[name] = found | {"export": some(own.cost(export))}
+        said = computed_wider(own, own.jobs())
+        assert len(said) == (name == "slow") and all(
+            f"'tiny' are computed in float32, from weights rounded to {dtype}" in line for line in said
+        )
+    wide, slow, fast = costs["wide"], costs["slow"], costs["fast"]
+    assert costs["native"] == fast != slow
+    for rule in ("gram", "perplexity"):
+        assert (slow[rule].memory, slow[rule].transient) == (wide[rule].memory, wide[rule].transient)
+        assert slow[rule].memory > fast[rule].memory
+    assert slow["export"] == fast["export"] != wide["export"]
+    assert slow["compress"].disk == fast["compress"].disk and slow["compress"].memory > fast["compress"].memory
+
+
+def test_a_gpu_is_counted_in_the_dtype_of_the_model(tmp_path):
+    build("llama").save_pretrained(tmp_path)
+    study = plan(tiny_study() | {"models": {"tiny": {"path": str(tmp_path), "dtype": "bfloat16"}}})
+
+    def computed(entry, rule):
+        return compute_dtype.compute_dtype(entry, "cuda" if rule == "gram" else "cpu", lambda dtype: True)
+
+    own, fast = CostModel(study, computed), CostModel(study)
+    for job in own.jobs():
+        assert (some(own.cost(job)) == some(fast.cost(job))) == (job.rule in ("gram", "certificate"))
 
 
 def test_tasks_ask_for_the_whole_model_and_are_not_refused_without(tmp_path, monkeypatch):

@@ -17,6 +17,7 @@ BATTERY = (
     "tests/comparison/test_published.py::test_a_dry_run",
     "tests/compression/test_cell.py",
     "tests/compression/test_certificate.py",
+    "tests/compression/test_compute_dtype.py",
     "tests/compression/test_dishonest_methods.py",
     "tests/compression/test_lower_bound.py",
     "tests/compression/test_tune.py",

@@ -47,6 +47,7 @@ WORDS = st.text(
 SEEDS = st.integers(0, 2**63 - 1)
 HUB = st.sampled_from(["a/b", "meta-llama/Llama-2-7b-hf", "organisation/name"])
 DTYPES = st.sampled_from(["float32", "bfloat16", "float16"])
+COMPUTED = st.sampled_from(["native", "float32"])
 PATTERNS = st.sampled_from(["row", "layer", "2:4", "4:8", "1:2", "3:4", "1x1", "1x16"])
 GRIDS = st.fixed_dictionaries(
     {"bits": st.integers(2, 8)}, optional={"group": st.integers(1, 256), "symmetric": st.booleans()}
@@ -129,7 +130,7 @@ def studies(draw: st.DrawFn) -> dict[str, Any]:
     """A document that should be accepted, but for entries whose methods reach none of its targets."""
     model = st.one_of(
         st.fixed_dictionaries({"path": WORDS}, optional={"dtype": DTYPES, "trust_remote_code": st.booleans()}),
-        st.fixed_dictionaries({"hub": HUB, "revision": WORDS}, optional={"dtype": DTYPES}),
+        st.fixed_dictionaries({"hub": HUB, "revision": WORDS}, optional={"dtype": DTYPES, "compute_dtype": COMPUTED}),
         st.fixed_dictionaries({"path": WORDS, "known_as": WORDS}),
     )
     more = {"field": WORDS, "separator": WORDS, "join": WORDS, "begins": WORDS, "dataset": WORDS}

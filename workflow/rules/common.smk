@@ -9,6 +9,7 @@ from snakemake_interface_common.exceptions import WorkflowError
 
 from layerwise.evaluation.cache import KINDS
 from layerwise.figures.plot import FIGURES
+from layerwise.models.compute_dtype import HALVES, compute_dtype, slow_apart
 from layerwise.report.run_end import FORMATS, remove_stale_outputs, write_partial_results
 from layerwise.runtime.errors import InputError
 from layerwise.runtime.files import unlock_after_death, write_atomic
@@ -34,7 +35,8 @@ try:
     PLAN = plan(config, check_sources=True)
 except InputError as error:
     raise WorkflowError(str(error)) from None
-COSTS = CostModel(PLAN)
+GIVEN = {name: own["device"] for name, own in workflow.resource_settings.overwrite_resources.items() if "device" in own}
+DEVICES = {name: device.value for name, device in GIVEN.items() if not device.is_evaluable()}
 JOBS = JobInputs(PLAN)
 CODE = Code()
 for sentence in PLAN.warnings():
@@ -69,6 +71,15 @@ def card_looks(wildcards):
     """How the cards draw the study's methods: a card that says otherwise draws the figures again."""
     methods = sorted({cell.columns["method"] for cell in PLAN.cells})
     return json.dumps({method: PLAN.catalogue[method].look for method in methods})
+
+
+def computed_dtype(entry, rule):
+    """The dtype that jobs of a rule compute a model in; a cluster's nodes may be slow where this machine is fast."""
+    slow = slow_apart if workflow.local_exec else HALVES.__contains__
+    return compute_dtype(entry, DEVICES.get(rule, "cpu"), slow)
+
+
+COSTS = CostModel(PLAN, computed_dtype)
 
 
 wildcard_constraints:

@@ -1,5 +1,6 @@
 # What a run takes, told and refused before its first job.
-from layerwise.study.estimate import Limits, disks, estimate_jobs, limit_errors, operations_per_second, short, together
+from layerwise.study.estimate import Limits, computed_wider, disks, estimate_jobs, limit_errors
+from layerwise.study.estimate import operations_per_second, short, together
 from layerwise.runtime.memory import machine_memory
 
 
@@ -27,6 +28,8 @@ def preflight():
     totals = estimate_jobs(COSTS, jobs, cores, operations_per_second())
     if totals.largest or totals.unknown:
         logger.info(short(COSTS, totals, limits, timed=workflow.local_exec))
+    for sentence in computed_wider(COSTS, jobs) if workflow.local_exec else ():
+        logger.info(sentence)
     sentences = list(limit_errors(COSTS, jobs, totals, limits))
     devices = {job.resources.get("device") for job in planned if job.rule.name in ("gram", "compress")}
     if devices and "cuda" not in devices and workflow.local_exec and workflow.global_resources.get("gpu").value:

@@ -1,0 +1,134 @@
+"""The dtype that forward passes are computed in, where it is not the one that weights are stored in.
+
+A processor without units for bfloat16 or float16 multiplies such matrices many times more slowly than float32 ones.
+There weights are rounded to the dtype that a study asks for, and passes are computed from them in float32. Whether that
+is so is measured, once in a process; a list of processors would be out of date. Free of torch until it measures.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from functools import cache
+from typing import Any
+
+from layerwise.runtime.project import PACKAGE
+
+WIDE = "float32"  # computed in where the stored dtype is slow
+HALVES = ("bfloat16", "float16")
+KEY = "compute_dtype"  # of a model's entry: NATIVE or WIDE, in the place of the measurement; and the column's name
+NATIVE = "native"  # computed in whatever dtype the weights are stored in
+RATIO = 3.0  # a product that takes more times as long as in float32 is slow; units for it make it as fast, or faster
+SHAPE = (256, 256, 256)  # tokens, inputs and outputs of the products measured: 34 million operations
+ROUNDS = 5
+
+
+@cache
+def slowdown(dtype: str) -> float:
+    """How many times as long as in float32 a product of matrices takes in a dtype, on one thread of the processor.
+
+    The ratio of the shortest of ROUNDS products each, in the thread's own time: other work on the machine only ever
+    makes one longer. Some 30 ms in all, or 200 on the slowest processors.
+    """
+    import torch
+
+    def timed(product: Callable[[], torch.Tensor]) -> float:
+        start = time.thread_time()
+        product()
+        return time.thread_time() - start
+
+    def product(kind: torch.dtype) -> Callable[[], torch.Tensor]:
+        inputs, weight = torch.ones(SHAPE[0], SHAPE[1], dtype=kind), torch.ones(SHAPE[2], SHAPE[1], dtype=kind)
+        return lambda: torch.nn.functional.linear(inputs, weight)
+
+    products = product(getattr(torch, dtype)), product(torch.float32)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        rounds = [tuple(map(timed, products)) for _ in range(1 + ROUNDS)][1:]  # the first one prepares its kernel
+    finally:
+        torch.set_num_threads(threads)
+    own, wide = map(min, zip(*rounds, strict=True))
+    return own / wide
+
+
+@cache
+def slow_apart(dtype: str) -> bool:
+    """`slow` for a process that must not load torch: another one measures.
+
+    Where that fails, which is told on stderr, passes count as computed in WIDE, which takes more memory.
+    """
+    paths = [str(PACKAGE.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", f"from {__name__} import slow; print(slow({dtype!r}))"],
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=300,
+        )
+    except (OSError, subprocess.SubprocessError) as error:
+        _print(f"The speed of {dtype} here could not be measured ({error}): the estimate counts {WIDE}.")
+        return True
+    return done.stdout.strip() == "True"
+
+
+def slow(dtype: str) -> bool:
+    """Whether products in a dtype are slow on this processor. One that is no half precision is not measured."""
+    return dtype in HALVES and slowdown(dtype) > RATIO
+
+
+def compute_dtype(
+    entry: Mapping[str, Any], device: str = "cpu", is_slow: Callable[[str], bool] | None = None
+) -> str | None:
+    """The dtype that a model's forward passes are computed in on a device, its name as torch has it.
+
+    entry: of the config, with the `dtype` that weights are rounded to; one without has the dtype that it was saved in
+    and is computed in it, for which None stands. is_slow: in the place of the measurement of this processor.
+    """
+    dtype, asked = entry.get("dtype"), entry.get(KEY)
+    if dtype is None:
+        return None
+    if asked == WIDE:
+        return WIDE
+    if asked == NATIVE or not str(device).startswith("cpu"):
+        return dtype
+    return WIDE if (is_slow or slow)(dtype) else dtype
+
+
+def at(entry: Mapping[str, Any], dtype: str | None) -> Mapping[str, Any]:
+    """A model's entry for forward passes in another dtype, as a calibration may ask for; None: in its own."""
+    return {**entry, "dtype": dtype} if dtype else entry
+
+
+def sentence(entry: Mapping[str, Any], computed: str | None, device: str = "cpu") -> str | None:
+    """What is to be told of forward passes that are computed in a dtype; nothing where the entry's own is fast.
+
+    computed: as `compute_dtype` chose it, here or where earlier results of the same cell were computed.
+    """
+    dtype, asked = entry.get("dtype"), entry.get(KEY)
+    if dtype is None or asked == WIDE:
+        return None
+    rounded = f"forward passes are computed in {computed}, from weights rounded to {dtype}"
+    if not str(device).startswith("cpu") or not slow(dtype):
+        return None if computed == dtype else f"As before on another processor {rounded}."
+    taken = f"Products in {dtype} take {slowdown(dtype):.0f} times as long as in {WIDE} on this processor"
+    if computed != dtype:
+        return f"{taken}: {rounded} ({KEY}: {NATIVE} of the model prevents it)."
+    why = f"{KEY}: {NATIVE} asks for it" if asked == NATIVE else "as before on another processor"
+    return f"{taken}, and forward passes are computed in it: {why}."
+
+
+def tell(entry: Mapping[str, Any], computed: str | None, device: str = "cpu") -> None:
+    """Print the sentence, if there is one, on stderr: once in a process."""
+    if said := sentence(entry, computed, device):
+        _print(said)
+
+
+@cache
+def _print(said: str) -> None:
+    print(said, file=sys.stderr, flush=True)
