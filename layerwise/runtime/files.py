@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from layerwise.runtime.errors import InputError, system_refusal
+from layerwise.runtime.project import located
 
 
 @contextlib.contextmanager
@@ -93,8 +94,8 @@ def remove_parts(folder: Path) -> None:
 
 
 def digest_of(files: Iterable[str]) -> str:
-    """Of names and contents of files of code: what results depend on."""
-    content = json.dumps([(os.path.basename(file), sha256(Path(file))) for file in files])
+    """Of names and contents of files of code, named as `portable` does: what results depend on."""
+    content = json.dumps([(os.path.basename(file), sha256(located(file))) for file in files])
     return hashlib.sha256(content.encode()).hexdigest()[:16]
 
 
@@ -108,7 +109,11 @@ def unchanged(code: Path) -> str:
 
     Raises InputError when the code is no longer that: what this process has imported would pass for something else.
     """
-    if digest_of(read_made(code)) != code.name:
+    try:
+        found = digest_of(read_made(code))
+    except FileNotFoundError:
+        found = None
+    if found != code.name:
         raise InputError("The code was edited since this run began: run again.")
     return code.name
 

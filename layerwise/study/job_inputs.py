@@ -4,7 +4,6 @@ Wildcards are Snakemake's, with attributes `model`, `calib`, `mode`, `cell`, `ev
 """
 
 import json
-import os
 from collections.abc import Callable, Mapping
 from functools import cache, cached_property
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import Any
 from layerwise.contract.import_closure import METHODS, closure, file_of
 from layerwise.runtime.errors import InputError
 from layerwise.runtime.files import digest_of
-from layerwise.runtime.project import PACKAGE
+from layerwise.runtime.project import PACKAGE, ROOT, from_here, portable
 from layerwise.sources import checkpoint_files, task_sets
 from layerwise.sources import text_files as texts
 from layerwise.study.cell import Cell, canonical
@@ -24,16 +23,11 @@ CELL = "results/cells/{model}/{calib}/{mode}/{cell}"
 BOUND = "results/certificates/{model}/{calib}/{bound}.parquet"
 
 
-def from_here(path: Path | str) -> str:
-    """The path from the working directory: a project that is moved has nothing to compute again."""
-    return os.path.relpath(path)
-
-
 class Code:
     """Files named after the content of the code that rules depend on, their input in its place.
 
     An edit is another input. Neither a touched file nor a fresh checkout is, and a job has one input instead of fifty,
-    of which Snakemake would look at each for every job.
+    of which Snakemake would look at each for every job. Nor is another place of the project, or a link to it.
     """
 
     def __init__(self) -> None:
@@ -48,7 +42,7 @@ class Code:
         return self._named(modules, (file_of(alone), *files) if alone else files)
 
     def _name(self, modules: tuple[str, ...], files: tuple[Path, ...]) -> str:
-        paths = tuple(map(from_here, dict.fromkeys([*closure(modules), *files])))
+        paths = tuple(map(portable, dict.fromkeys([*closure(modules), *files])))
         digest = digest_of(paths)
         self.files[digest] = paths
         return f"results/code/{digest}"
@@ -60,7 +54,7 @@ class JobInputs:
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
         self._sources = cache(self._sources_of)  # Snakemake asks for every job of many thousands
-        self._model_files = cache(lambda model: list(map(str, checkpoint_files.model_files(plan.models[model]))))
+        self._model_files = cache(lambda model: list(map(_given, checkpoint_files.model_files(plan.models[model]))))
 
     def cell(self, wildcards: Wildcards) -> Cell:
         """Raises InputError for a folder that is no cell of the study."""
@@ -128,6 +122,11 @@ class JobInputs:
 def as_json(function: Callable[[Wildcards], Any]) -> Callable[[Wildcards], str]:
     """As one canonical string: Snakemake compares the set of a param's values, in which order and swaps are lost."""
     return lambda wildcards: canonical(function(wildcards))
+
+
+def _given(path: Path) -> str:
+    """A model's file as the config names it, or one that ships with the package from the working directory."""
+    return from_here(path) if path.is_absolute() and path.is_relative_to(ROOT) else str(path)
 
 
 def _unnamed(spec: Mapping[str, Any]) -> dict[str, Any]:

@@ -13,11 +13,11 @@ from layerwise.models.compute_dtype import HALVES, compute_dtype, slow_apart
 from layerwise.report.run_end import FORMATS, remove_stale_outputs, write_partial_results
 from layerwise.runtime.errors import InputError
 from layerwise.runtime.files import unlock_after_death, write_atomic
-from layerwise.runtime.project import ROOT
+from layerwise.runtime.project import ROOT, from_here
 from layerwise.study import config_file
 from layerwise.study.cost_model import CostModel, Job
 from layerwise.study.grid import plan
-from layerwise.study.job_inputs import Code, JobInputs, as_json, from_here
+from layerwise.study.job_inputs import Code, JobInputs, as_json
 
 # The interpreter that runs Snakemake has the locked packages.
 WORKER = f"{shlex.quote(sys.executable)} -m layerwise worker"
