@@ -1,24 +1,30 @@
 """Where a result comes from: code, versions, machine, and what it took."""
 
 import importlib.metadata
+import os
 import platform
 import resource
+import shlex
 import subprocess
 import sys
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 from layerwise.runtime.project import PACKAGE, ROOT
 
+DUBIOUS = "dubious ownership"  # in what git says where another user owns a clone
 PROVENANCE = ("torch", "transformers", "numpy", "snakemake")  # distributions whose versions a row carries
 
 
 def provenance(device: str, threads: int) -> dict[str, object]:
-    """Where a result comes from: code, versions, machine."""
-    commit = _git("rev-parse", "HEAD")
-    changes = _git("status", "--porcelain", "--", "layerwise", "methods", "workflow", "Snakefile") if commit else None
+    """Where a result comes from: code, versions, machine. Says on stderr, once, why nothing is known of the code."""
+    code = read_clone()
+    if code.unread:
+        _warn(code.unread)
     return {
-        "commit": commit,
-        "dirty": None if changes is None else bool(changes),
+        "commit": code.commit,
+        "dirty": code.dirty,
         "python": platform.python_version(),
         **{name: importlib.metadata.version(name) for name in PROVENANCE},
         "platform": f"{platform.system()}-{platform.machine()}",
@@ -28,15 +34,62 @@ def provenance(device: str, threads: int) -> dict[str, object]:
     }
 
 
-def _git(*arguments: str) -> str | None:
-    """Output of a git command about the project, or None where it is no git checkout."""
+@dataclass(frozen=True)
+class Clone:
+    """What git says of the project's code. unread: a sentence where it is a clone that git does not read."""
+
+    commit: str | None = None
+    dirty: bool | None = None
+    unread: str | None = None
+
+
+def read_clone() -> Clone:
+    """The project's commit, and whether code differs from it; nothing where the project is no git checkout."""
     if ROOT.is_relative_to(PACKAGE):  # installed: the repository around it, if any, is another project's
-        return None
+        return Clone()
     try:
-        done = subprocess.run(["git", "-C", ROOT, *arguments], capture_output=True, text=True, check=True, timeout=20)
-    except (OSError, subprocess.SubprocessError):
-        return None
+        commit = _git("rev-parse", "HEAD")
+        changes = _git("status", "--porcelain", "--", "layerwise", "methods", "workflow", "Snakefile")
+    except (OSError, subprocess.SubprocessError) as error:
+        return Clone(unread=_unread(error) if os.path.lexists(ROOT / ".git") else None)
+    return Clone(commit, bool(changes))
+
+
+def _git(*arguments: str) -> str:
+    """Output of a git command about the project."""
+    # (its messages in English, of which one is looked for)
+    done = subprocess.run(
+        ["git", "-C", ROOT, *arguments],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=20,
+        env={**os.environ, "LC_ALL": "C"},
+    )
     return done.stdout.strip()
+
+
+def _unread(error: OSError | subprocess.SubprocessError) -> str:
+    """A sentence about why git does not read the project's clone, and what mends it."""
+    empty = "the columns commit and dirty stay empty"
+    if isinstance(error, FileNotFoundError):
+        return f"There is no git to read the clone {ROOT} with: {empty} until it is installed."
+    if isinstance(error, subprocess.CalledProcessError):
+        said = [line.strip() for line in error.stderr.splitlines() if line.strip()]
+        if any(DUBIOUS in line for line in said):
+            return (
+                f"git does not read the clone {ROOT}, which another user owns: {empty} until "
+                f"`git config --global --add safe.directory {shlex.quote(str(ROOT.resolve()))}`."
+            )
+        why = said[0].rstrip(".") if said else f"exit status {error.returncode}"
+    else:
+        why = "it took too long" if isinstance(error, subprocess.TimeoutExpired) else str(error)
+    return f"git does not read the clone {ROOT} ({why}): {empty} until it does."
+
+
+@cache
+def _warn(sentence: str) -> None:
+    print(f"warning: {sentence}", file=sys.stderr, flush=True)
 
 
 def _cpu() -> str:

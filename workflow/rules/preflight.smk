@@ -2,6 +2,7 @@
 from layerwise.study.estimate import Limits, computed_wider, disks, estimate_jobs, limit_errors
 from layerwise.study.estimate import operations_per_second, short, together
 from layerwise.runtime.memory import machine_memory
+from layerwise.runtime.provenance import read_clone
 
 
 def preflight():
@@ -13,6 +14,8 @@ def preflight():
         raise WorkflowError(
             f"{results.absolute()} cannot be written: the disk is mounted read-only, or permission is denied."
         )
+    if unread := read_clone().unread:
+        logger.warning(f"warning: {unread}")
     planned = list(workflow.dag.needrun_jobs())
     jobs = [Job(job.rule.name, job.wildcards_dict) for job in planned]
     asked = workflow.global_resources.get("mem_mb").value
