@@ -29,6 +29,7 @@ from layerwise.models.structure import Blocks, model_linears
 from layerwise.runtime.errors import InputError, status_of
 from layerwise.sources.documents import documents, lone_surrogate
 from layerwise.sources.text_files import TEXT_SUFFIXES
+from layerwise.sources.tokenizer_files import check_loaded
 from layerwise.sources.tokens import sequences
 from layerwise.storage.table_schema import columns, to_frame, typed
 from layerwise.study.grid import canonical
@@ -184,7 +185,9 @@ def calibration_tokens(
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ValueError(f"{name} must be a whole number, at least 1. Got {value!r} instead.")
     cut = {"samples": samples, "length": length, "seed": seed}
-    drawn, _ = sequences(tokenizer_or_tokens, documents_of(text), cut, sampling)
+    found = documents_of(text)
+    check_loaded(tokenizer_or_tokens, found[0])
+    drawn, _ = sequences(tokenizer_or_tokens, found, cut, sampling)
     return torch.from_numpy(drawn)
 
 

@@ -110,7 +110,7 @@ def evaluate_ahead(
     weights: Path,
     digest: str,
     device: str,
-    computed: str | None = None,
+    computed: str | None,
 ) -> None:
     """Evaluate a model with the weights of a cell's file on all that is requested of the cell, into STORE.
 

@@ -27,7 +27,8 @@ from layerwise.runtime.devices import take
 from layerwise.runtime.errors import InputError, out_of_memory, report_errors
 from layerwise.runtime.files import write_atomic
 from layerwise.sources.fingerprint import unchanging
-from layerwise.sources.tokenizer_files import check_prefix_token, load_tokenizer
+from layerwise.sources.hub import read_json
+from layerwise.sources.tokenizer_files import check_task_tokens, load_tokenizer
 from layerwise.sources.tokens import read_tokens
 
 WINDOW = 64  # tokens of the window; it is run twice, with another last token, by the library and by the walk
@@ -49,9 +50,9 @@ def check_model(spec: Mapping[str, Any], tokens: Tensor, device: str | torch.dev
     size = sum(own.nbytes for own in lazy.model.parameters())
     whole = size <= SHARE * free_bytes(lazy.device)
     with refusing(lazy):
-        reference = Blocks(load(spec, device)) if whole else lazy
-        found = check_walk(lazy, reference, tokens)
-    return found | {"reference": "from_pretrained" if whole else "block by block"}
+        found = check_walk(lazy, Blocks(load(spec, device)) if whole else lazy, tokens)
+    reference = "from_pretrained" if whole else "block by block"
+    return found | {"reference": reference, "vocabulary": vocabulary(lazy.model)}
 
 
 @contextmanager
@@ -162,17 +163,21 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--fingerprint", type=Path, required=True, help="what fingerprint.py wrote of the model")
     parser.add_argument("--tokens", type=Path, required=True, help="calibration tokens, safetensors")
     parser.add_argument("--out", type=Path, required=True, help="JSON file for what was found")
-    parser.add_argument("--tasks", action="store_true", help="whether the study has zero-shot tasks")
+    parser.add_argument(
+        "--tasks", type=Path, nargs="*", default=[], help="what zero_shot.py wrote of each set of tasks"
+    )
     parser.add_argument("--threads", type=int, default=None)
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args(argv)
     set_threads(args.threads)
     with unchanging(args.model, args.fingerprint):
-        if args.tasks:
-            check_prefix_token(load_tokenizer(args.model), args.model)
         take(args.device)
         tokens = torch.from_numpy(read_tokens(args.tokens)[0])
         found = check_model(args.model, tokens, args.device)
+        if args.tasks:
+            tasks = [task for path in args.tasks for task in read_json(path)["tasks"].items()]
+            generating = [name for name, task in tasks if task["generates"]]
+            check_task_tokens(load_tokenizer(args.model), args.model, found["vocabulary"], generating)
     write_atomic(args.out, json.dumps(found, indent=2) + "\n")
 
 

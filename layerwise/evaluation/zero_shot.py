@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from layerwise.models.streaming import LazyBlocks
 
 # lm-eval's perplexity, of answers or per word, is another than the cells' own.
+GENERATING = "generate_until"  # lm-eval's type of the tasks that have the model write
 RENAMED = {"perplexity": "answer_perplexity"}
 
 
@@ -127,6 +128,7 @@ def describe(spec: Spec) -> dict[str, Any]:
         name: {
             "version": str(task.VERSION),
             "items": len(task.eval_docs),
+            "generates": task.OUTPUT_TYPE == GENERATING,
             "data": task.config.dataset_path,
             "sha256": documents_hash([task.eval_docs, task.fewshot_docs() if examples(task, spec) else ()]),
         }
@@ -150,18 +152,24 @@ def documents_hash(sets: list[Any]) -> str:
     return told.hexdigest()
 
 
-def run(model: PreTrainedModel, tokenizer: Any, spec: Spec) -> dict[str, Any]:
-    """lm-eval's results for a model: rows, one per task and metric, and samples, the score of every item.
+def run(model: PreTrainedModel, tokenizer: Any, spec: Spec, entry: Mapping[str, Any]) -> dict[str, Any]:
+    """lm-eval's results for a config entry's model: rows, one per task and metric, and samples, every item's score.
 
     A task with a log-likelihood that is not finite has no values, and a reason. Groups stand for their tasks.
     seconds: of the evaluation, the loading of the data included.
+    Raises InputError when the tokenizer lacks a token that the tasks need.
     """
     from lm_eval.defaults import DEFAULT_OTHER_SEED
     from lm_eval.evaluator import evaluate
     from lm_eval.models.huggingface import HFLM
 
+    from layerwise.models.loading import vocabulary
+    from layerwise.sources.tokenizer_files import check_task_tokens
+
     start = time.perf_counter()
     loaded = load_tasks(spec)
+    generating = [name for name, task in loaded["tasks"].items() if task.OUTPUT_TYPE == GENERATING]
+    check_task_tokens(tokenizer, entry, vocabulary(model), generating)
     # As simple_evaluate does, which beside that would look the model's folder up on the hub by its name.
     for task in loaded["tasks"].values():
         task.set_config(key="num_fewshot", value=examples(task, spec))
@@ -265,12 +273,11 @@ def evaluate_cell(blocks: LazyBlocks, evaluation: Evaluation) -> dict[str, Any]:
 
 def evaluate_tasks(blocks: LazyBlocks, entry: Mapping[str, Any], spec: Spec) -> dict[str, Any]:
     """lm-eval's results (`run`) for a model that a config entry describes, on a set of tasks as the config has it."""
-    from layerwise.sources.tokenizer_files import check_prefix_token, load_tokenizer
+    from layerwise.sources.tokenizer_files import load_tokenizer
 
     spec, tokenizer = prepared(spec), load_tokenizer(entry)
-    check_prefix_token(tokenizer, entry)
     with blocks.whole_if_it_fits(), inside(spec):
-        return run(blocks.model, tokenizer, spec)
+        return run(blocks.model, tokenizer, spec, entry)
 
 
 def evaluate_model(args: argparse.Namespace) -> dict[str, Any]:

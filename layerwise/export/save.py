@@ -22,18 +22,18 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from layerwise.contract.layer import Compressed, Quantised
 from layerwise.contract.target import Target
 from layerwise.evaluation.perplexity import apply_weights, layers_of
+from layerwise.export.save_tokenizer import copy_tokenizer
 from layerwise.models import loading, structure
 from layerwise.models.structure import Linear, few
 from layerwise.results.cell_results import read_json
 from layerwise.runtime.errors import InputError, report_errors
 from layerwise.runtime.files import check_weights, write_atomic, writing
-from layerwise.sources.checkpoint_files import TOKENIZER_FILES, model_folder
+from layerwise.sources.checkpoint_files import model_folder
 from layerwise.storage.packed_weights import PackedFile, quantised_of, reordered
 
 WEIGHTS = "weights.safetensors"  # the compressed layers of a cell, and of a packed folder
 REST = "rest.safetensors"  # the other parameters of a packed folder
 MANIFEST = "layerwise.json"  # what a folder's layers should be
-COPIED = (*TOKENIZER_FILES, "chat_template.jinja")
 
 
 # ------------------------------------------------------------------------------------------------------------- formats
@@ -218,9 +218,9 @@ def export(cell: Path, form: str, out: Path, spec: Mapping[str, Any] | None = No
         FORMATS[form](model, file, part)
         source = model_folder(spec)
         scripts = [path.name for path in source.glob("*.py")] if spec.get("trust_remote_code") else []
-        for name in (*COPIED, *scripts):
-            if (source / name).is_file():
-                shutil.copy(source / name, part / name)
+        for name in scripts:
+            shutil.copy(source / name, part / name)
+        copy_tokenizer(spec, part)
         write_atomic(part / MANIFEST, json.dumps(manifest(record, file, form, dtype), indent=1) + "\n")
 
 

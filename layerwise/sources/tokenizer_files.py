@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from layerwise.runtime.errors import InputError
-from layerwise.sources.checkpoint_files import PIPELINE, check_vocabulary, model_folder
-from layerwise.sources.hub import Spec
+from layerwise.sources.checkpoint_files import PIPELINE, TOKENIZER_CONFIG, check_vocabulary, model_folder, own_code
+from layerwise.sources.hub import Spec, read_json
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -30,39 +30,86 @@ PROBE = (
     "\n lines\r\n 你好，世界 こんにちは мир שלום ١٢٣ 😀👩‍👩‍👧 e\u0301 def f(x):\n        return x_1**2  # end   "
 )
 SAMPLE = 100_000  # characters of a study's text on which ids are compared
+ADDED = "added_tokens.json"
+ADDING = (TOKENIZER_CONFIG, "special_tokens_map.json", ADDED)  # files that may name tokens which tokenizer.json lacks
 
 
 def load_tokenizer(model: Spec, documents: Sequence[str] = ()) -> PreTrainedTokenizerBase:
     """The tokenizer of a model's folder or hub repository; its pipeline is that of tokenizer.json, where there is one.
 
-    What AutoTokenizer puts before and after a text stays, for published codes tokenise so: whether it comes of the
-    file's post-processor, of the class or of tokenizer_config.json is the library's choice. So do tokens that the
-    config adds to those of the file.
+    Tokens before and after a text are then those of the file's post-processor, whatever `add_bos_token` says: that is
+    BOS for Llama 2 and 3 and Gemma, and none for GPT-2, Qwen and files of DeepSeek with a ByteLevel post-processor.
+    Without the file they are those of the class and of `add_bos_token`, as for OPT, which begins with </s>. Tokens that
+    tokenizer_config.json, special_tokens_map.json or added_tokens.json adds are kept; those that only the class has by
+    default, which would get ids behind the vocabulary, are left out.
     documents: what will be tokenised, on the beginning of which ids are held against the file's.
     Raises InputError when it cannot be loaded, or gives other ids than its file does.
     """
-    from transformers import AutoTokenizer
+    return load_and_tell(model, documents)[0]
 
+
+def load_and_tell(model: Spec, documents: Sequence[str] = ()) -> tuple[PreTrainedTokenizerBase, list[str]]:
+    """The same, and the names of the parts and tokens that its class has otherwise, which stderr is told."""
     folder = model_folder(model)
     check_vocabulary(f"The model {name_of(model)}", folder)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            folder, trust_remote_code=bool(model.get("trust_remote_code")), local_files_only=True
-        )
-        file = pipeline_of(folder) if tokenizer.is_fast else None
+        tokenizer = by_class(model, folder)
+        file = pipeline_of(folder) if compared(tokenizer, folder) else None
+        surplus = [] if file is None else class_defaults(tokenizer, file, folder)
+        if surplus:
+            tokenizer = by_class(model, folder, **dict.fromkeys(surplus))
     except Exception as error:  # the tokenizers library raises bare Exceptions
         reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".:")
         raise InputError(f"The tokenizer of {name_of(model)} cannot be loaded: {reason}.") from error
-    if file is not None:
-        if replaced := use_pipeline(tokenizer, file):
-            print(
-                f"The tokenizer of {name_of(model)} is used as {PIPELINE} has it: {type(tokenizer).__name__} would "
-                f"take another {' and '.join(replaced)}.",
-                file=sys.stderr,
-            )
-        for text in (PROBE, beginning(documents)):
-            check_ids(tokenizer, file, folder, text)
-    return tokenizer
+    if file is None:
+        return tokenizer, []
+    replaced = [*(use_pipeline(tokenizer, file) if tokenizer.is_fast else []), *surplus]
+    if replaced:
+        print(
+            f"The tokenizer of {name_of(model)} is used as {PIPELINE} has it: {type(tokenizer).__name__} would take "
+            f"another {' and '.join(replaced)}.",
+            file=sys.stderr,
+        )
+    add_named(file, tokenizer, folder)
+    for text in (PROBE, beginning(documents)):
+        check_ids(tokenizer, file, folder, text)
+    return tokenizer, replaced
+
+
+def by_class(model: Spec, folder: Path, **special: None) -> PreTrainedTokenizerBase:
+    """The tokenizer of a folder as transformers makes it; special: names of special tokens that it is to lack."""
+    from transformers import AutoTokenizer
+
+    trusted = bool(model.get("trust_remote_code"))
+    return AutoTokenizer.from_pretrained(folder, trust_remote_code=trusted, local_files_only=True, **special)
+
+
+def compared(tokenizer: PreTrainedTokenizerBase, folder: Path) -> bool:
+    """Whether tokenizer.json, if there is one, says what the ids are: not for Python beside it that never reads it."""
+    return bool(tokenizer.is_fast) or not own_code(folder)
+
+
+def class_defaults(tokenizer: PreTrainedTokenizerBase, file: Tokenizer, folder: Path) -> list[str]:
+    """Names of the special tokens, such as unk_token, of which no file of the folder knows: the class brought them."""
+    if own_code(folder):
+        return []
+    named = set().union(*(_strings(_json(folder / name)) for name in ADDING))
+    tokens = {name: str(token) for name, token in tokenizer.special_tokens_map.items() if isinstance(token, str)}
+    return [name for name, token in tokens.items() if file.token_to_id(token) is None and token not in named]
+
+
+def _json(path: Path) -> dict[str, Any]:
+    """The object of a JSON file, empty where there is no file."""
+    return read_json(path) if path.is_file() else {}
+
+
+def _strings(value: Any) -> set[str]:
+    """All strings and keys in what a JSON file holds."""
+    if isinstance(value, dict):
+        return set(value).union(*map(_strings, value.values()))
+    if isinstance(value, list):
+        return set().union(*map(_strings, value))
+    return {value} if isinstance(value, str) else set()
 
 
 def name_of(model: Spec) -> str:
@@ -110,6 +157,15 @@ def use_pipeline(tokenizer: Any, file: Tokenizer) -> list[str]:
     return replaced
 
 
+def add_named(file: Tokenizer, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Give a file's tokenizer the tokens that other files of the folder add, but for those that get another id."""
+    listed = _json(folder / TOKENIZER_CONFIG).get("added_tokens_decoder") or {}
+    ids = {token["content"]: int(number) for number, token in listed.items()} | _json(folder / ADDED)
+    for number, token in sorted(tokenizer.added_tokens_decoder.items()):
+        if file.token_to_id(token.content) is None and ids.get(token.content, number) == number:
+            file.add_tokens([token])
+
+
 def check_ids(tokenizer: PreTrainedTokenizerBase, file: Tokenizer, folder: Path, text: str) -> None:
     """Raise InputError, naming the folder, when a tokenizer gives other ids for a text than its tokenizer.json.
 
@@ -123,14 +179,46 @@ def check_ids(tokenizer: PreTrainedTokenizerBase, file: Tokenizer, folder: Path,
         came, wanted = found[place : place + 3].tolist(), expected[place : place + 3].tolist()
         raise InputError(
             f"The tokenizer of {folder} must give the ids of its {PIPELINE}. Got {came} instead of {wanted} from token "
-            f"{place} on: does tokenizer_config.json or added_tokens.json have tokens of its own?"
+            f"{place} on: load_tokenizer of layerwise.sources.tokenizer_files takes the file's pipeline, unless "
+            f"{TOKENIZER_CONFIG} or {ADDED} has tokens that contradict it."
         )
 
 
-def check_prefix_token(tokenizer: PreTrainedTokenizerBase, model: Spec) -> None:
-    """Raise InputError when a tokenizer has no token that a task can begin an empty context with, as lm-eval does."""
+def check_loaded(tokenizer: object, text: str) -> None:
+    """The same for a tokenizer that somebody has loaded from a folder, on the probe too. Others cannot be compared."""
+    from transformers import PreTrainedTokenizerBase
+
+    if not isinstance(tokenizer, PreTrainedTokenizerBase) or not tokenizer.name_or_path:
+        return
+    folder = Path(tokenizer.name_or_path)
+    if compared(tokenizer, folder) and (file := pipeline_of(folder)):
+        add_named(file, tokenizer, folder)
+        check_ids(tokenizer, file, folder, f"{PROBE}\n{text[:SAMPLE]}")
+
+
+def check_task_tokens(tokenizer: PreTrainedTokenizerBase, model: Spec, words: int, generating: Sequence[str]) -> None:
+    """Raise InputError when a tokenizer lacks a token that lm-eval needs, or the model does not embed it.
+
+    An empty context begins with BOS, or EOS where there is no BOS. Texts that are generated end at EOS, and are padded
+    with the padding token, the unknown one or EOS. words: tokens that the model embeds. generating: names of the tasks
+    that generate text.
+    """
+    subject = f"The tokenizer of {name_of(model)}"
+    mend = f"name one in its {TOKENIZER_CONFIG}, or leave the tasks out."
     if tokenizer.bos_token_id is None and tokenizer.eos_token_id is None:
         raise InputError(
-            f"The tokenizer of {name_of(model)} must have a bos_token or an eos_token for zero-shot tasks. Got neither "
-            "instead: name one in its tokenizer_config.json, or leave the tasks out."
+            f"{subject} must have a bos_token or an eos_token for zero-shot tasks. Got neither instead: {mend}"
         )
+    if generating and tokenizer.eos_token_id is None:
+        wanted = f"an eos_token for tasks that generate text, such as {generating[0]}"
+        raise InputError(f"{subject} must have {wanted}. Got none instead: {mend}")
+    used = [("bos_token", "eos_token")]
+    if generating:
+        used += [("eos_token",), ("pad_token", "unk_token", "eos_token")]
+    for names in used:
+        name = next(name for name in names if getattr(tokenizer, f"{name}_id") is not None)
+        if not 0 <= (number := getattr(tokenizer, f"{name}_id")) < words:
+            raise InputError(
+                f"{subject} must have as {name} one that the model embeds, 0 to {words - 1}, for zero-shot tasks. Got "
+                f"{getattr(tokenizer, name)!r}, {number}, instead: {mend}"
+            )

@@ -22,7 +22,7 @@ from layerwise.sources.documents import Text, read_text, text_hash
 from layerwise.sources.hub import Spec
 from layerwise.sources.ngrams import text_sketch
 from layerwise.sources.text_files import dataset_of
-from layerwise.sources.tokenizer_files import encode, load_tokenizer
+from layerwise.sources.tokenizer_files import encode, load_and_tell
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -165,7 +165,7 @@ def tokens(
     """
     read = read or read_text(text)
     found = read.documents
-    tokenizer = load_tokenizer(model, found)
+    tokenizer, replaced = load_and_tell(model, found)
     length, join = cut["length"], text.get("join", "\n\n")
     sampling = cut.get("sampling", "stream") if task == "calibration" else "windows"
     try:
@@ -183,6 +183,7 @@ def tokens(
         "length": length,
         "seed": cut.get("seed"),
         "tokenizer": type(tokenizer).__name__,
+        "tokenizer_replaced": replaced,  # what the file has otherwise than this class
         "vocabulary": len(tokenizer),
     }
 

@@ -47,7 +47,7 @@ def entry(**changed):
 
 def evaluate_ahead(cell, requested):
     weights = cell / "weights.safetensors"
-    cache.evaluate_ahead(requested, entry(), cell / "tiny.json", weights, sha256(weights), "cpu")
+    cache.evaluate_ahead(requested, entry(), cell / "tiny.json", weights, sha256(weights), "cpu", "float32")
 
 
 def arguments(out="out.json", data="tokens.safetensors", **changed):

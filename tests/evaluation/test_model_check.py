@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, cast
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer as FileTokenizer
+from tokenizers import models, trainers
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -306,7 +309,29 @@ def test_the_job_writes_what_it_found(tmp_path: Path):
     arguments = [part for key, name in names.items() for part in (f"--{key}", str(tmp_path / name))]
     main(["--model", json.dumps(spec), *arguments])
     found = json.loads((tmp_path / "found.json").read_text())
-    assert found["finite"] and found["walk_difference"] <= 1e-6
+    assert found["finite"] and found["walk_difference"] <= 1e-6 and found["vocabulary"] == VOCABULARY
+
+
+@pytest.mark.parametrize("generates, said", [(False, None), (True, "tasks that generate text, such as second")])
+def test_the_job_asks_for_the_tokens_of_the_tasks(tmp_path: Path, generates: bool, said: str | None):
+    spec = {**saved(tmp_path / "model", build("llama")), "name": "tiny", "dtype": "float32"}
+    own = FileTokenizer(models.BPE())
+    own.train_from_iterator(["words of a text"], trainers.BpeTrainer(special_tokens=["<s>"], show_progress=False))
+    own.save(str(tmp_path / "model/tokenizer.json"))
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>"}
+    (tmp_path / "model/tokenizer_config.json").write_text(json.dumps(config))
+    drawn = tokens(2)
+    metadata = {"info": json.dumps({"tokens_sha256": tokens_hash(drawn.numpy())})}
+    save_file({"tokens": drawn}, tmp_path / "tokens.safetensors", metadata=metadata)
+    fingerprint.main(["--model", json.dumps(spec), "--out", str(tmp_path / "model.json")])
+    for name, writes in (("first", False), ("second", generates)):
+        (tmp_path / f"{name}.json").write_text(json.dumps({"tasks": {name: {"generates": writes}}}))
+    names = {"fingerprint": "model.json", "tokens": "tokens.safetensors", "out": "found.json"}
+    arguments = [part for key, name in names.items() for part in (f"--{key}", str(tmp_path / name))]
+    arguments += ["--tasks", str(tmp_path / "first.json"), str(tmp_path / "second.json")]
+    with nullcontext() if said is None else pytest.raises(InputError, match=f"{said}. Got none instead"):
+        main(["--model", json.dumps(spec), *arguments])
+    assert (tmp_path / "found.json").exists() is (said is None)
 
 
 def test_the_walk_is_what_jobs_compute():

@@ -3,94 +3,28 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
-from tokenizers import Regex, Tokenizer, decoders, models, normalizers, processors, trainers
-from tokenizers import pre_tokenizers as cut
-from transformers import AutoTokenizer
+from tokenizers import Tokenizer, processors
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from layerwise.runtime.errors import InputError
 from layerwise.sources import tokenizer_files, tokens
 from layerwise.sources.checkpoint_files import MODEL_VOCABULARIES, check_model
-from layerwise.sources.tokenizer_files import PROBE, check_ids, check_prefix_token, load_tokenizer, pipeline_of
+from layerwise.sources.tokenizer_files import (
+    check_ids,
+    check_loaded,
+    check_task_tokens,
+    class_defaults,
+    load_tokenizer,
+    pipeline_of,
+)
+from tests.support.tokenizers import PIPELINES, SIZE, TEXT, byte_level, digits_in_threes, ids, set_config, write
 from tests.support.typing_helpers import some
 
-TEXT = PROBE * 3 + "".join(f"river item {i * 7919} costs {i * 104729} coins in year {1900 + i}.\n" for i in range(60))
-SPECIAL = ["<s>", "</s>", "<unk>"]
-DIGITS = r"\p{N}{1,3}| ?[^\s\p{L}\p{N}]+| ?\p{L}+|\s+"
-
-
-def byte_level() -> Tokenizer:
-    own = Tokenizer(models.BPE())
-    own.pre_tokenizer, own.decoder = cut.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    return own
-
-
-def digits_in_threes() -> Tokenizer:
-    own = byte_level()
-    split = cut.Split(Regex(DIGITS), "isolated")
-    own.pre_tokenizer = cut.Sequence([split, cut.ByteLevel(add_prefix_space=False, use_regex=False)])
-    return own
-
-
-def single_digits() -> Tokenizer:
-    own = byte_level()
-    own.pre_tokenizer = cut.Sequence([cut.Digits(individual_digits=True), cut.ByteLevel(add_prefix_space=False)])
-    own.normalizer = normalizers.NFC()
-    return own
-
-
-def metaspace() -> Tokenizer:
-    own = Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True, byte_fallback=True))
-    own.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    own.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
-    return own
-
-
-def word_piece() -> Tokenizer:
-    own = Tokenizer(models.WordPiece(unk_token="<unk>"))
-    own.normalizer, own.pre_tokenizer = normalizers.NFD(), cut.BertPreTokenizer()
-    return own
-
-
-def unigram() -> Tokenizer:
-    own = Tokenizer(models.Unigram())
-    own.normalizer, own.pre_tokenizer = normalizers.NFKC(), cut.Metaspace()
-    return own
-
-
-TRAINERS: dict[str, Callable[..., Any]] = {
-    "BPE": trainers.BpeTrainer,
-    "WordPiece": trainers.WordPieceTrainer,
-    "Unigram": trainers.UnigramTrainer,
-}
-PIPELINES = (byte_level, digits_in_threes, single_digits, metaspace, word_piece, unigram)
 CLASSES = ("GPT2Tokenizer", "LlamaTokenizerFast", "LlamaTokenizer", "Qwen2Tokenizer", "PreTrainedTokenizerFast", None)
 TYPES = ("llama", "qwen2", "qwen3", "gpt2", "smollm3", "starcoder2", "exaone4", "olmo2", "deepseek_v3", "gemma2")
-
-
-def write(folder: Path, make: Callable[[], Tokenizer], model_type: str = "llama", **config: Any) -> Tokenizer:
-    """The tokenizer of a model's folder; config: of tokenizer_config.json."""
-    own = make()
-    kind = type(own.model).__name__
-    sizes = {"vocab_size": 420, "special_tokens": SPECIAL, "show_progress": False}
-    sizes |= {"unk_token": "<unk>"} if kind == "Unigram" else {}
-    if make in (byte_level, digits_in_threes, single_digits):
-        sizes["initial_alphabet"] = cut.ByteLevel.alphabet()
-    own.train_from_iterator([TEXT], TRAINERS[kind](**sizes))
-    folder.mkdir(exist_ok=True)
-    own.save(str(folder / "tokenizer.json"))
-    (folder / "config.json").write_text(json.dumps({"model_type": model_type}))
-    told = {"bos_token": "<s>", "eos_token": "</s>", **config}
-    (folder / "tokenizer_config.json").write_text(json.dumps({key: value for key, value in told.items() if value}))
-    return own
-
-
-def ids(tokenizer: Any, special: bool = False) -> list[int]:
-    return tokenizer(TEXT, add_special_tokens=special)["input_ids"]
 
 
 @pytest.mark.parametrize("kind", CLASSES)
@@ -117,27 +51,69 @@ def test_a_class_that_would_cut_otherwise_is_told(tmp_path: Path, capsys):
 
 
 @pytest.mark.parametrize("kind", CLASSES)
-@pytest.mark.parametrize("added", [True, False])
-def test_tokens_around_a_text_are_those_of_the_library(tmp_path: Path, kind: str | None, added: bool):
-    write(tmp_path, digits_in_threes, tokenizer_class=kind, add_bos_token=added)
+@pytest.mark.parametrize("added", [True, False, None])
+@pytest.mark.parametrize("begins", [True, False])
+def test_tokens_around_a_text_are_those_of_the_file(tmp_path: Path, kind: str | None, added: bool | None, begins: bool):
+    write(tmp_path, digits_in_threes, tokenizer_class=kind)
+    set_config(tmp_path, **({} if added is None else {"add_bos_token": added}))
     path = tmp_path / "tokenizer.json"
     own = Tokenizer.from_file(str(path))
-    own.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    template = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    own.post_processor = template if begins else processors.ByteLevel()
     own.save(str(path))
-    library = AutoTokenizer.from_pretrained(tmp_path)
-    around = len(library("a")["input_ids"]) - len(library("a", add_special_tokens=False)["input_ids"])
-    tokenizer = load_tokenizer({"path": str(tmp_path)})
-    assert ids(tokenizer, special=True) == [0] * around + ids(tokenizer)
-    if kind == "PreTrainedTokenizerFast":
-        assert around == 1
+    found = ids(load_tokenizer({"path": str(tmp_path)}), special=True)
+    assert found == own.encode(TEXT).ids and (found[0] == 0) is begins
 
 
-def test_tokens_that_the_config_adds_are_kept(tmp_path: Path):
-    added = {"600": {"content": "<|tool|>", "special": True}}
-    write(tmp_path, digits_in_threes, tokenizer_class="GPT2Tokenizer", added_tokens_decoder=added)
+@pytest.mark.parametrize("added", [True, False])
+def test_without_the_file_the_config_says_what_begins_a_text(tmp_path: Path, added: bool):
+    """OPT: vocab.json, merges.txt and add_bos_token."""
+    own = write(tmp_path, byte_level, "opt", tokenizer_class="GPT2Tokenizer", bos_token="</s>")
+    set_config(tmp_path, add_bos_token=added)
+    own.model.save(str(tmp_path))
+    (tmp_path / "tokenizer.json").unlink()
     tokenizer = load_tokenizer({"path": str(tmp_path)})
+    assert ids(tokenizer) == own.encode(TEXT).ids
+    assert ids(tokenizer, special=True) == [1] * added + own.encode(TEXT).ids
+
+
+@pytest.mark.parametrize("kind", CLASSES)
+@pytest.mark.parametrize("name", ["tokenizer_config.json", "added_tokens.json"])
+@pytest.mark.parametrize("number", [SIZE, SIZE + 180])
+def test_tokens_that_other_files_add(tmp_path: Path, kind: str | None, name: str, number: int):
+    """They are kept where they get the id that is written, and otherwise no text that has them is tokenised."""
+    write(tmp_path, digits_in_threes, tokenizer_class=kind)
+    if name == "added_tokens.json":
+        (tmp_path / name).write_text(json.dumps({"<|tool|>": number}))
+    added = {str(number): {"content": "<|tool|>", "special": True}}
+    set_config(tmp_path, added_tokens_decoder=added)
+    spec = {"path": str(tmp_path)}
+    tokenizer = load_tokenizer(spec)
     (token,) = tokenizer("<|tool|>", add_special_tokens=False)["input_ids"]
     assert tokenizer.convert_ids_to_tokens(token) == "<|tool|>"
+    text = f"one <|tool|> two{TEXT}"
+    if number == SIZE:
+        assert token == number and load_tokenizer(spec, [text])
+    else:
+        with pytest.raises(InputError, match="must give the ids of its tokenizer.json"):
+            load_tokenizer(spec, [text])
+
+
+@pytest.mark.parametrize("model_type", TYPES)
+@pytest.mark.parametrize("kind", CLASSES)
+def test_a_class_adds_no_tokens_of_its_own(tmp_path: Path, kind: str | None, model_type: str, capsys):
+    own = write(tmp_path, digits_in_threes, model_type, tokenizer_class=kind, bos_token=None, eos_token=None)
+    spec = {"path": str(tmp_path)}
+    tokenizer = load_tokenizer(spec)
+    assert len(tokenizer) == own.get_vocab_size()
+    assert all(own.token_to_id(str(token)) is not None for token in tokenizer.special_tokens_map.values())
+    text = "<|endoftext|> <s> <eos> <pad>"
+    assert tokenizer(text, add_special_tokens=False)["input_ids"] == own.encode(text, add_special_tokens=False).ids
+    library = AutoTokenizer.from_pretrained(tmp_path)
+    file = pipeline_of(tmp_path)
+    assert file is not None
+    told = capsys.readouterr().err
+    assert all(name in told for name in class_defaults(library, file, tmp_path))
 
 
 def test_other_ids_than_the_files_are_refused(tmp_path: Path, monkeypatch):
@@ -171,10 +147,55 @@ def test_a_vocabulary_that_is_not_read_is_named_before_any_job(tmp_path: Path, n
             call()
 
 
-def test_tasks_need_a_token_to_begin_with(tmp_path: Path):
+NAMED = "name one in its tokenizer_config.json, or leave the tasks out."
+TASK_TOKENS = [  # special tokens, and what is said to tasks that score choices and to those that generate
+    ({}, "must have a bos_token or an eos_token for zero-shot tasks. Got neither", "must have a bos_token or an eos"),
+    ({"bos_token": "<s>"}, None, "must have an eos_token for tasks that generate text, such as gen. Got none"),
+    ({"eos_token": "</s>"}, None, None),
+    ({"bos_token": "<s>", "eos_token": "</s>"}, None, None),
+    (
+        {"bos_token": "<B>", "eos_token": "</s>"},
+        "must have as bos_token one .* Got '<B>', 420,",
+        "must have as bos_token",
+    ),
+    ({"bos_token": "<s>", "eos_token": "<E>"}, None, "must have as eos_token one that the model embeds, 0 to 419, for"),
+    ({"eos_token": "</s>", "pad_token": "<P>"}, None, "must have as pad_token one that the model embeds"),
+    ({"eos_token": "</s>", "unk_token": "<U>"}, None, "must have as unk_token one that the model embeds"),
+]
+
+
+@pytest.mark.parametrize("special, scored, generated", TASK_TOKENS)
+@pytest.mark.parametrize("kind", ["PreTrainedTokenizerFast", "GPT2Tokenizer"])
+def test_tasks_need_tokens_that_the_model_embeds(tmp_path: Path, kind: str, special, scored, generated):
+    write(tmp_path, digits_in_threes, tokenizer_class=kind, **{"bos_token": None, "eos_token": None, **special})
     spec = {"path": str(tmp_path)}
-    write(tmp_path, byte_level)
-    check_prefix_token(load_tokenizer(spec), spec)
-    write(tmp_path, byte_level, bos_token=None, eos_token=None, tokenizer_class="PreTrainedTokenizerFast")
-    with pytest.raises(InputError, match="must have a bos_token or an eos_token for zero-shot tasks. Got neither"):
-        check_prefix_token(load_tokenizer(spec), spec)
+    tokenizer = load_tokenizer(spec)
+    for generating, said in (((), scored), (("gen",), generated)):
+        if said is None:
+            check_task_tokens(tokenizer, spec, SIZE, generating)
+            continue
+        with pytest.raises(InputError, match=f"The tokenizer of {tmp_path} {said}") as error:
+            check_task_tokens(tokenizer, spec, SIZE, generating)
+        assert str(error.value).endswith(NAMED)
+
+
+def test_a_tokenizer_that_is_given_is_held_against_its_file(tmp_path: Path):
+    write(tmp_path, digits_in_threes, tokenizer_class="GPT2Tokenizer")
+    with pytest.raises(InputError, match="from token .* on: load_tokenizer of layerwise.sources.tokenizer_files takes"):
+        check_loaded(AutoTokenizer.from_pretrained(tmp_path), "text")
+    tokenizer = load_tokenizer({"path": str(tmp_path)})
+    tokenizer.add_tokens(["<|mine|>"])
+    check_loaded(tokenizer, f"text <|mine|> {TEXT}")
+    check_loaded(PreTrainedTokenizerFast(tokenizer_object=byte_level()), "text")  # from no folder
+
+
+def test_what_was_replaced_is_recorded(tmp_path: Path):
+    text = tmp_path / "text.txt"
+    text.write_text(TEXT)
+    wanted = {"GPT2Tokenizer": ["pre_tokenizer", "unk_token"], "PreTrainedTokenizerFast": []}
+    for kind, replaced in wanted.items():
+        write(tmp_path / kind, digits_in_threes, tokenizer_class=kind)
+        cut = {"length": 16}
+        _, info = tokens.tokens({"path": str(tmp_path / kind)}, {"path": str(text)}, cut, "evaluation")
+        assert [name for name in info["tokenizer_replaced"] if name != "model"] == replaced
+        assert info["vocabulary"] == SIZE

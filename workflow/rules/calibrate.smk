@@ -83,6 +83,7 @@ rule check_model:
     input:
         model="results/models/{model}.json",
         tokens=f"results/tokens/{{model}}/calibration-{next(iter(PLAN.calibrations))}.safetensors",
+        tasks=expand("results/tasks/{tasks}.json", tasks=PLAN.tasks),
         code=CODE.of("layerwise.evaluation.model_check"),
     output:
         CHECKED,
@@ -98,7 +99,7 @@ rule check_model:
         tasks=["--tasks"] if PLAN.tasks else [],
     shell:
         "{WORKER} check-model --model {params.model:q} --fingerprint {input.model:q}"
-        " --tokens {input.tokens:q} {params.tasks:q} --threads {threads}"
+        " --tokens {input.tokens:q} {params.tasks:q} {input.tasks:q} --threads {threads}"
         " --device {resources.device} --out {output:q} 2> >(tee {log:q} >&2)"
 
 
