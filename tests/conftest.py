@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 
+import hypothesis
 import pytest
 import torch
 
@@ -17,6 +18,8 @@ from tests.support.time_budget import (  # noqa: F401 (pytest finds them here)
 pytest_plugins = ["tests.support.battery"]
 pytest.register_assert_rewrite("tests.support.official_outputs")
 torch.set_num_threads(1)
+hypothesis.settings.register_profile("untimed", deadline=None)  # a busy machine is no failure
+hypothesis.settings.load_profile("untimed")
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -34,7 +34,8 @@ from layerwise.storage.frames import matching, missing
 from layerwise.storage.frames import rows as rows_of
 from layerwise.storage.table_schema import from_rows, read_table, to_frame, write_parquet
 from layerwise.study.cell import Cell
-from layerwise.study.grid import LONGEST_SENTENCE, Plan, name_of, plan
+from layerwise.study.grid import Plan, name_of, plan
+from layerwise.study.method_entries import LONGEST_SENTENCE
 
 FILE = ROOT / "resources/published.csv"
 SCHEMA = ROOT / "workflow/schemas/published.schema.yaml"

@@ -1,17 +1,15 @@
 """From a config to the grid of cells: validated, defaults filled in, sweeps expanded. Free of torch."""
 
 import itertools
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any, TypedDict, cast
 
 import jsonschema
 import yaml
 
-from layerwise.contract.catalogue import Catalogue, CatalogueError
+from layerwise.contract.catalogue import Catalogue
 from layerwise.contract.target import Target
 from layerwise.runtime.errors import InputError
 from layerwise.runtime.project import ROOT
@@ -19,13 +17,11 @@ from layerwise.runtime.sentences import brief, place
 from layerwise.sources import checkpoint_files, task_sets, text_files
 from layerwise.sources.specs import CalibrationSpec, EvaluationSpec, ModelSpec, TaskSetSpec
 from layerwise.study import config_file
-from layerwise.study.cell import Cell, CellColumns, CellSpec, TargetSpec, canonical, identity, plain, slug
+from layerwise.study.cell import Cell, CellColumns, CellSpec, TargetSpec, canonical, identity, plain
+from layerwise.study.method_entries import MethodEntry, read_methods, target_of
 
 SCHEMA = yaml.safe_load((ROOT / "workflow/schemas/config.schema.yaml").read_text("utf-8"))
-LONGEST_SENTENCE = 500  # of a catalogue's, which may quote values
-LONGEST_NAME = 200  # of an entry with its swept values; file systems take 255 with a digest and a suffix
 TEXT_USERS = ("calibration", "evaluation")  # sections of the config whose entries name a text
-RESERVED = ("method", "targets", "tune")  # keys of a method's entry that are not its parameters
 
 # What a study may sweep, besides a parameter of its methods: a column of the table `cells`.
 SWEPT_TARGET = ("sparsity", "bits", "group")
@@ -39,26 +35,6 @@ class SkippedRow(TypedDict):
     method: str
     target: str
     reason: str
-
-
-@dataclass(frozen=True)
-class MethodEntry:
-    """An entry of the config's `methods`, one value of each sweep chosen.
-
-    params: complete; tune: stage -> its settings, empty where nothing is tuned; targets: the entry's own, None where
-    it has the study's.
-    """
-
-    label: str
-    method: str
-    params: Mapping[str, Any]
-    tune: Mapping[str, Mapping[str, Any]]
-    targets: Sequence[Target] | None
-
-    def settings(self) -> dict[str, Any]:
-        """What the identity of its cells is made of, beside seed and target."""
-        settings = {"label": self.label, "method": self.method, "params": self.params}
-        return settings | ({"tune": self.tune} if self.tune else {})
 
 
 @dataclass(frozen=True)
@@ -173,8 +149,8 @@ def plan(config: Mapping[str, Any], check_sources: bool = False) -> Plan:
     Raises InputError with one sentence for anything that can be known to be wrong before a job runs.
     """
     full = validate(config)
-    catalogue, entries = _methods(full)
-    targets = [_target(entry, f"targets.{i}") for i, entry in enumerate(full["targets"])]
+    catalogue, entries = read_methods(full)
+    targets = [target_of(entry, f"targets.{i}") for i, entry in enumerate(full["targets"])]
     if check_sources:
         _check_sources(full, [*targets, *(target for entry in entries for target in entry.targets or ())])
     grid = _Grid.of(full, catalogue)
@@ -189,19 +165,6 @@ def plan(config: Mapping[str, Any], check_sources: bool = False) -> Plan:
     unique = {cell.folder: cell for cell in cells}
     evaluations = cast(dict[str, EvaluationSpec], _repeated(full, "evaluation"))
     return Plan(full, catalogue, grid.models, grid.calibrations, evaluations, named, list(unique.values()), skipped)
-
-
-def _methods(full: Mapping[str, Any]) -> tuple[Catalogue, list[MethodEntry]]:
-    """The methods that the config may name, and its entries, whose labels are distinct."""
-    try:
-        catalogue = Catalogue([Path(folder) for folder in full["method_paths"]])
-        entries = [entry for label, raw in full["methods"].items() for entry in _entries(catalogue, label, raw or {})]
-    except CatalogueError as error:
-        raise InputError(brief(str(error), LONGEST_SENTENCE)) from None
-    label, times = Counter(entry.label for entry in entries).most_common(1)[0]
-    if times > 1:
-        raise InputError(f"methods: two entries or values of a sweep are called {label}; give one another name.")
-    return catalogue, entries
 
 
 def _check_sources(full: Mapping[str, Any], targets: Sequence[Target]) -> None:
@@ -303,7 +266,7 @@ class _Grid:
                 skipped.append({"label": entry.label, "method": entry.method, "target": target.label, "reason": reason})
                 continue
             reached = True
-            for model, calib, mode in itertools.product(self.models, self.calibrations, self.modes):
+            for model, calib, mode in itertools.product(self.models, self.calibrations, entry.modes or self.modes):
                 yield self._cell(entry, target, model, calib, mode)
         if not reached:
             raise InputError(f"methods.{entry.label}: {entry.method} reaches none of the targets ({reason}).")
@@ -356,39 +319,6 @@ def name_of(spec: ModelSpec | CalibrationSpec | EvaluationSpec | TaskSetSpec) ->
     return spec["name"]  # pyright: ignore[reportTypedDictNotRequiredAccess]: a plan's specs have theirs
 
 
-def _entries(catalogue: Catalogue, label: str, raw: Mapping[str, Any]) -> Iterator[MethodEntry]:
-    """The entries that a config entry stands for: lists of values are swept."""
-    where = f"methods.{label}"
-    named = [key for key in raw if key in catalogue.named_by]  # parameters that say which method it is
-    if named and "method" in raw:
-        raise CatalogueError(f"{where}: {named[0]} says the method. Got method: {raw['method']} beside it.")
-    method = catalogue.named_by[named[0]] if named else raw.get("method", label)
-    entry = catalogue.find(method, where)
-    if not named and "named_by" in entry.card:
-        key = entry.card["named_by"]
-        raise CatalogueError(f"{where}: {method} needs its parameter {key}, which has no default in a config.")
-    params = {key: value for key, value in raw.items() if key not in RESERVED}
-    swept = [
-        key
-        for key, value in params.items()
-        if isinstance(value, list) and entry.card["parameters"].get(key, {}).get("type") != "array"
-    ]
-    if any(not params[key] for key in swept):
-        raise CatalogueError(f"{where}: a sweep needs at least one value, {swept[0]} has none.")
-    listed = raw.get("targets")
-    targets = None if listed is None else [_target(value, f"{where}.targets.{i}") for i, value in enumerate(listed)]
-    for values in itertools.product(*(params[key] for key in swept)):
-        chosen = dict(zip(swept, values, strict=True))
-        name = ".".join([label, *(f"{key}_{slug(value)}" for key, value in chosen.items())])
-        if len(name) > LONGEST_NAME:  # of a folder
-            raise CatalogueError(
-                f"{where}: a value of the sweep makes a name of {len(name)} characters, more than {LONGEST_NAME}: give "
-                "it an entry of its own."
-            )
-        complete = catalogue.complete(method, {**params, **chosen}, where)
-        yield MethodEntry(name, method, complete, raw.get("tune", {}), targets)
-
-
 def _repeated(full: Mapping[str, Any], kind: str) -> dict[str, dict[str, Any]]:
     """Identity -> spec of every calibration set of each seed, or of every evaluation."""
     return {
@@ -402,10 +332,3 @@ def _repeats(entry: Mapping[str, Any]) -> list[dict[str, Any]]:
     """A calibration set with seeds as one of each seed, which is what a study of that seed alone has."""
     rest = {key: value for key, value in entry.items() if key != "seeds"}
     return [{**rest, "seed": seed} for seed in entry["seeds"]] if "seeds" in entry else [rest]
-
-
-def _target(entry: Mapping[str, Any], where: str) -> Target:
-    try:
-        return Target(**entry)
-    except ValueError as error:
-        raise InputError(f"config: {where} is wrong: {error}") from None

@@ -119,7 +119,8 @@ def test_a_gpu_is_counted_in_the_dtype_of_the_model(tmp_path):
 
     own, fast = CostModel(study, computed), CostModel(study)
     for job in own.jobs():
-        assert (some(own.cost(job)) == some(fast.cost(job))) == (job.rule in ("gram", "certificate"))
+        alike = job.rule in ("gram", "certificate", "check_model")  # which runs in float32 on every processor
+        assert (some(own.cost(job)) == some(fast.cost(job))) is alike
 
 
 def test_tasks_ask_for_the_whole_model_and_are_not_refused_without(tmp_path, monkeypatch):

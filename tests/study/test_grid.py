@@ -19,7 +19,8 @@ from hypothesis import strategies as st
 from layerwise.runtime.errors import InputError
 from layerwise.study import config_file
 from layerwise.study.cell import canonical, identity
-from layerwise.study.grid import MethodEntry, Plan, plan, validate
+from layerwise.study.grid import Plan, plan, validate
+from layerwise.study.method_entries import MethodEntry
 from tests.support.paths import ROOT
 
 PATH_SAFE = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.\-]*")
@@ -401,6 +402,23 @@ def test_targets_of_an_entry_take_the_place_of_the_study_s():
         *(("rtn", target) for target in ("4b", "3b g8")),
     ]
     assert planned.skipped == []
+
+
+def test_modes_of_an_entry_take_the_place_of_the_study_s():
+    methods = {"magnitude": None, "wanda": {"modes": ["shared", "sequential"]}, "sparsegpt": {"modes": ["sequential"]}}
+    planned = plan(study(methods=methods, modes=["shared"], targets=[{"pattern": "2:4"}]))
+    found = [(cell.columns["label"], cell.mode) for cell in planned.cells]
+    assert found == [
+        *(("magnitude", "shared"), ("wanda", "shared"), ("wanda", "sequential"), ("sparsegpt", "sequential"))
+    ]
+    alone = plan(study(methods={"wanda": None}, modes=["shared"], targets=[{"pattern": "2:4"}]))
+    assert {cell.folder for cell in alone.cells} < {cell.folder for cell in planned.cells}
+
+
+@pytest.mark.parametrize("modes", [[], ["shared", "shared"], ["both"], "shared"])
+def test_modes_of_an_entry_must_be_modes(modes: object):
+    with pytest.raises(InputError, match=r"config: methods.wanda.modes(.0)? is wrong"):
+        plan(study(methods={"wanda": {"modes": modes}}))
 
 
 def test_a_target_written_twice_is_one():

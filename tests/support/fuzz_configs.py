@@ -28,7 +28,8 @@ import layerwise.contract.catalogue as catalogue_module
 from layerwise.contract.catalogue import Catalogue
 from layerwise.contract.target import Target
 from layerwise.runtime.errors import InputError
-from layerwise.study.grid import RESERVED, SCHEMA, SWEPT, Plan, plan
+from layerwise.study.grid import SCHEMA, SWEPT, Plan, plan
+from layerwise.study.method_entries import RESERVED
 from tests.support.typing_helpers import some
 
 LONGEST_SENTENCE = 600
@@ -108,6 +109,7 @@ def optional(draw: st.DrawFn, **choices: st.SearchStrategy[Any]) -> dict[str, An
     return {key: draw(values) for key, values in choices.items() if draw(st.booleans())}
 
 
+MODES = st.lists(st.sampled_from(["shared", "sequential"]), min_size=1, unique=True)
 COMMON = [{"sparsity": 0.5}, {"bits": 4}, {"sparsity": 0.5, "bits": 4}, {"sparsity": 0.5, "pattern": "1x16"}]
 COMMON += [{"sparsity": 0.5, "pattern": "1x16", "bits": 4}]
 
@@ -148,6 +150,8 @@ def studies(draw: st.DrawFn) -> dict[str, Any]:
                 entry.clear()
                 entry["method"] = "awp"
             entry["targets"] = able[:1] or COMMON[:1]
+        if draw(st.booleans()):
+            entry["modes"] = draw(MODES)
     shared = [entry for entry in methods.values() if "targets" not in entry]
     if not all(any(reaches(entry, target) for entry in shared) for target in asked):
         methods["awp"] = {"method": "awp", "targets": asked} if draw(st.booleans()) else None
@@ -173,7 +177,7 @@ def studies(draw: st.DrawFn) -> dict[str, Any]:
             keep_weights=st.booleans(),
             certificates=st.booleans(),
             sweep=st.sampled_from(SWEPT),
-            modes=st.lists(st.sampled_from(["shared", "sequential"]), min_size=1, unique=True),
+            modes=MODES,
             tasks=st.dictionaries(NAMES, tasks, max_size=1),
         ),
     }
