@@ -20,12 +20,13 @@ from torch import Tensor, nn
 
 from layerwise.calibration.block_stream import Stream
 from layerwise.evaluation.perplexity import to_last_block
-from layerwise.models.loading import check_tokens, dtype_name, load, reason, set_threads, vocabulary
+from layerwise.models.loading import check_tokens, dtype_name, load, set_threads, vocabulary
 from layerwise.models.streaming import SHARE, LazyBlocks, free_bytes
 from layerwise.models.structure import Blocks, block_lists, check_unshared, few, is_linear
 from layerwise.runtime.devices import take
 from layerwise.runtime.errors import InputError, out_of_memory, report_errors
 from layerwise.runtime.files import write_atomic
+from layerwise.runtime.sentences import reason
 from layerwise.sources.fingerprint import unchanging
 from layerwise.sources.hub import read_json
 from layerwise.sources.tokenizer_files import check_task_tokens, load_tokenizer

@@ -19,12 +19,14 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from layerwise.contract.target import Target
 from layerwise.export.save import MANIFEST, WEIGHTS, digest
-from layerwise.models.loading import load, reason
+from layerwise.models.loading import load
 from layerwise.models.structure import Linear, few, model_linears
 from layerwise.numerics import ops
 from layerwise.numerics.patterns import count_kept, kept_counts
 from layerwise.results.cell_results import read_json
-from layerwise.runtime.errors import InputError
+from layerwise.runtime.errors import InputError, out_of_memory
+from layerwise.runtime.sentences import reason
+from layerwise.sources.config_faults import config_fault
 from layerwise.storage.bits_per_weight import kept_blocks
 from layerwise.storage.packed_weights import PackedFile
 
@@ -130,7 +132,11 @@ def structure(folder: Path, trust_remote_code: bool) -> tuple[Any, dict[str, Lin
         vars(plain).pop("quantization_config", None)
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(plain, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, ImportError) as error:
+    except Exception as error:  # whatever the code of a model's family raises
+        if out_of_memory(error):
+            raise
+        if fault := config_fault(folder, error, trust_remote_code):
+            raise fault from error
         raise InputError(f"Cannot read the config of {folder}: {reason(error)}.") from error
     return config, model_linears(model)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError
@@ -17,8 +17,11 @@ from layerwise.models.shards import Shards
 from layerwise.models.stored_dtypes import mark, native_dtypes, round_as_stored, stored_dtype
 from layerwise.models.structure import few
 from layerwise.runtime.errors import InputError, out_of_memory
-from layerwise.runtime.sentences import brief
+from layerwise.runtime.sentences import reason
 from layerwise.sources.checkpoint_files import check_weight_files, model_folder
+from layerwise.sources.config_faults import config_fault
+from layerwise.sources.hub import read_json
+from layerwise.sources.model_config import DEFAULTED, language_config
 
 RECOMPUTED = (".masked_bias", ".inv_freq", ".position_ids", ".cos_cached", ".sin_cached")  # ends of buffers' names
 OF_QUANTISED = ("scale", "zero", "qweight", "g_idx", "absmax", "quant_state", "quant_map", "packed")
@@ -33,12 +36,6 @@ def described(spec: Mapping[str, Any]) -> str:
     if spec.get("path"):
         return f"the model folder {spec['path']}"
     return f"the hub model {spec['hub']}" + (f" at revision {spec['revision']}" if spec.get("revision") else "")
-
-
-def reason(error: Exception) -> str:
-    """The first sentence of a library's message, without its full stop."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return brief((lines[0].split(". ")[0] if lines else type(error).__name__).rstrip(".:!"))
 
 
 def source(spec: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
@@ -69,6 +66,8 @@ def sentences(spec: Mapping[str, Any]) -> Iterator[None]:
     except Exception as error:  # of a config.json with other types than a model's code expects whatever that raises
         if out_of_memory(error):
             raise
+        if fault := config_fault(model_folder(spec), error, bool(spec.get("trust_remote_code"))):
+            raise fault from error
         kind = (
             "" if isinstance(error, (OSError, ValueError, RuntimeError, ImportError)) else f"{type(error).__name__}: "
         )
@@ -97,12 +96,26 @@ def check_names(
     if mismatched:
         raise InputError(
             f"The weights of {described(spec)} have {len(mismatched)} tensors of another shape than its "
-            f"config asks for: {few(mismatched)}."
+            f"config asks for: {few(mismatched)}{told_of(spec, model)}."
         )
     if missing:  # tied weights and buffers that the model computes are not among them
         raise InputError(
-            f"The weights of {described(spec)} lack {len(missing)} tensors of {type(model).__name__}: {few(missing)}."
+            f"The weights of {described(spec)} lack {len(missing)} tensors of {type(model).__name__}: "
+            f"{few(missing)}{told_of(spec, model)}."
         )
+
+
+def told_of(spec: Mapping[str, Any], model: nn.Module) -> str:
+    """The end of a sentence on tensors that are not the model's: what in its config.json may be the reason."""
+    file, config = read_json(model_folder(spec) / "config.json"), cast(Any, model.config)
+    own = config.get_text_config()
+    said = {own.attribute_map.get(key, key) for key in language_config(file)}
+    taken = [f"{key} ({value})" for key, value in own.to_dict().items() if key in DEFAULTED and key not in said]
+    kinds = file.get("architectures")
+    told = ""
+    if isinstance(kinds, list) and kinds and type(model).__name__ not in kinds:
+        told += f"; its config.json says that they are of {few(map(str, kinds))}"
+    return told + (f"; its config.json leaves {', '.join(taken)} to transformers' defaults" if taken else "")
 
 
 def check_used(spec: Mapping[str, Any], model: nn.Module, unused: Mapping[str, Tensor]) -> None:

@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from typing import Any
 
 LONGEST = 200  # characters that a sentence quotes of a value
+VALIDATION = re.compile(r"Class validation error for validator '\w+':\s+\w+: ")  # of huggingface_hub, two lines
 PLAIN_KEY = re.compile(r"[\w.:-]{1,100}")
 
 
@@ -12,6 +13,14 @@ def brief(text: str, longest: int = LONGEST) -> str:
     """The text in one line; of a long one the beginning and the end, which mostly says what was expected."""
     text = text if text.isprintable() else "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
     return text if len(text) <= longest else f"{text[: longest // 2]}...{text[-longest // 2 :]}"
+
+
+def reason(error: Exception) -> str:
+    """The first sentence of a library's message, without its full stop."""
+    # A KeyError's text is the key as Python writes it, or a sentence in quotes.
+    text = str(error.args[0]) if isinstance(error, KeyError) and " " in str(error) else str(error)
+    lines = [line.strip() for line in VALIDATION.sub("", text).splitlines() if line.strip()]
+    return brief((lines[0].split(". ")[0] if lines else type(error).__name__).rstrip(".:!"))
 
 
 def place(path: Iterable[Any]) -> str:

@@ -17,6 +17,7 @@ from layerwise.sources.hub import (
     read_json,
     readable,
 )
+from layerwise.sources.model_config import DEPTHS, check_config, language_config
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 PIPELINE = "tokenizer.json"  # a tokenizer as a whole: how a text is cut, and the tokens
@@ -28,7 +29,6 @@ TOKENIZER_FILES = (
     *(TOKENIZER_CONFIG, "special_tokens_map.json", "added_tokens.json"),
 )
 # How the config.json of a model calls the inputs of its layers: its width and that of its MLP.
-DEPTHS = ("num_hidden_layers", "n_layer", "num_layers")  # and the number of its blocks
 WIDTHS = (
     "hidden_size",
     "n_embd",
@@ -114,7 +114,9 @@ def own_code(folder: Path) -> bool:
 def check_weight_files(name: str, folder: Path) -> None:
     """Raise InputError when the weights are not whole, or the config.json asks for more blocks than they have tensors,
     with which a model would be made until no memory is left, or when they are codes of a quantiser."""
-    config = language_config(read_json(folder / "config.json"))
+    config = read_json(folder / "config.json")
+    check_config(folder / "config.json", config)
+    config = language_config(config)
     files = {path: check_safetensors(path) for path in weight_files(name, folder)}
     tensors = sum(map(len, files.values()))
     for key in DEPTHS:
@@ -149,12 +151,6 @@ def _model_config(spec: Spec) -> dict[str, Any]:
     if "path" not in spec:
         return {}
     return language_config(read_json(locate(spec["path"]) / "config.json"))
-
-
-def language_config(config: dict[str, Any]) -> dict[str, Any]:
-    """Of a config.json the part on the language model."""
-    own = config.get("text_config")
-    return own if own and isinstance(own, dict) else config
 
 
 def weight_files(name: str, folder: Path) -> list[Path]:

@@ -13,8 +13,9 @@ from typing import Any
 
 from layerwise.runtime.errors import InputError
 from layerwise.runtime.project import locate
-from layerwise.sources.checkpoint_files import DEPTHS, language_config, tensors_of, weight_files
+from layerwise.sources.checkpoint_files import tensors_of, weight_files
 from layerwise.sources.hub import Spec, read_json
+from layerwise.sources.model_config import CHOSEN, DEPTHS, EXPERTS, language_config
 
 BYTES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
 SAVED = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}  # as safetensors calls them
@@ -24,7 +25,6 @@ UNGATED = ("opt", "gpt2", "gpt_neox", "gptj", "bloom", "falcon", "phi", "starcod
 # Layers that have an input of their own; the others of a module that have as many inputs share theirs.
 LAST = ("o_proj", "out_proj", "c_proj", "down_proj", "dense", "dense_4h_to_h", "fc2", "fc_out", "w2", "wo")
 LAST += ("q_b_proj", "kv_b_proj")  # of queries, and of keys and values, that have a low rank
-EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")  # fields of their number
 NO_LINEAR = re.compile(r"norm|embed|rotary|router|(^|\.)(gate|wg)\.(\w+\.)?weight$|bias")
 
 
@@ -174,7 +174,7 @@ def _stands_turned(leaf: str, inputs: int, config: Mapping[str, Any]) -> bool:
 def _share(config: Mapping[str, Any]) -> float:
     """Of the tokens that an expert sees on average."""
     experts = _first(config, *EXPERTS)
-    chosen = _first(config, "num_experts_per_tok", "moe_top_k", "num_experts_per_token")
+    chosen = _first(config, *CHOSEN)
     return chosen / experts if experts and chosen else 1.0
 
 

@@ -17,7 +17,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from layerwise.runtime.errors import InputError
+from layerwise.runtime.sentences import reason
 from layerwise.sources.checkpoint_files import PIPELINE, TOKENIZER_CONFIG, check_vocabulary, model_folder, own_code
+from layerwise.sources.config_faults import config_fault
 from layerwise.sources.hub import Spec, read_json
 
 if TYPE_CHECKING:
@@ -59,8 +61,9 @@ def load_and_tell(model: Spec, documents: Sequence[str] = ()) -> tuple[PreTraine
         if surplus:
             tokenizer = by_class(model, folder, **dict.fromkeys(surplus))
     except Exception as error:  # the tokenizers library raises bare Exceptions
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".:")
-        raise InputError(f"The tokenizer of {name_of(model)} cannot be loaded: {reason}.") from error
+        if fault := config_fault(folder, error, bool(model.get("trust_remote_code"))):
+            raise fault from error
+        raise InputError(f"The tokenizer of {name_of(model)} cannot be loaded: {reason(error)}.") from error
     if file is None:
         return tokenizer, []
     replaced = [*(use_pipeline(tokenizer, file) if tokenizer.is_fast else []), *surplus]

@@ -1,0 +1,59 @@
+"""What a model's config.json says of its sizes, and those that no model has. Free of torch."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from layerwise.runtime.errors import InputError
+from layerwise.runtime.sentences import brief
+
+# How a config.json calls the number of a model's blocks, and other sizes that every model has.
+DEPTHS = ("num_hidden_layers", "n_layer", "num_layers")
+WIDTHS = ("hidden_size", "n_embd", "d_model")
+HEADS, SHARED_HEADS = ("num_attention_heads", "n_head"), "num_key_value_heads"
+EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
+CHOSEN = ("num_experts_per_tok", "moe_top_k", "num_experts_per_token")  # of them, that a token sees
+SIZES = (*DEPTHS, *WIDTHS, *HEADS, SHARED_HEADS, "vocab_size")
+DEFAULTED = (*DEPTHS, *WIDTHS, *HEADS, "vocab_size", "intermediate_size")  # where a config.json does not say them
+ZERO = (*HEADS, SHARED_HEADS)  # which a model without attention may say that it has none of
+
+
+def language_config(config: dict[str, Any]) -> dict[str, Any]:
+    """Of a config.json the part on the language model."""
+    own = config.get("text_config")
+    return own if own and isinstance(own, dict) else config
+
+
+def must_be(file: Path, key: str, what: str, value: Any, why: str = "") -> InputError:
+    """The error of a key: what its value must be, what it is, and perhaps why that is wrong."""
+    told = brief(json.dumps(value, ensure_ascii=False), 80)
+    return InputError(f"{key} in {file} must be {what}. Got {told} instead{why and f': {why}'}.")
+
+
+def first_size(config: Mapping[str, Any], keys: tuple[str, ...]) -> tuple[str, int] | None:
+    """The first of these keys that is an integer, with its value."""
+    return next(((key, config[key]) for key in keys if type(config.get(key)) is int), None)
+
+
+def may_be_size(value: Any, least: int) -> bool:
+    """Whether a model may have a value as a size: null is its class's default, a list has one for each layer."""
+    return value is None or isinstance(value, (list, dict)) or (type(value) is int and value >= least)
+
+
+def check_config(file: Path, config: dict[str, Any]) -> None:
+    """Raise InputError for a size in a config.json that no model has. config: the object in the file."""
+    if config.get("text_config") is not None and not isinstance(config["text_config"], dict):
+        raise must_be(file, "text_config", "an object", config["text_config"])
+    config = language_config(config)
+    for key in SIZES:
+        if not may_be_size(config.get(key), least=0 if key in ZERO else 1):
+            raise must_be(file, key, "a positive integer", config[key])
+    heads, shared = first_size(config, HEADS), config.get(SHARED_HEADS)
+    if heads and type(shared) is int and shared > 0 and heads[1] % shared:
+        raise must_be(file, SHARED_HEADS, f"a divisor of {heads[0]}, {heads[1]}", shared)
+    experts, chosen = first_size(config, EXPERTS), first_size(config, CHOSEN)
+    if experts and chosen and experts[1] > 0 and not 1 <= chosen[1] <= experts[1]:
+        raise must_be(file, chosen[0], f"from 1 to {experts[0]}, {experts[1]}", chosen[1])
