@@ -129,7 +129,10 @@ def capture(model: PreTrainedModel, blocks: Sequence[nn.Module], tokens: Tensor,
         with suppress(_Stop):
             model(input_ids=tokens, use_cache=False)
     if sorted(calls) != list(range(len(blocks))):
-        raise InputError(f"{type(model).__name__} called {len(calls)} of its {len(blocks)} blocks.")
+        raise InputError(
+            f"{type(model).__name__} must call each of its {len(blocks)} blocks once. It calls {len(calls)} of them "
+            "instead, so that it cannot be run one block after the other."
+        )
     return Pass(hidden[0], [calls[index] for index in range(len(blocks))], returned, any(extra))
 
 

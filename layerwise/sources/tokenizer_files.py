@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from layerwise.runtime.errors import InputError
-from layerwise.runtime.sentences import reason
+from layerwise.runtime.sentences import brief, reason
 from layerwise.sources.checkpoint_files import PIPELINE, TOKENIZER_CONFIG, check_vocabulary, model_folder, own_code
 from layerwise.sources.config_faults import config_fault
 from layerwise.sources.hub import Spec, read_json
@@ -31,6 +31,8 @@ PROBE = (
     "In 1905 and 20260714, 3.14159 or 1,000,000? Don't, you'll; naïve café Ångström ﬁne  two   blanks\t\ttabs\n\n"
     "\n lines\r\n 你好，世界 こんにちは мир שלום ١٢٣ 😀👩‍👩‍👧 e\u0301 def f(x):\n        return x_1**2  # end   "
 )
+BACKEND = "instantiate the backend tokenizer"  # of transformers' error where no class reads the files that there are
+PARTS = ("normalizer", "pre_tokenizer", "model", "post_processor", "decoder")  # of a pipeline
 SAMPLE = 100_000  # characters of a study's text on which ids are compared
 ADDED = "added_tokens.json"
 ADDING = (TOKENIZER_CONFIG, "special_tokens_map.json", ADDED)  # files that may name tokens which tokenizer.json lacks
@@ -63,7 +65,7 @@ def load_and_tell(model: Spec, documents: Sequence[str] = ()) -> tuple[PreTraine
     except Exception as error:  # the tokenizers library raises bare Exceptions
         if fault := config_fault(folder, error, bool(model.get("trust_remote_code"))):
             raise fault from error
-        raise InputError(f"The tokenizer of {name_of(model)} cannot be loaded: {reason(error)}.") from error
+        raise InputError(f"The tokenizer of {name_of(model)} cannot be loaded: {fault_of(folder, error)}.") from error
     if file is None:
         return tokenizer, []
     replaced = [*(use_pipeline(tokenizer, file) if tokenizer.is_fast else []), *surplus]
@@ -115,6 +117,24 @@ def _strings(value: Any) -> set[str]:
     return {value} if isinstance(value, str) else set()
 
 
+def fault_of(folder: Path, error: Exception) -> str:
+    """Why the library loads no tokenizer from a folder, in words that follow a colon; error: what it raised."""
+    try:
+        pipeline_of(folder)
+    except Exception as damaged:
+        return f"{folder / PIPELINE} must be what the tokenizers library writes, and it says {reason(damaged)!r}"
+    if isinstance(error, KeyError):
+        return f"a file of its own lacks the key {reason(error)}"
+    if BACKEND in str(error):  # a message of four lines that asks for sentencepiece or tiktoken, which would not help
+        config = folder / TOKENIZER_CONFIG
+        named = read_json(config).get("tokenizer_class") if config.is_file() else None
+        return (
+            f"without {PIPELINE} the tokenizer_class in {config} must be one that reads the other files. Got "
+            f"{brief(json.dumps(named), 80)} instead"
+        )
+    return reason(error)
+
+
 def name_of(model: Spec) -> str:
     """How sentences call a model whose tokenizer they are about."""
     return model["path"] if "path" in model else f"{model['hub']} at revision {model['revision']}"
@@ -154,7 +174,7 @@ def use_pipeline(tokenizer: Any, file: Tokenizer) -> list[str]:
     """Give a tokenizer the parts of a file's pipeline that it has otherwise; the names of these parts."""
     backend = tokenizer.backend_tokenizer
     own, wanted = json.loads(backend.to_str()), json.loads(file.to_str())
-    replaced = [part for part in ("normalizer", "pre_tokenizer", "model", "decoder") if own[part] != wanted[part]]
+    replaced = [part for part in PARTS if own[part] != wanted[part]]
     for part in replaced:
         setattr(backend, part, getattr(file, part))
     return replaced

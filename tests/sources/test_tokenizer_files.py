@@ -147,6 +147,27 @@ def test_a_vocabulary_that_is_not_read_is_named_before_any_job(tmp_path: Path, n
             call()
 
 
+@pytest.mark.parametrize(
+    ("files", "told"),
+    [
+        ({"tokenizer.json": "{}"}, "/tokenizer.json must be what the tokenizers library writes, and it says"),
+        ({"tokenizer.json": ""}, "/tokenizer.json must be what the tokenizers library writes, and it says"),
+        ({"tekken.json": "{}"}, "a file of its own lacks the key 'config'"),
+        ({"vocab.txt": "a\nb\n"}, "tokenizer_config.json must be one that reads the other files. Got null instead"),
+    ],
+    ids=str,
+)
+def test_files_of_which_no_tokenizer_is_made_are_told_without_a_library_to_install(tmp_path: Path, files, told: str):
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    with pytest.raises(InputError) as refused:
+        load_tokenizer({"path": str(tmp_path)})
+    sentence = str(refused.value)
+    assert told in sentence and sentence.endswith(".") and "\n" not in sentence
+    assert "sentencepiece" not in sentence.lower() and "tiktoken" not in sentence
+
+
 NAMED = "name one in its tokenizer_config.json, or leave the tasks out."
 TASK_TOKENS = [  # special tokens, and what is said to tasks that score choices and to those that generate
     ({}, "must have a bos_token or an eos_token for zero-shot tasks. Got neither", "must have a bos_token or an eos"),
