@@ -29,6 +29,7 @@ READ_ERRORS = (OSError, EOFError, zlib.error)
 # The steps of normalisation, in the order in which `normalised` names them.
 WIDE, MARK, RETURNS = ("UTF-32", "UTF-16"), "byte order mark", "line ends"
 STEPS = (*WIDE, MARK, RETURNS)
+FOREIGN = 0.01  # share of the lines from which on carriage returns are line ends of another system
 # Byte order marks of encodings that are known by theirs alone; that of UTF-32 begins with that of UTF-16.
 ENCODINGS = {
     codecs.BOM_UTF32_LE: "UTF-32",
@@ -73,7 +74,7 @@ def read_text(spec: Spec) -> Text:
         if separator and path.suffix in PLAIN_SUFFIXES:
             parts = read[0].split(separator)
             occurs = occurs or len(parts) > 1
-            read = [part for part in (normalise(part, done) for part in parts) if part.strip()]
+            read = [part for part in (without_marks(part, done) for part in parts) if part.strip()]
         found += read
     if separator and not occurs:  # it would all be one document, and of JSON or parquet it separates nothing
         raise InputError(
@@ -89,11 +90,18 @@ def read_text(spec: Spec) -> Text:
 def normalise(text: str, done: set[str]) -> str:
     """The text without byte order marks at its start or that of a line, each line end a "\\n".
 
+    Carriage returns in less than a hundredth of its lines are no system's line ends but what the text says, and stay.
     done: what was done is added to it, of STEPS.
     """
-    if "\r" in text:
+    returns = text.count("\r")
+    if returns and returns >= FOREIGN * text.count("\n"):
         text = RETURN.sub("\n", text)
         done.add(RETURNS)
+    return without_marks(text, done)
+
+
+def without_marks(text: str, done: set[str]) -> str:
+    """The text without byte order marks at its start or that of a line; done: as of `normalise`."""
     if "\ufeff" in text and (cleaned := MARKS.sub("", text)) != text:
         text = cleaned
         done.add(MARK)

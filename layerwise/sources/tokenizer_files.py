@@ -32,7 +32,7 @@ PROBE = (
     "\n lines\r\n 你好，世界 こんにちは мир שלום ١٢٣ 😀👩‍👩‍👧 e\u0301 def f(x):\n        return x_1**2  # end   "
 )
 BACKEND = "instantiate the backend tokenizer"  # of transformers' error where no class reads the files that there are
-PARTS = ("normalizer", "pre_tokenizer", "model", "post_processor", "decoder")  # of a pipeline
+PARTS = ("normalizer", "pre_tokenizer", "model", "decoder")  # of a pipeline, beside what it puts around a text
 SAMPLE = 100_000  # characters of a study's text on which ids are compared
 ADDED = "added_tokens.json"
 ADDING = (TOKENIZER_CONFIG, "special_tokens_map.json", ADDED)  # files that may name tokens which tokenizer.json lacks
@@ -171,12 +171,18 @@ def pipeline_of(folder: Path) -> Tokenizer | None:
 
 
 def use_pipeline(tokenizer: Any, file: Tokenizer) -> list[str]:
-    """Give a tokenizer the parts of a file's pipeline that it has otherwise; the names of these parts."""
+    """Give a tokenizer the parts of a file's pipeline that it has otherwise; the names of these parts.
+
+    A post-processor that puts the same tokens around a text counts as the same, whatever it does to offsets.
+    """
     backend = tokenizer.backend_tokenizer
     own, wanted = json.loads(backend.to_str()), json.loads(file.to_str())
     replaced = [part for part in PARTS if own[part] != wanted[part]]
-    for part in replaced:
+    around = backend.encode("").ids
+    for part in (*replaced, "post_processor"):
         setattr(backend, part, getattr(file, part))
+    if backend.encode("").ids != around:
+        replaced.append("post_processor")
     return replaced
 
 

@@ -189,6 +189,18 @@ def test_a_text_is_the_same_whatever_wrote_it(tmp_path, name):
     assert text_hash(read.documents, "\n\n") == text_hash([PLAIN], "\n\n")
 
 
+def test_carriage_returns_that_a_text_is_about_stay(tmp_path):
+    """As in a docstring on csv's line terminator, whose other line ends are this system's."""
+    lines = "".join(f"line {number}\n" for number in range(300))
+    about = f'{lines}\n\nincluding the "\r\n" of a row, and \rightarrow.\n{lines}'
+    read = read_text({"path": write(tmp_path / "a.txt", about.encode()), "separator": "\n\n\n"})
+    assert read.normalised == "" and "\n\n\n".join(read.documents) == about
+    assert len(read.documents) == 2
+    windows = about.replace("\r", "").replace("\n", "\r\n")
+    read = read_text({"path": write(tmp_path / "b.txt", windows.encode()), "separator": "\n\n\n"})
+    assert read.normalised == "line ends" and len(read.documents) == 2
+
+
 @pytest.mark.parametrize("name", ["string", "dictionary", "binary"])
 def test_rows_of_parquet_are_normalised(tmp_path, name):
     rows = [PLAIN, MARK + PLAIN, PLAIN.replace("\n", "\r\n")]

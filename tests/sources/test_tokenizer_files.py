@@ -50,7 +50,7 @@ def test_a_class_that_would_cut_otherwise_is_told(tmp_path: Path, capsys):
     assert capsys.readouterr().err == ""
 
 
-@pytest.mark.parametrize("kind", CLASSES)
+@pytest.mark.parametrize("kind", [*CLASSES, "GPTNeoXTokenizer", "RobertaTokenizer", "BertTokenizer"])
 @pytest.mark.parametrize("added", [True, False, None])
 @pytest.mark.parametrize("begins", [True, False])
 def test_tokens_around_a_text_are_those_of_the_file(tmp_path: Path, kind: str | None, added: bool | None, begins: bool):
