@@ -545,9 +545,8 @@ def test_wrong_arguments_of_a_model_are_one_sentence():
         "Calibration needs tokens [sequences, length] or a tokenizer. Got list instead.": {"tokenizer_or_tokens": [1]},
         "layers must fit names such as model.layers.0.self_attn.q_proj. Got '*.fc1' instead.": {"layers": "*.fc1"},
         "layers must choose at least one of the 14 linear layers. Got none instead.": {"layers": lambda name: False},
-        "Tokens must be integers [sequences, length], got torch.float32 [2, 24].": {
-            "tokenizer_or_tokens": batch.float()
-        },
+        "Tokens must be integers [sequences, length], of at least one sequence and two tokens. Got torch.float32 "
+        "[2, 24] instead.": {"tokenizer_or_tokens": batch.float()},
         "The tokens lie between 3 and 200, but the model embeds 0 to 95": {
             "tokenizer_or_tokens": batch.clone().fill_(3).index_fill_(1, torch.tensor([0]), 200)
         },

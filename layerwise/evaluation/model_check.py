@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -32,10 +33,13 @@ from layerwise.sources.hub import read_json
 from layerwise.sources.tokenizer_files import check_task_tokens, load_tokenizer
 from layerwise.sources.tokens import read_tokens
 
-WINDOW = 64  # tokens of the window; it is run twice, with another last token, by the library and by the walk
-# Largest difference of logits, as a share of the largest logit. The same operations on the same numbers give none;
-# other kernels for other shapes give some.
+WINDOW = 64  # tokens of the window, which is run three times, by the library and by the walk
+EARLY = 8  # token that the third run changes: a prefix that sees itself is seldom shorter
+# Largest difference of logits as a share of their size. The same operations on the same numbers give none; other
+# kernels for other shapes give some.
 TOLERANCE = {"float64": 1e-8, "float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2}
+SPREAD = 4  # median deviations of the logits from their median: the size of those that are smaller
+OUTSIDE = 0.25  # weights of linear layers that text passes outside the blocks, as a share of those inside
 
 
 def check_model(spec: Mapping[str, Any], tokens: Tensor, device: str | torch.device = "cpu") -> dict[str, Any]:
@@ -77,49 +81,71 @@ def check_walk(blocks: Blocks, reference: Blocks, tokens: Tensor) -> dict[str, A
     """The same for blocks that are walked through and the model whose own forward pass is right."""
     check_unshared(blocks.model)
     name = type(blocks.model).__name__
-    pair = window_pair(blocks, tokens)
-    expected = own_logits(reference, pair).double()
-    if not torch.isfinite(expected).all():  # float16 that overflows; the cells of such a model have diverged
-        return {"window": pair.shape[1], "finite": False}
-    tolerance, scale = TOLERANCE[dtype_name(blocks.model)], float(expected.abs().max())
-    ahead = float((expected[0, :-1] - expected[1, :-1]).abs().max()) / scale
-    if ahead > tolerance:
+    windows = window_variants(blocks, tokens)
+    # One at a time: a model whose sequences change each other differs from the walk, which runs them together.
+    expected = torch.cat([own_logits(reference, window) for window in windows.split(1)]).double()
+    length = windows.shape[1]
+    if not torch.isfinite(expected).any():  # the cells of such a model have diverged
+        return {"window": length, "finite": False}
+    tolerance = TOLERANCE[dtype_name(blocks.model)]
+    plain, last, early = expected
+    changed = {"another last token": (last, length - 1), f"another token {EARLY}": (early, min(EARLY, length - 1))}
+    ahead = {what: difference(plain[:place], other[:place], expected) for what, (other, place) in changed.items()}
+    what, most = max(ahead.items(), key=lambda found: found[1])
+    if not most <= tolerance:
         raise InputError(
-            f"{name} is not causal: another last token changes the logits before it by {ahead:.1e} of the largest, so "
-            "that its perplexity means nothing."
+            f"{name} is not causal: {what} changes the logits before it by {most:.1e} of their size, so that its "
+            "perplexity means nothing."
         )
-    walked = walk_logits(blocks, pair).double()
-    apart = float((walked - expected).abs().max()) / scale
+    apart = difference(walk_logits(blocks, windows).double(), expected, expected)
     if not apart <= tolerance:
         raise InputError(
             f"{name} is more than its blocks one after the other: the logits of the walk through {blocks.name} differ "
-            f"from the model's own by {apart:.1e} of the largest, and at most {tolerance:.0e} is rounding."
+            f"from the model's own by {apart:.1e} of their size, and at most {tolerance:.0e} is rounding."
         )
-    return {"window": pair.shape[1], "finite": True, "walk_difference": apart, "causality_difference": ahead}
+    return {"window": length, "finite": True, "walk_difference": apart, "causality_difference": most}
 
 
-def window_pair(blocks: Blocks, tokens: Tensor) -> Tensor:
-    """[2, length] the beginning of the first sequence, and the same with another last token."""
+def difference(one: Tensor, other: Tensor, logits: Tensor) -> float:
+    """The largest difference of two tensors of logits, each as a share of the size of the second.
+
+    The size of a logit is its distance from the median of `logits`, at least SPREAD median deviations from it: one that
+    a model masks with -1e9 or -Inf makes no others small. Infinite where not the same logits are finite.
+    """
+    finite = torch.isfinite(other)
+    if not torch.equal(torch.isfinite(one), finite):
+        return math.inf
+    if not finite.any():
+        return 0.0
+    known = logits[torch.isfinite(logits)]
+    middle = known.median()
+    spread = SPREAD * (known - middle).abs().median()
+    size = (other[finite] - middle).abs().clamp(min=float(spread) or 1.0)
+    return float(((one[finite] - other[finite]).abs() / size).max())
+
+
+def window_variants(blocks: Blocks, tokens: Tensor) -> Tensor:
+    """[3, length] the beginning of the first sequence, with another last token, and with another token EARLY."""
     check_tokens(blocks.model, tokens)
-    window = tokens[0, :WINDOW]
-    other = window.clone()
-    other[-1] = (other[-1] + 1) % vocabulary(blocks.model)
-    return torch.stack([window, other])
+    windows = tokens[:1, :WINDOW].repeat(3, 1)
+    for row, place in ((1, -1), (2, min(EARLY, windows.shape[1] - 1))):
+        windows[row, place] = (windows[row, place] + 1) % vocabulary(blocks.model)
+    return windows
 
 
 def own_logits(blocks: Blocks, tokens: Tensor) -> Tensor:
     """[sequences, length, vocabulary] the library's own forward pass, on the CPU.
 
-    Raises InputError unless it calls every block exactly once, in order, and no other list of blocks.
+    Raises InputError unless it calls every block exactly once, in order, and few linear layers beside them.
     """
     name, calls = type(blocks.model).__name__, list[int]()
-    elsewhere = list[str]()
+    beside = dict[str, nn.Module]()
     with ExitStack() as stack:
         for index, block in enumerate(blocks.modules):
             hook = block.register_forward_pre_hook(lambda *_, index=index: calls.append(index))
             stack.callback(hook.remove)
-        for other, module in linears_of_other_lists(blocks):
-            hook = module.register_forward_pre_hook(lambda *_, other=other: elsewhere.append(other))
+        for other, module in linears_outside(blocks):
+            hook = module.register_forward_pre_hook(lambda found, _, other=other: beside.update({other: found}))
             stack.callback(hook.remove)
         with blocks.outside():
             logits = blocks.model(input_ids=tokens.to(blocks.device), use_cache=False).logits.to("cpu")
@@ -130,23 +156,35 @@ def own_logits(blocks: Blocks, tokens: Tensor) -> Tensor:
         times = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
         how = "in another order" if counts == [1] else f"{times} times"
         raise InputError(f"{name} must call each block of {blocks.name} once, in order. It calls them {how} instead.")
-    if elsewhere:
-        raise InputError(
-            f"{name} must have one list of blocks, {blocks.name}. It also has {few(set(elsewhere))}, which would not "
-            "be compressed."
-        )
+    check_beside(blocks, beside)
     return logits
 
 
-def linears_of_other_lists(blocks: Blocks) -> list[tuple[str, nn.Module]]:
-    """Name of the list, and linear layer, of all that lies in lists of modules other than the blocks."""
-    return [
-        (name, module)
-        for name, modules in block_lists(blocks.model)
-        if modules is not blocks.modules
-        for module in modules.modules()
-        if is_linear(module)
-    ]
+def check_beside(blocks: Blocks, beside: Mapping[str, nn.Module]) -> None:
+    """Raise InputError for a second list of blocks, or where much of what text passes lies outside the blocks.
+
+    beside: name -> linear layer outside the blocks that text passes.
+    """
+    name = type(blocks.model).__name__
+    lists = {other for other, _ in block_lists(blocks.model)}
+    if second := {other for other in lists if any(layer.startswith(f"{other}.") for layer in beside)}:
+        raise InputError(
+            f"{name} must have one list of blocks, {blocks.name}. It also has {few(second)}, which would not be "
+            "compressed."
+        )
+    inside = sum(layer.get_parameter("weight").numel() for layer in filter(is_linear, blocks.modules.modules()))
+    outside = sum(layer.get_parameter("weight").numel() for layer in beside.values())
+    if outside > OUTSIDE * inside > 0:
+        raise InputError(
+            f"{name} must have its linear layers in {blocks.name}, which are compressed. It also passes {few(beside)}, "
+            f"with {outside / inside:.0%} of the weights there."
+        )
+
+
+def linears_outside(blocks: Blocks) -> list[tuple[str, nn.Module]]:
+    """Name and linear layer of all that lie outside the blocks, the output embedding apart."""
+    own = set(blocks.modules.modules()) | {blocks.model.get_output_embeddings()}
+    return [(name, module) for name, module in blocks.model.named_modules() if is_linear(module) and module not in own]
 
 
 def walk_logits(blocks: Blocks, tokens: Tensor) -> Tensor:

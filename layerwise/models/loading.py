@@ -100,7 +100,7 @@ def check_names(
         )
     if missing:  # tied weights and buffers that the model computes are not among them
         raise InputError(
-            f"The weights of {described(spec)} lack {len(missing)} tensors of {type(model).__name__}: "
+            f"The weights of {described(spec)} lack tensors of {type(model).__name__}: "
             f"{few(missing)}{told_of(spec, model)}."
         )
 
@@ -184,11 +184,11 @@ def load(
     model, info = loaded
     check_names(spec, model, [key for key, *_ in info["mismatched_keys"]], info["missing_keys"])
     check_used(spec, model, {key: shards.empty[key] for key in info["unexpected_keys"]})
-    check_finite(spec, model.named_parameters())
+    check_finite(spec, model.state_dict().items())
     if compute_dtype and compute_dtype != spec["dtype"]:
         keep_as_stored(model, getattr(torch, spec["dtype"]), options["trust_remote_code"])
         round_as_stored(model)
-        check_finite(spec, model.named_parameters())  # what float16 cannot hold
+        check_finite(spec, model.state_dict().items())  # what float16 cannot hold
     return model.to(device).eval().requires_grad_(False)
 
 
@@ -222,8 +222,11 @@ def vocabulary(model: PreTrainedModel) -> int:
 
 def check_tokens(model: PreTrainedModel, tokens: Tensor) -> None:
     """Raise InputError when the tokens [sequences, length] cannot be those of the model."""
-    if tokens.ndim != 2 or tokens.numel() == 0 or tokens.is_floating_point():
-        raise InputError(f"Tokens must be integers [sequences, length], got {tokens.dtype} {list(tokens.shape)}.")
+    if tokens.ndim != 2 or not len(tokens) or tokens.shape[1] < 2 or tokens.is_floating_point():
+        raise InputError(
+            "Tokens must be integers [sequences, length], of at least one sequence and two tokens. "
+            f"Got {tokens.dtype} {list(tokens.shape)} instead."
+        )
     words, low, high = vocabulary(model), int(tokens.min()), int(tokens.max())
     if low < 0 or high >= words:
         raise InputError(

@@ -41,6 +41,11 @@ class Shards:
                         raise SafetensorError(f"{key} is of dtype {part.get_dtype()}, which no model is read in")
                     if key in seen:
                         self.repeated.add(key)
+                        if key not in chosen:
+                            raise InputError(
+                                f"One file of the model {name!r} must hold {key}, or its index say which. Got it in "
+                                f"{self._file_of[key].name} and {path.name} instead."
+                            )
                     seen.add(key)
                     if chosen.get(key, path.name) == path.name:
                         self._file_of[key] = path

@@ -110,7 +110,7 @@ class LazyBlocks(Blocks):
         absent = frozenset(info.missing_keys)
         model.tie_weights(missing_keys=info.missing_keys, recompute_mapping=False)  # takes those that it ties out
         model._adjust_missing_and_unexpected_keys(info)
-        missing = info.missing_keys - {key for key, _ in model.named_buffers()}
+        missing = info.missing_keys & set(model.state_dict())  # buffers that are not saved, a model computes
         check_names(self._spec, model, {key for key, *_ in info.mismatched_keys}, missing)
         check_used(self._spec, model, {key: self._shards.empty[key] for key in info.unexpected_keys})
         return absent
@@ -179,7 +179,8 @@ class LazyBlocks(Blocks):
         read.requires_grad_(False)
         round_as_stored(read)
         prefix = "" if index is None else f"{self.name}.{index}."
-        check_finite(self._spec, ((prefix + key, own) for key, own in read.named_parameters() if not own.is_meta))
+        held = read.state_dict().items()  # parameters, and buffers that files hold, such as the bias of a router
+        check_finite(self._spec, ((prefix + key, own) for key, own in held if not own.is_meta))
         if index is not None and self._write:
             self._write(index, read)
 

@@ -42,6 +42,9 @@ WIDTHS = (
 Header = tuple[str, tuple[int, ...], str]  # name, shape and dtype of a tensor
 FLOATING = ("F64", "F32", "F16", "BF16")  # beginnings of dtypes: the formats of eight bits begin otherwise
 QUANTISED_FILES = ("hf_quant_config.json", "quantize_config.json", "quant_config.json", "qmodel_config.json")
+CODES = ("I8", "U8", "F8", "F6", "F4")  # beginnings of the dtypes of codes, whatever the tensor is called
+MASKS = (".attn.bias", ".attention.bias", ".masked_bias")  # ends of names of masks, which older versions saved
+ADAPTER = "adapter_config.json"  # of peft, beside weights that are not those of the model alone
 LONGEST_HEADER = 100_000_000  # bytes, the limit of the safetensors format
 BITS = {"F64": 64, "F32": 32, "F16": 16, "BF16": 16, "I64": 64, "I32": 32, "I16": 16, "I8": 8, "U8": 8, "BOOL": 8}
 BITS |= {"U64": 64, "U32": 32, "U16": 16, "C64": 64, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F4": 4}
@@ -211,6 +214,11 @@ def check_floating(name: str, folder: Path, files: Mapping[Path, Sequence[Header
 
     files: the tensors of each of the model's files.
     """
+    if (folder / ADAPTER).is_file():
+        raise InputError(
+            f"The model {name!r} must hold whole weights. Got an adapter of others instead, {folder / ADAPTER}: merge "
+            "it first."
+        )
     for other in QUANTISED_FILES:
         if (folder / other).is_file():
             raise InputError(
@@ -218,7 +226,8 @@ def check_floating(name: str, folder: Path, files: Mapping[Path, Sequence[Header
             )
     for path, tensors in files.items():
         for tensor, shape, dtype in tensors:
-            if len(shape) > 1 and tensor.endswith("weight") and not dtype.startswith(FLOATING):
+            narrow = dtype.startswith(CODES) and not tensor.endswith(MASKS)
+            if len(shape) > 1 and not dtype.startswith(FLOATING) and (narrow or tensor.endswith("weight")):
                 raise InputError(
                     f"The model {name!r} must be in floating point. Got {tensor} of dtype {dtype} in {path} instead."
                 )

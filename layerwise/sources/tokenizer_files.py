@@ -67,6 +67,7 @@ def load_and_tell(model: Spec, documents: Sequence[str] = ()) -> tuple[PreTraine
             raise fault from error
         raise InputError(f"The tokenizer of {name_of(model)} cannot be loaded: {fault_of(folder, error)}.") from error
     if file is None:
+        check_vocabulary_is_taken(tokenizer, folder)
         return tokenizer, []
     replaced = [*(use_pipeline(tokenizer, file) if tokenizer.is_fast else []), *surplus]
     if replaced:
@@ -79,6 +80,29 @@ def load_and_tell(model: Spec, documents: Sequence[str] = ()) -> tuple[PreTraine
     for text in (PROBE, beginning(documents)):
         check_ids(tokenizer, file, folder, text)
     return tokenizer, replaced
+
+
+def check_vocabulary_is_taken(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Raise InputError when a tokenizer of a folder without tokenizer.json has not taken the vocabulary that is there.
+
+    A class of another kind reads other files, and then makes a vocabulary of its special tokens alone.
+    """
+    if own_code(folder):
+        return
+    if (folder / "vocab.json").is_file():
+        name, wanted = "vocab.json", read_json(folder / "vocab.json")
+    elif (folder / "vocab.txt").is_file():
+        lines = (folder / "vocab.txt").read_text("utf-8").split("\n")
+        name, wanted = "vocab.txt", {line: number for number, line in enumerate(lines) if line}
+    else:
+        return
+    own = tokenizer.get_vocab()
+    other = next((token for token, number in wanted.items() if own.get(token) != number), None)
+    if other is not None:
+        raise InputError(
+            f"The tokenizer of {folder} must have the tokens of its {name}. Got {own.get(other)} instead of "
+            f"{wanted[other]} for {brief(repr(other))}, of {type(tokenizer).__name__}: add the publisher's {PIPELINE}."
+        )
 
 
 def by_class(model: Spec, folder: Path, **special: None) -> PreTrainedTokenizerBase:

@@ -151,6 +151,43 @@ def test_a_leak_of_one_block_is_seen():
         check_walk(Blocks(model), Blocks(model), tokens(2))
 
 
+@pytest.mark.parametrize("masked", [-1e9, float("-inf")])
+@pytest.mark.parametrize("leaks", [False, True])
+def test_a_masked_logit_hides_no_leak(masked: float, leaks: bool):
+    model = cast(Any, shaken(build("llama")))
+    share = 0.01 if leaks else 0.0
+    model.model.layers[1].mlp.register_forward_hook(lambda _, args, out: out + share * args[0].mean(1, keepdim=True))
+    model.lm_head.register_forward_hook(lambda _, args, out: out.index_fill(-1, torch.tensor([0, 7]), masked))
+    with pytest.raises(InputError, match="is not causal") if leaks else nullcontext():
+        found = check_walk(Blocks(model), Blocks(model), tokens(2))
+        assert found["finite"] and found["walk_difference"] <= 1e-6
+
+
+def test_a_prefix_that_sees_itself_is_seen():
+    model = cast(Any, shaken(build("llama")))
+
+    def leak(_: nn.Module, args: Any, out: Tensor) -> Tensor:
+        return torch.cat([out[:, :16] + out[:, :16].mean(1, keepdim=True), out[:, 16:]], 1)
+
+    model.model.layers[0].mlp.register_forward_hook(leak)
+    with pytest.raises(InputError, match="is not causal: another token 8 changes the logits before it"):
+        check_walk(Blocks(model), Blocks(model), tokens(2))
+
+
+def test_sequences_that_change_each_other_are_seen():
+    model = cast(Any, shaken(build("llama")))
+    model.model.embed_tokens.register_forward_hook(lambda _, args, out: out - out.mean(0, keepdim=True))
+    with pytest.raises(InputError, match="is more than its blocks one after the other"):
+        check_walk(Blocks(model), Blocks(model), tokens(2))
+
+
+def test_layers_behind_the_blocks_are_no_part_of_them():
+    model = cast(Any, shaken(build("llama")))
+    model.model.norm = nn.Sequential(model.model.norm, nn.Linear(32, 400), nn.Linear(400, 32))
+    with pytest.raises(InputError, match="must have its linear layers in model.layers, which are compressed. It also"):
+        check_walk(Blocks(model), Blocks(model), tokens(2))
+
+
 def test_the_library_refuses_them_too():
     with pytest.raises(InputError, match="is not causal"):
         layerwise.compress_model(tiny("bert"), tokens(4), "2:4", "magnitude")
@@ -204,6 +241,51 @@ def test_codes_are_no_weights(tmp_path: Path):
     with pytest.raises(InputError, match=f"must be in floating point. Got {name} of dtype I8"):
         checkpoint_files.check_weight_files("tiny", tmp_path)
     with pytest.raises(InputError, match=f"must be in floating point. Got {name} of dtype I8"):
+        LazyBlocks(spec)
+
+
+def test_codes_of_experts_are_no_weights(tmp_path: Path):
+    spec = saved(tmp_path, build("gpt_oss"))
+    name = "model.layers.0.mlp.experts.gate_up_proj"
+    rewrite(tmp_path, lambda tensors: tensors.update({name: (50 * tensors[name]).to(torch.int8)}))
+    with pytest.raises(InputError, match=f"must be in floating point. Got {name} of dtype I8"):
+        LazyBlocks(spec)
+
+
+@pytest.mark.parametrize("make", [LazyBlocks, load])
+def test_a_buffer_of_the_files_is_a_weight(tmp_path: Path, make: Callable[[dict[str, str]], Any]):
+    """The bias of DeepSeek V3's router decides which experts are run."""
+    name = "model.layers.1.mlp.gate.e_score_correction_bias"
+    spec = saved(tmp_path, build("deepseek_v3"))
+    rewrite(tmp_path, lambda tensors: tensors.update({name: tensors[name] * float("nan")}))
+    with pytest.raises(InputError, match=f"are not finite: {name} has NaN or Inf"):
+        blocks = make(spec)
+        with blocks.open(1):
+            pass
+    rewrite(tmp_path, lambda tensors: tensors.pop(name))
+    with pytest.raises(InputError, match=f"lack tensors of DeepseekV3ForCausalLM: {name}"):
+        make(spec)
+
+
+def test_an_adapter_beside_the_weights_is_refused(tmp_path: Path):
+    spec = saved(tmp_path, build("llama"))
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(InputError, match="must hold whole weights. Got an adapter of others instead"):
+        LazyBlocks(spec)
+
+
+def test_a_tensor_of_two_files_that_no_index_names_is_refused(tmp_path: Path):
+    spec = saved(tmp_path, build("llama"), max_shard_size="20KB")
+    index = tmp_path / "model.safetensors.index.json"
+    found = json.loads(index.read_text())
+    files = list(found["weight_map"].values())
+    name, file = next((name, file) for name, file in found["weight_map"].items() if files.count(file) > 1)
+    other = next(path for path in found["weight_map"].values() if path != file)
+    tensors = load_file(tmp_path / other) | {name: load_file(tmp_path / file)[name]}
+    save_file(tensors, tmp_path / other, metadata={"format": "pt"})
+    del found["weight_map"][name]
+    index.write_text(json.dumps(found))
+    with pytest.raises(InputError, match=f"must hold {name}, or its index say which. Got it in model-"):
         LazyBlocks(spec)
 
 

@@ -193,5 +193,5 @@ def test_an_encoder_is_called_one(tmp_path: Path):
         "intermediate_size": 48,
     }
     BertModel(BertConfig(vocab_size=96, **small)).save_pretrained(tmp_path)
-    with pytest.raises(InputError, match=r"lack 6 tensors of BertLMHeadModel.*says that they are of BertModel\.$"):
+    with pytest.raises(InputError, match=r"lack tensors of BertLMHeadModel.*says that they are of BertModel\.$"):
         load({"path": str(tmp_path)})

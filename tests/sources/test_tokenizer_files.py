@@ -168,6 +168,17 @@ def test_files_of_which_no_tokenizer_is_made_are_told_without_a_library_to_insta
     assert "sentencepiece" not in sentence.lower() and "tiktoken" not in sentence
 
 
+@pytest.mark.parametrize("kind", ["GemmaTokenizer", "LlamaTokenizer"])
+def test_a_class_that_does_not_take_the_vocabulary_is_refused(tmp_path: Path, kind: str):
+    own = write(tmp_path, byte_level, "opt", tokenizer_class="GPT2Tokenizer")
+    own.model.save(str(tmp_path))
+    (tmp_path / "tokenizer.json").unlink()
+    assert load_tokenizer({"path": str(tmp_path)})
+    set_config(tmp_path, tokenizer_class=kind)
+    with pytest.raises(InputError, match=r"must have the tokens of its vocab.json. Got .* instead of "):
+        load_tokenizer({"path": str(tmp_path)})
+
+
 NAMED = "name one in its tokenizer_config.json, or leave the tasks out."
 TASK_TOKENS = [  # special tokens, and what is said to tasks that score choices and to those that generate
     ({}, "must have a bos_token or an eos_token for zero-shot tasks. Got neither", "must have a bos_token or an eos"),
