@@ -197,6 +197,15 @@ def test_paths_reach_no_shell(study):
     assert not list(study.folder.rglob("*.part")) and not list(study.folder.rglob("failed-*.json"))
 
 
+def test_every_model_was_checked_before_it_was_compressed(study):
+    models = [path.name for path in (study.folder / "results/cells").iterdir()]
+    for model in models:
+        record = study.folder / f"results/checks/{model}.json"
+        assert json.loads(record.read_text("utf-8"))["finite"]
+        cells = (study.folder / f"results/cells/{model}").rglob("layers.parquet")
+        assert record.stat().st_mtime <= min(path.stat().st_mtime for path in cells)
+
+
 def test_weights_are_temporary(study):
     assert not list(study.folder.rglob("weights.safetensors"))
 
