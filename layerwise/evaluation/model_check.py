@@ -145,7 +145,7 @@ def own_logits(blocks: Blocks, tokens: Tensor) -> Tensor:
             hook = block.register_forward_pre_hook(lambda *_, index=index: calls.append(index))
             stack.callback(hook.remove)
         for other, module in linears_outside(blocks):
-            hook = module.register_forward_pre_hook(lambda found, _, other=other: beside.update({other: found}))
+            hook = module.register_forward_pre_hook(lambda *_, layer=(other, module): beside.update([layer]))
             stack.callback(hook.remove)
         with blocks.outside():
             logits = blocks.model(input_ids=tokens.to(blocks.device), use_cache=False).logits.to("cpu")

@@ -122,7 +122,7 @@ def floor_awq(layer: Layer, target: Target) -> None:
     for _ in range(RATIOS):
         floor_product(layer)
     for _ in range(RANGES):
-        weight @ tokens.mT
+        torch.matmul(weight, tokens.mT)
 
 
 def baseline_admm(layer: Layer, target: Target, iterations: int) -> Tensor:

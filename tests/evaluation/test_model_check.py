@@ -262,7 +262,7 @@ def test_a_buffer_of_the_files_is_a_weight(tmp_path: Path, make: Callable[[dict[
         blocks = make(spec)
         with blocks.open(1):
             pass
-    rewrite(tmp_path, lambda tensors: tensors.pop(name))
+    rewrite(tmp_path, lambda tensors: tensors.__delitem__(name))
     with pytest.raises(InputError, match=f"lack tensors of DeepseekV3ForCausalLM: {name}"):
         make(spec)
 
