@@ -88,16 +88,19 @@ def check_walk(blocks: Blocks, reference: Blocks, tokens: Tensor) -> dict[str, A
     if not torch.isfinite(expected).any():  # the cells of such a model have diverged
         return {"window": length, "finite": False}
     tolerance = TOLERANCE[dtype_name(blocks.model)]
-    plain, last, early = expected
-    changed = {"another last token": (last, length - 1), f"another token {EARLY}": (early, min(EARLY, length - 1))}
-    ahead = {what: difference(plain[:place], other[:place], expected) for what, (other, place) in changed.items()}
+    size = logit_size(expected)
+    names = ("another last token", f"another token {EARLY}")
+    ahead = {
+        what: difference(expected[0, :place], other[:place], size[0, :place])
+        for what, other, place in zip(names, expected[1:], changed_places(length), strict=True)
+    }
     what, most = max(ahead.items(), key=lambda found: found[1])
     if not most <= tolerance:
         raise InputError(
             f"{name} is not causal: {what} changes the logits before it by {most:.1e} of their size, so that its "
             "perplexity means nothing."
         )
-    apart = difference(walk_logits(blocks, windows).double(), expected, expected)
+    apart = difference(walk_logits(blocks, windows).double(), expected, size)
     if not apart <= tolerance:
         raise InputError(
             f"{name} is more than its blocks one after the other: the logits of the walk through {blocks.name} differ "
@@ -106,29 +109,40 @@ def check_walk(blocks: Blocks, reference: Blocks, tokens: Tensor) -> dict[str, A
     return {"window": length, "finite": True, "walk_difference": apart, "causality_difference": most}
 
 
-def difference(one: Tensor, other: Tensor, logits: Tensor) -> float:
-    """The largest difference of two tensors of logits, each as a share of the size of the second.
+def logit_size(logits: Tensor) -> Tensor:
+    """The size of each logit: its distance from the median of all, at least SPREAD median deviations.
 
-    The size of a logit is its distance from the median of `logits`, at least SPREAD median deviations from it: one that
-    a model masks with -1e9 or -Inf makes no others small. Infinite where not the same logits are finite.
+    A logit that a model masks with -1e9 or -Inf does not make the others small.
+    """
+    known = logits[torch.isfinite(logits)]
+    middle = known.median()
+    spread = SPREAD * (known - middle).abs().median()
+    return (logits - middle).abs().clamp(min=float(spread) or 1.0)
+
+
+def difference(one: Tensor, other: Tensor, size: Tensor) -> float:
+    """The largest difference of two tensors of logits, as a share of their sizes.
+
+    Infinite where not the same logits are finite.
     """
     finite = torch.isfinite(other)
     if not torch.equal(torch.isfinite(one), finite):
         return math.inf
     if not finite.any():
         return 0.0
-    known = logits[torch.isfinite(logits)]
-    middle = known.median()
-    spread = SPREAD * (known - middle).abs().median()
-    size = (other[finite] - middle).abs().clamp(min=float(spread) or 1.0)
-    return float(((one[finite] - other[finite]).abs() / size).max())
+    return float(((one[finite] - other[finite]).abs() / size[finite]).max())
+
+
+def changed_places(length: int) -> tuple[int, int]:
+    """Where the second and the third window have another token."""
+    return length - 1, min(EARLY, length - 1)
 
 
 def window_variants(blocks: Blocks, tokens: Tensor) -> Tensor:
     """[3, length] the beginning of the first sequence, with another last token, and with another token EARLY."""
     check_tokens(blocks.model, tokens)
     windows = tokens[:1, :WINDOW].repeat(3, 1)
-    for row, place in ((1, -1), (2, min(EARLY, windows.shape[1] - 1))):
+    for row, place in enumerate(changed_places(windows.shape[1]), 1):
         windows[row, place] = (windows[row, place] + 1) % vocabulary(blocks.model)
     return windows
 

@@ -31,8 +31,8 @@ if TYPE_CHECKING:
     from layerwise.evaluation.cache import Evaluation
     from layerwise.models.streaming import LazyBlocks
 
-# lm-eval's perplexity, of answers or per word, is another than the cells' own.
 GENERATING = "generate_until"  # lm-eval's type of the tasks that have the model write
+# lm-eval's perplexity, of answers or per word, is another than the cells' own.
 RENAMED = {"perplexity": "answer_perplexity"}
 
 

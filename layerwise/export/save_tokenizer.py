@@ -9,7 +9,7 @@ from pathlib import Path
 
 from layerwise.runtime.files import write_atomic
 from layerwise.sources.checkpoint_files import PIPELINE, TOKENIZER_CONFIG, TOKENIZER_FILES, model_folder
-from layerwise.sources.hub import Spec, read_json
+from layerwise.sources.hub import Spec, optional_json
 from layerwise.sources.tokenizer_files import PROBE, by_class, load_and_tell
 
 PLAIN = "PreTrainedTokenizerFast"  # the class that reads tokenizer.json as it is
@@ -19,8 +19,8 @@ def copy_tokenizer(model: Spec, folder: Path) -> None:
     """Copy a model's tokenizer files into a folder, so that AutoTokenizer of it gives the study's ids.
 
     Where the class that the model's folder names would not, the copy of tokenizer_config.json names the class that
-    reads tokenizer.json as it is. transformers overrules that for some model types; stderr is told then. Raises
-    InputError when the tokenizer cannot be loaded.
+    reads tokenizer.json as it is. For some model types transformers ignores that name: then a line on stderr says how
+    to load the tokenizer. Raises InputError when it cannot be loaded.
     """
     source = model_folder(model)
     for name in (*TOKENIZER_FILES, "chat_template.jinja"):
@@ -32,7 +32,7 @@ def copy_tokenizer(model: Spec, folder: Path) -> None:
     if not replaced:
         return
     path = folder / TOKENIZER_CONFIG
-    config = read_json(path) if path.is_file() else {}
+    config = optional_json(path)
     lacking = {name: token for name, token in tokenizer.special_tokens_map.items() if not config.get(name)}
     config |= {**lacking, "tokenizer_class": PLAIN}
     write_atomic(path, json.dumps(config, indent=2, ensure_ascii=False) + "\n")

@@ -18,12 +18,11 @@ from layerwise.models.stored_dtypes import mark, native_dtypes, round_as_stored,
 from layerwise.models.structure import few
 from layerwise.runtime.errors import InputError, out_of_memory
 from layerwise.runtime.sentences import reason
-from layerwise.sources.checkpoint_files import check_weight_files, model_folder
+from layerwise.sources.checkpoint_files import check_weight_files, model_folder, recomputed
 from layerwise.sources.config_faults import config_fault
 from layerwise.sources.hub import read_json
 from layerwise.sources.model_config import DEFAULTED, language_config
 
-RECOMPUTED = (".masked_bias", ".inv_freq", ".position_ids", ".cos_cached", ".sin_cached")  # ends of buffers' names
 OF_QUANTISED = ("scale", "zero", "qweight", "g_idx", "absmax", "quant_state", "quant_map", "packed")
 EXPERTS = "eager"  # transformers' experts that multiply one expert after the other, by torch's own products
 
@@ -124,19 +123,13 @@ def check_used(spec: Mapping[str, Any], model: nn.Module, unused: Mapping[str, T
     unused: name in the files -> tensor of the shape and dtype there; those that the model's class ignores are not
     among them.
     """
-    names = [name for name, tensor in unused.items() if not recomputed(name, tensor)]
+    names = [name for name, tensor in unused.items() if not recomputed(name, tensor.shape)]
     if names:
         advice = ": they belong to a quantised model, and one in floating point is needed" if quantised(names) else ""
         raise InputError(
             f"The weights of {described(spec)} hold {len(names)} tensors that {type(model).__name__} does not take: "
             f"{few(names)}{advice}."
         )
-
-
-def recomputed(name: str, tensor: Tensor) -> bool:
-    """Whether a tensor of a file is none of the weights: a mask or positions, which older versions saved with them."""
-    mask = tensor.ndim == 4 and tensor.shape[:2] == (1, 1) and tensor.shape[2] == tensor.shape[3]
-    return mask or name.endswith(RECOMPUTED)
 
 
 def quantised(names: Iterable[str]) -> bool:

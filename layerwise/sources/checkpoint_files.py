@@ -14,6 +14,7 @@ from layerwise.sources.hub import (
     Spec,
     check_hub,
     fetch_model,
+    optional_json,
     read_json,
     readable,
 )
@@ -29,7 +30,7 @@ TOKENIZER_FILES = (
     *(TOKENIZER_CONFIG, "special_tokens_map.json", "added_tokens.json"),
 )
 # How the config.json of a model calls the inputs of its layers: its width and that of its MLP.
-WIDTHS = (
+LAYER_INPUTS = (
     "hidden_size",
     "n_embd",
     "n_embed",
@@ -43,7 +44,7 @@ Header = tuple[str, tuple[int, ...], str]  # name, shape and dtype of a tensor
 FLOATING = ("F64", "F32", "F16", "BF16")  # beginnings of dtypes: the formats of eight bits begin otherwise
 QUANTISED_FILES = ("hf_quant_config.json", "quantize_config.json", "quant_config.json", "qmodel_config.json")
 CODES = ("I8", "U8", "F8", "F6", "F4")  # beginnings of the dtypes of codes, whatever the tensor is called
-MASKS = (".attn.bias", ".attention.bias", ".masked_bias")  # ends of names of masks, which older versions saved
+RECOMPUTED = (".masked_bias", ".inv_freq", ".position_ids", ".cos_cached", ".sin_cached")  # ends of buffers' names
 ADAPTER = "adapter_config.json"  # of peft, beside weights that are not those of the model alone
 LONGEST_HEADER = 100_000_000  # bytes, the limit of the safetensors format
 BITS = {"F64": 64, "F32": 32, "F16": 16, "BF16": 16, "I64": 64, "I32": 32, "I16": 16, "I8": 8, "U8": 8, "BOOL": 8}
@@ -110,7 +111,7 @@ def check_vocabulary(subject: str, folder: Path) -> None:
 def own_code(folder: Path) -> bool:
     """Whether the tokenizer of a folder is code beside it, which runs with trust_remote_code alone."""
     path = folder / TOKENIZER_CONFIG
-    mapped = read_json(path).get("auto_map") if path.is_file() else None
+    mapped = optional_json(path).get("auto_map")
     return isinstance(mapped, list) or (isinstance(mapped, dict) and bool(mapped.get("AutoTokenizer")))
 
 
@@ -143,7 +144,7 @@ def layer_inputs(spec: Spec) -> list[int]:
     """Inputs that the layers of a local model have, as far as its config.json says; none for a hub model."""
     config = _model_config(spec)
     heads, length = config.get("num_attention_heads"), config.get("head_dim")
-    found = [config.get(key) for key in WIDTHS]
+    found = [config.get(key) for key in LAYER_INPUTS]
     if isinstance(heads, int) and isinstance(length, int):
         found.append(heads * length)  # of the attention's output projection
     return sorted({size for size in found if isinstance(size, int)})
@@ -226,11 +227,17 @@ def check_floating(name: str, folder: Path, files: Mapping[Path, Sequence[Header
             )
     for path, tensors in files.items():
         for tensor, shape, dtype in tensors:
-            narrow = dtype.startswith(CODES) and not tensor.endswith(MASKS)
+            narrow = dtype.startswith(CODES) and not recomputed(tensor, shape)
             if len(shape) > 1 and not dtype.startswith(FLOATING) and (narrow or tensor.endswith("weight")):
                 raise InputError(
                     f"The model {name!r} must be in floating point. Got {tensor} of dtype {dtype} in {path} instead."
                 )
+
+
+def recomputed(name: str, shape: Sequence[int]) -> bool:
+    """Whether a tensor of a file is none of the weights: a mask or positions, which older versions saved with them."""
+    mask = len(shape) == 4 and tuple(shape[:2]) == (1, 1) and shape[2] == shape[3]
+    return mask or name.endswith(RECOMPUTED)
 
 
 def check_safetensors(path: Path) -> list[Header]:

@@ -28,11 +28,11 @@ KINDS |= {"NoneType": "null"}
 
 
 def config_fault(folder: Path, error: Exception, trust_remote_code: bool = False) -> InputError | None:
-    """What is wrong with the config.json of a model that could not be loaded; None where something else is.
+    """The error that names the faulty value in the config.json of a model that could not be loaded, or None.
 
-    error: what the libraries raised. The model is built on the meta device, without weights, once or twice for each
-    key of the config; a model with code of its own, which would have to be run, is not. Raises InputError for sizes
-    that no model has, as `check_config` does.
+    None: the config.json is not at fault. error: what the libraries raised. The model is built on the meta device,
+    without weights, once or twice for each key of the config. A model with code of its own is not built, because its
+    code would run. Raises InputError for sizes that no model has, as `check_config` does.
     """
     if isinstance(error, (OSError, ImportError)):  # of a disk, or of a library that the model needs besides
         return None

@@ -127,3 +127,8 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise InputError(f"{path} should hold a JSON object.")
     return content
+
+
+def optional_json(path: Path) -> dict[str, Any]:
+    """The same, empty where there is no file."""
+    return read_json(path) if path.is_file() else {}

@@ -20,7 +20,7 @@ from layerwise.runtime.errors import InputError
 from layerwise.runtime.sentences import brief, reason
 from layerwise.sources.checkpoint_files import PIPELINE, TOKENIZER_CONFIG, check_vocabulary, model_folder, own_code
 from layerwise.sources.config_faults import config_fault
-from layerwise.sources.hub import Spec, read_json
+from layerwise.sources.hub import Spec, optional_json, read_json
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -53,7 +53,7 @@ def load_tokenizer(model: Spec, documents: Sequence[str] = ()) -> PreTrainedToke
 
 
 def load_and_tell(model: Spec, documents: Sequence[str] = ()) -> tuple[PreTrainedTokenizerBase, list[str]]:
-    """The same, and the names of the parts and tokens that its class has otherwise, which stderr is told."""
+    """The same, and the names of the parts and special tokens in which its class differs, which stderr lists."""
     folder = model_folder(model)
     check_vocabulary(f"The model {name_of(model)}", folder)
     try:
@@ -122,14 +122,9 @@ def class_defaults(tokenizer: PreTrainedTokenizerBase, file: Tokenizer, folder: 
     """Names of the special tokens, such as unk_token, of which no file of the folder knows: the class brought them."""
     if own_code(folder):
         return []
-    named = set().union(*(_strings(_json(folder / name)) for name in ADDING))
+    named = set().union(*(_strings(optional_json(folder / name)) for name in ADDING))
     tokens = {name: str(token) for name, token in tokenizer.special_tokens_map.items() if isinstance(token, str)}
     return [name for name, token in tokens.items() if file.token_to_id(token) is None and token not in named]
-
-
-def _json(path: Path) -> dict[str, Any]:
-    """The object of a JSON file, empty where there is no file."""
-    return read_json(path) if path.is_file() else {}
 
 
 def _strings(value: Any) -> set[str]:
@@ -151,7 +146,7 @@ def fault_of(folder: Path, error: Exception) -> str:
         return f"a file of its own lacks the key {reason(error)}"
     if BACKEND in str(error):  # a message of four lines that asks for sentencepiece or tiktoken, which would not help
         config = folder / TOKENIZER_CONFIG
-        named = read_json(config).get("tokenizer_class") if config.is_file() else None
+        named = optional_json(config).get("tokenizer_class")
         return (
             f"without {PIPELINE} the tokenizer_class in {config} must be one that reads the other files. Got "
             f"{brief(json.dumps(named), 80)} instead"
@@ -212,8 +207,8 @@ def use_pipeline(tokenizer: Any, file: Tokenizer) -> list[str]:
 
 def add_named(file: Tokenizer, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """Give a file's tokenizer the tokens that other files of the folder add, but for those that get another id."""
-    listed = _json(folder / TOKENIZER_CONFIG).get("added_tokens_decoder") or {}
-    ids = {token["content"]: int(number) for number, token in listed.items()} | _json(folder / ADDED)
+    listed = optional_json(folder / TOKENIZER_CONFIG).get("added_tokens_decoder") or {}
+    ids = {token["content"]: int(number) for number, token in listed.items()} | optional_json(folder / ADDED)
     for number, token in sorted(tokenizer.added_tokens_decoder.items()):
         if file.token_to_id(token.content) is None and ids.get(token.content, number) == number:
             file.add_tokens([token])

@@ -1,4 +1,4 @@
-"""A broken config.json is told in one sentence that names the file, the key and the value, in no library's words."""
+"""A model with a broken config.json is refused in one sentence that names the file, the key and the value."""
 
 from __future__ import annotations
 
