@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 
-from layerwise.calibration.hidden_states import StoredStates, store
+from layerwise.calibration.hidden_states import StoredStates, files_of, store
 from layerwise.calibration.taps import Tap, TapRecorder
 from layerwise.models.loading import check_tokens, vocabulary
 from layerwise.models.structure import Blocks, linears
@@ -201,7 +201,7 @@ class Stream:
             if start and folder:
                 for _ in hidden:  # for the calls
                     pass
-                self.inputs = StoredStates(folder, start, [len(part) for part in parts])
+                self.inputs = StoredStates(files_of(folder, start), [len(part) for part in parts])
             else:
                 self._keep(0, hidden)
 
@@ -328,16 +328,24 @@ class Stream:
 
     def advance(self, index: int) -> None:
         """Make the outputs of the block, as it is now, the inputs of the next."""
-        self._keep(index + 1, (self._forward(index, batch, inputs) for batch, inputs in enumerate(self.inputs)))
+        self._keep(index + 1, self.outputs(index))
         self._locate()
 
-    def logits(self, batch: int, tokens: Tensor) -> Tensor:
+    def outputs(self, index: int) -> Iterator[Tensor]:
+        """Outputs [sequences, length, hidden] of the block for each batch that enters it, on the CPU."""
+        for batch, inputs in enumerate(self.inputs):
+            yield self._forward(index, batch, inputs)
+
+    def logits(self, batch: int, tokens: Tensor, after: Tensor | None = None, returned: int = 0) -> Tensor:
         """[sequences, length, vocabulary] of a batch whose states have come to the last block, given its tokens.
 
-        Blocks before the last are not run, but for a model whose blocks must be.
+        Blocks before the last are not run, but for a model whose blocks must be. after: hidden states that the last
+        block is taken to give, without being run; returned: 0 where it gives a tensor, n for a tuple of n.
         """
         with ExitStack() as stack:
             for index, (block, length) in enumerate(zip(self.blocks, self._skip, strict=False)):
-                instead = self.inputs[batch].to(self.device) if index == len(self.blocks) - 2 else None
-                stack.enter_context(passing_on(block, length, instead))
+                inside = after is None and index == len(self.blocks) - 2
+                stack.enter_context(passing_on(block, length, self.inputs[batch].to(self.device) if inside else None))
+            if after is not None:
+                stack.enter_context(passing_on(self.blocks[-1], returned, after.to(self.device)))
             return self.model(input_ids=tokens.to(self.device), use_cache=False).logits

@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,14 +22,17 @@ def files_of(folder: Path, index: int) -> tuple[Path, Path]:
 
 
 class StoredStates(Sequence[Tensor]):
-    """Batches of hidden states [sequences, length, hidden] that enter block `index`, read when they are asked for.
+    """Batches of hidden states [sequences, length, hidden] between two blocks, read when they are asked for.
 
     Of one dtype and one length, so that the file does not depend on how the sequences are batched.
     """
 
-    def __init__(self, folder: Path, index: int, sizes: Sequence[int]) -> None:
-        """sizes: sequences of each batch. Raises FileNotFoundError when the states are absent or were cut off."""
-        self.path, said = files_of(folder, index)
+    def __init__(self, files: tuple[Path, Path], sizes: Sequence[int]) -> None:
+        """files: of the values, and of what says that they are whole. sizes: sequences of each batch.
+
+        Raises FileNotFoundError when the states are absent or were cut off.
+        """
+        self.path, said = files
         found = json.loads(said.read_text("utf-8"))
         self.dtype, self.shape = getattr(torch, found["dtype"]), tuple(found["shape"])  # (length, hidden)
         self.bytes = self.dtype.itemsize * self.shape[0] * self.shape[1]  # of a sequence
@@ -58,6 +62,13 @@ def store(folder: Path, index: int, batches: Iterable[Tensor]) -> StoredStates:
         said.unlink(missing_ok=True)
     for old in files_of(folder, index - 2):
         old.unlink(missing_ok=True)
+    sizes, found = write_values(path, batches)
+    write_atomic(said, json.dumps(found) + "\n")
+    return StoredStates((path, said), sizes)
+
+
+def write_values(path: Path, batches: Iterable[Tensor]) -> tuple[list[int], dict[str, Any]]:
+    """Write batches of states [sequences, length, hidden]; the sequences of each, and what tells of the values."""
     sizes, dtype, shape = [], torch.float32, (0, 0)
     with writing(path), path.open("wb") as file:
         for states in batches:
@@ -67,5 +78,4 @@ def store(folder: Path, index: int, batches: Iterable[Tensor]) -> StoredStates:
             file.write(states.contiguous().view(torch.uint8).numpy().data)
         file.flush()
         os.fsync(file.fileno())
-    write_atomic(said, json.dumps({"dtype": str(dtype).removeprefix("torch."), "shape": shape}) + "\n")
-    return StoredStates(folder, index, sizes)
+    return sizes, {"dtype": str(dtype).removeprefix("torch."), "shape": shape}

@@ -10,6 +10,7 @@ WORKERS = {  # name -> module with main(argv)
     "certificate": "layerwise.compression.certificate",
     "check-model": "layerwise.evaluation.model_check",
     "compress": "layerwise.cli.compress",
+    "dense-states": "layerwise.evaluation.dense_states",
     "docstring-tasks": "layerwise.demo.docstring_tasks",
     "docstrings": "layerwise.demo.docstrings",
     "evaluate": "layerwise.evaluation.cache",

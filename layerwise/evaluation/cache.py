@@ -55,7 +55,8 @@ CODE = hashes()  # when this process starts
 class Evaluation:
     """kind: perplexity or tasks; model: config entry; fingerprint: what fingerprint.py wrote of it; digest: SHA-256 of
     the weights' file, which whoever has read it knows; data: file of the tokens, or what `zero_shot data` wrote of the
-    tasks; spec: of a set of tasks; computed: dtype of the forward passes, as models.load takes it."""
+    tasks; spec: of a set of tasks; computed: dtype of the forward passes, as models.load takes it; dense: record of the
+    dense model's hidden states on the tokens, for the divergence from it."""
 
     kind: str
     model: Mapping[str, Any]
@@ -67,6 +68,7 @@ class Evaluation:
     device: str = "cpu"
     name: str = "perplexity"
     computed: str | None = None
+    dense: Path | None = None
 
     def file(self) -> Path:
         """Where the result of this content is, or belongs."""
@@ -77,6 +79,7 @@ class Evaluation:
             "compute dtype": self.computed,
             "weights": self.digest,
             "data": sha256(self.data),
+            "dense": read_made(self.dense)["sha256"] if self.dense else None,
             "files": [[path.as_posix(), sha256(path)] for path in (task_files(self.spec) if self.spec else ())],
             "spec": self.spec,
             "code": [CODE[path] for path in code_of(self.kind)],
@@ -114,19 +117,22 @@ def evaluate_ahead(
 ) -> None:
     """Evaluate a model with the weights of a cell's file on all that is requested of the cell, into STORE.
 
-    requested: {kind, data, spec} of each evaluation, {model} in data standing for the model's identity. digest: SHA-256
-    of the file of weights. computed: the dtype of the cell's forward passes. What is in STORE or has no data yet is
-    left out. An evaluation that fails is left to its own job, which reports it.
+    requested: {kind, data, dense, spec} of each evaluation, {model} in data and dense standing for the model's
+    identity. digest: SHA-256 of the file of weights. computed: the dtype of the cell's forward passes. What is in STORE
+    or has no data or dense states yet is left out. An evaluation that fails is left to its own job, which reports it.
     """
     if hashes() != CODE:  # edited during a compression of hours: what is imported now may not be what was hashed
         return
     blocks = None
     for entry in requested:
-        data = Path(entry["data"].replace("{model}", fingerprint.stem))
-        if not data.is_file():
+        places = (entry[key] and entry[key].replace("{model}", fingerprint.stem) for key in ("data", "dense"))
+        data, dense = (path and Path(path) for path in places)
+        if not all(path.is_file() for path in (data, dense) if path):
             continue
         evaluation = Evaluation(
-            entry["kind"], model, fingerprint, weights, digest, data, entry["spec"], device, computed=computed
+            *(entry["kind"], model, fingerprint, weights, digest, data, entry["spec"], device),
+            computed=computed,
+            dense=dense,
         )
         try:
             file = evaluation.file()
@@ -148,6 +154,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--fingerprint", type=Path, required=True, help="what fingerprint.py wrote of the model")
     parser.add_argument("--weights", type=Path, required=True, help="a cell's weights.safetensors")
     parser.add_argument("--data", type=Path, required=True, help="evaluation tokens, or the description of the tasks")
+    parser.add_argument("--dense", type=Path, help="what dense_states.py wrote of the dense model on these tokens")
     parser.add_argument("--tasks", type=json.loads, default={}, help="the set's config entry, as JSON")
     parser.add_argument("--name", default="perplexity", help="label of the progress bar")
     parser.add_argument("--threads", type=int)
@@ -166,6 +173,7 @@ def main(argv: list[str] | None = None) -> None:
             device=args.device,
             name=args.name,
             computed=computed_as(args.weights, args.model, args.device),
+            dense=args.dense,
         )
         file = evaluation.file()
         text = known(file)

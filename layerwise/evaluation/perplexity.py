@@ -1,4 +1,7 @@
-"""Perplexity of a model with a cell's weights, as the papers compute it: windows that do not overlap, scored alone."""
+"""Perplexity of a model with a cell's weights, as the papers compute it: windows that do not overlap, scored alone.
+
+Beside it, from the same pass, the divergence from the dense model (divergence.py).
+"""
 
 from __future__ import annotations
 
@@ -16,9 +19,11 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from layerwise.calibration.block_stream import Stream
+from layerwise.evaluation.divergence import DenseStates, Divergence
 from layerwise.models.loading import vocabulary
 from layerwise.models.structure import Blocks, Linear, few, linears, model_linears
 from layerwise.runtime.errors import InputError
+from layerwise.runtime.files import read_made, sha256
 from layerwise.sources.tokens import read_tokens
 from layerwise.storage.packed_weights import PackedFile
 
@@ -48,8 +53,11 @@ def window_losses(
 
 
 @torch.no_grad()
-def losses_of(stream: Stream, tokens: Tensor, batch: int, label: str) -> Tensor:
-    """The same by a stream that is at the first block; what its hidden states overflow is told by it afterwards."""
+def losses_of(stream: Stream, tokens: Tensor, batch: int, label: str, divergence: Divergence | None = None) -> Tensor:
+    """The same by a stream that is at the first block; what its hidden states overflow is told by it afterwards.
+
+    divergence: is given the logits, too.
+    """
     last = len(stream.blocks) - 1
     losses = torch.empty(len(tokens), dtype=torch.float64)
     # (one tensor: a small one kept per window pins the freed logits in the heap, 1.4 GB where 0.5 do)
@@ -61,6 +69,8 @@ def losses_of(stream: Stream, tokens: Tensor, batch: int, label: str) -> Tensor:
                 logits = stream.logits(number, chunk)  # [batch, L, vocabulary]
                 for place, (window, scores) in enumerate(zip(chunk.to(logits.device), logits, strict=True)):
                     losses[number * batch + place] = loss_of(scores[:-1], window[1:])
+                if divergence:
+                    divergence.add(number, chunk, logits)
         progress.update()
     return losses
 
@@ -127,23 +137,32 @@ def layers_of(model: nn.Module, file: PackedFile) -> dict[str, Linear]:
 
 
 def evaluate(
-    model: PreTrainedModel | Blocks, tokens: Tensor, label: str = "perplexity", folder: Path | None = None
+    model: PreTrainedModel | Blocks,
+    tokens: Tensor,
+    label: str = "perplexity",
+    folder: Path | None = None,
+    dense: DenseStates | None = None,
 ) -> dict[str, Any]:
     """Perplexity and what it was made of, for tokens [n, L]; seconds: of the forward passes.
 
     A perplexity that is not finite is None, with the reason. folder: for the hidden states (default: in memory).
+    dense: of the same tokens, for the `divergence` from the dense model, which is left out without.
+    Raises InputError where tokens or dense states do not fit the model.
     """
     start = time.perf_counter()
     words = vocabulary(model.model if isinstance(model, Blocks) else model)
     batch = batch_size(tokens.shape[1], words)
     stream = Stream(model, tokens, batch, folder)
-    losses = losses_of(stream, tokens, batch, label)
+    divergence = Divergence(dense, stream, tokens) if dense else None
+    losses = losses_of(stream, tokens, batch, label, divergence)
     seconds = time.perf_counter() - start
     try:
         found: dict[str, Any] = {"perplexity": perplexity(losses), "mean_loss": float(losses.mean())}
     except InputError as error:  # a model that compression has ruined is a result, told as one
         where = f" In the forward pass {stream.overflow}." if stream.overflow else ""
         found = {"perplexity": None, "mean_loss": None, "reason": f"the model has diverged: {error}{where}"}
+    if divergence:
+        found["divergence"] = divergence.result()
     return found | {
         "windows": tokens.shape[0],
         "length": tokens.shape[1],
@@ -154,15 +173,13 @@ def evaluate(
 
 def evaluate_cell(blocks: Blocks, evaluation: Evaluation) -> dict[str, Any]:
     """The result of an evaluation of this kind, for a model with the cell's weights."""
+    tokens, text = read_tokens(evaluation.data)
+    dense = DenseStates.read(evaluation.dense) if evaluation.dense else None
+    if dense:
+        dense.check(sha256(evaluation.data), read_made(evaluation.fingerprint)["files"])
     folder = evaluation.weights.with_name(f".states-{evaluation.data.stem}")
-    return evaluate_text(blocks, evaluation.data, folder, evaluation.name)
-
-
-def evaluate_text(blocks: Blocks, path: Path, folder: Path, label: str = "perplexity") -> dict[str, Any]:
-    """The same of a file of evaluation tokens, with what the file says of its text; folder: for the hidden states."""
-    tokens, text = read_tokens(path)
     shutil.rmtree(folder, ignore_errors=True)  # of a process that was killed
     try:
-        return evaluate(blocks, torch.from_numpy(tokens), label, folder) | {"text": text}
+        return evaluate(blocks, torch.from_numpy(tokens), evaluation.name, folder, dense) | {"text": text}
     finally:
         shutil.rmtree(folder, ignore_errors=True)

@@ -20,6 +20,7 @@ from layerwise.study.grid import Plan
 
 Wildcards = Any
 CELL = "results/cells/{model}/{calib}/{mode}/{cell}"
+DENSE = "results/dense/{{model}}/{}.json"  # of an evaluation, with the wildcard of the model
 BOUND = "results/certificates/{model}/{calib}/{bound}.parquet"
 
 
@@ -112,11 +113,12 @@ class JobInputs:
     @cached_property
     def requested(self) -> list[dict[str, Any]]:
         """What every cell is to be evaluated on, as evaluation.cache.evaluate_ahead reads it."""
-        evaluations = self.plan.evaluations
-        texts = [f"results/tokens/{{model}}/evaluation-{evaluation}.safetensors" for evaluation in evaluations]
-        sets = [("tasks", f"results/tasks/{name}.json", _unnamed(spec)) for name, spec in self.plan.tasks.items()]
-        entries = [("perplexity", text, {}) for text in texts] + sets
-        return [dict(zip(("kind", "data", "spec"), entry, strict=True)) for entry in entries]
+        texts = [
+            ("perplexity", f"results/tokens/{{model}}/evaluation-{name}.safetensors", DENSE.format(name), {})
+            for name in self.plan.evaluations
+        ]
+        sets = [("tasks", f"results/tasks/{name}.json", None, _unnamed(spec)) for name, spec in self.plan.tasks.items()]
+        return [dict(zip(("kind", "data", "dense", "spec"), entry, strict=True)) for entry in [*texts, *sets]]
 
 
 def as_json(function: Callable[[Wildcards], Any]) -> Callable[[Wildcards], str]:

@@ -11,7 +11,7 @@ import torch
 from safetensors.numpy import save_file as save_numpy
 from safetensors.torch import save_file
 
-from layerwise.evaluation import cache, perplexity
+from layerwise.evaluation import cache, dense_states, perplexity
 from layerwise.runtime.errors import InputError
 from layerwise.runtime.files import sha256
 from layerwise.runtime.project import PACKAGE
@@ -38,7 +38,17 @@ def cell(tmp_path, monkeypatch):
     save_file({name: torch.zeros_like(weight) for name, weight in weights_of(model).items()}, "weights.safetensors")
     write_tokens("tokens.safetensors")
     fingerprint(["--model", json.dumps(entry()), "--out", "tiny.json"])
+    write_dense_states("tokens.safetensors", "dense.json")
     return tmp_path
+
+
+def write_dense_states(tokens, out):
+    given = ["--model", json.dumps(entry()), "--fingerprint", "tiny.json", "--tokens", tokens, "--threads", "1"]
+    dense_states.main([*given, "--out", out])
+
+
+def request(data, dense=None):
+    return {"kind": "perplexity", "data": data, "dense": dense, "spec": {}}
 
 
 def entry(**changed):
@@ -50,9 +60,10 @@ def evaluate_ahead(cell, requested):
     cache.evaluate_ahead(requested, entry(), cell / "tiny.json", weights, sha256(weights), "cpu", "float32")
 
 
-def arguments(out="out.json", data="tokens.safetensors", **changed):
+def arguments(out="out.json", data="tokens.safetensors", dense: str | None = "dense.json", **changed):
     given = ["perplexity", "--model", json.dumps(entry(**changed)), "--fingerprint", "tiny.json", "--threads", "1"]
-    return [*given, "--weights", "weights.safetensors", "--data", data, "--name", "wanda", "--out", out]
+    given += ["--weights", "weights.safetensors", "--data", data, "--name", "wanda", "--out", out]
+    return [*given, "--dense", dense] if dense else given
 
 
 def test_what_was_never_seen_is_computed(cell, capsys):
@@ -65,6 +76,22 @@ def test_what_was_never_seen_is_computed(cell, capsys):
     assert result["perplexity"] == pytest.approx(math.exp(result["mean_loss"])) and result["text"] == INFO
     assert (result["windows"], result["length"]) == (WINDOWS, LENGTH) and result["seconds"] > 0
     assert "wanda: 100%" in capsys.readouterr().err
+    assert result["divergence"]["kl"] > 0.1 and len(result["divergence"]["kl_windows"]) == WINDOWS
+
+
+def test_the_dense_model_s_own_weights_do_not_diverge(cell):
+    save_file(weights_of(as_saved()), "weights.safetensors")
+    cache.main(arguments())
+    found = json.loads((cell / "out.json").read_text())["divergence"]
+    assert (found["kl"], found["kl_p99"], found["top1_agreement"]) == (0, 0, 1)
+
+
+def test_dense_states_of_other_tokens_are_refused(cell):
+    write_tokens(cell / "other.safetensors", seed=1)
+    write_dense_states("other.safetensors", "other.json")
+    with pytest.raises(InputError, match="other.json must be of the tokens that the cell is evaluated with"):
+        cache.main(arguments(dense="other.json"))
+    assert not (cell / "out.json").exists()
 
 
 def test_other_weights_in_the_same_place_are_evaluated_anew(cell, capsys):
@@ -111,15 +138,18 @@ def test_what_the_compression_leaves_is_what_the_job_would_compute(cell):
     cache.main(arguments())
     (alone,) = cache.STORE.iterdir()
     alone.rename("alone.json")
-    requested = [{"kind": "perplexity", "data": "{model}.safetensors", "spec": {}}]
+    requested = [request("{model}.safetensors", "dense-{model}.json")]
     (cell / "tokens.safetensors").rename("tiny.safetensors")  # the model's identity is its fingerprint's name
+    evaluate_ahead(cell, requested)
+    assert not list(cell.glob("results/evaluations/*"))  # the dense states are not there yet
+    write_dense_states("tiny.safetensors", "dense-tiny.json")
     evaluate_ahead(cell, requested)
     (beside,) = cache.STORE.iterdir()
     results = [json.loads(path.read_text()) for path in (cell / "alone.json", beside)]
     for result in results:
         del result["seconds"]
     assert results[0] == results[1]
-    cache.main(arguments(data="tiny.safetensors"))
+    cache.main(arguments(data="tiny.safetensors", dense="dense-tiny.json"))
     assert (cell / "out.json").read_bytes() == beside.read_bytes()
 
 
@@ -127,18 +157,22 @@ def test_the_place_depends_on_all_that_decides_the_result_and_on_no_name(cell):
     def place(**changed):
         given = {"kind": "perplexity", "model": entry(), "fingerprint": cell / "tiny.json"}
         given |= {"weights": cell / "weights.safetensors", "digest": "0", "data": cell / "tokens.safetensors"}
+        given |= {"dense": cell / "dense.json"}
         return cache.Evaluation(**given | changed).file()
 
     known = place()
     assert known == place(name="another label", model=entry(name="renamed", path="elsewhere"), weights=cell / "moved")
     (cell / "other").mkdir()
     write_tokens(cell / "other/tokens.safetensors", seed=1)
+    write_dense_states("other/tokens.safetensors", "other/dense.json")
     other = json.loads((cell / "tiny.json").read_text())
     other["files"]["config.json"] = "0" * 64
     (cell / "other.json").write_text(json.dumps(other))
     changes = [
         {"digest": "1"},
         {"data": cell / "other/tokens.safetensors"},
+        {"dense": cell / "other/dense.json"},
+        {"dense": None},
         {"fingerprint": cell / "other.json"},
         {"model": entry(dtype="bfloat16")},
         {"model": entry(trust_remote_code=True)},
@@ -150,7 +184,15 @@ def test_the_place_depends_on_all_that_decides_the_result_and_on_no_name(cell):
 
 
 @pytest.mark.parametrize(
-    "file", ["evaluation/perplexity", "sources/tokens", "numerics/ops", "models/streaming", "versions"]
+    "file",
+    [
+        "evaluation/perplexity",
+        "evaluation/divergence",
+        "sources/tokens",
+        "numerics/ops",
+        "models/streaming",
+        "versions",
+    ],
 )
 def test_other_code_and_other_versions_have_another_place(cell, monkeypatch, file):
     evaluation = cache.Evaluation(
@@ -166,10 +208,7 @@ def test_other_code_and_other_versions_have_another_place(cell, monkeypatch, fil
 
 def test_what_fails_beside_the_compression_is_left_to_its_own_job(cell, capsys):
     write_tokens(cell / "wrong.safetensors", words=10 * VOCABULARY)
-    requested = [
-        {"kind": "perplexity", "data": name, "spec": {}}
-        for name in ("wrong.safetensors", "absent.safetensors", "tokens.safetensors")
-    ]
+    requested = [request(name) for name in ("wrong.safetensors", "absent.safetensors", "tokens.safetensors")]
     evaluate_ahead(cell, requested)
     assert (
         "perplexity of wrong.safetensors could not be computed beside the compression: The tokens lie between"
@@ -177,7 +216,7 @@ def test_what_fails_beside_the_compression_is_left_to_its_own_job(cell, capsys):
     )
     assert len(list(cache.STORE.iterdir())) == 1  # the last one is there all the same
     with pytest.raises(InputError, match="do the tokenizer and the model belong together"):
-        cache.main(arguments(data="wrong.safetensors"))
+        cache.main(arguments(data="wrong.safetensors", dense=None))
     assert (cell / "failed-out.json").is_file() and not (cell / "out.json").exists()
 
 
@@ -194,5 +233,5 @@ def test_a_result_that_a_crash_has_cut_is_computed_again(cell, left):
 
 def test_code_that_was_edited_meanwhile_evaluates_nothing(cell, monkeypatch):
     monkeypatch.setitem(cache.CODE, PACKAGE / "evaluation/perplexity.py", "as it was when the compression began")
-    evaluate_ahead(cell, [{"kind": "perplexity", "data": "tokens.safetensors", "spec": {}}])
+    evaluate_ahead(cell, [request("tokens.safetensors")])
     assert not cache.STORE.exists()

@@ -1,10 +1,40 @@
-rule perplexity:
-    """Perplexity of one cell on one text; read where the job that compressed it has left it (evaluation/cache.py)."""
+rule dense_states:
+    """What the dense model has after its last block, for the divergence of every cell from it."""
     input:
         model="results/models/{model}.json",
         tokens="results/tokens/{model}/evaluation-{evaluation}.safetensors",
+        checked=ancient(CHECKED),
+        code=CODE.of("layerwise.evaluation.dense_states"),
+    output:
+        record="results/dense/{model}/{evaluation}.json",
+        values="results/dense/{model}/{evaluation}.bin",
+    log:
+        "logs/dense/{model}/{evaluation}.log",
+    priority: 1  # before the cells, which evaluate what they have in memory
+    threads: 4
+    resources:
+        mem_mb=model_mb,
+        runtime=runtime_min,
+        device="cpu",
+    params:
+        model=model_json,
+    shell:
+        "{WORKER} dense-states --model {params.model:q} --fingerprint {input.model:q}"
+        " --tokens {input.tokens:q} --threads {threads} --device {resources.device} --out {output.record:q}"
+        " 2> >(tee {log:q} >&2)"
+
+
+rule perplexity:
+    """Perplexity of one cell on one text, and its divergence from the dense model; read where the job that compressed
+    the cell has left them (evaluation/cache.py)."""
+    input:
+        model="results/models/{model}.json",
+        tokens="results/tokens/{model}/evaluation-{evaluation}.safetensors",
+        # Not of what age they are: what they are made of is among the inputs, and their code in this rule's own.
+        dense=ancient("results/dense/{model}/{evaluation}.json"),
+        values=ancient("results/dense/{model}/{evaluation}.bin"),
         weights="results/cells/{model}/{calib}/{mode}/{cell}/weights.safetensors",
-        code=CODE.of(KINDS["perplexity"], "layerwise.evaluation.cache"),
+        code=CODE.of(KINDS["perplexity"], "layerwise.evaluation.cache", "layerwise.evaluation.dense_states"),
     output:
         "results/cells/{model}/{calib}/{mode}/{cell}/perplexity-{evaluation}.json",
     log:
@@ -18,7 +48,7 @@ rule perplexity:
         name=lambda wildcards: "{label} {target} {mode}".format(**cell_of(wildcards).columns),
     shell:
         "{WORKER} evaluate perplexity --model {params.model:q} --fingerprint {input.model:q}"
-        " --weights {input.weights:q} --data {input.tokens:q} --name {params.name:q} --threads {threads}"
+        " --weights {input.weights:q} --data {input.tokens:q} --dense {input.dense:q} --name {params.name:q} --threads {threads}"
         " --device {resources.device} --out {output:q} 2> >(tee {log:q} >&2)"
 
 

@@ -1,0 +1,109 @@
+"""The dense model's hidden states after its last block, on every window of an evaluation: once, for all its cells.
+
+Each cell's evaluation makes the dense model's logits of them (divergence.py).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from layerwise.calibration.block_stream import Stream
+from layerwise.calibration.hidden_states import write_values
+from layerwise.evaluation.divergence import values_of
+from layerwise.evaluation.model_check import TOLERANCE
+from layerwise.evaluation.perplexity import batch_size, to_last_block
+from layerwise.models.compute_dtype import compute_dtype, tell
+from layerwise.models.loading import computed_dtype, set_threads, vocabulary
+from layerwise.models.streaming import LazyBlocks
+from layerwise.models.structure import Blocks
+from layerwise.runtime.devices import take
+from layerwise.runtime.errors import InputError, report_errors
+from layerwise.runtime.files import read_made, sha256, whole_file, write_atomic
+from layerwise.sources.fingerprint import unchanging
+from layerwise.sources.tokens import read_tokens
+
+
+@torch.no_grad()
+def write_dense_states(blocks: Blocks, tokens: Tensor, out: Path, made_of: Mapping[str, Any]) -> None:
+    """Write the states of windows [n, length], in the dtype that passes are computed in, and the record `out`.
+
+    They are written in the batches that cells are evaluated in, so that the dense cell's own are the same to the bit.
+    made_of: for the record. Raises InputError where logits made of the states are not those of the whole last block.
+    """
+    words, folder = vocabulary(blocks.model), out.with_name(f".{out.stem}.states")
+    shutil.rmtree(folder, ignore_errors=True)  # of a process that was killed
+    try:
+        stream = Stream(blocks, tokens, batch_size(tokens.shape[1], words), folder)
+        last = len(stream.blocks) - 1
+        for _ in to_last_block(stream):
+            pass
+        with blocks.open(last), whole_file(values_of(out)) as part:
+            with returned_by(stream.blocks[last]) as returned:
+                sizes, record = write_values(part, stream.outputs(last))
+            with blocks.outside():
+                check_last(stream, tokens[: sizes[0]], returned[0])
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    record |= {"windows": len(tokens), "returned": returned[0], "sha256": sha256(values_of(out)), **made_of}
+    write_atomic(out, json.dumps(record, indent=1) + "\n")
+
+
+@contextmanager
+def returned_by(block: nn.Module) -> Iterator[list[int]]:
+    """A list that each call of the block adds to: 0 where it returns a tensor, n for a tuple of n."""
+    returned = list[int]()
+
+    def note(_: nn.Module, args: Any, output: Any) -> None:
+        returned.append(0 if isinstance(output, Tensor) else len(output))
+
+    handle = block.register_forward_hook(note)
+    try:
+        yield returned
+    finally:
+        handle.remove()
+
+
+def check_last(stream: Stream, tokens: Tensor, returned: int) -> None:
+    """Raise InputError unless hidden states are all that the model takes from its last block, on the first batch."""
+    whole = stream.logits(0, tokens).double()
+    after = next(stream.outputs(len(stream.blocks) - 1))
+    apart, scale = (stream.logits(0, tokens, after, returned).double() - whole).abs().max(), whole.abs().max()
+    # Logits that are not finite have no divergence, which every cell will tell.
+    if torch.isfinite(scale) and not apart <= TOLERANCE[computed_dtype(stream.model)] * scale:
+        raise InputError(
+            f"{type(stream.model).__name__} must take nothing but hidden states from its last block. Logits made of "
+            f"these alone differ from its own by {float(apart / scale):.1e} of the largest instead."
+        )
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="dense-states", description=__doc__)
+    parser.add_argument("--model", type=json.loads, required=True, help="the model's config entry, as JSON")
+    parser.add_argument("--fingerprint", type=Path, required=True, help="what fingerprint.py wrote of the model")
+    parser.add_argument("--tokens", type=Path, required=True, help="evaluation tokens, safetensors")
+    parser.add_argument("--threads", type=int)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--out", type=Path, required=True, help="JSON file that tells of the states, beside them")
+    args = parser.parse_args(argv)
+    set_threads(args.threads)
+    with unchanging(args.model, args.fingerprint):
+        take(args.device)
+        computed = compute_dtype(args.model, args.device)
+        tell(args.model, computed, args.device)
+        made_of = {"tokens": sha256(args.tokens), "model": read_made(args.fingerprint)["files"]}
+        tokens = torch.from_numpy(read_tokens(args.tokens)[0])
+        write_dense_states(LazyBlocks(args.model, args.device, computed), tokens, args.out, made_of)
+
+
+if __name__ == "__main__":
+    report_errors(main, sys.argv[1:])

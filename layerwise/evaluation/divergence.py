@@ -1,0 +1,145 @@
+"""How far a compressed model's predictions are from the dense model's: KL(dense || compressed) of the next token.
+
+The dense model's logits are never stored. Its hidden states after the last block are, once per model and evaluation
+(dense_states.py), and the model's own forward pass with its blocks left out makes logits of them, a batch at a time:
+nothing outside the blocks is compressed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from layerwise.calibration.block_stream import Stream
+from layerwise.calibration.hidden_states import StoredStates
+from layerwise.models.loading import computed_dtype
+from layerwise.runtime.errors import InputError
+from layerwise.runtime.files import read_made, set_aside, sha256
+
+# Logits that are in float64 at a time. Half a MB stays in a core's cache: a token of 4096 words takes 55 us, with
+# 1024 rows at a time 255 us, and 230 in float32, which is off by 4e-8 in the mean and 2e-6 in a token. Devices want more.
+AT_ONCE = {"cpu": 2**16}
+AT_ONCE_ELSEWHERE = 2**24
+DECIMALS = 9  # of what is written: the divergence of 8 bits is some 1e-5 nats
+TAIL = 0.99  # the percentile over tokens
+METRICS = ("kl", "kl_p99", "top1_agreement")  # of which the first and the last are means over tokens
+
+
+def kl(dense: Tensor, compressed: Tensor) -> Tensor:
+    """KL(dense || compressed) [n] float64, in nats, of the distributions that logits [n, vocabulary] stand for.
+
+    NaN where either's logits have one; infinite where only the compressed model rules a word out.
+    """
+    rows = max(1, AT_ONCE.get(dense.device.type, AT_ONCE_ELSEWHERE) // dense.shape[1])
+    parts = zip(dense.split(rows), compressed.split(rows), strict=True)
+    return torch.cat([_kl(*(logits.double().log_softmax(-1) for logits in pair)) for pair in parts])
+
+
+def _kl(dense: Tensor, compressed: Tensor) -> Tensor:
+    """The same of logarithms of probabilities, in float64."""
+    share = dense.exp()
+    terms = share * (dense - compressed)
+    terms[share == 0] = 0.0  # of a word that a model masks in both: 0 * (inf - inf)
+    return terms.sum(-1).clamp(min=0)  # rounding of equal distributions can be below
+
+
+@dataclass(frozen=True)
+class DenseStates:
+    """A dense model's hidden states after its last block, on every window of an evaluation, in a file.
+
+    path: of the record that tells of them; the values lie beside it. record: their dtype and shape (length, hidden),
+    `windows`, `returned` (what the last block returns: 0 a tensor, n a tuple of n), their `sha256`, and what they were
+    made of: the hash of the `tokens` and the `model`'s files.
+    """
+
+    path: Path
+    record: Mapping[str, Any]
+
+    @classmethod
+    def read(cls, path: Path) -> DenseStates:
+        """Raises InputError where the record is damaged, and sets it aside."""
+        return cls(path, read_made(path))
+
+    @property
+    def values(self) -> Path:
+        return values_of(self.path)
+
+    def check(self, tokens: str, model: Mapping[str, str]) -> None:
+        """Raise InputError unless these are of the tokens of that hash and of the model's files, name -> hash."""
+        for what, own in (("tokens", tokens), ("model", dict(model))):
+            if self.record[what] != own:
+                raise InputError(
+                    f"{self.path} must be of the {what} that the cell is evaluated with. It is of others: delete it, "
+                    "and run again."
+                )
+
+    def batches(self, stream: Stream, tokens: Tensor) -> StoredStates:
+        """The states of the batches of a stream of these tokens [n, length].
+
+        Raises InputError where they are damaged, in another dtype than the stream's model, or of other windows.
+        """
+        wanted, found = list(tokens.shape), [self.record["windows"], self.record["shape"][0]]
+        if found != wanted:
+            raise InputError(f"{self.path} must hold {wanted} windows and tokens of each. Got {found} instead.")
+        own = computed_dtype(stream.model)
+        if self.record["dtype"] != own:
+            raise InputError(
+                f"{self.path} must hold hidden states in {own}, in which the cell is computed. Got "
+                f"{self.record['dtype']} instead: run the rule dense_states on the same kind of device as the cells."
+            )
+        if not self.values.is_file() or sha256(self.values) != self.record["sha256"]:
+            raise InputError(f"{self.values} is damaged: it is not what was written; {set_aside(self.path)}.")
+        return StoredStates((self.values, self.path), [len(inputs) for inputs in stream.inputs])
+
+
+def values_of(record: Path) -> Path:
+    """Where the values lie that a record tells of."""
+    return record.with_suffix(".bin")
+
+
+class Divergence:
+    """Of a model's predictions from the dense model's, of all tokens of all windows but each one's last."""
+
+    def __init__(self, dense: DenseStates, stream: Stream, tokens: Tensor) -> None:
+        """stream: of the compressed model, at its first block. tokens: [n, length] of all windows.
+
+        Raises InputError where the states are not the dense model's on these tokens.
+        """
+        self._stream, self._states = stream, dense.batches(stream, tokens)
+        self._returned = int(dense.record["returned"])
+        self._kl = torch.empty(len(tokens), tokens.shape[1] - 1, dtype=torch.float64)
+        self._same = torch.empty(len(tokens), tokens.shape[1] - 1, dtype=torch.bool)
+        self._done = 0
+
+    def add(self, batch: int, tokens: Tensor, logits: Tensor) -> None:
+        """Take the compressed model's logits [sequences, length, vocabulary] of the next batch, given its tokens."""
+        after = self._states[batch]
+        for dense, compressed in zip(self._stream.logits(batch, tokens, after, self._returned), logits, strict=True):
+            dense, compressed = dense[:-1], compressed[:-1]  # after the last token nothing is known
+            self._kl[self._done] = kl(dense, compressed)
+            self._same[self._done] = dense.argmax(-1) == compressed.argmax(-1)
+            self._done += 1
+
+    def result(self) -> dict[str, Any]:
+        """METRICS over all tokens, and by window: kl_windows and top1_windows; None where KL is not finite."""
+        windows, same = self._kl.mean(1), self._same.double().mean(1)
+        found = {
+            "kl": float(windows.mean()),
+            "kl_p99": float(np.quantile(self._kl.numpy(), TAIL)),
+            "top1_agreement": float(same.mean()),
+        }
+        if lost := int((~torch.isfinite(windows)).sum()):
+            reason = f"the divergence of {lost} of {len(windows)} windows from the dense model is not finite"
+            return dict.fromkeys(METRICS) | {"kl_windows": [], "top1_windows": [], "reason": reason}
+        by_window = {"kl_windows": _rounded(windows), "top1_windows": _rounded(same)}
+        return {name: round(value, DECIMALS) for name, value in found.items()} | by_window
+
+
+def _rounded(values: Tensor) -> list[float]:
+    return [round(value, DECIMALS) for value in values.tolist()]
