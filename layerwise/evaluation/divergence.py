@@ -23,7 +23,7 @@ from layerwise.runtime.errors import InputError
 from layerwise.runtime.files import read_made, set_aside, sha256
 
 # Logits that are in float64 at a time. Half a MB stays in a core's cache: a token of 4096 words takes 55 us, with
-# 1024 rows at a time 255 us, and 230 in float32, which is off by 4e-8 in the mean and 2e-6 in a token. Devices want more.
+# 1024 rows at a time 255, and 230 in float32, which is off by 4e-8 in the mean and 2e-6 in a token. Devices take more.
 AT_ONCE = {"cpu": 2**16}
 AT_ONCE_ELSEWHERE = 2**24
 DECIMALS = 9  # of what is written: the divergence of 8 bits is some 1e-5 nats

@@ -17,6 +17,8 @@ LegendEntry = tuple[str, str, str]  # label, method, comparison
 LegendItem = tuple[Line2D, str]  # handle, text
 PLACE = ["model", "calibration", "mode"]  # what a band of panels is about
 BEYOND = {"linestyle": "none", "marker": 6, "markersize": 5}  # an arrowhead that points up
+WORDS = {"perplexity": "perplexity", "kl": "KL from the dense model"}  # what titles call a metric
+AXES = {"perplexity": "perplexity", "kl": "KL from dense, nats per token"}
 LINE = 0.15  # inches per line of the legend
 
 

@@ -1,4 +1,4 @@
-"""The figure of perplexity against size: a pure function from the `cells` table to a figure."""
+"""The figures of perplexity and KL against size: pure functions from the `cells` table to a figure."""
 
 from collections.abc import Mapping, Sequence
 from itertools import count
@@ -10,7 +10,18 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, NullLocator
 
-from layerwise.figures.page import LegendEntry, entries, log_limits, log_scale, mark_beyond, not_drawn, nothing, page
+from layerwise.figures.page import (
+    AXES,
+    WORDS,
+    LegendEntry,
+    entries,
+    log_limits,
+    log_scale,
+    mark_beyond,
+    not_drawn,
+    nothing,
+    page,
+)
 from layerwise.figures.style import Look, looks, strokes
 from layerwise.storage.frames import (
     column,
@@ -29,7 +40,7 @@ from layerwise.storage.frames import (
 CELL = ["model", "calibration", "mode", "cell"]
 FRONT = {"color": "#8c8c8c", "linewidth": 1.0, "drawstyle": "steps-post", "zorder": 1}
 DENSE = {"color": "black", "marker": "*", "markersize": 7, "linestyle": "none"}
-BROKEN = 10  # times the lowest perplexity: what is worse is beyond the axis
+BROKEN = {"perplexity": 10, "kl": 1e4}  # times the lowest value: what is worse is beyond the axis
 SIZES = (1, 1.5, 2, 3, 4, 6, 8, 12, 16)  # ticks, in bits per weight
 
 
@@ -39,16 +50,25 @@ def perplexity_vs_bits(cells: pd.DataFrame) -> Figure:
     A band per model, calibration set and text, a panel per mode. The front is of all cells but the controls, and of the
     dense model; its points are numbered, and named above the legend.
     """
-    data = sized(cells)
+    return _vs_bits(cells, "perplexity")
+
+
+def kl_vs_bits(cells: pd.DataFrame) -> Figure:
+    """The same of the KL divergence from the dense model, which itself has none."""
+    return _vs_bits(cells, "kl")
+
+
+def _vs_bits(cells: pd.DataFrame, metric: str) -> Figure:
+    data = sized(cells, metric)
     compressed = select(data, column(data, "target") != "dense")
-    done = select(compressed, column(compressed, "value").notna())
+    done = select(compressed, column(compressed, "value") > 0)  # there is no zero on the axis
     if done.empty:
-        return nothing("No perplexity of a compressed model: see the cells table for the reasons.")
+        return nothing(f"No {WORDS[metric]} of a compressed model: see the cells table for the reasons.")
     bands = distinct_tuples(done, ["model", "calibration", "text"])
     modes = distinct_values(done, "mode")
     shown = entries(done)
     style = looks((label, method) for label, method, _ in shown)
-    dense = matching(select(data, column(data, "value").notna()), target="dense")
+    dense = matching(select(data, column(data, "value") > 0), target="dense")
     extra = [Line2D([], [], label="dense", **DENSE)] if len(dense) else []
     panels = []
     for model, calibration, text in bands:
@@ -67,18 +87,18 @@ def perplexity_vs_bits(cells: pd.DataFrame) -> Figure:
         for place, (axis, mode) in enumerate(zip(axes, modes, strict=True), index * len(modes)):
             here, level, front = panels[place]
             whole = panels[index * len(modes) : (index + 1) * len(modes)]
-            _scales(axis, pd.concat([frame for panel in whole for frame in panel[:2]]))
+            _scales(axis, pd.concat([frame for panel in whole for frame in panel[:2]]), BROKEN[metric])
             _points(axis, here, level, front, named[place], shown, style)
             axis.set_title(mode, loc="left", fontweight="bold")
-        axes[0].set_ylabel("perplexity")
-        band.suptitle(f"{model}, perplexity on {text}, calibrated on {calibration}", x=0.01, ha="left")
+        axes[0].set_ylabel(AXES[metric])
+        band.suptitle(f"{model}, {WORDS[metric]} on {text}, calibrated on {calibration}", x=0.01, ha="left")
     return figure
 
 
-def sized(cells: pd.DataFrame) -> pd.DataFrame:
-    """The rows of perplexities of `cells`, with a column `size`: bits per weight, mean over all compressed weights."""
+def sized(cells: pd.DataFrame, metric: str = "perplexity") -> pd.DataFrame:
+    """The rows of a metric of `cells`, with a column `size`: bits per weight, mean over all compressed weights."""
     size = renamed(columns_of(matching(cells, metric="bits_per_weight"), [*CELL, "value"]), {"value": "size"})
-    return matching(cells, metric="perplexity").merge(size, on=CELL, how="left")
+    return matching(cells, metric=metric).merge(size, on=CELL, how="left")
 
 
 def pareto_front(data: pd.DataFrame) -> pd.DataFrame:
@@ -93,10 +113,10 @@ def _name(row: Mapping[str, Any]) -> str:
     return "dense" if row["target"] == "dense" else f"{row['label']} {row['target']}"
 
 
-def _scales(axes: Axes, data: pd.DataFrame) -> None:
+def _scales(axes: Axes, data: pd.DataFrame, broken: float) -> None:
     contest = select(data, column(data, "comparison") != "control")
     values = column(pd.concat([contest if len(contest) else data, matching(data, target="dense")]), "value")
-    log_scale(axes, *log_limits(lowest(values), min(highest(values), BROKEN * lowest(values))))
+    log_scale(axes, *log_limits(lowest(values), min(highest(values), broken * lowest(values))))
     axes.set_xscale("log")
     low, high = log_limits(lowest(column(data, "size")), max(highest(column(data, "size")), 16.0), 0.05)
     axes.set_xlim(low, high)

@@ -1,4 +1,4 @@
-"""The figure of perplexities: a pure function from the `cells` table to a figure."""
+"""The figures of perplexity and KL along the sparsity: pure functions from the `cells` table to a figure."""
 
 from collections.abc import Sequence
 
@@ -8,7 +8,9 @@ from matplotlib.figure import Figure, SubFigure
 from matplotlib.lines import Line2D
 
 from layerwise.figures.page import (
+    AXES,
     BEYOND,
+    WORDS,
     LegendEntry,
     dodge,
     entries,
@@ -28,16 +30,25 @@ DENSE = {"color": "black", "linestyle": (0, (6, 2)), "linewidth": 0.9}
 def perplexity_vs_sparsity(cells: pd.DataFrame) -> Figure:
     """Perplexity of the `cells` table along the row-wise sparsities, other patterns beside them; a band per model,
     calibration set and text, a pair of panels per mode. Quantised targets are left out."""
-    data = matching(select(cells, column(cells, "bits").isna()), metric="perplexity")
+    return _vs_sparsity(cells, "perplexity")
+
+
+def kl_vs_sparsity(cells: pd.DataFrame) -> Figure:
+    """The same of the KL divergence from the dense model, which itself has none."""
+    return _vs_sparsity(cells, "kl")
+
+
+def _vs_sparsity(cells: pd.DataFrame, metric: str) -> Figure:
+    data = matching(select(cells, column(cells, "bits").isna()), metric=metric)
     pruned = select(data, column(data, "sparsity") > 0)
-    done = select(pruned, column(pruned, "value").notna())
+    done = select(pruned, column(pruned, "value") > 0)  # there is no zero on the axis
     if done.empty:
-        return nothing("No perplexity of a pruned model: see the cells table for the reasons.")
+        return nothing(f"No {WORDS[metric]} of a pruned model: see the cells table for the reasons.")
     bands = distinct_tuples(done, ["model", "calibration", "text"])
     modes = distinct_values(done, "mode")
     shown = entries(done)
     style = looks((label, method) for label, method, _ in shown)
-    dense = matching(select(data, column(data, "value").notna()), target="dense")
+    dense = matching(select(data, column(data, "value") > 0), target="dense")
     parts, limits = [], []
     for model, calibration, text in bands:
         part = matching(done, model=model, calibration=calibration, text=text)
@@ -50,21 +61,22 @@ def perplexity_vs_sparsity(cells: pd.DataFrame) -> Figure:
         extra.append(Line2D([], [], label="beyond the axis", color="#8c8c8c", **BEYOND))
     figure, subfigures = page([2.5] * len(bands), shown, extra, not_drawn(pruned))
     for band, (part, level), limit, names in zip(subfigures, parts, limits, bands, strict=True):
-        _perplexity_band(band, part, level, limit, modes, shown, style)
+        _band(band, part, level, limit, modes, shown, style)
+        band.axes[0].set_ylabel(AXES[metric])
         model, calibration, text = names
-        band.suptitle(f"{model}, perplexity on {text}, calibrated on {calibration}", x=0.01, ha="left")
+        band.suptitle(f"{model}, {WORDS[metric]} on {text}, calibrated on {calibration}", x=0.01, ha="left")
     return figure
 
 
 def _limits(data: pd.DataFrame, dense: Sequence[float]) -> tuple[float, float]:
-    """Range of the perplexity axis. A control can be orders of magnitude worse than everything else: it does not count,
+    """Range of the axis. A control can be orders of magnitude worse than everything else: it does not count,
     or it would squeeze the methods together."""
     contest = select(data, column(data, "comparison") != "control")
     values = [*column(contest if len(contest) else data, "value"), *dense]
     return log_limits(min(values), max(values), margin=0.1)
 
 
-def _perplexity_band(
+def _band(
     band: SubFigure,
     data: pd.DataFrame,
     dense: Sequence[float],
@@ -90,7 +102,6 @@ def _perplexity_band(
             _sparsity_lines(pair.pop(0), matching(by_row, mode=mode), sparsities, shown, style)
         if patterns:
             _pattern_points(pair.pop(0), matching(others, mode=mode), patterns, shown, style)
-    axes[0].set_ylabel("perplexity")
 
 
 def _sparsity_lines(

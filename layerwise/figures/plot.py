@@ -24,7 +24,9 @@ class Drawing(NamedTuple):
 # The caption of a figure is workflow/report/FIGURE.rst. The Snakefile reads this list: nothing heavy is imported here.
 FIGURES = {
     "perplexity_vs_sparsity": Drawing(("cells",), "layerwise.figures.perplexity"),
+    "kl_vs_sparsity": Drawing(("cells",), "layerwise.figures.perplexity"),
     "perplexity_vs_bits": Drawing(("cells",), "layerwise.figures.pareto"),
+    "kl_vs_bits": Drawing(("cells",), "layerwise.figures.pareto"),
     "error_along_depth": Drawing(("layers",), "layerwise.figures.depth"),
     "error_relative": Drawing(("layers",), "layerwise.figures.errors"),
     "error_reduction": Drawing(("layers",), "layerwise.figures.depth"),

@@ -4,7 +4,7 @@ import json
 import math
 import os
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -13,12 +13,17 @@ import numpy as np
 import pyarrow as pa
 
 from layerwise.results.contamination import contamination
-from layerwise.results.significance import bootstrap_interval
+from layerwise.results.significance import Floats, bootstrap_interval, itself
 from layerwise.runtime.errors import InputError
 from layerwise.runtime.files import aside_of
 from layerwise.sources.text_files import shared_origin
 from layerwise.storage.table_schema import first_line, from_rows, read_parquet, typed, unusable
 
+DIVERGENCES = ("kl", "kl_p99", "top1_agreement")  # from the dense model, of evaluation.divergence; beside a perplexity
+WINDOWED = {
+    "kl": "kl_windows",
+    "top1_agreement": "top1_windows",
+}  # means over windows, and where these are
 ACCURACIES = ("acc", "acc_norm")  # of zero-shot tasks; higher is better
 MEAN = "mean"  # the name of the row that has the mean accuracy over the tasks of a set
 CELL_METRICS = ("mean_output_error", "achieved_sparsity", "bits_per_weight", "solve_seconds", "job_seconds")
@@ -171,8 +176,9 @@ def layer_metrics(compression: Compression) -> dict[str, float | None]:
     return dict(zip(CELL_METRICS, values, strict=True))
 
 
-def read_perplexity(folder: Path, evaluation: TextEvaluation) -> tuple[dict[str, Any], list[float]]:
-    """The value columns of one perplexity and the mean loss of each window, none where one is not finite.
+def read_perplexity(folder: Path, evaluation: TextEvaluation) -> tuple[list[dict[str, Any]], dict[str, list[float]]]:
+    """The rows of one perplexity and of the divergences beside it, and metric -> its value of each window, none where
+    one is not finite.
 
     Raises InputError naming a broken file.
     """
@@ -181,8 +187,11 @@ def read_perplexity(folder: Path, evaluation: TextEvaluation) -> tuple[dict[str,
         record = read_json(path)
         value = math.nan if record["perplexity"] is None else float(record["perplexity"])
         losses = [math.nan if loss is None else float(loss) for loss in record["losses"]]
-        row = {
-            "value": value,
+        found = {name: record["divergence"][name] for name in (*DIVERGENCES, *WINDOWED.values())}
+        if not all(math.isfinite(x) for own in found.values() if own is not None for x in np.atleast_1d(own)):
+            raise ValueError("it has divergences that are not finite")
+        windows = {metric: [float(x) for x in found[name]] for metric, name in WINDOWED.items()}
+        common = {
             "status": "done",
             "eval_length": int(record["length"]),
             "eval_windows": int(record["windows"]),
@@ -192,13 +201,25 @@ def read_perplexity(folder: Path, evaluation: TextEvaluation) -> tuple[dict[str,
         }
     except BROKEN as error:
         raise unusable(path, error) from None
+    row: dict[str, Any] = {"metric": "perplexity", **common, "value": value}
     if not math.isfinite(value):
         reason = record.get("reason") or f"the model has diverged: its perplexity is {value}"
-        return row | {"value": None, "reason": reason}, []
-    if max(losses, default=0.0) > LARGEST_LOSS:
-        return row, []
-    low, high = bootstrap_interval(losses, np.exp) or (None, None)
-    return row | {"low": low, "high": high}, losses
+        row |= {"value": None, "reason": reason}
+    elif max(losses, default=0.0) <= LARGEST_LOSS:
+        row |= _interval(losses, np.exp)
+        windows = {"perplexity": losses, **windows}
+    lost = record["divergence"].get("reason") or row.get("reason") or "the file has no value"
+    rows = [row]
+    for metric in DIVERGENCES:
+        own = {"metric": metric, **common, "value": found[metric], **_interval(windows.get(metric, ()))}
+        rows.append(own if own["value"] is not None else own | {"reason": lost})
+    return rows, windows
+
+
+def _interval(windows: Sequence[float], statistic: Callable[[Floats], Floats] = itself) -> dict[str, float | None]:
+    """The columns of the interval of a function of the mean over windows; empty for fewer than two."""
+    low, high = bootstrap_interval(windows, statistic) or (None, None)
+    return {"low": low, "high": high}
 
 
 def _computed(record: Mapping[str, Any]) -> dict[str, str]:
@@ -265,12 +286,13 @@ def _mean_of_tasks(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 @dataclass
 class Results:
     """All there is of a cell: its compression, its rows of the `cells` table, the first gap in it, and what its values
-    are means of: losses, of each text's windows, and scores, (name of the set, task, metric) -> those of the items."""
+    are means of: windows, (metric, text) -> the values of the text's windows, losses for the perplexity; and scores,
+    (name of the set, task, metric) -> those of the items."""
 
     compression: Compression | None = None
     rows: list[dict[str, Any]] = field(default_factory=list)
     gap: Gap | None = None
-    losses: dict[str, list[float]] = field(default_factory=dict)
+    windows: dict[tuple[str, str], list[float]] = field(default_factory=dict)
     scores: dict[tuple[str, str, str], list[float]] = field(default_factory=dict)
 
 
@@ -284,14 +306,15 @@ def gather_cell(
     failed = results.gap  # without a compression there is nothing else
     common = dict(cell.columns) | (results.compression.provenance if results.compression else {})
     for evaluation in evaluations:
-        row, gap = _perplexity_row(folder, evaluation, results, failed)
+        rows, gap = _perplexity_rows(folder, evaluation, results, failed)
         results.gap = results.gap or gap
+        seen: dict[str, Any] = {}
         try:
             origin = evaluation.shared_with.get(cell.columns["calibration"])
-            row |= contamination(origin, root / cell.overlap(evaluation.identity))
+            seen = contamination(origin, root / cell.overlap(evaluation.identity))
         except InputError as error:
             results.gap = results.gap or Gap("failed", str(error))
-        results.rows.append(common | row)
+        results.rows += [common | row | seen for row in rows]
     for task_set in tasks:
         rows, gap = _task_rows(folder, task_set, results, failed)
         results.gap = results.gap or gap
@@ -326,22 +349,25 @@ def _compression(folder: CellFolder, cell: PlannedCell) -> tuple[Compression | N
         return None, Gap("failed", str(error))
 
 
-def _perplexity_row(
+def _perplexity_rows(
     folder: CellFolder, evaluation: TextEvaluation, results: Results, failed: Gap | None
-) -> tuple[dict[str, Any], Gap | None]:
-    """The row of a perplexity and why it has no value, if so; the windows' losses go into `results`.
+) -> tuple[list[dict[str, Any]], Gap | None]:
+    """The rows of a perplexity and the divergences beside it, and why they have no value, if so; the values of windows
+    go into `results`.
 
     failed: the gap in the cell's compression, if any.
     """
-    stage, gap, row = f"perplexity-{evaluation.identity}", failed, {"metric": "perplexity", "text": evaluation.text}
+    stage, gap, text = f"perplexity-{evaluation.identity}", failed, {"text": evaluation.text}
     if not gap and f"{stage}.json" in folder.present:
         try:
-            values, results.losses[evaluation.text] = read_perplexity(folder.path, evaluation)
-            return row | values, None
+            rows, windows = read_perplexity(folder.path, evaluation)
+            results.windows |= {(metric, evaluation.text): values for metric, values in windows.items()}
+            return [text | row for row in rows], None
         except InputError as error:
             gap = Gap("failed", str(error))
     gap = gap or folder.failure(stage, "perplexity")
-    return row | {"status": gap.status, "reason": gap.reason}, gap
+    absent = {**text, "status": gap.status, "reason": gap.reason}
+    return [{"metric": metric, **absent} for metric in ("perplexity", *DIVERGENCES)], gap
 
 
 def _task_rows(

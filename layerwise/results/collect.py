@@ -36,7 +36,7 @@ from layerwise.results.comparisons import (
     Observation,
     accuracy_measure,
     compare_methods,
-    perplexity_measure,
+    window_measure,
 )
 from layerwise.results.protocol import Protocol
 from layerwise.runtime.errors import InputError, report_errors
@@ -97,11 +97,11 @@ def write_csv(data: pa.Table, path: Path, header: bool = True) -> None:
 
 
 def observe(columns: Mapping[str, Any], compression: Compression, results: Results) -> Observation:
-    """What a cell was measured on: the errors of its layers, the losses of each text's windows, the scores of items."""
+    """What a cell was measured on: the errors of its layers, what each text's windows gave, the scores of items."""
     errors = (compression.layers.column(name).to_pylist() for name in ("layer", "output_error"))
     values: dict[Measure, dict[Any, float]] = {ERRORS: dict(zip(*errors, strict=True))}
-    for text, losses in results.losses.items():
-        values[perplexity_measure(text)] = dict(enumerate(losses))
+    for (metric, text), windows in results.windows.items():
+        values[window_measure(metric, text)] = dict(enumerate(windows))
     for (tasks, task, metric), scores in results.scores.items():
         values[accuracy_measure(metric, main_table.task_title(task, tasks))] = dict(enumerate(scores))
     return Observation(columns, values)
@@ -113,7 +113,7 @@ def refuse_other_protocols(results: Results, protocol: Protocol) -> None:
         if sentence := protocol.difference(row):
             row |= {"value": None, "stderr": None, "low": None, "high": None, "status": "failed", "reason": sentence}
             results.gap = results.gap or Gap("failed", sentence)
-            results.losses.pop(row.get("text") or "", None)
+            results.windows.pop((row["metric"], row.get("text") or ""), None)
             results.scores.pop((row.get("task_set") or "", row.get("task") or "", row["metric"]), None)
     if results.rows and all(row["status"] == "failed" for row in results.rows):
         results.compression = None

@@ -1,8 +1,9 @@
 """The `comparisons` table: every two methods of a group on one target, and whether they differ by more than noise.
 
-The units are layers for output_error, windows of the text for perplexity and items for accuracy. Seeds repeat the
-measurement of a unit and are no units of their own, because a layer that suits a method does so under every seed: they
-are averaged, have to agree on the direction, and from three on have to pass a test of their own.
+The units are layers for output_error, windows of the text for perplexity, kl and top1_agreement, and items for
+accuracy. Seeds repeat the measurement of a unit and are no units of their own, because a layer that suits a method does
+so under every seed: they are averaged, have to agree on the direction, and from three on have to pass a test of their
+own.
 """
 
 import math
@@ -37,9 +38,10 @@ class Measure:
 ERRORS = Measure("output_error", None, None, -1)
 
 
-def perplexity_measure(text: str) -> Measure:
-    """From mean losses of windows."""
-    return Measure("perplexity", text, np.exp, -1)
+def window_measure(metric: str, text: str) -> Measure:
+    """perplexity, from mean losses of windows; kl and top1_agreement, from the means of windows."""
+    statistic = np.exp if metric == "perplexity" else significance.itself
+    return Measure(metric, text, statistic, 1 if metric == "top1_agreement" else -1)
 
 
 def accuracy_measure(metric: str, task: str) -> Measure:

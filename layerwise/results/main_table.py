@@ -31,6 +31,8 @@ from layerwise.storage.frames import (
 from layerwise.storage.table_schema import COMPARISONS, read_table
 
 UNSUPPORTED = "–"
+WORDS = {"mean_output_error": "mean output error over the layers", "kl": "KL(dense || compressed), nats per token,"}
+DISTANCES = tuple(WORDS)  # from the dense model, which has none
 SIDES = ["label", "other"]
 LATEX = {
     "\\": r"\textbackslash{}",
@@ -47,7 +49,7 @@ LATEX = {
 }
 SCOPES = ("model", "calibration", "mode", "target", "cell", "token_scope")  # of `layers`, what the notes need
 COMPARED = {"mean_output_error": "output_error"}  # what a metric is called in `comparisons`
-METRICS = ("perplexity", *ACCURACIES, "mean_output_error")  # that have tables, in their order
+METRICS = ("perplexity", "kl", *ACCURACIES, "mean_output_error")  # that have tables, in their order
 MARKDOWN = re.compile(r"([\\`*_{}\[\]<>|#~])")
 
 
@@ -102,7 +104,7 @@ def spread(values: Sequence[float], metric: str) -> str:
     if len(values) < 2:
         return number(centre, metric)
     # 0.0500: as precise as 0.0501
-    mean = f"{centre:#.3g}" if metric == "mean_output_error" else number(centre, metric)
+    mean = f"{centre:#.3g}" if metric in DISTANCES else number(centre, metric)
     deviation = statistics.stdev(values) * (100 if metric in ACCURACIES else 1)
     decimals = len(mean.partition(".")[2])
     return f"{mean} ± {deviation:.2g}" if "e" in mean else f"{mean} ± {deviation:.{decimals}f}"
@@ -166,7 +168,7 @@ def tables(
             key = (model, calibration, text, mode)
             alike = {row[len(key) :] for row in equal if row[: len(key)] == key}
             sections.append(Section(mode, _groups(rows(here), targets, metric, alike, marked)))
-        what = "mean output error over the layers" if metric == "mean_output_error" else f"{metric} on {text}"
+        what = WORDS.get(metric, metric) + (f" on {text}" if text else "")
         name = "-".join(filter(None, (metric, model, calibration, text)))
         title = f"{model}, {what}, calibrated on {calibration}"
         yield Table(name, title, " ".join([*notes, *reasons]), targets, sections, model, calibration)
@@ -186,8 +188,8 @@ def _of_metric(cells: pd.DataFrame, metric: str) -> pd.DataFrame:
 
 
 def _dense_note(reference: pd.DataFrame, metric: str, marked: Collection[tuple[str, str]]) -> list[str]:
-    """A sentence with the value of the dense model, which no table of errors has."""
-    if metric == "mean_output_error" or reference.empty:
+    """A sentence with the value of the dense model, which no table of distances from it has."""
+    if metric in DISTANCES or reference.empty:
         return []
     row = rows(reference)[0]
     error = row["stderr"] if metric in ACCURACIES else None
@@ -333,7 +335,7 @@ def document(
     comparisons: pd.DataFrame | None = None,
     layers: pd.DataFrame | None = None,
 ) -> str:
-    """The perplexity tables, those of zero-shot tasks, then those of the mean output error."""
+    """The tables of perplexity, of KL from the dense model, of zero-shot tasks, then of the mean output error."""
     rendered = [render(table) for metric in METRICS for table in tables(cells, metric, comparisons, layers)]
     return "\n".join(rendered) or "No results yet.\n"
 

@@ -29,6 +29,8 @@ BLOCKS_HELD = 3  # of a model that is read block by block: the one that is run, 
 GRAM_ENTRY = 12
 BATCH_BYTES = 2**22  # of a batch's widest activations, unless one sequence has more (propagate.BATCH_BYTES)
 ACTIVATIONS = 8  # tensors of that size at a time
+LOGITS_HELD = 2  # of a batch: the cell's, and the dense model's beside them (divergence.Divergence)
+KL_WORK = 400  # operations that the divergence takes as long as, for a word of a token; in float64, by its measurement
 HIDDEN_FILES = 2  # files of all hidden states on disk: what enters a block and what leaves it
 LOGITS_AT_ONCE = 2**23  # of a batch of windows (evaluate.LOGITS_AT_ONCE)
 ROWS = 1024  # tokens whose logits are in float32 at a time (evaluate.ROWS)
@@ -112,6 +114,7 @@ class CostModel:
             "check_model": self._check_model,
             "gram": self._gram,
             "compress": self._compress,
+            "dense_states": self._dense_states,
             "perplexity": self._perplexity,
             "zero_shot": self._tasks,
             "certificate": self._certificate,
@@ -145,6 +148,8 @@ class CostModel:
         """All jobs of the study that take more than a little."""
         for model in dict.fromkeys(cell.model for cell in self.plan.cells):
             yield Job("check_model", {"model": model})
+            for evaluation in self.plan.evaluations:
+                yield Job("dense_states", {"model": model, "evaluation": evaluation})
         for model, calib in dict.fromkeys(
             (cell.model, cell.calib) for cell in self.plan.cells if cell.mode == "shared"
         ):
@@ -216,11 +221,21 @@ class CostModel:
         transient = max([transient + stored, *(cost.transient for cost in others)])
         return JobCost(memory, stored + CELL_FILES, transient, work + sum(cost.work for cost in others), minimum)
 
-    def _perplexity(self, model: ModelCost, job: Job) -> JobCost:
+    def _windows(self, job: Job) -> tuple[int, int]:
+        """(tokens of a window, of all) of an evaluation."""
         spec = self.plan.evaluations[job.wildcards["evaluation"]]
         length, windows = spec["length"], spec.get("samples")
-        tokens = windows * length if windows else TEXT_TOKENS
-        work = model.forward(tokens) + 2 * model.shape.vocabulary * model.shape.hidden * tokens
+        return length, windows * length if windows else TEXT_TOKENS
+
+    def _dense_states(self, model: ModelCost, job: Job) -> JobCost:
+        length, tokens = self._windows(job)
+        states = model.states(tokens)
+        return JobCost(model.evaluating(length, tokens), states / HIDDEN_FILES, states, model.forward(tokens))
+
+    def _perplexity(self, model: ModelCost, job: Job) -> JobCost:
+        length, tokens = self._windows(job)
+        heads = LOGITS_HELD * 2 * model.shape.vocabulary * model.shape.hidden * tokens
+        work = model.forward(tokens) + heads + KL_WORK * model.shape.vocabulary * tokens
         return JobCost(model.evaluating(length, tokens), 0.0, model.states(tokens), work)
 
     def _tasks(self, model: ModelCost, job: Job) -> JobCost:
@@ -342,7 +357,9 @@ class ModelCost:
     def evaluating(self, length: int, tokens: int) -> float:
         """Peak of the perplexity of `tokens` tokens in windows of `length`."""
         batch = max(length, min(tokens, LOGITS_AT_ONCE // self.shape.vocabulary))  # tokens
-        logits = (self.size * batch + 8 * min(ROWS, length)) * self.shape.vocabulary  # two copies in float32 of some
+        logits = (
+            LOGITS_HELD * self.size * batch + 8 * min(ROWS, length)
+        ) * self.shape.vocabulary  # two copies in float32 of some
         blocks = self.streamed + max(self.activations(batch), self.unpacked)
         scoring = self.streamed + self.size * self.shape.outside + logits
         return max(blocks, scoring, self.embedding)

@@ -231,7 +231,7 @@ def computed_wider(model: CostModel, jobs: Iterable[Job]) -> list[str]:
     """A sentence for each model and dtype that jobs compute in another one, because it is slow on the processor."""
     found: dict[str, None] = {}
     for job in jobs:
-        if job.rule not in ("gram", "compress", *EVALUATE):
+        if job.rule not in ("gram", "dense_states", "compress", *EVALUATE):
             continue
         spec, calib = model.plan.models[job.wildcards["model"]], job.wildcards.get("calib")
         own = model.plan.calibrations[calib].get("dtype") if calib and job.rule in ("gram", "compress") else None

@@ -121,7 +121,7 @@ def test_texts_evaluated_on_two_machines_come_together(tmp_path):
     other = results(tmp_path / "other", texts=TEXTS[1:])
     assert status("merge", one, other, "--out", tmp_path / "merged") == 0
     cells = read_table(tmp_path / "merged", "cells")
-    assert set(cells["status"]) == {"done"} and len(cells) == 3 * 7
+    assert set(cells["status"]) == {"done"} and len(cells) == 3 * 13
     assert len(read_table(tmp_path / "merged", "layers")) == 3 * 14
 
 

@@ -22,8 +22,8 @@ from layerwise.figures.convergence import BOUND, convergence, typical_layer
 from layerwise.figures.depth import error_along_depth, error_reduction
 from layerwise.figures.errors import error_relative, gap_to_bound, ratios
 from layerwise.figures.page import chosen_target
-from layerwise.figures.pareto import pareto_front, perplexity_vs_bits, sized
-from layerwise.figures.perplexity import perplexity_vs_sparsity
+from layerwise.figures.pareto import kl_vs_bits, pareto_front, perplexity_vs_bits, sized
+from layerwise.figures.perplexity import kl_vs_sparsity, perplexity_vs_sparsity
 from layerwise.figures.ranks import groups, method_ranks
 from layerwise.figures.style import LOOKS, Look, look, looks, save, spare, strokes, styled
 from layerwise.figures.sweep import along, sweep
@@ -56,7 +56,9 @@ TABLES = {
 }
 DRAW = {
     "perplexity_vs_sparsity": perplexity_vs_sparsity,
+    "kl_vs_sparsity": kl_vs_sparsity,
     "perplexity_vs_bits": perplexity_vs_bits,
+    "kl_vs_bits": kl_vs_bits,
     "error_along_depth": error_along_depth,
     "error_relative": error_relative,
     "error_reduction": error_reduction,
@@ -145,6 +147,20 @@ def test_perplexities_are_those_of_the_table():
         "control", "random", "mask-only", "magnitude", "wanda", "weight-updating", "sparsegpt", "dense",
         "beyond the axis",
     ]  # fmt: skip
+
+
+def test_divergences_are_those_of_the_table_and_dense_has_none():
+    cells = cells_table(plan(("wanda", "rtn"), ("50% row", "60% row", "70% row", "4b g128"), modes=("shared",)))
+    own = cells.query("label == 'wanda' and metric == 'kl'")
+    with styled():
+        figure, sizes = kl_vs_sparsity(cells), kl_vs_bits(cells)
+    (axes,) = panels(figure)
+    assert values(axes, LOOKS["wanda"].colour) == pytest.approx(list(own["value"])) and axes.get_yscale() == "log"
+    assert axes.get_ylabel() == "KL from dense, nats per token" and "dense" not in legend_texts(figure)
+    assert figure.subfigs[0].get_suptitle() == "demo, KL from the dense model on docs, calibrated on docs"
+    (axes,) = panels(sizes)
+    assert values(axes, LOOKS["wanda"].colour) == pytest.approx(list(own["value"]))
+    assert "dense" not in legend_texts(sizes) and len(pareto_front(sized(cells, "kl"))) == len(axes.texts) + 1
 
 
 def test_the_front_is_what_nothing_beats_in_size_and_perplexity():

@@ -5,6 +5,7 @@
 # pyright: reportGeneralTypeIssues=false
 
 import json
+import math
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -15,10 +16,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from layerwise.results.cell_results import NEVER_RAN, evaluations
+from layerwise.results.cell_results import DIVERGENCES, NEVER_RAN, evaluations
 from layerwise.results.collect import StudyInputs, collect
 from layerwise.results.comparisons import NO_DIFFERENCE
-from layerwise.results.main_table import SCOPES, escape_latex, latex, markdown, number, spread, tables
+from layerwise.results.main_table import METRICS, SCOPES, escape_latex, latex, markdown, number, spread, tables
 from layerwise.results.main_table import document as rendered
 from layerwise.runtime.errors import InputError
 from layerwise.storage.table_schema import arrow_schema, document, from_rows, read_table, typed
@@ -29,6 +30,7 @@ from tests.support.synthetic_tables import (
     SyntheticCell,
     cell,
     cells_table,
+    divergence_of,
     layer_frame,
     layers_table,
     perplexity_of,
@@ -152,7 +154,7 @@ def test_a_failed_perplexity_leaves_the_other_numbers(tmp_path, pair):
     cells = gather(tmp_path, pair, partial=True)["cells"]
     broken = cells[cells["value"].isna()]
     assert broken[["label", "metric", "text", "reason"]].values.tolist() == [
-        ["wanda", "perplexity", "wiki", "perplexity: no text"]
+        ["wanda", metric, "wiki", "perplexity: no text"] for metric in ("perplexity", *DIVERGENCES)
     ]
 
 
@@ -166,7 +168,7 @@ def test_a_truncated_file_is_named(tmp_path, pair, name, damage):
     assert not path.exists() and path.with_name(f"{name}.damaged").exists()
     cells = gather(tmp_path, pair, partial=True)["cells"]
     broken = cells[cells["status"] == "failed"]
-    assert len(broken) == (1 if name.startswith("perplexity") else 7)
+    assert len(broken) == (4 if name.startswith("perplexity") else 13)
     assert all(name in reason for reason in broken["reason"]) and set(broken["label"]) == {"wanda"}
 
 
@@ -206,13 +208,62 @@ def test_a_perplexity_that_is_not_finite_has_a_reason(tmp_path, pair):
     assert row["status"] == "done" and row["reason"] == "the model has diverged: its perplexity is inf"
 
 
+def test_divergences_stand_beside_the_perplexity(tmp_path, pair):
+    found = gather(tmp_path, pair)
+    cells = found["cells"]
+    own = cells[(cells["label"] == "wanda") & (cells["text"] == "docs")].set_index("metric")
+    assert list(own.index) == ["perplexity", *DIVERGENCES]
+    wanted = divergence_of(pair[0])
+    assert [own.loc[name, "value"] for name in DIVERGENCES] == [pytest.approx(wanted[name]) for name in DIVERGENCES]
+    assert own.loc["kl", "low"] < wanted["kl"] < own.loc["kl", "high"] and pd.isna(own.loc["kl_p99", "low"])
+    for name in ("eval_length", "eval_windows", "eval_sha256", "contaminated", "contamination", "overlap"):
+        assert own[name].nunique(dropna=False) == 1
+
+
+def test_a_divergence_that_is_not_finite_has_a_reason_of_its_own(tmp_path, pair):
+    path = tmp_path / pair[0].folder / "perplexity-docs-00000001.json"
+    lost = dict.fromkeys(DIVERGENCES) | {"kl_windows": [], "top1_windows": [], "reason": "of 2 windows not finite"}
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"divergence": lost}))
+    cells = gather(tmp_path, pair)["cells"]
+    absent = cells[cells["value"].isna()]
+    assert list(absent["metric"]) == list(DIVERGENCES) and set(absent["reason"]) == {"of 2 windows not finite"}
+    assert set(absent["status"]) == {"done"} and absent["low"].isna().all()
+
+
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        (lambda found: None, "it lacks 'divergence'"),
+        (lambda found: found | {"kl": math.inf}, "it has divergences that are not finite"),
+        (lambda found: found | {"kl_windows": [math.nan]}, "it has divergences that are not finite"),
+        (lambda found: found | {"kl_windows": None}, "NoneType"),
+        (lambda found: {"kl": 0.1}, "it lacks 'kl_p99'"),
+    ],
+)
+def test_a_file_without_sound_divergences_is_refused(tmp_path, pair, spoil, said):
+    path = tmp_path / pair[0].folder / "perplexity-docs-00000001.json"
+    record = json.loads(path.read_text())
+    found = spoil(record.pop("divergence"))
+    path.write_text(json.dumps(record | ({"divergence": found} if found else {})))
+    with pytest.raises(InputError, match=f"perplexity-docs-00000001.json cannot be used: .*{said}"):
+        gather(tmp_path, pair)
+
+
+def test_the_main_table_has_the_divergence_and_no_dense_number():
+    (table,) = tables(cells_table(plan(("magnitude", "wanda"), ("50% row",), ("shared",))), "kl")
+    assert table.title == "demo, KL(dense || compressed), nats per token, on docs, calibrated on docs"
+    assert table.note.startswith("Lower is better") and "Dense" not in table.note
+    assert [entry.best for _, (entry,) in table.sections[0].groups[0][1]] == [False, True]
+    assert spread([0.05, 0.0501], "kl") == "0.0500 ± 0.0001" and METRICS[:2] == ("perplexity", "kl")
+
+
 def test_a_cell_without_layers_or_trace(tmp_path):
     one = cell("dense", "dense")
     folder = write_cell(tmp_path, one)
     layer_frame(one).iloc[:0].to_parquet(folder / "layers.parquet")
     cells = gather(tmp_path, [one])["cells"]
     assert set(cells.loc[cells["value"].isna(), "reason"]) == {"the cell has no compressed layer"}
-    assert cells["value"].notna().sum() == 4
+    assert cells["value"].notna().sum() == 2 * 4 + 2
 
 
 def row_of(table: str) -> dict:
@@ -481,14 +532,16 @@ def test_collect_compares_cells_and_gives_intervals(tmp_path):
         write_cell(tmp_path, one)
     collect(StudyInputs(REPEATED, [], TEXTS), tmp_path / "tables", root=tmp_path)
     found = read_table(tmp_path / "tables", "comparisons")
-    assert list(found["metric"]) == ["output_error", "perplexity", "perplexity"]
+    assert list(found["metric"]) == ["output_error", *2 * ["perplexity", "kl", "top1_agreement"]]
     assert set(found["label"]) == {"magnitude"} and set(found["other"]) == {"wanda"} and set(found["seeds"]) == {3}
-    assert list(found["units"]) == [14, 7, 7] and list(found["text"].fillna("")) == ["", "docs", "wiki"]
+    assert list(found["units"]) == [14, *6 * [7]]
+    assert list(found["text"].fillna("")) == ["", *3 * ["docs"], *3 * ["wiki"]]
     assert set(found["verdict"]) == {"worse"}
     cells = read_table(tmp_path / "tables", "cells")
-    own = cells[cells["metric"] == "perplexity"]
+    sure = cells["metric"].isin(["perplexity", "kl", "top1_agreement"])
+    own = cells[sure]
     assert ((own["low"] < own["value"]) & (own["value"] < own["high"])).all()
-    assert cells.loc[cells["metric"] != "perplexity", ["low", "high"]].isna().all(axis=None)
+    assert cells.loc[~sure, ["low", "high"]].isna().all(axis=None)
 
 
 def test_a_cell_without_a_perplexity_is_not_compared_by_it(tmp_path):
@@ -498,7 +551,7 @@ def test_a_cell_without_a_perplexity_is_not_compared_by_it(tmp_path):
         (tmp_path / REPEATED[0].folder / f"perplexity-{name}.json").unlink()
     collect(StudyInputs(REPEATED, [], TEXTS), tmp_path / "tables", True, tmp_path)
     found = read_table(tmp_path / "tables", "comparisons")
-    assert list(found["seeds"]) == [3, 2, 2]
+    assert list(found["seeds"]) == [3, *6 * [2]]
 
 
 def test_a_power_of_ten_in_latex():

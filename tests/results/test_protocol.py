@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from layerwise.comparison import folders
-from layerwise.results.cell_results import TaskSet, evaluations
+from layerwise.results.cell_results import DIVERGENCES, TaskSet, evaluations
 from layerwise.results.collect import TABLES, StudyInputs, collect
 from layerwise.results.main_table import document, latex, markdown, tables
 from layerwise.results.protocol import MARK, SAME
@@ -122,12 +122,15 @@ def test_a_perplexity_of_other_windows_is_refused(tmp_path, column, values):
         gather(tmp_path)
     cells = gather(tmp_path, partial=True)
     failed = cells[cells["status"] == "failed"]
-    assert failed[["label", "metric", "text"]].values.tolist() == [["wanda", "perplexity", "wiki"]]
+    assert failed[["label", "metric", "text"]].values.tolist() == [
+        ["wanda", metric, "wiki"] for metric in ("perplexity", *DIVERGENCES)
+    ]
     assert failed[["low", "high"]].isna().all(axis=None)
     compared = read_table(tmp_path / "tables", "comparisons")
-    compared = compared[compared["metric"] == "perplexity"]
-    assert set(compared.loc[compared["text"] == "docs", "other"]) == {"wanda", "ria"}
-    assert set(compared.loc[compared["text"] == "wiki", "other"]) == {"ria"}
+    for metric in ("perplexity", "kl", "top1_agreement"):
+        own = compared[compared["metric"] == metric]
+        assert set(own.loc[own["text"] == "docs", "other"]) == {"wanda", "ria"}
+        assert set(own.loc[own["text"] == "wiki", "other"]) == {"ria"}
 
 
 @pytest.mark.parametrize(
@@ -157,7 +160,7 @@ def test_an_evaluation_in_another_dtype_is_told_by_its_own_rows(tmp_path, name):
     for path in root.glob("results/cells/*/*/*/*/cell.json"):
         change(path, provenance={key: value for key, value in FULL.items() if key != "compute_dtype"})
     cells = gather(root)
-    evaluated = cells["metric"].isin(["perplexity", "acc"])
+    evaluated = cells["metric"].isin(["perplexity", *DIVERGENCES, "acc"])
     assert set(cells.loc[evaluated, "compute_dtype"]) == {"bfloat16"}
     assert bool(cells.loc[~evaluated, "compute_dtype"].isna().all())
 

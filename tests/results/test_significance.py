@@ -16,7 +16,7 @@ from layerwise.results.comparisons import (
     Observation,
     accuracy_measure,
     compare_methods,
-    perplexity_measure,
+    window_measure,
 )
 from layerwise.results.significance import (
     ALPHA,
@@ -202,7 +202,7 @@ def test_methods_that_do_not_differ_are_seldom_told_apart():
     assert pooled / studies > 2 * ALPHA
 
 
-@pytest.mark.parametrize("measure", [ERRORS, perplexity_measure("wiki")], ids=["layers", "windows"])
+@pytest.mark.parametrize("measure", [ERRORS, window_measure("perplexity", "wiki")], ids=["layers", "windows"])
 def test_noise_of_the_draw_that_all_units_share_is_seldom_a_difference(measure):
     """A draw of the calibration shifts a method on all layers and windows at once: three that happen to agree are no
     evidence, which they do in one study of four."""
@@ -238,7 +238,7 @@ def test_many_methods_can_still_be_told_apart():
     """The smallest p of a bootstrap, times the pairs, must stay below the level."""
     rng = np.random.default_rng(10)
     hard = rng.normal(3, 0.5, 64)
-    text = perplexity_measure("wiki")
+    text = window_measure("perplexity", "wiki")
     made = [observed(f"m{i}", 0, text, hard + 0.5 * i + rng.normal(0, 0.01, 64)) for i in range(24)]
     rows = compare_methods(made)
     assert len(rows) == 276 and {row["verdict"] for row in rows} == {"better"}
@@ -295,7 +295,7 @@ def test_perplexities_are_compared_by_windows_and_accuracies_by_items(better):
     rng = np.random.default_rng(5)
     gain = {"first": -0.05, "second": 0.05, "neither": 0.0}[better]
     hard = rng.normal(3, 0.5, 64)
-    text, task = perplexity_measure("wiki"), accuracy_measure("acc", "boolq of zero-shot")
+    text, task = window_measure("perplexity", "wiki"), accuracy_measure("acc", "boolq of zero-shot")
     chance = {"first": (0.8, 0.6), "second": (0.6, 0.8), "neither": (0.7, 0.7)}[better]
     made = []
     for label, shift, right in (("a", gain, chance[0]), ("b", 0.0, chance[1])):

@@ -174,12 +174,16 @@ def test_costs_of_a_study(tmp_path):
             columns = own.cell(job).columns
             found[columns["label"], columns["target"], columns["mode"]] = cost
     counts = Counter(job.rule for job in own.jobs())
-    assert counts == {"check_model": 1, "gram": 1, "compress": 7, "perplexity": 7, "certificate": 2}
+    assert counts == {"check_model": 1, "dense_states": 1, "gram": 1, "compress": 7, "perplexity": 7, "certificate": 2}
     assert found["wanda", "2:4", "sequential"].work > found["wanda", "2:4", "shared"].work
     assert found["wanda", "2:4", "sequential"].transient > found["wanda", "2:4", "shared"].transient
     assert found["dense", "dense", "shared"].disk > found["wanda", "50% row", "shared"].disk
+    (dense,) = (some(own.cost(job)) for job in own.jobs() if job.rule == "dense_states")
+    (spec,) = own.plan.evaluations.values()
+    width = some(own.shape(next(iter(own.plan.models)))).hidden
+    assert dense.disk == 4 * width * spec["length"] * spec["samples"]  # float32
     whole = estimate_jobs(own, own.jobs(), 2, 1e9)
-    assert whole.jobs == 18 and whole.seconds > 0 and not whole.measured and not whole.unknown
+    assert whole.jobs == 19 and whole.seconds > 0 and not whole.measured and not whole.unknown
     assert list(limit_errors(own, own.jobs(), whole, ENOUGH)) == []
 
 

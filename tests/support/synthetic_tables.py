@@ -199,6 +199,14 @@ def perplexity_of(of: SyntheticCell) -> float:
     return 12.5 * float(np.exp(22 * error)) * (0.97 if of.columns["mode"] == "sequential" else 1.0)
 
 
+def divergence_of(of: SyntheticCell) -> dict[str, Any]:
+    """From the dense model, whose perplexity is 12.5; it is 0 for the dense cell itself."""
+    mean = float(np.log(perplexity_of(of) / 12.5)) ** 2 if of.columns["method"] != "dense" else 0.0
+    windows, same = mean * (1 + np.arange(-3, 4) / 10), np.exp(-mean) * (1 + np.arange(-3, 4) / 1000) / 1.01
+    found = {"kl": mean, "kl_p99": 5 * mean, "top1_agreement": float(same.mean())}
+    return found | {"kl_windows": windows.tolist(), "top1_windows": same.tolist()}
+
+
 def write_cell(root: Path, of: SyntheticCell, texts: Iterable[str] = tuple(EVALUATIONS), blocks: int = 2) -> Path:
     """The files of a finished cell."""
     folder = root / of.folder
@@ -217,6 +225,7 @@ def write_cell(root: Path, of: SyntheticCell, texts: Iterable[str] = tuple(EVALU
             "length": 512,
             "text": {"sha256": "f" * 64},
             "seconds": 1.0,
+            "divergence": divergence_of(of),
         }
         (folder / f"perplexity-{identity}.json").write_text(json.dumps(result))
         write_overlap(root / of.overlap(identity))
@@ -260,14 +269,16 @@ def comparisons_table(cells: Sequence[SyntheticCell]) -> pd.DataFrame:
 def cells_table(
     cells: Sequence[SyntheticCell], failed: Sequence[tuple[str, str, str]] = (), text: str = "docs"
 ) -> pd.DataFrame:
-    """The `cells` table: perplexity, mean_output_error, bits_per_weight; failed: (method, target, mode) triples."""
+    """The `cells` table: perplexity, kl, mean_output_error, bits_per_weight; failed: (method, target, mode) triples."""
     rows = []
     for of in cells:
         broken = (of.columns["method"], of.columns["target"], of.columns["mode"]) in failed
         error = float(np.mean(layer_frame(of)["output_error"].to_list()))
         size = 16 * (1 - of.columns["sparsity"]) * (of.columns["bits"] or 16) / 16 + (of.columns["sparsity"] > 0)
+        contamination = "draw from the same data set, docstrings"
         for metric, value in (
             ("perplexity", perplexity_of(of)),
+            ("kl", divergence_of(of)["kl"]),
             ("mean_output_error", error),
             ("bits_per_weight", size),
         ):
@@ -275,15 +286,15 @@ def cells_table(
                 dict(of.columns)
                 | {
                     "metric": metric,
-                    "text": text if metric == "perplexity" else None,
+                    "text": text if metric in ("perplexity", "kl") else None,
                     "task": None,
                     "task_set": None,
                     "stderr": None,
                     "value": None if broken else value,
                     "status": "failed" if broken else "done",
                     "reason": "compress, out of memory: no room" if broken else None,
-                    "contaminated": metric == "perplexity",
-                    "contamination": "draw from the same data set, docstrings" if metric == "perplexity" else None,
+                    "contaminated": metric in ("perplexity", "kl"),
+                    "contamination": contamination if metric in ("perplexity", "kl") else None,
                     "swept": "sparsity",
                     **(dict.fromkeys(PROVENANCE) if broken else PROVENANCE),
                 }

@@ -39,7 +39,7 @@ TABLES = ("layers", "cells", "traces", "bounds", "comparisons", "skipped")
 DRAWN = [name for name, drawing in FIGURES.items() if drawing.needs not in ("traces", "sweep")]
 LAYERS = 7  # linear layers in a block of a Llama
 # Rules that no method concerns.
-BEFORE = {"docstrings", "model", "calibration_tokens", "evaluation_tokens", "overlap", "gram"}
+BEFORE = {"docstrings", "model", "calibration_tokens", "evaluation_tokens", "overlap", "gram", "dense_states"}
 NOTHING = "Nothing to be done"
 
 LIFT = '''"""Starts from another method and raises what it keeps: a warm start and a parameter to sweep."""
