@@ -328,4 +328,4 @@ def test_marks_reach_the_written_tables(tmp_path):
     study(tmp_path, dirty=True)
     gather(tmp_path)
     text = document(read_table(tmp_path / "tables", "cells"), markdown)
-    assert text.count("in no commit: wanda.") == 4  # two texts, a task, the output error
+    assert text.count("in no commit: wanda.") == 6  # two texts and their KL, a task, the output error

@@ -181,7 +181,7 @@ def test_costs_of_a_study(tmp_path):
     (dense,) = (some(own.cost(job)) for job in own.jobs() if job.rule == "dense_states")
     (spec,) = own.plan.evaluations.values()
     width = some(own.shape(next(iter(own.plan.models)))).hidden
-    assert dense.disk == 4 * width * spec["length"] * spec["samples"]  # float32
+    assert dense.disk == 4 * width * spec["length"] * some(spec.get("samples"))  # float32
     whole = estimate_jobs(own, own.jobs(), 2, 1e9)
     assert whole.jobs == 19 and whole.seconds > 0 and not whole.measured and not whole.unknown
     assert list(limit_errors(own, own.jobs(), whole, ENOUGH)) == []
