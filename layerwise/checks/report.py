@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from layerwise.runtime.text_table import aligned
+
 KEPT, BROKEN, KNOWN, NOTHING = "kept", "broken", "known failure", "nothing to check"
 NOTE = "note"  # of a method that does not ship: its choice is not the best where it could be, which its idea may want
 
@@ -82,10 +84,7 @@ class Report:
             if counts[NOTHING] == len(rows):
                 result = rows[0].sentence[0].lower() + rows[0].sentence[1:].rstrip(".")
             table.append((promise, str(len({row.target for row in rows})), str(len(rows)), result))
-        widths = [max(len(line[column]) for line in table) for column in range(3)]
-        return [
-            f"  {line[0]:<{widths[0]}}  {line[1]:>{widths[1]}}  {line[2]:>{widths[2]}}  {line[3]}" for line in table
-        ]
+        return [f"  {line}" for line in aligned(table, right=(1, 2))]
 
     def _targets(self) -> list[str]:
         refused = list(dict.fromkeys(row.target for row in self.rows if row.promise.startswith("8 ")))

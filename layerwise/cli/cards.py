@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from layerwise.contract.catalogue import Catalogue, CatalogueError, Entry
-from layerwise.contract.method_table import aligned, widths
+from layerwise.contract.method_table import widths
 from layerwise.runtime.errors import InputError
+from layerwise.runtime.text_table import aligned
 
 WIDTH = 100  # characters of a line
 HEADER = ("method", "title", "prunes by", "bits", "updates weights", "needs")

@@ -22,6 +22,7 @@ from layerwise.results.comparisons import ERRORS, Observation
 from layerwise.results.protocol import SAME, Protocol
 from layerwise.runtime.errors import InputError
 from layerwise.runtime.files import whole_file
+from layerwise.runtime.text_table import aligned
 from layerwise.storage.frames import (
     column,
     columns_of,
@@ -168,19 +169,9 @@ def report(changes: pd.DataFrame, compared: int, what: str, tolerance: float) ->
     counts = Counter(column(changes, "status"))
     summary = ", ".join(f"{counts[status]} {status}" for status in ("moved", "added", "gone"))
     counted = f"{what}: {summary}; {compared} compared, tolerance {100 * tolerance:g} %."
-    return "\n".join([*_aligned(header, lines), counted])
-
-
-def _aligned(header: Sequence[str], lines: Sequence[Sequence[str]]) -> list[str]:
-    """Lines of a table whose first two columns are text and the others numbers, under a rule."""
-    widths = [max(len(line[i]) for line in [header, *lines]) for i in range(len(header))]
-    return [
-        "  ".join(
-            text.ljust(width) if i < 2 else text.rjust(width)
-            for i, (text, width) in enumerate(zip(line, widths, strict=True))
-        ).rstrip()
-        for line in [header, ["-" * width for width in widths], *lines]
-    ]
+    widths = [max(map(len, texts)) for texts in zip(header, *lines, strict=True)]
+    ruled = [header, ["-" * width for width in widths], *lines]
+    return "\n".join([*aligned(ruled, right=range(2, len(header))), counted])
 
 
 def _digits(value: float) -> str:

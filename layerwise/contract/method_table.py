@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, overload
 
 from layerwise.contract.catalogue import Catalogue, Entry
+from layerwise.runtime.text_table import aligned
 
 
 @dataclass(frozen=True)
@@ -137,9 +138,3 @@ def widths(bits: Iterable[int]) -> str:
     if len(ordered) > 2 and ordered == list(range(ordered[0], ordered[-1] + 1)):
         return f"{ordered[0]}-{ordered[-1]}"
     return ", ".join(map(str, ordered))
-
-
-def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
-    """The rows as lines whose columns begin at the same place."""
-    lengths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return ["  ".join(text.ljust(n) for text, n in zip(row, lengths, strict=True)).rstrip() for row in rows]

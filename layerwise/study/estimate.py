@@ -19,6 +19,7 @@ from layerwise.models import compute_dtype
 from layerwise.runtime.errors import InputError
 from layerwise.runtime.files import gram_stores
 from layerwise.runtime.memory import machine_memory
+from layerwise.runtime.text_table import aligned
 from layerwise.sources.shapes import ModelShape
 from layerwise.sources.specs import ModelSpec
 from layerwise.study.cell import Cell
@@ -293,11 +294,7 @@ def table(model: CostModel, jobs: Iterable[Job]) -> list[str]:
             [cost.transient for cost in costs],
         )
         lines.append([name, kind, str(len(costs)), *(size(max(column)) for column in columns)])
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return [
-        "  ".join(word.ljust(width) if place < 2 else word.rjust(width) for place, (word, width) in enumerate(pairs))
-        for pairs in (list(zip(line, widths, strict=True)) for line in lines)
-    ]
+    return aligned(lines, right=range(2, 7))
 
 
 @dataclass(frozen=True)
