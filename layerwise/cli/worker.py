@@ -25,12 +25,23 @@ WORKERS = {  # name -> module with main(argv)
     "tokens": "layerwise.sources.tokens",
     "train": "layerwise.demo.train",
 }
+HELP = f"""Usage: layerwise worker NAME [ARGUMENTS]
+
+  Run one step of a job, as the rules of the workflow do.
+
+Names: {", ".join(WORKERS)}.
+
+`layerwise worker NAME --help` explains the arguments of one."""
 
 
 def run(argv: list[str]) -> None:
     """Run the job that the first argument names with the others. Ends the process with status 2 for an unknown name."""
-    name, *arguments = argv or [""]
+    name, *arguments = argv or ["--help"]
+    if name in ("--help", "-h"):
+        print(HELP)
+        return
     if name not in WORKERS:
         print(f"error: The worker must be one of {', '.join(WORKERS)}. Got {name!r} instead.", file=sys.stderr)
         sys.exit(2)
+    sys.argv[0] = f"layerwise worker {name}"  # as the job's own help calls it
     report_errors(importlib.import_module(WORKERS[name]).main, arguments)

@@ -53,8 +53,10 @@ def run(study: str, cores: str | None, passed_on: Sequence[str], targets: Sequen
     """Run Snakemake on a study in this process, and end it with Snakemake's exit status.
 
     study: file, or name of one that ships. Raises InputError, before Snakemake starts, for a study that is wrong, such
-    as a model that is not there, and for a folder that cannot be written.
+    as a model that is not there, for a folder that cannot be written, and for a number of cores that is none.
     """
+    check_cores(cores)
+    check_cores(_value(passed_on, *CORES[:2]))
     path = config_file.study_file(study).resolve()
     folder = Path(_value(passed_on, *FOLDER) or ".")
     check_writable(folder)
@@ -67,6 +69,14 @@ def run(study: str, cores: str | None, passed_on: Sequence[str], targets: Sequen
     given = arguments(path, cores, passed_on, targets)
     sys.argv = ["snakemake", *given]  # Snakemake prints them
     main(given)
+
+
+def check_cores(cores: str | None) -> None:
+    """Raise InputError for a value of --cores that is no number of jobs. None and an option that follows are fine."""
+    if not cores or cores == "all" or cores.startswith("-"):
+        return
+    if not cores.isdecimal() or int(cores) < 1:
+        raise InputError(f"--cores must be a number of at least 1, or `all`. Got {cores!r} instead.")
 
 
 def check_writable(folder: Path) -> None:

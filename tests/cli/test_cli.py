@@ -76,6 +76,10 @@ BAD = {
     "run paper-wanda-lama": "such as paper-wanda-llama",
     "run -n": "STUDY must come before Snakemake's own arguments. Got '-n' in its place instead.",
     "run -n embedded": "STUDY must come before Snakemake's own arguments. Got '-n' in its place instead.",
+    "run --cores two embedded": "--cores must be a number of at least 1, or `all`. Got 'two' instead.",
+    "run embedded --cores two -n": "--cores must be a number of at least 1, or `all`. Got 'two' instead.",
+    "run embedded -c0": "--cores must be a number of at least 1, or `all`. Got '0' instead.",
+    "report -n --cores=2.5": "--cores must be a number of at least 1, or `all`. Got '2.5' instead.",
     "run embedded --directory file/inside": "must be a folder that can be written",
     "run absent-model.yaml": "The model 'absent' should be a folder at nowhere, but there is none.",
     "estimate absent-model.yaml": "The model 'absent' should be a folder at nowhere, but there is none.",
@@ -247,6 +251,12 @@ def test_a_worker_starts_without_help_torch_and_snakemake():
     code += "print({'typer', 'rich', 'click', 'torch', 'snakemake', 'pandas'} & set(sys.modules), file=sys.stderr)"
     done = subprocess.run([sys.executable, "-c", code], env=ENVIRONMENT, capture_output=True, text=True)
     assert done.stderr == "set()\n" and "--model" in done.stdout
+
+
+@pytest.mark.parametrize("words", ["worker", "worker --help", "worker -h"])
+def test_help_lists_every_worker(words):
+    told = call(*words.split())
+    assert told.exit_code == 0 and f"Names: {', '.join(WORKERS)}." in told.stdout
 
 
 def test_the_rules_name_workers_that_there_are():
