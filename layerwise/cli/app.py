@@ -23,8 +23,8 @@ TABLES = Path("results/tables")
 TOLERANCE = 0.02  # relative; comparison.folders.TOLERANCE, which takes pandas to import
 
 
-class Finding(InputError):
-    """What a command was asked to find: no fault of what was typed."""
+class CheckFailed(InputError):
+    """What a command checks does not hold. Nothing is wrong with what was typed, so the exit status is 1."""
 
 
 class Commands(TyperGroup):
@@ -53,7 +53,7 @@ class Commands(TyperGroup):
     def _status(self, args: list[str], options: dict[str, Any]) -> int:
         try:
             return super().main(args=args, **options) or 0
-        except Finding as error:
+        except CheckFailed as error:
             print(f"error: {error}", file=sys.stderr)
             return 1
         except InputError as error:
@@ -115,10 +115,10 @@ def _plan(study: str, check_sources: bool = False) -> Plan:
     return plan(config_file.read(config_file.study_file(study)), check_sources=check_sources)
 
 
-def _found(sentence: str | None) -> None:
-    """Raise Finding for a sentence that is not empty."""
+def _fail_if(sentence: str | None) -> None:
+    """Raise CheckFailed for a sentence that is not empty."""
     if sentence:
-        raise Finding(sentence)
+        raise CheckFailed(sentence)
 
 
 # --------------------------------------------------------------------------------------------------------- run a study
@@ -159,7 +159,7 @@ def estimate(
 
     found = module.estimate(_plan(study, check_sources=True), cores, mem_mb and mem_mb * 1e6)
     print(*found.lines, sep="\n")
-    _found(" ".join(found.exceeded))
+    _fail_if(" ".join(found.exceeded))
 
 
 @app.command("check-study", epilog="Example: layerwise check-study strangers-study.yaml")
@@ -327,7 +327,7 @@ def audit(
 
     form, expected, lines = module.audit(folder, wanted, trust_remote_code)
     print(module.table(lines), module.summary(form, expected, lines), sep="\n\n")
-    _found(module.fault_of(folder, lines))
+    _fail_if(module.fault_of(folder, lines))
 
 
 def _target(label: str) -> Target:

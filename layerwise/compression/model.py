@@ -20,7 +20,7 @@ from layerwise.calibration.calibrate import shared
 from layerwise.calibration.modes import in_turn, sequential_blocks
 from layerwise.calibration.taps import Tap
 from layerwise.compression.cell import bar, visit
-from layerwise.compression.resolve import MethodSpec, Resolved, as_target, resolve, solve
+from layerwise.compression.resolve import MethodLike, Resolved, as_target, resolve, solve
 from layerwise.contract.layer import Layer
 from layerwise.contract.target import Target
 from layerwise.evaluation.model_check import check_walk
@@ -44,7 +44,7 @@ def compress_model(
     model: PreTrainedModel,
     tokenizer_or_tokens: PreTrainedTokenizerBase | Tensor,
     target: Target | str,
-    method: MethodSpec,
+    method: MethodLike,
     *,
     mode: str = "shared",
     text: str | Path | Sequence[str] | None = None,

@@ -16,7 +16,7 @@ from layerwise.contract.layer import Compressed, Layer, Method, UnsupportedTarge
 from layerwise.contract.target import Target
 from layerwise.runtime.errors import InputError
 
-MethodSpec = str | Path | Mapping[str, Any] | Method
+MethodLike = str | Path | Mapping[str, Any] | Method
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ def as_target(target: Target | str) -> Target:
     return target if isinstance(target, Target) else Target.parse(target)
 
 
-def resolve(method: MethodSpec, parameters: Mapping[str, Any], target: Target) -> Resolved:
+def resolve(method: MethodLike, parameters: Mapping[str, Any], target: Target) -> Resolved:
     """The method that a name, {name: {parameters}}, the path of a method's file or an instance stands for.
 
     Raises CatalogueError (a ValueError) for an unknown name or parameter and a faulty file, UnsupportedTarget for a
