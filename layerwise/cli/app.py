@@ -86,6 +86,23 @@ app = typer.Typer(
 FORWARD = {"allow_extra_args": True, "ignore_unknown_options": True, "allow_interspersed_args": False}
 
 
+def _version(asked: bool) -> None:
+    if asked:
+        from layerwise import __version__
+
+        print(f"layerwise {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_version, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Options of the command itself, which has none but its version."""
+
+
 def studies(incomplete: str) -> Iterator[str]:
     """Names of the studies that ship, for the completion of a word."""
     return (name for name in config_file.shipped_studies() if name.startswith(incomplete))
@@ -166,9 +183,12 @@ def estimate(
 def check_study(
     studies: Annotated[list[str], typer.Argument(help="Files of studies, or names of ones that ship.")],
 ) -> None:
-    """Read studies as the workflow does, running nothing that is in them, and report what is wrong."""
+    """Validate studies without running anything that is in them, and print the cells of each.
+
+    Models and texts are not looked at: `layerwise estimate` does that.
+    """
     for study in studies:
-        config_file.check(config_file.read(config_file.study_file(study)))
+        print(f"{study}: {len(_plan(study).cells)} cells")
 
 
 # -------------------------------------------------------------------------------------------------------------- methods

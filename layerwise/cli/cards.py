@@ -70,4 +70,6 @@ def _text(value: Any) -> str:
         return value
     if isinstance(value, (list, tuple)) and all(isinstance(item, (str, int)) for item in value):
         return ", ".join(map(str, value)) or "none"
-    return {True: "yes", False: "no", None: "none"}[value] if value in (None, True, False) else json.dumps(value)
+    if value is None or isinstance(value, bool):  # not `in`, to which 1.0 is True and 0 False
+        return {True: "yes", False: "no", None: "none"}[value]
+    return json.dumps(value)

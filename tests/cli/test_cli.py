@@ -14,6 +14,8 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from layerwise import __version__ as version
+from layerwise.checks import template
 from layerwise.cli import workflow
 from layerwise.cli.app import app
 from layerwise.cli.worker import WORKERS
@@ -60,6 +62,19 @@ def test_help_of_a_command_has_a_sentence_and_an_example(name):
     assert re.search(rf"Usage: layerwise {name} .*?[A-Z][^.]*\.", text) and f"Example: layerwise {name}" in text
 
 
+def test_the_version_is_that_of_the_package():
+    told = call("--version")
+    assert told.exit_code == 0 and told.stdout == f"layerwise {version}\n"
+
+
+def test_studies_are_checked_without_their_models(tmp_path):
+    study = (ROOT / "config/config.yaml").read_text("utf-8")
+    path = tmp_path / "absent.yaml"
+    path.write_text(study.replace("demo: {path: resources/demo,", "absent: {path: nowhere,"))
+    told = call("check-study", "embedded", path)
+    assert told.exit_code == 0 and told.stdout == f"embedded: 53 cells\n{path}: 53 cells\n"
+
+
 def test_a_shell_completes_names_of_studies():
     words = {"_LAYERWISE_COMPLETE": "complete_bash", "COMP_WORDS": "layerwise run qua", "COMP_CWORD": "2"}
     command = [sys.executable, "-m", "layerwise"]
@@ -86,6 +101,7 @@ BAD = {
     "estimate embedded --cores 0": "--cores must be at least 1. Got 0 instead.",
     "estimate embedded --cores many": "Invalid value for '--cores'",
     "check-study file": "file is not valid YAML",
+    "check-study embedded wrong-key.yaml": "config: targets.0",
     "methods no-such-method": "The method must be one of admm,",
     "methods --method-path absent": "method_paths names absent, which is not a folder.",
     "check-method absent.py": "The method must be a file. Got 'absent.py' instead.",
@@ -125,8 +141,9 @@ def test_bad_input_is_one_sentence_and_exit_status_two(tmp_path, monkeypatch, wo
     Path("file").write_text("a: [")
     study = (ROOT / "config/config.yaml").read_text("utf-8")
     Path("absent-model.yaml").write_text(study.replace("demo: {path: resources/demo,", "absent: {path: nowhere,"))
+    Path("wrong-key.yaml").write_text(study.replace("sparsity: 0.5", "sparsty: 0.5", 1))
     told = call(*words.split())
-    assert told.exit_code == 2 and told.stdout == ""
+    assert told.exit_code == 2 and told.stdout in ("", "embedded: 53 cells\n")
     assert told.stderr.startswith("error: ") and told.stderr.count("\n") == 1
     assert BAD[words] in told.stderr
 
@@ -159,6 +176,13 @@ def test_one_card_whole():
     assert text.startswith("sparsegpt: SparseGPT\n") and f"  arxiv: {entry.card['arxiv']}\n" in text
     for name, schema in entry.card["parameters"].items():
         assert f"\n  {name}: " in text and schema["description"] in " ".join(text.split())
+
+
+@pytest.mark.parametrize(("default", "shown"), [("1.0", "1.0"), ("0", "0"), ("True", "yes"), ("False", "no")])
+def test_a_default_is_shown_as_what_it_is(tmp_path, default, shown):
+    path = template.write("shrink", tmp_path)
+    path.write_text(path.read_text("utf-8").replace("power: float = 1.0", f"power: float = {default}"), "utf-8")
+    assert f", default {shown}\n" in call("methods", "shrink", "--method-path", tmp_path).stdout
 
 
 def test_a_further_folder_has_methods_too(tmp_path):
