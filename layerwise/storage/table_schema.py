@@ -186,13 +186,13 @@ def unusable(path: Path, error: Exception) -> InputError:
 
 
 def read_table(folder: Path, table: str, only: Sequence[str] | None = None) -> pd.DataFrame:
-    """A table as collect wrote it, or only some columns of it, checked.
+    """A table of a study, or only some of its columns, checked.
 
     Raises InputError when it is absent, broken or of another layout.
     """
     path = Path(folder) / f"{table}.parquet"
     if not path.is_file():
-        raise InputError(f"Expected the {table} table at {path}, which does not exist: run collect first.")
+        raise InputError(f"Expected the {table} table at {path}, which does not exist: run the study first.")
     try:
         data = read_parquet(path, only)
     except (pa.ArrowInvalid, OSError) as error:
