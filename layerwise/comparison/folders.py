@@ -1,4 +1,4 @@
-"""Hold two result folders (two commits, two machines) against each other, or put the tables of several into one.
+"""Compare two result folders (two commits, two machines), or merge the tables of several.
 
 layerwise compare A B: what moved from A to B by more than the tolerance; exit status 1 when a number moved or is gone.
 layerwise merge A B ... --out C: the tables of all, for a study whose cells were computed on several machines.

@@ -1,7 +1,7 @@
-"""Hold today's numbers against accepted ones, layer by layer; folders.py holds two result folders against each other.
+"""Compare today's numbers with accepted ones, layer by layer; folders.py compares two result folders.
 
 layerwise regression: exit status 1 when a number moved by more than the tolerance, for better or worse, or is gone. New
-ones are said. layerwise accept writes what it compares with.
+ones are listed. layerwise accept writes what it compares with.
 """
 
 from pathlib import Path

@@ -1,1 +1,1 @@
-"""Perplexity, divergence and tasks of a compressed model."""
+"""Perplexity and tasks of a compressed model, and the check of a dense one."""

@@ -1,4 +1,4 @@
-"""Draw one figure from the tables alone: python -m layerwise.figures.plot FIGURE --tables FOLDER --out FILE..."""
+"""Draw one figure from the tables alone: layerwise worker figure FIGURE --tables FOLDER --out FILE..."""
 
 import argparse
 import importlib

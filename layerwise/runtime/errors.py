@@ -1,4 +1,4 @@
-"""What a user can mend is told in a sentence: errors, refusals of the system, and why a job failed."""
+"""Errors that a user can fix, each in one sentence: bad input, refusals of the system, failed jobs."""
 
 import contextlib
 import errno
@@ -13,11 +13,11 @@ from pathlib import Path
 
 
 class InputError(Exception):
-    """Something the user can mend, told in one sentence: what was expected, what came, where."""
+    """An error that the user can fix. Its message is one sentence: what was expected, what came, where."""
 
 
 class Diverged(InputError):
-    """A method's numbers are not finite, or beyond all measure."""
+    """A method's numbers are not finite, or far too large."""
 
 
 class Stopped(BaseException):
@@ -44,10 +44,10 @@ FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 def report_errors(main: Callable[[list[str]], object], argv: list[str]) -> None:
-    """Run a script's main; what the user can mend becomes a sentence on stderr and exit status 1.
+    """Run a script's main, and turn an error that the user can fix into one sentence on stderr and exit status 1.
 
-    That is an InputError, what a disk refuses and a lack of memory. SIGTERM and Ctrl-C end the process in a sentence
-    too, with what it has not finished removed, and with the exit status that a shell gives them.
+    These are InputError, what a disk refuses and a lack of memory. SIGTERM and Ctrl-C end the process with a sentence
+    too, remove what it has not finished, and set the exit status that a shell gives them.
     """
     before = signal.signal(signal.SIGTERM, _stop)
     try:
@@ -90,7 +90,7 @@ def refused(error: BaseException) -> OSError | None:
 
 
 def system_refusal(error: BaseException, path: Path | None = None) -> str | None:
-    """One sentence about what a disk refused, or None for another error; path: the file, where the error names none."""
+    """One sentence about what a disk refused, or None for another error; path: the file, if the error names none."""
     own = refused(error)
     if own is None or own.errno is None:
         return None
