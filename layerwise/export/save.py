@@ -160,7 +160,7 @@ FORMATS = {"dense": save_dense, "packed": save_packed, "compressed-tensors": sav
 def read_cell(folder: Path) -> tuple[dict[str, Any], PackedFile]:
     """What a cell's folder says of itself, and its compressed layers. Raises InputError when it has them no more."""
     if not (folder / "cell.json").is_file():
-        raise InputError(f"{folder} is no cell: it has no cell.json.")
+        raise InputError(f"{folder} must be the folder of a cell. Got one without cell.json instead.")
     if not (folder / WEIGHTS).is_file():
         raise InputError(f"{folder} has no {WEIGHTS}: set keep_weights in the config, or make the export by Snakemake.")
     try:

@@ -208,7 +208,7 @@ def test_refusals_are_one_sentence(case, tmp_path):
     not_quantised = "compressed-tensors holds quantised layers, and those of .* are not: use --format dense"
     refused(not_quantised, pruned, CT)
     refused("groups of 24 do not divide its 32 inputs", cell(case, Target(bits=4, group=24)), CT)
-    refused("is no cell: it has no cell.json", tmp_path)
+    refused("must be the folder of a cell. Got one without cell.json instead.", tmp_path)
     (tmp_path / "cell.json").write_text("{}", "utf-8")
     refused("has no weights.safetensors: set keep_weights in the config", tmp_path)
     (tmp_path / "weights.safetensors").write_bytes((pruned / "weights.safetensors").read_bytes())
