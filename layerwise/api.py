@@ -138,7 +138,7 @@ def compress_layer(
             f"statistics must be given: {resolved.name} needs {' and '.join(needed)}, which layerwise.calibrate(x) "
             "returns with the Gram. Got None instead."
         )
-    result, row = solve(resolved.solver(goal, seed, stored_dtype(original)), layer)
+    result, row = solve(resolved.solver(goal, seed, kept_dtype(original)), layer)
     return LayerResult(
         method=resolved.name,
         target=goal,
@@ -228,6 +228,6 @@ def checked(layer: Layer) -> Layer:
     return layer
 
 
-def stored_dtype(weight: Tensor) -> torch.dtype:
+def kept_dtype(weight: Tensor) -> torch.dtype:
     """The dtype in which the result is kept and scored: the weight's, float32 where that is wider."""
     return torch.float32 if weight.dtype.itemsize > 4 else weight.dtype

@@ -23,7 +23,7 @@ from layerwise.models.loading import load
 from layerwise.models.structure import Linear, few, model_linears
 from layerwise.numerics import ops
 from layerwise.numerics.patterns import count_kept, kept_counts
-from layerwise.results.cell_results import read_json
+from layerwise.results.cell_results import read_record
 from layerwise.runtime.errors import InputError, out_of_memory
 from layerwise.runtime.sentences import reason
 from layerwise.sources.config_faults import config_fault
@@ -79,7 +79,7 @@ class Tensors:
 
     def __init__(self, folder: Path) -> None:
         index = folder / "model.safetensors.index.json"
-        names = sorted(set(read_json(index)["weight_map"].values())) if index.is_file() else ["model.safetensors"]
+        names = sorted(set(read_record(index)["weight_map"].values())) if index.is_file() else ["model.safetensors"]
         try:
             files = [safe_open(folder / name, "pt") for name in names]
         except (OSError, SafetensorError) as error:
@@ -288,7 +288,7 @@ def audit(
     if not folder.is_dir():
         raise InputError(f"There is no folder {folder}.")
     try:
-        said = read_json(folder / MANIFEST) if (folder / MANIFEST).is_file() else {}
+        said = read_record(folder / MANIFEST) if (folder / MANIFEST).is_file() else {}
         if target is None and "target" in said:
             target = Target(**said["target"])
         marks = said.get("layers", {})

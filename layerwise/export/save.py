@@ -25,7 +25,7 @@ from layerwise.evaluation.perplexity import apply_weights, layers_of
 from layerwise.export.save_tokenizer import copy_tokenizer
 from layerwise.models import loading, structure
 from layerwise.models.structure import Linear, few
-from layerwise.results.cell_results import read_json
+from layerwise.results.cell_results import read_record
 from layerwise.runtime.errors import InputError, report_errors
 from layerwise.runtime.files import check_weights, write_atomic, writing
 from layerwise.sources.checkpoint_files import model_folder
@@ -113,7 +113,7 @@ def save_compressed_tensors(model: PreTrainedModel, file: PackedFile, folder: Pa
     if not target.symmetric:
         # compressed-tensors 0.20 cannot lay packed zero points out before they are loaded (its compress() on meta
         # tensors leaves them unpacked), so that from_pretrained must dequantise while it loads.
-        config = read_json(folder / "config.json")
+        config = read_record(folder / "config.json")
         config["quantization_config"]["dequantize"] = True
         write_atomic(folder / "config.json", json.dumps(config, indent=2) + "\n")
 
@@ -164,7 +164,7 @@ def read_cell(folder: Path) -> tuple[dict[str, Any], PackedFile]:
     if not (folder / WEIGHTS).is_file():
         raise InputError(f"{folder} has no {WEIGHTS}: set keep_weights in the config, or make the export by Snakemake.")
     try:
-        record = read_json(folder / "cell.json")
+        record = read_record(folder / "cell.json")
     except ValueError as error:
         raise InputError(f"{folder / 'cell.json'} cannot be read: {error}.") from None
     absent = [key for key in ("columns", "provenance") if key not in record]

@@ -54,7 +54,7 @@ def stored_dtype(model: PreTrainedModel) -> torch.dtype:
     return getattr(model, OF_MODEL, model.dtype)
 
 
-def as_stored(module: nn.Module, name: str, value: Tensor) -> Tensor:
+def rounded_as_stored(module: nn.Module, name: str, value: Tensor) -> Tensor:
     """A value for a module's own parameter, rounded as that is stored, in the dtype of the parameter."""
     own = module.get_parameter(name).dtype
     return value.to(getattr(module, OF_MODULE, {}).get(name, own)).to(own)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from layerwise.models.stored_dtypes import as_stored
+from layerwise.models.stored_dtypes import rounded_as_stored
 from layerwise.runtime.errors import InputError
 
 ROUTERS = ("gate", "router")  # what a linear layer that chooses experts, or the module around it, is called
@@ -153,7 +153,7 @@ class Linear:
 
     def as_stored(self, weight: Tensor) -> Tensor:
         """A weight [out, in] with the values and the dtype that it has once it is in the module."""
-        return as_stored(self.module, self.parameter, weight)
+        return rounded_as_stored(self.module, self.parameter, weight)
 
     def replace(self, weight: Tensor) -> None:
         """Write a weight [out, in] into the module, in place and rounded to the dtype that the model is stored in."""

@@ -102,7 +102,8 @@ def task_sets(specs: Mapping[str, Mapping[str, Any]]) -> list[TaskSet]:
     return [TaskSet(identity, spec["name"], tuple(spec["tasks"])) for identity, spec in specs.items()]
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_record(path: Path) -> dict[str, Any]:
+    """The object of a JSON file that a job wrote. Raises ValueError when it holds no such thing."""
     content = json.loads(path.read_text(encoding="utf-8"))
     if not isinstance(content, dict):
         raise ValueError(f"expected an object, got {type(content).__name__}")
@@ -113,7 +114,7 @@ def read_compression(folder: Path, columns: Mapping[str, Any]) -> Compression:
     """What the compress job left in a cell's folder. Raises InputError naming the file that is broken."""
     name = "cell.json"
     try:
-        record = read_json(folder / name)
+        record = read_record(folder / name)
         if record["columns"]["cell"] != columns["cell"]:
             raise ValueError(f"it belongs to cell {record['columns']['cell']!r}")
         provenance, seconds = dict(record["provenance"]), float(record["seconds"])
@@ -150,7 +151,7 @@ def failure(folder: Path, present: set[str], stages: Sequence[str]) -> Gap:
         if name not in present:
             continue
         try:
-            record = read_json(folder / name)
+            record = read_record(folder / name)
             status, reason = str(record["status"]), " ".join(str(record["reason"]).split())
         except BROKEN as error:
             return Gap("failed", f"{stage} failed, and {folder / name} cannot be used: {first_line(error)}")
@@ -184,7 +185,7 @@ def read_perplexity(folder: Path, evaluation: TextEvaluation) -> tuple[list[dict
     """
     path = folder / f"perplexity-{evaluation.identity}.json"
     try:
-        record = read_json(path)
+        record = read_record(path)
         value = math.nan if record["perplexity"] is None else float(record["perplexity"])
         losses = [math.nan if loss is None else float(loss) for loss in record["losses"]]
         found = {name: record["divergence"][name] for name in (*DIVERGENCES, *WINDOWED.values())}
@@ -244,7 +245,7 @@ def item_scores(record: Mapping[str, Any]) -> dict[tuple[str, str], list[float]]
 def read_tasks(path: Path) -> tuple[list[dict[str, Any]], dict[tuple[str, str], list[float]]]:
     """Rows and item scores of a file of tasks. Raises InputError naming one that is broken."""
     try:
-        record = read_json(path)
+        record = read_record(path)
         common = {"status": "done", "lm_eval": record["lm_eval"], **_computed(record)}
         rows = [{**row, **common} for row in record["rows"]]
         if not rows or any(not row["task"] or not row["metric"] for row in rows):
