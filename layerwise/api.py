@@ -76,7 +76,7 @@ class LayerResult:
 class LowerBound:
     """What no mask of a pattern can beat, whichever method chooses it, if the weights that it keeps stay as they are.
 
-    output_error: the bound as a share of tr(W G W^T), to be held against `LayerResult.output_error`.
+    output_error: the bound as a share of tr(W G W^T), to compare with `LayerResult.output_error`.
     absolute_error: the bound on tr((W - W_hat) G (W - W_hat)^T).
     gap: by how much of output_error a longer computation could raise the bound at most.
     """

@@ -1,4 +1,4 @@
-"""Reconstruct: the best weights for another method's mask, so that mask and weight update can be told apart.
+"""Reconstruct: the best weights for another method's mask, which separates the mask's part from the update's.
 
 For each row, S its kept inputs: minimise (w - W) G (w - W)t + damping |w - W|^2 with w zero outside S. The solution is
 W_S + (G_SS + damping I)^-1 (G W')_S, W' the pruned part. Damping pulls to W and not to zero: it makes no row worse.

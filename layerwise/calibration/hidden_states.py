@@ -68,7 +68,7 @@ def store(folder: Path, index: int, batches: Iterable[Tensor]) -> StoredStates:
 
 
 def write_values(path: Path, batches: Iterable[Tensor]) -> tuple[list[int], dict[str, Any]]:
-    """Write batches of states [sequences, length, hidden]; the sequences of each, and what tells of the values."""
+    """Write batches of states [sequences, length, hidden]; the sequences of each, and the record of dtype and shape."""
     sizes, dtype, shape = [], torch.float32, (0, 0)
     with writing(path), path.open("wb") as file:
         for states in batches:

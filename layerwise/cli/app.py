@@ -309,7 +309,7 @@ def published(
     """Write a study's perplexities beside those that papers print."""
     from layerwise.comparison import published as module
 
-    print(module.lay_beside(_plan(study), tables, out, unrun))
+    print(module.compare_with_published(_plan(study), tables, out, unrun))
 
 
 # --------------------------------------------------------------------------------------------------- compressed models

@@ -81,7 +81,7 @@ def read_tables(folder: Path) -> dict[str, pd.DataFrame]:
 
 
 def read_numbers(folder: Path) -> dict[str, pd.DataFrame]:
-    """The tables that two folders are held against each other by, also of a version that had fewer columns, which are
+    """The tables by which two folders are compared, also of a version that had fewer columns, which are
     empty and told. Raises InputError when one cannot be read, or lacks a column that names a number."""
     place, data = folder_of_tables(folder), {}
     for table, value in (("layers", "output_error"), ("cells", "value")):
@@ -105,7 +105,7 @@ def check_tolerance(value: float) -> None:
 
 
 def numbers(data: Tables, cell: Sequence[str] = CELL) -> dict[str, pd.DataFrame]:
-    """What two folders are held against each other by: the output error of every layer, and every metric of every cell
+    """What is compared of two folders: the output error of every layer, and every metric of every cell
     that is no time; the columns `cell`, then those that name a number in it, then the number."""
     cells = data["cells"]
     cells = select(cells, ~column(cells, "metric").isin(TIMES) & column(cells, "value").notna())

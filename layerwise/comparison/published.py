@@ -209,7 +209,7 @@ def protocol_differences(row: Row, ours: Row, evaluation: EvaluationSpec) -> dic
 
 
 def dense_references(rows: Sequence[Row], row: Row) -> list[Row]:
-    """The published dense perplexities that a row is held against: its own paper's, then others' at the same length."""
+    """The published dense perplexities to compare a row with: its own paper's, then others' at the same length."""
     same = ("hub", "our_metric", "evaluation_text", "evaluation_length")
     dense = [other for other in rows if other["our_method"] == "dense" and other["not_joined"] is None]
     dense = [other for other in dense if all(other[name] == row[name] for name in same)]
@@ -235,7 +235,7 @@ def published_comparisons(study: Plan, rows: Sequence[Row], cells: pd.DataFrame 
             if row["our_metric"] == "perplexity"
             for entry in _entries(study, rows, row, name, done)
         ]
-        # Of a paper of which the study has more than the dense model, what it does not have is told too.
+        # Of a paper of which the study has more than the dense model, what it does not have is listed too.
         papers = {entry["paper"] for entry in entries if entry.get("cell") and entry["method"] != "dense"}
         compared += [entry for entry in entries if entry.get("cell") or entry["paper"] in papers]
     return compared
@@ -365,7 +365,7 @@ def write_published(entries: Sequence[Row], out: Path) -> None:
     published_page.write_pages(to_frame(table), out)
 
 
-def lay_beside(study: Plan, tables: Path, out: Path | None = None, unrun: bool = False) -> str:
+def compare_with_published(study: Plan, tables: Path, out: Path | None = None, unrun: bool = False) -> str:
     """Write the study's perplexities beside the published ones into a folder. Returns a line that counts the verdicts.
 
     tables: folder of the study's tables. out: folder to write to (default: that one). unrun: what the study would be
@@ -381,7 +381,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--study", required=True, type=json.loads, help="the whole config as JSON")
     parser.add_argument("--tables", type=Path, default=Path("results/tables"), help="folder of the tables")
     args = parser.parse_args(argv)
-    print(lay_beside(plan(args.study), args.tables))
+    print(compare_with_published(plan(args.study), args.tables))
 
 
 if __name__ == "__main__":

@@ -174,7 +174,7 @@ class CellJob:
         return Solver(name, method, target, self.columns["seed"], dtype, mask_only, self.entry.criterion)
 
     def decisive(self) -> dict[str, Any]:
-        """What decides the cell's results, in the words in which its change is told."""
+        """What decides the cell's results, in the words that a message about a change uses."""
         spec = {key: value for key, value in self.spec.items() if key != "columns"}
         return {
             "spec": spec | {"seed": self.columns["seed"]},

@@ -57,7 +57,7 @@ class Solver:
         start = time.perf_counter()
         try:
             result = self.method.compress(layer, self.target, rng)
-        except Exception as error:  # whatever a method raises is told with the method's and the layer's name
+        except Exception as error:  # the message names the method and the layer
             raise InputError(f"{self.name} failed on {layer.name}: {type(error).__name__}: {error}") from error
         seconds = time.perf_counter() - start
         if not isinstance(result, Compressed):

@@ -148,7 +148,7 @@ def descend(
         return sum(float(loss(batch)) for batch in range(batches)) / batches
 
     first = least = mean()
-    if not math.isfinite(first):  # no epoch could be told to be better
+    if not math.isfinite(first):  # no epoch can be compared with it
         raise Diverged(f"Tuning cannot begin: the loss of what was compressed is {first}.")
     best = [tensor.detach().clone() for _, tensor in trained]
     for _ in range(settings["epochs"]):

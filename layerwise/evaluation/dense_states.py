@@ -96,7 +96,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--tokens", type=Path, required=True, help="evaluation tokens, safetensors")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--out", type=Path, required=True, help="JSON file that tells of the states, beside them")
+    parser.add_argument(
+        "--out", type=Path, required=True, help="JSON file that describes the states; these are written beside it"
+    )
     args = parser.parse_args(argv)
     set_threads(args.threads)
     with unchanging(args.model, args.fingerprint):

@@ -53,7 +53,7 @@ def _kl(dense: Tensor, compressed: Tensor) -> Tensor:
 class DenseStates:
     """A dense model's hidden states after its last block, on every window of an evaluation, in a file.
 
-    path: of the record that tells of them; the values lie beside it. record: their dtype and shape (length, hidden),
+    path: of their record; the values lie beside it. record: their dtype and shape (length, hidden),
     `windows`, `returned` (what the last block returns: 0 a tensor, n a tuple of n), their `sha256`, and what they were
     made of: the hash of the `tokens` and the `model`'s files.
     """
@@ -99,7 +99,7 @@ class DenseStates:
 
 
 def values_of(record: Path) -> Path:
-    """Where the values lie that a record tells of."""
+    """Path of the values that a record describes."""
     return record.with_suffix(".bin")
 
 

@@ -54,7 +54,7 @@ def window_losses(
 
 @torch.no_grad()
 def losses_of(stream: Stream, tokens: Tensor, batch: int, label: str, divergence: Divergence | None = None) -> Tensor:
-    """The same by a stream that is at the first block; what its hidden states overflow is told by it afterwards.
+    """The same by a stream that is at the first block; it knows afterwards where hidden states overflowed.
 
     divergence: is given the logits, too.
     """

@@ -145,7 +145,7 @@ def _points(
         axes.plot(sizes, values, **{**strokes(style[label], comparison), "linestyle": "none"})
         mark_beyond(axes, sizes, values, style[label])
     axes.plot(dense["size"], dense["value"], **DENSE)
-    for row, number in named:  # on either side in turn, so that neighbours can be told apart
+    for row, number in named:  # on either side in turn, so that neighbours do not overlap
         side = "left" if number % 2 == 0 else "right"
         shift = (4 if number % 2 == 0 else -4, -3)
         axes.annotate(

@@ -88,7 +88,7 @@ _LOOKS = ContextVar("looks", default=LOOKS)  # of the methods of the study that 
 
 
 def look(method: str) -> Look:
-    """Colour and marker of a method, as `styled` was told; a method that no card describes gets spare ones."""
+    """Colour and marker of a method, as given to `styled`; a method that no card describes gets spare ones."""
     known = _LOOKS.get()
     return known[method] if method in known else spare(method, known.values())
 

@@ -59,7 +59,7 @@ def slowdown(dtype: str) -> float:
 def slow_apart(dtype: str) -> bool:
     """`slow` for a process that must not load torch: another one measures.
 
-    Where that fails, which is told on stderr, passes count as computed in WIDE, which takes more memory.
+    Where that fails, a line on stderr says so, and passes count as computed in WIDE, which takes more memory.
     """
     paths = [str(PACKAGE.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
     try:
@@ -106,7 +106,7 @@ def at(entry: Mapping[str, Any], dtype: str | None) -> Mapping[str, Any]:
 
 
 def sentence(entry: Mapping[str, Any], computed: str | None, device: str = "cpu") -> str | None:
-    """What is to be told of forward passes that are computed in a dtype; nothing where the entry's own is fast.
+    """Sentences about forward passes that are computed in another dtype; none where the entry's own is fast.
 
     computed: as `compute_dtype` chose it, here or where earlier results of the same cell were computed.
     """

@@ -12,7 +12,7 @@ from numpy.typing import ArrayLike, NDArray
 from scipy import stats
 
 LEVEL = 0.95  # of every interval
-ALPHA = 1 - LEVEL  # adjusted p-values below it are told as a difference
+ALPHA = 1 - LEVEL  # adjusted p-values below it count as a difference
 RESAMPLES = 10_000
 DRAWS_AT_ONCE = 2**22  # numbers drawn at once, 32 MB
 Floats = NDArray[np.float64]

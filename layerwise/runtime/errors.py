@@ -117,7 +117,7 @@ def record_failure(folder: Path, stage: str) -> Iterator[None]:
 
     def write(status: str, reason: str, **more: str) -> None:
         text = json.dumps({"status": status, "reason": reason, "stage": stage, **more}, indent=2) + "\n"
-        with contextlib.suppress(OSError):  # on a full disk: the reason is told on stderr as well
+        with contextlib.suppress(OSError):  # on a full disk; the reason is on stderr as well
             record.parent.mkdir(parents=True, exist_ok=True)
             record.write_text(text, "utf-8")
 

@@ -27,7 +27,7 @@ def overlap(calibration: Path, evaluation: Path) -> dict[str, Any]:
     """What the files of a calibration's and an evaluation's tokens have in common.
 
     overlap: share of the evaluation's n-grams that the calibration holds; reverse: the other way round;
-    text_overlap: share of the text that is more of a part of the other; each 0 to 1, None where it cannot be told.
+    text_overlap: share of the text that is more of a part of the other; each 0 to 1, None where it is unknown.
     contamination: what the two have in common, in words that follow "calibration and evaluation", None where that is
     little. Raises InputError for a file that is none of tokens.
     """

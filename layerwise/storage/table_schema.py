@@ -172,7 +172,7 @@ def read_parquet(path: Path, only: Sequence[str] | None = None) -> pa.Table:
 
 
 def unusable(path: Path, error: Exception) -> InputError:
-    """What tells of a result that cannot be used; one that is damaged is set aside, so that the next run makes it anew.
+    """The error for a result that cannot be used; one that is damaged is set aside, so that the next run makes it anew.
 
     error: of `read_parquet`, of reading JSON, or of what the content should be, which is no damage.
     """

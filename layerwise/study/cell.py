@@ -97,7 +97,7 @@ class Cell:
 
     @property
     def certificate(self) -> str | None:
-        """Path of the bound that the cell's layers are held against: masks of a bounded pattern on the dense Grams."""
+        """Path of the bound on the errors of the cell's layers: masks of a bounded pattern on the dense Grams."""
         target = Target(**self.spec["target"])
         mask_only = self.spec["columns"]["comparison"] == "mask-only"
         if self.mode != "shared" or not mask_only or target.structure not in CERTIFIED:

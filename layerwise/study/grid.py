@@ -56,7 +56,7 @@ class Plan:
 
     @cached_property
     def certificates(self) -> dict[str, Cell]:
-        """Path of each bound that the study computes -> a cell that is held against it."""
+        """Path of each bound that the study computes -> a cell that it bounds."""
         wanted = self.cells if self.config["certificates"] else []
         return {path: cell for cell in wanted if (path := cell.certificate)}
 

@@ -65,7 +65,7 @@ class JobInputs:
         return self.plan.by_folder[folder]
 
     def certified(self, wildcards: Wildcards) -> Cell:
-        """A cell whose layers are held against the bound."""
+        """A cell whose layers the bound holds for."""
         return self.plan.certificates[BOUND.format(**wildcards)]
 
     def method_sources(self, wildcards: Wildcards) -> tuple[Path, ...]:

@@ -105,7 +105,7 @@ def test_numbers_that_an_earlier_version_accepted_are_held_and_the_rest_is_said(
     (accepted / "divergences.csv").unlink()
     capsys.readouterr()
     assert run("regression", tables, accepted) == 0
-    told = "kl (divergences): 4 held against nothing, for none are accepted yet."
+    told = "kl (divergences): none accepted yet; 4 not compared."
     assert capsys.readouterr().out.splitlines()[-1] == told
     assert run("regression", study(tmp_path / "b", 1.05), accepted) == 1 and told in capsys.readouterr().out
 

@@ -72,7 +72,7 @@ rule docstring_tasks:
 
 
 rule task_data:
-    """Load the data of a set of tasks once, so that what is absent is told early and nothing is fetched twice."""
+    """Load the data of a set of tasks once, so that missing data stops the run early and nothing is fetched twice."""
     input:
         JOBS.task_files,
         code=CODE.of("layerwise.evaluation.zero_shot"),
