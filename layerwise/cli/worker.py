@@ -44,4 +44,4 @@ def run(argv: list[str]) -> None:
         print(f"error: The worker must be one of {', '.join(WORKERS)}. Got {name!r} instead.", file=sys.stderr)
         sys.exit(2)
     sys.argv[0] = f"layerwise worker {name}"  # as the job's own help calls it
-    report_errors(importlib.import_module(WORKERS[name]).main, arguments)
+    report_errors(lambda given: importlib.import_module(WORKERS[name]).main(given), arguments)

@@ -53,7 +53,8 @@ def run(study: str, cores: str | None, passed_on: Sequence[str], targets: Sequen
     """Run Snakemake on a study in this process, and end it with Snakemake's exit status.
 
     study: file, or name of one that ships. Raises InputError, before Snakemake starts, for a study that is wrong, such
-    as a model that is not there, for a folder that cannot be written, and for a number of cores that is none.
+    as a model that is not there, for a folder that cannot be written, Snakemake's own of HOME among them, and for a
+    number of cores that is none.
     """
     check_cores(cores)
     check_cores(_value(passed_on, *CORES[:2]))
@@ -65,7 +66,9 @@ def run(study: str, cores: str | None, passed_on: Sequence[str], targets: Sequen
         with contextlib.chdir(folder):  # Snakemake would name the line of a rule as well
             plan(config, check_sources=True)
     from snakemake.cli import main
+    from snakemake.common import get_appdirs
 
+    check_writable(Path(get_appdirs().user_cache_dir), " (HOME, or XDG_CACHE_HOME, says where it lies)")
     given = arguments(path, cores, passed_on, targets)
     sys.argv = ["snakemake", *given]  # Snakemake prints them
     main(given)
@@ -79,14 +82,17 @@ def check_cores(cores: str | None) -> None:
         raise InputError(f"--cores must be a number of at least 1, or `all`. Got {cores!r} instead.")
 
 
-def check_writable(folder: Path) -> None:
-    """Raise InputError for a folder in which no file can be made. One that is not there yet is made."""
+def check_writable(folder: Path, told: str = "") -> None:
+    """Raise InputError for a folder in which no file can be made. One that is not there yet is made.
+
+    told: of the folder, at the end of the sentence.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        raise InputError(f"{folder.absolute()} must be a folder that can be written: {error.strerror}.") from None
+        raise InputError(f"{folder.absolute()} must be a folder that can be written: {error.strerror}{told}.") from None
 
 
 def _has(given: Sequence[str], *options: str) -> bool:

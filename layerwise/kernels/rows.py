@@ -10,10 +10,13 @@ from numba import njit, types
 from numpy.typing import DTypeLike
 from torch import Tensor
 
+from layerwise.runtime.errors import InputError
+
 P = ParamSpec("P")
 R = TypeVar("R")
 
 PARTS = 4  # runs of rows per thread: if one thread is held up, the others wait for one short run only
+NO_CACHE = "no locator available"  # in Numba's error for a function of which it can keep nothing
 SMALL = 2**15  # entries that one thread finishes before a second one has started
 
 
@@ -24,8 +27,22 @@ def compiled(
 
     signatures: with them a kernel is compiled, or read from the cache on disk, when its module is imported, not within
     a layer's seconds. fastmath: off by default, so that products and differences are rounded one by one, as in torch.
+    Raises InputError where neither the package, HOME nor NUMBA_CACHE_DIR is a place to keep what is compiled.
     """
-    return njit(signatures, cache=True, nogil=True, error_model="numpy", fastmath=fastmath)
+    compile_ = njit(signatures, cache=True, nogil=True, error_model="numpy", fastmath=fastmath)
+
+    def decorate(function: Callable[P, R]) -> Callable[P, R]:
+        try:
+            return compile_(function)
+        except RuntimeError as error:
+            if NO_CACHE not in str(error):
+                raise
+            raise InputError(
+                "Compiled loops must be kept in a folder that can be written. Got none instead, neither beside "
+                f"{__file__} nor under HOME: let NUMBA_CACHE_DIR name one."
+            ) from error
+
+    return decorate
 
 
 def named(kind: type[tuple], *fields: types.Type) -> types.Type:

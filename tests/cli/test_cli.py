@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 from layerwise import __version__ as version
 from layerwise.checks import template
-from layerwise.cli import workflow
+from layerwise.cli import worker, workflow
 from layerwise.cli.app import app
 from layerwise.cli.worker import WORKERS
 from layerwise.contract.catalogue import Catalogue
@@ -154,6 +154,16 @@ def test_a_file_that_cannot_be_written_is_one_sentence(tmp_path):
     assert told.exit_code == 2 and told.stderr.startswith("error: ") and told.stderr.count("\n") == 1
 
 
+def test_snakemake_s_own_folder_that_cannot_be_written_is_one_sentence(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file/inside"))
+    (tmp_path / "file").write_text("")
+    told = call("run", "embedded", "-n")
+    assert told.exit_code == 2 and told.stderr.startswith("error: ") and told.stderr.count("\n") == 1
+    assert "file/inside/snakemake must be a folder that can be written" in told.stderr
+    assert "XDG_CACHE_HOME" in told.stderr
+
+
 def test_what_a_command_finds_is_exit_status_one(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     told = call("estimate", "embedded", "--mem-mb", "300")
@@ -281,6 +291,15 @@ def test_a_worker_starts_without_help_torch_and_snakemake():
 def test_help_lists_every_worker(words):
     told = call(*words.split())
     assert told.exit_code == 0 and f"Names: {', '.join(WORKERS)}." in told.stdout
+
+
+def test_a_worker_whose_modules_refuse_to_be_imported_says_so_in_a_sentence(tmp_path, monkeypatch):
+    refusing = "from layerwise.runtime.errors import InputError\nraise InputError('No folder can be written.')\n"
+    (tmp_path / "refusing.py").write_text(refusing)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setitem(WORKERS, "refusing", "refusing")
+    with pytest.raises(SystemExit, match="error: No folder can be written."):
+        worker.run(["refusing"])
 
 
 def test_the_rules_name_workers_that_there_are():
