@@ -11,6 +11,7 @@ import gzip
 import hashlib
 import json
 import re
+import sys
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -62,18 +63,20 @@ def read_text(spec: Spec) -> Text:
     an element of a JSON list and a row of a .parquet are one each, in its `field` (default "text"). With `begins`,
     those that begin with it. Line ends of `separator` and `begins` are normalised like those of the text.
     Raises InputError, naming the file, for one that cannot be read and for a field that is absent or holds no text;
-    and where the separator occurs nowhere or no document begins so.
+    and where the separator occurs nowhere or no document begins so. A warning on stderr names the files of several in
+    which it does not occur.
     """
     where = spec.get("path") or spec["hub"]
     separator, begins = (RETURN.sub("\n", spec.get(key) or "") for key in ("separator", "begins"))
     done: set[str] = set()
     found: list[str] = []
-    occurs = False
+    occurs, whole = False, list[str]()
     for path in fetch_text(spec):
         read = _read(path, spec.get("field") or "text", done)
         if separator and path.suffix in PLAIN_SUFFIXES:
             parts = read[0].split(separator)
             occurs = occurs or len(parts) > 1
+            whole += [path.name] if len(parts) == 1 and read[0].strip() else []
             read = [part for part in (without_marks(part, done) for part in parts) if part.strip()]
         found += read
     if separator and not occurs:  # it would all be one document, and of JSON or parquet it separates nothing
@@ -81,6 +84,9 @@ def read_text(spec: Spec) -> Text:
             f"The separator {separator!r} of {where} must occur in a .txt or .raw of the text, but it occurs nowhere: "
             "leave it out, or give what separates the documents."
         )
+    if whole:  # rightly so of a file with a single document
+        told = f"does not occur in {brief(', '.join(whole))}, which is read as one document per file"
+        print(f"warning: The separator {separator!r} of {where} {told}.", file=sys.stderr)
     chosen = [document for document in found if document.startswith(begins)]
     if found and not chosen:
         raise InputError(f"None of the {len(found)} documents of {where} begins with {begins!r}, as the text asks.")

@@ -260,9 +260,15 @@ def test_a_separator_that_never_occurs_is_told(tmp_path, separator):
         documents({"path": write(tmp_path / "a.jsonl", as_json(f"one{separator}two")), "separator": separator})
 
 
-def test_a_separator_need_not_occur_in_every_file(tmp_path, monkeypatch):
-    files = [Path(write(tmp_path / name, content)) for name, content in (("a.txt", "one--two"), ("b.txt", "three"))]
+def test_the_files_in_which_a_separator_does_not_occur_are_told(tmp_path, monkeypatch, capsys):
+    contents = {"a.txt": "one--two", "b.txt": "three", "blank.txt": " \n", "c.jsonl": as_json("a document")}
+    files = [Path(write(tmp_path / name, content)) for name, content in contents.items()]
     monkeypatch.setattr("layerwise.sources.documents.fetch_text", lambda spec: files)
-    assert documents({"hub": "organisation/name", "separator": "--"}) == ["one", "two", "three"]
+    assert documents({"hub": "organisation/name", "separator": "--"}) == ["one", "two", "three", "a document"]
+    said = "warning: The separator '--' of organisation/name does not occur in b.txt, which is read as one document per"
+    assert capsys.readouterr().err == f"{said} file.\n"
+    files.remove(tmp_path / "b.txt")
+    documents({"hub": "organisation/name", "separator": "--"})
+    assert capsys.readouterr().err == ""
     with pytest.raises(InputError, match="of organisation/name must occur"):
         documents({"hub": "organisation/name", "separator": "=="})
