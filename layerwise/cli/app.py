@@ -11,20 +11,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from layerwise.runtime.errors import InputError, report_errors, system_refusal
+from layerwise.runtime.errors import Failure, InputError, report_errors, system_refusal
 from layerwise.study import config_file
 
 if TYPE_CHECKING:
     from layerwise.contract.target import Target
     from layerwise.study.grid import Plan
 
-BAD_INPUT = 2  # exit status where what was typed is wrong; 1 says that something was found, or that a run failed
 TABLES = Path("results/tables")
 TOLERANCE = 0.02  # relative; comparison.folders.TOLERANCE, which takes pandas to import
-
-
-class CheckFailed(InputError):
-    """What a command checks does not hold. Nothing is wrong with what was typed, so the exit status is 1."""
 
 
 class Commands(TyperGroup):
@@ -53,11 +48,9 @@ class Commands(TyperGroup):
     def _status(self, args: list[str], options: dict[str, Any]) -> int:
         try:
             return super().main(args=args, **options) or 0
-        except CheckFailed as error:
-            print(f"error: {error}", file=sys.stderr)
-            return 1
         except InputError as error:
-            sentence = str(error)
+            print(f"error: {error}", file=sys.stderr)
+            return error.status
         except typer.Abort:
             sentence = "The command was stopped."
         except OSError as error:
@@ -72,7 +65,7 @@ class Commands(TyperGroup):
             command = context.command_path if context else "layerwise"
             sentence = f"{' '.join(refused().split()).rstrip('.')} (`{command} --help` explains it)."
         print(f"error: {sentence}", file=sys.stderr)
-        return BAD_INPUT
+        return InputError.status
 
 
 app = typer.Typer(
@@ -133,9 +126,9 @@ def _plan(study: str, check_sources: bool = False) -> Plan:
 
 
 def _fail_if(sentence: str | None) -> None:
-    """Raise CheckFailed for a sentence that is not empty."""
+    """Raise Failure for a sentence that is not empty."""
     if sentence:
-        raise CheckFailed(sentence)
+        raise Failure(sentence)
 
 
 # --------------------------------------------------------------------------------------------------------- run a study

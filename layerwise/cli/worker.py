@@ -1,9 +1,8 @@
 """`layerwise worker NAME ARGUMENTS`: one job of the workflow. Only the module of that job is imported."""
 
 import importlib
-import sys
 
-from layerwise.runtime.errors import report_errors
+from layerwise.runtime.errors import InputError, report_errors
 
 WORKERS = {  # name -> module with main(argv)
     "calibrate": "layerwise.calibration.calibrate",
@@ -35,13 +34,16 @@ Names: {", ".join(WORKERS)}.
 
 
 def run(argv: list[str]) -> None:
-    """Run the job that the first argument names with the others. Ends the process with status 2 for an unknown name."""
-    name, *arguments = argv or ["--help"]
-    if name in ("--help", "-h"):
+    """Run the job that the first argument names with the others. Bad input ends the process with status 2."""
+    if (argv or ["--help"])[0] in ("--help", "-h"):
         print(HELP)
-        return
+    else:
+        report_errors(_job, argv)
+
+
+def _job(argv: list[str]) -> None:
+    name, *arguments = argv
     if name not in WORKERS:
-        print(f"error: The worker must be one of {', '.join(WORKERS)}. Got {name!r} instead.", file=sys.stderr)
-        sys.exit(2)
+        raise InputError(f"The worker must be one of {', '.join(WORKERS)}. Got {name!r} instead.")
     sys.argv[0] = f"layerwise worker {name}"  # as the job's own help calls it
-    report_errors(lambda given: importlib.import_module(WORKERS[name]).main(given), arguments)
+    importlib.import_module(WORKERS[name]).main(arguments)

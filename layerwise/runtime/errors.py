@@ -15,8 +15,15 @@ from pathlib import Path
 class InputError(Exception):
     """An error that the user can fix. Its message is one sentence: what was expected, what came, where."""
 
+    status = 2  # exit status of the command or the worker that it ends
 
-class Diverged(InputError):
+class Failure(InputError):
+    """A job that failed on good input, or a check that does not hold."""
+
+    status = 1
+
+
+class Diverged(Failure):
     """A method's numbers are not finite, or far too large."""
 
 
@@ -44,16 +51,18 @@ FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 def report_errors(main: Callable[[list[str]], object], argv: list[str]) -> None:
-    """Run a script's main, and turn an error that the user can fix into one sentence on stderr and exit status 1.
+    """Run a script's main, and turn an error that the user can fix into one sentence on stderr and an exit status.
 
-    These are InputError, what a disk refuses and a lack of memory. SIGTERM and Ctrl-C end the process with a sentence
-    too, remove what it has not finished, and set the exit status that a shell gives them.
+    The status of an InputError is that of its kind; what a disk refuses and a lack of memory end with 1. SIGTERM and
+    Ctrl-C end the process with a sentence too, remove what it has not finished, and set the exit status that a shell
+    gives them.
     """
     before = signal.signal(signal.SIGTERM, _stop)
     try:
         main(argv)
     except InputError as error:
-        sys.exit(f"error: {error}")
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.status)
     except (Stopped, KeyboardInterrupt) as error:
         print(f"error: {STOPPED}.", file=sys.stderr)
         sys.exit(128 + (signal.SIGTERM if isinstance(error, Stopped) else signal.SIGINT))
@@ -108,7 +117,8 @@ def no_memory(error: BaseException) -> str | None:
 
 @contextlib.contextmanager
 def record_failure(folder: Path, stage: str) -> Iterator[None]:
-    """Around a cell's job: an error leaves failed-{stage}.json in the cell's folder and becomes an InputError.
+    """Around a cell's job: an error leaves failed-{stage}.json in the cell's folder and becomes an InputError, of
+    its own kind or a Failure.
 
     The record is no declared output, so the workflow counts the cell as failed and tries it again the next time.
     While the job runs it says that the job was killed, which a killed job cannot write.
@@ -127,7 +137,8 @@ def record_failure(folder: Path, stage: str) -> Iterator[None]:
     except Exception as error:
         status, reason = status_of(error)
         write(status, reason, traceback=traceback.format_exc())
-        raise InputError(f"{reason} (details: {record})") from error
+        kind = type(error) if isinstance(error, InputError) else Failure
+        raise kind(f"{reason} (details: {record})") from error
     except BaseException:
         write("stopped", STOPPED + ".")
         raise

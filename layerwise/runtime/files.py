@@ -10,20 +10,20 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from layerwise.runtime.errors import InputError, system_refusal
+from layerwise.runtime.errors import Failure, InputError, system_refusal
 from layerwise.runtime.project import located
 
 
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Around what writes a file: what the disk refuses becomes an InputError that names it."""
+    """Around what writes a file: what the disk refuses becomes a Failure that names it."""
     try:
         yield
     except InputError:
         raise
     except Exception as error:
         if sentence := system_refusal(error, path):
-            raise InputError(f"Cannot write {sentence}") from error
+            raise Failure(f"Cannot write {sentence}") from error
         raise
 
 
@@ -32,7 +32,7 @@ def whole_file(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; it takes the name when the body ends without an error.
 
     By then the content is on the disk: a machine that loses its power leaves no file that is empty or cut off.
-    Raises InputError when the disk refuses it.
+    Raises Failure when the disk refuses it.
     """
     path = Path(path)
     part = path.with_name(f".{path.name}.{os.getpid()}.part")

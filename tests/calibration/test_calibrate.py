@@ -21,7 +21,7 @@ from layerwise.calibration.tap_statistics import TapStatistics
 from layerwise.models.loading import load
 from layerwise.models.structure import Blocks, Linear, find_blocks, linears
 from layerwise.numerics import dispatch
-from layerwise.runtime.errors import InputError, report_errors
+from layerwise.runtime.errors import InputError
 from layerwise.runtime.files import digest_of
 from layerwise.sources import fingerprint
 from tests.support.model_families import FAMILIES, HIDDEN, LENGTH, VOCABULARY, build, tokens
@@ -502,10 +502,8 @@ def test_studies_share_the_grams_of_the_same_content(tmp_path, monkeypatch, caps
     code.write_text(json.dumps([__file__]))
     assert calibrated(entry, tmp_path, monkeypatch, "--code", str(code)) != gram
     code.rename(tmp_path / "before")
-    with pytest.raises(SystemExit, match="The code was edited since this run began: run again"):
-        report_errors(
-            lambda argv: calibrated(entry, tmp_path, monkeypatch, *argv), ["--code", str(tmp_path / "before")]
-        )
+    with pytest.raises(InputError, match="The code was edited since this run began: run again"):
+        calibrated(entry, tmp_path, monkeypatch, "--code", str(tmp_path / "before"))
     assert len(list((tmp_path / "grams").iterdir())) == 2
 
 

@@ -293,13 +293,14 @@ def test_help_lists_every_worker(words):
     assert told.exit_code == 0 and f"Names: {', '.join(WORKERS)}." in told.stdout
 
 
-def test_a_worker_whose_modules_refuse_to_be_imported_says_so_in_a_sentence(tmp_path, monkeypatch):
+def test_a_worker_whose_modules_refuse_to_be_imported_says_so_in_a_sentence(tmp_path, monkeypatch, capsys):
     refusing = "from layerwise.runtime.errors import InputError\nraise InputError('No folder can be written.')\n"
     (tmp_path / "refusing.py").write_text(refusing)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setitem(WORKERS, "refusing", "refusing")
-    with pytest.raises(SystemExit, match="error: No folder can be written."):
+    with pytest.raises(SystemExit) as ended:
         worker.run(["refusing"])
+    assert ended.value.code == 2 and capsys.readouterr().err == "error: No folder can be written.\n"
 
 
 def test_the_rules_name_workers_that_there_are():

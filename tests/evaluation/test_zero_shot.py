@@ -136,7 +136,7 @@ def test_what_is_absent_is_one_sentence(tmp_path, spec, sentence):
     shutil.copy(ROOT / "resources/demo/tasks/last_word.yaml", tmp_path / "empty")
     arguments = ["layerwise.evaluation.zero_shot", "data", "--tasks", json.dumps(spec), "--out", "out.json"]
     done = run(tmp_path, *arguments, cache=tmp_path / "cache")
-    assert done.returncode == 1 and "Traceback" not in done.stderr and not (tmp_path / "out.json").exists()
+    assert done.returncode == 2 and "Traceback" not in done.stderr and not (tmp_path / "out.json").exists()
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert sentence in line
 
