@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -146,6 +147,20 @@ def test_every_weight_is_the_one_that_transformers_gives_the_half_model(tmp_path
     assert wide.dtype == torch.float32 and dtype_name(wide) == "bfloat16"
     for name, own in wide.state_dict().items():
         assert own.dtype == torch.float32 and torch.equal(own, half[name].float()), name
+
+
+def test_a_float64_checkpoint_has_the_same_weights_by_way_of_float32(tmp_path):
+    spec = saved(tmp_path)
+    file = tmp_path / "model.safetensors"
+    between = 1 + 2**-8 + 2**-40  # a little more than half way between two values of bfloat16, in float32 half way
+    wide = {name: torch.full(own.shape, between, dtype=torch.float64) for name, own in load_file(file).items()}
+    save_file(wide, file, metadata={"format": "pt"})
+    half, lazy = load(spec).state_dict(), LazyBlocks(spec, compute_dtype="float32")
+    for name, own in load(spec, compute_dtype="float32").state_dict().items():
+        assert torch.equal(own, half[name].float())
+    with lazy.open(0) as block:
+        for name, own in block.state_dict().items():
+            assert torch.equal(own, half[f"{lazy.name}.0.{name}"].float())
 
 
 @pytest.mark.parametrize("family", FAMILIES)
