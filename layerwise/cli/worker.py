@@ -1,6 +1,7 @@
 """`layerwise worker NAME ARGUMENTS`: one job of the workflow. Only the module of that job is imported."""
 
 import importlib
+import sys
 
 from layerwise.runtime.errors import InputError, report_errors
 

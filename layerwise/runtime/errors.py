@@ -17,6 +17,7 @@ class InputError(Exception):
 
     status = 2  # exit status of the command or the worker that it ends
 
+
 class Failure(InputError):
     """A job that failed on good input, or a check that does not hold."""
 

@@ -162,7 +162,8 @@ def weight_files(name: str, folder: Path) -> list[Path]:
     if (folder / WEIGHTS).is_file():  # transformers takes it first, too
         return [folder / WEIGHTS]
     if (folder / INDEX).is_file():
-        weight_map = read_json(folder / INDEX).get("weight_map", {})
+        index = read_json(folder / INDEX)
+        weight_map = index.get("weight_map", {})
         named = list(weight_map.values()) if isinstance(weight_map, dict) else [weight_map]
         for shard in named:
             if (
@@ -182,6 +183,11 @@ def weight_files(name: str, folder: Path) -> list[Path]:
                 f"{folder / INDEX} of the model {name!r} names files that are not there: {brief(', '.join(absent))}."
                 if absent
                 else f"{folder / INDEX} of the model {name!r} names no files."
+            )
+        if not isinstance(index.get("metadata"), dict):  # or the library ends in a KeyError
+            raise InputError(
+                f"{folder / INDEX} of the model {name!r} must have an object `metadata`, as transformers asks for: an "
+                "empty one will do."
             )
         return shards
     other = sorted(path.name for path in folder.glob("*.safetensors"))

@@ -16,6 +16,7 @@ WIDTHS = ("hidden_size", "n_embd", "d_model")
 HEADS, SHARED_HEADS = ("num_attention_heads", "n_head"), "num_key_value_heads"
 EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
 CHOSEN = ("num_experts_per_tok", "moe_top_k", "num_experts_per_token")  # of them, that a token sees
+WINDOW = "sliding_window"  # tokens that a token sees; Qwen 2's files say a number and use_sliding_window: false
 SIZES = (*DEPTHS, *WIDTHS, *HEADS, SHARED_HEADS, "vocab_size")
 DEFAULTED = (*DEPTHS, *WIDTHS, *HEADS, "vocab_size", "intermediate_size")  # where a config.json does not say them
 ZERO = (*HEADS, SHARED_HEADS)  # which a model without attention may say that it has none of
@@ -51,6 +52,9 @@ def check_config(file: Path, config: dict[str, Any]) -> None:
     for key in SIZES:
         if not may_be_size(config.get(key), least=0 if key in ZERO else 1):
             raise must_be(file, key, "a positive integer", config[key])
+    window = config.get(WINDOW)
+    if type(window) is int and window < 1 and config.get(f"use_{WINDOW}") is not False:  # no token would see itself
+        raise must_be(file, WINDOW, "a positive integer, or null for none", window)
     heads, shared = first_size(config, HEADS), config.get(SHARED_HEADS)
     if heads and type(shared) is int and shared > 0 and heads[1] % shared:
         raise must_be(file, SHARED_HEADS, f"a divisor of {heads[0]}, {heads[1]}", shared)

@@ -69,6 +69,11 @@ def load_and_tell(model: Spec, documents: Sequence[str] = ()) -> tuple[PreTraine
     if file is None:
         check_vocabulary_is_taken(tokenizer, folder)
         return tokenizer, []
+    if dropout := getattr(file.model, "dropout", None):
+        raise InputError(
+            f"The tokenizer of {name_of(model)} must give a text the same ids every time, with a dropout of 0 or null "
+            f"in {PIPELINE}. Got {dropout:g} instead: it leaves out merges at random."
+        )
     replaced = [*(use_pipeline(tokenizer, file) if tokenizer.is_fast else []), *surplus]
     if replaced:
         print(

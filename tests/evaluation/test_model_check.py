@@ -321,7 +321,7 @@ def test_an_index_that_its_files_contradict_is_refused(tmp_path: Path):
     spec, index, where = shards(tmp_path)
     name = "model.embed_tokens.weight"
     other = next(file for file in where.values() if file != where[name])
-    index.write_text(json.dumps({"weight_map": {**where, name: other}}))
+    index.write_text(json.dumps({"metadata": {}, "weight_map": {**where, name: other}}))
     with pytest.raises(InputError, match=f"says that {name} is in {other}, which lacks it"):
         LazyBlocks(spec)
 

@@ -16,6 +16,7 @@ from layerwise.runtime.errors import InputError
 from layerwise.runtime.sentences import brief
 from layerwise.sources.checkpoint_files import check_model
 from layerwise.sources.config_faults import config_fault
+from layerwise.sources.model_config import check_config
 from layerwise.sources.tokenizer_files import load_tokenizer
 from tests.support.model_families import build
 from tests.support.paths import ROOT
@@ -151,6 +152,14 @@ def test_a_size_that_no_model_has_is_refused_before_any_job(folders: dict[str, P
     check_model("m", {"path": str(folder)})
     (told,) = sentences(folder, broken(folder, "hidden_size", "a"), [lambda spec: check_model("m", spec)])
     assert told == f'hidden_size in {folder / "config.json"} must be a positive integer. Got "a" instead.'
+
+
+def test_a_window_of_no_tokens_is_refused_unless_it_is_not_used(folders: dict[str, Path]):
+    folder = folders["llama"]
+    (told,) = sentences(folder, broken(folder, "sliding_window", 0), [lambda spec: check_model("m", spec)])
+    assert "sliding_window in" in told and "must be a positive integer, or null for none. Got 0 instead" in told
+    for config in ({"sliding_window": 0, "use_sliding_window": False}, {"sliding_window": None}, {"sliding_window": 1}):
+        check_config(folder / "config.json", config)
 
 
 def test_the_tokenizer_s_step_says_it_too(folders: dict[str, Path]):

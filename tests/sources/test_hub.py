@@ -44,7 +44,7 @@ def folder(tmp_path):
 def sharded(folder: Path) -> None:
     (folder / "model.safetensors").rename(folder / "model-00001-of-00002.safetensors")
     weight_map = {"weight": "model-00001-of-00002.safetensors", "bias": "model-00002-of-00002.safetensors"}
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
 
 
 def test_importing_is_light(tmp_path):
@@ -66,6 +66,15 @@ def test_complete_shards(folder):
     save_file({"bias": np.ones(4, np.float32)}, folder / "model-00002-of-00002.safetensors")
     checkpoint_files.check_model("mine", {"path": str(folder)})
     assert len(checkpoint_files.model_files({"path": str(folder)})) == 5
+
+
+def test_an_index_without_metadata_is_refused(folder):
+    sharded(folder)
+    save_file({"bias": np.ones(4, np.float32)}, folder / "model-00002-of-00002.safetensors")
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": json.loads(index.read_text())["weight_map"]}))
+    with pytest.raises(InputError, match="index.json of the model 'mine' must have an object `metadata`"):
+        checkpoint_files.check_model("mine", {"path": str(folder)})
 
 
 def cut(folder: Path) -> None:

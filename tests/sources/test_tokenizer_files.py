@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -114,6 +115,18 @@ def test_a_class_adds_no_tokens_of_its_own(tmp_path: Path, kind: str | None, mod
     assert file is not None
     told = capsys.readouterr().err
     assert all(name in told for name in class_defaults(library, file, tmp_path))
+
+
+def test_a_file_that_cuts_at_random_is_refused(tmp_path: Path):
+    write(tmp_path, byte_level)
+    file = tmp_path / "tokenizer.json"
+    found = json.loads(file.read_text())
+    for dropout, refused in ((None, False), (0.0, False), (1e-6, True)):  # so seldom that no probe would show it
+        found["model"]["dropout"] = dropout
+        file.write_text(json.dumps(found))
+        wanted = pytest.raises(InputError, match="a dropout of 0 or null in tokenizer.json. Got 1e-06 instead")
+        with wanted if refused else nullcontext():
+            load_tokenizer({"path": str(tmp_path)})
 
 
 def test_other_ids_than_the_files_are_refused(tmp_path: Path, monkeypatch):
