@@ -34,6 +34,8 @@ def described(spec: Mapping[str, Any]) -> str:
     """How errors call a model."""
     if spec.get("path"):
         return f"the model folder {spec['path']}"
+    if spec.get("gguf"):
+        return f"the GGUF file {spec['gguf']}"
     return f"the hub model {spec['hub']}" + (f" at revision {spec['revision']}" if spec.get("revision") else "")
 
 

@@ -10,6 +10,7 @@ from typing import Any
 from layerwise.runtime.errors import InputError
 from layerwise.runtime.project import locate
 from layerwise.runtime.sentences import brief
+from layerwise.sources import gguf_conversion, gguf_files, gguf_models
 from layerwise.sources.hub import (
     Spec,
     check_hub,
@@ -54,7 +55,12 @@ PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")  # loading one can run w
 
 
 def model_files(spec: Spec) -> list[Path]:
-    """Files of a local model folder that a job depends on, sorted; none for a hub model, which its revision fixes."""
+    """Files of a local model folder that a job depends on, sorted; none for a hub model, which its revision fixes.
+
+    Of a GGUF file it is that file, of which the job makes a folder.
+    """
+    if "gguf" in spec:
+        return [gguf_files.file_of(spec)]
     if "path" not in spec:
         return []
     folder = locate(spec["path"])
@@ -66,8 +72,13 @@ def check_model(name: str, spec: Spec) -> None:
     """Raise InputError, in one sentence, when the model `name` cannot be loaded for a reason that can be seen now.
 
     A local folder must hold config.json, a tokenizer and whole safetensors files; a hub model must name its revision
-    and lie in the cache when fetching is forbidden.
+    and lie in the cache when fetching is forbidden. A GGUF file must be whole, of a decoder and of types that are read,
+    and have a tokenizer.
     """
+    if "gguf" in spec:
+        with readable(f"The model {name!r}"):
+            gguf_files.header_of(spec)
+        return
     if "path" not in spec:
         check_hub(f"The model {name!r}", spec, ["config.json"], repo_type="model")
         return
@@ -151,7 +162,9 @@ def layer_inputs(spec: Spec) -> list[int]:
 
 
 def _model_config(spec: Spec) -> dict[str, Any]:
-    """The config.json of a local model, its language part; empty for a hub model."""
+    """The config.json of a local model, its language part, or what a GGUF header says of it; empty for a hub model."""
+    if "gguf" in spec:
+        return gguf_models.config_of(gguf_files.header_of(spec))
     if "path" not in spec:
         return {}
     return language_config(read_json(locate(spec["path"]) / "config.json"))
@@ -311,10 +324,12 @@ def _tensor(entry: Mapping[str, Any]) -> tuple[tuple[int, ...], str, int, int]:
 def model_folder(spec: Spec) -> Path:
     """Local folder of the model: of a hub model the snapshot that was fetched, so that all jobs see one commit.
 
-    It is fetched where there is none. Raises InputError when it cannot be.
+    It is fetched where there is none, as a GGUF file is converted. Raises InputError when it cannot be.
     """
     if "path" in spec:
         return locate(spec["path"])
+    if "gguf" in spec:
+        return gguf_conversion.converted(spec)
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 

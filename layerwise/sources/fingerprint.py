@@ -12,7 +12,7 @@ from pathlib import Path
 
 from layerwise.runtime.errors import InputError, report_errors
 from layerwise.runtime.files import read_made, sha256, write_atomic
-from layerwise.sources import checkpoint_files, hub
+from layerwise.sources import checkpoint_files, gguf_conversion, gguf_files, hub
 
 
 def weights_hash(hashes: list[str]) -> str:
@@ -35,20 +35,28 @@ def check_unchanged(model: hub.Spec, fingerprint: Path) -> None:
         raise InputError(
             f"{fingerprint}, of the model that this job computes with, is gone: run again, which makes it."
         )
+    told = read_made(fingerprint)
+    if "gguf" in model and gguf_files.content(model) != told["model_sha256"]:  # before it is converted once more
+        raise InputError(edited(gguf_files.file_of(model), fingerprint))
     folder, own, later = checkpoint_files.model_folder(model), fingerprint.stat(), {}
-    for name, known in read_made(fingerprint)["files"].items():
+    for name, known in told["files"].items():
         path = folder / name
         changed = path.stat().st_ctime_ns if path.is_file() else None
         if changed is None or (changed >= own.st_ctime_ns and hash_at(path, changed) != known):
-            raise InputError(
-                f"{path} is no longer the file that {fingerprint} was made of, as if it had been edited or damaged: "
-                f"put it back, or delete {fingerprint} to study it as it is, and run again."
-            )
+            raise InputError(edited(path, fingerprint))
         if changed >= own.st_ctime_ns:
             later[path] = changed
     if later and all(path.stat().st_ctime_ns == at for path, at in later.items()):
         with contextlib.suppress(OSError):  # copied or linked anew: no job needs to hash them again
             os.utime(fingerprint, ns=(own.st_atime_ns, own.st_mtime_ns))  # Snakemake looks at the second
+
+
+def edited(path: Path, fingerprint: Path) -> str:
+    """What is said of a file that is no longer the model's."""
+    return (
+        f"{path} is no longer the file that {fingerprint} was made of, as if it had been edited or damaged: put it "
+        f"back, or delete {fingerprint} to study it as it is, and run again."
+    )
 
 
 @contextlib.contextmanager
@@ -68,19 +76,23 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--model", type=json.loads, required=True, help="model entry of the config, as JSON")
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args(argv)
-    folder = hub.fetch_model(args.model)
+    quantised = "gguf" in args.model
+    folder = checkpoint_files.model_folder(args.model) if quantised else hub.fetch_model(args.model)
     weights = checkpoint_files.weight_files(args.model["name"], folder)
     rest = [path for path in checkpoint_files.model_files({"path": folder}) if path.suffix != ".safetensors"]
     before = {path: path.stat().st_ctime_ns for path in [*weights, *rest]}
     every = {path.name: sha256(path) for path in before}
     if changed := [path for path, at in before.items() if path.stat().st_ctime_ns != at]:
         raise InputError(f"{changed[0]} was written to while it was hashed: run again when it is whole.")
-    hashes = [every[path.name] for path in weights]
+    if quantised:
+        gguf_conversion.check_made(folder, every)
+    hashes = [gguf_files.content(args.model)] if quantised else [every[path.name] for path in weights]
     found = {
-        "model_source": args.model.get("path") or args.model["hub"],
+        "model_source": next(args.model[key] for key in ("path", "gguf", "hub") if args.model.get(key)),
         # A snapshot's folder is named after the commit that a branch or tag stood for.
         "model_revision": folder.name if "hub" in args.model else None,
-        "model_sha256": weights_hash(hashes),
+        "model_sha256": weights_hash(hashes),  # of a GGUF file its own, which sha256sum gives
+        "model_quantisation": gguf_files.header_of(args.model).quantisation if quantised else None,
         "dtype": args.model["dtype"],
         # Not a column. Without it an edited config or tokenizer leaves this file as it was, and results out of date.
         "files": every,

@@ -13,6 +13,7 @@ from typing import Any
 
 from layerwise.runtime.errors import InputError
 from layerwise.runtime.project import locate
+from layerwise.sources import gguf_files, gguf_models
 from layerwise.sources.checkpoint_files import tensors_of, weight_files
 from layerwise.sources.hub import Spec, read_json
 from layerwise.sources.model_config import CHOSEN, DEPTHS, EXPERTS, language_config
@@ -90,6 +91,10 @@ def shape_of(spec: Spec) -> ModelShape | None:
 
     Raises InputError for files that are damaged or absent.
     """
+    if "gguf" in spec:
+        header = gguf_files.header_of(spec)
+        tensors = [(gguf_models.layer_name(name), shape, "F32") for name, shape, _ in header.tensors]
+        return shape_of_tensors(tensors, gguf_models.config_of(header))
     folder = _folder(spec)
     if folder is None:
         return None

@@ -7,10 +7,11 @@ from typing import NotRequired, TypedDict
 
 
 class ModelSpec(TypedDict):
-    """A local folder (`path`) or a repository on the hub (`hub` at `revision`)."""
+    """A local folder (`path`), a GGUF file (`gguf`) or a repository on the hub (`hub` at `revision`)."""
 
     name: NotRequired[str]  # in the config
     path: NotRequired[str]
+    gguf: NotRequired[str]
     hub: NotRequired[str]
     revision: NotRequired[str]
     known_as: NotRequired[str]

@@ -161,7 +161,8 @@ def fault_of(folder: Path, error: Exception) -> str:
 
 def name_of(model: Spec) -> str:
     """How sentences call a model whose tokenizer they are about."""
-    return model["path"] if "path" in model else f"{model['hub']} at revision {model['revision']}"
+    own = model.get("path") or model.get("gguf")
+    return str(own) if own else f"{model['hub']} at revision {model['revision']}"
 
 
 def beginning(documents: Sequence[str]) -> str:

@@ -1,0 +1,190 @@
+"""A GGUF file as a local folder that any job reads: safetensors, config.json and tokenizer, made once of its content.
+
+The folder lies in the store of gguf_files.py and is named after the file's SHA-256, the versions of the libraries that
+read it, and this code. torch and transformers are imported where a file is converted, and not before.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import os
+import shutil
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from layerwise.runtime.errors import InputError, out_of_memory
+from layerwise.runtime.files import digest_of, sha256, write_atomic, writing
+from layerwise.runtime.project import portable
+from layerwise.runtime.sentences import brief, reason
+from layerwise.sources import gguf_files, gguf_header, gguf_models, gguf_tokenizer
+from layerwise.sources.gguf_header import PLAIN, Header
+from layerwise.sources.hub import Spec
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedModel
+
+RECORD = "gguf.json"  # in a converted folder: what it was made of, and the SHA-256 of its files
+LIBRARIES = ("gguf", "transformers", "tokenizers")
+SHARD = "5GB"  # largest file of weights
+NOT_SAVED = ("quantization_config", "_model_name_or_path", "_name_or_path")  # of the config: of how it was loaded
+HALVES = {"F16": "float16", "BF16": "bfloat16"}
+
+
+def folder_of(spec: Spec) -> Path:
+    """The folder that an entry's file is, or will be, converted to."""
+    code = [portable(str(module.__file__)) for module in (gguf_header, gguf_models, gguf_tokenizer)]
+    made_by = {"code": digest_of([*code, portable(__file__)]), "sha256": gguf_files.content(spec)}
+    made_by |= {name: importlib.metadata.version(name) for name in LIBRARIES}
+    return gguf_files.store() / hashlib.sha256(json.dumps(made_by).encode()).hexdigest()[:32]
+
+
+def converted(spec: Spec) -> Path:
+    """Folder of an entry's file, which is converted where that has not been done or is no longer whole.
+
+    Raises InputError, in one sentence, for a file that is not read.
+    """
+    folder = folder_of(spec)
+    if whole(folder):
+        return folder
+    header = gguf_files.header_of(spec)
+    with new_folder(folder) as part:
+        convert(spec, header, part)
+        made = {path.name: sha256(path) for path in sorted(part.iterdir()) if path.is_file()}
+        record = {"gguf": gguf_files.named(spec), "sha256": gguf_files.content(spec)}
+        write_atomic(part / RECORD, json.dumps(record | {"files": made}, indent=1) + "\n")
+    return folder
+
+
+def whole(folder: Path) -> bool:
+    """Whether a converted folder has all its files; what is in them the fingerprint holds against their hashes."""
+    try:
+        return all((folder / name).is_file() for name in made_files(folder))
+    except (OSError, ValueError, KeyError):
+        return False
+
+
+def made_files(folder: Path) -> dict[str, str]:
+    """Name -> SHA-256 of the files of a folder that was converted."""
+    return json.loads((folder / RECORD).read_text("utf-8"))["files"]
+
+
+def check_made(folder: Path, found: Mapping[str, str]) -> None:
+    """Raise InputError, and remove the folder, when a file of it is no longer what the conversion wrote.
+
+    found: name -> SHA-256 of files that are there now.
+    """
+    for name, known in made_files(folder).items():
+        if found.get(name, known) != known:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise InputError(f"{folder / name} is damaged: it has changed since it was made of a GGUF file; run again.")
+
+
+@contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """Yield a folder that takes the name when the body ends without an error and its content is on the disk.
+
+    Another process may make the same one meanwhile: the first that is whole stays.
+    """
+    part = folder.with_name(f".{folder.name}.{os.getpid()}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    with writing(folder):
+        part.mkdir(parents=True)
+        try:
+            yield part
+            for path in part.iterdir():
+                with path.open("rb") as file:
+                    os.fsync(file.fileno())
+            if not whole(folder):
+                shutil.rmtree(folder, ignore_errors=True)
+            try:
+                part.rename(folder)
+            except OSError:
+                if not whole(folder):
+                    raise
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
+
+
+def convert(spec: Spec, header: Header, out: Path) -> None:
+    """Write the model of an entry's file into a folder."""
+    subject = f"The GGUF file {gguf_files.named(spec)}"
+    print(f"{subject} ({header.quantisation}) is converted, which is done once.", file=sys.stderr)
+    alone = out / "alone"  # nothing beside the file must be read for a part of it
+    alone.mkdir()
+    (alone / "model.gguf").symlink_to(gguf_files.file_of(spec).absolute())
+    model = load(alone, header, subject)
+    shutil.rmtree(alone)
+    save_weights(model, header, out)
+    config = {key: value for key, value in model.config.to_dict().items() if key not in NOT_SAVED}
+    config["architectures"] = [type(model).__name__]
+    write_atomic(out / "config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")
+    gguf_tokenizer.write_tokenizer(header, subject, out)
+
+
+def load(folder: Path, header: Header, subject: str) -> PreTrainedModel:
+    """The model of model.gguf in a folder, in float32. Raises InputError where tensors are left over or lacking."""
+    import torch
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            folder,
+            gguf_file="model.gguf",
+            dtype=torch.float32,
+            output_loading_info=True,
+            local_files_only=True,
+            ignore_mismatched_sizes=True,  # they are refused below, by name
+        )
+        model, told = loaded
+        left = unused(model, header)
+    except Exception as error:  # of metadata that its code does not expect a library raises whatever
+        if out_of_memory(error):
+            raise
+        raise InputError(f"{subject} cannot be read by transformers: {reason(error)}.") from error
+    wrong = [key for key, *_ in told["mismatched_keys"]] or sorted(told["missing_keys"])
+    if wrong:
+        raise InputError(
+            f"{subject} must have every tensor of {type(model).__name__}, in its shape. Got {len(wrong)} that are not "
+            f"so instead, such as {brief(wrong[0], 80)}."
+        )
+    if left:
+        raise InputError(
+            f"{subject} must have no tensors that {type(model).__name__} does not take. Got {len(left)} instead, such "
+            f"as {brief(left[0], 80)}."
+        )
+    return model
+
+
+def unused(model: PreTrainedModel, header: Header) -> list[str]:
+    """Names of the tensors of a file of which transformers makes none of a model's weights; it leaves them out."""
+    from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor, get_gguf_hf_weights_map
+
+    processor = TENSOR_PROCESSORS.get(header.architecture, TensorProcessor)(config=model.config.to_dict())
+    taken = get_gguf_hf_weights_map(model, processor)
+    tied = {gguf_models.OUTPUT} if model.config.tie_word_embeddings else set()
+    return sorted(header.names - set(taken) - tied)
+
+
+def save_weights(model: PreTrainedModel, header: Header, out: Path) -> None:
+    """Write the weights: in half precision where a file of plain values has no more, else in float32."""
+    import torch
+    from huggingface_hub import save_torch_state_dict
+
+    kinds = {tensor.kind for tensor in header.tensors}
+    halves = [getattr(torch, HALVES[kind]) for kind in HALVES if kind in kinds] if kinds <= set(PLAIN) else []
+    tied = set(getattr(model, "all_tied_weights_keys", None) or ())
+    state: dict[str, Tensor] = {}
+    for name, tensor in model.state_dict().items():
+        if name not in tied:
+            exact = (half for half in halves if torch.equal(tensor.to(half).to(tensor.dtype), tensor))
+            state[name] = tensor.to(next(exact, tensor.dtype)).contiguous()
+    save_torch_state_dict(state, out, max_shard_size=SHARD)
