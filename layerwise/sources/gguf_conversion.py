@@ -130,14 +130,17 @@ def convert(spec: Spec, header: Header, out: Path) -> None:
 def load(folder: Path, header: Header, subject: str) -> PreTrainedModel:
     """The model of model.gguf in a folder, in float32. Raises InputError where tensors are left over or lacking."""
     import torch
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
     from transformers.utils import logging
 
     logging.disable_progress_bar()
     logging.set_verbosity_error()
     try:
+        said = load_gguf_checkpoint(folder / "model.gguf")["config"]  # once: it takes seconds for a long vocabulary
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,
+            config=AutoConfig.for_model(**said),
             gguf_file="model.gguf",
             dtype=torch.float32,
             output_loading_info=True,
@@ -188,3 +191,5 @@ def save_weights(model: PreTrainedModel, header: Header, out: Path) -> None:
             exact = (half for half in halves if torch.equal(tensor.to(half).to(tensor.dtype), tensor))
             state[name] = tensor.to(next(exact, tensor.dtype)).contiguous()
     save_torch_state_dict(state, out, max_shard_size=SHARD)
+    for path in out.glob("*.safetensors"):
+        path.chmod(0o644)  # the library lets nobody else read them, and a store may be shared
