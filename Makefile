@@ -86,11 +86,11 @@ benchmark: .venv/installed  # every method against the published loop and the pr
 	$(RUN) python -m tests.benchmarks.bench_iterative 1024 --errors
 	$(RUN) python -m tests.benchmarks.bench_calibrate resources/demo
 
-clean-cache: .venv/installed  # the stores of Grams that no other study uses; says what it frees
+clean-cache: .venv/installed  # Grams and converted GGUF files that no other study uses; says what it frees
 	$(RUN) python -m layerwise clean-cache
 
 clean:  # everything that can be computed again
-	rm -rf results/text results/tokens results/models results/checks results/calibration results/grams results/cells \
+	rm -rf results/text results/tokens results/models results/checks results/calibration results/grams results/gguf results/cells \
 		results/evaluations results/exports results/tasks results/certificates results/demo \
 		results/code results/requested.json results/tables results/partial results/benchmarks results/report.html
 	rm -rf figures/*.pdf figures/*.svg figures/*.png logs .snakemake

@@ -382,12 +382,16 @@ def _shape(text: str) -> tuple[int, int]:
 def clean_cache(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be freed, and leave it.")] = False,
 ) -> None:
-    """Free the stored Grams that no other study uses."""
+    """Free the stored Grams, and the models converted from GGUF files, that no other study uses."""
     from layerwise.calibration import clean_cache as module
     from layerwise.runtime.files import gram_stores
+    from layerwise.sources import gguf_cleaning, gguf_files
 
     freed = module.clean(gram_stores(), Path.cwd(), dry_run)
     print(f"{freed / 1e6:.1f} MB in all, of {gram_stores()}.")
+    if gguf_files.store().is_dir():
+        freed = gguf_cleaning.clean(gguf_files.store(), Path.cwd(), dry_run)
+        print(f"{freed / 1e6:.1f} MB in all, of {gguf_files.store()}.")
 
 
 @app.command(context_settings=FORWARD, add_help_option=False, epilog="Example: layerwise worker fingerprint --help")

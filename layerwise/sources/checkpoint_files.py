@@ -57,10 +57,11 @@ PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")  # loading one can run w
 def model_files(spec: Spec) -> list[Path]:
     """Files of a local model folder that a job depends on, sorted; none for a hub model, which its revision fixes.
 
-    Of a GGUF file it is that file, of which the job makes a folder.
+    Of a GGUF file it is that file, of which the job makes a folder; a wheel that has it is fixed by its hash.
     """
     if "gguf" in spec:
-        return [gguf_files.file_of(spec)]
+        own = gguf_files.local_file(spec)
+        return [own] if own else []
     if "path" not in spec:
         return []
     folder = locate(spec["path"])
@@ -77,7 +78,7 @@ def check_model(name: str, spec: Spec) -> None:
     """
     if "gguf" in spec:
         with readable(f"The model {name!r}"):
-            gguf_files.header_of(spec)
+            gguf_files.check_file(spec)
         return
     if "path" not in spec:
         check_hub(f"The model {name!r}", spec, ["config.json"], repo_type="model")
@@ -164,7 +165,8 @@ def layer_inputs(spec: Spec) -> list[int]:
 def _model_config(spec: Spec) -> dict[str, Any]:
     """The config.json of a local model, its language part, or what a GGUF header says of it; empty for a hub model."""
     if "gguf" in spec:
-        return gguf_models.config_of(gguf_files.header_of(spec))
+        header = gguf_files.header_of(spec)
+        return gguf_models.config_of(header) if header else {}
     if "path" not in spec:
         return {}
     return language_config(read_json(locate(spec["path"]) / "config.json"))

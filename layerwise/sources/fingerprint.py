@@ -37,7 +37,7 @@ def check_unchanged(model: hub.Spec, fingerprint: Path) -> None:
         )
     told = read_made(fingerprint)
     if "gguf" in model and gguf_files.content(model) != told["model_sha256"]:  # before it is converted once more
-        raise InputError(edited(gguf_files.file_of(model), fingerprint))
+        raise InputError(edited(gguf_files.named(model), fingerprint))
     folder, own, later = checkpoint_files.model_folder(model), fingerprint.stat(), {}
     for name, known in told["files"].items():
         path = folder / name
@@ -51,7 +51,7 @@ def check_unchanged(model: hub.Spec, fingerprint: Path) -> None:
             os.utime(fingerprint, ns=(own.st_atime_ns, own.st_mtime_ns))  # Snakemake looks at the second
 
 
-def edited(path: Path, fingerprint: Path) -> str:
+def edited(path: Path | str, fingerprint: Path) -> str:
     """What is said of a file that is no longer the model's."""
     return (
         f"{path} is no longer the file that {fingerprint} was made of, as if it had been edited or damaged: put it "
@@ -86,13 +86,14 @@ def main(argv: list[str] | None = None) -> None:
         raise InputError(f"{changed[0]} was written to while it was hashed: run again when it is whole.")
     if quantised:
         gguf_conversion.check_made(folder, every)
+        gguf_conversion.register(folder, args.out)
     hashes = [gguf_files.content(args.model)] if quantised else [every[path.name] for path in weights]
     found = {
-        "model_source": next(args.model[key] for key in ("path", "gguf", "hub") if args.model.get(key)),
+        "model_source": gguf_files.named(args.model) if quantised else args.model.get("path") or args.model["hub"],
         # A snapshot's folder is named after the commit that a branch or tag stood for.
         "model_revision": folder.name if "hub" in args.model else None,
         "model_sha256": weights_hash(hashes),  # of a GGUF file its own, which sha256sum gives
-        "model_quantisation": gguf_files.header_of(args.model).quantisation if quantised else None,
+        "model_quantisation": gguf_files.fetched_header(args.model).quantisation if quantised else None,
         "dtype": args.model["dtype"],
         # Not a column. Without it an edited config or tokenizer leaves this file as it was, and results out of date.
         "files": every,

@@ -6,6 +6,7 @@ read it, and this code. torch and transformers are imported where a file is conv
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib.metadata
 import json
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 RECORD = "gguf.json"  # in a converted folder: what it was made of, and the SHA-256 of its files
+USERS = "users.txt"
 LIBRARIES = ("gguf", "transformers", "tokenizers")
 SHARD = "5GB"  # largest file of weights
 NOT_SAVED = ("quantization_config", "_model_name_or_path", "_name_or_path")  # of the config: of how it was loaded
@@ -38,10 +40,16 @@ HALVES = {"F16": "float16", "BF16": "bfloat16"}
 
 def folder_of(spec: Spec) -> Path:
     """The folder that an entry's file is, or will be, converted to."""
-    code = [portable(str(module.__file__)) for module in (gguf_header, gguf_models, gguf_tokenizer)]
-    made_by = {"code": digest_of([*code, portable(__file__)]), "sha256": gguf_files.content(spec)}
-    made_by |= {name: importlib.metadata.version(name) for name in LIBRARIES}
-    return gguf_files.store() / hashlib.sha256(json.dumps(made_by).encode()).hexdigest()[:32]
+    made = {"sha256": gguf_files.content(spec), **made_by()}
+    return gguf_files.store() / hashlib.sha256(json.dumps(made).encode()).hexdigest()[:32]
+
+
+@functools.cache  # what this process has imported, even if it is edited meanwhile
+def made_by() -> dict[str, str]:
+    """The code and the versions of libraries that decide what a file is converted to."""
+    code = [str(module.__file__) for module in (gguf_header, gguf_models, gguf_tokenizer)]
+    versions = {name: importlib.metadata.version(name) for name in LIBRARIES}
+    return {"code": digest_of(map(portable, [*code, __file__])), **versions}
 
 
 def converted(spec: Spec) -> Path:
@@ -52,11 +60,11 @@ def converted(spec: Spec) -> Path:
     folder = folder_of(spec)
     if whole(folder):
         return folder
-    header = gguf_files.header_of(spec)
+    header = gguf_files.fetched_header(spec)
     with new_folder(folder) as part:
         convert(spec, header, part)
         made = {path.name: sha256(path) for path in sorted(part.iterdir()) if path.is_file()}
-        record = {"gguf": gguf_files.named(spec), "sha256": gguf_files.content(spec)}
+        record = {"gguf": gguf_files.named(spec), "sha256": gguf_files.content(spec), "wheel": spec.get("sha256")}
         write_atomic(part / RECORD, json.dumps(record | {"files": made}, indent=1) + "\n")
     return folder
 
@@ -72,6 +80,21 @@ def whole(folder: Path) -> bool:
 def made_files(folder: Path) -> dict[str, str]:
     """Name -> SHA-256 of the files of a folder that was converted."""
     return json.loads((folder / RECORD).read_text("utf-8"))["files"]
+
+
+def register(folder: Path, fingerprint: Path) -> None:
+    """Note in a converted folder which study has it, by its fingerprint of the model."""
+    known = (folder / USERS).read_text("utf-8").splitlines() if (folder / USERS).is_file() else []
+    if str(fingerprint.absolute()) not in known:
+        with (folder / USERS).open("a", encoding="utf-8") as file:
+            file.write(f"{fingerprint.absolute()}\n")
+
+
+def users(folder: Path) -> list[Path]:
+    """The fingerprints of studies that have a converted folder."""
+    path = folder / USERS
+    known = map(Path, path.read_text("utf-8").splitlines()) if path.is_file() else ()
+    return [fingerprint for fingerprint in known if fingerprint.is_file()]
 
 
 def check_made(folder: Path, found: Mapping[str, str]) -> None:
@@ -117,7 +140,7 @@ def convert(spec: Spec, header: Header, out: Path) -> None:
     print(f"{subject} ({header.quantisation}) is converted, which is done once.", file=sys.stderr)
     alone = out / "alone"  # nothing beside the file must be read for a part of it
     alone.mkdir()
-    (alone / "model.gguf").symlink_to(gguf_files.file_of(spec).absolute())
+    gguf_files.place_at(spec, alone / "model.gguf")
     model = load(alone, header, subject)
     shutil.rmtree(alone)
     save_weights(model, header, out)

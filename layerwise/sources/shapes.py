@@ -87,12 +87,15 @@ class ModelShape:
 
 
 def shape_of(spec: Spec) -> ModelShape | None:
-    """The shape of a config's model: from its files, else its config.json; None where neither is here yet.
+    """The shape of a config's model: from its files, else its config.json or the header of its GGUF
+    file; None where none of these is here yet.
 
     Raises InputError for files that are damaged or absent.
     """
     if "gguf" in spec:
         header = gguf_files.header_of(spec)
+        if header is None:
+            return None
         tensors = [(gguf_models.layer_name(name), shape, "F32") for name, shape, _ in header.tensors]
         return shape_of_tensors(tensors, gguf_models.config_of(header))
     folder = _folder(spec)

@@ -7,11 +7,13 @@ from typing import NotRequired, TypedDict
 
 
 class ModelSpec(TypedDict):
-    """A local folder (`path`), a GGUF file (`gguf`) or a repository on the hub (`hub` at `revision`)."""
+    """A local folder (`path`), a GGUF file (`gguf`, inside a `wheel` of this `sha256`), or a hub's (`hub`, `revision`)."""
 
     name: NotRequired[str]  # in the config
     path: NotRequired[str]
     gguf: NotRequired[str]
+    wheel: NotRequired[str]
+    sha256: NotRequired[str]
     hub: NotRequired[str]
     revision: NotRequired[str]
     known_as: NotRequired[str]

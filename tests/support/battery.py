@@ -37,6 +37,7 @@ BATTERY = (
     "tests/models/test_streaming.py",
     "tests/report/",
     "tests/runtime/test_checkpoint.py",
+    "tests/sources/test_gguf_wheels.py",
     "tests/study/test_estimate.py::test_a_run_that_cannot_fit",
     "tests/support/",
     "tests/test_library.py::test_a_model",

@@ -134,6 +134,8 @@ def studies(draw: st.DrawFn) -> dict[str, Any]:
         st.fixed_dictionaries({"path": WORDS}, optional={"dtype": DTYPES, "trust_remote_code": st.booleans()}),
         st.fixed_dictionaries({"hub": HUB, "revision": WORDS}, optional={"dtype": DTYPES, "compute_dtype": COMPUTED}),
         st.fixed_dictionaries({"path": WORDS, "known_as": WORDS}),
+        st.fixed_dictionaries({"gguf": WORDS}, optional={"known_as": WORDS, "dtype": DTYPES}),
+        st.fixed_dictionaries({"gguf": WORDS, "wheel": st.just("a-b==1.0"), "sha256": st.just("0" * 64)}),
     )
     more = {"field": WORDS, "separator": WORDS, "join": WORDS, "begins": WORDS, "dataset": WORDS}
     text = st.one_of(
@@ -203,7 +205,22 @@ ODD = [
     *(CYCLE, TREE, {"a": {"a": {"a": {"a": {"a": {"a": {}}}}}}}, functools.reduce(lambda x, _: [x], range(90), 0)),
 ]
 KEYS = [
-    *("method", "targets", "tune", "chain", "path", "hub", "revision", "seed", "seeds", "sweep", "modes", "tasks"),
+    *(
+        "method",
+        "targets",
+        "tune",
+        "chain",
+        "path",
+        "hub",
+        "gguf",
+        "wheel",
+        "revision",
+        "seed",
+        "seeds",
+        "sweep",
+        "modes",
+        "tasks",
+    ),
     *("damping", "warm_start", "iterations", "", "a b", "../x", "a\n", "\0", "\ud800", "é", "__proto__", "x" * 101),
     *("x" * 100_000, None, 1, True, 0.5, math.nan, (1,), datetime.date(2026, 2, 4), "$ref", "-", ".", "..", "CON"),
 ]

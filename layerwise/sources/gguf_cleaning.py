@@ -1,0 +1,60 @@
+"""Free the store of converted GGUF files: all that no other study uses, the wheels that they came in, and what killed
+conversions have left there. What goes is made anew by the job that needs it.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import time
+from pathlib import Path
+
+from layerwise.sources.gguf_conversion import RECORD, users
+
+NAMES = re.compile(r"[0-9a-f]{32}")  # of converted files: nothing else is touched
+PARTS = re.compile(r"\.[0-9a-f]{32}\.\d+\.part|\.[0-9a-f]{64}\.whl\..*\.part")
+LIVELY = 3600.0  # seconds within which somebody may still be at work in what was begun
+
+
+def clean(folder: Path, here: Path, dry: bool = False) -> int:
+    """Remove what may go from a store; returns the bytes. here: the working directory."""
+    freed, kept = 0, set[str]()
+    for path in sorted(path for path in folder.glob("*") if NAMES.fullmatch(path.name) and path.is_dir()):
+        others = [study for study in users(path) if not study.is_relative_to(here / "results")]
+        if others:
+            kept.add(_wheel(path))
+            print(f"kept {_size(path) / 1e6:.1f} MB: {path} ({len(others)} other studies use it, such as {others[0]})")
+        else:
+            freed += _free(path, dry)
+    for path in sorted((folder / "wheels").glob("*.whl")):
+        if path.stem not in kept:
+            freed += _free(path, dry)
+    begun = [*folder.glob(".*.part"), *(folder / "wheels").glob(".*.part")]
+    for path in sorted(path for path in begun if PARTS.fullmatch(path.name)):
+        if time.time() - path.stat().st_mtime > LIVELY:
+            freed += _free(path, dry)
+        else:
+            print(f"kept {_size(path) / 1e6:.1f} MB: {path} (a job may be at work there)")
+    return freed
+
+
+def _wheel(folder: Path) -> str:
+    """The hash of the wheel that a converted file came in; empty for none."""
+    try:
+        return json.loads((folder / RECORD).read_text("utf-8")).get("wheel") or ""
+    except (OSError, ValueError):
+        return ""
+
+
+def _size(path: Path) -> int:
+    files = path.rglob("*") if path.is_dir() else [path]
+    return sum(file.lstat().st_size for file in files if file.is_file())
+
+
+def _free(path: Path, dry: bool) -> int:
+    size = _size(path)
+    print(f"{'would free' if dry else 'freed'} {size / 1e6:.1f} MB: {path}")
+    if not dry:
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    return size
