@@ -163,7 +163,7 @@ def load(folder: Path, header: Header, subject: str) -> PreTrainedModel:
         said = load_gguf_checkpoint(folder / "model.gguf")["config"]  # once: it takes seconds for a long vocabulary
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,
-            config=AutoConfig.for_model(**said),
+            config=AutoConfig.for_model(**said | gguf_models.supplied(header)),
             gguf_file="model.gguf",
             dtype=torch.float32,
             output_loading_info=True,

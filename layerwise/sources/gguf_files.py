@@ -36,7 +36,7 @@ class Seen(NamedTuple):
 
 
 def store() -> Path:
-    """The folder of converted models, and of wheels that were fetched for them; studies in other folders may share it."""
+    """The folder of converted models, and of wheels fetched for them; studies in other folders may share it."""
     shared = os.environ.get("LAYERWISE_CACHE")
     return Path(shared) / "gguf" if shared else Path("results/gguf")
 

@@ -30,8 +30,6 @@ TAKEN: dict[str, tuple[str, ...]] = {
     "nemotron": USUAL,
     "qwen2moe": (*USUAL, *EXPERTS),
     "qwen3moe": (*USUAL, *EXPERTS, KEY),
-    "gpt-oss": (*USUAL, *EXPERTS, "sliding_window"),
-    "minimax-m2": (*USUAL, *EXPERTS, ROTATED, KEY, "expert_gating_func"),
     "gemma2": (*USUAL, KEY, "attention.sliding_window"),
     "gemma3": (*USUAL, KEY, "attention.sliding_window"),
     "stablelm": (*SIZES, *HEADS, LAYER_NORM, "vocab_size"),
@@ -39,9 +37,25 @@ TAKEN: dict[str, tuple[str, ...]] = {
     "gpt2": (*SIZES, HEADS[0], LAYER_NORM),
     "bloom": ("block_count", "embedding_length", HEADS[0], LAYER_NORM, "vocab_size"),
 }
+# Architecture -> keys that are handed to transformers' config beside these, and how that calls them.
+SUPPLIED: dict[str, dict[str, str]] = {
+    "qwen3": {KEY: "head_dim"},
+    "falcon": {LAYER_NORM: "layer_norm_epsilon"},
+    "nemotron": {LAYER_NORM: "norm_eps"},
+    "gpt2": {"context_length": "n_positions"},
+    "stablelm": {BASE: "rope_theta"},
+    "starcoder2": {BASE: "rope_theta"},
+    "qwen2moe": {
+        "expert_feed_forward_length": "moe_intermediate_size",
+        "expert_shared_feed_forward_length": "shared_expert_intermediate_size",
+    },
+    "qwen3moe": {"expert_feed_forward_length": "moe_intermediate_size"},
+}
 ROTATED_SHARE = {"stablelm": 0.25, "nemotron": 0.5}  # of a head, by default
 HEAD_LENGTH = {"qwen3": 128}  # by default, where it is not the width divided by the heads
+FIXED = {"gemma2": {KEY: 256}, "gemma3": {KEY: 256}}  # on which a scale hangs that transformers does not read
 DERIVED = {"stablelm": ("use_parallel_residual",), "falcon": ("tensor_data_layout",), "llama": ("tensor_data_layout",)}
+DERIVED |= {"bloom": ("context_length", "feed_forward_length")}
 LOST = ("rope_freqs.", "rope_factors_long.", "rope_factors_short.")  # beginnings of tensors that are not read
 EMBEDDING, OUTPUT = "token_embd.weight", "output.weight"
 
@@ -51,7 +65,7 @@ BYTE_LEVEL, PIECES = "gpt2", "llama"  # kinds of tokenizers, as tokenizer.ggml.m
 GPT2_SPLIT = ("gpt-2", "phi-2", "mpt", "olmo", "jais", "trillion", "granite-docling", "gigachat", "exaone4", "mellum")
 SINGLE_DIGITS = ("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b")  # and then GPT-2's
 WHOLE_WORDS = ("llama3", "llama-v3", "llama-bpe", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2", "tekken")
-# As transformers' GGUF_PRE_TOKENIZER_SPLITS cuts them; of WHOLE_WORDS a word that is a token is one, whatever merges say.
+# As transformers' GGUF_PRE_TOKENIZER_SPLITS cuts them. Of WHOLE_WORDS a word that is a token is one, without merges.
 LISTED = (*WHOLE_WORDS, "dbrx", "smaug-bpe", "qwen2", "deepseek-r1-qwen", "kormo", "megrez", "gpt-4o", "llama4")
 SPLITS = (*GPT2_SPLIT, *SINGLE_DIGITS, *LISTED, "stablelm2")
 BEGINNING = ("bos", "eos", "unknown", "padding")  # tokens that a file names by their ids
@@ -70,7 +84,9 @@ def check_model(header: Header, subject: str) -> None:
         raise InputError(f"{subject} scales its rotary frequencies by {lost}, which transformers does not read.")
     for key, value in header.metadata.items():
         family, _, own = key.partition(".")
-        if family == kind and own not in TAKEN[kind] and not said_by_default(header, own, value):
+        taken = own in TAKEN[kind] or own in SUPPLIED.get(kind, {})
+        fixed = FIXED.get(kind, {}).get(own, value)
+        if family == kind and (value != fixed or not (taken or said_by_default(header, own, value))):
             raise InputError(
                 f"{subject} must say nothing that transformers does not read from GGUF. Got {brief(key, 80)}: "
                 f"{brief(str(value), 80)} instead."
@@ -86,7 +102,8 @@ def check_model(header: Header, subject: str) -> None:
 def head_length(header: Header) -> int:
     """Of the model that transformers makes of the file."""
     kind = header.architecture
-    mapped = next((header.own(key) for key in (KEY, ROTATED) if key in TAKEN[kind] and header.own(key)), None)
+    known = (*TAKEN[kind], *SUPPLIED.get(kind, {}))
+    mapped = next((header.own(key) for key in (KEY, ROTATED) if key in known and header.own(key)), None)
     return mapped or HEAD_LENGTH.get(kind) or header.own("embedding_length") // (header.own(HEADS[0]) or 1)
 
 
@@ -104,10 +121,6 @@ def said_by_default(header: Header, key: str, value: Any) -> bool:
     plain |= dict.fromkeys(EXPERTS, (0,)) | {"attention.causal": (True,), "vocab_size": (_tokens(header),)}
     if kind == "gemma2":
         plain |= {"attn_logit_softcapping": (50.0,), "final_logit_softcapping": (30.0,)}
-    if kind in ("falcon", "nemotron"):
-        plain[LAYER_NORM] = (1e-5,)
-    if key == LAYER_NORM and isinstance(value, float):
-        return any(abs(value / known - 1) < 1e-6 for known in plain.get(key, ()))
     return value in plain.get(key, ())
 
 
@@ -158,6 +171,12 @@ def _check_sizes(header: Header, subject: str, tokens: int) -> None:
                 f"The tokenizer of {subject} must name as {key}_token_id a token, 0 to {tokens - 1}. Got {number!r} "
                 "instead."
             )
+
+
+def supplied(header: Header) -> dict[str, Any]:
+    """What transformers' config is told beside what transformers takes of a file itself."""
+    keys = SUPPLIED.get(header.architecture, {})
+    return {name: header.own(key) for key, name in keys.items() if header.own(key) is not None}
 
 
 def config_of(header: Header) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from typing import NotRequired, TypedDict
 
 
 class ModelSpec(TypedDict):
-    """A local folder (`path`), a GGUF file (`gguf`, inside a `wheel` of this `sha256`), or a hub's (`hub`, `revision`)."""
+    """A local folder (`path`), a GGUF file (`gguf`, in a `wheel` of this `sha256`), or a hub's (`hub`, `revision`)."""
 
     name: NotRequired[str]  # in the config
     path: NotRequired[str]

@@ -1,4 +1,4 @@
-"""A GGUF file becomes a folder of the same model and tokenizer, once; a file that would not is refused in a sentence."""
+"""A GGUF file becomes a folder of its model and tokenizer, once; one that would not is refused in a sentence."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def unconverted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gguf_conversion, "convert", refuse)
 
 
-# -------------------------------------------------------------------------------------------------------- the weights
+# ---------------------------------------------------------------------------------------------------------- the weights
 
 
 @pytest.mark.parametrize(("kind", "tied"), [("Q4_1", True), ("Q8_0", False), ("Q4_0", False), ("F16", True)])
@@ -85,7 +85,7 @@ def test_shape_and_sizes_are_known_from_the_header(tmp_path: Path):
     assert model_files(entry(tmp_path / FILE)) == [tmp_path / FILE]
 
 
-# ------------------------------------------------------------------------------------------------------ the tokenizer
+# -------------------------------------------------------------------------------------------------------- the tokenizer
 
 
 def pieces(path: Path, text: str) -> list[str]:
@@ -126,7 +126,7 @@ def test_special_tokens_and_the_template_of_a_chat_come_along(tmp_path: Path):
     assert tokenizer.chat_template == "{{ messages }}" and tokenizer("a<|im_end|>")["input_ids"][-1] == 2
 
 
-# ---------------------------------------------------------------------------------------------------- made once, whole
+# ----------------------------------------------------------------------------------------------------- made once, whole
 
 
 def test_a_file_is_converted_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -179,7 +179,7 @@ def test_a_folder_that_lost_a_file_is_made_anew(tmp_path: Path):
     assert model_folder(entry(tmp_path / FILE)) == folder and (folder / "tokenizer.json").is_file()
 
 
-# ------------------------------------------------------------------------------------------------------ the provenance
+# ------------------------------------------------------------------------------------------------------- the provenance
 
 
 def fingerprinted(path: Path) -> dict[str, Any]:
@@ -217,7 +217,7 @@ def test_a_converted_folder_that_was_damaged_is_not_taken(tmp_path: Path):
     fingerprinted(tmp_path / FILE)  # it was made anew
 
 
-# -------------------------------------------------------------------------------------------------------- what is refused
+# ------------------------------------------------------------------------------------------------------ what is refused
 
 
 def cut(path: Path) -> None:
@@ -354,7 +354,7 @@ def test_sizes_of_types_are_those_of_gguf():
 
 
 def test_keys_are_those_that_transformers_takes():
-    names = {"qwen2moe": "qwen2_moe", "qwen3moe": "qwen3_moe", "gpt-oss": "gpt_oss", "minimax-m2": "minimax_m2"}
+    names = {"qwen2moe": "qwen2_moe", "qwen3moe": "qwen3_moe"}
     for kind, keys in gguf_models.TAKEN.items():
         mapped = GGUF_CONFIG_MAPPING[names.get(kind, kind)]
         assert {key for key, value in mapped.items() if value} == set(keys), kind
@@ -378,7 +378,7 @@ def test_a_damaged_header_takes_no_memory(tmp_path: Path):
         read_header(stream, (tmp_path / FILE).stat().st_size, "The file")
 
 
-# ------------------------------------------------------------------------------------------------------------ the config
+# ----------------------------------------------------------------------------------------------------------- the config
 
 STUDY = {
     "texts": {"t": {"path": "t.txt"}},
