@@ -197,7 +197,8 @@ def unused(model: PreTrainedModel, header: Header) -> list[str]:
     processor = TENSOR_PROCESSORS.get(header.architecture, TensorProcessor)(config=model.config.to_dict())
     taken = get_gguf_hf_weights_map(model, processor)
     tied = {gguf_models.OUTPUT} if model.config.tie_word_embeddings else set()
-    return sorted(header.names - set(taken) - tied)
+    whole = {f"{name}.weight" for name in taken}  # experts in one tensor, which the model calls without .weight
+    return sorted(header.names - set(taken) - tied - whole)
 
 
 def save_weights(model: PreTrainedModel, header: Header, out: Path) -> None:
