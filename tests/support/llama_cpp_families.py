@@ -5,6 +5,7 @@
 llama-cpp-python must be installed; the project does not depend on it.
 """
 
+import importlib
 import os
 import sys
 import tempfile
@@ -98,7 +99,7 @@ def write(kind: str, path: Path) -> None:
 
 
 def main(kinds: list[str]) -> None:
-    import llama_cpp  # pyright: ignore[reportMissingImports]: not a dependency
+    llama_cpp: Any = importlib.import_module("llama_cpp")
 
     for kind in kinds or list(CASES):
         with tempfile.TemporaryDirectory() as scratch:

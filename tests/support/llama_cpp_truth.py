@@ -9,6 +9,7 @@ kept in float32.
 
 import argparse
 import ctypes
+import importlib
 import random
 import sys
 import tempfile
@@ -49,7 +50,7 @@ def in_float32(llama_cpp: Any, file: Path, out: Path) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    import llama_cpp  # pyright: ignore[reportMissingImports]: not a dependency
+    llama_cpp: Any = importlib.import_module("llama_cpp")
 
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("file", type=Path)
