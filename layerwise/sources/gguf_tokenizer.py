@@ -68,7 +68,7 @@ def settings(header: Header) -> dict[str, Any]:
 def build(header: Header) -> Tokenizer:
     """The tokenizer of a file whose header check_tokenizer has let pass."""
     from tokenizers import Regex, normalizers, pre_tokenizers
-    from transformers.integrations.gguf import convert_gguf_tokenizer
+    from transformers.integrations.gguf.gguf_tokenizer_mapping import convert_gguf_tokenizer
     from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
     own = {key: header.metadata.get(f"{TOKENIZER}{key}") for key in ("model", "pre", "add_space_prefix")}

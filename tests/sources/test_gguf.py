@@ -89,12 +89,13 @@ def test_shape_and_sizes_are_known_from_the_header(tmp_path: Path):
 
 
 def pieces(path: Path, text: str) -> list[str]:
-    return load_tokenizer(entry(path)).convert_ids_to_tokens(load_tokenizer(entry(path))(text)["input_ids"])
+    tokenizer = load_tokenizer(entry(path))
+    return [str(tokenizer.convert_ids_to_tokens(number)) for number in tokenizer(text)["input_ids"]]
 
 
 @pytest.mark.parametrize(("pre", "cut"), [("smollm", ["Ġ", "1", "9", "0"]), ("gpt-2", ["Ġ", "190"])])
 def test_digits_are_cut_as_the_file_says(tmp_path: Path, pre: str, cut: list[str]):
-    write(tmp_path / FILE, **{"tokenizer.ggml.pre": pre})
+    write(tmp_path / FILE, changes={"tokenizer.ggml.pre": pre})
     assert pieces(tmp_path / FILE, " 190") == cut
     assert pieces(tmp_path / FILE, "   the²")[:3] == ["ĠĠ", "Ġth", "e"]
 
@@ -102,7 +103,7 @@ def test_digits_are_cut_as_the_file_says(tmp_path: Path, pre: str, cut: list[str
 @pytest.mark.parametrize(("pre", "adds"), [("smollm", False), ("llama-bpe", True)])
 @pytest.mark.parametrize("said", [True, False, None])
 def test_a_text_begins_as_the_file_says_or_its_kind_does(tmp_path: Path, pre: str, adds: bool, said: bool | None):
-    write(tmp_path / FILE, **{"tokenizer.ggml.pre": pre, "tokenizer.ggml.add_bos_token": said})
+    write(tmp_path / FILE, changes={"tokenizer.ggml.pre": pre, "tokenizer.ggml.add_bos_token": said})
     begins = pieces(tmp_path / FILE, "a") == ["<|im_start|>", "a"]
     assert begins == (adds if said is None else said)
 
@@ -114,13 +115,13 @@ def test_blanks_of_a_sentencepiece_vocabulary(tmp_path: Path, prefix: bool | Non
     own = {"model": "llama", "pre": None, "merges": None, "tokens": tokens, "add_bos_token": None}
     own |= {"scores": [-float(number) for number in range(len(tokens))], "add_space_prefix": prefix}
     own |= {"token_type": [2, 3, 3] + [6] * 256 + [1] * (len(tokens) - 259), "unknown_token_id": 0}
-    write(tmp_path / FILE, **{f"tokenizer.ggml.{key}": value for key, value in own.items()})
+    write(tmp_path / FILE, changes={f"tokenizer.ggml.{key}": value for key, value in own.items()})
     assert pieces(tmp_path / FILE, "a  b") == first
     assert pieces(tmp_path / FILE, "é")[-2:] == ["<0xC3>", "<0xA9>"]
 
 
 def test_special_tokens_and_the_template_of_a_chat_come_along(tmp_path: Path):
-    write(tmp_path / FILE, **{"tokenizer.chat_template": "{{ messages }}"})
+    write(tmp_path / FILE, changes={"tokenizer.chat_template": "{{ messages }}"})
     tokenizer = AutoTokenizer.from_pretrained(model_folder(entry(tmp_path / FILE)))
     assert (tokenizer.bos_token, tokenizer.eos_token) == ("<|im_start|>", "<|im_end|>")
     assert tokenizer.chat_template == "{{ messages }}" and tokenizer("a<|im_end|>")["input_ids"][-1] == 2
@@ -248,7 +249,7 @@ def unknown_type(path: Path) -> None:
     path.write_bytes(content)
 
 
-BROKEN: list[tuple[Callable[[Path], None], str]] = [
+BROKEN: list[tuple[Callable[[Path], object], str]] = [
     (cut, "is cut off: it has"),
     (cut_in_header, "is cut off: it has 300 bytes, which end in its header"),
     (other_magic, "is not a GGUF file"),
@@ -261,7 +262,7 @@ BROKEN: list[tuple[Callable[[Path], None], str]] = [
 
 
 @pytest.mark.parametrize(("damage", "sentence"), BROKEN)
-def test_a_broken_file_is_refused_before_any_job(tmp_path: Path, damage: Callable[[Path], None], sentence: str):
+def test_a_broken_file_is_refused_before_any_job(tmp_path: Path, damage: Callable[[Path], object], sentence: str):
     write(tmp_path / FILE)
     damage(tmp_path / FILE)
     with pytest.raises(InputError, match=sentence) as caught:
@@ -301,14 +302,14 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
 
 @pytest.mark.parametrize(("changes", "sentence"), REFUSED)
 def test_a_file_that_would_not_be_read_as_it_is(tmp_path: Path, changes: dict[str, Any], sentence: str):
-    write(tmp_path / FILE, **changes)
+    write(tmp_path / FILE, changes=changes)
     with pytest.raises(InputError, match=sentence):
         check_model("tiny", entry(tmp_path / FILE))
 
 
 @pytest.mark.parametrize("key", ["attention.key_length", "attention.value_length"])
 def test_a_key_that_says_what_is_so_anyway_is_no_reason(tmp_path: Path, key: str):
-    write(tmp_path / FILE, **{f"llama.{key}": made.HIDDEN // made.HEADS, "llama.rope.scaling.type": "none"})
+    write(tmp_path / FILE, changes={f"llama.{key}": made.HIDDEN // made.HEADS, "llama.rope.scaling.type": "none"})
     check_model("tiny", entry(tmp_path / FILE))
 
 

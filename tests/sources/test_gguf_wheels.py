@@ -141,7 +141,8 @@ def test_what_no_other_study_uses_is_freed(tmp_path: Path, spec: dict[str, Any],
     for folder in (mine, theirs, store / f".{'c' * 32}.7.part", store / f".{'d' * 32}.8.part", store / "thesis"):
         folder.mkdir()
         (folder / "model.safetensors").write_bytes(bytes(2_000_000))
-    os.utime(store / f".{'c' * 32}.7.part", (time.time() - 7200,) * 2)
+    begun = time.time() - 7200
+    os.utime(store / f".{'c' * 32}.7.part", (begun, begun))
     other = tmp_path / "other.json"
     other.write_text("{}")
     (theirs / "gguf.json").write_text(json.dumps({"wheel": spec["sha256"]}))

@@ -546,7 +546,7 @@ WRONG = {
         study(calibration={"words": dict(text="train", samples=4, length=16, seeds=[1, 1])}),
         "config: calibration.words.seeds is wrong: [1, 1] has non-unique elements.",
     ),
-    "model key": (edited("models/tiny/dtyp", "float32"), "models.tiny has no key 'dtyp'; its keys are path, hub"),
+    "model key": (edited("models/tiny/dtyp", "float32"), "models.tiny has no key 'dtyp'; its keys are path, gguf"),
     "text key": (edited("texts/test/colum", "a"), "texts.test has no key 'colum'; its keys are path"),
     "calibration key": (
         edited("calibration/words/n", 1),
@@ -706,10 +706,16 @@ WRONG = {
     "samples": (edited("calibration/words/samples", 0), "samples is wrong: 0 is less than the minimum of 1."),
     "two sources": (
         edited("models/tiny/hub", "a/b"),
-        "models.tiny must have either path or hub+revision, got path, hub.",
+        "models.tiny must have either path or hub+revision or gguf or gguf+wheel+sha256, got path, hub.",
     ),
-    "no source": (edited("models/tiny", {}), "models.tiny must have either path or hub+revision, got nothing."),
-    "revision": (edited("models/tiny", {"hub": "a/b"}), "must have either path or hub+revision, got hub."),
+    "no source": (
+        edited("models/tiny", {}),
+        "models.tiny must have either path or hub+revision or gguf or gguf+wheel+sha256, got nothing.",
+    ),
+    "revision": (
+        edited("models/tiny", {"hub": "a/b"}),
+        "must have either path or hub+revision or gguf or gguf+wheel+sha256, got hub.",
+    ),
     "text revision": (
         edited("texts/test", {"hub": "a/b", "files": ["a.txt"]}),
         "texts.test must have either path or hub+revision+files, got hub, files.",

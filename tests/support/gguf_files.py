@@ -57,7 +57,7 @@ def model(tied: bool = False, seed: int = 0) -> LlamaForCausalLM:
         num_key_value_heads=SHARED,
         max_position_embeddings=CONTEXT,
         rms_norm_eps=1e-5,
-        rope_theta=5e4,
+        rope_parameters={"rope_theta": 5e4, "rope_type": "default"},
         tie_word_embeddings=tied,
         bos_token_id=1,
         eos_token_id=2,
@@ -86,14 +86,16 @@ def turned(name: str, weight: np.ndarray) -> np.ndarray:
     return pairs.swapaxes(1, 2).reshape(weight.shape)
 
 
-def write(path: Path, kind: str = "Q8_0", tied: bool = False, seed: int = 0, **changes: Any) -> LlamaForCausalLM:
+def write(
+    path: Path, kind: str = "Q8_0", tied: bool = False, seed: int = 0, changes: Mapping[str, Any] | None = None
+) -> LlamaForCausalLM:
     """Write a model, its matrices as `kind`, and return it. changes: of the metadata, None takes a key out."""
     own = model(tied, seed)
     tensors: dict[str, tuple[np.ndarray, str]] = {}
     for name, value in own.state_dict().items():
         if not (tied and name == "lm_head.weight"):
             tensors[name_in_file(name)] = (turned(name, value.numpy()), kind if value.ndim == 2 else "F32")
-    write_file(path, tensors, {**METADATA, **changes})
+    write_file(path, tensors, {**METADATA, **(changes or {})})
     return own
 
 
