@@ -69,7 +69,7 @@ def model_files(spec: Spec) -> list[Path]:
     return sorted({path for path in named if path.is_file()} | {*folder.glob("*.safetensors"), *folder.glob("*.py")})
 
 
-def check_model(name: str, spec: Spec) -> None:
+def check_checkpoint(name: str, spec: Spec) -> None:
     """Raise InputError, in one sentence, when the model `name` cannot be loaded for a reason that can be seen now.
 
     A local folder must hold config.json, a tokenizer and whole safetensors files; a hub model must name its revision

@@ -46,7 +46,7 @@ def config_fault(folder: Path, error: Exception, trust_remote_code: bool = False
     if fault := type_fault(file, config) or field_fault(file, config, error):
         return fault
     with quiet():
-        why = refusal(config)
+        why = build_fault(config)
         found = why and culprit(config)
     if why is None:
         return None
@@ -109,7 +109,7 @@ def quiet() -> Iterator[None]:
         logging.set_verbosity(before)
 
 
-def refusal(config: Mapping[str, Any]) -> str | None:
+def build_fault(config: Mapping[str, Any]) -> str | None:
     """Why the libraries build no model of a config, in their words; None where they build one."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -141,7 +141,7 @@ def culprit(config: Mapping[str, Any], inside: tuple[str, ...] = ()) -> tuple[st
             del part[key]
             if one:
                 part[key] = 1
-            if refusal(changed) is None:
+            if build_fault(changed) is None:
                 found = (*inside, key)
                 return (isinstance(own[key], dict) and culprit(config, found)) or found
     return ()

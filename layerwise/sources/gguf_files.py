@@ -18,7 +18,7 @@ from layerwise.runtime.files import sha256, write_atomic
 from layerwise.runtime.project import locate
 from layerwise.sources import gguf_wheels
 from layerwise.sources.gguf_header import Header, read_header
-from layerwise.sources.gguf_models import check_model
+from layerwise.sources.gguf_models import check_read_whole
 from layerwise.sources.hub import Spec
 
 SPLIT_NAME = re.compile(r"-\d{5}-of-(\d{5})\.gguf$")  # how a file is called that is one of several
@@ -101,7 +101,7 @@ def _header(file: Seen, subject: str, member: str | None) -> Header:
     else:
         with zipfile.ZipFile(file.path) as archive, archive.open(member) as stream:
             header = read_header(stream, archive.getinfo(member).file_size, subject)
-    check_model(header, subject)
+    check_read_whole(header, subject)
     return header
 
 

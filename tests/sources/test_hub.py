@@ -54,7 +54,7 @@ def test_importing_is_light(tmp_path):
 
 
 def test_complete_model(folder):
-    checkpoint_files.check_model("mine", {"path": str(folder)})
+    checkpoint_files.check_checkpoint("mine", {"path": str(folder)})
     names = [path.name for path in checkpoint_files.model_files({"path": str(folder)})]
     assert names == ["config.json", "model.safetensors", "tokenizer.json"]
     assert checkpoint_files.model_files(HUB) == []
@@ -64,7 +64,7 @@ def test_complete_model(folder):
 def test_complete_shards(folder):
     sharded(folder)
     save_file({"bias": np.ones(4, np.float32)}, folder / "model-00002-of-00002.safetensors")
-    checkpoint_files.check_model("mine", {"path": str(folder)})
+    checkpoint_files.check_checkpoint("mine", {"path": str(folder)})
     assert len(checkpoint_files.model_files({"path": str(folder)})) == 5
 
 
@@ -74,7 +74,7 @@ def test_an_index_without_metadata_is_refused(folder):
     index = folder / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": json.loads(index.read_text())["weight_map"]}))
     with pytest.raises(InputError, match="index.json of the model 'mine' must have an object `metadata`"):
-        checkpoint_files.check_model("mine", {"path": str(folder)})
+        checkpoint_files.check_checkpoint("mine", {"path": str(folder)})
 
 
 def cut(folder: Path) -> None:
@@ -126,12 +126,12 @@ def test_incomplete_model(folder, kind):
     spoil, sentence = BROKEN_MODELS[kind]
     spoil(folder)
     with pytest.raises(InputError, match=sentence):
-        checkpoint_files.check_model("mine", {"path": str(folder)})
+        checkpoint_files.check_checkpoint("mine", {"path": str(folder)})
 
 
 def test_missing_model_folder(tmp_path):
     with pytest.raises(InputError, match="'mine' should be a folder at .*absent, but there is none"):
-        checkpoint_files.check_model("mine", {"path": str(tmp_path / "absent")})
+        checkpoint_files.check_checkpoint("mine", {"path": str(tmp_path / "absent")})
 
 
 BROKEN_TEXTS = {
@@ -166,11 +166,11 @@ def test_readable_texts(tmp_path):
 
 def test_hub_model_needs_a_revision():
     with pytest.raises(InputError, match="must name its `revision`"):
-        checkpoint_files.check_model("mine", {"hub": "organisation/name"})
+        checkpoint_files.check_checkpoint("mine", {"hub": "organisation/name"})
 
 
 @pytest.mark.parametrize("value", ["1", "true", "yes"])
-@pytest.mark.parametrize("call", [f"check_model('mine', {HUB})", f"check_text('mine', {HUB_TEXT})"])
+@pytest.mark.parametrize("call", [f"check_checkpoint('mine', {HUB})", f"check_text('mine', {HUB_TEXT})"])
 def test_offline_and_not_in_the_cache(tmp_path, call, value):
     code = f"{EVERYTHING}try: {call}\nexcept InputError as error: print(error)"
     sentence = run(code, tmp_path, HF_HUB_OFFLINE=value)
@@ -185,7 +185,7 @@ def test_offline_and_in_the_cache(tmp_path):
     (snapshot / "config.json").write_text("{}")
     assert (
         run(
-            f"{EVERYTHING}check_model('m', {HUB})",
+            f"{EVERYTHING}check_checkpoint('m', {HUB})",
             tmp_path,
             HF_HUB_OFFLINE="1",
         )

@@ -12,7 +12,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from layerwise.runtime.errors import InputError
 from layerwise.sources import tokenizer_files, tokens
-from layerwise.sources.checkpoint_files import MODEL_VOCABULARIES, check_model
+from layerwise.sources.checkpoint_files import MODEL_VOCABULARIES, check_checkpoint
 from layerwise.sources.tokenizer_files import (
     check_ids,
     check_loaded,
@@ -155,7 +155,10 @@ def test_other_ids_than_the_files_are_refused(tmp_path: Path, monkeypatch):
 def test_a_vocabulary_that_is_not_read_is_named_before_any_job(tmp_path: Path, name: str):
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     (tmp_path / name).write_bytes(b"\n\x0e")
-    for call in (lambda: check_model("m", {"path": str(tmp_path)}), lambda: load_tokenizer({"path": str(tmp_path)})):
+    for call in (
+        lambda: check_checkpoint("m", {"path": str(tmp_path)}),
+        lambda: load_tokenizer({"path": str(tmp_path)}),
+    ):
         with pytest.raises(InputError, match=f"has its tokenizer as {name} without tokenizer.json"):
             call()
 

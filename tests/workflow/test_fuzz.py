@@ -204,7 +204,7 @@ def whole_folder(folder: Path) -> Path:
 
 def loaders(spec: dict[str, Any]) -> dict[str, Callable[[], Any]]:
     return {
-        "check": lambda: checkpoint_files.check_model("m", spec),
+        "check": lambda: checkpoint_files.check_checkpoint("m", spec),
         "load": lambda: same_logits(load(spec)),
         "stream": lambda: read_all(LazyBlocks(spec)),
         "tokenizer": lambda: load_tokenizer(spec),
@@ -258,7 +258,11 @@ def test_a_config_json_with_another_type_is_one_sentence(tmp_path, whole, field)
     folder = shutil.copytree(whole, tmp_path / "model")
     own = json.loads((folder / "config.json").read_text())
     spec = {"path": str(folder), "name": "m"}
-    calls = (lambda: checkpoint_files.check_model("m", spec), lambda: find_blocks(load(spec)), lambda: LazyBlocks(spec))
+    calls = (
+        lambda: checkpoint_files.check_checkpoint("m", spec),
+        lambda: find_blocks(load(spec)),
+        lambda: LazyBlocks(spec),
+    )
     for value in [*ODD, 10**30]:
         (folder / "config.json").write_text(json.dumps({**own, field: value}))
         for call in calls:

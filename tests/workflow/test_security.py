@@ -129,7 +129,7 @@ class Touches:
 def sentences_of_loaders(folder: Path, **spec: Any) -> list[str]:
     """The sentences with which every way of loading refuses a folder."""
     own, found = {"path": str(folder), "name": "m", **spec}, []
-    for call in (lambda: checkpoint_files.check_model("m", own), lambda: load(own), lambda: LazyBlocks(own)):
+    for call in (lambda: checkpoint_files.check_checkpoint("m", own), lambda: load(own), lambda: LazyBlocks(own)):
         with pytest.raises(InputError) as error:
             call()
         found.append(str(error.value))
@@ -156,7 +156,7 @@ def test_a_checkpoint_that_is_a_pickle_is_refused_with_the_command_that_converts
     assert not mark.exists()
     torch.save(model.state_dict(), folder / name)
     exec(command[2])
-    checkpoint_files.check_model("m", {"path": str(folder)})
+    checkpoint_files.check_checkpoint("m", {"path": str(folder)})
     tokens = torch.arange(4).view(1, -1)
     assert torch.equal(load({"path": str(folder)})(tokens).logits, model.eval()(tokens).logits)
 
