@@ -52,8 +52,8 @@ def check_config(file: Path, config: dict[str, Any]) -> None:
     for key in SIZES:
         if not may_be_size(config.get(key), least=0 if key in ZERO else 1):
             raise must_be(file, key, "a positive integer", config[key])
-    window = config.get(WINDOW)
-    if type(window) is int and window < 1 and config.get(f"use_{WINDOW}") is not False:  # no token would see itself
+    window, used = config.get(WINDOW), config.get(f"use_{WINDOW}")
+    if type(window) is int and window < 1 and used in (None, True):  # no token would see itself
         raise must_be(file, WINDOW, "a positive integer, or null for none", window)
     heads, shared = first_size(config, HEADS), config.get(SHARED_HEADS)
     if heads and type(shared) is int and shared > 0 and heads[1] % shared:
