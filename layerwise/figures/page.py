@@ -20,6 +20,7 @@ BEYOND = {"linestyle": "none", "marker": 6, "markersize": 5}  # an arrowhead tha
 WORDS = {"perplexity": "perplexity", "kl": "KL from the dense model"}  # what titles call a metric
 AXES = {"perplexity": "perplexity", "kl": "KL from dense, nats per token"}
 LINE = 0.15  # inches per line of the legend
+LETTER, HANDLE = 0.065, 0.6  # inches in it: of a bold letter, and of a handle with the space beside a column
 
 
 def place_title(model: str, calibration: str, mode: str) -> str:
@@ -46,10 +47,10 @@ def page(
 ) -> tuple[Figure, list[SubFigure]]:
     """An empty figure of full width with one band per height, in inches, above the legend.
 
-    shown: (label, method, comparison) of the legend, one column per comparison; extra: handles of a column of their
-    own; note: said above the legend, such as what is not drawn.
+    shown: (label, method, comparison) of the legend, one column per comparison as far as they fit side by side; extra:
+    handles of a column of their own; note: said above the legend, such as what is not drawn.
     """
-    columns = _legend_columns(shown, extra)
+    columns = _fitting(_legend_columns(shown, extra))
     depth = max(map(len, columns), default=0)
     lines = textwrap.wrap(note, 130)
     below = LINE * (depth + len(lines)) + 0.1
@@ -62,8 +63,7 @@ def page(
 
 def _draw_legend(place: SubFigure, columns: Sequence[Sequence[LegendItem]], depth: int, title: str) -> None:
     """A legend of columns, each filled up to the same depth; names of comparisons are bold."""
-    blank = (Line2D([], [], linestyle="none"), "")
-    padded = [item for column in columns for item in [*column, *[blank] * (depth - len(column))]]
+    padded = [item for column in columns for item in [*column, *[_blank()] * (depth - len(column))]]
     legend = place.legend(
         [handle for handle, _ in padded],
         [text for _, text in padded],
@@ -89,10 +89,27 @@ def _legend_columns(shown: Sequence[LegendEntry], extra: Sequence[Line2D]) -> li
         group = [label for label, _, group_of in shown if group_of == comparison]
         if group:
             lines = [(Line2D([], [], label=label, **strokes(style[label], comparison)), label) for label in group]
-            columns.append([(Line2D([], [], linestyle="none"), comparison), *lines])
+            columns.append([_blank(comparison), *lines])
     if extra:
         columns.append([(line, str(line.get_label())) for line in extra])
     return columns
+
+
+def _fitting(columns: list[list[LegendItem]]) -> list[list[LegendItem]]:
+    """The columns, of which the shortest neighbours are stacked until all fit into the width of the figure."""
+    while len(columns) > 1 and sum(map(_width, columns)) > WIDTH:
+        place = min(range(len(columns) - 1), key=lambda i: len(columns[i]) + len(columns[i + 1]))
+        columns[place : place + 2] = [[*columns[place], _blank(), *columns[place + 1]]]
+    return columns
+
+
+def _width(column: Sequence[LegendItem]) -> float:
+    return HANDLE + LETTER * max(len(text) for _, text in column)
+
+
+def _blank(text: str = "") -> LegendItem:
+    """An item without a line or marker."""
+    return Line2D([], [], linestyle="none"), text
 
 
 def nothing(sentence: str) -> Figure:

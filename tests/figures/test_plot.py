@@ -16,12 +16,13 @@ import pytest
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 from layerwise.figures import plot
 from layerwise.figures.convergence import BOUND, convergence, typical_layer
 from layerwise.figures.depth import error_along_depth, error_reduction
 from layerwise.figures.errors import error_relative, gap_to_bound, ratios
-from layerwise.figures.page import chosen_target
+from layerwise.figures.page import chosen_target, page
 from layerwise.figures.pareto import kl_vs_bits, pareto_front, perplexity_vs_bits, sized
 from layerwise.figures.perplexity import kl_vs_sparsity, perplexity_vs_sparsity
 from layerwise.figures.ranks import groups, method_ranks
@@ -130,6 +131,19 @@ def test_no_texts_overlap(name):
         bands = [band.get_tightbbox(renderer) for band in figure.subfigs]
         for above, below in pairwise(bands):
             assert above.y0 >= below.y1 - 0.03, "bands must not run into each other"
+
+
+def test_a_legend_of_many_groups_stays_in_the_figure():
+    groups = ("control", "mask-only", "weight-updating", "quantised", "pruned and quantised", "tuned")
+    shown = [(label, "wanda", group) for group in groups for label in (f"one of {group}", f"another of {group}")]
+    with styled():
+        figure, _ = page([1.0], shown, [Line2D([], [], label="dense")])
+        FigureCanvasAgg(figure).draw()
+    (legend,) = [legend for band in figure.subfigs for legend in band.legends]
+    place, whole = legend.get_window_extent(), figure.bbox
+    assert whole.x0 <= place.x0 and place.x1 <= whole.x1 and whole.y0 <= place.y0
+    texts = [text for group in groups for text in (group, f"one of {group}", f"another of {group}")]
+    assert legend_texts(figure) == [*texts, "dense"]
 
 
 def test_perplexities_are_those_of_the_table():
