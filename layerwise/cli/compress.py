@@ -1,4 +1,4 @@
-"""The job of one cell: compress it, then evaluate it while the model is in memory."""
+"""The job of one cell: compress it, if its model passes the check, and evaluate it while the model is in memory."""
 
 import argparse
 import json
@@ -7,6 +7,7 @@ from pathlib import Path
 
 from layerwise.compression.cell import CellJob, run
 from layerwise.evaluation.cache import evaluate_ahead
+from layerwise.evaluation.checked import ensure_checked
 from layerwise.models.loading import set_threads
 from layerwise.runtime.devices import take
 from layerwise.runtime.errors import record_failure, report_errors
@@ -46,6 +47,7 @@ def main(argv: list[str] | None = None) -> None:
         evaluate_ahead(requested, job.model, job.fingerprint, weights, digest, job.device, job.computed)
 
     with record_failure(args.out, "compress"):
+        ensure_checked(args.model, args.fingerprint, args.tokens, args.device)
         take(args.device)
         run(job, then=evaluate)
 

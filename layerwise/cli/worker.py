@@ -6,7 +6,7 @@ import sys
 from layerwise.runtime.errors import InputError, report_errors
 
 WORKERS = {  # name -> module with main(argv)
-    "calibrate": "layerwise.calibration.calibrate",
+    "calibrate": "layerwise.cli.calibrate",
     "certificate": "layerwise.compression.certificate",
     "check-model": "layerwise.evaluation.model_check",
     "compress": "layerwise.cli.compress",

@@ -20,18 +20,17 @@ import torch
 from torch import Tensor, nn
 
 from layerwise.calibration.block_stream import Stream
+from layerwise.evaluation.checked import ensure_checked
 from layerwise.evaluation.perplexity import to_last_block
 from layerwise.models.loading import check_tokens, dtype_name, load, set_threads, vocabulary
 from layerwise.models.streaming import SHARE, LazyBlocks, free_bytes
 from layerwise.models.structure import Blocks, block_lists, check_unshared, few, is_linear
-from layerwise.runtime.devices import take
 from layerwise.runtime.errors import InputError, out_of_memory, report_errors
 from layerwise.runtime.files import write_atomic
 from layerwise.runtime.sentences import reason
 from layerwise.sources.fingerprint import unchanging
 from layerwise.sources.hub import read_json
 from layerwise.sources.tokenizer_files import check_task_tokens, load_tokenizer
-from layerwise.sources.tokens import read_tokens
 
 WINDOW = 64  # tokens of the window, which is run three times, by the library and by the walk
 EARLY = 8  # token that the third run changes: a prefix that sees itself is seldom shorter
@@ -223,13 +222,11 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args(argv)
     set_threads(args.threads)
-    with unchanging(args.model, args.fingerprint):
-        take(args.device)
-        tokens = torch.from_numpy(read_tokens(args.tokens)[0])
-        found = check_model(args.model, tokens, args.device)
-        if args.tasks:
-            tasks = [task for path in args.tasks for task in read_json(path)["tasks"].items()]
-            generating = [name for name, task in tasks if task["generates"]]
+    found = ensure_checked(args.model, args.fingerprint, args.tokens, args.device)
+    if args.tasks:
+        tasks = [task for path in args.tasks for task in read_json(path)["tasks"].items()]
+        generating = [name for name, task in tasks if task["generates"]]
+        with unchanging(args.model, args.fingerprint):
             check_task_tokens(load_tokenizer(args.model), args.model, found["vocabulary"], generating)
     write_atomic(args.out, json.dumps(found, indent=2) + "\n")
 

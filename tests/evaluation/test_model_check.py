@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,7 +18,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 import layerwise
-from layerwise.evaluation import model_check
+from layerwise.cli import calibrate
+from layerwise.evaluation import checked, model_check
 from layerwise.evaluation.model_check import check_model, check_walk, main, walk_logits
 from layerwise.evaluation.perplexity import evaluate
 from layerwise.models.loading import load
@@ -380,7 +382,8 @@ def test_dtypes_may_differ_within_a_file(tmp_path: Path):
 # ------------------------------------------------------------------------------------------------------------- the job
 
 
-def test_the_job_writes_what_it_found(tmp_path: Path):
+def test_the_job_writes_what_it_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
     spec = {**saved(tmp_path / "model", build("llama")), "name": "tiny", "dtype": "bfloat16"}
     drawn = tokens(2)
     metadata = {"info": json.dumps({"tokens_sha256": tokens_hash(drawn.numpy())})}
@@ -395,7 +398,10 @@ def test_the_job_writes_what_it_found(tmp_path: Path):
 
 
 @pytest.mark.parametrize("generates, said", [(False, None), (True, "tasks that generate text, such as second")])
-def test_the_job_asks_for_the_tokens_of_the_tasks(tmp_path: Path, generates: bool, said: str | None):
+def test_the_job_asks_for_the_tokens_of_the_tasks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, generates: bool, said: str | None
+):
+    monkeypatch.chdir(tmp_path)
     spec = {**saved(tmp_path / "model", build("llama")), "name": "tiny", "dtype": "float32"}
     own = FileTokenizer(models.BPE())
     own.train_from_iterator(["words of a text"], trainers.BpeTrainer(special_tokens=["<s>"], show_progress=False))
@@ -414,6 +420,40 @@ def test_the_job_asks_for_the_tokens_of_the_tasks(tmp_path: Path, generates: boo
     with nullcontext() if said is None else pytest.raises(InputError, match=f"{said}. Got none instead"):
         main(["--model", json.dumps(spec), *arguments])
     assert (tmp_path / "found.json").exists() is (said is None)
+
+
+@pytest.fixture
+def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], list[str]]:
+    """A function that gives the arguments of a job which calibrates a tiny model of a family."""
+    monkeypatch.chdir(tmp_path)
+
+    def arguments(family: str) -> list[str]:
+        spec = {**saved(tmp_path / family, tiny(family)), "name": family, "dtype": "float32"}
+        drawn = tokens(2)
+        metadata = {"info": json.dumps({"tokens_sha256": tokens_hash(drawn.numpy())})}
+        save_file({"tokens": drawn}, tmp_path / "tokens.safetensors", metadata=metadata)
+        (tmp_path / f"{family}/tokenizer.json").write_text("{}")
+        fingerprint.main(["--model", json.dumps(spec), "--out", f"{family}.json"])
+        return ["--model", json.dumps(spec), "--fingerprint", f"{family}.json", "--tokens", "tokens.safetensors"]
+
+    return arguments
+
+
+def test_a_model_is_checked_once_by_the_same_code(job: Callable[[str], list[str]], monkeypatch: pytest.MonkeyPatch):
+    _, spec, _, own, _, drawn = job("llama")
+    call = partial(checked.ensure_checked, json.loads(spec), Path(own), Path(drawn))
+    found, runs = call(), list[str]()
+    monkeypatch.setattr(model_check, "check_model", lambda *_: runs.append(checked.CODE) or found)
+    assert call() == found and runs == []
+    monkeypatch.setattr(checked, "CODE", "another")
+    assert call() == call() == found and runs == ["another"]
+
+
+def test_no_job_calibrates_a_model_that_does_not_pass(job: Callable[[str], list[str]], tmp_path: Path):
+    """Whichever jobs have run before: the record of the rule check_model is no input of any."""
+    with pytest.raises(InputError, match="is not causal"):
+        calibrate.main([*job("bert"), "--out", "gram.json"])
+    assert not (tmp_path / "gram.json").exists() and not list(tmp_path.rglob("passed/*"))
 
 
 def test_the_walk_is_what_jobs_compute():

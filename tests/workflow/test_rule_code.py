@@ -98,6 +98,12 @@ def workers_of_rules() -> dict[str, list[str]]:
     return {name: found for name, body in bodies if (found := re.findall(r"\{WORKER\} ([\w-]+)", body))}
 
 
+def test_no_input_is_ancient():
+    """Snakemake leaves out jobs behind a file that is `ancient` to them when the job that makes it has to run again."""
+    rules = [file.read_text("utf-8") for file in (ROOT / "workflow/rules").glob("*.smk")]
+    assert rules and not any("ancient(" in rule for rule in rules)
+
+
 def test_every_rule_names_the_code_of_its_worker():
     """The module that the job runs is its code: an edit of how it reads its arguments can change the result, too."""
     for rule, names in workers_of_rules().items():

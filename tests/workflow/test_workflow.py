@@ -204,6 +204,7 @@ def test_every_model_was_checked_before_it_was_compressed(study):
         assert json.loads(record.read_text("utf-8"))["finite"]
         cells = (study.folder / f"results/cells/{model}").rglob("layers.parquet")
         assert record.stat().st_mtime <= min(path.stat().st_mtime for path in cells)
+    assert len(list(study.folder.glob("results/checks/passed/*.json"))) == len(models) == 1
 
 
 def test_weights_are_temporary(study):

@@ -89,6 +89,7 @@ rule check_model:
         CHECKED,
     log:
         "logs/models/{model}-check.log",
+    priority: 2  # before all that calibrates, which would check the model itself
     threads: 4
     resources:
         mem_mb=model_mb,
@@ -125,8 +126,7 @@ rule gram:
     input:
         model="results/models/{model}.json",
         tokens="results/tokens/{model}/calibration-{calib}.safetensors",
-        checked=ancient(CHECKED),
-        code=CODE.of("layerwise.calibration.calibrate"),
+        code=CODE.of("layerwise.calibration.calibrate", alone="layerwise.cli.calibrate"),
     output:
         "results/calibration/{model}/{calib}/gram.json",
     log:

@@ -21,7 +21,9 @@ from layerwise.study.job_inputs import Code, JobInputs, as_json
 
 # The interpreter that runs Snakemake has the locked packages.
 WORKER = f"{shlex.quote(sys.executable)} -m layerwise worker"
-# What the jobs of a model wait for. Of what age it is does not matter to them: it changes no number.
+# No job has this as an input: it changes no number, and every job that calibrates asks for the check itself. Files that
+# other rules make must not be `ancient` anywhere: where the rule that makes one has to run again, Snakemake (9.27, issue
+# 4166) does not look at whether the jobs behind it have to, and leaves them out.
 CHECKED = "results/checks/{model}.json"
 REQUESTED = "results/requested.json"  # what every cell is to be evaluated on
 

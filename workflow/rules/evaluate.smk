@@ -3,7 +3,6 @@ rule dense_states:
     input:
         model="results/models/{model}.json",
         tokens="results/tokens/{model}/evaluation-{evaluation}.safetensors",
-        checked=ancient(CHECKED),
         code=CODE.of("layerwise.evaluation.dense_states"),
     output:
         record="results/dense/{model}/{evaluation}.json",
@@ -30,9 +29,8 @@ rule perplexity:
     input:
         model="results/models/{model}.json",
         tokens="results/tokens/{model}/evaluation-{evaluation}.safetensors",
-        # Not of what age they are: what they are made of is among the inputs, and their code in this rule's own.
-        dense=ancient("results/dense/{model}/{evaluation}.json"),
-        values=ancient("results/dense/{model}/{evaluation}.bin"),
+        dense="results/dense/{model}/{evaluation}.json",
+        values="results/dense/{model}/{evaluation}.bin",
         weights="results/cells/{model}/{calib}/{mode}/{cell}/weights.safetensors",
         code=CODE.of(KINDS["perplexity"], "layerwise.evaluation.cache", "layerwise.evaluation.dense_states"),
     output:
