@@ -28,6 +28,7 @@ def small_study(study: Mapping[str, Any], root: Path = ROOT) -> dict[str, Any]:
         **study,
         "study": "smoke",
         "modes": list(MODES),
+        "certificates": False,
         "models": {name: {**spec, "path": str(root / spec["path"])} for name, spec in study["models"].items()},
         "calibration": {name: {**s, "samples": CALIBRATION_SAMPLES} for name, s in study["calibration"].items()},
         "evaluation": {name: {**s, "samples": EVALUATION_WINDOWS} for name, s in study["evaluation"].items()},
