@@ -7,10 +7,10 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import time
 from pathlib import Path
 
 from layerwise.sources.gguf_conversion import RECORD, users
+from layerwise.sources.gguf_files import stamp
 
 NAMES = re.compile(r"[0-9a-f]{32}")  # of converted files: nothing else is touched
 PARTS = re.compile(r"\.[0-9a-f]{32}\.\d+\.part|\.[0-9a-f]{64}\.whl\..*\.part")
@@ -32,7 +32,7 @@ def clean(folder: Path, here: Path, dry: bool = False) -> int:
             freed += _free(path, dry)
     begun = [*folder.glob(".*.part"), *(folder / "wheels").glob(".*.part")]
     for path in sorted(path for path in begun if PARTS.fullmatch(path.name)):
-        if time.time() - path.stat().st_mtime > LIVELY:
+        if stamp(folder) - path.stat().st_mtime_ns > LIVELY * 1e9:
             freed += _free(path, dry)
         else:
             print(f"kept {_size(path) / 1e6:.1f} MB: {path} (a job may be at work there)")

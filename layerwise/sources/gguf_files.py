@@ -8,7 +8,7 @@ import json
 import os
 import re
 import shutil
-import time
+import tempfile
 import zipfile
 from pathlib import Path
 from typing import NamedTuple
@@ -125,7 +125,14 @@ def content(spec: Spec) -> str:
     found = sha256(path)
     if seen(path) != before:
         raise InputError(f"{path} was written to while it was hashed: run again when it is whole.")
-    return _settle(note, found) if time.time_ns() - before.changed > SETTLED * 1e9 else found
+    return _settle(note, found) if stamp(store()) - before.changed > SETTLED * 1e9 else found
+
+
+def stamp(folder: Path) -> int:
+    """The time, in ns, that a file of the folder gets if it is written now; the folder is made where it is absent."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=folder) as file:
+        return os.fstat(file.fileno()).st_mtime_ns
 
 
 def _note(what: object) -> Path:

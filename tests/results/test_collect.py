@@ -372,7 +372,7 @@ def test_what_collect_writes_satisfies_the_validator(tmp_path, pair):
 
 
 def test_a_table_that_is_absent_or_broken_is_a_sentence(tmp_path):
-    with pytest.raises(InputError, match="does not exist: run collect"):
+    with pytest.raises(InputError, match="does not exist: run the study"):
         read_table(tmp_path, "cells")
     (tmp_path / "cells.parquet").write_bytes(b"PAR1 and no more")
     with pytest.raises(InputError, match="cells.parquet cannot be read"):
