@@ -29,7 +29,7 @@ rule all:
     default_target: True
     input:
         TABLES + PUBLISHED,
-        expand(CHECKED, model=sorted({cell.model for cell in PLAN.cells})),
+        expand(TASKS_CHECKED, model=sorted({cell.model for cell in PLAN.cells})) if PLAN.tasks else [],
         expand("figures/{figure}.{format}", figure=DRAWN, format=FORMATS),
 
 

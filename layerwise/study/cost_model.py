@@ -147,9 +147,10 @@ class CostModel:
     def jobs(self) -> Iterator[Job]:
         """All jobs of the study that take more than a little."""
         for model in dict.fromkeys(cell.model for cell in self.plan.cells):
-            yield Job("check_model", {"model": model})
             for evaluation in self.plan.evaluations:
                 yield Job("dense_states", {"model": model, "evaluation": evaluation})
+        for model, calib in dict.fromkeys((cell.model, cell.calib) for cell in self.plan.cells):
+            yield Job("check_model", {"model": model, "calib": calib})
         for model, calib in dict.fromkeys(
             (cell.model, cell.calib) for cell in self.plan.cells if cell.mode == "shared"
         ):

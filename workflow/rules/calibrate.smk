@@ -80,16 +80,16 @@ rule evaluation_tokens:
 
 rule check_model:
     """That the walk through the model's blocks is the model, on a window of its text, before anything is calibrated."""
+
+    # Jobs that calibrate wait for it. It has no inputs and parameters but theirs, so that it never makes them run again;
+    # by other code they check the model themselves (evaluation/checked.py).
     input:
         model="results/models/{model}.json",
-        tokens=f"results/tokens/{{model}}/calibration-{next(iter(PLAN.calibrations))}.safetensors",
-        tasks=expand("results/tasks/{tasks}.json", tasks=PLAN.tasks),
-        code=CODE.of("layerwise.evaluation.model_check"),
+        tokens="results/tokens/{model}/calibration-{calib}.safetensors",
     output:
         CHECKED,
     log:
-        "logs/models/{model}-check.log",
-    priority: 2  # before all that calibrates, which would check the model itself
+        "logs/models/{model}-check-{calib}.log",
     threads: 4
     resources:
         mem_mb=model_mb,
@@ -97,11 +97,30 @@ rule check_model:
         device="cpu",
     params:
         model=model_json,
-        tasks=["--tasks"] if PLAN.tasks else [],
     shell:
         "{WORKER} check-model --model {params.model:q} --fingerprint {input.model:q}"
-        " --tokens {input.tokens:q} {params.tasks:q} {input.tasks:q} --threads {threads}"
-        " --device {resources.device} --out {output:q} 2> >(tee {log:q} >&2)"
+        " --tokens {input.tokens:q} --threads {threads} --device {resources.device} --out {output:q}"
+        " 2> >(tee {log:q} >&2)"
+
+
+rule check_tasks:
+    """That the model's tokenizer has the tokens that the study's tasks need."""
+    input:
+        model="results/models/{model}.json",
+        tokens=f"results/tokens/{{model}}/calibration-{next(iter(PLAN.calibrations))}.safetensors",
+        tasks=expand("results/tasks/{tasks}.json", tasks=PLAN.tasks),
+        code=CODE.of("layerwise.evaluation.model_check"),
+    output:
+        TASKS_CHECKED,
+    log:
+        "logs/models/{model}-check-tasks.log",
+    priority: 1
+    localrule: True
+    params:
+        model=model_json,
+    shell:
+        "{WORKER} check-model --model {params.model:q} --fingerprint {input.model:q}"
+        " --tokens {input.tokens:q} --tasks {input.tasks:q} --out {output:q} 2> >(tee {log:q} >&2)"
 
 
 rule overlap:
@@ -126,6 +145,7 @@ rule gram:
     input:
         model="results/models/{model}.json",
         tokens="results/tokens/{model}/calibration-{calib}.safetensors",
+        checked=CHECKED,
         code=CODE.of("layerwise.calibration.calibrate", alone="layerwise.cli.calibrate"),
     output:
         "results/calibration/{model}/{calib}/gram.json",

@@ -21,10 +21,10 @@ from layerwise.study.job_inputs import Code, JobInputs, as_json
 
 # The interpreter that runs Snakemake has the locked packages.
 WORKER = f"{shlex.quote(sys.executable)} -m layerwise worker"
-# No job has this as an input: it changes no number, and every job that calibrates asks for the check itself. Files that
-# other rules make must not be `ancient` anywhere: where the rule that makes one has to run again, Snakemake (9.27, issue
-# 4166) does not look at whether the jobs behind it have to, and leaves them out.
-CHECKED = "results/checks/{model}.json"
+# Files that rules make must not be `ancient` anywhere: where the rule that makes one has to run again, Snakemake (9.27,
+# issue 4166) does not look at whether the jobs behind it have to, and leaves them out.
+CHECKED = "results/checks/{model}/{calib}.json"
+TASKS_CHECKED = "results/checks/{model}/tasks.json"
 REQUESTED = "results/requested.json"  # what every cell is to be evaluated on
 
 # Held until the end of a run, so that the next knows whether it was killed.

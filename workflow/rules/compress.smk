@@ -6,6 +6,7 @@ rule compress:
     input:
         model="results/models/{model}.json",
         tokens="results/tokens/{model}/calibration-{calib}.safetensors",
+        checked=CHECKED,
         gram=branch(
             lambda wildcards: wildcards.mode == "shared",
             then="results/calibration/{model}/{calib}/gram.json",
