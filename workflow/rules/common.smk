@@ -55,6 +55,8 @@ TABLES = [
     ),
     *(f"results/tables/main.{kind}" for kind in ("md", "tex")),
 ]
+# Of a study with tasks, of each model.
+TASKS_CHECKS = [TASKS_CHECKED.format(model=name) for name in sorted({cell.model for cell in PLAN.cells}) if PLAN.tasks]
 PUBLISHED = [f"results/tables/published.{kind}" for kind in ("parquet", "csv", "md", "tex")]
 PAGE = [from_here(path) for path in sorted((ROOT / "workflow/report").glob("**/*.*"))]
 
