@@ -13,13 +13,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from layerwise.calibration.gram_store import users
+from layerwise.runtime.shared_stores import size_of
 
 NAMES = re.compile(r"[0-9a-f]{32}|\.[0-9a-f]{32}\.part")  # of stores and of calibrations: nothing else is touched
-
-
-def size_of(folder: Path) -> int:
-    """Bytes of the files in a folder."""
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
 @contextlib.contextmanager

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
-import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -22,10 +21,10 @@ from layerwise.calibration.taps import Tap
 from layerwise.contract.layer import Gram, Statistics
 from layerwise.runtime.errors import InputError, out_of_memory, refused
 from layerwise.runtime.files import read_made, sha256, write_atomic
+from layerwise.runtime.shared_stores import register, registered
 
 STATISTICS = ("mean", "absmean", "sequence_variance", "sample")
 INDEX = "index.json"
-USERS = "users.txt"
 
 
 def block_file(index: int) -> str:
@@ -164,7 +163,7 @@ def store_of(pointer: Path) -> Path:
     folder = named(pointer)
     if not (folder / INDEX).is_file():
         raise InputError(f"The Grams of {pointer} are no longer at {folder}: {give_up(folder, pointer)}.")
-    register(folder, pointer)  # anew where the study has moved
+    register(folder, pointer, INDEX, "The Grams")  # anew where the study has moved
     return folder
 
 
@@ -175,31 +174,14 @@ def named(pointer: Path) -> Path:
 
 def point_to(folder: Path, pointer: Path) -> None:
     """Write the file that says that a study has its Grams in a store, and in the store who has."""
-    register(folder, pointer)
+    register(folder, pointer, INDEX, "The Grams")
     write_atomic(pointer, json.dumps({"store": str(folder)}, indent=1) + "\n")
-
-
-def register(folder: Path, pointer: Path) -> None:
-    """Note in a store who has it. Raises InputError where the store was removed meanwhile."""
-    try:
-        known = (folder / USERS).read_text("utf-8") if (folder / USERS).is_file() else ""
-        if str(pointer.absolute()) not in known.splitlines():
-            with (folder / USERS).open("a", encoding="utf-8") as file:
-                file.write(f"{pointer.absolute()}\n")
-    except OSError as error:
-        if not (folder / INDEX).is_file():
-            raise InputError(f"The Grams at {folder} were removed meanwhile: run again.") from error
-        print(f"{folder / USERS} does not say that {pointer} uses it ({error.strerror}).", file=sys.stderr)
 
 
 def users(folder: Path) -> list[Path]:
     """The files that say that their study has its Grams in the store."""
-    try:
-        known = map(Path, dict.fromkeys((folder / USERS).read_text("utf-8").splitlines()))
-    except FileNotFoundError:
-        return []
     found = []
-    for path in known:
+    for path in registered(folder):
         with suppress(InputError):  # another study's that is damaged
-            found += [path] if path.is_file() and named(path).name == folder.name else []
+            found += [path] if named(path).name == folder.name else []
     return found

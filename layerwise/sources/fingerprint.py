@@ -12,6 +12,7 @@ from pathlib import Path
 
 from layerwise.runtime.errors import InputError, report_errors
 from layerwise.runtime.files import read_made, sha256, write_atomic
+from layerwise.runtime.shared_stores import register
 from layerwise.sources import checkpoint_files, gguf_conversion, gguf_files, hub
 
 
@@ -86,7 +87,7 @@ def main(argv: list[str] | None = None) -> None:
         raise InputError(f"{changed[0]} was written to while it was hashed: run again when it is whole.")
     if quantised:
         gguf_conversion.check_made(folder, every)
-        gguf_conversion.register(folder, args.out)
+        register(folder, args.out, gguf_conversion.RECORD, "The converted files")
     hashes = [gguf_files.content(args.model)] if quantised else [every[path.name] for path in weights]
     found = {
         "model_source": gguf_files.named(args.model) if quantised else args.model.get("path") or args.model["hub"],

@@ -9,7 +9,8 @@ import re
 import shutil
 from pathlib import Path
 
-from layerwise.sources.gguf_conversion import RECORD, users
+from layerwise.runtime.shared_stores import registered, size_of
+from layerwise.sources.gguf_conversion import RECORD
 from layerwise.sources.gguf_files import stamp
 
 NAMES = re.compile(r"[0-9a-f]{32}")  # of converted files: nothing else is touched
@@ -21,10 +22,12 @@ def clean(folder: Path, here: Path, dry: bool = False) -> int:
     """Remove what may go from a store; returns the bytes. here: the working directory."""
     freed, kept = 0, set[str]()
     for path in sorted(path for path in folder.glob("*") if NAMES.fullmatch(path.name) and path.is_dir()):
-        others = [study for study in users(path) if not study.is_relative_to(here / "results")]
+        others = [study for study in registered(path) if not study.is_relative_to(here / "results")]
         if others:
             kept.add(_wheel(path))
-            print(f"kept {_size(path) / 1e6:.1f} MB: {path} ({len(others)} other studies use it, such as {others[0]})")
+            print(
+                f"kept {size_of(path) / 1e6:.1f} MB: {path} ({len(others)} other studies use it, such as {others[0]})"
+            )
         else:
             freed += _free(path, dry)
     for path in sorted((folder / "wheels").glob("*.whl")):
@@ -35,7 +38,7 @@ def clean(folder: Path, here: Path, dry: bool = False) -> int:
         if stamp(folder) - path.stat().st_mtime_ns > LIVELY * 1e9:
             freed += _free(path, dry)
         else:
-            print(f"kept {_size(path) / 1e6:.1f} MB: {path} (a job may be at work there)")
+            print(f"kept {size_of(path) / 1e6:.1f} MB: {path} (a job may be at work there)")
     return freed
 
 
@@ -47,13 +50,8 @@ def _wheel(folder: Path) -> str:
         return ""
 
 
-def _size(path: Path) -> int:
-    files = path.rglob("*") if path.is_dir() else [path]
-    return sum(file.lstat().st_size for file in files if file.is_file())
-
-
 def _free(path: Path, dry: bool) -> int:
-    size = _size(path)
+    size = size_of(path)
     print(f"{'would free' if dry else 'freed'} {size / 1e6:.1f} MB: {path}")
     if not dry:
         shutil.rmtree(path) if path.is_dir() else path.unlink()

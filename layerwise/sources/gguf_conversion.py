@@ -31,7 +31,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 RECORD = "gguf.json"  # in a converted folder: what it was made of, and the SHA-256 of its files
-USERS = "users.txt"
 LIBRARIES = ("gguf", "transformers", "tokenizers")
 SHARD = "5GB"  # largest file of weights
 NOT_SAVED = ("quantization_config", "_model_name_or_path", "_name_or_path")  # of the config: of how it was loaded
@@ -80,21 +79,6 @@ def whole(folder: Path) -> bool:
 def made_files(folder: Path) -> dict[str, str]:
     """Name -> SHA-256 of the files of a folder that was converted."""
     return json.loads((folder / RECORD).read_text("utf-8"))["files"]
-
-
-def register(folder: Path, fingerprint: Path) -> None:
-    """Note in a converted folder which study has it, by its fingerprint of the model."""
-    known = (folder / USERS).read_text("utf-8").splitlines() if (folder / USERS).is_file() else []
-    if str(fingerprint.absolute()) not in known:
-        with (folder / USERS).open("a", encoding="utf-8") as file:
-            file.write(f"{fingerprint.absolute()}\n")
-
-
-def users(folder: Path) -> list[Path]:
-    """The fingerprints of studies that have a converted folder."""
-    path = folder / USERS
-    known = map(Path, path.read_text("utf-8").splitlines()) if path.is_file() else ()
-    return [fingerprint for fingerprint in known if fingerprint.is_file()]
 
 
 def check_made(folder: Path, found: Mapping[str, str]) -> None:

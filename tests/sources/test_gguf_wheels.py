@@ -16,9 +16,10 @@ import torch
 from layerwise.cli.app import app
 from layerwise.models.loading import load
 from layerwise.runtime.errors import InputError
+from layerwise.runtime.shared_stores import register
 from layerwise.sources import fingerprint, gguf_files, gguf_wheels
 from layerwise.sources.checkpoint_files import check_checkpoint, layer_inputs, model_files, model_folder
-from layerwise.sources.gguf_conversion import register
+from layerwise.sources.gguf_conversion import RECORD
 from layerwise.sources.shapes import shape_of
 from layerwise.study.grid import validate
 from tests.sources.test_gguf import STUDY
@@ -146,7 +147,7 @@ def test_what_no_other_study_uses_is_freed(tmp_path: Path, spec: dict[str, Any],
     other = tmp_path / "other.json"
     other.write_text("{}")
     (theirs / "gguf.json").write_text(json.dumps({"wheel": spec["sha256"]}))
-    register(theirs, other)
+    register(theirs, other, RECORD, "The converted files")
     app(["clean-cache", "--dry-run"], standalone_mode=False)
     assert mine.is_dir() and f"would free 2.0 MB: results/gguf/{mine.name}" in capsys.readouterr().out
     app(["clean-cache"], standalone_mode=False)

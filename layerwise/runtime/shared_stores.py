@@ -1,0 +1,42 @@
+"""What studies in several folders share: who uses a store, and how large it is."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from layerwise.runtime.errors import InputError
+
+USERS = "users.txt"  # in a store: the files of studies that use it, a line each
+
+
+def register(store: Path, user: Path, index: str, what: str) -> None:
+    """Note in a store that a study's file uses it; a line on stderr says where that cannot be written.
+
+    index: the file that a whole store has. what: the content, in the plural. Raises InputError where the store was
+    removed meanwhile.
+    """
+    try:
+        known = (store / USERS).read_text("utf-8") if (store / USERS).is_file() else ""
+        if str(user.absolute()) not in known.splitlines():
+            with (store / USERS).open("a", encoding="utf-8") as file:
+                file.write(f"{user.absolute()}\n")
+    except OSError as error:
+        if not (store / index).is_file():
+            raise InputError(f"{what} at {store} were removed meanwhile: run again.") from error
+        print(f"{store / USERS} does not say that {user} uses it ({error.strerror}).", file=sys.stderr)
+
+
+def registered(store: Path) -> list[Path]:
+    """The files of studies that use a store, as far as they are still there."""
+    try:
+        known = map(Path, dict.fromkeys((store / USERS).read_text("utf-8").splitlines()))
+    except FileNotFoundError:
+        return []
+    return [path for path in known if path.is_file()]
+
+
+def size_of(path: Path) -> int:
+    """Bytes of a file, or of the files in a folder."""
+    files = path.rglob("*") if path.is_dir() else [path]
+    return sum(file.lstat().st_size for file in files if file.is_file())
