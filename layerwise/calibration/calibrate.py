@@ -83,7 +83,10 @@ def write_gram(
         checkpoint.remove()
 
 
-def main(argv: list[str] | None = None) -> None:
+def main(
+    argv: list[str] | None = None, before: Callable[[Mapping[str, Any], Path, Path, str], object] | None = None
+) -> None:
+    """before: called with the model's entry, its fingerprint, the tokens' file and the device before anything else."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", type=json.loads, required=True, help="model entry of the config, as JSON")
     parser.add_argument("--fingerprint", type=Path, required=True, help="what fingerprint.py wrote of the model")
@@ -96,6 +99,8 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
 
     set_threads(args.threads)
+    if before:
+        before(args.model, args.fingerprint, args.tokens, args.device)
     code = unchanged(args.code) if args.code else ""
     model = compute_dtype.at(args.model, args.dtype)
     computed = compute_dtype.compute_dtype(model, args.device)

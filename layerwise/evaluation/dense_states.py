@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from layerwise.calibration.block_stream import Stream
 from layerwise.calibration.hidden_states import write_values
 from layerwise.evaluation.divergence import values_of
-from layerwise.evaluation.model_check import TOLERANCE
+from layerwise.evaluation.model_check import TOLERANCE, difference, logit_size
 from layerwise.evaluation.perplexity import batch_size, to_last_block
 from layerwise.models.compute_dtype import compute_dtype, tell
 from layerwise.models.loading import computed_dtype, set_threads, vocabulary
@@ -78,14 +78,17 @@ def returned_by(block: nn.Module) -> Iterator[list[int]]:
 def check_last(stream: Stream, tokens: Tensor, returned: int) -> None:
     """Raise InputError unless hidden states are all that the model takes from its last block, on the first batch."""
     after = next(stream.outputs(len(stream.blocks) - 1))
-    whole = stream.logits(0, tokens)[:, -COMPARED:].double()
-    apart = (stream.logits(0, tokens, after, returned)[:, -COMPARED:].double() - whole).abs().max()
-    scale = whole.abs().max()
-    # Logits that are not finite have no divergence, which every cell will tell.
-    if torch.isfinite(scale) and not apart <= TOLERANCE[computed_dtype(stream.model)] * scale:
+    whole, made = (
+        logits[:, -COMPARED:].double()
+        for logits in (stream.logits(0, tokens), stream.logits(0, tokens, after, returned))
+    )
+    if not torch.isfinite(whole).any():  # such logits have no divergence, and every cell's row says so
+        return
+    apart = difference(made, whole, logit_size(whole))
+    if not apart <= TOLERANCE[computed_dtype(stream.model)]:
         raise InputError(
             f"{type(stream.model).__name__} must take nothing but hidden states from its last block. Logits made of "
-            f"these alone differ from its own by {float(apart / scale):.1e} of the largest instead."
+            f"these alone differ from its own by {apart:.1e} of their size instead."
         )
 
 

@@ -20,10 +20,7 @@ from layerwise.sources.text_files import shared_origin
 from layerwise.storage.table_schema import first_line, from_rows, read_parquet, typed, unusable
 
 DIVERGENCES = ("kl", "kl_p99", "top1_agreement")  # from the dense model, of evaluation.divergence; beside a perplexity
-WINDOWED = {
-    "kl": "kl_windows",
-    "top1_agreement": "top1_windows",
-}  # means over windows, and where these are
+WINDOWED = {"kl": "kl_windows", "top1_agreement": "top1_windows"}  # means over windows, and where these are
 ACCURACIES = ("acc", "acc_norm")  # of zero-shot tasks; higher is better
 MEAN = "mean"  # the name of the row that has the mean accuracy over the tasks of a set
 CELL_METRICS = ("mean_output_error", "achieved_sparsity", "bits_per_weight", "solve_seconds", "job_seconds")

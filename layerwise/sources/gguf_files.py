@@ -17,7 +17,7 @@ from layerwise.runtime.errors import InputError
 from layerwise.runtime.files import sha256, write_atomic
 from layerwise.runtime.project import locate
 from layerwise.sources import gguf_wheels
-from layerwise.sources.gguf_header import Header, read_header
+from layerwise.sources.gguf_header import Header, check_one, read_header
 from layerwise.sources.gguf_models import check_read_whole
 from layerwise.sources.hub import Spec
 
@@ -69,11 +69,8 @@ def header_of(spec: Spec) -> Header | None:
     """
     subject = f"The GGUF file {named(spec)}"
     split = SPLIT_NAME.search(spec["gguf"])
-    if split and int(split[1]) > 1:
-        raise InputError(
-            f"{subject} must be a whole model. Got one of {int(split[1])} files instead: join them with llama.cpp's "
-            "`llama-gguf-split --merge`."
-        )
+    if split:
+        check_one(int(split[1]), subject)
     path = local_file(spec)
     if path is None:
         wheel = gguf_wheels.path_of(spec, store())

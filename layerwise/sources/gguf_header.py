@@ -136,7 +136,13 @@ def read_header(stream: IO[bytes], size: int, subject: str) -> Header:
 def _check_whole(metadata: Mapping[str, Any], subject: str) -> None:
     """Raise InputError for a file that is one of several; those that a split wrote say so."""
     files = metadata.get("split.count")
-    if isinstance(files, int) and files > 1:
+    if isinstance(files, int):
+        check_one(files, subject)
+
+
+def check_one(files: int, subject: str) -> None:
+    """Raise InputError for one of several files."""
+    if files > 1:
         raise InputError(
             f"{subject} must be a whole model. Got one of {files} files instead: join them with llama.cpp's "
             "`llama-gguf-split --merge`."

@@ -358,9 +358,8 @@ class ModelCost:
     def evaluating(self, length: int, tokens: int) -> float:
         """Peak of the perplexity of `tokens` tokens in windows of `length`."""
         batch = max(length, min(tokens, LOGITS_AT_ONCE // self.shape.vocabulary))  # tokens
-        logits = (
-            LOGITS_HELD * self.size * batch + 8 * min(ROWS, length)
-        ) * self.shape.vocabulary  # two copies in float32 of some
+        in_float32 = 2 * 4 * min(ROWS, length)  # two copies of some
+        logits = (LOGITS_HELD * self.size * batch + in_float32) * self.shape.vocabulary
         blocks = self.streamed + max(self.activations(batch), self.unpacked)
         scoring = self.streamed + self.size * self.shape.outside + logits
         return max(blocks, scoring, self.embedding)
