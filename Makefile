@@ -48,7 +48,7 @@ smoke: .venv/installed  # a small real run of the DAG in a folder of its own
 lint: .venv/installed
 	$(RUN) ruff check .
 	$(RUN) ruff format --check .
-	$(RUN) pyright
+	$(RUN) pyright --threads
 	$(RUN) snakefmt --check Snakefile workflow
 	$(RUN) python -m tests.support.lint_workflow
 

@@ -214,8 +214,10 @@ def checked(layer: Layer) -> Layer:
             raise ValueError(f"statistics must be a layerwise.Statistics, from calibrate(x). Got {came} instead.")
         for name in ("mean", "absmean", "sequence_variance"):
             tensors[f"statistics.{name}"] = (getattr(layer.statistics, name), (inputs,), "[in]")
-        sample = layer.statistics.sample
-        tensors["statistics.sample"] = (sample, (len(sample), inputs), "[rows, in]")
+        for name in ("sample", "first_tokens"):
+            rows = getattr(layer.statistics, name)
+            if rows is not None:
+                tensors[f"statistics.{name}"] = (rows, (len(rows), inputs), "[rows, in]")
     for name, (tensor, shape, meaning) in tensors.items():
         if tuple(tensor.shape) != shape:
             raise ValueError(f"{name} must be {meaning} = {list(shape)}. Got {list(tensor.shape)} instead.")

@@ -222,6 +222,7 @@ def test_calibrate_gives_the_same_gram_and_plain_statistics():
     np.testing.assert_allclose(statistics.absmean, abs(plain).mean((0, 1)), rtol=1e-6)
     np.testing.assert_allclose(statistics.sequence_variance, plain.var(1).mean(0), rtol=1e-5)
     np.testing.assert_array_equal(statistics.sample, plain.reshape(-1, 12)[::8][:512])
+    np.testing.assert_array_equal(statistics.first_tokens, plain[:, 0])
 
 
 X = torch.ones(4, 3)

@@ -51,7 +51,8 @@ def write_gram(
     """Write the taps of each block of a model for tokens [samples, length] to `folder`, which is there when complete.
 
     block-000.safetensors ... hold float32 tensors "{tap}/gram" [in, in], "{tap}/mean", "{tap}/absmean" and
-    "{tap}/sequence_variance" [in], "{tap}/sample" [rows, in]; index.json says which layers a tap serves.
+    "{tap}/sequence_variance" [in], "{tap}/sample" [rows, in] and, but for experts, "{tap}/first_tokens"
+    [sequences, in]; index.json says which layers a tap serves.
     A process that is killed leaves its finished blocks beside the folder, and the next goes on from there if its
     fingerprint is the same. check: raises InputError where the model is no longer that of the fingerprint.
     """

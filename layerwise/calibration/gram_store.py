@@ -23,7 +23,7 @@ from layerwise.runtime.errors import InputError, out_of_memory, refused
 from layerwise.runtime.files import read_made, sha256, write_atomic
 from layerwise.runtime.shared_stores import register, registered
 
-STATISTICS = ("mean", "absmean", "sequence_variance", "sample")
+STATISTICS = ("mean", "absmean", "sequence_variance", "sample", "first_tokens")
 INDEX = "index.json"
 
 
@@ -35,7 +35,8 @@ def block_tensors(taps: list[Tap]) -> dict[str, Tensor]:
     tensors = {}
     for tap in taps:
         tensors[f"{tap.name}/gram"] = tap.gram.matrix
-        tensors |= {f"{tap.name}/{field}": getattr(tap.statistics, field) for field in STATISTICS}
+        found = {field: getattr(tap.statistics, field) for field in STATISTICS}
+        tensors |= {f"{tap.name}/{field}": tensor for field, tensor in found.items() if tensor is not None}
     return {name: tensor.to("cpu").contiguous() for name, tensor in tensors.items()}
 
 
@@ -117,7 +118,9 @@ def check_block(folder: Path, index: int, whole: bool) -> None:
 def _tap(path: Path, name: str, entry: Mapping[str, Any], length: int, device: str) -> Tap:
     with safe_open(path, "pt", device=device) as file:
         gram = Gram(file.get_tensor(f"{name}/gram"), entry["tokens"])
-        statistics = Statistics(length=length, **{field: file.get_tensor(f"{name}/{field}") for field in STATISTICS})
+        names = set(file.keys())
+        present = [field for field in STATISTICS if f"{name}/{field}" in names]
+        statistics = Statistics(length=length, **{field: file.get_tensor(f"{name}/{field}") for field in present})
     return Tap(name, tuple(entry["layers"]), tuple(entry["inside"]), gram, statistics, entry["scope"])
 
 

@@ -28,6 +28,8 @@ class TapStatistics:
         self.moment = SecondMoment(features, device)
         self.sums = torch.zeros(3, features, dtype=torch.float64, device=device)  # mean, absmean, variance
         self.sample = torch.zeros(count, features, dtype=torch.float32, device=device)
+        self.first_tokens: list[Tensor] = []  # [sequences of a batch, in] each, of the first SAMPLE_ROWS sequences
+        self.firsts_left = SAMPLE_ROWS
 
     @property
     def gram(self) -> Tensor:
@@ -44,6 +46,10 @@ class TapStatistics:
         self.sample[self.taken : self.taken + len(rows)] = rows
         self.taken += len(rows)
         self.seen += len(flat)
+        if self.firsts_left:
+            firsts = sequences[: self.firsts_left, 0].clone()
+            self.first_tokens.append(firsts)
+            self.firsts_left -= len(firsts)
 
     def finish(self) -> tuple[Gram, Statistics]:
         """The means over the tokens, in float32 on the device of the inputs; the accumulated sums are given up."""
@@ -51,7 +57,8 @@ class TapStatistics:
             raise ValueError(f"TapStatistics awaited {self.tokens} tokens. Got {self.seen} instead.")
         matrix = self.moment.finish()
         mean, absmean, variance = (self.sums * (self.length / self.tokens)).float()  # means over the sequences
-        return Gram(matrix, self.tokens), Statistics(self.length, mean, absmean, variance, self.sample)
+        firsts = torch.cat(self.first_tokens)
+        return Gram(matrix, self.tokens), Statistics(self.length, mean, absmean, variance, self.sample, firsts)
 
 
 class RoutedStatistics:

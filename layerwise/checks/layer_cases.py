@@ -100,6 +100,7 @@ def make(recipe: Recipe, name: str = "layer") -> Layer:
         rows.abs().mean(0).float(),
         x.var(1, correction=0).mean(0).float(),
         rows[:512].float(),
+        x[:512, 0].float(),
     )
     return Layer(name, weight, gram, statistics)
 

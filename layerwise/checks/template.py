@@ -27,7 +27,7 @@ CARD = {
     "patterns": ["row", "layer", "n:m", "1xb"],  # "dense" too, if it quantises without pruning
     "bits": [],  # widths of the codes, such as [3, 4], if it quantises
     "updates_weights": False,  # True if weights that it keeps change
-    "needs": ["gram"],  # and "mean", "absmean", "sequence_variance", "sample" if it reads layer.statistics
+    "needs": ["gram"],  # and "mean", "absmean", "sequence_variance", "sample", "first_tokens" of layer.statistics
     "parameters": {  # a JSON Schema of each field below
         "power": {"type": "number", "minimum": 0, "description": "Exponent of the input's norm; 1 is Wanda."},
     },

@@ -48,6 +48,22 @@ def losses(layer: Layer, weight: Tensor) -> tuple[float, float]:
     return error, whole
 
 
+def first_token_error(layer: Layer, weight: Tensor) -> float | None:
+    """||(W - W_hat) X||^2 / ||W X||^2 in float64 on the first token of each calibration sequence.
+
+    None where these inputs are not known, or W gives no output for them.
+    """
+    if layer.statistics is None or layer.statistics.first_tokens is None:
+        return None
+    inputs = layer.statistics.first_tokens.double().T  # [in, sequences]
+    error = whole = 0.0
+    for own, other in zip(layer.weight.split(SCORED), weight.split(SCORED), strict=True):
+        dense = own.double()
+        whole += float((dense @ inputs).square().sum())
+        error += float(((dense - other.double()) @ inputs).square().sum())
+    return error / whole if whole > 0 else None
+
+
 def untrue(result: Compressed, error: float, whole: float) -> str | None:
     """One sentence where the trace's objective, the layer's error, is not that of the result, or None.
 

@@ -15,6 +15,7 @@ from layerwise.compression import score, verify
 from layerwise.compression.score import (
     LARGEST_ERROR,
     SCORED,
+    first_token_error,
     losses,
     ratio,
     untrue,
@@ -105,6 +106,7 @@ class Solver:
             "in": inputs,
             "output_error": relative,
             "absolute_error": absolute,
+            "first_token_error": first_token_error(layer, result.weight),
             "achieved_sparsity": int((result.weight == 0).sum()) / result.weight.numel(),
             "bits_per_weight": bits_per_weight(
                 self.target,

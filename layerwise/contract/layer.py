@@ -36,6 +36,8 @@ class Statistics:
     absmean: Tensor  # [in] mean absolute activation (AWQ)
     sequence_variance: Tensor  # [in] mean over sequences of the within-sequence biased variance (DSnoT)
     sample: Tensor  # [<= 512, in] rows of X at equal distances (AWQ's clipping)
+    # [<= 512, in] rows of X of the first token of each sequence; None of an expert, which need not see them.
+    first_tokens: Tensor | None = None
 
 
 @dataclass(frozen=True)

@@ -40,7 +40,7 @@ TASK_TOKENS = 1024  # of the longest sequence that a zero-shot task asks for
 SCORING = 8 * 6 * 512  # bytes per input of a layer: rows in float64 while its result is scored (compress.SCORED)
 READ = 8  # float32 copies of a layer while it is unpacked from a cell's file
 TUNED = 24  # bytes per parameter of all blocks that tuning stages hold: results, codes, gradients and their moments
-SAMPLE = 512  # rows of inputs that a Gram store keeps, at most (taps.SAMPLE_ROWS)
+SAMPLE = 512  # rows of inputs that a Gram store keeps, at most, and as many first tokens (tap_statistics.SAMPLE_ROWS)
 CELL_FILES = 300e3  # bytes of a cell's tables, logs and results
 UNKNOWN_MB = 8000  # asked for jobs of a model that has not been fetched
 
@@ -181,7 +181,7 @@ class CostModel:
         calib = self.plan.calibrations[job.wildcards["calib"]]
         run = model.at(calib.get("dtype"))
         tokens = calib["samples"] * calib["length"]
-        rows = min(SAMPLE, tokens) + 3
+        rows = min(SAMPLE, tokens) + min(SAMPLE, calib["samples"]) + 3
         store = 4 * run.shape.total(lambda block: block.gram_entries + sum(rows * inputs for inputs, _ in block.taps))
         work = run.forward(tokens) + run.gram_work(tokens)
         return JobCost(run.calibrating(calib["length"]), store, run.states(tokens), work)
@@ -287,7 +287,7 @@ def summed(block: BlockShape) -> float:
 
 def kept(block: BlockShape) -> float:
     """Bytes of a block's Grams in float32, and of the rows of inputs beside them."""
-    return 4 * (block.gram_entries + SAMPLE * sum(size for size, _ in block.taps))
+    return 4 * (block.gram_entries + 2 * SAMPLE * sum(size for size, _ in block.taps))
 
 
 def _kind(cell: Cell, study: Plan) -> tuple[Any, ...]:

@@ -194,6 +194,8 @@ def test_the_score_is_the_error_of_the_outputs_of_the_saved_weights(case, method
         error, total = ((x @ (w - what).T) ** 2).sum() / len(x), ((x @ w.T) ** 2).sum() / len(x)
         assert row["absolute_error"] == pytest.approx(float(error), rel=1e-5)
         assert row["output_error"] == pytest.approx(float(error / total), rel=1e-5)
+        lost, whole = (((x[::LENGTH] @ part.T) ** 2).sum() for part in (w - what, w))
+        assert row["first_token_error"] == pytest.approx(float(lost / whole), rel=1e-5)
         assert row["achieved_sparsity"] == 0.5 == float((what == 0).double().mean())
         assert (row["out"], row["in"]) == tuple(what.shape)
 
