@@ -27,7 +27,7 @@ test: .venv/installed
 	$(RUN) python -m pytest
 
 battery: .venv/installed  # the rest of what a change is held to: whole runs, their faults, variants
-	$(RUN) python -m pytest -m "battery and not long"
+	$(RUN) python -m pytest -m "battery and not long" --durations=30
 
 test-long: .venv/installed  # rarer: faults of whole runs, killed studies, a cluster, 10,000 configs, rarer variants
 	$(RUN) python -m pytest -m long $(if $(UNTIL),--no-loadscope-reorder --until=$(UNTIL))
