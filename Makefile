@@ -1,6 +1,6 @@
 # Two commands do everything: `make reproduce` and `make test`. Each makes .venv if it is missing.
 # UNTIL, in seconds since 1970, is when `make test-long` and `make mutants` begin no more; they name what they leave out.
-# STUDY=pruning (baselines, quantisation, gqsa) runs, checks, accepts or shows config/pruning.yaml instead of the embedded study.
+# STUDY=pruning (smollm2-small, smollm2, baselines, quantisation, gqsa) runs, checks, accepts or shows config/pruning.yaml instead of the embedded study.
 PYTHON ?= python3
 CORES ?= all
 PIP_FLAGS ?=
