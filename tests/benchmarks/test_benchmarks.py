@@ -6,11 +6,14 @@ import numpy as np
 import pytest
 import torch
 
+from layerwise.calibration.block_stream import Stream
+from layerwise.calibration.calibrate import shared
 from layerwise.checks.brute_force import output_error
 from layerwise.contract.catalogue import Catalogue
 from layerwise.storage import frames
-from tests.benchmarks import bench_memory, bench_model, suite, summary
+from tests.benchmarks import bench_first_tokens, bench_memory, bench_model, suite, summary
 from tests.benchmarks.suite import CASES, Case
+from tests.support.model_families import build, tokens
 from tests.support.typing_helpers import some
 
 METHODS = Catalogue()
@@ -127,3 +130,26 @@ def test_a_peak_is_fitted_from_above():
     assert fitted([(400, 100, 900.0), (100, 400, 600.0)]) == (2.0, 1.0)
     w, g = fitted([(400, 100, 900.0), (100, 400, 600.0), (200, 200, 640.0)])
     assert all(w * a + g * b >= measured for a, b, measured in ((400, 100, 900), (100, 400, 600), (200, 200, 640)))
+
+
+def test_first_tokens_weigh_in_a_gram_what_they_are_given():
+    taps = [tap for block in shared(Stream(build("llama"), tokens(3))) for tap in block]
+    for tap in taps:
+        first = some(tap.statistics.first_tokens)
+        alone, none = bench_first_tokens.weighted(tap, 1.0).matrix, bench_first_tokens.weighted(tap, 0.0).matrix
+        assert len(first) == 3 and torch.equal(none, tap.gram.matrix)
+        np.testing.assert_allclose(alone, np.einsum("si,sj->ij", first, first) / 3, atol=1e-5)
+
+
+def test_the_dense_first_token_repairs_what_only_the_first_token_lost():
+    """Keys and values that are wrong at first tokens alone: with the dense model's in their place nothing is lost."""
+    model = build("llama")
+    windows = bench_first_tokens.Windows(model, tokens(2))
+    assert windows.divergence(dense_first=False) == pytest.approx(0, abs=1e-12)
+
+    def wrong(name: str, output: torch.Tensor) -> torch.Tensor:
+        return torch.cat([output[:, :1] + 1, output[:, 1:]], 1)
+
+    with bench_first_tokens.hooked(model, wrong):
+        assert windows.divergence(dense_first=False) > 1e-6
+        assert windows.divergence(dense_first=True) == pytest.approx(0, abs=1e-12)
