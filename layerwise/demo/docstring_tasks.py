@@ -1,4 +1,5 @@
-"""The embedded study's two tasks, made from its test text: the last word of a passage, and how a docstring goes on.
+"""The embedded model's tasks, made from its test text: the last word of a passage, the same written by the model, and
+how a docstring goes on.
 
 Writes lm-eval's YAML definitions with their data beside them, one file each, as a folder that lm-eval runs in.
 """
@@ -14,7 +15,7 @@ from pathlib import Path
 from layerwise.runtime.errors import InputError, report_errors
 from layerwise.runtime.files import write_atomic
 
-ITEMS = {"last_word": 200, "continuation": 100}  # some ten seconds of a core for a cell of the embedded study
+ITEMS = {"last_word": 200, "continuation": 100, "written_word": 200}  # some five seconds of a core for a cell, each
 SEED = 0
 CONTEXT = (120, 240)  # least and most characters of a passage before its last word
 LAST = re.compile(r"(?<= )([a-z]{4,})(?=[.,;)]\s)")  # a lower-case word after a space, before what ends a clause
@@ -84,24 +85,24 @@ def continuations(entries: Sequence[tuple[str, str]], draw: random.Random) -> It
             yield {"context": context, "choices": choices, "label": choices.index(true), "package": package}
 
 
-MAKERS = {"last_word": last_words, "continuation": continuations}
+MAKERS = {"last_word": last_words, "continuation": continuations, "written_word": last_words}
 
 
 def make(text: str, items: Mapping[str, int] = ITEMS, seed: int = SEED) -> dict[str, list[dict]]:
-    """Items of each task from the text of a split: all that the rule finds, shuffled, the first `items` of them.
+    """Items of each task that `items` names from the text of a split: the first of all that the rule finds, shuffled.
 
     The same for the same text and seed. Raises InputError when a text gives fewer items than asked.
     """
     entries = docstrings(text)
     made = {}
-    for name, maker in MAKERS.items():
-        draw = random.Random(seed)
+    for name, wanted in items.items():
+        maker, draw = MAKERS[name], random.Random(seed)
         # Docstrings that are repeated word for word give an item once.
         found = list({str(item["context"]): item for item in maker(entries, draw)}.values())
-        if len(found) < items[name]:
-            raise InputError(f"The text should give {items[name]} items of the task {name}, it gives {len(found)}.")
+        if len(found) < wanted:
+            raise InputError(f"The text should give {wanted} items of the task {name}, it gives {len(found)}.")
         draw.shuffle(found)
-        made[name] = found[: items[name]]
+        made[name] = found[:wanted]
     return made
 
 

@@ -19,7 +19,7 @@ import time
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from layerwise.runtime.errors import InputError, record_failure, report_errors
 from layerwise.runtime.files import write_atomic
@@ -161,15 +161,16 @@ def run(model: PreTrainedModel, tokenizer: Any, spec: Spec, entry: Mapping[str, 
     """
     from lm_eval.defaults import DEFAULT_OTHER_SEED
     from lm_eval.evaluator import evaluate
-    from lm_eval.models.huggingface import HFLM
 
-    from layerwise.models.loading import vocabulary
+    from layerwise.models.loading import read_generation_config, vocabulary
     from layerwise.sources.tokenizer_files import check_task_tokens
 
     start = time.perf_counter()
     loaded = load_tasks(spec)
     generating = [name for name, task in loaded["tasks"].items() if task.OUTPUT_TYPE == GENERATING]
     check_task_tokens(tokenizer, entry, vocabulary(model), generating)
+    if generating:
+        read_generation_config(model, entry)
     # As simple_evaluate does, which beside that would look the model's folder up on the hub by its name.
     for task in loaded["tasks"].values():
         task.set_config(key="num_fewshot", value=examples(task, spec))
@@ -177,15 +178,15 @@ def run(model: PreTrainedModel, tokenizer: Any, spec: Spec, entry: Mapping[str, 
     grouped = {task.task_name for group in loaded["groups"].values() for task in group.get_all_tasks()}
     inner = {child.name for group in loaded["groups"].values() for child in group.get_all_groups()}
     top = [group for name, group in loaded["groups"].items() if name not in inner]
-    create = cast(Any, HFLM)  # its decorator hides its parameters
-    lm = create(pretrained=model, tokenizer=tokenizer, batch_size=spec["batch"])
+    lm = watched_model(model, tokenizer, spec["batch"])
     results = evaluate(lm=lm, task_dict=loaded, limit=spec.get("items"))
     assert results is not None  # as it is in every process but the first of several
     found: Mapping[str, Any] = {**results}
     members = {group.name: [task.task_name for task in group.get_all_tasks()] for group in top}
     shown = [*members, *(name for name in loaded["tasks"] if name not in grouped)]
+    broken = dict.fromkeys(generating, lm.broken_answers)
     return {
-        "rows": [row for name in shown for row in rows_of(name, members.get(name, [name]), found)],
+        "rows": [row for name in shown for row in rows_of(name, members.get(name, [name]), found, broken)],
         "lm_eval": importlib.metadata.version("lm_eval"),
         "batch": spec["batch"],
         "seconds": round(time.perf_counter() - start, 3),
@@ -194,10 +195,48 @@ def run(model: PreTrainedModel, tokenizer: Any, spec: Spec, entry: Mapping[str, 
     }
 
 
-def rows_of(name: str, members: list[str], found: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """One row per metric of a task, or of the group of tasks `members`, from lm-eval's results."""
+def watched_model(model: PreTrainedModel, tokenizer: Any, batch: int) -> Any:
+    """lm-eval's HFLM of a model. broken_answers: how many answers it has written from logits with NaN or +Inf.
+
+    Text that was generated does not tell: the argmax over NaN is a token like others.
+    """
+    import torch
+    from lm_eval.models.huggingface import HFLM
+
+    base: Any = HFLM  # its decorator hides its parameters
+
+    class Watched(base):
+        broken_answers = 0
+
+        def _model_generate(self, *args: Any, **kwargs: Any) -> Any:
+            broken: list[torch.Tensor] = []
+
+            def look(_: Any, __: Any, output: Any) -> None:
+                last = output.logits[:, -1]  # what comes before is asked for nothing
+                broken.append((last.isnan() | (last == math.inf)).any(dim=-1))
+
+            hook = model.register_forward_hook(look)
+            try:
+                return super()._model_generate(*args, **kwargs)
+            finally:
+                hook.remove()
+                self.broken_answers += int(torch.stack(broken).any(dim=0).sum()) if broken else 0
+
+    return Watched(pretrained=model, tokenizer=tokenizer, batch_size=batch)
+
+
+def rows_of(
+    name: str, members: list[str], found: Mapping[str, Any], broken_answers: Mapping[str, int] | None = None
+) -> list[dict[str, Any]]:
+    """One row per metric of a task, or of the group of tasks `members`, from lm-eval's results.
+
+    broken_answers: task -> answers of the set's tasks that generate which were written from logits that are not finite.
+    """
     asked = [response for task in members for item in found["samples"][task] for response in item["filtered_resps"]]
     broken = sum(not finite(response) for response in asked)
+    fault = f"{broken} of {len(asked)} log-likelihoods of {name} are NaN or Inf" if broken else ""
+    if written := max((broken_answers or {}).get(task, 0) for task in members):
+        fault = f"its logits were NaN or Inf while it wrote {written} answers"
     row = {
         "task": name,
         "task_version": None if (version := found["versions"].get(name)) is None else str(version),
@@ -211,16 +250,20 @@ def rows_of(name: str, members: list[str], found: Mapping[str, Any]) -> list[dic
         if not comma or metric.endswith("_stderr"):
             continue
         stderr = found["results"][name].get(f"{metric}_stderr,{filtered}")
-        own = RENAMED.get(metric, metric) + ("" if filtered == "none" else f",{filtered}")
         values: dict[str, Any] = {
             "value": float(value),
             "stderr": stderr if isinstance(stderr, float) and math.isfinite(stderr) else None,
         }
-        if broken or not math.isfinite(value):
-            reason = f"the model has diverged: {broken} of {len(asked)} log-likelihoods of {name} are NaN or Inf"
+        if fault or not math.isfinite(value):
+            reason = f"the model has diverged: {fault or f'its {metric} on {name} is {value}'}"
             values = {"value": None, "stderr": None, "reason": reason}
-        rows.append({**row, "metric": own, **values})
+        rows.append({**row, "metric": named(metric, filtered), **values})
     return rows
+
+
+def named(metric: str, filtered: str) -> str:
+    """What the cells' tables call a metric of lm-eval, of answers read by a filter."""
+    return RENAMED.get(metric, metric) + ("" if filtered == "none" else f",{filtered}")
 
 
 def data_hash(items: list[dict[str, Any]]) -> str:
@@ -237,10 +280,14 @@ def finite(response: Any) -> bool:
 
 
 def scores(items: list[dict[str, Any]]) -> dict[str, list[Any]]:
-    """metric -> the score of every item, in the order of the data."""
-    metrics = [name for name in items[0]["metrics"] if isinstance(items[0][name], (bool, int, float))]
-    ordered = sorted(items, key=lambda item: item["doc_id"])
-    return {name: [int(item[name]) if item[name] in (0, 1) else item[name] for item in ordered] for name in metrics}
+    """metric, as rows have it -> the score of every item, in the order of the data; items: once for each filter."""
+    found: dict[str, list[Any]] = {}
+    for item in sorted(items, key=lambda item: item["doc_id"]):
+        for name in item["metrics"]:
+            score = item[name]
+            if isinstance(score, (bool, int, float)):
+                found.setdefault(named(name, item["filter"]), []).append(int(score) if score in (0, 1) else score)
+    return found
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -10,7 +10,7 @@ from typing import Any, cast
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from layerwise.models.shards import Shards
@@ -185,6 +185,20 @@ def load(
         round_as_stored(model)
         check_finite(spec, model.state_dict().items())  # what float16 cannot hold
     return model.to(device).eval().requires_grad_(False)
+
+
+def read_generation_config(model: PreTrainedModel, spec: Mapping[str, Any]) -> None:
+    """Give a model what its folder says of how it writes text, as from_pretrained does: where it stops, penalties.
+
+    A model that is read block by block does not have it. Raises InputError for a file that cannot be used.
+    """
+    if not model.can_generate() or model.generation_config is None:
+        return
+    folder, _ = source(spec)
+    file = Path(folder) / "generation_config.json"
+    if file.is_file():
+        with sentences(spec):
+            model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
 
 
 def keep_as_stored(model: PreTrainedModel, dtype: torch.dtype, trust_remote_code: bool) -> None:

@@ -21,7 +21,7 @@ from layerwise.storage.table_schema import first_line, from_rows, read_parquet, 
 
 DIVERGENCES = ("kl", "kl_p99", "top1_agreement")  # from the dense model, of evaluation.divergence; beside a perplexity
 WINDOWED = {"kl": "kl_windows", "top1_agreement": "top1_windows"}  # means over windows, and where these are
-ACCURACIES = ("acc", "acc_norm")  # of zero-shot tasks; higher is better
+ACCURACIES = ("acc", "acc_norm", "exact_match")  # of zero-shot tasks, means over items; higher is better
 MEAN = "mean"  # the name of the row that has the mean accuracy over the tasks of a set
 CELL_METRICS = ("mean_output_error", "achieved_sparsity", "bits_per_weight", "solve_seconds", "job_seconds")
 LARGEST_LOSS = 700.0  # nats of a window, which exp takes close to the largest float64: no interval beyond
@@ -225,13 +225,19 @@ def _computed(record: Mapping[str, Any]) -> dict[str, str]:
     return {"compute_dtype": str(record["compute_dtype"])} if "compute_dtype" in record else {}
 
 
+def without_filter(metric: str) -> tuple[str, str]:
+    """(exact_match, strict-match) of "exact_match,strict-match": the metric and lm-eval's filter, "" where none is."""
+    own, _, filtered = metric.partition(",")
+    return own, filtered
+
+
 def item_scores(record: Mapping[str, Any]) -> dict[tuple[str, str], list[float]]:
     """(task or group of tasks, metric) -> the score of every item, of the accuracies that are the mean of these."""
     by_task = {}
     for row in record["rows"]:
         members = record["groups"].get(row["task"], [row["task"]])
         samples = [record["samples"][task].get(row["metric"]) for task in members]
-        if row["metric"] not in ACCURACIES or row["value"] is None or not all(samples):
+        if without_filter(row["metric"])[0] not in ACCURACIES or row["value"] is None or not all(samples):
             continue
         scores = [float(score) for items in samples for score in items]
         if math.isclose(statistics.fmean(scores), row["value"], abs_tol=1e-9):  # a group may weigh its tasks

@@ -29,6 +29,7 @@ from layerwise.results.cell_results import (
     evaluations,
     gather_cell,
     task_sets,
+    without_filter,
 )
 from layerwise.results.comparisons import (
     ERRORS,
@@ -103,7 +104,8 @@ def observe(columns: Mapping[str, Any], compression: Compression, results: Resul
     for (metric, text), windows in results.windows.items():
         values[window_measure(metric, text)] = dict(enumerate(windows))
     for (tasks, task, metric), scores in results.scores.items():
-        values[accuracy_measure(metric, main_table.task_title(task, tasks))] = dict(enumerate(scores))
+        own, filtered = without_filter(metric)
+        values[accuracy_measure(own, main_table.task_title(task, tasks, filtered))] = dict(enumerate(scores))
     return Observation(columns, values)
 
 

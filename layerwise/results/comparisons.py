@@ -45,7 +45,7 @@ def window_measure(metric: str, text: str) -> Measure:
 
 
 def accuracy_measure(metric: str, task: str) -> Measure:
-    """acc or acc_norm, from items that are right (1) or wrong (0)."""
+    """acc, acc_norm or exact_match, from items that are right (1) or wrong (0)."""
     return Measure(metric, task, significance.itself, 1)
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pandas as pd
 
-from layerwise.results.cell_results import ACCURACIES
+from layerwise.results.cell_results import ACCURACIES, MEAN, without_filter
 from layerwise.results.comparisons import NO_DIFFERENCE
 from layerwise.results.protocol import MARK, provenance_marks
 from layerwise.runtime.errors import report_errors
@@ -83,9 +83,12 @@ class Table:
     calibration: str = ""
 
 
-def task_title(task: Any, task_set: Any) -> Any:
-    """What a task of a set is called, in the tables' titles and in `comparisons`; strings or columns of them."""
-    return task + " of " + task_set
+def task_title(task: Any, task_set: Any, filtered: str = "") -> Any:
+    """What a task of a set is called, in the tables' titles and in `comparisons`; strings or columns of them.
+
+    filtered: the filter that lm-eval read the answers by, if any.
+    """
+    return task + " of " + task_set + (f", {filtered}" if filtered else "")
 
 
 def number(value: float, metric: str) -> str:
@@ -179,12 +182,33 @@ def _of_metric(cells: pd.DataFrame, metric: str) -> pd.DataFrame:
     if metric not in ACCURACIES:
         data = matching(cells, metric=metric)
         return data.assign(text=column(data, "text").fillna(""))
-    # Of a set of tasks that failed there is one row per task, under the first metric: it lacks the others too.
-    measured = column(cells, "metric") == metric
-    tasks = column(select(cells, measured), "task")
-    lost = (column(cells, "metric") == ACCURACIES[0]) & (column(cells, "status") != "done")
-    data = select(cells, measured | (lost & column(cells, "task").isin(tasks)))
-    return data.assign(text=task_title(column(data, "task"), column(data, "task_set")).fillna(""))
+    parts = []
+    for own, mask in _measured(cells).items():
+        base, filtered = without_filter(own)
+        if base == metric:
+            data = select(cells, mask)
+            title = task_title(column(data, "task"), column(data, "task_set"), filtered)
+            parts.append(data.assign(text=title.fillna("")))
+    return pd.concat(parts) if parts else cells.iloc[:0].assign(text="")
+
+
+def _measured(cells: pd.DataFrame) -> dict[str, pd.Series]:
+    """Accuracy, with its filter -> where its rows are in `cells`, and those of cells that lack it.
+
+    Of a set of tasks that failed there is one row per task, under the first metric, whatever the task is measured by:
+    other cells say that. A mean that no other cell of the set has is nobody's.
+    """
+    names, done = column(cells, "metric"), column(cells, "status") == "done"
+    lost = (names == ACCURACIES[0]) & ~done
+    sets = column(cells, "task_set")
+    tasks = sets + "/" + column(cells, "task")
+    unknown = lost & ~tasks.isin(tasks[done]) & ~((column(cells, "task") == MEAN) & sets.isin(sets[done]))
+    found = {}
+    for own in distinct_values(cells, "metric"):
+        if without_filter(own)[0] in ACCURACIES:
+            mask = ((names == own) & ~lost) | (lost & tasks.isin(tasks[done & (names == own)]))
+            found[own] = mask | unknown if own == ACCURACIES[0] else mask
+    return found
 
 
 def _dense_note(reference: pd.DataFrame, metric: str, marked: Collection[tuple[str, str]]) -> list[str]:

@@ -24,6 +24,7 @@ LISTS = {  # name of a list -> names of lm-eval's tasks
     "sparsegpt-four": ["lambada_openai", "piqa", "arc_easy", "arc_challenge"],
 }
 MOST_FILES = 20_000  # in a folder of tasks
+DOCSTRING_TASKS = ("last_word", "continuation", "written_word")  # that demo/docstring_tasks.py makes
 MADE_FOLDERS = (os.path.normpath("results/tasks/docstrings"),)  # written by the workflow
 
 

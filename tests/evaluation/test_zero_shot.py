@@ -155,7 +155,12 @@ def test_a_task_of_lm_eval_reads_its_data_from_the_folder(tmp_path):
     assert done.returncode == 0, done.stderr
     record = json.loads((tmp_path / "out.json").read_text("utf-8"))
     (told,) = record["tasks"].values()
-    assert len(told.pop("sha256")) == 64 and told == {"version": "1.0", "items": 3, "data": "baber/piqa"}
+    assert len(told.pop("sha256")) == 64 and told == {
+        "version": "1.0",
+        "items": 3,
+        "generates": False,
+        "data": "baber/piqa",
+    }
 
 
 def test_a_task_that_shuffles_is_the_same_each_time(tmp_path):

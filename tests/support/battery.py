@@ -22,6 +22,7 @@ BATTERY = (
     "tests/compression/test_lower_bound.py",
     "tests/compression/test_tune.py",
     "tests/evaluation/test_cache.py",
+    "tests/evaluation/test_generated.py",
     "tests/evaluation/test_zero_shot.py",
     "tests/export/test_save.py",
     "tests/figures/test_plot.py::test_every_figure",

@@ -14,6 +14,7 @@ from layerwise.report.run_end import FORMATS, remove_stale_outputs, write_partia
 from layerwise.runtime.errors import InputError
 from layerwise.runtime.files import unlock_after_death, write_atomic
 from layerwise.runtime.project import ROOT, from_here
+from layerwise.sources.task_sets import DOCSTRING_TASKS
 from layerwise.study import config_file
 from layerwise.study.cost_model import CostModel, Job
 from layerwise.study.grid import plan

@@ -51,13 +51,13 @@ rule perplexity:
 
 
 rule docstring_tasks:
-    """The two tasks of the embedded study, from its test text."""
+    """The tasks of the embedded model, from its test text."""
     input:
         text="results/text/test.txt",
-        definitions=[from_here(ROOT / f"resources/demo/tasks/{task}.yaml") for task in ("last_word", "continuation")],
+        definitions=[from_here(ROOT / f"resources/demo/tasks/{task}.yaml") for task in DOCSTRING_TASKS],
         code=CODE.of("layerwise.demo.docstring_tasks"),
     output:
-        expand("results/tasks/docstrings/{task}.{kind}", task=("last_word", "continuation"), kind=("yaml", "jsonl")),
+        expand("results/tasks/docstrings/{task}.{kind}", task=DOCSTRING_TASKS, kind=("yaml", "jsonl")),
     log:
         "logs/docstring_tasks.log",
     localrule: True
