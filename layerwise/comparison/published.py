@@ -1,127 +1,57 @@
-"""Lay the perplexities of a study beside the published ones: value, ours, difference, tolerance, verdict.
+"""Lay the perplexities and accuracies of a study beside the published ones: ours, difference, tolerance, verdict.
 
 The dense model is looked at first: where ours is not the published one, the evaluation is another, and no compressed
 model can be judged. Fields of the protocol that differ are named in every row.
 """
 
 import argparse
-import csv
 import json
-import math
-import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from decimal import Decimal
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import jsonschema
 import pandas as pd
-import yaml
 
 from layerwise.comparison import published_page
+from layerwise.comparison.published_rows import DENSE, ERRORS, FILE, Row, read_published, target_of, tolerance
 from layerwise.contract.catalogue import CatalogueError
-from layerwise.contract.target import Target
+from layerwise.results.cell_results import ACCURACIES
 from layerwise.results.collect import write_csv
+from layerwise.results.main_table import task_title
 from layerwise.runtime.errors import InputError, report_errors
 from layerwise.runtime.files import whole_file
-from layerwise.runtime.project import ROOT
 from layerwise.runtime.sentences import brief
 from layerwise.sources.specs import EvaluationSpec, ModelSpec, TextSpec
 from layerwise.sources.text_files import dataset_of
-from layerwise.storage.frames import matching, missing
+from layerwise.storage.frames import missing
 from layerwise.storage.frames import rows as rows_of
 from layerwise.storage.table_schema import from_rows, read_table, to_frame, write_parquet
 from layerwise.study.cell import Cell
 from layerwise.study.grid import Plan, name_of, plan
 from layerwise.study.method_entries import LONGEST_SENTENCE
 
-FILE = ROOT / "resources/published.csv"
-SCHEMA = ROOT / "workflow/schemas/published.schema.yaml"
-# Shares of the published value. Papers that run one method on one model under one protocol agree within 0.5 % for the
-# dense model, mostly within 2 % at half the weights or at 4 bits, and within 5 % beyond (docs/evaluation.md).
-DENSE, NEAR, FAR = 0.005, 0.02, 0.05
-NOT_COMPARABLE = ("evaluation_length", "evaluation_windows")  # perplexities at other lengths are other numbers
-PRINTED = re.compile(r"(\d+\.?\d*|\.\d+)(e[+-]?\d{1,3})?", re.ASCII | re.IGNORECASE)
-KEYS = ("model", "calibration", "mode", "cell", "text")
-Row = Mapping[str, Any]
+# Perplexities at other lengths, and accuracies after other numbers of examples, are other numbers.
+NOT_COMPARABLE = ("evaluation_length", "evaluation_windows", "fewshot")
+KEYS = ("model", "calibration", "mode", "cell")
+METRICS = ("perplexity", *ACCURACIES)
 
 
 @dataclass(frozen=True)
 class Pair:
-    """A planned cell and an evaluation that a published row may be compared with; differs: field -> (theirs, ours);
-    unsaid: fields of the protocol that the source leaves open."""
+    """A planned cell and an evaluation that a published row may be compared with; text: its name, or a task's title;
+    differs: field -> (theirs, ours); unsaid: fields of the protocol that the source leaves open."""
 
     cell: Cell
+    metric: str
     text: str
     differs: Mapping[str, tuple[Any, Any]]
     unsaid: Sequence[str] = ()
 
     @property
     def key(self) -> tuple[str, ...]:
-        columns = self.cell.columns
-        return (columns["model"], columns["calibration"], columns["mode"], columns["cell"], self.text)
-
-
-def read_published(path: Path = FILE) -> list[dict[str, Any]]:
-    """Rows of published.csv, typed. Raises InputError naming the first row that its schema refuses."""
-    schema = yaml.safe_load(SCHEMA.read_text("utf-8"))
-    kinds = {name: column.get("type", "string") for name, column in schema["properties"].items()}
-    validator = jsonschema.Draft202012Validator(schema)
-    try:
-        with Path(path).open(encoding="utf-8-sig", newline="") as file:  # spreadsheets put a mark before the text
-            reader = csv.DictReader(file, strict=True)
-            header, records = list(reader.fieldnames or ()), list(reader)
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise InputError(f"{path} should be the table of published numbers, and cannot be read: {error}.") from None
-    absent = [name for name in kinds if header.count(name) != 1]
-    if absent:
-        raise InputError(
-            f"{path} must have each column of {SCHEMA.name} once; {brief(', '.join(absent))} came otherwise."
-        )
-    rows = []
-    for number, record in enumerate(records, 2):
-        row = {str(name): _typed(value, kinds.get(name, "string")) for name, value in record.items()}
-        for error in validator.iter_errors(row):
-            column = ".".join(map(str, error.path))
-            raise InputError(f"{path}, row {number}: {column or 'the row'} is wrong: {brief(error.message)}.")
-        if fault := _fault(row):
-            raise InputError(f"{path}, row {number}: {fault}.")
-        rows.append(row)
-    return rows
-
-
-def _fault(row: Row) -> str | None:
-    """What a schema cannot say of a row that is to be compared, or None."""
-    strange = [name for name, value in row.items() if isinstance(value, float) and not math.isfinite(value)]
-    if strange:
-        return f"{strange[0]} is wrong: {row[strange[0]]} is not finite"
-    if row["not_joined"] is not None:
-        return None
-    try:
-        params = json.loads(row["our_params"] or "{}")
-    except (ValueError, RecursionError):
-        params = None
-    if not isinstance(params, dict):
-        return f"our_params is wrong: {brief(repr(row['our_params']))} is no JSON object"
-    try:
-        target_of(row)
-    except ValueError as error:
-        return f"its target is wrong: {str(error).rstrip('.')}"
-    # The last digit that is printed says how far it is rounded.
-    return None if PRINTED.fullmatch(row["value"]) else f"value is wrong: {brief(repr(row['value']))} is no number"
-
-
-def _typed(text: str | None, kinds: str | list[str]) -> Any:
-    if not text:
-        return None
-    if "integer" in kinds or "number" in kinds or "boolean" in kinds:
-        try:
-            return json.loads(text)
-        except (ValueError, RecursionError):
-            return text  # the schema says what it should have been
-    return text
+        return (*(self.cell.columns[name] for name in KEYS), self.metric, self.text)
 
 
 def text_name(spec: TextSpec) -> str:
@@ -137,22 +67,6 @@ def text_name(spec: TextSpec) -> str:
 def hub_name(model: ModelSpec) -> str | None:
     """Name on the hub of a model of the config; `known_as` gives that of a local folder."""
     return model.get("known_as") or model.get("hub")
-
-
-def target_of(row: Row) -> Target:
-    return Target(row["sparsity"], row["pattern"], row["bits"], row["group"], bool(row["symmetric"]))
-
-
-def tolerance(row: Row) -> float:
-    """Largest difference, in units of the perplexity, that counts as the same result."""
-    low_bits = row["bits"] is not None and row["bits"] <= 3
-    share = DENSE if row["our_method"] == "dense" else FAR if row["sparsity"] > 0.5 or low_bits else NEAR
-    return max(share * row["number"], 2 * (row["deviation"] or 0.0), _rounding(row["value"]))
-
-
-def _rounding(printed: str) -> float:
-    """Half a unit of the last printed digit: 0.05 for 6.1, 500 for 1.7e4."""
-    return 0.5 * 10.0 ** int(Decimal(printed).as_tuple().exponent)
 
 
 def pairs(study: Plan, row: Row, model: str) -> list[Pair]:
@@ -177,12 +91,20 @@ def pairs(study: Plan, row: Row, model: str) -> list[Pair]:
 
 
 def _pairs_of(study: Plan, row: Row, cell: Cell) -> Iterator[Pair]:
-    """A cell with each evaluation on the text of a published row."""
+    """A cell with each evaluation on the text, or set of tasks with the task, of a published row."""
+    if row["our_metric"] in ACCURACIES:
+        for spec in study.tasks.values():
+            if (task := row["evaluation_text"]) in spec["tasks"]:
+                items = spec.get("items")
+                differs = {} if items is None else {"items": ("all", items)}
+                unsaid = ["fewshot"] if row["fewshot"] is None else []
+                yield Pair(cell, row["our_metric"], task_title(task, name_of(spec)), differs, unsaid)
+        return
     for spec in study.evaluations.values():
         if text_name(study.config["texts"][spec["text"]]) == row["evaluation_text"]:
             ours = our_protocol(study, row, cell, spec)
             unsaid = [name for name in ours if row[name] is None]
-            yield Pair(cell, name_of(spec), protocol_differences(row, ours, spec), unsaid)
+            yield Pair(cell, "perplexity", name_of(spec), protocol_differences(row, ours, spec), unsaid)
 
 
 def our_protocol(study: Plan, row: Row, cell: Cell, evaluation: EvaluationSpec) -> dict[str, Any]:
@@ -209,30 +131,31 @@ def protocol_differences(row: Row, ours: Row, evaluation: EvaluationSpec) -> dic
 
 
 def dense_references(rows: Sequence[Row], row: Row) -> list[Row]:
-    """The published dense perplexities to compare a row with: its own paper's, then others' at the same length."""
-    same = ("hub", "our_metric", "evaluation_text", "evaluation_length")
+    """The published dense values to compare a row with: its own paper's, then others' of the same protocol."""
+    same = ("hub", "our_metric", "evaluation_text", "evaluation_length", "fewshot")
     dense = [other for other in rows if other["our_method"] == "dense" and other["not_joined"] is None]
     dense = [other for other in dense if all(other[name] == row[name] for name in same)]
     of_paper = [other for other in dense if other["paper"] == row["paper"]]
     # Without a length, another paper's dense perplexity may be of another one.
-    others = [other for other in dense if other["status"] == "primary"] if row["evaluation_length"] else []
+    said = row["evaluation_length"] or row["our_metric"] in ACCURACIES
+    others = [other for other in dense if other["status"] == "primary"] if said else []
     return [*of_paper, *(other for other in others if other["paper"] != row["paper"])]
 
 
 def published_comparisons(study: Plan, rows: Sequence[Row], cells: pd.DataFrame | None) -> list[dict[str, Any]]:
-    """Rows of the table `published`: the published perplexities that a cell is compared with, and of papers that have
-    such a method the others of the same model, with the reason why they are not compared.
+    """Rows of the table `published`: the published numbers that a cell is compared with, and of papers that have such a
+    method the others of the same model, with the reason why they are not compared.
 
     cells: the table of that name, or None where nothing has been run.
     """
-    done = {} if cells is None else _perplexities(cells)
+    done = {} if cells is None else _measured(cells)
     compared = []
     for name, model in study.models.items():
         known = [row for row in rows if row["hub"] and row["hub"] == hub_name(model)]
         entries = [
             entry
             for row in sorted(known, key=lambda row: row["our_method"] != "dense")
-            if row["our_metric"] == "perplexity"
+            if row["our_metric"] in METRICS
             for entry in _entries(study, rows, row, name, done)
         ]
         # Of a paper of which the study has more than the dense model, what it does not have is listed too.
@@ -241,9 +164,18 @@ def published_comparisons(study: Plan, rows: Sequence[Row], cells: pd.DataFrame 
     return compared
 
 
-def _perplexities(cells: pd.DataFrame) -> dict[tuple[str, ...], Row]:
-    """KEYS -> row of `cells`, of the perplexities."""
-    return {tuple(row[name] for name in KEYS): row for row in rows_of(matching(cells, metric="perplexity"))}
+def _measured(cells: pd.DataFrame) -> dict[tuple[str, ...], Row]:
+    """Pair.key -> row of `cells`, of the perplexities and accuracies."""
+    return {
+        (*(row[name] for name in KEYS), row["metric"], _text(row)): row
+        for row in rows_of(cells)
+        if row["metric"] in METRICS
+    }
+
+
+def _text(row: Row) -> str:
+    """What a row of `cells` was measured on, as a pair has it."""
+    return row["text"] if missing(row.get("task")) else task_title(row["task"], row["task_set"])
 
 
 def _entries(
@@ -281,31 +213,45 @@ def _compared(
     study: Plan, row: Row, pair: Pair, references: Sequence[Row], done: Mapping[tuple[str, ...], Row]
 ) -> dict[str, Any]:
     """The columns of `published` about a row and the cell that it is compared with."""
-    columns, allowed = pair.cell.columns, tolerance(row)
-    result = done.get(pair.key, {})
-    ours = _number(result)
+    columns, result = pair.cell.columns, done.get(pair.key, {})
+    pair = replace(pair, differs={**pair.differs, **_found(row, result)})
+    ours, error = _number(result), _number(result, "stderr")
+    allowed = None if ours is None and row["our_metric"] in ACCURACIES else tolerance(row, error)
     compared = {name: columns[name] for name in ("calibration", "mode", "label", "seed", "cell")}
-    compared |= {"text": pair.text, "ours": ours, "tolerance": allowed}
+    compared |= {"text": pair.text, "ours": ours, "ours_stderr": error, "tolerance": allowed}
     differs = "; ".join(f"{name}: published {theirs}, ours {here}" for name, (theirs, here) in pair.differs.items())
     compared |= {"differs": differs or None, "unsaid": ", ".join(pair.unsaid) or None}
-    if ours is None:
+    if ours is None or allowed is None:
         reason = result.get("reason")
         reason = reason if isinstance(reason, str) else "it has not been run"
         return compared | {"verdict": "not run", "reason": reason}
     difference = ours - row["number"]
     verdict, reason = "within" if abs(difference) <= allowed else "outside", None
     if row["our_method"] != "dense":
-        dense = next(_dense(study, pair.cell.model, pair.text, done), None)
-        compared |= {"dense_published": references[0]["number"] if references else None, "dense_ours": dense}
+        dense = next(_dense(study, pair, done), {})
+        compared |= {"dense_published": references[0]["number"] if references else None, "dense_ours": _number(dense)}
         verdict, reason = _checked(verdict, references, dense)
     verdict, reason = _under_protocol(verdict, reason, pair)
     return compared | {"difference": difference, "verdict": verdict, "reason": reason}
 
 
-def _number(result: Row) -> float | None:
-    """The value of a row of `cells`, None where it is empty or there is no row."""
-    value = result.get("value")
-    return None if value is None or missing(value) else float(value)
+def _found(row: Row, result: Row) -> dict[str, tuple[Any, Any]]:
+    """Field -> (published, ours) of what only the result says: examples before an item, types of a quantised file."""
+    differs = {}
+    shots, types = result.get("fewshot"), result.get("model_quantisation")
+    if row["fewshot"] is not None and shots is not None and not missing(shots) and int(shots) != row["fewshot"]:
+        differs["fewshot"] = (row["fewshot"], int(shots))
+    if types is not None and not missing(types):
+        differs["model_quantisation"] = ("none", types)
+    return differs
+
+
+def _number(result: Row, name: str = "value") -> float | None:
+    """A number of a row of `cells`, accuracies in percent as papers print them; None where there is none."""
+    value = result.get(name)
+    if value is None or missing(value):
+        return None
+    return 100 * float(value) if result["metric"] in ACCURACIES else float(value)
 
 
 def _under_protocol(verdict: str, reason: str | None, pair: Pair) -> tuple[str, str | None]:
@@ -317,17 +263,19 @@ def _under_protocol(verdict: str, reason: str | None, pair: Pair) -> tuple[str, 
     return verdict, reason
 
 
-def _checked(verdict: str, references: Sequence[Row], dense: float | None) -> tuple[str, str | None]:
+def _checked(verdict: str, references: Sequence[Row], result: Row) -> tuple[str, str | None]:
     """The verdict on a compressed model after a look at the dense one, and what is to be said of that."""
     if not references:
-        return "not checked", "no dense perplexity is published with it"
+        return "not checked", "no dense value is published with it"
+    dense, error = _number(result), _number(result, "stderr")
+    first, metric = references[0], references[0]["our_metric"]
     if dense is None:
-        return "not checked", "our dense model has no perplexity"
-    same = [other for other in references if abs(dense - other["number"]) <= tolerance(other)]
-    first = references[0]
+        return "not checked", f"our dense model has no {metric}"
+    same = [other for other in references if abs(dense - other["number"]) <= tolerance(other, error)]
+    allowed = f"{ERRORS} standard errors" if metric in ACCURACIES else f"{DENSE:.1%}"
     if not same:
         return "protocol differs", (
-            f"our dense perplexity {dense:.4g} is not within {DENSE:.1%} of the published {first['number']:g} "
+            f"our dense {metric} {dense:.4g} is not within {allowed} of the published {first['number']:g} "
             f"({first['paper']})"
         )
     if first in same:
@@ -339,17 +287,21 @@ def _checked(verdict: str, references: Sequence[Row], dense: float | None) -> tu
     )
 
 
-def _dense(study: Plan, model: str, text: str, done: Mapping[tuple[str, ...], Row]) -> Iterator[float]:
-    """Our perplexities of the dense model on a text of the config."""
+def _dense(study: Plan, pair: Pair, done: Mapping[tuple[str, ...], Row]) -> Iterator[Row]:
+    """Our results of the dense model of a pair's model, by its metric on its text or task."""
     for cell in study.cells:
-        if cell.model == model and cell.spec["method"]["name"] == "dense":
-            value = _number(done.get(Pair(cell, text, {}).key, {}))
-            if value is not None:
-                yield value
+        if cell.model == pair.cell.model and cell.spec["method"]["name"] == "dense":
+            result = done.get(replace(pair, cell=cell).key, {})
+            if _number(result) is not None:
+                yield result
 
 
 def _absent(study: Plan, row: Row) -> str:
     """Why no cell of the study can be compared with a row."""
+    if row["our_metric"] in ACCURACIES:
+        if all(row["evaluation_text"] not in spec["tasks"] for spec in study.tasks.values()):
+            return f"the study has no task {row['evaluation_text']}"
+        return f"the study has no cell of {row['our_method']} at this target with these parameters"
     texts = {text_name(study.config["texts"][spec["text"]]) for spec in study.evaluations.values()}
     if row["evaluation_text"] not in texts:
         return f"the study has no evaluation on {row['evaluation_text']}"
@@ -366,7 +318,7 @@ def write_published(entries: Sequence[Row], out: Path) -> None:
 
 
 def compare_with_published(study: Plan, tables: Path, out: Path | None = None, unrun: bool = False) -> str:
-    """Write the study's perplexities beside the published ones into a folder. Returns a line that counts the verdicts.
+    """Write the study's numbers beside the published ones into a folder. Returns a line that counts the verdicts.
 
     tables: folder of the study's tables. out: folder to write to (default: that one). unrun: what the study would be
     compared with; no tables are read. Raises InputError when the tables cannot be read.

@@ -14,11 +14,11 @@ from layerwise.storage.frames import column, distinct, groups, groups_by, missin
 VERDICTS = ("within", "outside", "protocol differs", "not checked", "not run")
 COLUMNS = ("as printed", "here", "target", "published", "ours", "difference", "tolerance", "verdict", "remark")
 WHERE = ("calibration", "mode", "cell", "text")  # a cell is itself only in its mode and calibration
-NOTHING = "No published perplexity is of a model of this study: there is nothing to compare."
+NOTHING = "No published number is of a model of this study: there is nothing to compare."
 NOTE = (
-    "Difference is ours minus published. Within: not more than the tolerance. Protocol differs: our dense perplexity "
+    "Difference is ours minus published. Within: not more than the tolerance. Protocol differs: our dense value "
     "is not the published one, or the windows are others, so that nothing is said of the method. Not checked: there is "
-    "no dense perplexity to tell whether the protocols agree. A value marked secondary is quoted by others."
+    "no dense value to tell whether the protocols agree. A value marked secondary is quoted by others."
 )
 
 
@@ -28,7 +28,7 @@ def summary(data: pd.DataFrame) -> str:
         return NOTHING
     counts = Counter(column(data, "verdict"))
     verdicts = ", ".join(f"{counts[verdict]} {verdict}" for verdict in VERDICTS)
-    return f"{len(data)} comparisons with published perplexities: {verdicts}."
+    return f"{len(data)} comparisons with published numbers: {verdicts}."
 
 
 def sections(data: pd.DataFrame) -> Iterator[tuple[str, list[list[str]], list[str]]]:
@@ -50,14 +50,17 @@ def sections(data: pd.DataFrame) -> Iterator[tuple[str, list[list[str]], list[st
 
 def _line(row: Mapping[str, Any], several: Sequence[str] = ()) -> list[str]:
     """several: the columns that tell the cells of one entry and target apart."""
+    measured = "" if row["metric"] == "perplexity" else f": {row['metric']} on {row['text']}"
+    several = [name for name in several if not measured or name != "text"]
     shown = [_shown(row[name]) for name in ("published", "ours", "difference", "tolerance")]
     remarks = [", ".join(f"seed {row[name]}" if name == "seed" else str(row[name]) for name in several) or None]
     remarks += [row["differs"], row["reason"], f"not said: {row['unsaid']}" if not missing(row["unsaid"]) else None]
     remarks += [f"assumed: {row['assumed']}" if not missing(row["assumed"]) else None]
+    remarks += [f"standard error {row['ours_stderr']:.2g}"] if not missing(row["ours_stderr"]) else []
     remarks += ["secondary"] if row["source_status"] == "secondary" else []
     remark = "; ".join(str(text) for text in remarks if not missing(text))
     return [
-        f"{row['printed_method']}, {row['paper_table']}",
+        f"{row['printed_method']}, {row['paper_table']}{measured}",
         row["label"],
         row["target"],
         *shown,
@@ -94,7 +97,7 @@ def latex(data: pd.DataFrame) -> str:
             lines += [
                 r"\begin{table}[tbp]",
                 r"\centering\small\setlength{\tabcolsep}{4pt}",
-                rf"\caption{{Published perplexities beside ours: {escape_latex(title)}. {NOTE}}}",
+                rf"\caption{{Published numbers beside ours: {escape_latex(title)}. {NOTE}}}",
                 r"\begin{tabular}{@{}lllrrrrlp{5cm}@{}}",
                 r"\toprule",
                 " & ".join(COLUMNS) + r" \\",

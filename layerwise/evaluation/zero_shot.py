@@ -184,7 +184,7 @@ def run(model: PreTrainedModel, tokenizer: Any, spec: Spec, entry: Mapping[str, 
     found: Mapping[str, Any] = {**results}
     members = {group.name: [task.task_name for task in group.get_all_tasks()] for group in top}
     shown = [*members, *(name for name in loaded["tasks"] if name not in grouped)]
-    broken = dict.fromkeys(generating, lm.broken_answers)
+    broken = {name: int(lm.broken_answers) for name in generating}
     return {
         "rows": [row for name in shown for row in rows_of(name, members.get(name, [name]), found, broken)],
         "lm_eval": importlib.metadata.version("lm_eval"),

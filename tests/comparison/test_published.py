@@ -53,7 +53,7 @@ def row(method: str = "wanda", number: float = 30.0, **changes: Any) -> dict[str
     named = {"paper": "P", "table": "T", "model": "OPT", "method": method, "setting": "50%; seqlen 2048"}
     known = {"status": "primary", "source": "here", "hub": HUB, "our_method": method, "our_metric": "perplexity"}
     own = {"evaluation_text": "wikitext2", "evaluation_length": 2048, "number": number, "pattern": "row"}
-    empty = ("our_params", "bits", "group", "deviation", "assumed", "not_joined")
+    empty = ("our_params", "bits", "group", "deviation", "assumed", "not_joined", "fewshot")
     own["value"] = f"{number:.2f}"
     return {**dict.fromkeys(empty), "symmetric": False, **sparse, **protocol, **named, **known, **own, **changes}
 
@@ -93,7 +93,7 @@ def verdicts(rows: list[dict[str, Any]], planned: Plan, **values: float | None) 
 
 
 def test_every_row_is_kept_and_the_words_say_what_is_joined():
-    assert len(ROWS) == 1146 and len(JOINED) > 600
+    assert len(ROWS) == 1151 and len(JOINED) > 600
     assert {r["status"] for r in ROWS} == {"primary", "secondary"}
     assert all(r["source"] for r in ROWS)
     keys = [(r["paper"], r["table"], r["model"], r["method"], r["setting"], r["metric"], r["value"]) for r in ROWS]
@@ -281,6 +281,77 @@ def test_the_tolerance_grows_with_compression_and_printed_noise():
     assert tolerance(row("gptq", 10.0, sparsity=0.0, bits=3)) == pytest.approx(0.5)
     assert tolerance(row("gptq", 10.0, sparsity=0.0, bits=2)) == pytest.approx(0.5)
     assert tolerance(row(number=10.0, deviation=0.4)) == pytest.approx(0.8)
+
+
+def accuracy(method: str, number: float, task: str = "piqa", **changes: Any) -> dict[str, Any]:
+    """A published accuracy of no examples, in percent, by a method on no calibration that is said."""
+    calibration = dict.fromkeys(("mode", "calibration_text", "calibration_samples", "calibration_length"))
+    own = {"our_metric": "acc_norm", "evaluation_text": task, "evaluation_length": None, "fewshot": 0}
+    return row(method, number, **{**calibration, **own, **changes})
+
+
+TASKS = {"zero-shot": {"tasks": ["piqa", "arc_easy"]}}
+
+
+def task_results(planned: Plan, values: Mapping[str, float | None], **changes: Any) -> pd.DataFrame:
+    """The `cells` table with an accuracy on piqa for every label, as a share, with its standard error of 0.02."""
+    common = {"metric": "acc_norm", "task_set": "zero-shot", "task": "piqa", "stderr": 0.02, "fewshot": 0, **changes}
+    rows = [
+        cell.columns | common | {"value": values[cell.columns["label"]], "status": "done"} for cell in planned.cells
+    ]
+    return to_frame(from_rows(rows, "cells", "the test"))
+
+
+def test_accuracies_are_compared_in_percent_within_two_standard_errors():
+    planned = study(tasks=TASKS)
+    rows = [accuracy("dense", 66.92), accuracy("wanda", 60.0), accuracy("dense", 42.99, task="hellaswag")]
+    dense, other, wanda = published_comparisons(planned, rows, task_results(planned, {"dense": 0.63, "wanda": 0.55}))
+    assert (dense["text"], dense["metric"], dense["verdict"]) == ("piqa of zero-shot", "acc_norm", "within")
+    assert dense["ours"] == pytest.approx(63) and dense["difference"] == pytest.approx(-3.92)
+    assert dense["ours_stderr"] == pytest.approx(2) and dense["tolerance"] == pytest.approx(4)
+    assert (wanda["verdict"], wanda["dense_published"], wanda["dense_ours"]) == ("outside", 66.92, pytest.approx(63))
+    assert (other["verdict"], other["reason"]) == ("not run", "the study has no task hellaswag")
+    far = published_comparisons(planned, rows, task_results(planned, {"dense": 0.62, "wanda": 0.6}))
+    assert (far[0]["verdict"], far[2]["verdict"]) == ("outside", "protocol differs")
+    assert far[2]["reason"] == "our dense acc_norm 62 is not within 2 standard errors of the published 66.92 (P)"
+    text = published_page.markdown(to_frame(from_rows(far, "published", "the test")))
+    assert (
+        "| dense, T: acc\\_norm on piqa of zero-shot | dense | dense | 66.92 | 62.00 | -4.92 | 4.00 | outside |" in text
+    )
+    assert "standard error 2" in text
+
+
+def test_an_accuracy_of_another_metric_or_protocol_is_not_ours():
+    planned = study(tasks=TASKS)
+    done = {"dense": 0.63, "wanda": 0.55}
+    (one,) = published_comparisons(planned, [accuracy("dense", 66.0, our_metric="acc")], task_results(planned, done))
+    assert (one["verdict"], one["ours"], one["tolerance"]) == ("not run", None, None)
+    (shots,) = published_comparisons(planned, [accuracy("dense", 63.0, fewshot=5)], task_results(planned, done))
+    assert (shots["verdict"], shots["differs"]) == ("protocol differs", "fewshot: published 5, ours 0")
+    part = study(tasks={"zero-shot": {"tasks": ["piqa"], "items": 10}})
+    within, outside = (
+        published_comparisons(part, [accuracy("dense", number)], task_results(part, done))[0] for number in (63.0, 70.0)
+    )
+    assert (within["verdict"], within["differs"]) == ("within", "items: published all, ours 10")
+    assert (outside["verdict"], outside["reason"]) == ("protocol differs", "items may explain it")
+
+
+def test_a_quantised_file_is_not_the_published_model():
+    planned = study(tasks=TASKS)
+    cells = task_results(planned, {"dense": 0.5, "wanda": 0.4}, model_quantisation="Q4_1 x 211")
+    (found,) = published_comparisons(planned, [accuracy("dense", 66.92)], cells)
+    assert (found["verdict"], found["reason"]) == ("protocol differs", "model_quantisation may explain it")
+    assert found["differs"] == "model_quantisation: published none, ours Q4_1 x 211"
+
+
+def test_the_zero_shot_accuracies_of_smollm2_have_their_task_and_source():
+    found = {
+        (r["evaluation_text"], r["our_metric"]): r["number"]
+        for r in JOINED
+        if r["hub"] == "HuggingFaceTB/SmolLM2-135M-Instruct" and r["fewshot"] == 0 and "model card" in r["source"]
+    }
+    expected = {("piqa", "acc_norm"): 66.92, ("arc_easy", "acc"): 54.12, ("arc_challenge", "acc_norm"): 27.73}
+    assert found == {**expected, ("hellaswag", "acc_norm"): 42.99}
 
 
 def test_texts_are_known_by_what_they_are():

@@ -94,7 +94,8 @@ def looped(folder: Path, penalty: float) -> list[str]:
 
 def generated(folder: Path) -> list[str]:
     """What transformers' generate() writes of the model in a folder, one text at a time."""
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    model: Any = AutoModelForCausalLM.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
     texts = []
     for context in contexts():
         ids = tokenizer(context, return_tensors="pt", return_token_type_ids=False)
@@ -185,7 +186,7 @@ def table_of(values: Mapping[str, float | None], metric: str) -> pd.DataFrame:
     """Rows of `cells`, of a task that is written; None: the cell failed, which its one row says under acc."""
     labels = {label: synthetic.cell(label, "dense" if label == "dense" else "2:4") for label in values}
     frame = synthetic.cells_table(list(labels.values()))
-    frame = frame[frame["metric"] == "perplexity"].drop_duplicates("label")
+    frame = frame[frame["metric"] == "perplexity"].drop_duplicates(["label"])
     frame = frame.assign(text=None, task="write", task_set="local", contaminated=pd.NA, stderr=0.04)
     frame = frame.assign(value=[values[label] for label in frame["label"]])
     failed = frame["value"].isna()

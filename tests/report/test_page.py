@@ -140,7 +140,7 @@ def test_further_tables_lead_with_what_is_asked(folder, tmp_path):
     assert all(one["header"] == ["row", "verdict", "cell", "n"] for one in found)
     assert [row[2]["link"] for row in found[0]["rows"]] == [None, "#cell-0"]
     assert [row[3]["text"] for row in found[0]["rows"]] == ["1", ""]
-    assert found[0]["note"].startswith("2 comparisons with published perplexities: 1 within, 1 outside")
+    assert found[0]["note"].startswith("2 comparisons with published numbers: 1 within, 1 outside")
     assert found[1]["note"] == "1 of 2 comparisons show no difference. In all rows: model m."
 
 
