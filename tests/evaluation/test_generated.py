@@ -27,6 +27,7 @@ from layerwise.results.cell_results import TaskSet, gather_cell, without_filter
 from layerwise.results.collect import observe
 from layerwise.results.main_table import document, markdown
 from layerwise.runtime.errors import InputError
+from layerwise.storage.frames import distinct, matching
 from tests.support import synthetic_tables as synthetic
 from tests.support.paths import ROOT
 from tests.support.workflow_harness import words, write_model, write_tokenizer
@@ -186,7 +187,7 @@ def table_of(values: Mapping[str, float | None], metric: str) -> pd.DataFrame:
     """Rows of `cells`, of a task that is written; None: the cell failed, which its one row says under acc."""
     labels = {label: synthetic.cell(label, "dense" if label == "dense" else "2:4") for label in values}
     frame = synthetic.cells_table(list(labels.values()))
-    frame = frame[frame["metric"] == "perplexity"].drop_duplicates(["label"])
+    frame = distinct(matching(frame, metric="perplexity"), ["label"])
     frame = frame.assign(text=None, task="write", task_set="local", contaminated=pd.NA, stderr=0.04)
     frame = frame.assign(value=[values[label] for label in frame["label"]])
     failed = frame["value"].isna()
