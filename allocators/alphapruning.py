@@ -22,8 +22,8 @@ CARD = {
             "type": "number",
             "minimum": 0,
             "exclusiveMaximum": 1,
-            "description": "Levels lie within 1 - epsilon to 1 + epsilon times a common one. The paper's for Wanda 0.3, for "
-            "SparseGPT 0.2, for magnitude 0.5.",
+            "description": "Levels lie within 1 - epsilon to 1 + epsilon times a common one. The paper's: Wanda 0.3, "
+            "SparseGPT 0.2, magnitude 0.5.",
         },
         "mapping": {
             "enum": ["block", "layer"],
@@ -32,7 +32,7 @@ CARD = {
         "window": {
             "enum": ["official", "intended"],
             "description": "Where the tail may begin: from 0.95 times the peak of the spectrum (intended), or from the "
-            "logarithm of that (official), which the released code compares with eigenvalues and which hardly ever binds.",
+            "logarithm of that (official), which the released code compares with eigenvalues: it hardly ever binds.",
         },
     },
 }
@@ -41,9 +41,9 @@ BINS = 100
 
 @dataclass(frozen=True)
 class AlphaPruning(Allocator):
-    """Prunes a block more, the larger the mean exponent of the power laws fitted to its layers' squared singular values.
+    """Prunes a block more, the larger the mean exponent of the power laws that fit the spectra of its layers.
 
-    Sees the weights alone.
+    A spectrum is that of the squared singular values. Sees the weights alone.
     """
 
     epsilon: float = 0.3

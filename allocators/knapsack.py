@@ -18,9 +18,10 @@ CARD = {
     "parameters": {
         "probe": {
             "format": "method",
+            "asked": "pruning",
             "description": "Method whose errors are measured at every level, where it prunes.",
         },
-        "quantiser": {"format": "method", "description": "The same of a target of bits."},
+        "quantiser": {"format": "method", "asked": "bits", "description": "The same of a target of bits."},
         "levels": {
             "type": "array",
             "items": {"type": "number", "minimum": 0, "maximum": 0.99},
@@ -35,8 +36,8 @@ CARD = {
         "weights": {
             "type": ["object", "null"],
             "additionalProperties": {"type": "number", "minimum": 0},
-            "description": "Factor of the errors of layers whose names match a pattern such as '*.down_proj'; the first that "
-            "matches counts, others have 1.",
+            "description": "Factor of the errors of layers whose names match a pattern such as '*.down_proj'; the first"
+            " that matches counts, others have 1.",
         },
         "resolution": {
             "type": "integer",

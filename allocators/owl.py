@@ -33,8 +33,8 @@ CARD = {
         },
         "official": {
             "type": "boolean",
-            "description": "Levels as the released code has them: their mean over blocks, not over weights, is the budget, "
-            "a level at or below zero becomes 0.01, and n:m counts are rounded as they come.",
+            "description": "Levels as the released code has them: their mean over blocks, not over weights, is the "
+            "budget, a level at or below zero becomes 0.01, and n:m counts are rounded as they come.",
         },
     },
 }

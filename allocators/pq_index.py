@@ -14,8 +14,8 @@ CARD = {
     "needs": ["weight"],
     "budgets": ["row", "layer"],
     "parameters": {
-        "p": {"type": "number", "exclusiveMinimum": 0, "maximum": 1, "description": "The smaller norm; below q."},
-        "q": {"type": "number", "exclusiveMinimum": 0, "maximum": 2, "description": "The larger norm."},
+        "p": {"type": "number", "exclusiveMinimum": 0, "exclusiveMaximum": 1, "description": "The smaller norm."},
+        "q": {"type": "number", "minimum": 1, "maximum": 2, "description": "The larger norm."},
     },
 }
 ROUNDS = 200
@@ -23,9 +23,9 @@ ROUNDS = 200
 
 @dataclass(frozen=True)
 class PqIndex(Allocator):
-    """Keeps of each layer a share in proportion to the paper's lower bound on what must be kept.
+    """Keeps of each layer a share in proportion to the paper's bound on what must be kept.
 
-    The index of a weight is I = 1 - n^(1/q - 1/p) ||w||_p / ||w||_q, 0 for equal entries and near 1 for a single one; at
+    The index of a weight is I = 1 - n^(1/q - 1/p) ||w||_p / ||w||_q, 0 for equal entries, near 1 for a single one; at
     least the share (1 + eta)^(-q/(q - p)) (1 - I)^(q p/(q - p)) of the entries holds all but eta of the norm. The factor
     with eta is the same for all layers: the budget decides it. Sees the weights alone.
     """
@@ -47,8 +47,6 @@ class PqIndex(Allocator):
         return float(1 - small / large)
 
     def allocate(self, parts: Sequence[Part], target: Target) -> Proposal:
-        if self.p >= self.q:
-            raise ValueError(f"p must be below q. Got {self.p:g} and {self.q:g} instead")
         indices = np.array([float(part.measured) for part in parts])
         shares = np.clip(1 - indices, 0.0, 1.0) ** (self.q * self.p / (self.q - self.p))
         sizes = np.array([part.size for part in parts], dtype=np.float64)

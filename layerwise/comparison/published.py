@@ -168,7 +168,12 @@ def pairs(study: Plan, row: Row, model: str) -> list[Pair]:
     candidates = []
     for cell in study.cells:
         asked = cell.spec["method"]
-        if cell.model != model or asked["name"] != method or cell.spec["target"] != target or "tune" in cell.spec:
+        if (
+            cell.model != model
+            or asked["name"] != method
+            or cell.spec["target"] != target
+            or {"tune", "allocation"} & cell.spec.keys()
+        ):
             continue
         if all(asked["params"][name] == wanted[name] for name in same):
             candidates += _pairs_of(study, row, cell)

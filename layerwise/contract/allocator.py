@@ -68,7 +68,7 @@ class Proposal:
 
 @dataclass(frozen=True)
 class Allocator(ABC):
-    """A frozen dataclass of parameters; its file declares a literal CARD beside it. Pure: no file, no state, no draw."""
+    """A frozen dataclass of parameters; its file declares a literal CARD beside it. Pure: no file, state or draw."""
 
     def measure(self, layers: Iterator[DenseLayer]) -> Sequence[Any]:
         """What is kept of each layer of one block until levels are chosen; the block's weights are gone by then."""

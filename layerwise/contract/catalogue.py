@@ -106,7 +106,7 @@ class Catalogue(Mapping[str, Entry]):
     def __init__(
         self, folders: list[Path] | None = None, kind: Kind = METHOD, methods: "Catalogue | None" = None
     ) -> None:
-        """methods: the catalogue of what parameters of the format `method` name, where these are files of another kind."""
+        """methods: of what parameters of the format `method` name, where the files are of another kind."""
         self.kind, self.methods = kind, methods or self
         self._entries: dict[str, Entry] = {}
         for folder in [FOLDERS[kind.folder], *(folders or [])]:
@@ -263,7 +263,7 @@ class Catalogue(Mapping[str, Entry]):
 
 
 def read_entry(path: Path, kind: Kind = METHOD) -> Entry | None:
-    """The entry of a method's file, or of another kind's, or None for a file without a CARD; raises CatalogueError for a wrong one."""
+    """The entry of a file of the kind, or None for one without a CARD; raises CatalogueError for a wrong one."""
     try:
         tree = ast.parse(path.read_text("utf-8"), filename=str(path))
     except OSError as error:

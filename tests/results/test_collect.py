@@ -39,7 +39,7 @@ from tests.support.synthetic_tables import (
 )
 
 TEXTS = evaluations(STUDY, EVALUATIONS)
-SKIPPED = [{"label": "rtn", "method": "rtn", "target": "2:4", "reason": "rtn does not prune"}]
+SKIPPED = [{"label": "rtn", "method": "rtn", "target": "2:4", "allocation": "uniform", "reason": "rtn does not prune"}]
 
 
 def gather(root: Path, cells: list[SyntheticCell], partial: bool = False) -> dict[str, pd.DataFrame]:
