@@ -25,8 +25,8 @@ ROUNDS = 200
 class PqIndex(Allocator):
     """Keeps of each layer a share in proportion to the paper's bound on what must be kept.
 
-    The index of a weight is I = 1 - n^(1/q - 1/p) ||w||_p / ||w||_q, 0 for equal entries; at
-    least the share (1 + eta)^(-q/(q - p)) (1 - I)^(q p/(q - p)) of the entries holds all but eta of the norm. The factor
+    The index of a weight is I = 1 - n^(1/q - 1/p) ||w||_p / ||w||_q, 0 for equal entries. The share
+    (1 + eta)^(-q/(q - p)) (1 - I)^(q p/(q - p)) of the entries, at least, holds all but eta of the norm. The factor
     with eta is the same for all layers: the budget decides it. Sees the weights alone.
     """
 
