@@ -176,14 +176,9 @@ def pairs(study: Plan, row: Row, model: str) -> list[Pair]:
     candidates = []
     for cell in study.cells:
         asked, own = cell.spec["method"], cell.spec.get("allocation")
-        if (own and {own["allocator"]: own["params"]}) != spread:
+        if cell.model != model or asked["name"] != method or cell.spec["target"] != target or "tune" in cell.spec:
             continue
-        if (
-            cell.model != model
-            or asked["name"] != method
-            or cell.spec["target"] != target
-            or {"tune", "allocation"} & cell.spec.keys()
-        ):
+        if (own and {own["allocator"]: own["params"]}) != spread:
             continue
         if all(asked["params"][name] == wanted[name] for name in same):
             candidates += _pairs_of(study, row, cell)
