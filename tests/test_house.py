@@ -18,15 +18,16 @@ FLOORS = (
     ("results", "evaluation"),
     ("study", "calibration"),
     ("storage", "models"),
-    ("numerics", "sources"),
+    ("numerics", "sources", "allocation"),
     ("kernels", "contract"),
     ("runtime",),
 )
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 ENTRANCES = {"__init__", "__main__"}  # of the package: they may import every room
 PACKAGE = ROOT / "layerwise"
-MODULES = [path for path in sorted(PACKAGE.rglob("*.py")) if path.relative_to(PACKAGE).parts[0] != "methods"]
-ADAPTERS = sorted((ROOT / "methods").glob("*.py"))
+LINKS = {"methods", "allocators"}  # of the package to the folders of adapters
+MODULES = [path for path in sorted(PACKAGE.rglob("*.py")) if path.relative_to(PACKAGE).parts[0] not in LINKS]
+ADAPTERS = [path for folder in sorted(LINKS) for path in sorted((ROOT / folder).glob("*.py"))]
 HEAVY = ("torch", "transformers", "pandas", "matplotlib")
 LIGHT = (
     "contract.target",
@@ -72,11 +73,11 @@ def imports(source: str, package: str) -> Iterator[str]:
 
 
 def rooms_of(path: Path) -> set[str]:
-    """The rooms that a module imports from: its own, others, and `methods`; other names of the package are api's."""
+    """The rooms that a module imports from: its own, others, and LINKS; other names of the package are api's."""
     package = ".".join(path.relative_to(ROOT).parts[:-1])
     names = [name.split(".") for name in imports(path.read_text("utf-8"), package)]
     firsts = {name[1] for name in names if name[0] == "layerwise" and len(name) > 1}
-    return {first if first in FLOOR or first == "methods" else "api" for first in firsts}
+    return {first if first in FLOOR or first in LINKS else "api" for first in firsts}
 
 
 def test_every_room_has_a_floor():
@@ -96,10 +97,10 @@ def test_a_room_imports_only_rooms_below_it(room):
 
 @pytest.mark.parametrize("path", ADAPTERS, ids=lambda path: path.stem)
 def test_an_adapter_imports_no_other_adapter_and_nothing_beside_the_package(path):
-    names = [name.split(".") for name in imports(path.read_text("utf-8"), "layerwise.methods")]
+    names = [name.split(".") for name in imports(path.read_text("utf-8"), f"layerwise.{path.parent.name}")]
     rooms = {name[1] for name in names if name[0] == "layerwise"}
     assert rooms and rooms <= FLOOR.keys()
-    beside = {"methods", "tests", "workflow", *(adapter.stem for adapter in ADAPTERS)} - set(sys.stdlib_module_names)
+    beside = {*LINKS, "tests", "workflow", *(adapter.stem for adapter in ADAPTERS)} - set(sys.stdlib_module_names)
     assert not beside & {name[0] for name in names}
 
 

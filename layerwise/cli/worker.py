@@ -6,6 +6,7 @@ import sys
 from layerwise.runtime.errors import InputError, report_errors
 
 WORKERS = {  # name -> module with main(argv)
+    "allocate": "layerwise.compression.allocate",
     "calibrate": "layerwise.cli.calibrate",
     "certificate": "layerwise.compression.certificate",
     "check-model": "layerwise.evaluation.model_check",

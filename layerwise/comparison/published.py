@@ -28,6 +28,7 @@ from layerwise.sources.text_files import dataset_of
 from layerwise.storage.frames import missing
 from layerwise.storage.frames import rows as rows_of
 from layerwise.storage.table_schema import from_rows, read_table, to_frame, write_parquet
+from layerwise.study.allocation_entries import UNIFORM
 from layerwise.study.cell import Cell
 from layerwise.study.grid import Plan, name_of, plan
 from layerwise.study.method_entries import LONGEST_SENTENCE
@@ -74,6 +75,7 @@ def pairs(study: Plan, row: Row, model: str) -> list[Pair]:
     method, params = row["our_method"], json.loads(row["our_params"] or "{}")
     try:
         wanted = study.catalogue.complete(method, params, f"{FILE.name}, {row['paper']}")
+        spread = _allocation(study, row)
     except CatalogueError as error:
         raise InputError(brief(str(error), LONGEST_SENTENCE)) from None
     # Which of two equal entries goes first, a convention, is left to the study where the row does not name it.
@@ -81,13 +83,25 @@ def pairs(study: Plan, row: Row, model: str) -> list[Pair]:
     target = target_of(row).as_dict()
     candidates = []
     for cell in study.cells:
-        asked = cell.spec["method"]
+        asked, own = cell.spec["method"], cell.spec.get("allocation")
         if cell.model != model or asked["name"] != method or cell.spec["target"] != target or "tune" in cell.spec:
+            continue
+        if (own and {own["allocator"]: own["params"]}) != spread:
             continue
         if all(asked["params"][name] == wanted[name] for name in same):
             candidates += _pairs_of(study, row, cell)
     fewest = min((len(pair.differs) for pair in candidates), default=0)
     return [pair for pair in candidates if len(pair.differs) == fewest]
+
+
+def _allocation(study: Plan, row: Row) -> dict[str, Any] | None:
+    """{allocator: complete parameters} of what spreads the target of a published row; None where all layers are alike.
+
+    Raises CatalogueError for an allocator or a parameter that the study does not know.
+    """
+    spread = json.loads(row["our_allocation"] or "{}")
+    where = f"{FILE.name}, {row['paper']}"
+    return {name: study.allocators.complete(name, params, where) for name, params in spread.items()} or None
 
 
 def _pairs_of(study: Plan, row: Row, cell: Cell) -> Iterator[Pair]:
@@ -199,7 +213,11 @@ def _entries(
     if row["not_joined"]:
         yield entry | {"verdict": "not run", "reason": row["not_joined"]}
         return
-    entry |= {"method": row["our_method"], "target": target_of(row).label}
+    entry |= {
+        "method": row["our_method"],
+        "target": target_of(row).label,
+        "allocation": next(iter(json.loads(row["our_allocation"] or "{}")), UNIFORM),
+    }
     chosen = pairs(study, row, model)
     if not chosen:
         yield entry | {"verdict": "not run", "reason": _absent(study, row)}
@@ -217,7 +235,9 @@ def _compared(
     pair = replace(pair, differs={**pair.differs, **_found(row, result)})
     ours, error = _number(result), _number(result, "stderr")
     allowed = None if ours is None and row["our_metric"] in ACCURACIES else tolerance(row, error)
-    compared = {name: columns[name] for name in ("calibration", "mode", "label", "seed", "cell")}
+    compared = {
+        name: columns[name] for name in ("calibration", "mode", "label", "target", "allocation", "seed", "cell")
+    }
     compared |= {"text": pair.text, "ours": ours, "ours_stderr": error, "tolerance": allowed}
     differs = "; ".join(f"{name}: published {theirs}, ours {here}" for name, (theirs, here) in pair.differs.items())
     compared |= {"differs": differs or None, "unsaid": ", ".join(pair.unsaid) or None}
@@ -305,7 +325,8 @@ def _absent(study: Plan, row: Row) -> str:
     texts = {text_name(study.config["texts"][spec["text"]]) for spec in study.evaluations.values()}
     if row["evaluation_text"] not in texts:
         return f"the study has no evaluation on {row['evaluation_text']}"
-    return f"the study has no cell of {row['our_method']} at this target with these parameters"
+    spread = "".join(f" by {name}" for name in json.loads(row["our_allocation"] or "{}"))
+    return f"the study has no cell of {row['our_method']} at this target{spread} with these parameters"
 
 
 def write_published(entries: Sequence[Row], out: Path) -> None:

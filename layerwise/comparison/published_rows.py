@@ -70,6 +70,12 @@ def _fault(row: Row) -> str | None:
     if not isinstance(params, dict):
         return f"our_params is wrong: {brief(repr(row['our_params']))} is no JSON object"
     try:
+        spread = json.loads(row["our_allocation"] or "{}")
+    except (ValueError, RecursionError):
+        spread = None
+    if not isinstance(spread, dict) or len(spread) > 1 or not all(isinstance(own, dict) for own in spread.values()):
+        return f"our_allocation is wrong: {brief(repr(row['our_allocation']))} is no JSON object of one allocator"
+    try:
         target_of(row)
     except ValueError as error:
         return f"its target is wrong: {str(error).rstrip('.')}"

@@ -22,6 +22,7 @@ from layerwise.calibration.block_stream import Stream
 from layerwise.calibration.gram_store import computed_in, store_of, unless_damaged
 from layerwise.calibration.modes import sequential_blocks, shared_blocks
 from layerwise.calibration.taps import Tap, tapped_linears
+from layerwise.compression.allocate import levels_at
 from layerwise.compression.solver import Solver
 from layerwise.compression.tune import Tuner
 from layerwise.contract.catalogue import Catalogue, Entry
@@ -111,7 +112,8 @@ class CellJob:
 
     spec: of the cell, as the grid has it: columns, method, target and, if it is tuned, tune. model: the config's entry.
     fingerprint: what sources/fingerprint.py wrote of the model. tokens: the calibration sequences. out: folder of the
-    cell. gram: where the Grams are, as calibration/calibrate.py says; None in sequential mode. code: the file that is
+    cell. gram: where the Grams are, as calibration/calibrate.py says; None in sequential mode. levels: the table of the
+    layers' levels, where the target's budget is spread over them. code: the file that is
     named after the hash of the code that decides the result. dtype: of the forward passes that give the Grams, None for
     the model's. method_paths: folders of methods besides the shipped ones.
     """
@@ -122,6 +124,7 @@ class CellJob:
     tokens: Path
     out: Path
     gram: Path | None = None
+    levels: Path | None = None
     code: Path | None = None
     dtype: str | None = None
     method_paths: tuple[Path, ...] = ()
@@ -171,12 +174,13 @@ class CellJob:
         name, target = self.spec["method"]["name"], Target(**self.spec["target"])
         method = self.catalogue.build(name, self.spec["method"]["params"])
         mask_only = self.entry.comparison(target) == "mask-only"
-        return Solver(name, method, target, self.columns["seed"], dtype, mask_only, self.entry.criterion)
+        levels = levels_at(self.levels) if self.levels else {}
+        return Solver(name, method, target, self.columns["seed"], dtype, mask_only, self.entry.criterion, levels)
 
     def decisive(self) -> dict[str, Any]:
         """What decides the cell's results, in the words that a message about a change uses."""
         spec = {key: value for key, value in self.spec.items() if key != "columns"}
-        return {
+        return ({"levels": sha256(self.levels)} if self.levels else {}) | {
             "spec": spec | {"seed": self.columns["seed"]},
             "code": self.code.name if self.code else None,
             "model": [read_made(self.fingerprint), self.model],
@@ -218,15 +222,20 @@ def compress(job: CellJob, checkpoint: Checkpoint) -> dict[str, Any]:
     if job.code:
         unchanged(job.code)  # by now it is imported
     if checkpoint.done < len(blocks):
-        solve = tuned(job, solver, sequences, checkpoint) if job.stages else solver.solve
+        solve = tuned(job, solver, sequences, checkpoint) if job.stages else each(solver)
         with bar(blocks.model, job.title, skipped=checkpoint.done) as progress:
             taps_of_blocks, _ = walk(job, blocks, sequences, checkpoint.folder, checkpoint.done, checkpoint.finish)
             for index, taps in taps_of_blocks:
                 block = visit(blocks.model, [(index, taps)], solve, progress)
                 write_block(checkpoint, index, block, solver)
     columns = {**job.columns, "criterion": job.entry.criterion or "own"}
-    join_blocks(checkpoint, len(blocks), job.out, columns, solver.target, job.title)
+    join_blocks(checkpoint, len(blocks), job.out, columns, job.title)
     return record_of(job, checkpoint, text, blocks.model)
+
+
+def each(solver: Solver) -> Callable[[Layer], tuple[Compressed, dict[str, Any]]]:
+    """A function that gives each layer's result at the layer's own target."""
+    return lambda layer: solver.at(layer.name).solve(layer)
 
 
 def walk(
@@ -299,22 +308,23 @@ def write_block(
     checkpoint: Checkpoint, index: int, block: Iterable[tuple[dict[str, Any], Compressed]], solver: Solver
 ) -> None:
     """Leave a block's rows, traces and weights in the checkpoint."""
-    rows, traces, stored = [], [], {}
+    rows, traces, stored, targets = [], [], {}, {}
     for row, result in block:
-        rows.append(row)
+        target = solver.at(row["layer"]).target
+        rows.append(row | {"level": target.level})
         for name in ("peak_mb", "peak_gpu_mb"):
             checkpoint.most(name, row[name])
         traces += [{"layer": row["layer"], **point} for point in trace_rows(result)]
-        stored[row["layer"]] = packed_weights.parts_of(result, solver.target, solver.dtype)
+        stored[row["layer"]] = packed_weights.parts_of(result, target, solver.dtype)
+        targets[row["layer"]] = target
         del result
     with whole_file(checkpoint.file(index, "safetensors")) as part:
-        packed_weights.write(part, stored, {row["layer"]: (row["out"], row["in"]) for row in rows}, solver.target)
+        shapes = {row["layer"]: (row["out"], row["in"]) for row in rows}
+        packed_weights.write(part, stored, shapes, solver.target, targets if solver.levels else {})
     write_atomic(checkpoint.file(index, "json"), json.dumps({"rows": rows, "traces": traces}))
 
 
-def join_blocks(
-    checkpoint: Checkpoint, count: int, out: Path, columns: Mapping[str, Any], target: Target, title: str
-) -> None:
+def join_blocks(checkpoint: Checkpoint, count: int, out: Path, columns: Mapping[str, Any], title: str) -> None:
     """Make a cell's tables and weights from what the checkpoint has of each block.
 
     columns: those of the spec, and the criterion of the trace.

@@ -1,6 +1,7 @@
 """What a method's card may say, and the parameters that cards share. Literals, free of torch."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 STRUCTURES = ["dense", "row", "layer", "n:m", "1xb"]
@@ -72,6 +73,45 @@ CARD_SCHEMA = {
         },
     },
 }
+
+LEVELLED = ["row", "layer", "n:m", "bits"]  # kinds of targets over whose layers a budget may be spread
+ALLOCATOR_SCHEMA = {
+    "type": "object",
+    "required": ["title", "needs", "budgets", "parameters"],
+    "additionalProperties": False,
+    "properties": {
+        "title": {"type": "string"},
+        "paper": {"type": "string"},
+        "arxiv": {"type": "string", "pattern": r"^\d{4}\.\d{4,5}$"},
+        "code": {"type": "string"},
+        "needs": {"type": "array", "items": {"enum": ["weight", "gram", "errors"]}},
+        "budgets": {"type": "array", "items": {"enum": LEVELLED}},
+        "parameters": {"type": "object", "additionalProperties": {"type": "object"}},
+        "splits_equals": {"type": "string"},  # why two equal layers may get two levels
+    },
+}
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of files with cards. folder: beside the package, and in it; base: of the class; signature: of its one
+    call; of_the_base: what the class must not define; paths: the config's key for further folders."""
+
+    word: str
+    folder: str
+    base: str
+    signature: str
+    of_the_base: tuple[str, ...]
+    paths: str
+    schema: Mapping[str, Any]
+
+
+METHOD = Kind(
+    "method", "methods", "Method", "solve(layer, target, rng)", ("compress", "refusal"), "method_paths", CARD_SCHEMA
+)
+ALLOCATOR = Kind(
+    "allocator", "allocators", "Allocator", "allocate(parts, target)", (), "allocator_paths", ALLOCATOR_SCHEMA
+)
 
 # JSON Schemas of parameters that several methods have. {"$ref": "damping"} in a card stands for the schema of that name
 # here; what stands beside "$ref" comes in addition, or instead.

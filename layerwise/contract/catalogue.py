@@ -1,7 +1,8 @@
-"""The catalogue of methods: cards and hyperparameters read from the files as text, without importing torch.
+"""The catalogues of methods and of allocators: cards and hyperparameters read from the files as text, without torch.
 
 A file in methods/, or in a folder of the config's `method_paths`, that holds a literal CARD and one frozen dataclass
-derived from Method is a method; its name is the file's. See docs/adding-a-method.md.
+derived from Method is a method; its name is the file's. See docs/adding-a-method.md. Allocators are the same in
+allocators/ and `allocator_paths` (docs/allocation.md).
 """
 
 import ast
@@ -17,16 +18,16 @@ from typing import TYPE_CHECKING, Any
 
 import jsonschema
 
-from layerwise.contract.cards import CARD_SCHEMA, merged
-from layerwise.contract.import_closure import METHODS, closure, imports_of
+from layerwise.contract.cards import METHOD, Kind, merged
+from layerwise.contract.import_closure import FOLDERS, closure, imports_of
 from layerwise.contract.target import Target, refusal
 
 if TYPE_CHECKING:
+    from layerwise.contract.allocator import Allocator
     from layerwise.contract.layer import Method
 
 # What a result depends on besides the method's own file. An edit to one of these re-runs every cell.
 SHARED_SOURCES = tuple(closure(["layerwise.compression.verify"]))
-OF_THE_BASE = ("compress", "refusal")  # what an adapter's class must not define
 
 
 class CatalogueError(ValueError):
@@ -43,6 +44,7 @@ class Entry:
     card: Mapping[str, Any]
     defaults: Mapping[str, Any] = field(default_factory=dict)
     imports: tuple[Path, ...] = ()  # files of methods/ that it imports, the shared ones apart
+    kind: Kind = METHOD
 
     @property
     def control(self) -> bool:
@@ -56,7 +58,7 @@ class Entry:
     @property
     def shipped(self) -> bool:
         """Whether the file comes with the project, and not from a folder of the config's `method_paths`."""
-        return self.path.parent == METHODS
+        return self.path.parent == FOLDERS[self.kind.folder]
 
     @property
     def cost(self) -> Mapping[str, float] | None:
@@ -99,27 +101,31 @@ class Entry:
 
 
 class Catalogue(Mapping[str, Entry]):
-    """All methods of the given folders by name."""
+    """All methods of the given folders by name, or all files of another kind."""
 
-    def __init__(self, folders: list[Path] | None = None) -> None:
+    def __init__(
+        self, folders: list[Path] | None = None, kind: Kind = METHOD, methods: "Catalogue | None" = None
+    ) -> None:
+        """methods: of what parameters of the format `method` name, where the files are of another kind."""
+        self.kind, self.methods = kind, methods or self
         self._entries: dict[str, Entry] = {}
-        for folder in [METHODS, *(folders or [])]:
+        for folder in [FOLDERS[kind.folder], *(folders or [])]:
             try:
                 files = sorted(folder.glob("*.py")) if folder.is_dir() else None
             except OSError:  # such as a name that is too long
                 files = None
             if files is None:
-                raise CatalogueError(f"method_paths names {folder}, which is not a folder.")
+                raise CatalogueError(f"{kind.paths} names {folder}, which is not a folder.")
             for path in files:
                 self.add(path)
 
     def add(self, path: Path) -> Entry | None:
         """The entry of one more file, or None for a file without a CARD; raises CatalogueError for a wrong one."""
-        entry = read_entry(path)
+        entry = read_entry(path, self.kind)
         if entry is not None:
             if entry.name in self._entries:
                 other = self._entries[entry.name].path
-                raise CatalogueError(f"Two files define the method {entry.name}: {other} and {path}.")
+                raise CatalogueError(f"Two files define the {self.kind.word} {entry.name}: {other} and {path}.")
             self._entries[entry.name] = entry
             self._check_names()
         return entry
@@ -153,7 +159,7 @@ class Catalogue(Mapping[str, Entry]):
         """The entry, or a CatalogueError that lists the known ones."""
         if name not in self._entries:
             known = ", ".join(sorted(self))
-            raise CatalogueError(f"{where}: there is no method {name!r}; the methods are {known}.")
+            raise CatalogueError(f"{where}: there is no {self.kind.word} {name!r}; the {self.kind.word}s are {known}.")
         return self._entries[name]
 
     def complete(self, name: str, params: Mapping[str, Any], where: str) -> dict[str, Any]:
@@ -171,7 +177,7 @@ class Catalogue(Mapping[str, Entry]):
         for key, schema in entry.card["parameters"].items():
             inside = () if key in params else (*outer, name)
             if schema.get("format") == "method":
-                full[key] = self._complete_warm_start(full[key], f"{where}.{key}", inside)
+                full[key] = self.methods._complete_warm_start(full[key], f"{where}.{key}", inside)
                 continue
             if key in entry.chains and isinstance(full[key], list):
                 steps = enumerate(full[key])
@@ -234,23 +240,30 @@ class Catalogue(Mapping[str, Entry]):
         """Files whose code decides the method's results: its own with what it imports, its warm starts', the shared."""
         own = [self[name].path, *self[name].imports]
         for _, inner, inner_params in self[name].inner(params):
-            own += [p for p in self.sources(inner, inner_params) if p not in SHARED_SOURCES]
+            own += [p for p in self.methods.sources(inner, inner_params) if p not in SHARED_SOURCES]
         return [*dict.fromkeys(own), *SHARED_SOURCES]
 
     def build(self, name: str, params: Mapping[str, Any]) -> "Method":
         """Import the method's file (torch with it) and construct it with complete parameters."""
+        return self._build(name, params)
+
+    def allocator(self, name: str, params: Mapping[str, Any]) -> "Allocator":
+        """The same of a catalogue of allocators."""
+        return self._build(name, params)
+
+    def _build(self, name: str, params: Mapping[str, Any]) -> Any:
         entry = self[name]
         values = dict(params)
         for key in entry.chains:
             values[key] = ()
         for key, inner, inner_params in entry.inner(params):
-            built = self.build(inner, inner_params)
+            built = self.methods.build(inner, inner_params)
             values[key] = (*values[key], built) if key in entry.chains else built
         return getattr(_import(entry), entry.class_name)(**values)
 
 
-def read_entry(path: Path) -> Entry | None:
-    """The entry of a method's file, or None for a file without a CARD; raises CatalogueError for a wrong one."""
+def read_entry(path: Path, kind: Kind = METHOD) -> Entry | None:
+    """The entry of a file of the kind, or None for one without a CARD; raises CatalogueError for a wrong one."""
     try:
         tree = ast.parse(path.read_text("utf-8"), filename=str(path))
     except OSError as error:
@@ -270,7 +283,7 @@ def read_entry(path: Path) -> Entry | None:
     if not cards:
         return None
     card = _literal(cards[0], f"{path}: CARD")
-    errors = list(jsonschema.Draft202012Validator(CARD_SCHEMA).iter_errors(card))
+    errors = list(jsonschema.Draft202012Validator(kind.schema).iter_errors(card))
     if errors:
         at = "".join(f"[{part!r}]" for part in errors[0].absolute_path)
         raise CatalogueError(f"{path}: CARD{at} is wrong: {errors[0].message}.")
@@ -286,11 +299,11 @@ def read_entry(path: Path) -> Entry | None:
     classes = [
         node
         for node in tree.body
-        if isinstance(node, ast.ClassDef) and any(ast.unparse(base).split(".")[-1] == "Method" for base in node.bases)
+        if isinstance(node, ast.ClassDef) and any(ast.unparse(base).split(".")[-1] == kind.base for base in node.bases)
     ]
     if len(classes) != 1:
-        raise CatalogueError(f"{path} must define one class derived from Method, {len(classes)} found.")
-    _check_methods(classes[0], path)
+        raise CatalogueError(f"{path} must define one class derived from {kind.base}, {len(classes)} found.")
+    _check_methods(classes[0], path, kind)
     if "named_by" in card and card["named_by"] not in card["parameters"]:
         raise CatalogueError(f"{path}: CARD['named_by'] must be a parameter. Got {card['named_by']!r} instead.")
     defaults = _defaults(classes[0], path)
@@ -300,23 +313,23 @@ def read_entry(path: Path) -> Entry | None:
             f"{sorted(card['parameters'])} and {sorted(defaults)} came."
         )
     needed = tuple(own for own in closure(imports_of(tree)) if own not in SHARED_SOURCES)
-    return Entry(path.stem, path, classes[0].name, card, defaults, needed)
+    return Entry(path.stem, path, classes[0].name, card, defaults, needed, kind)
 
 
-def _check_methods(node: ast.ClassDef, path: Path) -> None:
-    """Raise CatalogueError unless the class implements `solve` and leaves what the base class does alone."""
+def _check_methods(node: ast.ClassDef, path: Path, kind: Kind) -> None:
+    """Raise CatalogueError unless the class implements its call and leaves what the base class does alone."""
     defined = {statement.name for statement in node.body if isinstance(statement, ast.FunctionDef)}
     names = [target for statement in node.body if isinstance(statement, ast.Assign) for target in statement.targets]
     names += [statement.target for statement in node.body if isinstance(statement, ast.AnnAssign)]
     defined |= {name.id for name in names if isinstance(name, ast.Name)}
-    for name in OF_THE_BASE:
+    for name in kind.of_the_base:
         if name in defined:
             raise CatalogueError(
-                f"{path}: {node.name} must define solve(layer, target, rng). Got {name} instead, which belongs to the "
+                f"{path}: {node.name} must define {kind.signature}. Got {name} instead, which belongs to the "
                 "base class: it checks the target before solve is called."
             )
-    if "solve" not in defined and len(node.bases) == 1:
-        raise CatalogueError(f"{path}: {node.name} must define solve(layer, target, rng).")
+    if kind.signature.partition("(")[0] not in defined and len(node.bases) == 1:
+        raise CatalogueError(f"{path}: {node.name} must define {kind.signature}.")
 
 
 def _defaults(node: ast.ClassDef, path: Path) -> dict[str, Any]:
@@ -351,8 +364,8 @@ def _advice(value: Any, schema: Mapping[str, Any]) -> str:
 
 
 def _import(entry: Entry):
-    if entry.path.parent == METHODS:
-        return importlib.import_module(f"layerwise.methods.{entry.name}")
+    if entry.shipped:
+        return importlib.import_module(f"layerwise.{entry.kind.folder}.{entry.name}")
     name = _module_name(entry.path)
     if name not in sys.modules:
         spec = importlib.util.spec_from_file_location(name, entry.path)

@@ -13,7 +13,9 @@ from pathlib import Path
 from layerwise.runtime.project import PACKAGE, ROOT
 
 NAME = "layerwise"
-METHODS = (PACKAGE / "methods").resolve()  # of a checkout its folder methods/
+# Folders of adapters, of a checkout beside the package.
+FOLDERS = {name: (PACKAGE / name).resolve() for name in ("methods", "allocators")}
+METHODS, ALLOCATORS = FOLDERS["methods"], FOLDERS["allocators"]
 DATA = re.compile(r"(workflow|resources)/[\w./-]+\.\w+")  # a shipped file that a module names in a string
 
 
@@ -83,8 +85,8 @@ def _file(module: str) -> Path | None:
     name, *parts = module.split(".")
     if name != NAME or not parts:  # the package's own file only offers the library's names
         return None
-    if parts[0] == "methods":
-        path = METHODS.joinpath(*parts[1:]).with_suffix(".py") if len(parts) == 2 else None
+    if parts[0] in FOLDERS:
+        path = FOLDERS[parts[0]].joinpath(*parts[1:]).with_suffix(".py") if len(parts) == 2 else None
     else:
         path = PACKAGE.joinpath(*parts)
         path = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from decimal import Decimal
 from typing import Any
 
@@ -120,6 +120,34 @@ class Target:
     def grid(self) -> "Target":
         """What it says of the grid, without sparsity."""
         return Target(bits=self.bits, group=self.group, symmetric=self.symmetric)
+
+    @property
+    def budget(self) -> str:
+        """Kind of what a share of it is given to each layer, as an allocator's card lists it: as `structure`, or bits.
+
+        Of a target that prunes and quantises there is no one budget: pruned and quantised.
+        """
+        if self.bits is None:
+            return self.structure
+        return "pruned and quantised" if self.sparsity else "bits"
+
+    @property
+    def level(self) -> float:
+        """What a layer gives: the share of zeros, or, where nothing is pruned, the bits of a code."""
+        return float(self.bits) if self.bits is not None and not self.sparsity else self.sparsity
+
+    def at(self, level: float) -> "Target":
+        """The same for a layer of another level; of an n:m pattern it is a share (m - n)/m.
+
+        Raises ValueError for a level that is none of the target's.
+        """
+        if self.n_of_m:
+            kept, of = round((1 - level) * self.n_of_m[1]), self.n_of_m[1]
+            dense = kept == of
+            return replace(self, sparsity=0.0, pattern="row" if dense else f"{kept}:{of}")
+        if self.budget == "bits":
+            return replace(self, bits=int(level) if float(level).is_integer() else level)
+        return replace(self, sparsity=level)
 
     @property
     def label(self) -> str:

@@ -93,8 +93,13 @@ class Tensors:
         return self.files[name].get_tensor(name)
 
 
-def open_folder(folder: Path, said: Mapping[str, Any], target: Target, trust_remote_code: bool) -> Folder:
-    """The folder, whichever format it has; said: its manifest. Raises InputError when it is of none."""
+def open_folder(
+    folder: Path, said: Mapping[str, Any], target: Target, trust_remote_code: bool, targets: Mapping[str, Target]
+) -> Folder:
+    """The folder, whichever format it has; said: its manifest; targets: of layers that have their own.
+
+    Raises InputError when it is of no format.
+    """
     config, linears = None, {}
     if (folder / "config.json").is_file():
         config, linears = structure(folder, trust_remote_code)
@@ -111,7 +116,10 @@ def open_folder(folder: Path, said: Mapping[str, Any], target: Target, trust_rem
         hidden = {name for name, mark in marks.items() if mark["reordered"] or mark["input_scale"]}
         loaded = loader(folder, trust_remote_code)
         return Folder(
-            "dense", None, shapes, lambda name: read_dense(tensors, linears[name], target, name in hidden, loaded)
+            "dense",
+            None,
+            shapes,
+            lambda name: read_dense(tensors, linears[name], targets.get(name, target), name in hidden, loaded),
         )
     if scheme.get("format") != "pack-quantized" or len(scheme["config_groups"]) != 1:
         raise InputError(f"{folder} is {scheme.get('format')}, only pack-quantized with one group of layers is read.")
@@ -289,19 +297,22 @@ def audit(
         raise InputError(f"There is no folder {folder}.")
     try:
         said = read_record(folder / MANIFEST) if (folder / MANIFEST).is_file() else {}
+        targets: dict[str, Target] = {}
         if target is None and "target" in said:
             target = Target(**said["target"])
+            targets = {name: Target(**own) for name, own in said.get("targets", {}).items()}
         marks = said.get("layers", {})
         if not all(isinstance(mark, dict) and mark.keys() >= MARKS for mark in marks.values()):
             raise ValueError(f"each of its layers needs {', '.join(sorted(MARKS))}")
     except (ValueError, TypeError, AttributeError) as error:
         raise InputError(f"{folder / MANIFEST} cannot be read: {error}.") from None
     if target is None and (folder / WEIGHTS).is_file():
-        target = PackedFile(folder / WEIGHTS).target
+        file = PackedFile(folder / WEIGHTS)
+        target, targets = file.target, file.targets
     if target is None:
         raise InputError(f"{folder} does not say what its layers should be: give --target.")
     try:
-        opened = open_folder(folder, said, target, trust_remote_code)
+        opened = open_folder(folder, said, target, trust_remote_code, targets)
     except (KeyError, TypeError, ValueError, AttributeError) as error:  # what config.json or an index says is of no use
         raise InputError(f"What {folder} says of its weights is of no use: {type(error).__name__}: {error}.") from None
     if opened.grid not in (None, target.grid):
@@ -310,7 +321,7 @@ def audit(
     if layers and layers.keys() != opened.layers.keys():
         others = few(layers.keys() ^ opened.layers.keys())
         raise InputError(f"{folder / MANIFEST} lists other layers than the model has: {others}.")
-    lines = [check(opened, name, target, layers.get(name)) for name in opened.layers]
+    lines = [check(opened, name, targets.get(name, target), layers.get(name)) for name in opened.layers]
     return opened.form, target, lines
 
 

@@ -184,9 +184,11 @@ def manifest(record: Mapping[str, Any], file: PackedFile, form: str, dtype: torc
             "zeros": int((weight == 0).sum()),
             "sha256": digest(weight),
             "input_scale": result.quantised is not None and result.quantised.input_scale is not None,
-            "reordered": reordered(result, file.target),
+            "reordered": reordered(result, file.target_of(name)),
         }
-    own = {"format": form, "target": file.target.as_dict(), "layers": layers}
+    own: dict[str, Any] = {"format": form, "target": file.target.as_dict(), "layers": layers}
+    if file.targets:
+        own["targets"] = {name: target.as_dict() for name, target in file.targets.items()}
     return own | {"columns": record["columns"], "provenance": record["provenance"]}
 
 
@@ -207,6 +209,8 @@ def export(cell: Path, form: str, out: Path, spec: Mapping[str, Any] | None = No
         raise InputError(f"{cell / 'cell.json'} does not say how its model is loaded: give --model.")
     if form == "compressed-tensors" and file.target.bits is None:
         raise InputError(f"compressed-tensors holds quantised layers, and those of {cell} are not: use --format dense.")
+    if form == "compressed-tensors" and len({target.bits for target in file.targets.values()}) > 1:
+        raise InputError(f"compressed-tensors is written with one width for all layers: those of {cell} have several.")
     if form == "compressed-tensors" and importlib.util.find_spec("compressed_tensors") is None:
         raise InputError(
             "The format compressed-tensors needs the package of that name: pip install compressed-tensors."

@@ -23,6 +23,7 @@ from layerwise.figures.page import (
 )
 from layerwise.figures.style import Look, looks, strokes
 from layerwise.storage.frames import column, distinct_tuples, distinct_values, highest, matching, select, sorted_by
+from layerwise.study.allocation_entries import UNIFORM
 
 DENSE = {"color": "black", "linestyle": (0, (6, 2)), "linewidth": 0.9}
 
@@ -85,8 +86,9 @@ def _band(
     shown: Sequence[LegendEntry],
     style: dict[str, Look],
 ) -> None:
-    by_row = matching(data, pattern="row")
-    others = select(data, column(data, "pattern") != "row")
+    # What is spread over the layers stands beside the lines, one of which joins a method's equal levels.
+    lined = (column(data, "pattern") == "row") & (column(data, "allocation") == UNIFORM)
+    by_row, others = select(data, lined), select(data, ~lined)
     patterns = distinct_values(others, "target")
     sparsities = sorted(distinct_values(by_row, "sparsity"))
     widths = ([3.0] if len(by_row) else []) + ([max(1.2, 0.7 * len(patterns))] if patterns else [])
@@ -130,4 +132,4 @@ def _pattern_points(
         mark_beyond(axes, x, list(points["value"]), style[label])
     axes.set_xticks(range(len(patterns)), [target.replace(" ", "\n") for target in patterns])
     axes.set_xlim(-0.5, len(patterns) - 0.5)
-    axes.set_xlabel("other patterns")
+    axes.set_xlabel("other targets")

@@ -31,6 +31,8 @@ FIGURES = {
     "error_relative": Drawing(("layers",), "layerwise.figures.errors"),
     "error_reduction": Drawing(("layers",), "layerwise.figures.depth"),
     "gap_to_bound": Drawing(("layers",), "layerwise.figures.errors", "certificates"),
+    "levels_along_depth": Drawing(("layers",), "layerwise.figures.allocation", "allocations"),
+    "metrics_vs_budget": Drawing(("cells",), "layerwise.figures.allocation", "allocations"),
     "sweep": Drawing(("cells",), "layerwise.figures.sweep", "sweep"),
     "convergence": Drawing(("traces", "layers"), "layerwise.figures.convergence", "traces", "first"),
     "method_ranks": Drawing(("comparisons", "layers"), "layerwise.figures.ranks", "pairs", "all"),

@@ -15,6 +15,7 @@ from layerwise.figures.page import entries, log_limits, log_scale, mark_beyond, 
 from layerwise.figures.style import Look, looks, strokes
 from layerwise.storage.frames import column, distinct_values, groups, highest, lowest, matching, missing, select
 from layerwise.storage.frames import rows as rows_of
+from layerwise.study.allocation_entries import UNIFORM
 from layerwise.study.cell import canonical
 from layerwise.study.grid import SWEPT_TARGET
 
@@ -94,12 +95,13 @@ def _band(row: Mapping[str, Any], swept: str) -> str:
         parts[1] += f" on {row['calibration']}"
     if swept not in SWEPT_TARGET:
         return ", ".join([*parts, row["target"]])
+    spread = [] if row["allocation"] == UNIFORM else [f"allocated by {row['allocation']}"]
     rest = {name: row[name] for name in TARGET if name != swept and not missing(row[name])}
     words = [f"{rest['sparsity']:.0%}"] if rest.get("sparsity") else []
     words += [rest["pattern"]] if row["sparsity"] else []
     words += [f"{rest['bits']} bits"] if "bits" in rest else []
     words += [f"groups of {rest['group']}"] if "group" in rest else []
-    return ", ".join([*parts, " ".join(words)])
+    return ", ".join([*parts, " ".join(words), *spread])
 
 
 def _panel(

@@ -10,13 +10,22 @@ from layerwise.storage.table_schema import read_parquet, typed, unusable
 
 def read_bounds(path: Path) -> pa.Table:
     """The `bounds` rows that a certificate job wrote. Raises InputError when the file is absent or broken."""
+    return _read(path, "bounds", "bounds of a target", "logs/certificates")
+
+
+def read_levels(path: Path) -> pa.Table:
+    """The `allocations` rows that an allocate job wrote. Raises InputError when the file is absent or broken."""
+    return _read(path, "allocations", "levels of an allocation", "logs/allocations")
+
+
+def _read(path: Path, table: str, what: str, logs: str) -> pa.Table:
     if not path.is_file():
-        raise InputError(f"Expected the bounds of a target at {path}, which does not exist (see logs/certificates).")
+        raise InputError(f"Expected the {what} at {path}, which does not exist (see {logs}).")
     try:
         data = read_parquet(path)
     except (pa.ArrowException, OSError) as error:
         raise unusable(path, error) from None
-    return typed(data, "bounds", str(path))
+    return typed(data, table, str(path))
 
 
 def with_bounds(layers: pa.Table, bounds: pa.Table, path: Path) -> pa.Table:

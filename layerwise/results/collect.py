@@ -1,4 +1,4 @@
-"""Gather the cells of a study into tables: layers, cells, traces, bounds, comparisons, skipped, main.
+"""Gather the cells of a study into tables: layers, cells, traces, bounds, allocations, comparisons, skipped, main.
 
 Rows stand in the order of the plan, columns in the order of workflow/schemas/tables.schema.yaml, so that two CSVs of
 one study can be compared by eye. The tables appear together, or, when anything is wrong, not at all.
@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from layerwise.results import main_table
-from layerwise.results.bounds import read_bounds, with_bounds
+from layerwise.results.bounds import read_bounds, read_levels, with_bounds
 from layerwise.results.cell_results import (
     Compression,
     Gap,
@@ -45,7 +45,7 @@ from layerwise.runtime.files import whole_file
 from layerwise.storage.table_schema import arrow_schema, from_rows, holds, read_table, to_frame
 from layerwise.study.grid import Plan, plan
 
-TABLES = ("layers", "cells", "traces", "bounds", "comparisons", "skipped")
+TABLES = ("layers", "cells", "traces", "bounds", "allocations", "comparisons", "skipped")
 FLOAT_FORMAT = "%.9g"
 ROWS_AT_ONCE = 200_000  # rows held in memory before they are written
 
@@ -123,8 +123,9 @@ def refuse_other_protocols(results: Results, protocol: Protocol) -> None:
 
 @dataclass(frozen=True)
 class StudyInputs:
-    """What tables are made of. evaluations, tasks: what every cell is evaluated on; certificates: paths, relative to
-    the root, of the bounds that the study computes; swept: what the study varies, the same in every row of `cells`."""
+    """What tables are made of. evaluations, tasks: what every cell is evaluated on; certificates, allocations: paths,
+    relative to the root, of the bounds and levels that the study computes; swept: what the study varies, the same in
+    every row of `cells`."""
 
     cells: Sequence[PlannedCell]
     skipped: Sequence[Mapping[str, Any]]
@@ -132,13 +133,14 @@ class StudyInputs:
     tasks: Sequence[TaskSet] = ()
     certificates: Collection[str] = ()
     swept: str | None = None
+    allocations: Collection[str] = ()
 
     @classmethod
     def of(cls, planned: Plan) -> "StudyInputs":
         """The study that a plan describes."""
         texts = evaluations(planned.config, planned.evaluations)
         sets, swept = task_sets(planned.tasks), planned.config.get("sweep")
-        return cls(planned.cells, planned.skipped, texts, sets, planned.certificates, swept)
+        return cls(planned.cells, planned.skipped, texts, sets, planned.certificates, swept, planned.allocations)
 
 
 def collect(study: StudyInputs, out: Path, partial: bool = False, root: Path = Path()) -> int:
@@ -160,6 +162,9 @@ def collect(study: StudyInputs, out: Path, partial: bool = False, root: Path = P
             )
         for rows in bounds.values():
             writers["bounds"].add(rows)
+        for path in study.allocations:
+            with _unless(partial):
+                writers["allocations"].add(read_levels(root / path))
         writers["comparisons"].add(from_rows(compare_methods(observations), "comparisons", "the comparisons"))
         writers["skipped"].add(from_rows([dict(row) for row in study.skipped], "skipped", "the plan"))
         for writer in writers.values():

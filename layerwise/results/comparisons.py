@@ -20,7 +20,7 @@ from layerwise.storage.table_schema import COMPARISONS
 
 LEAST = 1e-12  # errors below are rounding, of errors that should be zero
 PLACE = ("model", "calibration", "mode", "target")
-TARGET = ("sparsity", "pattern", "bits", "group", "symmetric")
+TARGET = ("allocation", "sparsity", "pattern", "bits", "group", "symmetric")
 NO_DIFFERENCE = "no difference shown"
 
 

@@ -7,7 +7,14 @@ from layerwise.storage.frames import column, columns_of, select
 SETTING = ["model", "calibration", "mode", "label", "target"]
 KEYS = {"layers": [*SETTING, "layer"], "cells": [*SETTING, "metric", "text", "task_set", "task"]}
 SEED = ["model", "calibration", "seed"]
-MEASURED = ("output_error", "absolute_error", "lower_bound", "gap_to_bound", "achieved_sparsity")  # of `layers`
+MEASURED = (
+    "level",
+    "output_error",
+    "absolute_error",
+    "lower_bound",
+    "gap_to_bound",
+    "achieved_sparsity",
+)  # of `layers`
 
 
 def most_seeds(data: pd.DataFrame) -> int:

@@ -49,7 +49,7 @@ def read_clone() -> Clone:
         return Clone()
     try:
         commit = _git("rev-parse", "HEAD")
-        changes = _git("status", "--porcelain", "--", "layerwise", "methods", "workflow", "Snakefile")
+        changes = _git("status", "--porcelain", "--", "layerwise", "methods", "allocators", "workflow", "Snakefile")
     except (OSError, subprocess.SubprocessError) as error:
         return Clone(unread=_unread(error) if os.path.lexists(ROOT / ".git") else None)
     return Clone(commit, bool(changes))

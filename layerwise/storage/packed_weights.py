@@ -272,32 +272,44 @@ def _kind(tensor: Tensor) -> str:
 
 
 def write(
-    path: Path, layers: Mapping[str, Mapping[str, Tensor]], shapes: Mapping[str, tuple[int, ...]], target: Target
+    path: Path,
+    layers: Mapping[str, Mapping[str, Tensor]],
+    shapes: Mapping[str, tuple[int, ...]],
+    target: Target,
+    targets: Mapping[str, Target] | None = None,
 ) -> None:
-    """Write the parts of layers [out, in] of one target into a safetensors file, each as `layer.part`."""
+    """Write the parts of layers [out, in] into a safetensors file, each as `layer.part`.
+
+    target: of all layers, or the budget where `targets` has one of each layer.
+    """
     tensors = {
         f"{layer}.{part}" if part else layer: tensor
         for layer, parts in layers.items()
         for part, tensor in parts.items()
     }
-    info = {"version": VERSION, "target": target.as_dict(), "shapes": {name: list(shapes[name]) for name in layers}}
+    info: dict[str, Any] = {"version": VERSION, "target": target.as_dict()}
+    info["shapes"] = {name: list(shapes[name]) for name in layers}
+    if targets:
+        info["targets"] = {name: targets[name].as_dict() for name in layers}
     save_file(tensors, path, metadata={"layerwise": json.dumps(info)})
 
 
 def join(path: Path, parts: Sequence[Path]) -> None:
-    """Write what files of `write`, of one target, hold into one, tensor by tensor."""
+    """Write what files of `write`, of one target or budget, hold into one, tensor by tensor."""
     entries: list[tuple[str, dict[str, Any], Path, int]] = []
-    shapes, info = {}, {}
+    shapes, targets, info = {}, {}, {}
     for part in parts:
         with part.open("rb") as file:
             size = int.from_bytes(file.read(8), "little")
             header = json.loads(file.read(size))
         info = json.loads(header.pop("__metadata__")["layerwise"])
         shapes |= info["shapes"]
+        targets |= info.get("targets", {})
         entries += [(name, entry, part, 8 + size) for name, entry in header.items()]
     # Wide numbers first, so that all are aligned.
     entries.sort(key=lambda entry: (-WIDTHS[entry[1]["dtype"]], entry[0]))
-    whole: dict[str, Any] = {"__metadata__": {"layerwise": json.dumps(info | {"shapes": shapes})}}
+    gathered = {"shapes": shapes} | ({"targets": targets} if targets else {})
+    whole: dict[str, Any] = {"__metadata__": {"layerwise": json.dumps(info | gathered)}}
     end = 0
     for name, entry, _, _ in entries:
         start, stop = entry["data_offsets"]
@@ -317,7 +329,8 @@ def join(path: Path, parts: Sequence[Path]) -> None:
 class PackedFile:
     """A file of compressed layers, read layer by layer.
 
-    It is opened for each: what has been read of a mapped file counts as memory until it is closed.
+    target: of all layers, or the budget that is spread over them. It is opened for each: what has been read of a mapped
+    file counts as memory until it is closed.
     A file without the metadata of `write` is taken for weights [out, in] under their layers' names.
     Raises InputError, in one sentence, when it cannot be read or what it holds does not fit together.
     """
@@ -335,11 +348,14 @@ class PackedFile:
             if info["version"] != VERSION:
                 raise InputError(f"{path} is of version {info['version']} of the layout, this code reads {VERSION}.")
             self.target = Target(**info["target"])
+            self.targets = {name: Target(**own) for name, own in info.get("targets", {}).items()}
             self.shapes = {name: tuple(shape) for name, shape in info["shapes"].items()}
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise InputError(f"What {path} says of its layers cannot be read: {error!r}.") from None
         if not text:
             self.shapes = found
+        if self.targets and self.targets.keys() != self.shapes.keys():
+            raise InputError(f"{path} must have a target for each of its layers. Got {len(self.targets)} instead.")
         self._parts: dict[str, dict[str, str]] = {name: {} for name in self.shapes}
         for name in found:
             layer, _, part = name.rpartition(".")
@@ -350,12 +366,16 @@ class PackedFile:
             else:
                 raise InputError(f"{path} has the tensor {name!r}, which belongs to none of its layers.")
 
+    def target_of(self, layer: str) -> Target:
+        """The layer's target: one for all layers, or its own where a budget is spread over them."""
+        return self.targets.get(layer, self.target)
+
     def read(self, layer: str) -> Compressed:
         """The layer, with its weight [out, in] float32."""
         try:
             with safe_open(self._place, "pt") as file:
                 parts = {part: file.get_tensor(name) for part, name in self._parts[layer].items()}
-            return restored(parts, self.target, self.shapes[layer])
+            return restored(parts, self.target_of(layer), self.shapes[layer])
         except (ValueError, OSError, SafetensorError) as error:
             raise InputError(f"{layer} in {self.path} is damaged: {error}.") from None
 

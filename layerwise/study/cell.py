@@ -30,6 +30,7 @@ class CellColumns(TargetSpec):
     method: str
     comparison: str
     target: str
+    allocation: str
     params: str
     seed: int
     cell: str
@@ -42,13 +43,25 @@ class MethodSpec(TypedDict):
     params: Mapping[str, Any]
 
 
+class AllocationSpec(TypedDict):
+    """What the job that spreads a budget over the layers is given; name: of the config's entry."""
+
+    name: str
+    allocator: str
+    params: Mapping[str, Any]
+    target: TargetSpec
+    seed: int
+
+
 class CellSpec(TypedDict):
-    """What the job that computes a cell is given. tune: stage -> its settings, absent where nothing is tuned."""
+    """What the job that computes a cell is given. tune: stage -> its settings, absent where nothing is tuned.
+    allocation: absent where all layers have the target's own level."""
 
     columns: CellColumns
     method: MethodSpec
     target: TargetSpec
     tune: NotRequired[Mapping[str, Mapping[str, Any]]]
+    allocation: NotRequired[AllocationSpec]
 
 
 def canonical(value: Any) -> str:
@@ -97,14 +110,25 @@ class Cell:
 
     @property
     def certificate(self) -> str | None:
-        """Path of the bound on the errors of the cell's layers: masks of a bounded pattern on the dense Grams."""
+        """Path of the bound on the errors of the cell's layers: masks of a bounded pattern on the dense Grams.
+
+        A bound is that of one target for all layers, so that layers of other levels have none.
+        """
         target = Target(**self.spec["target"])
         mask_only = self.spec["columns"]["comparison"] == "mask-only"
-        if self.mode != "shared" or not mask_only or target.structure not in CERTIFIED:
+        if self.mode != "shared" or not mask_only or self.levels or target.structure not in CERTIFIED:
             return None
         return (
             f"results/certificates/{self.model}/{self.calib}/{identity(slug(target.label), target.as_dict())}.parquet"
         )
+
+    @cached_property
+    def levels(self) -> str | None:
+        """Path of the table of the layers' levels, where the budget is spread over them."""
+        if (allocation := self.spec.get("allocation")) is None:
+            return None
+        name = f"{allocation['name']}-{slug(Target(**allocation['target']).label)}"
+        return f"results/allocations/{self.model}/{self.calib}/{identity(name, allocation)}.parquet"
 
     def overlap(self, evaluation: str) -> str:
         """Path of what the cell's calibration has in common with an evaluation, which is known by its identity."""

@@ -53,6 +53,9 @@ UNKNOWN_MB = 8000  # asked for jobs of a model that has not been fetched
 # 2048), estimate and peak in MB: calibration 1856, 1690; dense 1469, 1415; wanda, shared 1918, 1500; wanda, sequential
 # 2095, 1648; sparsegpt, shared 1944, 1726.
 CERTIFICATE = (40.0, 16.0, 400.0)
+BLOCK_COPIES = 3  # of a block's weights in float32 while an allocator measures it
+LEVELS_TRIED = 14  # of a layer, by a knapsack with its default levels
+SPECTRUM = 20.0  # products of a weight and a Gram that singular values take as long as
 
 # ------------------------------------------------------------------------------------------------------ rough durations
 
@@ -118,6 +121,7 @@ class CostModel:
             "perplexity": self._perplexity,
             "zero_shot": self._tasks,
             "certificate": self._certificate,
+            "allocate": self._allocate,
             "export": self._export,
         }.get(job.rule)
         if make is None:
@@ -128,7 +132,7 @@ class CostModel:
             return None
         cell = self.cell(job) if job.rule == "compress" else None
         named = (job.wildcards.get(key) for key in ("model", "calib", "mode", "evaluation", "tasks"))
-        key = (job.rule, *named, *(_kind(cell, self.plan) if cell else ()))
+        key = (job.rule, *named, job.wildcards.get("allocation"), *(_kind(cell, self.plan) if cell else ()))
         if key not in self._costs:
             model = ModelCost.of(self.plan.models[name], shape, lambda entry: self.computed(entry, job.rule))
             self._costs[key] = make(model, job)
@@ -151,10 +155,14 @@ class CostModel:
                 yield Job("dense_states", {"model": model, "evaluation": evaluation})
         for model, calib in dict.fromkeys((cell.model, cell.calib) for cell in self.plan.cells):
             yield Job("check_model", {"model": model, "calib": calib})
-        for model, calib in dict.fromkeys(
-            (cell.model, cell.calib) for cell in self.plan.cells if cell.mode == "shared"
-        ):
+        spread = self.plan.allocations
+        with_grams = [cell for cell in self.plan.cells if cell.mode == "shared"]
+        with_grams += [cell for cell in spread.values() if self._sees_grams(cell)]
+        for model, calib in dict.fromkeys((cell.model, cell.calib) for cell in with_grams):
             yield Job("gram", {"model": model, "calib": calib})
+        for path, cell in spread.items():
+            name = path.rpartition("/")[2].removesuffix(".parquet")
+            yield Job("allocate", {"model": cell.model, "calib": cell.calib, "allocation": name})
         for cell in self.plan.cells:
             place = {"model": cell.model, "calib": cell.calib, "mode": cell.mode, "cell": cell.cell}
             yield Job("compress", place)
@@ -250,6 +258,29 @@ class CostModel:
         most = max((4 * (w * out * size + g * size**2) for out, size, _ in layers), default=0)
         work = model.shape.total(lambda block: sum(2 * products * out * size**2 for out, size, _ in block.layers))
         return JobCost(model.at_rest.streamed + most, work=work)
+
+    def _sees_grams(self, cell: Cell) -> bool:
+        """Whether what spreads a cell's budget sees the dense Grams."""
+        spec = cell.spec.get("allocation")
+        return spec is not None and "gram" in self.plan.allocators[spec["allocator"]].card["needs"]
+
+    def _allocate(self, model: ModelCost, job: Job) -> JobCost:
+        cell = self.plan.allocations["results/allocations/{model}/{calib}/{allocation}.parquet".format(**job.wildcards)]
+        spec = cell.spec.get("allocation")
+        assert spec is not None
+        entry = self.plan.allocators[spec["allocator"]]
+        inner = [of_method(self.plan.catalogue, name, params) for _, name, params in entry.inner(spec["params"])]
+        w, g, products = (max((cost[i] for cost in inner), default=0.0) for i in range(3))
+        peaks, work = [], 0.0
+        for block, times in model.shape.blocks.items():
+            # A block's weights in float32 and their scores, its Grams, and what solving a layer takes beside them.
+            held = BLOCK_COPIES * 4 * sum(out * size for out, size, _ in block.layers)
+            held += kept(block) if self._sees_grams(cell) else 0.0
+            solving = [4 * (w * out * size + g * size**2) + SCORING * size for out, size, _ in block.layers]
+            peaks.append(held + max(solving, default=0.0))
+            tried = LEVELS_TRIED * (products + 1) if inner else SPECTRUM
+            work += times * sum(2 * tried * out * size**2 for out, size, _ in block.layers)
+        return JobCost(model.at_rest.streamed + max(peaks, default=0.0), CELL_FILES, work=work)
 
     def _export(self, model: ModelCost, job: Job) -> JobCost:
         model = model.at_rest

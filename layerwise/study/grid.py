@@ -16,8 +16,9 @@ from layerwise.runtime.project import ROOT
 from layerwise.runtime.sentences import brief, place
 from layerwise.sources import checkpoint_files, task_sets, text_files
 from layerwise.sources.specs import CalibrationSpec, EvaluationSpec, ModelSpec, TaskSetSpec
-from layerwise.study import config_file
-from layerwise.study.cell import Cell, CellColumns, CellSpec, TargetSpec, canonical, identity, plain
+from layerwise.study import allocation_entries, config_file
+from layerwise.study.allocation_entries import UNIFORM, AllocationEntry, read_allocations
+from layerwise.study.cell import AllocationSpec, Cell, CellColumns, CellSpec, TargetSpec, canonical, identity, plain
 from layerwise.study.method_entries import MethodEntry, read_methods, target_of
 
 SCHEMA = yaml.safe_load((ROOT / "workflow/schemas/config.schema.yaml").read_text("utf-8"))
@@ -34,6 +35,7 @@ class SkippedRow(TypedDict):
     label: str
     method: str
     target: str
+    allocation: str
     reason: str
 
 
@@ -49,6 +51,7 @@ class Plan:
     tasks: Mapping[str, TaskSetSpec]
     cells: list[Cell]
     skipped: list[SkippedRow]
+    allocators: Catalogue
 
     @cached_property
     def by_folder(self) -> dict[str, Cell]:
@@ -60,16 +63,27 @@ class Plan:
         wanted = self.cells if self.config["certificates"] else []
         return {path: cell for cell in wanted if (path := cell.certificate)}
 
+    @cached_property
+    def allocations(self) -> dict[str, Cell]:
+        """Path of each table of levels that the study computes -> a cell that has them."""
+        return {path: cell for cell in self.cells if (path := cell.levels)}
+
     @property
     def gives(self) -> set[str]:
-        """What figures may need: `certificates`, `traces` that measure the error of the layer or a relaxed one, and
-        `pairs` of methods that may be compared."""
+        """What figures may need: `certificates`, `allocations`, `traces` that measure the error of the layer or a
+        relaxed one, and `pairs` of methods that may be compared."""
         criteria = {self.catalogue[cell.columns["method"]].criterion for cell in self.cells}
         traced = criteria & {"error", "relaxed error"}
         keys = ("label", "model", "calibration", "mode", "comparison", "target")
         methods = {tuple(cell.columns[key] for key in keys) for cell in self.cells}
         pairs = len({key[1:] for key in methods}) < len(methods)
-        given = {"certificates": self.certificates, "traces": traced, "pairs": pairs, "sweep": self.config.get("sweep")}
+        given = {
+            "certificates": self.certificates,
+            "allocations": self.allocations,
+            "traces": traced,
+            "pairs": pairs,
+            "sweep": self.config.get("sweep"),
+        }
         return {name for name, present in given.items() if present}
 
     def warnings(self) -> list[str]:
@@ -150,10 +164,11 @@ def plan(config: Mapping[str, Any], check_sources: bool = False) -> Plan:
     """
     full = validate(config)
     catalogue, entries = read_methods(full)
+    allocators, allocations = read_allocations(full, catalogue)
     targets = [target_of(entry, f"targets.{i}") for i, entry in enumerate(full["targets"])]
     if check_sources:
         _check_sources(full, [*targets, *(target for entry in entries for target in entry.targets or ())])
-    grid = _Grid.of(full, catalogue)
+    grid = _Grid.of(full, catalogue, allocators, allocations)
     cells: list[Cell] = []
     skipped: list[SkippedRow] = []
     for entry in entries:
@@ -164,7 +179,8 @@ def plan(config: Mapping[str, Any], check_sources: bool = False) -> Plan:
     named = {identity(name, spec): cast(TaskSetSpec, {"name": name, **spec}) for name, spec in tasks.items()}
     unique = {cell.folder: cell for cell in cells}
     evaluations = cast(dict[str, EvaluationSpec], _repeated(full, "evaluation"))
-    return Plan(full, catalogue, grid.models, grid.calibrations, evaluations, named, list(unique.values()), skipped)
+    places = (grid.models, grid.calibrations, evaluations, named)
+    return Plan(full, catalogue, *places, list(unique.values()), skipped, allocators)
 
 
 def _check_sources(full: Mapping[str, Any], targets: Sequence[Target]) -> None:
@@ -211,10 +227,14 @@ def _check_targets(
     skipped: Sequence[SkippedRow],
 ) -> None:
     """Raise InputError for a target that no method reaches, unless the study has controls alone."""
-    supported = {cell.spec["columns"]["target"] for cell in cells}
-    unreached = [target.label for target in targets if target.label not in supported]
+    supported = {canonical(cell.spec["target"]) for cell in cells}
+    unreached = [target.label for target in targets if canonical(target.as_dict()) not in supported]
     if unreached and not all(catalogue[entry.method].control for entry in entries):
-        reasons = [f" ({row['label']}: {row['reason']})" for row in skipped if row["target"] == unreached[0]]
+        reasons = [
+            f" ({row['label']}: {row['reason']})"
+            for row in skipped
+            if f"{row['target']} ".startswith(f"{unreached[0]} ")
+        ]
         raise InputError(f"targets: no method of the study supports {unreached[0]}{''.join(reasons[:1])}.")
 
 
@@ -236,9 +256,17 @@ class _Grid:
     calibrations: Mapping[str, CalibrationSpec]
     modes: Sequence[str]
     seeds: Mapping[str, int]
+    allocators: Catalogue
+    allocations: Sequence[AllocationEntry]
 
     @classmethod
-    def of(cls, full: Mapping[str, Any], catalogue: Catalogue) -> "_Grid":
+    def of(
+        cls,
+        full: Mapping[str, Any],
+        catalogue: Catalogue,
+        allocators: Catalogue,
+        allocations: Sequence[AllocationEntry],
+    ) -> "_Grid":
         models = {
             identity(name, spec): cast(ModelSpec, {"name": name, **spec}) for name, spec in full["models"].items()
         }
@@ -247,7 +275,7 @@ class _Grid:
             calib: spec["seed"] if "seeds" in full["calibration"][name_of(spec)] else full["seed"]
             for calib, spec in calibrations.items()
         }
-        return cls(catalogue, models, calibrations, full["modes"], seeds)
+        return cls(catalogue, models, calibrations, full["modes"], seeds, allocators, allocations)
 
     def expand(self, entry: MethodEntry, targets: Sequence[Target], skipped: list[SkippedRow]) -> Iterator[Cell]:
         """The cells of an entry; what it does not reach is added to `skipped`.
@@ -260,14 +288,23 @@ class _Grid:
             return
         reason = "no target is given"
         reached = False
-        for target in targets if entry.targets is None else entry.targets:
-            if refused := self._refusal(entry, target):
-                reason = refused
-                skipped.append({"label": entry.label, "method": entry.method, "target": target.label, "reason": reason})
-                continue
-            reached = True
-            for model, calib, mode in itertools.product(self.models, self.calibrations, entry.modes or self.modes):
-                yield self._cell(entry, target, model, calib, mode)
+        asked = targets if entry.targets is None else entry.targets
+        for target in asked:
+            for allocation, refused in self._allocations(entry, target):
+                if refused:
+                    reason = refused
+                    row: SkippedRow = {
+                        "label": entry.label,
+                        "method": entry.method,
+                        "target": _label(target, allocation),
+                        "allocation": UNIFORM if allocation is None else allocation.name,
+                        "reason": reason,
+                    }
+                    skipped.append(row)
+                    continue
+                reached = True
+                for model, calib, mode in itertools.product(self.models, self.calibrations, entry.modes or self.modes):
+                    yield self._cell(entry, target, model, calib, mode, allocation)
         if not reached:
             raise InputError(f"methods.{entry.label}: {entry.method} reaches none of the targets ({reason}).")
 
@@ -280,6 +317,14 @@ class _Grid:
         for model in self.models:
             yield self._cell(entry, Target(), model, next(iter(self.calibrations)), self.modes[0])
 
+    def _allocations(self, entry: MethodEntry, target: Target) -> Iterator[tuple[AllocationEntry | None, str | None]]:
+        """(allocation, why its levels cannot be given or None); what the method itself refuses it refuses once."""
+        if reason := self._refusal(entry, target):
+            yield None, reason
+            return
+        for allocation in self.allocations:
+            yield allocation, allocation_entries.refusal(self.allocators, self.catalogue, allocation, entry, target)
+
     def _refusal(self, entry: MethodEntry, target: Target) -> str | None:
         """Why an entry cannot reach a target, or None."""
         reason = self.catalogue.refusal(entry.method, entry.params, target)
@@ -287,9 +332,29 @@ class _Grid:
             return "tune.end trains scales and zeros, of which there are none without bits"
         return reason
 
-    def _cell(self, entry: MethodEntry, target: Target, model: str, calib: str, mode: str) -> Cell:
+    def _cell(
+        self,
+        entry: MethodEntry,
+        target: Target,
+        model: str,
+        calib: str,
+        mode: str,
+        allocation: AllocationEntry | None = None,
+    ) -> Cell:
+        """allocation: None where there is nothing to spread."""
         asked, seed = cast(TargetSpec, target.as_dict()), self.seeds[calib]
-        name = identity(entry.label, {**entry.settings(), "seed": seed, "target": asked})
+        spread: AllocationSpec | None = None
+        if allocation is not None and allocation.name != UNIFORM:
+            spread = {
+                "name": allocation.name,
+                "allocator": allocation.allocator,
+                "params": allocation.params,
+                "target": asked,
+                "seed": seed,
+            }
+        # Equal levels leave no trace in the identity: a study without allocations keeps its cells when it gets some.
+        further = {"allocation": spread} if spread else {}
+        name = identity(entry.label, {**entry.settings(), "seed": seed, "target": asked, **further})
         comparison = self.catalogue[entry.method].comparison(target)
         columns: CellColumns = {
             "model": name_of(self.models[model]),
@@ -298,7 +363,8 @@ class _Grid:
             "label": entry.label,
             "method": entry.method,
             "comparison": "tuned" if entry.tune and comparison != "control" else comparison,
-            "target": target.label,
+            "target": _label(target, allocation),
+            "allocation": spread["name"] if spread else UNIFORM,
             **asked,
             "params": canonical({**entry.params, **({"tune": entry.tune} if entry.tune else {})}),
             "seed": seed,
@@ -311,7 +377,14 @@ class _Grid:
         }
         if entry.tune:
             spec["tune"] = entry.tune
+        if spread:
+            spec["allocation"] = spread
         return Cell(model, calib, mode, name, spec)
+
+
+def _label(target: Target, allocation: AllocationEntry | None) -> str:
+    """The target's short name, and the allocation's where layers differ: 60% row, 60% row owl."""
+    return target.label if allocation is None or allocation.name == UNIFORM else f"{target.label} {allocation.name}"
 
 
 def name_of(spec: ModelSpec | CalibrationSpec | EvaluationSpec | TaskSetSpec) -> str:

@@ -1,6 +1,7 @@
 """What the rules of the workflow need for a job, from its wildcards: files, entries of the config, and code.
 
-Wildcards are Snakemake's, with attributes `model`, `calib`, `mode`, `cell`, `evaluation`, `tasks` and `bound`.
+Wildcards are Snakemake's, with attributes `model`, `calib`, `mode`, `cell`, `evaluation`, `tasks`, `bound` and
+`allocation`.
 """
 
 import json
@@ -9,19 +10,21 @@ from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
-from layerwise.contract.import_closure import METHODS, closure, file_of
+from layerwise.contract.import_closure import ALLOCATORS, METHODS, closure, file_of
 from layerwise.runtime.errors import InputError
 from layerwise.runtime.files import digest_of
 from layerwise.runtime.project import PACKAGE, ROOT, from_here, portable
 from layerwise.sources import checkpoint_files, task_sets
 from layerwise.sources import text_files as texts
-from layerwise.study.cell import Cell, canonical
+from layerwise.study.cell import AllocationSpec, Cell, canonical
 from layerwise.study.grid import Plan
 
 Wildcards = Any
 CELL = "results/cells/{model}/{calib}/{mode}/{cell}"
 DENSE = "results/dense/{{model}}/{}.json"  # of an evaluation, with the wildcard of the model
 BOUND = "results/certificates/{model}/{calib}/{bound}.parquet"
+LEVELS = "results/allocations/{model}/{calib}/{allocation}.parquet"
+GRAM = "results/calibration/{model}/{calib}/gram.json"
 
 
 class Code:
@@ -67,6 +70,50 @@ class JobInputs:
     def certified(self, wildcards: Wildcards) -> Cell:
         """A cell whose layers the bound holds for."""
         return self.plan.certificates[BOUND.format(**wildcards)]
+
+    def levels(self, wildcards: Wildcards) -> list[str]:
+        """The table of levels that a cell needs, if its budget is spread over the layers."""
+        path = self.cell(wildcards).levels
+        return [path] if path else []
+
+    def spread(self, wildcards: Wildcards) -> Cell:
+        """A cell that has the levels of an allocation. Raises InputError where the study has none."""
+        path = LEVELS.format(**wildcards)
+        if path not in self.plan.allocations:
+            raise InputError(f"{path} must be of this study: its config was edited during a run. Run again.")
+        return self.plan.allocations[path]
+
+    def allocation(self, wildcards: Wildcards) -> AllocationSpec:
+        """What the job that spreads a budget is given."""
+        spec = self.spread(wildcards).spec.get("allocation")
+        assert spec is not None
+        return spec
+
+    def allocation_columns(self, wildcards: Wildcards) -> dict[str, Any]:
+        """Columns of the table of levels that the job does not know."""
+        columns = self.spread(wildcards).columns
+        return {key: columns[key] for key in ("model", "calibration")}
+
+    def allocation_gram(self, wildcards: Wildcards) -> list[str]:
+        """Where the dense Grams are, for an allocator that sees them."""
+        needs = self.plan.allocators[self.allocation(wildcards)["allocator"]].card["needs"]
+        return [GRAM.format(**wildcards)] if {"gram", "errors"} & set(needs) else []
+
+    def allocator_sources(self, wildcards: Wildcards) -> tuple[Path, ...]:
+        """Code that decides an allocation's levels: its allocator's file, its probes' files and what they import."""
+        spec = self.allocation(wildcards)
+        return tuple(self.plan.allocators.sources(spec["allocator"], spec["params"]))
+
+    def allocator_folders(self, wildcards: Wildcards) -> list[str]:
+        """Arguments for the folders of others that the allocator, and the methods inside it, come from."""
+        spec = self.allocation(wildcards)
+        own = self.plan.allocators[spec["allocator"]].path
+        sources = [path for path in self.allocator_sources(wildcards) if not path.is_relative_to(PACKAGE)]
+        folders = {from_here(path.parent) for path in sources if path != own}
+        folders -= {from_here(METHODS), from_here(ALLOCATORS)}
+        found = [part for folder in sorted(folders) for part in ("--method-path", folder)]
+        mine = from_here(own.parent)
+        return found if mine == from_here(ALLOCATORS) else [*found, "--allocator-path", mine]
 
     def method_sources(self, wildcards: Wildcards) -> tuple[Path, ...]:
         """Code that decides a cell's numbers: its method's file, its warm starts' files and what they import."""

@@ -20,7 +20,7 @@ from tests.support.synthetic_tables import EVALUATIONS, PROVENANCE, STUDY, Synth
 
 TEXTS = tuple(EVALUATIONS)
 PLAN = [cell("dense", "dense"), cell("magnitude", "60% row"), cell("wanda", "60% row")]
-SKIPPED = [{"label": "rtn", "method": "rtn", "target": "2:4", "reason": "rtn does not prune"}]
+SKIPPED = [{"label": "rtn", "method": "rtn", "target": "2:4", "allocation": "uniform", "reason": "rtn does not prune"}]
 
 
 def results(

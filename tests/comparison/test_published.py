@@ -19,6 +19,7 @@ from layerwise.cli.app import app
 from layerwise.comparison import published_page
 from layerwise.comparison.published import (
     FILE,
+    pairs,
     published_comparisons,
     read_published,
     target_of,
@@ -53,7 +54,7 @@ def row(method: str = "wanda", number: float = 30.0, **changes: Any) -> dict[str
     named = {"paper": "P", "table": "T", "model": "OPT", "method": method, "setting": "50%; seqlen 2048"}
     known = {"status": "primary", "source": "here", "hub": HUB, "our_method": method, "our_metric": "perplexity"}
     own = {"evaluation_text": "wikitext2", "evaluation_length": 2048, "number": number, "pattern": "row"}
-    empty = ("our_params", "bits", "group", "deviation", "assumed", "not_joined", "fewshot")
+    empty = ("our_params", "our_allocation", "bits", "group", "deviation", "assumed", "not_joined", "fewshot")
     own["value"] = f"{number:.2f}"
     return {**dict.fromkeys(empty), "symmetric": False, **sparse, **protocol, **named, **known, **own, **changes}
 
@@ -117,6 +118,22 @@ def test_the_translation_says_what_is_printed(paper):
             assert (target.bits, target.group) == (int(bits[1]), 128 if "g128" in setting else None)
         if length := re.search(r"; seqlen (\d+)$", setting):
             assert r["evaluation_length"] == int(length[1])
+
+
+def test_a_row_of_a_spread_target_is_held_against_its_own_cells():
+    spread = {"allocations": {"uniform": None, "owl": {"official": True}, "mild": {"allocator": "owl", "spread": 0.02}}}
+    planned = study(**spread)
+    (model,) = planned.models
+    joined = pairs(planned, row("wanda", our_allocation='{"owl": {"official": true}}'), model)
+    assert [pair.cell.columns["target"] for pair in joined] == ["50% row owl"]
+    assert [pair.cell.columns["target"] for pair in pairs(planned, row("wanda"), model)] == ["50% row"]
+    _, lost = published_comparisons(study(), [row("wanda"), row("wanda", our_allocation='{"owl": {}}')], None)
+    assert lost["reason"] == "the study has no cell of wanda at this target by owl with these parameters"
+
+
+def test_owl_s_rows_are_joined():
+    owl = [r for r in JOINED if r["our_allocation"]]
+    assert len(owl) == 10 and {(r["paper"], r["our_method"]) for r in owl} == {("OWL", "wanda"), ("OWL", "sparsegpt")}
 
 
 def test_the_length_of_llama_2_is_that_of_the_paper():

@@ -21,6 +21,7 @@ from layerwise.calibration.calibrate import write_gram
 from layerwise.calibration.gram_store import read_block
 from layerwise.checks import layer_cases as layers
 from layerwise.cli import compress as compress_worker
+from layerwise.compression import allocate
 from layerwise.compression import solver as solver_module
 from layerwise.contract.layer import Gram, Layer
 from layerwise.contract.target import Target
@@ -33,6 +34,7 @@ from layerwise.numerics import ops
 from layerwise.runtime.errors import InputError
 from layerwise.sources import fingerprint
 from layerwise.storage.packed_weights import PackedFile
+from layerwise.study.cell import Cell
 from layerwise.study.grid import plan
 from tests.support.model_families import HIDDEN, build, tokens
 from tests.support.typing_helpers import some
@@ -108,8 +110,12 @@ class Case:
         own: Path | None = None,
         tune: dict[str, Any] | None = None,
         dtype: str | None = None,
+        allocations: dict[str, Any] | None = None,
     ) -> Path:
-        """Compress as the workflow does and return the cell's folder."""
+        """Compress as the workflow does and return the cell's folder.
+
+        allocations: a section of a config with one entry, whose levels lie in the folder too.
+        """
         entry = {"tune": tune} if tune else {}
         entry |= {"chain": ["wanda", "rtn"]} if method == "chain" else {}
         config = {
@@ -120,21 +126,41 @@ class Case:
             "modes": [mode],
             "targets": [{key: value for key, value in target.as_dict().items() if value is not None}],
             "methods": {method: entry} if method != "dense" else {"dense": None, "magnitude": None},
-            "method_paths": [str(own)] if own else [],
+            "method_paths": [str(own)] if own and not allocations else [],
+            **({"allocations": allocations, "allocator_paths": [str(own)] if own else []} if allocations else {}),
         }
         folder = self.folder / (out or f"cells/{method} {target.label} {mode}".replace(":", "of"))
+        cell = plan(config).cells[0]
+        levels = folder / "levels.parquet"
+        if cell.levels:
+            self.allocate(cell, levels, own)
         arguments = {
-            "cell": plan(config).cells[0].params,
+            "cell": cell.params,
             "model": self.model,
             "fingerprint": self.folder / "model.json",
             "tokens": self.folder / "tokens.safetensors",
             **({"gram": self.folder / "gram"} if mode == "shared" else {}),
             **({"method-path": own} if own else {}),
             **({"dtype": dtype} if dtype else {}),
+            **({"levels": levels} if cell.levels else {}),
             "out": folder,
         }
         compress_worker.main([part for key, value in arguments.items() for part in (f"--{key}", str(value))])
         return folder
+
+    def allocate(self, cell: Cell, out: Path, own: Path | None) -> None:
+        """Spread a cell's budget as the workflow does."""
+        out.parent.mkdir(parents=True, exist_ok=True)
+        arguments = {
+            "columns": json.dumps({"model": "tiny", "calibration": "words"}),
+            "allocation": json.dumps(cell.spec.get("allocation")),
+            "model": self.model,
+            "fingerprint": self.folder / "model.json",
+            "gram": self.folder / "gram",
+            **({"allocator-path": own} if own else {}),
+            "out": out,
+        }
+        allocate.main([part for key, value in arguments.items() for part in (f"--{key}", str(value))])
 
 
 @pytest.fixture(scope="module")

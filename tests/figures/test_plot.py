@@ -19,6 +19,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from layerwise.figures import plot
+from layerwise.figures.allocation import levels_along_depth, metrics_vs_budget
 from layerwise.figures.convergence import BOUND, convergence, typical_layer
 from layerwise.figures.depth import error_along_depth, error_reduction
 from layerwise.figures.errors import error_relative, gap_to_bound, ratios
@@ -64,10 +65,26 @@ DRAW = {
     "error_relative": error_relative,
     "error_reduction": error_reduction,
     "gap_to_bound": gap_to_bound,
+    "levels_along_depth": levels_along_depth,
+    "metrics_vs_budget": metrics_vs_budget,
     "sweep": sweep,
     "convergence": convergence,
     "method_ranks": method_ranks,
 }
+
+
+ALLOCATIONS = ("uniform", "owl", "knapsack")
+SPREAD = [
+    cell("dense", "dense"),
+    *(
+        cell(method, target, allocation=allocation, seed=seed)
+        for method in ("wanda", "sparsegpt")
+        for target in ("60% row", "70% row", "2:4", "4b g128")
+        for allocation in ALLOCATIONS
+        for seed in range(2)
+        if METHODS[method][3] or target != "4b g128"
+    ),
+]
 
 
 def drawn(name: str, cells: list[SyntheticCell]) -> Figure:
@@ -105,8 +122,9 @@ def notes(figure: Figure) -> str:
         plan(("rtn",), ("4b g128",)),
         [cell("dense", "dense")],
         [cell(method, "60% row", seed=seed) for method in ("magnitude", "wanda", "ria") for seed in range(3)],
+        SPREAD,
     ],
-    ids=["demo", "two-models", "one-target", "one-pattern", "quantised-only", "dense-only", "seeds"],
+    ids=["demo", "two-models", "one-target", "one-pattern", "quantised-only", "dense-only", "seeds", "spread"],
 )
 @pytest.mark.filterwarnings("error")
 def test_every_figure_draws_every_kind_of_study_without_a_warning(name, cells, tmp_path):
@@ -523,6 +541,35 @@ def test_figures_of_one_number_draw_the_mean_over_the_seeds():
 def test_a_figure_has_a_caption(name):
     assert list(DRAW) == list(plot.FIGURES)
     assert len((ROOT / "workflow" / "report" / f"{name}.rst").read_text().split()) > 30
+
+
+def test_levels_are_a_line_per_allocation_at_the_middle_budget():
+    with styled():
+        figure = drawn("levels_along_depth", SPREAD)
+    assert legend_texts(figure) == list(ALLOCATIONS)
+    first = panels(figure)[0]
+    lines = {line.get_label(): line for line in first.get_lines()}
+    assert len(lines) == 3 and len(panels(figure)) == 7
+    uniform, owl, _ = first.get_lines()
+    assert set(uniform.get_ydata()) == {0.6}
+    assert list(owl.get_ydata()) == pytest.approx([0.6 + 0.2 * (block / 8 - 0.5) for block in range(8)])
+
+
+def test_perplexity_and_kl_stand_against_the_budget():
+    with styled():
+        figure = drawn("metrics_vs_budget", SPREAD)
+    titles = [axes.get_title("left") for axes in panels(figure) if axes.get_title("left")]
+    assert titles == ["wanda", "sparsegpt"] * 2 + ["sparsegpt"]  # zeros of rows, n:m, bits
+    top = panels(figure)[0]
+    assert [len(line.get_xdata()) for line in top.get_lines()] == [2, 2, 2]
+    assert list(top.get_lines()[0].get_xdata()) == [0.6, 0.7]
+
+
+def test_other_figures_keep_spread_budgets_off_the_lines_of_equal_levels():
+    with styled():
+        figure = drawn("perplexity_vs_sparsity", SPREAD)
+    labels = {text.get_text() for axes in panels(figure) for text in axes.get_xticklabels()}
+    assert "60%\nrow\nowl" in labels and {"60 %", "70 %"} <= labels
 
 
 @pytest.fixture(scope="module")

@@ -23,7 +23,9 @@ from tests.support.synthetic_tables import EVALUATIONS, STUDY, SyntheticCell, ce
 
 pytestmark = pytest.mark.xdist_group("report")
 EVIL = "<script>alert(1)</script>"
-SKIPPED = [{"label": "rtn", "method": "rtn", "target": "2:4", "reason": f"rtn does not prune {EVIL}"}]
+SKIPPED = [
+    {"label": "rtn", "method": "rtn", "target": "2:4", "allocation": "uniform", "reason": f"rtn does not prune {EVIL}"}
+]
 REASON = f"compress: no pivot {EVIL} is left"
 PUBLISHED = {
     "paper": [EVIL, "Wanda"],

@@ -39,7 +39,7 @@ from tests.support.synthetic_tables import (
 )
 
 TEXTS = evaluations(STUDY, EVALUATIONS)
-SKIPPED = [{"label": "rtn", "method": "rtn", "target": "2:4", "reason": "rtn does not prune"}]
+SKIPPED = [{"label": "rtn", "method": "rtn", "target": "2:4", "allocation": "uniform", "reason": "rtn does not prune"}]
 
 
 def gather(root: Path, cells: list[SyntheticCell], partial: bool = False) -> dict[str, pd.DataFrame]:
@@ -63,7 +63,7 @@ def test_rows_stand_in_the_order_of_the_plan_and_columns_in_that_of_the_schema(t
         header = (tmp_path / "tables" / f"{name}.csv").read_text().splitlines()[0]
         assert header.split(",") == list(found[name].columns) == arrow_schema(name).names
     assert len(found["layers"]) == 2 * 2 * 7
-    assert (tmp_path / "tables" / "skipped.csv").read_text().splitlines()[1] == "rtn,rtn,2:4,rtn does not prune"
+    assert (tmp_path / "tables" / "skipped.csv").read_text().splitlines()[1] == "rtn,rtn,2:4,uniform,rtn does not prune"
     before = {path.name: path.read_bytes() for path in (tmp_path / "tables").iterdir()}
     gather(tmp_path, pair)
     assert {path.name: path.read_bytes() for path in (tmp_path / "tables").iterdir()} == before

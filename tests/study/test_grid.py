@@ -214,7 +214,7 @@ def test_cells_are_the_product_and_dense_is_one_per_model():
 def test_columns_of_a_cell():
     cell = plan(study()).cells[1]
     assert list(cell.columns) == [
-        *("model", "calibration", "mode", "label", "method", "comparison", "target"),
+        *("model", "calibration", "mode", "label", "method", "comparison", "target", "allocation"),
         *("sparsity", "pattern", "bits", "group", "symmetric", "params", "seed", "cell"),
     ]
     assert cell.columns["comparison"] == "mask-only" and cell.columns["target"] == "50% row"
@@ -882,6 +882,9 @@ def test_cells_of_the_shipped_study_keep_their_paths_and_specs():
     assert len(planned.cells) == 53
     assert planned.cells[0].folder == "results/cells/demo-e0075f4f/docstrings-635aaf1d/shared/dense-d2776660"
     assert hashlib.sha256(paths.encode()).hexdigest()[:16] == "c9de3b05f1b58b21"
+    # The one thing that a cell of equal levels has more since budgets can be spread is the column that says so.
+    assert specs.count('"allocation":"uniform",') == len(planned.cells)
+    specs = specs.replace('"allocation":"uniform",', "")
     assert hashlib.sha256(specs.encode()).hexdigest()[:16] == "2fadce6d2e9fa01b"
 
 

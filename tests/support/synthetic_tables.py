@@ -92,12 +92,15 @@ def cell(
     calibration: str = "docs",
     params: Mapping[str, Any] | None = None,
     seed: int = 0,
+    allocation: str = "uniform",
 ) -> SyntheticCell:
     sparsity, pattern, bits, group = TARGETS.get(target, (0.0, "row", None, None))
     comparison = METHODS.get(method, ("control",))[0]
     if method == "sparsegpt" and bits:
         comparison = "quantised"
     label = label or method
+    if allocation != "uniform":
+        target = f"{target} {allocation}"
     name = f"{method}-{label}-{target}-{seed}".replace(" ", "-").replace("%", "").replace(":", "-")
     columns = {
         "model": model,
@@ -107,6 +110,7 @@ def cell(
         "method": method,
         "comparison": comparison,
         "target": target,
+        "allocation": allocation,
         "sparsity": sparsity,
         "pattern": pattern,
         "bits": bits,
@@ -167,6 +171,7 @@ def layer_frame(of: SyntheticCell, blocks: int = 8) -> pd.DataFrame:
                     "token_scope": "all",
                     "out": out,
                     "in": inputs,
+                    "level": level_of(columns, block / blocks),
                     "output_error": error,
                     "absolute_error": 10 * error,
                     "first_token_error": 2 * error,
@@ -181,6 +186,13 @@ def layer_frame(of: SyntheticCell, blocks: int = 8) -> pd.DataFrame:
                 }
             )
     return pd.DataFrame(rows)
+
+
+def level_of(columns: Mapping[str, Any], depth: float) -> float:
+    """What a layer at a depth in [0, 1] gives: more the deeper it is, where an allocation says so."""
+    if columns["sparsity"]:
+        return columns["sparsity"] + (0.0 if columns["allocation"] == "uniform" else 0.2 * (depth - 0.5))
+    return float(columns["bits"] or 0)
 
 
 def trace_frame(of: SyntheticCell, iterations: int = 3) -> pd.DataFrame:

@@ -24,7 +24,7 @@ import layerwise.kernels.rows  # noqa: F401 (it says where Numba keeps what is c
 from tests.support.paths import ROOT
 
 # What a run reads, the embedded model apart.
-PARTS = ("Snakefile", "layerwise", "methods", "workflow", "profiles", "config", "resources/published.csv")
+PARTS = ("Snakefile", "layerwise", "methods", "allocators", "workflow", "profiles", "config", "resources/published.csv")
 CORES = 2
 HEADER = re.compile(r"^job\s+count\s*$")  # of Snakemake's table of jobs
 CONFIG = Path("config/tiny.yaml")

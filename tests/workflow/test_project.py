@@ -96,7 +96,7 @@ def imported(source: str) -> set[str]:
     return found
 
 
-@pytest.mark.parametrize("folder", ["methods", "layerwise", "tests"])
+@pytest.mark.parametrize("folder", ["methods", "allocators", "layerwise", "tests"])
 def test_what_is_imported_is_locked(folder):
     files = list((ROOT / folder).rglob("*.py"))
     names = set().union(*(imported(path.read_text("utf-8")) for path in files))

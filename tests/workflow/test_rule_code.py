@@ -83,7 +83,7 @@ def lines(program: str, *arguments: str, folder: Path = ROOT) -> dict[str, list[
 def again(tmp_path_factory) -> dict[str, set[str]]:
     """Module -> the rules that run again after an edit of it, in a copy of the package."""
     folder = tmp_path_factory.mktemp("copy")
-    for part in ("layerwise", "methods", "workflow"):
+    for part in ("layerwise", "methods", "allocators", "workflow"):
         shutil.copytree(ROOT / part, folder / part, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
     modules = sorted(map(str, (folder / "layerwise").rglob("*.py")))
     found = lines(EDITED, json.dumps(RULES), json.dumps(WITHOUT_IMPORTS), *modules, folder=folder)

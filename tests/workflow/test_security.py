@@ -46,7 +46,7 @@ from tests.support.workflow_harness import (
     write_tokenizer,
 )
 
-CODE = sorted(path for part in ("methods", "layerwise") for path in (ROOT / part).rglob("*.py"))
+CODE = sorted(path for part in ("methods", "allocators", "layerwise") for path in (ROOT / part).rglob("*.py"))
 SNAKEFILES = [ROOT / "Snakefile", *sorted((ROOT / "workflow").rglob("*.smk"))]
 
 # ------------------------------------------------------------------------------------------------------ what is called

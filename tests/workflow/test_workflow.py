@@ -36,7 +36,7 @@ pytestmark = pytest.mark.xdist_group("workflow")
 TABLES_ALONE = ("--until", "tables")
 TABLES = ("layers", "cells", "traces", "bounds", "comparisons", "skipped")
 # The study has no iterative method and sweeps nothing.
-DRAWN = [name for name, drawing in FIGURES.items() if drawing.needs not in ("traces", "sweep")]
+DRAWN = [name for name, drawing in FIGURES.items() if drawing.needs not in ("traces", "sweep", "allocations")]
 LAYERS = 7  # linear layers in a block of a Llama
 # Rules that no method concerns.
 BEFORE = {"docstrings", "model", "calibration_tokens", "evaluation_tokens", "overlap", "gram", "dense_states"}

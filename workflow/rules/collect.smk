@@ -6,6 +6,7 @@ rule tables:
         [f"{cell.folder}/tasks-{tasks}.json" for cell in PLAN.cells for tasks in PLAN.tasks],
         list(dict.fromkeys(cell.overlap(text) for cell in PLAN.cells for text in PLAN.evaluations)),
         list(PLAN.certificates),
+        list(PLAN.allocations),
         code=CODE.of("layerwise.results.collect"),
     output:
         [

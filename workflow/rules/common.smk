@@ -51,7 +51,7 @@ STUDY = json.dumps(PLAN.config)  # in the order of the config, which is that of 
 TABLES = [
     *(
         f"results/tables/{name}.{kind}"
-        for name in ("layers", "cells", "traces", "bounds", "comparisons", "skipped")
+        for name in ("layers", "cells", "traces", "bounds", "allocations", "comparisons", "skipped")
         for kind in ("parquet", "csv")
     ),
     *(f"results/tables/main.{kind}" for kind in ("md", "tex")),
@@ -96,6 +96,7 @@ wildcard_constraints:
     mode="shared|sequential",
     cell=r"[^/]+",
     bound=r"[^/]+",
+    allocation=r"[^/]+",
 
 
 def model_mb(wildcards, attempt, rulename):
@@ -108,11 +109,16 @@ def runtime_min(wildcards, attempt, rulename, threads):
     return attempt * COSTS.minutes(Job(rulename, wildcards), threads)
 
 
-def cell_of(wildcards):
+def cell_input(of, wildcards):
+    """What a function of JOBS gives; a cluster's job may read a config that was edited since."""
     try:
-        return JOBS.cell(wildcards)
+        return of(wildcards)
     except InputError as error:
         raise WorkflowError(str(error)) from None
+
+
+def cell_of(wildcards):
+    return cell_input(JOBS.cell, wildcards)
 
 
 tasks_json = as_json(JOBS.task_set)

@@ -12,6 +12,7 @@ rule compress:
             then="results/calibration/{model}/{calib}/gram.json",
             otherwise=[],
         ),
+        levels=lambda wildcards: cell_input(JOBS.levels, wildcards),
         # The worker also evaluates ahead. What it imports for that decides no output of this rule, and has code of its
         # own in the store of evaluations.
         code=lambda wildcards: CODE.of(
@@ -34,15 +35,44 @@ rule compress:
         model=model_json,
         cell=lambda wildcards: cell_of(wildcards).params,
         gram=lambda wildcards, input: ["--gram", input.gram] if wildcards.mode == "shared" else [],
+        levels=lambda wildcards, input: ["--levels", *input.levels] if input.levels else [],
         dtype=JOBS.forward_dtype,
         folders=JOBS.method_folders,
         out=lambda wildcards, output: str(Path(output.record).parent),
         requested=REQUESTED,
     shell:
         "HF_HUB_OFFLINE=1 {WORKER} compress --cell {params.cell:q} --model {params.model:q}"
-        " --fingerprint {input.model:q} --tokens {input.tokens:q} --code {input.code:q} {params.gram:q} {params.dtype:q}"
-        " {params.folders:q} --requested {params.requested:q} --threads {threads} --device {resources.device}"
+        " --fingerprint {input.model:q} --tokens {input.tokens:q} --code {input.code:q} {params.gram:q}"
+        " {params.levels:q} {params.dtype:q} {params.folders:q} --requested {params.requested:q} --threads {threads} --device {resources.device}"
         " --out {params.out:q} 2> >(tee {log:q} >&2)"
+
+
+rule allocate:
+    """The level of each layer, from one budget for all of them."""
+    input:
+        model="results/models/{model}.json",
+        gram=lambda wildcards: cell_input(JOBS.allocation_gram, wildcards),
+        code=lambda wildcards: CODE.of(
+            "layerwise.compression.allocate", files=cell_input(JOBS.allocator_sources, wildcards)
+        ),
+    output:
+        "results/allocations/{model}/{calib}/{allocation}.parquet",
+    log:
+        "logs/allocations/{model}/{calib}/{allocation}.log",
+    resources:
+        mem_mb=model_mb,
+        runtime=runtime_min,
+        device="cpu",
+    params:
+        model=model_json,
+        allocation=as_json(JOBS.allocation),
+        columns=as_json(JOBS.allocation_columns),
+        gram=lambda wildcards, input: ["--gram", *input.gram] if input.gram else [],
+        folders=JOBS.allocator_folders,
+    shell:
+        "{WORKER} allocate --columns {params.columns:q} --allocation {params.allocation:q}"
+        " --model {params.model:q} --fingerprint {input.model:q} {params.gram:q} {params.folders:q}"
+        " --threads {threads} --device {resources.device} --out {output:q} 2> >(tee {log:q} >&2)"
 
 
 rule certificate:

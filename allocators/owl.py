@@ -1,0 +1,82 @@
+"""OWL: blocks with more outliers among their Wanda scores keep more (Yin et al.)."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from layerwise.contract.allocator import Allocator, DenseLayer, Part, Proposal, Target
+
+CARD = {
+    "title": "OWL",
+    "paper": "Outlier Weighed Layerwise Sparsity (OWL): A Missing Secret Sauce for Pruning LLMs to High Sparsity",
+    "arxiv": "2310.05175",
+    "code": "https://github.com/luuyin/OWL",
+    "needs": ["weight", "gram"],
+    "budgets": ["row", "layer", "n:m"],
+    "parameters": {
+        "threshold": {
+            "type": "number",
+            "exclusiveMinimum": 0,
+            "description": "M: a score above so many times the mean of its block is an outlier.",
+        },
+        "spread": {
+            "type": "number",
+            "minimum": 0,
+            "maximum": 0.5,
+            "description": "lambda: levels of blocks differ by twice this at most.",
+        },
+        "counts": {
+            "type": "number",
+            "minimum": 0,
+            "description": "The same of an n:m pattern: pruned weights of m by which blocks differ at most.",
+        },
+        "official": {
+            "type": "boolean",
+            "description": "Levels as the released code has them: their mean over blocks, not over weights, is the "
+            "budget, a level at or below zero becomes 0.01, and n:m counts are rounded as they come.",
+        },
+    },
+}
+LEAST = 0.01  # what the released code makes of a sparsity at or below zero
+
+
+@dataclass(frozen=True)
+class Owl(Allocator):
+    """Keeps more of a block the larger the share of its scores |W_ij| sqrt(G_jj) that exceeds `threshold` x their mean.
+
+    One level for all layers of a block. Blocks of equal shares, and a single block, get the budget itself.
+    """
+
+    threshold: float = 5.0
+    spread: float = 0.08
+    counts: float = 2.0
+    official: bool = False
+
+    def measure(self, layers: Iterator[DenseLayer]) -> Sequence[float]:
+        """The percentage of outliers among all scores of the block, once for each layer."""
+        scores = []
+        for layer in layers:
+            assert layer.gram is not None
+            scores.append(layer.weight.abs() * layer.gram.diagonal.sqrt())
+            del layer
+        count = sum(own.numel() for own in scores)
+        mean = sum(float(own.double().sum()) for own in scores) / count if count else 0.0
+        beyond = sum(int((own > self.threshold * mean).sum()) for own in scores)
+        return [100 * beyond / count if count else 0.0] * len(scores)
+
+    def allocate(self, parts: Sequence[Part], target: Target) -> Proposal:
+        shares = {part.block: float(part.measured) for part in parts}
+        values = np.array(list(shares.values()))
+        range_ = values.max() - values.min()
+        width = self.counts / target.n_of_m[1] if target.n_of_m else 2 * self.spread
+        more = (values - values.min()) / range_ * width if range_ > 0 else np.zeros(len(values))
+        more = more - more.mean()  # kept beyond the budget
+        if self.official and target.n_of_m:
+            more = np.round(more * target.n_of_m[1]) / target.n_of_m[1]
+        levels = target.level - more
+        if self.official and not target.n_of_m:
+            levels = np.where(levels <= 0, LEAST, levels)
+        of_block = dict(zip(shares, levels.tolist(), strict=True))
+        scores = tuple(shares[part.block] for part in parts)
+        return Proposal(tuple(of_block[part.block] for part in parts), scores, official=self.official)

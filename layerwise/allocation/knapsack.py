@@ -1,0 +1,113 @@
+"""One level for each layer with the least sum of errors at a budget: the multiple-choice knapsack, and its bound."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+STATES = 200_000_000  # entries of the table of choices, a byte each
+ROUNDS = 200  # of the bisection for the bound
+Floats = NDArray[np.float64]
+Whole = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """picks: option of each layer. error: their sum. bound: no picks at the budget have a smaller one. unit: weights
+    that the sums were counted in, 1 where they were exact."""
+
+    picks: tuple[int, ...]
+    error: float
+    bound: float
+    unit: int
+
+
+def choose(errors: Sequence[Sequence[float]], excess: Sequence[Sequence[int]], resolution: int) -> Choice:
+    """The picks, one option of each layer, whose excesses sum to zero with the least sum of errors.
+
+    errors, excess: [layers][options]; excess: whole numbers by which an option gives more than the layer's share of the
+    budget. Every layer must have an option of excess zero, so that equal levels are among the picks. resolution: most
+    sums that are told apart; where there are more, excesses are rounded to multiples of a unit, and the true sum may
+    miss zero by half a unit for each layer. Raises ValueError for errors that are not finite.
+    """
+    tables = [np.array(own, dtype=np.float64) for own in errors]
+    if not all(np.isfinite(own).all() for own in tables):
+        raise ValueError("errors must be finite numbers")
+    divisor = math.gcd(*(value for own in excess for value in own)) or 1
+    exact = [np.array([value // divisor for value in own], dtype=np.int64) for own in excess]
+    if any(0 not in own for own in exact):
+        raise ValueError("every layer must have an option that gives its share of the budget")
+    most = max(1, min(resolution, STATES // len(exact)))
+    unit = max(1, -(-_width(exact) // most))
+    # Half a unit is rounded away from zero on both sides, so that no side is favoured.
+    counted = [np.sign(own) * ((2 * np.abs(own) + unit) // (2 * unit)) for own in exact]
+    picks = _programme(tables, counted)
+    error = math.fsum(float(own[pick]) for own, pick in zip(tables, picks, strict=True))
+    return Choice(tuple(picks), error, min(error, _bound(tables, exact)), unit)
+
+
+def _width(excess: Sequence[Whole]) -> int:
+    """How far sums that can still come back to zero reach, on both sides together."""
+    up, down = sum(int(own.max()) for own in excess), sum(int(-own.min()) for own in excess)
+    return 2 * min(up, down) + 1
+
+
+def _programme(errors: Sequence[Floats], excess: Sequence[Whole]) -> list[int]:
+    """Dynamic programming over the sum of excesses, which lies within `side` of zero all along."""
+    side = _width(excess) // 2
+    best = np.full(2 * side + 1, np.inf)
+    best[side] = 0.0
+    choices = []
+    for error, move in zip(errors, excess, strict=True):
+        after, choice = np.full_like(best, np.inf), np.zeros(len(best), dtype=np.uint8)
+        for option in np.argsort(np.abs(move), kind="stable").tolist():  # of equal sums the level nearest the budget
+            shift = int(move[option])
+            if abs(shift) > 2 * side:
+                continue
+            into = slice(max(shift, 0), len(best) + min(shift, 0))
+            source = slice(max(-shift, 0), len(best) + min(-shift, 0))
+            reached = best[source] + error[option]
+            better = reached < after[into]
+            after[into][better] = reached[better]
+            choice[into][better] = option
+        best = after
+        choices.append(choice)
+    picks, place = [], side
+    for move, choice in zip(reversed(excess), reversed(choices), strict=True):
+        option = int(choice[place])
+        picks.append(option)
+        place -= int(move[option])
+    return picks[::-1]
+
+
+def _bound(errors: Sequence[Floats], excess: Sequence[Whole]) -> float:
+    """The largest of the Lagrangian's minima, which is the optimum over the lower convex hulls of the options.
+
+    Every multiplier gives a bound; the best one is where the sum of the excesses that it picks changes sign.
+    """
+    scale = max(1.0, *(float(np.abs(own).max()) for own in excess))
+    moves = [own / scale for own in excess]
+
+    def at(multiplier: float) -> tuple[float, float]:
+        total, slope = [], 0.0
+        for error, move in zip(errors, moves, strict=True):
+            values = error + multiplier * move
+            pick = int(np.argmin(values))
+            total.append(float(values[pick]))
+            slope += float(move[pick])
+        return math.fsum(total), slope
+
+    spread = sum(float(own.max() - own.min()) for own in errors) + 1e-300
+    finest = min((float(np.abs(own[own != 0]).min()) for own in moves if (own != 0).any()), default=1.0)
+    low, high = -2 * spread / finest, 2 * spread / finest
+    best = at(0.0)[0]
+    for _ in range(ROUNDS):
+        middle = (low + high) / 2
+        value, slope = at(middle)
+        best = max(best, value)
+        low, high = (middle, high) if slope > 0 else (low, middle)
+    return best

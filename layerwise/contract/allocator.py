@@ -1,0 +1,83 @@
+"""What an allocator is given, and what it returns: one level for each layer of a model, from one budget for all."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from layerwise.contract.gram import Gram
+from layerwise.contract.layer import Method
+from layerwise.contract.target import Target
+
+__all__ = ["Allocator", "DenseLayer", "Part", "Proposal", "Target"]
+
+
+@dataclass(frozen=True)
+class DenseLayer:
+    """A linear layer of the dense model: weight [out, in] float32, and the Gram of its inputs where the card's `needs`
+    name it."""
+
+    name: str
+    weight: Tensor
+    gram: Gram | None = None
+
+
+@dataclass(frozen=True)
+class Part:
+    """A layer when levels are chosen.
+
+    block: index of its block. out, inputs: of its weight. measured: what `measure` gave for it. errors: of each
+    candidate level (absolute, relative) output error, where the card's `needs` name errors.
+    """
+
+    name: str
+    block: int
+    out: int
+    inputs: int
+    measured: Any = None
+    errors: Mapping[float, tuple[float, float]] | None = None
+
+    @property
+    def size(self) -> int:
+        """Weights."""
+        return self.out * self.inputs
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """What an allocator returns, in the order of the parts.
+
+    levels: share of zeros of each layer, or its bits. The runner holds the budget: levels that miss it are all moved by
+    one number, and kept within limits (allocation/budget.py). scores: what the levels come from, for the table.
+    official: the levels stand as they are, though they may miss the budget, because a released code has them so.
+    error, uniform_error, bound: weighted errors of the levels, of equal levels, and the least that any levels can have,
+    of an allocator that knows them.
+    """
+
+    levels: tuple[float, ...]
+    scores: tuple[float | None, ...]
+    official: bool = False
+    error: float | None = None
+    uniform_error: float | None = None
+    bound: float | None = None
+
+
+@dataclass(frozen=True)
+class Allocator(ABC):
+    """A frozen dataclass of parameters; its file declares a literal CARD beside it. Pure: no file, state or draw."""
+
+    def measure(self, layers: Iterator[DenseLayer]) -> Sequence[Any]:
+        """What is kept of each layer of one block until levels are chosen; the block's weights are gone by then."""
+        return [None for _ in layers]
+
+    def candidates(self, target: Target) -> tuple[Method, Sequence[float]]:
+        """The method, and the levels, of which the errors of each layer are wanted; for a card that needs errors."""
+        raise NotImplementedError
+
+    @abstractmethod
+    def allocate(self, parts: Sequence[Part], target: Target) -> Proposal:
+        """Levels of the layers for a target, which is the budget: `target.level` is what each layer would give."""

@@ -1,0 +1,175 @@
+"""The figures of budgets that are spread over layers: pure functions from a table to a figure."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure, SubFigure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator, PercentFormatter
+
+from layerwise.figures.page import (
+    AXES,
+    PLACE,
+    chosen_target,
+    log_limits,
+    log_scale,
+    not_drawn,
+    nothing,
+    page,
+    place_title,
+)
+from layerwise.figures.style import SPARE_MARKERS
+from layerwise.storage.frames import column, distinct_values, groups, groups_by, highest, lowest, matching, rows, select
+from layerwise.study.allocation_entries import UNIFORM
+
+KINDS_PER_ROW = 4
+BUDGET = ["sparsity", "pattern", "bits", "group", "symmetric"]
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#882255", "#999933")
+METRICS = ("perplexity", "kl")
+BROKEN = 30  # times the lowest value: what is worse is beyond the axis
+
+
+def levels_along_depth(layers: pd.DataFrame) -> Figure:
+    """Level of each layer along the blocks, a panel per kind of layer, a line per allocation.
+
+    A band per model, calibration set and mode, at one of the budgets that are spread (page.chosen_target). Layers of
+    one kind in one block, such as experts, are averaged.
+    """
+    spread = budgets(layers)
+    if spread.empty:
+        return nothing("No budget is spread over the layers: the study has no allocation but uniform.")
+    chosen = chosen_target(spread.assign(target=column(spread, "budget")))
+    data = matching(spread, budget=chosen)
+    style = allocation_strokes(distinct_values(data, "allocation"))
+    bands = groups(data, PLACE)
+    counts = [-(-len(distinct_values(part, "kind")) // KINDS_PER_ROW) for _, part in bands]
+    figure, frames = page([1.45 * count + 0.3 for count in counts], (), handles(style))
+    for frame, (place, part), count in zip(frames, bands, counts, strict=True):
+        _depth_band(frame, part, count, style)
+        frame.suptitle(f"{place_title(*place)}, {chosen}", x=0.01, ha="left")
+    return figure
+
+
+def metrics_vs_budget(cells: pd.DataFrame) -> Figure:
+    """Perplexity and KL from the dense model against the budget, a column of panels per method, a line per allocation.
+
+    A band per model, calibration set, mode, text and kind of target.
+    """
+    measured = budgets(select(cells, column(cells, "metric").isin(list(METRICS))))
+    done = select(measured, column(measured, "value") > 0)  # there is no zero on the axis
+    if done.empty:
+        return nothing("No perplexity of a model whose budget is spread: see the cells table for the reasons.")
+    style = allocation_strokes(distinct_values(done, "allocation"))
+    bands = groups(done, [*PLACE, "text", "unit"])
+    figure, frames = page([3.2] * len(bands), (), handles(style), not_drawn(measured))
+    for frame, ((model, calibration, mode, text, unit), part) in zip(frames, bands, strict=True):
+        _budget_band(frame, part, style, unit)
+        frame.suptitle(f"{place_title(model, calibration, mode)}, on {text}", x=0.01, ha="left")
+    return figure
+
+
+def budgets(data: pd.DataFrame) -> pd.DataFrame:
+    """The rows at budgets that some allocation spreads, with `budget`, the target's short name without the
+    allocation's, `x`, the level that it asks of all layers together, and `unit`, what that counts."""
+    names = [
+        row["target"] if row["allocation"] == UNIFORM else str(row["target"]).removesuffix(f" {row['allocation']}")
+        for row in rows(data)
+    ]
+    pruned = column(data, "sparsity") > 0
+    x = column(data, "sparsity").where(pruned, column(data, "bits").astype("Float64"))
+    units = [unit_of(row) for row in rows(data)]
+    data = data.assign(budget=pd.Series(names, index=data.index, dtype=object), x=x.astype(float))
+    data = data.assign(unit=pd.Series(units, index=data.index, dtype=object))
+    spread = set(column(select(data, column(data, "allocation") != UNIFORM), "budget"))
+    return select(data, column(data, "budget").isin(list(spread)))
+
+
+def unit_of(row: Mapping[str, Any]) -> str:
+    """What the budget of a row counts."""
+    if not row["sparsity"]:
+        return "bits"
+    return "zeros of n:m patterns" if ":" in row["pattern"] else f"zeros of every {row['pattern']}"
+
+
+def allocation_strokes(names: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Keyword arguments of `plot` for each allocation; equal levels are black and dashed."""
+    others = [name for name in names if name != UNIFORM]
+    found: dict[str, dict[str, Any]] = {}
+    if UNIFORM in names:
+        found[UNIFORM] = {"color": "black", "linestyle": (0, (4, 1.5)), "marker": "o"}
+    for place, name in enumerate(others):
+        marker = SPARE_MARKERS[place % len(SPARE_MARKERS)]
+        found[name] = {"color": COLOURS[place % len(COLOURS)], "linestyle": "-", "marker": marker}
+    return found
+
+
+def handles(style: Mapping[str, Mapping[str, Any]]) -> list[Line2D]:
+    return [Line2D([], [], label=name, **strokes) for name, strokes in style.items()]
+
+
+def _depth_band(band: SubFigure, data: pd.DataFrame, count: int, style: Mapping[str, Mapping[str, Any]]) -> None:
+    kinds = distinct_values(data, "kind")
+    width = min(KINDS_PER_ROW, len(kinds))
+    axes = band.subplots(count, width, sharex=True, sharey=True, squeeze=False)
+    blocks = range(int(lowest(column(data, "block"))), int(highest(column(data, "block"))) + 1)
+    zeros = "zeros" in distinct_values(data, "unit")[0]
+    for index, axis in enumerate(axes.flat):
+        if index >= len(kinds):
+            axis.set_axis_off()
+            continue
+        part = matching(data, kind=kinds[index])
+        for name, strokes in style.items():
+            line = matching(part, allocation=name)
+            if len(line):
+                mean = {block: column(here, "level").mean() for block, here in groups_by(line, "block")}
+                every = max(1, len(blocks) // 8)
+                axis.plot(blocks, [mean.get(block, math.nan) for block in blocks], markevery=every, **strokes)
+        axis.set_title(kinds[index], loc="left", fontweight="bold")
+        axis.xaxis.set_major_locator(MaxNLocator(5, integer=True, min_n_ticks=1))
+        axis.margins(x=0.06)
+        if zeros:
+            axis.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+        axis.tick_params(labelbottom=index + width >= len(kinds))
+        if index + width >= count * width:
+            axis.set_xlabel("block")
+        if index % width == 0:
+            axis.set_ylabel("zeros" if zeros else "bits")
+
+
+def _budget_band(band: SubFigure, data: pd.DataFrame, style: Mapping[str, Mapping[str, Any]], unit: str) -> None:
+    labels = distinct_values(data, "label")
+    axes = band.subplots(len(METRICS), len(labels), sharex=True, sharey="row", squeeze=False)
+    places = sorted(distinct_values(data, "x"))
+    for metric, line in zip(METRICS, axes, strict=True):
+        values = column(matching(data, metric=metric), "value")
+        for label, axis in zip(labels, line, strict=True):
+            if len(values):
+                log_scale(axis, *log_limits(lowest(values), min(highest(values), BROKEN * lowest(values))))
+            _budget_lines(axis, matching(data, metric=metric, label=label), places, style)
+            _budget_axis(axis, places, "zeros" in unit)
+            if metric == METRICS[0]:
+                axis.set_title(label, loc="left", fontweight="bold")
+            else:
+                axis.set_xlabel(unit)
+        line[0].set_ylabel(AXES[metric])
+
+
+def _budget_lines(
+    axis: Axes, data: pd.DataFrame, places: Sequence[float], style: Mapping[str, Mapping[str, Any]]
+) -> None:
+    for name, strokes in style.items():
+        line = matching(data, allocation=name)
+        if len(line):
+            # A budget without a value breaks the line: nothing is drawn through what was not measured.
+            axis.plot(places, column(line.drop_duplicates("x").set_index("x"), "value").reindex(places), **strokes)
+
+
+def _budget_axis(axis: Axes, places: Sequence[float], share: bool) -> None:
+    spread = (max(places) - min(places)) or (0.1 if share else 1.0)
+    axis.set_xlim(min(places) - 0.1 * spread, max(places) + 0.1 * spread)
+    axis.xaxis.set_minor_locator(NullLocator())
+    axis.xaxis.set_major_locator(FixedLocator(list(places)))
+    axis.set_xticks(list(places), [f"{100 * place:g} %" if share else f"{place:g}" for place in places])

@@ -1,0 +1,73 @@
+"""The entries of a config's `allocations`: an allocator with its parameters, and what it can be asked for. No torch."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from layerwise.contract.cards import ALLOCATOR
+from layerwise.contract.catalogue import Catalogue, CatalogueError
+from layerwise.contract.target import Target
+from layerwise.runtime.errors import InputError
+from layerwise.runtime.sentences import brief
+from layerwise.study.method_entries import LONGEST_SENTENCE, MethodEntry
+
+UNIFORM = "uniform"  # the allocation, and its allocator, of a study that names none
+MOST = 0.99  # largest budget of zeros; as allocation/budget.py has it for a layer
+WIDTHS = range(2, 9)  # bits that a layer may be given
+
+
+@dataclass(frozen=True)
+class AllocationEntry:
+    """An entry of the config's `allocations`, its parameters complete."""
+
+    name: str
+    allocator: str
+    params: Mapping[str, Any]
+
+
+def read_allocations(full: Mapping[str, Any], methods: Catalogue) -> tuple[Catalogue, list[AllocationEntry]]:
+    """The allocators that the config may name, and its entries; that of equal levels alone where it has none.
+
+    Raises InputError for an unknown allocator or parameter.
+    """
+    given = full.get("allocations") or {UNIFORM: None}
+    try:
+        catalogue = Catalogue([Path(folder) for folder in full.get("allocator_paths", [])], ALLOCATOR, methods)
+        entries = [_entry(catalogue, name, raw or {}) for name, raw in given.items()]
+    except CatalogueError as error:
+        raise InputError(brief(str(error), LONGEST_SENTENCE)) from None
+    return catalogue, entries
+
+
+def _entry(catalogue: Catalogue, name: str, raw: Mapping[str, Any]) -> AllocationEntry:
+    where, allocator = f"allocations.{name}", raw.get("allocator", name)
+    params = catalogue.complete(allocator, {key: own for key, own in raw.items() if key != "allocator"}, where)
+    if (allocator == UNIFORM) != (name == UNIFORM):
+        raise CatalogueError(f"{where}: the allocation {UNIFORM} must be of the allocator {UNIFORM}, and no other.")
+    return AllocationEntry(name, allocator, params)
+
+
+def refusal(
+    allocators: Catalogue, methods: Catalogue, allocation: AllocationEntry, entry: MethodEntry, target: Target
+) -> str | None:
+    """Why the levels of an allocation cannot be given to a method's layers at a target, or None."""
+    if allocation.name == UNIFORM:
+        return None
+    card, budget = allocators[allocation.allocator].card, target.budget
+    if budget not in card["budgets"]:
+        return f"{allocation.allocator} spreads a budget of {', '.join(card['budgets'])}, not of {budget}"
+    if target.sparsity > MOST:
+        return f"a budget of zeros must be at most {MOST:.0%}"
+    if entry.tune:
+        return "the stages of tune take one target for all layers"
+    if budget == "bits":
+        reasons = [methods.refusal(entry.method, entry.params, target.at(bits)) for bits in WIDTHS]
+        if reason := next(filter(None, reasons), None):
+            return f"{allocation.allocator} may ask for any width from 2 to 8: {reason}"
+    asked = "bits" if budget == "bits" else "pruning"
+    for key, name, params in allocators[allocation.allocator].inner(allocation.params):
+        fits = card["parameters"][key].get("asked", asked) == asked
+        if fits and (reason := methods.refusal(name, params, target)):
+            return f"its {key} cannot: {reason}"
+    return None

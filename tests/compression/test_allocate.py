@@ -1,0 +1,146 @@
+"""A budget that is spread: the job's table, and cells whose layers have levels of their own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from layerwise.compression.allocate import levels_at
+from layerwise.contract.target import Target
+from layerwise.export.audit import audit
+from layerwise.models.loading import load
+from layerwise.runtime.errors import InputError
+from layerwise.storage.bits_per_weight import bits_per_weight
+from layerwise.storage.packed_weights import PackedFile
+from tests.compression.test_cell import Case, dense_weights, rows, weights
+
+OWL = {"owl": {"threshold": 2.0, "spread": 0.15}}
+ALLOCATOR = """
+from dataclasses import dataclass
+from layerwise.contract.allocator import Allocator, Proposal
+
+CARD = {{"title": "own", "needs": ["weight"], "budgets": ["row"], "parameters": {{}}}}
+
+
+@dataclass(frozen=True)
+class Own(Allocator):
+    def measure(self, layers):
+        {measure}
+
+    def allocate(self, parts, target):
+        {allocate}
+"""
+
+
+@pytest.fixture(scope="module")
+def case(tmp_path_factory) -> Iterator[Case]:
+    yield Case(tmp_path_factory.mktemp("allocate")).prepare()
+
+
+def table(cell: Path) -> list[dict[str, Any]]:
+    return pq.read_table(cell / "levels.parquet").to_pylist()
+
+
+@pytest.mark.parametrize("mode", ["shared", "sequential"])
+def test_every_layer_is_solved_stored_and_counted_at_its_own_level(case, mode):
+    target = Target(0.5)
+    cell = case.run("wanda", target, mode, out=f"owl {mode}", allocations=OWL)
+    found, spread = rows(cell), {row["layer"]: row for row in table(cell)}
+    assert len({row["level"] for row in found}) == 2  # of two blocks
+    file, dense, saved = PackedFile(cell / "weights.safetensors"), dense_weights(load(case.spec)), weights(cell)
+    for row in found:
+        own, name = Target(row["level"]), row["layer"]
+        assert row["level"] == spread[name]["level"] and file.target_of(name) == own
+        zeros = int(row["level"] * row["in"])
+        assert ((saved[name] == 0).sum(1) == zeros).all() and row["achieved_sparsity"] == zeros / row["in"]
+        kept = 1 - zeros / row["in"]
+        assert row["bits_per_weight"] == bits_per_weight(own, kept, row["out"], row["in"])
+        assert torch.equal(saved[name][saved[name] != 0], dense[name][saved[name] != 0])
+        assert (row["allocation"], row["target"], row["sparsity"]) == ("owl", "50% row owl", 0.5)
+    sizes = [row["out"] * row["in"] for row in found]
+    mean = sum(size * row["level"] for size, row in zip(sizes, found, strict=True))
+    assert abs(mean - 0.5 * sum(sizes)) <= 1
+    assert table(cell)[0]["mean_level"] == pytest.approx(0.5, abs=1e-9)
+    achieved = sum(size * row["achieved_sparsity"] for size, row in zip(sizes, found, strict=True)) / sum(sizes)
+    assert table(cell)[0]["achieved"] == pytest.approx(achieved)
+
+
+@pytest.mark.parametrize(
+    ("method", "target", "levels"),
+    [
+        ("wanda", Target(pattern="2:4"), {0.0, 0.25, 0.5, 0.75}),
+        ("rtn", Target(bits=4, group=16), set(range(2, 9))),
+        ("sparsegpt", Target(0.6, "layer"), {0.3, 0.6, 0.75, 0.9}),
+    ],
+)
+def test_a_knapsack_spreads_counts_and_bits_and_the_audit_holds(case, method, target, levels):
+    params = {"levels": [0.3, 0.75, 0.9], "errors": "absolute"}
+    cell = case.run(method, target, out=f"knapsack {method}", allocations={"knapsack": params})
+    first = table(cell)[0]
+    assert {row["level"] for row in rows(cell)} <= levels
+    assert first["mean_level"] == pytest.approx(target.level, abs=1e-9)
+    assert first["allocated_bound"] <= first["allocated_error"] <= first["uniform_error"]
+    assert 0 <= first["allocated_gap"] < 1
+    form, asked, lines = audit(cell)
+    assert (form, asked) == ("packed", target) and [line.fault for line in lines] == [None] * 14
+
+
+def test_the_knapsack_s_errors_are_those_of_its_probe(case):
+    params = {"levels": [0.3, 0.75], "errors": "absolute"}
+    cell = case.run("wanda", Target(0.5), out="knapsack", allocations={"knapsack": params})
+    scores = {row["layer"]: row["score"] for row in table(cell)}
+    assert {row["layer"]: row["absolute_error"] for row in rows(cell)} == pytest.approx(scores)
+    assert table(cell)[0]["allocated_error"] == pytest.approx(sum(scores.values()))
+    equal = case.run("wanda", Target(0.5), out="equal")
+    assert table(cell)[0]["uniform_error"] == pytest.approx(sum(row["absolute_error"] for row in rows(equal)))
+
+
+def test_cells_of_equal_levels_are_stored_as_before(case):
+    file = PackedFile(case.run("wanda", Target(0.5), out="equal again") / "weights.safetensors")
+    assert file.targets == {} and file.target_of("anything") == Target(0.5)
+    assert {row["level"] for row in rows(case.folder / "equal again")} == {0.5}
+
+
+@pytest.mark.parametrize(
+    ("measure", "allocate", "sentence"),
+    [
+        ("return []", "return None", "must measure each of the 7 layers of block 0 once. Got 0 values instead."),
+        ("return 1 / 0", "return None", "own failed at block 0: ZeroDivisionError: division by zero."),
+        ("return [0] * len(list(layers))", "return 1 / 0", "own failed at 50% row: ZeroDivisionError"),
+        (
+            "return [0] * len(list(layers))",
+            "return Proposal((float('nan'),) * len(parts), (None,) * len(parts))",
+            "own failed at 50% row: ValueError: levels must be 14 finite numbers. Got [nan, nan",
+        ),
+        (
+            "return [0] * len(list(layers))",
+            "return Proposal((0.5,) * len(parts), ())",
+            "scores must be 14, one for each layer. Got 0 instead.",
+        ),
+    ],
+)
+def test_an_allocator_that_fails_is_named_in_one_sentence(case, tmp_path, measure, allocate, sentence):
+    (tmp_path / "own.py").write_text(ALLOCATOR.format(measure=measure, allocate=allocate), "utf-8")
+    with pytest.raises(InputError) as refused:
+        case.run("wanda", Target(0.5), out="own", own=tmp_path, allocations={"own": None})
+    assert sentence in str(refused.value)
+
+
+def test_levels_that_are_absent_are_one_sentence(tmp_path):
+    with pytest.raises(InputError, match="Expected the levels of an allocation at .*, which does not exist"):
+        levels_at(tmp_path / "none.parquet")
+
+
+def test_a_layer_without_a_level_stops_the_cell(case):
+    from layerwise.compression.solver import Solver
+    from layerwise.methods.wanda import Wanda
+
+    solver = Solver("wanda", Wanda(), Target(0.5), 0, levels={"model.layers.0.mlp.up_proj": 0.7})
+    assert solver.at("model.layers.0.mlp.up_proj").target == Target(0.7)
+    with pytest.raises(InputError, match="must have a level for every layer. Got none for other."):
+        solver.at("other")

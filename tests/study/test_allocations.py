@@ -1,0 +1,156 @@
+"""Allocations as an axis of a study: what is planned, what is skipped, what is refused."""
+
+import time
+
+import pytest
+
+from layerwise.runtime.errors import InputError
+from layerwise.study.cost_model import CostModel, Job
+from layerwise.study.grid import plan
+from layerwise.study.job_inputs import JobInputs
+from tests.study.test_grid import study
+from tests.support.paths import ROOT
+
+SPARSE = [{"sparsity": 0.6}, {"sparsity": 0.5, "pattern": "layer"}]
+
+
+def spread(allocations, **more):
+    given = {"targets": SPARSE, "methods": {"dense": None, "wanda": None}, "modes": ["shared"]}
+    return study(**(given | more), allocations=allocations)
+
+
+def test_a_study_without_the_key_has_equal_levels_alone():
+    plain = plan(study())
+    assert not plain.allocations and "allocations" not in plain.gives
+    assert {cell.columns["allocation"] for cell in plain.cells} == {"uniform"}
+    assert all("allocation" not in cell.spec and cell.levels is None for cell in plain.cells)
+    assert [cell.folder for cell in plan(study(allocations={"uniform": None})).cells] == [c.folder for c in plain.cells]
+
+
+def test_allocations_multiply_targets_and_leave_equal_levels_where_they_were():
+    before = plan(spread({"uniform": None}))
+    planned = plan(spread({"uniform": None, "owl": None, "mild": {"allocator": "owl", "spread": 0.02}}))
+    assert {cell.folder for cell in before.cells} < {cell.folder for cell in planned.cells}
+    assert len(planned.cells) == 1 + 2 * 3 and len(planned.by_folder) == len(planned.cells)
+    named = {cell.columns["target"]: cell for cell in planned.cells}
+    assert list(named)[1:4] == ["60% row", "60% row owl", "60% row mild"]
+    owl, mild = named["60% row owl"], named["60% row mild"]
+    assert (mild.columns["allocation"], mild.columns["sparsity"]) == ("mild", 0.6)
+    assert mild.spec["allocation"]["params"] == {"threshold": 5.0, "spread": 0.02, "counts": 2.0, "official": False}
+    assert len({owl.folder, mild.folder, owl.levels, mild.levels}) == 4
+    assert set(planned.allocations) == {cell.levels for cell in planned.cells if cell.levels}
+    assert named["dense"].levels is None  # one cell, whatever is allocated
+    assert "allocations" in planned.gives
+
+
+def test_methods_share_the_levels_of_a_target():
+    planned = plan(spread({"owl": None}, methods={"wanda": None, "sparsegpt": None}))
+    assert len(planned.cells) == 4 and len(planned.allocations) == 2
+
+
+def test_a_bound_of_one_target_is_held_against_no_other_levels():
+    planned = plan(spread({"uniform": None, "owl": None}, certificates=True))
+    assert all(cell.certificate is None for cell in planned.cells if cell.levels)
+    assert len(planned.certificates) == 2
+
+
+@pytest.mark.parametrize(
+    ("allocations", "target", "methods", "reason"),
+    [
+        ("owl", {"bits": 4}, "rtn", "owl spreads a budget of row, layer, n:m, not of bits"),
+        ("pq_index", {"pattern": "2:4"}, "wanda", "pq_index spreads a budget of row, layer, not of n:m"),
+        ("knapsack", {"sparsity": 0.5, "bits": 4}, "awp", "not of pruned and quantised"),
+        ("owl", {"sparsity": 0.995}, "wanda", "a budget of zeros must be at most 99%"),
+        ("owl", {"sparsity": 0.5, "pattern": "1x16"}, "wanda", "not of 1xb"),
+    ],
+)
+def test_what_does_not_fit_is_skipped_with_a_reason(allocations, target, methods, reason):
+    planned = plan(spread({"uniform": None, allocations: None}, targets=[target], methods={methods: None}))
+    assert not planned.allocations and len(planned.cells) > 0
+    (row,) = planned.skipped
+    assert reason in row["reason"] and row["allocation"] == allocations and row["target"].endswith(f" {allocations}")
+
+
+def test_a_method_that_cannot_reach_a_target_is_skipped_once():
+    planned = plan(
+        spread({"uniform": None, "owl": None}, methods={"wanda": None, "gptq": {"targets": SPARSE[:1] + [{"bits": 4}]}})
+    )
+    assert [(row["label"], row["target"], row["allocation"]) for row in planned.skipped] == [
+        ("gptq", "60% row", "uniform"),
+        ("gptq", "4b owl", "owl"),
+    ]
+
+
+def test_tuned_entries_are_not_spread():
+    tune = {"blocks": {"epochs": 1}}
+    planned = plan(spread({"uniform": None, "owl": None}, methods={"wanda": {"tune": tune}}))
+    assert {row["reason"] for row in planned.skipped} == {"the stages of tune take one target for all layers"}
+
+
+@pytest.mark.parametrize(
+    ("allocations", "sentence"),
+    [
+        ({"owll": None}, "allocations.owll: there is no allocator 'owll'; the allocators are alphapruning, knapsack,"),
+        ({"owl": {"treshold": 3}}, "allocations.owl: owl has no parameter 'treshold'; its parameters are: threshold,"),
+        ({"owl": {"threshold": "a"}}, "allocations.owl: owl's threshold is wrong: 'a' is not of type 'number'."),
+        ({"uniform": {"allocator": "owl"}}, "the allocation uniform must be of the allocator uniform, and no other."),
+        ({"flat": {"allocator": "uniform"}}, "the allocation uniform must be of the allocator uniform, and no other."),
+        ({"knapsack": {"levels": [1.2]}}, "knapsack's levels is wrong: 1.2 is greater than the maximum of 0.99."),
+        ({"knapsack": {"probe": "nothing"}}, "there is no method 'nothing'"),
+        ({"knapsack": {"probe": "gptq"}}, "wanda reaches none of the targets (its probe cannot: gptq does not prune)."),
+        ({}, "config: allocations is wrong: "),
+    ],
+)
+def test_a_wrong_allocation_is_one_sentence(allocations, sentence):
+    with pytest.raises(InputError) as refused:
+        plan(spread(allocations))
+    assert sentence in str(refused.value) and str(refused.value).count("\n") == 0
+
+
+def test_an_allocator_s_file_is_code_of_its_job_and_of_no_other(tmp_path):
+    (tmp_path / "mine.py").write_text((ROOT / "allocators/uniform.py").read_text("utf-8"), "utf-8")
+    planned = plan(spread({"mine": None, "knapsack": None, "pq_index": None}, allocator_paths=[str(tmp_path)]))
+    inputs = JobInputs(planned)
+
+    def wildcards(name):
+        path = next(path for path, cell in planned.allocations.items() if cell.columns["allocation"] == name)
+        *_, model, calib, file = path.split("/")
+        return _Wildcards(model=model, calib=calib, allocation=file.removesuffix(".parquet"))
+
+    mine, knapsack, index = map(wildcards, ("mine", "knapsack", "pq_index"))
+    assert tmp_path / "mine.py" in inputs.allocator_sources(mine)
+    assert inputs.allocator_folders(mine)[0] == "--allocator-path" and inputs.allocator_folders(knapsack) == []
+    files = {path.name for path in inputs.allocator_sources(knapsack)}
+    assert {"knapsack.py", "wanda.py", "rtn.py"} <= files and "owl.py" not in files
+    assert inputs.allocation_gram(mine) == inputs.allocation_gram(index) == []
+    assert inputs.allocation_gram(knapsack) == [f"results/calibration/{knapsack.model}/{knapsack.calib}/gram.json"]
+    assert inputs.allocation_columns(mine) == {"model": "tiny", "calibration": "words"}
+    with pytest.raises(InputError, match="must be of this study"):
+        inputs.spread(_Wildcards(model=mine.model, calib=mine.calib, allocation="owl-1"))
+
+
+class _Wildcards(dict):
+    """Snakemake's: a mapping with attributes."""
+
+    def __getattr__(self, name):
+        return self[name]
+
+
+def test_the_cost_of_a_budget_s_job_has_its_probe_s():
+    planned = plan(spread({"owl": None, "knapsack": None, "pq_index": None}, modes=["sequential"]))
+    costs = CostModel(planned)
+    jobs = list(costs.jobs())
+    assert len([job for job in jobs if job.rule == "allocate"]) == len(planned.allocations) == 6
+    assert len([job for job in jobs if job.rule == "gram"]) == 1  # sequential cells see none, two allocators do
+    assert Job("gram", {}).rule == "gram"
+
+
+def test_ten_thousand_spread_cells_are_planned_quickly():
+    damping = [1e-3 * (number + 1) for number in range(840)]
+    allocations = {"uniform": None, "owl": None, "knapsack": None} | {
+        f"owl{number}": {"allocator": "owl", "spread": 0.01 * number} for number in range(3)
+    }
+    begun = time.process_time()
+    planned = plan(spread(allocations, methods={"sparsegpt": {"damping": damping}}))
+    assert len(planned.cells) == 840 * 2 * 6 and len(planned.allocations) == 2 * 5
+    assert time.process_time() - begun < 60
