@@ -59,7 +59,7 @@ class Knapsack(Allocator):
     probe: Method | str = "wanda"
     quantiser: Method | str = "rtn"
     levels: tuple[float, ...] = (0.3, 0.35, 0.4, 0.45, 0.5, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9)
-    errors: str = "relative"
+    errors: str = "absolute"
     weights: Mapping[str, float] | None = None
     resolution: int = 200_000
 

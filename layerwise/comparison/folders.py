@@ -58,6 +58,7 @@ ROW = {  # the columns that name a row of a table
     "cells": [*SPEC, *MEASURED],
     "traces": [*SPEC, "layer", "iteration"],
     "bounds": ["model", "calibration", "seed", "target", "layer"],
+    "allocations": ["model", "calibration", "seed", "allocation", "params", "target", "layer"],
     "skipped": ["label", "method", "target"],
 }
 STATUS = {"left_only": "gone", "right_only": "added", "both": "moved"}  # by where pandas finds a number

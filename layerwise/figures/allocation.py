@@ -154,7 +154,7 @@ def _budget_band(band: SubFigure, data: pd.DataFrame, style: Mapping[str, Mappin
                 axis.set_title(label, loc="left", fontweight="bold")
             else:
                 axis.set_xlabel(unit)
-        line[0].set_ylabel(AXES[metric])
+        line[0].set_ylabel({"kl": "KL, nats per token"}.get(metric, AXES[metric]))
 
 
 def _budget_lines(

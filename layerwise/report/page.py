@@ -35,7 +35,8 @@ from layerwise.storage.table_schema import read_table
 from layerwise.study.grid import plan
 
 HERE = ROOT / "workflow" / "report"
-TABLES = ("layers", "cells", "traces", "bounds", "skipped")  # shown in their own way; traces and bounds in figures
+# Shown in their own way; traces, bounds and allocations in figures.
+TABLES = ("layers", "cells", "traces", "bounds", "allocations", "skipped")
 LEAD = {  # what a reader of a table asks, before the columns that say where
     "published": (
         *("model", "paper", "label", "target", "published", "ours", "difference", "tolerance", "verdict"),

@@ -353,8 +353,8 @@ class _Grid:
                 "seed": seed,
             }
         # Equal levels leave no trace in the identity: a study without allocations keeps its cells when it gets some.
-        further = {"allocation": spread} if spread else {}
-        name = identity(entry.label, {**entry.settings(), "seed": seed, "target": asked, **further})
+        decided = {**entry.settings(), "seed": seed, "target": asked}
+        name = identity(entry.label, decided | ({"allocation": spread} if spread else {}))
         comparison = self.catalogue[entry.method].comparison(target)
         columns: CellColumns = {
             "model": name_of(self.models[model]),
