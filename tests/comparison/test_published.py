@@ -272,9 +272,9 @@ def test_a_dense_row_is_borrowed_from_another_paper_of_the_same_length():
     wanda = next(e for e in verdicts(rows, study(), dense=27.66, wanda=38.0) if e["label"] == "wanda")
     assert (wanda["verdict"], wanda["dense_published"]) == ("within", 27.66)
     (alone,) = verdicts([row("wanda", 38.0)], study(), dense=27.66, wanda=38.0)
-    assert alone["verdict"] == "not checked" and "no dense perplexity is published" in alone["reason"]
+    assert alone["verdict"] == "not checked" and "no dense value is published" in alone["reason"]
     unsaid = verdicts([row("wanda", 38.0, evaluation_length=None), rows[1]], study(), dense=27.66, wanda=38.0)
-    assert "no dense perplexity is published" in next(e for e in unsaid if e["label"] == "wanda")["reason"]
+    assert "no dense value is published" in next(e for e in unsaid if e["label"] == "wanda")["reason"]
 
 
 def test_a_dense_misprint_does_not_hide_the_methods():

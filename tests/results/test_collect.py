@@ -273,6 +273,9 @@ def row_of(table: str) -> dict:
         "layers": layer_frame(cell("magnitude", "4b g128"), 1).to_dict("records")[0],
         "traces": columns | {"layer": "l", "iteration": 0, "seconds": 0.1, "objective": 1.0, "criterion": "error"},
         "bounds": columns | {"layer": "l", "lower_bound": 0.1, "plain_bound": 0.05, "bound_gap": 0.0, "seconds": 0.1},
+        "allocations": columns
+        | {"allocator": "owl", "layer": "l", "kind": "l", "block": 0, "out": 4, "in": 4, "level": 0.5, "official": False}
+        | {"score": 1.0, "budget": 0.5, "mean_level": 0.5, "achieved": 0.5},
         "cells": columns | {"metric": "perplexity", "value": 2.0, "status": "done"},
         "comparisons": columns
         | {"metric": "perplexity", "text": "docs", "other": "wanda", "units": 64, "seeds": 3, "seeds_agree": 3}
@@ -282,7 +285,7 @@ def row_of(table: str) -> dict:
     return {name: extra.get(name) for name in arrow_schema(table).names}
 
 
-@pytest.mark.parametrize("table", ["layers", "traces", "bounds", "comparisons", "cells", "skipped"])
+@pytest.mark.parametrize("table", ["layers", "traces", "bounds", "allocations", "comparisons", "cells", "skipped"])
 def test_the_check_of_columns_agrees_with_a_validator_of_rows(table):
     schema = document()["tables"][table] | {"$defs": document()["$defs"]}
     validator = jsonschema.Draft202012Validator(schema)

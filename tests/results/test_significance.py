@@ -153,7 +153,7 @@ def test_no_difference_at_all_has_p_one():
 
 def observed(label: str, seed: int, measure, values, comparison: str = "mask-only", target="60% row") -> Observation:
     columns = {"model": "m", "calibration": "c", "mode": "shared", "target": target, "sparsity": 0.6, "pattern": "row"}
-    columns |= {"bits": None, "group": None, "symmetric": False}
+    columns |= {"bits": None, "group": None, "symmetric": False, "allocation": "uniform"}
     columns |= {"label": label, "seed": seed, "comparison": comparison}
     return Observation(columns, {measure: dict(enumerate(values))})
 
