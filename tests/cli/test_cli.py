@@ -343,6 +343,8 @@ def test_the_wheel_works_without_the_checkout(tmp_path):
     assert {name.split("/")[0].split("-")[0] for name in names} == {"layerwise"} and len(names) == len(set(names))
     methods = {path.name for path in (ROOT / "methods").glob("*.py")}
     assert {name.removeprefix("layerwise/methods/") for name in names if "/methods/" in name} == methods
+    allocators = {path.name for path in (ROOT / "allocators").glob("*.py")}
+    assert {name.removeprefix("layerwise/allocators/") for name in names if "/allocators/" in name} == allocators
     shipped = ("Snakefile", "config/config.yaml", "requirements.lock", "results/accepted/embedded/layers.csv")
     assert {f"layerwise/shipped/{path}" for path in shipped} <= set(names)
 

@@ -322,7 +322,9 @@ def test_a_stage_that_trains_grids_skips_targets_without_one():
     planned = plan(study(targets=targets, methods=entries))
     assert set(labels(planned)) == {("blocks", "2:4"), ("blocks", "2:4 4b"), ("end", "2:4 4b")}
     reason = "tune.end trains scales and zeros, of which there are none without bits"
-    assert planned.skipped == [{"label": "end", "method": "sparsegpt", "target": "2:4", "reason": reason}]
+    assert planned.skipped == [
+        {"label": "end", "method": "sparsegpt", "target": "2:4", "allocation": "uniform", "reason": reason}
+    ]
 
 
 JOINT = [{"sparsity": 0.5, "bits": 4, "group": 8}]
@@ -392,7 +394,9 @@ def test_unsupported_pairs_are_skipped_with_the_reason(warm):
         ("sparsegpt", "50% 1x4"): "sparsegpt prunes by row, layer, n:m, not by 1xb",
     }
     assert not set(reasons) & set(labels(planned))
-    assert [list(row) for row in planned.skipped] == [["label", "method", "target", "reason"]] * len(reasons)
+    assert [list(row) for row in planned.skipped] == [["label", "method", "target", "allocation", "reason"]] * len(
+        reasons
+    )
 
 
 def test_targets_of_an_entry_take_the_place_of_the_study_s():

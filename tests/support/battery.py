@@ -10,11 +10,13 @@ BATTERY = (
     "tests/checks/",
     "tests/cli/",
     "tests/workflow/",  # whole runs of the DAG, their faults, and strangers' input
+    "tests/allocators/test_allocators.py::test_levels_hold",
     "tests/calibration/test_experts.py",
     "tests/calibration/test_calibrate.py",
     "tests/comparison/test_folders.py::test_halves",
     "tests/comparison/test_folders.py::test_three_folders",
     "tests/comparison/test_published.py::test_a_dry_run",
+    "tests/compression/test_allocate.py",
     "tests/compression/test_cell.py",
     "tests/compression/test_certificate.py",
     "tests/compression/test_compute_dtype.py",

@@ -188,7 +188,7 @@ def test_rows_carry_their_provenance(study):
 def test_what_no_method_reaches_is_skipped_with_its_reason(study):
     (row,) = study.table("skipped").to_dict("records")
     assert row.pop("reason").startswith("magnitude does not quantise")
-    assert row == {"label": "magnitude", "method": "magnitude", "target": "4b"}
+    assert row == {"label": "magnitude", "method": "magnitude", "target": "4b", "allocation": "uniform"}
 
 
 def test_paths_reach_no_shell(study):
