@@ -274,7 +274,16 @@ def row_of(table: str) -> dict:
         "traces": columns | {"layer": "l", "iteration": 0, "seconds": 0.1, "objective": 1.0, "criterion": "error"},
         "bounds": columns | {"layer": "l", "lower_bound": 0.1, "plain_bound": 0.05, "bound_gap": 0.0, "seconds": 0.1},
         "allocations": columns
-        | {"allocator": "owl", "layer": "l", "kind": "l", "block": 0, "out": 4, "in": 4, "level": 0.5, "official": False}
+        | {
+            "allocator": "owl",
+            "layer": "l",
+            "kind": "l",
+            "block": 0,
+            "out": 4,
+            "in": 4,
+            "level": 0.5,
+            "official": False,
+        }
         | {"score": 1.0, "budget": 0.5, "mean_level": 0.5, "achieved": 0.5},
         "cells": columns | {"metric": "perplexity", "value": 2.0, "status": "done"},
         "comparisons": columns
