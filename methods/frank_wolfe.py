@@ -25,7 +25,7 @@ CARD = {
     "updates_weights": False,
     "needs": ["gram"],
     "criterion": "relaxed error",
-    "cost": {"weights": 27.0, "grams": 10.0, "products": 2000.0},
+    "cost": {"weights": 27.0, "grams": 10.0, "products": 2000.0, "products_where": {"step": {"pairwise": 60.0}}},
     "look": {"colour": "#CC79A7", "marker": "P"},
     "checks": {
         "defaults": {"iterations": 60},

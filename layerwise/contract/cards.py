@@ -37,6 +37,14 @@ CARD_SCHEMA = {
                 "weights": {"type": "number", "minimum": 1},
                 "grams": {"type": "number", "minimum": 0},
                 "products": {"type": "number", "minimum": 0},
+                # {parameter: {value: products}}: where a parameter has another value than its default.
+                "products_where": {
+                    "type": "object",
+                    "additionalProperties": {
+                        "type": "object",
+                        "additionalProperties": {"type": "number", "minimum": 0},
+                    },
+                },
             },
         },
         "look": {

@@ -61,7 +61,7 @@ class Entry:
         return self.path.parent == FOLDERS[self.kind.folder]
 
     @property
-    def cost(self) -> Mapping[str, float] | None:
+    def cost(self) -> Mapping[str, Any] | None:
         """What a layer's solution takes, as the card has it: weights, grams, products (docs/adding-a-method.md)."""
         return self.card.get("cost")
 

@@ -46,7 +46,8 @@ UNKNOWN_MB = 8000  # asked for jobs of a model that has not been fetched
 
 # A method's share stands on its card as `cost`: a layer's peak is `weights` times its weight and `grams` times its
 # Gram, in float32, themselves included; a solution takes as long as so many `products` of the two, with the default
-# parameters, by docs/benchmark.md at 2048 x 2048. What a method starts from, or chains, is added. Weights and Grams by
+# parameters or those of `products_where`, by docs/benchmark.md at 2048 x 2048. What a method starts from, or chains, is
+# added. Weights and Grams by
 # python -m tests.benchmarks.bench_memory at 4096 x 1024, 2048 x 2048 and 1024 x 2560, iterations cut to 4; awq's
 # without the first shape, the certificate's and Frank-Wolfe's pairwise 2:4 by the first alone; those of chain and dense
 # are guesses. Held against whole jobs (bench_streaming: 8 blocks, 2048 wide, vocabulary 32000, bfloat16, 4 sequences of
@@ -292,15 +293,19 @@ def of_method(catalogue: Catalogue, name: str, params: Mapping[str, Any]) -> tup
 
     A method whose card gives no cost is taken to need what the most demanding shipped one does.
     """
-    own = stated(catalogue[name]) or most_demanding(catalogue)
+    own = stated(catalogue[name], params) or most_demanding(catalogue)
     inner = [of_method(catalogue, inside, inside_params) for _, inside, inside_params in catalogue[name].inner(params)]
     w, g = (max(own[i], *(1 + one[i] for one in inner)) if inner else own[i] for i in (0, 1))
     return w, g, own[2] + sum(one[2] for one in inner)
 
 
-def stated(entry: Entry) -> tuple[float, float, float] | None:
-    """(weights, grams, products) as the card gives them, or None."""
-    return None if entry.cost is None else (entry.cost["weights"], entry.cost["grams"], entry.cost["products"])
+def stated(entry: Entry, params: Mapping[str, Any] | None = None) -> tuple[float, float, float] | None:
+    """(weights, grams, products) as the card gives them for complete parameters (default: its own), or None."""
+    if entry.cost is None:
+        return None
+    given = entry.cost.get("products_where", {}).items()
+    found = [of[value] for name, of in given if params and (value := params.get(name)) in of]
+    return entry.cost["weights"], entry.cost["grams"], found[0] if found else entry.cost["products"]
 
 
 def most_demanding(catalogue: Catalogue) -> tuple[float, float, float]:

@@ -139,6 +139,17 @@ def test_every_shipped_card_gives_a_cost():
     assert all(entry.cost for entry in Catalogue().values())
 
 
+def test_a_parameter_may_change_what_a_method_costs():
+    catalogue = Catalogue()
+    products = {}
+    for step in ("published", "line_search", "pairwise"):
+        params = catalogue.complete("frank_wolfe", {"step": step, "warm_start": "magnitude"}, "test")
+        products[step] = cost_model.of_method(catalogue, "frank_wolfe", params)[2]
+    assert products["published"] == products["line_search"] > 30 * products["pairwise"]
+    inside = some(cost_model.stated(catalogue["magnitude"]))[2]
+    assert products["pairwise"] == 60 + inside
+
+
 def test_what_is_inside_a_method_counts():
     catalogue = Catalogue()
     costs = {name: some(cost_model.stated(entry)) for name, entry in catalogue.items()}
