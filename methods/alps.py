@@ -22,7 +22,7 @@ CARD = {
     "updates_weights": True,
     "needs": ["gram"],
     "criterion": "error",
-    "cost": {"weights": 36.0, "grams": 9.5, "products": 3000.0},
+    "cost": {"weights": 36.0, "grams": 9.5, "products": 200.0},
     "look": {"colour": "#009E73", "marker": "s"},
     "checks": {"variants": [{"iterations": 4, "refinements": 0}]},
     "parameters": {

@@ -46,13 +46,13 @@ UNKNOWN_MB = 8000  # asked for jobs of a model that has not been fetched
 
 # A method's share stands on its card as `cost`: a layer's peak is `weights` times its weight and `grams` times its
 # Gram, in float32, themselves included; a solution takes as long as so many `products` of the two, with the default
-# parameters or those of `products_where`, by docs/benchmark.md at 2048 x 2048. What a method starts from, or chains, is
-# added. Weights and Grams by
-# python -m tests.benchmarks.bench_memory at 4096 x 1024, 2048 x 2048 and 1024 x 2560, iterations cut to 4; awq's
-# without the first shape, the certificate's and Frank-Wolfe's pairwise 2:4 by the first alone; those of chain and dense
-# are guesses. Held against whole jobs (bench_streaming: 8 blocks, 2048 wide, vocabulary 32000, bfloat16, 4 sequences of
-# 2048), estimate and peak in MB: calibration 1856, 1690; dense 1469, 1415; wanda, shared 1918, 1500; wanda, sequential
-# 2095, 1648; sparsegpt, shared 1944, 1726.
+# parameters or those of `products_where`, by docs/benchmark.md at 2048 x 2048; alps' and Frank-Wolfe's pairwise by
+# whole solutions of SmolLM2's layers, 576 x 576 to 576 x 1536. What a method starts from, or chains, is added. Weights
+# and Grams by python -m tests.benchmarks.bench_memory at 4096 x 1024, 2048 x 2048 and 1024 x 2560, iterations cut to 4;
+# awq's without the first shape, the certificate's and Frank-Wolfe's pairwise 2:4 by the first alone; those of chain and
+# dense are guesses. Held against whole jobs (bench_streaming: 8 blocks, 2048 wide, vocabulary 32000, bfloat16, 4
+# sequences of 2048), estimate and peak in MB: calibration 1856, 1690; dense 1469, 1415; wanda, shared 1918, 1500;
+# wanda, sequential 2095, 1648; sparsegpt, shared 1944, 1726.
 CERTIFICATE = (40.0, 16.0, 400.0)
 BLOCK_COPIES = 3  # of a block's weights in float32 while an allocator measures it
 LEVELS_TRIED = 14  # of a layer, by a knapsack with its default levels

@@ -10,6 +10,7 @@ from layerwise.study.grid import plan
 from layerwise.study.job_inputs import JobInputs
 from tests.study.test_grid import study
 from tests.support.paths import ROOT
+from tests.support.typing_helpers import some
 
 SPARSE = [{"sparsity": 0.6}, {"sparsity": 0.5, "pattern": "layer"}]
 
@@ -36,7 +37,12 @@ def test_allocations_multiply_targets_and_leave_equal_levels_where_they_were():
     assert list(named)[1:4] == ["60% row", "60% row owl", "60% row mild"]
     owl, mild = named["60% row owl"], named["60% row mild"]
     assert (mild.columns["allocation"], mild.columns["sparsity"]) == ("mild", 0.6)
-    assert mild.spec["allocation"]["params"] == {"threshold": 5.0, "spread": 0.02, "counts": 2.0, "official": False}
+    assert some(mild.spec.get("allocation"))["params"] == {
+        "threshold": 5.0,
+        "spread": 0.02,
+        "counts": 2.0,
+        "official": False,
+    }
     assert len({owl.folder, mild.folder, owl.levels, mild.levels}) == 4
     assert set(planned.allocations) == {cell.levels for cell in planned.cells if cell.levels}
     assert named["dense"].levels is None  # one cell, whatever is allocated
