@@ -16,7 +16,7 @@ from layerwise.evaluation import perplexity
 from layerwise.models import compute_dtype, loading, streaming, structure
 from layerwise.runtime import memory
 from layerwise.sources import shapes
-from layerwise.study import cost_model, estimate
+from layerwise.study import cost_model, estimate, method_costs
 from layerwise.study.cost_model import CostModel, Job, JobCost, ModelCost
 from layerwise.study.estimate import Limits, computed_wider, estimate_jobs, limit_errors
 from layerwise.study.grid import plan
@@ -144,17 +144,17 @@ def test_a_parameter_may_change_what_a_method_costs():
     products = {}
     for step in ("published", "line_search", "pairwise"):
         params = catalogue.complete("frank_wolfe", {"step": step, "warm_start": "magnitude"}, "test")
-        products[step] = cost_model.of_method(catalogue, "frank_wolfe", params)[2]
+        products[step] = method_costs.of_method(catalogue, "frank_wolfe", params)[2]
     assert products["published"] == products["line_search"] > 30 * products["pairwise"]
-    inside = some(cost_model.stated(catalogue["magnitude"]))[2]
+    inside = some(method_costs.stated(catalogue["magnitude"]))[2]
     assert products["pairwise"] == 60 + inside
 
 
 def test_what_is_inside_a_method_counts():
     catalogue = Catalogue()
-    costs = {name: some(cost_model.stated(entry)) for name, entry in catalogue.items()}
+    costs = {name: some(method_costs.stated(entry)) for name, entry in catalogue.items()}
     inside = catalogue.complete("sparse_swaps", {"warm_start": {"alps": {"iterations": 300}}}, "test")
-    w, g, products = cost_model.of_method(catalogue, "sparse_swaps", inside)
+    w, g, products = method_costs.of_method(catalogue, "sparse_swaps", inside)
     assert (w, g) == tuple(max(costs["sparse_swaps"][i], 1 + costs["alps"][i]) for i in (0, 1))
     assert products == costs["sparse_swaps"][2] + costs["alps"][2]
 
@@ -166,12 +166,12 @@ def test_a_method_from_elsewhere_counts_as_its_card_says_or_as_the_most_demandin
     (tmp_path / "first.py").write_text(UNSOLVED)
     (tmp_path / "second.py").write_text(UNSOLVED.replace('    "needs"', f'{COST}    "needs"'))
     catalogue = Catalogue([tmp_path])
-    shipped = [cost_model.stated(entry) for entry in Catalogue().values()]
-    assert cost_model.of_method(catalogue, "first", {}) == tuple(map(max, zip(*shipped, strict=True)))
-    assert cost_model.of_method(catalogue, "second", {}) == (4, 2, 1)
+    shipped = [method_costs.stated(entry) for entry in Catalogue().values()]
+    assert method_costs.of_method(catalogue, "first", {}) == tuple(map(max, zip(*shipped, strict=True)))
+    assert method_costs.of_method(catalogue, "second", {}) == (4, 2, 1)
     inside = catalogue.complete("sparse_swaps", {"warm_start": "second"}, "test")
-    sparse_swaps = some(cost_model.stated(catalogue["sparse_swaps"]))
-    assert cost_model.of_method(catalogue, "sparse_swaps", inside) == (*sparse_swaps[:2], sparse_swaps[2] + 1)
+    sparse_swaps = some(method_costs.stated(catalogue["sparse_swaps"]))
+    assert method_costs.of_method(catalogue, "sparse_swaps", inside) == (*sparse_swaps[:2], sparse_swaps[2] + 1)
 
 
 def test_costs_of_a_study(tmp_path):

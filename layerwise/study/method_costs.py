@@ -1,0 +1,46 @@
+"""What a layer's solution takes by each method, as the cards say. Free of torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from layerwise.contract.catalogue import Catalogue, Entry
+
+# A method's share stands on its card as `cost`: a layer's peak is `weights` times its weight and `grams` times its
+# Gram, in float32, themselves included; a solution takes as long as so many `products` of the two, with the default
+# parameters or those of `products_where`, by docs/benchmark.md at 2048 x 2048; alps' and Frank-Wolfe's pairwise by
+# whole solutions of SmolLM2's layers, 576 x 576 to 576 x 1536. What a method starts from, or chains, is added. Weights
+# and Grams by python -m tests.benchmarks.bench_memory at 4096 x 1024, 2048 x 2048 and 1024 x 2560, iterations cut to 4;
+# awq's without the first shape, the certificate's and Frank-Wolfe's pairwise 2:4 by the first alone; those of chain and
+# dense are guesses. Held against whole jobs (bench_streaming: 8 blocks, 2048 wide, vocabulary 32000, bfloat16, 4
+# sequences of 2048), estimate and peak in MB: calibration 1856, 1690; dense 1469, 1415; wanda, shared 1918, 1500;
+# wanda, sequential 2095, 1648; sparsegpt, shared 1944, 1726.
+CERTIFICATE = (40.0, 16.0, 400.0)
+
+
+def of_method(catalogue: Catalogue, name: str, params: Mapping[str, Any]) -> tuple[float, float, float]:
+    """(weights, grams, products) of a method with complete parameters, what it starts from or chains included.
+
+    A method whose card gives no cost is taken to need what the most demanding shipped one does.
+    """
+    own = stated(catalogue[name], params) or most_demanding(catalogue)
+    inner = [of_method(catalogue, inside, inside_params) for _, inside, inside_params in catalogue[name].inner(params)]
+    w, g = (max(own[i], *(1 + one[i] for one in inner)) if inner else own[i] for i in (0, 1))
+    return w, g, own[2] + sum(one[2] for one in inner)
+
+
+def stated(entry: Entry, params: Mapping[str, Any] | None = None) -> tuple[float, float, float] | None:
+    """(weights, grams, products) as the card gives them for complete parameters (default: its own), or None."""
+    if entry.cost is None:
+        return None
+    given = entry.cost.get("products_where", {}).items()
+    found = [of[value] for name, of in given if params and (value := str(params.get(name))) in of]
+    return entry.cost["weights"], entry.cost["grams"], found[0] if found else entry.cost["products"]
+
+
+def most_demanding(catalogue: Catalogue) -> tuple[float, float, float]:
+    """The largest weights, grams and products that a shipped method needs."""
+    costs = [cost for entry in catalogue.values() if entry.shipped and (cost := stated(entry))]
+    weights, grams, products = (max(column) for column in zip(*costs, strict=True))
+    return weights, grams, products
