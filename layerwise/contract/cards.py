@@ -100,7 +100,7 @@ ALLOCATOR_SCHEMA = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # each is itself alone, and hashable
 class Kind:
     """A kind of files with cards. folder: beside the package, and in it; base: of the class; signature: of its one
     call; of_the_base: what the class must not define; paths: the config's key for further folders."""
