@@ -27,6 +27,7 @@ from tests.support.workflow_harness import (
     write_config,
 )
 
+pytestmark = pytest.mark.xdist_group("gguf")  # one worker runs the study
 FILE = Path("it's a file; touch pwned.gguf")  # characters that a shell would act on
 WEIGHTS = "weights.safetensors"
 

@@ -79,6 +79,9 @@ def lines(program: str, *arguments: str, folder: Path = ROOT) -> dict[str, list[
     return dict(map(json.loads, done.stdout.splitlines()))
 
 
+ONE_WORKER = pytest.mark.xdist_group("edits")  # where the edits are tried once
+
+
 @pytest.fixture(scope="module")
 def again(tmp_path_factory) -> dict[str, set[str]]:
     """Module -> the rules that run again after an edit of it, in a copy of the package."""
@@ -133,6 +136,7 @@ def test_what_a_rule_imports_is_its_code():
         assert len(files) > 2
 
 
+@ONE_WORKER
 def test_an_edit_of_any_module_runs_the_rules_that_import_it_again(again):
     """Each module of each room, edited in a copy: the code of just those rules has another name."""
     expected = {module: set() for module in again}
@@ -167,6 +171,7 @@ KNOWN = {  # module -> (rules that run again, rules that do not)
 }
 
 
+@ONE_WORKER
 @pytest.mark.parametrize("module", KNOWN)
 def test_known_edits(again, module):
     run, rest = KNOWN[module]

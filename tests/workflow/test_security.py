@@ -385,7 +385,7 @@ def test_the_report_escapes_everything_it_shows(tmp_path, text):
         (root / cells[1].folder).mkdir(parents=True)
         record = {"status": "error", "reason": f"no {word}", "stage": "compress", "traceback": word}
         (root / cells[1].folder / "failed-compress.json").write_text(json.dumps(record))
-        skipped = [{"label": word, "method": word, "target": word, "reason": word}]
+        skipped = [{"label": word, "method": word, "target": word, "allocation": word, "reason": word}]
         told = evaluations(synthetic_tables.STUDY, synthetic_tables.EVALUATIONS)
         collect(StudyInputs(cells, skipped, told), root / "tables", partial=True, root=root)
         pd.DataFrame({"paper": [word], word: [word], "verdict": ["not run"]}).to_parquet(
