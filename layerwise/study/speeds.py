@@ -153,7 +153,7 @@ def kept() -> tuple[Rates | None, dict[str, Trial]]:
 
 def _rates(content: Mapping[str, Any]) -> Rates:
     """Raises ValueError or TypeError for what is none."""
-    rates = Rates(**{str(name): float(value) for name, value in content.items()})
+    rates = Rates(**content)
     if not all(0 < value < math.inf for value in asdict(rates).values()):
         raise ValueError("rates must be above zero")
     return rates
@@ -161,7 +161,7 @@ def _rates(content: Mapping[str, Any]) -> Rates:
 
 def _trial(content: Iterable[Any]) -> Trial:
     """Raises ValueError or TypeError for what is none."""
-    inputs, once, row = map(float, content)
+    inputs, once, row = content  # a text in a number's place is refused below, where it is compared
     if not (1 <= inputs < math.inf and 0 <= once < math.inf and 0 <= row < math.inf):
         raise ValueError("a trial's seconds must not be below zero")
     return Trial(int(inputs), once, row)
@@ -172,8 +172,11 @@ def keep(rates: Rates, trials: Mapping[str, Trial]) -> str | None:
     content = {key: [own.inputs, own.once, own.row] for key, own in trials.items()}
     try:
         write_atomic(store(), json.dumps({"rates": asdict(rates), "trials": content}, indent=1) + "\n")
-    except (Failure, OSError) as error:
-        return f"The speed of this machine is measured again next time: {error}"
+    except Failure as error:
+        return f"The speed of this machine is measured again next time. {error}"
+    except OSError as error:
+        why = f"{store()} cannot be written ({error.strerror})"
+        return f"The speed of this machine is measured again next time: {why}."
     return None
 
 
@@ -213,6 +216,9 @@ def measured(plan: Plan) -> Speeds:
     if rates and not missing:
         return Speeds(rates, trials)
     said = []
+    print(
+        f"Measuring {_count(rates is None, len(missing))}, once; it is kept in {store()}.", file=sys.stderr, flush=True
+    )
     answers, fault = ask({"rates": rates is None, "seconds": SECONDS, "trials": list(missing.values())})
     failed = {key: f"it failed on a small layer: {why}" for key, why in _failures(answers)}
     for answer in answers:
@@ -229,6 +235,12 @@ def measured(plan: Plan) -> Speeds:
             why = failed.get(key, fault or "there was no time left to try it")
             said.append(f"The time of {own['label']} is what its method's card says: {why}.")
     return Speeds(rates or typical(operation()), trials, tuple(said))
+
+
+def _count(machine: bool, methods: int) -> str:
+    """What is measured, in words."""
+    tried = f"{methods} methods on a small layer, some seconds each" if methods else ""
+    return " and ".join(filter(None, ["this machine" if machine else "", tried]))
 
 
 def _failures(answers: Iterable[Mapping[str, Any]]) -> Iterator[tuple[str, str]]:
