@@ -17,7 +17,7 @@ RUN := PATH="$(BIN):$$PATH"
 COVERAGE_DATA := $(CURDIR)/.venv/coverage
 
 .PHONY: reproduce test battery test-long coverage mutants slurm smoke lint audit lock regression estimate report accept gallery \
-	decode benchmark clean clean-cache
+	decode benchmark clean clean-cache site
 
 reproduce: .venv/installed
 	$(CHECK)
@@ -68,6 +68,10 @@ gallery: reproduce  # the figures and tables that the README shows
 	mkdir -p figures/gallery/$(STUDY)
 	cp figures/*.png results/tables/main.md figures/gallery/$(STUDY)/
 
+site: .venv/installed .venv/site/installed  # the documentation as HTML, site/html/index.html
+	$(RUN) python -m website site
+	NO_MKDOCS_2_WARNING=1 .venv/site/bin/python -m mkdocs build --strict --config-file site/mkdocs.yml
+
 decode: .venv/installed  # times products with packed weights; see docs/decode.md for a quiet machine
 	$(RUN) python -m layerwise decode --shape 1024x1024 --shape 2048x2048 --shape 4096x4096 --shape 11008x4096 --threads 1 \
 		--out results/decode.csv
@@ -112,9 +116,11 @@ clean:  # everything that can be computed again
 	.venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --no-index --no-build-isolation --editable .
 	@touch $@
 
-lock:  # the hashes of requirements.lock's versions, for every platform, from the package index; needs uv
+lock:  # hashes of requirements.lock's versions and of what `make site` needs, from the package index; needs uv
 	uv pip compile --quiet --no-deps --generate-hashes --no-header --no-annotate --python-version 3.11 --universal \
 		--no-emit-package torch requirements.lock --output-file requirements-hashed.lock
+	uv pip compile --quiet --generate-hashes --no-header --no-annotate --python-version 3.11 --universal \
+		requirements-site.in --output-file requirements-site.lock
 
 audit: .venv/audit/bin/pip-audit  # known vulnerabilities of the locked versions, where the package index tells them
 	@$< --disable-pip --no-deps --requirement requirements-hashed.lock > .venv/audit.log 2>&1; status=$$?; \
@@ -123,6 +129,13 @@ audit: .venv/audit/bin/pip-audit  # known vulnerabilities of the locked versions
 	if [ $$unknown -gt 0 ] || grep -q 'ConnectionError\|ServiceError' .venv/audit.log; then \
 		echo "No whole audit: the package index here tells nothing of $$unknown of the locked packages."; \
 	elif [ $$status -ne 0 ]; then cat .venv/audit.log; exit 1; fi
+
+# MkDocs reads the code as text and imports none of it: an environment of its own, which cannot disturb the other.
+.venv/site/installed: requirements-site.lock
+	$(PYTHON) -m venv .venv/site
+	.venv/site/bin/python -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS) --no-deps --require-hashes \
+		--requirement requirements-site.lock
+	@touch $@
 
 .venv/audit/bin/pip-audit: | .venv/installed
 	$(PYTHON) -m venv .venv/audit

@@ -55,15 +55,15 @@ _MODULES = {
     "layerwise.contract.target": ("Target",),
     "layerwise.runtime.errors": ("InputError",),
 }
-_MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
+MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}  # of each public name
 
 
 def __getattr__(name: str) -> Any:
     if name == "__version__":
         return _version()
-    if name not in _MODULE_OF:
+    if name not in MODULE_OF:
         raise AttributeError(f"module 'layerwise' has no attribute {name!r}")
-    return getattr(import_module(_MODULE_OF[name]), name)
+    return getattr(import_module(MODULE_OF[name]), name)
 
 
 def __dir__() -> list[str]:

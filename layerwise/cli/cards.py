@@ -44,19 +44,19 @@ def card(entry: Entry) -> str:
     """One card whole: what the method is, its file, and every parameter with its default and meaning."""
     lines = [f"{entry.name}: {entry.card['title']}", f"  file: {entry.path}"]
     said = {key: value for key, value in entry.card.items() if key not in ("title", "parameters", "checks")}
-    lines += [f"  {key}: {_text(value)}" for key, value in said.items()]
+    lines += [f"  {key}: {as_text(value)}" for key, value in said.items()]
     parameters = entry.card["parameters"]
     lines += ["", "parameters:" if parameters else "It has no parameters."]
     for name, schema in parameters.items():
-        lines.append(f"  {name}: {_kind(schema)}, default {_text(entry.defaults[name])}")
+        lines.append(f"  {name}: {kind_of(schema)}, default {as_text(entry.defaults[name])}")
         lines += textwrap.wrap(schema.get("description", ""), WIDTH, initial_indent="    ", subsequent_indent="    ")
     return "\n".join(lines)
 
 
-def _kind(schema: Mapping[str, Any]) -> str:
+def kind_of(schema: Mapping[str, Any]) -> str:
     """What a parameter may be, in words."""
     if "enum" in schema:
-        return "one of " + ", ".join(map(_text, schema["enum"]))
+        return "one of " + ", ".join(map(as_text, schema["enum"]))
     if schema.get("format") == "method":
         return "a method"
     kinds = schema.get("type", "any value")
@@ -65,7 +65,8 @@ def _kind(schema: Mapping[str, Any]) -> str:
     return " ".join([words, *(f"{word} {schema[key]}" for key, word in limits.items() if key in schema)])
 
 
-def _text(value: Any) -> str:
+def as_text(value: Any) -> str:
+    """A value of a card as people write it: yes, no and none, and JSON for what is nested."""
     if isinstance(value, str):
         return value
     if isinstance(value, (list, tuple)) and all(isinstance(item, (str, int)) for item in value):

@@ -45,6 +45,7 @@ BATTERY = (
     "tests/study/test_speeds.py::test_the_command",
     "tests/support/",
     "tests/test_library.py::test_a_model",
+    "tests/website/",
 )
 
 
