@@ -1,4 +1,4 @@
-"""One self-contained HTML page of a study: protocol, tables, figures, every cell layer by layer, gaps, provenance.
+"""One self-contained HTML page of a study: the answer first, then tables, cells layer by layer, protocol, provenance.
 
 Nothing is fetched when it is opened, and everything shown is escaped. Each number can be traced: its cell leads to the
 spec, the folder, the log, and the row of the table under results/tables (1 is the first row below the header).
@@ -21,6 +21,7 @@ from docutils.core import publish_parts
 
 from layerwise.comparison import published_page
 from layerwise.comparison.folders import PROVENANCE
+from layerwise.report import headline
 from layerwise.report.cells import LAYER, NUMBER, Study, cell_views, measured
 from layerwise.report.chart import chart
 from layerwise.report.fields import Field, entries, plain, shown, table
@@ -217,16 +218,19 @@ def page(study: Study, folder: Path, figures: Sequence[Path]) -> str:
     """The HTML of a study whose tables are in a folder. Raises InputError when a table or figure cannot be used."""
     data = {name: read_table(folder, name) for name in ("layers", "cells", "comparisons", "skipped")}
     views, shapes = cell_views(study, data)
-    skipped = data["skipped"]
+    skipped, main = data["skipped"], _main_tables(data)
+    leading, further = headline.split([figure(path) for path in figures])
     return _template().render(
         **_about(study, views),
         counts=_counts(views) | {"skipped": len(skipped)},
         links=links(views),
         targets=list(dict.fromkeys(view["spec"]["target"] for view in views)),
-        main=_main_tables(data),
+        headline=headline.headline(main),
+        leading=leading,
+        main=main,
         results=results(views),
         others=other_tables(folder, views),
-        figures=[figure(path) for path in figures],
+        figures=further,
         gaps=gaps(views),
         skipped=table(list(skipped.columns), skipped.itertuples(index=False)),
         provenance=provenance(views),

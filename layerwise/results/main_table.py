@@ -72,7 +72,7 @@ class Section:
 @dataclass(frozen=True)
 class Table:
     """One rendered table. note: sentences on how to read it, the dense value among them; model, calibration: whose
-    cells it holds."""
+    cells it holds; dense: the sentence with the dense model's value, empty for a distance from it."""
 
     name: str
     title: str
@@ -81,6 +81,7 @@ class Table:
     sections: list[Section]
     model: str = ""
     calibration: str = ""
+    dense: str = ""
 
 
 def task_title(task: Any, task_set: Any, filtered: str = "") -> Any:
@@ -163,7 +164,8 @@ def tables(
         reference = matching(dense, model=model, text=text)
         marked, reasons = provenance_marks(pd.concat([part, reference]))
         tested = comparisons is not None and _compared(comparisons, metric, model, calibration, text)
-        notes = [*_dense_note(reference, metric, marked), *_notes(part, metric, tested)]
+        dense_note = _dense_note(reference, metric, marked)
+        notes = [*dense_note, *_notes(part, metric, tested)]
         notes += [] if layers is None else fallback(layers, model, calibration)
         targets = distinct_values(part, "target")
         sections = []
@@ -174,7 +176,8 @@ def tables(
         what = WORDS.get(metric, metric) + (f" on {text}" if text else "")
         name = "-".join(filter(None, (metric, model, calibration, text)))
         title = f"{model}, {what}, calibrated on {calibration}"
-        yield Table(name, title, " ".join([*notes, *reasons]), targets, sections, model, calibration)
+        note = " ".join([*notes, *reasons])
+        yield Table(name, title, note, targets, sections, model, calibration, " ".join(dense_note))
 
 
 def _of_metric(cells: pd.DataFrame, metric: str) -> pd.DataFrame:

@@ -13,9 +13,10 @@ import pandas as pd
 import pytest
 from playwright.sync_api import sync_playwright
 
+from layerwise.report.headline import headline
 from layerwise.report.page import other_tables, page
 from layerwise.results import main_table
-from layerwise.results.cell_results import evaluations
+from layerwise.results.cell_results import ACCURACIES, evaluations
 from layerwise.results.collect import StudyInputs, collect
 from layerwise.runtime.errors import InputError
 from layerwise.storage.table_schema import read_table
@@ -121,6 +122,51 @@ def test_the_main_tables_mark_what_is_not_shown_to_differ(study, folder, html, m
     marked = html.count('class="number best"')
     monkeypatch.setattr(main_table, "NO_DIFFERENCE", "worse")
     assert page(study, folder / "tables", []).count('class="number best"') > marked > 0
+
+
+def test_the_page_opens_with_the_answer(study, folder, html, tmp_path):
+    order = re.findall(r'<section id="([\w-]+)"', html)
+    assert order[:4] == ["answer", "main", "results", "cell"] and order[-3:] == ["gaps", "protocol", "provenance"]
+    answer = html[html.index('<section id="answer">') : html.index('<section id="main">')]
+    assert "warned of &lt;script" in answer and "Dense: " in answer
+    cells = read_table(folder / "tables", "cells")
+    own = cells[(cells["metric"] == "perplexity")]
+    own = own[own["text"] == own["text"].iloc[0]]
+    row = re.search(r"<td>mask-only</td>(.*?)</tr>", answer, re.DOTALL).group(1)
+    for target, best in zip(("50% row", "60% row", "2:4"), row.split("</td>")[:3], strict=True):
+        here = own[(own["comparison"] == "mask-only") & (own["target"] == target)].set_index("label")["value"]
+        named = re.findall(r">([\w.]+)</a> <b>([\d.]+)</b>", best)
+        assert named[0] == (here.idxmin(), main_table.number(here.min(), "perplexity")), (target, best)
+    (tmp_path / "perplexity_vs_bits.svg").write_text(SVG)
+    drawn = page(study, folder / "tables", [folder / "error_along_depth.svg", tmp_path / "perplexity_vs_bits.svg"])
+    first, last = (drawn.index(f'id="figure-{name}"') for name in ("perplexity_vs_bits", "error_along_depth"))
+    assert first < drawn.index('<section id="main">') < drawn.index('<section id="figures">') < last
+
+
+def test_the_headline_names_the_best_and_counts_what_it_leaves_out():
+    entries = [
+        ("a", "9.50", True),
+        ("b", "12.00", False),
+        ("c", "9.10", True),
+        ("d", "9.3 ± 0.2", True),
+        ("e", "9.6", True),
+    ]
+    alone = [
+        ("a", [main_table.TableEntry("diverged"), main_table.TableEntry("3.1")]),
+        ("b", [main_table.TableEntry("–")] * 2),
+    ]
+    lines = [(label, [main_table.TableEntry(text, best)] * 2) for label, text, best in entries]
+    section = main_table.Section("shared", [("mask-only", lines), ("quantised", alone)])
+    tables = [
+        main_table.Table(name, "T", "", ["x", "y"], [section], dense="Dense: 9.")
+        for name in ("kl-m-c-t", "perplexity-m-c-t", "perplexity-m-c-u", f"{ACCURACIES[0]}-m-c-t")
+    ]
+    found = headline(tables)
+    assert [own["table"].name for own in found] == ["perplexity-m-c-t", "perplexity-m-c-u"]
+    best, single = found[0]["rows"]
+    assert best["best"] == [[("c", "9.10"), ("d", "9.3 ± 0.2"), ("a", "9.50")]] * 2 and best["more"] == [1, 1]
+    assert single["best"] == [[], [("a", "3.1")]] and found[0]["dense"] == "Dense: 9."
+    assert headline(tables[3:])[0]["rows"][0]["best"][0][0] == ("e", "9.6") and headline([]) == []
 
 
 def test_what_was_not_calibrated_as_meant_is_told_above_the_main_tables(study, folder, html, tmp_path):
