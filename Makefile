@@ -97,7 +97,7 @@ clean:  # everything that can be computed again
 	rm -rf results/text results/tokens results/models results/checks results/calibration results/grams results/gguf results/cells \
 		results/evaluations results/exports results/tasks results/certificates results/demo \
 		results/code results/requested.json results/tables results/partial results/benchmarks results/report.html
-	rm -rf figures/*.pdf figures/*.svg figures/*.png logs .snakemake
+	rm -rf figures/*.pdf figures/*.svg figures/*.png logs .snakemake site
 
 .venv/slurm: .venv/installed requirements-slurm.lock
 	.venv/bin/python -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS) --requirement requirements-slurm.lock
