@@ -40,7 +40,7 @@ def graph_of(dot: str) -> Graph:
     nodes = [name for name in dict.fromkeys(names.values()) if name not in LEFT_OUT]
     pairs = {(names[first], names[second]) for first, second in EDGE.findall(dot)}
     edges = {pair for pair in pairs if not set(pair) & set(LEFT_OUT)}
-    return Graph(tuple(nodes), tuple(sorted(_reduced(edges))))
+    return Graph(tuple(sorted(nodes)), tuple(sorted(_reduced(edges))))  # Snakemake has an order by chance
 
 
 def _reduced(edges: set[tuple[str, str]]) -> set[tuple[str, str]]:
