@@ -43,6 +43,7 @@ TARGETS: dict[str, tuple[float, str, int | None, int | None]] = {
     "4:8": (0.5, "4:8", None, None),
     "4b g128": (0.0, "row", 4, 128),
     "3b g128": (0.0, "row", 3, 128),
+    "50% row 4b g128": (0.5, "row", 4, 128),
 }
 PROVENANCE = {
     "commit": "a" * 40,
@@ -172,6 +173,7 @@ def layer_frame(of: SyntheticCell, blocks: int = 8) -> pd.DataFrame:
                     "out": out,
                     "in": inputs,
                     "level": level_of(columns, block / blocks),
+                    "pair": columns["target"] if columns["bits"] and columns["sparsity"] else None,
                     "output_error": error,
                     "absolute_error": 10 * error,
                     "first_token_error": 2 * error,
