@@ -43,8 +43,8 @@ TARGETS: dict[str, tuple[float, str, int | None, int | None]] = {
     "4:8": (0.5, "4:8", None, None),
     "4b g128": (0.0, "row", 4, 128),
     "3b g128": (0.0, "row", 3, 128),
-    "50% row 4b g128": (0.5, "row", 4, 128),
 }
+JOINT = {"50% row 4b g128": (0.5, "row", 4, 128)}  # of no plan but where it is named
 PROVENANCE = {
     "commit": "a" * 40,
     "dirty": False,
@@ -95,7 +95,7 @@ def cell(
     seed: int = 0,
     allocation: str = "uniform",
 ) -> SyntheticCell:
-    sparsity, pattern, bits, group = TARGETS.get(target, (0.0, "row", None, None))
+    sparsity, pattern, bits, group = (TARGETS | JOINT).get(target, (0.0, "row", None, None))
     comparison = METHODS.get(method, ("control",))[0]
     if method == "sparsegpt" and bits:
         comparison = "quantised"
