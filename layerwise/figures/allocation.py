@@ -131,10 +131,11 @@ def _depth_band(band: SubFigure, data: pd.DataFrame, count: int, style: Mapping[
         for name, strokes in style.items():
             line = matching(part, allocation=name)
             if len(line):
-                by_seed = column(line, "level").groupby([column(line, "block"), column(line, "seed")]).mean()
-                found = by_seed.groupby(level=0).agg(["mean", "min", "max"]).reindex(blocks)
-                axis.plot(blocks, found["mean"], markevery=max(1, len(blocks) // 8), **strokes)
-                shade(axis, blocks, list(found["min"]), list(found["max"]), strokes)
+                by_seed = pd.DataFrame(line.groupby(["block", "seed"])["level"].mean()).reset_index()
+                found = column(by_seed, "level").groupby(column(by_seed, "block"))
+                mean, low, high = (own.reindex(blocks) for own in (found.mean(), found.min(), found.max()))
+                axis.plot(blocks, mean, markevery=max(1, len(blocks) // 8), **strokes)
+                shade(axis, blocks, low.to_list(), high.to_list(), strokes)
         axis.set_title(kinds[index], loc="left", fontweight="bold")
         axis.xaxis.set_major_locator(MaxNLocator(5, integer=True, min_n_ticks=1))
         axis.margins(x=0.06)
@@ -183,9 +184,10 @@ def _budget_lines(
             mean = column(line.drop_duplicates("x").set_index("x"), "value").reindex(places)
             axis.plot(places, mean, **strokes)
             seeds = matching(every, allocation=name)
-            ranges = column(seeds, "value").groupby(column(seeds, "x")).agg(["min", "max"])
-            ranges = ranges.reindex(places)[mean.notna()]
-            shade(axis, list(ranges.index), list(ranges["min"]), list(ranges["max"]), strokes)
+            found = column(seeds, "value").groupby(column(seeds, "x"))
+            drawn = [place for place, value in zip(places, mean.to_list(), strict=True) if pd.notna(value)]
+            low, high = (own.reindex(drawn) for own in (found.min(), found.max()))
+            shade(axis, drawn, low.to_list(), high.to_list(), strokes)
 
 
 def shade(

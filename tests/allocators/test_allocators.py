@@ -163,7 +163,7 @@ def test_equal_layers_get_equal_levels(name, target):
     parts = []
     for index, layers in enumerate(blocks):
         for (out, inputs), value in zip(block, found.measure(layers), strict=True):
-            errors: dict[float, tuple[float, float]] | None = None
+            errors: Any = None
             if "errors" in CATALOGUE[name].card["needs"]:
                 options = enumerate(found.candidates(target)[1])
                 errors = {option: (place**2 / (1 + index % 2),) * 2 for place, option in options}
@@ -178,7 +178,7 @@ def test_equal_layers_get_equal_levels(name, target):
 def test_a_model_of_one_block_of_one_layer_gets_the_budget(name, target):
     found: Any = allocator(name)
     (value,) = found.measure(layers_of([(16, 24)], np.random.default_rng(3)))
-    errors = None
+    errors: Any = None
     if "errors" in CATALOGUE[name].card["needs"]:
         # Whatever a layer gives costs more than the budget, but for what takes more bits.
         errors = {option: (float(option != target),) * 2 for option in found.candidates(target)[1]}
@@ -276,7 +276,7 @@ def test_the_pq_index_has_its_properties():
 def test_the_knapsack_reaches_brute_force_and_no_more_than_equal_levels():
     found = allocator("knapsack", levels=[0.4, 0.6], errors="absolute", weights={"*.up": 10})
     target = Target(0.5)
-    errors = {0.4: (1.0, 0.1), 0.5: (2.0, 0.2), 0.6: (3.5, 0.4)}
+    errors: Any = {0.4: (1.0, 0.1), 0.5: (2.0, 0.2), 0.6: (3.5, 0.4)}
     parts = [Part(f"{i}.{name}", i, 4, 4, None, errors) for i in range(2) for name in ("up", "down")]
     proposal = found.allocate(parts, target)
     assert proposal.levels == (0.4, 0.6, 0.4, 0.6)
@@ -377,7 +377,7 @@ def test_pairs_reach_brute_force_within_the_bits_of_the_budget(seed):
     shapes = [(4, 8), (6, 8), (4, 12)]
     options = found.candidates(target)[1]
     assert len(options) == 5 and options[0] == target and options[3] == Target(bits=3, group=4)
-    errors = [{option: (float(rng.exponential()),) * 2 for option in options} for _ in shapes]
+    errors: Any = [{option: (float(rng.exponential()),) * 2 for option in options} for _ in shapes]
     parts = [Part("x", i, *shape, None, own) for i, (shape, own) in enumerate(zip(shapes, errors, strict=True))]
     proposal = found.allocate(parts, target)
     costs = [{option: bits_of(option, *shape) for option in options} for shape in shapes]

@@ -113,8 +113,9 @@ def test_what_tries_the_model_is_given_tokens_and_grams():
     kl = {"allocator": "knapsack", "errors": "divergence"}
     planned = plan(spread({"neuroal": None, "knapsack": None, "kl": kl, "evopress": None, "owl": None}))
     inputs, found = JobInputs(planned), {}
+    model, calib = planned.cells[0].model, planned.cells[0].calib
     for path, cell in planned.allocations.items():
-        *_, model, calib, file = path.split("/")
+        file = path.rpartition("/")[2]
         job = _Wildcards(model=model, calib=calib, allocation=file.removesuffix(".parquet"))
         found[cell.columns["allocation"]] = (len(inputs.allocation_gram(job)), inputs.allocation_tokens(job))
     tokens = [f"results/tokens/{model}/calibration-{calib}.safetensors"]
