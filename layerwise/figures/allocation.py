@@ -1,5 +1,6 @@
 """The figures of budgets that are spread over layers: pure functions from a table to a figure."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -23,7 +24,7 @@ from layerwise.figures.page import (
 )
 from layerwise.figures.style import SPARE_MARKERS
 from layerwise.results.seeds import repeats
-from layerwise.storage.frames import column, distinct_values, groups, highest, lowest, matching, rows, select
+from layerwise.storage.frames import column, distinct_values, groups, groups_by, highest, lowest, matching, rows, select
 from layerwise.study.allocation_entries import UNIFORM
 
 KINDS_PER_ROW = 4
@@ -132,10 +133,10 @@ def _depth_band(band: SubFigure, data: pd.DataFrame, count: int, style: Mapping[
             line = matching(part, allocation=name)
             if len(line):
                 by_seed = pd.DataFrame(line.groupby(["block", "seed"])["level"].mean()).reset_index()
-                found = column(by_seed, "level").groupby(column(by_seed, "block"))
-                mean, low, high = (own.reindex(blocks) for own in (found.mean(), found.min(), found.max()))
+                found = {block: column(here, "level") for block, here in groups_by(by_seed, "block", sort=True)}
+                mean = [found[block].mean() if block in found else math.nan for block in blocks]
                 axis.plot(blocks, mean, markevery=max(1, len(blocks) // 8), **strokes)
-                shade(axis, blocks, low.to_list(), high.to_list(), strokes)
+                shade(axis, found, strokes)
         axis.set_title(kinds[index], loc="left", fontweight="bold")
         axis.xaxis.set_major_locator(MaxNLocator(5, integer=True, min_n_ticks=1))
         axis.margins(x=0.06)
@@ -183,18 +184,15 @@ def _budget_lines(
             # A budget without a value breaks the line: nothing is drawn through what was not measured.
             mean = column(line.drop_duplicates("x").set_index("x"), "value").reindex(places)
             axis.plot(places, mean, **strokes)
-            seeds = matching(every, allocation=name)
-            found = column(seeds, "value").groupby(column(seeds, "x"))
+            seeds = groups_by(matching(every, allocation=name), "x", sort=True)
             drawn = [place for place, value in zip(places, mean.to_list(), strict=True) if pd.notna(value)]
-            low, high = (own.reindex(drawn) for own in (found.min(), found.max()))
-            shade(axis, drawn, low.to_list(), high.to_list(), strokes)
+            shade(axis, {x: column(here, "value") for x, here in seeds if x in drawn}, strokes)
 
 
-def shade(
-    axis: Axes, x: Sequence[float], low: Sequence[float], high: Sequence[float], strokes: Mapping[str, Any]
-) -> None:
-    """The range over seeds, where there are several: a band, and bars at its ends where lines are few."""
-    if any(top > bottom for bottom, top in zip(low, high, strict=True)):
+def shade(axis: Axes, found: Mapping[Any, pd.Series], strokes: Mapping[str, Any]) -> None:
+    """The range of the values at each x, where some differ: a band, and bars, as a band of one place has no width."""
+    x, low, high = list(found), [lowest(own) for own in found.values()], [highest(own) for own in found.values()]
+    if low != high:
         axis.fill_between(x, low, high, color=strokes["color"], alpha=0.15, linewidth=0)
         axis.vlines(x, low, high, color=strokes["color"], linewidth=0.8)
 
