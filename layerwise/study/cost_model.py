@@ -17,7 +17,7 @@ from layerwise.sources.task_sets import BATCH
 from layerwise.storage.bits_per_weight import stored_bits
 from layerwise.study.cell import Cell, canonical
 from layerwise.study.grid import Plan
-from layerwise.study.method_costs import CERTIFICATE, of_method
+from layerwise.study.method_costs import CERTIFICATE, needs_cross, of_method
 from layerwise.study.work import JobCost, Work
 
 # ------------------------------------------------------------------------------ what the jobs' code holds, in one place
@@ -31,6 +31,7 @@ GRAM_ENTRY = 12
 BATCH_BYTES = 2**22  # of a batch's widest activations, unless one sequence has more (propagate.BATCH_BYTES)
 ACTIVATIONS = 8  # tensors of that size at a time
 LOGITS_HELD = 2  # of a batch: the cell's, and the dense model's beside them (divergence.Divergence)
+GRAMS_BESIDE = 2  # cross-Gram and Gram of the dense model's inputs, for a method that needs them
 HIDDEN_FILES = 2  # files of all hidden states on disk: what enters a block and what leaves it
 LOGITS_AT_ONCE = 2**23  # of a batch of windows (evaluate.LOGITS_AT_ONCE)
 ROWS = 1024  # tokens whose logits are in float32 at a time (evaluate.ROWS)
@@ -46,6 +47,8 @@ UNKNOWN_MB = 8000  # asked for jobs of a model that has not been fetched
 
 BLOCK_COPIES = 3  # of a block's weights in float32 while an allocator measures it
 LEVELS_TRIED = 14  # of a layer, by a knapsack with its default levels
+TRIALS = 500  # passes of an allocator that tries the model
+TRIED_WINDOWS = 8  # of calibration text in each, where its parameters do not say
 SPECTRUM = 20.0  # products of a weight and a Gram that singular values take as long as
 
 # ------------------------------------------------------------------------------------------------------ rough durations
@@ -180,9 +183,10 @@ class CostModel:
         )
         w, g, products = of_method(self.plan.catalogue, cell.spec["method"]["name"], cell.spec["method"]["params"])
         changed = self.plan.catalogue[cell.spec["method"]["name"]].card["updates_weights"]
+        beside = needs_cross(self.plan.catalogue, cell)
         peaks = []
         for block in model.shape.blocks:
-            grams = 4 * block.gram_entries if sequential else 0
+            grams = 4 * block.gram_entries * (1 + GRAMS_BESIDE * beside) if sequential else 0
             solving = [4 * (w * out * size + g * size**2) + SCORING * size for out, size, _ in block.layers]
             peaks.append(max(solving, default=0) + grams + model.stored(block, target, changed))
         memory, transient = model.streamed + max(peaks), 0.0
@@ -191,9 +195,10 @@ class CostModel:
         if sequential:
             run = model.at(calib.get("dtype"))
             another = run.streamed - PROCESS if run.entry["dtype"] != model.entry["dtype"] else 0  # a copy of the model
-            memory = max(memory, run.calibrating(calib["length"])) + another
-            work += replace(run.passes(2 * tokens), grams=run.gram_work(tokens))
-            transient += run.states(tokens)
+            memory = max(memory, run.calibrating(calib["length"], beside)) + another
+            # The cross-Gram is no symmetric product, which takes twice as long.
+            work += replace(run.passes((2 + beside) * tokens), grams=(1 + 3 * beside) * run.gram_work(tokens))
+            transient += (1 + beside) * run.states(tokens)
         if "tune" in cell.spec:
             memory = max(memory, model.tuning(calib["length"], cell.spec["tune"]))
             epochs = sum(stage["epochs"] for stage in cell.spec["tune"].values())
@@ -239,7 +244,7 @@ class CostModel:
     def _sees_grams(self, cell: Cell) -> bool:
         """Whether what spreads a cell's budget sees the dense Grams."""
         spec = cell.spec.get("allocation")
-        return spec is not None and "gram" in self.plan.allocators[spec["allocator"]].card["needs"]
+        return spec is not None and "gram" in self.plan.allocators[spec["allocator"]].needs(spec["params"])
 
     def _allocate(self, model: ModelCost, job: Job) -> JobCost:
         cell = self.plan.allocations["results/allocations/{model}/{calib}/{allocation}.parquet".format(**job.wildcards)]
@@ -255,18 +260,29 @@ class CostModel:
             held += kept(block) if self._sees_grams(cell) else 0.0
             solving = [4 * (w * out * size + g * size**2) + SCORING * size for out, size, _ in block.layers]
             peaks.append(held + max(solving, default=0.0))
-        work = Work(solving=(LEVELS_TRIED * (products + 1) if inner else SPECTRUM) * model.products)
-        return JobCost(model.at_rest.streamed + max(peaks, default=0.0), CELL_FILES, work=work)
+        tried = LEVELS_TRIED * (products + 1) if inner else SPECTRUM
+        work = Work(solving=tried * model.products)
+        memory = model.at_rest.streamed + max(peaks, default=0.0)
+        if "trials" in entry.needs(spec["params"]):  # the whole model, and a copy of its layers
+            length = self.plan.calibrations[cell.calib]["length"]
+            tokens = spec["params"].get("windows", TRIED_WINDOWS) * length
+            memory = max(memory, PROCESS + 2 * model.whole + model.evaluating(length, tokens))
+            work = model.passes(TRIALS * tokens) + work
+        return JobCost(memory, CELL_FILES, work=work)
 
     def _export(self, model: ModelCost, job: Job) -> JobCost:
         model = model.at_rest
         return JobCost(PROCESS + 2 * model.whole, model.whole)
 
 
-def summed(block: BlockShape) -> float:
-    """Bytes of a block's Grams while they are summed, and of the rows of inputs that are kept."""
+def summed(block: BlockShape, beside: bool = False) -> float:
+    """Bytes of a block's Grams while they are summed, and of the rows of inputs that are kept.
+
+    beside: with what a method takes that needs the cross-Gram.
+    """
     rows = sum(size for size, share in block.taps if share < 1)  # of an expert there may be twice as many
-    return kept(block) + (GRAM_ENTRY - 4) * block.gram_entries + 4 * SAMPLE * rows
+    more = (GRAM_ENTRY - 4 + GRAM_ENTRY * GRAMS_BESIDE * beside) * block.gram_entries
+    return kept(block) + more + 4 * SAMPLE * rows
 
 
 def kept(block: BlockShape) -> float:
@@ -279,7 +295,7 @@ def _kind(cell: Cell, study: Plan) -> tuple[Any, ...]:
     method, tune = cell.spec["method"], cell.spec.get("tune")
     asked = tuple(cell.spec["target"].values())
     cost = of_method(study.catalogue, method["name"], method["params"])
-    return (*cost, method["name"], asked, canonical(tune) if tune else None)
+    return (*cost, method["name"], needs_cross(study.catalogue, cell), asked, canonical(tune) if tune else None)
 
 
 @dataclass(frozen=True)
@@ -334,9 +350,10 @@ class ModelCost:
     def activations(self, length: int) -> float:
         return ACTIVATIONS * max(BATCH_BYTES, self.size * length * self.shape.widest)
 
-    def calibrating(self, length: int) -> float:
-        """Peak of a pass that sums the Grams of a block."""
-        summing = self.streamed + self.activations(length) + max(map(summed, self.shape.blocks), default=0)
+    def calibrating(self, length: int, beside: bool = False) -> float:
+        """Peak of a pass that sums the Grams of a block, and with `beside` what a cross-Gram takes."""
+        grams = max((summed(block, beside) for block in self.shape.blocks), default=0)
+        summing = self.streamed + (1 + beside) * self.activations(length) + grams  # a batch's inputs are kept too
         return max(summing, self.embedding)
 
     def evaluating(self, length: int, tokens: int) -> float:

@@ -202,6 +202,34 @@ def test_costs_of_a_study(tmp_path):
     assert list(limit_errors(own, own.jobs(), whole, ENOUGH)) == []
 
 
+def test_a_dense_stream_counts_where_a_method_needs_the_cross_gram(tmp_path):
+    build("llama").save_pretrained(tmp_path)
+    quantisers = {
+        "gptq": None,
+        "foem": None,
+        "pruned": {"chain": ["wanda", "foem"]},
+        "pruned_gptq": {"chain": ["wanda", "gptq"]},
+    }
+    own = study_of(tmp_path, methods=quantisers, targets=[{"bits": 4}, {"pattern": "2:4", "bits": 4}])
+    found = {}
+    for job in own.jobs():
+        if job.rule == "compress":
+            columns = own.cell(job).columns
+            found[columns["label"], columns["mode"]] = some(own.cost(job))
+    shape = some(own.shape(own.plan.cells[0].model))
+    (calib,) = own.plan.calibrations.values()
+    states = cost_model.HIDDEN_FILES * 4 * shape.hidden * calib["samples"] * calib["length"]
+    for one, other in (("gptq", "foem"), ("pruned_gptq", "pruned")):
+        without, beside = found[one, "sequential"], found[other, "sequential"]
+        assert beside.transient - without.transient == states
+        walked, alone = (
+            found[name, "sequential"].work.operations - found[name, "shared"].work.operations for name in (other, one)
+        )
+        assert walked > 1.5 * alone
+    (block,) = {block for block in shape.blocks}
+    assert cost_model.summed(block, beside=True) - cost_model.summed(block) == 24 * block.gram_entries
+
+
 def test_a_model_that_is_not_here_is_unknown(tmp_path, monkeypatch):
     monkeypatch.setattr(shapes, "_folder", lambda spec: None)
     own = study_of(tmp_path)
