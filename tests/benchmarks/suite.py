@@ -25,6 +25,7 @@ from layerwise.methods.frank_wolfe import FrankWolfe
 from layerwise.methods.gptq import GPTQ
 from layerwise.methods.gqsa import GQSA
 from layerwise.methods.magnitude import Magnitude
+from layerwise.methods.quantease import QuantEase
 from layerwise.methods.random import Random
 from layerwise.methods.reconstruct import Reconstruct
 from layerwise.methods.ria import RIA
@@ -32,6 +33,7 @@ from layerwise.methods.rtn import RTN
 from layerwise.methods.sparse_swaps import SparseSwaps
 from layerwise.methods.sparsegpt import SparseGPT
 from layerwise.methods.wanda import Wanda
+from tests.benchmarks import bench_codes as codes
 from tests.benchmarks import bench_columns as columns
 from tests.benchmarks import bench_iterative as iterative
 from tests.benchmarks import bench_swaps as swaps
@@ -274,6 +276,17 @@ def listed() -> list[Case]:
         ),
         Case("rtn", "4 bits g128", RTN(), grid, copy, of(columns.baseline_rtn, grid), rounds=3),
         Case("gptq", "4 bits g128", GPTQ(), grid, columns.floor_columns, of(columns.baseline_gptq, grid), rounds=3),
+        Case(
+            "quantease",
+            "4 bits g128",
+            QuantEase(codes.PASSES),
+            grid,
+            codes.floor_quantease,
+            of(codes.baseline_quantease, grid),
+            f"{codes.PASSES} passes",
+            largest=4096,
+            baseline_largest=2048,
+        ),
         Case(
             "awq",
             "4 bits g128",

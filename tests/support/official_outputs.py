@@ -14,6 +14,7 @@ from safetensors import safe_open
 from layerwise.contract.layer import Gram, Layer, Statistics, Target
 from tests.support.paths import DATA
 
+APART = ("awq", "quantease", "thanos")  # methods with a file of their own
 NAMES = ("L1", "L1_lowrank", "L2_dead", "L3", "L4_partial")
 
 
@@ -130,10 +131,11 @@ def load(name: str) -> Official:
         arrays = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
     about = json.loads(metadata["layer"])
     cases = {case["id"]: case for case in json.loads(metadata["cases"])}
-    with safe_open(DATA / "official-awq.safetensors", "numpy") as file:
-        cases |= {case["id"]: case for case in json.loads(file.metadata()["cases"]).get(name, [])}
-        own = [key for key in file.keys() if key.startswith(f"{name}/")]  # noqa: SIM118 (not a dict)
-        arrays |= {key.removeprefix(f"{name}/"): file.get_tensor(key) for key in own}
+    for method in APART:
+        with safe_open(DATA / f"official-{method}.safetensors", "numpy") as file:
+            cases |= {case["id"]: case for case in json.loads(file.metadata()["cases"]).get(name, [])}
+            own = [key for key in file.keys() if key.startswith(f"{name}/")]  # noqa: SIM118 (not a dict)
+            arrays |= {key.removeprefix(f"{name}/"): file.get_tensor(key) for key in own}
     weight = (arrays.pop("weight").astype(np.uint32) << 16).view(np.float32)
     upper = np.zeros((about["inputs"], about["inputs"]), np.float32)
     upper[np.triu_indices(about["inputs"])] = arrays.pop("gram")
