@@ -28,6 +28,7 @@ CARD_SCHEMA = {
         "criterion": {"enum": CRITERIA},
         "keeps_zeros": {"type": "boolean"},
         "joint_only": {"type": "boolean"},
+        "bits_only": {"type": "boolean"},
         "named_by": {"type": "string"},
         "cost": {
             "type": "object",

@@ -171,6 +171,8 @@ def refusal(name: str, card: Mapping[str, Any], target: Target) -> str | None:
         return f"{name} is a control that changes nothing"
     if card.get("joint_only") and not (target.sparsity and target.bits):
         return f"{name} prunes and quantises, not one of them alone"
+    if card.get("bits_only") and target.bits is None:
+        return f"{name} does not prune without quantising"
     if target.bits is not None and not card["bits"]:
         return f"{name} does not quantise"
     if target.structure not in card["patterns"]:

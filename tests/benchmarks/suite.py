@@ -20,6 +20,7 @@ from layerwise.methods.alps import ALPS
 from layerwise.methods.awp import AWP
 from layerwise.methods.awq import AWQ
 from layerwise.methods.chain import Chain
+from layerwise.methods.code_swaps import CodeSwaps
 from layerwise.methods.dsnot import DSnoT
 from layerwise.methods.frank_wolfe import FrankWolfe
 from layerwise.methods.gptq import GPTQ
@@ -276,6 +277,19 @@ def listed() -> list[Case]:
         ),
         Case("rtn", "4 bits g128", RTN(), grid, copy, of(columns.baseline_rtn, grid), rounds=3),
         Case("gptq", "4 bits g128", GPTQ(), grid, columns.floor_columns, of(columns.baseline_gptq, grid), rounds=3),
+        Case(
+            "code_swaps",
+            "4 bits g128 from gptq",
+            CodeSwaps(GPTQ()),
+            grid,
+            codes.floor_swaps,
+            of(codes.baseline_swaps, grid),
+            "brute force: on 4 rows, scaled to as many changes",
+            few=4,
+            scale=lambda result, tried: result.info["changes"] / tried.info["changes"],
+            largest=2048,
+            baseline_largest=1024,
+        ),
         Case(
             "quantease",
             "4 bits g128",
