@@ -16,6 +16,7 @@ from layerwise.compression import score, verify
 from layerwise.compression.score import (
     LARGEST_ERROR,
     SCORED,
+    asymmetric_error,
     first_token_error,
     losses,
     ratio,
@@ -39,7 +40,7 @@ class Solver:
     """A method at a target, as the runner calls it; dtype: of the model that it compresses.
 
     mask_only: whether its card says that it changes no weight that it keeps. criterion: what its trace measures.
-    levels: layer -> its level, where the target's budget is spread over layers; empty where each has the target's own.
+    targets: layer -> its own, where the target's budget is spread over layers; empty where each has the target itself.
     """
 
     name: str
@@ -49,15 +50,15 @@ class Solver:
     dtype: torch.dtype = torch.float32
     mask_only: bool = False
     criterion: str | None = None
-    levels: Mapping[str, float] = field(default_factory=dict)
+    targets: Mapping[str, Target] = field(default_factory=dict)
 
     def at(self, layer: str) -> "Solver":
         """The same at the target of one layer. Raises InputError for a layer that was given no level."""
-        if not self.levels:
+        if not self.targets:
             return self
-        if layer not in self.levels:
+        if layer not in self.targets:
             raise InputError(f"The allocation must have a level for every layer. Got none for {layer}.")
-        return replace(self, target=self.target.at(self.levels[layer]), levels={})
+        return replace(self, target=self.targets[layer], targets={})
 
     def solve(self, layer: Layer) -> tuple[Compressed, dict[str, Any]]:
         """The layer's result, with the scales that are stored, and its row of numbers.
@@ -117,6 +118,7 @@ class Solver:
             "in": inputs,
             "output_error": relative,
             "absolute_error": absolute,
+            "asymmetric_error": asymmetric_error(layer, result.weight, relative),
             "first_token_error": first_token_error(layer, result.weight),
             "achieved_sparsity": int((result.weight == 0).sum()) / result.weight.numel(),
             "bits_per_weight": bits_per_weight(
@@ -155,6 +157,8 @@ def process_state() -> dict[str, Any]:
 def inputs_state(layer: Layer) -> dict[str, tuple[int, float]]:
     """What changes when a method writes into its inputs: through torch the version, through other memory the sum."""
     tensors = {"weight": layer.weight, "gram": layer.gram.matrix}
+    if layer.gram.apart:
+        tensors |= {"cross-Gram": layer.gram.cross, "dense Gram": layer.gram.dense}
     if layer.statistics:
         tensors |= {key: value for key, value in vars(layer.statistics).items() if isinstance(value, Tensor)}
     return {name: (tensor._version, placed_sum(tensor)) for name, tensor in tensors.items()}

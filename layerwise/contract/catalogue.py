@@ -81,6 +81,13 @@ class Entry:
         found = self.card["parameters"].items()
         return [name for name, schema in found if schema.get("items", {}).get("format") == "method"]
 
+    def needs(self, params: Mapping[str, Any]) -> set[str]:
+        """What it sees where its complete parameters are these: as the card has it, and the Grams that this takes."""
+        found = set(self.card["needs"])
+        for key, values in self.card.get("needs_where", {}).items():
+            found.update(values.get(params[key], ()))
+        return found | ({"weight", "gram"} if found & {"errors", "trials"} else set())
+
     def inner(self, params: Mapping[str, Any]) -> list[tuple[str, str, Mapping[str, Any]]]:
         """(parameter, name, complete parameters) of every method inside this one's complete parameters."""
         held = [(key, params[key]) for key in self.warm_starts]
@@ -236,6 +243,14 @@ class Catalogue(Mapping[str, Entry]):
             return f"{pruner[0]} changes the weights that {quantiser[0]} has put on a grid"
         return None
 
+    def needs(self, name: str, params: Mapping[str, Any]) -> set[str]:
+        """What the cards of a method with these complete parameters, and of methods inside it, say that they need.
+
+        A chain gives its layer to its methods alone, and needs what they need.
+        """
+        own = set() if self[name].chains else set(self[name].card["needs"])
+        return own.union(*(self.methods.needs(inner, own_params) for _, inner, own_params in self[name].inner(params)))
+
     def sources(self, name: str, params: Mapping[str, Any]) -> list[Path]:
         """Files whose code decides the method's results: its own with what it imports, its warm starts', the shared."""
         own = [self[name].path, *self[name].imports]
@@ -328,7 +343,7 @@ def _check_methods(node: ast.ClassDef, path: Path, kind: Kind) -> None:
                 f"{path}: {node.name} must define {kind.signature}. Got {name} instead, which belongs to the "
                 "base class: it checks the target before solve is called."
             )
-    if kind.signature.partition("(")[0] not in defined and len(node.bases) == 1:
+    if defined.isdisjoint({kind.signature.partition("(")[0], *kind.instead}) and len(node.bases) == 1:
         raise CatalogueError(f"{path}: {node.name} must define {kind.signature}.")
 
 

@@ -13,6 +13,7 @@ LABEL = re.compile(
     r"(?P<percent>[0-9]+(?:\.[0-9]+)?(?:e[+-]?[0-9]+)?)% (?P<pattern>row|layer|1x[1-9][0-9]*) )?"
     r"(?:(?P<bits>[0-9]+)b (?:g(?P<group>[0-9]+) )?(?P<symmetric>sym )?)?"
 )
+JOINT = "pruned and quantised"  # the budget of a target that does both: bits as stored
 CERTIFIED = ("row", "layer", "n:m")  # patterns for which the error of every mask has a bound
 
 
@@ -125,11 +126,11 @@ class Target:
     def budget(self) -> str:
         """Kind of what a share of it is given to each layer, as an allocator's card lists it: as `structure`, or bits.
 
-        Of a target that prunes and quantises there is no one budget: pruned and quantised.
+        That of a target which prunes and quantises is JOINT: the bits that it takes.
         """
         if self.bits is None:
             return self.structure
-        return "pruned and quantised" if self.sparsity else "bits"
+        return JOINT if self.sparsity else "bits"
 
     @property
     def level(self) -> float:
