@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from layerwise.contract.layer import Compressed, Layer, Method, Quantised, Target
+from layerwise.contract.layer import Compressed, Layer, Method, Target
 from layerwise.numerics import ops
 from layerwise.numerics.obs import ColumnGrid, Columns, ColumnSweep
 
@@ -19,7 +19,7 @@ CARD = {
     "arxiv": "2210.17323",
     "code": "https://github.com/IST-DASLab/gptq",
     "patterns": ["dense"],
-    "bits": [2, 3, 4, 5, 6, 7, 8],
+    "bits": [2, 3, 4, 5, 6, 7, 8, "nvfp4", "mxfp4"],
     "updates_weights": True,
     "needs": ["gram"],
     "keeps_zeros": True,
@@ -38,7 +38,8 @@ CARD = {
         },
         "static_groups": {
             "type": "boolean",
-            "description": "Groups are runs of consecutive inputs, all fitted to the weight as it was.",
+            "description": "Groups are runs of consecutive inputs, all fitted to the weight as it was; always so in "
+            "nvfp4 and mxfp4.",
         },
         "mse": {"$ref": "mse"},
         "convention": {
@@ -70,7 +71,8 @@ class GPTQ(Method):
         length = layer.statistics.length if layer.statistics else 1
         dead_diagonal = 1 / (2 * length) if self.convention == "official" else None  # its H is 2 length G
         weight = torch.where(gram.dead, 0.0, layer.weight) if gram.dead.any() else layer.weight  # [out, in]
-        refitted = None if self.static_groups else target.group  # length of the groups that are fitted on the way
+        # Length of the groups that are fitted on the way. Those of a format share the divisor of the weight as it was.
+        refitted = None if self.static_groups or target.format else target.group
         if refitted:
             scales, zeros = weight.new_empty(2, len(weight), -(-inputs // refitted))
             grid = ops.Grid(scales, zeros, target.bits)
@@ -101,4 +103,4 @@ class GPTQ(Method):
             back = order.argsort()
             weight, codes, group_of = weight[:, back], codes[:, back], group_of[back]
         moved = group_of if self.act_order and refitted else None
-        return Compressed(weight, quantised=Quantised(codes, grid.scales, grid.zeros, moved), info={"damping": damping})
+        return Compressed(weight, quantised=grid.quantised(codes, moved), info={"damping": damping})

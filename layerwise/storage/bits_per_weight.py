@@ -7,6 +7,8 @@ import math
 
 from layerwise.contract.target import Target
 
+SCALE_BITS = 8  # of a scale of a format
+DIVISOR_BITS = 32
 FLOAT_BITS = 16  # of a kept weight that is not quantised, of a scale, and of an input's scale
 INDEX_BITS = 16  # of a kept 1xb block, and of an input's group where groups are no runs of inputs
 
@@ -25,9 +27,10 @@ def stored_bits(
 
     values or codes: 16 bits, or `target.bits`, per kept weight. bitmap: one bit per weight (row, layer). positions:
     ceil(log2 m) bits per kept weight, its place in its group of m (n:m; 2 for 2:4). blocks: 16 bits, the column, per
-    kept block (1xb). scales: 16 bits per group of a row. zeros: `target.bits` per group, none if symmetric. Where
-    `grids_of_blocks`, of the kept blocks only. input_scale: 16 bits per input (AWQ). group_of: 16 bits per input where
-    groups are `reordered`, no runs of inputs (GPTQ's act-order).
+    kept block (1xb). scales: 16 bits per group of a row, 8 in a format. zeros: `target.bits` per group, none if
+    symmetric or in a format. Where `grids_of_blocks`, of the kept blocks only. divisor: 32 bits of a layer in nvfp4.
+    input_scale: 16 bits per input (AWQ). group_of: 16 bits per input where groups are `reordered`, no runs of inputs
+    (GPTQ's act-order).
     """
     count = kept * rows * inputs
     parts = {"codes" if target.bits else "values": count * (target.bits or FLOAT_BITS)}
@@ -42,9 +45,11 @@ def stored_bits(
         if grids_of_blocks(target, inputs) and not reordered:
             assert target.block
             groups = kept_blocks(target, inputs) * target.block // group_length(target, inputs)
-        parts["scales"] = rows * groups * FLOAT_BITS
-        if not target.symmetric:
+        parts["scales"] = rows * groups * (SCALE_BITS if target.format else FLOAT_BITS)
+        if target.has_zeros:
             parts["zeros"] = rows * groups * target.bits
+        if target.format == "nvfp4":
+            parts["divisor"] = DIVISOR_BITS
     if input_scale:
         parts["input_scale"] = inputs * FLOAT_BITS
     if reordered:
