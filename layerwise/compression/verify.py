@@ -12,10 +12,11 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from layerwise.contract.layer import Compressed, Layer, Quantised, Target
+from layerwise.contract.layer import Compressed, Layer, Quantised, Rotation, Target
 from layerwise.numerics import ops
 from layerwise.numerics.code_books import expressible
 from layerwise.numerics.patterns import count_kept, finite, kept_counts
+from layerwise.numerics.rotations import block_of
 
 NOT_FINITE = "must be finite"  # in the sentence about a result that has diverged
 
@@ -120,7 +121,8 @@ def _grid(layer: Layer, target: Target, result: Compressed) -> str | None:
         if tensor is not None and tensor.shape != shapes[name]:
             return f"promise 3: {name} must be {list(shapes[name])}, {_words(tensor.shape)} came"
     for name, tensor in (("scales", scales), ("input_scale", input_scale)):
-        if tensor is not None and not ((tensor > 0) & torch.isfinite(tensor)).all():
+        may_be_zero = name == "scales" and quantised.levels is not None
+        if tensor is not None and not (((tensor >= 0) if may_be_zero else (tensor > 0)) & torch.isfinite(tensor)).all():
             return f"promise 3: {name} must be positive and finite"
     if sentence := _book(quantised, target) or _zeros(zeros, target, quantised.levels is not None):
         return sentence
@@ -147,7 +149,13 @@ def _zeros(zeros: Tensor, target: Target, levels: bool) -> str | None:
 def _book(quantised: Quantised, target: Target) -> str | None:
     """What is off with levels, the divisor, and the scales of a format, or None."""
     assert target.bits is not None
-    divisor, levels = quantised.divisor, quantised.levels
+    divisor, levels, rotation = quantised.divisor, quantised.levels, quantised.rotation
+    if rotation is not None and not (
+        isinstance(rotation, Rotation)
+        and 0 <= rotation.seed < 2**31
+        and rotation.block == block_of(quantised.codes.shape[1], rotation.block)
+    ):
+        return f"promise 3: a rotation must have a seed and a block that divides the inputs, {rotation} came"
     if (divisor is None) == (target.format == "nvfp4"):
         return f"promise 3: scales of nvfp4, and no others, must have a divisor, {divisor} came"
     if divisor is not None and not (

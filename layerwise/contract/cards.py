@@ -33,6 +33,7 @@ CARD_SCHEMA = {
         "criterion": {"enum": CRITERIA},
         "keeps_zeros": {"type": "boolean"},
         "joint_only": {"type": "boolean"},
+        "own_grid": {"type": "boolean"},  # its codes stand for levels of its own, or for a rotated weight
         "named_by": {"type": "string"},
         "cost": {
             "type": "object",

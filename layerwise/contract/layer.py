@@ -56,6 +56,17 @@ class Layer:
 
 
 @dataclass(frozen=True)
+class Rotation:
+    """Signs and blocks of a random-signed block Hadamard transform of a layer's inputs (numerics.rotations).
+
+    seed: of the signs, in [0, 2^31 - 1]. block: a power of two that divides the inputs.
+    """
+
+    seed: int
+    block: int
+
+
+@dataclass(frozen=True)
 class Quantised:
     """The codes of a layer [out, in] and the grid that they lie on.
 
@@ -70,6 +81,8 @@ class Quantised:
     input_scale: [in] float32, positive and finite (AWQ). None when every input has the scale one.
     divisor: [1] float32, positive and finite, of all scales of the layer in nvfp4. None elsewhere.
     levels: [2^bits] float32, finite: the layer's own code book, where codes stand for no integers. None elsewhere.
+            With levels a scale may be 0.
+    rotation: where the values are those of W Q, which Q^T turns back to the weight's. None where nothing is rotated.
     """
 
     codes: Tensor
@@ -79,6 +92,7 @@ class Quantised:
     input_scale: Tensor | None = None
     divisor: Tensor | None = None
     levels: Tensor | None = None
+    rotation: Rotation | None = None
 
 
 @dataclass(frozen=True)

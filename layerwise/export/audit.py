@@ -114,7 +114,9 @@ def open_folder(
     tensors, scheme = Tensors(folder), getattr(config, "quantization_config", None)
     if scheme is None:
         marks = said.get("layers", {})
-        hidden = {name for name, mark in marks.items() if mark["reordered"] or mark["input_scale"]}
+        hidden = {
+            name for name, mark in marks.items() if mark["reordered"] or mark["input_scale"] or mark.get("own_grid")
+        }
         loaded = loader(folder, trust_remote_code)
         return Folder(
             "dense",

@@ -137,6 +137,10 @@ def refuse_inexpressible(linear: Linear, result: Compressed, target: Target, dty
         why = f"{type(linear.module).__name__} is no torch Linear"
     elif quantised.input_scale is not None:
         why = "it has a scale for each input (AWQ)"
+    elif quantised.rotation is not None:
+        why = "its inputs are rotated"
+    elif quantised.levels is not None:
+        why = "its codes stand for levels of its own"
     elif reordered(result, target):
         why = "its groups are no runs of consecutive inputs (act-order)"
     elif target.group and inputs % target.group:
@@ -197,6 +201,8 @@ def manifest(record: Mapping[str, Any], file: PackedFile, form: str, dtype: torc
             "sha256": digest(weight),
             "input_scale": result.quantised is not None and result.quantised.input_scale is not None,
             "reordered": reordered(result, file.target_of(name)),
+            "own_grid": result.quantised is not None
+            and (result.quantised.rotation is not None or result.quantised.levels is not None),
         }
     own: dict[str, Any] = {"format": form, "target": file.target.as_dict(), "layers": layers}
     if file.targets:

@@ -11,6 +11,7 @@ from layerwise.contract.layer import Quantised, Target
 from layerwise.kernels import grids as kernel
 from layerwise.numerics import dispatch
 from layerwise.numerics.code_books import E2M1, CodeBook, fit_scales, steps_of
+from layerwise.numerics.rotations import rotate_back
 
 
 @dataclass(frozen=True)
@@ -64,9 +65,11 @@ def quantised_values(quantised: Quantised, target: Target) -> Tensor:
     groups = grouping(quantised, target)
     book = book_of(quantised, target)
     if book is None:
-        return dequantise(quantised.codes, quantised.scales, quantised.zeros, groups, quantised.input_scale)
-    values = steps_of(quantised.scales, quantised.divisor)[:, groups] * book.values(quantised.codes)
-    return values if quantised.input_scale is None else values / quantised.input_scale
+        values = dequantise(quantised.codes, quantised.scales, quantised.zeros, groups, quantised.input_scale)
+    else:
+        values = steps_of(quantised.scales, quantised.divisor)[:, groups] * book.values(quantised.codes)
+        values = values if quantised.input_scale is None else values / quantised.input_scale
+    return values if quantised.rotation is None else rotate_back(values, quantised.rotation).float()
 
 
 def book_of(quantised: Quantised, target: Target) -> CodeBook | None:

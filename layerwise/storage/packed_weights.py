@@ -19,10 +19,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from layerwise.contract.layer import Compressed, Quantised
+from layerwise.contract.layer import Compressed, Quantised, Rotation
 from layerwise.contract.target import Target
 from layerwise.numerics import ops
 from layerwise.numerics.patterns import kept_counts
+from layerwise.numerics.rotations import block_of
 from layerwise.runtime.errors import InputError
 from layerwise.storage.bits_per_weight import grids_of_blocks, group_length, kept_blocks, position_bits
 
@@ -35,10 +36,24 @@ WIDTHS = {
     "U16": 2,
     "U8": 1,
     "F8_E4M3": 1,
+    "I32": 4,
 }  # bytes of a number, by its name in a header
 EXPONENT_OFFSET = 127  # of the scales of mxfp4
 HALVES = (torch.float16, torch.bfloat16)
-PARTS = ("values", "codes", "bitmap", "positions", "blocks", "scales", "zeros", "divisor", "input_scale", "group_of")
+PARTS = (
+    "values",
+    "codes",
+    "bitmap",
+    "positions",
+    "blocks",
+    "scales",
+    "zeros",
+    "divisor",
+    "levels",
+    "rotation",
+    "input_scale",
+    "group_of",
+)
 
 
 # ---------------------------------------------------------------------------------------------------------------- bits
@@ -68,8 +83,11 @@ def unpack(packed: Tensor, bits: int, count: int) -> Tensor:
 
 def half(values: Tensor, dtype: torch.dtype) -> Tensor:
     """Positive values in 16 bits: a bfloat16 model's in bfloat16, others' in the one of float16 and bfloat16 whose
-    largest relative error is smaller, which is float16 unless values are tiny or huge. None becomes zero or infinite.
+    largest relative error is smaller, which is float16 unless values are tiny or huge. None becomes zero or infinite;
+    zeros, which scales of a code book may have, stay.
     """
+    if not values.all():
+        return torch.where(values == 0, 0.0, half(torch.where(values == 0, 1.0, values), dtype))
     rounded = [within(values, kind) for kind in HALVES]
     if dtype == torch.bfloat16:
         return rounded[1]
@@ -155,8 +173,12 @@ def parts_of(result: Compressed, target: Target, dtype: torch.dtype) -> dict[str
         kept = mask[:, :: group_length(target, inputs)]  # [out, groups]
         scales, zeros = scales[kept].view(rows, -1), zeros[kept]
     parts["scales"] = format_scales(scales, target) if target.format else _as_half(scales, dtype)
-    if target.has_zeros:
+    if quantised.levels is not None:
+        parts["levels"] = quantised.levels
+    elif target.has_zeros:
         parts["zeros"] = pack(zeros, target.bits)
+    if quantised.rotation is not None:
+        parts["rotation"] = torch.tensor([quantised.rotation.seed, quantised.rotation.block], dtype=torch.int32)
     if quantised.divisor is not None:
         parts["divisor"] = quantised.divisor
     if quantised.input_scale is not None:
@@ -168,7 +190,8 @@ def parts_of(result: Compressed, target: Target, dtype: torch.dtype) -> dict[str
 
 def on_processor(quantised: Quantised) -> Quantised:
     """The same with all its tensors in the processor's memory."""
-    return replace(quantised, **{name: part.cpu() for name, part in vars(quantised).items() if part is not None})
+    tensors = {name: part for name, part in vars(quantised).items() if isinstance(part, Tensor)}
+    return replace(quantised, **{name: part.cpu() for name, part in tensors.items()})
 
 
 def mask_parts(mask: Tensor, target: Target) -> dict[str, Tensor]:
@@ -238,7 +261,10 @@ def restored(parts: Mapping[str, Tensor], target: Target, shape: tuple[int, int]
     groups = ops.groups_of(inputs, target.group) if group_of is None else group_of
     codes = zeros[:, groups].to(torch.uint8)
     codes[kept] = unpack(_part(parts, "codes"), target.bits, count)
-    quantised = Quantised(codes, scales, zeros, group_of, input_scale, _restored_divisor(parts, target))
+    levels, rotation = _restored_levels(parts, target), _restored_rotation(parts, inputs)
+    quantised = Quantised(
+        codes, scales, zeros, group_of, input_scale, _restored_divisor(parts, target), levels, rotation
+    )
     return Compressed(dequantised(quantised, mask, target), mask, quantised)
 
 
@@ -257,12 +283,12 @@ def _restored_grid(parts: Mapping[str, Tensor], target: Target, kept: Tensor) ->
         wide = 8 if target.format else 16
         raise ValueError(f"{count} scales of {wide} bits are needed, {_kind(scales)} came")
     scales = scales_of_format(scales, target) if target.format else scales
-    if not ((scales > 0) & torch.isfinite(scales)).all():
+    if not (((scales >= 0) if "levels" in parts else (scales > 0)) & torch.isfinite(scales)).all():
         raise ValueError("a scale is not a positive finite number")
-    middle = 0 if target.format else 2 ** (target.bits - 1)
+    middle = 0 if target.format or "levels" in parts else 2 ** (target.bits - 1)
     filled, zeros = torch.ones(stored.shape), torch.full(stored.shape, float(middle))
     filled[stored] = scales.float().flatten()
-    if target.has_zeros:
+    if target.has_zeros and "levels" not in parts:
         zeros[stored] = unpack(_part(parts, "zeros"), target.bits, count).float()
     group_of = parts["group_of"].to(torch.int64) if "group_of" in parts else None
     if group_of is not None and (group_of.shape != (inputs,) or int(group_of.max()) >= stored.shape[1]):
@@ -277,6 +303,28 @@ def _restored_divisor(parts: Mapping[str, Tensor], target: Target) -> Tensor | N
     if divisor.shape != (1,) or divisor.dtype != torch.float32 or not (divisor > 0) & torch.isfinite(divisor):
         raise ValueError("divisor must be [1] float32, positive and finite")
     return divisor
+
+
+def _restored_levels(parts: Mapping[str, Tensor], target: Target) -> Tensor | None:
+    levels = parts.get("levels")
+    count = 2 ** (target.bits or 0)
+    if levels is not None and not (
+        levels.shape == (count,)
+        and levels.dtype == torch.float32
+        and torch.isfinite(levels).all()
+        and not target.format
+    ):
+        raise ValueError(f"levels must be [{count}] float32, finite, {_kind(levels)} came")
+    return levels
+
+
+def _restored_rotation(parts: Mapping[str, Tensor], inputs: int) -> Rotation | None:
+    if "rotation" not in parts:
+        return None
+    numbers = parts["rotation"].tolist()
+    if len(numbers) != 2 or numbers[0] < 0 or numbers[1] < 1 or block_of(inputs, numbers[1]) != numbers[1]:
+        raise ValueError(f"rotation must be a seed and a block, a power of two that divides {inputs}, {numbers} came")
+    return Rotation(*numbers)
 
 
 def _restored_mask(parts: Mapping[str, Tensor], target: Target, shape: tuple[int, int]) -> Tensor | None:

@@ -98,7 +98,7 @@ def method_entries(draw: st.DrawFn) -> dict[str, Any]:
         if not draw(st.booleans()):
             continue
         if schema.get("format") == "method":
-            entry[key] = draw(st.sampled_from(PRUNERS))
+            entry[key] = draw(st.sampled_from(["rtn", "gptq"] if "gives" in schema else PRUNERS))
             continue
         values = parameter(schema)
         unique = st.lists(values, min_size=1, max_size=2, unique_by=json.dumps)
@@ -121,7 +121,8 @@ def reaches(entry: dict[str, Any], target: dict[str, Any]) -> bool:
     """Whether the method of an entry, with the first value of whatever it sweeps, can reach the target."""
     if "end" in entry.get("tune", {}) and "bits" not in target:
         return False
-    if "tune" in entry and isinstance(target.get("bits"), str):
+    own_grid = "method" in entry and CATALOGUE[entry["method"]].card.get("own_grid")
+    if "tune" in entry and (own_grid or isinstance(target.get("bits"), str)):
         return False
     name = "chain" if "chain" in entry else entry["method"]
     own = {key: value for key, value in entry.items() if key not in RESERVED}
