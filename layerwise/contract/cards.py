@@ -23,7 +23,12 @@ CARD_SCHEMA = {
         "patterns": {"type": "array", "items": {"enum": STRUCTURES}},
         "bits": {
             "type": "array",
-            "items": {"anyOf": [{"type": "integer", "minimum": 2, "maximum": 8}, {"enum": list(FORMATS)}]},
+            "items": {
+                "type": ["integer", "string"],
+                "minimum": 2,
+                "maximum": 8,
+                "pattern": f"^({'|'.join(FORMATS)})$",
+            },
         },
         "updates_weights": {"type": "boolean"},
         "needs": {"type": "array", "items": {"enum": STATISTICS}},
