@@ -17,6 +17,7 @@ from layerwise.compression.resolve import as_target, needed_statistics, resolve,
 from layerwise.contract.layer import Compressed, Gram, Layer, Method, Quantised, Statistics
 from layerwise.contract.target import Target
 
+SCORES = ("output_error", "absolute_error", "asymmetric_error", "achieved_sparsity", "bits_per_weight")
 __all__ = ["LayerResult", "LowerBound", "calibrate", "compress_layer", "lower_bound", "output_error"]
 
 
@@ -30,6 +31,8 @@ class LayerResult:
     compressed: what is stored: the weight in float32, the mask, and the codes and grid of a quantised layer.
     output_error: tr((W - W_hat) G (W - W_hat)^T) / tr(W G W^T) in float64, on the Gram that was given.
     absolute_error: its numerator, in squared units of the layer's output per token.
+    asymmetric_error: ||W X0 - W_hat X||^2 / ||W X0||^2 with X0 the inputs in the dense model, where the Gram was given
+        both; else output_error. None where X0 is not known, or W gives no output for it.
     achieved_sparsity: share of zeros in W_hat.
     bits_per_weight: as stored, with scales, zeros and positions (docs/export.md).
     seconds: of the method alone.
@@ -42,6 +45,7 @@ class LayerResult:
     compressed: Compressed
     output_error: float
     absolute_error: float
+    asymmetric_error: float | None
     achieved_sparsity: float
     bits_per_weight: float
     seconds: float
@@ -86,16 +90,16 @@ class LowerBound:
     gap: float
 
 
-def calibrate(x: Tensor) -> tuple[Gram, Statistics]:
+def calibrate(x: Tensor, dense_inputs: Tensor | None = None) -> tuple[Gram, Statistics]:
     """The Gram of a layer's inputs, and the statistics that some methods need besides (AWQ, DSnoT).
 
     x: [sequences, length, in], of any float dtype; tokens of a sequence one after the other. The Gram is that of
-    `Gram.from_inputs(x)`, to the last bit. Raises ValueError for x of another shape, and as that does.
+    `Gram.from_inputs(x, dense_inputs)`, to the last bit. Raises ValueError for x of another shape, and as that does.
     """
     if not isinstance(x, Tensor) or x.ndim != 3 or not x.numel():
         came = list(x.shape) if isinstance(x, Tensor) else type(x).__name__
         raise ValueError(f"x must be a tensor [sequences, length, in] that is not empty. Got {came} instead.")
-    gram = Gram.from_inputs(x)  # it knows which inputs have no Gram
+    gram = Gram.from_inputs(x, dense_inputs)  # it knows which inputs have no Gram
     sequences, length, inputs = x.shape
     accumulated = TapStatistics(inputs, sequences, length, x.device)
     accumulated.update(x)
@@ -117,7 +121,8 @@ def compress_layer(
     The result keeps the promises of docs/contract.md, or an error says which one it breaks.
 
     weight: [out, in] of any float dtype, or a torch Linear; neither is written to. Computed in float32.
-    gram: of the layer's inputs, from `Gram.from_inputs` or `calibrate`, on the weight's device.
+    gram: of the layer's inputs, from `Gram.from_inputs` or `calibrate`, on the weight's device; for gptaq, foem and
+        qronos `Gram.from_inputs(x, dense_inputs=x0)`, where x comes from a model that is compressed by now.
     target: a Target or its label, such as "2:4", "60% row", "50% 1x16", "4b g128" or "2:4 4b g128".
     method: a name of `layerwise.methods()`, {name: {parameters}}, the path of a method's file, or an instance.
     statistics: from `calibrate`, for methods that need more than the Gram.
@@ -144,7 +149,7 @@ def compress_layer(
         target=goal,
         weight=result.weight.to(original.dtype),
         compressed=result,
-        **{name: row[name] for name in ("output_error", "absolute_error", "achieved_sparsity", "bits_per_weight")},
+        **{name: row[name] for name in SCORES},
         seconds=row["seconds"],
         damping=row["damping"],
     )
@@ -208,6 +213,9 @@ def checked(layer: Layer) -> Layer:
     tensors: dict[str, tuple[Tensor, tuple[int, ...], str]] = {
         "gram": (layer.gram.matrix, (inputs, inputs), "[in, in]")
     }
+    if layer.gram.apart:
+        for name, matrix in (("gram.cross", layer.gram.cross), ("gram.dense", layer.gram.dense)):
+            tensors[name] = (matrix, (inputs, inputs), "[in, in]")
     if layer.statistics is not None:
         if not isinstance(layer.statistics, Statistics):
             came = type(layer.statistics).__name__

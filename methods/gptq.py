@@ -7,11 +7,9 @@ weights as the blocks before it have left them.
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from layerwise.contract.layer import Compressed, Layer, Method, Target
-from layerwise.numerics import ops
-from layerwise.numerics.obs import ColumnGrid, Columns, ColumnSweep
+from layerwise.numerics.column_rounding import ColumnRounding
 
 CARD = {
     "title": "GPTQ",
@@ -66,41 +64,7 @@ class GPTQ(Method):
     convention: str = "exact"
 
     def solve(self, layer: Layer, target: Target, rng: torch.Generator) -> Compressed:
-        assert target.bits is not None  # the card lists no other target
-        gram, inputs = layer.gram, layer.weight.shape[1]
         length = layer.statistics.length if layer.statistics else 1
         dead_diagonal = 1 / (2 * length) if self.convention == "official" else None  # its H is 2 length G
-        weight = torch.where(gram.dead, 0.0, layer.weight) if gram.dead.any() else layer.weight  # [out, in]
-        # Length of the groups that are fitted on the way. Those of a format share the divisor of the weight as it was.
-        refitted = None if self.static_groups or target.format else target.group
-        if refitted:
-            scales, zeros = weight.new_empty(2, len(weight), -(-inputs // refitted))
-            grid = ops.Grid(scales, zeros, target.bits)
-        else:
-            grid = ops.fit_grid(weight if target.group else layer.weight, target, self.mse)
-        group_of = ops.groups_of(inputs, target.group, weight.device)  # [in], of the columns in their order
-
-        order = torch.arange(inputs, device=weight.device)
-        if self.act_order:
-            order, gram = gram.descending(dead_diagonal)
-            weight = weight[:, order]
-            group_of = group_of if refitted else group_of[order]
-        keep = torch.ones_like(weight, dtype=torch.bool) if layer.keep is None else layer.keep[:, order].contiguous()
-        factor, damping = gram.factor(self.damping, dead_diagonal)
-        codes = torch.zeros_like(keep, dtype=torch.uint8)
-
-        def fit(start: int, end: int, now: Columns, diagonal: Tensor) -> None:
-            # Columns of a group's own block are as they were when the block began, as in the released code.
-            if refitted and (first := -(-start // refitted)) * refitted < end:
-                until = min(-(-end // refitted) * refitted, inputs)
-                columns, groups = slice(first * refitted, until), slice(first, -(-end // refitted))
-                block = now(until)[:, first * refitted - start :]
-                fitted = ops.fit_grid(torch.where(keep[:, columns], block, 0.0), target, self.mse)
-                grid.scales[:, groups], grid.zeros[:, groups] = fitted.scales, fitted.zeros
-
-        weight = ColumnSweep(weight, factor, keep, self.blocksize, None, ColumnGrid(grid, group_of, codes)).run(fit)
-        if self.act_order:
-            back = order.argsort()
-            weight, codes, group_of = weight[:, back], codes[:, back], group_of[back]
-        moved = group_of if self.act_order and refitted else None
-        return Compressed(weight, quantised=grid.quantised(codes, moved), info={"damping": damping})
+        settings = (self.blocksize, self.damping, self.act_order, self.static_groups, self.mse, dead_diagonal)
+        return ColumnRounding(*settings).round(layer, target)

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 
-from layerwise.calibration.hidden_states import StoredStates, files_of, store
+from layerwise.calibration.hidden_states import DENSE, StoredStates, files_of, store
 from layerwise.calibration.taps import Tap, TapRecorder
 from layerwise.models.loading import check_tokens, vocabulary
-from layerwise.models.structure import Blocks, linears
+from layerwise.models.structure import Blocks, Linear, linears
 from layerwise.numerics.patterns import finite
 from layerwise.runtime.errors import Diverged, InputError
 
@@ -157,6 +157,16 @@ def passing_on(block: nn.Module, length: int, instead: Tensor | None = None) -> 
             block.forward = own
 
 
+def refuse_experts(layers: Iterable[Linear]) -> None:
+    """Raise InputError where a layer is an expert's, of which the dense model need not give the same tokens."""
+    found = next((layer.name for layer in layers if layer.expert is not None), None)
+    if found:
+        raise InputError(
+            "The cross-Gram must be of layers that see the same tokens in the dense and in the compressed model. Got "
+            f"{found} instead, an expert, to which either may route others: use the mode shared, or another method."
+        )
+
+
 class Stream:
     """Sequences on their way through a model, from one block to the next.
 
@@ -166,7 +176,8 @@ class Stream:
                 # or: taps = stream.collect(index), new weights for stream.blocks[index], and stream.advance(index)
 
     name, blocks: the model's list of blocks. source: reads them when they are opened. inputs: per batch, the hidden
-    states [sequences, length, hidden] that enter the next block, on the CPU or in files, in the model's dtype.
+    states [sequences, length, hidden] that enter the next block, on the CPU or in files, in the model's dtype. dense:
+    with `beside` the same of the model as it was, else None.
     """
 
     def __init__(
@@ -176,12 +187,14 @@ class Stream:
         sequences_per_batch: int | None = None,
         folder: Path | None = None,
         start: int = 0,
+        beside: bool = False,
     ) -> None:
         """Embed the tokens [samples, length], by default in batches of the size that `BATCH_BYTES` gives.
 
         folder: for files of hidden states (default: in memory): of those that enter a block, and of those that entered
-        the one before, whose work may have to begin anew. start: block that is next, whose inputs are there.
-        Raises InputError when tokens or the model's blocks do not fit.
+        the one before, whose work may have to begin anew. start: block that is next, whose inputs are there. beside:
+        whether the dense model's hidden states go along with those of blocks that are compressed on the way.
+        Raises InputError when tokens or the model's blocks do not fit, and for experts with `beside`.
         """
         self.source = model if isinstance(model, Blocks) else Blocks(model)
         self.model, self.name, self.blocks = self.source.model, self.source.name, self.source.modules
@@ -192,18 +205,23 @@ class Stream:
         self.overflow: str | None = None  # what is said of the first output of a block that is not finite
         self._lost: tuple[int, int, Tensor] | None = None  # its block, batch and inputs
         self._calls: list[list[Call]] = []  # per batch, of every block
+        if beside:
+            refuse_experts(linears(self.blocks, self.name))
         parts = tokens.split(sequences_per_batch or self._batch())
         self.inputs: Sequence[Tensor] = []
+        self.dense: Sequence[Tensor] | None = None
         with torch.no_grad(), self.source.outside():
             self._skip = self._probe(tokens)  # per block but the last; empty where all must be run
             self._first = len(parts[0])
             hidden = (self._embed(part.to(self.device)) for part in parts)
             if start and folder:
-                for _ in hidden:  # for the calls
-                    pass
-                self.inputs = StoredStates(files_of(folder, start), [len(part) for part in parts])
+                deque(hidden, maxlen=0)  # for the calls
+                sizes = [len(part) for part in parts]
+                self.inputs = StoredStates(files_of(folder, start), sizes)
+                self.dense = StoredStates(files_of(folder, start, DENSE), sizes) if beside else None
             else:
                 self._keep(0, hidden)
+                self.dense = self.inputs if beside else None  # nothing is compressed before the first block
 
     def _keep(self, index: int, hidden: Iterable[Tensor]) -> None:
         """Make these the inputs of a block."""
@@ -300,23 +318,34 @@ class Stream:
     def collect(self, index: int, advance: bool = False) -> list[Tap]:
         """Taps of a block, with the statistics of the present inputs.
 
-        advance: whether the block's outputs become the inputs of the next; else the inputs stay. Raises Diverged naming
+        advance: whether the block's outputs become the inputs of the next; else the inputs stay, as its weights are to
+        change, and the dense states go on. Raises Diverged naming
         the module whose output is not finite, and InputError naming block, tap and layers for Grams that are not, and
         the layers that do not see every token once.
         """
         self._refuse()  # what a compressed block has passed on
         name = f"{self.name}.{index}"
-        recorder = TapRecorder(name, linears(self.blocks[index], name), self.samples, self.length)
+        drifted = index > 0 and not advance  # before the first block nothing is compressed
+        recorder = TapRecorder(name, linears(self.blocks[index], name), self.samples, self.length, drifted)
+        before, dense = self.inputs, self.dense if drifted else None
 
         def outputs() -> Iterator[Tensor]:
-            for batch, inputs in enumerate(self.inputs):
-                yield self._forward(index, batch, inputs)
+            """Of the dense model, where its states go along."""
+            for batch, inputs in enumerate(before):
+                if dense is None:
+                    yield self._forward(index, batch, inputs)
+                else:
+                    with recorder.of_dense():
+                        output = self._forward(index, batch, dense[batch])
+                    self._forward(index, batch, inputs)
+                    yield output
                 recorder.end_batch(len(inputs))
 
-        before = self.inputs
         with recorder:
             if advance:
                 self._keep(index + 1, outputs())
+            elif self.dense is not None and index + 1 < len(self.blocks):
+                self.dense = store(self.folder, index + 1, outputs(), DENSE) if self.folder else list(outputs())
             else:
                 deque(outputs(), maxlen=0)
             if recorder.again():  # experts that were routed too few tokens

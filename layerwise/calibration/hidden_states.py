@@ -15,10 +15,12 @@ from torch import Tensor
 from layerwise.runtime.checkpoint import STATES
 from layerwise.runtime.files import write_atomic, writing
 
+DENSE = "dense-"  # kind of the states of the dense model, beside those of the compressed one
 
-def files_of(folder: Path, index: int) -> tuple[Path, Path]:
+
+def files_of(folder: Path, index: int, kind: str = "") -> tuple[Path, Path]:
     """The values of the hidden states that enter a block, and what says that they are whole."""
-    return folder / f"{STATES}{index:03d}.bin", folder / f"{STATES}{index:03d}.json"
+    return folder / f"{STATES}{kind}{index:03d}.bin", folder / f"{STATES}{kind}{index:03d}.json"
 
 
 class StoredStates(Sequence[Tensor]):
@@ -51,16 +53,16 @@ class StoredStates(Sequence[Tensor]):
         return torch.from_numpy(values).view(self.dtype).view(-1, *self.shape)
 
 
-def store(folder: Path, index: int, batches: Iterable[Tensor]) -> StoredStates:
+def store(folder: Path, index: int, batches: Iterable[Tensor], kind: str = "") -> StoredStates:
     """Write the states that enter block `index`; those that entered the block before the last are forgotten.
 
     Those of the last one stay: whoever has read them may have to begin anew.
     """
-    path, said = files_of(folder, index)
+    path, said = files_of(folder, index, kind)
     with writing(path):
         folder.mkdir(parents=True, exist_ok=True)
         said.unlink(missing_ok=True)
-    for old in files_of(folder, index - 2):
+    for old in files_of(folder, index - 2, kind):
         old.unlink(missing_ok=True)
     sizes, found = write_values(path, batches)
     write_atomic(said, json.dumps(found) + "\n")

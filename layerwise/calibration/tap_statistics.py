@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from layerwise.contract.layer import Gram, Statistics
-from layerwise.contract.second_moment import RUN, SecondMoment, add_products, add_to, mirror
+from layerwise.contract.second_moment import RUN, CrossMoment, SecondMoment, add_products, add_to, mirror
 from layerwise.kernels.rows import array
 from layerwise.kernels.tap_statistics import add_sums
 from layerwise.numerics import dispatch
@@ -26,6 +26,7 @@ class TapStatistics:
         self.stride, self.taken = max(1, self.tokens // SAMPLE_ROWS), 0  # of the sample's rows
         self.seen = 0
         self.moment = SecondMoment(features, device)
+        self.beside: tuple[CrossMoment, SecondMoment] | None = None  # with the inputs in the dense model, and of these
         self.sums = torch.zeros(3, features, dtype=torch.float64, device=device)  # mean, absmean, variance
         self.sample = torch.zeros(count, features, dtype=torch.float32, device=device)
         self.first_tokens: list[Tensor] = []  # [sequences of a batch, in] each, of the first SAMPLE_ROWS sequences
@@ -36,8 +37,13 @@ class TapStatistics:
         """[in, in] float64, the sum of all but the present run, above the diagonal."""
         return self.moment.total
 
-    def update(self, inputs: Tensor) -> None:
-        """Add whole sequences: inputs [..., in] of any float dtype, tokens of a sequence one after the other."""
+    def update(self, inputs: Tensor, dense: Tensor | None = None) -> None:
+        """Add whole sequences: inputs [..., in] of any float dtype, tokens of a sequence one after the other.
+
+        dense: of the same shape, the inputs in the dense model, for a Gram that knows them; always or never.
+        """
+        if dense is not None:
+            self._update_beside(inputs.detach().flatten(0, -2), dense.detach().flatten(0, -2))
         sequences = inputs.detach().reshape(-1, self.length, inputs.shape[-1]).float()  # [sequences, length, in]
         flat = sequences.flatten(0, 1)  # [tokens, in]
         self.moment.update(flat)
@@ -51,6 +57,18 @@ class TapStatistics:
             self.first_tokens.append(firsts)
             self.firsts_left -= len(firsts)
 
+    def _update_beside(self, inputs: Tensor, dense: Tensor) -> None:
+        """inputs, dense: [tokens, in]."""
+        if dense.shape != inputs.shape:
+            came = f"{list(dense.shape)} and {list(inputs.shape)}"
+            raise ValueError(f"A layer's inputs in two models must have one shape. Got {came} instead.")
+        if self.beside is None:
+            size, device = inputs.shape[1], inputs.device
+            self.beside = CrossMoment(size, device), SecondMoment(size, device)
+        both, alone = self.beside
+        both.update(dense, inputs)
+        alone.update(dense)
+
     def finish(self) -> tuple[Gram, Statistics]:
         """The means over the tokens, in float32 on the device of the inputs; the accumulated sums are given up."""
         if self.seen != self.tokens:
@@ -58,7 +76,8 @@ class TapStatistics:
         matrix = self.moment.finish()
         mean, absmean, variance = (self.sums * (self.length / self.tokens)).float()  # means over the sequences
         firsts = torch.cat(self.first_tokens)
-        return Gram(matrix, self.tokens), Statistics(self.length, mean, absmean, variance, self.sample, firsts)
+        known = [moment.finish() for moment in self.beside or ()]
+        return Gram(matrix, self.tokens, *known), Statistics(self.length, mean, absmean, variance, self.sample, firsts)
 
 
 class RoutedStatistics:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -58,8 +59,11 @@ class TapRecorder:
     `again` says whether all forward passes are needed once more.
     """
 
-    def __init__(self, block: str, layers: Sequence[Linear], sequences: int, length: int) -> None:
-        self.block, self.sequences, self.length = block, sequences, length
+    def __init__(
+        self, block: str, layers: Sequence[Linear], sequences: int, length: int, drifted: bool = False
+    ) -> None:
+        """drifted: whether inputs may be none of the dense model's; what these are, passes `of_dense` show."""
+        self.block, self.sequences, self.length, self.drifted = block, sequences, length, drifted
         self.layers = [layer for layer in layers if layer.expert is None]
         self.experts = ExpertRecorder(block, [layer for layer in layers if layer.expert is not None], sequences, length)
         self.first = True  # pass through the batches
@@ -67,6 +71,9 @@ class TapRecorder:
         self.statistics: list[TapStatistics] = []
         self.leaders: dict[str, TapStatistics] | None = None  # first layer of each tap, once they are known
         self.held: dict[tuple[Any, ...], tuple[int, Tensor]] = {}  # inputs kept alive, so that no memory is reused
+        self.shows_dense = False  # whether the present pass is one of the dense model
+        self.copied: dict[tuple[Any, ...], tuple[Tensor, Tensor]] = {}  # dense inputs kept alive, and copies of them
+        self.dense: dict[str, Tensor] = {}  # by layer: its inputs in the dense model's pass through the present batch
         self.calls: defaultdict[str, list[int]] = defaultdict(list)  # tokens of each call in this batch
         self.handles: list[RemovableHandle] = []
 
@@ -87,8 +94,27 @@ class TapRecorder:
         for handle in self.handles:
             handle.remove()
         self.held.clear()
+        self.copied.clear()
+
+    @contextmanager
+    def of_dense(self) -> Iterator[None]:
+        """Within it the passes are the dense model's through a batch, which the compressed model passes next."""
+        self.shows_dense = True
+        try:
+            yield
+        finally:
+            self.shows_dense = False
+
+    def _see_dense(self, layer: Linear, inputs: Tensor) -> None:
+        key = identity(inputs)
+        if key not in self.copied:
+            self.copied[key] = inputs, inputs.detach().clone()  # the block may write into it
+        self.dense[layer.name] = self.copied[key][1]
 
     def _see(self, layer: Linear, inputs: Tensor) -> None:
+        if self.shows_dense:
+            self._see_dense(layer, inputs)
+            return
         if not self.first:
             return
         features = inputs.shape[-1]
@@ -98,14 +124,14 @@ class TapRecorder:
             return
         if self.leaders is not None:
             if layer.name in self.leaders:
-                self.leaders[layer.name].update(inputs)
+                self.leaders[layer.name].update(inputs, self.dense.get(layer.name))
             return
         key = identity(inputs)
         if key not in self.held:
             self.held[key] = (len(self.members), inputs)
             self.members.append([])
             self.statistics.append(TapStatistics(features, self.sequences, self.length, inputs.device))
-            self.statistics[-1].update(inputs)
+            self.statistics[-1].update(inputs, self.dense.get(layer.name))
         self.members[self.held[key][0]].append(layer)
 
     def end_batch(self, sequences: int) -> None:
@@ -130,6 +156,8 @@ class TapRecorder:
             self.leaders = {members[0].name: statistics for members, statistics in taps}
         self.calls.clear()
         self.held.clear()
+        self.copied.clear()
+        self.dense.clear()
 
     def again(self) -> bool:
         """Whether experts were routed so few tokens that they must see all, in a second pass through the batches."""
@@ -141,8 +169,11 @@ class TapRecorder:
         taps = []
         for name, scope, members, accumulated in chain(self._ordinary(), self.experts.found()):
             gram, statistics = accumulated.finish()
+            if self.drifted and not gram.apart:
+                gram = Gram(gram.matrix, gram.tokens, drifted=True)
             layers = tuple(layer.name for layer in members)
-            if not torch.isfinite(gram.matrix).all():
+            matrices = [gram.matrix, *((gram.cross, gram.dense) if gram.apart else ())]
+            if not all(torch.isfinite(matrix).all() for matrix in matrices):
                 raise InputError(
                     f"The activations of {self.block}, tap {name}, are not finite: the inputs of "
                     f"{', '.join(layers)} have NaN, Inf or squares beyond float32."

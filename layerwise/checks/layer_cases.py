@@ -26,6 +26,7 @@ class Recipe:
     weights: str = "normal"  # or constant, zero, bfloat16
     correlated: bool = True
     seed: int = 0
+    drift: float = 0.0  # of the inputs in the dense model from the layer's own, as a share of these
 
 
 ORDINARY = {
@@ -51,6 +52,14 @@ HARD = {
     "Gram of 1e12": Recipe(input_scale=1e6),
 }
 LAYERS = {**ORDINARY, **HARD}
+# Inputs of a compressed model, of which those in the dense model are known, for methods that look at both.
+DRIFTED = {
+    "drifted inputs": Recipe(drift=0.2),
+    "drifted inputs, some dead": Recipe(dead=(4, 5, 6, 7, 20, 63), drift=0.2),
+    "drifted inputs, fewer tokens than inputs": Recipe(sequences=2, length=10, drift=0.2),
+    "drifted inputs, 201 inputs": Recipe(out=6, inputs=201, drift=0.2),
+    "drifted inputs, Gram of 1e-12": Recipe(input_scale=1e-6, drift=0.2),
+}
 # Small enough to try every mask; two outputs of four inputs where the whole layer is one group.
 SMALL_ROWS = {f"3 outputs, 8 inputs, seed {seed}": Recipe(out=3, inputs=8, seed=seed) for seed in range(5)}
 SMALL_WHOLE = {f"2 outputs, 4 inputs, seed {seed}": Recipe(out=2, inputs=4, seed=seed) for seed in range(5)}
@@ -62,7 +71,7 @@ def build(name: str) -> Layer:
     """The layer of that name; no tensor is shared between two calls. Raises KeyError for an unknown name."""
     if name == EQUAL:
         return _equal()
-    layer = make({**LAYERS, **SMALL_ROWS, **SMALL_WHOLE}[name.removesuffix(UNCORRELATED)], name)
+    layer = make({**LAYERS, **DRIFTED, **SMALL_ROWS, **SMALL_WHOLE}[name.removesuffix(UNCORRELATED)], name)
     if not name.endswith(UNCORRELATED):
         return layer
     return replace(layer, gram=Gram(torch.diag(layer.gram.diagonal), layer.gram.tokens))
@@ -93,7 +102,7 @@ def make(recipe: Recipe, name: str = "layer") -> Layer:
     x = recipe.input_scale * x
     x[..., list(recipe.dead)] = 0
     rows = x.flatten(0, 1)
-    gram = Gram((rows.T @ rows / len(rows)).float(), len(rows))
+    gram = Gram((rows.T @ rows / len(rows)).float(), len(rows), *dense_moments(rows, recipe, generator))
     statistics = Statistics(
         recipe.length,
         rows.mean(0).float(),
@@ -105,9 +114,25 @@ def make(recipe: Recipe, name: str = "layer") -> Layer:
     return Layer(name, weight, gram, statistics)
 
 
+def dense_moments(rows: torch.Tensor, recipe: Recipe, generator: torch.Generator) -> tuple[torch.Tensor, ...]:
+    """Cross-Gram and second moment of inputs in the dense model, which are none of those [tokens, in] where they drift.
+
+    Inputs that are dead in the compressed model are alive in the dense one.
+    """
+    if not recipe.drift:
+        return ()
+    size = recipe.inputs
+    noise = torch.randn(rows.shape, generator=generator, dtype=torch.float64) * recipe.input_scale
+    turned = rows @ torch.randn(size, size, generator=generator, dtype=torch.float64) / size**0.5
+    dense = rows + recipe.drift * (noise + turned)
+    return tuple((dense.T @ other / len(rows)).float() for other in (rows, dense))
+
+
 def tensors(layer: Layer) -> dict[str, torch.Tensor]:
     """Everything a method is given, by name."""
     found = {"weight": layer.weight, "gram": layer.gram.matrix}
+    if layer.gram.apart:
+        found |= {"cross": layer.gram.cross, "dense": layer.gram.dense}
     if layer.statistics:
         found |= {key: value for key, value in vars(layer.statistics).items() if isinstance(value, torch.Tensor)}
     return found

@@ -18,7 +18,7 @@ import torch
 from layerwise.checks import layer_cases, settings
 from layerwise.checks.brute_force import best_error, output_error
 from layerwise.checks.case import Case, Finding, NothingToCheck, cases, demand
-from layerwise.checks.layer_cases import EQUAL, HARD, LAYERS, ORDINARY, SMALL_ROWS, SMALL_WHOLE, UNCORRELATED
+from layerwise.checks.layer_cases import DRIFTED, EQUAL, HARD, LAYERS, ORDINARY, SMALL_ROWS, SMALL_WHOLE, UNCORRELATED
 from layerwise.checks.results import (
     assert_deterministic,
     assert_grid,
@@ -245,28 +245,33 @@ def _named(*names: str) -> Callable[[Case], Iterable[str]]:
     return lambda case: names
 
 
+def _drifted(*names: str) -> Callable[[Case], Iterable[str]]:
+    """These layers, and for a method that needs the cross-Gram those whose inputs have drifted."""
+    return lambda case: [*names, *DRIFTED] if "cross_gram" in case.entry.card["needs"] else names
+
+
 CHECKS: dict[str, Check] = {
     "1 inputs untouched": Check(
         "Weight, Gram and statistics stay as they were given, and the result has memory of its own.",
         inputs_untouched,
-        _named(*ORDINARY),
+        _drifted(*ORDINARY),
     ),
     "1 tensors": Check(
         "The weight keeps shape, float32 and device, is finite, and is zero where the mask is False.",
         tensors,
-        _named(*ORDINARY),
+        _drifted(*ORDINARY),
     ),
     "2 pattern": Check("Exactly as many entries are pruned as the target says.", pattern, _named(*ORDINARY)),
     "2 ties": Check("Of equal entries the lower index is pruned first.", ties, _named(EQUAL)),
-    "3 grid": Check("Codes fit their bits, and scales * (codes - zeros) is the weight.", grid, _named(*ORDINARY)),
+    "3 grid": Check("Codes fit their bits, and scales * (codes - zeros) is the weight.", grid, _drifted(*ORDINARY)),
     "4 deterministic": Check(
         "The same inputs and rng give the same result, and no global generator is used: draw from `rng`.",
         deterministic,
-        _named(*ORDINARY),
+        _drifted(*ORDINARY),
     ),
     "5 scale": Check("Masks stay when W or G is multiplied by a positive number.", scale, _named(*FACTORS)),
     "5 rows permute": Check("A row's result does not depend on where it stands.", rows_permute, _named("correlated")),
-    "6 hard layers": Check("Promises 1 to 4 hold on degenerate layers.", hard_layers, _named(*HARD)),
+    "6 hard layers": Check("Promises 1 to 4 hold on degenerate layers.", hard_layers, _drifted(*HARD)),
     "7 unchanged": Check("Sparsity 0 without bits returns the weight as it is.", unchanged, _named(*LAYERS)),
     "8 refused": Check(
         "A target that the card does not list raises UnsupportedTarget with one sentence.",
@@ -283,7 +288,7 @@ CHECKS: dict[str, Check] = {
     "10 the runner's own": Check(
         "What the runner verifies of every result of a run holds: trace, info, zeros, torch's settings.",
         runner,
-        _named(*LAYERS),
+        _drifted(*LAYERS),
     ),
 }
 

@@ -163,11 +163,15 @@ def estimate(
     study: Study = config_file.EMBEDDED,
     cores: Annotated[int, typer.Option(help="Jobs at a time.")] = os.cpu_count() or 1,
     mem_mb: Annotated[float | None, typer.Option(help="Memory of the machine. [default: this one's]")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Try no method: the time is by what the cards say.")] = False,
 ) -> None:
-    """Print the memory, disk and time that a study takes, without starting it."""
+    """Print the memory, disk and time that a study takes, without starting it.
+
+    What is not known yet of this machine is measured: its speed, and each method on a small layer. It is kept.
+    """
     from layerwise.study import estimate as module
 
-    found = module.estimate(_plan(study, check_sources=True), cores, mem_mb and mem_mb * 1e6)
+    found = module.estimate(_plan(study, check_sources=True), cores, mem_mb and mem_mb * 1e6, quick)
     print(*found.lines, sep="\n")
     _fail_if(" ".join(found.exceeded))
 

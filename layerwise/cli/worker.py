@@ -21,6 +21,7 @@ WORKERS = {  # name -> module with main(argv)
     "overlap": "layerwise.sources.overlap",
     "published": "layerwise.comparison.published",
     "report-page": "layerwise.report.page",
+    "speed": "layerwise.compression.speed",
     "tables": "layerwise.results.collect",
     "tasks": "layerwise.evaluation.zero_shot",
     "tokens": "layerwise.sources.tokens",

@@ -153,6 +153,12 @@ class CellJob:
         return Catalogue(list(self.method_paths))
 
     @property
+    def needs_cross(self) -> bool:
+        """Whether the method needs the inputs in the dense model beside those in the compressed one."""
+        method = self.spec["method"]
+        return "cross_gram" in self.catalogue.needs(method["name"], method["params"])
+
+    @property
     def computed(self) -> str | None:
         """The dtype that passes of the model are computed in here; None for that of the entry without one."""
         return compute_dtype.compute_dtype(self.model, self.device)
@@ -258,7 +264,7 @@ def walk(
     if not same:
         compute_dtype.tell(job.calibrated, job.calibration_computed, job.device)
     source = blocks if same else LazyBlocks(job.calibrated, job.device, job.calibration_computed)
-    stream = Stream(source, sequences, folder=folder, start=start)
+    stream = Stream(source, sequences, folder=folder, start=start, beside=job.needs_cross)
     return sequential_blocks(stream, blocks, start, finished), stream
 
 

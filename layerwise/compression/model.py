@@ -20,7 +20,7 @@ from layerwise.calibration.calibrate import shared
 from layerwise.calibration.modes import in_turn, sequential_blocks
 from layerwise.calibration.taps import Tap
 from layerwise.compression.cell import bar, visit
-from layerwise.compression.resolve import MethodLike, Resolved, as_target, resolve, solve
+from layerwise.compression.resolve import MethodLike, Resolved, as_target, needs, resolve, solve
 from layerwise.contract.layer import Layer
 from layerwise.contract.target import Target
 from layerwise.evaluation.model_check import check_walk
@@ -92,7 +92,7 @@ def compress_model(
     rows = []
     with as_it_was(model), saying(done, len(chosen)):
         check_walk(Blocks(model), Blocks(model), tokens)
-        stream = Stream(model, tokens)
+        stream = Stream(model, tokens, beside=mode == "sequential" and "cross_gram" in needs(resolved.method))
         walked = enumerate(map(in_turn, shared(stream))) if mode == "shared" else sequential_blocks(stream)
         title = f"{resolved.name} {goal.label} {mode}"
         with bar(model, title, total=len(chosen)) if progress else nullcontext(ignore) as shown:

@@ -16,6 +16,7 @@ from layerwise.contract.layer import Compressed, Layer, Method, UnsupportedTarge
 from layerwise.contract.target import Target
 from layerwise.runtime.errors import InputError
 
+GRAMS = ("gram", "cross_gram")  # of what a card needs, the parts of a Gram
 MethodLike = str | Path | Mapping[str, Any] | Method
 
 
@@ -118,7 +119,12 @@ def as_json(value: Any) -> Any:
 
 
 def needed_statistics(method: Method) -> list[str]:
-    """Names of the fields of a Statistics that a method needs, or a method inside it.
+    """Names of the fields of a Statistics that a method needs, or a method inside it; see `needs`."""
+    return [name for name in needs(method) if name not in GRAMS]
+
+
+def needs(method: Method) -> list[str]:
+    """What the cards of a method, and of methods inside it, say that they need.
 
     A chain gives its layer to its methods alone, and needs what they need.
     """
@@ -126,8 +132,8 @@ def needed_statistics(method: Method) -> list[str]:
     steps = [step for value in held if isinstance(value, Sequence) for step in value if isinstance(step, Method)]
     inner = [value for value in held if isinstance(value, Method)]
     card = getattr(sys.modules.get(type(method).__module__), "CARD", {})
-    found = [] if steps else [name for name in card.get("needs", ()) if name != "gram"]
-    return list(dict.fromkeys([*found, *(name for own in (*steps, *inner) for name in needed_statistics(own))]))
+    found = [] if steps else list(card.get("needs", ()))
+    return list(dict.fromkeys([*found, *(name for own in (*steps, *inner) for name in needs(own))]))
 
 
 def solve(solver: Solver, layer: Layer) -> tuple[Compressed, dict[str, Any]]:

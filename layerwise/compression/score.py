@@ -48,6 +48,30 @@ def losses(layer: Layer, weight: Tensor) -> tuple[float, float]:
     return error, whole
 
 
+def asymmetric_error(layer: Layer, weight: Tensor, symmetric: float | None = None) -> float | None:
+    """||W X0 - W_hat X||^2 / ||W X0||^2 in float64, with X0 the inputs in the dense model and X the layer's own.
+
+    That is tr(W G0 W^T - 2 W C W_hat^T + W_hat G W_hat^T) / tr(W G0 W^T), G0 of X0 alone. Where X is X0 it is the
+    output error; symmetric: that, where it is known. None where X0 is not known, or W gives no output for it.
+    """
+    gram = layer.gram
+    if not gram.knows_dense:
+        return None
+    if not gram.apart:
+        return output_error(layer, weight)[1] if symmetric is None else symmetric
+    error = whole = 0.0
+    for own, other in zip(layer.weight.split(SCORED), weight.split(SCORED), strict=True):
+        dense, compressed = own.double(), other.double()
+        for start in range(0, dense.shape[1], SCORED):
+            columns = slice(start, start + SCORED)
+            alone, cross, moved = (x[:, columns].double() for x in (gram.dense, gram.cross, gram.matrix))
+            size = float(((dense @ alone) * dense[:, columns]).sum())
+            whole += size
+            # (W C)_j is what W X0 has in common with input j of X.
+            error += size + float(((compressed @ moved - 2 * (dense @ cross)) * compressed[:, columns]).sum())
+    return max(error, 0.0) / whole if whole > 0 else None
+
+
 def first_token_error(layer: Layer, weight: Tensor) -> float | None:
     """||(W - W_hat) X||^2 / ||W X||^2 in float64 on the first token of each calibration sequence.
 

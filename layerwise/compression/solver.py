@@ -16,6 +16,7 @@ from layerwise.compression import score, verify
 from layerwise.compression.score import (
     LARGEST_ERROR,
     SCORED,
+    asymmetric_error,
     first_token_error,
     losses,
     ratio,
@@ -117,6 +118,7 @@ class Solver:
             "in": inputs,
             "output_error": relative,
             "absolute_error": absolute,
+            "asymmetric_error": asymmetric_error(layer, result.weight, relative),
             "first_token_error": first_token_error(layer, result.weight),
             "achieved_sparsity": int((result.weight == 0).sum()) / result.weight.numel(),
             "bits_per_weight": bits_per_weight(
@@ -157,6 +159,8 @@ def process_state() -> dict[str, Any]:
 def inputs_state(layer: Layer) -> dict[str, tuple[int, float]]:
     """What changes when a method writes into its inputs: through torch the version, through other memory the sum."""
     tensors = {"weight": layer.weight, "gram": layer.gram.matrix}
+    if layer.gram.apart:
+        tensors |= {"cross-Gram": layer.gram.cross, "dense Gram": layer.gram.dense}
     if layer.statistics:
         tensors |= {key: value for key, value in vars(layer.statistics).items() if isinstance(value, Tensor)}
     return {name: (tensor._version, placed_sum(tensor)) for name, tensor in tensors.items()}

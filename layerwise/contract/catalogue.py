@@ -241,6 +241,14 @@ class Catalogue(Mapping[str, Entry]):
             return f"{pruner[0]} changes the weights that {quantiser[0]} has put on a grid"
         return None
 
+    def needs(self, name: str, params: Mapping[str, Any]) -> set[str]:
+        """What the cards of a method with these complete parameters, and of methods inside it, say that they need.
+
+        A chain gives its layer to its methods alone, and needs what they need.
+        """
+        own = set() if self[name].chains else set(self[name].card["needs"])
+        return own.union(*(self.methods.needs(inner, own_params) for _, inner, own_params in self[name].inner(params)))
+
     def sources(self, name: str, params: Mapping[str, Any]) -> list[Path]:
         """Files whose code decides the method's results: its own with what it imports, its warm starts', the shared."""
         own = [self[name].path, *self[name].imports]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from layerwise.contract.cholesky import inverse_of_lower, reversed_cholesky
-from layerwise.contract.second_moment import SecondMoment
+from layerwise.contract.second_moment import CrossMoment, SecondMoment
 
 DAMPING_GROWTH = 10.0  # a factorisation that fails is tried again with this many times the damping ...
 LARGEST_DAMPING = 100.0  # ... until it is this many times the mean of the diagonal
@@ -20,34 +20,82 @@ class Gram:
     """Second moment of a layer's inputs, shared by all layers and methods that see the same inputs.
 
     matrix: [in, in] float32, mean of x xt over the tokens, UNDAMPED. tokens: how many were averaged.
-    What depends on the matrix alone is computed once and kept, so that q, k and v factorise once.
+    cross: [in, in] float32, the cross-Gram C, mean of x0 xt, where x0 is what the same tokens give in the dense model
+    and x in the compressed one: a row belongs to an input in the dense model, a column to one in the compressed model.
+    dense: [in, in] float32, mean of x0 x0t.
+    Without them x is the dense model's own, and both are the matrix itself, unless `drifted` says that x comes from a
+    model that is compressed in part, of which the dense inputs are not known.
+    What depends on these alone is computed once and kept, so that q, k and v factorise once.
     """
 
-    def __init__(self, matrix: Tensor, tokens: int) -> None:
+    def __init__(
+        self,
+        matrix: Tensor,
+        tokens: int,
+        cross: Tensor | None = None,
+        dense: Tensor | None = None,
+        *,
+        drifted: bool = False,
+    ) -> None:
+        """Raises ValueError for one of cross and dense without the other."""
+        if (cross is None) != (dense is None):
+            given = "cross" if dense is None else "dense"
+            raise ValueError(f"cross and dense must be given together. Got {given} alone instead.")
         self.matrix = matrix
         self.tokens = tokens
+        self.apart = cross is not None  # whether x0 and x were told apart
+        self.knows_dense = self.apart or not drifted
+        self._cross = cross if self.apart or drifted else matrix
+        self._dense = dense if self.apart or drifted else matrix
         self._kept: dict[Hashable, Any] = {}
 
     @classmethod
-    def from_inputs(cls, x: Tensor) -> Gram:
+    def from_inputs(cls, x: Tensor, dense_inputs: Tensor | None = None) -> Gram:
         """The Gram of a layer's inputs x, of any float dtype.
 
         x: [tokens, in] or [..., in], such as [sequences, length, in].
-        Products are float32 over at most 4096 tokens, whose sums are added up in float64; the matrix is on x's device.
-        Raises ValueError for x that is empty, not floating point or not finite, or whose squares overflow float32.
+        dense_inputs: of x's shape, what the same tokens give in the dense model, where x comes from a compressed one;
+            for methods that need the cross-Gram. None: x is the dense model's.
+        Products are float32 over at most 4096 tokens, whose sums are added up in float64; matrices are on x's device.
+        Raises ValueError for inputs that are empty, not floating point or not finite, or whose squares overflow
+        float32, and for dense_inputs of another shape or on another device.
         """
-        if not isinstance(x, Tensor) or x.ndim < 2 or not x.numel():
-            came = list(x.shape) if isinstance(x, Tensor) else type(x).__name__
-            raise ValueError(f"x must be a tensor [tokens, in] or [..., in] that is not empty. Got {came} instead.")
-        if not x.is_floating_point():
-            raise ValueError(f"x must be floating point. Got {x.dtype} instead.")
+        _check_inputs(x, "x")
         moment = SecondMoment(x.shape[-1], x.device)
         moment.update(x.flatten(0, -2))
-        gram = cls(moment.finish(), moment.tokens)
-        if not torch.isfinite(gram.matrix).all():  # a NaN or Inf in x makes its square one
-            came = "squares beyond float32" if torch.isfinite(x).all() else "NaN or Inf"
-            raise ValueError(f"x must be finite, and so must its squares in float32. Got {came} instead.")
-        return gram
+        matrix = _checked_moment(moment.finish(), x, "x")
+        if dense_inputs is None:
+            return cls(matrix, moment.tokens)
+        _check_inputs(dense_inputs, "dense_inputs")
+        if dense_inputs.shape != x.shape or dense_inputs.device != x.device:
+            came = f"{list(dense_inputs.shape)} on {dense_inputs.device}"
+            raise ValueError(f"dense_inputs must be {list(x.shape)} on {x.device}, as x is. Got {came} instead.")
+        own, both = SecondMoment(x.shape[-1], x.device), CrossMoment(x.shape[-1], x.device)
+        own.update(dense_inputs.flatten(0, -2))
+        both.update(dense_inputs.flatten(0, -2), x.flatten(0, -2))
+        dense = _checked_moment(own.finish(), dense_inputs, "dense_inputs")
+        return cls(matrix, moment.tokens, both.finish(), dense)
+
+    @property
+    def cross(self) -> Tensor:
+        """[in, in] C, mean of x0 xt (row: input in the dense model, column: in the compressed one).
+
+        The matrix itself where x is the dense model's. Raises ValueError where the dense inputs are not known.
+        """
+        return self._known(self._cross)
+
+    @property
+    def dense(self) -> Tensor:
+        """[in, in] mean of x0 x0t; as `cross`."""
+        return self._known(self._dense)
+
+    def _known(self, matrix: Tensor | None) -> Tensor:
+        if matrix is None:
+            raise ValueError(
+                "The cross-Gram must be collected beside the Gram (`cross_gram` in `needs` of the method's card). "
+                "Got the inputs of a compressed model alone instead."
+            )
+        return matrix
 
     @cached_property
     def diagonal(self) -> Tensor:
@@ -81,7 +129,7 @@ class Gram:
         return value
 
     def once(self, key: Hashable, compute: Callable[[], Any]) -> Any:
-        """What compute() gives, at the first call with this key; it must depend on the matrix and the key alone."""
+        """What compute() gives, at the first call with this key; it must depend on the matrices and the key alone."""
         if key not in self._kept:
             self._kept[key] = compute()
         return self._kept[key]
@@ -96,7 +144,9 @@ class Gram:
     def _descend(self, dead_diagonal: float | None) -> tuple[Tensor, Gram]:
         diagonal = self.diagonal.double()  # in which dead_diagonal is exact
         order = torch.where(self.dead, dead_diagonal or 0.0, diagonal).argsort(descending=True, stable=True)
-        return order, Gram(self.matrix[order][:, order], self.tokens)
+        matrices = [self.matrix, *((self.cross, self.dense) if self.apart else ())]
+        matrix, *known = (own[order][:, order] for own in matrices)
+        return order, Gram(matrix, self.tokens, *known, drifted=not self.knows_dense)
 
     def factor(self, damping: float, dead_diagonal: float | None = None) -> tuple[Tensor, float]:
         """Lower M [in, in] float32 with Mt M = G + damping * mean(diagonal) I, and the damping used.
@@ -127,3 +177,20 @@ class Gram:
                 return lower, used
             used = max(used * DAMPING_GROWTH, 1e-8)
         raise ValueError(f"Gram.factor found no damping up to {LARGEST_DAMPING:g} that factorises the matrix.")
+
+
+def _check_inputs(x: Tensor, name: str) -> None:
+    """Raise ValueError for what are no inputs of a layer."""
+    if not isinstance(x, Tensor) or x.ndim < 2 or not x.numel():
+        came = list(x.shape) if isinstance(x, Tensor) else type(x).__name__
+        raise ValueError(f"{name} must be a tensor [tokens, in] or [..., in] that is not empty. Got {came} instead.")
+    if not x.is_floating_point():
+        raise ValueError(f"{name} must be floating point. Got {x.dtype} instead.")
+
+
+def _checked_moment(matrix: Tensor, x: Tensor, name: str) -> Tensor:
+    """The second moment of x. Raises ValueError where it is not finite: a NaN or Inf in x makes its square one."""
+    if not torch.isfinite(matrix).all():
+        came = "squares beyond float32" if torch.isfinite(x).all() else "NaN or Inf"
+        raise ValueError(f"{name} must be finite, and so must its squares in float32. Got {came} instead.")
+    return matrix

@@ -1,4 +1,4 @@
-"""The mean of x xt over tokens, summed part by part: float32 products of at most RUN tokens, totals in float64."""
+"""Means of x xt and of y xt over tokens, summed part by part: float32 products of RUN tokens, totals in float64."""
 
 from __future__ import annotations
 
@@ -9,23 +9,21 @@ RUN = 4096  # tokens whose products are summed in float32
 NARROW_PANEL, WIDEST_PANEL, NARROW_BELOW = 128, 256, 2048  # of a symmetric product, and the inputs that ask for each
 
 
-class SecondMoment:
-    """Accumulates the second moment of inputs, independently of how whole runs of tokens are batched."""
+class _Products:
+    """Sums of products [in, in], independent of how whole runs of tokens are batched."""
 
     def __init__(self, features: int, device: torch.device | str = "cpu") -> None:
-        self.total = torch.zeros(features, features, dtype=torch.float64, device=device)  # above the diagonal
+        self.total = torch.zeros(features, features, dtype=torch.float64, device=device)
         self.run = torch.zeros(features, features, dtype=torch.float32, device=device)  # what it lacks as yet
         self.in_run = 0  # tokens
         self.tokens = 0
 
-    def update(self, inputs: Tensor) -> None:
-        """Add inputs [tokens, in] of any float dtype; a part of them at a time is copied to float32."""
-        for part in inputs.detach().split(RUN):
-            if self.in_run + len(part) > RUN:
-                self._end_run()
-            add_products(self.run, part.float())
-            self.in_run += len(part)
-        self.tokens += len(inputs)
+    def _room(self, tokens: int) -> None:
+        """Make room in the run for a part of so many tokens."""
+        if self.in_run + tokens > RUN:
+            self._end_run()
+        self.in_run += tokens
+        self.tokens += tokens
 
     def _end_run(self) -> None:
         add_to(self.total, self.run)
@@ -37,8 +35,32 @@ class SecondMoment:
         self._end_run()
         matrix = self.run.copy_(self.total.div_(self.tokens))
         del self.total, self.run
+        return matrix
+
+
+class SecondMoment(_Products):
+    """Accumulates the second moment of inputs; the sums are those above the diagonal."""
+
+    def update(self, inputs: Tensor) -> None:
+        """Add inputs [tokens, in] of any float dtype; a part of them at a time is copied to float32."""
+        for part in inputs.detach().split(RUN):
+            self._room(len(part))
+            add_products(self.run, part.float())
+
+    def finish(self) -> Tensor:
+        matrix = super().finish()
         mirror(matrix)
         return matrix
+
+
+class CrossMoment(_Products):
+    """Accumulates the mean of y xt, of what two models give for the same tokens; row: entry of y, column: of x."""
+
+    def update(self, dense: Tensor, inputs: Tensor) -> None:
+        """Add y and x [tokens, in] of any float dtype."""
+        for others, part in zip(dense.detach().split(RUN), inputs.detach().split(RUN), strict=True):
+            self._room(len(part))
+            self.run.addmm_(others.float().T, part.float())
 
 
 def add_to(total: Tensor, run: Tensor) -> None:

@@ -46,12 +46,23 @@ class GridArrays(NamedTuple):
     book: np.ndarray
 
 
+class CorrectionArrays(NamedTuple):
+    """What columns pass on besides their errors (layerwise.numerics.obs.Correction); empty arrays stand for none."""
+
+    passed: np.ndarray  # [columns, columns] float32, P of the block
+    dense: np.ndarray  # [out, in] float32, the weight that columns are pulled towards
+    unrounded: np.ndarray  # [out, in] float32, written: each weight as it was before it was rounded
+    pull: np.float32
+
+
 NO_SCALES, NO_BOOK = np.empty((0, 0), np.float32), np.empty((3, 0), np.float32)
 NO_GRID = GridArrays(NO_SCALES, NO_SCALES, np.empty(0, np.int64), np.empty((0, 0), np.uint8), np.float32(0), NO_BOOK)
+NO_CORRECTION = CorrectionArrays(NO_SCALES, NO_SCALES, NO_SCALES, np.float32(0))
 FLOATS, BOOLS, CODES = float32[:, ::1], boolean[:, ::1], uint8[:, ::1]
 MATRICES_TYPE = named(SweepMatrices, FLOATS, FLOATS, FLOATS, BOOLS)
 BUDGET_TYPE = named(BlockBudget, int64, int64)
 GRID_TYPE = named(GridArrays, FLOATS, FLOATS, int64[::1], CODES, float32, FLOATS)
+CORRECTION_TYPE = named(CorrectionArrays, FLOATS, FLOATS, FLOATS, float32)
 
 
 @compiled()
@@ -143,6 +154,23 @@ def _subtract_errors(entries, losses, factor, i, end):
 
 
 @compiled()
+def _load_block(source, start, top, height, columns, rows, lane):
+    """Fill a lane with a tile of a block of columns of source [out, in]."""
+    wide = rows.shape[1]
+    rows[height:] = 0
+    rows[:height, :columns] = source[top : top + height, start : start + columns]
+    _transpose_tile(rows, lane.reshape(wide, TILE_ROWS), TILE_ROWS, wide)
+
+
+@compiled()
+def _store_block(target, start, top, height, columns, rows, lane):
+    """Write a lane as a tile of a block of columns of target [out, in]."""
+    wide = rows.shape[1]
+    _transpose_tile(lane.reshape(wide, TILE_ROWS), rows, wide, TILE_ROWS)
+    target[top : top + height, start : start + columns] = rows[:height, :columns]
+
+
+@compiled()
 def _load_tile(matrices, start, top, height, columns, given_mask, rows, lanes):
     """Fill a tile's entries, and what it keeps if the mask is given. rows: memory to work in, see `_sweep`."""
     wide = rows.shape[1]
@@ -151,9 +179,7 @@ def _load_tile(matrices, start, top, height, columns, given_mask, rows, lanes):
             for i in range(columns):
                 rows[r, i] = np.float32(matrices.mask[top + r, start + i])
         _transpose_tile(rows, lanes[2].reshape(wide, TILE_ROWS), TILE_ROWS, wide)
-    rows[height:] = 0
-    rows[:height, :columns] = matrices.weight[top : top + height, start : start + columns]
-    _transpose_tile(rows, lanes[0].reshape(wide, TILE_ROWS), TILE_ROWS, wide)
+    _load_block(matrices.weight, start, top, height, columns, rows, lanes[0])
 
 
 @compiled()
@@ -161,8 +187,7 @@ def _store_tile(matrices, grid, start, top, height, columns, given_mask, rows, l
     """Write a tile's weight and errors, its mask unless it was given, and its codes if there is a grid."""
     original, weight, errors, mask = matrices
     wide = rows.shape[1]
-    _transpose_tile(lanes[0].reshape(wide, TILE_ROWS), rows, wide, TILE_ROWS)
-    weight[top : top + height, start : start + columns] = rows[:height, :columns]
+    _store_block(weight, start, top, height, columns, rows, lanes[0])
     for r in range(height):
         for i in range(columns):
             errors[top + r, start + i] = original[top + r, start + i] - rows[r, i]
@@ -229,8 +254,34 @@ def _pass_on(entries, losses, factor, i, stride):
         _subtract_errors(entries, losses, factor, i + 1 - stride, stop)
 
 
-@compiled([(MATRICES_TYPE, int64, FLOATS, BUDGET_TYPE, GRID_TYPE, int64, int64)])
-def _sweep(matrices, start, factor, budget, grid, first, last):
+@compiled()
+def _pull(entries, unrounded, dense, i, pull):
+    """Pull column i of a tile, unless it is the block's first, towards the dense weight, and note it unrounded."""
+    entry = simd.load(entries, i * TILE_ROWS)
+    if i:
+        moved = simd.sub_mul(entry, simd.splat(np.float32(1)), simd.load(dense, i * TILE_ROWS))
+        entry = simd.sub_mul(entry, simd.splat(pull), moved)
+        simd.store(entries, i * TILE_ROWS, entry)
+    simd.store(unrounded, i * TILE_ROWS, entry)
+
+
+@compiled()
+def _pass_on_corrected(lanes, unrounded, dense, factor, passed, i, pull):
+    """Take what the pull accounts for from the error of column i; let later columns absorb the rest and add w P."""
+    entries, losses = lanes[0], lanes[1]
+    weight = simd.load(unrounded, i * TILE_ROWS)
+    moved = simd.sub_mul(weight, simd.splat(np.float32(1)), simd.load(dense, i * TILE_ROWS))
+    share = simd.div(moved, simd.splat(factor[i, i]))
+    error = simd.sub_mul(simd.load(losses, i * TILE_ROWS), simd.splat(pull), share)
+    for k in range(i + 1, len(factor)):
+        left = simd.sub_mul(simd.load(entries, k * TILE_ROWS), error, simd.splat(factor[i, k]))
+        if len(passed):
+            left = simd.sub_mul(left, weight, simd.splat(-passed[i, k]))
+        simd.store(entries, k * TILE_ROWS, left)
+
+
+@compiled([(MATRICES_TYPE, int64, FLOATS, BUDGET_TYPE, GRID_TYPE, CORRECTION_TYPE, int64, int64)])
+def _sweep(matrices, start, factor, budget, grid, correction, first, last):
     group_size, n_pruned = budget
     given_mask = group_size == 0
     columns = len(factor)
@@ -239,19 +290,30 @@ def _sweep(matrices, start, factor, budget, grid, first, last):
     lanes = np.zeros((4, wide * TILE_ROWS), np.float32)  # entries, losses, keep, codes: a column's rows lie together
     tile_grid = np.ones((2, TILE_ROWS), np.float32)
     scores = np.empty(group_size * TILE_ROWS, np.float32)
+    corrected = len(correction.unrounded) > 0
+    more = np.zeros((2, wide * TILE_ROWS if corrected else 0), np.float32)  # dense and unrounded entries
     # Choosing a mask needs columns that are up to date.
     stride = COLUMNS_AT_ONCE if group_size % COLUMNS_AT_ONCE == 0 or group_size >= columns else 1
     for top in range(first, last, TILE_ROWS):
         height = min(TILE_ROWS, last - top)
         _load_tile(matrices, start, top, height, columns, given_mask, rows, lanes)
+        if corrected:
+            _load_block(correction.dense, start, top, height, columns, rows, more[0])
         for i in range(columns):
             if not given_mask and i % group_size == 0:
                 _choose(lanes[0], factor, i, group_size, n_pruned, scores, lanes[2])
             if grid.largest_code and (i == 0 or grid.group_of[start + i] != grid.group_of[start + i - 1]):
                 _load_grid(grid, top, height, start + i, tile_grid)
+            if corrected:
+                _pull(lanes[0], more[1], more[0], i, correction.pull)
             _prune_and_round(lanes, i, factor[i, i], tile_grid, grid.largest_code, grid.book)
-            _pass_on(lanes[0], lanes[1], factor, i, stride)
+            if corrected:
+                _pass_on_corrected(lanes, more[1], more[0], factor, correction.passed, i, correction.pull)
+            else:
+                _pass_on(lanes[0], lanes[1], factor, i, stride)
         _store_tile(matrices, grid, start, top, height, columns, given_mask, rows, lanes)
+        if corrected:
+            _store_block(correction.unrounded, start, top, height, columns, rows, more[1])
 
 
 def memory(shape: tuple[int, ...]) -> Tensor:
@@ -268,6 +330,7 @@ def sweep_columns(
     factor: Tensor,
     budget: BlockBudget,
     grid: GridArrays | None,
+    correction: CorrectionArrays | None = None,
 ) -> None:
     """Sweep the columns of a block from `start` on: prune or round each, and let those after it absorb the error.
 
@@ -275,4 +338,5 @@ def sweep_columns(
     factor: [columns, columns] upper U of the block (layerwise.numerics.obs is the reference).
     """
     matrices = SweepMatrices(array(original), weight.numpy(), errors.numpy(), mask.numpy())
-    by_rows(_sweep, (len(weight), len(factor)), matrices, start, array(factor), budget, grid or NO_GRID)
+    more = (grid or NO_GRID, correction or NO_CORRECTION)
+    by_rows(_sweep, (len(weight), len(factor)), matrices, start, array(factor), budget, *more)

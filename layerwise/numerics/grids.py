@@ -28,6 +28,11 @@ class Grid:
     bits: int
     book: CodeBook | None = None
     divisor: Tensor | None = None
+    narrow: bool = False  # whether the largest code, 2^bits - 1, is left out
+
+    @property
+    def largest_code(self) -> int:
+        return 2**self.bits - (2 if self.narrow else 1)
 
     @property
     def steps(self) -> Tensor:
@@ -39,7 +44,7 @@ class Grid:
         if self.book is not None:
             return self.book.nearest(weight / self.steps[:, group_of])
         scales, zeros = self.scales[:, group_of], self.zeros[:, group_of]
-        return (torch.round(weight / scales) + zeros).clamp(0, 2**self.bits - 1).to(torch.uint8)
+        return (torch.round(weight / scales) + zeros).clamp(0, self.largest_code).to(torch.uint8)
 
     def values(self, codes: Tensor, group_of: Tensor) -> Tensor:
         """[out, in] float32 values of the codes."""
@@ -109,6 +114,17 @@ def fit_grid(weight: Tensor, target: Target, mse: bool = False) -> Grid:
     return Grid(scales, zeros, target.bits)
 
 
+def fit_signed_grid(weight: Tensor, target: Target, mse: bool = False) -> Grid:
+    """Symmetric grid of weight [out, in] with the step max |w| / (2^(bits - 1) - 1): the range ends on codes.
+
+    The lowest of the 2^bits codes lies beyond it. The zero is 2^(bits - 1); mse: as in `fit_grid`.
+    """
+    assert target.bits is not None
+    pieces = [_fit(piece, target.bits, True, mse, True) for piece in weight.split(target.group or weight.shape[1], 1)]
+    scales, zeros = (torch.stack(column, 1) for column in zip(*pieces, strict=True))
+    return Grid(scales, zeros, target.bits)
+
+
 def fit_and_round(weight: Tensor, target: Target, mse: bool = False) -> tuple[Grid, Tensor, Tensor]:
     """The grid fitted to weight [out, in], and the weight's codes and values [out, in] on it."""
     assert target.bits is not None
@@ -121,7 +137,7 @@ def fit_and_round(weight: Tensor, target: Target, mse: bool = False) -> tuple[Gr
     return grid, codes, grid.values(codes, group_of)
 
 
-def _fit(piece: Tensor, bits: int, symmetric: bool, mse: bool) -> tuple[Tensor, Tensor]:
+def _fit(piece: Tensor, bits: int, symmetric: bool, mse: bool, signed: bool = False) -> tuple[Tensor, Tensor]:
     """Scale and zero, [out] each, of the rows of piece [out, length]."""
     low = piece.amin(1).clamp(max=0.0)
     high = piece.amax(1).clamp(min=0.0)
@@ -130,14 +146,14 @@ def _fit(piece: Tensor, bits: int, symmetric: bool, mse: bool) -> tuple[Tensor, 
         low = torch.where(low < 0, -high, low)
     flat = (low == 0) & (high == 0)
     low, high = torch.where(flat, -1.0, low), torch.where(flat, 1.0, high)
-    best = _scale_and_zero(low, high, bits, symmetric)
+    best = _scale_and_zero(low, high, bits, symmetric, signed)
     if not mse:
         return best
     least = torch.full_like(low, float("inf"))
     exponent = -torch.frexp(high - low).exponent[:, None]  # |error|^2.4 of tiny weights would underflow as it is
     for step in range(80):
         share = 1 - step / 100
-        scale, zero = _scale_and_zero(share * low, share * high, bits, symmetric)
+        scale, zero = _scale_and_zero(share * low, share * high, bits, symmetric, signed)
         grid = Grid(scale[:, None], zero[:, None], bits)
         only = torch.zeros(piece.shape[1], dtype=torch.int64, device=piece.device)
         error = torch.ldexp(grid.values(grid.codes(piece, only), only) - piece, exponent).abs_().pow_(2.4).sum(1)
@@ -147,8 +163,8 @@ def _fit(piece: Tensor, bits: int, symmetric: bool, mse: bool) -> tuple[Tensor, 
     return best
 
 
-def _scale_and_zero(low: Tensor, high: Tensor, bits: int, symmetric: bool) -> tuple[Tensor, Tensor]:
-    scale = (high - low) / (2**bits - 1)
+def _scale_and_zero(low: Tensor, high: Tensor, bits: int, symmetric: bool, signed: bool) -> tuple[Tensor, Tensor]:
+    scale = high / (2 ** (bits - 1) - 1) if signed else (high - low) / (2**bits - 1)
     # Weights so small that the step underflows are zero on any grid; a step of one keeps the division finite.
     scale = torch.where(scale > 0, scale, 1.0)
     zero = torch.full_like(scale, 2 ** (bits - 1)) if symmetric else torch.round(-low / scale)

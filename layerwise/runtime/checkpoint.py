@@ -133,7 +133,7 @@ class Checkpoint:
         """The block's files are written, wherever in the folder, and the states that enter the next one."""
         self._check()
         self.done = index + 1
-        states = self.folder.glob(f"{STATES}{self.done:03d}.*")
+        states = self.folder.glob(f"{STATES}*{self.done:03d}.*")  # of each kind
         self.hashes = {name: own for name, own in self.hashes.items() if not name.startswith(STATES)}
         for path in sorted([*self.folder.rglob(f"block-{index:03d}.*"), *states]):
             self.hashes[path.relative_to(self.folder).as_posix()] = sha256(path)

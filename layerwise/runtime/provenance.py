@@ -28,7 +28,7 @@ def provenance(device: str, threads: int) -> dict[str, object]:
         "python": platform.python_version(),
         **{name: importlib.metadata.version(name) for name in PROVENANCE},
         "platform": f"{platform.system()}-{platform.machine()}",
-        "cpu": _cpu(),
+        "cpu": processor(),
         "threads": threads,
         "device": device,
     }
@@ -92,7 +92,8 @@ def _warn(sentence: str) -> None:
     print(f"warning: {sentence}", file=sys.stderr, flush=True)
 
 
-def _cpu() -> str:
+def processor() -> str:
+    """The name of this machine's processor."""
     info = Path("/proc/cpuinfo")
     if info.is_file():
         for line in info.read_text().splitlines():

@@ -17,7 +17,8 @@ from layerwise.sources.task_sets import BATCH
 from layerwise.storage.bits_per_weight import stored_bits
 from layerwise.study.cell import Cell, canonical
 from layerwise.study.grid import Plan
-from layerwise.study.method_costs import CERTIFICATE, of_method
+from layerwise.study.method_costs import CERTIFICATE, needs_cross, of_method
+from layerwise.study.work import JobCost, Work
 
 # ------------------------------------------------------------------------------ what the jobs' code holds, in one place
 
@@ -30,7 +31,7 @@ GRAM_ENTRY = 12
 BATCH_BYTES = 2**22  # of a batch's widest activations, unless one sequence has more (propagate.BATCH_BYTES)
 ACTIVATIONS = 8  # tensors of that size at a time
 LOGITS_HELD = 2  # of a batch: the cell's, and the dense model's beside them (divergence.Divergence)
-KL_WORK = 400  # operations that the divergence takes as long as, for a word of a token; in float64, by its measurement
+GRAMS_BESIDE = 2  # cross-Gram and Gram of the dense model's inputs, for a method that needs them
 HIDDEN_FILES = 2  # files of all hidden states on disk: what enters a block and what leaves it
 LOGITS_AT_ONCE = 2**23  # of a batch of windows (evaluate.LOGITS_AT_ONCE)
 ROWS = 1024  # tokens whose logits are in float32 at a time (evaluate.ROWS)
@@ -56,22 +57,6 @@ LEAST_MINUTES = 30
 MOST_MINUTES = 2 * 24 * 60
 TEXT_TOKENS = 350_000  # of an evaluation text that is taken whole
 ASKED_TOKENS = 20_000  # of a zero-shot task
-
-
-@dataclass(frozen=True)
-class JobCost:
-    """memory: bytes at most. disk: bytes that stay, of a Gram store in the folder of all stores, else in results/.
-    transient: further bytes while the job runs. work: floating point operations. minimum: bytes of memory with which
-    the job still completes, more slowly (default: memory)."""
-
-    memory: float
-    disk: float = 0.0
-    transient: float = 0.0
-    work: float = 0.0
-    minimum: float = 0.0
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "minimum", self.minimum or self.memory)
 
 
 def here(entry: Mapping[str, Any], rule: str = "") -> str | None:
@@ -137,7 +122,9 @@ class CostModel:
     def minutes(self, job: Job, threads: int = 1) -> int:
         """Minutes that a cluster may give a job, far more than it should take."""
         cost = self.cost(job)
-        return min(LEAST_MINUTES + math.ceil((cost.work if cost else 0) / (SLOWEST * threads) / 60), MOST_MINUTES)
+        return min(
+            LEAST_MINUTES + math.ceil((cost.work.operations if cost else 0) / (SLOWEST * threads) / 60), MOST_MINUTES
+        )
 
     def jobs(self) -> Iterator[Job]:
         """All jobs of the study that take more than a little."""
@@ -174,7 +161,7 @@ class CostModel:
         run = model.at("float32")
         tokens = 2 * CHECKED_WINDOW
         minimum = run.evaluating(CHECKED_WINDOW, tokens)
-        return JobCost(minimum + run.whole / FITS, work=2 * run.forward(tokens), minimum=minimum)
+        return JobCost(minimum + run.whole / FITS, work=run.passes(2 * tokens), minimum=minimum)
 
     def _gram(self, model: ModelCost, job: Job) -> JobCost:
         calib = self.plan.calibrations[job.wildcards["calib"]]
@@ -182,7 +169,7 @@ class CostModel:
         tokens = calib["samples"] * calib["length"]
         rows = min(SAMPLE, tokens) + min(SAMPLE, calib["samples"]) + 3
         store = 4 * run.shape.total(lambda block: block.gram_entries + sum(rows * inputs for inputs, _ in block.taps))
-        work = run.forward(tokens) + run.gram_work(tokens)
+        work = replace(run.passes(tokens), grams=run.gram_work(tokens))
         return JobCost(run.calibrating(calib["length"]), store, run.states(tokens), work)
 
     def _compress(self, model: ModelCost, job: Job) -> JobCost:
@@ -194,24 +181,26 @@ class CostModel:
         )
         w, g, products = of_method(self.plan.catalogue, cell.spec["method"]["name"], cell.spec["method"]["params"])
         changed = self.plan.catalogue[cell.spec["method"]["name"]].card["updates_weights"]
-        peaks, works = [], []
+        beside = needs_cross(self.plan.catalogue, cell)
+        peaks = []
         for block in model.shape.blocks:
-            grams = 4 * block.gram_entries if sequential else 0
+            grams = 4 * block.gram_entries * (1 + GRAMS_BESIDE * beside) if sequential else 0
             solving = [4 * (w * out * size + g * size**2) + SCORING * size for out, size, _ in block.layers]
             peaks.append(max(solving, default=0) + grams + model.stored(block, target, changed))
-            works.append(model.shape.blocks[block] * sum(2 * out * size**2 for out, size, _ in block.layers))
-        memory, work, transient = model.streamed + max(peaks), products * sum(works), 0.0
+        memory, transient = model.streamed + max(peaks), 0.0
+        work = replace(model.passes(0), solving=products * model.products, layers=model.layers)
         tokens = calib["samples"] * calib["length"]
         if sequential:
             run = model.at(calib.get("dtype"))
             another = run.streamed - PROCESS if run.entry["dtype"] != model.entry["dtype"] else 0  # a copy of the model
-            memory = max(memory, run.calibrating(calib["length"])) + another
-            work += 2 * run.forward(tokens) + run.gram_work(tokens)
-            transient += run.states(tokens)
+            memory = max(memory, run.calibrating(calib["length"], beside)) + another
+            # The cross-Gram is no symmetric product, which takes twice as long.
+            work += replace(run.passes((2 + beside) * tokens), grams=(1 + 3 * beside) * run.gram_work(tokens))
+            transient += (1 + beside) * run.states(tokens)
         if "tune" in cell.spec:
             memory = max(memory, model.tuning(calib["length"], cell.spec["tune"]))
             epochs = sum(stage["epochs"] for stage in cell.spec["tune"].values())
-            work += 4 * epochs * model.forward(tokens)
+            work += model.passes(4 * epochs * tokens)
         # The job evaluates what it has compressed.
         texts = [self._perplexity(model, Job("", {"evaluation": name})) for name in self.plan.evaluations]
         others = texts + [self._tasks(model, Job("", {"tasks": name})) for name in self.plan.tasks]
@@ -219,7 +208,7 @@ class CostModel:
         memory = max([memory, *(cost.memory for cost in others)])
         stored = model.shape.total(lambda block: model.stored(block, target, changed))
         transient = max([transient + stored, *(cost.transient for cost in others)])
-        return JobCost(memory, stored + CELL_FILES, transient, work + sum(cost.work for cost in others), minimum)
+        return JobCost(memory, stored + CELL_FILES, transient, sum((cost.work for cost in others), work), minimum)
 
     def _windows(self, job: Job) -> tuple[int, int]:
         """(tokens of a window, of all) of an evaluation."""
@@ -230,25 +219,25 @@ class CostModel:
     def _dense_states(self, model: ModelCost, job: Job) -> JobCost:
         length, tokens = self._windows(job)
         states = model.states(tokens)
-        return JobCost(model.evaluating(length, tokens), states / HIDDEN_FILES, states, model.forward(tokens))
+        return JobCost(model.evaluating(length, tokens), states / HIDDEN_FILES, states, model.passes(tokens))
 
     def _perplexity(self, model: ModelCost, job: Job) -> JobCost:
         length, tokens = self._windows(job)
-        heads = LOGITS_HELD * 2 * model.shape.vocabulary * model.shape.hidden * tokens
-        work = model.forward(tokens) + heads + KL_WORK * model.shape.vocabulary * tokens
+        words = model.shape.vocabulary * tokens
+        heads = LOGITS_HELD * 2 * model.shape.hidden * words
+        work = replace(model.passes(tokens), passes=model.forward(tokens) + heads, words=words)
         return JobCost(model.evaluating(length, tokens), 0.0, model.states(tokens), work)
 
     def _tasks(self, model: ModelCost, job: Job) -> JobCost:
         spec = self.plan.tasks[job.wildcards["tasks"]]
         memory, minimum = model.answering(spec.get("batch", BATCH))
-        return JobCost(memory, work=model.forward(ASKED_TOKENS * len(spec["tasks"])), minimum=minimum)
+        return JobCost(memory, work=model.passes(ASKED_TOKENS * len(spec["tasks"])), minimum=minimum)
 
     def _certificate(self, model: ModelCost, job: Job) -> JobCost:
         w, g, products = CERTIFICATE
         layers = [layer for block in model.shape.blocks for layer in block.layers]
         most = max((4 * (w * out * size + g * size**2) for out, size, _ in layers), default=0)
-        work = model.shape.total(lambda block: sum(2 * products * out * size**2 for out, size, _ in block.layers))
-        return JobCost(model.at_rest.streamed + most, work=work)
+        return JobCost(model.at_rest.streamed + most, work=Work(solving=products * model.products))
 
     def _sees_grams(self, cell: Cell) -> bool:
         """Whether what spreads a cell's budget sees the dense Grams."""
@@ -262,15 +251,14 @@ class CostModel:
         entry = self.plan.allocators[spec["allocator"]]
         inner = [of_method(self.plan.catalogue, name, params) for _, name, params in entry.inner(spec["params"])]
         w, g, products = (max((cost[i] for cost in inner), default=0.0) for i in range(3))
-        peaks, work = [], 0.0
-        for block, times in model.shape.blocks.items():
+        peaks = []
+        for block in model.shape.blocks:
             # A block's weights in float32 and their scores, its Grams, and what solving a layer takes beside them.
             held = BLOCK_COPIES * 4 * sum(out * size for out, size, _ in block.layers)
             held += kept(block) if self._sees_grams(cell) else 0.0
             solving = [4 * (w * out * size + g * size**2) + SCORING * size for out, size, _ in block.layers]
             peaks.append(held + max(solving, default=0.0))
-            tried = LEVELS_TRIED * (products + 1) if inner else SPECTRUM
-            work += times * sum(2 * tried * out * size**2 for out, size, _ in block.layers)
+        work = Work(solving=(LEVELS_TRIED * (products + 1) if inner else SPECTRUM) * model.products)
         return JobCost(model.at_rest.streamed + max(peaks, default=0.0), CELL_FILES, work=work)
 
     def _export(self, model: ModelCost, job: Job) -> JobCost:
@@ -278,10 +266,14 @@ class CostModel:
         return JobCost(PROCESS + 2 * model.whole, model.whole)
 
 
-def summed(block: BlockShape) -> float:
-    """Bytes of a block's Grams while they are summed, and of the rows of inputs that are kept."""
+def summed(block: BlockShape, beside: bool = False) -> float:
+    """Bytes of a block's Grams while they are summed, and of the rows of inputs that are kept.
+
+    beside: with what a method takes that needs the cross-Gram.
+    """
     rows = sum(size for size, share in block.taps if share < 1)  # of an expert there may be twice as many
-    return kept(block) + (GRAM_ENTRY - 4) * block.gram_entries + 4 * SAMPLE * rows
+    more = (GRAM_ENTRY - 4 + GRAM_ENTRY * GRAMS_BESIDE * beside) * block.gram_entries
+    return kept(block) + more + 4 * SAMPLE * rows
 
 
 def kept(block: BlockShape) -> float:
@@ -294,7 +286,7 @@ def _kind(cell: Cell, study: Plan) -> tuple[Any, ...]:
     method, tune = cell.spec["method"], cell.spec.get("tune")
     asked = tuple(cell.spec["target"].values())
     cost = of_method(study.catalogue, method["name"], method["params"])
-    return (*cost, method["name"], asked, canonical(tune) if tune else None)
+    return (*cost, method["name"], needs_cross(study.catalogue, cell), asked, canonical(tune) if tune else None)
 
 
 @dataclass(frozen=True)
@@ -349,9 +341,10 @@ class ModelCost:
     def activations(self, length: int) -> float:
         return ACTIVATIONS * max(BATCH_BYTES, self.size * length * self.shape.widest)
 
-    def calibrating(self, length: int) -> float:
-        """Peak of a pass that sums the Grams of a block."""
-        summing = self.streamed + self.activations(length) + max(map(summed, self.shape.blocks), default=0)
+    def calibrating(self, length: int, beside: bool = False) -> float:
+        """Peak of a pass that sums the Grams of a block, and with `beside` what a cross-Gram takes."""
+        grams = max((summed(block, beside) for block in self.shape.blocks), default=0)
+        summing = self.streamed + (1 + beside) * self.activations(length) + grams  # a batch's inputs are kept too
         return max(summing, self.embedding)
 
     def evaluating(self, length: int, tokens: int) -> float:
@@ -398,6 +391,24 @@ class ModelCost:
 
     def forward(self, tokens: int) -> float:
         return tokens * self.shape.total(lambda block: sum(2 * share * out * size for out, size, share in block.layers))
+
+    def passes(self, tokens: int) -> Work:
+        """Of forward passes of so many tokens."""
+        return Work(self.forward(tokens), dtype=self.computed(self.entry) or self.shape.dtype)
+
+    @property
+    def products(self) -> float:
+        """Operations of one product of every layer's weight and Gram."""
+        return sum(2.0 * times * out * size**2 for (out, size), times in self.layers.items())
+
+    @property
+    def layers(self) -> Mapping[tuple[int, int], int]:
+        """(rows, inputs) -> how many layers of all blocks are so large."""
+        found: dict[tuple[int, int], int] = {}
+        for block, times in self.shape.blocks.items():
+            for out, size, _ in block.layers:
+                found[out, size] = found.get((out, size), 0) + times
+        return found
 
     def gram_work(self, tokens: int) -> float:
         """Of Grams of which half is computed."""

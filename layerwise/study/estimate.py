@@ -7,9 +7,7 @@ The Snakefile prints the short form before its first job, and refuses what canno
 
 from __future__ import annotations
 
-import math
 import shutil
-import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,14 +20,11 @@ from layerwise.runtime.memory import machine_memory
 from layerwise.runtime.text_table import aligned
 from layerwise.sources.shapes import ModelShape
 from layerwise.sources.specs import ModelSpec
-from layerwise.study.cell import Cell
-from layerwise.study.cost_model import CELL_FILES, UNKNOWN_MB, CostModel, Job, JobCost, ModelCost
+from layerwise.study.cost_model import CELL_FILES, UNKNOWN_MB, CostModel, Job, ModelCost
+from layerwise.study.durations import READING, study_seconds
 from layerwise.study.grid import Plan, name_of
-
-STARTUP = 6.0  # seconds of a job besides its work
-BELOW_PEAK = 3.0  # times as long as products of large matrices take for as many operations
-FINISHED = 3  # cells of a model, method and mode whose seconds are looked at
-EVALUATE = ("perplexity", "zero_shot")  # rules that mostly read what a cell's first job has left (evaluation/cache.py)
+from layerwise.study.speeds import Speeds, at_hand, measured
+from layerwise.study.work import JobCost
 
 # ---------------------------------------------------------------------------------------------------------- the machine
 
@@ -44,18 +39,6 @@ def disks(results: Path = Path("results")) -> tuple[float, float | None]:
         homes.append(folder)
     free = [float(shutil.disk_usage(home).free) for home in homes]
     return free[0], None if homes[0].stat().st_dev == homes[1].stat().st_dev else free[1]
-
-
-def operations_per_second(rounds: int = 5) -> float:
-    """That this machine reaches in products of float32 matrices, on the threads that numpy takes; in milliseconds."""
-    import numpy as np
-
-    matrix, seconds = np.ones((768, 768), np.float32), math.inf
-    for _ in range(rounds):
-        start = time.perf_counter()
-        np.matmul(matrix, matrix)
-        seconds = min(seconds, time.perf_counter() - start)
-    return 2 * len(matrix) ** 3 / seconds
 
 
 # ------------------------------------------------------------------------------------------------------------ the study
@@ -91,11 +74,11 @@ class JobTotals:
     unknown: tuple[str, ...]
 
 
-def estimate_jobs(model: CostModel, jobs: Iterable[Job], cores: int, rate: float) -> JobTotals:
-    """cores: jobs at a time. rate: operations per second of the machine."""
+def estimate_jobs(model: CostModel, jobs: Iterable[Job], cores: int, speeds: Speeds | None) -> JobTotals:
+    """cores: threads of all jobs at a time. speeds: of the machine; None where it does not run them, for no seconds."""
     jobs = list(jobs)
     costs = [(job, cost) for job in jobs if (cost := model.cost(job))]
-    seconds, measured = _seconds(model, costs, cores, rate)
+    seconds, measured = study_seconds(model, costs, cores, speeds) if speeds else (0.0, 0)
     grams = [cost for job, cost in costs if job.rule == "gram"]
     stores = sum(cost.disk for cost in grams) + _largest((cost.transient for cost in grams), cores)
     disk, transient, waiting = 0.0, [], []
@@ -114,37 +97,9 @@ def estimate_jobs(model: CostModel, jobs: Iterable[Job], cores: int, rate: float
     return JobTotals(len(jobs), largest, disk, stores, seconds, measured, unknown)
 
 
-def _seconds(model: CostModel, costs: Iterable[tuple[Job, JobCost]], cores: int, rate: float) -> tuple[float, int]:
-    """Seconds of all jobs on so many cores, and of how many cells they are those of earlier cells of their kind."""
-    finished = finished_seconds(model.plan)
-    seconds, measured = 0.0, 0
-    for job, cost in costs:
-        known = finished.get(kind_of(model.cell(job))) if job.rule == "compress" else None
-        if known is not None:
-            seconds, measured = seconds + known / cores, measured + 1
-            continue
-        work = 0.0 if job.rule in EVALUATE else cost.work
-        seconds += STARTUP / cores + BELOW_PEAK * work / rate
-    return seconds, measured
-
-
 def _largest(values: Iterable[float], count: int) -> float:
     """Sum of the `count` largest values."""
     return sum(sorted(values, reverse=True)[:count])
-
-
-def kind_of(cell: Cell) -> tuple[str, str, str]:
-    return cell.model, cell.spec["columns"]["label"], cell.mode
-
-
-def finished_seconds(study: Plan) -> dict[tuple[str, str, str], float]:
-    """(model, label, mode) -> mean seconds of some first jobs of cells of that kind that are done in this folder."""
-    by_kind: dict[tuple[str, str, str], list[float]] = {}
-    for cell in study.cells:
-        seconds, folder = by_kind.setdefault(kind_of(cell), []), Path(cell.folder)
-        if len(seconds) < FINISHED and (folder / "cell.json").is_file() and (folder / "benchmark.tsv").is_file():
-            seconds.append(float((folder / "benchmark.tsv").read_text().splitlines()[1].split()[0]))
-    return {kind: sum(seconds) / len(seconds) for kind, seconds in by_kind.items() if seconds}
 
 
 def limit_errors(model: CostModel, jobs: Iterable[Job], totals: JobTotals, limits: Limits) -> Iterator[str]:
@@ -232,7 +187,7 @@ def computed_wider(model: CostModel, jobs: Iterable[Job]) -> list[str]:
     """A sentence for each model and dtype that jobs compute in another one, because it is slow on the processor."""
     found: dict[str, None] = {}
     for job in jobs:
-        if job.rule not in ("gram", "dense_states", "compress", *EVALUATE):
+        if job.rule not in ("gram", "dense_states", "compress", *READING):
             continue
         spec, calib = model.plan.models[job.wildcards["model"]], job.wildcards.get("calib")
         own = model.plan.calibrations[calib].get("dtype") if calib and job.rule in ("gram", "compress") else None
@@ -305,11 +260,12 @@ class Estimate:
     exceeded: list[str]
 
 
-def estimate(study: Plan, cores: int, memory: float | None = None) -> Estimate:
+def estimate(study: Plan, cores: int, memory: float | None = None, quick: bool = False) -> Estimate:
     """What the study takes on this machine.
 
-    cores: jobs at a time. memory: bytes of the machine that will run it (default: this one's). Raises InputError for
-    fewer than one core.
+    cores: jobs at a time. memory: bytes of the machine that will run it (default: this one's). quick: measure nothing
+    but a product of matrices; else what is not known yet of this machine and of the study's methods is measured and
+    kept. Raises InputError for fewer than one core.
     """
     if cores < 1:
         raise InputError(f"--cores must be at least 1. Got {cores} instead.")
@@ -317,10 +273,11 @@ def estimate(study: Plan, cores: int, memory: float | None = None) -> Estimate:
     jobs = list(model.jobs())
     limit, whose = (memory, "--mem-mb gives") if memory is not None else (machine_memory(), "this machine has")
     limits = Limits(limit, whose, *disks())
-    totals = estimate_jobs(model, jobs, cores, operations_per_second())
+    speeds = at_hand() if quick else measured(study)
+    totals = estimate_jobs(model, jobs, cores, speeds)
     lines = [about(spec, model.shape(name)) for name, spec in study.models.items()]
     lines += ["", *table(model, jobs), "", short(model, totals, limits)]
-    lines += computed_wider(model, jobs)
+    lines += [*speeds.said, *computed_wider(model, jobs)]
     if totals.measured:
         lines.append(
             f"The time of {totals.measured} cells is that of cells of their kind that are done in this folder."

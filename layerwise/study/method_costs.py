@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from layerwise.contract.catalogue import Catalogue, Entry
+from layerwise.study.cell import Cell
 
 # A method's share stands on its card as `cost`: a layer's peak is `weights` times its weight and `grams` times its
 # Gram, in float32, themselves included; a solution takes as long as so many `products` of the two, with the default
@@ -44,3 +45,9 @@ def most_demanding(catalogue: Catalogue) -> tuple[float, float, float]:
     costs = [cost for entry in catalogue.values() if entry.shipped and (cost := stated(entry))]
     weights, grams, products = (max(column) for column in zip(*costs, strict=True))
     return weights, grams, products
+
+
+def needs_cross(catalogue: Catalogue, cell: Cell) -> bool:
+    """Whether a cell's job takes the dense model's activations along with the compressed one's."""
+    method = cell.spec["method"]
+    return cell.mode != "shared" and "cross_gram" in catalogue.needs(method["name"], method["params"])

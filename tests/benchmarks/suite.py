@@ -47,7 +47,13 @@ PENALTIES = 8  # iterations of ADMM; ALPS
 PATH = 12
 PUBLISHED = 2000  # Frank-Wolfe's steps
 TRIED = 40  # swaps per row of brute force at most, of swaps.SWAPS
-UNTIMED = {"dense": "returns the weight as it is"}  # methods without a case, and why
+# Methods without a case, and why.
+UNTIMED = {
+    "dense": "returns the weight as it is",
+    "gptaq": "gptq's sweep with a second product per column, after two of a Gram's size",
+    "foem": "as gptaq",
+    "qronos": "gptq, after two triangular solutions in float64",
+}
 
 
 @lru_cache(2)

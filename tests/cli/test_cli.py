@@ -166,7 +166,7 @@ def test_snakemake_s_own_folder_that_cannot_be_written_is_one_sentence(tmp_path,
 
 def test_what_a_command_finds_is_exit_status_one(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    told = call("estimate", "embedded", "--mem-mb", "300")
+    told = call("estimate", "embedded", "--mem-mb", "300", "--quick")
     assert told.exit_code == 1 and "--mem-mb gives 300 MB" in told.stderr and "demo: 7 M parameters" in told.stdout
 
 

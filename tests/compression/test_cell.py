@@ -393,6 +393,36 @@ def test_sequential_scores_on_what_the_compressed_blocks_pass_on(case):
             linear.replace(saved[linear.name])
 
 
+@pytest.mark.parametrize("method", ["gptaq", "foem", "qronos"])
+def test_the_asymmetric_error_is_that_of_the_outputs_of_both_models(case, method):
+    """Of what the saved weights make of the compressed model's inputs, against the dense weights on the dense ones."""
+    cell = case.run(method, Target(bits=3), "sequential")
+    errors, saved = by_layer(cell, "asymmetric_error"), weights(cell)
+    model = load(case.spec)
+    dense, batch = dense_weights(model), tokens(SAMPLES, LENGTH)
+    originals = inputs_of(model, batch)
+    prefix, blocks = find_blocks(model)
+    for index, block in enumerate(blocks):
+        seen = inputs_of(model, batch)
+        for linear in linears(block, f"{prefix}.{index}"):
+            wanted = originals[linear.name] @ dense[linear.name].double().T
+            lost = wanted - seen[linear.name] @ saved[linear.name].double().T
+            assert errors[linear.name] == pytest.approx(float((lost**2).sum() / (wanted**2).sum()), rel=1e-4)
+            linear.replace(saved[linear.name])
+    symmetric = by_layer(cell, "output_error")
+    assert all((errors[name] == symmetric[name]) == (".0." in name) for name in errors)
+
+
+def test_the_asymmetric_error_is_the_output_error_or_not_known_where_no_method_asks(case):
+    """In shared mode inputs are the dense model's; in sequential mode those of the first block are."""
+    cell = case.run("gptaq", Target(bits=3))
+    assert by_layer(cell, "asymmetric_error") == by_layer(cell, "output_error")
+    gptq = case.run("gptq", Target(bits=3))
+    assert all(torch.equal(weight, weights(gptq)[name]) for name, weight in weights(cell).items())
+    unknown = by_layer(case.run("gptq", Target(bits=3), "sequential"), "asymmetric_error")
+    assert all((error is not None) == (".0." in name) for name, error in unknown.items())
+
+
 def test_sequential_passes_through_a_model_in_the_calibrations_dtype(case):
     """Magnitude's masks do not depend on the Grams, which are those of the model in bfloat16 as compressed so far."""
     cell = case.run("magnitude", ROW, "sequential", "cells/half", dtype="bfloat16")

@@ -17,9 +17,12 @@ from layerwise.models import compute_dtype, loading, streaming, structure
 from layerwise.runtime import memory
 from layerwise.sources import shapes
 from layerwise.study import cost_model, estimate, method_costs
-from layerwise.study.cost_model import CostModel, Job, JobCost, ModelCost
+from layerwise.study.cost_model import CostModel, Job, ModelCost
+from layerwise.study.durations import finished_seconds, kind_of
 from layerwise.study.estimate import Limits, computed_wider, estimate_jobs, limit_errors
 from layerwise.study.grid import plan
+from layerwise.study.speeds import Speeds, typical
+from layerwise.study.work import JobCost
 from tests.support.method_files import UNSOLVED
 from tests.support.model_families import FAMILIES, VOCABULARY, build, tokens
 from tests.support.paths import ROOT
@@ -27,6 +30,7 @@ from tests.support.typing_helpers import some
 from tests.support.workflow_harness import CONFIG, snakemake, tiny_project, tiny_study
 
 TALL = {"hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "num_hidden_layers": 3}
+SPEEDS = Speeds(typical(1e-9))  # a thousand million operations per second
 ENOUGH = Limits(1e15, "nobody has", 1e15)
 
 
@@ -131,8 +135,8 @@ def test_tasks_ask_for_the_whole_model_and_are_not_refused_without(tmp_path, mon
     jobs = [job for job in own.jobs() if job.rule in ("compress", "zero_shot")]
     whole = some(own.shape(own.plan.cells[0].model)).parameters * 4
     assert all(own.mem_mb(job) > whole / 1e6 for job in jobs)
-    assert list(limit_errors(own, jobs, estimate_jobs(own, jobs, 2, 1e9), Limits(whole / 2, "", 1e15))) == []
-    assert list(limit_errors(own, jobs, estimate_jobs(own, jobs, 2, 1e9), Limits(1e8, "", 1e15)))
+    assert list(limit_errors(own, jobs, estimate_jobs(own, jobs, 2, SPEEDS), Limits(whole / 2, "", 1e15))) == []
+    assert list(limit_errors(own, jobs, estimate_jobs(own, jobs, 2, SPEEDS), Limits(1e8, "", 1e15)))
 
 
 def test_every_shipped_card_gives_a_cost():
@@ -186,23 +190,51 @@ def test_costs_of_a_study(tmp_path):
             found[columns["label"], columns["target"], columns["mode"]] = cost
     counts = Counter(job.rule for job in own.jobs())
     assert counts == {"check_model": 1, "dense_states": 1, "gram": 1, "compress": 7, "perplexity": 7, "certificate": 2}
-    assert found["wanda", "2:4", "sequential"].work > found["wanda", "2:4", "shared"].work
+    assert found["wanda", "2:4", "sequential"].work.operations > found["wanda", "2:4", "shared"].work.operations
     assert found["wanda", "2:4", "sequential"].transient > found["wanda", "2:4", "shared"].transient
     assert found["dense", "dense", "shared"].disk > found["wanda", "50% row", "shared"].disk
     (dense,) = (some(own.cost(job)) for job in own.jobs() if job.rule == "dense_states")
     (spec,) = own.plan.evaluations.values()
     width = some(own.shape(next(iter(own.plan.models)))).hidden
     assert dense.disk == 4 * width * spec["length"] * some(spec.get("samples"))  # float32
-    whole = estimate_jobs(own, own.jobs(), 2, 1e9)
+    whole = estimate_jobs(own, own.jobs(), 2, SPEEDS)
     assert whole.jobs == 19 and whole.seconds > 0 and not whole.measured and not whole.unknown
     assert list(limit_errors(own, own.jobs(), whole, ENOUGH)) == []
+
+
+def test_a_dense_stream_counts_where_a_method_needs_the_cross_gram(tmp_path):
+    build("llama").save_pretrained(tmp_path)
+    quantisers = {
+        "gptq": None,
+        "foem": None,
+        "pruned": {"chain": ["wanda", "foem"]},
+        "pruned_gptq": {"chain": ["wanda", "gptq"]},
+    }
+    own = study_of(tmp_path, methods=quantisers, targets=[{"bits": 4}, {"pattern": "2:4", "bits": 4}])
+    found = {}
+    for job in own.jobs():
+        if job.rule == "compress":
+            columns = own.cell(job).columns
+            found[columns["label"], columns["mode"]] = some(own.cost(job))
+    shape = some(own.shape(own.plan.cells[0].model))
+    (calib,) = own.plan.calibrations.values()
+    states = cost_model.HIDDEN_FILES * 4 * shape.hidden * calib["samples"] * calib["length"]
+    for one, other in (("gptq", "foem"), ("pruned_gptq", "pruned")):
+        without, beside = found[one, "sequential"], found[other, "sequential"]
+        assert beside.transient - without.transient == states
+        walked, alone = (
+            found[name, "sequential"].work.operations - found[name, "shared"].work.operations for name in (other, one)
+        )
+        assert walked > 1.5 * alone
+    (block,) = {block for block in shape.blocks}
+    assert cost_model.summed(block, beside=True) - cost_model.summed(block) == 24 * block.gram_entries
 
 
 def test_a_model_that_is_not_here_is_unknown(tmp_path, monkeypatch):
     monkeypatch.setattr(shapes, "_folder", lambda spec: None)
     own = study_of(tmp_path)
     assert {own.mem_mb(job) for job in own.jobs()} == {cost_model.UNKNOWN_MB}
-    found = estimate_jobs(own, own.jobs(), 2, 1e9)
+    found = estimate_jobs(own, own.jobs(), 2, SPEEDS)
     assert found.unknown == ("tiny",) and "unknown until fetched: tiny" in estimate.short(own, found, ENOUGH)
     assert list(limit_errors(own, own.jobs(), found, Limits(1, "nobody has", 1e15))) == []
 
@@ -211,7 +243,7 @@ def test_a_figure_of_the_user_takes_the_estimate_s_place(tmp_path):
     build("llama").save_pretrained(tmp_path)
     own = study_of(tmp_path)
     jobs = [job for job in own.jobs() if job.rule == "compress"]
-    found = estimate_jobs(own, jobs, 2, 1e9)
+    found = estimate_jobs(own, jobs, 2, SPEEDS)
     (sentence,) = limit_errors(own, jobs, found, Limits(1e8, "this machine has", 1e15))
     assert "this machine has 100 MB" in sentence and "--set-resources compress:mem_mb=N" in sentence
     for given, refused in ((9e7, 0), (2e8, 1), (None, 0)):
@@ -223,7 +255,7 @@ def test_a_figure_of_the_user_takes_the_estimate_s_place(tmp_path):
 def test_gram_stores_count_where_they_are(tmp_path, monkeypatch):
     build("llama").save_pretrained(tmp_path)
     own = study_of(tmp_path)
-    found = estimate_jobs(own, own.jobs(), 2, 1e9)
+    found = estimate_jobs(own, own.jobs(), 2, SPEEDS)
     (gram,) = [some(own.cost(job)) for job in own.jobs() if job.rule == "gram"]
     assert found.stores == gram.disk + gram.transient
     for limits, refused in (
@@ -275,10 +307,10 @@ def test_times_of_finished_cells_are_used(tmp_path, monkeypatch):
     (Path(cell.folder) / "cell.json").write_text("{}")
     (Path(cell.folder) / "benchmark.tsv").write_text("s\th:m:s\n12.5\t0:00:12\n")
     jobs = [job for job in own.jobs() if job.rule == "compress" and own.cell(job).spec["columns"]["label"] == "wanda"]
-    assert estimate.finished_seconds(own.plan) == {estimate.kind_of(cell): 12.5}
+    assert finished_seconds(own.plan) == {kind_of(cell): 12.5}
     shared = [job for job in jobs if job.wildcards["mode"] == "shared"]
-    assert (estimate_jobs(own, shared, 1, 1e9).seconds, estimate_jobs(own, shared, 1, 1e9).measured) == (25.0, 2)
-    assert estimate_jobs(own, jobs, 1, 1e9).measured == 2
+    assert (estimate_jobs(own, shared, 1, SPEEDS).seconds, estimate_jobs(own, shared, 1, SPEEDS).measured) == (25.0, 2)
+    assert estimate_jobs(own, jobs, 1, SPEEDS).measured == 2
 
 
 def test_words():
@@ -301,7 +333,7 @@ def test_the_command_prints_a_table_without_torch_and_refuses(tmp_path):
         "import sys; from layerwise.cli.app import app; app(sys.argv[1:], standalone_mode=False); "
         "assert 'torch' not in sys.modules"
     )
-    arguments = ["estimate", "config/config.yaml", "--cores", "2"]
+    arguments = ["estimate", "config/config.yaml", "--cores", "2", "--quick"]
     done = subprocess.run([sys.executable, "-c", code, *arguments], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "demo: 7 M parameters" in done.stdout and "compress: sparsegpt, sequential" in done.stdout

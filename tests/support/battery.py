@@ -42,6 +42,7 @@ BATTERY = (
     "tests/runtime/test_checkpoint.py",
     "tests/sources/test_gguf_wheels.py",
     "tests/study/test_estimate.py::test_a_run_that_cannot_fit",
+    "tests/study/test_speeds.py::test_the_command",
     "tests/support/",
     "tests/test_library.py::test_a_model",
 )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from typing import Any
 
@@ -36,6 +36,17 @@ class Official:
         sample = self.sample if len(absmean) else nothing
         statistics = Statistics(self.length, *map(torch.tensor, (mean, absmean, variance, sample)))
         return Layer(self.name, torch.tensor(self.weight), Gram(torch.tensor(self.gram), self.tokens), statistics)
+
+    @cached_property
+    def dense_gram(self) -> np.ndarray:
+        """[in, in] float32 second moment of the inputs in the dense model, of layers whose inputs have drifted."""
+        return mirrored(self.arrays["dense_gram"], self.weight.shape[1])
+
+    def drifted(self) -> Layer:
+        """The layer with the cross-Gram; of layers whose inputs have drifted."""
+        cross = (self.arrays["drift"].astype(np.float64) + self.gram).astype(np.float32)
+        matrices = map(torch.tensor, (cross, self.dense_gram))
+        return replace(self.layer(), gram=Gram(torch.tensor(self.gram), self.tokens, *matrices))
 
     @cached_property
     def sample(self) -> np.ndarray:
@@ -123,6 +134,13 @@ class Official:
         return float(((lost @ gram) * lost).sum() / ((weight @ gram) * weight).sum())
 
 
+def mirrored(entries: np.ndarray, size: int) -> np.ndarray:
+    """The symmetric matrix [size, size] of an upper triangle, row by row."""
+    upper = np.zeros((size, size), np.float32)
+    upper[np.triu_indices(size)] = entries
+    return upper + np.triu(upper, 1).T
+
+
 @cache
 def load(name: str) -> Official:
     with safe_open(DATA / f"official-{name}.safetensors", "numpy") as file:
@@ -130,14 +148,13 @@ def load(name: str) -> Official:
         arrays = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
     about = json.loads(metadata["layer"])
     cases = {case["id"]: case for case in json.loads(metadata["cases"])}
-    with safe_open(DATA / "official-awq.safetensors", "numpy") as file:
-        cases |= {case["id"]: case for case in json.loads(file.metadata()["cases"]).get(name, [])}
-        own = [key for key in file.keys() if key.startswith(f"{name}/")]  # noqa: SIM118 (not a dict)
-        arrays |= {key.removeprefix(f"{name}/"): file.get_tensor(key) for key in own}
+    for more in ("awq", "drift"):
+        with safe_open(DATA / f"official-{more}.safetensors", "numpy") as file:
+            cases |= {case["id"]: case for case in json.loads(file.metadata()["cases"]).get(name, [])}
+            own = [key for key in file.keys() if key.startswith(f"{name}/")]  # noqa: SIM118 (not a dict)
+            arrays |= {key.removeprefix(f"{name}/"): file.get_tensor(key) for key in own}
     weight = (arrays.pop("weight").astype(np.uint32) << 16).view(np.float32)
-    upper = np.zeros((about["inputs"], about["inputs"]), np.float32)
-    upper[np.triu_indices(about["inputs"])] = arrays.pop("gram")
-    gram = upper + np.triu(upper, 1).T
+    gram = mirrored(arrays.pop("gram"), about["inputs"])
     return Official(name, weight, gram, about["tokens"], about["length"], cases, arrays)
 
 

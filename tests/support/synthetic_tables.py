@@ -174,6 +174,7 @@ def layer_frame(of: SyntheticCell, blocks: int = 8) -> pd.DataFrame:
                     "level": level_of(columns, block / blocks),
                     "output_error": error,
                     "absolute_error": 10 * error,
+                    "asymmetric_error": 1.5 * error,
                     "first_token_error": 2 * error,
                     "lower_bound": 0.1 * layers_own if certified else None,
                     "gap_to_bound": 1 - 0.1 * layers_own / error if certified else None,

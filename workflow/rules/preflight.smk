@@ -1,6 +1,7 @@
 # What a run takes, told and refused before its first job.
 from layerwise.study.estimate import Limits, computed_wider, disks, estimate_jobs, limit_errors
-from layerwise.study.estimate import operations_per_second, short, together
+from layerwise.study.estimate import short, together
+from layerwise.study.speeds import at_hand
 from layerwise.runtime.memory import machine_memory
 from layerwise.runtime.provenance import read_clone
 
@@ -28,7 +29,7 @@ def preflight():
     given = {rule: None if own.is_evaluable() else own.value * 1e6 for rule, own in told.items()}
     limits = Limits(memory, whose, *disks(), given)
     cores = workflow.resource_settings.cores or workflow.nodes
-    totals = estimate_jobs(COSTS, jobs, cores, operations_per_second())
+    totals = estimate_jobs(COSTS, jobs, cores, at_hand() if workflow.local_exec else None)
     if totals.largest or totals.unknown:
         logger.info(short(COSTS, totals, limits, timed=workflow.local_exec))
     for sentence in computed_wider(COSTS, jobs) if workflow.local_exec else ():
