@@ -4,16 +4,20 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import cast
+from typing import Any, cast
 
 from layerwise.allocation.knapsack import choose
-from layerwise.contract.allocator import Allocator, Part, Proposal, Target
+from layerwise.allocation.pairs import pairs_of
+from layerwise.contract.allocator import Allocator, Candidate, Part, Proposal, Target, Trials
 from layerwise.contract.layer import Method
+from layerwise.contract.target import JOINT
+from layerwise.storage.target_bits import bits_of
 
 CARD = {
     "title": "knapsack",
     "needs": ["weight", "gram", "errors"],
-    "budgets": ["row", "layer", "n:m", "bits"],
+    "needs_where": {"errors": {"divergence": ["trials"]}},
+    "budgets": ["row", "layer", "n:m", "bits", "pruned and quantised"],
     "splits_equals": "the optimum of two equal layers may be two levels, where the errors are not convex",
     "parameters": {
         "probe": {
@@ -22,6 +26,7 @@ CARD = {
             "description": "Method whose errors are measured at every level, where it prunes.",
         },
         "quantiser": {"format": "method", "asked": "bits", "description": "The same of a target of bits."},
+        "joint": {"format": "method", "asked": "both", "description": "The same of one that prunes and quantises."},
         "levels": {
             "type": "array",
             "items": {"type": "number", "minimum": 0, "maximum": 0.99},
@@ -29,15 +34,43 @@ CARD = {
             "uniqueItems": True,
             "description": "Shares of zeros that a layer may get, beside the budget; n:m and bits take all.",
         },
-        "errors": {
-            "enum": ["relative", "absolute"],
-            "description": "relative: output_error. absolute: its numerator, in squared units of the output.",
+        "pairs": {
+            "type": ["array", "null"],
+            "format": "targets",
+            "items": {
+                "type": "object",
+                "minProperties": 1,
+                "additionalProperties": False,
+                "properties": {
+                    "sparsity": {"type": "number", "minimum": 0, "exclusiveMaximum": 1},
+                    "pattern": {"type": "string"},
+                    "bits": {"type": "integer", "minimum": 2, "maximum": 8},
+                    "group": {"type": "integer", "minimum": 1},
+                    "symmetric": {"type": "boolean"},
+                },
+            },
+            "minItems": 1,
+            "maxItems": 200,
+            "description": "What a layer may be asked where the target prunes and quantises, beside that target, whose "
+            "pattern, group and symmetric hold where a pair says none. null: 30 to 80 % by 10, or all counts of an n:m "
+            "pattern, at 2, 3, 4, 6 and 8 bits.",
         },
+        "errors": {
+            "enum": ["relative", "absolute", "divergence"],
+            "description": "relative: output_error. absolute: its numerator, in squared units of the output. "
+            "divergence: KL from the dense model on calibration text, of each layer compressed alone.",
+        },
+        "divergences": {
+            "enum": ["budget", "levels"],
+            "description": "Where KL is measured: at the budget, other levels in proportion to the absolute error; or "
+            "at every level.",
+        },
+        "windows": {"type": "integer", "minimum": 1, "description": "Calibration sequences that KL is a mean over."},
         "weights": {
             "type": ["object", "null"],
             "additionalProperties": {"type": "number", "minimum": 0},
-            "description": "Factor of the errors of layers whose names match a pattern such as '*.down_proj'; the first"
-            " that matches counts, others have 1.",
+            "description": "Factor of the errors of layers whose names match a pattern such as '*.down_proj'; the "
+            "longest that matches counts, others have 1.",
         },
         "resolution": {
             "type": "integer",
@@ -58,12 +91,18 @@ class Knapsack(Allocator):
 
     probe: Method | str = "wanda"
     quantiser: Method | str = "rtn"
+    joint: Method | str = "chain"
     levels: tuple[float, ...] = (0.3, 0.35, 0.4, 0.45, 0.5, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9)
+    pairs: Any = None
     errors: str = "absolute"
+    divergences: str = "budget"
+    windows: int = 8
     weights: Mapping[str, float] | None = None
     resolution: int = 200_000
 
-    def candidates(self, target: Target) -> tuple[Method, Sequence[float]]:
+    def candidates(self, target: Target) -> tuple[Method, Sequence[Candidate]]:
+        if target.budget == JOINT:
+            return cast(Method, self.joint), pairs_of(self.pairs, target)
         if target.budget == "bits":
             return cast(Method, self.quantiser), [float(bits) for bits in range(2, 9)]
         if target.n_of_m:
@@ -73,24 +112,68 @@ class Knapsack(Allocator):
 
     def allocate(self, parts: Sequence[Part], target: Target) -> Proposal:
         which = ("absolute", "relative").index(self.errors)
-        options = [sorted(part.errors or {}) for part in parts]
+        return self._choose(parts, target, [[own[which] for own in errors_of(part).values()] for part in parts])
+
+    def search(self, parts: Sequence[Part], target: Target, trials: Trials) -> Proposal:
+        """The same with the divergence that a layer compressed alone causes in the place of its error."""
+        equal = budget_of(target)
+
+        def alone(place: int, option: Candidate) -> float:
+            return trials.divergence([option if i == place else None for i in range(len(parts))], self.windows)
+
         tables = []
-        for part, levels in zip(parts, options, strict=True):
-            assert part.errors is not None
-            factor = self.factor(part.name)
-            tables.append([factor * part.errors[level][which] for level in levels])
-        unit = target.n_of_m[1] if target.n_of_m else 1 if target.budget == "bits" else MILLION
-        share = round(target.level * unit)
-        excess = [
-            [0 if level == target.level else part.size * (round(level * unit) - share) for level in levels]
-            for part, levels in zip(parts, options, strict=True)
-        ]
-        choice = choose(tables, excess, self.resolution)
-        picked = [levels[pick] for levels, pick in zip(options, choice.picks, strict=True)]
-        scores = [own[pick] for own, pick in zip(tables, choice.picks, strict=True)]
-        equal = math.fsum(own[levels.index(target.level)] for own, levels in zip(tables, options, strict=True))
-        return Proposal(tuple(picked), tuple(scores), error=choice.error, uniform_error=equal, bound=choice.bound)
+        for place, part in enumerate(parts):
+            errors = {option: absolute for option, (absolute, _) in errors_of(part).items()}
+            if self.divergences == "levels":
+                tables.append([alone(place, option) for option in errors])
+                continue
+            factor = alone(place, equal) / errors[equal] if errors[equal] > 0 else 0.0
+            tables.append([factor * error for error in errors.values()])
+        return self._choose(parts, target, tables)
+
+    def _choose(self, parts: Sequence[Part], target: Target, errors: Sequence[Sequence[float]]) -> Proposal:
+        """errors: of each part, in the order of its options."""
+        options, equal = [list(errors_of(part)) for part in parts], budget_of(target)
+        factors = [self.factor(part.name) for part in parts]
+        tables = [[factor * error for error in own] for factor, own in zip(factors, errors, strict=True)]
+        excess = [excess_of(part, own, target) for part, own in zip(parts, options, strict=True)]
+        choice = choose(tables, excess, self.resolution, at_most=target.budget == JOINT)
+        picked = [own[pick] for own, pick in zip(options, choice.picks, strict=True)]
+        scores = tuple(own[pick] for own, pick in zip(tables, choice.picks, strict=True))
+        uniform = math.fsum(own[names.index(equal)] for own, names in zip(tables, options, strict=True))
+        pairs = tuple(own for own in picked if isinstance(own, Target))
+        levels = tuple(own for own in picked if not isinstance(own, Target))
+        return Proposal(
+            levels, scores, pairs=pairs or None, error=choice.error, uniform_error=uniform, bound=choice.bound
+        )
 
     def factor(self, name: str) -> float:
         """That of the errors of a layer."""
-        return next((factor for pattern, factor in (self.weights or {}).items() if fnmatchcase(name, pattern)), 1.0)
+        # Not the first: the order of a config's keys is no part of a cell's identity.
+        given = self.weights or {}
+        matching = [pattern for pattern in given if fnmatchcase(name, pattern)]
+        return given[max(matching, key=lambda pattern: (len(pattern), pattern))] if matching else 1.0
+
+
+def errors_of(part: Part) -> Mapping[Candidate, tuple[float, float]]:
+    """Of each option, in the order in which options are counted."""
+    assert part.errors is not None
+    return part.errors
+
+
+def budget_of(target: Target) -> Candidate:
+    """The option that gives a layer's share of the budget."""
+    return target if target.budget == JOINT else target.level
+
+
+def excess_of(part: Part, options: Sequence[Candidate], target: Target) -> list[int]:
+    """What each option gives beyond the layer's share: weights in some unit, or bits as stored."""
+    unit = target.n_of_m[1] if target.n_of_m else 1 if target.budget == "bits" else MILLION
+    share, shape = round(target.level * unit), (part.out, part.inputs)
+    found = []
+    for option in options:
+        if isinstance(option, Target):
+            found.append(bits_of(option, *shape) - bits_of(target, *shape))
+        else:
+            found.append(0 if option == target.level else part.size * (round(option * unit) - share))
+    return found

@@ -26,8 +26,12 @@ class Choice:
     unit: int
 
 
-def choose(errors: Sequence[Sequence[float]], excess: Sequence[Sequence[int]], resolution: int) -> Choice:
+def choose(
+    errors: Sequence[Sequence[float]], excess: Sequence[Sequence[int]], resolution: int, at_most: bool = False
+) -> Choice:
     """The picks, one option of each layer, whose excesses sum to zero with the least sum of errors.
+
+    at_most: the sum may also be below zero; it is never above, whatever the unit.
 
     errors, excess: [layers][options]; excess: whole numbers by which an option gives more than the layer's share of the
     budget. Every layer must have an option of excess zero, so that equal levels are among the picks. resolution: most
@@ -42,23 +46,25 @@ def choose(errors: Sequence[Sequence[float]], excess: Sequence[Sequence[int]], r
     if any(0 not in own for own in exact):
         raise ValueError("every layer must have an option that gives its share of the budget")
     most = max(1, min(resolution, STATES // len(exact)))
-    unit = max(1, -(-_width(exact) // most))
-    # Half a unit is rounded away from zero on both sides, so that no side is favoured.
-    counted = [np.sign(own) * ((2 * np.abs(own) + unit) // (2 * unit)) for own in exact]
-    picks = _programme(tables, counted)
+    unit = max(1, -(-_width(exact, at_most) // most))
+    if at_most:
+        counted = [-(-own // unit) for own in exact]  # upwards
+    else:  # Half a unit is rounded away from zero on both sides, so that no side is favoured.
+        counted = [np.sign(own) * ((2 * np.abs(own) + unit) // (2 * unit)) for own in exact]
+    picks = _programme(tables, counted, at_most)
     error = math.fsum(float(own[pick]) for own, pick in zip(tables, picks, strict=True))
-    return Choice(tuple(picks), error, min(error, _bound(tables, exact)), unit)
+    return Choice(tuple(picks), error, min(error, _bound(tables, exact, at_most)), unit)
 
 
-def _width(excess: Sequence[Whole]) -> int:
-    """How far sums that can still come back to zero reach, on both sides together."""
+def _width(excess: Sequence[Whole], at_most: bool) -> int:
+    """How far sums that can still come back to zero reach, on both sides together; or, at most, come below it."""
     up, down = sum(int(own.max()) for own in excess), sum(int(-own.min()) for own in excess)
-    return 2 * min(up, down) + 1
+    return 2 * (down if at_most else min(up, down)) + 1
 
 
-def _programme(errors: Sequence[Floats], excess: Sequence[Whole]) -> list[int]:
+def _programme(errors: Sequence[Floats], excess: Sequence[Whole], at_most: bool) -> list[int]:
     """Dynamic programming over the sum of excesses, which lies within `side` of zero all along."""
-    side = _width(excess) // 2
+    side = _width(excess, at_most) // 2
     best = np.full(2 * side + 1, np.inf)
     best[side] = 0.0
     choices = []
@@ -76,7 +82,7 @@ def _programme(errors: Sequence[Floats], excess: Sequence[Whole]) -> list[int]:
             choice[into][better] = option
         best = after
         choices.append(choice)
-    picks, place = [], side
+    picks, place = [], int(np.argmin(best[: side + 1])) if at_most else side
     for move, choice in zip(reversed(excess), reversed(choices), strict=True):
         option = int(choice[place])
         picks.append(option)
@@ -84,10 +90,11 @@ def _programme(errors: Sequence[Floats], excess: Sequence[Whole]) -> list[int]:
     return picks[::-1]
 
 
-def _bound(errors: Sequence[Floats], excess: Sequence[Whole]) -> float:
+def _bound(errors: Sequence[Floats], excess: Sequence[Whole], at_most: bool) -> float:
     """The largest of the Lagrangian's minima, which is the optimum over the lower convex hulls of the options.
 
-    Every multiplier gives a bound; the best one is where the sum of the excesses that it picks changes sign.
+    Every multiplier gives a bound, and every one that is not negative where the sum may be below zero; the best one is
+    where the sum of the excesses that it picks changes sign.
     """
     scale = max(1.0, *(float(np.abs(own).max()) for own in excess))
     moves = [own / scale for own in excess]
@@ -103,7 +110,7 @@ def _bound(errors: Sequence[Floats], excess: Sequence[Whole]) -> float:
 
     spread = sum(float(own.max() - own.min()) for own in errors) + 1e-300
     finest = min((float(np.abs(own[own != 0]).min()) for own in moves if (own != 0).any()), default=1.0)
-    low, high = -2 * spread / finest, 2 * spread / finest
+    low, high = 0.0 if at_most else -2 * spread / finest, 2 * spread / finest
     best = at(0.0)[0]
     for _ in range(ROUNDS):
         middle = (low + high) / 2

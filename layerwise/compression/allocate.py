@@ -7,8 +7,10 @@ import json
 import math
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -18,22 +20,24 @@ from layerwise.allocation.budget import held
 from layerwise.calibration.gram_store import store_of, unless_damaged
 from layerwise.calibration.modes import shared_blocks
 from layerwise.calibration.taps import tapped_linears
-from layerwise.compression.solver import Solver
-from layerwise.contract.allocator import Allocator, DenseLayer, Part, Proposal
+from layerwise.compression.probe import Probe
+from layerwise.compression.trials import ModelTrials
+from layerwise.contract.allocator import Allocator, DenseLayer, Part, Proposal, Trials
 from layerwise.contract.cards import ALLOCATOR
 from layerwise.contract.catalogue import Catalogue
 from layerwise.contract.gram import Gram
 from layerwise.contract.layer import Layer
-from layerwise.contract.target import Target
-from layerwise.models import loading, structure
+from layerwise.contract.target import JOINT, Target
+from layerwise.models import compute_dtype, loading, structure
 from layerwise.models.stored_dtypes import stored_dtype
 from layerwise.models.streaming import LazyBlocks
-from layerwise.numerics.patterns import kept_counts
-from layerwise.results.bounds import read_levels
+from layerwise.models.structure import Blocks
 from layerwise.runtime.errors import InputError, report_errors
 from layerwise.runtime.files import whole_file
 from layerwise.sources.fingerprint import unchanging
+from layerwise.sources.tokens import read_tokens
 from layerwise.storage.table_schema import from_rows, write_parquet
+from layerwise.storage.target_bits import bits_of, kept_of
 
 
 @dataclass(frozen=True)
@@ -41,12 +45,15 @@ class AllocateJob:
     """A budget to be spread.
 
     spec: as the grid has it: name, allocator, params, target and seed. model: the config's entry. gram: where the Grams
-    of the dense model are; None for an allocator that sees none. method_paths, allocator_paths: further folders.
+    of the dense model are; None for an allocator that sees none. tokens: the calibration sequences, of one that tries
+    the model. folder: for what such trials keep meanwhile. method_paths, allocator_paths: further folders.
     """
 
     spec: Mapping[str, Any]
     model: Mapping[str, Any]
     gram: Path | None = None
+    tokens: Path | None = None
+    folder: Path | None = None
     method_paths: Sequence[Path] = ()
     allocator_paths: Sequence[Path] = ()
     device: str = "cpu"
@@ -55,11 +62,19 @@ class AllocateJob:
     def target(self) -> Target:
         return Target(**self.spec["target"])
 
-    def allocator(self) -> tuple[Allocator, Mapping[str, Any]]:
-        """The allocator and its card."""
+    def allocator(self) -> tuple[Allocator, set[str]]:
+        """The allocator and what it needs."""
         catalogue = Catalogue(list(self.allocator_paths), ALLOCATOR, Catalogue(list(self.method_paths)))
         name = self.spec["allocator"]
-        return catalogue.allocator(name, self.spec["params"]), catalogue[name].card
+        return catalogue.allocator(name, self.spec["params"]), catalogue[name].needs(self.spec["params"])
+
+    def probe(self, allocator: Allocator, needs: set[str], dtype: torch.dtype) -> Probe | None:
+        """What tries layers for an allocator that needs it; dtype: of the model."""
+        if not needs & {"errors", "trials"}:
+            return None
+        method, candidates = allocator.candidates(self.target)
+        asked = candidates if "errors" in needs else ()
+        return Probe.of(self.spec["allocator"], method, asked, self.target, self.spec["seed"], dtype)
 
 
 def allocate(job: AllocateJob) -> list[dict[str, Any]]:
@@ -67,23 +82,57 @@ def allocate(job: AllocateJob) -> list[dict[str, Any]]:
 
     Raises InputError, in one sentence, for an allocator that fails or proposes no levels.
     """
-    allocator, card = job.allocator()
+    allocator, needs = job.allocator()
     blocks = LazyBlocks(job.model, job.device)
-    probe = Probe.of(allocator, job, stored_dtype(blocks.model)) if "errors" in card["needs"] else None
+    probe = job.probe(allocator, needs, stored_dtype(blocks.model))
     parts: list[Part] = []
     title = "{name} {target}".format(name=job.spec["name"], target=job.target.label)
     with tqdm(total=structure.count_linears(blocks.model), desc=title, unit="layer", mininterval=1.0) as progress:
         for index, layers in block_layers(blocks, job.gram):
             parts += measured(allocator, job.spec["allocator"], index, layers, probe, progress)
     try:
-        proposal = allocator.allocate(parts, job.target)
-        levels = list(proposal.levels) if proposal.official else held(proposal.levels, sizes(parts), job.target)
-        if len(proposal.scores) != len(parts):
-            raise ValueError(f"scores must be {len(parts)}, one for each layer. Got {len(proposal.scores)} instead")
-        targets = [job.target.at(level) for level in levels]
+        with trials_of(job, parts, probe if "trials" in needs else None) as trials:
+            proposal = allocator.search(parts, job.target, trials) if trials else allocator.allocate(parts, job.target)
+        return rows_of(parts, proposal, targets_of(parts, proposal, job.target), job.target)
+    except InputError:
+        raise
     except Exception as error:  # the message names the allocator
         raise failed(job.spec["allocator"], job.target.label, error) from error
-    return rows_of(parts, proposal, targets, job.target)
+
+
+@contextmanager
+def trials_of(job: AllocateJob, parts: Sequence[Part], probe: Probe | None) -> Iterator[Trials | None]:
+    """The model to be tried, whole in memory; without a probe None. What it keeps is removed afterwards."""
+    if probe is None:
+        yield None
+        return
+    assert job.gram and job.tokens
+    tokens = torch.from_numpy(read_tokens(job.tokens)[0])
+    computed = compute_dtype.compute_dtype(job.model, job.device)
+    blocks = Blocks(loading.load(job.model, job.device, computed))
+    with TemporaryDirectory(dir=job.folder, prefix=".trials-") as folder:
+        yield ModelTrials(blocks, parts, store_of(job.gram), tokens, probe, Path(folder))
+
+
+def targets_of(parts: Sequence[Part], proposal: Proposal, target: Target) -> list[Target]:
+    """What each layer is asked. Raises ValueError for a proposal that is not of every layer, or holds no budget."""
+    if len(proposal.scores) != len(parts):
+        raise ValueError(f"scores must be {len(parts)}, one for each layer. Got {len(proposal.scores)} instead")
+    if target.budget == JOINT:
+        return held_pairs(parts, proposal.pairs or (), target)
+    levels = list(proposal.levels) if proposal.official else held(proposal.levels, sizes(parts), target)
+    return [target.at(level) for level in levels]
+
+
+def held_pairs(parts: Sequence[Part], pairs: Sequence[Target], target: Target) -> list[Target]:
+    """The pairs of sparsity and bits, once it is made sure that they take no more bits than the target itself."""
+    if len(pairs) != len(parts):
+        raise ValueError(f"pairs must be {len(parts)}, one for each layer. Got {len(pairs)} instead")
+    taken = sum(bits_of(own, part.out, part.inputs) for part, own in zip(parts, pairs, strict=True))
+    wanted = sum(bits_of(target, part.out, part.inputs) for part in parts)
+    if taken > wanted:
+        raise ValueError(f"pairs must take at most {wanted} bits together. Got {taken} instead")
+    return list(pairs)
 
 
 def failed(name: str, where: str, error: Exception) -> InputError:
@@ -108,28 +157,6 @@ def block_layers(blocks: LazyBlocks, gram: Path | None) -> Iterator[tuple[int, I
         yield index, (Layer(linear.name, linear.weight(), tap.gram, tap.statistics) for _, tap, linear in tapped)
 
 
-@dataclass(frozen=True)
-class Probe:
-    """The method that tries every candidate level of a layer."""
-
-    solver: Solver
-    levels: Sequence[float]
-
-    @classmethod
-    def of(cls, allocator: Allocator, job: AllocateJob, dtype: torch.dtype) -> Probe:
-        method, levels = allocator.candidates(job.target)
-        name = f"{job.spec['allocator']}'s {type(method).__name__}"
-        return cls(Solver(name, method, job.target, job.spec["seed"], dtype), levels)
-
-    def errors(self, layer: Layer) -> dict[float, tuple[float, float]]:
-        """Level -> (absolute, relative) output error of the layer."""
-        found = {}
-        for level in self.levels:
-            _, row = replace(self.solver, target=self.solver.target.at(level)).solve(layer)
-            found[level] = (row["absolute_error"], row["output_error"])
-        return found
-
-
 def measured(
     allocator: Allocator,
     name: str,
@@ -144,7 +171,9 @@ def measured(
     def watched() -> Iterator[DenseLayer]:
         for layer in layers:
             out, inputs = layer.weight.shape
-            errors = probe.errors(layer) if probe and isinstance(layer, Layer) else None
+            errors = None
+            if probe is not None and probe.candidates and isinstance(layer, Layer):
+                errors = probe.errors(layer)
             seen.append(Part(layer.name, index, out, inputs, None, errors))
             gram: Gram | None = layer.gram
             yield DenseLayer(layer.name, layer.weight, gram)
@@ -171,18 +200,21 @@ def rows_of(
     parts: Sequence[Part], proposal: Proposal, targets: Sequence[Target], target: Target
 ) -> list[dict[str, Any]]:
     """A row for each layer; what holds for all stands in every one."""
-    total = sum(sizes(parts))
+    total, joint = sum(sizes(parts)), target.budget == JOINT
     levels = [own.level for own in targets]
+    if joint:
+        stored = zip(parts, targets, strict=True)
+        levels = [bits_of(own, part.out, part.inputs) / part.size for part, own in stored]
     mean = math.fsum(part.size * level for part, level in zip(parts, levels, strict=True)) / total
     achieved = mean  # of bits
     if target.sparsity:
-        kept = sum(kept_of(part, own) for part, own in zip(parts, targets, strict=True))
+        kept = sum(kept_of(own, part.out, part.inputs) for part, own in zip(parts, targets, strict=True))
         achieved = 1 - kept / total
     gap = None
     if proposal.error is not None and proposal.bound is not None:
         gap = max(0.0, 1 - proposal.bound / proposal.error) if proposal.error > 0 else 0.0
     common = {
-        "budget": target.level,
+        "budget": sum(bits_of(target, part.out, part.inputs) for part in parts) / total if joint else target.level,
         "mean_level": mean,
         "achieved": achieved,
         "official": proposal.official,
@@ -199,24 +231,12 @@ def rows_of(
             "out": part.out,
             "in": part.inputs,
             "level": level,
+            "pair": own.label if joint else None,
             "score": None if score is None else float(score),
             **common,
         }
-        for part, level, score in zip(parts, levels, proposal.scores, strict=True)
+        for part, own, level, score in zip(parts, targets, levels, proposal.scores, strict=True)
     ]
-
-
-def kept_of(part: Part, target: Target) -> int:
-    """Weights of a layer that a target keeps."""
-    if target.sparsity == 0:
-        return part.size
-    return int(kept_counts(torch.Size((part.out, part.inputs)), target).sum())
-
-
-def levels_at(path: Path) -> dict[str, float]:
-    """Layer -> its level, from a table that this job wrote. Raises InputError when it is absent or broken."""
-    data = read_levels(path)
-    return dict(zip(data.column("layer").to_pylist(), data.column("level").to_pylist(), strict=True))
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -226,6 +246,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--model", type=json.loads, required=True, help="model entry of the config, as JSON")
     parser.add_argument("--fingerprint", type=Path, required=True, help="the model's fingerprint")
     parser.add_argument("--gram", type=Path, help="where the Grams are, for an allocator that sees them")
+    parser.add_argument("--tokens", type=Path, help="calibration tokens, for an allocator that tries the model")
     parser.add_argument("--method-path", type=Path, action="append", default=[], help="further folder of methods")
     parser.add_argument("--allocator-path", type=Path, action="append", default=[], help="further folder of allocators")
     parser.add_argument("--device", default="cpu")
@@ -233,7 +254,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, required=True, help="table of levels, parquet")
     args = parser.parse_args(argv)
     loading.set_threads(args.threads)
-    job = AllocateJob(args.allocation, args.model, args.gram, args.method_path, args.allocator_path, args.device)
+    paths = (args.method_path, args.allocator_path)
+    job = AllocateJob(args.allocation, args.model, args.gram, args.tokens, args.out.parent, *paths, args.device)
     facts = {
         **args.columns,
         "allocation": job.spec["name"],

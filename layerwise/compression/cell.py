@@ -22,12 +22,12 @@ from layerwise.calibration.block_stream import Stream
 from layerwise.calibration.gram_store import computed_in, store_of, unless_damaged
 from layerwise.calibration.modes import sequential_blocks, shared_blocks
 from layerwise.calibration.taps import Tap, tapped_linears
-from layerwise.compression.allocate import levels_at
+from layerwise.compression.levels import targets_at
 from layerwise.compression.solver import Solver
 from layerwise.compression.tune import Tuner
 from layerwise.contract.catalogue import Catalogue, Entry
 from layerwise.contract.layer import Compressed, Layer
-from layerwise.contract.target import Target
+from layerwise.contract.target import JOINT, Target
 from layerwise.models import compute_dtype, loading, structure
 from layerwise.models.stored_dtypes import stored_dtype
 from layerwise.models.streaming import LazyBlocks
@@ -180,8 +180,8 @@ class CellJob:
         name, target = self.spec["method"]["name"], Target(**self.spec["target"])
         method = self.catalogue.build(name, self.spec["method"]["params"])
         mask_only = self.entry.comparison(target) == "mask-only"
-        levels = levels_at(self.levels) if self.levels else {}
-        return Solver(name, method, target, self.columns["seed"], dtype, mask_only, self.entry.criterion, levels)
+        targets = targets_at(self.levels, target) if self.levels else {}
+        return Solver(name, method, target, self.columns["seed"], dtype, mask_only, self.entry.criterion, targets)
 
     def decisive(self) -> dict[str, Any]:
         """What decides the cell's results, in the words that a message about a change uses."""
@@ -317,7 +317,10 @@ def write_block(
     rows, traces, stored, targets = [], [], {}, {}
     for row, result in block:
         target = solver.at(row["layer"]).target
-        rows.append(row | {"level": target.level})
+        joint = solver.target.budget == JOINT
+        rows.append(
+            row | {"level": row["bits_per_weight"] if joint else target.level, "pair": target.label if joint else None}
+        )
         for name in ("peak_mb", "peak_gpu_mb"):
             checkpoint.most(name, row[name])
         traces += [{"layer": row["layer"], **point} for point in trace_rows(result)]
@@ -326,7 +329,7 @@ def write_block(
         del result
     with whole_file(checkpoint.file(index, "safetensors")) as part:
         shapes = {row["layer"]: (row["out"], row["in"]) for row in rows}
-        packed_weights.write(part, stored, shapes, solver.target, targets if solver.levels else {})
+        packed_weights.write(part, stored, shapes, solver.target, targets if solver.targets else {})
     write_atomic(checkpoint.file(index, "json"), json.dumps({"rows": rows, "traces": traces}))
 
 

@@ -40,7 +40,7 @@ class Solver:
     """A method at a target, as the runner calls it; dtype: of the model that it compresses.
 
     mask_only: whether its card says that it changes no weight that it keeps. criterion: what its trace measures.
-    levels: layer -> its level, where the target's budget is spread over layers; empty where each has the target's own.
+    targets: layer -> its own, where the target's budget is spread over layers; empty where each has the target itself.
     """
 
     name: str
@@ -50,15 +50,15 @@ class Solver:
     dtype: torch.dtype = torch.float32
     mask_only: bool = False
     criterion: str | None = None
-    levels: Mapping[str, float] = field(default_factory=dict)
+    targets: Mapping[str, Target] = field(default_factory=dict)
 
     def at(self, layer: str) -> "Solver":
         """The same at the target of one layer. Raises InputError for a layer that was given no level."""
-        if not self.levels:
+        if not self.targets:
             return self
-        if layer not in self.levels:
+        if layer not in self.targets:
             raise InputError(f"The allocation must have a level for every layer. Got none for {layer}.")
-        return replace(self, target=self.target.at(self.levels[layer]), levels={})
+        return replace(self, target=self.targets[layer], targets={})
 
     def solve(self, layer: Layer) -> tuple[Compressed, dict[str, Any]]:
         """The layer's result, with the scales that are stored, and its row of numbers.

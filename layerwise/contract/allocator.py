@@ -7,13 +7,17 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
 from layerwise.contract.gram import Gram
 from layerwise.contract.layer import Method
 from layerwise.contract.target import Target
 
-__all__ = ["Allocator", "DenseLayer", "Part", "Proposal", "Target"]
+__all__ = ["Allocator", "Candidate", "DenseLayer", "Part", "Proposal", "Target", "Trials"]
+
+Candidate = float | Target  # a level, or, of a target that prunes and quantises, what a layer is asked instead
 
 
 @dataclass(frozen=True)
@@ -31,7 +35,7 @@ class Part:
     """A layer when levels are chosen.
 
     block: index of its block. out, inputs: of its weight. measured: what `measure` gave for it. errors: of each
-    candidate level (absolute, relative) output error, where the card's `needs` name errors.
+    candidate (absolute, relative) output error, where the card's `needs` name errors.
     """
 
     name: str
@@ -39,7 +43,7 @@ class Part:
     out: int
     inputs: int
     measured: Any = None
-    errors: Mapping[float, tuple[float, float]] | None = None
+    errors: Mapping[Candidate, tuple[float, float]] | None = None
 
     @property
     def size(self) -> int:
@@ -51,9 +55,12 @@ class Part:
 class Proposal:
     """What an allocator returns, in the order of the parts.
 
-    levels: share of zeros of each layer, or its bits. The runner holds the budget: levels that miss it are all moved by
-    one number, and kept within limits (allocation/budget.py). scores: what the levels come from, for the table.
-    official: the levels stand as they are, though they may miss the budget, because a released code has them so.
+    levels: share of zeros of each layer, or its bits; not read where it gives pairs. The runner holds the budget:
+    levels that miss it are all moved by one number, and kept within limits (allocation/budget.py). scores: what the
+    levels come from, for the table. official: the levels stand as they are, though they may miss the budget, because a
+    released code has them so.
+    pairs: of a target that prunes and quantises: what each layer is asked. The bits that these take together must be at
+    most those of the target itself (storage/bits_per_weight.py).
     error, uniform_error, bound: weighted errors of the levels, of equal levels, and the least that any levels can have,
     of an allocator that knows them.
     """
@@ -61,23 +68,50 @@ class Proposal:
     levels: tuple[float, ...]
     scores: tuple[float | None, ...]
     official: bool = False
+    pairs: tuple[Target, ...] | None = None
     error: float | None = None
     uniform_error: float | None = None
     bound: float | None = None
 
 
+class Trials(ABC):
+    """The whole model with layers compressed for a try, on the first windows of the calibration text.
+
+    Layers are compressed by the method that `candidates` names, on the dense Grams. levels: one for each part, in their
+    order; None leaves a layer as it is. seed: of the draws of an allocator that makes some.
+    """
+
+    seed: int
+
+    @abstractmethod
+    def divergence(self, levels: Sequence[Candidate | None], windows: int) -> float:
+        """Mean KL from the dense model in nats per token, on so many windows; infinite where it is not finite."""
+
+    @abstractmethod
+    def profiles(self, levels: Sequence[Candidate | None], windows: int) -> Sequence[NDArray[np.float64]]:
+        """Root mean square [in] of each input of each layer, on so many windows, in the order of the parts."""
+
+
 @dataclass(frozen=True)
-class Allocator(ABC):
-    """A frozen dataclass of parameters; its file declares a literal CARD beside it. Pure: no file, state or draw."""
+class Allocator:
+    """A frozen dataclass of parameters; its file declares a literal CARD beside it. Pure: no file, state or draw,
+    but for those of the trials' seed."""
 
     def measure(self, layers: Iterator[DenseLayer]) -> Sequence[Any]:
         """What is kept of each layer of one block until levels are chosen; the block's weights are gone by then."""
         return [None for _ in layers]
 
-    def candidates(self, target: Target) -> tuple[Method, Sequence[float]]:
-        """The method, and the levels, of which the errors of each layer are wanted; for a card that needs errors."""
+    def candidates(self, target: Target) -> tuple[Method, Sequence[Candidate]]:
+        """The method, and the levels, of which the errors of each layer are wanted; for a card that needs errors.
+
+        The method is that of trials, too, whatever the levels.
+        """
         raise NotImplementedError
 
-    @abstractmethod
     def allocate(self, parts: Sequence[Part], target: Target) -> Proposal:
         """Levels of the layers for a target, which is the budget: `target.level` is what each layer would give."""
+        raise NotImplementedError
+
+    def search(self, parts: Sequence[Part], target: Target, trials: Trials) -> Proposal:
+        """The same with the model to be tried; called instead where the card needs trials."""
+        raise NotImplementedError

@@ -94,7 +94,9 @@ CARD_SCHEMA = {
     },
 }
 
-LEVELLED = ["row", "layer", "n:m", "bits"]  # kinds of targets over whose layers a budget may be spread
+# Kinds of targets over whose layers a budget may be spread.
+LEVELLED = ["row", "layer", "n:m", "bits", "pruned and quantised"]
+SEEN = ["weight", "gram", "errors", "trials"]  # what an allocator may need; trials: the model at levels of its own
 ALLOCATOR_SCHEMA = {
     "type": "object",
     "required": ["title", "needs", "budgets", "parameters"],
@@ -104,7 +106,15 @@ ALLOCATOR_SCHEMA = {
         "paper": {"type": "string"},
         "arxiv": {"type": "string", "pattern": r"^\d{4}\.\d{4,5}$"},
         "code": {"type": "string"},
-        "needs": {"type": "array", "items": {"enum": ["weight", "gram", "errors"]}},
+        "needs": {"type": "array", "items": {"enum": SEEN}},
+        # {parameter: {value: needs}}: what else is needed where a parameter has a value.
+        "needs_where": {
+            "type": "object",
+            "additionalProperties": {
+                "type": "object",
+                "additionalProperties": {"type": "array", "items": {"enum": SEEN}},
+            },
+        },
         "budgets": {"type": "array", "items": {"enum": LEVELLED}},
         "parameters": {"type": "object", "additionalProperties": {"type": "object"}},
         "splits_equals": {"type": "string"},  # why two equal layers may get two levels
@@ -115,7 +125,8 @@ ALLOCATOR_SCHEMA = {
 @dataclass(frozen=True, eq=False)  # each is itself alone, and hashable
 class Kind:
     """A kind of files with cards. folder: beside the package, and in it; base: of the class; signature: of its one
-    call; of_the_base: what the class must not define; paths: the config's key for further folders."""
+    call; instead: what the class may define in its place; of_the_base: what it must not define; paths: the config's key
+    for further folders."""
 
     word: str
     folder: str
@@ -124,13 +135,21 @@ class Kind:
     of_the_base: tuple[str, ...]
     paths: str
     schema: Mapping[str, Any]
+    instead: tuple[str, ...] = ()
 
 
 METHOD = Kind(
     "method", "methods", "Method", "solve(layer, target, rng)", ("compress", "refusal"), "method_paths", CARD_SCHEMA
 )
 ALLOCATOR = Kind(
-    "allocator", "allocators", "Allocator", "allocate(parts, target)", (), "allocator_paths", ALLOCATOR_SCHEMA
+    "allocator",
+    "allocators",
+    "Allocator",
+    "allocate(parts, target)",
+    (),
+    "allocator_paths",
+    ALLOCATOR_SCHEMA,
+    instead=("search",),
 )
 
 # JSON Schemas of parameters that several methods have. {"$ref": "damping"} in a card stands for the schema of that name

@@ -81,6 +81,13 @@ class Entry:
         found = self.card["parameters"].items()
         return [name for name, schema in found if schema.get("items", {}).get("format") == "method"]
 
+    def needs(self, params: Mapping[str, Any]) -> set[str]:
+        """What it sees where its complete parameters are these: as the card has it, and the Grams that this takes."""
+        found = set(self.card["needs"])
+        for key, values in self.card.get("needs_where", {}).items():
+            found.update(values.get(params[key], ()))
+        return found | ({"weight", "gram"} if found & {"errors", "trials"} else set())
+
     def inner(self, params: Mapping[str, Any]) -> list[tuple[str, str, Mapping[str, Any]]]:
         """(parameter, name, complete parameters) of every method inside this one's complete parameters."""
         held = [(key, params[key]) for key in self.warm_starts]
@@ -341,7 +348,7 @@ def _check_methods(node: ast.ClassDef, path: Path, kind: Kind) -> None:
                 f"{path}: {node.name} must define {kind.signature}. Got {name} instead, which belongs to the "
                 "base class: it checks the target before solve is called."
             )
-    if kind.signature.partition("(")[0] not in defined and len(node.bases) == 1:
+    if defined.isdisjoint({kind.signature.partition("(")[0], *kind.instead}) and len(node.bases) == 1:
         raise CatalogueError(f"{path}: {node.name} must define {kind.signature}.")
 
 

@@ -14,6 +14,7 @@ LABEL = re.compile(
     r"(?:(?P<format>nvfp4|mxfp4) |(?P<bits>[0-9]+)b (?:g(?P<group>[0-9]+) )?(?P<symmetric>sym )?)?"
 )
 FORMATS = {"nvfp4": 16, "mxfp4": 32}  # floating-point formats of four bits -> inputs that share a scale
+JOINT = "pruned and quantised"  # the budget of a target that does both: bits as stored
 CERTIFIED = ("row", "layer", "n:m")  # patterns for which the error of every mask has a bound
 
 
@@ -164,11 +165,11 @@ class Target:
     def budget(self) -> str:
         """Kind of what a share of it is given to each layer, as an allocator's card lists it: as `structure`, or bits.
 
-        Of a target that prunes and quantises there is no one budget: pruned and quantised. Nor of a format: its name.
+        That of a target which prunes and quantises is JOINT: the bits that it takes. Of a format there is none: its name.
         """
         if self.bits is None:
             return self.structure
-        return "pruned and quantised" if self.sparsity else self.format or "bits"
+        return JOINT if self.sparsity else self.format or "bits"
 
     @property
     def level(self) -> float:

@@ -10,6 +10,7 @@ from matplotlib.figure import Figure, SubFigure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator, PercentFormatter
 
+from layerwise.contract.target import Target
 from layerwise.figures.page import (
     AXES,
     PLACE,
@@ -22,12 +23,14 @@ from layerwise.figures.page import (
     place_title,
 )
 from layerwise.figures.style import SPARE_MARKERS
+from layerwise.results.seeds import repeats
 from layerwise.storage.frames import column, distinct_values, groups, groups_by, highest, lowest, matching, rows, select
 from layerwise.study.allocation_entries import UNIFORM
 
 KINDS_PER_ROW = 4
 BUDGET = ["sparsity", "pattern", "bits", "group", "symmetric"]
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#882255", "#999933")
+AT = ", at "  # before the grid of a target that also quantises: its levels are stored bits per weight
 METRICS = ("perplexity", "kl")
 BROKEN = 30  # times the lowest value: what is worse is beyond the axis
 
@@ -36,7 +39,7 @@ def levels_along_depth(layers: pd.DataFrame) -> Figure:
     """Level of each layer along the blocks, a panel per kind of layer, a line per allocation.
 
     A band per model, calibration set and mode, at one of the budgets that are spread (page.chosen_target). Layers of
-    one kind in one block, such as experts, are averaged.
+    one kind in one block, such as experts, are averaged, and so are seeds, whose range is shaded.
     """
     spread = budgets(layers)
     if spread.empty:
@@ -56,9 +59,11 @@ def levels_along_depth(layers: pd.DataFrame) -> Figure:
 def metrics_vs_budget(cells: pd.DataFrame) -> Figure:
     """Perplexity and KL from the dense model against the budget, a column of panels per method, a line per allocation.
 
-    A band per model, calibration set, mode, text and kind of target.
+    A band per model, calibration set, mode, text and kind of target. Lines are means over the seeds, whose range is
+    shaded; a budget that lacks a value under some seed has none.
     """
-    measured = budgets(select(cells, column(cells, "metric").isin(list(METRICS))))
+    wanted = select(cells, column(cells, "metric").isin(list(METRICS)))
+    every, measured = budgets(wanted), budgets(repeats(wanted, "cells", "mean"))
     done = select(measured, column(measured, "value") > 0)  # there is no zero on the axis
     if done.empty:
         return nothing("No perplexity of a model whose budget is spread: see the cells table for the reasons.")
@@ -66,7 +71,8 @@ def metrics_vs_budget(cells: pd.DataFrame) -> Figure:
     bands = groups(done, [*PLACE, "text", "unit"])
     figure, frames = page([3.2] * len(bands), (), handles(style), not_drawn(measured))
     for frame, ((model, calibration, mode, text, unit), part) in zip(frames, bands, strict=True):
-        _budget_band(frame, part, style, unit)
+        keys = {**dict(zip(PLACE, (model, calibration, mode), strict=True)), "text": text, "unit": unit}
+        _budget_band(frame, part, matching(every, **keys), style, unit)
         frame.suptitle(f"{place_title(model, calibration, mode)}, on {text}", x=0.01, ha="left")
     return figure
 
@@ -80,18 +86,19 @@ def budgets(data: pd.DataFrame) -> pd.DataFrame:
     ]
     pruned = column(data, "sparsity") > 0
     x = column(data, "sparsity").where(pruned, column(data, "bits").astype("Float64"))
-    units = [unit_of(row) for row in rows(data)]
+    units = [unit_of(row, name) for row, name in zip(rows(data), names, strict=True)]
     data = data.assign(budget=pd.Series(names, index=data.index, dtype=object), x=x.astype(float))
     data = data.assign(unit=pd.Series(units, index=data.index, dtype=object))
     spread = set(column(select(data, column(data, "allocation") != UNIFORM), "budget"))
     return select(data, column(data, "budget").isin(list(spread)))
 
 
-def unit_of(row: Mapping[str, Any]) -> str:
-    """What the budget of a row counts."""
+def unit_of(row: Mapping[str, Any], budget: str) -> str:
+    """What the budget of a row counts; budget: its short name."""
     if not row["sparsity"]:
         return "bits"
-    return "zeros of n:m patterns" if ":" in row["pattern"] else f"zeros of every {row['pattern']}"
+    zeros = "zeros of n:m patterns" if ":" in row["pattern"] else f"zeros of every {row['pattern']}"
+    return f"{zeros}{AT}{Target.parse(budget).grid.label}" if pd.notna(row["bits"]) else zeros
 
 
 def allocation_strokes(names: Sequence[str]) -> dict[str, dict[str, Any]]:
@@ -115,7 +122,8 @@ def _depth_band(band: SubFigure, data: pd.DataFrame, count: int, style: Mapping[
     width = min(KINDS_PER_ROW, len(kinds))
     axes = band.subplots(count, width, sharex=True, sharey=True, squeeze=False)
     blocks = range(int(lowest(column(data, "block"))), int(highest(column(data, "block"))) + 1)
-    zeros = "zeros" in distinct_values(data, "unit")[0]
+    unit = distinct_values(data, "unit")[0]
+    zeros, named = "zeros" in unit and AT not in unit, "bits per weight" if AT in unit else "bits"
     for index, axis in enumerate(axes.flat):
         if index >= len(kinds):
             axis.set_axis_off()
@@ -124,9 +132,11 @@ def _depth_band(band: SubFigure, data: pd.DataFrame, count: int, style: Mapping[
         for name, strokes in style.items():
             line = matching(part, allocation=name)
             if len(line):
-                mean = {block: column(here, "level").mean() for block, here in groups_by(line, "block")}
-                every = max(1, len(blocks) // 8)
-                axis.plot(blocks, [mean.get(block, math.nan) for block in blocks], markevery=every, **strokes)
+                by_seed = pd.DataFrame(line.groupby(["block", "seed"])["level"].mean()).reset_index()
+                found = {block: column(here, "level") for block, here in groups_by(by_seed, "block", sort=True)}
+                mean = [found[block].mean() if block in found else math.nan for block in blocks]
+                axis.plot(blocks, mean, markevery=max(1, len(blocks) // 8), **strokes)
+                shade(axis, found, strokes)
         axis.set_title(kinds[index], loc="left", fontweight="bold")
         axis.xaxis.set_major_locator(MaxNLocator(5, integer=True, min_n_ticks=1))
         axis.margins(x=0.06)
@@ -136,10 +146,13 @@ def _depth_band(band: SubFigure, data: pd.DataFrame, count: int, style: Mapping[
         if index + width >= count * width:
             axis.set_xlabel("block")
         if index % width == 0:
-            axis.set_ylabel("zeros" if zeros else "bits")
+            axis.set_ylabel("zeros" if zeros else named)
 
 
-def _budget_band(band: SubFigure, data: pd.DataFrame, style: Mapping[str, Mapping[str, Any]], unit: str) -> None:
+def _budget_band(
+    band: SubFigure, data: pd.DataFrame, every: pd.DataFrame, style: Mapping[str, Mapping[str, Any]], unit: str
+) -> None:
+    """every: the same of all seeds."""
     labels = distinct_values(data, "label")
     axes = band.subplots(len(METRICS), len(labels), sharex=True, sharey="row", squeeze=False)
     places = sorted(distinct_values(data, "x"))
@@ -148,7 +161,8 @@ def _budget_band(band: SubFigure, data: pd.DataFrame, style: Mapping[str, Mappin
         for label, axis in zip(labels, line, strict=True):
             if len(values):
                 log_scale(axis, *log_limits(lowest(values), min(highest(values), BROKEN * lowest(values))))
-            _budget_lines(axis, matching(data, metric=metric, label=label), places, style)
+            own = {"metric": metric, "label": label}
+            _budget_lines(axis, matching(data, **own), matching(every, **own), places, style)
             _budget_axis(axis, places, "zeros" in unit)
             if metric == METRICS[0]:
                 axis.set_title(label, loc="left", fontweight="bold")
@@ -158,13 +172,29 @@ def _budget_band(band: SubFigure, data: pd.DataFrame, style: Mapping[str, Mappin
 
 
 def _budget_lines(
-    axis: Axes, data: pd.DataFrame, places: Sequence[float], style: Mapping[str, Mapping[str, Any]]
+    axis: Axes,
+    data: pd.DataFrame,
+    every: pd.DataFrame,
+    places: Sequence[float],
+    style: Mapping[str, Mapping[str, Any]],
 ) -> None:
     for name, strokes in style.items():
         line = matching(data, allocation=name)
         if len(line):
             # A budget without a value breaks the line: nothing is drawn through what was not measured.
-            axis.plot(places, column(line.drop_duplicates("x").set_index("x"), "value").reindex(places), **strokes)
+            mean = column(line.drop_duplicates("x").set_index("x"), "value").reindex(places)
+            axis.plot(places, mean, **strokes)
+            seeds = groups_by(matching(every, allocation=name), "x", sort=True)
+            drawn = [place for place, value in zip(places, mean.to_list(), strict=True) if pd.notna(value)]
+            shade(axis, {x: column(here, "value") for x, here in seeds if x in drawn}, strokes)
+
+
+def shade(axis: Axes, found: Mapping[Any, pd.Series], strokes: Mapping[str, Any]) -> None:
+    """The range of the values at each x, where some differ: a band, and bars, as a band of one place has no width."""
+    x, low, high = list(found), [lowest(own) for own in found.values()], [highest(own) for own in found.values()]
+    if low != high:
+        axis.fill_between(x, low, high, color=strokes["color"], alpha=0.15, linewidth=0)
+        axis.vlines(x, low, high, color=strokes["color"], linewidth=0.8)
 
 
 def _budget_axis(axis: Axes, places: Sequence[float], share: bool) -> None:

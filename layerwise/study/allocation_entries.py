@@ -1,13 +1,14 @@
 """The entries of a config's `allocations`: an allocator with its parameters, and what it can be asked for. No torch."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from layerwise.allocation.pairs import pairs_of
 from layerwise.contract.cards import ALLOCATOR
 from layerwise.contract.catalogue import Catalogue, CatalogueError
-from layerwise.contract.target import Target
+from layerwise.contract.target import JOINT, Target
 from layerwise.runtime.errors import InputError
 from layerwise.runtime.sentences import brief
 from layerwise.study.method_entries import LONGEST_SENTENCE, MethodEntry
@@ -65,9 +66,35 @@ def refusal(
         reasons = [methods.refusal(entry.method, entry.params, target.at(bits)) for bits in WIDTHS]
         if reason := next(filter(None, reasons), None):
             return f"{allocation.allocator} may ask for any width from 2 to 8: {reason}"
-    asked = "bits" if budget == "bits" else "pruning"
-    for key, name, params in allocators[allocation.allocator].inner(allocation.params):
-        fits = card["parameters"][key].get("asked", asked) == asked
-        if fits and (reason := methods.refusal(name, params, target)):
+    asked = {"bits": "bits", JOINT: "both"}.get(budget, "pruning")
+    inner = allocators[allocation.allocator].inner(allocation.params)
+    probes = [own for own in inner if card["parameters"][own[0]].get("asked", asked) == asked]
+    for key, name, params in probes:
+        if reason := methods.refusal(name, params, target):
             return f"its {key} cannot: {reason}"
+    return _pairs_refusal(allocators, methods, allocation, entry, target, probes) if budget == JOINT else None
+
+
+def _pairs_refusal(
+    allocators: Catalogue,
+    methods: Catalogue,
+    allocation: AllocationEntry,
+    entry: MethodEntry,
+    target: Target,
+    probes: Sequence[tuple[str, str, Mapping[str, Any]]],
+) -> str | None:
+    """Why a layer cannot be given one of the pairs that an allocation may choose, or None."""
+    for key, schema in allocators[allocation.allocator].card["parameters"].items():
+        if schema.get("format") != "targets":
+            continue
+        try:
+            pairs = pairs_of(allocation.params[key], target)
+        except ValueError as error:
+            return str(error).rstrip(".")
+        for pair in pairs:
+            if reason := methods.refusal(entry.method, entry.params, pair):
+                return f"{allocation.allocator} may ask for {pair.label}: {reason}"
+            for probe, name, params in probes:
+                if reason := methods.refusal(name, params, pair):
+                    return f"its {probe} cannot reach {pair.label}: {reason}"
     return None

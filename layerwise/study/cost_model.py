@@ -47,6 +47,8 @@ UNKNOWN_MB = 8000  # asked for jobs of a model that has not been fetched
 
 BLOCK_COPIES = 3  # of a block's weights in float32 while an allocator measures it
 LEVELS_TRIED = 14  # of a layer, by a knapsack with its default levels
+TRIALS = 500  # passes of an allocator that tries the model
+TRIED_WINDOWS = 8  # of calibration text in each, where its parameters do not say
 SPECTRUM = 20.0  # products of a weight and a Gram that singular values take as long as
 
 # ------------------------------------------------------------------------------------------------------ rough durations
@@ -242,7 +244,7 @@ class CostModel:
     def _sees_grams(self, cell: Cell) -> bool:
         """Whether what spreads a cell's budget sees the dense Grams."""
         spec = cell.spec.get("allocation")
-        return spec is not None and "gram" in self.plan.allocators[spec["allocator"]].card["needs"]
+        return spec is not None and "gram" in self.plan.allocators[spec["allocator"]].needs(spec["params"])
 
     def _allocate(self, model: ModelCost, job: Job) -> JobCost:
         cell = self.plan.allocations["results/allocations/{model}/{calib}/{allocation}.parquet".format(**job.wildcards)]
@@ -258,8 +260,15 @@ class CostModel:
             held += kept(block) if self._sees_grams(cell) else 0.0
             solving = [4 * (w * out * size + g * size**2) + SCORING * size for out, size, _ in block.layers]
             peaks.append(held + max(solving, default=0.0))
-        work = Work(solving=(LEVELS_TRIED * (products + 1) if inner else SPECTRUM) * model.products)
-        return JobCost(model.at_rest.streamed + max(peaks, default=0.0), CELL_FILES, work=work)
+        tried = LEVELS_TRIED * (products + 1) if inner else SPECTRUM
+        work = Work(solving=tried * model.products)
+        memory = model.at_rest.streamed + max(peaks, default=0.0)
+        if "trials" in entry.needs(spec["params"]):  # the whole model, and a copy of its layers
+            length = self.plan.calibrations[cell.calib]["length"]
+            tokens = spec["params"].get("windows", TRIED_WINDOWS) * length
+            memory = max(memory, PROCESS + 2 * model.whole + model.evaluating(length, tokens))
+            work = model.passes(TRIALS * tokens) + work
+        return JobCost(memory, CELL_FILES, work=work)
 
     def _export(self, model: ModelCost, job: Job) -> JobCost:
         model = model.at_rest

@@ -24,6 +24,7 @@ CELL = "results/cells/{model}/{calib}/{mode}/{cell}"
 DENSE = "results/dense/{{model}}/{}.json"  # of an evaluation, with the wildcard of the model
 BOUND = "results/certificates/{model}/{calib}/{bound}.parquet"
 LEVELS = "results/allocations/{model}/{calib}/{allocation}.parquet"
+TOKENS = "results/tokens/{model}/calibration-{calib}.safetensors"
 GRAM = "results/calibration/{model}/{calib}/gram.json"
 
 
@@ -96,8 +97,15 @@ class JobInputs:
 
     def allocation_gram(self, wildcards: Wildcards) -> list[str]:
         """Where the dense Grams are, for an allocator that sees them."""
-        needs = self.plan.allocators[self.allocation(wildcards)["allocator"]].card["needs"]
-        return [GRAM.format(**wildcards)] if {"gram", "errors"} & set(needs) else []
+        return [GRAM.format(**wildcards)] if "gram" in self._needs(wildcards) else []
+
+    def allocation_tokens(self, wildcards: Wildcards) -> list[str]:
+        """The calibration sequences, for an allocator that tries the model."""
+        return [TOKENS.format(**wildcards)] if "trials" in self._needs(wildcards) else []
+
+    def _needs(self, wildcards: Wildcards) -> set[str]:
+        spec = self.allocation(wildcards)
+        return self.plan.allocators[spec["allocator"]].needs(spec["params"])
 
     def allocator_sources(self, wildcards: Wildcards) -> tuple[Path, ...]:
         """Code that decides an allocation's levels: its allocator's file, its probes' files and what they import."""

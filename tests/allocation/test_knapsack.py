@@ -33,6 +33,28 @@ def test_the_choice_is_that_of_brute_force_and_the_bound_lies_below(table):
     assert sum(own[pick] for own, pick in zip(excess, found.picks, strict=True)) == 0
 
 
+@given(tables())
+def test_a_sum_at_most_zero_is_that_of_brute_force(table):
+    errors, excess = table
+    sums = [
+        sum(own[pick] for own, pick in zip(errors, picks, strict=True))
+        for picks in itertools.product(*(range(len(own)) for own in errors))
+        if sum(own[pick] for own, pick in zip(excess, picks, strict=True)) <= 0
+    ]
+    found = choose(errors, excess, 1000, at_most=True)
+    assert found.error == pytest.approx(min(sums), abs=1e-12)
+    assert found.unit == 1 and found.bound <= found.error
+    assert sum(own[pick] for own, pick in zip(excess, found.picks, strict=True)) <= 0
+
+
+def test_coarse_sums_stay_at_most_zero():
+    excess = [[-1000 * size, 0, 1, 999 * size] for size in range(1, 21)]  # one beyond each share is within a unit
+    errors = [[3.0, 1.0, 0.5, 0.1]] * 20
+    found = choose(errors, excess, 1000, at_most=True)
+    assert found.unit > 1 and found.bound <= found.error < 20.0
+    assert sum(own[pick] for own, pick in zip(excess, found.picks, strict=True)) <= 0
+
+
 def test_the_bound_of_convex_errors_is_met_where_whole_steps_meet_the_budget():
     errors = [[0.0, 1.0, 4.0], [0.0, 3.0, 12.0]]
     found = choose(errors, [[-1, 0, 1]] * 2, 1000)

@@ -1,5 +1,6 @@
 """The promise of every allocator that is found in the folder, and the numbers of the released codes."""
 
+import itertools
 import json
 from typing import Any
 
@@ -10,11 +11,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from layerwise.allocation.budget import BITS, MOST, excess, held
-from layerwise.contract.allocator import DenseLayer, Part
+from layerwise.contract.allocator import Candidate, DenseLayer, Part, Proposal, Trials
 from layerwise.contract.cards import ALLOCATOR
 from layerwise.contract.catalogue import Catalogue
 from layerwise.contract.gram import Gram
-from layerwise.contract.target import Target
+from layerwise.contract.target import JOINT, Target
+from layerwise.storage.target_bits import bits_of
 from tests.support.paths import ROOT
 from tests.support.typing_helpers import some
 
@@ -25,6 +27,7 @@ BUDGETS = {
     "layer": [Target(0.6, "layer")],
     "n:m": [Target(pattern="2:4"), Target(pattern="3:8"), Target(pattern="1:3")],
     "bits": [Target(bits=3), Target(bits=4, group=32)],
+    JOINT: [Target(0.5, bits=4, group=8), Target(pattern="2:4", bits=3)],
 }
 CASES = [
     pytest.param(name, target, id=f"{name} {target.label}")
@@ -41,6 +44,46 @@ def allocator(name, **params):
 def own(name: str, **params: Any) -> Any:
     """The same with what its class has besides."""
     return allocator(name, **params)
+
+
+class MadeTrials(Trials):
+    """Of a model whose layers each add to the divergence: a strength of their own times the square of their level."""
+
+    def __init__(self, parts, seed=0):
+        self.seed, self.parts, self.asked = seed, parts, []
+        self.strengths = [1.0 + part.block + 0.1 * (part.size % 7) for part in parts]
+
+    def divergence(self, levels, windows):
+        assert len(levels) == len(self.parts) and windows >= 1
+        self.asked.append((list(levels), windows))
+        return sum(
+            strength * (self.level(own) if own is not None else 0.0) ** 2
+            for strength, own in zip(self.strengths, levels, strict=True)
+        )
+
+    def profiles(self, levels, windows):
+        """Of norms that differ the more, the more blocks before have lost."""
+        self.asked.append((list(levels), windows))
+        lost, found = 0.0, []
+        for part, own in zip(self.parts, levels, strict=True):
+            lost += self.level(own) ** 2 if own is not None else 0.0
+            found.append(1 + lost * np.arange(part.inputs))
+        return found
+
+    def level(self, own: Candidate) -> float:
+        return own.sparsity + (8 - (own.bits or 16)) / 8 if isinstance(own, Target) else own
+
+
+def needs(name, found):
+    fields = {key: getattr(found, key) for key in CATALOGUE[name].card["parameters"]}
+    return CATALOGUE[name].needs(fields)
+
+
+def proposed(name, found, parts, target) -> Proposal:
+    """As the runner asks for it."""
+    if "trials" in needs(name, found):
+        return found.search(parts, target, MadeTrials(parts))
+    return found.allocate(parts, target)
 
 
 @st.composite
@@ -83,8 +126,20 @@ def test_levels_hold_the_budget(name, target, model):
     found = allocator(name)
     parts = parts_of(found, blocks, seed, target, "errors" in CATALOGUE[name].card["needs"])
     sizes = [part.size for part in parts]
-    proposal = found.allocate(parts, target)
-    assert len(proposal.levels) == len(proposal.scores) == len(parts)
+    proposal = proposed(name, found, parts, target)
+    # Pure: the same once more.
+    assert proposed(name, found, parts, target) == proposal
+    assert len(proposal.scores) == len(parts)
+    if target.budget == JOINT:
+        pairs = some(proposal.pairs)
+        assert len(pairs) == len(parts) and set(pairs) <= set(found.candidates(target)[1])
+        wanted, taken = (
+            sum(bits_of(own, part.out, part.inputs) for own, part in zip(targets, parts, strict=True))
+            for targets in ([target] * len(parts), pairs)
+        )
+        assert taken <= wanted
+        return
+    assert len(proposal.levels) == len(parts)
     levels = held(proposal.levels, sizes, target)
     missed = abs(excess(levels, sizes, target))
     if target.budget in ("row", "layer"):
@@ -96,10 +151,8 @@ def test_levels_hold_the_budget(name, target, model):
         )
     else:
         assert all(level in range(BITS[0], BITS[1] + 1) for level in levels)
-    if name in ("uniform", "knapsack"):
+    if name in ("uniform", "knapsack", "evopress"):
         assert missed <= 1
-    # Pure: the same once more.
-    assert found.allocate(parts, target) == proposal
 
 
 @pytest.mark.parametrize(("name", "target"), CASES)
@@ -110,24 +163,29 @@ def test_equal_layers_get_equal_levels(name, target):
     parts = []
     for index, layers in enumerate(blocks):
         for (out, inputs), value in zip(block, found.measure(layers), strict=True):
-            errors: dict[float, tuple[float, float]] | None = None
+            errors: Any = None
             if "errors" in CATALOGUE[name].card["needs"]:
-                measured = {level: level**2 / (1 + index % 2) for level in found.candidates(target)[1]}
-                errors = {level: (error, error) for level, error in measured.items()}
-            parts.append(Part("x", index, out, inputs, value, errors))
-    levels = held(found.allocate(parts, target).levels, [part.size for part in parts], target)
-    if "splits_equals" not in CATALOGUE[name].card:
-        assert levels[:2] == levels[4:]
+                options = enumerate(found.candidates(target)[1])
+                errors = {option: (place**2 / (1 + index % 2),) * 2 for place, option in options}
+            parts.append(Part("x", index % 2, out, inputs, value, errors))
+    if "splits_equals" in CATALOGUE[name].card:  # an optimum may be two levels
+        return
+    levels = held(proposed(name, found, parts, target).levels, [part.size for part in parts], target)
+    assert levels[:2] == levels[4:]
 
 
 @pytest.mark.parametrize(("name", "target"), CASES)
 def test_a_model_of_one_block_of_one_layer_gets_the_budget(name, target):
-    found = allocator(name)
+    found: Any = allocator(name)
     (value,) = found.measure(layers_of([(16, 24)], np.random.default_rng(3)))
-    errors = None
+    errors: Any = None
     if "errors" in CATALOGUE[name].card["needs"]:
-        errors = {level: (level, level) for level in found.candidates(target)[1]}
-    proposal = found.allocate([Part("x", 0, 16, 24, value, errors)], target)
+        # Whatever a layer gives costs more than the budget, but for what takes more bits.
+        errors = {option: (float(option != target),) * 2 for option in found.candidates(target)[1]}
+    proposal = proposed(name, found, [Part("x", 0, 16, 24, value, errors)], target)
+    if target.budget == JOINT:
+        assert proposal.pairs == (target,)
+        return
     assert held(proposal.levels, [16 * 24], target) == [pytest.approx(target.level)]
 
 
@@ -218,12 +276,119 @@ def test_the_pq_index_has_its_properties():
 def test_the_knapsack_reaches_brute_force_and_no_more_than_equal_levels():
     found = allocator("knapsack", levels=[0.4, 0.6], errors="absolute", weights={"*.up": 10})
     target = Target(0.5)
-    errors = {0.4: (1.0, 0.1), 0.5: (2.0, 0.2), 0.6: (3.5, 0.4)}
+    errors: Any = {0.4: (1.0, 0.1), 0.5: (2.0, 0.2), 0.6: (3.5, 0.4)}
     parts = [Part(f"{i}.{name}", i, 4, 4, None, errors) for i in range(2) for name in ("up", "down")]
     proposal = found.allocate(parts, target)
     assert proposal.levels == (0.4, 0.6, 0.4, 0.6)
     assert proposal.error == 2 * (10 * 1.0 + 3.5) and proposal.uniform_error == 2 * (10 * 2.0 + 2.0)
     assert proposal.bound is not None and proposal.bound <= some(proposal.error)
+
+
+def test_neuroal_takes_the_width_whose_activations_stay_most_alike():
+    parts = [Part("x", block, 8, 8) for block in range(3)]
+    found = own("neuroal", widths=[0.02, 0.1, 0.2], windows=3)
+    trials = MadeTrials(parts)
+    proposal = found.search(parts, Target(0.6), trials)
+    # Early losses are in all later activations: the steepest line keeps the first block most.
+    assert proposal.levels == pytest.approx((0.4, 0.6, 0.8))
+    assert [len(set(levels)) for levels, _ in trials.asked] == [1, 3, 3, 3]  # dense, then each width
+    assert {windows for _, windows in trials.asked} == {3}
+    assert all(some(score) > 0 for score in proposal.scores[1:])
+
+
+@pytest.mark.parametrize(("budget", "tried"), [(0.79, 15), (0.8, 14)])
+def test_neuroal_tries_the_widths_of_the_paper(budget, tried):
+    parts = [Part("x", block, 8, 8) for block in range(2)]
+    trials = MadeTrials(parts)
+    own("neuroal").search(parts, Target(budget), trials)
+    assert len(trials.asked) == tried  # the dense model once
+
+
+def test_evopress_lowers_the_divergence_by_exchanges_that_hold_the_budget():
+    parts = [Part("x", block, 8, 8 * (1 + block % 2)) for block in range(4)]
+    found, target = own("evopress", generations=30, offspring=6, survivors=2), Target(0.6)
+    trials = MadeTrials(parts)
+    proposal = found.search(parts, target, trials)
+    uniform = trials.divergence([0.6] * 4, 1)
+    reached = trials.divergence(proposal.levels, 1)
+    assert proposal.scores == pytest.approx([reached] * 4) and reached < 0.9 * uniform
+    sizes = [part.size for part in parts]
+    for levels, windows in trials.asked:
+        assert abs(excess(levels, sizes, target)) < 1e-6 and windows in (1, found.screen, found.windows)
+        assert all(0 <= level <= MOST for level in levels)
+    assert found.search(parts, target, MadeTrials(parts)) == proposal
+    other = MadeTrials(parts, seed=1)
+    found.search(parts, target, other)
+    assert other.asked != trials.asked[: len(other.asked)]  # other draws
+
+
+def test_evopress_exchanges_whole_numbers_between_layers_of_one_size():
+    parts = [Part("x", 0, 8, 8), Part("x", 1, 8, 8), Part("x", 2, 8, 16)]
+    for target in (Target(bits=4), Target(pattern="2:4")):
+        trials = MadeTrials(parts)
+        levels = own("evopress", generations=5, offspring=4).search(parts, target, trials).levels
+        assert levels[2] == target.level and sum(levels[:2]) == 2 * target.level
+        assert len({tuple(asked) for asked, _ in trials.asked}) > 1
+
+
+def with_errors(found, target, names, curve):
+    return [
+        Part(name, place, 4, 4, None, {option: (curve(option, place),) * 2 for option in found.candidates(target)[1]})
+        for place, name in enumerate(names)
+    ]
+
+
+def test_the_knapsack_weights_errors_by_what_a_layer_alone_does_to_the_loss():
+    target = Target(0.5)
+    found = own("knapsack", levels=[0.4, 0.6], errors="divergence", windows=3)
+    parts = with_errors(found, target, "ab", lambda level, place: level * (3.0 if place == 0 else 1.0))
+    trials = MadeTrials(parts)
+    proposal = found.search(parts, target, trials)
+    # By the errors the first layer should keep more; by divergence (1 to 2.1 of strength) the second.
+    assert own("knapsack", levels=[0.4, 0.6]).allocate(parts, target).levels == (0.4, 0.6)
+    assert proposal.levels == (0.6, 0.4)
+    assert trials.asked == [([0.5, None], 3), ([None, 0.5], 3)]
+    alone = [strength * 0.25 for strength in trials.strengths]
+    assert proposal.uniform_error == pytest.approx(sum(alone))
+    assert proposal.scores == pytest.approx((alone[0] * 0.6 / 0.5, alone[1] * 0.4 / 0.5))
+
+
+def test_the_knapsack_takes_divergences_of_every_level():
+    target = Target(0.5)
+    found = own("knapsack", levels=[0.4, 0.6], errors="divergence", divergences="levels")
+    parts = with_errors(found, target, "ab", lambda level, place: level)
+    trials = MadeTrials(parts)
+    proposal = found.search(parts, target, trials)
+    assert len(trials.asked) == 6
+    assert proposal.scores == pytest.approx((trials.strengths[0] * 0.36, trials.strengths[1] * 0.16))
+
+
+def test_the_longest_pattern_gives_a_layer_its_weight():
+    found = own("knapsack", weights={"*.down": 5.0, "*": 2.0, "a.*": 3.0})
+    assert [found.factor(name) for name in ("b.down", "b.up", "a.up", "a.down")] == [5.0, 2.0, 3.0, 5.0]
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_pairs_reach_brute_force_within_the_bits_of_the_budget(seed):
+    rng = np.random.default_rng(seed)
+    target = Target(0.5, bits=4, group=4)
+    given = [{"sparsity": 0.5, "bits": 8}, {"sparsity": 0.75, "bits": 4}, {"bits": 3}, {"sparsity": 0.25, "bits": 2}]
+    found = own("knapsack", pairs=given)
+    shapes = [(4, 8), (6, 8), (4, 12)]
+    options = found.candidates(target)[1]
+    assert len(options) == 5 and options[0] == target and options[3] == Target(bits=3, group=4)
+    errors: Any = [{option: (float(rng.exponential()),) * 2 for option in options} for _ in shapes]
+    parts = [Part("x", i, *shape, None, own) for i, (shape, own) in enumerate(zip(shapes, errors, strict=True))]
+    proposal = found.allocate(parts, target)
+    costs = [{option: bits_of(option, *shape) for option in options} for shape in shapes]
+    wanted = sum(cost[target] for cost in costs)
+    least = min(
+        sum(own[option][0] for own, option in zip(errors, picks, strict=True))
+        for picks in itertools.product(options, repeat=3)
+        if sum(cost[option] for cost, option in zip(costs, picks, strict=True)) <= wanted
+    )
+    assert proposal.error == pytest.approx(least)
+    assert some(proposal.bound) <= least + 1e-12 <= some(proposal.uniform_error) + 2e-12
 
 
 DROPPED = """

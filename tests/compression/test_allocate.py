@@ -10,14 +10,17 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from layerwise.compression.allocate import levels_at
+from layerwise.compression.levels import targets_at
 from layerwise.contract.target import Target
+from layerwise.evaluation.divergence import kl
 from layerwise.export.audit import audit
 from layerwise.models.loading import load
+from layerwise.models.structure import model_linears
 from layerwise.runtime.errors import InputError
 from layerwise.storage.bits_per_weight import bits_per_weight
 from layerwise.storage.packed_weights import PackedFile
-from tests.compression.test_cell import Case, dense_weights, rows, weights
+from tests.compression.test_cell import LENGTH, OUTPUTS, SAMPLES, Case, dense_weights, rows, weights
+from tests.support.model_families import tokens
 
 OWL = {"owl": {"threshold": 2.0, "spread": 0.15}}
 ALLOCATOR = """
@@ -100,6 +103,84 @@ def test_the_knapsack_s_errors_are_those_of_its_probe(case):
     assert table(cell)[0]["uniform_error"] == pytest.approx(sum(row["absolute_error"] for row in rows(equal)))
 
 
+@pytest.mark.parametrize(
+    ("target", "some_pairs"),
+    [
+        (Target(0.5, bits=4, group=8), [{"sparsity": 0.3, "bits": 4}, {"sparsity": 0.6, "bits": 2, "symmetric": True}]),
+        (Target(pattern="2:4", bits=4), None),
+    ],
+)
+def test_pairs_of_sparsity_and_bits_are_solved_stored_and_counted(case, target, some_pairs):
+    cell = case.run(
+        "chain", target, out=f"pairs {target.bits}{target.group}", allocations={"knapsack": {"pairs": some_pairs}}
+    )
+    found, spread = rows(cell), {row["layer"]: row for row in table(cell)}
+    assert len({row["pair"] for row in found}) > 1
+    file, saved = PackedFile(cell / "weights.safetensors"), weights(cell)
+    for row in found:
+        own, name = Target.parse(row["pair"]), row["layer"]
+        assert spread[name]["pair"] == row["pair"] and file.target_of(name) == own
+        assert row["level"] == row["bits_per_weight"] == pytest.approx(spread[name]["level"])
+        kept = 1 - (0.75 if own.pattern == "1:4" else own.sparsity)
+        assert (saved[name] != 0).double().mean() <= kept + 1 / row["in"]
+    first, sizes = table(cell)[0], [row["out"] * row["in"] for row in found]
+    mean = sum(size * row["level"] for size, row in zip(sizes, found, strict=True)) / sum(sizes)
+    assert first["mean_level"] == pytest.approx(mean) and mean <= first["budget"] + 1e-9
+    equal = rows(case.run("chain", target, out=f"equal {target.bits}{target.group}"))
+    assert {row["pair"] for row in equal} == {target.label}
+    stored = sum(size * row["bits_per_weight"] for size, row in zip(sizes, equal, strict=True)) / sum(sizes)
+    assert first["budget"] == pytest.approx(stored)
+    assert first["allocated_bound"] <= first["allocated_error"] <= first["uniform_error"]
+    assert first["uniform_error"] == pytest.approx(sum(row["absolute_error"] for row in equal))
+    form, asked, lines = audit(cell)
+    assert (form, asked) == ("packed", target) and [line.fault for line in lines] == [None] * 14
+
+
+def test_trials_measure_the_divergence_of_what_a_cell_would_store(case):
+    """KL of one layer pruned alone, and of all, as the evaluation's own functions have it from the cell's weights."""
+    params = {"levels": [0.3, 0.75], "errors": "divergence", "divergences": "levels", "windows": 4}
+    cell = case.run("wanda", Target(0.5), out="divergence", allocations={"knapsack": params})
+    batch = tokens(SAMPLES, LENGTH)[:4]
+    dense, model = load(case.spec), load(case.spec)
+    with torch.no_grad():
+        before = dense(input_ids=batch, use_cache=False).logits[:, :-1].flatten(0, 1)
+        for name, linear in model_linears(model).items():
+            whole = linear.weight()
+            linear.replace(weights(cell)[name])
+            after = model(input_ids=batch, use_cache=False).logits[:, :-1].flatten(0, 1)
+            linear.replace(whole)
+            score = {row["layer"]: row["score"] for row in table(cell)}[name]
+            assert score == pytest.approx(float(kl(before, after).mean()), rel=1e-4, abs=2e-8)
+    assert [path.name for path in cell.iterdir() if path.name.startswith(".trials")] == []
+
+
+@pytest.mark.parametrize("name", ["neuroal", "evopress"])
+def test_allocators_that_try_the_model_hold_the_budget_and_leave_nothing(case, name):
+    params = {"neuroal": {"widths": [0.05, 0.2], "windows": 3}, "evopress": {"generations": 3, "offspring": 3}}[name]
+    params |= {"windows": 3} if name == "neuroal" else {"windows": 3, "screen": 1}
+    cell = case.run("wanda", Target(0.5), out=name, allocations={name: params})
+    found = table(cell)
+    assert found[0]["mean_level"] == pytest.approx(0.5, abs=1e-9) and len({row["level"] for row in found}) > 1
+    assert sorted(path.name for path in cell.iterdir()) == sorted(["levels.parquet", *OUTPUTS])
+    again = case.run("wanda", Target(0.5), out=f"{name} again", allocations={name: params})
+    assert table(again) == found
+
+
+def test_evopress_ends_below_equal_levels(case):
+    params = {"generations": 8, "offspring": 4, "survivors": 2, "windows": 3, "screen": 1}
+    cell = case.run("wanda", Target(0.5), out="evopress 8", allocations={"evopress": params})
+    start = case.run("wanda", Target(0.5), out="evopress 0", allocations={"evopress": params | {"generations": 0}})
+    assert {row["level"] for row in table(start)} == {0.5}
+    assert table(cell)[0]["score"] < table(start)[0]["score"]
+
+
+def test_more_windows_than_the_calibration_set_has_are_one_sentence(case):
+    with pytest.raises(
+        InputError, match="windows must be at most the 6 sequences of the calibration set. Got 7 instead"
+    ):
+        case.run("wanda", Target(0.5), out="many", allocations={"neuroal": {"windows": 7}})
+
+
 def test_cells_of_equal_levels_are_stored_as_before(case):
     file = PackedFile(case.run("wanda", Target(0.5), out="equal again") / "weights.safetensors")
     assert file.targets == {} and file.target_of("anything") == Target(0.5)
@@ -119,6 +200,11 @@ def test_cells_of_equal_levels_are_stored_as_before(case):
         ),
         (
             "return [0] * len(list(layers))",
+            "return None",
+            "own failed at 50% row: AttributeError",
+        ),
+        (
+            "return [0] * len(list(layers))",
             "return Proposal((0.5,) * len(parts), ())",
             "scores must be 14, one for each layer. Got 0 instead.",
         ),
@@ -133,14 +219,34 @@ def test_an_allocator_that_fails_is_named_in_one_sentence(case, tmp_path, measur
 
 def test_levels_that_are_absent_are_one_sentence(tmp_path):
     with pytest.raises(InputError, match="Expected the levels of an allocation at .*, which does not exist"):
-        levels_at(tmp_path / "none.parquet")
+        targets_at(tmp_path / "none.parquet", Target(0.5))
 
 
 def test_a_layer_without_a_level_stops_the_cell(case):
     from layerwise.compression.solver import Solver
     from layerwise.methods.wanda import Wanda
 
-    solver = Solver("wanda", Wanda(), Target(0.5), 0, levels={"model.layers.0.mlp.up_proj": 0.7})
+    solver = Solver("wanda", Wanda(), Target(0.5), 0, targets={"model.layers.0.mlp.up_proj": Target(0.7)})
     assert solver.at("model.layers.0.mlp.up_proj").target == Target(0.7)
     with pytest.raises(InputError, match="must have a level for every layer. Got none for other."):
         solver.at("other")
+
+
+GREEDY = ALLOCATOR.replace('"budgets": ["row"]', '"budgets": ["pruned and quantised"]')
+
+
+@pytest.mark.parametrize(
+    ("pairs", "sentence"),
+    [
+        ("(target,)", "ValueError: pairs must be 14, one for each layer. Got 1 instead."),
+        ("None", "ValueError: pairs must be 14, one for each layer. Got 0 instead."),
+        ("(Target(bits=8),) * 14", "ValueError: pairs must take at most "),
+    ],
+)
+def test_pairs_beyond_the_budget_are_refused(case, tmp_path, pairs, sentence):
+    body = f"return Proposal((), (None,) * 14, pairs={pairs})"
+    text = GREEDY.format(measure="return [0] * len(list(layers))", allocate=body)
+    (tmp_path / "own.py").write_text(text.replace("import Allocator,", "import Allocator, Target,"), "utf-8")
+    with pytest.raises(InputError) as refused:
+        case.run("chain", Target(0.5, bits=4), out="own", own=tmp_path, allocations={"own": None})
+    assert sentence in str(refused.value)

@@ -157,6 +157,7 @@ class Case:
             "model": self.model,
             "fingerprint": self.folder / "model.json",
             "gram": self.folder / "gram",
+            "tokens": self.folder / "tokens.safetensors",
             **({"allocator-path": own} if own else {}),
             "out": out,
         }

@@ -565,6 +565,37 @@ def test_perplexity_and_kl_stand_against_the_budget():
     assert list(top.get_lines()[0].get_xdata()) == [0.6, 0.7]
 
 
+def test_lines_of_a_budget_are_means_of_the_seeds_whose_range_is_shaded():
+    with styled():
+        top = panels(drawn("metrics_vs_budget", SPREAD))[0]
+    table = cells_table(SPREAD)
+    wanda = table[(table["label"] == "wanda") & (table["metric"] == "perplexity")]
+    for place, name in enumerate(ALLOCATIONS):
+        values = [
+            wanda[(wanda["allocation"] == name) & (wanda["sparsity"] == share) & (wanda["pattern"] == "row")]["value"]
+            for share in (0.6, 0.7)
+        ]
+        assert [len(own) for own in values] == [2, 2]
+        assert list(top.get_lines()[place].get_ydata()) == pytest.approx([own.mean() for own in values])
+        band, bars = (top.collections[2 * place + part] for part in (0, 1))
+        assert set(band.get_paths()[0].vertices[:, 1]) == {end(own) for own in values for end in (min, max)}
+        assert [list(bar[:, 1]) for bar in bars.get_segments()] == [[min(own), max(own)] for own in values]
+
+
+def test_one_seed_has_no_range():
+    with styled():
+        top = panels(drawn("metrics_vs_budget", [own for own in SPREAD if own.columns["seed"] == 0]))[0]
+    assert len(top.get_lines()) == 3 and not top.collections
+
+
+def test_levels_of_pairs_are_bits_per_weight():
+    pairs = [cell("sparsegpt", "50% row 4b g128", allocation=name) for name in ("uniform", "knapsack")]
+    with styled():
+        levels, metrics = (panels(drawn(name, pairs)) for name in ("levels_along_depth", "metrics_vs_budget"))
+    assert levels[0].get_ylabel() == "bits per weight"
+    assert metrics[-1].get_xlabel() == "zeros of every row, at 4b g128"
+
+
 def test_other_figures_keep_spread_budgets_off_the_lines_of_equal_levels():
     with styled():
         figure = drawn("perplexity_vs_sparsity", SPREAD)

@@ -65,7 +65,8 @@ def test_a_bound_of_one_target_is_held_against_no_other_levels():
     [
         ("owl", {"bits": 4}, "rtn", "owl spreads a budget of row, layer, n:m, not of bits"),
         ("pq_index", {"pattern": "2:4"}, "wanda", "pq_index spreads a budget of row, layer, not of n:m"),
-        ("knapsack", {"sparsity": 0.5, "bits": 4}, "awp", "not of pruned and quantised"),
+        ("owl", {"sparsity": 0.5, "bits": 4}, "awp", "not of pruned and quantised"),
+        ("neuroal", {"bits": 4}, "rtn", "neuroal spreads a budget of row, layer, not of bits"),
         ("owl", {"sparsity": 0.995}, "wanda", "a budget of zeros must be at most 99%"),
         ("owl", {"sparsity": 0.5, "pattern": "1x16"}, "wanda", "not of 1xb"),
     ],
@@ -75,6 +76,56 @@ def test_what_does_not_fit_is_skipped_with_a_reason(allocations, target, methods
     assert not planned.allocations and len(planned.cells) > 0
     (row,) = planned.skipped
     assert reason in row["reason"] and row["allocation"] == allocations and row["target"].endswith(f" {allocations}")
+
+
+@pytest.mark.parametrize(
+    ("given", "method", "reason"),
+    [
+        ([{"sparsity": 0.5, "pattern": "2:4"}, {"pattern": "5:4"}], "awp", "pairs.1 is no target: Target.pattern n:m"),
+        ([{"sparsity": 1 / 3, "bits": 4}], "awp", "pairs.0 is no target: its percentage must have at most six digits"),
+        ([{"sparsity": 0}], "awp", "pairs.0 is no target: a pair must prune or quantise"),
+        ([{"bits": 3}], "chain", "knapsack may ask for 3b: chain prunes and quantises, not one of them alone"),
+        ([{"sparsity": 0.4}], "awp", "its joint cannot reach 40% row: chain prunes and quantises"),
+        (None, "rtn", "rtn does not prune"),
+    ],
+)
+def test_pairs_that_cannot_be_given_are_one_sentence(given, method, reason):
+    spec = {"uniform": None, "knapsack": {"pairs": given}} if method != "rtn" else {"knapsack": {"pairs": given}}
+    entry = {"chain": ["wanda", "rtn"]} if method == "chain" else None
+    try:
+        planned = plan(spread(spec, targets=[{"sparsity": 0.5, "bits": 4}], methods={method: entry}))
+        (row,) = planned.skipped
+        told = row["reason"]
+    except InputError as error:
+        told = str(error)
+    assert reason in told and "\n" not in told
+
+
+def test_pairs_are_planned_beside_their_budget():
+    planned = plan(
+        spread({"uniform": None, "knapsack": None}, targets=[{"sparsity": 0.5, "bits": 4}], methods={"awp": None})
+    )
+    assert [cell.columns["target"] for cell in planned.cells] == ["50% row 4b", "50% row 4b knapsack"]
+    assert not planned.skipped
+
+
+def test_what_tries_the_model_is_given_tokens_and_grams():
+    kl = {"allocator": "knapsack", "errors": "divergence"}
+    planned = plan(spread({"neuroal": None, "knapsack": None, "kl": kl, "evopress": None, "owl": None}))
+    inputs, found = JobInputs(planned), {}
+    model, calib = planned.cells[0].model, planned.cells[0].calib
+    for path, cell in planned.allocations.items():
+        file = path.rpartition("/")[2]
+        job = _Wildcards(model=model, calib=calib, allocation=file.removesuffix(".parquet"))
+        found[cell.columns["allocation"]] = (len(inputs.allocation_gram(job)), inputs.allocation_tokens(job))
+    tokens = [f"results/tokens/{model}/calibration-{calib}.safetensors"]
+    assert found == {
+        "neuroal": (1, tokens),
+        "knapsack": (1, []),
+        "kl": (1, tokens),
+        "evopress": (1, tokens),
+        "owl": (1, []),
+    }
 
 
 def test_a_method_that_cannot_reach_a_target_is_skipped_once():
@@ -96,7 +147,7 @@ def test_tuned_entries_are_not_spread():
 @pytest.mark.parametrize(
     ("allocations", "sentence"),
     [
-        ({"owll": None}, "allocations.owll: there is no allocator 'owll'; the allocators are alphapruning, knapsack,"),
+        ({"owll": None}, "allocations.owll: there is no allocator 'owll'; the allocators are alphapruning, evopress,"),
         ({"owl": {"treshold": 3}}, "allocations.owl: owl has no parameter 'treshold'; its parameters are: threshold,"),
         ({"owl": {"threshold": "a"}}, "allocations.owl: owl's threshold is wrong: 'a' is not of type 'number'."),
         ({"uniform": {"allocator": "owl"}}, "the allocation uniform must be of the allocator uniform, and no other."),

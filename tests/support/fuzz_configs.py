@@ -25,9 +25,11 @@ from hypothesis import HealthCheck, Phase, given, note, seed, settings
 from hypothesis import strategies as st
 
 import layerwise.contract.catalogue as catalogue_module
+from layerwise.contract.cards import ALLOCATOR
 from layerwise.contract.catalogue import Catalogue
 from layerwise.contract.target import Target
 from layerwise.runtime.errors import InputError
+from layerwise.study.allocation_entries import UNIFORM
 from layerwise.study.grid import SCHEMA, SWEPT, Plan, plan
 from layerwise.study.method_entries import RESERVED
 from tests.support.typing_helpers import some
@@ -37,6 +39,7 @@ PART = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.\-]*")
 EVERY_CHECK = cast(list[HealthCheck], list(HealthCheck))  # whose members have another type in its annotations
 
 CATALOGUE = Catalogue()
+ALLOCATORS = Catalogue(kind=ALLOCATOR, methods=CATALOGUE)
 PRUNERS = ["magnitude", "wanda", "ria", "sparsegpt"]
 
 # -------------------------------------------------------------------------------------------------------- valid ones
@@ -83,7 +86,20 @@ def parameter(schema: dict[str, Any]) -> st.SearchStrategy[Any]:
         "number": st.floats(low, high, allow_nan=False, allow_infinity=False, exclude_min=above, exclude_max=below),
         "string": WORDS,
     }
+    if "array" in kinds:
+        known["array"] = st.lists(parameter(schema["items"]), min_size=1, max_size=3, unique_by=json.dumps)
+    if "object" in kinds:
+        known["object"] = fields_of(schema)
     return st.one_of([known[kind] for kind in kinds])
+
+
+def fields_of(schema: dict[str, Any]) -> st.SearchStrategy[dict[str, Any]]:
+    """Objects of a schema: with its own properties, or with any names."""
+    if "properties" not in schema:
+        return st.dictionaries(WORDS, parameter(schema["additionalProperties"]), max_size=2)
+    own = {key: parameter(inner) for key, inner in schema["properties"].items()}
+    needed = {key: own.pop(key) for key in schema.get("required", [])}
+    return st.fixed_dictionaries(needed, optional=own)
 
 
 @st.composite
@@ -106,6 +122,25 @@ def method_entries(draw: st.DrawFn) -> dict[str, Any]:
     if name != "dense" and draw(st.integers(0, 5)) == 0:
         entry["tune"] = draw(st.sampled_from([{"blocks": {}}, {"blocks": {"epochs": 2, "grid": 0.5}, "end": {}}]))
     return entry
+
+
+@st.composite
+def allocation_entries(draw: st.DrawFn) -> dict[str, Any]:
+    """An entry of `allocations`; `allocator` is always said."""
+    name = draw(st.sampled_from(sorted(set(ALLOCATORS) - {UNIFORM})))
+    entry: dict[str, Any] = {"allocator": name}
+    for key, schema in ALLOCATORS[name].card["parameters"].items():
+        if draw(st.booleans()):
+            method = schema.get("format") == "method"
+            entry[key] = draw(st.sampled_from([*PRUNERS, "rtn"]) if method else parameter(schema))
+    return entry
+
+
+@st.composite
+def allocations(draw: st.DrawFn) -> dict[str, Any]:
+    """Equal levels, which fit every target, and up to two others."""
+    others = draw(st.dictionaries(NAMES.filter(lambda name: name != UNIFORM), allocation_entries(), max_size=2))
+    return others | {UNIFORM: draw(st.sampled_from([None, {}, {"allocator": UNIFORM}]))}
 
 
 def optional(draw: st.DrawFn, **choices: st.SearchStrategy[Any]) -> dict[str, Any]:
@@ -187,6 +222,7 @@ def studies(draw: st.DrawFn) -> dict[str, Any]:
             sweep=st.sampled_from(SWEPT),
             modes=MODES,
             tasks=st.dictionaries(NAMES, tasks, max_size=1),
+            allocations=allocations(),
         ),
     }
 
@@ -207,6 +243,7 @@ ODD = [
     *("a" * 300, "b" * 100_000, "wanda", "sparsegpt", "dense", "chain", "train", "results/text/train.txt"),
     *([], [[]], [None], [0] * 300, {}, {"a": 1}, {"": None}, {None: 1}, {1: 2}, {True: 1}, {(1, 2): 3}, {0.5: 1}),
     *({"wanda": None}, {"sparsegpt": {"damping": [1, 2]}}, {"chain": ["wanda", "rtn"]}, {"blocks": None}, {"end": 1}),
+    *({"knapsack": {"levels": [0.5, 0.5]}}, {"owl": {"threshold": 0}}, {"allocator": "knapsack", "weights": {"*": -1}}),
     *(datetime.date(2026, 2, 4), datetime.datetime(2026, 2, 4, 1, 2), b"\xff", {1, 2}, (1, 2), object),
     *(CYCLE, TREE, {"a": {"a": {"a": {"a": {"a": {"a": {}}}}}}}, functools.reduce(lambda x, _: [x], range(90), 0)),
 ]
@@ -226,6 +263,7 @@ KEYS = [
         "sweep",
         "modes",
         "tasks",
+        "allocator",
     ),
     *("damping", "warm_start", "iterations", "", "a b", "../x", "a\n", "\0", "\ud800", "é", "__proto__", "x" * 101),
     *("x" * 100_000, None, 1, True, 0.5, math.nan, (1,), datetime.date(2026, 2, 4), "$ref", "-", ".", "..", "CON"),
@@ -315,7 +353,11 @@ def holds(config: Any, planned: Plan) -> None:
         columns, method, target = cell.columns, cell.spec["method"], Target(**cell.spec["target"])
         control = not planned.catalogue[method["name"]].card["patterns"]
         assert control or planned.catalogue.refusal(method["name"], method["params"], target) is None
-        assert columns["target"] == target.label and json.loads(cell.params) == json.loads(json.dumps(cell.spec))
+        spread = cell.spec.get("allocation")
+        assert columns["target"] == (f"{target.label} {spread['name']}" if spread else target.label)
+        assert columns["allocation"] == (spread["name"] if spread else UNIFORM)
+        assert cell.levels in planned.allocations if spread else cell.levels is None
+        assert json.loads(cell.params) == json.loads(json.dumps(cell.spec))
         assert cell.certificate is None or cell.certificate.startswith("results/certificates/")
     for row in planned.skipped:
         assert row["reason"] and row["label"] and row["target"]

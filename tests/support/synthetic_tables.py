@@ -44,6 +44,7 @@ TARGETS: dict[str, tuple[float, str, int | None, int | None]] = {
     "4b g128": (0.0, "row", 4, 128),
     "3b g128": (0.0, "row", 3, 128),
 }
+JOINT = {"50% row 4b g128": (0.5, "row", 4, 128)}  # of no plan but where it is named
 PROVENANCE = {
     "commit": "a" * 40,
     "dirty": False,
@@ -94,7 +95,7 @@ def cell(
     seed: int = 0,
     allocation: str = "uniform",
 ) -> SyntheticCell:
-    sparsity, pattern, bits, group = TARGETS.get(target, (0.0, "row", None, None))
+    sparsity, pattern, bits, group = (TARGETS | JOINT).get(target, (0.0, "row", None, None))
     comparison = METHODS.get(method, ("control",))[0]
     if method == "sparsegpt" and bits:
         comparison = "quantised"
@@ -172,6 +173,7 @@ def layer_frame(of: SyntheticCell, blocks: int = 8) -> pd.DataFrame:
                     "out": out,
                     "in": inputs,
                     "level": level_of(columns, block / blocks),
+                    "pair": columns["target"] if columns["bits"] and columns["sparsity"] else None,
                     "output_error": error,
                     "absolute_error": 10 * error,
                     "asymmetric_error": 1.5 * error,

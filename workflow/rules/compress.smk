@@ -52,6 +52,7 @@ rule allocate:
     input:
         model="results/models/{model}.json",
         gram=lambda wildcards: cell_input(JOBS.allocation_gram, wildcards),
+        tokens=lambda wildcards: cell_input(JOBS.allocation_tokens, wildcards),
         code=lambda wildcards: CODE.of(
             "layerwise.compression.allocate", files=cell_input(JOBS.allocator_sources, wildcards)
         ),
@@ -68,11 +69,12 @@ rule allocate:
         allocation=as_json(JOBS.allocation),
         columns=as_json(JOBS.allocation_columns),
         gram=lambda wildcards, input: ["--gram", *input.gram] if input.gram else [],
+        tokens=lambda wildcards, input: ["--tokens", *input.tokens] if input.tokens else [],
         folders=JOBS.allocator_folders,
     shell:
         "{WORKER} allocate --columns {params.columns:q} --allocation {params.allocation:q}"
-        " --model {params.model:q} --fingerprint {input.model:q} {params.gram:q} {params.folders:q}"
-        " --threads {threads} --device {resources.device} --out {output:q} 2> >(tee {log:q} >&2)"
+        " --model {params.model:q} --fingerprint {input.model:q} {params.gram:q} {params.tokens:q}"
+        " {params.folders:q} --threads {threads} --device {resources.device} --out {output:q} 2> >(tee {log:q} >&2)"
 
 
 rule certificate:

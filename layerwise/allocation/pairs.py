@@ -1,0 +1,47 @@
+"""Pairs of sparsity and bits that a layer may be asked for, where a target prunes and quantises."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from layerwise.contract.target import Target
+
+SHARES = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
+BITS = (2, 3, 4, 6, 8)
+
+
+def pairs_of(given: Sequence[Mapping[str, Any]] | None, target: Target) -> list[Target]:
+    """The targets that a layer may get, the budget's own first.
+
+    given: as in a config's `targets`; where one prunes its pattern, and where it quantises its grid, is that of the
+    budget, unless it says so itself. None: SHARES, or all counts of an n:m pattern, at all BITS. Raises ValueError, in
+    one sentence, for one that is no target.
+    """
+    found = [target]
+    for number, option in enumerate(_usual(target) if given is None else given):
+        try:
+            found.append(_pair(option, target))
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"pairs.{number} is no target: {error}") from None
+    return list(dict.fromkeys(found))
+
+
+def _usual(target: Target) -> list[dict[str, Any]]:
+    of = target.n_of_m[1] if target.n_of_m else 0
+    pruning = [{"pattern": f"{kept}:{of}"} for kept in range(1, of)] or [{"sparsity": share} for share in SHARES]
+    return [{**pruned, "bits": bits} for pruned in pruning for bits in BITS]
+
+
+def _pair(option: Mapping[str, Any], target: Target) -> Target:
+    own = dict(option)
+    if "sparsity" in own:
+        own.setdefault("pattern", target.pattern)
+    if "bits" in own:
+        own["bits"] = int(own["bits"])
+        own.setdefault("group", target.group)
+        own.setdefault("symmetric", target.symmetric)
+    found = Target(**own)
+    if found.dense:
+        raise ValueError("a pair must prune or quantise")
+    if Target.parse(found.label) != found:  # the table has the label
+        raise ValueError(f"its percentage must have at most six digits. Got {found.sparsity} instead.")
+    return found

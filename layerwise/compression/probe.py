@@ -1,0 +1,45 @@
+"""The method that tries layers at candidate levels before a budget is spread."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from layerwise.compression.solver import Solver
+from layerwise.contract.allocator import Candidate
+from layerwise.contract.layer import Layer, Method
+from layerwise.contract.target import Target
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A method at a target that is the budget; candidates: the levels whose errors are wanted of every layer."""
+
+    solver: Solver
+    candidates: Sequence[Candidate] = ()
+
+    @classmethod
+    def of(
+        cls, name: str, method: Method, candidates: Sequence[Candidate], target: Target, seed: int, dtype: torch.dtype
+    ) -> Probe:
+        """name: of the allocator that asks. dtype: of the model."""
+        return cls(Solver(f"{name}'s {type(method).__name__}", method, target, seed, dtype), candidates)
+
+    def errors(self, layer: Layer) -> dict[Candidate, tuple[float, float]]:
+        """Candidate -> (absolute, relative) output error of the layer."""
+        found: dict[Candidate, tuple[float, float]] = {}
+        for candidate in self.candidates:
+            _, row = self._at(candidate).solve(layer)
+            found[candidate] = (row["absolute_error"], row["output_error"])
+        return found
+
+    def weight(self, layer: Layer, candidate: Candidate) -> Tensor:
+        """[out, in] the layer's weight at a level."""
+        return self._at(candidate).solve(layer)[0].weight
+
+    def _at(self, candidate: Candidate) -> Solver:
+        own = candidate if isinstance(candidate, Target) else self.solver.target.at(candidate)
+        return replace(self.solver, target=own)

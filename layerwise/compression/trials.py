@@ -1,0 +1,120 @@
+"""The whole model with layers compressed for a try: what an allocator that looks at the loss is given."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from layerwise.calibration.block_stream import Stream
+from layerwise.calibration.gram_store import read_block
+from layerwise.calibration.taps import tapped_linears
+from layerwise.compression.probe import Probe
+from layerwise.contract.allocator import Candidate, Part, Trials
+from layerwise.contract.layer import Layer
+from layerwise.contract.target import Target
+from layerwise.evaluation.dense_states import write_dense_states
+from layerwise.evaluation.divergence import DenseStates, Divergence
+from layerwise.evaluation.perplexity import batch_size, to_last_block
+from layerwise.models.loading import vocabulary
+from layerwise.models.structure import Blocks, model_linears
+from layerwise.runtime.errors import InputError
+
+
+class ModelTrials(Trials):
+    """Trials of a model that is whole in memory, beside a copy of its layers.
+
+    Weights of a layer at a level are solved when they are first asked for, from the dense Grams, and kept in `folder`.
+    """
+
+    def __init__(
+        self, blocks: Blocks, parts: Sequence[Part], grams: Path, tokens: Tensor, probe: Probe, folder: Path
+    ) -> None:
+        """blocks: of the dense model, which trials write to. grams: store of the dense Grams. tokens: [windows, length]
+        of the calibration text. folder: for what is kept, empty."""
+        self.seed, self._probe, self._folder = probe.solver.seed, probe, folder
+        self._blocks, self._grams, self._tokens = blocks, grams, tokens
+        self._block = {part.name: part.block for part in parts}
+        self._order = list(self._block)
+        self._linears = model_linears(blocks.model)
+        self._dense = {name: own.stored().clone() for name, own in self._linears.items()}
+        self._now: dict[str, Candidate | None] = dict.fromkeys(self._order)
+        self._solved: set[tuple[str, Candidate]] = set()
+        self._states: dict[int, DenseStates] = {}
+
+    @torch.no_grad()
+    def divergence(self, levels: Sequence[Candidate | None], windows: int) -> float:
+        tokens = self._first(windows)
+        if windows not in self._states:
+            self._set([None] * len(self._order))
+            record = self._folder / f"dense-{windows}.json"
+            write_dense_states(self._blocks, tokens, record, {})
+            self._states[windows] = DenseStates.read(record)
+        self._set(levels)
+        batch = batch_size(tokens.shape[1], vocabulary(self._blocks.model))
+        stream = Stream(self._blocks, tokens, batch)
+        divergence = Divergence(self._states[windows], stream, tokens)
+        for _ in to_last_block(stream):
+            pass
+        for number, chunk in enumerate(tokens.split(batch)):
+            divergence.add(number, chunk, stream.logits(number, chunk))
+        found = divergence.result()["kl"]
+        return float("inf") if found is None else found
+
+    @torch.no_grad()
+    def profiles(self, levels: Sequence[Candidate | None], windows: int) -> Sequence[NDArray[np.float64]]:
+        self._set(levels)
+        stream, found = Stream(self._blocks, self._first(windows)), dict[str, NDArray[np.float64]]()
+        for index in range(len(self._blocks)):
+            taps = stream.collect(index, advance=index + 1 < len(self._blocks))
+            for _, tap, linear in tapped_linears(self._blocks.model, [(index, taps)]):
+                found[linear.name] = tap.gram.diagonal.double().clamp(min=0).sqrt().cpu().numpy()
+        return [found[name] for name in self._order]
+
+    def _first(self, windows: int) -> Tensor:
+        if windows > len(self._tokens):
+            raise InputError(
+                f"An allocator's windows must be at most the {len(self._tokens)} sequences of the calibration set. "
+                f"Got {windows} instead."
+            )
+        return self._tokens[:windows]
+
+    def _set(self, levels: Sequence[Candidate | None]) -> None:
+        """Give the layers their weights at these levels."""
+        if len(levels) != len(self._order):
+            raise ValueError(
+                f"a trial must have {len(self._order)} levels, one for each layer. Got {len(levels)} instead"
+            )
+        wanted = dict(zip(self._order, levels, strict=True))
+        changed = {name: level for name, level in wanted.items() if level != self._now[name]}
+        self._solve({name: level for name, level in changed.items() if level is not None})
+        for name, level in changed.items():
+            weight = self._dense[name] if level is None else load_file(self._file(name, level))["weight"]
+            self._linears[name].replace(weight)
+            self._now[name] = level
+
+    def _solve(self, levels: Mapping[str, Candidate]) -> None:
+        """Solve the layers that have not been solved at these levels, a block's Grams in memory at a time."""
+        missing = defaultdict[int, set[str]](set)
+        for name, level in levels.items():
+            if (name, level) not in self._solved:
+                missing[self._block[name]].add(name)
+        for index, names in missing.items():
+            for tap in read_block(self._grams, index, str(self._blocks.device)):
+                for name in names.intersection(tap.layers):
+                    dense = self._dense[name]
+                    layer = Layer(name, dense.to(torch.float32, copy=True).contiguous(), tap.gram, tap.statistics)
+                    weight = self._probe.weight(layer, levels[name])
+                    save_file({"weight": weight.to(dense.dtype).cpu().contiguous()}, self._file(name, levels[name]))
+                    self._solved.add((name, levels[name]))
+
+    def _file(self, name: str, level: Candidate) -> Path:
+        place = self._order.index(name)  # names may be long, and experts many
+        own = level.label.replace(" ", "_").replace(":", "of") if isinstance(level, Target) else float(level).hex()
+        return self._folder / f"{place}-{own}.safetensors"
