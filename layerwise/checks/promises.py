@@ -155,8 +155,8 @@ def no_worse_than_the_baseline(case: Case, name: str) -> None:
     layer = layer_cases.build(name)
     baseline = layer.weight
     for method, needed, target in (
-        ("magnitude", case.target.sparsity, replace(case.target, bits=None, group=None, symmetric=False)),
-        ("rtn", case.target.bits, replace(case.target, sparsity=0.0, pattern="row")),
+        ("magnitude", case.target.sparsity, case.target.pruning),
+        ("rtn", case.target.bits, case.target.grid),
     ):
         if needed:
             built = _baselines()[method]
