@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from layerwise.contract.layer import Compressed, Layer, Method, Quantised, Target
+from layerwise.contract.layer import Compressed, Layer, Method, Target
 from layerwise.numerics import ops
 
 CARD = {
@@ -19,7 +19,7 @@ CARD = {
     "arxiv": "2306.00978",
     "code": "https://github.com/mit-han-lab/llm-awq",
     "patterns": ["dense"],
-    "bits": [2, 3, 4, 5, 6, 7, 8],
+    "bits": [2, 3, 4, 5, 6, 7, 8, "nvfp4", "mxfp4"],
     "updates_weights": True,
     "needs": ["gram", "absmean", "sample"],
     "keeps_zeros": True,
@@ -95,9 +95,9 @@ def quantise_scaled(
     scaled = weight * scale
     if limits is not None:
         scaled = scaled.clamp(-limits[:, group_of], limits[:, group_of])
-    fit = ops.official_awq_grid if official and not target.symmetric else ops.fit_grid
+    fit = ops.official_awq_grid if official and target.has_zeros else ops.fit_grid
     grid = fit(scaled, target)
-    quantised = Quantised(grid.codes(scaled, group_of), grid.scales, grid.zeros, input_scale=scale)
+    quantised = grid.quantised(grid.codes(scaled, group_of), input_scale=scale)
     return Compressed(ops.quantised_values(quantised, target), quantised=quantised)
 
 
@@ -106,15 +106,16 @@ def clip_limits(weight: Tensor, sample: Tensor, unit: float, target: Target, off
 
     weight: W s [out, in]. sample: x / s [rows, in]. unit: of the weight, so that squares neither over- nor underflow.
     """
-    length, alone = target.group or weight.shape[1], replace(target, group=None)
-    best = []
-    for piece, inputs in zip(weight.split(length, 1), sample.split(length, 1), strict=True):
-        largest = piece.abs().amax(1, keepdim=True)  # [out, 1]
-        limits, least = largest, torch.full_like(largest, float("inf"), dtype=torch.float64)
-        for share in SHRUNK:
-            clipped = quantise_scaled(piece, torch.ones_like(inputs[0]), alone, official, share * largest)
-            lost = ((piece - clipped.weight).double() / unit).float() @ inputs.T  # [out, rows]
-            error = ops.inner(lost, lost)[:, None]
-            limits, least = torch.where(error < least, share * largest, limits), torch.minimum(error, least)
-        best.append(limits)
-    return torch.cat(best, 1)
+    length = target.group or weight.shape[1]
+    largest = torch.stack([piece.abs().amax(1) for piece in weight.split(length, 1)], 1)  # [out, groups]
+    limits, least = largest, torch.full_like(largest, float("inf"), dtype=torch.float64)
+    for share in SHRUNK:
+        clipped = quantise_scaled(weight, torch.ones_like(weight[0]), target, official, share * largest)
+        lost = ((weight - clipped.weight).double() / unit).float()
+        errors = []
+        for piece, inputs in zip(lost.split(length, 1), sample.split(length, 1), strict=True):
+            missing = piece.contiguous() @ inputs.T  # [out, rows]
+            errors.append(ops.inner(missing, missing))
+        error = torch.stack(errors, 1)
+        limits, least = torch.where(error < least, share * largest, limits), torch.minimum(error, least)
+    return limits

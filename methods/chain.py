@@ -11,7 +11,7 @@ from layerwise.numerics import ops
 CARD = {
     "title": "Chain",
     "patterns": ["row", "layer", "n:m", "1xb"],
-    "bits": [2, 3, 4, 5, 6, 7, 8],
+    "bits": [2, 3, 4, 5, 6, 7, 8, "nvfp4", "mxfp4"],
     "updates_weights": True,
     "needs": ["gram", "mean", "absmean", "sequence_variance", "sample"],
     "joint_only": True,

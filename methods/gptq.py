@@ -17,7 +17,7 @@ CARD = {
     "arxiv": "2210.17323",
     "code": "https://github.com/IST-DASLab/gptq",
     "patterns": ["dense"],
-    "bits": [2, 3, 4, 5, 6, 7, 8],
+    "bits": [2, 3, 4, 5, 6, 7, 8, "nvfp4", "mxfp4"],
     "updates_weights": True,
     "needs": ["gram"],
     "keeps_zeros": True,
@@ -36,7 +36,8 @@ CARD = {
         },
         "static_groups": {
             "type": "boolean",
-            "description": "Groups are runs of consecutive inputs, all fitted to the weight as it was.",
+            "description": "Groups are runs of consecutive inputs, all fitted to the weight as it was; always so in "
+            "nvfp4 and mxfp4.",
         },
         "mse": {"$ref": "mse"},
         "convention": {

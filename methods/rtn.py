@@ -12,7 +12,7 @@ CARD = {
     "paper": "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers",
     "arxiv": "2210.17323",
     "patterns": ["dense"],
-    "bits": [2, 3, 4, 5, 6, 7, 8],
+    "bits": [2, 3, 4, 5, 6, 7, 8, "nvfp4", "mxfp4"],
     "updates_weights": True,
     "needs": [],
     "keeps_zeros": True,

@@ -112,7 +112,7 @@ def _construct(
 
 def _file_checks(case: Case) -> list[str]:
     names = checks_of(case)
-    return names if case.entry.refusal(case.target) else [*names, "10 the runner's own"]
+    return names if case.refusal else [*names, "10 the runner's own"]
 
 
 def _row(name: str, case: Case, layer: str) -> Row:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -51,6 +51,18 @@ class Case:
         return self.plain or self.params != settings.defaults(self.entry)
 
     @property
+    def refusal(self) -> str | None:
+        """Why the method cannot reach the target, in one sentence, or None: its card's reason, or its warm start's."""
+        own = self.entry.refusal(self.target)
+        if own:
+            return own
+        for key in self.entry.warm_starts:
+            asked = self.entry.card["parameters"][key].get("asked")
+            if not asked and (reason := getattr(self.method, key).refusal(self.target)):
+                return f"its {key} cannot: {reason}"
+        return None
+
+    @property
     def label(self) -> str:
         changed = ",".join(f"{key}={value}" for key, value in self.params.items())
         name = f"{self.entry.name}({changed})" if changed else self.entry.name
@@ -79,6 +91,7 @@ def cases_of(
         method = catalogue.build(name, catalogue.complete(name, params, "the contract tests"))
         both = settings.has_reference(entry) and params == settings.defaults(entry)
         for target in targets:
-            yield Case(entry, method, target, params)
-            if both and not entry.refusal(target):
-                yield Case(entry, method, target, params, plain=True)
+            case = Case(entry, method, target, params)
+            yield case
+            if both and not case.refusal:
+                yield replace(case, plain=True)

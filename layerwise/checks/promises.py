@@ -129,7 +129,7 @@ def unchanged(case: Case, name: str) -> None:
 
 def refused(case: Case, name: str) -> None:
     """Promise 8: one sentence that names the method and speaks of what the card's refusal speaks of."""
-    refusal = case.entry.refusal(case.target) or ""
+    refusal = case.refusal or ""
     try:
         case.compress(layer_cases.build(name))
     except UnsupportedTarget as error:
@@ -155,8 +155,8 @@ def no_worse_than_the_baseline(case: Case, name: str) -> None:
     layer = layer_cases.build(name)
     baseline = layer.weight
     for method, needed, target in (
-        ("magnitude", case.target.sparsity, replace(case.target, bits=None, group=None, symmetric=False)),
-        ("rtn", case.target.bits, replace(case.target, sparsity=0.0, pattern="row")),
+        ("magnitude", case.target.sparsity, case.target.pruning),
+        ("rtn", case.target.bits, case.target.grid),
     ):
         if needed:
             built = _baselines()[method]
@@ -298,7 +298,7 @@ def checks_of(case: Case) -> list[str]:
     target = case.target
     if target == Target():
         return ["7 unchanged"]
-    if case.entry.refusal(target):
+    if case.refusal:
         return ["8 refused"]
     names = ["1 inputs untouched", "1 tensors", "4 deterministic", "6 hard layers"]
     names += ["2 pattern", "5 scale"] if target.sparsity else []

@@ -9,7 +9,10 @@ import torch
 
 from layerwise.checks import layer_cases
 from layerwise.checks.case import Case, Finding, demand
-from layerwise.contract.layer import Compressed, Layer, Target
+from layerwise.contract.layer import Compressed, Layer, Rotation, Target
+
+MAGNITUDES = [0, 0.5, 1, 1.5, 2, 3, 4, 6]
+E2M1 = np.array([*MAGNITUDES, *(-level for level in MAGNITUDES)], np.float32)  # value of each code of a format
 
 
 def assert_tensors(layer: Layer, target: Target, result: Compressed) -> None:
@@ -67,7 +70,10 @@ def assert_pattern(layer: Layer, target: Target, result: Compressed) -> None:
 
 
 def assert_grid(layer: Layer, target: Target, result: Compressed) -> None:
-    """Promise 3: scale * (code - zero) / input scale in float32 is the weight at kept entries, and codes fit."""
+    """Promise 3: scale * (code - zero) / input scale in float32 is the weight at kept entries, and codes fit.
+
+    Of a format a level stands for code - zero, and scales are divided by the divisor of the layer first.
+    """
     if target.bits is None:
         return
     quantised = result.quantised
@@ -84,19 +90,61 @@ def assert_grid(layer: Layer, target: Target, result: Compressed) -> None:
     expected = f"scales and zeros must be [{shape[0]}, {shape[1]}]"
     demand(scales.shape == zeros.shape == shape, layer.name, expected, f"{scales.shape} and {zeros.shape}")
     low = scales.min()
-    demand((np.isfinite(scales) & (scales > 0)).all(), layer.name, "scales must be positive and finite", f"{low:g}")
+    low_enough = scales >= 0 if quantised.levels is not None else scales > 0
+    demand((np.isfinite(scales) & low_enough).all(), layer.name, "scales must be positive and finite", f"{low:g}")
     demand(np.isfinite(zeros).all(), layer.name, "zeros must be finite", "NaN or infinity")
-    values = scales[:, group_of] * (codes.astype(np.float32) - zeros[:, group_of])
+    if quantised.levels is not None:
+        values = scales[:, group_of] * quantised.levels.numpy()[codes]
+    elif target.format:
+        values = _steps(layer, target, result)[:, group_of] * E2M1[codes]
+    else:
+        values = scales[:, group_of] * (codes.astype(np.float32) - zeros[:, group_of])
     if quantised.input_scale is not None:
         divisor = quantised.input_scale.numpy()
         positive = divisor.shape == (inputs,) and (np.isfinite(divisor) & (divisor > 0)).all()
         expected = f"input_scale must be [{inputs}], positive and finite"
         demand(positive, layer.name, expected, f"{divisor.shape} from {divisor.min():g} on")
         values = values / divisor
+    if quantised.rotation is not None:
+        turned = _turned_back(values, quantised.rotation)
+        most = np.abs(turned).max(initial=0)
+        close = np.allclose(turned, result.weight.numpy(), rtol=0, atol=1e-5 * most)
+        demand(close, layer.name, "values turned back must be the weight (to 1e-5)", "others")
+        return
     kept = np.ones_like(codes, bool) if result.mask is None else result.mask.numpy()
     same = np.array_equal(values[kept], result.weight.numpy()[kept])
     wrong = 0 if same else int((values[kept] != result.weight.numpy()[kept]).sum())
     demand(same, layer.name, "scales * (codes - zeros) must equal the weight", f"{wrong} entries that differ")
+
+
+def _turned_back(values: np.ndarray, rotation: Rotation) -> np.ndarray:
+    """Values [out, in] times Q^T, Q as a matrix: signs by SplitMix64 in whole numbers, entries (-1)^popcount(i & j)."""
+    inputs, block, wide = values.shape[1], rotation.block, 2**64
+    matrix = np.zeros((inputs, inputs))
+    for i in range(inputs):
+        x = (rotation.seed + (i + 1) * 0x9E3779B97F4A7C15) % wide
+        x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9 % wide
+        x = (x ^ (x >> 27)) * 0x94D049BB133111EB % wide
+        sign = -1 if (x ^ (x >> 31)) >> 63 else 1
+        for j in range(i // block * block, i // block * block + block):
+            matrix[i, j] = sign * (-1) ** (i % block & j % block).bit_count() / block**0.5
+    return values.astype(np.float64) @ matrix.T
+
+
+def _steps(layer: Layer, target: Target, result: Compressed) -> np.ndarray:
+    """[out, groups] float32 scales over their divisor, each of which must be a number that the format has."""
+    assert result.quantised is not None
+    scales, divisor = result.quantised.scales.numpy(), result.quantised.divisor
+    mantissa, exponent = np.frexp(scales)
+    if target.format == "mxfp4":
+        demand((mantissa == 0.5).all(), layer.name, "scales must be powers of two", f"{scales.max():g} among them")
+        return scales
+    digits = np.minimum(4, exponent + 9)  # of the mantissa: numbers below 2^-6 have fewer
+    whole = (np.ldexp(mantissa, digits) % 1 == 0) & (scales <= 448)
+    demand(whole.all(), layer.name, "scales must be e4m3", f"{scales[~whole].max(initial=0):g} among them")
+    demand(divisor is not None and divisor.shape == (1,), layer.name, "a divisor must be [1]", divisor)
+    assert divisor is not None
+    return scales / divisor.numpy()
 
 
 def assert_untouched(name: str, layer: Layer, result: Compressed) -> None:
@@ -143,7 +191,18 @@ def _generators() -> dict[str, object]:
 def assert_same(name: str, first: Compressed, second: Compressed) -> None:
     """Promise 4: two results of the same inputs are the same to the last bit."""
     parts = [vars(result) | (vars(result.quantised) if result.quantised else {}) for result in (first, second)]
-    for key in ("weight", "mask", "codes", "scales", "zeros", "group_of", "input_scale"):
+    for key in (
+        "weight",
+        "mask",
+        "codes",
+        "scales",
+        "zeros",
+        "group_of",
+        "input_scale",
+        "divisor",
+        "levels",
+        "rotation",
+    ):
         a, b = (part.get(key) for part in parts)
-        same = b is None if a is None else b is not None and torch.equal(a, b)
+        same = torch.equal(a, b) if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor) else a == b
         demand(same, name, f"two calls with the same inputs must give the same {key}", f"a {key} that differs")

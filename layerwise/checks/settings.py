@@ -24,6 +24,8 @@ TARGETS = [
     Target(bits=4, group=16),
     Target(bits=3, group=16),
     Target(bits=4, symmetric=True),
+    Target(format="nvfp4"),
+    Target(format="mxfp4"),
     Target(pattern="2:4", bits=4),
     Target(0.5, bits=4, group=16),
     Target(0.5, "1x16", bits=4, group=16),
@@ -77,7 +79,7 @@ def _checks(entry: Entry) -> Mapping[str, Any]:
 
 def more_targets(entry: Entry) -> list[Target]:
     """Targets that the card lists with widths that no target of the battery has."""
-    usual = {target.bits for target in TARGETS}
+    usual = {target.width for target in TARGETS}
     found = []
     for bits in entry.card["bits"]:
         if bits not in usual:

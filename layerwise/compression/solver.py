@@ -128,6 +128,8 @@ class Solver:
                 inputs,
                 input_scale=result.quantised is not None and result.quantised.input_scale is not None,
                 reordered=packed_weights.reordered(result, self.target),
+                levels=result.quantised is not None and result.quantised.levels is not None,
+                rotated=result.quantised is not None and result.quantised.rotation is not None,
             ),
             "damping": None if (used := result.info.get("damping")) is None else float(used),
             "seconds": seconds,

@@ -12,9 +12,11 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from layerwise.contract.layer import Compressed, Layer, Quantised, Target
+from layerwise.contract.layer import Compressed, Layer, Quantised, Rotation, Target
 from layerwise.numerics import ops
+from layerwise.numerics.code_books import expressible
 from layerwise.numerics.patterns import count_kept, finite, kept_counts
+from layerwise.numerics.rotations import block_of
 
 NOT_FINITE = "must be finite"  # in the sentence about a result that has diverged
 
@@ -43,7 +45,7 @@ def _plain(layer: Layer, target: Target, result: Compressed) -> str | None:
             return f"promise 1: quantised must be a Quantised, {type(result.quantised).__name__} came"
         parts = vars(result.quantised)
         tensors |= {name: parts[name] for name in ("codes", "scales", "zeros")}
-        optional |= {name: parts[name] for name in ("group_of", "input_scale")}
+        optional |= {name: parts[name] for name in ("group_of", "input_scale", "divisor", "levels")}
     tensors |= {name: value for name, value in optional.items() if value is not None}
     expected = type(layer.weight)
     for name, value in tensors.items():
@@ -120,19 +122,56 @@ def _grid(layer: Layer, target: Target, result: Compressed) -> str | None:
         if tensor is not None and tensor.shape != shapes[name]:
             return f"promise 3: {name} must be {list(shapes[name])}, {_words(tensor.shape)} came"
     for name, tensor in (("scales", scales), ("input_scale", input_scale)):
-        if tensor is not None and not ((tensor > 0) & torch.isfinite(tensor)).all():
+        may_be_zero = name == "scales" and quantised.levels is not None
+        if tensor is not None and not (((tensor >= 0) if may_be_zero else (tensor > 0)) & torch.isfinite(tensor)).all():
             return f"promise 3: {name} must be positive and finite"
-    off = (zeros != zeros.round()) | (zeros < 0) | (zeros >= 2**target.bits)
-    if target.symmetric:
-        off |= zeros != 2 ** (target.bits - 1)
-    if off.any():
-        expected = f"{2 ** (target.bits - 1)}" if target.symmetric else f"whole numbers in [0, {2**target.bits - 1}]"
-        return f"promise 3: zeros must be {expected}, {int(off.sum())} are not"
+    if sentence := _book(quantised, target) or _zeros(zeros, target, quantised.levels is not None):
+        return sentence
     values = ops.quantised_values(quantised, target)
     kept = values if result.mask is None else torch.where(result.mask, values, 0.0)
     wrong = int((kept != result.weight).sum())
     by = "" if input_scale is None else " / input_scale"
-    return f"promise 3: scales * (codes - zeros){by} must equal the weight, {wrong} entries differ" if wrong else None
+    value = "scales * (codes - zeros)" if ops.book_of(quantised, target) is None else "scales * levels"
+    return f"promise 3: {value}{by} must equal the weight, {wrong} entries differ" if wrong else None
+
+
+def _zeros(zeros: Tensor, target: Target, levels: bool) -> str | None:
+    assert target.bits is not None
+    if target.format or levels:
+        off, expected = zeros != 0, "0"
+    elif target.symmetric:
+        off, expected = zeros != 2 ** (target.bits - 1), f"{2 ** (target.bits - 1)}"
+    else:
+        off = (zeros != zeros.round()) | (zeros < 0) | (zeros >= 2**target.bits)
+        expected = f"whole numbers in [0, {2**target.bits - 1}]"
+    return f"promise 3: zeros must be {expected}, {int(off.sum())} are not" if off.any() else None
+
+
+def _book(quantised: Quantised, target: Target) -> str | None:
+    """What is off with levels, the divisor, and the scales of a format, or None."""
+    assert target.bits is not None
+    divisor, levels, rotation = quantised.divisor, quantised.levels, quantised.rotation
+    if rotation is not None and not (
+        isinstance(rotation, Rotation)
+        and 0 <= rotation.seed < 2**31
+        and rotation.block == block_of(quantised.codes.shape[1], rotation.block)
+    ):
+        return f"promise 3: a rotation must have a seed and a block that divides the inputs, {rotation} came"
+    if (divisor is None) == (target.format == "nvfp4"):
+        return f"promise 3: scales of nvfp4, and no others, must have a divisor, {divisor} came"
+    if divisor is not None and not (
+        divisor.shape == (1,) and divisor.dtype == torch.float32 and 0 < divisor < math.inf
+    ):
+        return f"promise 3: the divisor must be torch.float32 [1], positive and finite, {divisor} came"
+    if levels is not None and target.format:
+        return f"promise 3: the levels of {target.format} are fixed, others came"
+    if levels is not None and (levels.shape != (2**target.bits,) or levels.dtype != torch.float32):
+        return f"promise 3: levels must be torch.float32 [{2**target.bits}], {levels.dtype} {_words(levels.shape)} came"
+    if levels is not None and not finite(levels):
+        return "promise 3: levels must be finite"
+    if target.format and (wrong := int((~expressible(quantised.scales, target)).sum())):
+        return f"promise 3: scales must be numbers that {target.format} has, {wrong} are not"
+    return None
 
 
 def _unchanged(layer: Layer, target: Target, result: Compressed) -> str | None:

@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from layerwise.contract.target import FORMATS
+
 STRUCTURES = ["dense", "row", "layer", "n:m", "1xb"]
 # What the objective of a method's trace measures: the layer's error, that of a relaxed mask, or something of its own.
 CRITERIA = ["error", "relaxed error", "own"]
@@ -20,7 +22,15 @@ CARD_SCHEMA = {
         "arxiv": {"type": "string", "pattern": r"^\d{4}\.\d{4,5}$"},
         "code": {"type": "string"},
         "patterns": {"type": "array", "items": {"enum": STRUCTURES}},
-        "bits": {"type": "array", "items": {"type": "integer", "minimum": 2, "maximum": 8}},
+        "bits": {
+            "type": "array",
+            "items": {
+                "type": ["integer", "string"],
+                "minimum": 2,
+                "maximum": 8,
+                "pattern": f"^({'|'.join(FORMATS)})$",
+            },
+        },
         "updates_weights": {"type": "boolean"},
         "needs": {"type": "array", "items": {"enum": STATISTICS}},
         "parameters": {"type": "object", "additionalProperties": {"type": "object"}},
@@ -29,6 +39,8 @@ CARD_SCHEMA = {
         "criterion": {"enum": CRITERIA},
         "keeps_zeros": {"type": "boolean"},
         "joint_only": {"type": "boolean"},
+        "bits_only": {"type": "boolean"},
+        "own_grid": {"type": "boolean"},  # its codes stand for levels of its own, or for a rotated weight
         "named_by": {"type": "string"},
         "cost": {
             "type": "object",

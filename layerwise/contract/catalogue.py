@@ -218,7 +218,12 @@ class Catalogue(Mapping[str, Entry]):
         if entry.chains:
             return self._chain_refusal([(name, inside) for _, name, inside in entry.inner(params)], target)
         for key, inner, inner_params in entry.inner(params):
-            pruning = entry.card["parameters"][key].get("asked") == "pruning"
+            schema, card = entry.card["parameters"][key], self[inner].card
+            pruning = schema.get("asked") == "pruning"
+            if "gives" in schema and (lacking := [need for need in card["needs"] if need not in schema["gives"]]):
+                return f"its {key} cannot quantise: {inner} needs {', '.join(lacking)}, which {name} does not give"
+            if entry.card.get("own_grid") and card.get("own_grid"):
+                return f"its {key} cannot quantise: {inner} has a grid of its own"
             part = target.pruning if pruning else target
             reason = None if pruning and not target.sparsity else self.refusal(inner, inner_params, part)
             if reason:

@@ -56,16 +56,33 @@ class Layer:
 
 
 @dataclass(frozen=True)
-class Quantised:
-    """The integer codes of a layer [out, in] and the grid that they lie on.
+class Rotation:
+    """Signs and blocks of a random-signed block Hadamard transform of a layer's inputs (numerics.rotations).
 
-    The value of a code is scales[i, g] * (codes[i, j] - zeros[i, g]) / input_scale[j], with g = group_of[j].
+    seed: of the signs, in [0, 2^31 - 1]. block: a power of two that divides the inputs.
+    """
+
+    seed: int
+    block: int
+
+
+@dataclass(frozen=True)
+class Quantised:
+    """The codes of a layer [out, in] and the grid that they lie on.
+
+    The value of a code is scales[i, g] * (codes[i, j] - zeros[i, g]) / input_scale[j], with g = group_of[j]. In a
+    format and with levels it is scales[i, g] / divisor * levels[codes[i, j]] / input_scale[j].
 
     codes:  [out, in] uint8, in [0, 2^bits - 1].
-    scales: [out, groups] float32, positive and finite.
-    zeros:  [out, groups] float32, whole numbers in [0, 2^bits - 1]; 2^(bits - 1) where the target is symmetric.
+    scales: [out, groups] float32, positive and finite; numbers of the target's format, if it has one.
+    zeros:  [out, groups] float32, whole numbers in [0, 2^bits - 1]; 2^(bits - 1) where the target is symmetric; 0 in a
+            format and with levels.
     group_of: [in] int64, group of each input. None when groups are runs of `target.group` consecutive inputs.
     input_scale: [in] float32, positive and finite (AWQ). None when every input has the scale one.
+    divisor: [1] float32, positive and finite, of all scales of the layer in nvfp4. None elsewhere.
+    levels: [2^bits] float32, finite: the layer's own code book, where codes stand for no integers. None elsewhere.
+            With levels a scale may be 0.
+    rotation: where the values are those of W Q, which Q^T turns back to the weight's. None where nothing is rotated.
     """
 
     codes: Tensor
@@ -73,6 +90,9 @@ class Quantised:
     zeros: Tensor
     group_of: Tensor | None = None
     input_scale: Tensor | None = None
+    divisor: Tensor | None = None
+    levels: Tensor | None = None
+    rotation: Rotation | None = None
 
 
 @dataclass(frozen=True)

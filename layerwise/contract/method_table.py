@@ -25,7 +25,7 @@ class MethodCard:
 
     paper, arxiv, code: of its source, where it has one.
     patterns: kinds of sparsity that it reaches: dense, row, layer, n:m, 1xb.
-    bits: widths of the grids that it quantises to; empty where it does not quantise.
+    bits: widths and formats of the grids that it quantises to; empty where it does not quantise.
     updates_weights: whether weights that are kept change.
     needs: what it reads of the inputs; "gram" and "cross_gram" of a `Gram`, the rest fields of a `Statistics`.
     control: whether it is there to be compared with, and compresses nothing well.
@@ -37,7 +37,7 @@ class MethodCard:
     arxiv: str | None
     code: str | None
     patterns: tuple[str, ...]
-    bits: tuple[int, ...]
+    bits: tuple[int | str, ...]
     updates_weights: bool
     needs: tuple[str, ...]
     control: bool
@@ -132,9 +132,11 @@ def card_of(entry: Entry) -> MethodCard:
     )
 
 
-def widths(bits: Iterable[int]) -> str:
-    """Widths of codes in words: 2-8 for every width from 2 to 8, else the list."""
-    ordered = sorted(bits)
+def widths(bits: Iterable[int | str]) -> str:
+    """Widths of codes in words: 2-8 for every width from 2 to 8, else the list; formats by their names after it."""
+    listed = list(bits)
+    ordered = sorted(width for width in listed if isinstance(width, int))
+    formats = [width for width in listed if isinstance(width, str)]
     if len(ordered) > 2 and ordered == list(range(ordered[0], ordered[-1] + 1)):
-        return f"{ordered[0]}-{ordered[-1]}"
-    return ", ".join(map(str, ordered))
+        return ", ".join([f"{ordered[0]}-{ordered[-1]}", *formats])
+    return ", ".join([*map(str, ordered), *formats])

@@ -11,8 +11,9 @@ PATTERN = re.compile(r"row|layer|[1-9]\d*:[1-9]\d*|1x[1-9]\d*")
 LABEL = re.compile(
     r"(?:(?P<n_of_m>[1-9][0-9]*:[1-9][0-9]*) |"
     r"(?P<percent>[0-9]+(?:\.[0-9]+)?(?:e[+-]?[0-9]+)?)% (?P<pattern>row|layer|1x[1-9][0-9]*) )?"
-    r"(?:(?P<bits>[0-9]+)b (?:g(?P<group>[0-9]+) )?(?P<symmetric>sym )?)?"
+    r"(?:(?P<format>nvfp4|mxfp4) |(?P<bits>[0-9]+)b (?:g(?P<group>[0-9]+) )?(?P<symmetric>sym )?)?"
 )
+FORMATS = {"nvfp4": 16, "mxfp4": 32}  # floating-point formats of four bits -> inputs that share a scale
 JOINT = "pruned and quantised"  # the budget of a target that does both: bits as stored
 CERTIFIED = ("row", "layer", "n:m")  # patterns for which the error of every mask has a bound
 
@@ -26,10 +27,13 @@ class Target:
               "n:m" n KEPT of every m consecutive inputs of a row; "1xb" whole blocks of b consecutive inputs of a row
               kept or dropped, floor(sparsity * blocks) dropped in every row. An incomplete last group or block counts
               as if it were filled up with zeros, which go first.
-    bits:     width of the integer codes, 2 to 8, or None for floating point.
+    bits:     width of the integer codes, 2 to 8, or None for floating point. Of a format it is 4; the format's name may
+              stand here instead of it.
     group:    consecutive inputs of a row that share a scale and zero, or None for a whole row. A last group that is
-              short has a scale and zero of its own.
+              short has a scale and zero of its own. A format fixes it.
     symmetric: grid centred on zero.
+    format:   "nvfp4" or "mxfp4", whose codes are floating-point numbers of four bits (e2m1) in groups of 16 or 32; None
+              for integer codes.
     """
 
     sparsity: float = 0.0
@@ -37,8 +41,10 @@ class Target:
     bits: int | None = None
     group: int | None = None
     symmetric: bool = False
+    format: str | None = None
 
     def __post_init__(self) -> None:
+        self._fill_in_format()
         if not PATTERN.fullmatch(self.pattern):
             raise ValueError(f"Target.pattern must be 'row', 'layer', 'n:m' or '1xb'. Got {self.pattern!r} instead.")
         if self.n_of_m:
@@ -64,9 +70,31 @@ class Target:
         if self.bits is None and (self.group is not None or self.symmetric):
             raise ValueError("Target.group and Target.symmetric describe a grid: give bits too.")
 
+    def _fill_in_format(self) -> None:
+        """Write out what a format fixes. Raises ValueError where something else is given beside it."""
+        if isinstance(self.bits, str):  # a config writes bits: nvfp4
+            if self.bits not in FORMATS:
+                known = ", ".join(FORMATS)
+                raise ValueError(f"Target.bits must be 2 to 8, {known}. Got {self.bits!r} instead.")
+            object.__setattr__(self, "format", self.bits)
+            object.__setattr__(self, "bits", 4)
+        if self.format is None:
+            return
+        if self.format not in FORMATS:
+            raise ValueError(f"Target.format must be {' or '.join(FORMATS)}. Got {self.format!r} instead.")
+        length = FORMATS[self.format]
+        if self.group not in (None, length):
+            raise ValueError(f"Target.group of {self.format} must be {length}. Got {self.group} instead.")
+        if self.bits not in (None, 4):
+            raise ValueError(f"Target.bits of {self.format} must be 4. Got {self.bits} instead.")
+        if self.symmetric:
+            raise ValueError(f"Target.symmetric must be False of {self.format}, which has no zero. Got True instead.")
+        object.__setattr__(self, "bits", 4)
+        object.__setattr__(self, "group", length)
+
     @classmethod
     def parse(cls, label: str) -> "Target":
-        """The target of a label such as "60% row", "50% layer", "2:4", "50% 1x16", "4b g128", "2:4 4b sym" or "dense".
+        """The target of a label: "60% row", "50% layer", "2:4", "50% 1x16", "4b g128", "2:4 4b sym", "nvfp4", "dense".
 
         The inverse of `label`, which shows six digits of the percentage: one third is written 33.3333%, and 33.3333% is
         read as 0.333333, digit by digit. Raises ValueError for what is no label, and for what no target can be.
@@ -78,7 +106,7 @@ class Target:
         if not words or not found:
             raise ValueError(
                 "A target's label must be like '60% row', '50% layer', '2:4', '50% 1x16', '4b g128', '4b sym', "
-                f"'2:4 4b g128' or 'dense'. Got {label!r} instead."
+                f"'2:4 4b g128', 'nvfp4', 'mxfp4' or 'dense'. Got {label!r} instead."
             )
         bits, group, percent = found["bits"], found["group"], found["percent"]
         return cls(
@@ -87,6 +115,7 @@ class Target:
             bits=int(bits) if bits else None,
             group=int(group) if group else None,
             symmetric=bool(found["symmetric"]),
+            format=found["format"],
         )
 
     @property
@@ -120,17 +149,27 @@ class Target:
     @property
     def grid(self) -> "Target":
         """What it says of the grid, without sparsity."""
-        return Target(bits=self.bits, group=self.group, symmetric=self.symmetric)
+        return Target(bits=self.bits, group=self.group, symmetric=self.symmetric, format=self.format)
+
+    @property
+    def width(self) -> int | str | None:
+        """What a method's card lists under `bits`: the width of integer codes, or the format; None for no grid."""
+        return self.format or self.bits
+
+    @property
+    def has_zeros(self) -> bool:
+        """Whether the zeros of its groups are chosen, and stored."""
+        return self.bits is not None and not self.symmetric and self.format is None
 
     @property
     def budget(self) -> str:
         """Kind of what a share of it is given to each layer, as an allocator's card lists it: as `structure`, or bits.
 
-        That of a target which prunes and quantises is JOINT: the bits that it takes.
+        That of a target which prunes and quantises is JOINT: the bits that it takes. Of a format there is none: its name.
         """
         if self.bits is None:
             return self.structure
-        return JOINT if self.sparsity else "bits"
+        return JOINT if self.sparsity else self.format or "bits"
 
     @property
     def level(self) -> float:
@@ -152,18 +191,22 @@ class Target:
 
     @property
     def label(self) -> str:
-        """Short name for tables, figures and reports: 50% row, 2:4, 4b g128, 2:4 4b, dense."""
+        """Short name for tables, figures and reports: 50% row, 2:4, 4b g128, 2:4 4b, nvfp4, dense."""
         parts = []
         if self.sparsity:
             parts.append(self.pattern if self.n_of_m else f"{100 * self.sparsity:g}% {self.pattern}")
-        if self.bits is not None:
+        if self.format:
+            parts.append(self.format)
+        elif self.bits is not None:
             parts.append(
                 f"{self.bits}b" + (f" g{self.group}" if self.group else "") + (" sym" if self.symmetric else "")
             )
         return " ".join(parts) or "dense"
 
     def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        """Its fields as a config has them: a format stands under `bits`."""
+        fields = asdict(self)
+        return fields | {"bits": fields.pop("format") or self.bits}
 
 
 def refusal(name: str, card: Mapping[str, Any], target: Target) -> str | None:
@@ -172,6 +215,8 @@ def refusal(name: str, card: Mapping[str, Any], target: Target) -> str | None:
         return f"{name} is a control that changes nothing"
     if card.get("joint_only") and not (target.sparsity and target.bits):
         return f"{name} prunes and quantises, not one of them alone"
+    if card.get("bits_only") and target.bits is None:
+        return f"{name} does not prune without quantising"
     if target.bits is not None and not card["bits"]:
         return f"{name} does not quantise"
     if target.structure not in card["patterns"]:
@@ -180,6 +225,6 @@ def refusal(name: str, card: Mapping[str, Any], target: Target) -> str | None:
         if card["patterns"] == ["dense"]:
             return f"{name} does not prune"
         return f"{name} prunes by {', '.join(card['patterns'])}, not by {target.structure}"
-    if target.bits is not None and target.bits not in card["bits"]:
-        return f"{name} quantises to {', '.join(map(str, card['bits']))} bits, not to {target.bits}"
+    if target.width is not None and target.width not in card["bits"]:
+        return f"{name} quantises to {', '.join(map(str, card['bits']))} bits, not to {target.width}"
     return None

@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from layerwise.contract.target import Target
+from layerwise.export.float_formats import PACKINGS, names_of, on_format, unpacked_format
 from layerwise.export.save import MANIFEST, WEIGHTS, digest
 from layerwise.models.loading import load
 from layerwise.models.structure import Linear, few, model_linears
@@ -113,7 +114,9 @@ def open_folder(
     tensors, scheme = Tensors(folder), getattr(config, "quantization_config", None)
     if scheme is None:
         marks = said.get("layers", {})
-        hidden = {name for name, mark in marks.items() if mark["reordered"] or mark["input_scale"]}
+        hidden = {
+            name for name, mark in marks.items() if mark["reordered"] or mark["input_scale"] or mark.get("own_grid")
+        }
         loaded = loader(folder, trust_remote_code)
         return Folder(
             "dense",
@@ -121,10 +124,17 @@ def open_folder(
             shapes,
             lambda name: read_dense(tensors, linears[name], targets.get(name, target), name in hidden, loaded),
         )
-    if scheme.get("format") != "pack-quantized" or len(scheme["config_groups"]) != 1:
-        raise InputError(f"{folder} is {scheme.get('format')}, only pack-quantized with one group of layers is read.")
+    known = ["pack-quantized", *PACKINGS]
+    if scheme.get("format") not in known or len(scheme["config_groups"]) != 1:
+        which = " or ".join(known)
+        raise InputError(f"{folder} is {scheme.get('format')}, only {which} with one group of layers is read.")
     weights = next(iter(scheme["config_groups"].values()))["weights"]
     group = weights["group_size"] if weights["strategy"] == "group" else None
+    if own := PACKINGS.get(scheme["format"]):
+        grid = Target(format=own, group=weights["group_size"])
+        return Folder(
+            "compressed-tensors", grid, shapes, lambda name: read_float_format(tensors, linears[name], grid, dtype)
+        )
     grid = Target(bits=weights["num_bits"], group=group, symmetric=weights["symmetric"])
     return Folder(
         "compressed-tensors", grid, shapes, lambda name: read_pack_quantized(tensors, linears[name], grid, dtype)
@@ -195,6 +205,8 @@ def on_grid(groups: Tensor, target: Target) -> Tensor:
     of the largest one's, so that grids as fine as that, 7 and 8 bits in bfloat16, always pass.
     """
     assert target.bits is not None
+    if target.format:
+        return on_format(groups)
     most, limits, weight = 2**target.bits - 1, torch.finfo(groups.dtype), groups.double()
     largest = weight.abs().amax(1, keepdim=True)
     found = largest[:, 0] == 0
@@ -227,6 +239,13 @@ def read_pack_quantized(tensors: Tensors, linear: Linear, grid: Target, dtype: t
         zeros = from_words(parts["weight_zero_point"].T, bits, groups, rows).T
     codes = from_words(parts["weight_packed"], bits, rows, inputs)
     weight = ops.dequantise(codes, scales.float(), zeros.float(), ops.groups_of(inputs, grid.group))
+    return Found(weight.to(dtype), None, sum(part.nbytes for part in parts.values()))
+
+
+def read_float_format(tensors: Tensors, linear: Linear, grid: Target, dtype: torch.dtype) -> Found:
+    """A layer in compressed-tensors' layout of nvfp4 or mxfp4. Raises ValueError when its tensors do not fit."""
+    parts = {name: tensors.get(f"{linear.name}.{name}") for name in names_of(grid)}
+    weight = unpacked_format(parts, grid, linear.shape)
     return Found(weight.to(dtype), None, sum(part.nbytes for part in parts.values()))
 
 

@@ -22,6 +22,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from layerwise.contract.layer import Compressed, Quantised
 from layerwise.contract.target import Target
 from layerwise.evaluation.perplexity import apply_weights, layers_of
+from layerwise.export.float_formats import packed_format, packing
 from layerwise.export.save_tokenizer import copy_tokenizer
 from layerwise.models import loading, structure
 from layerwise.models.structure import Linear, few
@@ -80,13 +81,18 @@ def load_packed(folder: Path, trust_remote_code: bool = False) -> PreTrainedMode
 
 
 def save_compressed_tensors(model: PreTrainedModel, file: PackedFile, folder: Path) -> None:
-    """The pack-quantized format of the compressed-tensors library, for from_pretrained.
+    """The pack-quantized format of the compressed-tensors library, or its own of nvfp4 and mxfp4, for from_pretrained.
 
-    Its codes and zeros are ours less 2^(bits - 1), its scales in the model's dtype.
+    Its integer codes and zeros are ours less 2^(bits - 1), their scales in the model's dtype.
     """
     from compressed_tensors.compressors import ModelCompressor
     from compressed_tensors.config import CompressionFormat
-    from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme, QuantizationStatus
+    from compressed_tensors.quantization import (
+        QuantizationArgs,
+        QuantizationScheme,
+        QuantizationStatus,
+        preset_name_to_scheme,
+    )
     from compressed_tensors.utils import get_direct_state_dict, replace_direct_state_dict
 
     target, layers = file.target, layers_of(model, file)
@@ -94,23 +100,29 @@ def save_compressed_tensors(model: PreTrainedModel, file: PackedFile, folder: Pa
     assert bits is not None  # `export` refuses others
     group = target.group or -1  # -1: one group per row
     arguments = QuantizationArgs(num_bits=bits, symmetric=target.symmetric, group_size=group)
-    scheme = QuantizationScheme(targets=["Linear"], weights=arguments, format=CompressionFormat.pack_quantized)
+    form = "pack-quantized"
+    if target.format:
+        arguments, form = preset_name_to_scheme(f"{target.format}a16".upper(), []).weights, packing(target)
+    scheme = QuantizationScheme(targets=["Linear"], weights=arguments, format=CompressionFormat(form))
     for name, linear in layers.items():
         result = file.read(name)
         refuse_inexpressible(linear, result, target, model.dtype)
         state = get_direct_state_dict(linear.module)
         del state["weight"]
-        tensors = pack_quantized(quantised_of(result), bits, target.symmetric, model.dtype)
+        if target.format:
+            tensors = packed_format(quantised_of(result), target)
+        else:
+            tensors = pack_quantized(quantised_of(result), bits, target.symmetric, model.dtype)
         replace_direct_state_dict(linear.module, state | tensors)
         vars(linear.module).update(quantization_scheme=scheme, quantization_status=QuantizationStatus.COMPRESSED)
-    compressor = ModelCompressor.from_pretrained_model(model, "pack-quantized")
+    compressor = ModelCompressor.from_pretrained_model(model, form)
     # The library leaves out linear layers of another class than those quantised, such as Falcon's head.
     linear_names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     assert compressor.quantization_config is not None
     compressor.quantization_config.ignore = [name for name in linear_names if name not in layers]
     model.save_pretrained(folder)
     compressor.update_config(str(folder))
-    if not target.symmetric:
+    if target.has_zeros:
         # compressed-tensors 0.20 cannot lay packed zero points out before they are loaded (its compress() on meta
         # tensors leaves them unpacked), so that from_pretrained must dequantise while it loads.
         config = read_record(folder / "config.json")
@@ -125,11 +137,15 @@ def refuse_inexpressible(linear: Linear, result: Compressed, target: Target, dty
         why = f"{type(linear.module).__name__} is no torch Linear"
     elif quantised.input_scale is not None:
         why = "it has a scale for each input (AWQ)"
+    elif quantised.rotation is not None:
+        why = "its inputs are rotated"
+    elif quantised.levels is not None:
+        why = "its codes stand for levels of its own"
     elif reordered(result, target):
         why = "its groups are no runs of consecutive inputs (act-order)"
     elif target.group and inputs % target.group:
         why = f"groups of {target.group} do not divide its {inputs} inputs"
-    elif not torch.equal(quantised.scales.to(dtype).float(), quantised.scales):
+    elif not target.format and not torch.equal(quantised.scales.to(dtype).float(), quantised.scales):
         why = f"{str(dtype).removeprefix('torch.')} cannot hold its scales"
     if why:
         raise InputError(f"{linear.name} cannot be saved as compressed-tensors: {why}; use --format packed or dense.")
@@ -185,6 +201,8 @@ def manifest(record: Mapping[str, Any], file: PackedFile, form: str, dtype: torc
             "sha256": digest(weight),
             "input_scale": result.quantised is not None and result.quantised.input_scale is not None,
             "reordered": reordered(result, file.target_of(name)),
+            "own_grid": result.quantised is not None
+            and (result.quantised.rotation is not None or result.quantised.levels is not None),
         }
     own: dict[str, Any] = {"format": form, "target": file.target.as_dict(), "layers": layers}
     if file.targets:
@@ -209,7 +227,7 @@ def export(cell: Path, form: str, out: Path, spec: Mapping[str, Any] | None = No
         raise InputError(f"{cell / 'cell.json'} does not say how its model is loaded: give --model.")
     if form == "compressed-tensors" and file.target.bits is None:
         raise InputError(f"compressed-tensors holds quantised layers, and those of {cell} are not: use --format dense.")
-    if form == "compressed-tensors" and len({target.bits for target in file.targets.values()}) > 1:
+    if form == "compressed-tensors" and len({target.width for target in file.targets.values()}) > 1:
         raise InputError(f"compressed-tensors is written with one width for all layers: those of {cell} have several.")
     if form == "compressed-tensors" and importlib.util.find_spec("compressed_tensors") is None:
         raise InputError(

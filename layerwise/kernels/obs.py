@@ -32,13 +32,18 @@ class BlockBudget(NamedTuple):
 
 
 class GridArrays(NamedTuple):
-    """The grid that columns are rounded to; a largest code of 0 stands for none."""
+    """The grid that columns are rounded to; a largest code of 0 stands for none.
+
+    book: [3, levels] float32, of codes that stand for no integers: levels as they rise, the codes of them, and below
+    each level the least number that has it (of the first none is read). [3, 0] for integers.
+    """
 
     scales: np.ndarray  # [out, groups] float32
     zeros: np.ndarray  # [out, groups] float32
     group_of: np.ndarray  # [in] int64
     codes: np.ndarray  # [out, in] uint8, written
     largest_code: np.float32
+    book: np.ndarray
 
 
 class CorrectionArrays(NamedTuple):
@@ -50,13 +55,13 @@ class CorrectionArrays(NamedTuple):
     pull: np.float32
 
 
-NO_SCALES = np.empty((0, 0), np.float32)
-NO_GRID = GridArrays(NO_SCALES, NO_SCALES, np.empty(0, np.int64), np.empty((0, 0), np.uint8), np.float32(0))
+NO_SCALES, NO_BOOK = np.empty((0, 0), np.float32), np.empty((3, 0), np.float32)
+NO_GRID = GridArrays(NO_SCALES, NO_SCALES, np.empty(0, np.int64), np.empty((0, 0), np.uint8), np.float32(0), NO_BOOK)
 NO_CORRECTION = CorrectionArrays(NO_SCALES, NO_SCALES, NO_SCALES, np.float32(0))
 FLOATS, BOOLS, CODES = float32[:, ::1], boolean[:, ::1], uint8[:, ::1]
 MATRICES_TYPE = named(SweepMatrices, FLOATS, FLOATS, FLOATS, BOOLS)
 BUDGET_TYPE = named(BlockBudget, int64, int64)
-GRID_TYPE = named(GridArrays, FLOATS, FLOATS, int64[::1], CODES, float32)
+GRID_TYPE = named(GridArrays, FLOATS, FLOATS, int64[::1], CODES, float32, FLOATS)
 CORRECTION_TYPE = named(CorrectionArrays, FLOATS, FLOATS, FLOATS, float32)
 
 
@@ -207,13 +212,28 @@ def _load_grid(grid, top, height, column, tile_grid):
 
 
 @compiled()
-def _prune_and_round(lanes, i, pivot, tile_grid, largest_code):
+def _round_to_book(final, steps, book, codes, i):
+    """The values of a column's lanes on the levels of a book, and their codes."""
+    number = simd.div(final, steps)
+    level, code = simd.splat(book[0, 0]), simd.splat(book[1, 0])
+    for k in range(1, book.shape[1]):
+        reached = simd.le_mask(simd.splat(book[2, k]), number)
+        level = simd.select(reached, simd.splat(book[0, k]), level)
+        code = simd.select(reached, simd.splat(book[1, k]), code)
+    simd.store(codes, i * TILE_ROWS, code)
+    return simd.mul(steps, level)
+
+
+@compiled()
+def _prune_and_round(lanes, i, pivot, tile_grid, largest_code, book):
     """Make column i of a tile what it becomes, and write its error over `pivot`, U_ii."""
     entries, losses, keep, codes = lanes
     one, minus_one = simd.splat(np.float32(1)), simd.splat(np.float32(-1))
     entry = simd.load(entries, i * TILE_ROWS)
     final = simd.select(simd.le_mask(one, simd.load(keep, i * TILE_ROWS)), entry, simd.zeros())
-    if largest_code:  # products and sums as sub_mul has them: rounded one by one
+    if book.shape[1]:
+        final = _round_to_book(final, simd.load(tile_grid[0], 0), book, codes, i)
+    elif largest_code:  # products and sums as sub_mul has them: rounded one by one
         steps, origin, largest = simd.load(tile_grid[0], 0), simd.load(tile_grid[1], 0), simd.splat(largest_code)
         rounded_codes = simd.clamp(simd.sub_mul(simd.rint(simd.div(final, steps)), minus_one, origin), largest)
         simd.store(codes, i * TILE_ROWS, rounded_codes)
@@ -286,7 +306,7 @@ def _sweep(matrices, start, factor, budget, grid, correction, first, last):
                 _load_grid(grid, top, height, start + i, tile_grid)
             if corrected:
                 _pull(lanes[0], more[1], more[0], i, correction.pull)
-            _prune_and_round(lanes, i, factor[i, i], tile_grid, grid.largest_code)
+            _prune_and_round(lanes, i, factor[i, i], tile_grid, grid.largest_code, grid.book)
             if corrected:
                 _pass_on_corrected(lanes, more[1], more[0], factor, correction.passed, i, correction.pull)
             else:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from layerwise.contract.gram import Gram
-from layerwise.contract.layer import Compressed, Layer, Quantised, Target
+from layerwise.contract.layer import Compressed, Layer, Target
 from layerwise.numerics import ops
 from layerwise.numerics.obs import ColumnGrid, Columns, ColumnSweep, Correction
 
@@ -56,7 +56,8 @@ class ColumnRounding:
         assert target.bits is not None  # the cards list no other target
         gram, inputs = layer.gram, layer.weight.shape[1]
         weight = layer.weight if dead_stay or not gram.dead.any() else torch.where(gram.dead, 0.0, layer.weight)
-        refitted = None if self.static_groups or grid else target.group  # length of groups that are fitted on the way
+        # Length of the groups that are fitted on the way. Those of a format share the divisor of the weight as it was.
+        refitted = None if self.static_groups or grid or target.format else target.group
         if refitted:
             scales, zeros = weight.new_empty(2, len(weight), -(-inputs // refitted))
             grid = ops.Grid(scales, zeros, target.bits)
@@ -88,7 +89,7 @@ class ColumnRounding:
             back = order.argsort()
             weight, codes, group_of = weight[:, back], codes[:, back], group_of[back]
         moved = group_of if self.act_order and refitted else None
-        return Compressed(weight, quantised=Quantised(codes, grid.scales, grid.zeros, moved), info={"damping": damping})
+        return Compressed(weight, quantised=grid.quantised(codes, moved), info={"damping": damping})
 
     def fitted(self, weight: Tensor, target: Target) -> ops.Grid:
         """The grid of weight [out, in]."""

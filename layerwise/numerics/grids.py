@@ -1,4 +1,4 @@
-"""Min-max quantisation grids, and rounding weights to them."""
+"""Quantisation grids fitted to a weight, and rounding weights to them."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from torch import Tensor
 from layerwise.contract.layer import Quantised, Target
 from layerwise.kernels import grids as kernel
 from layerwise.numerics import dispatch
+from layerwise.numerics.code_books import E2M1, CodeBook, fit_scales, steps_of
+from layerwise.numerics.rotations import rotate_back
 
 
 @dataclass(frozen=True)
@@ -17,25 +19,42 @@ class Grid:
     """Integer grid: value = scale * (code - zero) with codes in [0, 2^bits - 1]; scales, zeros: [out, groups] float32.
 
     Grids and weight / scale are float32: bfloat16 weights land on rounding ties, which a float64 grid would flip.
+    book: of codes that stand for no integers; value = scale / divisor * level, and zeros are 0. divisor: [1] float32,
+    or None for one.
     """
 
     scales: Tensor
     zeros: Tensor
     bits: int
+    book: CodeBook | None = None
+    divisor: Tensor | None = None
     narrow: bool = False  # whether the largest code, 2^bits - 1, is left out
 
     @property
     def largest_code(self) -> int:
         return 2**self.bits - (2 if self.narrow else 1)
 
+    @property
+    def steps(self) -> Tensor:
+        """[out, groups] float32, what a code less its zero, or a level, is multiplied by."""
+        return steps_of(self.scales, self.divisor)
+
     def codes(self, weight: Tensor, group_of: Tensor) -> Tensor:
         """[out, in] uint8 codes of weight [out, in], rounding half to even; group_of [in] names each input's group."""
+        if self.book is not None:
+            return self.book.nearest(weight / self.steps[:, group_of])
         scales, zeros = self.scales[:, group_of], self.zeros[:, group_of]
         return (torch.round(weight / scales) + zeros).clamp(0, self.largest_code).to(torch.uint8)
 
     def values(self, codes: Tensor, group_of: Tensor) -> Tensor:
         """[out, in] float32 values of the codes."""
+        if self.book is not None:
+            return self.steps[:, group_of] * self.book.values(codes)
         return dequantise(codes, self.scales, self.zeros, group_of)
+
+    def quantised(self, codes: Tensor, group_of: Tensor | None = None, input_scale: Tensor | None = None) -> Quantised:
+        """Codes [out, in] on this grid of a target, as a method returns them."""
+        return Quantised(codes, self.scales, self.zeros, group_of, input_scale, self.divisor)
 
 
 def dequantise(
@@ -49,7 +68,20 @@ def dequantise(
 def quantised_values(quantised: Quantised, target: Target) -> Tensor:
     """[out, in] float32 values of a layer's codes; those of pruned weights too."""
     groups = grouping(quantised, target)
-    return dequantise(quantised.codes, quantised.scales, quantised.zeros, groups, quantised.input_scale)
+    book = book_of(quantised, target)
+    if book is None:
+        values = dequantise(quantised.codes, quantised.scales, quantised.zeros, groups, quantised.input_scale)
+    else:
+        values = steps_of(quantised.scales, quantised.divisor)[:, groups] * book.values(quantised.codes)
+        values = values if quantised.input_scale is None else values / quantised.input_scale
+    return values if quantised.rotation is None else rotate_back(values, quantised.rotation).float()
+
+
+def book_of(quantised: Quantised, target: Target) -> CodeBook | None:
+    """What the codes of a layer stand for: its own levels or the numbers of the target's format; None for integers."""
+    if quantised.levels is not None:
+        return CodeBook(quantised.levels)
+    return E2M1 if target.format else None
 
 
 def grouping(quantised: Quantised, target: Target) -> Tensor:
@@ -65,12 +97,15 @@ def groups_of(inputs: int, group: int | None, device: torch.device | None = None
 
 
 def fit_grid(weight: Tensor, target: Target, mse: bool = False) -> Grid:
-    """Min-max grid of weight [out, in] per row and group, as in the GPTQ code's Quantizer.
+    """Min-max grid of weight [out, in] per row and group, as in the GPTQ code's Quantizer; of a format its scales.
 
     Asymmetric: the range is forced to include zero. Symmetric: unsigned codes, zero at 2^(bits - 1). mse: of 80 shrunk
     ranges the one with the smallest sum of |error|^2.4 (first best wins). A last group that is short stands alone.
     """
     assert target.bits is not None
+    if target.format:
+        fitted = fit_scales(weight, target, mse)
+        return Grid(fitted.scales, torch.zeros_like(fitted.scales), target.bits, E2M1, fitted.divisor)
     length = target.group or weight.shape[1]
     if dispatch.use_compiled(weight):
         return Grid(*kernel.fit(weight, length, target.bits, target.symmetric, mse), target.bits)
@@ -94,7 +129,7 @@ def fit_and_round(weight: Tensor, target: Target, mse: bool = False) -> tuple[Gr
     """The grid fitted to weight [out, in], and the weight's codes and values [out, in] on it."""
     assert target.bits is not None
     length = target.group or weight.shape[1]
-    if dispatch.use_compiled(weight):
+    if dispatch.use_compiled(weight) and not target.format:
         scales, zeros, codes, values = kernel.fit_and_round(weight, length, target.bits, target.symmetric, mse)
         return Grid(scales, zeros, target.bits), codes, values
     grid, group_of = fit_grid(weight, target, mse), groups_of(weight.shape[1], target.group, weight.device)

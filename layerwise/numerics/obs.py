@@ -163,8 +163,9 @@ class ColumnSweep:
         grid = None
         if self.grid:
             largest_code = np.float32(self.grid.grid.largest_code)
-            scales, zeros, group_of = map(array, (self.grid.grid.scales, self.grid.grid.zeros, self.grid.group_of))
-            grid = kernel.GridArrays(scales, zeros, group_of, self.grid.codes.numpy(), largest_code)
+            scales, zeros, group_of = map(array, (self.grid.grid.steps, self.grid.grid.zeros, self.grid.group_of))
+            book = kernel.NO_BOOK if self.grid.grid.book is None else array(self.grid.grid.book.table)
+            grid = kernel.GridArrays(scales, zeros, group_of, self.grid.codes.numpy(), largest_code, book)
         budget, correction = self._budget(start, start + len(inverse)), None
         if carried:
             passed = carried.passed_within(start, len(inverse))

@@ -11,11 +11,12 @@ import time
 import torch
 from torch import Tensor
 
-from layerwise.contract.layer import Compressed, Layer, Quantised, Target
+from layerwise.contract.layer import Compressed, Layer, Target
 from layerwise.kernels import selection as kernel
 from layerwise.numerics import dispatch
 from layerwise.numerics.grids import (
     Grid,
+    book_of,
     dequantise,
     fit_and_round,
     fit_grid,
@@ -30,6 +31,7 @@ from layerwise.numerics.selection import grouped, keep_largest, keep_top_per_gro
 __all__ = [
     "Best",
     "Grid",
+    "book_of",
     "damping_of",
     "dequantise",
     "fit_and_round",
@@ -151,7 +153,7 @@ def damping_of(*results: Compressed) -> dict[str, float]:
 def round_to_nearest(weight: Tensor, target: Target, mse: bool = False) -> Compressed:
     """The weight [out, in] on the grid that is fitted to it; mse: as fit_grid has it."""
     grid, codes, values = fit_and_round(weight, target, mse)
-    return Compressed(values, quantised=Quantised(codes, grid.scales, grid.zeros))
+    return Compressed(values, quantised=grid.quantised(codes))
 
 
 class Best:

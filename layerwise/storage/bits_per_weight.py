@@ -7,27 +7,46 @@ import math
 
 from layerwise.contract.target import Target
 
+SCALE_BITS = 8  # of a scale of a format
+DIVISOR_BITS = 32
 FLOAT_BITS = 16  # of a kept weight that is not quantised, of a scale, and of an input's scale
 INDEX_BITS = 16  # of a kept 1xb block, and of an input's group where groups are no runs of inputs
 
 
 def bits_per_weight(
-    target: Target, kept: float, rows: int, inputs: int, input_scale: bool = False, reordered: bool = False
+    target: Target,
+    kept: float,
+    rows: int,
+    inputs: int,
+    input_scale: bool = False,
+    reordered: bool = False,
+    levels: bool = False,
+    rotated: bool = False,
 ) -> float:
     """Bits stored per weight of a layer [rows, inputs] of which the share `kept` is kept, in [0, 1]."""
-    return sum(stored_bits(target, kept, rows, inputs, input_scale, reordered).values()) / (rows * inputs)
+    parts = stored_bits(target, kept, rows, inputs, input_scale, reordered, levels, rotated)
+    return sum(parts.values()) / (rows * inputs)
 
 
 def stored_bits(
-    target: Target, kept: float, rows: int, inputs: int, input_scale: bool = False, reordered: bool = False
+    target: Target,
+    kept: float,
+    rows: int,
+    inputs: int,
+    input_scale: bool = False,
+    reordered: bool = False,
+    levels: bool = False,
+    rotated: bool = False,
 ) -> dict[str, float]:
     """Bits of each part of a layer [rows, inputs] of which the share `kept` is kept, in [0, 1].
 
     values or codes: 16 bits, or `target.bits`, per kept weight. bitmap: one bit per weight (row, layer). positions:
     ceil(log2 m) bits per kept weight, its place in its group of m (n:m; 2 for 2:4). blocks: 16 bits, the column, per
-    kept block (1xb). scales: 16 bits per group of a row. zeros: `target.bits` per group, none if symmetric. Where
-    `grids_of_blocks`, of the kept blocks only. input_scale: 16 bits per input (AWQ). group_of: 16 bits per input where
-    groups are `reordered`, no runs of inputs (GPTQ's act-order).
+    kept block (1xb). scales: 16 bits per group of a row, 8 in a format. zeros: `target.bits` per group, none if
+    symmetric or in a format. Where `grids_of_blocks`, of the kept blocks only. divisor: 32 bits of a layer in nvfp4.
+    input_scale: 16 bits per input (AWQ). group_of: 16 bits per input where groups are `reordered`, no runs of inputs
+    (GPTQ's act-order). levels: 32 bits of each of 2^bits, of a method with a code book of its own, which has no zeros.
+    rotation: 32 bits of seed and of block.
     """
     count = kept * rows * inputs
     parts = {"codes" if target.bits else "values": count * (target.bits or FLOAT_BITS)}
@@ -42,9 +61,15 @@ def stored_bits(
         if grids_of_blocks(target, inputs) and not reordered:
             assert target.block
             groups = kept_blocks(target, inputs) * target.block // group_length(target, inputs)
-        parts["scales"] = rows * groups * FLOAT_BITS
-        if not target.symmetric:
+        parts["scales"] = rows * groups * (SCALE_BITS if target.format else FLOAT_BITS)
+        if target.has_zeros and not levels:
             parts["zeros"] = rows * groups * target.bits
+        if target.format == "nvfp4":
+            parts["divisor"] = DIVISOR_BITS
+        if levels:
+            parts["levels"] = 2**target.bits * 32
+        if rotated:
+            parts["rotation"] = 64
     if input_scale:
         parts["input_scale"] = inputs * FLOAT_BITS
     if reordered:

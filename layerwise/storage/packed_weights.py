@@ -19,17 +19,41 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from layerwise.contract.layer import Compressed, Quantised
+from layerwise.contract.layer import Compressed, Quantised, Rotation
 from layerwise.contract.target import Target
 from layerwise.numerics import ops
 from layerwise.numerics.patterns import kept_counts
+from layerwise.numerics.rotations import block_of
 from layerwise.runtime.errors import InputError
 from layerwise.storage.bits_per_weight import grids_of_blocks, group_length, kept_blocks, position_bits
 
 VERSION = 1
-WIDTHS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "U16": 2, "U8": 1}  # bytes of a number, by its name in a header
+WIDTHS = {
+    "F64": 8,
+    "F32": 4,
+    "F16": 2,
+    "BF16": 2,
+    "U16": 2,
+    "U8": 1,
+    "F8_E4M3": 1,
+    "I32": 4,
+}  # bytes of a number, by its name in a header
+EXPONENT_OFFSET = 127  # of the scales of mxfp4
 HALVES = (torch.float16, torch.bfloat16)
-PARTS = ("values", "codes", "bitmap", "positions", "blocks", "scales", "zeros", "input_scale", "group_of")
+PARTS = (
+    "values",
+    "codes",
+    "bitmap",
+    "positions",
+    "blocks",
+    "scales",
+    "zeros",
+    "divisor",
+    "levels",
+    "rotation",
+    "input_scale",
+    "group_of",
+)
 
 
 # ---------------------------------------------------------------------------------------------------------------- bits
@@ -59,8 +83,11 @@ def unpack(packed: Tensor, bits: int, count: int) -> Tensor:
 
 def half(values: Tensor, dtype: torch.dtype) -> Tensor:
     """Positive values in 16 bits: a bfloat16 model's in bfloat16, others' in the one of float16 and bfloat16 whose
-    largest relative error is smaller, which is float16 unless values are tiny or huge. None becomes zero or infinite.
+    largest relative error is smaller, which is float16 unless values are tiny or huge. None becomes zero or infinite;
+    zeros, which scales of a code book may have, stay.
     """
+    if not values.all():
+        return torch.where(values == 0, 0.0, half(torch.where(values == 0, 1.0, values), dtype))
     rounded = [within(values, kind) for kind in HALVES]
     if dtype == torch.bfloat16:
         return rounded[1]
@@ -94,7 +121,9 @@ def as_stored(result: Compressed, target: Target, dtype: torch.dtype) -> Compres
     if target.bits is None:
         return result if dtype == torch.float32 else replace(result, weight=result.weight.to(dtype).float())
     quantised = quantised_of(result)
-    scales, input_scale = half(quantised.scales, dtype).float(), quantised.input_scale
+    scales, input_scale = quantised.scales, quantised.input_scale
+    if not target.format:  # whose scales are in eight bits
+        scales = half(scales, dtype).float()
     if input_scale is not None:
         input_scale = None if bool((input_scale == 1).all()) else half(input_scale, dtype).float()
     quantised = replace(quantised, scales=scales, input_scale=input_scale)
@@ -143,9 +172,15 @@ def parts_of(result: Compressed, target: Target, dtype: torch.dtype) -> dict[str
     if grids_of_blocks(target, inputs) and not moved:
         kept = mask[:, :: group_length(target, inputs)]  # [out, groups]
         scales, zeros = scales[kept].view(rows, -1), zeros[kept]
-    parts["scales"] = _as_half(scales, dtype)
-    if not target.symmetric:
+    parts["scales"] = format_scales(scales, target) if target.format else _as_half(scales, dtype)
+    if quantised.levels is not None:
+        parts["levels"] = quantised.levels
+    elif target.has_zeros:
         parts["zeros"] = pack(zeros, target.bits)
+    if quantised.rotation is not None:
+        parts["rotation"] = torch.tensor([quantised.rotation.seed, quantised.rotation.block], dtype=torch.int32)
+    if quantised.divisor is not None:
+        parts["divisor"] = quantised.divisor
     if quantised.input_scale is not None:
         parts["input_scale"] = _as_half(quantised.input_scale, dtype)
     if moved and quantised.group_of is not None:
@@ -155,7 +190,8 @@ def parts_of(result: Compressed, target: Target, dtype: torch.dtype) -> dict[str
 
 def on_processor(quantised: Quantised) -> Quantised:
     """The same with all its tensors in the processor's memory."""
-    return replace(quantised, **{name: part.cpu() for name, part in vars(quantised).items() if part is not None})
+    tensors = {name: part for name, part in vars(quantised).items() if isinstance(part, Tensor)}
+    return replace(quantised, **{name: part.cpu() for name, part in tensors.items()})
 
 
 def mask_parts(mask: Tensor, target: Target) -> dict[str, Tensor]:
@@ -175,6 +211,25 @@ def _as_half(values: Tensor, dtype: torch.dtype) -> Tensor:
     if not torch.equal(stored.float(), values):
         raise ValueError("scales must be given as they are stored, in 16 bits")
     return stored
+
+
+def format_scales(scales: Tensor, target: Target) -> Tensor:
+    """Scales of a format, float32, as they are stored: nvfp4 as e4m3, mxfp4 as uint8 exponents plus 127 (e8m0)."""
+    if target.format == "nvfp4":
+        return scales.to(torch.float8_e4m3fn)
+    return (torch.frexp(scales).exponent - 1 + EXPONENT_OFFSET).to(torch.uint8)
+
+
+def scales_of_format(stored: Tensor, target: Target) -> Tensor:
+    """Float32 scales that `format_scales` stored. Raises ValueError for another dtype."""
+    expected = torch.float8_e4m3fn if target.format == "nvfp4" else torch.uint8
+    if stored.dtype != expected:
+        raise ValueError(
+            f"scales of {target.format} must be {str(expected).removeprefix('torch.')}, {_kind(stored)} came"
+        )
+    if target.format == "nvfp4":
+        return stored.float()
+    return torch.ldexp(torch.ones(stored.shape), stored.int() - EXPONENT_OFFSET)
 
 
 def restored(parts: Mapping[str, Tensor], target: Target, shape: tuple[int, int]) -> Compressed:
@@ -206,14 +261,17 @@ def restored(parts: Mapping[str, Tensor], target: Target, shape: tuple[int, int]
     groups = ops.groups_of(inputs, target.group) if group_of is None else group_of
     codes = zeros[:, groups].to(torch.uint8)
     codes[kept] = unpack(_part(parts, "codes"), target.bits, count)
-    quantised = Quantised(codes, scales, zeros, group_of, input_scale)
+    levels, rotation = _restored_levels(parts, target), _restored_rotation(parts, inputs)
+    quantised = Quantised(
+        codes, scales, zeros, group_of, input_scale, _restored_divisor(parts, target), levels, rotation
+    )
     return Compressed(dequantised(quantised, mask, target), mask, quantised)
 
 
 def _restored_grid(parts: Mapping[str, Tensor], target: Target, kept: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
     """Scales and zeros [out, groups] float32, and the group of each input where groups are no runs of inputs.
 
-    Groups of dropped blocks, which have no grid, get scale 1 and the zero in the middle.
+    Groups of dropped blocks, which have no grid, get scale 1 and the zero in the middle, of a format 0.
     """
     assert target.bits is not None
     (rows, inputs), length = kept.shape, group_length(target, kept.shape[1])
@@ -221,18 +279,52 @@ def _restored_grid(parts: Mapping[str, Tensor], target: Target, kept: Tensor) ->
     if grids_of_blocks(target, inputs) and "group_of" not in parts:
         stored = kept[:, ::length]
     count, scales = int(stored.sum()), _part(parts, "scales")
-    if scales.numel() != count or scales.dtype not in HALVES:
-        raise ValueError(f"{count} scales of 16 bits are needed, {_kind(scales)} came")
-    if not ((scales > 0) & torch.isfinite(scales)).all():
+    if scales.numel() != count or (scales.dtype not in HALVES and not target.format):
+        wide = 8 if target.format else 16
+        raise ValueError(f"{count} scales of {wide} bits are needed, {_kind(scales)} came")
+    scales = scales_of_format(scales, target) if target.format else scales
+    if not (((scales >= 0) if "levels" in parts else (scales > 0)) & torch.isfinite(scales)).all():
         raise ValueError("a scale is not a positive finite number")
-    filled, zeros = torch.ones(stored.shape), torch.full(stored.shape, float(2 ** (target.bits - 1)))
+    middle = 0 if target.format or "levels" in parts else 2 ** (target.bits - 1)
+    filled, zeros = torch.ones(stored.shape), torch.full(stored.shape, float(middle))
     filled[stored] = scales.float().flatten()
-    if not target.symmetric:
+    if target.has_zeros and "levels" not in parts:
         zeros[stored] = unpack(_part(parts, "zeros"), target.bits, count).float()
     group_of = parts["group_of"].to(torch.int64) if "group_of" in parts else None
     if group_of is not None and (group_of.shape != (inputs,) or int(group_of.max()) >= stored.shape[1]):
         raise ValueError(f"group_of must name one of {stored.shape[1]} groups for each of {inputs} inputs")
     return filled, zeros, group_of
+
+
+def _restored_divisor(parts: Mapping[str, Tensor], target: Target) -> Tensor | None:
+    if target.format != "nvfp4":
+        return None
+    divisor = _part(parts, "divisor")
+    if divisor.shape != (1,) or divisor.dtype != torch.float32 or not (divisor > 0) & torch.isfinite(divisor):
+        raise ValueError("divisor must be [1] float32, positive and finite")
+    return divisor
+
+
+def _restored_levels(parts: Mapping[str, Tensor], target: Target) -> Tensor | None:
+    levels = parts.get("levels")
+    count = 2 ** (target.bits or 0)
+    if levels is not None and not (
+        levels.shape == (count,)
+        and levels.dtype == torch.float32
+        and torch.isfinite(levels).all()
+        and not target.format
+    ):
+        raise ValueError(f"levels must be [{count}] float32, finite, {_kind(levels)} came")
+    return levels
+
+
+def _restored_rotation(parts: Mapping[str, Tensor], inputs: int) -> Rotation | None:
+    if "rotation" not in parts:
+        return None
+    numbers = parts["rotation"].tolist()
+    if len(numbers) != 2 or numbers[0] < 0 or numbers[1] < 1 or block_of(inputs, numbers[1]) != numbers[1]:
+        raise ValueError(f"rotation must be a seed and a block, a power of two that divides {inputs}, {numbers} came")
+    return Rotation(*numbers)
 
 
 def _restored_mask(parts: Mapping[str, Tensor], target: Target, shape: tuple[int, int]) -> Tensor | None:

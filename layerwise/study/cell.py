@@ -11,11 +11,11 @@ from layerwise.contract.target import CERTIFIED, Target
 
 
 class TargetSpec(TypedDict):
-    """The fields of a Target."""
+    """The fields of a Target as a config has them."""
 
     sparsity: float
     pattern: str
-    bits: int | None
+    bits: Any  # a width, the name of a format, or None
     group: int | None
     symmetric: bool
 

@@ -328,6 +328,10 @@ class _Grid:
     def _refusal(self, entry: MethodEntry, target: Target) -> str | None:
         """Why an entry cannot reach a target, or None."""
         reason = self.catalogue.refusal(entry.method, entry.params, target)
+        if not reason and entry.tune and self.catalogue[entry.method].card.get("own_grid"):
+            return f"tune trains grids of integer codes on a layer's own inputs, not those of {entry.method}"
+        if not reason and entry.tune and target.format:
+            return f"tune trains grids of integer codes, not {target.format}"
         if not reason and "end" in entry.tune and target.bits is None:
             return "tune.end trains scales and zeros, of which there are none without bits"
         return reason
@@ -365,7 +369,7 @@ class _Grid:
             "comparison": "tuned" if entry.tune and comparison != "control" else comparison,
             "target": _label(target, allocation),
             "allocation": spread["name"] if spread else UNIFORM,
-            **asked,
+            **_columns_of(target),
             "params": canonical({**entry.params, **({"tune": entry.tune} if entry.tune else {})}),
             "seed": seed,
             "cell": name,
@@ -380,6 +384,17 @@ class _Grid:
         if spread:
             spec["allocation"] = spread
         return Cell(model, calib, mode, name, spec)
+
+
+def _columns_of(target: Target) -> TargetSpec:
+    """The fields of a target that tables have a column for; its format is in its label."""
+    return {
+        "sparsity": target.sparsity,
+        "pattern": target.pattern,
+        "bits": target.bits,
+        "group": target.group,
+        "symmetric": target.symmetric,
+    }
 
 
 def _label(target: Target, allocation: AllocationEntry | None) -> str:

@@ -20,11 +20,13 @@ from layerwise.methods.alps import ALPS
 from layerwise.methods.awp import AWP
 from layerwise.methods.awq import AWQ
 from layerwise.methods.chain import Chain
+from layerwise.methods.code_swaps import CodeSwaps
 from layerwise.methods.dsnot import DSnoT
 from layerwise.methods.frank_wolfe import FrankWolfe
 from layerwise.methods.gptq import GPTQ
 from layerwise.methods.gqsa import GQSA
 from layerwise.methods.magnitude import Magnitude
+from layerwise.methods.quantease import QuantEase
 from layerwise.methods.random import Random
 from layerwise.methods.reconstruct import Reconstruct
 from layerwise.methods.ria import RIA
@@ -32,6 +34,7 @@ from layerwise.methods.rtn import RTN
 from layerwise.methods.sparse_swaps import SparseSwaps
 from layerwise.methods.sparsegpt import SparseGPT
 from layerwise.methods.wanda import Wanda
+from tests.benchmarks import bench_codes as codes
 from tests.benchmarks import bench_columns as columns
 from tests.benchmarks import bench_iterative as iterative
 from tests.benchmarks import bench_swaps as swaps
@@ -280,6 +283,30 @@ def listed() -> list[Case]:
         ),
         Case("rtn", "4 bits g128", RTN(), grid, copy, of(columns.baseline_rtn, grid), rounds=3),
         Case("gptq", "4 bits g128", GPTQ(), grid, columns.floor_columns, of(columns.baseline_gptq, grid), rounds=3),
+        Case(
+            "code_swaps",
+            "4 bits g128 from gptq",
+            CodeSwaps(GPTQ()),
+            grid,
+            codes.floor_swaps,
+            of(codes.baseline_swaps, grid),
+            "brute force: on 4 rows, scaled to as many changes",
+            few=4,
+            scale=lambda result, tried: result.info["changes"] / tried.info["changes"],
+            largest=2048,
+            baseline_largest=1024,
+        ),
+        Case(
+            "quantease",
+            "4 bits g128",
+            QuantEase(codes.PASSES),
+            grid,
+            codes.floor_quantease,
+            of(codes.baseline_quantease, grid),
+            f"{codes.PASSES} passes",
+            largest=4096,
+            baseline_largest=2048,
+        ),
         Case(
             "awq",
             "4 bits g128",

@@ -17,12 +17,13 @@ from layerwise.checks.promises import CHECKS
 from layerwise.checks.settings import TARGETS
 from layerwise.compression.verify import broken_promise
 from layerwise.contract.catalogue import Entry
-from layerwise.contract.layer import Compressed, Layer, Method, Quantised, Target, UnsupportedTarget
+from layerwise.contract.layer import Compressed, Layer, Method, Target, UnsupportedTarget
 from layerwise.numerics import ops
 from layerwise.numerics.patterns import count_kept, kept_counts
 
 ROW, NM, BLOCK, WHOLE = Target(0.5), Target(pattern="2:4"), Target(0.5, "1x16"), Target(0.5, "layer")
 GRID, JOINT, DENSE = Target(bits=4, group=16), Target(0.5, bits=4, group=16), Target()
+NVFP4, MXFP4 = Target(format="nvfp4"), Target(format="mxfp4")
 
 
 def honest(layer: Layer, target: Target) -> Compressed:
@@ -34,7 +35,7 @@ def honest(layer: Layer, target: Target) -> Compressed:
     codes = grid.codes(result.weight, group_of)
     values = grid.values(codes, group_of)
     weight = values if result.mask is None else torch.where(result.mask, values, 0.0)
-    return Compressed(weight, result.mask, Quantised(codes, grid.scales, grid.zeros))
+    return Compressed(weight, result.mask, grid.quantised(codes))
 
 
 def with_entry(tensor: torch.Tensor, index: tuple[int, int], value: float) -> torch.Tensor:
@@ -132,6 +133,26 @@ VIOLATIONS: dict[str, tuple[Target, Damage, str]] = {
         "promise 3: codes of 4 bits must lie in [0, 15]",
     ),
     "code below zero": (GRID, lambda r: regridded(r, codes=r.quantised.codes.int() - 16), "promise 3: codes"),
+    "scale that nvfp4 lacks": (
+        NVFP4,
+        lambda r: regridded(r, scales=with_entry(r.quantised.scales, (0, 0), 300.0)),
+        "promise 3: scales must be numbers that nvfp4 has, 1 are not",
+    ),
+    "scale that is no power of two": (
+        MXFP4,
+        lambda r: regridded(r, scales=1.5 * r.quantised.scales),
+        "promise 3: scales must be numbers that mxfp4 has, 48 are not",
+    ),
+    "nvfp4 without a divisor": (NVFP4, lambda r: regridded(r, divisor=None), "promise 3: scales of nvfp4"),
+    "mxfp4 with a divisor": (MXFP4, lambda r: regridded(r, divisor=torch.ones(1)), "promise 3: scales of nvfp4"),
+    "divisor of zero": (NVFP4, lambda r: regridded(r, divisor=torch.zeros(1)), "promise 3: the divisor must be"),
+    "zeros of a format": (NVFP4, lambda r: regridded(r, zeros=r.quantised.zeros + 8), "promise 3: zeros must be 0"),
+    "levels of a format": (NVFP4, lambda r: regridded(r, levels=torch.ones(16)), "promise 3: the levels of nvfp4"),
+    "levels of another count": (
+        GRID,
+        lambda r: regridded(r, levels=torch.ones(8), zeros=0 * r.quantised.zeros),
+        "promise 3: levels must be torch.float32 [16]",
+    ),
     "codes of other weights": (GRID, wrong_codes, "promise 3: scales * (codes - zeros) must equal the weight"),
     "weights off the grid": (
         JOINT,

@@ -20,6 +20,8 @@ LABELS = {
     "4b g64 sym": Target(bits=4, group=64, symmetric=True),
     "2:4 4b": Target(pattern="2:4", bits=4),
     "50% row 4b g16": Target(0.5, bits=4, group=16),
+    "nvfp4": Target(format="nvfp4"),
+    "2:4 mxfp4": Target(pattern="2:4", format="mxfp4"),
 }
 STRUCTURES = {
     "dense": [Target(), Target(bits=4), Target(0.0, "layer"), Target(0.0, "1x16")],
@@ -61,6 +63,15 @@ def test_a_target_goes_through_its_dict():
         assert hash(Target(**target.as_dict())) == hash(target)
 
 
+def test_a_config_names_a_format_under_bits():
+    assert Target(bits="nvfp4") == Target(format="nvfp4", bits=4, group=16)  # type: ignore[arg-type]
+    assert Target(format="mxfp4").as_dict() | {"sparsity": 0} == {
+        **{"sparsity": 0, "pattern": "row", "bits": "mxfp4", "group": 32, "symmetric": False}
+    }
+    assert Target(format="mxfp4").grid == Target(format="mxfp4") and Target(0.5, format="mxfp4").pruning == Target(0.5)
+    assert Target(format="mxfp4").budget == "mxfp4"
+
+
 def test_a_target_is_frozen():
     with pytest.raises(dataclasses.FrozenInstanceError):
         Target().sparsity = 0.5  # type: ignore[misc]
@@ -79,6 +90,12 @@ WRONG = [
     ({"sparsity": math.nan}, "Target.sparsity must be in [0, 1)"),
     ({"bits": 1}, "Target.bits must be 2 to 8. Got 1 instead."),
     ({"bits": 9}, "Target.bits must be 2 to 8"),
+    ({"bits": "fp4"}, "Target.bits must be 2 to 8, nvfp4, mxfp4. Got 'fp4' instead."),
+    ({"bits": "nvfp4", "group": 128}, "Target.group of nvfp4 must be 16. Got 128 instead."),
+    ({"bits": "mxfp4", "group": 16}, "Target.group of mxfp4 must be 32. Got 16 instead."),
+    ({"bits": "mxfp4", "symmetric": True}, "Target.symmetric must be False of mxfp4"),
+    ({"bits": 3, "format": "mxfp4"}, "Target.bits of mxfp4 must be 4. Got 3 instead."),
+    ({"format": "int4"}, "Target.format must be nvfp4 or mxfp4. Got 'int4' instead."),
     ({"bits": 4.5}, "Target.bits must be a whole number. Got 4.5 instead."),
     ({"bits": math.nan}, "Target.bits must be a whole number. Got nan instead."),
     ({"bits": 4, "group": 2.5}, "Target.group must be a whole number. Got 2.5 instead."),

@@ -31,6 +31,7 @@ from tests.support.workflow_harness import write_tokenizer
 
 TWO_OF_FOUR, W4, W4S50 = Target(pattern="2:4"), Target(bits=4, group=16), Target(0.5, "1x16", bits=4, group=16)
 JOINT = Target(pattern="2:4", bits=4, group=16)
+NV4, MX4 = Target(format="nvfp4"), Target(format="mxfp4")
 CT = "compressed-tensors"
 Q, UP = "model.layers.0.self_attn.q_proj", "model.layers.1.mlp.up_proj"
 
@@ -80,7 +81,9 @@ def assert_same_logits(found: PreTrainedModel, expected: PreTrainedModel) -> Non
 
 
 @pytest.mark.parametrize("form", ["dense", "packed"])
-@pytest.mark.parametrize("target", [Target(), Target(0.5), TWO_OF_FOUR, W4, JOINT, W4S50], ids=lambda t: t.label)
+@pytest.mark.parametrize(
+    "target", [Target(), Target(0.5), TWO_OF_FOUR, W4, JOINT, W4S50, NV4, MX4], ids=lambda t: t.label
+)
 def test_a_saved_cell_loads_as_what_was_evaluated(case, tmp_path, form, target):
     folder = save(case, target, form, tmp_path / "out")
     assert_same_logits(open_saved(folder, form), evaluated(case, target))
@@ -110,6 +113,21 @@ def test_compressed_tensors_loads_as_what_was_evaluated(case, tmp_path, target):
     assert_same_logits(dequantised.eval(), evaluated(case, target))
     form, found, lines = audit.audit(folder)
     assert (form, found) == (CT, target) and not [line for line in lines if line.fault]
+
+
+@pytest.mark.parametrize("target", [NV4, MX4], ids=lambda target: target.label)
+def test_compressed_tensors_loads_formats_of_four_bits(tmp_path, target):
+    """In bfloat16, in which the library dequantises whatever the model's dtype is."""
+    half = Case(tmp_path, dtype="bfloat16").prepare()
+    folder = save(half, target, CT, tmp_path / "out")
+    scheme = json.loads((folder / "config.json").read_text("utf-8"))["quantization_config"]
+    assert (scheme["quant_method"], scheme["format"]) == (CT, f"{target.format}-pack-quantized")
+    assert_same_logits(open_saved(folder, CT), evaluated(half, target))
+    form, found, lines = audit.audit(folder)
+    assert (form, found) == (CT, target) and not [line for line in lines if line.fault]
+    change_tensor(folder, f"{Q}.weight_scale", lambda scales: scales.view(torch.uint8).fill_(255))
+    changed = {line.layer: line.fault for line in audit.audit(folder)[2]}[Q]
+    assert changed and ("scales" in changed or "saved" in changed)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])

@@ -26,6 +26,9 @@ CASES = {
     "4b, groups longer than a row": (Target(bits=4, group=1024), 1.0, 4 + (16 + 4) / INPUTS),
     "4b g100": (Target(bits=4, group=100), 1.0, 4 + 3 * (16 + 4) / INPUTS),  # 100, 100 and 56 inputs
     "2:4 4b g128": (Target(pattern="2:4", bits=4, group=128), 0.5, 2 + 1 + (16 + 4) / 128),
+    "nvfp4": (Target(format="nvfp4"), 1.0, 4 + 8 / 16),  # and 32 bits of the layer
+    "mxfp4": (Target(format="mxfp4"), 1.0, 4 + 8 / 32),
+    "2:4 mxfp4": (Target(pattern="2:4", format="mxfp4"), 0.5, 2 + 1 + 8 / 32),
     "50% row 4b": (Target(0.5, bits=4), 0.5, 2 + 1 + (16 + 4) / INPUTS),
     # A block and a group are one: the grids of dropped blocks are not stored.
     "50% 1x16 4b g16": (Target(0.5, "1x16", bits=4, group=16), 0.5, 2 + 0.5 + 0.5 * (16 + 4) / 16),
@@ -36,8 +39,9 @@ CASES = {
 @pytest.mark.parametrize("case", CASES)
 def test_bits_by_hand(case):
     target, kept, bits = CASES[case]
-    assert bits_per_weight(target, kept, 64, INPUTS) == pytest.approx(bits, rel=1e-12)
-    assert bits_per_weight(target, kept, 1, INPUTS) == pytest.approx(bits, rel=1e-12)  # the same for every row
+    for rows in (64, 1):  # the same for every row
+        divisor = 32 / (rows * INPUTS) if target.format == "nvfp4" else 0
+        assert bits_per_weight(target, kept, rows, INPUTS) == pytest.approx(bits + divisor, rel=1e-12)
 
 
 def test_a_whole_layer_by_hand():

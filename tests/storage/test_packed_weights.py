@@ -17,7 +17,7 @@ from layerwise.checks import layer_cases as layers
 from layerwise.checks.layer_cases import grid_of, regridded
 from layerwise.compression.score import output_error
 from layerwise.compression.verify import broken_promise
-from layerwise.contract.layer import Compressed, Layer, Quantised
+from layerwise.contract.layer import Compressed, Layer
 from layerwise.contract.target import Target
 from layerwise.numerics import ops
 from layerwise.runtime.errors import InputError
@@ -50,6 +50,10 @@ TARGETS = [
     Target(0.5, "1x16", bits=4, group=8),
     Target(0.5, "1x16", bits=4, group=128),
     Target(0.5, "1x16", bits=8),
+    Target(format="nvfp4"),
+    Target(format="mxfp4"),
+    Target(pattern="2:4", format="nvfp4"),
+    Target(0.5, "1x16", format="nvfp4"),
 ]
 W4S50 = Target(0.5, "1x16", bits=4, group=16)
 
@@ -63,9 +67,7 @@ def compressed(layer: Layer, target: Target) -> Compressed:
     grid, group_of = ops.fit_grid(kept, target), ops.groups_of(kept.shape[1], target.group)
     codes = grid.codes(kept, group_of)
     values = grid.values(codes, group_of)
-    return Compressed(
-        values if mask is None else torch.where(mask, values, 0.0), mask, Quantised(codes, grid.scales, grid.zeros)
-    )
+    return Compressed(values if mask is None else torch.where(mask, values, 0.0), mask, grid.quantised(codes))
 
 
 def shape_of(layer: Layer) -> tuple[int, int]:
@@ -126,6 +128,21 @@ def test_reordered_groups_and_input_scales_are_stored(target):
     kept = 1.0 if values.mask is None else float(values.mask.float().mean())
     expected = stored_bits(target, kept, 24, 64, input_scale=True, reordered=True)
     assert {name: tensor.nbytes * 8 for name, tensor in tensors.items()} == expected
+
+
+@pytest.mark.parametrize("form", ["nvfp4", "mxfp4"])
+def test_scales_of_a_format_are_stored_as_hardware_reads_them(form):
+    target, layer = Target(format=form), layers.build("correlated")
+    tensors, scales = parts(stored(layer, target), target), grid_of(stored(layer, target)).scales
+    if form == "nvfp4":
+        assert tensors["scales"].dtype == torch.float8_e4m3fn and tensors["divisor"].shape == (1,)
+        assert torch.equal(tensors["scales"].float(), scales)
+    else:
+        assert torch.equal(2.0 ** (tensors["scales"].double() - 127), scales.double()) and "divisor" not in tensors
+    for name, tensor in tensors.items():
+        if name != "codes":
+            with pytest.raises(ValueError, match="scales|divisor"):
+                packed_weights.restored({**tensors, name: tensor.double()}, target, shape_of(layer))
 
 
 def test_runs_of_inputs_are_not_stored_as_reordered():

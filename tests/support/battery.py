@@ -30,6 +30,7 @@ BATTERY = (
     "tests/figures/test_plot.py::test_every_figure",
     "tests/figures/test_plot.py::test_no_texts_overlap",
     "tests/figures/test_plot.py::test_the_same_table",
+    "tests/methods/test_code_swaps.py::test_every_change",
     "tests/methods/test_contract.py::test_promise[4",
     "tests/methods/test_contract.py::test_promise[5",
     "tests/methods/test_contract.py::test_promise[6",

@@ -53,8 +53,11 @@ HUB = st.sampled_from(["a/b", "meta-llama/Llama-2-7b-hf", "organisation/name"])
 DTYPES = st.sampled_from(["float32", "bfloat16", "float16"])
 COMPUTED = st.sampled_from(["native", "float32"])
 PATTERNS = st.sampled_from(["row", "layer", "2:4", "4:8", "1:2", "3:4", "1x1", "1x16"])
-GRIDS = st.fixed_dictionaries(
+INTEGER_GRIDS = st.fixed_dictionaries(
     {"bits": st.integers(2, 8)}, optional={"group": st.integers(1, 256), "symmetric": st.booleans()}
+)
+GRIDS = st.one_of(
+    INTEGER_GRIDS, st.sampled_from([{"bits": "nvfp4"}, {"bits": "nvfp4", "group": 16}, {"bits": "mxfp4"}])
 )
 
 
@@ -111,7 +114,7 @@ def method_entries(draw: st.DrawFn) -> dict[str, Any]:
         if not draw(st.booleans()):
             continue
         if schema.get("format") == "method":
-            entry[key] = draw(st.sampled_from(PRUNERS))
+            entry[key] = draw(st.sampled_from(["rtn", "gptq"] if "gives" in schema else PRUNERS))
             continue
         values = parameter(schema)
         unique = st.lists(values, min_size=1, max_size=2, unique_by=json.dumps)
@@ -152,6 +155,9 @@ COMMON += [{"sparsity": 0.5, "pattern": "1x16", "bits": 4}]
 def reaches(entry: dict[str, Any], target: dict[str, Any]) -> bool:
     """Whether the method of an entry, with the first value of whatever it sweeps, can reach the target."""
     if "end" in entry.get("tune", {}) and "bits" not in target:
+        return False
+    own_grid = "method" in entry and CATALOGUE[entry["method"]].card.get("own_grid")
+    if "tune" in entry and (own_grid or isinstance(target.get("bits"), str)):
         return False
     name = "chain" if "chain" in entry else entry["method"]
     own = {key: value for key, value in entry.items() if key not in RESERVED}

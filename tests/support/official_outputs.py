@@ -14,6 +14,7 @@ from safetensors import safe_open
 from layerwise.contract.layer import Gram, Layer, Statistics, Target
 from tests.support.paths import DATA
 
+APART = ("awq", "drift", "quantease")  # names of further files
 NAMES = ("L1", "L1_lowrank", "L2_dead", "L3", "L4_partial")
 
 
@@ -148,7 +149,7 @@ def load(name: str) -> Official:
         arrays = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
     about = json.loads(metadata["layer"])
     cases = {case["id"]: case for case in json.loads(metadata["cases"])}
-    for more in ("awq", "drift"):
+    for more in APART:
         with safe_open(DATA / f"official-{more}.safetensors", "numpy") as file:
             cases |= {case["id"]: case for case in json.loads(file.metadata()["cases"]).get(name, [])}
             own = [key for key in file.keys() if key.startswith(f"{name}/")]  # noqa: SIM118 (not a dict)

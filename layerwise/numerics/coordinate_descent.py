@@ -1,0 +1,74 @@
+"""Cyclic coordinate descent on the layer's error, column by column (QuantEase, Behdin et al.)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from layerwise.kernels import coordinate_descent as kernel
+from layerwise.kernels.obs import GridArrays
+from layerwise.kernels.rows import array
+from layerwise.numerics import dispatch
+from layerwise.numerics.obs import ColumnGrid
+
+COLUMNS = 128  # of a block: those before and after it are multiplied at once
+
+
+def ratios_of(gram: Tensor) -> Tensor:
+    """[in, in] float32 G_ij / G_jj, zero on the diagonal and in the columns of dead inputs."""
+    exact = gram.double()
+    diagonal = exact.diagonal().clone()
+    ratios = (exact / torch.where(diagonal > 0, diagonal, torch.inf)).float()
+    return ratios.fill_diagonal_(0.0)
+
+
+@dataclass(frozen=True)
+class Descent:
+    """Passes over the columns of an iterate V [out, in] of the weight W, that starts at W.
+
+    In a pass each column in turn becomes w_j + sum over i != j of (w_i - v_i) G_ij / G_jj, where the error is smallest
+    with the other columns as they are, and is then rounded to the grid, or is not. A column of a dead input becomes
+    w_j, and where `keep` is False a weight stays zero. In float32: what is multiplied is W - V, anew for every block of
+    columns, so that nothing accumulates from pass to pass.
+
+    weight: [out, in] float32. ratios: `ratios_of` the Gram. keep: [out, in] bool. grid: its codes are written.
+    """
+
+    weight: Tensor
+    ratios: Tensor
+    keep: Tensor
+    grid: ColumnGrid
+
+    def run(self, rounded: list[bool]) -> Tensor:
+        """V [out, in] after one pass for each entry, which says whether the pass rounds."""
+        values = self.weight.clone(memory_format=torch.contiguous_format)
+        step = self._compiled if dispatch.use_compiled(self.weight) else self._reference
+        for rounds in rounded:
+            for start in range(0, len(self.ratios), COLUMNS):
+                columns = slice(start, start + COLUMNS)
+                shifts = (self.weight - values) @ self.ratios[:, columns]
+                step(values, shifts, start, self.ratios[columns, columns], rounds)
+        return values
+
+    def _compiled(self, values: Tensor, shifts: Tensor, start: int, ratios: Tensor, rounds: bool) -> None:
+        """As _reference, compiled: the same to the last bit."""
+        grid = self.grid.grid
+        scales, zeros, group_of = map(array, (grid.scales, grid.zeros, self.grid.group_of))
+        largest_code = np.float32(2**grid.bits - 1)
+        grid_arrays = GridArrays(scales, zeros, group_of, self.grid.codes.numpy(), largest_code)
+        kernel.descend(self.weight, values, self.keep, shifts, start, ratios, grid_arrays, rounds)
+
+    def _reference(self, values: Tensor, shifts: Tensor, start: int, ratios: Tensor, rounds: bool) -> None:
+        for i in range(len(ratios)):
+            j = start + i
+            best = torch.where(self.keep[:, j], self.weight[:, j] + shifts[:, i], 0.0)
+            if rounds:
+                group, codes = self.grid.group_of[j : j + 1], self.grid.codes
+                codes[:, j] = self.grid.grid.codes(best[:, None], group)[:, 0]
+                best = self.grid.grid.values(codes[:, j : j + 1], group)[:, 0]
+            change = best - values[:, j]
+            values[:, j] = best
+            shifts[:, i + 1 :] -= torch.outer(change, ratios[i, i + 1 :])

@@ -1,0 +1,66 @@
+"""TurboQuant on weights: rotate at random, then round each coordinate to the best levels for a normal variable.
+
+Zandieh et al.'s quantiser of least mean squared error. A coordinate of a rotated unit vector of d entries has a Beta
+distribution, which is close to N(0, 1/d); the levels are Lloyd's and Max's for the normal one. On weights it is the
+scalar case of HIGGS (Malinovskii et al., 2411.17525), without its allocation. It reads no data.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from layerwise.contract.layer import Compressed, Layer, Method, Quantised, Rotation, Target
+from layerwise.numerics import ops, rotations
+from layerwise.numerics.code_books import CodeBook
+from layerwise.numerics.lloyd_max import normal_levels
+
+CARD = {
+    "title": "TurboQuant",
+    "paper": "TurboQuant: Online Vector Quantization with Near-optimal Distortion Rate",
+    "arxiv": "2504.19874",
+    "patterns": ["dense"],
+    "bits": [2, 3, 4, 5, 6, 7, 8],
+    "updates_weights": True,
+    "needs": [],
+    "own_grid": True,
+    "cost": {"weights": 20.0, "grams": 0.0, "products": 0.0},  # guessed
+    "look": {"colour": "#117733", "marker": "h"},
+    "checks": {"variants": [{"block": 16, "norm_correction": False}]},
+    "parameters": {
+        "block": {
+            "type": ["integer", "null"],
+            "minimum": 1,
+            "description": "Longest block of the rotation, as of `rotated`.",
+        },
+        "seed": {"type": "integer", "minimum": 0, "maximum": 2147483647, "description": "Of the rotation's signs."},
+        "norm_correction": {
+            "type": "boolean",
+            "description": "Scale each group so that it keeps its norm; else by its norm alone.",
+        },
+    },
+}
+
+
+@dataclass(frozen=True)
+class TurboQuant(Method):
+    """Codes of the rotated weight on Lloyd-Max levels, a scale for the norm of each group. No preconditions."""
+
+    block: int | None = 128
+    seed: int = 0
+    norm_correction: bool = True
+
+    def solve(self, layer: Layer, target: Target, rng: torch.Generator) -> Compressed:
+        assert target.bits is not None  # the card lists no other target
+        rotation = Rotation(self.seed, rotations.block_of(layer.weight.shape[1], self.block))
+        weight = rotations.rotate(layer.weight, rotation)
+        levels = torch.tensor(normal_levels(target.bits), dtype=torch.float32, device=weight.device)
+        book, codes, scales = CodeBook(levels.cpu()), [], []
+        for piece in weight.split(target.group or weight.shape[1], 1):
+            norm = piece.norm(dim=1, keepdim=True)  # [out, 1]
+            unit = torch.where(norm > 0, norm, 1.0)
+            codes.append(book.nearest((piece / unit * piece.shape[1] ** 0.5).float()))
+            reconstructed = book.values(codes[-1]).double().norm(dim=1, keepdim=True)
+            scales.append(norm / (reconstructed if self.norm_correction else piece.shape[1] ** 0.5))
+        scale = torch.cat(scales, 1).float()
+        quantised = Quantised(torch.cat(codes, 1), scale, torch.zeros_like(scale), levels=levels, rotation=rotation)
+        return Compressed(ops.quantised_values(quantised, target), quantised=quantised)
