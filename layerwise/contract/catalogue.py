@@ -222,7 +222,7 @@ class Catalogue(Mapping[str, Entry]):
             pruning = schema.get("asked") == "pruning"
             if "gives" in schema and (lacking := [need for need in card["needs"] if need not in schema["gives"]]):
                 return f"its {key} cannot quantise: {inner} needs {', '.join(lacking)}, which {name} does not give"
-            if entry.card.get("own_grid") and card.get("own_grid"):
+            if not pruning and card.get("own_grid"):
                 return f"its {key} cannot quantise: {inner} has a grid of its own"
             part = target.pruning if pruning else target
             reason = None if pruning and not target.sparsity else self.refusal(inner, inner_params, part)

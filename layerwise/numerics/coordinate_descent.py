@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from layerwise.kernels import coordinate_descent as kernel
-from layerwise.kernels.obs import GridArrays
+from layerwise.kernels.obs import NO_BOOK, GridArrays
 from layerwise.kernels.rows import array
 from layerwise.numerics import dispatch
 from layerwise.numerics.obs import ColumnGrid
@@ -57,8 +57,8 @@ class Descent:
         """As _reference, compiled: the same to the last bit."""
         grid = self.grid.grid
         scales, zeros, group_of = map(array, (grid.scales, grid.zeros, self.grid.group_of))
-        largest_code = np.float32(2**grid.bits - 1)
-        grid_arrays = GridArrays(scales, zeros, group_of, self.grid.codes.numpy(), largest_code)
+        largest_code = np.float32(grid.largest_code)
+        grid_arrays = GridArrays(scales, zeros, group_of, self.grid.codes.numpy(), largest_code, NO_BOOK)
         kernel.descend(self.weight, values, self.keep, shifts, start, ratios, grid_arrays, rounds)
 
     def _reference(self, values: Tensor, shifts: Tensor, start: int, ratios: Tensor, rounds: bool) -> None:

@@ -578,7 +578,7 @@ def test_lines_of_a_budget_are_means_of_the_seeds_whose_range_is_shaded():
         assert [len(own) for own in values] == [2, 2]
         assert list(top.get_lines()[place].get_ydata()) == pytest.approx([own.mean() for own in values])
         band, bars = (top.collections[2 * place + part] for part in (0, 1))
-        assert set(band.get_paths()[0].vertices[:, 1]) == {end(own) for own in values for end in (min, max)}
+        assert set(np.asarray(band.get_paths()[0].vertices)[:, 1]) == {end(own) for own in values for end in (min, max)}
         assert [list(bar[:, 1]) for bar in bars.get_segments()] == [[min(own), max(own)] for own in values]
 
 

@@ -607,7 +607,10 @@ WRONG = {
     "grid": (edited("targets/0/group", 8), "targets.0 is wrong: Target.group and Target.symmetric describe a grid"),
     "bits": (edited("targets/0/bits", 1), "targets.0.bits is wrong: 1 is less than the minimum of 2."),
     "more bits": (edited("targets/0/bits", 9), "targets.0.bits is wrong: 9 is greater than the maximum of 8."),
-    "bits in between": (edited("targets/0/bits", 3.5), "targets.0.bits is wrong: 3.5 is not of type 'integer'."),
+    "bits in between": (
+        edited("targets/0/bits", 3.5),
+        "targets.0.bits is wrong: 3.5 is not of type 'integer', 'string'.",
+    ),
     "group": (
         edited("targets/0", {"bits": 4, "group": 0}),
         "targets.0.group is wrong: 0 is less than the minimum of 1.",
