@@ -165,7 +165,8 @@ class Target:
     def budget(self) -> str:
         """Kind of what a share of it is given to each layer, as an allocator's card lists it: as `structure`, or bits.
 
-        That of a target which prunes and quantises is JOINT: the bits that it takes. Of a format there is none: its name.
+        That of a target which prunes and quantises is JOINT: the bits that it takes. A format has none, and gives its
+        name.
         """
         if self.bits is None:
             return self.structure
