@@ -107,7 +107,8 @@ def test_configs_are_valid(path: Path, tmp_path: Path, monkeypatch: pytest.Monke
         read = config_file.read(tmp_path / "study.yaml")
         known = yaml.safe_load((ROOT / "workflow/schemas/config.schema.yaml").read_text("utf-8"))["properties"]
         given = read if set(read) <= set(known) else {"methods": read}
-        methods = BASE["methods"] if "targets" not in given else {"dense": None, "wanda": None}
+        alone = {"dense": None} if "methods" in given else {"dense": None, "wanda": None}
+        methods = alone if "targets" in given else BASE["methods"]
         part = {**BASE, "method_paths": ["my-methods"], **given, "methods": {**methods, **given.get("methods", {})}}
         study = given if set(BASE) <= set(given) else part
         assert plan(study).cells
