@@ -90,6 +90,21 @@ def test_a_saved_cell_loads_as_what_was_evaluated(case, tmp_path, form, target):
     assert audit.audit(folder)[:2] == (form, target) and not [line for line in audit.audit(folder)[2] if line.fault]
 
 
+@pytest.mark.parametrize("method", ["rotated", "turboquant"])
+def test_a_grid_of_a_methods_own_is_saved_too(case, tmp_path, method):
+    made = case.folder / f"cells/{method}"
+    case.run(method, Target(bits=3, group=16), out=str(made))
+    model = load(case.spec)
+    apply_weights(model, made / "weights.safetensors")
+    for form in ("dense", "packed"):
+        main(["--cell", str(made), "--format", form, "--out", str(tmp_path / form)])
+        assert_same_logits(open_saved(tmp_path / form, form), model)
+        assert not [line for line in audit.audit(tmp_path / form)[2] if line.fault]
+    with pytest.raises(InputError, match="cannot be saved as compressed-tensors: its inputs are rotated"):
+        main(["--cell", str(made), "--format", CT, "--out", str(tmp_path / CT)])
+    assert not (tmp_path / CT).exists()
+
+
 @pytest.mark.parametrize(
     "target",
     [
