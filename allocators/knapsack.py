@@ -124,11 +124,11 @@ class Knapsack(Allocator):
         tables = []
         for place, part in enumerate(parts):
             errors = {option: absolute for option, (absolute, _) in errors_of(part).items()}
-            if self.divergences == "levels":
+            caused = 0.0 if self.divergences == "levels" else alone(place, equal)
+            if caused > 0 and errors[equal] > 0:
+                tables.append([caused / errors[equal] * error for error in errors.values()])
+            else:  # no proportion is known from a budget that harms nothing
                 tables.append([alone(place, option) for option in errors])
-                continue
-            factor = alone(place, equal) / errors[equal] if errors[equal] > 0 else 0.0
-            tables.append([factor * error for error in errors.values()])
         return self._choose(parts, target, tables)
 
     def _choose(self, parts: Sequence[Part], target: Target, errors: Sequence[Sequence[float]]) -> Proposal:

@@ -1,5 +1,6 @@
 """NeuroAL: blocks prune more with depth, by the width that leaves activations most alike (Cunegatti et al.)."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import cast
@@ -63,9 +64,10 @@ class NeuroAL(Allocator):
             levels = held(self.schedule(parts, target, width), sizes, target)
             pruned = trials.profiles(levels, self.windows)
             apart = [distance(*pair) for pair in zip(dense, pruned, strict=True)]
-            if best is None or sum(apart) < best[0]:
+            if math.isfinite(sum(apart)) and (best is None or sum(apart) < best[0]):
                 best = sum(apart), levels, apart
-        assert best is not None
+        if best is None:
+            raise ValueError("no width gives activations that are finite")
         return Proposal(tuple(best[1]), tuple(best[2]))
 
     def schedule(self, parts: Sequence[Part], target: Target, width: float) -> list[float]:

@@ -28,7 +28,12 @@ CARD = {
     "look": {"colour": "#117733", "marker": "8"},
     "checks": {"reference": True, "variants": [{"start": "rtn", "pairs": False}, {"start": "sparsegpt"}]},
     "parameters": {
-        "start": {"format": "method", "description": "Method whose codes are changed and whose grid is kept."},
+        "start": {
+            "format": "method",
+            "gives": ["gram", "mean", "absmean", "sequence_variance", "sample", "first_tokens"],
+            "description": "Method whose codes are changed and whose grid is kept; none that needs the cross-Gram, as "
+            "the changes would undo what it makes up for.",
+        },
         "pairs": {"type": "boolean", "description": "Also change two codes at once where no change of one helps."},
         "max_changes": {
             "type": ["integer", "null"],
@@ -76,6 +81,8 @@ def state_of(layer: Layer, start: Compressed, target: Target) -> tuple[CodeState
     """The layer's rows at the start, in units in which nothing over- or underflows, and the unit of their loss."""
     quantised = start.quantised
     assert isinstance(quantised, Quantised) and target.bits is not None
+    if quantised.rotation is not None or quantised.levels is not None or quantised.divisor is not None:
+        raise UnsupportedTarget("code_swaps changes integer codes, and its start has a grid of its own")
     weight, unit = ops.normalised(layer.weight)
     gram, gram_unit = ops.normalised(layer.gram.matrix.contiguous())
     missing = start.weight.double() / unit - weight.double()

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from layerwise.contract.layer import Compressed, Layer, Method, Rotation, Target
+from layerwise.contract.layer import Compressed, Layer, Method, Rotation, Target, UnsupportedTarget
 from layerwise.numerics import ops, rotations
 
 CARD = {
@@ -55,9 +55,16 @@ class Rotated(Method):
     def solve(self, layer: Layer, target: Target, rng: torch.Generator) -> Compressed:
         rotation = Rotation(self.seed, rotations.block_of(layer.weight.shape[1], self.block))
         weight = rotations.rotate(layer.weight, rotation).float()
-        statistics = None if layer.statistics is None else replace(layer.statistics, sample=torch.empty(0))
+        statistics, none = layer.statistics, torch.empty(0)  # of the inputs as they were, and of no use here
+        if statistics is not None:
+            unknown = {"mean": none, "absmean": none, "sequence_variance": none, "sample": none, "first_tokens": None}
+            statistics = replace(statistics, **unknown)
         turned = Layer(layer.name, weight, rotations.rotated_gram(layer.gram, rotation), statistics)
         result = self.under.compress(turned, target, rng)
+        if result.quantised.rotation is not None or result.quantised.levels is not None:
+            raise UnsupportedTarget(
+                "rotated stores one rotation of integer codes, and its quantiser has a grid of its own"
+            )
         quantised = replace(result.quantised, rotation=rotation)
         values = ops.quantised_values(quantised, target)
         return replace(result, weight=values, quantised=quantised, trace=(), info=ops.damping_of(result))

@@ -16,6 +16,8 @@ def pairs_of(given: Sequence[Mapping[str, Any]] | None, target: Target) -> list[
     budget, unless it says so itself. None: SHARES, or all counts of an n:m pattern, at all BITS. Raises ValueError, in
     one sentence, for one that is no target.
     """
+    if Target.parse(target.label) != target:  # the table has the label
+        raise ValueError(f"the budget's percentage must have at most six digits. Got {target.sparsity} instead.")
     found = [target]
     for number, option in enumerate(_usual(target) if given is None else given):
         try:

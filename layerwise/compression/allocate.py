@@ -82,9 +82,14 @@ def allocate(job: AllocateJob) -> list[dict[str, Any]]:
 
     Raises InputError, in one sentence, for an allocator that fails or proposes no levels.
     """
-    allocator, needs = job.allocator()
     blocks = LazyBlocks(job.model, job.device)
-    probe = job.probe(allocator, needs, stored_dtype(blocks.model))
+    try:
+        allocator, needs = job.allocator()
+        probe = job.probe(allocator, needs, stored_dtype(blocks.model))
+    except InputError:
+        raise
+    except Exception as error:  # of a file that anyone may have written
+        raise failed(job.spec["allocator"], job.target.label, error) from error
     parts: list[Part] = []
     title = "{name} {target}".format(name=job.spec["name"], target=job.target.label)
     with tqdm(total=structure.count_linears(blocks.model), desc=title, unit="layer", mininterval=1.0) as progress:

@@ -220,8 +220,10 @@ class Catalogue(Mapping[str, Entry]):
         for key, inner, inner_params in entry.inner(params):
             schema, card = entry.card["parameters"][key], self[inner].card
             pruning = schema.get("asked") == "pruning"
-            if "gives" in schema and (lacking := [need for need in card["needs"] if need not in schema["gives"]]):
-                return f"its {key} cannot quantise: {inner} needs {', '.join(lacking)}, which {name} does not give"
+            if "gives" in schema and (lacking := self.needs(inner, inner_params) - set(schema["gives"])):
+                return (
+                    f"its {key} cannot quantise: {inner} needs {', '.join(sorted(lacking))}, which {name} does not give"
+                )
             if not pruning and card.get("own_grid"):
                 return f"its {key} cannot quantise: {inner} has a grid of its own"
             part = target.pruning if pruning else target

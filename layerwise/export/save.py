@@ -227,8 +227,8 @@ def export(cell: Path, form: str, out: Path, spec: Mapping[str, Any] | None = No
         raise InputError(f"{cell / 'cell.json'} does not say how its model is loaded: give --model.")
     if form == "compressed-tensors" and file.target.bits is None:
         raise InputError(f"compressed-tensors holds quantised layers, and those of {cell} are not: use --format dense.")
-    if form == "compressed-tensors" and len({target.width for target in file.targets.values()}) > 1:
-        raise InputError(f"compressed-tensors is written with one width for all layers: those of {cell} have several.")
+    if form == "compressed-tensors" and {target.grid for target in file.targets.values()} - {file.target.grid}:
+        raise InputError(f"compressed-tensors is written with one grid for all layers: those of {cell} have several.")
     if form == "compressed-tensors" and importlib.util.find_spec("compressed_tensors") is None:
         raise InputError(
             "The format compressed-tensors needs the package of that name: pip install compressed-tensors."

@@ -61,6 +61,7 @@ def rotated_gram(gram: Gram, rotation: Rotation) -> Gram:
     def compute() -> Gram:
         half = rotate(gram.matrix, rotation)  # G Q
         matrix = rotate(half.T, rotation)  # Q^T G Q, transposed
-        return Gram(((matrix + matrix.T) / 2).float(), gram.tokens)
+        drifted = gram.apart or not gram.knows_dense  # the dense model's inputs are not rotated
+        return Gram(((matrix + matrix.T) / 2).float(), gram.tokens, drifted=drifted)
 
     return gram.once(("rotated", rotation), compute)

@@ -16,6 +16,7 @@ from layerwise.study.method_entries import LONGEST_SENTENCE, MethodEntry
 UNIFORM = "uniform"  # the allocation, and its allocator, of a study that names none
 MOST = 0.99  # largest budget of zeros; as allocation/budget.py has it for a layer
 WIDTHS = range(2, 9)  # bits that a layer may be given
+TRIED = ("windows", "screen")  # parameters of allocators that try the model: sequences of calibration text
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,21 @@ def read_allocations(full: Mapping[str, Any], methods: Catalogue) -> tuple[Catal
         entries = [_entry(catalogue, name, raw or {}) for name, raw in given.items()]
     except CatalogueError as error:
         raise InputError(brief(str(error), LONGEST_SENTENCE)) from None
+    for entry in entries:
+        if "trials" in catalogue[entry.allocator].needs(entry.params):
+            _check_windows(entry, full["calibration"])
     return catalogue, entries
+
+
+def _check_windows(entry: AllocationEntry, calibrations: Mapping[str, Any]) -> None:
+    """Raise InputError where an allocator tries the model on more sequences than a calibration set has."""
+    for key in TRIED:
+        for name, calibration in calibrations.items():
+            if entry.params.get(key, 0) > calibration["samples"]:
+                raise InputError(
+                    f"allocations.{entry.name}.{key} must be at most the {calibration['samples']} samples of "
+                    f"calibration.{name}. Got {entry.params[key]} instead."
+                )
 
 
 def _entry(catalogue: Catalogue, name: str, raw: Mapping[str, Any]) -> AllocationEntry:
@@ -60,6 +75,8 @@ def refusal(
         return f"{allocation.allocator} spreads a budget of {', '.join(card['budgets'])}, not of {budget}"
     if target.sparsity > MOST:
         return f"a budget of zeros must be at most {MOST:.0%}"
+    if target.format and target.sparsity:
+        return f"{allocation.allocator} spreads pairs of sparsity and bits, not those of {target.format}"
     if entry.tune:
         return "the stages of tune take one target for all layers"
     if budget == "bits":
@@ -70,8 +87,9 @@ def refusal(
     inner = allocators[allocation.allocator].inner(allocation.params)
     probes = [own for own in inner if card["parameters"][own[0]].get("asked", asked) == asked]
     for key, name, params in probes:
-        if reason := methods.refusal(name, params, target):
-            return f"its {key} cannot: {reason}"
+        for own in [target.at(bits) for bits in WIDTHS] if budget == "bits" else [target]:
+            if reason := methods.refusal(name, params, own):
+                return f"its {key} cannot: {reason}"
     return _pairs_refusal(allocators, methods, allocation, entry, target, probes) if budget == JOINT else None
 
 

@@ -363,6 +363,34 @@ def test_the_knapsack_takes_divergences_of_every_level():
     assert proposal.scores == pytest.approx((trials.strengths[0] * 0.36, trials.strengths[1] * 0.16))
 
 
+def test_a_layer_that_the_budget_does_not_harm_is_tried_at_every_level():
+    """Half of its inputs may be dead: its error is zero at the budget and not beyond it."""
+    target = Target(0.5)
+    found = own("knapsack", levels=[0.4, 0.6], errors="divergence")
+    parts = with_errors(found, target, "ab", lambda level, place: max(0.0, level - 0.5) if place == 0 else level)
+    proposal = found.search(parts, target, MadeTrials(parts))
+    assert proposal.levels == (0.5, 0.5)  # of strengths 1 and 2: .36 + .32 and .16 + .72 are more than .25 + .5
+    assert proposal.error == pytest.approx(0.25 * sum(MadeTrials(parts).strengths))
+
+
+@pytest.mark.parametrize("broken", ["one", "all"])
+def test_activations_that_are_not_finite_choose_no_width(broken):
+    target, found = Target(0.5), own("neuroal")
+    parts = [Part(f"layer{block}", block, 8, 16) for block in range(4)]
+
+    class Overflowing(MadeTrials):
+        def profiles(self, levels, windows):
+            profiles = super().profiles(levels, windows)
+            lost = len(self.asked) == 2 or broken == "all"  # the first width's
+            return [np.full_like(own, np.inf) for own in profiles] if lost and levels[0] is not None else profiles
+
+    if broken == "all":
+        with pytest.raises(ValueError, match="no width gives activations that are finite"):
+            found.search(parts, target, Overflowing(parts))
+    else:
+        assert all(np.isfinite(some(own)) for own in found.search(parts, target, Overflowing(parts)).scores)
+
+
 def test_the_longest_pattern_gives_a_layer_its_weight():
     found = own("knapsack", weights={"*.down": 5.0, "*": 2.0, "a.*": 3.0})
     assert [found.factor(name) for name in ("b.down", "b.up", "a.up", "a.down")] == [5.0, 2.0, 3.0, 5.0]

@@ -175,9 +175,7 @@ def test_evopress_ends_below_equal_levels(case):
 
 
 def test_more_windows_than_the_calibration_set_has_are_one_sentence(case):
-    with pytest.raises(
-        InputError, match="windows must be at most the 6 sequences of the calibration set. Got 7 instead"
-    ):
+    with pytest.raises(InputError, match="windows must be at most the 6 samples of calibration.words. Got 7 instead"):
         case.run("wanda", Target(0.5), out="many", allocations={"neuroal": {"windows": 7}})
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -10,7 +12,7 @@ from scipy.linalg import hadamard as sylvester
 from layerwise.checks.layer_cases import build, grid_of
 from layerwise.compression.verify import broken_promise
 from layerwise.contract.catalogue import Catalogue
-from layerwise.contract.layer import Gram, Layer, Rotation, Target
+from layerwise.contract.layer import Gram, Layer, Rotation, Target, UnsupportedTarget
 from layerwise.numerics import ops, rotations
 from layerwise.numerics.code_books import E2M1
 from layerwise.numerics.lloyd_max import normal_levels
@@ -139,8 +141,31 @@ def test_what_a_rotation_does_not_carry_is_refused_before_a_study():
     assert refusal("rotated", under="awq") == (
         "its under cannot quantise: awq needs absmean, sample, which rotated does not give"
     )
+    assert refusal("rotated", under={"code_swaps": {"start": "awq"}}) == (
+        "its under cannot quantise: code_swaps needs absmean, sample, which rotated does not give"
+    )
+    assert refusal("code_swaps", start="gptaq") == (
+        "its start cannot quantise: gptaq needs cross_gram, which code_swaps does not give"
+    )
+    assert refusal("code_swaps", start="rotated") == "its start cannot quantise: rotated has a grid of its own"
     assert refusal("rotated", under="turboquant") == "its under cannot quantise: turboquant has a grid of its own"
     assert refusal("rotated", under="wanda") == "its under cannot: wanda does not quantise"
     for steps in (["wanda", "turboquant"], ["rotated", "wanda"]):
         joint = Target(pattern="2:4", bits=4)
         assert catalogue.refusal("chain", catalogue.complete("chain", {"chain": steps}, "test"), joint)
+
+
+def test_what_a_rotation_does_not_carry_is_refused_of_an_instance_too():
+    layer, target, rng = build("correlated"), Target(bits=4, group=16), torch.Generator()
+    catalogue = Catalogue()
+    turboquant, gptq, gptaq, rotated, swaps = (
+        catalogue.build(name, catalogue.complete(name, {}, "test"))
+        for name in ("turboquant", "gptq", "gptaq", "rotated", "code_swaps")
+    )
+    rotated, swaps = replace(rotated, under=turboquant), replace(swaps, start=turboquant)
+    for method in (rotated, swaps, replace(swaps, start=replace(rotated, under=gptq))):
+        with pytest.raises(UnsupportedTarget, match="has a grid of its own"):
+            method.compress(layer, target, rng)
+    apart = replace(layer, gram=Gram(layer.gram.matrix, 1, layer.gram.matrix, layer.gram.matrix))
+    with pytest.raises(ValueError, match="cross-Gram"):
+        replace(rotated, under=gptaq).compress(apart, target, rng)

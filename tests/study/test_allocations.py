@@ -72,7 +72,8 @@ def test_a_bound_of_one_target_is_held_against_no_other_levels():
     ],
 )
 def test_what_does_not_fit_is_skipped_with_a_reason(allocations, target, methods, reason):
-    planned = plan(spread({"uniform": None, allocations: None}, targets=[target], methods={methods: None}))
+    given = {"windows": 4} if allocations == "neuroal" else None
+    planned = plan(spread({"uniform": None, allocations: given}, targets=[target], methods={methods: None}))
     assert not planned.allocations and len(planned.cells) > 0
     (row,) = planned.skipped
     assert reason in row["reason"] and row["allocation"] == allocations and row["target"].endswith(f" {allocations}")
@@ -110,8 +111,9 @@ def test_pairs_are_planned_beside_their_budget():
 
 
 def test_what_tries_the_model_is_given_tokens_and_grams():
-    kl = {"allocator": "knapsack", "errors": "divergence"}
-    planned = plan(spread({"neuroal": None, "knapsack": None, "kl": kl, "evopress": None, "owl": None}))
+    few = {"windows": 4}
+    kl = {"allocator": "knapsack", "errors": "divergence", **few}
+    planned = plan(spread({"neuroal": few, "knapsack": None, "kl": kl, "evopress": few, "owl": None}))
     inputs, found = JobInputs(planned), {}
     model, calib = planned.cells[0].model, planned.cells[0].calib
     for path, cell in planned.allocations.items():
@@ -211,3 +213,19 @@ def test_ten_thousand_spread_cells_are_planned_quickly():
     planned = plan(spread(allocations, methods={"sparsegpt": {"damping": damping}}))
     assert len(planned.cells) == 840 * 2 * 6 and len(planned.allocations) == 2 * 5
     assert time.process_time() - begun < 60
+
+
+def test_what_tries_the_model_on_more_text_than_there_is_is_refused():
+    with pytest.raises(InputError, match=r"allocations.neuroal.windows must be at most the 4 samples of calibration"):
+        plan(spread({"neuroal": {"windows": 5}}))
+    assert plan(spread({"neuroal": {"windows": 4}})).allocations
+    with pytest.raises(InputError, match=r"allocations.knapsack.windows must be at most the 4 samples"):
+        plan(spread({"knapsack": {"errors": "divergence"}}))
+    assert plan(spread({"knapsack": None})).allocations  # which tries no model
+
+
+def test_a_format_is_no_budget_of_pairs():
+    joint = {"targets": [{"sparsity": 0.5, "bits": "nvfp4"}], "methods": {"one": {"chain": ["wanda", "rtn"]}}}
+    planned = plan(spread({"uniform": None, "knapsack": None}, **joint))
+    (skipped,) = planned.skipped
+    assert skipped["reason"] == "knapsack spreads pairs of sparsity and bits, not those of nvfp4"
