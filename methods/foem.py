@@ -22,7 +22,7 @@ CARD = {
     "updates_weights": True,
     "needs": ["gram", "cross_gram"],
     "keeps_zeros": True,
-    "cost": {"weights": 12.0, "grams": 8.0, "products": 7.0},
+    "cost": {"weights": 10.4, "grams": 8.6, "products": 9.0},
     "look": {"colour": "#CC79A7", "marker": "d"},
     "checks": {
         "reference": True,

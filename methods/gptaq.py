@@ -21,7 +21,7 @@ CARD = {
     "updates_weights": True,
     "needs": ["gram", "cross_gram"],
     "keeps_zeros": True,
-    "cost": {"weights": 12.0, "grams": 8.0, "products": 7.0},
+    "cost": {"weights": 12.2, "grams": 8.4, "products": 10.0},
     "look": {"colour": "#56B4E9", "marker": "*"},
     "checks": {
         "reference": True,

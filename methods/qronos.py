@@ -26,7 +26,7 @@ CARD = {
     "updates_weights": True,
     "needs": ["gram", "cross_gram"],
     "keeps_zeros": True,
-    "cost": {"weights": 14.0, "grams": 10.0, "products": 9.0},
+    "cost": {"weights": 18.0, "grams": 12.4, "products": 18.0},
     "look": {"colour": "#009E73", "marker": "<"},
     "checks": {"reference": True, "variants": [{"act_order": False, "blocksize": 16}]},
     "parameters": {
