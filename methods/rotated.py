@@ -21,7 +21,7 @@ CARD = {
     "own_grid": True,
     "cost": {"weights": 14.0, "grams": 8.0, "products": 4.0},  # guessed
     "look": {"colour": "#882255", "marker": "h"},
-    "checks": {"reference": True, "variants": [{"block": 16, "seed": 5}]},
+    "checks": {"reference": True, "variants": [{"block": 16, "rotation_seed": 5}]},
     "parameters": {
         "under": {
             "format": "method",
@@ -34,7 +34,7 @@ CARD = {
             "description": "Longest block; the largest power of two up to it that divides the inputs is taken, null: "
             "without a limit.",
         },
-        "seed": {
+        "rotation_seed": {
             "type": "integer",
             "minimum": 0,
             "maximum": 2147483647,
@@ -50,10 +50,10 @@ class Rotated(Method):
 
     under: Any = "gptq"
     block: int | None = None
-    seed: int = 0
+    rotation_seed: int = 0
 
     def solve(self, layer: Layer, target: Target, rng: torch.Generator) -> Compressed:
-        rotation = Rotation(self.seed, rotations.block_of(layer.weight.shape[1], self.block))
+        rotation = Rotation(self.rotation_seed, rotations.block_of(layer.weight.shape[1], self.block))
         weight = rotations.rotate(layer.weight, rotation).float()
         statistics, none = layer.statistics, torch.empty(0)  # of the inputs as they were, and of no use here
         if statistics is not None:

@@ -32,7 +32,12 @@ CARD = {
             "minimum": 1,
             "description": "Longest block of the rotation, as of `rotated`.",
         },
-        "seed": {"type": "integer", "minimum": 0, "maximum": 2147483647, "description": "Of the rotation's signs."},
+        "rotation_seed": {
+            "type": "integer",
+            "minimum": 0,
+            "maximum": 2147483647,
+            "description": "Of the rotation's signs.",
+        },
         "norm_correction": {
             "type": "boolean",
             "description": "Scale each group so that it keeps its norm; else by its norm alone.",
@@ -46,12 +51,12 @@ class TurboQuant(Method):
     """Codes of the rotated weight on Lloyd-Max levels, a scale for the norm of each group. No preconditions."""
 
     block: int | None = 128
-    seed: int = 0
+    rotation_seed: int = 0
     norm_correction: bool = True
 
     def solve(self, layer: Layer, target: Target, rng: torch.Generator) -> Compressed:
         assert target.bits is not None  # the card lists no other target
-        rotation = Rotation(self.seed, rotations.block_of(layer.weight.shape[1], self.block))
+        rotation = Rotation(self.rotation_seed, rotations.block_of(layer.weight.shape[1], self.block))
         weight = rotations.rotate(layer.weight, rotation)
         levels = torch.tensor(normal_levels(target.bits), dtype=torch.float32, device=weight.device)
         book, codes, scales = CodeBook(levels.cpu()), [], []

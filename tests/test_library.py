@@ -95,10 +95,10 @@ def test_a_card_of_the_table():
     table = layerwise.methods()
     assert [card.name for card in table] == sorted(card.name for card in table)
     gptq = table["gptq"]
-    assert (gptq.title, gptq.arxiv, gptq.bits) == ("GPTQ", "2210.17323", (2, 3, 4, 5, 6, 7, 8))
+    assert (gptq.title, gptq.arxiv, gptq.bits) == ("GPTQ", "2210.17323", (2, 3, 4, 5, 6, 7, 8, "nvfp4", "mxfp4"))
     defaults = {own.name: own.default for own in gptq.parameters}
     assert defaults["blocksize"] == 128 and "damping = 0.01: Added to the Gram" in repr(gptq)
-    assert re.search(r"^gptq +GPTQ +dense +2-8 +yes +gram +blocksize=128", repr(table), re.MULTILINE)
+    assert re.search(r"^gptq +GPTQ +dense +2-8, nvfp4, mxfp4 +yes +gram +blocksize=128", repr(table), re.MULTILINE)
     with pytest.raises(KeyError, match="A method must be one of admm, .*Got 'gptk' instead"):
         table["gptk"]
 

@@ -57,7 +57,7 @@ def test_signs_are_those_of_splitmix64():
 @pytest.mark.parametrize("under", ["rtn", "gptq"])
 def test_the_quantiser_sees_the_rotated_layer(under: str):
     layer = build("correlated")
-    result = compress("rotated", layer, W3, under=under, seed=5)
+    result = compress("rotated", layer, W3, under=under, rotation_seed=5)
     rotation = some(grid_of(result).rotation)
     matrix = matrix_of(rotation, 64)
     weight = torch.from_numpy(layer.weight.double().numpy() @ matrix).float()
@@ -101,7 +101,7 @@ def test_levels_are_those_of_the_tables():
 @pytest.mark.parametrize("bits", [2, 3, 4])
 def test_turboquant_is_its_formula_and_keeps_norms(bits: int):
     layer, target = build("two blocks of 128"), Target(bits=bits, group=32)
-    result = compress("turboquant", layer, target, seed=7)
+    result = compress("turboquant", layer, target, rotation_seed=7)
     quantised = grid_of(result)
     turned = layer.weight.double().numpy() @ matrix_of(some(quantised.rotation), 160)
     groups = turned.reshape(10, 5, 32)
