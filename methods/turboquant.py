@@ -58,8 +58,8 @@ class TurboQuant(Method):
         assert target.bits is not None  # the card lists no other target
         rotation = Rotation(self.rotation_seed, rotations.block_of(layer.weight.shape[1], self.block))
         weight = rotations.rotate(layer.weight, rotation)
-        levels = torch.tensor(normal_levels(target.bits), dtype=torch.float32, device=weight.device)
-        book, codes, scales = CodeBook(levels.cpu()), [], []
+        levels = torch.tensor(normal_levels(target.bits), dtype=torch.float32)
+        book, codes, scales = CodeBook(levels), [], []
         for piece in weight.split(target.group or weight.shape[1], 1):
             norm = piece.norm(dim=1, keepdim=True)  # [out, 1]
             unit = torch.where(norm > 0, norm, 1.0)
@@ -67,5 +67,6 @@ class TurboQuant(Method):
             reconstructed = book.values(codes[-1]).double().norm(dim=1, keepdim=True)
             scales.append(norm / (reconstructed if self.norm_correction else piece.shape[1] ** 0.5))
         scale = torch.cat(scales, 1).float()
-        quantised = Quantised(torch.cat(codes, 1), scale, torch.zeros_like(scale), levels=levels, rotation=rotation)
+        levels, zeros = levels.to(weight.device), torch.zeros_like(scale)
+        quantised = Quantised(torch.cat(codes, 1), scale, zeros, levels=levels, rotation=rotation)
         return Compressed(ops.quantised_values(quantised, target), quantised=quantised)

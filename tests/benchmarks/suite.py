@@ -56,6 +56,8 @@ UNTIMED = {
     "gptaq": "gptq's sweep with a second product per column, after two of a Gram's size",
     "foem": "as gptaq",
     "qronos": "gptq, after two triangular solutions in float64",
+    "rotated": "its quantiser, after two Hadamard transforms of the Gram",
+    "turboquant": "looks each weight up once, and sees no Gram",
 }
 
 

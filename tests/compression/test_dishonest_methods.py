@@ -372,9 +372,10 @@ def test_no_method_of_the_catalogue_is_named():
     """With the trace held to the result's error, kept weights to the layer's, and global state to what it was."""
     catalogue = Catalogue()
     for name, entry in catalogue.items():
-        method = catalogue.build(name, catalogue.complete(name, settings.defaults(entry), "the test"))
+        params = catalogue.complete(name, settings.defaults(entry), "the test")
+        method = catalogue.build(name, params)
         for target in (ROW, NM, GRID, JOINT):
-            if not entry.refusal(target):
+            if not catalogue.refusal(name, params, target):
                 mask_only = entry.comparison(target) == "mask-only"
                 solver = Solver(name, method, target, 0, mask_only=mask_only, criterion=entry.criterion)
                 for compiled in (True, False):

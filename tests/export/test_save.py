@@ -130,18 +130,24 @@ def test_compressed_tensors_loads_as_what_was_evaluated(case, tmp_path, target):
     assert (form, found) == (CT, target) and not [line for line in lines if line.fault]
 
 
-@pytest.mark.parametrize("target", [NV4, MX4], ids=lambda target: target.label)
-def test_compressed_tensors_loads_formats_of_four_bits(tmp_path, target):
+def test_compressed_tensors_has_no_short_groups(case, tmp_path):
+    with pytest.raises(InputError, match="groups of 32 do not divide its 48 inputs; use --format packed or dense"):
+        save(case, MX4, CT, tmp_path / "out")
+
+
+@pytest.mark.parametrize(("target", "family"), [(NV4, "llama"), (MX4, "gpt_neox")], ids=["nvfp4", "mxfp4"])
+def test_compressed_tensors_loads_formats_of_four_bits(tmp_path, target, family):
     """In bfloat16, in which the library dequantises whatever the model's dtype is."""
-    half = Case(tmp_path, dtype="bfloat16").prepare()
+    half = Case(tmp_path, family, dtype="bfloat16").prepare()
     folder = save(half, target, CT, tmp_path / "out")
     scheme = json.loads((folder / "config.json").read_text("utf-8"))["quantization_config"]
     assert (scheme["quant_method"], scheme["format"]) == (CT, f"{target.format}-pack-quantized")
     assert_same_logits(open_saved(folder, CT), evaluated(half, target))
     form, found, lines = audit.audit(folder)
     assert (form, found) == (CT, target) and not [line for line in lines if line.fault]
-    change_tensor(folder, f"{Q}.weight_scale", lambda scales: scales.view(torch.uint8).fill_(255))
-    changed = {line.layer: line.fault for line in audit.audit(folder)[2]}[Q]
+    layer = lines[0].layer
+    change_tensor(folder, f"{layer}.weight_scale", lambda scales: scales.view(torch.uint8).fill_(255))
+    changed = {line.layer: line.fault for line in audit.audit(folder)[2]}[layer]
     assert changed and ("scales" in changed or "saved" in changed)
 
 

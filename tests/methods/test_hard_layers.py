@@ -116,14 +116,18 @@ ADVERSARIAL: dict[str, Callable[[], Layer]] = {
 }
 # What float16 and bfloat16 scales cannot follow, in which all grids are stored.
 COARSE = {"denormal weights"}
-OTHER_MEASURE = {"ria", "dsnot"}  # relative importance, the mean activation
+# Relative importance, the mean activation; a rotation spreads a weight that rounding would have met exactly.
+OTHER_MEASURE = {"ria", "dsnot", "rotated", "turboquant"}
 
 
 def cases() -> Iterator[tuple[Entry, dict[str, Any], Target]]:
     catalogue = Catalogue()
     for name, entry in catalogue.items():
         for params in [*FEWER.get(name, [{}]), *MORE.get(name, [])]:
-            yield from ((entry, params, target) for target in TARGETS if not entry.refusal(target))
+            whole = catalogue.complete(name, params, "the test")
+            for target in TARGETS:
+                if not entry.refusal(target) and (entry.chains or not catalogue.refusal(name, whole, target)):
+                    yield entry, params, target
 
 
 def solver(entry: Entry, params: dict[str, Any], target: Target) -> Solver:

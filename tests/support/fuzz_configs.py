@@ -29,7 +29,7 @@ from layerwise.contract.cards import ALLOCATOR
 from layerwise.contract.catalogue import Catalogue
 from layerwise.contract.target import Target
 from layerwise.runtime.errors import InputError
-from layerwise.study.allocation_entries import UNIFORM
+from layerwise.study.allocation_entries import TRIED, UNIFORM
 from layerwise.study.grid import SCHEMA, SWEPT, Plan, plan
 from layerwise.study.method_entries import RESERVED
 from tests.support.typing_helpers import some
@@ -133,7 +133,7 @@ def allocation_entries(draw: st.DrawFn) -> dict[str, Any]:
         if draw(st.booleans()):
             method = schema.get("format") == "method"
             entry[key] = draw(st.sampled_from([*PRUNERS, "rtn"]) if method else parameter(schema))
-    return entry
+    return entry | {key: 1 for key in TRIED if key in ALLOCATORS[name].card["parameters"]}  # which any draw has
 
 
 @st.composite

@@ -103,7 +103,7 @@ def test_what_is_imported_is_locked(folder):
     if folder == "layerwise":
         lines = "\n".join(path.read_text("utf-8") for path in SNAKEFILES)
         names |= set(re.findall(r"^\s*(?:import|from)\s+(\w+)", lines, re.MULTILINE))
-    own = {"layerwise", "tests"}
+    own = {"layerwise", "tests", "website"}
     distributions = importlib.metadata.packages_distributions()
     third_party = names - own - sys.stdlib_module_names - {"triton"}  # comes with torch where there is CUDA
     assert len(files) > 2 and third_party
