@@ -40,16 +40,10 @@ CARD = {
             "minimum": 0,
             "description": "Share of the drift of the inputs that is made up for, as in GPTAQ; GPTQModel: 0.",
         },
-        "blocksize": {"type": "integer", "minimum": 1, "description": "Columns after which the others are updated."},
+        "blocksize": {"$ref": "blocksize"},
         "damping": {"$ref": "damping"},
-        "act_order": {
-            "type": "boolean",
-            "description": "Columns in the order of falling diagonal of the Gram; groups are runs of that order.",
-        },
-        "static_groups": {
-            "type": "boolean",
-            "description": "Groups are runs of consecutive inputs, all fitted to the weight as it was.",
-        },
+        "act_order": {"$ref": "act_order"},
+        "static_groups": {"$ref": "static_groups"},
         "mse": {"$ref": "mse"},
     },
 }

@@ -42,16 +42,10 @@ CARD = {
             "description": "Weight that makes up for drift in columns after its own block: rounded, as in the released "
             "code, where the result depends on the block size, or as it was before, as in the paper and within blocks.",
         },
-        "blocksize": {"type": "integer", "minimum": 1, "description": "Columns after which the others are updated."},
+        "blocksize": {"$ref": "blocksize"},
         "damping": {"$ref": "damping"},
-        "act_order": {
-            "type": "boolean",
-            "description": "Columns in the order of falling diagonal of the Gram; groups are runs of that order.",
-        },
-        "static_groups": {
-            "type": "boolean",
-            "description": "Groups are runs of consecutive inputs, all fitted to the weight as it was.",
-        },
+        "act_order": {"$ref": "act_order"},
+        "static_groups": {"$ref": "static_groups"},
         "mse": {"$ref": "mse"},
         "convention": {
             "enum": ["exact", "official"],

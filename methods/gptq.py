@@ -28,14 +28,11 @@ CARD = {
         "variants": [{"blocksize": 16}, {"act_order": True}, {"act_order": True, "static_groups": True, "mse": True}],
     },
     "parameters": {
-        "blocksize": {"type": "integer", "minimum": 1, "description": "Columns after which the others are updated."},
+        "blocksize": {"$ref": "blocksize"},
         "damping": {"$ref": "damping"},
-        "act_order": {
-            "type": "boolean",
-            "description": "Columns in the order of falling diagonal of the Gram; groups are runs of that order.",
-        },
+        "act_order": {"$ref": "act_order"},
         "static_groups": {
-            "type": "boolean",
+            "$ref": "static_groups",
             "description": "Groups are runs of consecutive inputs, all fitted to the weight as it was; always so in "
             "nvfp4 and mxfp4.",
         },

@@ -36,13 +36,12 @@ CARD = {
             "description": "Added to the Gram's diagonal, as a share of its largest eigenvalue.",
         },
         "act_order": {
-            "type": "boolean",
+            "$ref": "act_order",
             "description": "Columns in the order of falling diagonal of the Gram; groups are runs of inputs all the "
             "same.",
         },
         "blocksize": {
-            "type": "integer",
-            "minimum": 1,
+            "$ref": "blocksize",
             "description": "Columns after which the others are updated; it changes rounding errors alone.",
         },
         "mse": {"$ref": "mse"},

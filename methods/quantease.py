@@ -31,11 +31,11 @@ CARD = {
     },
     "parameters": {
         "passes": {"type": "integer", "minimum": 1, "description": "Passes over the columns; the last one rounds."},
-        "act_order": {
-            "type": "boolean",
-            "description": "Columns in the order of falling diagonal of the Gram; groups are runs of that order.",
+        "act_order": {"$ref": "act_order"},
+        "static_groups": {
+            "$ref": "static_groups",
+            "description": "Groups are runs of consecutive inputs in any order.",
         },
-        "static_groups": {"type": "boolean", "description": "Groups are runs of consecutive inputs in any order."},
         "mse": {"$ref": "mse"},
     },
 }

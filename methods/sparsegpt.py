@@ -26,8 +26,7 @@ CARD = {
     "checks": {"reference": True, "variants": [{"blocksize": 16}]},
     "parameters": {
         "blocksize": {
-            "type": "integer",
-            "minimum": 1,
+            "$ref": "blocksize",
             "description": "Columns whose mask is chosen at once (n:m: rounded down to a multiple of m).",
         },
         "damping": {"$ref": "damping"},

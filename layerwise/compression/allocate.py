@@ -83,26 +83,18 @@ def allocate(job: AllocateJob) -> list[dict[str, Any]]:
     Raises InputError, in one sentence, for an allocator that fails or proposes no levels.
     """
     blocks = LazyBlocks(job.model, job.device)
-    try:
+    with named_failures(job.spec["allocator"], job.target.label):
         allocator, needs = job.allocator()
         probe = job.probe(allocator, needs, stored_dtype(blocks.model))
-    except InputError:
-        raise
-    except Exception as error:  # of a file that anyone may have written
-        raise failed(job.spec["allocator"], job.target.label, error) from error
     parts: list[Part] = []
     title = "{name} {target}".format(name=job.spec["name"], target=job.target.label)
     with tqdm(total=structure.count_linears(blocks.model), desc=title, unit="layer", mininterval=1.0) as progress:
         for index, layers in block_layers(blocks, job.gram):
             parts += measured(allocator, job.spec["allocator"], index, layers, probe, progress)
-    try:
+    with named_failures(job.spec["allocator"], job.target.label):
         with trials_of(job, parts, probe if "trials" in needs else None) as trials:
             proposal = allocator.search(parts, job.target, trials) if trials else allocator.allocate(parts, job.target)
         return rows_of(parts, proposal, targets_of(parts, proposal, job.target), job.target)
-    except InputError:
-        raise
-    except Exception as error:  # the message names the allocator
-        raise failed(job.spec["allocator"], job.target.label, error) from error
 
 
 @contextmanager
@@ -140,9 +132,16 @@ def held_pairs(parts: Sequence[Part], pairs: Sequence[Target], target: Target) -
     return list(pairs)
 
 
-def failed(name: str, where: str, error: Exception) -> InputError:
-    """The error about an allocator that has failed."""
-    return InputError(f"The allocator {name} failed at {where}: {type(error).__name__}: {str(error).rstrip('.')}.")
+@contextmanager
+def named_failures(name: str, where: str) -> Iterator[None]:
+    """Within it what an allocator raises, in a file that anyone may have written, is an InputError with its name."""
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:
+        said = str(error).rstrip(".")
+        raise InputError(f"The allocator {name} failed at {where}: {type(error).__name__}: {said}.") from error
 
 
 def sizes(parts: Sequence[Part]) -> list[int]:
@@ -185,12 +184,8 @@ def measured(
             progress.update()
 
     rest = watched()
-    try:
+    with named_failures(name, f"block {index}"):
         values = list(allocator.measure(rest))
-    except InputError:
-        raise
-    except Exception as error:
-        raise failed(name, f"block {index}", error) from error
     for _ in rest:
         pass
     if len(values) != len(seen):

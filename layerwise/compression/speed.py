@@ -156,7 +156,7 @@ def tried(trial: Mapping[str, Any]) -> list[float]:
     inputs = inputs_of(target)
     taken: dict[int, float] = {}
     for rows in ROWS:
-        layer = random_layer(rows, inputs)  # anew, with nothing kept of another solution
+        layer = random_layer(rows, inputs)  # another one, whose Gram has kept no factor yet
         before = time.process_time()
         result, _ = solver.solve(layer)
         parts_of(result, target, torch.float32)

@@ -161,6 +161,19 @@ PARAMETERS: dict[str, dict[str, Any]] = {
         "exclusiveMinimum": 0,
         "description": "Added to the Gram's diagonal, as a share of its mean.",
     },
+    "blocksize": {
+        "type": "integer",
+        "minimum": 1,
+        "description": "Columns after which the others are updated.",
+    },
+    "act_order": {
+        "type": "boolean",
+        "description": "Columns in the order of falling diagonal of the Gram; groups are runs of that order.",
+    },
+    "static_groups": {
+        "type": "boolean",
+        "description": "Groups are runs of consecutive inputs, all fitted to the weight as it was.",
+    },
     "mask_warm_start": {"format": "method", "description": "Method whose mask is refined."},
     "mse": {
         "type": "boolean",

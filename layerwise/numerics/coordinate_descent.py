@@ -31,8 +31,8 @@ class Descent:
 
     In a pass each column in turn becomes w_j + sum over i != j of (w_i - v_i) G_ij / G_jj, where the error is smallest
     with the other columns as they are, and is then rounded to the grid, or is not. A column of a dead input becomes
-    w_j, and where `keep` is False a weight stays zero. In float32: what is multiplied is W - V, anew for every block of
-    columns, so that nothing accumulates from pass to pass.
+    w_j, and where `keep` is False a weight stays zero. In float32: each block of columns multiplies W - V as it is by
+    then, so that nothing accumulates from pass to pass.
 
     weight: [out, in] float32. ratios: `ratios_of` the Gram. keep: [out, in] bool. grid: its codes are written.
     """

@@ -4,6 +4,7 @@ The parts are those of the files of `packed_weights.py`; the tests hold each cou
 """
 
 import math
+from typing import TypedDict, Unpack
 
 from layerwise.contract.target import Target
 
@@ -13,19 +14,18 @@ FLOAT_BITS = 16  # of a kept weight that is not quantised, of a scale, and of an
 INDEX_BITS = 16  # of a kept 1xb block, and of an input's group where groups are no runs of inputs
 
 
-def bits_per_weight(
-    target: Target,
-    kept: float,
-    rows: int,
-    inputs: int,
-    input_scale: bool = False,
-    reordered: bool = False,
-    levels: bool = False,
-    rotated: bool = False,
-) -> float:
+class Extras(TypedDict, total=False):
+    """Whether a layer has what a method may add to its target (`stored_bits`)."""
+
+    input_scale: bool
+    reordered: bool
+    levels: bool
+    rotated: bool
+
+
+def bits_per_weight(target: Target, kept: float, rows: int, inputs: int, **extras: Unpack[Extras]) -> float:
     """Bits stored per weight of a layer [rows, inputs] of which the share `kept` is kept, in [0, 1]."""
-    parts = stored_bits(target, kept, rows, inputs, input_scale, reordered, levels, rotated)
-    return sum(parts.values()) / (rows * inputs)
+    return sum(stored_bits(target, kept, rows, inputs, **extras).values()) / (rows * inputs)
 
 
 def stored_bits(

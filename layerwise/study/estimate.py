@@ -273,7 +273,8 @@ def estimate(study: Plan, cores: int, memory: float | None = None, quick: bool =
     jobs = list(model.jobs())
     limit, whose = (memory, "--mem-mb gives") if memory is not None else (machine_memory(), "this machine has")
     limits = Limits(limit, whose, *disks())
-    speeds = at_hand() if quick else measured(study)
+    timed = any(model.shape(name) for name in study.models)  # else there is no time to tell
+    speeds = measured(study) if timed and not quick else at_hand()
     totals = estimate_jobs(model, jobs, cores, speeds)
     lines = [about(spec, model.shape(name)) for name, spec in study.models.items()]
     lines += ["", *table(model, jobs), "", short(model, totals, limits)]

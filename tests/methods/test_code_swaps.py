@@ -1,4 +1,4 @@
-"""Code swaps against changes written plainly: every loss computed anew in float64, from the weight as it comes out."""
+"""Code swaps against changes written plainly: every loss computed again in float64, from the weight as it comes out."""
 
 import itertools
 from dataclasses import replace
@@ -23,6 +23,7 @@ from layerwise.methods.sparsegpt import SparseGPT
 from layerwise.methods.wanda import Wanda
 from layerwise.numerics import dispatch, ops
 from tests.support.typing_helpers import mask_of
+from tests.support.wide_layer import wide
 
 SMALL = {
     "10 inputs": Recipe(out=6, inputs=10),
@@ -168,16 +169,6 @@ def test_the_trace_falls_and_ends_at_the_error_of_the_weight(name: str, start: s
     assert objectives[0] == pytest.approx(row_losses(layer, compress(method, layer, target)).sum(), rel=1e-6)
     assert objectives[-1] == pytest.approx(row_losses(layer, result).sum(), rel=1e-6)
     assert result.info["changes"] + result.info["pairs"] >= result.trace[-1][0]
-
-
-def wide(inputs: int, seed: int) -> Layer:
-    """Few directions that many inputs share, and two huge inputs, so that bounds are loose."""
-    generator = torch.Generator().manual_seed(seed)
-    spectrum = torch.arange(1, inputs + 1).double() ** -0.5
-    x = torch.randn(4 * inputs, inputs, generator=generator, dtype=torch.float64) * spectrum
-    x = x @ torch.randn(inputs, inputs, generator=generator, dtype=torch.float64) / inputs**0.5 + 0.03
-    x[:, :2] *= 20
-    return Layer("wide", torch.randn(12, inputs, generator=generator), Gram((x.T @ x / len(x)).float(), len(x)))
 
 
 def assert_same(fast: Compressed, plain: Compressed) -> None:

@@ -23,6 +23,7 @@ from layerwise.methods.wanda import Wanda
 from layerwise.numerics import swap_search
 from layerwise.numerics.swap_search import GroupSearch, RowSearch
 from tests.support.typing_helpers import mask_of
+from tests.support.wide_layer import wide
 
 LAYERS = {
     "10 inputs": Recipe(out=6, inputs=10),
@@ -197,16 +198,6 @@ def test_a_huge_input_that_every_row_keeps_does_not_end_the_search(target: Targe
         masks.append(mask_of(result))
         assert masks[-1][:, 3].all()
     assert torch.equal(*masks)
-
-
-def wide(inputs: int, seed: int) -> Layer:
-    """Few directions that many inputs share, so that bounds are loose, two huge inputs, and means that are not zero."""
-    generator = torch.Generator().manual_seed(seed)
-    spectrum = torch.arange(1, inputs + 1).double() ** -0.5
-    x = torch.randn(4 * inputs, inputs, generator=generator, dtype=torch.float64) * spectrum
-    x = x @ torch.randn(inputs, inputs, generator=generator, dtype=torch.float64) / inputs**0.5 + 0.03
-    x[:, :2] *= 20
-    return Layer("wide", torch.randn(12, inputs, generator=generator), Gram((x.T @ x / len(x)).float(), len(x)))
 
 
 def tied(inputs: int, seed: int) -> Layer:
