@@ -81,7 +81,7 @@ def state_of(layer: Layer, start: Compressed, target: Target) -> tuple[CodeState
     """The layer's rows at the start, in units in which nothing over- or underflows, and the unit of their loss."""
     quantised = start.quantised
     assert isinstance(quantised, Quantised) and target.bits is not None
-    if quantised.rotation is not None or quantised.levels is not None or quantised.divisor is not None:
+    if quantised.own_grid or quantised.divisor is not None:
         raise UnsupportedTarget("code_swaps changes integer codes, and its start has a grid of its own")
     weight, unit = ops.normalised(layer.weight)
     gram, gram_unit = ops.normalised(layer.gram.matrix.contiguous())

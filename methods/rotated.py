@@ -61,7 +61,7 @@ class Rotated(Method):
             statistics = replace(statistics, **unknown)
         turned = Layer(layer.name, weight, rotations.rotated_gram(layer.gram, rotation), statistics)
         result = self.under.compress(turned, target, rng)
-        if result.quantised.rotation is not None or result.quantised.levels is not None:
+        if result.quantised.own_grid:
             raise UnsupportedTarget(
                 "rotated stores one rotation of integer codes, and its quantiser has a grid of its own"
             )

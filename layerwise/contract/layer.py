@@ -94,6 +94,11 @@ class Quantised:
     levels: Tensor | None = None
     rotation: Rotation | None = None
 
+    @property
+    def own_grid(self) -> bool:
+        """Whether its codes stand for levels of its own, or for a rotated weight."""
+        return self.levels is not None or self.rotation is not None
+
 
 @dataclass(frozen=True)
 class Compressed:

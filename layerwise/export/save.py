@@ -201,8 +201,7 @@ def manifest(record: Mapping[str, Any], file: PackedFile, form: str, dtype: torc
             "sha256": digest(weight),
             "input_scale": result.quantised is not None and result.quantised.input_scale is not None,
             "reordered": reordered(result, file.target_of(name)),
-            "own_grid": result.quantised is not None
-            and (result.quantised.rotation is not None or result.quantised.levels is not None),
+            "own_grid": result.quantised is not None and result.quantised.own_grid,
         }
     own: dict[str, Any] = {"format": form, "target": file.target.as_dict(), "layers": layers}
     if file.targets:

@@ -49,11 +49,10 @@ def cases():
     for name, entry in catalogue.items():
         for params in [{}, *settings.parameter_sets(entry)[1:]]:
             params = {**params, **FEWER.get(name, {})}
-            whole = catalogue.complete(name, params, "the device tests")
-            method = catalogue.build(name, whole)
+            method = catalogue.build(name, catalogue.complete(name, params, "the device tests"))
             for target in TARGETS:
-                if not entry.refusal(target) and (entry.chains or not catalogue.refusal(name, whole, target)):
-                    case = Case(entry, method, target, params)
+                case = Case(entry, method, target, params)
+                if not case.refusal:
                     rare = set(params) - set(FEWER.get(name, ())) or target in RARE
                     yield case, [pytest.mark.long] if rare else []
 

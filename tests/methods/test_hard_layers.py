@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from layerwise.checks import layer_cases as layers
+from layerwise.checks.case import Case
 from layerwise.checks.layer_cases import Recipe
 from layerwise.compression.score import output_error
 from layerwise.compression.solver import Solver
@@ -124,9 +125,9 @@ def cases() -> Iterator[tuple[Entry, dict[str, Any], Target]]:
     catalogue = Catalogue()
     for name, entry in catalogue.items():
         for params in [*FEWER.get(name, [{}]), *MORE.get(name, [])]:
-            whole = catalogue.complete(name, params, "the test")
+            method = catalogue.build(name, catalogue.complete(name, params, "the test"))
             for target in TARGETS:
-                if not entry.refusal(target) and (entry.chains or not catalogue.refusal(name, whole, target)):
+                if not Case(entry, method, target, params).refusal:
                     yield entry, params, target
 
 
