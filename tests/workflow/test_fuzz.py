@@ -59,7 +59,7 @@ def told(call: Callable[[], Any]) -> str | None:
 
 
 def test_a_config_expands_or_is_refused_in_one_sentence():
-    found = fuzz(200)
+    found = fuzz(300)
     assert found["whole accepted"] > 25 and found["spoilt refused"] > 60
 
 
