@@ -296,6 +296,22 @@ def merge(
     print(module.merge_folders(folders, out, tolerance))
 
 
+@app.command(epilog="Example: layerwise leaderboard small=run1/results large=run2/results --out leaderboard.html")
+def leaderboard(
+    folders: Annotated[
+        list[str],
+        typer.Argument(help="Result folders, each as FOLDER or NAME=FOLDER. Merged ones too.", metavar="FOLDER..."),
+    ],
+    out: Annotated[Path, typer.Option(help="Page to write, .html.")] = Path("leaderboard.html"),
+) -> None:
+    """Rank the methods of several studies and models on one page, and mark where protocols differ."""
+    from layerwise.cli.workflow import check_writable
+    from layerwise.report import leaderboard_page as module
+
+    check_writable(out.parent)
+    print(module.write_leaderboard(folders, out))
+
+
 @app.command(epilog="Example: layerwise published paper-wanda-llama2 --unrun --out coverage")
 def published(
     study: Study,
