@@ -46,9 +46,11 @@ def test_help_lists_every_command_with_its_purpose():
     told = call("--help")
     assert told.exit_code == 0 and told.stdout == call().stdout
     expected = (
-        "run report estimate check-study methods new-method check-method regression accept compare merge published"
+        "run report estimate check-study methods new-method check-method regression accept compare merge leaderboard"
     )
-    assert [name.replace("_", "-") for name in COMMANDS] == f"{expected} export audit decode clean-cache worker".split()
+    assert [
+        name.replace("_", "-") for name in COMMANDS
+    ] == f"{expected} published export audit decode clean-cache worker".split()
     for name in expected.split():
         assert re.search(rf"^  {name} +[A-Z]", told.stdout, re.MULTILINE)
     assert "--install-completion" in told.stdout and "--show-completion" in told.stdout
