@@ -31,7 +31,7 @@ CARD = {
             "minItems": 1,
             "uniqueItems": True,
             "description": "Each lambda: the last block gives twice this more than the first. null: the paper's, 0.01 "
-            "to 0.1 by 0.01, 0.12, 0.15, 0.2, and 0.25 below 80 %.",
+            "to 0.1 by 0.01, 0.12, 0.15, 0.2, and 0.25 below 80%.",
         },
         "windows": {"type": "integer", "minimum": 1, "description": "Calibration sequences that activations are of."},
     },

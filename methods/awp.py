@@ -55,7 +55,7 @@ CARD = {
         },
         "acceleration": {
             "enum": ["none", "momentum"],
-            "description": "momentum (not in the paper): Nesterov's, begun anew where the error rises; not with bits.",
+            "description": "momentum (not in the paper): Nesterov's, restarted where the error rises; not with bits.",
         },
     },
 }
@@ -67,7 +67,7 @@ class AWP(Method):
     """Theta <- projection of Theta + step (W - Theta) G; the best iterate that meets the target is the result.
 
     To prune, Theta starts from the warm start. With bits it starts from W, whose first projection is RTN's; grids are
-    min-max and fitted anew in every projection, and the result is no worse than RTN or the warm start rounded.
+    min-max and fitted in every projection, and the result is no worse than RTN or the warm start rounded.
     `Projection` has the schedule of pruning and quantising together, which begins at W too.
 
     No official code is known, and of the quantised part step, iterations and schedule are as reported, not checked

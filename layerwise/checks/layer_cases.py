@@ -1,6 +1,6 @@
 """Layers that methods are tried on: ordinary ones, and every kind that makes a method stumble.
 
-A layer is known by its name and built anew at every call, so that no tensor is shared.
+A layer is known by its name and built at every call, so that no tensor is shared.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What the battery found of one method's file: rows, and the text that a terminal shows."""
+"""The battery's findings on one method's file: rows, and the text that a terminal shows."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ def assert_tensors(layer: Layer, target: Target, result: Compressed) -> None:
     demand(not lost, layer.name, "the weight must be finite", f"{lost} entries that are NaN or infinite")
     if target.sparsity:
         if mask is None:
-            raise Finding(layer.name, "a pruned layer must come with its mask", "None")
+            raise Finding(layer.name, "a pruned layer must have a mask", "None")
         expected, came = f"torch.bool {_words(weight.shape)}", f"{mask.dtype} {_words(mask.shape)}"
         demand((mask.shape, mask.dtype) == (weight.shape, torch.bool), layer.name, f"the mask must be {expected}", came)
         left = int(np.count_nonzero(weight.numpy()[~mask.numpy()]))
@@ -41,7 +41,7 @@ def assert_pattern(layer: Layer, target: Target, result: Compressed) -> None:
     if not target.sparsity:
         return
     if result.mask is None:
-        raise Finding(layer.name, "a pruned layer must come with its mask", "None")
+        raise Finding(layer.name, "a pruned layer must have a mask", "None")
     mask = result.mask.tolist()
     out, inputs = layer.weight.shape
     dropped = [[not kept for kept in row] for row in mask]
@@ -78,7 +78,7 @@ def assert_grid(layer: Layer, target: Target, result: Compressed) -> None:
         return
     quantised = result.quantised
     if quantised is None:
-        raise Finding(layer.name, "a quantised layer must come with codes, scales and zeros", "None")
+        raise Finding(layer.name, "a quantised layer must have codes, scales and zeros", "None")
     codes, scales, zeros = quantised.codes.numpy(), quantised.scales.numpy(), quantised.zeros.numpy()
     inputs = layer.weight.shape[1]
     runs = np.arange(inputs) // (target.group or inputs)

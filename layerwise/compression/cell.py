@@ -184,7 +184,7 @@ class CellJob:
         return Solver(name, method, target, self.columns["seed"], dtype, mask_only, self.entry.criterion, targets)
 
     def decisive(self) -> dict[str, Any]:
-        """What decides the cell's results, in the words that a message about a change uses."""
+        """Everything that decides the cell's results, in the words of a message about a change."""
         spec = {key: value for key, value in self.spec.items() if key != "columns"}
         return ({"levels": sha256(self.levels)} if self.levels else {}) | {
             "spec": spec | {"seed": self.columns["seed"]},

@@ -1,4 +1,4 @@
-"""What a caller in Python asks for, as the runner wants it: a target from its label, a method from its name or file."""
+"""A Python caller's arguments in the runner's form: a target from its label, a method from its name or file."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def built(catalogue: Catalogue, name: str, params: Mapping[str, Any]) -> Method:
 
 
 def entry_of(method: Method) -> Entry | None:
-    """What the file of an instance's class says of it; None where the file has no card or another class's."""
+    """The entry for the file of an instance's class; None where the file has no card or another class's."""
     file = getattr(sys.modules.get(type(method).__module__), "__file__", None)
     entry = read_entry(Path(file)) if file else None
     return entry if entry and entry.class_name == type(method).__name__ else None
@@ -124,7 +124,7 @@ def needed_statistics(method: Method) -> list[str]:
 
 
 def needs(method: Method) -> list[str]:
-    """What the cards of a method, and of methods inside it, say that they need.
+    """The needs of a method, and of methods inside it, by their cards.
 
     A chain gives its layer to its methods alone, and needs what they need.
     """

@@ -113,7 +113,7 @@ class Tunable:
 
     @torch.no_grad()
     def compressed(self) -> Compressed:
-        """What the method returned with the weight, codes, scales and zeros of now."""
+        """The method's result with the present weight, codes, scales and zeros."""
         weight, quantised = self.parts()
         if quantised is None:
             return replace(self.result, weight=weight)

@@ -1,4 +1,4 @@
-"""What a method's card may say, and the parameters that cards share. Literals, free of torch."""
+"""The schema of a method's card, and the parameters that cards share. Literals, free of torch."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass

@@ -129,7 +129,7 @@ class Gram:
         return value
 
     def once(self, key: Hashable, compute: Callable[[], Any]) -> Any:
-        """What compute() gives, at the first call with this key; it must depend on the matrices and the key alone."""
+        """The value of compute(), kept from the first call with this key. It depends on the matrices and the key."""
         if key not in self._kept:
             self._kept[key] = compute()
         return self._kept[key]

@@ -29,7 +29,7 @@ class UnsupportedTarget(ValueError):
 
 @dataclass(frozen=True)
 class Statistics:
-    """What a Gram cannot give, per distinct input (tap). A card's `needs` names the fields a method uses."""
+    """Statistics of one distinct input (tap) that a Gram does not hold. A card's `needs` names those a method uses."""
 
     length: int  # tokens per calibration sequence
     mean: Tensor  # [in] mean activation
@@ -102,7 +102,7 @@ class Quantised:
 
 @dataclass(frozen=True)
 class Compressed:
-    """What a method returns for a layer.
+    """A method's result for a layer.
 
     weight: [out, in] float32, the compressed weight: zero where mask is False, elsewhere the value of its code where
             the layer is quantised.

@@ -31,7 +31,7 @@ class _Products:
         self.in_run = 0
 
     def finish(self) -> Tensor:
-        """[in, in] float32, the mean over the tokens on the device of the inputs; the accumulated sums are given up."""
+        """[in, in] float32, the mean over the tokens on the device of the inputs; the accumulated sums are freed."""
         self._end_run()
         matrix = self.run.copy_(self.total.div_(self.tokens))
         del self.total, self.run

@@ -1,4 +1,4 @@
-"""What a compressed layer must satisfy: the target, free of torch so that the grid can be planned without it."""
+"""The target that a compressed layer must satisfy. Free of torch, so that the grid can be planned without it."""
 
 import re
 from collections.abc import Mapping
@@ -143,17 +143,17 @@ class Target:
 
     @property
     def pruning(self) -> "Target":
-        """What it says of sparsity, without a grid."""
+        """The sparsity alone, without a grid."""
         return Target(self.sparsity, self.pattern)
 
     @property
     def grid(self) -> "Target":
-        """What it says of the grid, without sparsity."""
+        """The grid alone, without sparsity."""
         return Target(bits=self.bits, group=self.group, symmetric=self.symmetric, format=self.format)
 
     @property
     def width(self) -> int | str | None:
-        """What a method's card lists under `bits`: the width of integer codes, or the format; None for no grid."""
+        """The entry in a card's `bits` list: the width of integer codes, or the format; None without a grid."""
         return self.format or self.bits
 
     @property
@@ -174,7 +174,7 @@ class Target:
 
     @property
     def level(self) -> float:
-        """What a layer gives: the share of zeros, or, where nothing is pruned, the bits of a code."""
+        """The level of a layer: its share of zeros, or, where nothing is pruned, the bits of a code."""
         return float(self.bits) if self.bits is not None and not self.sparsity else self.sparsity
 
     def at(self, level: float) -> "Target":

@@ -197,7 +197,7 @@ def computed_as(weights: Path, model: Mapping[str, Any], device: str) -> str | N
 
 
 def known(file: Path) -> str | None:
-    """What STORE has there; None for no file and for one that a crash of the machine has left empty or cut."""
+    """The content of a file of STORE; None for no file, and for one that a crash left empty or cut off."""
     try:
         text = file.read_text("utf-8")
         json.loads(text)

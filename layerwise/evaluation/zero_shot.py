@@ -112,7 +112,7 @@ def load_tasks(spec: Spec) -> Any:
     except Exception as error:  # definitions are others' code and templates: they raise whatever they like
         told = "; ".join(" ".join(str(one).split()) or type(one).__name__ for one in (error, error.__cause__) if one)
         if folder:
-            wanted = f"{folder} should hold them, in a folder of the data set's name or where the definition says"
+            wanted = f"{folder} must hold them, in a folder of the data set's name or where the definition says"
         else:
             wanted = (
                 "they need the network, a copy in the hub's cache, or a `folder`; HF_HUB_OFFLINE=1 forbids fetching"
@@ -262,7 +262,7 @@ def rows_of(
 
 
 def named(metric: str, filtered: str) -> str:
-    """What the cells' tables call a metric of lm-eval, of answers read by a filter."""
+    """The name in our tables of a metric of lm-eval, with the filter that reads the answers."""
     return RENAMED.get(metric, metric) + ("" if filtered == "none" else f",{filtered}")
 
 

@@ -174,7 +174,7 @@ FORMATS = {"dense": save_dense, "packed": save_packed, "compressed-tensors": sav
 
 
 def read_cell(folder: Path) -> tuple[dict[str, Any], PackedFile]:
-    """What a cell's folder says of itself, and its compressed layers. Raises InputError when it has them no more."""
+    """The record of a cell's folder, and its compressed layers. Raises InputError when the weights are gone."""
     if not (folder / "cell.json").is_file():
         raise InputError(f"{folder} must be the folder of a cell. Got one without cell.json instead.")
     if not (folder / WEIGHTS).is_file():
@@ -191,7 +191,7 @@ def read_cell(folder: Path) -> tuple[dict[str, Any], PackedFile]:
 
 
 def manifest(record: Mapping[str, Any], file: PackedFile, form: str, dtype: torch.dtype) -> dict[str, Any]:
-    """What the folder should hold: target, zeros and weights of every layer, and where it comes from."""
+    """The manifest of the folder: target, zeros and weights of every layer, and the origin of the cell."""
     layers = {}
     for name in file.shapes:
         result = file.read(name)

@@ -52,7 +52,7 @@ def error_along_depth(layers: pd.DataFrame) -> Figure:
 def error_reduction(layers: pd.DataFrame) -> Figure:
     """Share of Wanda's error that a method saves, along the blocks at one target, a panel per kind of layer.
 
-    As figures 1 and 2 of SparseFW's paper (arXiv 2510.13713); methods that update weights stand in a band of their own.
+    As figures 1 and 2 of SparseFW's paper (arXiv 2510.13713); methods that update weights have a band of their own.
     """
     pruned = column(layers, "bits").isna() & (column(layers, "sparsity") > 0)
     data = ratios(select(layers, pruned & (column(layers, "comparison") != "control")), "wanda")
@@ -76,7 +76,7 @@ def _share(axes: Axes, values: pd.Series) -> None:
 def _depth(data: pd.DataFrame, name: str, scale: Callable[[Axes, pd.Series], None]) -> Figure:
     """A page of bands of panels of the column `value` at one target.
 
-    What may fairly be compared stands in one band; a control stands beside the masks.
+    Methods that may fairly be compared share a band; a control is drawn beside the masks.
     """
     shown = entries(data)
     style = looks((label, method) for label, method, _ in shown)

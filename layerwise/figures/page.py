@@ -120,7 +120,7 @@ def nothing(sentence: str) -> Figure:
 
 
 def not_drawn(cells: pd.DataFrame) -> str:
-    """What has no value, for the reader of the figure: label, target and mode of up to six cells."""
+    """A note on cells without a value: label, target and mode of up to six."""
     absent = select(cells, column(cells, "value").isna())
     words = [
         f"{row['label']} {row['target']} {row['mode']} ({row['status'] if row['status'] != 'done' else 'diverged'})"

@@ -116,7 +116,7 @@ def _sparsity_lines(
         percent = [100 * sparsity for sparsity in sparsities]
         axes.plot(percent, values, **strokes(style[label], comparison))
         mark_beyond(axes, percent, list(values), style[label])
-    axes.set_xticks([100 * sparsity for sparsity in sparsities], [f"{100 * value:g} %" for value in sparsities])
+    axes.set_xticks([100 * sparsity for sparsity in sparsities], [f"{100 * value:g}%" for value in sparsities])
     spread = 100 * (max(sparsities) - min(sparsities)) or 10.0
     axes.set_xlim(100 * min(sparsities) - 0.1 * spread, 100 * max(sparsities) + 0.1 * spread)
     axes.set_xlabel("sparsity of every row")

@@ -47,7 +47,7 @@ class GridArrays(NamedTuple):
 
 
 class CorrectionArrays(NamedTuple):
-    """What columns pass on besides their errors (layerwise.numerics.obs.Correction); empty arrays stand for none."""
+    """The corrections that columns pass on besides their errors (layerwise.numerics.obs.Correction); empty for none."""
 
     passed: np.ndarray  # [columns, columns] float32, P of the block
     dense: np.ndarray  # [out, in] float32, the weight that columns are pulled towards

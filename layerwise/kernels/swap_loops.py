@@ -29,7 +29,7 @@ HUGE = np.finfo(np.float32).max  # stands for infinity where `simd` subtracts
 
 
 class GramArrays(NamedTuple):
-    """What all rows share: Gram [in, in], its diagonal, root and steepness [in], the Grams within groups, padding.
+    """The arrays that all rows share: Gram [in, in], diagonal, root and steepness [in], Grams within groups, padding.
 
     blocks: [m, m, groups], or empty for whole rows. outside: places that stand for no input, int64.
     """

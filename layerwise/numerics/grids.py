@@ -78,7 +78,7 @@ def quantised_values(quantised: Quantised, target: Target) -> Tensor:
 
 
 def book_of(quantised: Quantised, target: Target) -> CodeBook | None:
-    """What the codes of a layer stand for: its own levels or the numbers of the target's format; None for integers."""
+    """The values of a layer's codes: its own levels, or the numbers of the target's format; None for integers."""
     if quantised.levels is not None:
         return CodeBook(quantised.levels)
     return E2M1 if target.format else None

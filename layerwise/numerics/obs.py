@@ -31,7 +31,7 @@ class ColumnGrid:
 
 @dataclass(frozen=True)
 class Correction:
-    """What a column passes on to those after it besides its error.
+    """The correction that a column passes on besides its error.
 
     passed: P [in, in] float32, strictly upper: a later column k gets w_j P_jk, with w_j the weight before rounding
     within a block of columns, and the rounded one for the columns after the block, as in GPTAQ's released code, unless

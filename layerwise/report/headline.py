@@ -1,4 +1,4 @@
-"""What the report page says first: the dense model's value, and the best method of every group at every target."""
+"""The head of the report page: the dense model's value, and the best method of every group at every target."""
 
 import re
 from collections.abc import Iterator, Mapping, Sequence

@@ -152,7 +152,7 @@ def figure(path: Path) -> dict[str, str]:
     try:
         svg = base64.b64encode(path.read_bytes()).decode()
     except OSError as error:
-        raise InputError(f"Expected a figure at {path}: {error.strerror}.") from None
+        raise InputError(f"The figure {path} cannot be read: {error.strerror}.") from None
     caption = HERE / f"{path.stem}.rst"
     title = path.stem.replace("_", " ")
     return {"name": path.stem, "title": title, "svg": svg, "caption": prose(caption) if caption.is_file() else ""}
@@ -201,7 +201,7 @@ def _summary(name: str, data: pd.DataFrame) -> str:
 
 
 def scripts() -> dict[str, str]:
-    """What is inlined of maintained libraries: DataTables with its extensions, as itables brings it, and Bokeh."""
+    """The scripts of maintained libraries to inline: DataTables with its extensions (from itables), and Bokeh."""
     datatables = importlib.resources.files("itables") / "html"
     bokeh = importlib.resources.files("bokeh") / "server/static/js/bokeh.min.js"
     return {
@@ -251,7 +251,7 @@ def _template() -> jinja2.Template:
 
 
 def _about(study: Study, views: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """What the page says of the study: its name, warnings, protocol and config."""
+    """The page's facts about the study: its name, warnings, protocol and config."""
     config = dict(study.config)
     methods = {tuple(view["spec"][name] for name in ("label", "method", "comparison", "params")): 0 for view in views}
     protocol = {name: entries(config.get(key, {}), name) for name, key in PROTOCOL.items()}

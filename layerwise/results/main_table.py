@@ -55,7 +55,7 @@ MARKDOWN = re.compile(r"([\\`*_{}\[\]<>|#~])")
 
 @dataclass(frozen=True)
 class TableEntry:
-    """What stands in a cell of the table; best: of its group and column, or not shown to differ from it: bold."""
+    """The text of one entry. best: the best of its group and column, or not shown to differ from the best; bold."""
 
     text: str
     best: bool = False
@@ -85,7 +85,7 @@ class Table:
 
 
 def task_title(task: Any, task_set: Any, filtered: str = "") -> Any:
-    """What a task of a set is called, in the tables' titles and in `comparisons`; strings or columns of them.
+    """The name of a task of a set, in the tables' titles and in `comparisons`; strings or columns of them.
 
     filtered: the filter that lm-eval read the answers by, if any.
     """

@@ -13,7 +13,7 @@ from pathlib import Path
 
 
 class InputError(Exception):
-    """An error that the user can fix. Its message is one sentence: what was expected, what came, where."""
+    """An error that the user can fix. Its message has one form: "X must be Y. Got Z instead."""
 
     status = 2  # exit status of the command or the worker that it ends
 

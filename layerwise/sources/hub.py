@@ -125,7 +125,7 @@ def read_json(path: Path) -> dict[str, Any]:
     except (ValueError, RecursionError):
         raise InputError(f"{path} is not valid JSON.") from None
     if not isinstance(content, dict):
-        raise InputError(f"{path} should hold a JSON object.")
+        raise InputError(f"{path} must hold a JSON object. Got another value instead.")
     return content
 
 

@@ -172,7 +172,7 @@ def beginning(documents: Sequence[str]) -> str:
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, text: str, special: bool = True) -> np.ndarray:
-    """Token ids [n] int64 of a text, with the tokenizer's default special tokens unless told otherwise."""
+    """Token ids [n] int64 of a text, with the tokenizer's default special tokens unless `special` says otherwise."""
     encoding = tokenizer(
         text, add_special_tokens=special, return_attention_mask=False, return_token_type_ids=False, verbose=False
     )  # verbose=False: no warning that the text is longer than the model's context

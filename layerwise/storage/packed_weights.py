@@ -73,7 +73,7 @@ def unpack(packed: Tensor, bits: int, count: int) -> Tensor:
     """[count] uint8, or int32 where bits > 8: what `pack` was given. Raises ValueError for another number of bytes."""
     size = -(-count * bits // 8)
     if packed.dtype != torch.uint8 or packed.shape != (size,):
-        raise ValueError(f"{count} numbers of {bits} bits take {size} bytes, {_kind(packed)} came")
+        raise ValueError(f"{count} numbers of {bits} bits must take {size} bytes. Got {_kind(packed)} instead")
     digits = np.unpackbits(packed.numpy(), count=count * bits, bitorder="little")
     if bits == 1:
         return torch.from_numpy(digits)
@@ -195,13 +195,13 @@ def on_processor(quantised: Quantised) -> Quantised:
 
 
 def mask_parts(mask: Tensor, target: Target) -> dict[str, Tensor]:
-    """What says which weights of a mask [out, in] are kept; nothing where the target prunes nothing."""
+    """The tensors that say which weights of a mask [out, in] are kept; none where the target prunes nothing."""
     if target.n_of_m:
         return {"positions": pack(mask.nonzero()[:, 1] % target.n_of_m[1], position_bits(target))}
     if target.block:
         kept = mask[:, :: target.block]  # [out, blocks]
         if kept.shape[1] > 2**16:
-            raise ValueError(f"a block's column is stored in 16 bits, a row has {kept.shape[1]} blocks")
+            raise ValueError(f"a block's column must fit in 16 bits. Got {kept.shape[1]} blocks in a row instead")
         return {"blocks": kept.nonzero()[:, 1].view(len(mask), -1).to(torch.uint16)}
     return {"bitmap": pack(mask, 1)} if target.sparsity else {}
 
@@ -209,7 +209,7 @@ def mask_parts(mask: Tensor, target: Target) -> dict[str, Tensor]:
 def _as_half(values: Tensor, dtype: torch.dtype) -> Tensor:
     stored = half(values, dtype)
     if not torch.equal(stored.float(), values):
-        raise ValueError("scales must be given as they are stored, in 16 bits")
+        raise ValueError("scales must be given in 16 bits, as they are stored")
     return stored
 
 
@@ -225,7 +225,7 @@ def scales_of_format(stored: Tensor, target: Target) -> Tensor:
     expected = torch.float8_e4m3fn if target.format == "nvfp4" else torch.uint8
     if stored.dtype != expected:
         raise ValueError(
-            f"scales of {target.format} must be {str(expected).removeprefix('torch.')}, {_kind(stored)} came"
+            f"scales of {target.format} must be {str(expected).removeprefix('torch.')}. Got {_kind(stored)} instead"
         )
     if target.format == "nvfp4":
         return stored.float()
@@ -240,7 +240,7 @@ def restored(parts: Mapping[str, Tensor], target: Target, shape: tuple[int, int]
     inputs = shape[1]
     if "" in parts:
         if parts[""].shape != shape:
-            raise ValueError(f"a weight {list(shape)} was announced, {_kind(parts[''])} came")
+            raise ValueError(f"the weight must be {list(shape)}, as announced. Got {_kind(parts[''])} instead")
         return Compressed(parts[""].float())
     mask = _restored_mask(parts, target, shape)
     kept = torch.ones(shape, dtype=torch.bool) if mask is None else mask
@@ -248,7 +248,7 @@ def restored(parts: Mapping[str, Tensor], target: Target, shape: tuple[int, int]
     if target.bits is None:
         values = _part(parts, "values")
         if values.shape != (count,):
-            raise ValueError(f"the mask keeps {count} weights, the values are {_kind(values)}")
+            raise ValueError(f"there must be {count} values, one for each kept weight. Got {_kind(values)} instead")
         weight = torch.zeros(shape)
         weight[kept] = values.float()
         return Compressed(weight, mask)
@@ -281,7 +281,7 @@ def _restored_grid(parts: Mapping[str, Tensor], target: Target, kept: Tensor) ->
     count, scales = int(stored.sum()), _part(parts, "scales")
     if scales.numel() != count or (scales.dtype not in HALVES and not target.format):
         wide = 8 if target.format else 16
-        raise ValueError(f"{count} scales of {wide} bits are needed, {_kind(scales)} came")
+        raise ValueError(f"there must be {count} scales of {wide} bits. Got {_kind(scales)} instead")
     scales = scales_of_format(scales, target) if target.format else scales
     if not (((scales >= 0) if "levels" in parts else (scales > 0)) & torch.isfinite(scales)).all():
         raise ValueError("a scale is not a positive finite number")
@@ -314,7 +314,7 @@ def _restored_levels(parts: Mapping[str, Tensor], target: Target) -> Tensor | No
         and torch.isfinite(levels).all()
         and not target.format
     ):
-        raise ValueError(f"levels must be [{count}] float32, finite, {_kind(levels)} came")
+        raise ValueError(f"levels must be [{count}] float32, finite. Got {_kind(levels)} instead")
     return levels
 
 
@@ -323,7 +323,9 @@ def _restored_rotation(parts: Mapping[str, Tensor], inputs: int) -> Rotation | N
         return None
     numbers = parts["rotation"].tolist()
     if len(numbers) != 2 or numbers[0] < 0 or numbers[1] < 1 or block_of(inputs, numbers[1]) != numbers[1]:
-        raise ValueError(f"rotation must be a seed and a block, a power of two that divides {inputs}, {numbers} came")
+        raise ValueError(
+            f"rotation must be a seed and a block, a power of two that divides {inputs}. Got {numbers} instead"
+        )
     return Rotation(*numbers)
 
 
@@ -337,7 +339,7 @@ def _restored_mask(parts: Mapping[str, Tensor], target: Target, shape: tuple[int
         blocks, kept = _part(parts, "blocks"), kept_blocks(target, inputs)
         columns, last, length = blocks.to(torch.int64), -(-inputs // target.block), target.block
         if blocks.dtype != torch.uint16 or blocks.shape != (rows, kept):
-            raise ValueError(f"blocks must be [{rows}, {kept}] uint16, {_kind(blocks)} came")
+            raise ValueError(f"blocks must be [{rows}, {kept}] uint16. Got {_kind(blocks)} instead")
     else:
         assert target.n_of_m
         counts = kept_counts(torch.Size(shape), target)  # [out, groups]
@@ -438,12 +440,14 @@ class PackedFile:
         try:
             info = json.loads(text) if text else {"version": VERSION, "target": {}, "shapes": {}}
             if info["version"] != VERSION:
-                raise InputError(f"{path} is of version {info['version']} of the layout, this code reads {VERSION}.")
+                raise InputError(
+                    f"{path} must be of version {VERSION} of the layout. Got version {info['version']} instead."
+                )
             self.target = Target(**info["target"])
             self.targets = {name: Target(**own) for name, own in info.get("targets", {}).items()}
             self.shapes = {name: tuple(shape) for name, shape in info["shapes"].items()}
         except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise InputError(f"What {path} says of its layers cannot be read: {error!r}.") from None
+            raise InputError(f"The description of the layers in {path} cannot be read: {error!r}.") from None
         if not text:
             self.shapes = found
         if self.targets and self.targets.keys() != self.shapes.keys():

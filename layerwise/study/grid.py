@@ -70,7 +70,7 @@ class Plan:
 
     @property
     def gives(self) -> set[str]:
-        """What figures may need: `certificates`, `allocations`, `traces` that measure the error of the layer or a
+        """Results for figures: `certificates`, `allocations`, `traces` that measure the error of the layer or a
         relaxed one, and `pairs` of methods that may be compared."""
         criteria = {self.catalogue[cell.columns["method"]].criterion for cell in self.cells}
         traced = criteria & {"error", "relaxed error"}

@@ -1,4 +1,4 @@
-"""What a layer's solution takes by each method, as the cards say. Free of torch."""
+"""The cost of a layer by each method, from the cards. Free of torch."""
 
 from __future__ import annotations
 

@@ -34,7 +34,7 @@ class MethodEntry:
     modes: Sequence[str] | None = None
 
     def settings(self) -> dict[str, Any]:
-        """What the identity of its cells is made of, beside seed and target."""
+        """The part of its cells' identity beside seed and target."""
         settings = {"label": self.label, "method": self.method, "params": self.params}
         return settings | ({"tune": self.tune} if self.tune else {})
 

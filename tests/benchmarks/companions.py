@@ -126,7 +126,7 @@ def floor_awq(layer: Layer, target: Target) -> None:
 
 
 def baseline_admm(layer: Layer, target: Target, iterations: int) -> Tensor:
-    """The released iterations over a layer at the full sparsity, the mask chosen anew in the first three quarters."""
+    """The released iterations over a layer at the full sparsity, the mask chosen again in the first three quarters."""
     norm = layer.gram.diagonal.sqrt() + 1e-8
     gram = damped(layer.gram.matrix / norm / norm[:, None], ADMM_DAMPING)
     inverse = torch.inverse(gram + ADMM_RHO * torch.eye(len(gram)))

@@ -532,7 +532,7 @@ def test_grams_that_were_removed_are_told(tmp_path, monkeypatch):
     build("llama").save_pretrained(tmp_path / "model")
     entry = json.dumps({"name": "tiny", "path": str(tmp_path / "model"), "dtype": "float32"})
     shutil.rmtree(calibrated(entry, tmp_path, monkeypatch))
-    with pytest.raises(InputError, match="Grams of .*gram.json are no longer at .*: run again, which computes"):
+    with pytest.raises(InputError, match="Grams of .*gram.json are no longer at .*: run again to compute"):
         gram_store.store_of(tmp_path / "gram.json")
     assert not (tmp_path / "gram.json").exists()  # so that it does
 

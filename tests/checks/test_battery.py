@@ -52,7 +52,7 @@ MISTAKES = {
     ),
     "forgets the mask": (
         "        return Compressed(ops.pruned(layer, importance, target).weight)\n",
-        ("1 tensors", "correlated", "a pruned layer must come with its mask", "None"),
+        ("1 tensors", "correlated", "a pruned layer must have a mask", "None"),
     ),
     "returns a tensor": (
         "        return ops.pruned(layer, importance, target).weight\n",
@@ -106,7 +106,7 @@ def test_the_three_lines_repeat_the_breach(tmp_path: Path):
         exec("\n".join(line.strip() for line in lines))
 
 
-def test_an_edited_file_is_read_anew(tmp_path: Path):
+def test_an_edited_file_is_read_again(tmp_path: Path):
     """In one process, such as a notebook's."""
     path = edited(tmp_path, RESULT, "        return Compressed(layer.weight)\n")
     assert not battery.check_file(path, quick=True).ok
@@ -245,7 +245,7 @@ def test_the_battery_needs_no_test_suite():
 
 
 @pytest.mark.parametrize("name", [*layer_cases.LAYERS, layer_cases.EQUAL, *layer_cases.SMALL_ROWS])
-def test_a_layer_is_built_anew(name: str):
+def test_each_call_builds_the_layer_again(name: str):
     first, second = (layer_cases.tensors(layer_cases.build(name)) for _ in range(2))
     assert all(torch.equal(first[key], second[key]) for key in second)
     assert all(first[key].data_ptr() != second[key].data_ptr() for key in second)

@@ -94,7 +94,7 @@ def test_dense_states_of_other_tokens_are_refused(cell):
     assert not (cell / "out.json").exists()
 
 
-def test_other_weights_in_the_same_place_are_evaluated_anew(cell, capsys):
+def test_other_weights_in_the_same_place_are_evaluated_again(cell, capsys):
     cache.main(arguments())
     save_file(weights_of(llama()), "weights.safetensors")
     cache.main(arguments("again.json"))

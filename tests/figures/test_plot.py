@@ -377,7 +377,7 @@ def test_a_sweep_of_a_target_has_a_line_per_method_and_a_band_per_pattern():
     for axes, metric in ((error, "mean_output_error"), (perplexity, "perplexity")):
         own = cells.query(f"label == 'wanda' and pattern == 'row' and metric == '{metric}'").sort_values("sparsity")
         assert values(axes, LOOKS["wanda"].colour) == pytest.approx(list(own["value"]))
-    assert [tick.get_text() for tick in error.get_xticklabels()] == ["50 %", "60 %", "70 %"]
+    assert [tick.get_text() for tick in error.get_xticklabels()] == ["50%", "60%", "70%"]
 
 
 def test_a_sweep_of_a_parameter_has_a_level_line_for_who_lacks_it():
@@ -600,7 +600,7 @@ def test_other_figures_keep_spread_budgets_off_the_lines_of_equal_levels():
     with styled():
         figure = drawn("perplexity_vs_sparsity", SPREAD)
     labels = {text.get_text() for axes in panels(figure) for text in axes.get_xticklabels()}
-    assert "60%\nrow\nowl" in labels and {"60 %", "70 %"} <= labels
+    assert "60%\nrow\nowl" in labels and {"60%", "70%"} <= labels
 
 
 @pytest.fixture(scope="module")

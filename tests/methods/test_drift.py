@@ -54,7 +54,7 @@ def of_official(name: str, case: str):
 
 @pytest.mark.parametrize(("name", "case"), official_outputs.cases("gptaq"))
 def test_gptaq_agrees(name: str, case: str):
-    """A version in float64 has 99.91 % of the codes at least, and errors within 5e-4."""
+    """A version in float64 has 99.91% of the codes at least, and errors within 5e-4."""
     (result, agreement, entry), official = of_official(name, case), official_outputs.load(name)
     assert agreement >= 0.998
     assert official.output_error(result.weight.numpy()) == pytest.approx(entry["error"], rel=1e-3)
@@ -65,11 +65,11 @@ def test_gptaq_agrees(name: str, case: str):
 
 @pytest.mark.parametrize(("name", "case"), official_outputs.cases("qronos"))
 def test_qronos_agrees(name: str, case: str):
-    """A version in float64 has 99.91 % of the codes, but of the Gram without full rank, whose damping is 1e-6."""
+    """A version in float64 has 99.91% of the codes, but of the Gram without full rank, whose damping is 1e-6."""
     (result, agreement, entry), official = of_official(name, case), official_outputs.load(name)
     lowrank = name == "L1_lowrank"
     assert agreement >= (0.65 if lowrank else 0.995)
-    near, asymmetric = (5e-2, 8e-2) if lowrank else (1e-3, 1e-3)  # of the latter ours is 6 % smaller where it differs
+    near, asymmetric = (5e-2, 8e-2) if lowrank else (1e-3, 1e-3)  # of the latter ours is 6% smaller where it differs
     assert official.output_error(result.weight.numpy()) == pytest.approx(entry["error"], rel=near)
     came = asymmetric_error(official.drifted(), result.weight)
     assert came == pytest.approx(entry["asymmetric_error"], rel=asymmetric)
@@ -218,7 +218,7 @@ def test_gptaq_and_foem_agree_with_plain_loops(name: str, target: Target, case: 
 
 
 def qronos(layer: Layer, rows: Rows, act_order: bool) -> None:
-    """Every column solved for anew: what is rounded stays, the rest is the least squares solution for W X0."""
+    """Every column solved for again: what is rounded stays, the rest is the least squares solution for W X0."""
     gram, cross = layer.gram.matrix.double().numpy(), layer.gram.cross.double().numpy()
     inputs, weight = len(gram), layer.weight.double().numpy()
     damping = 1e-6 * np.linalg.eigvalsh(gram)[-1] * np.eye(inputs)

@@ -1,4 +1,4 @@
-"""SparseSwaps against swaps written plainly, in float64 and loops, every loss computed anew."""
+"""SparseSwaps against swaps written plainly, in float64 and loops, every loss computed again."""
 
 import itertools
 import math

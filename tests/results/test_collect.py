@@ -134,7 +134,10 @@ def test_a_failed_or_missing_cell_is_an_error_unless_partial(tmp_path, pair):
     record = {"status": "out of memory", "reason": "no room\nfor the Gram.", "traceback": "..."}
     (tmp_path / failed.folder / "failed-compress.json").write_text(json.dumps(record))
     cells = [pair[0], failed, absent, pair[1]]
-    with pytest.raises(InputError, match=r"4 cells, 2 are failed or missing; the first is .*sparsegpt.*no room for"):
+    with pytest.raises(
+        InputError,
+        match=r"4 cells must have results. Got 2 that failed or are missing; the first is .*sparsegpt.*no room for",
+    ):
         gather(tmp_path, cells)
     assert not list(tmp_path.glob("tables/*")), "no table, nor a part of one, may be left behind"
     found = gather(tmp_path, cells, partial=True)["cells"]
@@ -163,7 +166,7 @@ def test_a_failed_perplexity_leaves_the_other_numbers(tmp_path, pair):
 def test_a_truncated_file_is_named(tmp_path, pair, name, damage):
     path = tmp_path / pair[0].folder / name
     path.write_bytes(damage(path.read_bytes()))
-    with pytest.raises(InputError, match=re.escape(name) + ".*; run again, which makes it anew"):
+    with pytest.raises(InputError, match=re.escape(name) + ".*; run again to make it"):
         gather(tmp_path, pair)
     assert not path.exists() and path.with_name(f"{name}.damaged").exists()
     cells = gather(tmp_path, pair, partial=True)["cells"]
@@ -359,7 +362,7 @@ def test_an_error_below_its_bound_is_told(tmp_path):
 def test_bounds_that_are_missing_are_an_error_unless_partial(tmp_path):
     cells = certified(tmp_path, 0.75)
     (tmp_path / CERTIFICATE).unlink()
-    with pytest.raises(InputError, match="Expected the bounds of a target at .*bound.parquet, which does not exist"):
+    with pytest.raises(InputError, match="The bounds of a target .*bound.parquet does not exist"):
         collect(StudyInputs(cells, SKIPPED, TEXTS, certificates=[CERTIFICATE]), tmp_path / "tables", False, tmp_path)
     collect(StudyInputs(cells, SKIPPED, TEXTS, certificates=[CERTIFICATE]), tmp_path / "tables", True, tmp_path)
     assert read_table(tmp_path / "tables", "layers")["lower_bound"].isna().all()

@@ -43,9 +43,9 @@ def test_json_list(tmp_path):
 def test_parquet_and_field(tmp_path):
     parquet.write_table(pa.table({"id": [0, 1, 2], "body": DOCUMENTS}), tmp_path / "a.parquet")
     assert documents({"path": str(tmp_path / "a.parquet"), "field": "body"}) == DOCUMENTS
-    with pytest.raises(InputError, match=r"a.parquet should have the field 'text'; it has 'id', 'body'"):
+    with pytest.raises(InputError, match=r"a.parquet must have the field 'text'. Got 'id', 'body' instead"):
         documents({"path": str(tmp_path / "a.parquet")})
-    with pytest.raises(InputError, match="'id' in .* should hold text; it is int64"):
+    with pytest.raises(InputError, match="'id' in .* must hold text. Got int64"):
         documents({"path": str(tmp_path / "a.parquet"), "field": "id"})
 
 
@@ -63,10 +63,10 @@ UNREADABLE = {
     "list.json": ("[1, ", "list.json is not a JSON list"),
     "field.jsonl": (
         '{"body": "a", "id": 1}',
-        "should have the field 'text' in each document; number 1 has 'body', 'id'",
+        "must have the field 'text' in each document. Got 'body', 'id' in number 1 instead",
     ),
-    "number.jsonl": ('{"text": "a"}\n{"text": 3}', "should hold text; in document 2 it is 3"),
-    "string.jsonl": ('"a"', "number 1 has no fields"),
+    "number.jsonl": ('{"text": "a"}\n{"text": 3}', "must hold text. Got 3 in document 2 instead"),
+    "string.jsonl": ('"a"', "Got no fields in number 1 instead"),
     "a.csv": ("text", r"must end in one of .*\.txt.*Got .*a.csv instead"),
     "deep.json": ("[" * 100_000, "deep.json is not a JSON list"),
     "bad.parquet": (b"PAR1", "bad.parquet cannot be read"),
@@ -127,7 +127,7 @@ def test_arrow_s_types_of_strings(tmp_path, name):
 @pytest.mark.parametrize("name", TYPES)
 def test_nulls_are_no_text(tmp_path, name):
     parquet.write_table(pa.table({"text": column_of(TYPES[name], ["a", None])}), tmp_path / "a.parquet")
-    with pytest.raises(InputError, match="'text' in .*a.parquet should hold text; it is .* with 1 nulls"):
+    with pytest.raises(InputError, match="'text' in .*a.parquet must hold text. Got .* with 1 nulls instead"):
         documents({"path": str(tmp_path / "a.parquet")})
 
 
@@ -135,7 +135,7 @@ def test_nulls_are_no_text(tmp_path, name):
 def test_other_types_are_no_text(tmp_path, kind):
     column = pa.array([None, None], kind)
     parquet.write_table(pa.table({"text": column}), tmp_path / "a.parquet")
-    with pytest.raises(InputError, match="should hold text; it is "):
+    with pytest.raises(InputError, match="must hold text. Got "):
         documents({"path": str(tmp_path / "a.parquet")})
 
 
@@ -144,7 +144,7 @@ def test_bytes_that_are_no_utf8_are_told_with_their_row(tmp_path, claimed):
     """Arrow takes a column of strings for what its writer says it is."""
     column = pa.array([b"fine", b"ab\xff"], pa.binary()).view(claimed)
     parquet.write_table(pa.table({"text": column}), tmp_path / "a.parquet")
-    sentence = "'text' in .*a.parquet should hold text in UTF-8; in row 2 byte 2 cannot be decoded"
+    sentence = "'text' in .*a.parquet must hold text in UTF-8. Byte 2 of row 2 cannot be decoded"
     with pytest.raises(InputError, match=sentence):
         documents({"path": str(tmp_path / "a.parquet")})
 
@@ -232,7 +232,10 @@ def test_half_a_character_is_told_with_its_document(tmp_path, place, form):
     content = "\n".join(rows) if form == "lines" else f"[{','.join(rows)}]"
     path = write(tmp_path / "a.json", content)
     at = 2 if place.startswith("ab") else 0
-    sentence = rf"'text' in .*a.json .* in document 2 character {at} is half of one, the lone surrogate \\u"
+    sentence = (
+        r"'text' in .*a.json must hold whole characters. Got half of one, the lone surrogate \\u.*, "
+        f"as character {at} of document 2 instead"
+    )
     with pytest.raises(InputError, match=sentence):
         documents({"path": path})
     assert documents({"path": write(tmp_path / "b.jsonl", rows[0])}) == ["fine 😀"]

@@ -638,7 +638,7 @@ WRONG = {
     ),
     "number in a chain": (
         study(methods={"a": {"chain": ["wanda", 4]}}),
-        "methods.a.chain.1: expected a method's name or {name: {parameters}}, got 4.",
+        "methods.a.chain.1 must be a method's name or {name: {parameters}}. Got 4 instead.",
     ),
     "sweep in a chain": (
         study(methods={"a": {"chain": [{"sparsegpt": {"damping": [0.1, 1]}}, "rtn"]}}),
@@ -751,7 +751,7 @@ def test_bad_input_is_one_sentence(kind):
 WARM_STARTS = {
     "unknown": ("wander", "warm.warm_start: there is no method 'wander'"),
     "parameter": ({"sparsegpt": {"a": 1}}, "warm.warm_start: sparsegpt has no parameter 'a'"),
-    "two": ({"wanda": None, "magnitude": None}, "expected a method's name or {name: {parameters}}"),
+    "two": ({"wanda": None, "magnitude": None}, "must be a method's name or {name: {parameters}}"),
     "itself": ("warm", None),
 }
 
@@ -812,12 +812,12 @@ def no_text(folder: Path) -> None:
 
 
 ABSENT = {
-    "folder": (no_folder, "The model 'tiny' should be a folder at tiny, but there is none."),
+    "folder": (no_folder, "The folder tiny of the model 'tiny' does not exist."),
     "shard": (one_shard, "names files that are not there: model-00002-of-00002.safetensors."),
     "safetensors": (only_pickles, "only safetensors is read"),
     "bytes": (cut_off, "tiny/model.safetensors is cut off"),
     "length": (short_model, "calibration.words: its length is 16, but the model 'tiny' takes at most 8 tokens."),
-    "text": (no_text, "The text 'test' should be a file at test.txt, but there is none."),
+    "text": (no_text, "The file test.txt of the text 'test' does not exist."),
 }
 
 

@@ -91,7 +91,7 @@ def generated(folder: str, names: Sequence[str]) -> set[str]:
 
 
 def served_copy(folder: Path) -> ForkServer:
-    """A copy of the project with what is compiled: only the loops of a file with a fault are compiled anew."""
+    """A copy of the project with what is compiled: only the loops of a file with a fault are compiled again."""
     share_compiled(compiled_folder(), folder, within=folder / COMPILED)
     shutil.copytree(ROOT, folder, symlinks=True, ignore=generated, dirs_exist_ok=True)
     return ForkServer(folder, {"NUMBA_CACHE_DIR": str(folder / COMPILED)})

@@ -318,12 +318,12 @@ def test_a_job_that_is_killed_is_told_by_what_it_left(case: Case, whole):
 
 @pytest.mark.parametrize("damage", [flip, halve])
 def test_damaged_grams(tmp_path, damage: Callable[[Path], None]):
-    """The store is given up, with what says that the study has it, so that the workflow makes it anew."""
+    """The store is given up, with what says that the study has it, so that the workflow makes it again."""
     own = Case(tmp_path).prepare()
     store, pointer = own.folder / "gram", own.folder / "pointer.json"
     gram_store.point_to(store, pointer)
     damage(store / gram_store.block_file(1))
-    with pytest.raises(InputError, match=r"block-001.safetensors of .*; run again, which computes these Grams anew"):
+    with pytest.raises(InputError, match=r"block-001.safetensors of .*; run again to compute these Grams"):
         own.run("wanda", HALF, out="cell")
     assert not pointer.exists() and not (store / gram_store.INDEX).exists()
     assert_nothing_looks_whole(own.folder / "cell")
@@ -340,7 +340,7 @@ def test_damaged_grams_that_a_method_stumbles_over_are_not_its_fault(tmp_path):
     with pytest.raises(InputError, match=r"block-001.safetensors of .* is damaged: it has changed; run again"):
         own.run("sparsegpt", HALF, out="cell")
     assert not pointer.exists() and not (store / gram_store.INDEX).exists()
-    with pytest.raises(InputError, match="given up during this run: run again"):
+    with pytest.raises(InputError, match="found damaged during this run: run again"):
         gram_store.store_of(pointer)
 
 
@@ -351,7 +351,7 @@ def test_damaged_tokens(tmp_path, damage: Callable[[Path], None]):
     save_file({"tokens": torch.from_numpy(drawn)}, path, metadata={"info": json.dumps(info)})
     assert (tokens.read_tokens(path)[0] == drawn).all()
     damage(path)
-    with pytest.raises(InputError, match=r"it is now .*\.damaged; run again, which makes it anew"):
+    with pytest.raises(InputError, match=r"it is now .*\.damaged; run again to make it"):
         tokens.read_tokens(path)
     assert not path.exists()
 
@@ -461,7 +461,7 @@ def test_a_clock_that_was_set_back_has_a_model_hashed_once_in_a_job(case: Case, 
     assert hashed == [path]
 
 
-def test_a_model_that_is_copied_anew_is_hashed_once(case: Case, monkeypatch):
+def test_a_model_that_is_copied_again_is_hashed_once(case: Case, monkeypatch):
     model, fingerprint = json.loads(case.model), case.folder / "model.json"
     path, at = case.folder / "model/config.json", fingerprint.stat().st_mtime_ns
     path.write_bytes(path.read_bytes())
@@ -508,7 +508,9 @@ def test_a_bit_of_a_table_is_missed(tmp_path, place: float):
     write_parquet(data, path)
     assert read_parquet(path).equals(data)
     flip(path, int(200 + place * path.stat().st_size))
-    with pytest.raises(InputError, match="bounds.parquet cannot be used: .*; it is now .*damaged; run again, which"):
+    with pytest.raises(
+        InputError, match="bounds.parquet cannot be used: .*; it is now .*damaged; run again to make it"
+    ):
         read_bounds(path)
     assert not path.exists()
 

@@ -321,7 +321,7 @@ def test_an_index_names_files_beside_it(tmp_path, whole, shard):
     index["weight_map"] |= {"lm_head.weight": shard}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     for name, call in loaders({"path": str(folder), "name": "m"}).items():
-        assert name == "tokenizer" or "should name safetensors files beside it" in (told(call) or "")
+        assert name == "tokenizer" or "must name safetensors files beside it" in (told(call) or "")
 
 
 # ------------------------------------------------------------------------------------------------ targets and shapes

@@ -354,4 +354,4 @@ def test_methods_out_of_order_are_told():
         "got dense 10.000, sparsegpt 12.000, wanda 11.000, magnitude 13.000."
     )
     assert len(smoke.out_of_order(rows(11, 11, 12, 13))) == 2
-    assert "['shared'] came" in smoke.out_of_order(rows(10, 11, 12, 13)[:4])[0]
+    assert "Got ['shared'] instead" in smoke.out_of_order(rows(10, 11, 12, 13)[:4])[0]

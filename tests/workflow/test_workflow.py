@@ -416,7 +416,7 @@ WRONG = {
     "unknown method": ("methods/wander", None, "methods.wander: there is no method 'wander'; the methods are admm, "),
     "unknown parameter": ("methods/wanda", {"alpha": 1}, "wanda has no parameter 'alpha'; its parameters are: none."),
     "no such target": ("targets", [{"pattern": "2:4", "bits": 4}], "methods.wanda: wanda reaches none of the targets"),
-    "no folder": ("models/tiny", {"path": "absent"}, "'tiny' should be a folder at absent, but there is none."),
+    "no folder": ("models/tiny", {"path": "absent"}, "The folder absent of the model 'tiny' does not exist."),
     "no network": ("models/tiny", {"hub": "a/b", "revision": "c"}, "HF_HUB_OFFLINE forbids fetching"),
     "shell in a name": ("models", {"a b; touch x": {"path": str(MODEL)}}, "the name 'a b; touch x' is wrong"),
     "text as number": ("targets", [{"sparsity": "5e-1"}], "YAML reads 5e-1 as text, write 0.5."),
