@@ -118,7 +118,7 @@ def test_a_perplexity_of_other_windows_is_refused(tmp_path, column, values):
     change(wanda(study(tmp_path), "perplexity-wiki-00000002.json"), **values)
     with pytest.raises(
         InputError,
-        match=f"Got 1 that failed or are missing; .* the text wiki must have one protocol. dense dense .* differ in {column}",
+        match=f"Got 1 that failed or are missing; .* wiki must have one protocol. dense dense .* differ in {column}",
     ):
         gather(tmp_path)
     cells = gather(tmp_path, partial=True)
