@@ -104,7 +104,7 @@ def test_an_adapter_imports_no_other_adapter_and_nothing_beside_the_package(path
     assert not beside & {name[0] for name in names}
 
 
-def test_what_plans_a_study_loads_no_heavy_package():
+def test_planning_loads_no_heavy_package():
     """The Snakefile is parsed again by every job."""
     command = [sys.executable, "-c", IMPORT_EACH]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)

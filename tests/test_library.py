@@ -150,7 +150,7 @@ def test_a_label_is_read_as_the_target_that_it_is_of(pattern: dict, grid: dict):
 
 
 @given(st.floats(0, 0.999, exclude_min=True), st.sampled_from(["row", "layer", "1x16"]))
-def test_a_label_that_drops_digits_is_read_as_it_stands(sparsity: float, pattern: str):
+def test_a_label_that_drops_digits_is_read_literally(sparsity: float, pattern: str):
     label = Target(sparsity, pattern).label
     read = Target.parse(label)
     assert read.label == label and read.sparsity == pytest.approx(sparsity, rel=1e-5)
@@ -179,13 +179,13 @@ LABELS = [
 
 
 @pytest.mark.parametrize("label", [*LABELS, 4, None])
-def test_what_is_no_label_is_one_sentence(label: Any):
+def test_an_invalid_label_is_one_sentence(label: Any):
     with pytest.raises(ValueError, match=r"^A target's label must be like '60% row'.* Got .* instead\.$"):
         Target.parse(label)
 
 
 @pytest.mark.parametrize("label", ["100% row", "9b", "4:4", "4b g0"])
-def test_what_no_target_can_be_is_no_label(label: str):
+def test_an_impossible_target_has_no_label(label: str):
     with pytest.raises(ValueError, match=r"^Target\..* Got .* instead\.$"):
         Target.parse(label)
 

@@ -20,7 +20,7 @@ ELSEWHERE = {
     "CONTRIBUTING.md": "contributing.md",
     "CHANGELOG.md": "changelog.md",
 }
-# What a page is generated from -> that page: on the code host a link leads to the first, on the site to the second.
+# Source of a generated page -> that page. A link leads to the source on the code host, and to the page on the site.
 GENERATED = {
     "README.md": "index.md",
     "layerwise/__init__.py": "reference/api.md",

@@ -202,7 +202,7 @@ class Stream:
         self.device = self.source.device
         self.samples, self.length = tokens.shape
         self.folder = folder
-        self.overflow: str | None = None  # what is said of the first output of a block that is not finite
+        self.overflow: str | None = None  # a sentence on the first output of a block that is not finite
         self._lost: tuple[int, int, Tensor] | None = None  # its block, batch and inputs
         self._calls: list[list[Call]] = []  # per batch, of every block
         if beside:
@@ -256,7 +256,7 @@ class Stream:
         one, other = calls(skip)
         if not same(one[0], other[0]):
             return []
-        # What a block returns besides may make the calls of the next.
+        # A block's further results may be arguments of the next.
         run, another = calls(()) if extra else (one, other)
         if not (same(one, other) and same(run, another)):
             raise InputError(f"{type(self.model).__name__} passes more than {HIDDEN} from block to block.")
@@ -323,7 +323,7 @@ class Stream:
         the module whose output is not finite, and InputError naming block, tap and layers for Grams that are not, and
         the layers that do not see every token once.
         """
-        self._refuse()  # what a compressed block has passed on
+        self._refuse()  # checks the output of a compressed block
         name = f"{self.name}.{index}"
         drifted = index > 0 and not advance  # before the first block nothing is compressed
         recorder = TapRecorder(name, linears(self.blocks[index], name), self.samples, self.length, drifted)

@@ -82,7 +82,7 @@ def read_block(folder: Path, index: int, device: str = "cpu") -> Iterator[Tap]:
     """
     contents, path = read_index(folder), Path(folder) / block_file(index)
     try:
-        with ThreadPoolExecutor(1) as beside:  # what is done with the taps takes longer
+        with ThreadPoolExecutor(1) as beside:  # the work on the taps takes longer
             found = beside.submit(sha256, path)
             for name, entry in contents["blocks"][index].items():
                 yield _tap(path, name, entry, contents["length"], device)

@@ -42,7 +42,7 @@ class Case:
     entry: Entry
     method: Method
     target: Target
-    params: Mapping[str, Any]  # what differs from the defaults
+    params: Mapping[str, Any]  # changes to the defaults
     plain: bool = False  # in plain torch, where by default compiled code runs
 
     @property

@@ -45,7 +45,7 @@ class Report:
     name: str
     path: str
     rows: tuple[Row, ...]
-    asks: Mapping[str, str] = field(repr=False)  # what each check asks, in a sentence, in the checks' order
+    asks: Mapping[str, str] = field(repr=False)  # the demand of each check, in a sentence, in the checks' order
     seconds: float = 0.0
 
     @property

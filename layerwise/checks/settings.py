@@ -66,7 +66,7 @@ def no_descent(entry: Entry, params: Mapping[str, Any]) -> str | None:
 
 
 def known_failure(check: str, entry: Entry, params: Mapping[str, Any], target: Target) -> str | None:
-    """Why a check is known not to hold of the method, or None. What a card says is held to be true, too."""
+    """Why a check is known not to hold of the method, or None. A claim of a card is tested, too."""
     known = _checks(entry).get("known_failures", {}).get(check)
     if known is None or params != defaults(entry):
         return None

@@ -148,7 +148,7 @@ def run(context: typer.Context, study: Study, cores: Cores = None) -> None:
 
 @app.command(context_settings=FORWARD, epilog="Example: layerwise report embedded, then open results/report.html.")
 def report(context: typer.Context, study: Study = config_file.EMBEDDED, cores: Cores = None) -> None:
-    """Write a study as one HTML page, results/report.html. What has not been run yet is run first.
+    """Write a study as one HTML page, results/report.html. Cells without results are run first.
 
     Arguments that begin with a dash are Snakemake's own, and come after STUDY.
     """

@@ -39,9 +39,9 @@ from layerwise.storage.table_schema import columns, first_line, from_rows, read_
 
 CELL = ["model", "calibration", "seed", "mode", "label", "target", "params"]
 _CELLS = list(columns("cells"))
-SPEC = _CELLS[: _CELLS.index("metric")]  # what was asked of a cell
+SPEC = _CELLS[: _CELLS.index("metric")]  # the request for a cell
 PROVENANCE = _CELLS[_CELLS.index("commit") :]
-# What decides a number beside the cell's spec: rows that differ in these are of two experiments.
+# Columns that decide a number beside the cell's spec: rows that differ in them are of two experiments.
 PROTOCOL = [
     *("model_sha256", "dtype", "compute_dtype"),
     *("calibration_sha256", "calibration_samples", "calibration_length", "calibration_seed"),
@@ -49,7 +49,7 @@ PROTOCOL = [
     *("eval_sha256", "eval_length", "eval_windows"),
     *("task_version", "fewshot", "items", "lm_eval"),
 ]
-MEASURED = ["metric", "text", "task_set", "task"]  # what a number of a cell is, and of what
+MEASURED = ["metric", "text", "task_set", "task"]  # the measure of a number of a cell, and its text or task
 TIMES = ("solve_seconds", "job_seconds")  # metrics that differ from run to run
 TOLD = ("seed", "params")  # columns of a key that tell cells apart only where nothing else does
 Tables = Mapping[str, pd.DataFrame]  # of one result folder, by name

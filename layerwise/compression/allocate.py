@@ -99,7 +99,7 @@ def allocate(job: AllocateJob) -> list[dict[str, Any]]:
 
 @contextmanager
 def trials_of(job: AllocateJob, parts: Sequence[Part], probe: Probe | None) -> Iterator[Trials | None]:
-    """The model to be tried, whole in memory; without a probe None. What it keeps is removed afterwards."""
+    """The model to be tried, whole in memory; without a probe None. Its files are removed afterwards."""
     if probe is None:
         yield None
         return

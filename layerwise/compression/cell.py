@@ -219,7 +219,7 @@ def run(job: CellJob, then: Callable[[Path, str], None] = lambda weights, digest
 
 
 def compress(job: CellJob, checkpoint: Checkpoint) -> dict[str, Any]:
-    """Write a cell's layers, trace and weights; returns its record. What the checkpoint has is not computed again."""
+    """Write a cell's layers, trace and weights; returns its record. Blocks in the checkpoint are not computed again."""
     tokens, text = read_tokens(job.tokens)
     sequences = torch.from_numpy(tokens)
     compute_dtype.tell(job.model, job.computed, job.device)

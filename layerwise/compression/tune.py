@@ -2,7 +2,7 @@
 
 blocks: GQSA's BQPO (Zeng et al.), block by block: kept weights, scales and zeros, so that the block's output is that of
 the dense model. end: its E2E-OQP, all blocks at once: scales and zeros, codes fixed, by the language-modelling loss on
-the calibration tokens. What comes out is exact: on the pattern, and codes, scales and zeros give the weight.
+the calibration tokens. The result is exact: on the pattern, and codes, scales and zeros give the weight.
 """
 
 from __future__ import annotations

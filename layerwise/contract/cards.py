@@ -7,7 +7,7 @@ from typing import Any
 from layerwise.contract.target import FORMATS
 
 STRUCTURES = ["dense", "row", "layer", "n:m", "1xb"]
-# What the objective of a method's trace measures: the layer's error, that of a relaxed mask, or something of its own.
+# The measure of the objective in a method's trace: the layer's error, that of a relaxed mask, or something of its own.
 CRITERIA = ["error", "relaxed error", "own"]
 # "gram" and "cross_gram" are matrices of a Gram, the others fields of a Statistics.
 STATISTICS = ["gram", "cross_gram", "mean", "absmean", "sequence_variance", "sample", "first_tokens"]
@@ -69,7 +69,7 @@ CARD_SCHEMA = {
                 "marker": {"enum": MARKERS},
             },
         },
-        "checks": {  # what the contract's checks take (checks/settings.py)
+        "checks": {  # settings of the contract's checks (checks/settings.py)
             "type": "object",
             "additionalProperties": False,
             "properties": {
@@ -97,7 +97,7 @@ CARD_SCHEMA = {
 
 # Kinds of targets over whose layers a budget may be spread.
 LEVELLED = ["row", "layer", "n:m", "bits", "pruned and quantised"]
-SEEN = ["weight", "gram", "errors", "trials"]  # what an allocator may need; trials: the model at levels of its own
+SEEN = ["weight", "gram", "errors", "trials"]  # an allocator's possible needs; trials: the model at trial levels
 ALLOCATOR_SCHEMA = {
     "type": "object",
     "required": ["title", "needs", "budgets", "parameters"],

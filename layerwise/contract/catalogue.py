@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from layerwise.contract.allocator import Allocator
     from layerwise.contract.layer import Method
 
-# What a result depends on besides the method's own file. An edit to one of these re-runs every cell.
+# Code that a result depends on besides the method's own file. An edit to one of these re-runs every cell.
 SHARED_SOURCES = tuple(closure(["layerwise.compression.verify"]))
 
 

@@ -14,7 +14,7 @@ class _Products:
 
     def __init__(self, features: int, device: torch.device | str = "cpu") -> None:
         self.total = torch.zeros(features, features, dtype=torch.float64, device=device)
-        self.run = torch.zeros(features, features, dtype=torch.float32, device=device)  # what it lacks as yet
+        self.run = torch.zeros(features, features, dtype=torch.float32, device=device)  # its missing part so far
         self.in_run = 0  # tokens
         self.tokens = 0
 

@@ -7,7 +7,7 @@ from decimal import Decimal
 from typing import Any
 
 PATTERN = re.compile(r"row|layer|[1-9]\d*:[1-9]\d*|1x[1-9]\d*")
-# What `Target.label` writes, with a space after each word.
+# The form of `Target.label`, with a space after each word.
 LABEL = re.compile(
     r"(?:(?P<n_of_m>[1-9][0-9]*:[1-9][0-9]*) |"
     r"(?P<percent>[0-9]+(?:\.[0-9]+)?(?:e[+-]?[0-9]+)?)% (?P<pattern>row|layer|1x[1-9][0-9]*) )?"

@@ -2,7 +2,8 @@
 
 The job that compresses a cell evaluates it at once, while it has the model in memory, and leaves the results in STORE
 (`evaluate_ahead`). The cell's own evaluation jobs then find them there and need neither torch nor the model. So do
-cells whose weights are the same, as those of a method without data are in both modes. What STORE lacks is computed.
+cells with equal weights, such as those of a method without data in both modes. Evaluations that STORE lacks are
+computed.
 """
 
 from __future__ import annotations

@@ -212,7 +212,7 @@ def watched_model(model: PreTrainedModel, tokenizer: Any, batch: int) -> Any:
             broken: list[torch.Tensor] = []
 
             def look(_: Any, __: Any, output: Any) -> None:
-                last = output.logits[:, -1]  # what comes before is asked for nothing
+                last = output.logits[:, -1]  # earlier logits are not needed
                 broken.append((last.isnan() | (last == math.inf)).any(dim=-1))
 
             hook = model.register_forward_hook(look)

@@ -31,7 +31,7 @@ from layerwise.sources.config_faults import config_fault
 from layerwise.storage.bits_per_weight import kept_blocks
 from layerwise.storage.packed_weights import PackedFile
 
-MARKS = {"zeros", "sha256", "input_scale", "reordered"}  # what a manifest says of a layer
+MARKS = {"zeros", "sha256", "input_scale", "reordered"}  # a manifest's entries for a layer
 
 
 @dataclass(frozen=True)
@@ -41,8 +41,8 @@ class Found:
     weight: Tensor  # [out, in], in the model's dtype
     mask: Tensor | None
     stored: int  # bytes
-    grid: str | None = None  # what is off with the grid
-    note: str = "holds"  # what is said where nothing is off
+    grid: str | None = None  # the fault in the grid
+    note: str = "holds"  # the note on a right layer
 
 
 @dataclass(frozen=True)
@@ -334,7 +334,7 @@ def audit(
         raise InputError(f"{folder} names no target for its layers: give --target.")
     try:
         opened = open_folder(folder, said, target, trust_remote_code, targets)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:  # what config.json or an index says is of no use
+    except (KeyError, TypeError, ValueError, AttributeError) as error:  # of config.json or an index
         raise InputError(
             f"The description of the weights in {folder} cannot be used: {type(error).__name__}: {error}."
         ) from None

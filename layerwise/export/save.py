@@ -34,7 +34,7 @@ from layerwise.storage.packed_weights import PackedFile, quantised_of, reordered
 
 WEIGHTS = "weights.safetensors"  # the compressed layers of a cell, and of a packed folder
 REST = "rest.safetensors"  # the other parameters of a packed folder
-MANIFEST = "layerwise.json"  # what a folder's layers should be
+MANIFEST = "layerwise.json"  # describes the layers of a folder
 
 
 # ------------------------------------------------------------------------------------------------------------- formats

@@ -35,7 +35,7 @@ from layerwise.storage.frames import (
 from layerwise.storage.table_schema import COMPARISONS
 
 KINDS_PER_ROW = 4
-TITLE_CHARACTERS = 32  # what stands beside each other above a panel
+TITLE_CHARACTERS = 32  # titles side by side above a panel
 
 
 def error_along_depth(layers: pd.DataFrame) -> Figure:
@@ -67,7 +67,7 @@ def _log(axes: Axes, values: pd.Series) -> None:
 
 
 def _share(axes: Axes, values: pd.Series) -> None:
-    low = max(min(0.0, lowest(values)), -0.5)  # what is far worse than Wanda leaves the panel
+    low = max(min(0.0, lowest(values)), -0.5)  # values far worse than Wanda's leave the panel
     axes.set_ylim(1.05 * low, 1.05 * max(highest(values), 0.1))
     axes.axhline(0.0, color="black", linewidth=0.8, zorder=1)
     axes.yaxis.set_major_formatter(PercentFormatter(1.0))

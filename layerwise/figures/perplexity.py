@@ -86,7 +86,7 @@ def _band(
     shown: Sequence[LegendEntry],
     style: dict[str, Look],
 ) -> None:
-    # What is spread over the layers stands beside the lines, one of which joins a method's equal levels.
+    # Spread budgets are drawn beside the lines; a line joins a method's equal levels.
     lined = (column(data, "pattern") == "row") & (column(data, "allocation") == UNIFORM)
     by_row, others = select(data, lined), select(data, ~lined)
     patterns = distinct_values(others, "target")

@@ -183,7 +183,7 @@ def load(
     if compute_dtype and compute_dtype != spec["dtype"]:
         keep_as_stored(model, getattr(torch, spec["dtype"]), options["trust_remote_code"])
         round_as_stored(model)
-        check_finite(spec, model.state_dict().items())  # what float16 cannot hold
+        check_finite(spec, model.state_dict().items())  # float16 may overflow
     return model.to(device).eval().requires_grad_(False)
 
 

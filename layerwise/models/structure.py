@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 from layerwise.models.stored_dtypes import rounded_as_stored
 from layerwise.runtime.errors import InputError
 
-ROUTERS = ("gate", "router")  # what a linear layer that chooses experts, or the module around it, is called
+ROUTERS = ("gate", "router")  # names of a linear layer that chooses experts, or of the module around it
 SHOWN = 3  # names that an error lists before it says how many more there are
 
 

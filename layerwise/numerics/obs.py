@@ -80,7 +80,7 @@ class _Carried:
         block, pull, passed = slice(start, end), self.correction.pull, self.correction.passed
         torch.sub(aims, weight[:, block], out=errors[:, block])
         moved = pull * (self.unrounded[:, block] - self.original[:, block])
-        if passed is not None:  # what the block's columns have passed on to each other
+        if passed is not None:  # the corrections within the block
             errors[:, block].addmm_(self.unrounded[:, block], passed[block, block])
         if pull:
             errors[:, block] -= moved

@@ -38,7 +38,7 @@ from layerwise.study.grid import plan
 HERE = ROOT / "workflow" / "report"
 # Shown in their own way; traces, bounds and allocations in figures.
 TABLES = ("layers", "cells", "traces", "bounds", "allocations", "skipped")
-LEAD = {  # what a reader of a table asks, before the columns that say where
+LEAD = {  # a reader's first columns, before those that locate the row
     "published": (
         *("model", "paper", "label", "target", "published", "ours", "difference", "tolerance", "verdict"),
         *("differs", "reason"),

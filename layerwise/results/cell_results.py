@@ -25,7 +25,7 @@ ACCURACIES = ("acc", "acc_norm", "exact_match")  # of zero-shot tasks, means ove
 MEAN = "mean"  # the name of the row that has the mean accuracy over the tasks of a set
 CELL_METRICS = ("mean_output_error", "achieved_sparsity", "bits_per_weight", "solve_seconds", "job_seconds")
 LARGEST_LOSS = 700.0  # nats of a window, which exp takes close to the largest float64: no interval beyond
-COMPRESSED = {"cell.json", "layers.parquet", "trace.parquet"}  # what the compress job leaves and is read here
+COMPRESSED = {"cell.json", "layers.parquet", "trace.parquet"}  # files of the compress job that are read here
 NEVER_RAN = "no result and no failure record: an earlier step failed (see logs/), or the job was killed or never ran"
 BROKEN = (ValueError, OSError, KeyError, TypeError, AttributeError, pa.ArrowException, InputError)
 

@@ -48,7 +48,7 @@ LATEX = {
     **{character: "\\" + character for character in "&%$#_{}"},
 }
 SCOPES = ("model", "calibration", "mode", "target", "cell", "token_scope")  # of `layers`, what the notes need
-COMPARED = {"mean_output_error": "output_error"}  # what a metric is called in `comparisons`
+COMPARED = {"mean_output_error": "output_error"}  # a metric's name in `comparisons`
 METRICS = ("perplexity", "kl", *ACCURACIES, "mean_output_error")  # that have tables, in their order
 MARKDOWN = re.compile(r"([\\`*_{}\[\]<>|#~])")
 

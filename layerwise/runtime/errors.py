@@ -37,7 +37,7 @@ KILLED = (
     "the job was killed before it could say why: where no person and no scheduler did that, the machine had no memory "
     "left (`dmesg` says so), and fewer jobs at a time, --cores, take less"
 )
-# What a system says when it refuses to read or write a file, in words that follow the file's name and a colon.
+# The system's reasons for refusing to read or write a file, in words that follow the file's name and a colon.
 REFUSALS = {
     errno.ENOSPC: "no space is left on the disk: free some, then run again",
     errno.EDQUOT: "the quota on this disk is used up: free some, then run again",

@@ -43,7 +43,7 @@ def folder_of(spec: Spec) -> Path:
     return gguf_files.store() / hashlib.sha256(json.dumps(made).encode()).hexdigest()[:32]
 
 
-@functools.cache  # what this process has imported, even if it is edited meanwhile
+@functools.cache  # the code as this process imported it, even if it is edited meanwhile
 def made_by() -> dict[str, str]:
     """The code and the versions of libraries that decide what a file is converted to."""
     code = [str(module.__file__) for module in (gguf_header, gguf_models, gguf_tokenizer)]

@@ -18,7 +18,7 @@ from layerwise.runtime.sentences import brief
 Spec = Mapping[str, Any]
 
 OFFLINE_VARIABLES = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
-# What of a model's repository is fetched: what is read, not its copies in other formats.
+# The files of a model's repository to fetch: those that are read, not copies in other formats.
 MODEL_PATTERNS = ("*.json", "model*.safetensors", "*.model", "*.txt", "*.py", "*.jinja")
 
 

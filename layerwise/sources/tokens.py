@@ -183,7 +183,7 @@ def tokens(
         "length": length,
         "seed": cut.get("seed"),
         "tokenizer": type(tokenizer).__name__,
-        "tokenizer_replaced": replaced,  # what the file has otherwise than this class
+        "tokenizer_replaced": replaced,  # parts in which the file differs from this class
         "vocabulary": len(tokenizer),
     }
 

@@ -165,7 +165,7 @@ def parts_of(result: Compressed, target: Target, dtype: torch.dtype) -> dict[str
         return {"values": weight[mask], **parts} if parts else {"": weight.clone(memory_format=torch.contiguous_format)}
     quantised = on_processor(quantised_of(result))
     codes, scales, zeros = quantised.codes, quantised.scales, quantised.zeros
-    if not parts:  # what a target without sparsity may still have at zero
+    if not parts:  # a target without sparsity may still have zeros
         codes = torch.where(mask, codes, zeros[:, ops.grouping(quantised, target)].to(torch.uint8))
     parts["codes"] = pack(codes[mask] if target.sparsity else codes, target.bits)
     moved = reordered(result, target)

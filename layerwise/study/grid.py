@@ -24,7 +24,7 @@ from layerwise.study.method_entries import MethodEntry, read_methods, target_of
 SCHEMA = yaml.safe_load((ROOT / "workflow/schemas/config.schema.yaml").read_text("utf-8"))
 TEXT_USERS = ("calibration", "evaluation")  # sections of the config whose entries name a text
 
-# What a study may sweep, besides a parameter of its methods: a column of the table `cells`.
+# Columns of the table `cells` that a study may sweep, besides parameters of its methods.
 SWEPT_TARGET = ("sparsity", "bits", "group")
 SWEPT = (*SWEPT_TARGET, "calibration", "calibration_samples", "calibration_length", "calibration_seed")
 

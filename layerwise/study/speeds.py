@@ -1,7 +1,8 @@
-"""How fast this machine is: measured once, kept in the cache folder, and what stands for it until then. Free of torch.
+"""The speed of this machine: measured once, kept in the cache folder, and estimated until then. Free of torch.
 
 A process of its own measures (compression/speed.py): the rates of forward passes, of evaluations and of a job's start,
-and each method of a study on one small layer. What is kept is of one processor, of versions of libraries and of code.
+and each method of a study on one small layer. The measurements hold for one processor and one
+version of libraries and code.
 """
 
 from __future__ import annotations

@@ -528,7 +528,7 @@ def test_other_tokens_in_the_same_place_have_grams_of_their_own(tmp_path, monkey
     assert before != after and not torch.equal(*grams_of)
 
 
-def test_grams_that_were_removed_are_told(tmp_path, monkeypatch):
+def test_removed_grams_are_reported(tmp_path, monkeypatch):
     build("llama").save_pretrained(tmp_path / "model")
     entry = json.dumps({"name": "tiny", "path": str(tmp_path / "model"), "dtype": "float32"})
     shutil.rmtree(calibrated(entry, tmp_path, monkeypatch))

@@ -198,7 +198,7 @@ def test_the_sample_of_unknown_many_tokens_is_evenly_spaced(parts):
 # ---------------------------------------------------------------------------------------------------------- errors
 
 
-def test_products_that_are_not_seen_are_told():
+def test_unseen_products_are_reported():
     model = build("mixtral")
     model.set_experts_implementation("batched_mm")
     with pytest.raises(InputError, match=r"eager experts, but model.layers.0.mlp.experts.0.down_proj saw \d+ fewer"):

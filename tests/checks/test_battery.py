@@ -163,7 +163,7 @@ def test_widths_that_no_usual_target_has_are_checked(tmp_path: Path):
     assert {row.target for row in report.rows if not row.ok} >= {"8b g16", "50% row 8b g16"}
 
 
-def test_a_choice_that_is_not_the_best_is_told_and_no_breach(tmp_path: Path):
+def test_a_choice_that_is_not_the_best_is_noted_and_no_breach(tmp_path: Path):
     """Where G is diagonal the best mask is known; a score of another kind, such as RIA's, may want another one."""
     report = battery.check_file(edited(tmp_path, "power: float = 1.0", "power: float = 0.5"))
     assert report.ok
@@ -186,7 +186,7 @@ def test_a_method_beside_the_file_can_be_its_warm_start(tmp_path: Path):
     assert battery.check_file(path, quick=True).ok
 
 
-def test_progress_is_told(tmp_path: Path):
+def test_progress_is_printed(tmp_path: Path):
     told = []
     battery.check_file(written(tmp_path), quick=True, progress=lambda *now: told.append(now))
     assert [done for done, _, _ in told] == list(range(told[-1][1] + 1))
@@ -210,7 +210,7 @@ NO_METHODS = {
 
 
 @pytest.mark.parametrize("kind", NO_METHODS)
-def test_what_is_no_method_is_one_sentence(kind: str, tmp_path: Path):
+def test_a_value_that_is_no_method_is_one_sentence(kind: str, tmp_path: Path):
     text, sentence = NO_METHODS[kind]
     path = tmp_path / "mine.py"
     if text is not None:

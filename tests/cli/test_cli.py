@@ -166,7 +166,7 @@ def test_snakemake_s_own_folder_that_cannot_be_written_is_one_sentence(tmp_path,
     assert "XDG_CACHE_HOME" in told.stderr
 
 
-def test_what_a_command_finds_is_exit_status_one(tmp_path, monkeypatch):
+def test_findings_of_a_command_are_exit_status_one(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     told = call("estimate", "embedded", "--mem-mb", "300", "--quick")
     assert told.exit_code == 1 and "--mem-mb gives 300 MB" in told.stderr and "demo: 7 M parameters" in told.stdout
@@ -228,7 +228,7 @@ def test_studies_by_name_and_by_file(tmp_path):
         config_file.study_file("config")
 
 
-def test_what_snakemake_is_given():
+def test_arguments_of_snakemake():
     study = Path("config/config.yaml")
     own = ["--configfile", str(study.resolve()), "--snakefile", str(project.ROOT / "Snakefile")]
     default = ["--workflow-profile", str(project.ROOT / "profiles/default")]

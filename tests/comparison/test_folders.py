@@ -33,7 +33,7 @@ def test_a_folder_agrees_with_itself(tmp_path, capsys):
     ]
 
 
-def test_what_moved_is_listed_with_exit_status_one(tmp_path, capsys):
+def test_moved_numbers_are_listed_with_exit_status_one(tmp_path, capsys):
     before, after = results(tmp_path / "a"), results(tmp_path / "b", {"dense": 1, "magnitude": 1, "wanda": 1.05})
     assert status(before, after) == 1
     out = capsys.readouterr().out

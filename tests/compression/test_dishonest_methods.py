@@ -377,7 +377,7 @@ def in_numpy(layer: Layer, target: Target, result: Compressed) -> Compressed:
 
 @pytest.mark.filterwarnings("ignore:a warning")
 @pytest.mark.parametrize("lie", [expanded, minus_zero, fewer, with_trace, warning, in_numpy])
-def test_what_only_looks_odd_is_accepted(lie: Lie):
+def test_odd_but_valid_input_is_accepted(lie: Lie):
     layer = layers.build("correlated")
     result, row = Solver("odd", Liar(lie), ROW, 0, criterion="error").solve(layer)
     assert row["output_error"] == output_error(layer, result.weight)[1]

@@ -131,7 +131,7 @@ def test_lm_eval_s_command_line_gives_the_same_numbers(tiny):
         pytest.param({"tasks": ["piqa"]}, "HF_HUB_OFFLINE=1 forbids fetching: ", marks=LONG),
     ],
 )
-def test_what_is_absent_is_one_sentence(tmp_path, spec, sentence):
+def test_absent_input_is_one_sentence(tmp_path, spec, sentence):
     (tmp_path / "empty").mkdir()
     shutil.copy(ROOT / "resources/demo/tasks/last_word.yaml", tmp_path / "empty")
     arguments = ["layerwise.evaluation.zero_shot", "data", "--tasks", json.dumps(spec), "--out", "out.json"]
@@ -179,7 +179,7 @@ def test_a_task_that_shuffles_is_the_same_each_time(tmp_path):
     assert orders[0] == orders[1]
 
 
-def test_the_data_that_were_asked_are_told_apart():
+def test_items_are_identified_by_their_data():
     items = results(-2.0)["samples"]["t"]
     other = [{**items[0], "target_hash": "d"}]
     assert zero_shot.data_hash(items) == zero_shot.data_hash([dict(items[0])]) != zero_shot.data_hash(other)

@@ -222,7 +222,7 @@ INEXPRESSIBLE = {
 
 
 @pytest.mark.parametrize("kind", INEXPRESSIBLE)
-def test_what_compressed_tensors_cannot_express_is_refused_and_packed_holds_it(case, tmp_path, kind):
+def test_layers_beyond_compressed_tensors_are_refused_and_packed_holds_them(case, tmp_path, kind):
     change, why = INEXPRESSIBLE[kind]
     folder = changed_cell(case, W4, tmp_path, change)
     with pytest.raises(InputError, match=f"{Q} cannot be saved as compressed-tensors: {why}; use --format packed"):
@@ -373,7 +373,7 @@ def test_whatever_was_changed_in_a_folder_is_found(case, tmp_path, capsys, kind)
 
 
 @pytest.mark.parametrize("part", ["codes", "scales", "zeros"])
-def test_what_was_changed_in_the_packed_layout_is_found(case, tmp_path, part):
+def test_changes_in_the_packed_layout_are_found(case, tmp_path, part):
     folder = save(case, W4S50, "packed", tmp_path / "out")
     change = flip_a_bit if part != "scales" else set_value((0, 0), 1)
     change_tensor(folder, f"{UP}.{part}", change, "weights.safetensors")
@@ -471,7 +471,7 @@ def test_the_audit_takes_a_cell_and_a_target(case, tmp_path, capsys):
         ),
     ],
 )
-def test_what_a_folder_says_of_itself_may_be_damaged(case, tmp_path, form, file, text, sentence):
+def test_damaged_manifests_are_sentences(case, tmp_path, form, file, text, sentence):
     folder = save(case, W4, form, tmp_path / "out")
     (folder / file).write_text(text, "utf-8")
     with pytest.raises(InputError, match=sentence):
@@ -487,7 +487,7 @@ def test_a_scheme_of_another_kind_is_a_sentence(case, tmp_path):
         audited(folder)
 
 
-def test_the_command_prints_a_table_and_its_exit_status_tells(case, tmp_path, capsys):
+def test_the_command_prints_a_table_and_returns_its_verdict(case, tmp_path, capsys):
     folder = save(case, TWO_OF_FOUR, "dense", tmp_path / "out")
 
     audited(folder)
@@ -500,7 +500,7 @@ def test_the_command_prints_a_table_and_its_exit_status_tells(case, tmp_path, ca
 
 
 @pytest.mark.parametrize("family", ["qwen3", "gpt2", "bloom"])  # tied; biases; weights stored as [in, out]
-def test_what_is_not_compressed_comes_back_as_it_was(family, tmp_path):
+def test_uncompressed_parameters_are_unchanged(family, tmp_path):
     own = Case(tmp_path, family).prepare()
     dense, asked = load(own.spec), own.run("sparsegpt", TWO_OF_FOUR)
     layers = model_linears(dense)

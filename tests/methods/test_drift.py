@@ -248,7 +248,7 @@ def test_qronos_agrees_with_plain_least_squares(name: str, target: Target, act_o
 
 
 @pytest.mark.parametrize("method", [GPTAQ(alpha=1.0), Qronos()], ids=lambda method: method._name)
-def test_what_has_drifted_is_made_up_for(method: Method):
+def test_drift_is_compensated(method: Method):
     ratios = []
     for seed in range(6):
         layer = layers.make(Recipe(out=12, inputs=96, sequences=16, seed=seed, drift=0.2))

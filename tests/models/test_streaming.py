@@ -115,7 +115,7 @@ def change(folder, name: str, write) -> None:
 NAME = "model.layers.1.mlp.up_proj.weight"
 
 
-def test_what_is_wrong_with_the_files_is_told_before_any_work(tmp_path):
+def test_faults_of_files_are_reported_before_any_work(tmp_path):
     spec = saved(tmp_path, "llama")
     change(tmp_path, NAME, lambda found: found.update({NAME: torch.zeros(3, 3)}))
     with pytest.raises(InputError, match=f"1 tensors of another shape than its config asks for: {NAME}"):
@@ -129,7 +129,7 @@ def test_what_is_wrong_with_the_files_is_told_before_any_work(tmp_path):
         LazyBlocks(spec)
 
 
-def test_a_weight_that_is_not_finite_is_told_when_its_block_is_read(tmp_path):
+def test_a_weight_that_is_not_finite_is_reported_when_its_block_is_read(tmp_path):
     spec = saved(tmp_path, "llama")
     change(tmp_path, NAME, lambda found: found[NAME].fill_(float("nan")))
     lazy = LazyBlocks(spec)

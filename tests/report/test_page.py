@@ -169,7 +169,7 @@ def test_the_headline_names_the_best_and_counts_what_it_leaves_out():
     assert headline(tables[3:])[0]["rows"][0]["best"][0][0] == ("e", "9.6") and headline([]) == []
 
 
-def test_what_was_not_calibrated_as_meant_is_told_above_the_main_tables(study, folder, html, tmp_path):
+def test_fallback_calibration_is_noted_above_the_main_tables(study, folder, html, tmp_path):
     shutil.copytree(folder / "tables", tmp_path / "tables")
     layers = read_table(folder / "tables", "layers")
     layers.loc[(layers["kind"] == "down_proj") & (layers["block"] == 0), "token_scope"] = "fallback"

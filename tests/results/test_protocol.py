@@ -149,7 +149,7 @@ def test_tasks_of_another_harness_are_refused(tmp_path, column, value):
 
 
 @pytest.mark.parametrize("name", ["perplexity-docs-00000001.json", f"tasks-{TASKS.identity}.json"])
-def test_an_evaluation_in_another_dtype_is_told_by_its_own_rows(tmp_path, name):
+def test_an_evaluation_in_another_dtype_is_known_by_its_own_rows(tmp_path, name):
     """What the evaluation says of itself, and not what its cell was computed in; such a mix is no table."""
     root = study(tmp_path)
     for path in root.glob(f"results/cells/*/*/*/*/{name}"):
@@ -166,7 +166,7 @@ def test_an_evaluation_in_another_dtype_is_told_by_its_own_rows(tmp_path, name):
     assert bool(cells.loc[~evaluated, "compute_dtype"].isna().all())
 
 
-def test_what_a_protocol_names_are_columns():
+def test_the_names_of_a_protocol_are_columns():
     known = set(columns("cells"))
     assert all({*names, *told} <= known for _, names, told in SAME)
 

@@ -140,7 +140,7 @@ def test_other_types_are_no_text(tmp_path, kind):
 
 
 @pytest.mark.parametrize("claimed", [pa.binary(), pa.string()])
-def test_bytes_that_are_no_utf8_are_told_with_their_row(tmp_path, claimed):
+def test_bytes_that_are_not_utf8_are_reported_with_their_row(tmp_path, claimed):
     """Arrow takes a column of strings for what its writer says it is."""
     column = pa.array([b"fine", b"ab\xff"], pa.binary()).view(claimed)
     parquet.write_table(pa.table({"text": column}), tmp_path / "a.parquet")
@@ -217,7 +217,7 @@ def test_every_line_of_joined_files_may_have_a_mark(tmp_path):
     assert read.documents == ["one", "two"] and read.normalised == "byte order mark"
 
 
-def test_what_is_no_mark_stays(tmp_path):
+def test_characters_that_are_no_mark_stay(tmp_path):
     """Within a line U+FEFF is a space without width, and other characters that end lines are the text's own."""
     text = f"word{MARK}word\x0b\x0c\x85\u2028\u2029\u200b"
     assert read_text({"path": write(tmp_path / "a.txt", text)}).documents == [text]
@@ -227,7 +227,7 @@ def test_what_is_no_mark_stays(tmp_path):
 
 @pytest.mark.parametrize("place", ["\\ud800", "ab\\udfff.", "\\ude00\\ud83d"])
 @pytest.mark.parametrize("form", ["lines", "list"])
-def test_half_a_character_is_told_with_its_document(tmp_path, place, form):
+def test_half_a_character_is_reported_with_its_document(tmp_path, place, form):
     rows = ['{"text": "fine \\ud83d\\ude00"}', f'{{"text": "{place}"}}']
     content = "\n".join(rows) if form == "lines" else f"[{','.join(rows)}]"
     path = write(tmp_path / "a.json", content)
@@ -255,7 +255,7 @@ def test_documents_of_a_windows_text_are_separated(tmp_path):
 
 
 @pytest.mark.parametrize("separator", ["\n\n\n\n", "---", "<|endoftext|>"])
-def test_a_separator_that_never_occurs_is_told(tmp_path, separator):
+def test_a_separator_that_never_occurs_is_reported(tmp_path, separator):
     path = write(tmp_path / "a.txt", "one\n\ntwo\n--\nthree")
     with pytest.raises(InputError, match="The separator .* of .*a.txt must occur in a .txt or .raw of the text, but"):
         documents({"path": path, "separator": separator})
@@ -263,7 +263,7 @@ def test_a_separator_that_never_occurs_is_told(tmp_path, separator):
         documents({"path": write(tmp_path / "a.jsonl", as_json(f"one{separator}two")), "separator": separator})
 
 
-def test_the_files_in_which_a_separator_does_not_occur_are_told(tmp_path, monkeypatch, capsys):
+def test_files_without_the_separator_are_reported(tmp_path, monkeypatch, capsys):
     contents = {"a.txt": "one--two", "b.txt": "three", "blank.txt": " \n", "c.jsonl": as_json("a document")}
     files = [Path(write(tmp_path / name, content)) for name, content in contents.items()]
     monkeypatch.setattr("layerwise.sources.documents.fetch_text", lambda spec: files)

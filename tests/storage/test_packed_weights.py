@@ -98,7 +98,7 @@ def assert_same(found: Compressed, result: Compressed, target: Target) -> None:
 
 @pytest.mark.parametrize("target", TARGETS, ids=lambda target: target.label)
 @pytest.mark.parametrize("name", layers.LAYERS)
-def test_what_is_read_is_what_was_stored(name, target):
+def test_stored_tensors_are_read_back_unchanged(name, target):
     layer = layers.build(name)
     result = stored(layer, target)
     assert broken_promise(layer, target, result) is None
@@ -357,7 +357,7 @@ def test_a_file_that_is_no_such_file(path):
         packed_weights.PackedFile(path)
 
 
-def test_what_has_been_read_is_not_kept_in_memory(tmp_path):
+def test_read_blocks_are_not_kept_in_memory(tmp_path):
     maps = Path("/proc/self/maps")
     if not maps.is_file():
         pytest.skip("needs Linux, which tells the files that a process has mapped")

@@ -54,7 +54,7 @@ def test_methods_share_the_levels_of_a_target():
     assert len(planned.cells) == 4 and len(planned.allocations) == 2
 
 
-def test_a_bound_of_one_target_is_held_against_no_other_levels():
+def test_a_bound_of_one_target_is_compared_with_no_other_levels():
     planned = plan(spread({"uniform": None, "owl": None}, certificates=True))
     assert all(cell.certificate is None for cell in planned.cells if cell.levels)
     assert len(planned.certificates) == 2
@@ -71,7 +71,7 @@ def test_a_bound_of_one_target_is_held_against_no_other_levels():
         ("owl", {"sparsity": 0.5, "pattern": "1x16"}, "wanda", "not of 1xb"),
     ],
 )
-def test_what_does_not_fit_is_skipped_with_a_reason(allocations, target, methods, reason):
+def test_misfits_are_skipped_with_a_reason(allocations, target, methods, reason):
     given = {"windows": 4} if allocations == "neuroal" else None
     planned = plan(spread({"uniform": None, allocations: given}, targets=[target], methods={methods: None}))
     assert not planned.allocations and len(planned.cells) > 0

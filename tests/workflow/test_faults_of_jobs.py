@@ -190,7 +190,7 @@ def test_a_folder_of_another_user():
     assert_told(said, "Cannot write .*: permission is denied: give yourself the right")
 
 
-def test_what_is_written_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+def test_files_are_on_the_disk_before_they_have_their_name(tmp_path, monkeypatch):
     """Else a machine that loses its power could leave an empty file."""
     order, sync, replace = [], os.fsync, Path.replace
     monkeypatch.setattr(os, "fsync", lambda file: order.append("fsync") or sync(file))
@@ -283,7 +283,7 @@ def test_a_fault_of_the_code_keeps_its_traceback():
 
 
 @pytest.mark.parametrize(("by", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_job_that_is_told_to_end(case: Case, whole, by: signal.Signals, code: int):
+def test_a_job_that_gets_sigterm(case: Case, whole, by: signal.Signals, code: int):
     out, original = case.folder / by.name, compress.write_block
 
     def run() -> None:
@@ -305,7 +305,7 @@ def test_a_job_that_is_told_to_end(case: Case, whole, by: signal.Signals, code: 
     assert_same(case.run(*CELL, out=out.name), whole)
 
 
-def test_a_job_that_is_killed_is_told_by_what_it_left(case: Case, whole):
+def test_a_killed_job_is_known_by_its_files(case: Case, whole):
     out = case.folder / "killed"
     assert killed(lambda: case.run(*CELL, out=out.name), solver.Solver, "solve", 9)
     gap = failure(out, set(os.listdir(out)), ["compress"])

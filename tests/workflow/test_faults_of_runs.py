@@ -201,7 +201,7 @@ def test_a_method_that_is_edited_during_a_run(fresh: Path, undisturbed: Path, tm
 
 
 @pytest.mark.parametrize("by", [signal.SIGTERM, signal.SIGINT])
-def test_a_study_that_is_told_to_end(fresh: Path, undisturbed: Path, tmp_path: Path, by: signal.Signals):
+def test_a_study_that_gets_sigterm(fresh: Path, undisturbed: Path, tmp_path: Path, by: signal.Signals):
     folder = copy(fresh, tmp_path / "study")
     process = start(folder, tmp_path / "log")
     wait_for(process, lambda: any(folder.glob("results/cells/*/*/*/*/failed-*.json")))  # there while a cell is computed

@@ -185,7 +185,7 @@ def test_rows_carry_their_provenance(study):
     assert cells["model_sha256"].str.fullmatch("[0-9a-f]{64}").all()
 
 
-def test_what_no_method_reaches_is_skipped_with_its_reason(study):
+def test_unreached_targets_are_skipped_with_their_reason(study):
     (row,) = study.table("skipped").to_dict("records")
     assert row.pop("reason").startswith("magnitude does not quantise")
     assert row == {"label": "magnitude", "method": "magnitude", "target": "4b", "allocation": "uniform"}
