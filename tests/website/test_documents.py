@@ -5,6 +5,7 @@ import importlib.util
 import os
 import re
 import shlex
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import typer.main
 import yaml
 from typer.core import TyperGroup
 
+from layerwise import __version__
 from layerwise.checks import template
 from layerwise.cli.app import app
 from layerwise.study import config_file
@@ -247,3 +249,18 @@ def test_the_notebook_prints_what_it_shows(monkeypatch: pytest.MonkeyPatch):
             assert float(new) == pytest.approx(float(old), rel=0.05)
         else:
             assert old == new
+
+
+# ------------------------------------------------------------------------------------------------------------- release
+
+
+def test_one_version_is_released():
+    """The version of pyproject.toml, the package, CITATION.cff and the newest release of the changelog is one."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]["version"]
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text("utf-8"))
+    heads = re.findall(r"^## (.+)$", (ROOT / "CHANGELOG.md").read_text("utf-8"), re.MULTILINE)
+    assert heads[0] == "Unreleased" and heads[1] == f"{project} - {citation['date-released']}"
+    assert re.fullmatch(r"\d+\.\d+\.\d+", project)
+    assert __version__ == citation["version"] == project
+    dates = [head.partition(" - ")[2] for head in heads[1:]]
+    assert dates == sorted(dates, reverse=True)
