@@ -44,7 +44,6 @@ PLACES = (
 PLUGIN = "--slurm-"  # how options begin of an executor that is installed for clusters alone
 IN_A_WHEEL = "layerwise/shipped"
 GIVEN = {  # what a page's code takes as given
-    "README.md": "import torch; weight, x = torch.randn(16, 32), torch.randn(200, 32)",
     "docs/allocation.md": "from dataclasses import dataclass; "
     "from layerwise.contract.allocator import Allocator, Proposal",
     "docs/checking-a-method.md": "from layerwise.checks import template; template.write('power_norm')",
