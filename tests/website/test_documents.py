@@ -250,6 +250,25 @@ def test_the_notebook_prints_what_it_shows(monkeypatch: pytest.MonkeyPatch):
             assert old == new
 
 
+# ------------------------------------------------------------------------------------------------------------ messages
+
+
+def test_messages_of_the_faults_page_are_in_the_code():
+    """Each message of the table, cut at `...` and at colons, which stand before other sentences, is in a string."""
+    code = " ".join(path.read_text("utf-8") for path in sorted((ROOT / "layerwise").rglob("*.py")))
+    code = " ".join(re.sub(r'"\s*f?"', "", code).split())
+    rows = [line.split(" | ") for line in (ROOT / "docs/faults.md").read_text("utf-8").splitlines() if "|" in line]
+    quoted = [text for row in rows[2:] for text in re.findall(r"`([^`]+)`", row[1]) if " " in text]
+    assert len(quoted) > 15
+    for text in quoted:
+        for part in re.split(r"\.\.\./?|[:,]", text):
+            if len(part.split()) > 1 and text not in OF_SNAKEMAKE:
+                assert part.strip() in code, text
+
+
+OF_SNAKEMAKE = ("Directory cannot be locked",)
+
+
 # ------------------------------------------------------------------------------------------------------------- release
 
 
