@@ -53,7 +53,7 @@ for name in {LIGHT}:
 
 
 def room_of(path: Path) -> str:
-    """The folder of a module of the package; a module that stands in none is a room of its own."""
+    """The folder of a module of the package; a module that is in none is a room of its own."""
     return path.relative_to(PACKAGE).with_suffix("").parts[0]
 
 

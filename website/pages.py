@@ -13,7 +13,7 @@ from website import notebook, reference, results
 from website.markdown import relinked, spaced
 
 SETTINGS = ROOT / "website/mkdocs.yml"
-# Repository -> site, for pages that do not stand below docs/.
+# Repository -> site, for pages that are not below docs/.
 ELSEWHERE = {
     "config/README.md": "reference/config-guide.md",
     "resources/demo/README.md": "results/demo-model.md",

@@ -158,7 +158,7 @@ def give_up(folder: Path, *pointers: Path) -> str:
 
 
 def store_of(pointer: Path) -> Path:
-    """The folder of the Grams that the file names, which the gram rule leaves; a folder stands for itself."""
+    """The folder of the Grams that the file names, which the gram rule leaves; a folder names itself."""
     if pointer.is_dir():
         return pointer
     if not pointer.is_file():

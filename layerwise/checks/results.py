@@ -72,7 +72,7 @@ def assert_pattern(layer: Layer, target: Target, result: Compressed) -> None:
 def assert_grid(layer: Layer, target: Target, result: Compressed) -> None:
     """Promise 3: scale * (code - zero) / input scale in float32 is the weight at kept entries, and codes fit.
 
-    Of a format a level stands for code - zero, and scales are divided by the divisor of the layer first.
+    Of a format a level represents code - zero, and scales are divided by the divisor of the layer first.
     """
     if target.bits is None:
         return

@@ -296,7 +296,7 @@ def tuned(
 def record_of(job: CellJob, checkpoint: Checkpoint, text: Mapping[str, Any], model: PreTrainedModel) -> dict[str, Any]:
     """The cell's record: where it comes from and what it took; text: what the tokens' file says of itself."""
     fingerprint = read_made(job.fingerprint)
-    fingerprint.pop("files", None)  # one hash stands for all in the tables
+    fingerprint.pop("files", None)  # one hash represents all in the tables
     facts = {
         **provenance(job.device, torch.get_num_threads()),
         **fingerprint,

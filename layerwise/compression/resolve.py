@@ -41,7 +41,7 @@ def as_target(target: Target | str) -> Target:
 
 
 def resolve(method: MethodLike, parameters: Mapping[str, Any], target: Target) -> Resolved:
-    """The method that a name, {name: {parameters}}, the path of a method's file or an instance stands for.
+    """The method that a name, {name: {parameters}}, the path of a method's file or an instance represents.
 
     Raises CatalogueError (a ValueError) for an unknown name or parameter and a faulty file, UnsupportedTarget for a
     method that cannot reach the target.

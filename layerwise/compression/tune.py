@@ -118,7 +118,7 @@ class Tunable:
         if quantised is None:
             return replace(self.result, weight=weight)
         codes = quantised.codes
-        if self.result.mask is not None:  # the code of a pruned weight is the one that stands for zero
+        if self.result.mask is not None:  # the code of a pruned weight is the one that represents zero
             codes = torch.where(self.result.mask, codes, quantised.zeros[:, ops.grouping(quantised, self.target)])
         return replace(self.result, weight=weight, quantised=replace(quantised, codes=codes.to(torch.uint8)))
 

@@ -40,7 +40,7 @@ CARD_SCHEMA = {
         "keeps_zeros": {"type": "boolean"},
         "joint_only": {"type": "boolean"},
         "bits_only": {"type": "boolean"},
-        "own_grid": {"type": "boolean"},  # its codes stand for levels of its own, or for a rotated weight
+        "own_grid": {"type": "boolean"},  # its codes represent levels of its own, or a rotated weight
         "named_by": {"type": "string"},
         "cost": {
             "type": "object",
@@ -153,8 +153,8 @@ ALLOCATOR = Kind(
     instead=("search",),
 )
 
-# JSON Schemas of parameters that several methods have. {"$ref": "damping"} in a card stands for the schema of that name
-# here; what stands beside "$ref" comes in addition, or instead.
+# JSON Schemas of parameters that several methods have. {"$ref": "damping"} in a card means the schema of that name
+# here; keys beside "$ref" add to it, or replace its keys.
 PARAMETERS: dict[str, dict[str, Any]] = {
     "damping": {
         "type": "number",

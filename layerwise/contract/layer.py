@@ -80,7 +80,7 @@ class Quantised:
     group_of: [in] int64, group of each input. None when groups are runs of `target.group` consecutive inputs.
     input_scale: [in] float32, positive and finite (AWQ). None when every input has the scale one.
     divisor: [1] float32, positive and finite, of all scales of the layer in nvfp4. None elsewhere.
-    levels: [2^bits] float32, finite: the layer's own code book, where codes stand for no integers. None elsewhere.
+    levels: [2^bits] float32, finite: the layer's own code book, where codes represent no integers. None elsewhere.
             With levels a scale may be 0.
     rotation: where the values are those of W Q, which Q^T turns back to the weight's. None where nothing is rotated.
     """
@@ -96,7 +96,7 @@ class Quantised:
 
     @property
     def own_grid(self) -> bool:
-        """Whether its codes stand for levels of its own, or for a rotated weight."""
+        """Whether its codes represent levels of its own, or a rotated weight."""
         return self.levels is not None or self.rotation is not None
 
 

@@ -28,7 +28,7 @@ class Target:
               kept or dropped, floor(sparsity * blocks) dropped in every row. An incomplete last group or block counts
               as if it were filled up with zeros, which go first.
     bits:     width of the integer codes, 2 to 8, or None for floating point. Of a format it is 4; the format's name may
-              stand here instead of it.
+              replace it.
     group:    consecutive inputs of a row that share a scale and zero, or None for a whole row. A last group that is
               short has a scale and zero of its own. A format fixes it.
     symmetric: grid centred on zero.
@@ -205,7 +205,7 @@ class Target:
         return " ".join(parts) or "dense"
 
     def as_dict(self) -> dict[str, Any]:
-        """Its fields as a config has them: a format stands under `bits`."""
+        """Its fields as a config has them: a format is under `bits`."""
         fields = asdict(self)
         return fields | {"bits": fields.pop("format") or self.bits}
 

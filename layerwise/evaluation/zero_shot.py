@@ -155,7 +155,7 @@ def documents_hash(sets: list[Any]) -> str:
 def run(model: PreTrainedModel, tokenizer: Any, spec: Spec, entry: Mapping[str, Any]) -> dict[str, Any]:
     """lm-eval's results for a config entry's model: rows, one per task and metric, and samples, every item's score.
 
-    A task with a log-likelihood that is not finite has no values, and a reason. Groups stand for their tasks.
+    A task with a log-likelihood that is not finite has no values, and a reason. Groups represent their tasks.
     seconds: of the evaluation, the loading of the data included.
     Raises InputError when the tokenizer lacks a token that the tasks need.
     """

@@ -32,9 +32,9 @@ class BlockBudget(NamedTuple):
 
 
 class GridArrays(NamedTuple):
-    """The grid that columns are rounded to; a largest code of 0 stands for none.
+    """The grid that columns are rounded to; a largest code of 0 means none.
 
-    book: [3, levels] float32, of codes that stand for no integers: levels as they rise, the codes of them, and below
+    book: [3, levels] float32, of codes that represent no integers: levels as they rise, the codes of them, and below
     each level the least number that has it (of the first none is read). [3, 0] for integers.
     """
 

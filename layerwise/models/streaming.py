@@ -90,7 +90,7 @@ class LazyBlocks(Blocks):
     def _put(
         self, model: PreTrainedModel, tensors: Mapping[str, Tensor], device: Mapping[str, str] | None = None
     ) -> Any:
-        """Give the parameters that the tensors of the files stand for, converted as the library does, to the model."""
+        """Give the parameters that the tensors of the files represent, converted as the library does, to the model."""
         config = LoadStateDictConfig(
             dtype=model.dtype,
             dtype_plan=self._plan,

@@ -220,7 +220,7 @@ def is_stack(module: nn.Module, name: str) -> bool:
 
 
 def router_names(block: nn.Module) -> Iterator[str]:
-    """Linear layers with an output for each expert of the module that they stand beside."""
+    """Linear layers with an output for each expert of the module that they are beside."""
     for inside, module in block.named_modules():
         if is_experts(module):
             count, around = len(module.get_parameter(expert_parameters(module)[0])), inside.rpartition(".")[0]

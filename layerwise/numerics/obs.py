@@ -58,7 +58,7 @@ class _Carried:
         return None if passed is None else passed[block, block]
 
     def aims(self, start: int, stop: int) -> Tensor:
-        """[out, stop - start] the weight that the columns stand for, once the blocks before have passed on theirs."""
+        """[out, stop - start] the weight that the columns represent, once the blocks before have passed on theirs."""
         own, passed = self.original[:, start:stop], self.correction.passed
         return own if passed is None else torch.addmm(own, self.sent[:, :start], passed[:start, start:stop])
 

@@ -161,7 +161,7 @@ def figure(path: Path) -> dict[str, str]:
 def other_tables(folder: Path, views: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Every further table of the folder, `published` first, whole up to MOST_ROWS; its cells lead to the drill-down.
 
-    Columns that say what a reader asks come first, and those with one value in all rows stand above the table.
+    A reader's columns come first, and those with one value in all rows are above the table.
     """
     links = {view["spec"]["cell"]: f"#cell-{i}" for i, view in enumerate(views)}
     paths = (path for path in folder.glob("*.parquet") if path.stem not in TABLES)

@@ -138,7 +138,7 @@ def quantised_of(result: Compressed) -> Quantised:
 
 
 def dequantised(quantised: Quantised, mask: Tensor | None, target: Target) -> Tensor:
-    """[out, in] float32 weight that codes and grid stand for, zero where the mask [out, in] is False."""
+    """[out, in] float32 weight that codes and grid represent, zero where the mask [out, in] is False."""
     values = ops.quantised_values(quantised, target)
     return values if mask is None else torch.where(mask, values, 0.0)
 

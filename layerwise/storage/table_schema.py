@@ -92,7 +92,7 @@ def _compute(function: str, *arguments: Any) -> Any:
 
 
 def _converts(given: pa.DataType, wanted: pa.DataType) -> bool:
-    """Whether a column of a type can stand for one of another without a change of meaning; 1 is no text."""
+    """Whether a column of a type can be used as one of another without a change of meaning; 1 is no text."""
     if pa.types.is_dictionary(given):
         given = given.value_type
     if pa.types.is_null(given):

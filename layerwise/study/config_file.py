@@ -20,7 +20,7 @@ from layerwise.runtime.sentences import brief, place
 
 EMBEDDED = "embedded"  # name of the study in config/config.yaml
 DEEPEST = 40  # levels of a document; anchors can make one endless
-MOST_VALUES = 200_000  # in a document; anchors can make a short file stand for more than memory holds
+MOST_VALUES = 200_000  # in a document; anchors can make a short file represent more than memory holds
 RUNS_PYTHON = "__use_yte__"  # with this key Snakemake takes a config for a template with Python in it
 UNUSABLE = re.compile("[\0\ud800-\udfff]")  # in no path and in no file's UTF-8
 

@@ -8,7 +8,7 @@ from typing import Any
 from layerwise.contract.catalogue import Catalogue, Entry
 from layerwise.study.cell import Cell
 
-# A method's share stands on its card as `cost`: a layer's peak is `weights` times its weight and `grams` times its
+# A method's share is on its card as `cost`: a layer's peak is `weights` times its weight and `grams` times its
 # Gram, in float32, themselves included; a solution takes as long as so many `products` of the two, with the default
 # parameters or those of `products_where`, by docs/benchmark.md at 2048 x 2048; alps' and Frank-Wolfe's pairwise by
 # whole solutions of SmolLM2's layers, 576 x 576 to 576 x 1536. Warm starts and steps of a chain are added. Weights

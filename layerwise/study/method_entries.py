@@ -53,7 +53,7 @@ def read_methods(full: Mapping[str, Any]) -> tuple[Catalogue, list[MethodEntry]]
 
 
 def _entries(catalogue: Catalogue, label: str, raw: Mapping[str, Any]) -> Iterator[MethodEntry]:
-    """The entries that a config entry stands for: lists of values are swept."""
+    """The entries that a config entry represents: lists of values are swept."""
     where = f"methods.{label}"
     named = [key for key in raw if key in catalogue.named_by]  # parameters that say which method it is
     if named and "method" in raw:

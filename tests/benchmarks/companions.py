@@ -2,7 +2,7 @@
 
 A baseline takes a layer and a target and returns the compressed weight [out, in]; it spares nothing that the released
 code does not spare. A floor is the factorisations and products without which the method cannot be had: products in
-float32, factorisations in float64. Where a released code scores with its tokens, the Gram stands for them.
+float32, factorisations in float64. Where a released code scores with its tokens, the Gram replaces them.
 """
 
 import torch

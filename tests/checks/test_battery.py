@@ -139,7 +139,7 @@ CHECKS = """    "checks": {
 
 
 def test_a_card_says_what_is_tried(tmp_path: Path):
-    """A known failure is one of what stands for the defaults alone; of a variant it is worth a note."""
+    """A known failure is one of what represents the defaults alone; of a variant it is worth a note."""
     report = battery.check_file(edited(tmp_path, '    "parameters": {', CHECKS.replace("PROMISE", "9 brute force")))
     assert {row.method for row in report.rows} == {"mine(power=0.5)", "mine(power=0.25)"}
     found = {

@@ -1,4 +1,4 @@
-"""Two result folders held against each other, and several put into one."""
+"""Two result folders compared, and several put into one."""
 
 # pandas' own annotations lose whether a selection is a column or a frame.
 # pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false

@@ -1,4 +1,4 @@
-"""Published numbers: the table of them, what a study is held against, and the configs of the papers and sweeps."""
+"""Published numbers: the table of them, what a study is compared with, and the configs of the papers and sweeps."""
 
 # pandas' own annotations lose whether a selection is a column or a frame.
 # pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false

@@ -67,7 +67,7 @@ def moved(result: Compressed, target: Target) -> Compressed:
 
 
 def wrong_codes(result: Compressed) -> Compressed:
-    """Codes one too high where that is possible: the weight is no longer what they stand for."""
+    """Codes one too high where that is possible: the weight is no longer what they represent."""
     codes = grid_of(result).codes
     return regridded(result, codes=torch.where(codes < 15, codes + 1, codes))
 

@@ -1,4 +1,4 @@
-"""Zero-shot tasks: lm-eval's own command line gives the same numbers, and what is absent is told in one sentence."""
+"""Zero-shot tasks: lm-eval's own command line gives the same numbers, and what is absent is one sentence."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Products with packed weights against the weights that they stand for."""
+"""Products with packed weights against the weights that they represent."""
 
 import csv
 from dataclasses import replace

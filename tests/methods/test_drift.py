@@ -141,7 +141,7 @@ def test_inputs_of_a_compressed_model_alone_are_refused(method: Method):
 
 
 def round_to(values: np.ndarray, scale: np.ndarray, zero: np.ndarray, target: Target) -> tuple[np.ndarray, np.ndarray]:
-    """Codes [out], and the weights that they stand for; and the quotient in float32, as grids have it."""
+    """Codes [out], and the weights that they represent; and the quotient in float32, as grids have it."""
     codes = np.clip(np.round(values.astype(np.float32) / scale) + zero, 0, 2 ** some(target.bits) - 1)
     return codes, (scale * (codes - zero)).astype(np.float64)
 

@@ -209,7 +209,7 @@ def test_folders_of_two_protocols_are_not_merged(tmp_path):
 
 
 def numbers_of(root: Path) -> str:
-    """All that stands in the CSVs, which have no NaN and no infinity."""
+    """All that is in the CSVs, which have no NaN and no infinity."""
     text = "".join(path.read_text().lower() for path in (root / "tables").glob("*.csv"))
     assert not re.search(r"(^|,)(nan|-?inf)(,|$)", text, re.MULTILINE)
     return text

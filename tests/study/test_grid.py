@@ -1,4 +1,4 @@
-"""The grid: equal configs give equal cells, different ones different cells, and a wrong one is told in one sentence."""
+"""The grid: equal configs give equal cells, different ones different cells, and a wrong one is one sentence."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is measured of a machine, when it is measured again, and what stands for it where it is not."""
+"""What is measured of a machine, when it is measured again, and what replaces a measurement."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """A small real run of the DAG on the embedded model, in a folder of its own: `python -m tests.support.smoke`.
 
-Exits non-zero unless the methods stand in the order that the literature gives them and a second run has nothing to do.
+Exits non-zero unless the methods are in the order that the literature gives them and a second run has nothing to do.
 """
 
 from __future__ import annotations

@@ -218,7 +218,7 @@ def test_links_and_anchors_exist(path: Path):
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=name_of)
 def test_files_that_are_named_exist(path: Path):
-    """`tests/x.py::test_y`, `config/*.yaml` and the like; a name in capitals or braces stands for any."""
+    """`tests/x.py::test_y`, `config/*.yaml` and the like; a name in capitals or braces means any."""
     for word in INLINE.findall(path.read_text("utf-8")):
         name, _, test = word.strip().partition("::")
         if (
@@ -254,7 +254,7 @@ def test_the_notebook_prints_what_it_shows(monkeypatch: pytest.MonkeyPatch):
 
 
 def test_messages_of_the_faults_page_are_in_the_code():
-    """Each message of the table, cut at `...` and at colons, which stand before other sentences, is in a string."""
+    """Each message of the table, cut at `...` and at colons, which are before other sentences, is in a string."""
     code = " ".join(path.read_text("utf-8") for path in sorted((ROOT / "layerwise").rglob("*.py")))
     code = " ".join(re.sub(r'"\s*f?"', "", code).split())
     rows = [line.split(" | ") for line in (ROOT / "docs/faults.md").read_text("utf-8").splitlines() if "|" in line]

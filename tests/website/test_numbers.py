@@ -37,7 +37,7 @@ Results = Mapping[tuple[str, str], Mapping[tuple[str, str], float]]  # (label, m
 
 @dataclass(frozen=True)
 class Table:
-    """A table of a document: what stands above it, and its rows, the first of which is the header."""
+    """A table of a document: what is above it, and its rows, the first of which is the header."""
 
     page: str
     above: str

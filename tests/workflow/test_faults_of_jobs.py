@@ -122,7 +122,7 @@ def halve(path: Path) -> None:
 
 @pytest.mark.parametrize("limit", [100, 3_000, 8_000])
 def test_a_file_that_may_not_grow(case: Case, whole, limit: int):
-    """What stands for a full disk where nothing may be mounted."""
+    """A substitute for a full disk where nothing may be mounted."""
     out = case.folder / f"limit {limit}"
 
     def run() -> None:
@@ -503,7 +503,7 @@ def test_damaged_states_of_a_checkpoint_start_over(case: Case, capfd, damage: Ca
 
 @pytest.mark.parametrize("place", [0, 0.25, 0.5])
 def test_a_bit_of_a_table_is_missed(tmp_path, place: float):
-    """By the checksums of its pages, which stand before the description at its end."""
+    """By the checksums of its pages, which are before the description at its end."""
     path, data = tmp_path / "bounds.parquet", pa.table({"value": np.random.default_rng(0).random(4000)})
     write_parquet(data, path)
     assert read_parquet(path).equals(data)

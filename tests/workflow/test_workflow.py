@@ -1,4 +1,4 @@
-"""Real runs of the DAG on a tiny model. The tests follow one study, in the order in which they stand here."""
+"""Real runs of the DAG on a tiny model. The tests follow one study, in the order in which they are here."""
 
 from __future__ import annotations
 
