@@ -67,7 +67,7 @@ class NeuroAL(Allocator):
             if math.isfinite(sum(apart)) and (best is None or sum(apart) < best[0]):
                 best = sum(apart), levels, apart
         if best is None:
-            raise ValueError("no width gives activations that are finite")
+            raise ValueError("no width gives finite activations")
         return Proposal(tuple(best[1]), tuple(best[2]))
 
     def schedule(self, parts: Sequence[Part], target: Target, width: float) -> list[float]:

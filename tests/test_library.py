@@ -378,7 +378,7 @@ def test_wrong_arguments_of_a_layer_are_one_sentence(tmp_path: Path):
 @pytest.mark.parametrize("method", ["gptq", {"gptq": {}}, layerwise.methods()["gptq"].path])
 def test_a_target_that_a_method_does_not_reach(method: Any):
     weight, x = small()
-    with pytest.raises(UnsupportedTarget, match=r"^gptq does not prune; 2:4 was asked of it\.$"):
+    with pytest.raises(UnsupportedTarget, match=r"^gptq does not prune\. Got the target 2:4 instead\.$"):
         layerwise.compress_layer(weight, Gram.from_inputs(x), "2:4", method)
 
 
@@ -543,16 +543,20 @@ def test_wrong_arguments_of_a_model_are_one_sentence():
             "text": "words",
             "samples": 0,
         },
-        "Calibration needs tokens [sequences, length] or a tokenizer. Got list instead.": {"tokenizer_or_tokens": [1]},
+        "The second argument must be tokens [sequences, length] or a tokenizer. Got list instead.": {
+            "tokenizer_or_tokens": [1]
+        },
         "layers must fit names such as model.layers.0.self_attn.q_proj. Got '*.fc1' instead.": {"layers": "*.fc1"},
         "layers must choose at least one of the 14 linear layers. Got none instead.": {"layers": lambda name: False},
         "Tokens must be integers [sequences, length], of at least one sequence and two tokens. Got torch.float32 "
         "[2, 24] instead.": {"tokenizer_or_tokens": batch.float()},
-        "The tokens lie between 3 and 200, but the model embeds 0 to 95": {
+        "The tokens must be 0 to 95, which the model embeds. Got 3 to 200 instead": {
             "tokenizer_or_tokens": batch.clone().fill_(3).index_fill_(1, torch.tensor([0]), 200)
         },
-        "The sequences have 65 tokens, but the model takes at most 64.": {"tokenizer_or_tokens": tokens(1, 65)},
-        "gptq does not prune; 2:4 was asked of it.": {"method": "gptq"},
+        "The sequences must have at most 64 tokens for this model. Got 65 instead.": {
+            "tokenizer_or_tokens": tokens(1, 65)
+        },
+        "gptq does not prune. Got the target 2:4 instead.": {"method": "gptq"},
         "words.txt cannot be read: ": {"tokenizer_or_tokens": print, "text": "words.txt"},
     }
     for sentence, wrong in cases.items():

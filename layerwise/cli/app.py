@@ -354,7 +354,7 @@ def audit(
 ) -> None:
     """Verify pattern, grid and counts of every layer of a saved model. Exit status 1 when a layer is wrong."""
     if not folder.is_dir():
-        raise InputError(f"There is no folder {folder}.")
+        raise InputError(f"The folder {folder} does not exist.")
     wanted = None if target is None else _target(target)
     from layerwise.export import audit as module
 

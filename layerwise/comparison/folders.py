@@ -279,7 +279,7 @@ def _same_results(first: pd.DataFrame, second: pd.DataFrame, a: str, b: str) -> 
 
 
 def _same_names(first: pd.DataFrame, second: pd.DataFrame, a: str, b: str) -> None:
-    """Cells that only one folder has are beside those of the other: their names must mean the same."""
+    """Raise InputError where a name means one thing in one folder and another in the other: cells share tables."""
     for name, key, meant in [*SAME, ("label", ("label", "method", "target"), ("params",))]:
         for meaning in meant:
             known = [columns_of(cells, [*key, meaning]).dropna().drop_duplicates() for cells in (first, second)]

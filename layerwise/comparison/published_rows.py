@@ -80,7 +80,7 @@ def _fault(row: Row) -> str | None:
     except ValueError as error:
         return f"its target is wrong: {str(error).rstrip('.')}"
     # The last digit that is printed says how far it is rounded.
-    return None if PRINTED.fullmatch(row["value"]) else f"value is wrong: {brief(repr(row['value']))} is no number"
+    return None if PRINTED.fullmatch(row["value"]) else f"value is wrong: {brief(repr(row['value']))} is not a number"
 
 
 def _typed(text: str | None, kinds: str | list[str]) -> Any:

@@ -50,7 +50,9 @@ def lower_bound(layer: Layer, target: Target) -> Bound:
     Raises ValueError for another target and when the weight or the Gram is not finite.
     """
     if target.structure not in CERTIFIED:
-        raise ValueError(f"A lower bound exists for {', '.join(CERTIFIED)} patterns. Got {target.label} instead.")
+        raise ValueError(
+            f"The pattern of a lower bound must be one of {', '.join(CERTIFIED)}. Got {target.label} instead."
+        )
     gram, gram_unit = ops.normalised(layer.gram.matrix)
     weight, weight_unit = ops.normalised(layer.weight)
     scale = gram.double().diagonal().clamp(min=0).sqrt()

@@ -62,7 +62,7 @@ def resolve(method: MethodLike, parameters: Mapping[str, Any], target: Target) -
 def refuse(reason: str | None, target: Target) -> None:
     """Raise UnsupportedTarget for a reason; every method leaves a layer of which nothing is asked as it is."""
     if reason and not target.dense:
-        raise UnsupportedTarget(f"{reason}; {target.label} was asked of it.")
+        raise UnsupportedTarget(f"{reason}. Got the target {target.label} instead.")
 
 
 def named(method: str | Path | Mapping[str, Any]) -> tuple[str, dict[str, Any], Catalogue]:

@@ -150,7 +150,7 @@ class Method(ABC):
             return Compressed(layer.weight.clone())
         reason = self.refusal(target)
         if reason is not None:
-            raise UnsupportedTarget(f"{reason}; {target.label} was asked of it.")
+            raise UnsupportedTarget(f"{reason}. Got the target {target.label} instead.")
         return self.solve(layer, target, rng)
 
     @abstractmethod

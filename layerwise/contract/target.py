@@ -50,10 +50,10 @@ class Target:
         if self.n_of_m:
             n, m = self.n_of_m
             if n >= m:
-                raise ValueError(f"Target.pattern n:m keeps n of m, n < m. Got {self.pattern!r} instead.")
+                raise ValueError(f"Target.pattern n:m must keep n of m, n < m. Got {self.pattern!r} instead.")
             if self.sparsity not in (0.0, 1 - n / m):
                 raise ValueError(
-                    f"Target.sparsity of pattern {self.pattern!r} is {1 - n / m:g}. Got {self.sparsity:g} instead."
+                    f"Target.sparsity of pattern {self.pattern!r} must be {1 - n / m:g}. Got {self.sparsity:g} instead."
                 )
             object.__setattr__(self, "sparsity", 1 - n / m)
         if not 0 <= self.sparsity < 1:
@@ -68,7 +68,7 @@ class Target:
         if self.group is not None and self.group < 1:
             raise ValueError(f"Target.group must be a number of inputs, at least 1. Got {self.group} instead.")
         if self.bits is None and (self.group is not None or self.symmetric):
-            raise ValueError("Target.group and Target.symmetric describe a grid: give bits too.")
+            raise ValueError("Target.bits must be given with Target.group or Target.symmetric. Got None instead.")
 
     def _fill_in_format(self) -> None:
         """Write out what a format fixes. Raises ValueError where something else is given beside it."""

@@ -110,7 +110,7 @@ def open_folder(
         file = PackedFile(folder / WEIGHTS)
         return Folder("packed", file.target.grid, shapes or file.shapes, partial(read_packed, file, dtype))
     if config is None:
-        raise InputError(f"{folder} is no saved model: it has neither config.json nor {WEIGHTS}.")
+        raise InputError(f"{folder} is not a saved model: it has neither config.json nor {WEIGHTS}.")
     tensors, scheme = Tensors(folder), getattr(config, "quantization_config", None)
     if scheme is None:
         marks = said.get("layers", {})
@@ -315,7 +315,7 @@ def audit(
     declares another grid, or says nothing of a target where none is given.
     """
     if not folder.is_dir():
-        raise InputError(f"There is no folder {folder}.")
+        raise InputError(f"The folder {folder} does not exist.")
     try:
         said = read_record(folder / MANIFEST) if (folder / MANIFEST).is_file() else {}
         targets: dict[str, Target] = {}

@@ -67,7 +67,7 @@ def load_packed(folder: Path, trust_remote_code: bool = False) -> PreTrainedMode
     config._experts_implementation = loading.EXPERTS
     model = AutoModelForCausalLM.from_config(config, dtype=config.dtype, trust_remote_code=trust_remote_code)
     if not (folder / REST).is_file():
-        raise InputError(f"{folder} is no packed model: it has no {REST}.")
+        raise InputError(f"{folder} is not a packed model: it has no {REST}.")
     rest = load_file(folder / REST)
     absent, unknown = model.load_state_dict(rest, strict=False)
     parameters = model.state_dict()
@@ -134,7 +134,7 @@ def refuse_inexpressible(linear: Linear, result: Compressed, target: Target, dty
     """Raise InputError, in one sentence, for what the pack-quantized format has no place for."""
     inputs, quantised, why = linear.shape[1], quantised_of(result), None
     if not isinstance(linear.module, nn.Linear):
-        why = f"{type(linear.module).__name__} is no torch Linear"
+        why = f"{type(linear.module).__name__} is not a torch Linear"
     elif quantised.input_scale is not None:
         why = "it has a scale for each input (AWQ)"
     elif quantised.rotation is not None:

@@ -53,7 +53,7 @@ def origin(cell: PlannedCell, row: Mapping[str, Any], study: Study) -> tuple[str
 
 
 def _log(cell: PlannedCell, row: Mapping[str, Any], study: Study) -> str:
-    """The log that tells why a number is absent: that of the step which left its reason."""
+    """The log that explains an absent number: that of the step which left its reason."""
     own, compress = origin(cell, row, study)[1], f"logs/{cell.folder.removeprefix('results/')}/compress.log"
     return compress if str(row["reason"]).startswith("compress") else own
 

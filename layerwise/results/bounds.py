@@ -1,4 +1,4 @@
-"""Hold layers against the certified bounds: the columns lower_bound and gap_to_bound of the `layers` table."""
+"""Compare layers with the certified bounds: the columns lower_bound and gap_to_bound of the `layers` table."""
 
 from pathlib import Path
 

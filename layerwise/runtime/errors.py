@@ -32,7 +32,7 @@ class Stopped(BaseException):
     """The system, a scheduler or a person told this process to end (SIGTERM)."""
 
 
-STOPPED = "the job was told to end before it was done; the next run goes on after its last finished block"
+STOPPED = "the job was stopped before it was done; the next run goes on after its last finished block"
 KILLED = (
     "the job was killed before it could say why: where no person and no scheduler did that, the machine had no memory "
     "left (`dmesg` says so), and fewer jobs at a time, --cores, take less"

@@ -98,7 +98,7 @@ def config_class(config: Mapping[str, Any]) -> Any:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Within it transformers tells errors alone."""
+    """Within it transformers logs errors alone."""
     from transformers.utils import logging
 
     before = logging.get_verbosity()

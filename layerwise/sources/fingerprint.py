@@ -33,9 +33,7 @@ def check_unchanged(model: hub.Spec, fingerprint: Path) -> None:
     Only files that the file system has seen a change of since are hashed.
     """
     if not fingerprint.is_file():
-        raise InputError(
-            f"{fingerprint}, of the model that this job computes with, is gone: run again, which makes it."
-        )
+        raise InputError(f"{fingerprint}, of the model that this job computes with, is gone: run again to make it.")
     told = read_made(fingerprint)
     if "gguf" in model and gguf_files.content(model) != told["model_sha256"]:  # before it is converted once more
         raise InputError(edited(gguf_files.named(model), fingerprint))

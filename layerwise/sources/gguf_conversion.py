@@ -69,7 +69,7 @@ def converted(spec: Spec) -> Path:
 
 
 def whole(folder: Path) -> bool:
-    """Whether a converted folder has all its files; what is in them the fingerprint holds against their hashes."""
+    """Whether a converted folder has all its files; the fingerprint compares their content with their hashes."""
     try:
         return all((folder / name).is_file() for name in made_files(folder))
     except (OSError, ValueError, KeyError):

@@ -36,9 +36,9 @@ def fetch_model(spec: Spec) -> Path:
     if not any(folder.glob("*.safetensors")):
         download = f"hf download {spec['hub']} --revision {spec['revision']} --local-dir FOLDER"
         raise InputError(
-            f"{spec['hub']} at revision {spec['revision']} has no safetensors weights, and only these are read, since "
-            f"a pickle can run code: if you trust it, `{download}` and give FOLDER as `path`, of which is then said "
-            "how to convert it."
+            f"{spec['hub']} at revision {spec['revision']} has no safetensors weights. Pickles are not read, because "
+            f"they can run code. If you trust the model, run `{download}` and give FOLDER as `path`: the message on "
+            "that folder says how to convert it."
         )
     return folder
 

@@ -48,7 +48,9 @@ def read_methods(full: Mapping[str, Any]) -> tuple[Catalogue, list[MethodEntry]]
         raise InputError(brief(str(error), LONGEST_SENTENCE)) from None
     label, times = Counter(entry.label for entry in entries).most_common(1)[0]
     if times > 1:
-        raise InputError(f"methods: two entries or values of a sweep are called {label}; give one another name.")
+        raise InputError(
+            f"methods: entries and values of a sweep must have different names. Got two called {label} instead."
+        )
     return catalogue, entries
 
 

@@ -403,10 +403,10 @@ def test_a_layer_that_is_never_called_is_named():
     [
         (
             torch.full((2, 4), VOCABULARY),
-            f"between {VOCABULARY} and {VOCABULARY}, but the model embeds 0 to {VOCABULARY - 1}",
+            f"must be 0 to {VOCABULARY - 1}, which the model embeds. Got {VOCABULARY} to {VOCABULARY} instead",
         ),
-        (torch.full((2, 4), -1), "between -1 and -1, but the model embeds"),
-        (torch.zeros(2, 65, dtype=torch.int64), "sequences have 65 tokens, but the model takes at most 64"),
+        (torch.full((2, 4), -1), "Got -1 to -1 instead"),
+        (torch.zeros(2, 65, dtype=torch.int64), "sequences must have at most 64 tokens for this model. Got 65 instead"),
         (torch.zeros(0, 4, dtype=torch.int64), "must be integers"),
         (torch.zeros(2, 4), "must be integers"),
     ],

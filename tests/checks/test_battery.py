@@ -56,7 +56,7 @@ MISTAKES = {
     ),
     "returns a tensor": (
         "        return ops.pruned(layer, importance, target).weight\n",
-        ("1 tensors", "correlated", "what a method returns must be a Compressed", "Tensor"),
+        ("1 tensors", "correlated", "a method's result must be a Compressed", "Tensor"),
     ),
     "raises": (
         "        return ops.pruned(layer, importance.reshape(3, 5), target)\n",

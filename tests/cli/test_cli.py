@@ -128,7 +128,7 @@ BAD = {
     "published no-such-study": "A study must be a file",
     "export absent --format dense --out saved": "The cell must be a folder. Got 'absent' instead.",
     "export . --format nope --out saved": "--format must be one of dense, packed, compressed-tensors. Got 'nope'",
-    "audit absent": "There is no folder absent.",
+    "audit absent": "The folder absent does not exist.",
     "decode --shape 16 --out decode.csv": "--shape must be ROWSxINPUTS, such as 4096x4096. Got '16' instead.",
     "decode --shape 16x16 --out file/inside/decode.csv": "file/inside must be a folder that can be written",
     "new-method shrink --folder file/inside": "must be a folder that can be written",

@@ -82,9 +82,9 @@ WRONG = [
     ({"pattern": "2x4"}, "Target.pattern must be"),
     ({"pattern": "0:4"}, "Target.pattern must be"),
     ({"pattern": "row\n"}, "Target.pattern must be"),
-    ({"pattern": "4:4"}, "Target.pattern n:m keeps n of m, n < m. Got '4:4' instead."),
-    ({"pattern": "8:4"}, "Target.pattern n:m keeps n of m"),
-    ({"pattern": "2:4", "sparsity": 0.6}, "Target.sparsity of pattern '2:4' is 0.5. Got 0.6 instead."),
+    ({"pattern": "4:4"}, "Target.pattern n:m must keep n of m, n < m. Got '4:4' instead."),
+    ({"pattern": "8:4"}, "Target.pattern n:m must keep n of m"),
+    ({"pattern": "2:4", "sparsity": 0.6}, "Target.sparsity of pattern '2:4' must be 0.5. Got 0.6 instead."),
     ({"sparsity": 1.0}, "Target.sparsity must be in [0, 1). Got 1.0 instead."),
     ({"sparsity": -0.1}, "Target.sparsity must be in [0, 1)"),
     ({"sparsity": math.nan}, "Target.sparsity must be in [0, 1)"),
@@ -100,8 +100,8 @@ WRONG = [
     ({"bits": math.nan}, "Target.bits must be a whole number. Got nan instead."),
     ({"bits": 4, "group": 2.5}, "Target.group must be a whole number. Got 2.5 instead."),
     ({"bits": 4, "group": 0}, "Target.group must be a number of inputs, at least 1. Got 0 instead."),
-    ({"group": 128}, "Target.group and Target.symmetric describe a grid: give bits too."),
-    ({"symmetric": True}, "Target.group and Target.symmetric describe a grid"),
+    ({"group": 128}, "Target.bits must be given with Target.group or Target.symmetric. Got None instead."),
+    ({"symmetric": True}, "Target.bits must be given with Target.group or Target.symmetric"),
 ]
 
 

@@ -211,7 +211,7 @@ def test_a_failed_early_evaluation_is_left_to_its_own_job(cell, capsys):
     requested = [request(name) for name in ("wrong.safetensors", "absent.safetensors", "tokens.safetensors")]
     evaluate_ahead(cell, requested)
     assert (
-        "perplexity of wrong.safetensors could not be computed beside the compression: The tokens lie between"
+        "perplexity of wrong.safetensors could not be computed beside the compression: The tokens must be 0 to"
         in capsys.readouterr().err
     )
     assert len(list(cache.STORE.iterdir())) == 1  # the last one is there all the same

@@ -172,7 +172,9 @@ def test_other_architectures(tmp_path, family, form):
     """Tied embeddings, biases, transposed weights, linear layers of another class."""
     other = Case(tmp_path, family).prepare()
     if (family, form) == ("gpt2", CT):
-        with pytest.raises(InputError, match="c_attn cannot be saved as compressed-tensors: Conv1D is no torch Linear"):
+        with pytest.raises(
+            InputError, match="c_attn cannot be saved as compressed-tensors: Conv1D is not a torch Linear"
+        ):
             save(other, JOINT, form, tmp_path / "out")
         assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".out*"))
         return
@@ -295,7 +297,7 @@ def test_a_packed_folder_that_lacks_a_parameter_is_refused(case, tmp_path):
     with pytest.raises(InputError, match="rest.safetensors does not fit the model: model.norm.weight"):
         load_packed(folder)
     (folder / "rest.safetensors").unlink()
-    with pytest.raises(InputError, match="is no packed model: it has no rest.safetensors"):
+    with pytest.raises(InputError, match="is not a packed model: it has no rest.safetensors"):
         load_packed(folder)
 
 
@@ -443,8 +445,8 @@ def test_the_audit_takes_a_cell_and_a_target(case, tmp_path, capsys):
     audited(folder, "--target", "2:4")
     for arguments, sentence in (
         ([folder], "names no target for its layers: give --target"),
-        ([tmp_path / "absent"], "There is no folder"),
-        ([tmp_path, "--target", "dense"], "is no saved model: it has neither config.json nor weights.safetensors"),
+        ([tmp_path / "absent"], "absent does not exist"),
+        ([tmp_path, "--target", "dense"], "is not a saved model: it has neither config.json nor weights.safetensors"),
         ([folder, "--target", "9b"], "--target is wrong: .*bits must be 2 to 8"),
         ([folder, "--target", "4 bits"], "--target is wrong: .*Got '4 bits' instead"),
     ):

@@ -242,7 +242,9 @@ def test_unreachable_targets_are_refused_in_a_sentence():
     assert catalogue.refusal("code_swaps", params, Target(bits=3)) is None
     assert catalogue.refusal("code_swaps", params, Target(0.5, bits=3)) == "its start cannot: gptq does not prune"
     assert catalogue.refusal("code_swaps", params, Target(0.5)) == "code_swaps does not prune without quantising"
-    with pytest.raises(UnsupportedTarget, match="code_swaps' start cannot: gptq does not prune; 50% row 3b"):
+    with pytest.raises(
+        UnsupportedTarget, match="code_swaps' start cannot: gptq does not prune. Got the target 50% row 3b"
+    ):
         compress(CodeSwaps(GPTQ()), layer, Target(0.5, bits=3))
     with pytest.raises(UnsupportedTarget, match="code_swaps does not prune without quantising"):
         compress(CodeSwaps(GPTQ()), layer, Target(0.5))

@@ -82,9 +82,17 @@ def test_misfits_are_skipped_with_a_reason(allocations, target, methods, reason)
 @pytest.mark.parametrize(
     ("given", "method", "reason"),
     [
-        ([{"sparsity": 0.5, "pattern": "2:4"}, {"pattern": "5:4"}], "awp", "pairs.1 is no target: Target.pattern n:m"),
-        ([{"sparsity": 1 / 3, "bits": 4}], "awp", "pairs.0 is no target: its percentage must have at most six digits"),
-        ([{"sparsity": 0}], "awp", "pairs.0 is no target: a pair must prune or quantise"),
+        (
+            [{"sparsity": 0.5, "pattern": "2:4"}, {"pattern": "5:4"}],
+            "awp",
+            "pairs.1 is not a target: Target.pattern n:m",
+        ),
+        (
+            [{"sparsity": 1 / 3, "bits": 4}],
+            "awp",
+            "pairs.0 is not a target: its percentage must have at most six digits",
+        ),
+        ([{"sparsity": 0}], "awp", "pairs.0 is not a target: a pair must prune or quantise"),
         ([{"bits": 3}], "chain", "knapsack may ask for 3b: chain prunes and quantises, not one of them alone"),
         ([{"sparsity": 0.4}], "awp", "its joint cannot reach 40% row: chain prunes and quantises"),
         (None, "rtn", "rtn does not prune"),

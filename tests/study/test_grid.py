@@ -595,7 +595,7 @@ WRONG = {
         "targets.0 is wrong: Target.pattern must be 'row', 'layer', 'n:m' or '1xb'. Got '2-4' instead.",
     ),
     "pattern as number": (edited("targets/1/pattern", yaml.safe_load("2:4")), "reads 2:4 without quotes as a number"),
-    "n:m": (edited("targets/1/pattern", "4:2"), "targets.1 is wrong: Target.pattern n:m keeps n of m, n < m."),
+    "n:m": (edited("targets/1/pattern", "4:2"), "targets.1 is wrong: Target.pattern n:m must keep n of m, n < m."),
     "own pattern": (
         study(methods={"wanda": {"targets": [{"pattern": "4:2"}]}}),
         "methods.wanda.targets.0 is wrong: Target.pattern n:m",
@@ -604,7 +604,10 @@ WRONG = {
         study(methods={"wanda": {"targets": "2:4"}}),
         "methods.wanda.targets is wrong: '2:4' is not of type",
     ),
-    "grid": (edited("targets/0/group", 8), "targets.0 is wrong: Target.group and Target.symmetric describe a grid"),
+    "grid": (
+        edited("targets/0/group", 8),
+        "targets.0 is wrong: Target.bits must be given with Target.group or Target.symmetric",
+    ),
     "bits": (edited("targets/0/bits", 1), "targets.0.bits is wrong: 1 is less than the minimum of 2."),
     "more bits": (edited("targets/0/bits", 9), "targets.0.bits is wrong: 9 is greater than the maximum of 8."),
     "bits in between": (

@@ -298,9 +298,9 @@ def test_a_job_that_gets_sigterm(case: Case, whole, by: signal.Signals, code: in
 
     status, said = ended(run)
     assert status == code
-    assert_told(said, "the job was told to end before it was done; the next run goes on after")
+    assert_told(said, "the job was stopped before it was done; the next run goes on after")
     assert_nothing_looks_whole(out)
-    assert "told to end" in failure(out, set(os.listdir(out)), ["compress"]).reason
+    assert "was stopped" in failure(out, set(os.listdir(out)), ["compress"]).reason
     assert json.loads((out / ".checkpoint/state.json").read_text())["done"] == 1
     assert_same(case.run(*CELL, out=out.name), whole)
 

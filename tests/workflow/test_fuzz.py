@@ -120,7 +120,7 @@ def test_a_file_that_is_no_config_is_one_sentence(tmp_path, kind, monkeypatch):
 def test_a_duplicate_key_is_named(tmp_path, kind):
     (tmp_path / "study.yaml").write_text(DOCUMENTS[kind])
     key = "path" if "below" in kind else "seed"
-    assert f"'{key}' is there twice" in (told(lambda: config_file.read(tmp_path / "study.yaml")) or "")
+    assert f"'{key}' is given twice" in (told(lambda: config_file.read(tmp_path / "study.yaml")) or "")
 
 
 @pytest.mark.parametrize("name", ["absent.yaml", "folder", "a" * 300])

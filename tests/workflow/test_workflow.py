@@ -465,7 +465,9 @@ def test_numbers_that_are_not_finite_name_their_layer(study):
     assert done.status == 1
     cells = study.table("cells", "results/partial/tables")
     reasons = cells[cells["metric"] == "perplexity"].set_index("model")["reason"]
-    assert f"the model folder hollow are not finite: {layer}.weight has NaN or Inf" in done.output  # of its check
+    assert (
+        f"the model folder hollow must be finite. Got NaN or Inf in {layer}.weight instead" in done.output
+    )  # of its check
     assert "an earlier step failed" in reasons["hollow"]
     assert "activations of model.layers.0, tap down_proj, are not finite: the inputs of model.layers" in reasons["huge"]
     assert all("\n" not in reason for reason in reasons)
