@@ -127,7 +127,7 @@ class Solver:
                 rows,
                 inputs,
                 input_scale=result.quantised is not None and result.quantised.input_scale is not None,
-                reordered=packed_weights.reordered(result, self.target),
+                reordered=packed_weights.reordered(result, self.target.rest),
                 levels=result.quantised is not None and result.quantised.levels is not None,
                 rotated=result.quantised is not None and result.quantised.rotation is not None,
             ),

@@ -12,9 +12,10 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from layerwise.contract.layer import Compressed, Layer, Quantised, Rotation, Target
+from layerwise.contract.layer import Compressed, Layer, LowRank, Quantised, Rotation, Target
 from layerwise.numerics import ops
 from layerwise.numerics.code_books import expressible
+from layerwise.numerics.low_rank import product
 from layerwise.numerics.patterns import count_kept, finite, kept_counts
 from layerwise.numerics.rotations import block_of
 
@@ -26,9 +27,15 @@ def broken_promise(layer: Layer, target: Target, result: Compressed, mask_only: 
 
     mask_only: whether the method's card says that it changes no weight that it keeps.
     """
-    for check in (_plain, _tensor, _masked, _pattern, _grid, _unchanged, _told):
-        sentence = check(layer, target, result)
-        if sentence:
+    for check in (_plain, _tensor, _factors):
+        if sentence := check(layer, target, result):
+            return sentence
+    part = result.rest  # of factors alone there is none
+    for check in (_masked, _pattern, _grid):
+        if part is not None and (sentence := check(layer, target.rest, part)):
+            return sentence
+    for check in (_unchanged, _told):
+        if sentence := check(layer, target, result):
             return sentence
     return _moved(layer, target, result) if mask_only else None
 
@@ -46,6 +53,10 @@ def _plain(layer: Layer, target: Target, result: Compressed) -> str | None:
         parts = vars(result.quantised)
         tensors |= {name: parts[name] for name in ("codes", "scales", "zeros")}
         optional |= {name: parts[name] for name in ("group_of", "input_scale", "divisor", "levels")}
+    if result.low_rank is not None:
+        if not isinstance(result.low_rank, LowRank):
+            return f"promise 1: low_rank must be a LowRank, {type(result.low_rank).__name__} came"
+        optional |= vars(result.low_rank)
     tensors |= {name: value for name, value in optional.items() if value is not None}
     expected = type(layer.weight)
     for name, value in tensors.items():
@@ -68,6 +79,31 @@ def _tensor(layer: Layer, target: Target, result: Compressed) -> str | None:
     if not finite(result.weight):
         return f"promise 1: the weight {NOT_FINITE}, {int((~torch.isfinite(result.weight)).sum())} entries are not"
     return None
+
+
+def _factors(layer: Layer, target: Target, result: Compressed) -> str | None:
+    """What is off with low-rank factors: their rank, the part beside them, or the sum."""
+    low_rank = result.low_rank
+    if (low_rank is None) != (target.rank == 0):
+        came = "none" if low_rank is None else "some"
+        return f"promise 2: a target with a rank, and no other, must have low-rank factors, {came} came"
+    if low_rank is None:
+        return None
+    (out, inputs), rank = layer.weight.shape, target.rank_of(*layer.weight.shape)
+    tensors = {"left": (low_rank.left, (out, rank)), "right": (low_rank.right, (rank, inputs))}
+    if (low_rank.rest is None) != target.rest.dense:
+        wanted, came = ("no", "one") if target.rest.dense else ("a", "none")
+        return f"promise 2: {target.label} must have {wanted} part beside its factors, {came} came"
+    if low_rank.rest is not None:
+        tensors["rest"] = (low_rank.rest, (out, inputs))
+    for name, (tensor, shape) in tensors.items():
+        if tensor.dtype != torch.float32 or tensor.shape != shape or tensor.device != layer.weight.device:
+            came = f"{tensor.dtype} {_words(tensor.shape)} on {tensor.device}"
+            return f"promise 2: {name} must be torch.float32 {list(shape)} on the weight's device, {came} came"
+        if not finite(tensor):
+            return f"promise 1: {name} {NOT_FINITE}, {int((~torch.isfinite(tensor)).sum())} entries are not"
+    wrong = int((product(low_rank) != result.weight).sum())
+    return f"promise 2: the weight must be the sum of its parts, {wrong} entries differ" if wrong else None
 
 
 def _masked(layer: Layer, target: Target, result: Compressed) -> str | None:
@@ -175,7 +211,7 @@ def _book(quantised: Quantised, target: Target) -> str | None:
 
 
 def _unchanged(layer: Layer, target: Target, result: Compressed) -> str | None:
-    if target.sparsity == 0 and target.bits is None and not torch.equal(result.weight, layer.weight):
+    if target.dense and not torch.equal(result.weight, layer.weight):
         return "promise 7: sparsity 0 without bits must return the weight unchanged"
     return None
 

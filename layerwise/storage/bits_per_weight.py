@@ -46,10 +46,17 @@ def stored_bits(
     symmetric or in a format. Where `grids_of_blocks`, of the kept blocks only. divisor: 32 bits of a layer in nvfp4.
     input_scale: 16 bits per input (AWQ). group_of: 16 bits per input where groups are `reordered`, no runs of inputs
     (GPTQ's act-order). levels: 32 bits of each of 2^bits, of a method with a code book of its own, which has no zeros.
-    rotation: 32 bits of seed and of block.
+    rotation: 32 bits of seed and of block. left and right: 16 bits per entry of the factors of a target with a rank,
+    all that there is where it asks for nothing else.
     """
     count = kept * rows * inputs
-    parts = {"codes" if target.bits else "values": count * (target.bits or FLOAT_BITS)}
+    parts: dict[str, float] = {}
+    if target.rank:
+        rank = target.rank_of(rows, inputs)
+        parts = {"left": rows * rank * FLOAT_BITS, "right": rank * inputs * FLOAT_BITS}
+        if target.rest.dense:
+            return parts
+    parts["codes" if target.bits else "values"] = count * (target.bits or FLOAT_BITS)
     if target.structure in ("row", "layer"):
         parts["bitmap"] = rows * inputs
     elif target.n_of_m:
