@@ -322,7 +322,8 @@ def checks_of(case: Case) -> list[str]:
     names += ["5 rows permute"] if target.structure != "layer" else []  # there rows compete with each other
     names += ["3 grid"] if target.bits else []
     names += ["9 brute force"] if not target.bits and not target.block and not target.rank else []
-    names += ["9 best of a rank"] if target.structure == LOW_RANK else []
+    alone = target.structure == LOW_RANK and not case.entry.card.get("sparse_factor")  # whose rank is its own
+    names += ["9 best of a rank"] if alone else []
     names += ["9 no worse than the baseline"] if "gram" in case.entry.card["needs"] and not case.entry.control else []
     return [*names, "9 descent"]
 

@@ -47,6 +47,12 @@ def assert_parts(layer: Layer, target: Target, result: Compressed) -> Compressed
         raise Finding(layer.name, "a target with a rank must have low-rank factors", "None")
     out, inputs = layer.weight.shape
     rank = int(target.rank * out * inputs / (out + inputs))
+    if low_rank.kept is not None:
+        rank = low_rank.kept.shape[1]
+        taken = (16 * int(low_rank.kept.sum()) + out * rank + 16 * rank * inputs) / (16 * out * inputs)
+        demand(taken <= target.rank, layer.name, f"the factors must take {target.rank:g} of the weights at most", taken)
+        zeros = not low_rank.left[~low_rank.kept].any()
+        demand(zeros, layer.name, "a sparse factor must be zero where it is not kept", "other entries there")
     came = f"{_words(low_rank.left.shape)} and {_words(low_rank.right.shape)}"
     shapes = low_rank.left.shape == (out, rank) and low_rank.right.shape == (rank, inputs)
     demand(shapes, layer.name, f"the factors must be [{out}, {rank}] and [{rank}, {inputs}]", came)
@@ -248,6 +254,7 @@ def assert_same(name: str, first: Compressed, second: Compressed) -> None:
         "left",
         "right",
         "rest",
+        "kept",
     ):
         a, b = (part.get(key) for part in parts)
         same = torch.equal(a, b) if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor) else a == b

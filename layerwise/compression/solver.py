@@ -129,6 +129,7 @@ class Solver:
                 input_scale=result.quantised is not None and result.quantised.input_scale is not None,
                 reordered=packed_weights.reordered(result, self.target.rest),
                 levels=result.quantised is not None and result.quantised.levels is not None,
+                sparse_factor=packed_weights.sparse_factor(result),
                 rotated=result.quantised is not None and result.quantised.rotation is not None,
             ),
             "damping": None if (used := result.info.get("damping")) is None else float(used),

@@ -90,6 +90,13 @@ def _factors(layer: Layer, target: Target, result: Compressed) -> str | None:
     if low_rank is None:
         return None
     (out, inputs), rank = layer.weight.shape, target.rank_of(*layer.weight.shape)
+    if (kept := low_rank.kept) is not None:
+        rank = len(low_rank.right) if low_rank.right.ndim == 2 else rank
+        if kept.dtype != torch.bool or kept.shape != (out, rank):
+            return f"promise 2: kept must be torch.bool [{out}, {rank}], {kept.dtype} {_words(kept.shape)} came"
+        bits, budget = 16 * (rank * inputs + int(kept.sum())) + out * rank, 16 * target.rank * out * inputs
+        if bits > budget:
+            return f"promise 2: factors of {target.label} must take {budget:g} bits at most, {bits} came"
     tensors = {"left": (low_rank.left, (out, rank)), "right": (low_rank.right, (rank, inputs))}
     if (low_rank.rest is None) != target.rest.dense:
         wanted, came = ("no", "one") if target.rest.dense else ("a", "none")
@@ -102,6 +109,8 @@ def _factors(layer: Layer, target: Target, result: Compressed) -> str | None:
             return f"promise 2: {name} must be torch.float32 {list(shape)} on the weight's device, {came} came"
         if not finite(tensor):
             return f"promise 1: {name} {NOT_FINITE}, {int((~torch.isfinite(tensor)).sum())} entries are not"
+    if kept is not None and (left := int(low_rank.left.masked_fill(kept, 0.0).count_nonzero())):
+        return f"promise 1: left must be zero where kept is False, {left} entries are not"
     wrong = int((product(low_rank) != result.weight).sum())
     return f"promise 2: the weight must be the sum of its parts, {wrong} entries differ" if wrong else None
 

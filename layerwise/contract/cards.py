@@ -42,6 +42,7 @@ CARD_SCHEMA = {
         "bits_only": {"type": "boolean"},
         "own_grid": {"type": "boolean"},  # its codes stand for levels of its own, or for a rotated weight
         "sums": {"type": "boolean"},  # it gives low-rank factors beside what its patterns and bits say, and only so
+        "sparse_factor": {"type": "boolean"},  # one of its factors is sparse, so that their rank may be higher
         "named_by": {"type": "string"},
         "cost": {
             "type": "object",

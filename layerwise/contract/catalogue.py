@@ -102,8 +102,10 @@ class Entry:
         """The group of methods that this one may be compared with at the target."""
         if self.control:
             return "control"
+        if target.rank and target.rest.dense:
+            return "sparse factor" if self.card.get("sparse_factor") else LOW_RANK
         if target.rank:
-            return LOW_RANK if target.rest.dense else SUM
+            return SUM
         if target.bits is not None:
             return "pruned and quantised" if target.sparsity else "quantised"
         return "weight-updating" if self.card["updates_weights"] else "mask-only"

@@ -107,11 +107,14 @@ class LowRank:
 
     left:  B [out, r] float32. right: A [r, in] float32; r is what `Target.rank_of` says.
     rest:  S [out, in] float32. None where the target asks for the factors alone.
+    kept:  [out, r] bool, of a sparse B: False where it is zero. Then r may be larger, as long as entries and positions
+           take no more bits than the target's share of the weights. None of a dense B.
     """
 
     left: Tensor
     right: Tensor
     rest: Tensor | None = None
+    kept: Tensor | None = None
 
 
 @dataclass(frozen=True)

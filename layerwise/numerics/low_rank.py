@@ -38,6 +38,15 @@ def root(gram: Tensor) -> Tensor:
     return vectors * values.clamp(min=0).sqrt()
 
 
+def lifted_cholesky(gram: Tensor, least: float) -> Tensor:
+    """Lower C [in, in] float64 with C C^T = G, lifted so that its least eigenvalue is `least` where it has none."""
+    lower, failed = torch.linalg.cholesky_ex(gram)
+    if failed:
+        lift = least - float(torch.linalg.eigvalsh(gram)[0])
+        lower = torch.linalg.cholesky(gram + lift * torch.eye(len(gram), dtype=gram.dtype))
+    return lower
+
+
 def best_factors(matrix: Tensor, rank: int, gram: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """B [out, rank] and A [rank, in] float64 with the least tr((M - B A) G (M - B A)^T); as `leading`."""
     left = leading(matrix, rank, gram)
@@ -51,10 +60,18 @@ def product(low_rank: LowRank) -> Tensor:
 
 
 def of_parts(
-    left: Tensor, right: Tensor, rest: Compressed | None = None, info: Mapping[str, Any] | None = None
+    left: Tensor,
+    right: Tensor,
+    rest: Compressed | None = None,
+    info: Mapping[str, Any] | None = None,
+    kept: Tensor | None = None,
 ) -> Compressed:
-    """The result that factors of any float dtype, and the part beside them, make up; info: instead of the part's."""
-    low_rank = LowRank(left.float().contiguous(), right.float().contiguous(), None if rest is None else rest.weight)
+    """The result that factors of any float dtype, and the part beside them, make up; info: instead of the part's.
+
+    kept: [out, r] bool, of a sparse left factor.
+    """
+    part_weight = None if rest is None else rest.weight
+    low_rank = LowRank(left.float().contiguous(), right.float().contiguous(), part_weight, kept)
     told = info if info is not None or rest is None else rest.info
     part = Compressed(low_rank.left) if rest is None else rest
     return Compressed(product(low_rank), part.mask, part.quantised, low_rank, info=told or {})

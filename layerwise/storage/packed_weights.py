@@ -57,6 +57,7 @@ PARTS = (
     "group_of",
     "left",
     "right",
+    "left_bitmap",
 )
 
 
@@ -140,7 +141,7 @@ def as_stored(result: Compressed, target: Target, dtype: torch.dtype) -> Compres
         low_rank, rest = low_rank_of(result), result.rest
         stored = None if rest is None else as_stored(rest, target.rest, dtype)
         left, right = (half_factor(factor, dtype).float() for factor in (low_rank.left, low_rank.right))
-        return replace(of_parts(left, right, stored, result.info), trace=result.trace)
+        return replace(of_parts(left, right, stored, result.info, low_rank.kept), trace=result.trace)
     if target.bits is None:
         return result if dtype == torch.float32 else replace(result, weight=result.weight.to(dtype).float())
     quantised = quantised_of(result)
@@ -190,7 +191,11 @@ def parts_of(result: Compressed, target: Target, dtype: torch.dtype) -> dict[str
     if target.rank:
         low_rank, rest = low_rank_of(result), result.rest
         factors = {"left": low_rank.left, "right": low_rank.right}
+        if low_rank.kept is not None:
+            factors["left"] = low_rank.left[low_rank.kept]
         own = {} if rest is None else parts_of(rest, target.rest, dtype)
+        if low_rank.kept is not None:
+            own["left_bitmap"] = pack(low_rank.kept.cpu(), 1)
         return {name: half_factor(factor.cpu(), dtype).contiguous() for name, factor in factors.items()} | own
     rows, inputs = result.weight.shape
     mask = torch.ones(rows, inputs, dtype=torch.bool) if result.mask is None else result.mask.cpu()
@@ -273,8 +278,8 @@ def restored(parts: Mapping[str, Tensor], target: Target, shape: tuple[int, int]
     Raises ValueError, without the layer's name, when parts are absent or do not belong together.
     """
     if target.rank:
-        left, right = _restored_factors(parts, target, shape)
-        return of_parts(left, right, None if target.rest.dense else restored(parts, target.rest, shape))
+        left, right, kept = _restored_factors(parts, target, shape)
+        return of_parts(left, right, None if target.rest.dense else restored(parts, target.rest, shape), kept=kept)
     inputs = shape[1]
     if "" in parts:
         if parts[""].shape != shape:
@@ -306,13 +311,30 @@ def restored(parts: Mapping[str, Tensor], target: Target, shape: tuple[int, int]
     return Compressed(dequantised(quantised, mask, target), mask, quantised)
 
 
-def _restored_factors(parts: Mapping[str, Tensor], target: Target, shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    """B [out, r] and A [r, in] float32, of the rank that the target gives the layer."""
-    left, right, rank = _part(parts, "left"), _part(parts, "right"), target.rank_of(*shape)
-    for name, factor, wanted in (("left", left, (shape[0], rank)), ("right", right, (rank, shape[1]))):
+def sparse_factor(result: Compressed) -> tuple[int, int] | None:
+    """(rank, kept entries) of a result with a sparse factor."""
+    if result.low_rank is None or result.low_rank.kept is None:
+        return None
+    return result.low_rank.kept.shape[1], int(result.low_rank.kept.sum())
+
+
+def _restored_factors(
+    parts: Mapping[str, Tensor], target: Target, shape: tuple[int, int]
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """B [out, r] and A [r, in] float32, of the rank that the target gives the layer, and where a sparse B is kept."""
+    left, right, rank, kept = _part(parts, "left"), _part(parts, "right"), target.rank_of(*shape), None
+    entries: tuple[int, ...] = (shape[0], rank)
+    if "left_bitmap" in parts:
+        rank = len(right)
+        kept = unpack(parts["left_bitmap"], 1, shape[0] * rank).bool().view(shape[0], rank)
+        entries = (int(kept.sum()),)
+    for name, factor, wanted in (("left", left, entries), ("right", right, (rank, shape[1]))):
         if factor.shape != wanted or factor.dtype not in HALVES or not finite(factor.float()):
             raise ValueError(f"the factor {name} must be {list(wanted)} in 16 bits and finite, {_kind(factor)} came")
-    return left.float(), right.float()
+    if kept is not None:
+        values, left = left.float(), torch.zeros(shape[0], rank)
+        left[kept] = values
+    return left.float(), right.float(), kept
 
 
 def _restored_grid(parts: Mapping[str, Tensor], target: Target, kept: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:

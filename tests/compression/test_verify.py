@@ -130,6 +130,21 @@ VIOLATIONS: dict[str, tuple[Target, Damage, str]] = {
         "promise 2: rank 50% must have no part beside its factors, one came",
     ),
     "no part beside the factors": (SUM, lambda r: refactored(r, rest=None), "promise 2: 50% row rank 20% must have a"),
+    "a sparse factor over the budget": (
+        FACTORS,
+        lambda r: refactored(r, left=torch.zeros(24, 9), right=torch.zeros(9, 64), kept=torch.ones(24, 9).bool()),
+        "promise 2: factors of rank 50% must take 12288 bits at most, 12888 came",
+    ),
+    "a sparse factor that is not zero elsewhere": (
+        FACTORS,
+        lambda r: refactored(r, kept=torch.zeros(24, 8).bool()),
+        "promise 1: left must be zero where kept is False, 192 entries are not",
+    ),
+    "places of another shape": (
+        FACTORS,
+        lambda r: refactored(r, kept=torch.ones(24, 7).bool()),
+        "promise 2: kept must",
+    ),
     "another weight than the sum": (
         SUM,
         lambda r: replace(r, weight=with_entry(r.weight, (2, 3), 7.0)),

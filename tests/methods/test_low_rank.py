@@ -156,7 +156,11 @@ def test_the_data_decide_what_a_rank_keeps():
 
 def of_a_rank() -> list[str]:
     catalogue = Catalogue()
-    return [name for name in catalogue if LOW_RANK in catalogue[name].card["patterns"]]
+    return [
+        name
+        for name in catalogue
+        if catalogue[name].comparison(Target(rank=0.5)) == LOW_RANK and not catalogue[name].refusal(Target(rank=0.5))
+    ]
 
 
 @pytest.mark.parametrize("share", [0.3, 0.7])
