@@ -19,7 +19,7 @@ CARD = {
     "bits": [],
     "updates_weights": True,
     "needs": ["absmean"],
-    "cost": {"weights": 8.0, "grams": 0.0, "products": 6.0},  # guessed
+    "cost": {"weights": 8.0, "grams": 0.0, "products": 15.0},
     "look": {"colour": "#999933", "marker": "^"},
     "parameters": {
         "alpha": {"type": "number", "minimum": 0, "description": "Power of mean |x| by which a column is scaled."},

@@ -22,7 +22,7 @@ CARD = {
     "updates_weights": True,
     "needs": ["gram"],
     "sums": True,
-    "cost": {"weights": 10.0, "grams": 4.0, "products": 8.0},  # guessed
+    "cost": {"weights": 10.0, "grams": 4.0, "products": 24.0},
     "look": {"colour": "#56B4E9", "marker": "D"},
     "checks": {"variants": [{"after": "wanda"}, {"after": {"sparsegpt": {}}}, {"after": "rtn"}]},
     "parameters": {

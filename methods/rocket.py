@@ -22,7 +22,7 @@ CARD = {
     "updates_weights": True,
     "needs": ["gram"],
     "sparse_factor": True,
-    "cost": {"weights": 14.0, "grams": 9.0, "products": 14.0},  # guessed
+    "cost": {"weights": 14.0, "grams": 9.0, "products": 50.0},
     "look": {"colour": "#D55E00", "marker": "D"},
     "checks": {"variants": [{"share": 1.5, "choice": "output"}]},
     "parameters": {

@@ -13,7 +13,7 @@ CARD = {
     "bits": [],
     "updates_weights": True,
     "needs": [],
-    "cost": {"weights": 8.0, "grams": 0.0, "products": 6.0},  # guessed
+    "cost": {"weights": 8.0, "grams": 0.0, "products": 15.0},
     "look": {"colour": "#999933", "marker": "s"},
     "parameters": {},
 }

@@ -20,7 +20,7 @@ CARD = {
     "bits": [],
     "updates_weights": True,
     "needs": ["gram"],
-    "cost": {"weights": 8.0, "grams": 4.0, "products": 8.0},  # guessed
+    "cost": {"weights": 8.0, "grams": 4.0, "products": 24.0},
     "look": {"colour": "#0072B2", "marker": "D"},
     "parameters": {},
 }
