@@ -40,7 +40,6 @@ class Found:
 
     weight: Tensor  # [out, in], in the model's dtype
     mask: Tensor | None
-    part: Tensor | None  # [out, in], what the mask is of: the weight, or S of a sum S + B A; None where none is seen
     stored: int  # bytes
     grid: str | None = None  # what is off with the grid
     note: str = "holds"  # what is said where nothing is off
@@ -165,8 +164,7 @@ def read_packed(file: PackedFile, dtype: torch.dtype, name: str) -> Found:
     if name not in file.shapes:
         raise ValueError(f"{file.path.name} does not hold it")
     result = file.read(name)
-    part = None if result.rest is None else result.rest.weight
-    return Found(result.weight.to(dtype), result.mask, part, file.stored_bytes(name))
+    return Found(result.weight.to(dtype), result.mask, file.stored_bytes(name))
 
 
 def loader(folder: Path, trust_remote_code: bool) -> Callable[[], dict[str, Linear]]:
@@ -187,10 +185,10 @@ def read_dense(
     else:
         stored = weight = loaded()[linear.name].stored()
     if target.rank:
-        return Found(weight, None, None, stored.nbytes, note="holds, its parts cannot be seen")
+        return Found(weight, None, stored.nbytes, note="holds, its parts cannot be seen")
     grid = None if hidden else grid_fault(weight, target)
     note = "holds, its grid cannot be seen" if hidden and target.bits else "holds"
-    return Found(weight, None, weight, stored.nbytes, grid, note)
+    return Found(weight, None, stored.nbytes, grid, note)
 
 
 def grid_fault(weight: Tensor, target: Target) -> str | None:
@@ -243,14 +241,14 @@ def read_pack_quantized(tensors: Tensors, linear: Linear, grid: Target, dtype: t
         zeros = from_words(parts["weight_zero_point"].T, bits, groups, rows).T
     codes = from_words(parts["weight_packed"], bits, rows, inputs)
     weight = ops.dequantise(codes, scales.float(), zeros.float(), ops.groups_of(inputs, grid.group))
-    return Found(weight.to(dtype), None, weight, sum(part.nbytes for part in parts.values()))
+    return Found(weight.to(dtype), None, sum(part.nbytes for part in parts.values()))
 
 
 def read_float_format(tensors: Tensors, linear: Linear, grid: Target, dtype: torch.dtype) -> Found:
     """A layer in compressed-tensors' layout of nvfp4 or mxfp4. Raises ValueError when its tensors do not fit."""
     parts = {name: tensors.get(f"{linear.name}.{name}") for name in names_of(grid)}
     weight = unpacked_format(parts, grid, linear.shape)
-    return Found(weight.to(dtype), None, weight, sum(part.nbytes for part in parts.values()))
+    return Found(weight.to(dtype), None, sum(part.nbytes for part in parts.values()))
 
 
 def from_words(words: Tensor, bits: int, lines: int, length: int) -> Tensor:
@@ -298,7 +296,8 @@ def check(folder: Folder, name: str, target: Target, saved: Mapping[str, Any] | 
         fault = f"it should be {folder.layers[name]}, {tuple(found.weight.shape)} came"
         return Line(name, *folder.layers[name], 0, found.stored, fault)
     counted = int((found.weight == 0).sum())
-    fault = (None if found.part is None else pattern_fault(found.part, found.mask, target)) or found.grid
+    seen = found.mask is not None or not target.rank  # of a sum the mask alone shows which entries of S are kept
+    fault = (pattern_fault(found.weight, found.mask, target) if seen else None) or found.grid
     if not torch.isfinite(found.weight).all():
         fault = "a weight is not finite"
     elif fault is None and saved and counted != saved["zeros"]:
