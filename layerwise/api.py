@@ -170,10 +170,12 @@ def output_error(weight: Tensor | nn.Linear, weight_hat: Tensor, gram: Gram) -> 
 
 
 def lower_bound(weight: Tensor | nn.Linear, gram: Gram, target: Target | str) -> LowerBound:
-    """A bound below the error of every mask of a row, layer or n:m target.
+    """A bound below the error of every mask of a row, layer or n:m target, or of every matrix of a rank.
 
     From a convex relaxation, that of SparseFW (arXiv 2510.13713) strengthened by a diagonal, and its Frank-Wolfe gap
     (Jaggi, ICML 2013).
+
+    That of a rank is the optimum itself, but for rounding (Eckart and Young in the Gram's norm).
 
     It holds for masks that leave the weights they keep unchanged: methods that update weights can go below it. weight:
     [out, in] of any float dtype. Computed on the processor. Raises ValueError for another pattern, a target without
@@ -181,10 +183,10 @@ def lower_bound(weight: Tensor | nn.Linear, gram: Gram, target: Target | str) ->
     """
     goal = as_target(target)
     if goal.structure == "dense":
-        raise ValueError(f"A lower bound must be asked for a target with sparsity. Got {goal.label!r} instead.")
+        raise ValueError(f"A lower bound must be asked for a target with sparsity or rank. Got {goal.label!r} instead.")
     layer = checked(Layer("the layer", weight_of(weight).float(), gram))
     layer = Layer(layer.name, layer.weight.cpu(), Gram(gram.matrix.cpu(), gram.tokens))
-    bound = bounds.lower_bound(layer, goal.pruning)
+    bound = bounds.lower_bound(layer, goal if goal.rank else goal.pruning)
     _, whole = score.losses(layer, layer.weight)
     unit = 1 / whole if whole > 0 else 0.0
     return LowerBound(bound.error * unit, bound.error, bound.gap * unit)

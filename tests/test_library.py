@@ -135,6 +135,7 @@ PATTERNS = st.one_of(
     st.integers(2, 64).flatmap(lambda m: st.integers(1, m - 1).map(lambda n: {"pattern": f"{n}:{m}"})),
     st.just({}),
 )
+RANKS = st.one_of(st.just({}), st.integers(1, 9_999).map(lambda share: {"rank": share / 10_000}))
 GRIDS = st.one_of(
     st.just({}),
     st.fixed_dictionaries(
@@ -143,9 +144,9 @@ GRIDS = st.one_of(
 )
 
 
-@given(PATTERNS, GRIDS)
-def test_a_label_is_read_as_the_target_that_it_is_of(pattern: dict, grid: dict):
-    target = Target(**pattern, **grid)
+@given(PATTERNS, GRIDS, RANKS)
+def test_a_label_is_read_as_the_target_that_it_is_of(pattern: dict, grid: dict, rank: dict):
+    target = Target(**pattern, **grid, **rank)
     assert Target.parse(target.label) == target
 
 
@@ -273,6 +274,18 @@ def test_no_mask_beats_the_bound_and_no_method_beats_brute_force(target: str):
     assert updated.absolute_error == pytest.approx(updated.output_error * whole, rel=1e-12)
 
 
+def test_the_bound_of_a_rank_is_reached():
+    weight, x = small()
+    gram = Gram.from_inputs(x)
+    bound = layerwise.lower_bound(weight, gram, "rank 60%")
+    best = layerwise.compress_layer(weight, gram, "rank 60%", "svd_llm")
+    plain = layerwise.compress_layer(weight, gram, "rank 60%", "svd")
+    assert bound.gap == 0 and bound.output_error == pytest.approx(best.output_error, rel=1e-4)
+    assert bound.output_error <= best.output_error < plain.output_error
+    assert best.compressed.low_rank is not None and best.compressed.low_rank.left.shape == (3, 1)
+    assert best.bits_per_weight == 16 * 11 / 24 <= 16 * 0.6
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
 def test_the_error_is_that_of_the_outputs(dtype: torch.dtype):
     weight, x = small(2)
@@ -370,7 +383,7 @@ def test_wrong_arguments_of_a_layer_are_one_sentence(tmp_path: Path):
         assert str(caught.value).startswith(sentence) and str(caught.value).endswith("."), sentence
     with pytest.raises(ValueError, match=r"^weight_hat must be \[out, in\] = \[4, 64\]. Got \[3, 64\] instead.$"):
         layerwise.output_error(weight, weight[:3], gram)
-    for target in ("4b", "50% 1x16"):
+    for target in ("4b", "50% 1x16", "2:4 rank 10%", "4b rank 10%"):
         with pytest.raises(ValueError, match="lower bound"):
             layerwise.lower_bound(weight, gram, target)
 

@@ -15,6 +15,14 @@ def output_error(layer: Layer, weight: torch.Tensor) -> float:
     return float(((lost @ gram) * lost).sum() / ((dense @ gram) * dense).sum())
 
 
+def best_error_of_rank(layer: Layer, rank: int) -> float:
+    """Smallest output_error of all matrices of a rank: that of the truncated SVD of W times a root of G."""
+    weight, gram = layer.weight.double(), layer.gram.matrix.double()
+    values, vectors = torch.linalg.eigh(gram)
+    sizes = torch.linalg.svdvals(weight @ (vectors * values.clamp(min=0).sqrt()) @ vectors.T).square()
+    return float(sizes[rank:].sum() / sizes.sum())
+
+
 def best_error(layer: Layer, target: Target, refit: bool) -> float:
     """Smallest output_error of all masks of the target, with W's own weights or (refit) the best ones for the mask."""
     weight, gram = layer.weight.double(), layer.gram.matrix.double()

@@ -58,7 +58,8 @@ class Case:
             return own
         for key in self.entry.warm_starts:
             asked = self.entry.card["parameters"][key].get("asked")
-            if not asked and (reason := getattr(self.method, key).refusal(self.target)):
+            part = self.target.rest if asked == "rest" else self.target
+            if asked in (None, "rest") and (reason := getattr(self.method, key).refusal(part)):
                 return f"its {key} cannot: {reason}"
         return None
 

@@ -16,7 +16,7 @@ from functools import cache
 import torch
 
 from layerwise.checks import layer_cases, settings
-from layerwise.checks.brute_force import best_error, output_error
+from layerwise.checks.brute_force import best_error, best_error_of_rank, output_error
 from layerwise.checks.case import Case, Finding, NothingToCheck, cases, demand
 from layerwise.checks.layer_cases import DRIFTED, EQUAL, HARD, LAYERS, ORDINARY, SMALL_ROWS, SMALL_WHOLE, UNCORRELATED
 from layerwise.checks.results import (
@@ -31,6 +31,7 @@ from layerwise.checks.results import (
 from layerwise.compression.solver import Solver
 from layerwise.contract.catalogue import Catalogue
 from layerwise.contract.layer import Compressed, Gram, Layer, Method, Target, UnsupportedTarget
+from layerwise.contract.target import LOW_RANK
 from layerwise.numerics import dispatch
 from layerwise.runtime.errors import InputError
 
@@ -139,7 +140,7 @@ def refused(case: Case, name: str) -> None:
     one = sentence.endswith(".") and "\n" not in sentence
     demand(one, name, "the refusal must be one sentence that ends in a full stop", repr(sentence))
     demand(case.entry.name in sentence, name, "the refusal must name the method", repr(sentence))
-    stems = [stem for stem in ("prune", "pruning", "quantise", "changes nothing") if stem in refusal]
+    stems = [stem for stem in ("prune", "pruning", "quantise", "low-rank", "changes nothing") if stem in refusal]
     told = any(stem[:4] in sentence for stem in stems)
     demand(told, name, f"the refusal must say what the card says: {refusal}", repr(sentence))
 
@@ -151,9 +152,13 @@ def _baselines() -> dict[str, Method]:
 
 
 def no_worse_than_the_baseline(case: Case, name: str) -> None:
-    """Promise 9: the smallest weights pruned, what is left rounded to nearest."""
+    """Promise 9: the smallest weights pruned, what is left rounded to nearest; of factors alone the truncated SVD."""
     layer = layer_cases.build(name)
     baseline = layer.weight
+    if case.target.structure == LOW_RANK:
+        u, sizes, v = torch.linalg.svd(baseline.double(), full_matrices=False)
+        rank = case.target.rank_of(*baseline.shape)
+        baseline = u[:, :rank] * sizes[:rank] @ v[:rank]
     for method, needed, target in (
         ("magnitude", case.target.sparsity, case.target.pruning),
         ("rtn", case.target.bits, case.target.grid),
@@ -163,6 +168,16 @@ def no_worse_than_the_baseline(case: Case, name: str) -> None:
             baseline = built.compress(replace(layer, weight=baseline), target, torch.Generator()).weight
     ours, theirs = output_error(layer, case.compress(layer).weight), output_error(layer, baseline)
     demand(ours <= theirs, name, f"output_error must be {theirs:.4g} at most, the baseline's", f"{ours:.4g}")
+
+
+def best_of_rank(case: Case, name: str) -> None:
+    """Promise 9: no result of a rank is better than the best one, which is known exactly."""
+    layer = layer_cases.build(name)
+    error, rank = output_error(layer, case.compress(layer).weight), case.target.rank_of(*layer.weight.shape)
+    best = best_error_of_rank(layer, rank)
+    demand(
+        error >= best * (1 - 1e-6), name, f"output_error must be {best:.6g} at least, the best of rank {rank}", error
+    )
 
 
 def brute_force(case: Case, name: str) -> None:
@@ -284,6 +299,7 @@ CHECKS: dict[str, Check] = {
         _named(*ORDINARY),
     ),
     "9 brute force": Check("No result of a small layer is better than the best mask's.", brute_force, _small_layers),
+    "9 best of a rank": Check("No result of a rank is better than the best one.", best_of_rank, _named(*ORDINARY)),
     "9 descent": Check("A trace comes where the card has a criterion, and falls.", descent, _named("correlated")),
     "10 the runner's own": Check(
         "What the runner verifies of every result of a run holds: trace, info, zeros, torch's settings.",
@@ -305,7 +321,9 @@ def checks_of(case: Case) -> list[str]:
     names += ["2 ties"] if target.sparsity and not case.entry.card["updates_weights"] else []
     names += ["5 rows permute"] if target.structure != "layer" else []  # there rows compete with each other
     names += ["3 grid"] if target.bits else []
-    names += ["9 brute force"] if not target.bits and not target.block else []
+    names += ["9 brute force"] if not target.bits and not target.block and not target.rank else []
+    alone = target.structure == LOW_RANK and not case.entry.card.get("sparse_factor")  # whose rank is its own
+    names += ["9 best of a rank"] if alone else []
     names += ["9 no worse than the baseline"] if "gram" in case.entry.card["needs"] and not case.entry.control else []
     return [*names, "9 descent"]
 

@@ -23,13 +23,52 @@ def assert_tensors(layer: Layer, target: Target, result: Compressed) -> None:
         demand(came == expected, layer.name, f"the weight's {key} must be {_words(expected)}", _words(came))
     lost = int((~torch.isfinite(weight)).sum())
     demand(not lost, layer.name, "the weight must be finite", f"{lost} entries that are NaN or infinite")
-    if target.sparsity:
+    part = assert_parts(layer, target, result)
+    if target.sparsity and part is not None:
+        weight = part.weight
         if mask is None:
             raise Finding(layer.name, "a pruned layer must have a mask", "None")
         expected, came = f"torch.bool {_words(weight.shape)}", f"{mask.dtype} {_words(mask.shape)}"
         demand((mask.shape, mask.dtype) == (weight.shape, torch.bool), layer.name, f"the mask must be {expected}", came)
         left = int(np.count_nonzero(weight.numpy()[~mask.numpy()]))
         demand(not left, layer.name, "the weight must be zero where the mask is False", f"{left} other entries there")
+
+
+def assert_parts(layer: Layer, target: Target, result: Compressed) -> Compressed | None:
+    """Promise 2 of low-rank factors: their rank, the sum that the weight is; returns the part beside them.
+
+    The result itself at a target without a rank, None at one that asks for the factors alone.
+    """
+    low_rank = result.low_rank
+    if not target.rank:
+        demand(low_rank is None, layer.name, "factors must come where the target has a rank, and only there", "factors")
+        return result
+    if low_rank is None:
+        raise Finding(layer.name, "a target with a rank must have low-rank factors", "None")
+    out, inputs = layer.weight.shape
+    rank = int(target.rank * out * inputs / (out + inputs))
+    if low_rank.kept is not None:
+        rank = low_rank.kept.shape[1]
+        taken = (16 * int(low_rank.kept.sum()) + out * rank + 16 * rank * inputs) / (16 * out * inputs)
+        demand(taken <= target.rank, layer.name, f"the factors must take {target.rank:g} of the weights at most", taken)
+        zeros = not low_rank.left[~low_rank.kept].any()
+        demand(zeros, layer.name, "a sparse factor must be zero where it is not kept", "other entries there")
+    came = f"{_words(low_rank.left.shape)} and {_words(low_rank.right.shape)}"
+    shapes = low_rank.left.shape == (out, rank) and low_rank.right.shape == (rank, inputs)
+    demand(shapes, layer.name, f"the factors must be [{out}, {rank}] and [{rank}, {inputs}]", came)
+    alone = not target.sparsity and not target.bits
+    demand((low_rank.rest is None) == alone, layer.name, f"{target.label} must have its parts", "others")
+    parts = [low_rank.left, low_rank.right] + ([] if low_rank.rest is None else [low_rank.rest])
+    total = np.zeros((out, inputs))
+    for index in range(rank):
+        total += np.outer(*(x.numpy().astype(np.float64) for x in (parts[0][:, index], parts[1][index])))
+    if low_rank.rest is not None:
+        total += low_rank.rest.numpy()
+    demand(np.isfinite(total).all(), layer.name, "the parts must be finite", "NaN or infinity")
+    sizes = np.abs(parts[0].numpy().astype(np.float64)) @ np.abs(parts[1].numpy().astype(np.float64)) + np.abs(total)
+    close = (np.abs(total - result.weight.numpy()) <= 1e-6 * sizes).all()
+    demand(close, layer.name, "the weight must be the sum of its parts (to 1e-6)", "another matrix")
+    return None if low_rank.rest is None else Compressed(low_rank.rest, result.mask, result.quantised)
 
 
 def _words(value: object) -> str:
@@ -112,8 +151,10 @@ def assert_grid(layer: Layer, target: Target, result: Compressed) -> None:
         demand(close, layer.name, "values turned back must be the weight (to 1e-5)", "others")
         return
     kept = np.ones_like(codes, bool) if result.mask is None else result.mask.numpy()
-    same = np.array_equal(values[kept], result.weight.numpy()[kept])
-    wrong = 0 if same else int((values[kept] != result.weight.numpy()[kept]).sum())
+    weight = result.weight if result.low_rank is None else result.low_rank.rest
+    assert weight is not None  # or assert_tensors had raised
+    same = np.array_equal(values[kept], weight.numpy()[kept])
+    wrong = 0 if same else int((values[kept] != weight.numpy()[kept]).sum())
     demand(same, layer.name, "scales * (codes - zeros) must equal the weight", f"{wrong} entries that differ")
 
 
@@ -190,7 +231,15 @@ def _generators() -> dict[str, object]:
 
 def assert_same(name: str, first: Compressed, second: Compressed) -> None:
     """Promise 4: two results of the same inputs are the same to the last bit."""
-    parts = [vars(result) | (vars(result.quantised) if result.quantised else {}) for result in (first, second)]
+    parts = [
+        {
+            key: value
+            for part in (result, result.quantised, result.low_rank)
+            if part
+            for key, value in vars(part).items()
+        }
+        for result in (first, second)
+    ]
     for key in (
         "weight",
         "mask",
@@ -202,6 +251,10 @@ def assert_same(name: str, first: Compressed, second: Compressed) -> None:
         "divisor",
         "levels",
         "rotation",
+        "left",
+        "right",
+        "rest",
+        "kept",
     ):
         a, b = (part.get(key) for part in parts)
         same = torch.equal(a, b) if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor) else a == b

@@ -29,9 +29,16 @@ TARGETS = [
     Target(pattern="2:4", bits=4),
     Target(0.5, bits=4, group=16),
     Target(0.5, "1x16", bits=4, group=16),
+    Target(rank=0.5),
+    Target(0.5, rank=0.2),
+    Target(pattern="2:4", rank=0.2),
+    Target(bits=4, group=16, rank=0.2),
 ]
 # One target of each kind, by label: where variants of a method are tried at every change, and all that `quick` has.
-ONE_OF_EACH = ("50% row", "50% layer", "2:4", "4b g16", "2:4 4b", "50% 1x16 4b g16")
+ONE_OF_EACH = (
+    *("50% row", "50% layer", "2:4", "4b g16", "2:4 4b", "50% 1x16 4b g16"),
+    *("rank 50%", "50% row rank 20%", "4b g16 rank 20%"),
+)
 
 
 def defaults(entry: Entry) -> dict[str, Any]:

@@ -11,8 +11,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     if arguments[:1] == ["worker"]:
+        from layerwise.cli.warm_worker import hand_over
         from layerwise.cli.worker import run
 
+        hand_over(arguments[1:])
         run(arguments[1:])
     else:
         from layerwise.cli.app import app

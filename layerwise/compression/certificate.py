@@ -1,4 +1,5 @@
-"""The certificate of a target: for every layer of a model the error that no mask of the target's pattern can beat."""
+"""The certificate of a target: for every layer of a model the error that no mask of its pattern, or no matrix of its
+rank, can beat."""
 
 import argparse
 import json

@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 from layerwise.contract.layer import Layer, Target
-from layerwise.contract.target import CERTIFIED
-from layerwise.numerics import ops
+from layerwise.contract.target import CERTIFIED, LOW_RANK
+from layerwise.numerics import low_rank, ops
 
 ITERATIONS = 100  # at most, in each of two relaxations
 EVERY = 10  # iterations between two evaluations of the bound
@@ -31,6 +31,7 @@ ROUNDING = 1e-9  # share that the bound is lowered by, and the least allowance f
 CANCELLATION = 1e-12  # its further reduction, as a share of the sum of w_j^2 G_jj
 INTERIOR = 1e-6  # by how much the first D lies inside what is positive definite
 SMALLEST_STEP = 1e-6  # a Newton step shortened further than this ends the search for D
+FLOAT32 = 2.0**-23  # twice the largest relative rounding of a number in float32
 RELAXATION = 1.6  # over-relaxation of ADMM (Boyd et al. 2011, section 3.4.3)
 
 
@@ -47,8 +48,13 @@ class Bound:
 def lower_bound(layer: Layer, target: Target) -> Bound:
     """Bound on the error of every mask of a row, layer or n:m target on a layer.
 
+    Of a target that asks for low-rank factors alone: on the error of every matrix of the rank (`low_rank_bound`).
     Raises ValueError for another target and when the weight or the Gram is not finite.
     """
+    if target.structure == LOW_RANK:
+        return low_rank_bound(layer, target)
+    if target.rank:
+        raise ValueError(f"A lower bound exists for masks and for low-rank factors alone. Got {target.label} instead.")
     if target.structure not in CERTIFIED:
         raise ValueError(
             f"The pattern of a lower bound must be one of {', '.join(CERTIFIED)}. Got {target.label} instead."
@@ -71,6 +77,20 @@ def lower_bound(layer: Layer, target: Target) -> Bound:
             error, gap = better, left
     unit = weight_unit**2 * gram_unit
     return Bound(max(error, 0.0) * unit, max(plain, 0.0) * unit, gap * unit)
+
+
+def low_rank_bound(layer: Layer, target: Target) -> Bound:
+    """The least error of any matrix of the target's rank, which is known exactly (Eckart and Young in the Gram's norm).
+
+    It is lowered by what lets a result come below it: the float32 that the weight B A is rounded to, independently
+    entry by entry, and eigenvalues of the Gram that rounding has left below zero.
+    """
+    (weight, gram), rank = ops.in_float64(layer), target.rank_of(*layer.weight.shape)
+    least = low_rank.optimum(layer.weight, layer.gram, rank)
+    rounded = FLOAT32 * float((weight.square() @ gram.diagonal().clamp(min=0)).sum()) ** 0.5
+    below = min(0.0, float(layer.gram.once("least eigenvalue", lambda: torch.linalg.eigvalsh(gram)[0])))
+    bound = max(least**0.5 - rounded, 0.0) ** 2 * (1 - ROUNDING) + 4 * below * float(weight.square().sum())
+    return Bound(max(bound, 0.0), max(bound, 0.0), 0.0)
 
 
 class Groups:

@@ -12,9 +12,10 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from layerwise.contract.layer import Compressed, Layer, Quantised, Rotation, Target
+from layerwise.contract.layer import Compressed, Layer, LowRank, Quantised, Rotation, Target
 from layerwise.numerics import ops
 from layerwise.numerics.code_books import expressible
+from layerwise.numerics.low_rank import product
 from layerwise.numerics.patterns import count_kept, finite, kept_counts
 from layerwise.numerics.rotations import block_of
 
@@ -26,9 +27,15 @@ def broken_promise(layer: Layer, target: Target, result: Compressed, mask_only: 
 
     mask_only: whether the method's card says that it changes no weight that it keeps.
     """
-    for check in (_plain, _tensor, _masked, _pattern, _grid, _unchanged, _told):
-        sentence = check(layer, target, result)
-        if sentence:
+    for check in (_plain, _tensor, _factors):
+        if sentence := check(layer, target, result):
+            return sentence
+    part = result.rest  # of factors alone there is none
+    for check in (_masked, _pattern, _grid):
+        if part is not None and (sentence := check(layer, target.rest, part)):
+            return sentence
+    for check in (_unchanged, _told):
+        if sentence := check(layer, target, result):
             return sentence
     return _moved(layer, target, result) if mask_only else None
 
@@ -46,6 +53,10 @@ def _plain(layer: Layer, target: Target, result: Compressed) -> str | None:
         parts = vars(result.quantised)
         tensors |= {name: parts[name] for name in ("codes", "scales", "zeros")}
         optional |= {name: parts[name] for name in ("group_of", "input_scale", "divisor", "levels")}
+    if result.low_rank is not None:
+        if not isinstance(result.low_rank, LowRank):
+            return f"promise 1: low_rank must be a LowRank. Got {type(result.low_rank).__name__} instead"
+        optional |= vars(result.low_rank)
     tensors |= {name: value for name, value in optional.items() if value is not None}
     expected = type(layer.weight)
     for name, value in tensors.items():
@@ -70,6 +81,45 @@ def _tensor(layer: Layer, target: Target, result: Compressed) -> str | None:
         ruined = int((~torch.isfinite(result.weight)).sum())
         return f"promise 1: the weight {NOT_FINITE}. Got {ruined} entries of NaN or Inf instead"
     return None
+
+
+def _factors(layer: Layer, target: Target, result: Compressed) -> str | None:
+    """The fault in low-rank factors: their rank, the part beside them, or the sum; or None."""
+    low_rank = result.low_rank
+    if (low_rank is None) != (target.rank == 0):
+        came = "none" if low_rank is None else "some"
+        return f"promise 2: a target with a rank, and no other, must have low-rank factors. Got {came} instead"
+    if low_rank is None:
+        return None
+    (out, inputs), rank = layer.weight.shape, target.rank_of(*layer.weight.shape)
+    if (kept := low_rank.kept) is not None:
+        rank = len(low_rank.right) if low_rank.right.ndim == 2 else rank
+        if kept.dtype != torch.bool or kept.shape != (out, rank):
+            return f"promise 2: kept must be torch.bool [{out}, {rank}]. Got {kept.dtype} {_words(kept.shape)} instead"
+        bits, budget = 16 * (rank * inputs + int(kept.sum())) + out * rank, 16 * target.rank * out * inputs
+        if bits > budget:
+            return f"promise 2: factors of {target.label} must take {budget:g} bits at most. Got {bits} instead"
+    tensors = {"left": (low_rank.left, (out, rank)), "right": (low_rank.right, (rank, inputs))}
+    if (low_rank.rest is None) != target.rest.dense:
+        wanted, came = ("no", "one") if target.rest.dense else ("a", "none")
+        return f"promise 2: {target.label} must have {wanted} part beside its factors. Got {came} instead"
+    if low_rank.rest is not None:
+        tensors["rest"] = (low_rank.rest, (out, inputs))
+    for name, (tensor, shape) in tensors.items():
+        if tensor.dtype != torch.float32 or tensor.shape != shape or tensor.device != layer.weight.device:
+            came = f"{tensor.dtype} {_words(tensor.shape)} on {tensor.device}"
+            return f"promise 2: {name} must be torch.float32 {list(shape)} on the weight's device. Got {came} instead"
+        if not finite(tensor):
+            ruined = int((~torch.isfinite(tensor)).sum())
+            return f"promise 1: {name} {NOT_FINITE}. Got {ruined} entries of NaN or Inf instead"
+    if kept is not None and (left := int(low_rank.left.masked_fill(kept, 0.0).count_nonzero())):
+        return f"promise 1: left must be zero where kept is False. Got {left} entries that are not instead"
+    wrong = int((product(low_rank) != result.weight).sum())
+    return (
+        f"promise 2: the weight must be the sum of its parts. Got {wrong} entries that differ instead"
+        if wrong
+        else None
+    )
 
 
 def _masked(layer: Layer, target: Target, result: Compressed) -> str | None:
@@ -188,7 +238,7 @@ def _book(quantised: Quantised, target: Target) -> str | None:
 
 
 def _unchanged(layer: Layer, target: Target, result: Compressed) -> str | None:
-    if target.sparsity == 0 and target.bits is None and not torch.equal(result.weight, layer.weight):
+    if target.dense and not torch.equal(result.weight, layer.weight):
         return "promise 7: sparsity 0 without bits must return the weight unchanged"
     return None
 

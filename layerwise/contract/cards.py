@@ -6,7 +6,7 @@ from typing import Any
 
 from layerwise.contract.target import FORMATS
 
-STRUCTURES = ["dense", "row", "layer", "n:m", "1xb"]
+STRUCTURES = ["dense", "row", "layer", "n:m", "1xb", "low rank"]
 # The measure of the objective in a method's trace: the layer's error, that of a relaxed mask, or something of its own.
 CRITERIA = ["error", "relaxed error", "own"]
 # "gram" and "cross_gram" are matrices of a Gram, the others fields of a Statistics.
@@ -41,6 +41,8 @@ CARD_SCHEMA = {
         "joint_only": {"type": "boolean"},
         "bits_only": {"type": "boolean"},
         "own_grid": {"type": "boolean"},  # its codes represent levels of its own, or a rotated weight
+        "sums": {"type": "boolean"},  # it gives low-rank factors beside what its patterns and bits say, and only so
+        "sparse_factor": {"type": "boolean"},  # one of its factors is sparse, so that their rank may be higher
         "named_by": {"type": "string"},
         "cost": {
             "type": "object",

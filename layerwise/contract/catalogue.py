@@ -20,7 +20,7 @@ import jsonschema
 
 from layerwise.contract.cards import METHOD, Kind, merged
 from layerwise.contract.import_closure import FOLDERS, closure, imports_of
-from layerwise.contract.target import Target, refusal
+from layerwise.contract.target import LOW_RANK, SUM, Target, refusal
 
 if TYPE_CHECKING:
     from layerwise.contract.allocator import Allocator
@@ -102,6 +102,10 @@ class Entry:
         """The group of methods that this one may be compared with at the target."""
         if self.control:
             return "control"
+        if target.rank and target.rest.dense:
+            return "sparse factor" if self.card.get("sparse_factor") else LOW_RANK
+        if target.rank:
+            return SUM
         if target.bits is not None:
             return "pruned and quantised" if target.sparsity else "quantised"
         return "weight-updating" if self.card["updates_weights"] else "mask-only"
@@ -228,7 +232,7 @@ class Catalogue(Mapping[str, Entry]):
                 )
             if not pruning and card.get("own_grid"):
                 return f"its {key} cannot quantise: {inner} has a grid of its own"
-            part = target.pruning if pruning else target
+            part = target.pruning if pruning else target.rest if schema.get("asked") == "rest" else target
             reason = None if pruning and not target.sparsity else self.refusal(inner, inner_params, part)
             if reason:
                 return f"its {key} cannot: {reason}"

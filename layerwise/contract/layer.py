@@ -2,7 +2,8 @@
 
 For a weight W [out, in] and inputs X [in, tokens] with G = X X^T / tokens, every method approximately solves
 
-    minimise tr((W - W_hat) G (W - W_hat)^T)   subject to W_hat being sparse and/or quantised as the target says.
+    minimise tr((W - W_hat) G (W - W_hat)^T)   subject to W_hat being sparse, quantised, of low rank, or a sum S + B A
+                                               of a sparse or quantised part and a low-rank one, as the target says.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from torch import Tensor
 from layerwise.contract.gram import Gram
 from layerwise.contract.target import Target, refusal
 
-__all__ = ["Compressed", "Gram", "Layer", "Method", "Quantised", "Statistics", "Target", "UnsupportedTarget"]
+__all__ = ["Compressed", "Gram", "Layer", "LowRank", "Method", "Quantised", "Statistics", "Target", "UnsupportedTarget"]
 
 
 class UnsupportedTarget(ValueError):
@@ -101,13 +102,30 @@ class Quantised:
 
 
 @dataclass(frozen=True)
+class LowRank:
+    """Two factors B and A of a layer, and the part S beside them: W_hat = S + B A, summed in float64.
+
+    left:  B [out, r] float32. right: A [r, in] float32; r is what `Target.rank_of` says.
+    rest:  S [out, in] float32. None where the target asks for the factors alone.
+    kept:  [out, r] bool, of a sparse B: False where it is zero. Then r may be larger, as long as entries and positions
+           take no more bits than the target's share of the weights. None of a dense B.
+    """
+
+    left: Tensor
+    right: Tensor
+    rest: Tensor | None = None
+    kept: Tensor | None = None
+
+
+@dataclass(frozen=True)
 class Compressed:
     """A method's result for a layer.
 
     weight: [out, in] float32, the compressed weight: zero where mask is False, elsewhere the value of its code where
-            the layer is quantised.
+            the layer is quantised. With factors it is the sum S + B A, and mask and quantised are those of S.
     mask:   [out, in] bool, True where kept. None when the target prunes nothing.
     quantised: the codes and their grid. None when the target has no bits.
+    low_rank: the factors and S. None when the target has no rank.
     trace:  (iteration, seconds, objective) rows of an iterative method.
     info:   further facts; `damping`, the damping used, has a column in the layers table.
     """
@@ -115,8 +133,18 @@ class Compressed:
     weight: Tensor
     mask: Tensor | None = None
     quantised: Quantised | None = None
+    low_rank: LowRank | None = None
     trace: tuple[tuple[int, float, float], ...] = ()
     info: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def rest(self) -> Compressed | None:
+        """The part S beside the factors as a result of its own; the result itself without factors, None if S is."""
+        if self.low_rank is None:
+            return self
+        if self.low_rank.rest is None:
+            return None
+        return Compressed(self.low_rank.rest, self.mask, self.quantised)
 
 
 @dataclass(frozen=True)

@@ -12,15 +12,18 @@ LABEL = re.compile(
     r"(?:(?P<n_of_m>[1-9][0-9]*:[1-9][0-9]*) |"
     r"(?P<percent>[0-9]+(?:\.[0-9]+)?(?:e[+-]?[0-9]+)?)% (?P<pattern>row|layer|1x[1-9][0-9]*) )?"
     r"(?:(?P<format>nvfp4|mxfp4) |(?P<bits>[0-9]+)b (?:g(?P<group>[0-9]+) )?(?P<symmetric>sym )?)?"
+    r"(?:rank (?P<rank>[0-9]+(?:\.[0-9]+)?(?:e[+-]?[0-9]+)?)% )?"
 )
 FORMATS = {"nvfp4": 16, "mxfp4": 32}  # floating-point formats of four bits -> inputs that share a scale
 JOINT = "pruned and quantised"  # the budget of a target that does both: bits as stored
+LOW_RANK = "low rank"  # the structure of a target that asks for two thin factors and nothing else
+SUM = "sum of parts"  # what is compared where factors stand beside a sparse or quantised part
 CERTIFIED = ("row", "layer", "n:m")  # patterns for which the error of every mask has a bound
 
 
 @dataclass(frozen=True)
 class Target:
-    """Sparsity pattern and quantisation grid asked of every layer.
+    """Sparsity pattern, quantisation grid and low-rank factors asked of every layer.
 
     sparsity: share of zeros, in [0, 1). An n:m pattern fixes it to 1 - n/m; it may be given, but must agree.
     pattern:  "layer" floor(sparsity * out * in) zeros in the layer; "row" floor(sparsity * in) zeros in every row;
@@ -34,6 +37,9 @@ class Target:
     symmetric: grid centred on zero.
     format:   "nvfp4" or "mxfp4", whose codes are floating-point numbers of four bits (e2m1) in groups of 16 or 32; None
               for integer codes.
+    rank:     share of the layer's weights that two factors B [out, r] and A [r, in] may have, in [0, 1):
+              r = floor(rank * out * in / (out + in)). Alone it asks for B A; beside sparsity or bits for S + B A, where
+              what the other fields say is said of S. 0: no factors.
     """
 
     sparsity: float = 0.0
@@ -42,6 +48,7 @@ class Target:
     group: int | None = None
     symmetric: bool = False
     format: str | None = None
+    rank: float = 0.0
 
     def __post_init__(self) -> None:
         self._fill_in_format()
@@ -67,6 +74,8 @@ class Target:
             raise ValueError(f"Target.bits must be 2 to 8. Got {self.bits} instead.")
         if self.group is not None and self.group < 1:
             raise ValueError(f"Target.group must be a number of inputs, at least 1. Got {self.group} instead.")
+        if not 0 <= self.rank < 1:
+            raise ValueError(f"Target.rank must be a share of the weights, in [0, 1). Got {self.rank} instead.")
         if self.bits is None and (self.group is not None or self.symmetric):
             raise ValueError("Target.bits must be given with Target.group or Target.symmetric. Got None instead.")
 
@@ -95,6 +104,7 @@ class Target:
     @classmethod
     def parse(cls, label: str) -> "Target":
         """The target of a label: "60% row", "50% layer", "2:4", "50% 1x16", "4b g128", "2:4 4b sym", "nvfp4", "dense".
+        "rank 40%" stands alone or at the end.
 
         The inverse of `label`, which shows six digits of the percentage: one third is written 33.3333%, and 33.3333% is
         read as 0.333333, digit by digit. Raises ValueError for what is no label, and for what no target can be.
@@ -106,7 +116,7 @@ class Target:
         if not words or not found:
             raise ValueError(
                 "A target's label must be like '60% row', '50% layer', '2:4', '50% 1x16', '4b g128', '4b sym', "
-                f"'2:4 4b g128', 'nvfp4', 'mxfp4' or 'dense'. Got {label!r} instead."
+                f"'2:4 4b g128', 'nvfp4', 'mxfp4', 'rank 40%' or 'dense'. Got {label!r} instead."
             )
         bits, group, percent = found["bits"], found["group"], found["percent"]
         return cls(
@@ -116,6 +126,7 @@ class Target:
             group=int(group) if group else None,
             symmetric=bool(found["symmetric"]),
             format=found["format"],
+            rank=float(Decimal(found["rank"]) / 100) if found["rank"] else 0.0,
         )
 
     @property
@@ -132,24 +143,36 @@ class Target:
     @property
     def dense(self) -> bool:
         """Whether it asks for nothing: the weight stays as it is."""
-        return self.sparsity == 0 and self.bits is None
+        return self.sparsity == 0 and self.bits is None and self.rank == 0
 
     @property
     def structure(self) -> str:
-        """Kind of pattern, as a method's card lists it: dense, row, layer, n:m or 1xb."""
+        """Kind of pattern, as a method's card lists it: dense, row, layer, n:m, 1xb, or low rank for factors alone.
+
+        Of a sum it is that of the part beside the factors.
+        """
         if self.sparsity == 0:
-            return "dense"
+            return LOW_RANK if self.rank and self.bits is None else "dense"
         return "n:m" if self.n_of_m else "1xb" if self.block else self.pattern
 
     @property
     def pruning(self) -> "Target":
-        """The sparsity alone, without a grid."""
+        """The sparsity alone, without a grid or factors."""
         return Target(self.sparsity, self.pattern)
 
     @property
     def grid(self) -> "Target":
-        """The grid alone, without sparsity."""
+        """The grid alone, without sparsity or factors."""
         return Target(bits=self.bits, group=self.group, symmetric=self.symmetric, format=self.format)
+
+    @property
+    def rest(self) -> "Target":
+        """The target of the part beside the factors; dense where there is none."""
+        return replace(self, rank=0.0)
+
+    def rank_of(self, out: int, inputs: int) -> int:
+        """r of the factors [out, r] and [r, inputs] of a layer, which have at most the share `rank` of its weights."""
+        return int(self.rank * out * inputs / (out + inputs))
 
     @property
     def width(self) -> int | str | None:
@@ -166,15 +189,19 @@ class Target:
         """Kind of what a share of it is given to each layer, as an allocator's card lists it: as `structure`, or bits.
 
         That of a target which prunes and quantises is JOINT: the bits that it takes. A format has none, and gives its
-        name.
+        name. No allocator spreads one that asks for factors.
         """
+        if self.rank:
+            return LOW_RANK
         if self.bits is None:
             return self.structure
         return JOINT if self.sparsity else self.format or "bits"
 
     @property
     def level(self) -> float:
-        """The level of a layer: its share of zeros, or, where nothing is pruned, the bits of a code."""
+        """The level of a layer: its share of zeros, or, where nothing is pruned, the bits of a code, or the rank."""
+        if self.structure == LOW_RANK:
+            return self.rank
         return float(self.bits) if self.bits is not None and not self.sparsity else self.sparsity
 
     def at(self, level: float) -> "Target":
@@ -186,13 +213,15 @@ class Target:
             kept, of = round((1 - level) * self.n_of_m[1]), self.n_of_m[1]
             dense = kept == of
             return replace(self, sparsity=0.0, pattern="row" if dense else f"{kept}:{of}")
+        if self.structure == LOW_RANK:
+            return replace(self, rank=level)
         if self.budget == "bits":
             return replace(self, bits=int(level) if float(level).is_integer() else level)
         return replace(self, sparsity=level)
 
     @property
     def label(self) -> str:
-        """Short name for tables, figures and reports: 50% row, 2:4, 4b g128, 2:4 4b, nvfp4, dense."""
+        """Short name for tables, figures and reports: 50% row, 2:4, 4b g128, 2:4 4b, nvfp4, 2:4 rank 10%, dense."""
         parts = []
         if self.sparsity:
             parts.append(self.pattern if self.n_of_m else f"{100 * self.sparsity:g}% {self.pattern}")
@@ -202,18 +231,23 @@ class Target:
             parts.append(
                 f"{self.bits}b" + (f" g{self.group}" if self.group else "") + (" sym" if self.symmetric else "")
             )
+        if self.rank:
+            parts.append(f"rank {100 * self.rank:g}%")
         return " ".join(parts) or "dense"
 
     def as_dict(self) -> dict[str, Any]:
-        """Its fields as a config has them: a format is under `bits`."""
+        """Its fields as a config has them: a format is under `bits`, and a rank only where there is one."""
         fields = asdict(self)
-        return fields | {"bits": fields.pop("format") or self.bits}
+        rank = fields.pop("rank")
+        return fields | {"bits": fields.pop("format") or self.bits} | ({"rank": rank} if rank else {})
 
 
 def refusal(name: str, card: Mapping[str, Any], target: Target) -> str | None:
     """Why the method `name` with this card cannot reach the target, in one sentence, or None."""
     if not card["patterns"]:
         return f"{name} is a control that changes nothing"
+    if (reason := _rank_refusal(name, card, target)) or target.structure == LOW_RANK:
+        return reason
     if card.get("joint_only") and not (target.sparsity and target.bits):
         return f"{name} prunes and quantises, not one of them alone"
     if card.get("bits_only") and target.bits is None:
@@ -229,3 +263,17 @@ def refusal(name: str, card: Mapping[str, Any], target: Target) -> str | None:
     if target.width is not None and target.width not in card["bits"]:
         return f"{name} quantises to {', '.join(map(str, card['bits']))} bits, not to {target.width}"
     return None
+
+
+def _rank_refusal(name: str, card: Mapping[str, Any], target: Target) -> str | None:
+    """Why a card cannot give the low-rank factors that a target asks for, or none where it asks for none, or None."""
+    alone, sums = LOW_RANK in card["patterns"], card.get("sums")
+    if target.rank and not (alone or sums):
+        return f"{name} gives no low-rank factors"
+    if target.structure == LOW_RANK:
+        return None if alone else f"{name} gives a sum with low-rank factors, not these alone"
+    if target.rank:
+        return None if sums else f"{name} gives low-rank factors alone, no sum with them"
+    if sums:
+        return f"{name} gives a sum with low-rank factors, nothing without them"
+    return f"{name} gives low-rank factors, it neither prunes nor quantises" if card["patterns"] == [LOW_RANK] else None

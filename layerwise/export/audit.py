@@ -184,6 +184,8 @@ def read_dense(
         weight = stored.T if linear.transposed else stored
     else:
         stored = weight = loaded()[linear.name].stored()
+    if target.rank:
+        return Found(weight, None, stored.nbytes, note="holds, its parts cannot be seen")
     grid = None if hidden else grid_fault(weight, target)
     note = "holds, its grid cannot be seen" if hidden and target.bits else "holds"
     return Found(weight, None, stored.nbytes, grid, note)
@@ -296,7 +298,8 @@ def check(folder: Folder, name: str, target: Target, saved: Mapping[str, Any] | 
         fault = f"its shape must be {folder.layers[name]}. Got {tuple(found.weight.shape)} instead"
         return Line(name, *folder.layers[name], 0, found.stored, fault)
     counted = int((found.weight == 0).sum())
-    fault = pattern_fault(found.weight, found.mask, target) or found.grid
+    seen = found.mask is not None or not target.rank  # of a sum the mask alone shows which entries of S are kept
+    fault = (pattern_fault(found.weight, found.mask, target) if seen else None) or found.grid
     if not torch.isfinite(found.weight).all():
         fault = "a weight is not finite"
     elif fault is None and saved and counted != saved["zeros"]:

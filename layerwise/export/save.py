@@ -41,7 +41,7 @@ MANIFEST = "layerwise.json"  # describes the layers of a folder
 
 
 def save_dense(model: PreTrainedModel, file: PackedFile, folder: Path) -> None:
-    """The model with its pruned weights as zeros and its quantised ones dequantised, for from_pretrained."""
+    """The model with its pruned weights as zeros, quantised ones dequantised and sums summed, for from_pretrained."""
     apply_weights(model, file.path)
     model.save_pretrained(folder)
 
@@ -200,7 +200,7 @@ def manifest(record: Mapping[str, Any], file: PackedFile, form: str, dtype: torc
             "zeros": int((weight == 0).sum()),
             "sha256": digest(weight),
             "input_scale": result.quantised is not None and result.quantised.input_scale is not None,
-            "reordered": reordered(result, file.target_of(name)),
+            "reordered": reordered(result, file.target_of(name).rest),
             "own_grid": result.quantised is not None and result.quantised.own_grid,
         }
     own: dict[str, Any] = {"format": form, "target": file.target.as_dict(), "layers": layers}
@@ -224,6 +224,8 @@ def export(cell: Path, form: str, out: Path, spec: Mapping[str, Any] | None = No
     spec = spec or record.get("model")
     if not spec:
         raise InputError(f"{cell / 'cell.json'} does not say how its model is loaded: give --model.")
+    if form == "compressed-tensors" and file.target.rank:
+        raise InputError(f"compressed-tensors holds no low-rank factors, as {cell} has: use --format packed or dense.")
     if form == "compressed-tensors" and file.target.bits is None:
         raise InputError(f"compressed-tensors holds quantised layers, and those of {cell} are not: use --format dense.")
     if form == "compressed-tensors" and {target.grid for target in file.targets.values()} - {file.target.grid}:

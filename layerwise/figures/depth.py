@@ -8,6 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure, SubFigure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
+from layerwise.contract.target import SUM
 from layerwise.figures.errors import ratios
 from layerwise.figures.page import (
     PLACE,
@@ -54,7 +55,7 @@ def error_reduction(layers: pd.DataFrame) -> Figure:
 
     As figures 1 and 2 of SparseFW's paper (arXiv 2510.13713); methods that update weights have a band of their own.
     """
-    pruned = column(layers, "bits").isna() & (column(layers, "sparsity") > 0)
+    pruned = column(layers, "bits").isna() & (column(layers, "sparsity") > 0) & (column(layers, "comparison") != SUM)
     data = ratios(select(layers, pruned & (column(layers, "comparison") != "control")), "wanda")
     if data.empty:
         return nothing("No errors to compare with Wanda's: the study has no wanda, or nothing beside it.")

@@ -8,6 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
+from layerwise.contract.target import SUM
 from layerwise.figures.page import (
     PLACE,
     LegendEntry,
@@ -20,7 +21,17 @@ from layerwise.figures.page import (
     place_title,
 )
 from layerwise.figures.style import Look, looks, strokes
-from layerwise.storage.frames import column, columns_of, distinct_values, groups, highest, lowest, matching, select
+from layerwise.storage.frames import (
+    column,
+    columns_of,
+    distinct_values,
+    groups,
+    highest,
+    lowest,
+    matching,
+    select,
+    true_of_any,
+)
 
 REFERENCES = ("magnitude", "wanda")
 POINTS_PER_BOX = 80  # more layers than this and single points are a smear: the box alone is drawn
@@ -29,7 +40,8 @@ POINTS_PER_BOX = 80  # more layers than this and single points are a smear: the 
 def error_relative(layers: pd.DataFrame) -> Figure:
     """Distribution over the layers of each method's output_error divided by magnitude's, and by Wanda's, on the same
     layer, target, model, calibration set and mode. Targets that quantise are left out: neither reference quantises."""
-    data = select(layers, column(layers, "bits").isna() & (column(layers, "sparsity") > 0))
+    pruned = column(layers, "bits").isna() & (column(layers, "sparsity") > 0) & (column(layers, "comparison") != SUM)
+    data = select(layers, pruned)
     if data.empty:
         return nothing("No layer errors of a pruned model: see the cells table for the reasons.")
     places = groups(data, PLACE)
@@ -83,10 +95,13 @@ def _ratio_panel(
 
 
 def gap_to_bound(layers: pd.DataFrame) -> Figure:
-    """Distribution over the layers of gap_to_bound, the largest share of a mask's error that another could save."""
+    """Distribution over the layers of gap_to_bound, the largest share of the error that another mask, or another matrix
+    of the rank, could save."""
     data = select(layers, column(layers, "gap_to_bound").notna())
     if data.empty:
-        return nothing("No certified bounds: none of the cells selects masks in shared mode, or certificates are off.")
+        return nothing(
+            "No certified bounds: no cell selects masks or low ranks in shared mode, or certificates are off."
+        )
     places = groups(data, PLACE)
     shown = entries(data)
     style = looks((label, method) for label, method, _ in shown)
@@ -97,7 +112,9 @@ def gap_to_bound(layers: pd.DataFrame) -> Figure:
         _boxes(axes, part, "gap_to_bound", targets, shown, style)
         axes.set_ylim(0, 1)
         axes.yaxis.set_major_formatter(PercentFormatter(1.0))
-        axes.set_ylabel("share of the error above\nthe bound on every mask")
+        masks = column(part, "sparsity") > 0
+        bounded = [name for name, some in (("mask", masks), ("matrix of the rank", ~masks)) if true_of_any(some)]
+        axes.set_ylabel(f"share of the error above\nthe bound on every {' or '.join(bounded)}")
         axes.set_xticks(range(len(targets)), targets)
         axes.set_xlim(-0.5, len(targets) - 0.5)
         band.suptitle(place_title(*place), x=0.01, ha="left")

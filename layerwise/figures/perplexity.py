@@ -7,6 +7,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure, SubFigure
 from matplotlib.lines import Line2D
 
+from layerwise.contract.target import SUM
 from layerwise.figures.page import (
     AXES,
     BEYOND,
@@ -41,7 +42,7 @@ def kl_vs_sparsity(cells: pd.DataFrame) -> Figure:
 
 def _vs_sparsity(cells: pd.DataFrame, metric: str) -> Figure:
     data = matching(select(cells, column(cells, "bits").isna()), metric=metric)
-    pruned = select(data, column(data, "sparsity") > 0)
+    pruned = select(data, (column(data, "sparsity") > 0) & (column(data, "comparison") != SUM))  # which keep more
     done = select(pruned, column(pruned, "value") > 0)  # there is no zero on the axis
     if done.empty:
         return nothing(f"No {WORDS[metric]} of a pruned model: see the cells table for the reasons.")

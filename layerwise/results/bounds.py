@@ -31,7 +31,8 @@ def _read(path: Path, table: str, what: str, logs: str) -> pa.Table:
 def with_bounds(layers: pa.Table, bounds: pa.Table, path: Path) -> pa.Table:
     """The `layers` rows of a cell with the bounds of its target, read from `path`, in their two columns.
 
-    Raises InputError when a layer has no bound, or an error below it, which no mask of the target can have.
+    Raises InputError when a layer has no bound, or an error below it, which nothing that the target
+    allows can have.
     """
     known = dict(zip(*(bounds.column(name).to_pylist() for name in ("layer", "lower_bound")), strict=True))
     lower, gaps = [], []

@@ -21,6 +21,7 @@ class Extras(TypedDict, total=False):
     reordered: bool
     levels: bool
     rotated: bool
+    sparse_factor: tuple[int, int] | None
 
 
 def bits_per_weight(target: Target, kept: float, rows: int, inputs: int, **extras: Unpack[Extras]) -> float:
@@ -37,6 +38,7 @@ def stored_bits(
     reordered: bool = False,
     levels: bool = False,
     rotated: bool = False,
+    sparse_factor: tuple[int, int] | None = None,
 ) -> dict[str, float]:
     """Bits of each part of a layer [rows, inputs] of which the share `kept` is kept, in [0, 1].
 
@@ -46,10 +48,20 @@ def stored_bits(
     symmetric or in a format. Where `grids_of_blocks`, of the kept blocks only. divisor: 32 bits of a layer in nvfp4.
     input_scale: 16 bits per input (AWQ). group_of: 16 bits per input where groups are `reordered`, no runs of inputs
     (GPTQ's act-order). levels: 32 bits of each of 2^bits, of a method with a code book of its own, which has no zeros.
-    rotation: 32 bits of seed and of block.
+    rotation: 32 bits of seed and of block. left and right: 16 bits per entry of the factors of a target with a rank,
+    all that there is where it asks for nothing else. Of a `sparse_factor` (rank, kept entries) left has the kept ones,
+    and left_bitmap one bit per entry.
     """
     count = kept * rows * inputs
-    parts = {"codes" if target.bits else "values": count * (target.bits or FLOAT_BITS)}
+    parts: dict[str, float] = {}
+    if target.rank:
+        rank, entries = sparse_factor or (own := target.rank_of(rows, inputs), rows * own)
+        parts = {"left": entries * FLOAT_BITS, "right": rank * inputs * FLOAT_BITS}
+        if sparse_factor:
+            parts["left_bitmap"] = rows * rank
+        if target.rest.dense:
+            return parts
+    parts["codes" if target.bits else "values"] = count * (target.bits or FLOAT_BITS)
     if target.structure in ("row", "layer"):
         parts["bitmap"] = rows * inputs
     elif target.n_of_m:

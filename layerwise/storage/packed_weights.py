@@ -8,6 +8,7 @@ bit for bit, what was scored and evaluated.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -19,10 +20,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from layerwise.contract.layer import Compressed, Quantised, Rotation
+from layerwise.contract.layer import Compressed, LowRank, Quantised, Rotation
 from layerwise.contract.target import Target
 from layerwise.numerics import ops
-from layerwise.numerics.patterns import kept_counts
+from layerwise.numerics.low_rank import of_parts
+from layerwise.numerics.patterns import finite, kept_counts
 from layerwise.numerics.rotations import block_of
 from layerwise.runtime.errors import InputError
 from layerwise.storage.bits_per_weight import grids_of_blocks, group_length, kept_blocks, position_bits
@@ -53,6 +55,9 @@ PARTS = (
     "rotation",
     "input_scale",
     "group_of",
+    "left",
+    "right",
+    "left_bitmap",
 )
 
 
@@ -95,6 +100,20 @@ def half(values: Tensor, dtype: torch.dtype) -> Tensor:
     return rounded[errors[1] < errors[0]]
 
 
+def half_factor(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """A factor in 16 bits: bfloat16 of a bfloat16 model, else the one of float16 and bfloat16 that misses less.
+
+    What is in one of them stays as it is. Raises ValueError for a factor that neither holds.
+    """
+    kinds = HALVES[1:] if dtype == torch.bfloat16 else HALVES
+    rounded = [values.to(kind) for kind in kinds]
+    missed = [float((own.double() - values).square().sum()) for own in rounded]
+    best = min(range(len(kinds)), key=lambda index: missed[index] if math.isfinite(missed[index]) else math.inf)
+    if not math.isfinite(missed[best]):
+        raise ValueError("a low-rank factor must fit in 16 bits")
+    return rounded[best]
+
+
 def within(values: Tensor, kind: torch.dtype) -> Tensor:
     """Positive values in another dtype, those beyond its smallest and largest numbers as these."""
     limits = torch.finfo(kind)
@@ -116,8 +135,13 @@ def as_stored(result: Compressed, target: Target, dtype: torch.dtype) -> Compres
     """The result as it is stored: scales in 16 bits and the weight that they give, or the weight in the model's dtype.
 
     dtype: of the model that the weight is written into; the weight comes back in float32. Scales of inputs that are all
-    one are left out.
+    one are left out. Factors are in 16 bits, whatever the model's dtype; the weight is the sum of what is stored.
     """
+    if target.rank:
+        low_rank, rest = low_rank_of(result), result.rest
+        stored = None if rest is None else as_stored(rest, target.rest, dtype)
+        left, right = (half_factor(factor, dtype).float() for factor in (low_rank.left, low_rank.right))
+        return replace(of_parts(left, right, stored, result.info, low_rank.kept), trace=result.trace)
     if target.bits is None:
         return result if dtype == torch.float32 else replace(result, weight=result.weight.to(dtype).float())
     quantised = quantised_of(result)
@@ -128,6 +152,13 @@ def as_stored(result: Compressed, target: Target, dtype: torch.dtype) -> Compres
         input_scale = None if bool((input_scale == 1).all()) else half(input_scale, dtype).float()
     quantised = replace(quantised, scales=scales, input_scale=input_scale)
     return replace(result, weight=dequantised(quantised, result.mask, target), quantised=quantised)
+
+
+def low_rank_of(result: Compressed) -> LowRank:
+    """The factors of a result at a target with a rank. Raises ValueError when it has none."""
+    if result.low_rank is None:
+        raise ValueError("a layer of a target with a rank must have factors")
+    return result.low_rank
 
 
 def quantised_of(result: Compressed) -> Quantised:
@@ -157,6 +188,15 @@ def parts_of(result: Compressed, target: Target, dtype: torch.dtype) -> dict[str
     A layer that is neither pruned nor quantised is its weight [out, in], under the empty name.
     Raises ValueError for scales that are not in 16 bits (see `as_stored`).
     """
+    if target.rank:
+        low_rank, rest = low_rank_of(result), result.rest
+        factors = {"left": low_rank.left, "right": low_rank.right}
+        if low_rank.kept is not None:
+            factors["left"] = low_rank.left[low_rank.kept]
+        own = {} if rest is None else parts_of(rest, target.rest, dtype)
+        if low_rank.kept is not None:
+            own["left_bitmap"] = pack(low_rank.kept.cpu(), 1)
+        return {name: half_factor(factor.cpu(), dtype).contiguous() for name, factor in factors.items()} | own
     rows, inputs = result.weight.shape
     mask = torch.ones(rows, inputs, dtype=torch.bool) if result.mask is None else result.mask.cpu()
     parts = mask_parts(mask, target)
@@ -237,6 +277,9 @@ def restored(parts: Mapping[str, Tensor], target: Target, shape: tuple[int, int]
 
     Raises ValueError, without the layer's name, when parts are absent or do not belong together.
     """
+    if target.rank:
+        left, right, kept = _restored_factors(parts, target, shape)
+        return of_parts(left, right, None if target.rest.dense else restored(parts, target.rest, shape), kept=kept)
     inputs = shape[1]
     if "" in parts:
         if parts[""].shape != shape:
@@ -266,6 +309,34 @@ def restored(parts: Mapping[str, Tensor], target: Target, shape: tuple[int, int]
         codes, scales, zeros, group_of, input_scale, _restored_divisor(parts, target), levels, rotation
     )
     return Compressed(dequantised(quantised, mask, target), mask, quantised)
+
+
+def sparse_factor(result: Compressed) -> tuple[int, int] | None:
+    """(rank, kept entries) of a result with a sparse factor."""
+    if result.low_rank is None or result.low_rank.kept is None:
+        return None
+    return result.low_rank.kept.shape[1], int(result.low_rank.kept.sum())
+
+
+def _restored_factors(
+    parts: Mapping[str, Tensor], target: Target, shape: tuple[int, int]
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """B [out, r] and A [r, in] float32, of the rank that the target gives the layer, and where a sparse B is kept."""
+    left, right, rank, kept = _part(parts, "left"), _part(parts, "right"), target.rank_of(*shape), None
+    entries: tuple[int, ...] = (shape[0], rank)
+    if "left_bitmap" in parts:
+        rank = len(right)
+        kept = unpack(parts["left_bitmap"], 1, shape[0] * rank).bool().view(shape[0], rank)
+        entries = (int(kept.sum()),)
+    for name, factor, wanted in (("left", left, entries), ("right", right, (rank, shape[1]))):
+        if factor.shape != wanted or factor.dtype not in HALVES or not finite(factor.float()):
+            raise ValueError(
+                f"the factor {name} must be {list(wanted)} in 16 bits and finite. Got {_kind(factor)} instead"
+            )
+    if kept is not None:
+        values, left = left.float(), torch.zeros(shape[0], rank)
+        left[kept] = values
+    return left.float(), right.float(), kept
 
 
 def _restored_grid(parts: Mapping[str, Tensor], target: Target, kept: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NotRequired, TypedDict
 
-from layerwise.contract.target import CERTIFIED, Target
+from layerwise.contract.target import CERTIFIED, LOW_RANK, Target
 
 
 class TargetSpec(TypedDict):
@@ -110,13 +110,15 @@ class Cell:
 
     @property
     def certificate(self) -> str | None:
-        """Path of the bound on the errors of the cell's layers: masks of a bounded pattern on the dense Grams.
+        """Path of the bound on the errors of the cell's layers: masks of a bounded pattern, or low-rank factors alone,
+        on the dense Grams.
 
         A bound is that of one target for all layers, so that layers of other levels have none.
         """
         target = Target(**self.spec["target"])
-        mask_only = self.spec["columns"]["comparison"] == "mask-only"
-        if self.mode != "shared" or not mask_only or self.levels or target.structure not in CERTIFIED:
+        masks = self.spec["columns"]["comparison"] == "mask-only" and target.structure in CERTIFIED
+        factors = self.spec["columns"]["comparison"] == LOW_RANK
+        if self.mode != "shared" or not (masks or factors) or self.levels:
             return None
         return (
             f"results/certificates/{self.model}/{self.calib}/{identity(slug(target.label), target.as_dict())}.parquet"

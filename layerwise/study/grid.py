@@ -330,6 +330,8 @@ class _Grid:
         reason = self.catalogue.refusal(entry.method, entry.params, target)
         if not reason and entry.tune and self.catalogue[entry.method].card.get("own_grid"):
             return f"tune trains grids of integer codes on a layer's own inputs, not those of {entry.method}"
+        if not reason and entry.tune and target.rank:
+            return "tune trains kept weights and grids, not low-rank factors"
         if not reason and entry.tune and target.format:
             return f"tune trains grids of integer codes, not {target.format}"
         if not reason and "end" in entry.tune and target.bits is None:

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from layerwise.contract.import_closure import closure
-from layerwise.contract.target import Target
+from layerwise.contract.target import LOW_RANK, Target
 from layerwise.runtime.errors import Failure
 from layerwise.runtime.files import digest_of, write_atomic
 from layerwise.runtime.project import PACKAGE, portable
@@ -115,6 +115,7 @@ def _trial_key(plan: Plan, cell: Cell) -> tuple[str, tuple[Path, ...]]:
     method, target = cell.spec["method"], Target(**cell.spec["target"])
     sources = tuple(plan.catalogue.sources(method["name"], method["params"]))
     kind = [target.pattern if target.sparsity else None, target.bits is not None, bool(target.sparsity)]
+    kind += [LOW_RANK] if target.rank else []
     return _digest(_code(sources), method["name"], canonical(method["params"]), *kind), sources
 
 

@@ -17,17 +17,22 @@ from layerwise.checks.promises import CHECKS
 from layerwise.checks.settings import TARGETS
 from layerwise.compression.verify import broken_promise
 from layerwise.contract.catalogue import Entry
-from layerwise.contract.layer import Compressed, Layer, Method, Target, UnsupportedTarget
-from layerwise.numerics import ops
+from layerwise.contract.layer import Compressed, Layer, LowRank, Method, Target, UnsupportedTarget
+from layerwise.numerics import low_rank, ops
 from layerwise.numerics.patterns import count_kept, kept_counts
 
 ROW, NM, BLOCK, WHOLE = Target(0.5), Target(pattern="2:4"), Target(0.5, "1x16"), Target(0.5, "layer")
 GRID, JOINT, DENSE = Target(bits=4, group=16), Target(0.5, bits=4, group=16), Target()
 NVFP4, MXFP4 = Target(format="nvfp4"), Target(format="mxfp4")
+FACTORS, SUM = Target(rank=0.5), Target(0.5, rank=0.2)
 
 
 def honest(layer: Layer, target: Target) -> Compressed:
-    """Magnitude pruning, then rounding to nearest: keeps every promise that broken_promise knows."""
+    """Magnitude pruning, rounding to nearest, factors of what that misses: keeps what broken_promise knows."""
+    if target.rank:
+        rest = None if target.rest.dense else honest(layer, target.rest)
+        missing = layer.weight.double() - (0 if rest is None else rest.weight.double())
+        return low_rank.of_parts(*low_rank.best_factors(missing, target.rank_of(*missing.shape)), rest)
     result = ops.pruned(layer, layer.weight.abs(), target)
     if target.bits is None:
         return result
@@ -53,6 +58,11 @@ def flip(result: Compressed, kept: int, dropped: int) -> Compressed:
     if kept:
         mask[0, first_dropped] = True
     return replace(result, mask=mask, weight=torch.where(mask, result.weight, 0.0))
+
+
+def refactored(result: Compressed, **parts: object) -> Compressed:
+    """The result with other factors or another part beside them."""
+    return replace(result, low_rank=replace(result.low_rank, **parts))
 
 
 def moved(result: Compressed, target: Target) -> Compressed:
@@ -91,6 +101,64 @@ VIOLATIONS: dict[str, tuple[Target, Damage, str]] = {
         ROW,
         lambda r: replace(r, weight=with_entry(r.weight, (3, 5), torch.inf)),
         "promise 1: the weight must be fin",
+    ),
+    "no factors": (FACTORS, lambda r: replace(r, low_rank=None), "promise 2: a target with a rank, and no other, must"),
+    "factors that were not asked for": (
+        ROW,
+        lambda r: replace(r, low_rank=LowRank(torch.zeros(24, 0), torch.zeros(0, 64), r.weight.clone())),
+        "promise 2: a target with a rank, and no other, must have low-rank factors. Got some instead",
+    ),
+    "factors that are no LowRank": (FACTORS, lambda r: replace(r, low_rank=(1, 2)), "promise 1: low_rank must be a"),
+    "a rank too high": (
+        FACTORS,
+        lambda r: refactored(r, left=torch.zeros(24, 9), right=torch.zeros(9, 64)),
+        "promise 2: left must be torch.float32 [24, 8] on the weight's device. Got torch.float32 [24, 9] on cpu",
+    ),
+    "a factor in float64": (
+        FACTORS,
+        lambda r: refactored(r, right=r.low_rank.right.double()),
+        "promise 2: right must be",
+    ),
+    "a factor that is not finite": (
+        FACTORS,
+        lambda r: refactored(r, left=with_entry(r.low_rank.left, (0, 0), torch.nan)),
+        "promise 1: left must be finite. Got 1 entries of NaN or Inf instead",
+    ),
+    "a part that was not asked for": (
+        FACTORS,
+        lambda r: refactored(r, rest=torch.zeros(24, 64)),
+        "promise 2: rank 50% must have no part beside its factors. Got one instead",
+    ),
+    "no part beside the factors": (SUM, lambda r: refactored(r, rest=None), "promise 2: 50% row rank 20% must have a"),
+    "a sparse factor over the budget": (
+        FACTORS,
+        lambda r: refactored(r, left=torch.zeros(24, 9), right=torch.zeros(9, 64), kept=torch.ones(24, 9).bool()),
+        "promise 2: factors of rank 50% must take 12288 bits at most. Got 12888 instead",
+    ),
+    "a sparse factor that is not zero elsewhere": (
+        FACTORS,
+        lambda r: refactored(r, kept=torch.zeros(24, 8).bool()),
+        "promise 1: left must be zero where kept is False. Got 192 entries that are not instead",
+    ),
+    "places of another shape": (
+        FACTORS,
+        lambda r: refactored(r, kept=torch.ones(24, 7).bool()),
+        "promise 2: kept must",
+    ),
+    "another weight than the sum": (
+        SUM,
+        lambda r: replace(r, weight=with_entry(r.weight, (2, 3), 7.0)),
+        "promise 2: the weight must be the sum of its parts. Got 1 entries that differ instead",
+    ),
+    "a part that is not zero where masked": (
+        SUM,
+        lambda r: low_rank.of_parts(r.low_rank.left, r.low_rank.right, replace(r.rest, weight=r.rest.weight + 1.0)),
+        "promise 1: the weight must be zero where the mask is False. Got 768 entries that are not instead",
+    ),
+    "a part with one more": (
+        SUM,
+        lambda r: low_rank.of_parts(r.low_rank.left, r.low_rank.right, flip(r.rest, 0, 1)),
+        "promise 2: the kept entries of 50% row must be exact. Got 1 rows",
     ),
     "no mask": (ROW, lambda r: replace(r, mask=None), "promise 1: a pruned layer must have a mask"),
     "mask of floats": (ROW, lambda r: replace(r, mask=r.mask.float()), "promise 1: the mask must be bool"),
@@ -349,6 +417,9 @@ FAULTS = [
     ("8 refused", JOINT, unsupported_word),
     ("8 refused", JOINT, changes_the_gram),
     ("9 no worse than the baseline", ROW, worst_weights),
+    ("1 tensors", FACTORS, too_good_to_be_true),
+    ("1 tensors", SUM, too_good_to_be_true),
+    ("9 best of a rank", FACTORS, too_good_to_be_true),
     ("9 brute force", ROW, too_good_to_be_true),
     ("9 brute force", ROW, worst_weights),
     ("9 descent", ROW, climbs),

@@ -151,7 +151,7 @@ def test_the_class_is_what_the_card_says(name: str):
             assert getattr(method, key) == value
             with pytest.raises(AttributeError):  # frozen
                 setattr(method, key, value)
-    own = name in ("reconstruct", "chain", "rotated", "code_swaps")
+    own = name in ("reconstruct", "chain", "rotated", "code_swaps", "svd")
     assert entry.control or own or "paper" in entry.card  # RIA has no arXiv id
 
 

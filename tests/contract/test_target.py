@@ -22,10 +22,17 @@ LABELS = {
     "50% row 4b g16": Target(0.5, bits=4, group=16),
     "nvfp4": Target(format="nvfp4"),
     "2:4 mxfp4": Target(pattern="2:4", format="mxfp4"),
+    "rank 40%": Target(rank=0.4),
+    "50% row rank 12.5%": Target(0.5, rank=0.125),
+    "2:4 rank 10%": Target(pattern="2:4", rank=0.1),
+    "4b g128 rank 5%": Target(bits=4, group=128, rank=0.05),
+    "2:4 4b sym rank 5%": Target(pattern="2:4", bits=4, symmetric=True, rank=0.05),
+    "nvfp4 rank 5%": Target(format="nvfp4", rank=0.05),
 }
 STRUCTURES = {
-    "dense": [Target(), Target(bits=4), Target(0.0, "layer"), Target(0.0, "1x16")],
-    "row": [Target(0.5), Target(0.5, bits=4)],
+    "dense": [Target(), Target(bits=4), Target(0.0, "layer"), Target(0.0, "1x16"), Target(bits=4, rank=0.1)],
+    "row": [Target(0.5), Target(0.5, bits=4), Target(0.5, rank=0.1)],
+    "low rank": [Target(rank=0.4), Target(0.0, "layer", rank=0.4)],
     "layer": [Target(0.7, "layer")],
     "n:m": [Target(pattern="2:4"), Target(pattern="1:4"), Target(pattern="2:4", bits=4)],
     "1xb": [Target(0.5, "1x16"), Target(0.5, "1x1")],
@@ -100,6 +107,9 @@ WRONG = [
     ({"bits": math.nan}, "Target.bits must be a whole number. Got nan instead."),
     ({"bits": 4, "group": 2.5}, "Target.group must be a whole number. Got 2.5 instead."),
     ({"bits": 4, "group": 0}, "Target.group must be a number of inputs, at least 1. Got 0 instead."),
+    ({"rank": 1.0}, "Target.rank must be a share of the weights, in [0, 1). Got 1.0 instead."),
+    ({"rank": -0.1}, "Target.rank must be a share"),
+    ({"rank": math.nan}, "Target.rank must be a share"),
     ({"group": 128}, "Target.bits must be given with Target.group or Target.symmetric. Got None instead."),
     ({"symmetric": True}, "Target.bits must be given with Target.group or Target.symmetric"),
 ]
@@ -110,3 +120,18 @@ def test_a_wrong_target_is_one_sentence(fields: dict, sentence: str):
     with pytest.raises(ValueError) as caught:
         Target(**fields)
     assert str(caught.value).startswith(sentence) and str(caught.value).endswith(".")
+
+
+def test_factors_have_at_most_the_share_of_the_weights():
+    for share, out, inputs, rank in ((0.6, 96, 128, 32), (0.8, 96, 128, 43), (0.5, 1, 64, 0), (0.5, 24, 64, 8)):
+        assert Target(rank=share).rank_of(out, inputs) == Target(0.5, rank=share).rank_of(out, inputs) == rank
+        assert rank * (out + inputs) <= share * out * inputs < (rank + 1) * (out + inputs)
+
+
+def test_a_rank_leaves_the_rest_of_a_target_alone():
+    whole = Target(0.5, "2:4", bits=4, group=16, rank=0.1)
+    assert whole.rest == Target(0.5, "2:4", bits=4, group=16) and Target(rank=0.3).rest.dense
+    assert whole.pruning == Target(pattern="2:4") and whole.grid == Target(bits=4, group=16)
+    assert not Target(rank=0.3).dense and Target(rank=0.3).level == 0.3 and Target(rank=0.3).at(0.4) == Target(rank=0.4)
+    assert whole.budget == Target(rank=0.3).budget == "low rank" and whole.level == 0.5
+    assert "rank" not in Target(0.5).as_dict() and whole.as_dict()["rank"] == 0.1  # cells without one keep their names

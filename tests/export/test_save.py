@@ -7,8 +7,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, CompressedTensorsConfig, PreTrainedModel
 
@@ -103,6 +105,52 @@ def test_a_grid_of_a_methods_own_is_saved_too(case, tmp_path, method):
     with pytest.raises(InputError, match="cannot be saved as compressed-tensors: its inputs are rotated"):
         main(["--cell", str(made), "--format", CT, "--out", str(tmp_path / CT)])
     assert not (tmp_path / CT).exists()
+
+
+PARTS = {
+    "svd_llm": Target(rank=0.5),
+    "rocket": Target(rank=0.7),
+    "oats": Target(pattern="2:4", rank=0.2),
+    "eora": Target(bits=4, group=16, rank=0.2),
+}
+
+
+@pytest.mark.parametrize("method", PARTS)
+def test_factors_are_saved_audited_and_refused_by_compressed_tensors(case, tmp_path, method):
+    """The packed file takes the bits that the table counts, but for a part that is not quantised in a float32 model."""
+    made, target = case.folder / f"cells/{method}", PARTS[method]
+    case.run(method, target, out=str(made))
+    model = load(case.spec)
+    apply_weights(model, made / "weights.safetensors")
+    for form in ("dense", "packed"):
+        main(["--cell", str(made), "--format", form, "--out", str(tmp_path / form)])
+        assert_same_logits(open_saved(tmp_path / form, form), model)
+        found, told, lines = audit.audit(tmp_path / form)
+        assert (found, told) == (form, target) and not [line for line in lines if line.fault]
+        assert {line.note for line in lines} == {"holds" if form == "packed" else "holds, its parts cannot be seen"}
+        if form == "packed" and method != "oats":
+            counted = pq.read_table(made / "layers.parquet").column("bits_per_weight").to_pylist()
+            assert [8 * line.stored / line.weights for line in lines] == pytest.approx(counted, rel=1e-2)
+    with pytest.raises(InputError, match="compressed-tensors holds no low-rank factors"):
+        main(["--cell", str(made), "--format", CT, "--out", str(tmp_path / CT)])
+
+
+@pytest.mark.parametrize("form", ["dense", "packed"])
+def test_a_changed_factor_is_found(case, tmp_path, form):
+    made, folder = case.folder / "cells/changed", tmp_path / form
+    case.run("svd_llm", Target(rank=0.5), out=str(made))
+    main(["--cell", str(made), "--format", form, "--out", str(folder)])
+    path = next(folder.glob("weights.safetensors" if form == "packed" else "model.safetensors"))
+    tensors, name = load_file(path), f"{UP}.left" if form == "packed" else f"{UP}.weight"
+    with safe_open(path, "pt") as file:
+        told = file.metadata()
+    tensors[name][0] *= 2
+    save_file(tensors, path, metadata=told)
+    assert [line.layer for line in audit.audit(folder)[2] if line.fault] == [UP]
+    if form == "packed":
+        save_file({**tensors, name: tensors[name][:, 1:].contiguous()}, path, metadata=told)
+        (line,) = [line for line in audit.audit(folder)[2] if line.fault]
+        assert "the factor left must be" in some(line.fault)
 
 
 @pytest.mark.parametrize(

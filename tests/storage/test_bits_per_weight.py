@@ -32,6 +32,9 @@ CASES = {
     "50% row 4b": (Target(0.5, bits=4), 0.5, 2 + 1 + (16 + 4) / INPUTS),
     # A block and a group are one: the grids of dropped blocks are not stored.
     "50% 1x16 4b g16": (Target(0.5, "1x16", bits=4, group=16), 0.5, 2 + 0.5 + 0.5 * (16 + 4) / 16),
+    # Factors of 16 bits: of 64 rows and 256 inputs int(.5 * 51.2) = 25 of each, of 1 row none.
+    "rank 50%": (Target(rank=0.5), 1.0, {64: 16 * 25 * 320 / (64 * 256), 1: 0}),
+    "2:4 rank 20%": (Target(pattern="2:4", rank=0.2), 0.5, {64: 8 + 1 + 16 * 10 * 320 / (64 * 256), 1: 8 + 1}),
     "50% 1x16 4b g128": (Target(0.5, "1x16", bits=4, group=128), 0.5, 2 + 0.5 + (16 + 4) / 128),
 }
 
@@ -40,8 +43,9 @@ CASES = {
 def test_bits_by_hand(case):
     target, kept, bits = CASES[case]
     for rows in (64, 1):  # the same for every row
+        own = bits[rows] if isinstance(bits, dict) else bits
         divisor = 32 / (rows * INPUTS) if target.format == "nvfp4" else 0
-        assert bits_per_weight(target, kept, rows, INPUTS) == pytest.approx(bits + divisor, rel=1e-12)
+        assert bits_per_weight(target, kept, rows, INPUTS) == pytest.approx(own + divisor, rel=1e-12)
 
 
 def test_a_whole_layer_by_hand():

@@ -19,7 +19,7 @@ from layerwise.compression.score import output_error
 from layerwise.compression.verify import broken_promise
 from layerwise.contract.layer import Compressed, Layer
 from layerwise.contract.target import Target
-from layerwise.numerics import ops
+from layerwise.numerics import low_rank, ops
 from layerwise.runtime.errors import InputError
 from layerwise.runtime.files import sha256
 from layerwise.storage import packed_weights
@@ -54,12 +54,22 @@ TARGETS = [
     Target(format="mxfp4"),
     Target(pattern="2:4", format="nvfp4"),
     Target(0.5, "1x16", format="nvfp4"),
+    Target(rank=0.4),
+    Target(0.5, rank=0.2),
+    Target(pattern="2:4", rank=0.2),
+    Target(bits=4, group=16, rank=0.1),
+    Target(0.5, "1x16", bits=4, group=16, rank=0.1),
+    Target(format="nvfp4", rank=0.1),
 ]
 W4S50 = Target(0.5, "1x16", bits=4, group=16)
 
 
 def compressed(layer: Layer, target: Target) -> Compressed:
-    """The layer pruned by magnitude and rounded to a min-max grid of what is left."""
+    """The layer pruned by magnitude and rounded to a min-max grid of what is left; with factors of what that misses."""
+    if target.rank:
+        rest = None if target.rest.dense else compressed(layer, target.rest)
+        missing = layer.weight.double() - (0 if rest is None else rest.weight.double())
+        return low_rank.of_parts(*low_rank.best_factors(missing, target.rank_of(*missing.shape)), rest)
     mask = ops.prune_mask(layer.weight.abs(), target) if target.sparsity else None
     kept = layer.weight if mask is None else torch.where(mask, layer.weight, 0.0)
     if target.bits is None:
@@ -86,6 +96,8 @@ def parts(result: Compressed, target: Target, dtype: torch.dtype = torch.float32
 def assert_same(found: Compressed, result: Compressed, target: Target) -> None:
     assert torch.equal(found.weight, result.weight)
     assert (found.mask is None) == (target.sparsity == 0) and (found.quantised is None) == (target.bits is None)
+    for name in ("left", "right") if target.rank else ():
+        assert torch.equal(getattr(some(found.low_rank), name), getattr(some(result.low_rank), name))
     kept = slice(None) if result.mask is None else result.mask
     if found.mask is not None:
         assert torch.equal(found.mask, mask_of(result))

@@ -211,6 +211,22 @@ def test_cells_are_the_product_and_dense_is_one_per_model():
     assert all(planned.by_folder[cell.folder] is cell for cell in planned.cells)
 
 
+def test_a_target_with_a_rank_is_for_methods_that_give_factors():
+    targets = [{"rank": 0.4}, {"sparsity": 0.5}]
+    planned = plan(study(targets=targets, methods={"svd_llm": None, "wanda": None}))
+    assert {(cell.columns["label"], cell.columns["target"]) for cell in planned.cells} == {
+        *(("svd_llm", "rank 40%"), ("wanda", "50% row"))
+    }
+    assert {row["reason"] for row in planned.skipped} == {
+        "wanda gives no low-rank factors",
+        "svd_llm gives low-rank factors, it neither prunes nor quantises",
+    }
+    with pytest.raises(InputError, match=r"tune trains kept weights and grids, not low-rank factors"):
+        plan(study(targets=targets[:1], methods={"svd_llm": {"tune": {"blocks": {}}}}))
+    spread = study(targets=targets[:1], methods={"svd_llm": None}, allocations={"uniform": None, "owl": None})
+    assert "not of low rank" in plan(spread).skipped[0]["reason"]
+
+
 def test_columns_of_a_cell():
     cell = plan(study()).cells[1]
     assert list(cell.columns) == [
@@ -229,6 +245,10 @@ def test_a_bound_is_computed_once_for_all_masks_of_a_pattern_in_shared_mode():
     for cell in whole.cells:
         mask = cell.columns["comparison"] == "mask-only" and cell.mode == "shared"
         assert (cell.certificate in whole.certificates) == mask
+    ranks = [{"rank": 0.4}, {"rank": 0.6}]
+    factors = plan(study(methods={"svd": {"targets": ranks}, "svd_llm": {"targets": ranks}, "awp": None}))
+    bounded = {cell.certificate for cell in factors.cells if cell.columns["comparison"] == "low rank"}
+    assert len(bounded - {None}) == 2 and {*factors.certificates} == bounded - {None}
     assert not plan(study(methods={"wanda": None}, certificates=False)).certificates
     assert not plan(study(methods={"wanda": None}, modes=["sequential"])).certificates
     assert plan(study(methods={"sparse_swaps": None}, certificates=False)).gives == {"traces"}

@@ -61,14 +61,18 @@ GRIDS = st.one_of(
 )
 
 
+RANKS = st.floats(2**-14, 1, exclude_max=True, width=16)
+
+
 @st.composite
 def targets(draw: st.DrawFn) -> dict[str, Any]:
     pattern = draw(PATTERNS)
     share = {} if ":" in pattern else {"sparsity": draw(st.floats(2**-14, 1, exclude_max=True, width=16))}
     pruning = {"pattern": pattern, **share}
-    kind = draw(st.sampled_from(["prune", "quantise", "both"]))
-    grid = draw(GRIDS) if kind != "prune" else {}
-    return {**(pruning if kind != "quantise" else {}), **grid}
+    kind = draw(st.sampled_from(["prune", "quantise", "both", "factors"]))
+    grid = draw(GRIDS) if kind in ("quantise", "both") else {}
+    factors = {"rank": draw(RANKS)} if kind == "factors" or draw(st.integers(0, 5)) == 0 else {}
+    return {**(pruning if kind in ("prune", "both") else {}), **grid, **factors}
 
 
 def parameter(schema: dict[str, Any]) -> st.SearchStrategy[Any]:
@@ -149,7 +153,8 @@ def optional(draw: st.DrawFn, **choices: st.SearchStrategy[Any]) -> dict[str, An
 
 MODES = st.lists(st.sampled_from(["shared", "sequential"]), min_size=1, unique=True)
 COMMON = [{"sparsity": 0.5}, {"bits": 4}, {"sparsity": 0.5, "bits": 4}, {"sparsity": 0.5, "pattern": "1x16"}]
-COMMON += [{"sparsity": 0.5, "pattern": "1x16", "bits": 4}]
+COMMON += [{"sparsity": 0.5, "pattern": "1x16", "bits": 4}, {"rank": 0.3}, {"sparsity": 0.5, "rank": 0.1}]
+COMMON += [{"bits": 4, "rank": 0.1}]
 
 
 def reaches(entry: dict[str, Any], target: dict[str, Any]) -> bool:
@@ -157,7 +162,7 @@ def reaches(entry: dict[str, Any], target: dict[str, Any]) -> bool:
     if "end" in entry.get("tune", {}) and "bits" not in target:
         return False
     own_grid = "method" in entry and CATALOGUE[entry["method"]].card.get("own_grid")
-    if "tune" in entry and (own_grid or isinstance(target.get("bits"), str)):
+    if "tune" in entry and (own_grid or isinstance(target.get("bits"), str) or "rank" in target):
         return False
     name = "chain" if "chain" in entry else entry["method"]
     own = {key: value for key, value in entry.items() if key not in RESERVED}
@@ -197,6 +202,10 @@ def studies(draw: st.DrawFn) -> dict[str, Any]:
             entry["modes"] = draw(MODES)
     shared = [entry for entry in methods.values() if "targets" not in entry]
     if not all(any(reaches(entry, target) for entry in shared) for target in asked):
+        asked = [target for target in asked if "rank" not in target] or COMMON[:1]  # awp gives no factors
+        for entry in shared:
+            if not any(reaches(entry, target) for target in asked):
+                entry["targets"] = [target for target in COMMON if reaches(entry, target)][:1]
         methods["awp"] = {"method": "awp", "targets": asked} if draw(st.booleans()) else None
     length = st.integers(2, 4096)
     drawn = {"text": st.sampled_from(sorted(texts)), "samples": st.integers(1, 256), "length": length}

@@ -14,6 +14,7 @@ from layerwise.report.run_end import FORMATS, remove_stale_outputs, write_partia
 from layerwise.runtime.errors import InputError
 from layerwise.runtime.files import unlock_after_death, write_atomic
 from layerwise.runtime.project import ROOT, from_here
+from layerwise.cli.warm_worker import Launcher
 from layerwise.sources.task_sets import DOCSTRING_TASKS
 from layerwise.study import config_file
 from layerwise.study.cost_model import CostModel, Job
@@ -31,6 +32,8 @@ REQUESTED = "results/requested.json"  # the evaluations of every cell
 # Held until the end of a run, so that the next knows whether it was killed.
 ALIVE = unlock_after_death(Path(".snakemake")) if workflow.is_main_process else None
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # torch's threads that wait leave their cores to compiled loops
+
+warm_workers = Launcher()  # that jobs on this machine run in; started with the first of them
 
 try:
     for path in workflow.configfiles if workflow.is_main_process else ():

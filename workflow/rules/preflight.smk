@@ -50,3 +50,5 @@ def preflight():
 onstart:
     preflight()
     write_atomic(Path(REQUESTED), json.dumps(JOBS.requested, indent=1) + "\n")
+    if workflow.local_exec:  # elsewhere a scheduler counts what a job takes
+        warm_workers.start()

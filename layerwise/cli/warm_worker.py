@@ -1,0 +1,263 @@
+"""Jobs as forks of a process that has imported torch and transformers, which takes longer than many a job.
+
+A run of Snakemake on this machine starts one server for each environment of its jobs, usually one for each number of
+threads, when the first job asks for it. A job hands over its arguments, its folder and its standard streams, and ends
+as its fork ends. A server imports only other people's packages before a fork, so that each job runs the project's code
+as it is then. A job that finds no server runs in its own process, with the same result. The servers end with the run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib
+import json
+import os
+import selectors
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import IO, Any
+
+FOLDER = Path(".snakemake/warm-workers")  # relative: the path of a socket has at most 107 bytes
+LAUNCHER = "launcher"
+SHELL = {"_", "SHLVL", "PWD", "OLDPWD"}  # what a shell sets and no library reads
+SERVERS = 4  # at most; each holds some 400 MB, most of it shared with its forks
+LONGEST = 1 << 20  # bytes of a message
+ENDED = "error: the process that ran this job ended: run again."
+
+TABLES = ("pandas", "pyarrow.parquet", "jsonschema", "yaml")
+MODELS = (
+    "torch",
+    "safetensors.torch",
+    "transformers.models.auto.modeling_auto",
+    "transformers.modeling_utils",
+    "numba",
+)
+WITH_TORCH = ("allocate", "calibrate", "certificate", "check-model", "compress", "dense-states", "export")
+# Job -> what a server imports before its fork. Other jobs run in their own process.
+PACKAGES = {
+    **dict.fromkeys(WITH_TORCH, (*MODELS, *TABLES)),
+    "figure": (*TABLES, "matplotlib.figure", "matplotlib.backends.backend_agg"),
+}
+
+
+class Launcher:
+    """In the process of a run: starts servers as jobs ask for them. They end when it is closed or its process ends."""
+
+    def __init__(self, folder: Path = FOLDER) -> None:
+        self.folder = folder
+        self.servers: dict[str, subprocess.Popen[bytes]] = {}
+        self.listening: socket.socket | None = None
+
+    def start(self) -> None:
+        """Listen for jobs. Does nothing where the folder takes no sockets or the system has no process descriptors."""
+        if not hasattr(os, "pidfd_open"):
+            return
+        with contextlib.suppress(OSError):
+            shutil.rmtree(self.folder, ignore_errors=True)
+            self.folder.mkdir(mode=0o700, parents=True)  # no other user may hand over anything
+            self.listening = _listen(self.folder / LAUNCHER)
+            threading.Thread(target=self._launch, args=(self.listening,), daemon=True).start()
+
+    def close(self) -> None:
+        if self.listening:
+            self.listening.close()
+        for server in self.servers.values():
+            assert server.stdin
+            server.stdin.close()
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _launch(self, listening: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                connection, _ = listening.accept()
+                with connection:
+                    environment = json.loads(connection.recv(LONGEST) or b"{}")
+                    name = _name(environment)
+                    if name in self.servers or len(self.servers) < SERVERS:
+                        self._serve(name, environment)
+                        connection.send(b"ready")
+
+    def _serve(self, name: str, environment: Mapping[str, str]) -> None:
+        if name in self.servers:
+            return
+        with _listen(self.folder / name) as listening:
+            self.servers[name] = subprocess.Popen(
+                [sys.executable, "-m", "layerwise.cli.warm_worker", str(listening.fileno())],
+                stdin=subprocess.PIPE,
+                env=environment,
+                pass_fds=[listening.fileno()],
+            )
+
+
+def _listen(address: Path) -> socket.socket:
+    listening = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    listening.bind(str(address))
+    listening.listen(64)
+    return listening
+
+
+def _name(environment: Mapping[str, str]) -> str:
+    """The name of the server for an environment: of all that a library may read."""
+    read = sorted((name, value) for name, value in environment.items() if name not in SHELL)
+    return hashlib.sha256(json.dumps(read).encode()).hexdigest()[:16]
+
+
+# ----------------------------------------------------------------------------------------------------------- the job
+
+
+def hand_over(argv: Sequence[str], folder: Path = FOLDER) -> None:
+    """Run a worker's arguments in a fork of a server, and end this process as the fork ends.
+
+    Returns where the job has to run in this process.
+    """
+    if not argv or argv[0] not in PACKAGES or "cuda" in argv:  # each process must start CUDA itself
+        return
+    order = {"argv": list(argv), "folder": os.getcwd(), "umask": os.umask(0o077), "shell": _of_shell()}
+    os.umask(order["umask"])
+    try:
+        server = _connect(folder)
+        socket.send_fds(server, [json.dumps(order).encode()], [0, 1, 2])
+        child = int(server.recv(32) or 0)
+    except OSError:  # no server, or it has just ended
+        return
+    if child:
+        _end_as(child, server)
+
+
+def _of_shell() -> dict[str, str]:
+    return {name: os.environ[name] for name in SHELL if name in os.environ}
+
+
+def _connect(folder: Path) -> socket.socket:
+    """Raises OSError where no server can be had."""
+    server = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    address = str(folder / _name(os.environ))
+    try:
+        server.connect(address)
+    except OSError:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as launcher:
+            launcher.connect(str(folder / LAUNCHER))
+            launcher.send(json.dumps(dict(os.environ)).encode())
+            launcher.recv(32)
+        server.connect(address)
+    return server
+
+
+def _end_as(child: int, server: socket.socket) -> None:
+    """End this process as the fork ends, which the server knows; what ends this one ends the fork."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to the fork, too
+    signal.signal(signal.SIGTERM, lambda *_: os.kill(child, signal.SIGTERM))
+    answer = server.recv(32)
+    if not answer:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(child, signal.SIGKILL)
+        sys.exit(ENDED)
+    status = int(answer)
+    if status < 0:
+        if -status != signal.SIGKILL:
+            signal.signal(-status, signal.SIG_DFL)
+        os.kill(os.getpid(), -status)
+    sys.exit(status)
+
+
+# -------------------------------------------------------------------------------------------------------- the server
+
+
+class Server:
+    """Forks for jobs until its standard input ends, and then until the last of them has ended."""
+
+    def __init__(self, listening: socket.socket) -> None:
+        self.listening = listening
+        self.waiting = selectors.DefaultSelector()
+        self.waiting.register(listening, selectors.EVENT_READ, self._accept)
+        self.waiting.register(sys.stdin, selectors.EVENT_READ, self._close)
+        self.processes: dict[socket.socket, int] = {}  # of a job: connection -> descriptor of its fork
+
+    def serve(self) -> list[str] | None:
+        """The arguments of a job, in its fork; None in the server, at its end."""
+        while self.processes or self.listening.fileno() >= 0:
+            for key, _ in self.waiting.select():
+                if job := key.data(key.fileobj):
+                    return job
+        return None
+
+    def _close(self, stream: IO[str]) -> None:
+        self.waiting.unregister(stream)
+        self.waiting.unregister(self.listening)
+        self.listening.close()
+
+    def _accept(self, listening: socket.socket) -> list[str] | None:
+        connection, _ = listening.accept()
+        message, streams, _, _ = socket.recv_fds(connection, LONGEST, 3)
+        if not message:  # the job has ended already
+            connection.close()
+            return None
+        order = json.loads(message)
+        for package in PACKAGES[order["argv"][0]]:
+            importlib.import_module(package)
+        child = os.fork()
+        if not child:
+            connection.close()
+            self._become(order, streams)
+            return order["argv"]
+        for stream in streams:
+            os.close(stream)
+        process = os.pidfd_open(child)
+        self.processes[connection] = process
+        self.waiting.register(connection, selectors.EVENT_READ, self._abandon)
+        self.waiting.register(process, selectors.EVENT_READ, lambda _: self._end(connection, child))
+        with contextlib.suppress(OSError):
+            connection.send(str(child).encode())
+        return None
+
+    def _become(self, order: dict[str, Any], streams: Sequence[int]) -> None:
+        """In a fork: close what is the server's, and take the job's streams, folder and signals."""
+        for key in list(self.waiting.get_map().values()):
+            if key.fd:  # 0 is replaced below
+                os.close(key.fd)
+        self.waiting.close()
+        for target, stream in enumerate(streams):
+            os.dup2(stream, target)
+            os.close(stream)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, signal.SIG_DFL)
+        os.chdir(order["folder"])
+        os.umask(order["umask"])
+        os.environ.update(order["shell"])
+
+    def _abandon(self, connection: socket.socket) -> None:
+        """The process that handed a job over is gone, as a rule killed: its fork goes, too."""
+        self.waiting.unregister(connection)
+        signal.pidfd_send_signal(self.processes[connection], signal.SIGKILL)
+
+    def _end(self, connection: socket.socket, child: int) -> None:
+        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        process = self.processes.pop(connection)
+        self.waiting.unregister(process)
+        os.close(process)
+        with contextlib.suppress(KeyError):  # of an abandoned job
+            self.waiting.unregister(connection)
+        with contextlib.suppress(OSError), connection:
+            connection.send(str(status).encode())
+
+
+def main() -> None:
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)  # it ends when the run and its jobs have ended
+    job = Server(socket.socket(fileno=int(sys.argv[1]))).serve()
+    if job is not None:
+        from layerwise.cli.worker import run
+
+        run(job)
+
+
+if __name__ == "__main__":
+    main()

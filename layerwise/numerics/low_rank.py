@@ -1,0 +1,94 @@
+"""Low-rank factors of a weight: the best ones for a Gram, the sum that they represent, the error that none beats.
+
+For M [out, in] and G, the best B A of rank r minimises tr((M - B A) G (M - B A)^T). With G = L L^T it is
+SVD_r(M L) L^-1 (Eckart and Young in the Gram's norm), and since SVD_r(M L) = U U^T M L, with U the r leading left
+singular vectors of M L, that is U (U^T M): no inverse is needed, so that G may be singular.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from layerwise.contract.gram import Gram
+from layerwise.contract.layer import Compressed, LowRank
+
+
+def leading(matrix: Tensor, rank: int, gram: Tensor | None = None) -> Tensor:
+    """[out, rank] float64, orthonormal: the leading left singular vectors U of M L, for M [out, in] and G = L L^T.
+
+    gram: [in, in] float64, of no eigenvalue below zero but by rounding; None is the identity. A rank beyond
+    min(out, in), with which nothing is lost, is taken for that.
+    """
+    out, inputs = matrix.shape
+    if out <= inputs:
+        square = matrix @ (matrix if gram is None else matrix @ gram).T
+        return torch.linalg.eigh((square + square.T) / 2)[1].flip(1)[:, :rank]
+    image = matrix if gram is None else matrix @ root(gram)
+    right = torch.linalg.eigh(image.T @ image)[1].flip(1)[:, :rank]  # [in, rank]
+    return torch.linalg.qr(image @ right)[0]  # columns of falling size, of which Q's first span the first
+
+
+def root(gram: Tensor) -> Tensor:
+    """L [in, in] float64 with L L^T = G, eigenvalues below zero taken for zero."""
+    values, vectors = torch.linalg.eigh(gram)
+    return vectors * values.clamp(min=0).sqrt()
+
+
+def lifted_cholesky(gram: Tensor, least: float) -> Tensor:
+    """Lower C [in, in] float64 with C C^T = G, lifted so that its least eigenvalue is `least` where it has none."""
+    lower, failed = torch.linalg.cholesky_ex(gram)
+    if failed:
+        lift = least - float(torch.linalg.eigvalsh(gram)[0])
+        lower = torch.linalg.cholesky(gram + lift * torch.eye(len(gram), dtype=gram.dtype))
+    return lower
+
+
+def best_factors(matrix: Tensor, rank: int, gram: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """B [out, rank] and A [rank, in] float64 with the least tr((M - B A) G (M - B A)^T); as `leading`."""
+    left = leading(matrix, rank, gram)
+    return left, left.T @ matrix
+
+
+def product(low_rank: LowRank) -> Tensor:
+    """[out, in] float32: S + B A, summed in float64 and rounded once."""
+    total = low_rank.left.double() @ low_rank.right.double()
+    return (total if low_rank.rest is None else total + low_rank.rest.double()).float()
+
+
+def of_parts(
+    left: Tensor,
+    right: Tensor,
+    rest: Compressed | None = None,
+    info: Mapping[str, Any] | None = None,
+    kept: Tensor | None = None,
+) -> Compressed:
+    """The result that factors of any float dtype, and the part beside them, make up; info: instead of the part's.
+
+    kept: [out, r] bool, of a sparse left factor.
+    """
+    part_weight = None if rest is None else rest.weight
+    low_rank = LowRank(left.float().contiguous(), right.float().contiguous(), part_weight, kept)
+    told = info if info is not None or rest is None else rest.info
+    part = Compressed(low_rank.left) if rest is None else rest
+    return Compressed(product(low_rank), part.mask, part.quantised, low_rank, info=told or {})
+
+
+def optimum(weight: Tensor, gram: Gram, rank: int) -> float:
+    """The least tr((W - B A) G (W - B A)^T) of all B A of that rank, for W [out, in].
+
+    It is the sum of the eigenvalues of W G W^T without the `rank` largest: exact but for rounding in float64, of some
+    1e-15 of the whole.
+    """
+    matrix = weight.double()
+    out, inputs = matrix.shape
+    if out <= inputs:
+        square = matrix @ gram.matrix.double() @ matrix.T
+    else:
+        image = matrix @ gram.once("low-rank root", lambda: root(gram.matrix.double()))
+        square = image.T @ image
+    values = torch.linalg.eigvalsh((square + square.T) / 2).clamp(min=0)
+    return float(values[: max(len(values) - rank, 0)].sum())

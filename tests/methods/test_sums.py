@@ -1,0 +1,355 @@
+"""Sums S + B A: against the released codes, the optimum in float64, and plain loops."""
+
+# pyright: reportOptionalMemberAccess=false
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from layerwise.checks import layer_cases as layers
+from layerwise.checks.brute_force import output_error
+from layerwise.checks.layer_cases import LAYERS, Recipe
+from layerwise.compression.solver import Solver
+from layerwise.compression.verify import broken_promise
+from layerwise.contract.catalogue import Catalogue
+from layerwise.contract.layer import Compressed, Layer, Method, Target, UnsupportedTarget
+from layerwise.methods.eora import EoRA
+from layerwise.methods.gptq import GPTQ
+from layerwise.methods.oats import OATS
+from layerwise.methods.rocket import ROCKET
+from layerwise.methods.sparsegpt import SparseGPT
+from layerwise.methods.svd import SVD
+from layerwise.methods.three_basil import ThreeBASiL
+from layerwise.methods.wanda import Wanda
+from layerwise.numerics import low_rank
+from layerwise.runtime.errors import InputError
+from layerwise.storage import packed_weights
+from layerwise.storage.bits_per_weight import bits_per_weight
+from tests.support import official_outputs, official_parts
+from tests.support.typing_helpers import mask_of, some
+
+
+def compress(method: Method, layer: Layer, target: Target) -> Compressed:
+    return method.compress(layer, target, torch.Generator())
+
+
+# ----------------------------------------------------------------------------------------------------------------- EoRA
+
+AFTER = {
+    Target(0.5, rank=0.2): Wanda(),
+    Target(pattern="2:4", rank=0.2): SparseGPT(),
+    Target(0.5, "layer", rank=0.1): Wanda(),
+    Target(bits=3, group=16, rank=0.2): GPTQ(),
+    Target(format="nvfp4", rank=0.1): GPTQ(),
+}
+
+
+@pytest.mark.parametrize("target", AFTER, ids=lambda target: target.label)
+@pytest.mark.parametrize("name", LAYERS)
+def test_eora_is_the_best_correction_of_what_another_method_left(name: str, target: Target):
+    """The error left is the tail of the singular values of (W - S) L, which an SVD gives; it is never above S's own."""
+    layer, after = layers.build(name), AFTER[target]
+    if target.group and layer.weight.shape[1] % target.group:
+        pytest.skip("its groups do not divide the inputs")
+    part, result = compress(after, layer, target.rest), compress(EoRA(after), layer, target)
+    assert torch.equal(result.low_rank.rest, part.weight)
+    assert broken_promise(layer, target, result) is None
+    missing, gram = layer.weight.double() - part.weight.double(), layer.gram.matrix.double()
+    tail = np.linalg.svd((missing @ low_rank.root(gram)).numpy(), compute_uv=False)
+    best = float((tail[target.rank_of(*missing.shape) :] ** 2).sum())
+    left = (
+        layer.weight.double()
+        - result.low_rank.rest.double()
+        - result.low_rank.left.double() @ result.low_rank.right.double()
+    )
+    negative = -min(0.0, float(torch.linalg.eigvalsh(gram)[0])) * float(missing.square().sum())
+    whole = float(((missing @ gram) * missing).sum())
+    off = 2 * negative + 1e-12 * float((missing.square() @ gram.diagonal()).sum())
+    reached = float(((left @ gram) * left).sum())
+    assert reached == pytest.approx(best, rel=1e-6, abs=off) and reached <= whole + off
+
+
+def test_eora_improves_with_the_rank():
+    layer = layers.build("correlated")
+    errors = [
+        output_error(layer, compress(EoRA(GPTQ()), layer, Target(bits=3, group=16, rank=rank)).weight)
+        for rank in (0.01, 0.1, 0.2, 0.4)
+    ]
+    own = output_error(layer, compress(GPTQ(), layer, Target(bits=3, group=16)).weight)
+    assert (
+        errors == sorted(errors, reverse=True) and errors[0] == pytest.approx(own, rel=1e-6) and errors[2] < 0.6 * own
+    )
+
+
+def test_eora_is_refused_where_its_part_is():
+    catalogue, target = Catalogue(), Target(bits=4, rank=0.1)
+    params = catalogue.complete("eora", {"after": "wanda"}, "test")
+    assert catalogue.refusal("eora", params, target) == "its after cannot: wanda does not quantise"
+    assert catalogue.refusal("eora", params, Target(0.5, rank=0.1)) is None
+    assert (
+        catalogue.refusal("eora", params, Target(0.5)) == "eora gives a sum with low-rank factors, nothing without them"
+    )
+    assert (
+        catalogue.refusal("eora", params, Target(rank=0.5)) == "eora gives a sum with low-rank factors, not these alone"
+    )
+    with pytest.raises(UnsupportedTarget, match="wanda does not quantise"):
+        compress(EoRA(Wanda()), layers.build("correlated"), target)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_runner_counts_and_scores_the_parts_as_stored(dtype: torch.dtype):
+    layer = layers.make(Recipe(out=32, inputs=64))
+    for target, after in ((Target(bits=4, group=16, rank=0.2), GPTQ()), (Target(0.5, rank=0.2), Wanda())):
+        result, row = Solver("eora", EoRA(after), target, 0, dtype).solve(layer)
+        rank = target.rank_of(32, 64)
+        assert rank == 4
+        kept = 1.0 if result.mask is None else 0.5
+        expected = bits_per_weight(target.rest, kept, 32, 64) + 16 * rank * (32 + 64) / (32 * 64)
+        assert row["bits_per_weight"] == pytest.approx(expected)
+        assert torch.equal(low_rank.product(result.low_rank), result.weight)
+        assert row["output_error"] == pytest.approx(output_error(layer, result.weight), rel=1e-9)
+
+
+# ----------------------------------------------------------------------------------------------------------------- OATS
+
+
+def oats(name: str, case: str) -> tuple[Compressed, dict]:
+    told = official_parts.case(name, case)
+    kept, ratio = 1 - told["settings"]["sparsity"], told["settings"]["rank_ratio"]
+    target = Target(1 - (1 - ratio) * kept, rank=ratio * kept)
+    return compress(OATS(told["settings"]["iterations"]), official_outputs.load(name).layer(), target), told
+
+
+@pytest.mark.parametrize(("name", "case"), official_parts.cases("oats", "mask"))
+def test_oats_is_the_released_sum(name: str, case: str):
+    (result, told), official = oats(name, case), official_outputs.load(name)
+    mask = official_parts.mask(name, case, "mask", official.weight.shape)
+    assert np.array_equal(mask_of(result).numpy(), mask) and result.low_rank.left.shape[1] == told["rank"]
+    expected = official_parts.array(name, case, "U") @ official_parts.array(name, case, "V")
+    expected[mask] += official_parts.array(name, case, "values")
+    assert np.abs(result.weight.numpy() - expected).max() <= 3e-6
+    assert official.output_error(result.weight.numpy()) == pytest.approx(told["error"], rel=1e-6)
+
+
+@pytest.mark.parametrize(("name", "case"), [pair for pair in official_parts.cases("oats") if pair[0] == "L3"])
+def test_oats_has_about_the_released_error_where_float32_flips_its_choice(name: str, case: str):
+    (result, told), official = oats(name, case), official_outputs.load(name)
+    assert official.output_error(result.weight.numpy()) == pytest.approx(told["error"], rel=2e-2)
+
+
+def alternated(layer: Layer, target: Target, iterations: int) -> np.ndarray:
+    """OATS by whole rows: [out, in] float64."""
+    scale = np.sqrt(layer.gram.diagonal.double().numpy())
+    scaled = layer.weight.double().numpy() * scale
+    sparse, total = np.zeros_like(scaled), scaled
+    for _ in range(iterations):
+        u, sizes, v = np.linalg.svd(scaled - sparse, full_matrices=False)
+        rank = target.rank_of(*scaled.shape)
+        low = u[:, :rank] * sizes[:rank] @ v[:rank]
+        sparse = scaled - low
+        for row in sparse:
+            if target.n_of_m:
+                kept, of = target.n_of_m
+                for start in range(0, len(row), of):
+                    group = row[start : start + of]
+                    group[np.argsort(np.abs(group))[: of - kept]] = 0
+            else:
+                row[np.argsort(np.abs(row))[: int(target.sparsity * len(row))]] = 0
+        total = low + sparse
+    return total / scale
+
+
+@pytest.mark.parametrize("target", [Target(0.5, rank=0.2), Target(0.6, rank=0.3), Target(pattern="2:4", rank=0.2)])
+@pytest.mark.parametrize("shape", [(12, 20), (20, 12)])
+def test_oats_is_the_plain_alternation(target: Target, shape: tuple[int, int]):
+    layer = layers.make(Recipe(*shape))
+    result = compress(OATS(20), layer, target)
+    np.testing.assert_allclose(result.weight.numpy(), alternated(layer, target, 20), rtol=1e-5, atol=1e-6)
+
+
+def test_oats_leaves_dead_inputs_their_weights_where_it_keeps_them():
+    layer, target = layers.build("dead inputs"), Target(pattern="2:4", rank=0.2)  # a whole group of four is dead
+    result = compress(OATS(10), layer, target)
+    dead, kept = layer.gram.dead, mask_of(result)
+    assert (result.low_rank.right[:, dead] == 0).all() and kept[:, 4:8].sum(1).eq(2).all()
+    assert torch.equal(some(result.low_rank.rest)[:, dead], torch.where(kept, layer.weight, 0.0)[:, dead])
+
+
+def test_a_sum_beats_its_sparse_part_alone_and_takes_more_bits():
+    layer = layers.build("correlated")
+    whole = output_error(layer, compress(OATS(), layer, Target(0.5, rank=0.2)).weight)
+    assert whole < 0.5 * output_error(layer, compress(Wanda(), layer, Target(0.5)).weight)
+
+
+def test_a_weight_that_is_not_finite_is_refused():
+    layer = layers.build("correlated")
+    with pytest.raises(InputError, match="oats failed on correlated: ValueError"):
+        Solver("oats", OATS(), Target(0.5, rank=0.2), 0).solve(replace(layer, weight=layer.weight / 0))
+
+
+# --------------------------------------------------------------------------------------------------------------- 3BASiL
+
+
+def three_basil(name: str, case: str) -> tuple[Compressed, dict]:
+    told, (out, inputs) = official_parts.case(name, case), official_outputs.load(name).weight.shape
+    rank = (told["rank"] + 0.5) * (out + inputs) / (out * inputs)  # the half: floor() must not lose one
+    settings = told["settings"]
+    target = Target(pattern="2:4", rank=rank) if "nm" in settings else Target(settings["sparsity"], "layer", rank=rank)
+    return compress(ThreeBASiL(), official_outputs.load(name).layer(), target), told
+
+
+@pytest.mark.parametrize(
+    ("name", "case"),
+    [
+        pytest.param(*pair, marks=[pytest.mark.long] if pair[0] == "L3" else [])
+        for pair in official_parts.cases("three_basil")
+    ],
+)
+def test_3basil_has_the_released_error_as_far_as_its_random_svd_has(name: str, case: str):
+    """The released code with another seed differs from itself by up to 9 %: within 10 % of what lies between both."""
+    (result, told), official = three_basil(name, case), official_outputs.load(name)
+    errors = sorted((told["error"], told["rel_error_other_seed"]))
+    assert 0.9 * errors[0] <= official.output_error(result.weight.numpy()) <= 1.1 * errors[1]
+    assert result.low_rank.left.shape[1] == told["rank"]
+    assert abs(int(mask_of(result).sum()) - told["nonzero_sparse"]) <= 1  # it cuts (1 - p) n to a whole number
+
+
+def admm(layer: Layer, target: Target, rho: float, iterations: int) -> np.ndarray:
+    """Sum [out, in] float64 after so many steps of three-block ADMM with one penalty, by solves and full SVDs."""
+    weight, gram = layer.weight.double().numpy(), layer.gram.matrix.double().numpy()
+    gram = gram / gram.diagonal().mean()
+    damped = gram + np.diag(0.005 * (1 + gram.diagonal()))
+    norm = np.sqrt(damped.diagonal())
+    damped = damped / norm / norm[:, None]
+    dense, rank = weight * norm / np.abs(weight).max(), target.rank_of(*weight.shape)
+    lower = np.linalg.cholesky(damped)
+
+    def project(matrix: np.ndarray) -> np.ndarray:
+        count = int(target.sparsity * matrix.size)
+        flat = matrix.copy().ravel()
+        flat[np.argsort(np.abs(flat), kind="stable")[:count]] = 0
+        return flat.reshape(matrix.shape)
+
+    def best(matrix: np.ndarray) -> np.ndarray:
+        u, sizes, v = np.linalg.svd(matrix @ lower, full_matrices=False)
+        return u[:, :rank] * sizes[:rank] @ v[:rank] @ np.linalg.inv(lower)
+
+    split, dual = project(dense), np.zeros_like(dense)
+    low = best(dense - split)
+    current = dense
+    for _ in range(iterations):
+        aim = (dense - low) @ damped - dual + rho * split
+        current = np.linalg.solve(damped + rho * np.eye(len(damped)), aim.T).T
+        low = best(dense - current)
+        split = project(current + dual / rho)
+        dual = dual + rho * (current - split)
+    return (project(current) + low) / norm * np.abs(weight).max()
+
+
+@pytest.mark.parametrize("rho", [0.1, 1.0])
+@pytest.mark.parametrize("shape", [(12, 20), (20, 12)])
+def test_3basil_takes_the_steps_of_plain_admm(shape: tuple[int, int], rho: float):
+    """Before the penalty moves, which it does after ten."""
+    layer, target = layers.make(Recipe(*shape)), Target(0.5, "layer", rank=0.2)
+    for iterations in (1, 4, 9):
+        result = compress(ThreeBASiL(rho, iterations), layer, target)
+        np.testing.assert_allclose(result.weight.numpy(), admm(layer, target, rho, iterations), rtol=1e-4, atol=1e-6)
+
+
+def test_3basil_ends_below_oats_and_eora_at_the_same_target():
+    layer, target = layers.make(Recipe(out=48, inputs=64)), Target(0.5, rank=0.15)
+    ours = output_error(layer, compress(ThreeBASiL(), layer, target).weight)
+    assert ours < output_error(layer, compress(OATS(), layer, target).weight)
+    assert ours < output_error(layer, compress(EoRA(SparseGPT()), layer, target).weight)
+
+
+# --------------------------------------------------------------------------------------------------------------- ROCKET
+
+
+def rocket(name: str, case: str) -> tuple[Compressed, dict]:
+    told = official_parts.case(name, case)
+    method = ROCKET(told["settings"]["ks"], convention="official")
+    return compress(method, official_outputs.load(name).layer(), Target(rank=1 - told["settings"]["cr"])), told
+
+
+@pytest.mark.parametrize(("name", "case"), official_parts.cases("rocket", settings=("adam",)))
+def test_rocket_is_the_released_factorisation(name: str, case: str):
+    (result, told), official = rocket(name, case), official_outputs.load(name)
+    assert (result.low_rank.left.shape[1], int(result.low_rank.kept.sum())) == (told["rank"], told["nonzero_V"])
+    assert official.output_error(result.weight.numpy()) == pytest.approx(told["error"], rel=1e-6)
+    weight = torch.tensor(official.weight).double()
+    assert float((result.weight - weight).norm() / weight.norm()) == pytest.approx(told["weight_error"], rel=1e-5)
+
+
+@pytest.mark.parametrize(("name", "case"), official_parts.cases("rocket", "V_mask"))
+def test_rocket_keeps_the_released_entries(name: str, case: str):
+    (result, told), official = rocket(name, case), official_outputs.load(name)
+    mask = official_parts.mask(name, case, "V_mask", (told["rank"], len(official.weight)))
+    assert np.array_equal(result.low_rank.kept.numpy().T, mask)
+
+
+@pytest.mark.parametrize(("name", "case"), official_parts.cases("rocket", "U"))
+def test_rocket_has_the_released_product(name: str, case: str):
+    (result, told), official = rocket(name, case), official_outputs.load(name)
+    values = np.zeros((told["rank"], len(official.weight)))
+    values[official_parts.mask(name, case, "V_mask", values.shape)] = official_parts.array(name, case, "V_values")
+    product = (official_parts.array(name, case, "U").astype(np.float64) @ values).T
+    assert np.abs(result.weight.numpy() - product).max() <= 1e-6
+
+
+@pytest.mark.parametrize("share", [1.5, 2.0, 3.0])
+@pytest.mark.parametrize("rank", [0.2, 0.5, 0.8])
+@pytest.mark.parametrize("name", LAYERS)
+def test_rocket_takes_the_budget_with_its_positions(name: str, rank: float, share: float):
+    layer, target = layers.build(name), Target(rank=rank)
+    (out, inputs), low = layer.weight.shape, compress(ROCKET(share), layer, target).low_rank
+
+    def bits(r: int, entries: int) -> int:
+        return 16 * (r * inputs + entries) + out * r
+
+    r, entries = low.kept.shape[1], int(low.kept.sum())
+    assert bits(r, entries) <= 16 * rank * out * inputs
+    if 0 < r < min(out, inputs):  # one more would not fit
+        assert bits(r + 1, entries) > 16 * rank * out * inputs - 32 * (out + inputs)
+
+
+def test_rocket_counts_its_sparse_factor_as_it_is_stored():
+    layer, target = layers.make(Recipe(out=64, inputs=96)), Target(rank=0.4)
+    result, row = Solver("rocket", ROCKET(), target, 0).solve(layer)
+    low = result.low_rank
+    stored = 16 * (low.right.numel() + int(low.kept.sum())) + low.kept.numel()
+    assert row["bits_per_weight"] == pytest.approx(stored / (64 * 96)) and 6.0 < row["bits_per_weight"] <= 6.4
+    tensors = packed_weights.parts_of(result, target, torch.float32)
+    assert sum(tensor.nbytes * 8 for tensor in tensors.values()) == pytest.approx(stored, abs=8)
+    again = packed_weights.restored(tensors, target, (64, 96))
+    assert torch.equal(again.weight, result.weight) and torch.equal(again.low_rank.kept, low.kept)
+    with pytest.raises(ValueError, match="the factor left must be"):
+        packed_weights.restored({**tensors, "left": tensors["left"][1:]}, target, (64, 96))
+
+
+def test_rocket_by_output_error_is_no_worse_on_the_output():
+    layer = layers.make(Recipe(out=32, inputs=48))
+    for rank in (0.3, 0.5, 0.7):
+        by = [
+            output_error(layer, compress(ROCKET(choice=c), layer, Target(rank=rank)).weight)
+            for c in ("output", "weight")
+        ]
+        assert by[0] <= by[1] < output_error(layer, compress(SVD(), layer, Target(rank=rank)).weight)
+
+
+def test_a_singular_gram_is_lifted_to_the_least_eigenvalue():
+    gram = torch.diag(torch.tensor([2.0, 1.0, 0.0, 0.0], dtype=torch.float64))
+    lower = low_rank.lifted_cholesky(gram, 1e-3)
+    torch.testing.assert_close(lower @ lower.T, gram + 1e-3 * torch.eye(4, dtype=torch.float64))
+    torch.testing.assert_close(
+        low_rank.lifted_cholesky(gram + torch.eye(4), 1e-3), torch.linalg.cholesky(gram + torch.eye(4))
+    )
+
+
+def test_rocket_stands_in_a_group_of_its_own():
+    entry = Catalogue()["rocket"]
+    assert entry.comparison(Target(rank=0.4)) == "sparse factor"  # the bound of a rank says nothing of its rank
+    assert Catalogue()["svd"].comparison(Target(rank=0.4)) == "low rank"
+    assert Catalogue()["oats"].comparison(Target(0.5, rank=0.1)) == "sum of parts"
