@@ -72,7 +72,7 @@ class TapStatistics:
     def finish(self) -> tuple[Gram, Statistics]:
         """The means over the tokens, in float32 on the device of the inputs; the accumulated sums are freed."""
         if self.seen != self.tokens:
-            raise ValueError(f"TapStatistics awaited {self.tokens} tokens. Got {self.seen} instead.")
+            raise ValueError(f"TapStatistics must see {self.tokens} tokens. Got {self.seen} instead.")
         matrix = self.moment.finish()
         mean, absmean, variance = (self.sums * (self.length / self.tokens)).float()  # means over the sequences
         firsts = torch.cat(self.first_tokens)

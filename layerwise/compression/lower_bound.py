@@ -54,7 +54,9 @@ def lower_bound(layer: Layer, target: Target) -> Bound:
     if target.structure == LOW_RANK:
         return low_rank_bound(layer, target)
     if target.rank:
-        raise ValueError(f"A lower bound exists for masks and for low-rank factors alone. Got {target.label} instead.")
+        raise ValueError(
+            f"The target of a lower bound must be a mask or low-rank factors alone. Got {target.label} instead."
+        )
     if target.structure not in CERTIFIED:
         raise ValueError(
             f"The pattern of a lower bound must be one of {', '.join(CERTIFIED)}. Got {target.label} instead."

@@ -149,7 +149,7 @@ def descend(
 
     first = least = mean()
     if not math.isfinite(first):  # no epoch can be compared with it
-        raise Diverged(f"Tuning cannot begin: the loss of what was compressed is {first}.")
+        raise Diverged(f"Tuning cannot begin: the loss of the compressed layers is {first}.")
     best = [tensor.detach().clone() for _, tensor in trained]
     for _ in range(settings["epochs"]):
         for batch in torch.randperm(batches, generator=generator).tolist():

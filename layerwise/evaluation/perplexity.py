@@ -127,7 +127,7 @@ def layers_of(model: nn.Module, file: PackedFile) -> dict[str, Linear]:
     """Name -> linear layer of all blocks; InputError when the file does not hold exactly these in their shapes."""
     layers, path, names = model_linears(model), file.path, file.shapes.keys()
     if names - layers.keys():
-        raise InputError(f"{path} has layers that the model has not: {few(names - layers.keys())}.")
+        raise InputError(f"{path} has layers that the model lacks: {few(names - layers.keys())}.")
     if layers.keys() - names:
         raise InputError(f"{path} lacks layers of the model: {few(layers.keys() - names)}.")
     for name, layer in layers.items():

@@ -127,7 +127,7 @@ class W4BlockSparse:
         if kept.dtype != torch.bool or kept.shape != (rows, blocks):
             raise ValueError(f"Kept must be bool [{rows}, {blocks}]. Got {_kind(kept)} instead.")
         if blocks > 2**16:
-            raise ValueError(f"The column of a block has 16 bits. Got {blocks} blocks in a row instead.")
+            raise ValueError(f"The column of a block must fit in 16 bits. Got {blocks} blocks in a row instead.")
         where = kept.numpy()
         order = np.argsort(~where, axis=1, kind="stable")  # kept blocks first, in their order
         order = _padded(order[:, : where.sum(1).max()], BLOCK)

@@ -317,7 +317,7 @@ def _header(path: Path) -> tuple[int, dict[str, tuple[tuple[int, ...], str, int,
 def _tensor(entry: Mapping[str, Any]) -> tuple[tuple[int, ...], str, int, int]:
     shape, dtype, (first, last) = entry["shape"], entry["dtype"], entry["data_offsets"]
     if not all(type(number) is int and number >= 0 for number in (*shape, first, last)):
-        raise ValueError("sizes that are no numbers")
+        raise ValueError("sizes that are not numbers")
     if (last - first) * 8 != math.prod(shape) * BITS[dtype]:
         raise ValueError("a size that is not its shape's")
     return tuple(shape), dtype, first, last

@@ -74,7 +74,7 @@ def hub_errors(spec: Spec) -> Iterator[None]:
     try:
         yield
     except errors.HFValidationError:
-        raise InputError(f"A hub name is 'organisation/name'. Got {hub!r} instead.") from None
+        raise InputError(f"A hub name must be 'organisation/name'. Got {hub!r} instead.") from None
     except errors.GatedRepoError:
         raise InputError(
             f"{hub} is gated on the hub: ask for access there, then log in with `hf auth login`."

@@ -214,8 +214,8 @@ def _check_lengths(name: str, spec: ModelSpec, full: Mapping[str, Any]) -> None:
         for set_name, entry in full[kind].items():
             if entry["length"] > longest:
                 raise InputError(
-                    f"{kind}.{set_name}: its length is {entry['length']}, but the model {name!r} takes at most "
-                    f"{longest} tokens."
+                    f"{kind}.{set_name}: its length must be at most {longest} tokens for the model {name!r}. Got "
+                    f"{entry['length']} instead."
                 )
 
 

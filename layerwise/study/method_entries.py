@@ -59,7 +59,7 @@ def _entries(catalogue: Catalogue, label: str, raw: Mapping[str, Any]) -> Iterat
     where = f"methods.{label}"
     named = [key for key in raw if key in catalogue.named_by]  # parameters that say which method it is
     if named and "method" in raw:
-        raise CatalogueError(f"{where}: {named[0]} says the method. Got method: {raw['method']} beside it.")
+        raise CatalogueError(f"{where}: {named[0]} names the method already. Got method: {raw['method']} beside it.")
     method = catalogue.named_by[named[0]] if named else raw.get("method", label)
     entry = catalogue.find(method, where)
     if not named and "named_by" in entry.card:
@@ -72,7 +72,7 @@ def _entries(catalogue: Catalogue, label: str, raw: Mapping[str, Any]) -> Iterat
         if isinstance(value, list) and entry.card["parameters"].get(key, {}).get("type") != "array"
     ]
     if any(not params[key] for key in swept):
-        raise CatalogueError(f"{where}: a sweep needs at least one value, {swept[0]} has none.")
+        raise CatalogueError(f"{where}: a sweep must have at least one value. Got none for {swept[0]} instead.")
     listed = raw.get("targets")
     targets = None if listed is None else [target_of(value, f"{where}.targets.{i}") for i, value in enumerate(listed)]
     for values in itertools.product(*(params[key] for key in swept)):

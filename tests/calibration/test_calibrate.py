@@ -317,7 +317,7 @@ def test_both_paths_sum_alike(features, length):
 def test_statistics_of_too_few_tokens_are_refused():
     statistics = TapStatistics(3, 2, 4)
     statistics.update(torch.ones(1, 4, 3))
-    with pytest.raises(ValueError, match="awaited 8 tokens. Got 4"):
+    with pytest.raises(ValueError, match="must see 8 tokens. Got 4"):
         statistics.finish()
 
 

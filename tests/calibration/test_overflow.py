@@ -98,7 +98,7 @@ def test_no_advice_where_none_helps():
 def test_tuning_does_not_begin_without_a_loss():
     tunable = Tunable(Compressed(torch.ones(4, 4)), ROW, torch.ones(4, 4))
     settings = {"epochs": 1, "weights": 1e-3, "grid": 1e-3}
-    with pytest.raises(Diverged, match="Tuning cannot begin: the loss of what was compressed is nan"):
+    with pytest.raises(Diverged, match="Tuning cannot begin: the loss of the compressed layers is nan"):
         descend([tunable], lambda batch: torch.tensor(torch.nan), 2, settings, torch.Generator())
 
 
@@ -114,7 +114,7 @@ def test_weights_that_are_not_finite_are_named(tmp_path, name, value):
     weights[name].view(-1)[3] = value
     save_file(weights, file, metadata={"format": "pt"})
     spec = {"path": str(tmp_path / "model")}
-    expected = rf"not finite: {name} has NaN or Inf"
+    expected = rf"must be finite. Got NaN or Inf in {name} instead"
     with pytest.raises(InputError, match=expected):
         loading.load(spec)
     blocks = LazyBlocks(spec)

@@ -149,7 +149,7 @@ def test_weights_are_written_into_their_layers(tmp_path, build):
 
 UNFIT = {
     "missing": (lambda w, name: w.pop(name), "lacks layers of the model: model.layers.0.mlp.up_proj"),
-    "unknown": (lambda w, name: w.update({"model.layers.9.x": torch.ones(1)}), "the model has not: model.layers.9.x"),
+    "unknown": (lambda w, name: w.update({"model.layers.9.x": torch.ones(1)}), "the model lacks: model.layers.9.x"),
     "shape": (
         lambda w, name: w.update({name: w[name].T.contiguous()}),
         r"up_proj as \(48, 32\). Got \(32, 48\) instead",

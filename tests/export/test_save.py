@@ -313,7 +313,7 @@ def test_refusals_are_one_sentence(case, tmp_path):
 def test_a_model_that_the_cell_is_not_of_is_refused_in_every_format(case, tmp_path):
     other = Case(tmp_path / "other", "gpt2").prepare()
     for form in FORMATS:
-        with pytest.raises(InputError, match="has layers that the model has not"):
+        with pytest.raises(InputError, match="has layers that the model lacks"):
             main(
                 [
                     "--cell",

@@ -206,7 +206,7 @@ def test_the_bound_scales_with_weight_and_gram():
 
 
 def test_a_sum_has_no_bound():
-    with pytest.raises(ValueError, match="exists for masks and for low-rank factors alone"):
+    with pytest.raises(ValueError, match="must be a mask or low-rank factors alone"):
         lower_bound(layers.build("correlated"), Target(0.5, rank=0.1))
 
 

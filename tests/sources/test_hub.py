@@ -144,7 +144,7 @@ BROKEN_TEXTS = {
     "hub files": (HUB, "must list the data files of the data set 'organisation/name'"),
     "hub suffix": ({**HUB, "files": ["c4.py"]}, "Got c4.py instead"),
     "hub revision": ({"hub": "a/b", "files": ["a.txt"]}, "must name its `revision`"),
-    "hub name": ({**HUB_TEXT, "hub": "a/b/c"}, r"A hub name is 'organisation/name'\. Got 'a/b/c' instead"),
+    "hub name": ({**HUB_TEXT, "hub": "a/b/c"}, r"A hub name must be 'organisation/name'\. Got 'a/b/c' instead"),
 }
 
 

@@ -594,7 +594,10 @@ WRONG = {
         study(methods={"magnitude": {"convention": "offical"}}),
         "'offical' is not one of ['exact', 'official']",
     ),
-    "sweep": (study(methods={"sparsegpt": {"damping": []}}), "a sweep needs at least one value, damping has none."),
+    "sweep": (
+        study(methods={"sparsegpt": {"damping": []}}),
+        "a sweep must have at least one value. Got none for damping instead.",
+    ),
     "value of a sweep": (study(methods={"sparsegpt": {"damping": [1, -1]}}), "methods.sparsegpt: sparsegpt's damping"),
     "infinite": (
         study(methods={"sparsegpt": {"damping": math.inf}}),
@@ -640,7 +643,7 @@ WRONG = {
     ),
     "chain with a method": (
         study(methods={"a": {"method": "rtn", "chain": ["wanda", "rtn"]}}, targets=JOINT),
-        "methods.a: chain says the method. Got method: rtn beside it.",
+        "methods.a: chain names the method already. Got method: rtn beside it.",
     ),
     "chain with a parameter": (
         study(methods={"a": {"chain": ["wanda", "rtn"], "mse": True}}, targets=JOINT),
@@ -839,7 +842,10 @@ ABSENT = {
     "shard": (one_shard, "names files that are not there: model-00002-of-00002.safetensors."),
     "safetensors": (only_pickles, "only safetensors is read"),
     "bytes": (cut_off, "tiny/model.safetensors is cut off"),
-    "length": (short_model, "calibration.words: its length is 16, but the model 'tiny' takes at most 8 tokens."),
+    "length": (
+        short_model,
+        "calibration.words: its length must be at most 8 tokens for the model 'tiny'. Got 16 instead.",
+    ),
     "text": (no_text, "The file test.txt of the text 'test' does not exist."),
 }
 
