@@ -27,15 +27,22 @@ CARD = {
     "look": {"colour": "#AA4499", "marker": "D"},
     "checks": {
         "defaults": {"iterations": 20},
-        "variants": [{"step": "spectral"}, {"rounding": "gradual"}, {"acceleration": "momentum"}],
+        "variants": [
+            {"step": "spectral"},
+            {"rounding": "gradual"},
+            {"acceleration": "momentum"},
+            {"grid_from": "gptq", "step": "diagonal", "iterate": "accumulated"},
+            {"grid_from": "awq", "rounding": "gradual"},
+        ],
         "reference": True,
     },
     "parameters": {
         "warm_start": {"format": "method", "asked": "pruning", "description": "Method that prunes the first iterate."},
         "step": {
-            "enum": ["frobenius", "spectral"],
+            "enum": ["frobenius", "spectral", "diagonal"],
             "description": "frobenius: 2 / ||G||_F, and 1.5 / ||G||_F in iterations that round. spectral: 1 / "
-            "lambda_max(G), with which pruning never ascends.",
+            "lambda_max(G), with which pruning never ascends. diagonal (not in the paper): where it rounds each "
+            "input's own, 1 / (lambda_max of G scaled to ones on its diagonal times G_jj); frobenius elsewhere.",
         },
         "iterations": {
             "type": ["integer", "null"],
@@ -57,6 +64,19 @@ CARD = {
             "enum": ["none", "momentum"],
             "description": "momentum (not in the paper): Nesterov's, begun anew where the error rises; not with bits.",
         },
+        "grid_from": {
+            "format": "method",
+            "optional": True,
+            "asked": "grid",
+            "gives": ["gram", "mean", "absmean", "sequence_variance", "sample", "first_tokens"],
+            "description": "Not in the paper: quantiser at whose result the descent starts and whose grid it keeps. "
+            "Null: it starts at the weight, and grids are fitted anew in every iteration that rounds.",
+        },
+        "iterate": {
+            "enum": ["rounded", "accumulated"],
+            "description": "What steps are added to where it rounds. rounded: the rounded iterate. accumulated (not in "
+            "the paper): their sum, never rounded itself, so that steps too short to change a code add up.",
+        },
     },
 }
 ITERATIONS = {(True, False): 200, (False, True): 10, (True, True): 100}  # by whether it prunes, quantises
@@ -67,8 +87,9 @@ class AWP(Method):
     """Theta <- projection of Theta + step (W - Theta) G; the best iterate that meets the target is the result.
 
     To prune, Theta starts from the warm start. With bits it starts from W, whose first projection is RTN's; grids are
-    min-max and fitted anew in every projection, and the result is no worse than RTN or the warm start rounded.
-    `Projection` has the schedule of pruning and quantising together, which begins at W too.
+    min-max and fitted anew in every projection, and the result is no worse than RTN or the warm start rounded. With
+    `grid_from` it starts from that quantiser's result, and is no worse.
+    `Projection` has the schedule of pruning and quantising together, which begins at W always.
 
     No official code is known, and of the quantised part step, iterations and schedule are as reported, not checked
     against the paper. Chosen here: the linear ramp, the step by phase, min-max grids, best iterates; quantised
@@ -83,6 +104,8 @@ class AWP(Method):
     tolerance: float = 1e-4
     rounding: str = "full"
     acceleration: str = "none"
+    grid_from: Any = None
+    iterate: str = "rounded"
 
     def solve(self, layer: Layer, target: Target, rng: torch.Generator) -> Compressed:
         began = time.perf_counter()
@@ -91,16 +114,19 @@ class AWP(Method):
         else:
             weight, unit = ops.normalised(layer.weight)
             gram, gram_unit = ops.normalised(layer.gram.matrix)
-        steps = [step_size(layer.gram, gram, gram_unit, self.step, rounds) for rounds in (False, True)]
+        steps = [step_size(layer.gram, gram, gram_unit, self.step, rounds) for rounds in (False, bool(target.bits))]
         small = self.tolerance * float(weight.norm()) * float(gram.diagonal().mean())
         kind = bool(target.sparsity), bool(target.bits)
         iterations = ITERATIONS[kind] if self.iterations is None else self.iterations
-        projection = Projection(target, layer.keep, iterations, self.rounding == "gradual")
+        start = warm_started(self.warm_start, self.grid_from, layer, target, rng)
+        held = start.quantised if self.grid_from else None
+        projection = Projection(target, layer.keep, iterations, self.rounding == "gradual", held)
+        from_weight = bool(target.bits) and (held is None or bool(target.sparsity))
+        accumulates = bool(target.bits) and self.iterate == "accumulated"
 
-        start = warm_started(self.warm_start, layer, target, rng)
         theta, found, best = (start.weight.double() / unit).float(), None, None
         missing, before, momentum = weight - theta, None, Momentum(self.acceleration == "momentum" and not target.bits)
-        least, trace = float("inf"), []
+        least, trace, total = float("inf"), [], None
         for iteration in range(iterations + 1):
             gradient = missing @ gram  # [out, in], minus half the gradient
             objective, norm = objective_and_norm(gradient, missing)
@@ -113,8 +139,11 @@ class AWP(Method):
                 trace.append((iteration, time.perf_counter() - began, least if jumps else scaled))
             if iteration == iterations or (not target.bits and norm <= small):
                 break
-            now = (weight, torch.zeros_like(gradient)) if target.bits and iteration == 0 else (theta, gradient)
+            now = (weight, torch.zeros_like(gradient)) if from_weight and iteration == 0 else (theta, gradient)
             step = steps[iteration >= projection.unrounded]
+            if accumulates and iteration >= projection.unrounded:
+                now = now if total is None else (total, gradient)
+                total = now[0] + step * now[1]  # float64
             found, missing = projection.descend(weight, now, before or now, beta, step, iteration + 1)
             before, theta = now, found.weight
         if best is None:
