@@ -29,8 +29,7 @@ CARD = {
     "checks": {"reference": True, "variants": [{"start": "rtn", "pairs": False}, {"start": "sparsegpt"}]},
     "parameters": {
         "start": {
-            "format": "method",
-            "gives": ["gram", "mean", "absmean", "sequence_variance", "sample", "first_tokens"],
+            "$ref": "quantised_start",
             "description": "Method whose codes are changed and whose grid is kept; none that needs the cross-Gram, as "
             "the changes would undo what it makes up for.",
         },

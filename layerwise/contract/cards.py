@@ -177,6 +177,11 @@ PARAMETERS: dict[str, dict[str, Any]] = {
         "description": "Groups are runs of consecutive inputs, all fitted to the weight as it was.",
     },
     "mask_warm_start": {"format": "method", "description": "Method whose mask is refined."},
+    "quantised_start": {
+        "format": "method",
+        "gives": ["gram", "mean", "absmean", "sequence_variance", "sample", "first_tokens"],
+        "description": "Method whose codes are changed and whose grid is kept.",
+    },
     "mse": {
         "type": "boolean",
         "description": "Shrink each range to the one of 80 with the smallest sum of |error|^2.4.",

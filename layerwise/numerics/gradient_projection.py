@@ -11,6 +11,40 @@ from layerwise.contract.layer import Compressed, Gram, Layer, Method, Quantised,
 from layerwise.kernels import gradient_projection as kernel
 from layerwise.numerics import dispatch, ops
 
+ITERATIONS = {(True, False): 200, (False, True): 10, (True, True): 100}  # by whether it prunes, quantises
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A layer's weight [out, in] and Gram, divided by units: as they are in float64 with bits, else normalised float32.
+
+    float32 cannot tell two roundings of nearly the same error apart.
+    """
+
+    weight: Tensor
+    gram: Tensor
+    unit: float
+    gram_unit: float
+
+    @staticmethod
+    def of(layer: Layer, target: Target) -> Problem:
+        """Raises ValueError where weight or Gram is not finite."""
+        if target.bits:
+            return Problem(*ops.in_float64(layer), 1.0, 1.0)
+        weight, unit = ops.normalised(layer.weight)
+        gram, gram_unit = ops.normalised(layer.gram.matrix)
+        return Problem(weight, gram, unit, gram_unit)
+
+    def result(
+        self, best: Compressed | None, start: Compressed, pruned: bool, trace: list[tuple[int, float, float]]
+    ) -> Compressed:
+        """The best iterate in the layer's units, or the start where none is better than it."""
+        info, rows = ops.damping_of(start), tuple(trace)
+        if best is None:
+            return replace(start, trace=rows, info=info)
+        weight = (best.weight.double() * self.unit).float()
+        return replace(best, weight=weight, mask=best.mask if pruned else None, trace=rows, info=info)
+
 
 @dataclass(frozen=True)
 class Projection:
@@ -29,6 +63,11 @@ class Projection:
     iterations: int
     gradual: bool
     held: Quantised | None = None
+
+    @property
+    def begins_at_weight(self) -> bool:
+        """Whether the first step begins at the weight itself, and not at the start."""
+        return self.target.bits is not None and (self.held is None or bool(self.target.sparsity))
 
     @property
     def unrounded(self) -> int:
@@ -100,6 +139,31 @@ class Projection:
             moved = moved + beta * (now[0] - before[0]) + beta * step * (now[1] - before[1])
         found = self(moved.float(), iteration)
         return found, weight - found.weight
+
+
+class Steps:
+    """The steps of a run: from where each begins, how long it is, and its projection.
+
+    accumulates: whether a step that is rounded begins where the one before it ended before it was rounded.
+    """
+
+    def __init__(self, gram: Gram, problem: Problem, projection: Projection, step: str, accumulates: bool) -> None:
+        bits = projection.target.bits is not None
+        sizes = (step_size(gram, problem.gram, problem.gram_unit, step, rounds) for rounds in (False, bits))
+        self.weight, self.projection, self.sizes = problem.weight, projection, list(sizes)
+        self.accumulates, self.total, self.before = accumulates and bits, None, None
+
+    def take(self, iteration: int, theta: Tensor, gradient: Tensor, beta: float) -> tuple[Compressed, Tensor]:
+        """The projection after the step of that number, from 0, at an iterate; as `Projection.descend`."""
+        rounds = iteration >= self.projection.unrounded
+        step, now = self.sizes[rounds], (theta, gradient)
+        if iteration == 0 and self.projection.begins_at_weight:
+            now = (self.weight, torch.zeros_like(gradient))
+        if self.accumulates and rounds:
+            now = now if self.total is None else (self.total, gradient)
+            self.total = now[0] + step * now[1]  # in float64
+        before, self.before = self.before or now, now
+        return self.projection.descend(self.weight, now, before, beta, step, iteration + 1)
 
 
 def warm_started(
