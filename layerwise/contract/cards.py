@@ -33,6 +33,12 @@ CARD_SCHEMA = {
         },
         "updates_weights": {"type": "boolean"},
         "needs": {"type": "array", "items": {"enum": STATISTICS}},
+        # {statistic: {parameter: value}}: which of them it does without where its parameters have these values.
+        "unneeded": {
+            "type": "object",
+            "propertyNames": {"enum": STATISTICS},
+            "additionalProperties": {"type": "object"},
+        },
         "parameters": {"type": "object", "additionalProperties": {"type": "object"}},
         "control": {"type": "boolean"},
         "random": {"type": "boolean"},
@@ -197,6 +203,13 @@ PARAMETERS: dict[str, dict[str, Any]] = {
         "description": "Penalty on the disagreement of ADMM's two iterates.",
     },
 }
+
+
+def needed(card: Mapping[str, Any], params: Mapping[str, Any]) -> list[str]:
+    """What a method's card says that it needs where its complete parameters are these."""
+    spared = card.get("unneeded", {})
+    without = {name for name, where in spared.items() if all(params.get(key) == value for key, value in where.items())}
+    return [name for name in card["needs"] if name not in without]
 
 
 def merged(schema: Mapping[str, Any]) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import jsonschema
 
-from layerwise.contract.cards import METHOD, Kind, merged
+from layerwise.contract.cards import METHOD, Kind, merged, needed
 from layerwise.contract.import_closure import FOLDERS, closure, imports_of
 from layerwise.contract.target import LOW_RANK, SUM, Target, refusal
 
@@ -264,7 +264,7 @@ class Catalogue(Mapping[str, Entry]):
 
         A chain gives its layer to its methods alone, and needs what they need.
         """
-        own = set() if self[name].chains else set(self[name].card["needs"])
+        own = set() if self[name].chains else set(needed(self[name].card, params))
         return own.union(*(self.methods.needs(inner, own_params) for _, inner, own_params in self[name].inner(params)))
 
     def sources(self, name: str, params: Mapping[str, Any]) -> list[Path]:

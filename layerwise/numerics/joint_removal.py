@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-LARGEST = 2**22  # entries of the systems that are solved together, 32 MB
+LARGEST = 2**20  # entries of the systems that are solved together, 8 MB
 
 
 def multipliers(weight: Tensor, gone: Tensor, inverse: Tensor) -> Tensor:
