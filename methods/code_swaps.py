@@ -24,7 +24,7 @@ CARD = {
     "needs": ["gram"],
     "keeps_zeros": True,
     "criterion": "error",
-    "cost": {"weights": 12.0, "grams": 6.0, "products": 200.0},
+    "cost": {"weights": 12.2, "grams": 4.8, "products": 340.0},
     "look": {"colour": "#117733", "marker": "8"},
     "checks": {"reference": True, "variants": [{"start": "rtn", "pairs": False}, {"start": "sparsegpt"}]},
     "parameters": {

@@ -22,7 +22,7 @@ CARD = {
     "bits": [],
     "updates_weights": True,
     "needs": ["gram"],
-    "cost": {"weights": 15.4, "grams": 4.0, "products": 50.0},
+    "cost": {"weights": 15.4, "grams": 4.0, "products": 130.0},
     "look": {"colour": "#56B4E9", "marker": "d"},
     "checks": {"reference": True, "variants": [{"blocksize": 16}]},
     "parameters": {
