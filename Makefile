@@ -106,7 +106,7 @@ clean:  # everything that can be computed again
 # Everything but torch by the hashes of its files; of torch the index that PIP_FLAGS names may have a build of its own.
 # The project itself is a link to this folder, built with what requirements-build.lock pins; nothing else is fetched.
 .venv/installed: requirements.lock requirements-hashed.lock requirements-build.lock
-	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed, %s came: make PYTHON=python3.11" % sys.version.split()[0])'
+	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed. Got %s instead: make PYTHON=python3.11" % sys.version.split()[0])'
 	$(PYTHON) -m venv .venv
 	.venv/bin/python -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS) --no-deps --require-hashes \
 		--requirement requirements-hashed.lock

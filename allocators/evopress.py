@@ -132,5 +132,5 @@ class EvoPress(Allocator):
 
 
 def levels_of(places: Sequence[int], steps: Sequence[Steps], target: Target) -> list[float]:
-    """The level of each layer that stands so many steps from the budget."""
+    """The level of each layer at so many steps from the budget."""
     return [target.level + place * step.unit for place, step in zip(places, steps, strict=True)]

@@ -75,7 +75,7 @@ CARD = {
         "resolution": {
             "type": "integer",
             "minimum": 1000,
-            "description": "Sums of weights that are told apart at most; models of few sizes of layers need fewer.",
+            "description": "Most distinct sums of weights; models with few sizes of layers need fewer.",
         },
     },
 }

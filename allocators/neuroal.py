@@ -31,7 +31,7 @@ CARD = {
             "minItems": 1,
             "uniqueItems": True,
             "description": "Each lambda: the last block gives twice this more than the first. null: the paper's, 0.01 "
-            "to 0.1 by 0.01, 0.12, 0.15, 0.2, and 0.25 below 80 %.",
+            "to 0.1 by 0.01, 0.12, 0.15, 0.2, and 0.25 below 80%.",
         },
         "windows": {"type": "integer", "minimum": 1, "description": "Calibration sequences that activations are of."},
     },
@@ -67,7 +67,7 @@ class NeuroAL(Allocator):
             if math.isfinite(sum(apart)) and (best is None or sum(apart) < best[0]):
                 best = sum(apart), levels, apart
         if best is None:
-            raise ValueError("no width gives activations that are finite")
+            raise ValueError("no width gives finite activations")
         return Proposal(tuple(best[1]), tuple(best[2]))
 
     def schedule(self, parts: Sequence[Part], target: Target, width: float) -> list[float]:

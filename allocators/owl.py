@@ -38,7 +38,7 @@ CARD = {
         },
     },
 }
-LEAST = 0.01  # what the released code makes of a sparsity at or below zero
+LEAST = 0.01  # the released code's sparsity in place of one at or below zero
 
 
 @dataclass(frozen=True)

@@ -46,7 +46,6 @@ __all__ = [
     "output_error",
 ]
 
-CHECKOUT = "0+checkout"  # the version of a checkout that is not installed
 _MODULES = {
     "layerwise.api": ("LayerResult", "LowerBound", "calibrate", "compress_layer", "lower_bound", "output_error"),
     "layerwise.compression.model": ("compress_model",),
@@ -71,12 +70,16 @@ def __dir__() -> list[str]:
 
 
 def _version() -> str:
-    from importlib.metadata import PackageNotFoundError, version
+    """The version: that of pyproject.toml in a checkout, whose installed metadata may be older, else the metadata's."""
+    import tomllib
+    from importlib.metadata import version
 
-    try:
+    from layerwise.runtime.project import ROOT
+
+    project = ROOT / "pyproject.toml"
+    if not project.is_file():
         return version("layerwise")
-    except PackageNotFoundError:
-        return CHECKOUT
+    return tomllib.loads(project.read_text("utf-8"))["project"]["version"]
 
 
 class _Package(ModuleType):

@@ -78,7 +78,7 @@ class LayerResult:
 
 @dataclass(frozen=True)
 class LowerBound:
-    """What no mask of a pattern can beat, whichever method chooses it, if the weights that it keeps stay as they are.
+    """A lower bound on the output error of every mask of a pattern, where the kept weights stay as they are.
 
     output_error: the bound as a share of tr(W G W^T), to compare with `LayerResult.output_error`.
     absolute_error: the bound on tr((W - W_hat) G (W - W_hat)^T).

@@ -1,7 +1,7 @@
 """ADMM pruning: alternate least squares and projection on the pattern, with a fixed penalty (Boza, TMLR 2024).
 
 In coordinates where every input has norm one: B solves the damped least squares near Z - U, Z is B + U on the mask, U
-adds up what they disagree. The mask is chosen anew in the first `refresh` iterations and then fixed.
+adds up what they disagree. The mask is chosen again in each of the first `refresh` iterations and then fixed.
 """
 
 from dataclasses import dataclass

@@ -61,14 +61,14 @@ CARD = {
         },
         "acceleration": {
             "enum": ["none", "momentum"],
-            "description": "momentum (not in the paper): Nesterov's, begun anew where the error rises; not with bits.",
+            "description": "momentum (not in the paper): Nesterov's, restarted where the error rises; not with bits.",
         },
         "grid_from": {
             "$ref": "quantised_start",
             "optional": True,
             "asked": "grid",
             "description": "Not in the paper: quantiser at whose result the descent starts and whose grid it keeps. "
-            "Null: it starts at the weight, and grids are fitted anew in every iteration that rounds.",
+            "Null: it starts at the weight, and grids are fitted in every iteration that rounds.",
         },
         "iterate": {
             "enum": ["rounded", "accumulated"],
@@ -84,7 +84,7 @@ class AWP(Method):
     """Theta <- projection of Theta + step (W - Theta) G; the best iterate that meets the target is the result.
 
     To prune, Theta starts from the warm start. With bits it starts from W, whose first projection is RTN's; grids are
-    min-max and fitted anew in every projection, and the result is no worse than RTN or the warm start rounded; or from
+    min-max and fitted in every projection, and the result is no worse than RTN or the warm start rounded; or from
     what `grid_from` gives, and is no worse. `Projection` has the schedule of both together, which begins at W.
 
     No official code is known, and of the quantised part step, iterations and schedule are as reported, not checked

@@ -63,6 +63,6 @@ class Chain(Method):
             quantised = replace(quantised, codes=torch.where(mask, quantised.codes, zeros))
         weight = ops.quantised_values(quantised, target)
         if bool((weight[~mask] != 0).any()):
-            raise ValueError("A chain must keep its zeros on the grid, weights that were pruned came back.")
+            raise ValueError("A chain must keep its zeros on the grid. Got pruned weights that are not zero instead.")
         info = {**pruned.info, **result.info, **ops.damping_of(pruned, result)}
         return replace(result, weight=weight, mask=mask, quantised=quantised, trace=(), info=info)

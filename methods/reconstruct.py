@@ -80,7 +80,7 @@ def least_squares(weight: Tensor, mask: Tensor, gram: Tensor, damping: float) ->
             matrix = damped[inputs[:, :, None], inputs[:, None]]  # [u, kept, kept]
         if not used.all():
             matrix.mul_(used[:, :, None] & used[:, None])
-            matrix.diagonal(dim1=1, dim2=2).add_((~used).double())  # what fills up is an identity
+            matrix.diagonal(dim1=1, dim2=2).add_((~used).double())  # the padding is an identity
         if not cholesky_in_place(matrix):
             return None
         at, valid = (rows[:, :, None], inputs[:, None]), real[:, :, None] & used[:, None]  # [u, rows, kept]

@@ -1,7 +1,7 @@
 """ROCKET: a dense factor times a sparse one, from the singular vectors of the whitened weight.
 
 With n G = C C^T, X = C^T W^T [in, out] and its r leading left singular vectors U, X is nearly U V, V = U^T X. Of each
-column of V the entries of least importance go, some of all come back, and U is fitted anew to what is left.
+column of V the entries of least importance go, some of all come back, and U is fitted again to the rest.
 """
 
 from dataclasses import dataclass

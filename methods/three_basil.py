@@ -41,7 +41,7 @@ GROWTH = ((0.1, 1.1), (0.005, 1.05), (0.0, 1.02))  # of the penalty, where more 
 class ThreeBASiL(Method):
     """The projection of the last B, and the low-rank part that belongs to B as it was before, as released.
 
-    The truncated SVDs, random in the released code, are exact here: it differs from itself by up to 9 % with another
+    The truncated SVDs, random in the released code, are exact here: it differs from itself by up to 9% with another
     seed. layer: the published choice. No preconditions: the damping makes any finite Gram positive definite.
     """
 

@@ -53,7 +53,7 @@ for name in {LIGHT}:
 
 
 def room_of(path: Path) -> str:
-    """The folder of a module of the package; a module that stands in none is a room of its own."""
+    """The folder of a module of the package; a module that is in none is a room of its own."""
     return path.relative_to(PACKAGE).with_suffix("").parts[0]
 
 
@@ -104,7 +104,7 @@ def test_an_adapter_imports_no_other_adapter_and_nothing_beside_the_package(path
     assert not beside & {name[0] for name in names}
 
 
-def test_what_plans_a_study_loads_no_heavy_package():
+def test_planning_loads_no_heavy_package():
     """The Snakefile is parsed again by every job."""
     command = [sys.executable, "-c", IMPORT_EACH]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)

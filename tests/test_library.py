@@ -151,7 +151,7 @@ def test_a_label_is_read_as_the_target_that_it_is_of(pattern: dict, grid: dict, 
 
 
 @given(st.floats(0, 0.999, exclude_min=True), st.sampled_from(["row", "layer", "1x16"]))
-def test_a_label_that_drops_digits_is_read_as_it_stands(sparsity: float, pattern: str):
+def test_a_label_that_drops_digits_is_read_literally(sparsity: float, pattern: str):
     label = Target(sparsity, pattern).label
     read = Target.parse(label)
     assert read.label == label and read.sparsity == pytest.approx(sparsity, rel=1e-5)
@@ -180,13 +180,13 @@ LABELS = [
 
 
 @pytest.mark.parametrize("label", [*LABELS, 4, None])
-def test_what_is_no_label_is_one_sentence(label: Any):
+def test_an_invalid_label_is_one_sentence(label: Any):
     with pytest.raises(ValueError, match=r"^A target's label must be like '60% row'.* Got .* instead\.$"):
         Target.parse(label)
 
 
 @pytest.mark.parametrize("label", ["100% row", "9b", "4:4", "4b g0"])
-def test_what_no_target_can_be_is_no_label(label: str):
+def test_an_impossible_target_has_no_label(label: str):
     with pytest.raises(ValueError, match=r"^Target\..* Got .* instead\.$"):
         Target.parse(label)
 
@@ -391,7 +391,7 @@ def test_wrong_arguments_of_a_layer_are_one_sentence(tmp_path: Path):
 @pytest.mark.parametrize("method", ["gptq", {"gptq": {}}, layerwise.methods()["gptq"].path])
 def test_a_target_that_a_method_does_not_reach(method: Any):
     weight, x = small()
-    with pytest.raises(UnsupportedTarget, match=r"^gptq does not prune; 2:4 was asked of it\.$"):
+    with pytest.raises(UnsupportedTarget, match=r"^gptq does not prune\. Got the target 2:4 instead\.$"):
         layerwise.compress_layer(weight, Gram.from_inputs(x), "2:4", method)
 
 
@@ -556,16 +556,20 @@ def test_wrong_arguments_of_a_model_are_one_sentence():
             "text": "words",
             "samples": 0,
         },
-        "Calibration needs tokens [sequences, length] or a tokenizer. Got list instead.": {"tokenizer_or_tokens": [1]},
+        "The second argument must be tokens [sequences, length] or a tokenizer. Got list instead.": {
+            "tokenizer_or_tokens": [1]
+        },
         "layers must fit names such as model.layers.0.self_attn.q_proj. Got '*.fc1' instead.": {"layers": "*.fc1"},
         "layers must choose at least one of the 14 linear layers. Got none instead.": {"layers": lambda name: False},
         "Tokens must be integers [sequences, length], of at least one sequence and two tokens. Got torch.float32 "
         "[2, 24] instead.": {"tokenizer_or_tokens": batch.float()},
-        "The tokens lie between 3 and 200, but the model embeds 0 to 95": {
+        "The tokens must be 0 to 95, which the model embeds. Got 3 to 200 instead": {
             "tokenizer_or_tokens": batch.clone().fill_(3).index_fill_(1, torch.tensor([0]), 200)
         },
-        "The sequences have 65 tokens, but the model takes at most 64.": {"tokenizer_or_tokens": tokens(1, 65)},
-        "gptq does not prune; 2:4 was asked of it.": {"method": "gptq"},
+        "The sequences must have at most 64 tokens for this model. Got 65 instead.": {
+            "tokenizer_or_tokens": tokens(1, 65)
+        },
+        "gptq does not prune. Got the target 2:4 instead.": {"method": "gptq"},
         "words.txt cannot be read: ": {"tokenizer_or_tokens": print, "text": "words.txt"},
     }
     for sentence, wrong in cases.items():

@@ -27,7 +27,7 @@ def layered(nodes: Sequence[str], edges: Sequence[Edge]) -> Layering:
 
 
 def _layers(nodes: Sequence[str], edges: Sequence[Edge]) -> dict[str, int]:
-    """Node -> length of the longest way to it; a node to which none leads stands just left of what it leads to."""
+    """Node -> length of the longest way to it; a node to which none leads is just left of those it leads to."""
     before = {node: [a for a, b in edges if b == node] for node in nodes}
     after = {node: [b for a, b in edges if a == node] for node in nodes}
 

@@ -13,14 +13,14 @@ from website import notebook, reference, results
 from website.markdown import relinked, spaced
 
 SETTINGS = ROOT / "website/mkdocs.yml"
-# Repository -> site, for pages that do not stand below docs/.
+# Repository -> site, for pages that are not below docs/.
 ELSEWHERE = {
     "config/README.md": "reference/config-guide.md",
     "resources/demo/README.md": "results/demo-model.md",
     "CONTRIBUTING.md": "contributing.md",
     "CHANGELOG.md": "changelog.md",
 }
-# What a page is generated from -> that page: on the code host a link leads to the first, on the site to the second.
+# Source of a generated page -> that page. A link leads to the source on the code host, and to the page on the site.
 GENERATED = {
     "README.md": "index.md",
     "layerwise/__init__.py": "reference/api.md",

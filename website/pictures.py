@@ -1,4 +1,4 @@
-"""`python -m website.pictures`: draw the rooms of the code and the rules of a study, both read from the code.
+"""`python -m website.pictures`: draw the rooms of the code, the rules of a study, and the README's pictures.
 
 The pictures lie in figures/gallery. Each holds what it was drawn from, so that a test can say that it is out of date.
 """
@@ -13,26 +13,20 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
+from matplotlib.patches import FancyArrowPatch
 from matplotlib.path import Path as MPath
 
 from layerwise.figures.style import METADATA, styled
 from layerwise.runtime.errors import report_errors
 from layerwise.runtime.project import ROOT
-from website import plan
+from website import plan, readme_pictures
+from website.canvas import INK, STAGES, box, canvas
 from website.layering import layered
 
 GALLERY = ROOT / "figures/gallery"
 WIDTH = 7.0  # inches
 GAP = 0.1  # between boxes of rooms
 KEY = "Description"  # of the PNG's texts: what the picture was drawn from
-STAGES = {  # file of the rules -> what the stage is called, and its colour
-    "calibrate.smk": ("model, text and calibration", "#dbe9f6"),
-    "compress.smk": ("compression and bounds", "#fde3c8"),
-    "evaluate.smk": ("evaluation", "#d9f0e3"),
-    "collect.smk": ("tables, figures and report", "#eadcf0"),
-}
-INK = "#333333"
 
 
 def content(found: Any) -> str:
@@ -46,24 +40,6 @@ def kept(path: Path) -> str:
 
     with Image.open(path) as image:
         return str(image.info.get(KEY, ""))
-
-
-def box(axes: Axes, x: float, y: float, width: float, height: float, colour: str) -> None:
-    """A rounded box, centred at x and y."""
-    shape = FancyBboxPatch(
-        (x - width / 2, y - height / 2), width, height, boxstyle="round,pad=0,rounding_size=0.06",
-        facecolor=colour, edgecolor=INK, linewidth=0.7,
-    )  # fmt: skip
-    axes.add_patch(shape)
-
-
-def canvas(width: float, height: float) -> tuple[Figure, Axes]:
-    """A figure whose unit is an inch, without axes."""
-    figure = Figure(figsize=(width, height))
-    axes = figure.add_axes((0, 0, 1, 1))
-    axes.set(xlim=(0, width), ylim=(0, height))
-    axes.set_axis_off()
-    return figure, axes
 
 
 def draw_rooms(floors: list[list[tuple[str, str]]]) -> Figure:
@@ -151,6 +127,9 @@ def main(argv: list[str]) -> None:
     with styled():
         print(save(draw_rooms(floors), "rooms", floors))
         print(save(draw_graph(graph, files_of(graph)), "dag", [graph.nodes, graph.edges]))
+        stages, points = readme_pictures.stages(graph, files_of(graph)), readme_pictures.divergences()
+        print(save(readme_pictures.draw_stages(stages), "stages", stages))
+        print(save(readme_pictures.draw_divergences(points), "divergences", points))
 
 
 if __name__ == "__main__":

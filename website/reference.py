@@ -38,7 +38,7 @@ def config_keys() -> str:
 
 
 def _stages(schema: Schema) -> Iterator[str]:
-    """The stages of `tune`, which stand below a method."""
+    """The stages of `tune`, which are below a method."""
     tune = schema["$defs"]["tune"]
     yield f"## tune\n\n{tune['description']}\n"
     for name, stage in tune["properties"].items():

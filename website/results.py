@@ -25,7 +25,7 @@ def address(study: str) -> str:
 def page(study: str) -> str:
     """A study's tables as they were written, then its figures with their captions.
 
-    Links are relative to figures/gallery/STUDY, as in a page that stands there.
+    Links are relative to figures/gallery/STUDY, as in a page that is there.
     """
     folder = ROOT / GALLERY / study
     tables = folder / "main.md"

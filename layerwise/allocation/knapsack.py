@@ -35,7 +35,7 @@ def choose(
 
     errors, excess: [layers][options]; excess: whole numbers by which an option gives more than the layer's share of the
     budget. Every layer must have an option of excess zero, so that equal levels are among the picks. resolution: most
-    sums that are told apart; where there are more, excesses are rounded to multiples of a unit, and the true sum may
+    distinct sums; where there are more, excesses are rounded to multiples of a unit, and the true sum may
     miss zero by half a unit for each layer. Raises ValueError for errors that are not finite.
     """
     tables = [np.array(own, dtype=np.float64) for own in errors]

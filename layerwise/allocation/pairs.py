@@ -23,7 +23,7 @@ def pairs_of(given: Sequence[Mapping[str, Any]] | None, target: Target) -> list[
         try:
             found.append(_pair(option, target))
         except (ValueError, TypeError) as error:
-            raise ValueError(f"pairs.{number} is no target: {error}") from None
+            raise ValueError(f"pairs.{number} is not a target: {error}") from None
     return list(dict.fromkeys(found))
 
 

@@ -35,7 +35,7 @@ class _Stop(Exception):
 
 @dataclass(frozen=True)
 class Call:
-    """What a block is called with besides its hidden states, replayed unchanged."""
+    """A block's further arguments, besides its hidden states; they are replayed unchanged."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
@@ -73,7 +73,7 @@ def same(first: Any, second: Any) -> bool:
 
 @dataclass(frozen=True)
 class Pass:
-    """What a pass through the model shows: the hidden states that enter the first block, and each block's call.
+    """Records of a pass through the model: the hidden states that enter the first block, and each block's call.
 
     returned: of each block that was passed, 0 for a tensor, n for a tuple of n. extra: whether one returned something
     besides the hidden states.
@@ -192,7 +192,7 @@ class Stream:
         """Embed the tokens [samples, length], by default in batches of the size that `BATCH_BYTES` gives.
 
         folder: for files of hidden states (default: in memory): of those that enter a block, and of those that entered
-        the one before, whose work may have to begin anew. start: block that is next, whose inputs are there. beside:
+        the one before, whose work may have to begin again. start: block that is next, whose inputs are there. beside:
         whether the dense model's hidden states go along with those of blocks that are compressed on the way.
         Raises InputError when tokens or the model's blocks do not fit, and for experts with `beside`.
         """
@@ -202,7 +202,7 @@ class Stream:
         self.device = self.source.device
         self.samples, self.length = tokens.shape
         self.folder = folder
-        self.overflow: str | None = None  # what is said of the first output of a block that is not finite
+        self.overflow: str | None = None  # a sentence on the first output of a block that is not finite
         self._lost: tuple[int, int, Tensor] | None = None  # its block, batch and inputs
         self._calls: list[list[Call]] = []  # per batch, of every block
         if beside:
@@ -234,7 +234,7 @@ class Stream:
         return max(1, BATCH_BYTES.get(self.device.type, BATCH_BYTES_ELSEWHERE) // (self.length * widest * size))
 
     def _probe(self, tokens: Tensor) -> list[int]:
-        """What the blocks return, if their calls can be had without running them; else nothing.
+        """The blocks' return values, if their calls can be had without running them; else nothing.
 
         Two passes of a few tokens show whether the calls depend on more than the batch's shape. One block of each class
         is run for what it returns.
@@ -256,14 +256,14 @@ class Stream:
         one, other = calls(skip)
         if not same(one[0], other[0]):
             return []
-        # What a block returns besides may make the calls of the next.
+        # A block's further results may be arguments of the next.
         run, another = calls(()) if extra else (one, other)
         if not (same(one, other) and same(run, another)):
             raise InputError(f"{type(self.model).__name__} passes more than {HIDDEN} from block to block.")
         return skip if same(one, run) else []
 
     def _embed(self, tokens: Tensor) -> Tensor:
-        """What enters the first block; the blocks' calls are kept."""
+        """The hidden states that enter the first block; the blocks' calls are kept."""
         blocks = list(self.blocks)
         # Of one size alone: where the first block's mask fits any batch, a later one's may not (CWM).
         if self._calls and len(tokens) == self._first:
@@ -311,7 +311,7 @@ class Stream:
             raise Diverged(f"The activations of the calibration are not finite: {self.overflow}{also}.")
 
     def replay(self, block: Callable[..., Any], index: int, batch: int, hidden: Tensor) -> Tensor:
-        """What `block` gives for hidden states when it is called as block `index` is for this batch, with gradients."""
+        """The output of `block` for hidden states, called as block `index` is for this batch, with gradients."""
         own = hidden.to(self.device, copy=True)  # a block may write into its input
         return self._calls[batch][index].replay(block, own)
 
@@ -323,7 +323,7 @@ class Stream:
         the module whose output is not finite, and InputError naming block, tap and layers for Grams that are not, and
         the layers that do not see every token once.
         """
-        self._refuse()  # what a compressed block has passed on
+        self._refuse()  # checks the output of a compressed block
         name = f"{self.name}.{index}"
         drifted = index > 0 and not advance  # before the first block nothing is compressed
         recorder = TapRecorder(name, linears(self.blocks[index], name), self.samples, self.length, drifted)

@@ -78,7 +78,7 @@ def write_gram(
         contents = {"length": tokens.shape[1], "compute_dtype": computed_dtype(blocks.model)}
         contents |= {"blocks": found, "sha256": hashes}
         write_atomic(part / INDEX, json.dumps(contents, indent=1) + "\n")
-        if folder.exists():  # a folder of before that has no index
+        if folder.exists():  # an earlier folder, without an index
             shutil.rmtree(folder)
         part.replace(folder)
         checkpoint.remove()

@@ -35,7 +35,7 @@ def held(part: Path) -> Iterator[bool]:
 def clean(folder: Path, here: Path, dry: bool = False) -> int:
     """Remove what may go from a folder of stores; returns the bytes. here: the working directory.
 
-    With a store goes what says that this study has it, so that the next run that needs it computes it anew.
+    The record that this study has a store goes with it, so that the next run that needs the store computes it again.
     """
     freed = 0
     for path in sorted(path for path in folder.glob("*") if NAMES.fullmatch(path.name) and path.is_dir()):

@@ -49,13 +49,13 @@ def description(tap: Tap) -> dict[str, Any]:
 def read_index(folder: Path) -> dict[str, Any]:
     """{length, compute_dtype, blocks: [{tap: {layers, inside, in, tokens, scope}}], sha256: [of each block's file]}.
 
-    Taps stand in the order of their inputs. compute_dtype: of the forward passes.
+    Taps are in the order of their inputs. compute_dtype: of the forward passes.
 
     Raises InputError when the folder holds no complete Gram store.
     """
     path = Path(folder) / INDEX
     if not path.is_file():
-        raise InputError(f"Expected the Grams of a calibration at {folder}, which has no {INDEX}: run again.")
+        raise InputError(f"The Grams of a calibration at {folder} have no {INDEX}: run again.")
     return read_made(path)
 
 
@@ -78,11 +78,11 @@ def read_block(folder: Path, index: int, device: str = "cpu") -> Iterator[Tap]:
     The file is opened for each tap: what has been read of a mapped file counts as memory until it is closed.
 
     Raises InputError when its file is absent or, at the latest after the last tap, when it is damaged: then the store
-    is given up, so that the next run makes it anew.
+    is removed from use, so that the next run makes it again.
     """
     contents, path = read_index(folder), Path(folder) / block_file(index)
     try:
-        with ThreadPoolExecutor(1) as beside:  # what is done with the taps takes longer
+        with ThreadPoolExecutor(1) as beside:  # the work on the taps takes longer
             found = beside.submit(sha256, path)
             for name, entry in contents["blocks"][index].items():
                 yield _tap(path, name, entry, contents["length"], device)
@@ -102,7 +102,7 @@ def unless_damaged(pointer: Path | None) -> Iterator[None]:
         yield
     except InputError:
         folder = pointer and (pointer if pointer.is_dir() else named(pointer) if pointer.is_file() else None)
-        if folder and (folder / INDEX).is_file():  # else the error says that it was given up
+        if folder and (folder / INDEX).is_file():  # else the error says that it is no longer used
             for index, known in enumerate(read_index(folder)["sha256"]):
                 check_block(folder, index, sha256(folder / block_file(index)) == known)
         raise
@@ -130,7 +130,7 @@ def _tap(path: Path, name: str, entry: Mapping[str, Any], length: int, device: s
 def content(
     fingerprint: Path, model: Mapping[str, Any], tokens: Path, computed: str | None, code: str, device: str
 ) -> Any:
-    """What decides the Grams.
+    """Everything that decides the Grams.
 
     fingerprint: what fingerprint.py wrote of the model; model: its config entry, in the dtype of the calibration;
     computed: the dtype that passes are computed in, which depends on the machine; code: hash of that of the job.
@@ -154,19 +154,19 @@ def give_up(folder: Path, *pointers: Path) -> str:
             path.unlink(missing_ok=True)
     except OSError:
         return f"delete {' and '.join(map(str, known))}, and run again"
-    return "run again, which computes these Grams anew"
+    return "run again to compute these Grams"
 
 
 def store_of(pointer: Path) -> Path:
-    """The folder of the Grams that the file names, which the gram rule leaves; a folder stands for itself."""
+    """The folder of the Grams that the file names, which the gram rule leaves; a folder names itself."""
     if pointer.is_dir():
         return pointer
     if not pointer.is_file():
-        raise InputError(f"The Grams of {pointer} were given up during this run: run again, which computes them anew.")
+        raise InputError(f"The Grams of {pointer} were found damaged during this run: run again to compute them.")
     folder = named(pointer)
     if not (folder / INDEX).is_file():
         raise InputError(f"The Grams of {pointer} are no longer at {folder}: {give_up(folder, pointer)}.")
-    register(folder, pointer, INDEX, "The Grams")  # anew where the study has moved
+    register(folder, pointer, INDEX, "The Grams")  # again where the study has moved
     return folder
 
 

@@ -56,7 +56,7 @@ class StoredStates(Sequence[Tensor]):
 def store(folder: Path, index: int, batches: Iterable[Tensor], kind: str = "") -> StoredStates:
     """Write the states that enter block `index`; those that entered the block before the last are forgotten.
 
-    Those of the last one stay: whoever has read them may have to begin anew.
+    Those of the last one stay: their reader may have to begin again.
     """
     path, said = files_of(folder, index, kind)
     with writing(path):

@@ -70,7 +70,7 @@ class TapStatistics:
         alone.update(dense)
 
     def finish(self) -> tuple[Gram, Statistics]:
-        """The means over the tokens, in float32 on the device of the inputs; the accumulated sums are given up."""
+        """The means over the tokens, in float32 on the device of the inputs; the accumulated sums are freed."""
         if self.seen != self.tokens:
             raise ValueError(f"TapStatistics awaited {self.tokens} tokens. Got {self.seen} instead.")
         matrix = self.moment.finish()

@@ -188,7 +188,7 @@ class TapRecorder:
 
 
 def identity(inputs: Tensor) -> tuple[Any, ...]:
-    """What two tensors [..., in] share only if they are the same values in the same memory, while both are alive."""
+    """The identity of a tensor [..., in]: equal for two only if they are the same memory, while both are alive."""
     flat = inputs.flatten(0, -2)  # some blocks flatten [sequences, length, in] for a part of their layers
     strides = flat.stride() if flat.data_ptr() == inputs.data_ptr() else inputs.stride()  # flatten may have copied
     memory = (inputs.untyped_storage().data_ptr(), inputs.storage_offset(), inputs.dtype)

@@ -16,7 +16,7 @@ from layerwise.numerics import dispatch
 
 
 class Finding(AssertionError):
-    """A broken promise: the layer that shows it, what was expected, and what came instead."""
+    """A broken promise: the layer that shows it, the expected result and the actual one."""
 
     def __init__(self, layer: str, expected: str, came: object) -> None:
         super().__init__(f"{layer}: {expected}. Got {came} instead.")
@@ -42,7 +42,7 @@ class Case:
     entry: Entry
     method: Method
     target: Target
-    params: Mapping[str, Any]  # what differs from the defaults
+    params: Mapping[str, Any]  # changes to the defaults
     plain: bool = False  # in plain torch, where by default compiled code runs
 
     @property
@@ -73,7 +73,7 @@ class Case:
         with dispatch.reference() if self.plain else contextlib.nullcontext():
             result = self.method.compress(layer, self.target, torch.Generator().manual_seed(seed))
         came = type(result).__name__
-        demand(isinstance(result, Compressed), layer.name, "what a method returns must be a Compressed", came)
+        demand(isinstance(result, Compressed), layer.name, "a method's result must be a Compressed", came)
         return result
 
 

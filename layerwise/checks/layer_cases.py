@@ -1,6 +1,6 @@
 """Layers that methods are tried on: ordinary ones, and every kind that makes a method stumble.
 
-A layer is known by its name and built anew at every call, so that no tensor is shared.
+A layer is known by its name and built at every call, so that no tensor is shared.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def build(name: str) -> Layer:
 
 
 def _equal() -> Layer:
-    """All weights are equal, and no method can tell two inputs apart: every choice is a tie."""
+    """All weights are equal, and no method can distinguish two inputs: every choice is a tie."""
     one = torch.ones(64)
     statistics = Statistics(32, one, one, one, torch.ones(32, 64))
     return replace(build("constant weights"), name=EQUAL, gram=Gram(torch.eye(64), 1000), statistics=statistics)

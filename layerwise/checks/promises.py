@@ -230,7 +230,7 @@ def _absolute_error(layer: Layer, result: Compressed) -> float:
 
 
 def runner(case: Case, name: str) -> None:
-    """What the runner verifies of every result of every run (docs/contract.md), as it verifies it."""
+    """The runner's own verification of every result of every run (docs/contract.md)."""
     card, entry = case.entry.card, case.entry
     solver = Solver(
         entry.name, case.method, case.target, 0, mask_only=not card["updates_weights"], criterion=entry.criterion

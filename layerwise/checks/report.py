@@ -1,4 +1,4 @@
-"""What the battery found of one method's file: rows, and the text that a terminal shows."""
+"""The battery's findings on one method's file: rows, and the text that a terminal shows."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Report:
     name: str
     path: str
     rows: tuple[Row, ...]
-    asks: Mapping[str, str] = field(repr=False)  # what each check asks, in a sentence, in the checks' order
+    asks: Mapping[str, str] = field(repr=False)  # the demand of each check, in a sentence, in the checks' order
     seconds: float = 0.0
 
     @property

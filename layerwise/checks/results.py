@@ -27,7 +27,7 @@ def assert_tensors(layer: Layer, target: Target, result: Compressed) -> None:
     if target.sparsity and part is not None:
         weight = part.weight
         if mask is None:
-            raise Finding(layer.name, "a pruned layer must come with its mask", "None")
+            raise Finding(layer.name, "a pruned layer must have a mask", "None")
         expected, came = f"torch.bool {_words(weight.shape)}", f"{mask.dtype} {_words(mask.shape)}"
         demand((mask.shape, mask.dtype) == (weight.shape, torch.bool), layer.name, f"the mask must be {expected}", came)
         left = int(np.count_nonzero(weight.numpy()[~mask.numpy()]))
@@ -80,7 +80,7 @@ def assert_pattern(layer: Layer, target: Target, result: Compressed) -> None:
     if not target.sparsity:
         return
     if result.mask is None:
-        raise Finding(layer.name, "a pruned layer must come with its mask", "None")
+        raise Finding(layer.name, "a pruned layer must have a mask", "None")
     mask = result.mask.tolist()
     out, inputs = layer.weight.shape
     dropped = [[not kept for kept in row] for row in mask]
@@ -111,13 +111,13 @@ def assert_pattern(layer: Layer, target: Target, result: Compressed) -> None:
 def assert_grid(layer: Layer, target: Target, result: Compressed) -> None:
     """Promise 3: scale * (code - zero) / input scale in float32 is the weight at kept entries, and codes fit.
 
-    Of a format a level stands for code - zero, and scales are divided by the divisor of the layer first.
+    Of a format a level represents code - zero, and scales are divided by the divisor of the layer first.
     """
     if target.bits is None:
         return
     quantised = result.quantised
     if quantised is None:
-        raise Finding(layer.name, "a quantised layer must come with codes, scales and zeros", "None")
+        raise Finding(layer.name, "a quantised layer must have codes, scales and zeros", "None")
     codes, scales, zeros = quantised.codes.numpy(), quantised.scales.numpy(), quantised.zeros.numpy()
     inputs = layer.weight.shape[1]
     runs = np.arange(inputs) // (target.group or inputs)

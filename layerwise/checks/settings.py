@@ -1,4 +1,4 @@
-"""What methods are checked at: targets, and sets of parameters by their cards.
+"""The settings at which methods are checked: targets, and sets of parameters by their cards.
 
 A card's `checks` says what the checks take, where the defaults take minutes or choose one of several paths through the
 code. Without it they take the defaults, and beside them each value of a parameter that is an enum or a boolean.
@@ -42,12 +42,12 @@ ONE_OF_EACH = (
 
 
 def defaults(entry: Entry) -> dict[str, Any]:
-    """What differs from the method's defaults where the checks try these: fewer iterations, for one."""
+    """Changes to the method's defaults for the check of the defaults, such as fewer iterations."""
     return dict(_checks(entry).get("defaults", {}))
 
 
 def parameter_sets(entry: Entry) -> list[dict[str, Any]]:
-    """What differs from the method's defaults in each way in which it is tried, those of `defaults` first."""
+    """Changes to the method's defaults in each way in which it is tried, those of `defaults` first."""
     usual = defaults(entry)
     variants = _checks(entry).get("variants", _listed_values(entry))
     return [usual, *({**changed, **usual, **changed} for changed in variants)]
@@ -73,7 +73,7 @@ def no_descent(entry: Entry, params: Mapping[str, Any]) -> str | None:
 
 
 def known_failure(check: str, entry: Entry, params: Mapping[str, Any], target: Target) -> str | None:
-    """Why a check is known not to hold of the method, or None. What a card says is held to be true, too."""
+    """Why a check is known not to hold of the method, or None. A claim of a card is tested, too."""
     known = _checks(entry).get("known_failures", {}).get(check)
     if known is None or params != defaults(entry):
         return None

@@ -20,7 +20,7 @@ import torch
 from layerwise.contract.layer import Compressed, Layer, Method, Target
 from layerwise.numerics import ops
 
-# What the method is and can do, read as text: a literal. Every target that it does not list is refused.
+# The method's abilities, read as text: a literal. Every target that it does not list is refused.
 CARD = {
     "title": "TITLE",
     # "paper": "Its title", "arxiv": "2306.11695",

@@ -148,7 +148,7 @@ def run(context: typer.Context, study: Study, cores: Cores = None) -> None:
 
 @app.command(context_settings=FORWARD, epilog="Example: layerwise report embedded, then open results/report.html.")
 def report(context: typer.Context, study: Study = config_file.EMBEDDED, cores: Cores = None) -> None:
-    """Write a study as one HTML page, results/report.html. What has not been run yet is run first.
+    """Write a study as one HTML page, results/report.html. Cells without results are run first.
 
     Arguments that begin with a dash are Snakemake's own, and come after STUDY.
     """
@@ -296,6 +296,22 @@ def merge(
     print(module.merge_folders(folders, out, tolerance))
 
 
+@app.command(epilog="Example: layerwise leaderboard small=run1/results large=run2/results --out leaderboard.html")
+def leaderboard(
+    folders: Annotated[
+        list[str],
+        typer.Argument(help="Result folders, each as FOLDER or NAME=FOLDER. Merged ones too.", metavar="FOLDER..."),
+    ],
+    out: Annotated[Path, typer.Option(help="Page to write, .html.")] = Path("leaderboard.html"),
+) -> None:
+    """Rank the methods of several studies and models on one page, and mark where protocols differ."""
+    from layerwise.cli.workflow import check_writable
+    from layerwise.report import leaderboard_page as module
+
+    check_writable(out.parent)
+    print(module.write_leaderboard(folders, out))
+
+
 @app.command(epilog="Example: layerwise published paper-wanda-llama2 --unrun --out coverage")
 def published(
     study: Study,
@@ -338,7 +354,7 @@ def audit(
 ) -> None:
     """Verify pattern, grid and counts of every layer of a saved model. Exit status 1 when a layer is wrong."""
     if not folder.is_dir():
-        raise InputError(f"There is no folder {folder}.")
+        raise InputError(f"The folder {folder} does not exist.")
     wanted = None if target is None else _target(target)
     from layerwise.export import audit as module
 

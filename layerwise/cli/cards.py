@@ -54,7 +54,7 @@ def card(entry: Entry) -> str:
 
 
 def kind_of(schema: Mapping[str, Any]) -> str:
-    """What a parameter may be, in words."""
+    """The values that a parameter may have, in words."""
     if "enum" in schema:
         return "one of " + ", ".join(map(as_text, schema["enum"]))
     if schema.get("format") == "method":

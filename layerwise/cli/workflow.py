@@ -38,7 +38,7 @@ def arguments(study: Path, cores: str | None, passed_on: Sequence[str], targets:
 def study_and_rest(words: Sequence[str], default: str | None = None) -> tuple[str, list[str]]:
     """The study that leads what was typed, and Snakemake's own arguments, which follow it.
 
-    default: the study where none is typed. Raises InputError where an argument of Snakemake stands before the study, as
+    default: the study where none is typed. Raises InputError where an argument of Snakemake comes before the study, as
     it may take the next word for its value.
     """
     first, *rest = words

@@ -39,9 +39,9 @@ from layerwise.storage.table_schema import columns, first_line, from_rows, read_
 
 CELL = ["model", "calibration", "seed", "mode", "label", "target", "params"]
 _CELLS = list(columns("cells"))
-SPEC = _CELLS[: _CELLS.index("metric")]  # what was asked of a cell
+SPEC = _CELLS[: _CELLS.index("metric")]  # the request for a cell
 PROVENANCE = _CELLS[_CELLS.index("commit") :]
-# What decides a number beside the cell's spec: rows that differ in these are of two experiments.
+# Columns that decide a number beside the cell's spec: rows that differ in them are of two experiments.
 PROTOCOL = [
     *("model_sha256", "dtype", "compute_dtype"),
     *("calibration_sha256", "calibration_samples", "calibration_length", "calibration_seed"),
@@ -49,7 +49,7 @@ PROTOCOL = [
     *("eval_sha256", "eval_length", "eval_windows"),
     *("task_version", "fewshot", "items", "lm_eval"),
 ]
-MEASURED = ["metric", "text", "task_set", "task"]  # what a number of a cell is, and of what
+MEASURED = ["metric", "text", "task_set", "task"]  # the measure of a number of a cell, and its text or task
 TIMES = ("solve_seconds", "job_seconds")  # metrics that differ from run to run
 TOLD = ("seed", "params")  # columns of a key that tell cells apart only where nothing else does
 Tables = Mapping[str, pd.DataFrame]  # of one result folder, by name
@@ -72,7 +72,7 @@ def folder_of_tables(folder: Path) -> Path:
     for place in places:
         if (place / "cells.parquet").is_file():
             return place
-    raise InputError(f"Expected cells.parquet in {folder}, in tables or in results/tables below it; there is none.")
+    raise InputError(f"{folder} must hold cells.parquet, itself or in tables or results/tables. Got no such file.")
 
 
 def read_tables(folder: Path) -> dict[str, pd.DataFrame]:
@@ -82,8 +82,8 @@ def read_tables(folder: Path) -> dict[str, pd.DataFrame]:
 
 
 def read_numbers(folder: Path) -> dict[str, pd.DataFrame]:
-    """The tables by which two folders are compared, also of a version that had fewer columns, which are
-    empty and told. Raises InputError when one cannot be read, or lacks a column that names a number."""
+    """The tables by which two folders are compared. A table of an older version may lack columns; these are printed,
+    and empty. Raises InputError when a table cannot be read, or lacks a column that names a number."""
     place, data = folder_of_tables(folder), {}
     for table, value in (("layers", "output_error"), ("cells", "value")):
         try:
@@ -92,7 +92,7 @@ def read_numbers(folder: Path) -> dict[str, pd.DataFrame]:
             raise InputError(f"{place / table}.parquet cannot be read: {first_line(error)}") from None
         lacking = [name for name in columns(table) if name not in frame]
         if needed := [name for name in (*CELL, value) if name in lacking]:
-            raise InputError(f"{place / table}.parquet should have a column {needed[0]}, and has not.")
+            raise InputError(f"{place / table}.parquet must have a column {needed[0]}. Got none instead.")
         if lacking:
             print(f"{place / table}.parquet is of a version without {', '.join(lacking)}.")
         data[table] = frame.assign(**dict.fromkeys(lacking))
@@ -106,8 +106,9 @@ def check_tolerance(value: float) -> None:
 
 
 def numbers(data: Tables, cell: Sequence[str] = CELL) -> dict[str, pd.DataFrame]:
-    """What is compared of two folders: the output error of every layer, and every metric of every cell
-    that is no time; the columns `cell`, then those that name a number in it, then the number."""
+    """The numbers that are compared: the output error of every layer, and every metric of every cell but times.
+
+    The columns `cell` come first, then those that name a number in it, then the number."""
     cells = data["cells"]
     cells = select(cells, ~column(cells, "metric").isin(TIMES) & column(cells, "value").notna())
     cells = cells.fillna(dict.fromkeys(MEASURED, ""))
@@ -129,7 +130,8 @@ def changed_numbers(now: pd.DataFrame, accepted: pd.DataFrame, tolerance: float)
         twice = rows(select(frame, frame.duplicated(key)))
         if twice:
             raise InputError(
-                f"Expected one number per {', '.join(key)} among {side}, two are of {_name(twice[0], key)}."
+                f"{side.capitalize()} numbers must be one per {', '.join(key)}. "
+                f"Got two of {_name(twice[0], key)} instead."
             )
     plain = dict.fromkeys(key, object)  # pandas cannot join Arrow's strings of two tables without rows
     now, accepted = now.astype(plain), accepted.astype(plain)
@@ -154,7 +156,7 @@ def _name(row: Mapping[str, Any], key: Sequence[str]) -> str:
 def report(changes: pd.DataFrame, compared: int, what: str, tolerance: float) -> str:
     """The changes as an aligned table and their counts, or one line when there are none."""
     if changes.empty:
-        return f"{what}: all {compared} agree within {100 * tolerance:g} %."
+        return f"{what}: all {compared} agree within {100 * tolerance:g}%."
     key = [str(name) for name in changes.columns[:-4]]
     last = key[-1]
     # A sweep's labels tell its entries apart: parameters and seed are shown only where the rest of the key does not.
@@ -169,7 +171,7 @@ def report(changes: pd.DataFrame, compared: int, what: str, tolerance: float) ->
     ]
     counts = Counter(column(changes, "status"))
     summary = ", ".join(f"{counts[status]} {status}" for status in ("moved", "added", "gone"))
-    counted = f"{what}: {summary}; {compared} compared, tolerance {100 * tolerance:g} %."
+    counted = f"{what}: {summary}; {compared} compared, tolerance {100 * tolerance:g}%."
     widths = [max(map(len, texts)) for texts in zip(header, *lines, strict=True)]
     ruled = [header, ["-" * width for width in widths], *lines]
     return "\n".join([*aligned(ruled, right=range(2, len(header))), counted])
@@ -182,7 +184,7 @@ def _digits(value: float) -> str:
 def _percent(row: Mapping[str, Any]) -> str:
     if row["status"] != "moved":
         return str(row["status"])
-    return "from zero" if math.isinf(row["change"]) else f"{100 * row['change']:+.2f} %"
+    return "from zero" if math.isinf(row["change"]) else f"{100 * row['change']:+.2f}%"
 
 
 def hold(now: Tables, accepted: Tables, tolerance: float) -> bool:
@@ -254,8 +256,8 @@ def _agree(first: Tables, second: Tables, a: str, b: str, tolerance: float) -> N
         if moved:
             row, key = moved[0], ROW[table] if table == "bounds" else [*CELL, *ROW[table][len(SPEC) :]]
             raise InputError(
-                f"Expected numbers that agree within {100 * tolerance:g} %, {len(moved)} of the {table} tables of {a} "
-                f"and {b} do not; the first is {_digits(row['accepted'])} and {_digits(row['now'])} of "
+                f"Numbers of one cell must agree within {100 * tolerance:g}%. Got {len(moved)} in the {table} tables "
+                f"of {a} and {b} that do not; the first is {_digits(row['accepted'])} and {_digits(row['now'])} for "
                 f"{_name(row, key)}."
             )
 
@@ -273,12 +275,12 @@ def _same_results(first: pd.DataFrame, second: pd.DataFrame, a: str, b: str) -> 
             values = f"{name} ({row[f'{name}_a']} and {row[f'{name}_b']})"
             what = "whether there is a value" if name == "value" else values
             raise InputError(
-                f"Expected one result per cell, {a} and {b} differ in {what} of {_name(row, [*CELL, 'metric'])}."
+                f"There must be one result per cell. {a} and {b} differ in {what} of {_name(row, [*CELL, 'metric'])}."
             )
 
 
 def _same_names(first: pd.DataFrame, second: pd.DataFrame, a: str, b: str) -> None:
-    """Cells that only one folder has stand beside those of the other: their names must mean the same."""
+    """Raise InputError where a name means one thing in one folder and another in the other: cells share tables."""
     for name, key, meant in [*SAME, ("label", ("label", "method", "target"), ("params",))]:
         for meaning in meant:
             known = [columns_of(cells, [*key, meaning]).dropna().drop_duplicates() for cells in (first, second)]
@@ -287,7 +289,7 @@ def _same_names(first: pd.DataFrame, second: pd.DataFrame, a: str, b: str) -> No
             if len(differing):
                 row = rows(differing)[0]
                 raise InputError(
-                    f"Expected one meaning of {name} {row[name]}, {a} and {b} differ in its {meaning} "
+                    f"There must be one meaning of {name} {row[name]}. {a} and {b} differ in its {meaning} "
                     f"({row[f'{meaning}_a']} and {row[f'{meaning}_b']})."
                 )
 
@@ -335,9 +337,13 @@ def merge_folders(folders: Sequence[Path], out: Path, tolerance: float = TOLERAN
     check_tolerance(tolerance)
     places = {folder_of_tables(folder).resolve() for folder in folders}
     if len(places) < 2:
-        raise InputError(f"Expected at least two different folders to merge. Got {', '.join(map(str, folders))}.")
+        raise InputError(
+            f"There must be at least two different folders to merge. Got {', '.join(map(str, folders))} instead."
+        )
     if out.resolve() in places:
-        raise InputError(f"Expected a folder of its own for the merged tables. {out} is one of those to merge.")
+        raise InputError(
+            f"The merged tables must have a folder of their own. Got {out} instead, which is one of those to merge."
+        )
     merged = merge({folder: read_tables(folder) for folder in folders}, tolerance)
     write_merged(merged, out)
     cells = distinct(merged["cells"], SPEC)

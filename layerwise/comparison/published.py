@@ -188,7 +188,7 @@ def _measured(cells: pd.DataFrame) -> dict[tuple[str, ...], Row]:
 
 
 def _text(row: Row) -> str:
-    """What a row of `cells` was measured on, as a pair has it."""
+    """The text or task of a row of `cells`, named as in a pair."""
     return row["text"] if missing(row.get("task")) else task_title(row["task"], row["task_set"])
 
 

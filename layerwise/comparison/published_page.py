@@ -49,7 +49,7 @@ def sections(data: pd.DataFrame) -> Iterator[tuple[str, list[list[str]], list[st
 
 
 def _line(row: Mapping[str, Any], several: Sequence[str] = ()) -> list[str]:
-    """several: the columns that tell the cells of one entry and target apart."""
+    """several: the columns that distinguish the cells of one entry and target."""
     measured = "" if row["metric"] == "perplexity" else f": {row['metric']} on {row['text']}"
     several = [name for name in several if not measured or name != "text"]
     shown = [_shown(row[name]) for name in ("published", "ours", "difference", "tolerance")]

@@ -20,8 +20,8 @@ from layerwise.runtime.sentences import brief
 
 FILE = ROOT / "resources/published.csv"
 SCHEMA = ROOT / "workflow/schemas/published.schema.yaml"
-# Shares of the published value. Papers that run one method on one model under one protocol agree within 0.5 % for the
-# dense model, mostly within 2 % at half the weights or at 4 bits, and within 5 % beyond (docs/evaluation.md).
+# Shares of the published value. Papers that run one method on one model under one protocol agree within 0.5% for the
+# dense model, mostly within 2% at half the weights or at 4 bits, and within 5 % beyond (docs/evaluation.md).
 DENSE, NEAR, FAR = 0.005, 0.02, 0.05
 ERRORS = 2  # standard errors of ours within which two accuracies count as one
 PRINTED = re.compile(r"(\d+\.?\d*|\.\d+)(e[+-]?\d{1,3})?", re.ASCII | re.IGNORECASE)
@@ -38,11 +38,11 @@ def read_published(path: Path = FILE) -> list[dict[str, Any]]:
             reader = csv.DictReader(file, strict=True)
             header, records = list(reader.fieldnames or ()), list(reader)
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise InputError(f"{path} should be the table of published numbers, and cannot be read: {error}.") from None
+        raise InputError(f"{path}, the table of published numbers, cannot be read: {error}.") from None
     absent = [name for name in kinds if header.count(name) != 1]
     if absent:
         raise InputError(
-            f"{path} must have each column of {SCHEMA.name} once; {brief(', '.join(absent))} came otherwise."
+            f"{path} must have each column of {SCHEMA.name} once. Got none or two of {brief(', '.join(absent))}."
         )
     rows = []
     for number, record in enumerate(records, 2):
@@ -57,7 +57,7 @@ def read_published(path: Path = FILE) -> list[dict[str, Any]]:
 
 
 def _fault(row: Row) -> str | None:
-    """What a schema cannot say of a row that is to be compared, or None."""
+    """The fault in a row to be compared that a schema cannot express, or None."""
     strange = [name for name, value in row.items() if isinstance(value, float) and not math.isfinite(value)]
     if strange:
         return f"{strange[0]} is wrong: {row[strange[0]]} is not finite"
@@ -80,7 +80,7 @@ def _fault(row: Row) -> str | None:
     except ValueError as error:
         return f"its target is wrong: {str(error).rstrip('.')}"
     # The last digit that is printed says how far it is rounded.
-    return None if PRINTED.fullmatch(row["value"]) else f"value is wrong: {brief(repr(row['value']))} is no number"
+    return None if PRINTED.fullmatch(row["value"]) else f"value is wrong: {brief(repr(row['value']))} is not a number"
 
 
 def _typed(text: str | None, kinds: str | list[str]) -> Any:

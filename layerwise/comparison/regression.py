@@ -55,7 +55,7 @@ def numbers(tables: Path, table: str) -> pd.DataFrame:
 
 
 def accepted_numbers(folder: Path, table: str) -> pd.DataFrame:
-    """What `accept` wrote. Raises InputError when it is not there or of another layout."""
+    """The accepted numbers. Raises InputError when the file is absent or of another layout."""
     key, value = NUMBERS[table]
     path = folder / f"{table}.csv"
     if not path.is_file():

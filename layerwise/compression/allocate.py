@@ -69,7 +69,7 @@ class AllocateJob:
         return catalogue.allocator(name, self.spec["params"]), catalogue[name].needs(self.spec["params"])
 
     def probe(self, allocator: Allocator, needs: set[str], dtype: torch.dtype) -> Probe | None:
-        """What tries layers for an allocator that needs it; dtype: of the model."""
+        """The tool that tries layers, for an allocator that needs it; dtype: of the model."""
         if not needs & {"errors", "trials"}:
             return None
         method, candidates = allocator.candidates(self.target)
@@ -99,7 +99,7 @@ def allocate(job: AllocateJob) -> list[dict[str, Any]]:
 
 @contextmanager
 def trials_of(job: AllocateJob, parts: Sequence[Part], probe: Probe | None) -> Iterator[Trials | None]:
-    """The model to be tried, whole in memory; without a probe None. What it keeps is removed afterwards."""
+    """The model to be tried, whole in memory; without a probe None. Its files are removed afterwards."""
     if probe is None:
         yield None
         return
@@ -112,7 +112,7 @@ def trials_of(job: AllocateJob, parts: Sequence[Part], probe: Probe | None) -> I
 
 
 def targets_of(parts: Sequence[Part], proposal: Proposal, target: Target) -> list[Target]:
-    """What each layer is asked. Raises ValueError for a proposal that is not of every layer, or holds no budget."""
+    """The target of each layer. Raises ValueError for a proposal that lacks layers or misses the budget."""
     if len(proposal.scores) != len(parts):
         raise ValueError(f"scores must be {len(parts)}, one for each layer. Got {len(proposal.scores)} instead")
     if target.budget == JOINT:
@@ -199,7 +199,7 @@ def measured(
 def rows_of(
     parts: Sequence[Part], proposal: Proposal, targets: Sequence[Target], target: Target
 ) -> list[dict[str, Any]]:
-    """A row for each layer; what holds for all stands in every one."""
+    """A row for each layer; values that hold for all are repeated in each."""
     total, joint = sum(sizes(parts)), target.budget == JOINT
     levels = [own.level for own in targets]
     if joint:

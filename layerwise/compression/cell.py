@@ -184,7 +184,7 @@ class CellJob:
         return Solver(name, method, target, self.columns["seed"], dtype, mask_only, self.entry.criterion, targets)
 
     def decisive(self) -> dict[str, Any]:
-        """What decides the cell's results, in the words that a message about a change uses."""
+        """Everything that decides the cell's results, in the words of a message about a change."""
         spec = {key: value for key, value in self.spec.items() if key != "columns"}
         return ({"levels": sha256(self.levels)} if self.levels else {}) | {
             "spec": spec | {"seed": self.columns["seed"]},
@@ -219,7 +219,7 @@ def run(job: CellJob, then: Callable[[Path, str], None] = lambda weights, digest
 
 
 def compress(job: CellJob, checkpoint: Checkpoint) -> dict[str, Any]:
-    """Write a cell's layers, trace and weights; returns its record. What the checkpoint has is not computed again."""
+    """Write a cell's layers, trace and weights; returns its record. Blocks in the checkpoint are not computed again."""
     tokens, text = read_tokens(job.tokens)
     sequences = torch.from_numpy(tokens)
     compute_dtype.tell(job.model, job.computed, job.device)
@@ -296,7 +296,7 @@ def tuned(
 def record_of(job: CellJob, checkpoint: Checkpoint, text: Mapping[str, Any], model: PreTrainedModel) -> dict[str, Any]:
     """The cell's record: where it comes from and what it took; text: what the tokens' file says of itself."""
     fingerprint = read_made(job.fingerprint)
-    fingerprint.pop("files", None)  # one hash stands for all in the tables
+    fingerprint.pop("files", None)  # one hash represents all in the tables
     facts = {
         **provenance(job.device, torch.get_num_threads()),
         **fingerprint,

@@ -28,7 +28,7 @@ ITERATIONS = 100  # at most, in each of two relaxations
 EVERY = 10  # iterations between two evaluations of the bound
 TOLERANCE = 2e-3  # the Frank-Wolfe gap, as a share of the bound, at which a relaxation is solved
 ROUNDING = 1e-9  # share that the bound is lowered by, and the least allowance for rounding in eigenvalues
-CANCELLATION = 1e-12  # what it is lowered by besides, as a share of the sum of w_j^2 G_jj
+CANCELLATION = 1e-12  # its further reduction, as a share of the sum of w_j^2 G_jj
 INTERIOR = 1e-6  # by how much the first D lies inside what is positive definite
 SMALLEST_STEP = 1e-6  # a Newton step shortened further than this ends the search for D
 FLOAT32 = 2.0**-23  # twice the largest relative rounding of a number in float32
@@ -56,7 +56,9 @@ def lower_bound(layer: Layer, target: Target) -> Bound:
     if target.rank:
         raise ValueError(f"A lower bound exists for masks and for low-rank factors alone. Got {target.label} instead.")
     if target.structure not in CERTIFIED:
-        raise ValueError(f"A lower bound exists for {', '.join(CERTIFIED)} patterns. Got {target.label} instead.")
+        raise ValueError(
+            f"The pattern of a lower bound must be one of {', '.join(CERTIFIED)}. Got {target.label} instead."
+        )
     gram, gram_unit = ops.normalised(layer.gram.matrix)
     weight, weight_unit = ops.normalised(layer.weight)
     scale = gram.double().diagonal().clamp(min=0).sqrt()

@@ -117,7 +117,7 @@ def check(model: PreTrainedModel) -> None:
     if not isinstance(model, PreTrainedModel):
         raise ValueError(f"model must be a loaded transformers model. Got {type(model).__name__} instead.")
     if getattr(model.config, "quantization_config", None) is not None:
-        raise InputError("A model in floating point is needed, but this one is already quantised.")
+        raise InputError("The model must be in floating point. Got one that is already quantised instead.")
     devices = sorted({str(parameter.device) for parameter in model.parameters()})
     if len(devices) != 1 or devices == ["meta"]:
         raise InputError(f"model must be whole on one device. Got {', '.join(devices) or 'no parameters'} instead.")
@@ -175,7 +175,7 @@ def calibration_tokens(
         return tokenizer_or_tokens  # the stream checks them
     if not callable(tokenizer_or_tokens):
         came = type(tokenizer_or_tokens).__name__
-        raise ValueError(f"Calibration needs tokens [sequences, length] or a tokenizer. Got {came} instead.")
+        raise ValueError(f"The second argument must be tokens [sequences, length] or a tokenizer. Got {came} instead.")
     if text is None:
         raise ValueError("text must be given with a tokenizer: a text, documents or a file. Got None instead.")
     if length is None:
@@ -228,7 +228,7 @@ def as_it_was(model: PreTrainedModel) -> Iterator[None]:
 
 @contextmanager
 def saying(done: Sequence[str], total: int) -> Iterator[None]:
-    """Within it an error says which of the layers have been compressed before it came."""
+    """Within it an error names the layers that were compressed before it."""
     try:
         yield
     except BaseException as error:

@@ -1,4 +1,4 @@
-"""What a caller in Python asks for, as the runner wants it: a target from its label, a method from its name or file."""
+"""A Python caller's arguments in the runner's form: a target from its label, a method from its name or file."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def as_target(target: Target | str) -> Target:
 
 
 def resolve(method: MethodLike, parameters: Mapping[str, Any], target: Target) -> Resolved:
-    """The method that a name, {name: {parameters}}, the path of a method's file or an instance stands for.
+    """The method that a name, {name: {parameters}}, the path of a method's file or an instance represents.
 
     Raises CatalogueError (a ValueError) for an unknown name or parameter and a faulty file, UnsupportedTarget for a
     method that cannot reach the target.
@@ -63,7 +63,7 @@ def resolve(method: MethodLike, parameters: Mapping[str, Any], target: Target) -
 def refuse(reason: str | None, target: Target) -> None:
     """Raise UnsupportedTarget for a reason; every method leaves a layer of which nothing is asked as it is."""
     if reason and not target.dense:
-        raise UnsupportedTarget(f"{reason}; {target.label} was asked of it.")
+        raise UnsupportedTarget(f"{reason}. Got the target {target.label} instead.")
 
 
 def named(method: str | Path | Mapping[str, Any]) -> tuple[str, dict[str, Any], Catalogue]:
@@ -99,7 +99,7 @@ def built(catalogue: Catalogue, name: str, params: Mapping[str, Any]) -> Method:
 
 
 def entry_of(method: Method) -> Entry | None:
-    """What the file of an instance's class says of it; None where the file has no card or another class's."""
+    """The entry for the file of an instance's class; None where the file has no card or another class's."""
     file = getattr(sys.modules.get(type(method).__module__), "__file__", None)
     entry = read_entry(Path(file)) if file else None
     return entry if entry and entry.class_name == type(method).__name__ else None
@@ -125,7 +125,7 @@ def needed_statistics(method: Method) -> list[str]:
 
 
 def needs(method: Method) -> list[str]:
-    """What the cards of a method, and of methods inside it, say that they need.
+    """The needs of a method, and of methods inside it, by their cards.
 
     A chain gives its layer to its methods alone, and needs what they need.
     """

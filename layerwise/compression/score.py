@@ -96,4 +96,4 @@ def untrue(result: Compressed, error: float, whole: float) -> str | None:
     told = min(row[2] for row in result.trace)
     if abs(told - error) <= TRACE_ERROR * error + ROUNDING * whole:
         return None
-    return f"promise 10: the trace's least error must be that of the result, {error:.6g}, {told:.6g} came"
+    return f"promise 10: the trace's least error must be that of the result, {error:.6g}. Got {told:.6g} instead"

@@ -74,13 +74,17 @@ class Solver:
             raise InputError(f"{self.name} failed on {layer.name}: {type(error).__name__}: {error}") from error
         seconds = time.perf_counter() - start
         if not isinstance(result, Compressed):
-            raise InputError(f"{self.name} must return a Compressed on {layer.name}, {type(result).__name__} came.")
+            raise InputError(
+                f"{self.name} must return a Compressed on {layer.name}. Got {type(result).__name__} instead."
+            )
         written = [name for name, state in inputs_state(layer).items() if state != before[name]]
         if written:  # the score would compare the result with itself
-            raise self.breach(layer, f"promise 1: the inputs must be untouched, the {written[0]} was written to")
+            raise self.breach(layer, f"promise 1: the inputs must be untouched. Got a changed {written[0]} instead")
         changed = [name for name, state in process_state().items() if state != around[name]]
         if changed:  # later layers, and other methods' seconds, would depend on it
-            raise self.breach(layer, f"promise 4: global state must be left alone, {changed[0]} changed")
+            raise self.breach(
+                layer, f"promise 4: global state must be left alone. Got a change of {changed[0]} instead"
+            )
         return self.judged(layer, result, seconds)
 
     def breach(self, layer: Layer, broken: str) -> InputError:
@@ -140,7 +144,7 @@ class Solver:
 
 
 def process_state() -> dict[str, Any]:
-    """What a method could change for others: generators, torch's settings, and the functions that judge it."""
+    """State that a method could change for others: generators, torch's settings, the functions that judge it."""
     judges = [vars(module) for module in (sys.modules[__name__], score, verify, packed_weights)]
     numpys = np.random.get_state(legacy=False)["state"]
     return {
@@ -158,7 +162,7 @@ def process_state() -> dict[str, Any]:
 
 
 def inputs_state(layer: Layer) -> dict[str, tuple[int, float]]:
-    """What changes when a method writes into its inputs: through torch the version, through other memory the sum."""
+    """Marks that change when a method writes into its inputs: versions (through torch), sums (through other memory)."""
     tensors = {"weight": layer.weight, "gram": layer.gram.matrix}
     if layer.gram.apart:
         tensors |= {"cross-Gram": layer.gram.cross, "dense Gram": layer.gram.dense}

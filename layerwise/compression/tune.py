@@ -2,7 +2,7 @@
 
 blocks: GQSA's BQPO (Zeng et al.), block by block: kept weights, scales and zeros, so that the block's output is that of
 the dense model. end: its E2E-OQP, all blocks at once: scales and zeros, codes fixed, by the language-modelling loss on
-the calibration tokens. What comes out is exact: on the pattern, and codes, scales and zeros give the weight.
+the calibration tokens. The result is exact: on the pattern, and codes, scales and zeros give the weight.
 """
 
 from __future__ import annotations
@@ -113,12 +113,12 @@ class Tunable:
 
     @torch.no_grad()
     def compressed(self) -> Compressed:
-        """What the method returned with the weight, codes, scales and zeros of now."""
+        """The method's result with the present weight, codes, scales and zeros."""
         weight, quantised = self.parts()
         if quantised is None:
             return replace(self.result, weight=weight)
         codes = quantised.codes
-        if self.result.mask is not None:  # the code of a pruned weight is the one that stands for zero
+        if self.result.mask is not None:  # the code of a pruned weight is the one that represents zero
             codes = torch.where(self.result.mask, codes, quantised.zeros[:, ops.grouping(quantised, self.target)])
         return replace(self.result, weight=weight, quantised=replace(quantised, codes=codes.to(torch.uint8)))
 

@@ -49,25 +49,26 @@ def _plain(layer: Layer, target: Target, result: Compressed) -> str | None:
     optional = {"mask": result.mask}
     if result.quantised is not None:
         if not isinstance(result.quantised, Quantised):
-            return f"promise 1: quantised must be a Quantised, {type(result.quantised).__name__} came"
+            return f"promise 1: quantised must be a Quantised. Got {type(result.quantised).__name__} instead"
         parts = vars(result.quantised)
         tensors |= {name: parts[name] for name in ("codes", "scales", "zeros")}
         optional |= {name: parts[name] for name in ("group_of", "input_scale", "divisor", "levels")}
     if result.low_rank is not None:
         if not isinstance(result.low_rank, LowRank):
-            return f"promise 1: low_rank must be a LowRank, {type(result.low_rank).__name__} came"
+            return f"promise 1: low_rank must be a LowRank. Got {type(result.low_rank).__name__} instead"
         optional |= vars(result.low_rank)
     tensors |= {name: value for name, value in optional.items() if value is not None}
     expected = type(layer.weight)
     for name, value in tensors.items():
         if not isinstance(value, Tensor) or type(value) is not expected:
-            return f"promise 1: {name} must be a {expected.__module__}.{expected.__name__}, {type(value).__name__} came"
+            came = type(value).__name__
+            return f"promise 1: {name} must be a {expected.__module__}.{expected.__name__}. Got {came} instead"
         if value.requires_grad:
             return f"promise 1: {name} must not require a gradient"
         if value.layout != torch.strided:
-            return f"promise 1: {name} must be a dense tensor, {value.layout} came"
+            return f"promise 1: {name} must be a dense tensor. Got {value.layout} instead"
         if value.device == layer.weight.device and value.untyped_storage().data_ptr() in taken:
-            return f"promise 1: {name} must have memory of its own, it shares that of the inputs"
+            return f"promise 1: {name} must have memory of its own. Got the memory of the inputs instead"
     return None
 
 
@@ -75,53 +76,63 @@ def _tensor(layer: Layer, target: Target, result: Compressed) -> str | None:
     for name in ("shape", "dtype", "device"):
         expected, came = getattr(layer.weight, name), getattr(result.weight, name)
         if expected != came:
-            return f"promise 1: the weight's {name} must be {_words(expected)}, {_words(came)} came"
+            return f"promise 1: the weight's {name} must be {_words(expected)}. Got {_words(came)} instead"
     if not finite(result.weight):
-        return f"promise 1: the weight {NOT_FINITE}, {int((~torch.isfinite(result.weight)).sum())} entries are not"
+        ruined = int((~torch.isfinite(result.weight)).sum())
+        return f"promise 1: the weight {NOT_FINITE}. Got {ruined} entries of NaN or Inf instead"
     return None
 
 
 def _factors(layer: Layer, target: Target, result: Compressed) -> str | None:
-    """What is off with low-rank factors: their rank, the part beside them, or the sum."""
+    """The fault in low-rank factors: their rank, the part beside them, or the sum; or None."""
     low_rank = result.low_rank
     if (low_rank is None) != (target.rank == 0):
         came = "none" if low_rank is None else "some"
-        return f"promise 2: a target with a rank, and no other, must have low-rank factors, {came} came"
+        return f"promise 2: a target with a rank, and no other, must have low-rank factors. Got {came} instead"
     if low_rank is None:
         return None
     (out, inputs), rank = layer.weight.shape, target.rank_of(*layer.weight.shape)
     if (kept := low_rank.kept) is not None:
         rank = len(low_rank.right) if low_rank.right.ndim == 2 else rank
         if kept.dtype != torch.bool or kept.shape != (out, rank):
-            return f"promise 2: kept must be torch.bool [{out}, {rank}], {kept.dtype} {_words(kept.shape)} came"
+            return f"promise 2: kept must be torch.bool [{out}, {rank}]. Got {kept.dtype} {_words(kept.shape)} instead"
         bits, budget = 16 * (rank * inputs + int(kept.sum())) + out * rank, 16 * target.rank * out * inputs
         if bits > budget:
-            return f"promise 2: factors of {target.label} must take {budget:g} bits at most, {bits} came"
+            return f"promise 2: factors of {target.label} must take {budget:g} bits at most. Got {bits} instead"
     tensors = {"left": (low_rank.left, (out, rank)), "right": (low_rank.right, (rank, inputs))}
     if (low_rank.rest is None) != target.rest.dense:
         wanted, came = ("no", "one") if target.rest.dense else ("a", "none")
-        return f"promise 2: {target.label} must have {wanted} part beside its factors, {came} came"
+        return f"promise 2: {target.label} must have {wanted} part beside its factors. Got {came} instead"
     if low_rank.rest is not None:
         tensors["rest"] = (low_rank.rest, (out, inputs))
     for name, (tensor, shape) in tensors.items():
         if tensor.dtype != torch.float32 or tensor.shape != shape or tensor.device != layer.weight.device:
             came = f"{tensor.dtype} {_words(tensor.shape)} on {tensor.device}"
-            return f"promise 2: {name} must be torch.float32 {list(shape)} on the weight's device, {came} came"
+            return f"promise 2: {name} must be torch.float32 {list(shape)} on the weight's device. Got {came} instead"
         if not finite(tensor):
-            return f"promise 1: {name} {NOT_FINITE}, {int((~torch.isfinite(tensor)).sum())} entries are not"
+            ruined = int((~torch.isfinite(tensor)).sum())
+            return f"promise 1: {name} {NOT_FINITE}. Got {ruined} entries of NaN or Inf instead"
     if kept is not None and (left := int(low_rank.left.masked_fill(kept, 0.0).count_nonzero())):
-        return f"promise 1: left must be zero where kept is False, {left} entries are not"
+        return f"promise 1: left must be zero where kept is False. Got {left} entries that are not instead"
     wrong = int((product(low_rank) != result.weight).sum())
-    return f"promise 2: the weight must be the sum of its parts, {wrong} entries differ" if wrong else None
+    return (
+        f"promise 2: the weight must be the sum of its parts. Got {wrong} entries that differ instead"
+        if wrong
+        else None
+    )
 
 
 def _masked(layer: Layer, target: Target, result: Compressed) -> str | None:
     if result.mask is None:
-        return None if target.sparsity == 0 else "promise 1: a pruned layer must come with its mask, None came"
+        return None if target.sparsity == 0 else "promise 1: a pruned layer must have a mask. Got None instead"
     if result.mask.shape != layer.weight.shape or result.mask.dtype != torch.bool:
-        return f"promise 1: the mask must be bool {_words(layer.weight.shape)}, {result.mask.dtype} came"
+        return f"promise 1: the mask must be bool {_words(layer.weight.shape)}. Got {result.mask.dtype} instead"
     left = int(result.weight.masked_fill(result.mask, 0.0).count_nonzero())
-    return f"promise 1: the weight must be zero where the mask is False, {left} entries are not" if left else None
+    return (
+        f"promise 1: the weight must be zero where the mask is False. Got {left} entries that are not instead"
+        if left
+        else None
+    )
 
 
 def _pattern(layer: Layer, target: Target, result: Compressed) -> str | None:
@@ -135,10 +146,16 @@ def _pattern(layer: Layer, target: Target, result: Compressed) -> str | None:
         dropped = (came == 0).sum(1)
         wanted = int(target.sparsity * came.shape[1])
         wrong = int((dropped != wanted).sum())
-        return f"promise 2: {wanted} blocks must go in every row, {wrong} rows differ" if wrong else None
+        return (
+            f"promise 2: every row must lose {wanted} blocks. Got {wrong} rows that do not instead" if wrong else None
+        )
     wrong = int((came != expected).sum())
     where = {"row": "rows", "layer": "layer", "n:m": f"groups of {target.pattern}"}[target.structure]
-    return f"promise 2: the kept entries of {target.label} must be exact, {wrong} {where} differ" if wrong else None
+    return (
+        f"promise 2: the kept entries of {target.label} must be exact. Got {wrong} {where} that differ instead"
+        if wrong
+        else None
+    )
 
 
 def _grid(layer: Layer, target: Target, result: Compressed) -> str | None:
@@ -146,26 +163,26 @@ def _grid(layer: Layer, target: Target, result: Compressed) -> str | None:
         return None
     quantised = result.quantised
     if quantised is None:
-        return "promise 3: a quantised layer must come with codes, scales and zeros"
+        return "promise 3: a quantised layer must have codes, scales and zeros"
     codes, scales, zeros, input_scale = quantised.codes, quantised.scales, quantised.zeros, quantised.input_scale
     if codes.dtype != torch.uint8 or codes.shape != layer.weight.shape:
         came = f"{codes.dtype} {_words(codes.shape)}"
-        return f"promise 3: codes must be uint8 {_words(layer.weight.shape)}, {came} came"
+        return f"promise 3: codes must be uint8 {_words(layer.weight.shape)}. Got {came} instead"
     most = int(codes.max())
     if most >= 2**target.bits:
-        return f"promise 3: codes of {target.bits} bits must lie in [0, {2**target.bits - 1}], {most} came"
+        return f"promise 3: codes of {target.bits} bits must lie in [0, {2**target.bits - 1}]. Got {most} instead"
     out, inputs = layer.weight.shape
     group_of = ops.grouping(quantised, target)
     if group_of.shape != (inputs,) or group_of.dtype != torch.int64 or int(group_of.min()) < 0:
         came = f"{group_of.dtype} {_words(group_of.shape)}, least {group_of.min()}"
-        return f"promise 3: group_of must be int64 [{inputs}], at least 0, {came} came"
+        return f"promise 3: group_of must be int64 [{inputs}], at least 0. Got {came} instead"
     groups = int(group_of.max()) + 1
     shapes = {"scales": (out, groups), "zeros": (out, groups), "input_scale": (inputs,)}
     for name, tensor in (("scales", scales), ("zeros", zeros), ("input_scale", input_scale)):
         if tensor is not None and tensor.dtype != torch.float32:
-            return f"promise 3: {name} must be torch.float32, {tensor.dtype} came"
+            return f"promise 3: {name} must be torch.float32. Got {tensor.dtype} instead"
         if tensor is not None and tensor.shape != shapes[name]:
-            return f"promise 3: {name} must be {list(shapes[name])}, {_words(tensor.shape)} came"
+            return f"promise 3: {name} must be {list(shapes[name])}. Got {_words(tensor.shape)} instead"
     for name, tensor in (("scales", scales), ("input_scale", input_scale)):
         may_be_zero = name == "scales" and quantised.levels is not None
         if tensor is not None and not (((tensor >= 0) if may_be_zero else (tensor > 0)) & torch.isfinite(tensor)).all():
@@ -177,7 +194,7 @@ def _grid(layer: Layer, target: Target, result: Compressed) -> str | None:
     wrong = int((kept != result.weight).sum())
     by = "" if input_scale is None else " / input_scale"
     value = "scales * (codes - zeros)" if ops.book_of(quantised, target) is None else "scales * levels"
-    return f"promise 3: {value}{by} must equal the weight, {wrong} entries differ" if wrong else None
+    return f"promise 3: {value}{by} must equal the weight. Got {wrong} entries that differ instead" if wrong else None
 
 
 def _zeros(zeros: Tensor, target: Target, levels: bool) -> str | None:
@@ -189,11 +206,11 @@ def _zeros(zeros: Tensor, target: Target, levels: bool) -> str | None:
     else:
         off = (zeros != zeros.round()) | (zeros < 0) | (zeros >= 2**target.bits)
         expected = f"whole numbers in [0, {2**target.bits - 1}]"
-    return f"promise 3: zeros must be {expected}, {int(off.sum())} are not" if off.any() else None
+    return f"promise 3: zeros must be {expected}. Got {int(off.sum())} others instead" if off.any() else None
 
 
 def _book(quantised: Quantised, target: Target) -> str | None:
-    """What is off with levels, the divisor, and the scales of a format, or None."""
+    """The fault in levels, the divisor, or the scales of a format, or None."""
     assert target.bits is not None
     divisor, levels, rotation = quantised.divisor, quantised.levels, quantised.rotation
     if rotation is not None and not (
@@ -201,21 +218,22 @@ def _book(quantised: Quantised, target: Target) -> str | None:
         and 0 <= rotation.seed < 2**31
         and rotation.block == block_of(quantised.codes.shape[1], rotation.block)
     ):
-        return f"promise 3: a rotation must have a seed and a block that divides the inputs, {rotation} came"
+        return f"promise 3: a rotation must have a seed and a block that divides the inputs. Got {rotation} instead"
     if (divisor is None) == (target.format == "nvfp4"):
-        return f"promise 3: scales of nvfp4, and no others, must have a divisor, {divisor} came"
+        return f"promise 3: scales of nvfp4, and no others, must have a divisor. Got {divisor} instead"
     if divisor is not None and not (
         divisor.shape == (1,) and divisor.dtype == torch.float32 and 0 < divisor < math.inf
     ):
-        return f"promise 3: the divisor must be torch.float32 [1], positive and finite, {divisor} came"
+        return f"promise 3: the divisor must be torch.float32 [1], positive and finite. Got {divisor} instead"
     if levels is not None and target.format:
-        return f"promise 3: the levels of {target.format} are fixed, others came"
+        return f"promise 3: the levels of {target.format} are fixed. Got others instead"
     if levels is not None and (levels.shape != (2**target.bits,) or levels.dtype != torch.float32):
-        return f"promise 3: levels must be torch.float32 [{2**target.bits}], {levels.dtype} {_words(levels.shape)} came"
+        came = f"{levels.dtype} {_words(levels.shape)}"
+        return f"promise 3: levels must be torch.float32 [{2**target.bits}]. Got {came} instead"
     if levels is not None and not finite(levels):
         return "promise 3: levels must be finite"
     if target.format and (wrong := int((~expressible(quantised.scales, target)).sum())):
-        return f"promise 3: scales must be numbers that {target.format} has, {wrong} are not"
+        return f"promise 3: scales must be numbers that {target.format} has. Got {wrong} others instead"
     return None
 
 
@@ -231,26 +249,28 @@ def _moved(layer: Layer, target: Target, result: Compressed) -> str | None:
         return None
     moved = int((layer.weight != result.weight).masked_fill_(~result.mask, False).sum())
     return (
-        f"promise 7: a mask-only method must leave what it keeps unchanged, {moved} weights differ" if moved else None
+        f"promise 7: a mask-only method must leave what it keeps unchanged. Got {moved} weights that differ instead"
+        if moved
+        else None
     )
 
 
 def _told(layer: Layer, target: Target, result: Compressed) -> str | None:
-    """What tables show of a result as the method tells it."""
+    """The fault in the trace and info, which tables show as the method returns them, or None."""
     if not isinstance(result.info, Mapping) or not isinstance(result.trace, Sequence):
         came = f"{type(result.trace).__name__} and {type(result.info).__name__}"
-        return f"promise 10: trace and info must be a tuple and a dict, {came} came"
+        return f"promise 10: trace and info must be a tuple and a dict. Got {came} instead"
     for row in result.trace:
         if not isinstance(row, Sequence) or len(row) != 3 or not all(isinstance(x, numbers.Real) for x in row):
-            return f"promise 10: the trace must be rows of (iteration, seconds, objective), {row!r} came"
+            return f"promise 10: the trace must be rows of (iteration, seconds, objective). Got {row!r} instead"
         if not all(map(math.isfinite, row)):
-            return f"promise 10: the trace {NOT_FINITE}, {tuple(map(float, row))} came"
+            return f"promise 10: the trace {NOT_FINITE}. Got {tuple(map(float, row))} instead"
     iterations = [row[0] for row in result.trace]
     if any(not isinstance(i, numbers.Integral) or i < 0 for i in iterations) or iterations != sorted(set(iterations)):
-        return "promise 10: the iterations of a trace must be whole numbers that rise"
+        return "promise 10: the iterations of a trace must be rising whole numbers"
     damping = result.info.get("damping")
     if damping is not None and not (isinstance(damping, numbers.Real) and 0 <= float(damping) < math.inf):
-        return f"promise 10: info['damping'] must be a finite number, at least 0, {damping!r} came"
+        return f"promise 10: info['damping'] must be a finite number, at least 0. Got {damping!r} instead"
     gaps = result.info.get("duality_gaps")
     if gaps is not None and (len(gaps) != len(result.trace) or not all(isinstance(x, numbers.Real) for x in gaps)):
         return "promise 10: info['duality_gaps'] must be a number for each row of the trace"

@@ -1,1 +1,1 @@
-"""What a method is given and what it returns."""
+"""The contract of a method: its inputs and its result."""

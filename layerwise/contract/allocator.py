@@ -1,4 +1,4 @@
-"""What an allocator is given, and what it returns: one level for each layer of a model, from one budget for all."""
+"""The contract of an allocator: it gives each layer of a model a level, from one budget for all."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Proposal:
-    """What an allocator returns, in the order of the parts.
+    """An allocator's result, in the order of the parts.
 
     levels: share of zeros of each layer, or its bits; not read where it gives pairs. The runner holds the budget:
     levels that miss it are all moved by one number, and kept within limits (allocation/budget.py). scores: what the
@@ -98,7 +98,7 @@ class Allocator:
     but for those of the trials' seed."""
 
     def measure(self, layers: Iterator[DenseLayer]) -> Sequence[Any]:
-        """What is kept of each layer of one block until levels are chosen; the block's weights are gone by then."""
+        """The measurement of each layer of one block. It is kept until levels are chosen; the weights are not."""
         return [None for _ in layers]
 
     def candidates(self, target: Target) -> tuple[Method, Sequence[Candidate]]:

@@ -1,4 +1,4 @@
-"""What a method's card may say, and the parameters that cards share. Literals, free of torch."""
+"""The schema of a method's card, and the parameters that cards share. Literals, free of torch."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -7,7 +7,7 @@ from typing import Any
 from layerwise.contract.target import FORMATS
 
 STRUCTURES = ["dense", "row", "layer", "n:m", "1xb", "low rank"]
-# What the objective of a method's trace measures: the layer's error, that of a relaxed mask, or something of its own.
+# The measure of the objective in a method's trace: the layer's error, that of a relaxed mask, or something of its own.
 CRITERIA = ["error", "relaxed error", "own"]
 # "gram" and "cross_gram" are matrices of a Gram, the others fields of a Statistics.
 STATISTICS = ["gram", "cross_gram", "mean", "absmean", "sequence_variance", "sample", "first_tokens"]
@@ -46,7 +46,7 @@ CARD_SCHEMA = {
         "keeps_zeros": {"type": "boolean"},
         "joint_only": {"type": "boolean"},
         "bits_only": {"type": "boolean"},
-        "own_grid": {"type": "boolean"},  # its codes stand for levels of its own, or for a rotated weight
+        "own_grid": {"type": "boolean"},  # its codes represent levels of its own, or a rotated weight
         "sums": {"type": "boolean"},  # it gives low-rank factors beside what its patterns and bits say, and only so
         "sparse_factor": {"type": "boolean"},  # one of its factors is sparse, so that their rank may be higher
         "named_by": {"type": "string"},
@@ -77,7 +77,7 @@ CARD_SCHEMA = {
                 "marker": {"enum": MARKERS},
             },
         },
-        "checks": {  # what the contract's checks take (checks/settings.py)
+        "checks": {  # settings of the contract's checks (checks/settings.py)
             "type": "object",
             "additionalProperties": False,
             "properties": {
@@ -105,7 +105,7 @@ CARD_SCHEMA = {
 
 # Kinds of targets over whose layers a budget may be spread.
 LEVELLED = ["row", "layer", "n:m", "bits", "pruned and quantised"]
-SEEN = ["weight", "gram", "errors", "trials"]  # what an allocator may need; trials: the model at levels of its own
+SEEN = ["weight", "gram", "errors", "trials"]  # an allocator's possible needs; trials: the model at trial levels
 ALLOCATOR_SCHEMA = {
     "type": "object",
     "required": ["title", "needs", "budgets", "parameters"],
@@ -161,8 +161,8 @@ ALLOCATOR = Kind(
     instead=("search",),
 )
 
-# JSON Schemas of parameters that several methods have. {"$ref": "damping"} in a card stands for the schema of that name
-# here; what stands beside "$ref" comes in addition, or instead.
+# JSON Schemas of parameters that several methods have. {"$ref": "damping"} in a card means the schema of that name
+# here; keys beside "$ref" add to it, or replace its keys.
 PARAMETERS: dict[str, dict[str, Any]] = {
     "damping": {
         "type": "number",

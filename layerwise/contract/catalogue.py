@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from layerwise.contract.allocator import Allocator
     from layerwise.contract.layer import Method
 
-# What a result depends on besides the method's own file. An edit to one of these re-runs every cell.
+# Code that a result depends on besides the method's own file. An edit to one of these re-runs every cell.
 SHARED_SOURCES = tuple(closure(["layerwise.compression.verify"]))
 
 
@@ -36,7 +36,7 @@ class CatalogueError(ValueError):
 
 @dataclass(frozen=True)
 class Entry:
-    """What a method's file says of itself."""
+    """The card and class of a method's file."""
 
     name: str
     path: Path
@@ -52,7 +52,7 @@ class Entry:
 
     @property
     def criterion(self) -> str | None:
-        """What the objective of the method's trace measures; None for a method that returns no trace."""
+        """The measure of the objective in the method's trace; None for a method without a trace."""
         return self.card.get("criterion")
 
     @property
@@ -62,7 +62,7 @@ class Entry:
 
     @property
     def cost(self) -> Mapping[str, Any] | None:
-        """What a layer's solution takes, as the card has it: weights, grams, products (docs/adding-a-method.md)."""
+        """The cost of a layer on the card: weights, grams, products (docs/adding-a-method.md)."""
         return self.card.get("cost")
 
     @property
@@ -82,7 +82,7 @@ class Entry:
         return [name for name, schema in found if schema.get("items", {}).get("format") == "method"]
 
     def needs(self, params: Mapping[str, Any]) -> set[str]:
-        """What it sees where its complete parameters are these: as the card has it, and the Grams that this takes."""
+        """The inputs that the method sees with these complete parameters, by its card, and the Grams for them."""
         found = set(self.card["needs"])
         for key, values in self.card.get("needs_where", {}).items():
             found.update(values.get(params[key], ()))
@@ -210,9 +210,11 @@ class Catalogue(Mapping[str, Entry]):
     def _complete_warm_start(self, value: Any, where: str, outer: tuple[str, ...]) -> dict[str, Any]:
         name, params = next(iter(value.items())) if isinstance(value, dict) and len(value) == 1 else (value, {})
         if not isinstance(name, str) or not isinstance(params or {}, dict):
-            raise CatalogueError(f"{where}: expected a method's name or {{name: {{parameters}}}}, got {value!r}.")
+            raise CatalogueError(f"{where} must be a method's name or {{name: {{parameters}}}}. Got {value!r} instead.")
         if name in outer:
-            raise CatalogueError(f"{where}: the warm starts of {', '.join(outer)} lead back to {name}, so none begins.")
+            raise CatalogueError(
+                f"{where}: warm starts must not form a cycle. Got {' -> '.join([*outer, name])} instead."
+            )
         return {name: self._complete(name, params or {}, where, outer)}
 
     def refusal(self, name: str, params: Mapping[str, Any], target: Target) -> str | None:
@@ -260,7 +262,7 @@ class Catalogue(Mapping[str, Entry]):
         return None
 
     def needs(self, name: str, params: Mapping[str, Any]) -> set[str]:
-        """What the cards of a method with these complete parameters, and of methods inside it, say that they need.
+        """The needs of a method with these complete parameters, and of methods inside it, by their cards.
 
         A chain gives its layer to its methods alone, and needs what they need.
         """
@@ -333,15 +335,15 @@ def read_entry(path: Path, kind: Kind = METHOD) -> Entry | None:
         if isinstance(node, ast.ClassDef) and any(ast.unparse(base).split(".")[-1] == kind.base for base in node.bases)
     ]
     if len(classes) != 1:
-        raise CatalogueError(f"{path} must define one class derived from {kind.base}, {len(classes)} found.")
+        raise CatalogueError(f"{path} must define one class derived from {kind.base}. Got {len(classes)} instead.")
     _check_methods(classes[0], path, kind)
     if "named_by" in card and card["named_by"] not in card["parameters"]:
         raise CatalogueError(f"{path}: CARD['named_by'] must be a parameter. Got {card['named_by']!r} instead.")
     defaults = _defaults(classes[0], path)
     if set(defaults) != set(card["parameters"]):
         raise CatalogueError(
-            f"{path}: CARD['parameters'] and the fields of {classes[0].name} must be the same, "
-            f"{sorted(card['parameters'])} and {sorted(defaults)} came."
+            f"{path}: CARD['parameters'] and the fields of {classes[0].name} must be the same. "
+            f"Got {sorted(card['parameters'])} and {sorted(defaults)} instead."
         )
     needed = tuple(own for own in closure(imports_of(tree)) if own not in SHARED_SOURCES)
     return Entry(path.stem, path, classes[0].name, card, defaults, needed, kind)
@@ -387,7 +389,7 @@ def _meaning(schema: Mapping[str, Any]) -> str:
 
 
 def _advice(value: Any, schema: Mapping[str, Any]) -> str:
-    """What to write for a number that YAML reads as text, such as 1e-3."""
+    """Advice on a number that YAML reads as text, such as 1e-3."""
     with contextlib.suppress(ValueError):
         if isinstance(value, str) and schema.get("type") in ("number", "integer"):
             return f"; YAML reads {value} as text, write {float(value)!r}"
@@ -408,7 +410,7 @@ def _import(entry: Entry):
 
 
 def forget(path: Path) -> None:
-    """Import the file outside methods/ anew the next time that its method is built: it may have been edited."""
+    """Import the file outside methods/ again the next time that its method is built: it may have been edited."""
     sys.modules.pop(_module_name(path), None)
 
 

@@ -1,4 +1,4 @@
-"""What the factorisation of a Gram is made of (layerwise.contract.gram.Gram)."""
+"""The factorisation of a Gram (layerwise.contract.gram.Gram)."""
 
 import torch
 from torch import Tensor

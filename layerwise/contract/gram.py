@@ -43,7 +43,7 @@ class Gram:
             raise ValueError(f"cross and dense must be given together. Got {given} alone instead.")
         self.matrix = matrix
         self.tokens = tokens
-        self.apart = cross is not None  # whether x0 and x were told apart
+        self.apart = cross is not None  # whether x0 and x were distinguished
         self.knows_dense = self.apart or not drifted
         self._cross = cross if self.apart or drifted else matrix
         self._dense = dense if self.apart or drifted else matrix
@@ -129,7 +129,7 @@ class Gram:
         return value
 
     def once(self, key: Hashable, compute: Callable[[], Any]) -> Any:
-        """What compute() gives, at the first call with this key; it must depend on the matrices and the key alone."""
+        """The value of compute(), kept from the first call with this key. It depends on the matrices and the key."""
         if key not in self._kept:
             self._kept[key] = compute()
         return self._kept[key]
@@ -168,7 +168,7 @@ class Gram:
         if dead_diagonal is not None:
             diagonal[self.dead] = dead_diagonal
         mean = float(diagonal.mean()) or 1.0
-        # A dead input is coupled to no other: what stands on its diagonal, anything positive, matters to itself alone.
+        # A dead input is coupled to no other: what is on its diagonal, anything positive, matters to itself alone.
         diagonal[diagonal == 0] = mean
         used = damping
         while used <= LARGEST_DAMPING:

@@ -72,7 +72,7 @@ def _files(tree: ast.AST) -> Iterator[Path]:
 
 
 def _running(tree: ast.AST) -> Iterator[ast.AST]:
-    """The nodes in order, without what stands under TYPE_CHECKING."""
+    """The nodes in order, without what is under TYPE_CHECKING."""
     for node in ast.iter_child_nodes(tree):
         if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
             continue

@@ -30,7 +30,7 @@ class UnsupportedTarget(ValueError):
 
 @dataclass(frozen=True)
 class Statistics:
-    """What a Gram cannot give, per distinct input (tap). A card's `needs` names the fields a method uses."""
+    """Statistics of one distinct input (tap) that a Gram does not hold. A card's `needs` names those a method uses."""
 
     length: int  # tokens per calibration sequence
     mean: Tensor  # [in] mean activation
@@ -81,7 +81,7 @@ class Quantised:
     group_of: [in] int64, group of each input. None when groups are runs of `target.group` consecutive inputs.
     input_scale: [in] float32, positive and finite (AWQ). None when every input has the scale one.
     divisor: [1] float32, positive and finite, of all scales of the layer in nvfp4. None elsewhere.
-    levels: [2^bits] float32, finite: the layer's own code book, where codes stand for no integers. None elsewhere.
+    levels: [2^bits] float32, finite: the layer's own code book, where codes represent no integers. None elsewhere.
             With levels a scale may be 0.
     rotation: where the values are those of W Q, which Q^T turns back to the weight's. None where nothing is rotated.
     """
@@ -97,7 +97,7 @@ class Quantised:
 
     @property
     def own_grid(self) -> bool:
-        """Whether its codes stand for levels of its own, or for a rotated weight."""
+        """Whether its codes represent levels of its own, or a rotated weight."""
         return self.levels is not None or self.rotation is not None
 
 
@@ -119,7 +119,7 @@ class LowRank:
 
 @dataclass(frozen=True)
 class Compressed:
-    """What a method returns for a layer.
+    """A method's result for a layer.
 
     weight: [out, in] float32, the compressed weight: zero where mask is False, elsewhere the value of its code where
             the layer is quantised. With factors it is the sum S + B A, and mask and quantised are those of S.
@@ -178,7 +178,7 @@ class Method(ABC):
             return Compressed(layer.weight.clone())
         reason = self.refusal(target)
         if reason is not None:
-            raise UnsupportedTarget(f"{reason}; {target.label} was asked of it.")
+            raise UnsupportedTarget(f"{reason}. Got the target {target.label} instead.")
         return self.solve(layer, target, rng)
 
     @abstractmethod

@@ -21,7 +21,7 @@ class Parameter:
 
 @dataclass(frozen=True)
 class MethodCard:
-    """What a method's file says of itself.
+    """The facts in a method's card.
 
     paper, arxiv, code: of its source, where it has one.
     patterns: kinds of sparsity that it reaches: dense, row, layer, n:m, 1xb.

@@ -14,7 +14,7 @@ class _Products:
 
     def __init__(self, features: int, device: torch.device | str = "cpu") -> None:
         self.total = torch.zeros(features, features, dtype=torch.float64, device=device)
-        self.run = torch.zeros(features, features, dtype=torch.float32, device=device)  # what it lacks as yet
+        self.run = torch.zeros(features, features, dtype=torch.float32, device=device)  # its missing part so far
         self.in_run = 0  # tokens
         self.tokens = 0
 
@@ -31,7 +31,7 @@ class _Products:
         self.in_run = 0
 
     def finish(self) -> Tensor:
-        """[in, in] float32, the mean over the tokens on the device of the inputs; the accumulated sums are given up."""
+        """[in, in] float32, the mean over the tokens on the device of the inputs; the accumulated sums are freed."""
         self._end_run()
         matrix = self.run.copy_(self.total.div_(self.tokens))
         del self.total, self.run

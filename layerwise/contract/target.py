@@ -1,4 +1,4 @@
-"""What a compressed layer must satisfy: the target, free of torch so that the grid can be planned without it."""
+"""The target that a compressed layer must satisfy. Free of torch, so that the grid can be planned without it."""
 
 import re
 from collections.abc import Mapping
@@ -7,7 +7,7 @@ from decimal import Decimal
 from typing import Any
 
 PATTERN = re.compile(r"row|layer|[1-9]\d*:[1-9]\d*|1x[1-9]\d*")
-# What `Target.label` writes, with a space after each word.
+# The form of `Target.label`, with a space after each word.
 LABEL = re.compile(
     r"(?:(?P<n_of_m>[1-9][0-9]*:[1-9][0-9]*) |"
     r"(?P<percent>[0-9]+(?:\.[0-9]+)?(?:e[+-]?[0-9]+)?)% (?P<pattern>row|layer|1x[1-9][0-9]*) )?"
@@ -31,7 +31,7 @@ class Target:
               kept or dropped, floor(sparsity * blocks) dropped in every row. An incomplete last group or block counts
               as if it were filled up with zeros, which go first.
     bits:     width of the integer codes, 2 to 8, or None for floating point. Of a format it is 4; the format's name may
-              stand here instead of it.
+              replace it.
     group:    consecutive inputs of a row that share a scale and zero, or None for a whole row. A last group that is
               short has a scale and zero of its own. A format fixes it.
     symmetric: grid centred on zero.
@@ -57,10 +57,10 @@ class Target:
         if self.n_of_m:
             n, m = self.n_of_m
             if n >= m:
-                raise ValueError(f"Target.pattern n:m keeps n of m, n < m. Got {self.pattern!r} instead.")
+                raise ValueError(f"Target.pattern n:m must keep n of m, n < m. Got {self.pattern!r} instead.")
             if self.sparsity not in (0.0, 1 - n / m):
                 raise ValueError(
-                    f"Target.sparsity of pattern {self.pattern!r} is {1 - n / m:g}. Got {self.sparsity:g} instead."
+                    f"Target.sparsity of pattern {self.pattern!r} must be {1 - n / m:g}. Got {self.sparsity:g} instead."
                 )
             object.__setattr__(self, "sparsity", 1 - n / m)
         if not 0 <= self.sparsity < 1:
@@ -77,7 +77,7 @@ class Target:
         if not 0 <= self.rank < 1:
             raise ValueError(f"Target.rank must be a share of the weights, in [0, 1). Got {self.rank} instead.")
         if self.bits is None and (self.group is not None or self.symmetric):
-            raise ValueError("Target.group and Target.symmetric describe a grid: give bits too.")
+            raise ValueError("Target.bits must be given with Target.group or Target.symmetric. Got None instead.")
 
     def _fill_in_format(self) -> None:
         """Write out what a format fixes. Raises ValueError where something else is given beside it."""
@@ -157,17 +157,17 @@ class Target:
 
     @property
     def pruning(self) -> "Target":
-        """What it says of sparsity, without a grid or factors."""
+        """The sparsity alone, without a grid or factors."""
         return Target(self.sparsity, self.pattern)
 
     @property
     def grid(self) -> "Target":
-        """What it says of the grid, without sparsity or factors."""
+        """The grid alone, without sparsity or factors."""
         return Target(bits=self.bits, group=self.group, symmetric=self.symmetric, format=self.format)
 
     @property
     def rest(self) -> "Target":
-        """What it says of the part beside the factors; dense where there is none."""
+        """The target of the part beside the factors; dense where there is none."""
         return replace(self, rank=0.0)
 
     def rank_of(self, out: int, inputs: int) -> int:
@@ -176,7 +176,7 @@ class Target:
 
     @property
     def width(self) -> int | str | None:
-        """What a method's card lists under `bits`: the width of integer codes, or the format; None for no grid."""
+        """The entry in a card's `bits` list: the width of integer codes, or the format; None without a grid."""
         return self.format or self.bits
 
     @property
@@ -199,7 +199,7 @@ class Target:
 
     @property
     def level(self) -> float:
-        """What a layer gives: the share of zeros, or, where nothing is pruned, the bits of a code, or the rank."""
+        """The level of a layer: its share of zeros, or, where nothing is pruned, the bits of a code, or the rank."""
         if self.structure == LOW_RANK:
             return self.rank
         return float(self.bits) if self.bits is not None and not self.sparsity else self.sparsity
@@ -236,7 +236,7 @@ class Target:
         return " ".join(parts) or "dense"
 
     def as_dict(self) -> dict[str, Any]:
-        """Its fields as a config has them: a format stands under `bits`, and a rank only where it is asked for."""
+        """Its fields as a config has them: a format is under `bits`, and a rank only where there is one."""
         fields = asdict(self)
         rank = fields.pop("rank")
         return fields | {"bits": fields.pop("format") or self.bits} | ({"rank": rank} if rank else {})

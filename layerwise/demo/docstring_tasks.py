@@ -55,7 +55,7 @@ def last_words(entries: Sequence[tuple[str, str]], draw: random.Random) -> Itera
 
 
 def overlap(context: str, way: str) -> float:
-    """Share of the words of a way on that stand in the context too."""
+    """Share of a continuation's words that the context has too."""
     words, known = re.findall(r"\w+", way.lower()), set(re.findall(r"\w+", context.lower()))
     return sum(word in known for word in words) / max(len(words), 1)
 
@@ -100,7 +100,7 @@ def make(text: str, items: Mapping[str, int] = ITEMS, seed: int = SEED) -> dict[
         # Docstrings that are repeated word for word give an item once.
         found = list({str(item["context"]): item for item in maker(entries, draw)}.values())
         if len(found) < wanted:
-            raise InputError(f"The text should give {wanted} items of the task {name}, it gives {len(found)}.")
+            raise InputError(f"The text must give {wanted} items of the task {name}. Got {len(found)} instead.")
         draw.shuffle(found)
         made[name] = found[:wanted]
     return made

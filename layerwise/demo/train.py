@@ -105,7 +105,7 @@ def bits_per_byte(
 
 
 def batches(ids: torch.Tensor, batch: int, seed: int):
-    """Endless batches [batch, LENGTH + 1]: each epoch cuts the text anew from a random offset and shuffles the cuts."""
+    """Endless batches [batch, LENGTH + 1]: each epoch cuts the text from a new random offset and shuffles the cuts."""
     generator = torch.Generator().manual_seed(seed)
     while True:
         offset = int(torch.randint(LENGTH, (1,), generator=generator))

@@ -2,7 +2,8 @@
 
 The job that compresses a cell evaluates it at once, while it has the model in memory, and leaves the results in STORE
 (`evaluate_ahead`). The cell's own evaluation jobs then find them there and need neither torch nor the model. So do
-cells whose weights are the same, as those of a method without data are in both modes. What STORE lacks is computed.
+cells with equal weights, such as those of a method without data in both modes. Evaluations that STORE lacks are
+computed.
 """
 
 from __future__ import annotations
@@ -197,7 +198,7 @@ def computed_as(weights: Path, model: Mapping[str, Any], device: str) -> str | N
 
 
 def known(file: Path) -> str | None:
-    """What STORE has there; None for no file and for one that a crash of the machine has left empty or cut."""
+    """The content of a file of STORE; None for no file, and for one that a crash left empty or cut off."""
     try:
         text = file.read_text("utf-8")
         json.loads(text)

@@ -32,7 +32,7 @@ METRICS = ("kl", "kl_p99", "top1_agreement")  # of which the first and the last 
 
 
 def kl(dense: Tensor, compressed: Tensor) -> Tensor:
-    """KL(dense || compressed) [n] float64, in nats, of the distributions that logits [n, vocabulary] stand for.
+    """KL(dense || compressed) [n] float64, in nats, of the distributions that logits [n, vocabulary] represent.
 
     NaN where either's logits have one; infinite where only the compressed model rules a word out.
     """

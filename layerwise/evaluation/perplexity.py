@@ -132,7 +132,7 @@ def layers_of(model: nn.Module, file: PackedFile) -> dict[str, Linear]:
         raise InputError(f"{path} lacks layers of the model: {few(layers.keys() - names)}.")
     for name, layer in layers.items():
         if file.shapes[name] != layer.shape:
-            raise InputError(f"{path} should hold {name} as {layer.shape}. Got {file.shapes[name]} instead.")
+            raise InputError(f"{path} must hold {name} as {layer.shape}. Got {file.shapes[name]} instead.")
     return layers
 
 
@@ -158,7 +158,7 @@ def evaluate(
     seconds = time.perf_counter() - start
     try:
         found: dict[str, Any] = {"perplexity": perplexity(losses), "mean_loss": float(losses.mean())}
-    except InputError as error:  # a model that compression has ruined is a result, told as one
+    except InputError as error:  # a model that compression has ruined is a result, reported as one
         where = f" In the forward pass {stream.overflow}." if stream.overflow else ""
         found = {"perplexity": None, "mean_loss": None, "reason": f"the model has diverged: {error}{where}"}
     if divergence:

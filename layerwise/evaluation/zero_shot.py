@@ -112,7 +112,7 @@ def load_tasks(spec: Spec) -> Any:
     except Exception as error:  # definitions are others' code and templates: they raise whatever they like
         told = "; ".join(" ".join(str(one).split()) or type(one).__name__ for one in (error, error.__cause__) if one)
         if folder:
-            wanted = f"{folder} should hold them, in a folder of the data set's name or where the definition says"
+            wanted = f"{folder} must hold them, in a folder of the data set's name or where the definition says"
         else:
             wanted = (
                 "they need the network, a copy in the hub's cache, or a `folder`; HF_HUB_OFFLINE=1 forbids fetching"
@@ -155,7 +155,7 @@ def documents_hash(sets: list[Any]) -> str:
 def run(model: PreTrainedModel, tokenizer: Any, spec: Spec, entry: Mapping[str, Any]) -> dict[str, Any]:
     """lm-eval's results for a config entry's model: rows, one per task and metric, and samples, every item's score.
 
-    A task with a log-likelihood that is not finite has no values, and a reason. Groups stand for their tasks.
+    A task with a log-likelihood that is not finite has no values, and a reason. Groups represent their tasks.
     seconds: of the evaluation, the loading of the data included.
     Raises InputError when the tokenizer lacks a token that the tasks need.
     """
@@ -212,7 +212,7 @@ def watched_model(model: PreTrainedModel, tokenizer: Any, batch: int) -> Any:
             broken: list[torch.Tensor] = []
 
             def look(_: Any, __: Any, output: Any) -> None:
-                last = output.logits[:, -1]  # what comes before is asked for nothing
+                last = output.logits[:, -1]  # earlier logits are not needed
                 broken.append((last.isnan() | (last == math.inf)).any(dim=-1))
 
             hook = model.register_forward_hook(look)
@@ -262,7 +262,7 @@ def rows_of(
 
 
 def named(metric: str, filtered: str) -> str:
-    """What the cells' tables call a metric of lm-eval, of answers read by a filter."""
+    """The name in our tables of a metric of lm-eval, with the filter that reads the answers."""
     return RENAMED.get(metric, metric) + ("" if filtered == "none" else f",{filtered}")
 
 

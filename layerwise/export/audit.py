@@ -31,7 +31,7 @@ from layerwise.sources.config_faults import config_fault
 from layerwise.storage.bits_per_weight import kept_blocks
 from layerwise.storage.packed_weights import PackedFile
 
-MARKS = {"zeros", "sha256", "input_scale", "reordered"}  # what a manifest says of a layer
+MARKS = {"zeros", "sha256", "input_scale", "reordered"}  # a manifest's entries for a layer
 
 
 @dataclass(frozen=True)
@@ -41,13 +41,13 @@ class Found:
     weight: Tensor  # [out, in], in the model's dtype
     mask: Tensor | None
     stored: int  # bytes
-    grid: str | None = None  # what is off with the grid
-    note: str = "holds"  # what is said where nothing is off
+    grid: str | None = None  # the fault in the grid
+    note: str = "holds"  # the note on a right layer
 
 
 @dataclass(frozen=True)
 class Line:
-    """What the audit says of a layer; fault: None where nothing is off."""
+    """The audit's verdict on a layer; fault: None where the layer is right."""
 
     layer: str
     out: int
@@ -110,7 +110,7 @@ def open_folder(
         file = PackedFile(folder / WEIGHTS)
         return Folder("packed", file.target.grid, shapes or file.shapes, partial(read_packed, file, dtype))
     if config is None:
-        raise InputError(f"{folder} is no saved model: it has neither config.json nor {WEIGHTS}.")
+        raise InputError(f"{folder} is not a saved model: it has neither config.json nor {WEIGHTS}.")
     tensors, scheme = Tensors(folder), getattr(config, "quantization_config", None)
     if scheme is None:
         marks = said.get("layers", {})
@@ -127,7 +127,7 @@ def open_folder(
     known = ["pack-quantized", *PACKINGS]
     if scheme.get("format") not in known or len(scheme["config_groups"]) != 1:
         which = " or ".join(known)
-        raise InputError(f"{folder} is {scheme.get('format')}, only {which} with one group of layers is read.")
+        raise InputError(f"{folder} must be {which} with one group of layers. Got {scheme.get('format')} instead.")
     weights = next(iter(scheme["config_groups"].values()))["weights"]
     group = weights["group_size"] if weights["strategy"] == "group" else None
     if own := PACKINGS.get(scheme["format"]):
@@ -192,7 +192,7 @@ def read_dense(
 
 
 def grid_fault(weight: Tensor, target: Target) -> str | None:
-    """What is off with the grid of a dequantised weight [out, in], or None."""
+    """The fault in the grid of a dequantised weight [out, in], or None."""
     if target.bits is None:
         return None
     groups = ops.grouped(weight, target.group or weight.shape[1], 0.0).flatten(0, 1)
@@ -230,9 +230,11 @@ def read_pack_quantized(tensors: Tensors, linear: Linear, grid: Target, dtype: t
     names = ["weight_packed", "weight_scale", "weight_shape", *([] if grid.symmetric else ["weight_zero_point"])]
     parts = {name: tensors.get(f"{linear.name}.{name}") for name in names}
     if parts["weight_shape"].tolist() != [rows, inputs]:
-        raise ValueError(f"its shape must be [{rows}, {inputs}], {parts['weight_shape'].tolist()} came")
+        raise ValueError(f"its shape must be [{rows}, {inputs}]. Got {parts['weight_shape'].tolist()} instead")
     if f"{linear.name}.weight_g_idx" in tensors.files:
-        raise ValueError("its groups are no runs of consecutive inputs, which this audit cannot read")
+        raise ValueError(
+            "its groups must be runs of consecutive inputs. Got others instead, which this audit cannot read"
+        )
     groups, scales = -(-inputs // (grid.group or inputs)), parts["weight_scale"]
     if scales.shape != (rows, groups) or not (torch.isfinite(scales).all() and (scales > 0).all()):
         raise ValueError(f"its scales must be [{rows}, {groups}], positive and finite")
@@ -255,7 +257,7 @@ def from_words(words: Tensor, bits: int, lines: int, length: int) -> Tensor:
     """[lines, length] uint8 numbers of `bits` bits, each line in whole 32-bit words, lowest bits first."""
     size = -(-length * bits // 32)
     if words.dtype != torch.int32 or words.shape != (lines, size):
-        raise ValueError(f"{lines} x {length} numbers take [{lines}, {size}] int32, {list(words.shape)} came")
+        raise ValueError(f"{lines} x {length} numbers must be [{lines}, {size}] int32. Got {list(words.shape)} instead")
     octets = words.contiguous().numpy().astype("<i4").view(np.uint8)  # [lines, bytes]
     digits = np.unpackbits(octets, axis=1, bitorder="little")[:, : length * bits]
     return torch.from_numpy(np.packbits(digits.reshape(lines, length, bits), axis=2, bitorder="little")[..., 0])
@@ -265,7 +267,7 @@ def from_words(words: Tensor, bits: int, lines: int, length: int) -> Tensor:
 
 
 def pattern_fault(weight: Tensor, mask: Tensor | None, target: Target) -> str | None:
-    """What is off with the pattern of a layer [out, in], or None.
+    """The fault in the pattern of a layer [out, in], or None.
 
     With a mask the counts must be exact; without one, as a kept weight may be zero, no group may have more weights that
     are not zero than the pattern keeps.
@@ -293,7 +295,7 @@ def check(folder: Folder, name: str, target: Target, saved: Mapping[str, Any] | 
     except (ValueError, SafetensorError, InputError) as error:
         return Line(name, *folder.layers[name], 0, 0, str(error).rstrip("."))
     if tuple(found.weight.shape) != folder.layers[name]:
-        fault = f"it should be {folder.layers[name]}, {tuple(found.weight.shape)} came"
+        fault = f"its shape must be {folder.layers[name]}. Got {tuple(found.weight.shape)} instead"
         return Line(name, *folder.layers[name], 0, found.stored, fault)
     counted = int((found.weight == 0).sum())
     seen = found.mask is not None or not target.rank  # of a sum the mask alone shows which entries of S are kept
@@ -316,7 +318,7 @@ def audit(
     declares another grid, or says nothing of a target where none is given.
     """
     if not folder.is_dir():
-        raise InputError(f"There is no folder {folder}.")
+        raise InputError(f"The folder {folder} does not exist.")
     try:
         said = read_record(folder / MANIFEST) if (folder / MANIFEST).is_file() else {}
         targets: dict[str, Target] = {}
@@ -332,17 +334,19 @@ def audit(
         file = PackedFile(folder / WEIGHTS)
         target, targets = file.target, file.targets
     if target is None:
-        raise InputError(f"{folder} does not say what its layers should be: give --target.")
+        raise InputError(f"{folder} names no target for its layers: give --target.")
     try:
         opened = open_folder(folder, said, target, trust_remote_code, targets)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:  # what config.json or an index says is of no use
-        raise InputError(f"What {folder} says of its weights is of no use: {type(error).__name__}: {error}.") from None
+    except (KeyError, TypeError, ValueError, AttributeError) as error:  # of config.json or an index
+        raise InputError(
+            f"The description of the weights in {folder} cannot be used: {type(error).__name__}: {error}."
+        ) from None
     if opened.grid not in (None, target.grid):
-        raise InputError(f"{folder} declares the grid {opened.grid.label}, that of {target.label} was expected.")
+        raise InputError(f"{folder} must declare the grid of {target.label}. Got {opened.grid.label} instead.")
     layers = said.get("layers", {})
     if layers and layers.keys() != opened.layers.keys():
         others = few(layers.keys() ^ opened.layers.keys())
-        raise InputError(f"{folder / MANIFEST} lists other layers than the model has: {others}.")
+        raise InputError(f"{folder / MANIFEST} must list the layers of the model. Got differences instead: {others}.")
     lines = [check(opened, name, targets.get(name, target), layers.get(name)) for name in opened.layers]
     return opened.form, target, lines
 
@@ -362,11 +366,11 @@ def table(lines: list[Line]) -> str:
 
 
 def summary(form: str, target: Target, lines: list[Line]) -> str:
-    """What all layers are together, in one line."""
+    """All layers together, in one line."""
     weights, zeros, stored = (sum(getattr(line, name) for line in lines) for name in ("weights", "zeros", "stored"))
     return (
         f"{form}, {target.label}: {len(lines)} layers, {weights:,} weights, {zeros:,} zeros "
-        f"({100 * zeros / weights:.3f} %), {stored:,} bytes, {8 * stored / weights:.4f} bits per weight."
+        f"({100 * zeros / weights:.3f}%), {stored:,} bytes, {8 * stored / weights:.4f} bits per weight."
     )
 
 

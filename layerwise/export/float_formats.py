@@ -42,9 +42,11 @@ def unpacked_format(parts: Mapping[str, Tensor], target: Target, shape: tuple[in
     (rows, inputs), packed, scales = shape, parts["weight_packed"], parts["weight_scale"]
     assert target.group
     if packed.dtype != torch.uint8 or packed.shape != (rows, inputs // 2):
-        raise ValueError(f"its codes must be uint8 [{rows}, {inputs // 2}], {packed.dtype} {list(packed.shape)} came")
+        raise ValueError(
+            f"its codes must be uint8 [{rows}, {inputs // 2}]. Got {packed.dtype} {list(packed.shape)} instead"
+        )
     if scales.shape != (rows, -(-inputs // target.group)):
-        raise ValueError(f"its scales must be [{rows}, {-(-inputs // target.group)}], {list(scales.shape)} came")
+        raise ValueError(f"its scales must be [{rows}, {-(-inputs // target.group)}]. Got {list(scales.shape)} instead")
     steps = steps_of(scales_of_format(scales, target), parts.get("weight_global_scale"))
     if not (torch.isfinite(steps).all() and (steps > 0).all()):
         raise ValueError("its scales must be positive and finite")

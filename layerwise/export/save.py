@@ -34,7 +34,7 @@ from layerwise.storage.packed_weights import PackedFile, quantised_of, reordered
 
 WEIGHTS = "weights.safetensors"  # the compressed layers of a cell, and of a packed folder
 REST = "rest.safetensors"  # the other parameters of a packed folder
-MANIFEST = "layerwise.json"  # what a folder's layers should be
+MANIFEST = "layerwise.json"  # describes the layers of a folder
 
 
 # ------------------------------------------------------------------------------------------------------------- formats
@@ -67,7 +67,7 @@ def load_packed(folder: Path, trust_remote_code: bool = False) -> PreTrainedMode
     config._experts_implementation = loading.EXPERTS
     model = AutoModelForCausalLM.from_config(config, dtype=config.dtype, trust_remote_code=trust_remote_code)
     if not (folder / REST).is_file():
-        raise InputError(f"{folder} is no packed model: it has no {REST}.")
+        raise InputError(f"{folder} is not a packed model: it has no {REST}.")
     rest = load_file(folder / REST)
     absent, unknown = model.load_state_dict(rest, strict=False)
     parameters = model.state_dict()
@@ -134,7 +134,7 @@ def refuse_inexpressible(linear: Linear, result: Compressed, target: Target, dty
     """Raise InputError, in one sentence, for what the pack-quantized format has no place for."""
     inputs, quantised, why = linear.shape[1], quantised_of(result), None
     if not isinstance(linear.module, nn.Linear):
-        why = f"{type(linear.module).__name__} is no torch Linear"
+        why = f"{type(linear.module).__name__} is not a torch Linear"
     elif quantised.input_scale is not None:
         why = "it has a scale for each input (AWQ)"
     elif quantised.rotation is not None:
@@ -174,7 +174,7 @@ FORMATS = {"dense": save_dense, "packed": save_packed, "compressed-tensors": sav
 
 
 def read_cell(folder: Path) -> tuple[dict[str, Any], PackedFile]:
-    """What a cell's folder says of itself, and its compressed layers. Raises InputError when it has them no more."""
+    """The record of a cell's folder, and its compressed layers. Raises InputError when the weights are gone."""
     if not (folder / "cell.json").is_file():
         raise InputError(f"{folder} must be the folder of a cell. Got one without cell.json instead.")
     if not (folder / WEIGHTS).is_file():
@@ -191,7 +191,7 @@ def read_cell(folder: Path) -> tuple[dict[str, Any], PackedFile]:
 
 
 def manifest(record: Mapping[str, Any], file: PackedFile, form: str, dtype: torch.dtype) -> dict[str, Any]:
-    """What the folder should hold: target, zeros and weights of every layer, and where it comes from."""
+    """The manifest of the folder: target, zeros and weights of every layer, and the origin of the cell."""
     layers = {}
     for name in file.shapes:
         result = file.read(name)

@@ -94,7 +94,7 @@ def budgets(data: pd.DataFrame) -> pd.DataFrame:
 
 
 def unit_of(row: Mapping[str, Any], budget: str) -> str:
-    """What the budget of a row counts; budget: its short name."""
+    """The unit of a row's budget; budget: its short name."""
     if not row["sparsity"]:
         return "bits"
     zeros = "zeros of n:m patterns" if ":" in row["pattern"] else f"zeros of every {row['pattern']}"
@@ -202,4 +202,4 @@ def _budget_axis(axis: Axes, places: Sequence[float], share: bool) -> None:
     axis.set_xlim(min(places) - 0.1 * spread, max(places) + 0.1 * spread)
     axis.xaxis.set_minor_locator(NullLocator())
     axis.xaxis.set_major_locator(FixedLocator(list(places)))
-    axis.set_xticks(list(places), [f"{100 * place:g} %" if share else f"{place:g}" for place in places])
+    axis.set_xticks(list(places), [f"{100 * place:g}%" if share else f"{place:g}" for place in places])

@@ -59,9 +59,9 @@ def main(argv: list[str]) -> None:
     args = parser.parse_args(argv)
     for path in args.out:
         if path.suffix not in style.METADATA:
-            raise InputError(f"Expected --out files that end in {', '.join(style.METADATA)}. Got {path} instead.")
+            raise InputError(f"--out must end in {', '.join(style.METADATA)}. Got {path} instead.")
     if not args.table.is_file():
-        raise InputError(f"Expected the table of decode.py at {args.table}, which does not exist.")
+        raise InputError(f"The table {args.table} does not exist: `layerwise decode` writes it.")
     with style.styled():
         figure = decode(pd.read_csv(args.table))
         for path in args.out:

@@ -36,7 +36,7 @@ from layerwise.storage.frames import (
 from layerwise.storage.table_schema import COMPARISONS
 
 KINDS_PER_ROW = 4
-TITLE_CHARACTERS = 32  # what stands beside each other above a panel
+TITLE_CHARACTERS = 32  # titles side by side above a panel
 
 
 def error_along_depth(layers: pd.DataFrame) -> Figure:
@@ -53,7 +53,7 @@ def error_along_depth(layers: pd.DataFrame) -> Figure:
 def error_reduction(layers: pd.DataFrame) -> Figure:
     """Share of Wanda's error that a method saves, along the blocks at one target, a panel per kind of layer.
 
-    As figures 1 and 2 of SparseFW's paper (arXiv 2510.13713); methods that update weights stand in a band of their own.
+    As figures 1 and 2 of SparseFW's paper (arXiv 2510.13713); methods that update weights have a band of their own.
     """
     pruned = column(layers, "bits").isna() & (column(layers, "sparsity") > 0) & (column(layers, "comparison") != SUM)
     data = ratios(select(layers, pruned & (column(layers, "comparison") != "control")), "wanda")
@@ -68,7 +68,7 @@ def _log(axes: Axes, values: pd.Series) -> None:
 
 
 def _share(axes: Axes, values: pd.Series) -> None:
-    low = max(min(0.0, lowest(values)), -0.5)  # what is far worse than Wanda leaves the panel
+    low = max(min(0.0, lowest(values)), -0.5)  # values far worse than Wanda's leave the panel
     axes.set_ylim(1.05 * low, 1.05 * max(highest(values), 0.1))
     axes.axhline(0.0, color="black", linewidth=0.8, zorder=1)
     axes.yaxis.set_major_formatter(PercentFormatter(1.0))
@@ -77,7 +77,7 @@ def _share(axes: Axes, values: pd.Series) -> None:
 def _depth(data: pd.DataFrame, name: str, scale: Callable[[Axes, pd.Series], None]) -> Figure:
     """A page of bands of panels of the column `value` at one target.
 
-    What may fairly be compared stands in one band; a control stands beside the masks.
+    Methods that may fairly be compared share a band; a control is drawn beside the masks.
     """
     shown = entries(data)
     style = looks((label, method) for label, method, _ in shown)

@@ -146,7 +146,7 @@ def _boxes(
 
 
 def _box(axes: Axes, centre: float, width: float, values: np.ndarray, look: Look, comparison: str) -> None:
-    """Quartiles, whiskers at 5 and 95 %, every point where they are few, and the method's marker on the median."""
+    """Quartiles, whiskers at 5 and 95%, every point where they are few, and the method's marker on the median."""
     few = len(values) <= POINTS_PER_BOX
     line = {"color": look.colour, "linewidth": 0.9}
     filled = comparison in ("control", "mask-only")

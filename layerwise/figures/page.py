@@ -15,9 +15,9 @@ from layerwise.storage.table_schema import COMPARISONS
 
 LegendEntry = tuple[str, str, str]  # label, method, comparison
 LegendItem = tuple[Line2D, str]  # handle, text
-PLACE = ["model", "calibration", "mode"]  # what a band of panels is about
+PLACE = ["model", "calibration", "mode"]  # names a band of panels
 BEYOND = {"linestyle": "none", "marker": 6, "markersize": 5}  # an arrowhead that points up
-WORDS = {"perplexity": "perplexity", "kl": "KL from the dense model"}  # what titles call a metric
+WORDS = {"perplexity": "perplexity", "kl": "KL from the dense model"}  # a metric's name in titles
 AXES = {"perplexity": "perplexity", "kl": "KL from dense, nats per token"}
 LINE = 0.15  # inches per line of the legend
 LETTER, HANDLE = 0.065, 0.6  # inches in it: of a bold letter, and of a handle with the space beside a column
@@ -120,7 +120,7 @@ def nothing(sentence: str) -> Figure:
 
 
 def not_drawn(cells: pd.DataFrame) -> str:
-    """What has no value, for the reader of the figure: label, target and mode of up to six cells."""
+    """A note on cells without a value: label, target and mode of up to six."""
     absent = select(cells, column(cells, "value").isna())
     words = [
         f"{row['label']} {row['target']} {row['mode']} ({row['status'] if row['status'] != 'done' else 'diverged'})"

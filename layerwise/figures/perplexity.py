@@ -87,7 +87,7 @@ def _band(
     shown: Sequence[LegendEntry],
     style: dict[str, Look],
 ) -> None:
-    # What is spread over the layers stands beside the lines, one of which joins a method's equal levels.
+    # Spread budgets are drawn beside the lines; a line joins a method's equal levels.
     lined = (column(data, "pattern") == "row") & (column(data, "allocation") == UNIFORM)
     by_row, others = select(data, lined), select(data, ~lined)
     patterns = distinct_values(others, "target")
@@ -117,7 +117,7 @@ def _sparsity_lines(
         percent = [100 * sparsity for sparsity in sparsities]
         axes.plot(percent, values, **strokes(style[label], comparison))
         mark_beyond(axes, percent, list(values), style[label])
-    axes.set_xticks([100 * sparsity for sparsity in sparsities], [f"{100 * value:g} %" for value in sparsities])
+    axes.set_xticks([100 * sparsity for sparsity in sparsities], [f"{100 * value:g}%" for value in sparsities])
     spread = 100 * (max(sparsities) - min(sparsities)) or 10.0
     axes.set_xlim(100 * min(sparsities) - 0.1 * spread, 100 * max(sparsities) + 0.1 * spread)
     axes.set_xlabel("sparsity of every row")

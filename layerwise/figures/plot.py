@@ -77,7 +77,7 @@ def main(argv: list[str]) -> None:
     args = parser.parse_args(argv)
     for path in args.out:
         if path.suffix not in SUFFIXES:
-            raise InputError(f"Expected --out files that end in {', '.join(SUFFIXES)}. Got {path} instead.")
+            raise InputError(f"--out must end in {', '.join(SUFFIXES)}. Got {path} instead.")
     draw(args.figure, args.tables, args.out, args.method_path)
 
 

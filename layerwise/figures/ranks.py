@@ -27,7 +27,7 @@ class Group(NamedTuple):
     different: set[frozenset[str]]
 
     def bars(self) -> list[tuple[int, int]]:
-        """Runs of methods, by their places in the order of ranks, that no test tells apart."""
+        """Runs of methods, by their places in the order of ranks, that no test distinguishes."""
         names = list(self.ranks.index)
         return bars(len(names), lambda first, second: frozenset((names[first], names[second])) in self.different)
 

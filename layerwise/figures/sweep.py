@@ -148,7 +148,7 @@ def _x_axis(axes: Axes, places: Mapping[Any, Any], swept: str, numeric: bool) ->
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_locator(FixedLocator(list(places.values())))
     percent = swept == "sparsity"
-    names = [f"{100 * v:g} %" if percent else f"{v:g}" if numeric else str(v) for v in places]
+    names = [f"{100 * v:g}%" if percent else f"{v:g}" if numeric else str(v) for v in places]
     axes.set_xticks(list(places.values()), names)
     if not numeric:
         axes.tick_params(axis="x", labelrotation=45)

@@ -33,7 +33,7 @@ from layerwise.kernels.swap_loops import (
 
 
 class LayerArrays(NamedTuple):
-    """What all rows share: Gram [in, in], its diagonal, root and steepness [in], input_scale and group_of [in]."""
+    """Arrays that all rows share: Gram [in, in], its diagonal, root and steepness, input_scale and group_of [in]."""
 
     gram: np.ndarray
     diagonal: np.ndarray
@@ -164,7 +164,7 @@ def _change_one(layer, rows, row, terms, most, tolerance):
 
 @compiled()
 def _costs(codes, coupling, terms, most):
-    """What each move does to the row's loss, rounded to float32; inf where there is none."""
+    """The change of the row's loss by each move, rounded to float32; inf where there is no move."""
     infinite, places = np.float32(np.inf), len(terms.cost) // 2
     for j in range(len(coupling)):
         both = 2 * terms.step[j] * coupling[j]

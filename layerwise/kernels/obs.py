@@ -32,9 +32,9 @@ class BlockBudget(NamedTuple):
 
 
 class GridArrays(NamedTuple):
-    """The grid that columns are rounded to; a largest code of 0 stands for none.
+    """The grid that columns are rounded to; a largest code of 0 means none.
 
-    book: [3, levels] float32, of codes that stand for no integers: levels as they rise, the codes of them, and below
+    book: [3, levels] float32, of codes that represent no integers: levels as they rise, the codes of them, and below
     each level the least number that has it (of the first none is read). [3, 0] for integers.
     """
 
@@ -47,7 +47,7 @@ class GridArrays(NamedTuple):
 
 
 class CorrectionArrays(NamedTuple):
-    """What columns pass on besides their errors (layerwise.numerics.obs.Correction); empty arrays stand for none."""
+    """The corrections that columns pass on besides their errors (layerwise.numerics.obs.Correction); empty for none."""
 
     passed: np.ndarray  # [columns, columns] float32, P of the block
     dense: np.ndarray  # [out, in] float32, the weight that columns are pulled towards

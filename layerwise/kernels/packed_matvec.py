@@ -57,7 +57,7 @@ class W4Grouped:
         return self.codes.nbytes + self.scales.nbytes + self.zeros.nbytes
 
     def dequantised(self) -> NDArray[np.float64]:
-        """[rows, inputs], the weights that it stands for."""
+        """[rows, inputs], the weights that it represents."""
         rows, inputs = self.shape
         group_of = np.arange(inputs) // self.group
         codes = _unpacked(self.codes).reshape(rows, -1)[:, :inputs]
@@ -152,7 +152,7 @@ class W4BlockSparse:
         return self.columns.nbytes + self.codes.nbytes + self.scales.nbytes + self.zeros.nbytes
 
     def dequantised(self) -> NDArray[np.float64]:
-        """[rows, inputs], the weights that it stands for, zero in dropped blocks."""
+        """[rows, inputs], the weights that it represents, zero in dropped blocks."""
         rows, inputs = self.shape
         codes = _unpacked(self.codes).reshape(*self.columns.shape, BLOCK)
         zeros = _unpacked(self.zeros).reshape(self.columns.shape)
@@ -236,7 +236,7 @@ class Sparse24:
         return self.values.nbytes + self.positions.nbytes
 
     def dequantised(self) -> NDArray[np.float64]:
-        """[rows, inputs], the weights that it stands for."""
+        """[rows, inputs], the weights that it represents."""
         rows, inputs = self.shape
         bits = (self.positions[..., None] >> np.arange(BLOCK, dtype=np.uint16) & 1).astype(np.int64)
         places = (bits[:, :, 0] + 2 * bits[:, :, 1]).reshape(rows, -1, 2)  # [rows, fours, 2]

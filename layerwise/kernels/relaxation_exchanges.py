@@ -18,7 +18,7 @@ from layerwise.kernels.rows import compiled, named
 
 STRIPES = 64
 FIXED = 2.0  # in a relaxed mask: fixed at one, or padding of the last places
-UNUSED = -1  # index that stands for the entry of weight zero: the unused part of a group's sum
+UNUSED = -1  # index that represents the entry of weight zero: the unused part of a group's sum
 FASTMATH = {"contract", "nnan", "nsz"}
 
 

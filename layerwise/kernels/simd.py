@@ -83,7 +83,7 @@ def load_bfloat16(typing_context, array, index):
 
 @intrinsic
 def load_nibbles(typing_context, array, index):
-    """Sixteen codes of 4 bits from array[index] and array[index + 1] (uint32) on, each where it stands in its word.
+    """Sixteen codes of 4 bits from array[index] and array[index + 1] (uint32) on, each at its place in its word.
 
     Lanes 2i and 2i + 1 are codes i and i + 8, times 16^i: a mask picks them, no shift, and all are float32 exactly.
     """

@@ -24,14 +24,14 @@ RELATIVE_SLACK = 1e-6  # of the terms of a limit on gains, over their rounding
 FEW = 16  # kept weights for so few of which a better bound does not pay
 PAIRS_AT_ONCE = 64  # pairs whose entries of the Gram are fetched from memory at the same time
 SEGMENTS = 8  # of the chords below f(t) = min_p gain_p - t s_p
-TINY = np.float32(1e-30)  # stands for the root of a dead input
-HUGE = np.finfo(np.float32).max  # stands for infinity where `simd` subtracts
+TINY = np.float32(1e-30)  # represents the root of a dead input
+HUGE = np.finfo(np.float32).max  # represents infinity where `simd` subtracts
 
 
 class GramArrays(NamedTuple):
-    """What all rows share: Gram [in, in], its diagonal, root and steepness [in], the Grams within groups, padding.
+    """The arrays that all rows share: Gram [in, in], diagonal, root and steepness [in], Grams within groups, padding.
 
-    blocks: [m, m, groups], or empty for whole rows. outside: places that stand for no input, int64.
+    blocks: [m, m, groups], or empty for whole rows. outside: places that represent no input, int64.
     """
 
     gram: np.ndarray

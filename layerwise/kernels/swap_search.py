@@ -63,7 +63,7 @@ def swap_rounds(rows: SwapState, swaps: int | None) -> Iterator[tuple[float, flo
 
 
 def origins(inputs: int, length: int) -> Tensor:
-    """[m * groups] int64, the input at each place; `inputs` stands for padding; groups: a multiple of 16.
+    """[m * groups] int64, the input at each place; `inputs` is padding; groups: a multiple of 16.
 
     The first inputs of all groups come first, then the second ones, and so on.
     """

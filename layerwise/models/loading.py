@@ -85,7 +85,9 @@ def read_config(spec: Mapping[str, Any]) -> tuple[str, PreTrainedConfig, dict[st
     with sentences(spec):
         config = AutoConfig.from_pretrained(name, **options)
     if getattr(config, "quantization_config", None) is not None:
-        raise InputError(f"A model in floating point is needed, but {described(spec)} is already quantised.")
+        raise InputError(
+            f"The model must be in floating point. Got {described(spec)} instead, which is already quantised."
+        )
     config._experts_implementation = EXPERTS
     return name, config, options
 
@@ -96,8 +98,8 @@ def check_names(
     """Raise InputError for tensors of another shape than the config asks for, and for those that are not there."""
     if mismatched:
         raise InputError(
-            f"The weights of {described(spec)} have {len(mismatched)} tensors of another shape than its "
-            f"config asks for: {few(mismatched)}{told_of(spec, model)}."
+            f"The weights of {described(spec)} must have the shapes of its config. Got {len(mismatched)} tensors of "
+            f"another shape instead: {few(mismatched)}{told_of(spec, model)}."
         )
     if missing:  # tied weights and buffers that the model computes are not among them
         raise InputError(
@@ -143,7 +145,7 @@ def check_finite(spec: Mapping[str, Any], parameters: Iterable[tuple[str, Tensor
     """Raise InputError for the first weight that is not finite."""
     for name, value in parameters:
         if not torch.isfinite(value).all():
-            raise InputError(f"The weights of {described(spec)} are not finite: {name} has NaN or Inf.")
+            raise InputError(f"The weights of {described(spec)} must be finite. Got NaN or Inf in {name} instead.")
 
 
 def load(
@@ -183,7 +185,7 @@ def load(
     if compute_dtype and compute_dtype != spec["dtype"]:
         keep_as_stored(model, getattr(torch, spec["dtype"]), options["trust_remote_code"])
         round_as_stored(model)
-        check_finite(spec, model.state_dict().items())  # what float16 cannot hold
+        check_finite(spec, model.state_dict().items())  # float16 may overflow
     return model.to(device).eval().requires_grad_(False)
 
 
@@ -239,9 +241,11 @@ def check_tokens(model: PreTrainedModel, tokens: Tensor) -> None:
     words, low, high = vocabulary(model), int(tokens.min()), int(tokens.max())
     if low < 0 or high >= words:
         raise InputError(
-            f"The tokens lie between {low} and {high}, but the model embeds 0 to {words - 1}: "
+            f"The tokens must be 0 to {words - 1}, which the model embeds. Got {low} to {high} instead: "
             "do the tokenizer and the model belong together?"
         )
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if isinstance(positions, int) and 0 < positions < tokens.shape[1]:  # XLNet says -1: any number
-        raise InputError(f"The sequences have {tokens.shape[1]} tokens, but the model takes at most {positions}.")
+        raise InputError(
+            f"The sequences must have at most {positions} tokens for this model. Got {tokens.shape[1]} instead."
+        )

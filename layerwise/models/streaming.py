@@ -38,7 +38,7 @@ class LazyBlocks(Blocks):
     """The blocks of a model of which no weights are in memory.
 
     A block is read when it is opened, or run, and dropped when it is closed, or has been run, with whatever was written
-    to its weights. Meanwhile another thread reads the next one. What lies outside the blocks is read and dropped alike.
+    to its weights. Meanwhile another thread reads the next one. Parameters outside the blocks are treated alike.
     """
 
     def __init__(
@@ -90,7 +90,7 @@ class LazyBlocks(Blocks):
     def _put(
         self, model: PreTrainedModel, tensors: Mapping[str, Tensor], device: Mapping[str, str] | None = None
     ) -> Any:
-        """Give the parameters that the tensors of the files stand for, converted as the library does, to the model."""
+        """Give the parameters that the tensors of the files represent, converted as the library does, to the model."""
         config = LoadStateDictConfig(
             dtype=model.dtype,
             dtype_plan=self._plan,

@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 from layerwise.models.stored_dtypes import rounded_as_stored
 from layerwise.runtime.errors import InputError
 
-ROUTERS = ("gate", "router")  # what a linear layer that chooses experts, or the module around it, is called
+ROUTERS = ("gate", "router")  # names of a linear layer that chooses experts, or of the module around it
 SHOWN = 3  # names that an error lists before it says how many more there are
 
 
@@ -148,7 +148,7 @@ class Linear:
         """[out, in] float32 copy. Raises InputError, naming the layer, when it is not finite."""
         weight = self._view.to(torch.float32, copy=True).contiguous()
         if not torch.isfinite(weight).all():
-            raise InputError(f"The weight of {self.name} is not finite: it has NaN or Inf.")
+            raise InputError(f"The weight of {self.name} must be finite. Got NaN or Inf instead.")
         return weight
 
     def as_stored(self, weight: Tensor) -> Tensor:
@@ -158,7 +158,7 @@ class Linear:
     def replace(self, weight: Tensor) -> None:
         """Write a weight [out, in] into the module, in place and rounded to the dtype that the model is stored in."""
         if tuple(weight.shape) != self.shape:  # copy_ would broadcast
-            raise ValueError(f"Linear.replace: {self.name} is {self.shape}. Got {tuple(weight.shape)} instead.")
+            raise ValueError(f"The new weight of {self.name} must be {self.shape}. Got {tuple(weight.shape)} instead.")
         with torch.no_grad():
             self._view.copy_(self.as_stored(weight))
 
@@ -220,7 +220,7 @@ def is_stack(module: nn.Module, name: str) -> bool:
 
 
 def router_names(block: nn.Module) -> Iterator[str]:
-    """Linear layers with an output for each expert of the module that they stand beside."""
+    """Linear layers with an output for each expert of the module that they are beside."""
     for inside, module in block.named_modules():
         if is_experts(module):
             count, around = len(module.get_parameter(expert_parameters(module)[0])), inside.rpartition(".")[0]

@@ -54,7 +54,7 @@ class CodeBook:
 
     @cached_property
     def table(self) -> Tensor:
-        """[3, levels] float32: `rising`, `codes`, and `bounds` after a first number that stands for none."""
+        """[3, levels] float32: `rising`, `codes`, and `bounds` after a first number that means none."""
         return torch.stack([self.rising, self.codes.float(), torch.cat([self.rising[:1], self.bounds])])
 
     def nearest(self, numbers: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ class Grid:
     """Integer grid: value = scale * (code - zero) with codes in [0, 2^bits - 1]; scales, zeros: [out, groups] float32.
 
     Grids and weight / scale are float32: bfloat16 weights land on rounding ties, which a float64 grid would flip.
-    book: of codes that stand for no integers; value = scale / divisor * level, and zeros are 0. divisor: [1] float32,
+    book: of codes that represent no integers; value = scale / divisor * level, and zeros are 0. divisor: [1] float32,
     or None for one.
     """
 
@@ -78,7 +78,7 @@ def quantised_values(quantised: Quantised, target: Target) -> Tensor:
 
 
 def book_of(quantised: Quantised, target: Target) -> CodeBook | None:
-    """What the codes of a layer stand for: its own levels or the numbers of the target's format; None for integers."""
+    """The values of a layer's codes: its own levels, or the numbers of the target's format; None for integers."""
     if quantised.levels is not None:
         return CodeBook(quantised.levels)
     return E2M1 if target.format else None

@@ -1,4 +1,4 @@
-"""Low-rank factors of a weight: the best ones for a Gram, the sum that they stand for, the error that none beats.
+"""Low-rank factors of a weight: the best ones for a Gram, the sum that they represent, the error that none beats.
 
 For M [out, in] and G, the best B A of rank r minimises tr((M - B A) G (M - B A)^T). With G = L L^T it is
 SVD_r(M L) L^-1 (Eckart and Young in the Gram's norm), and since SVD_r(M L) = U U^T M L, with U the r leading left

@@ -31,7 +31,7 @@ class ColumnGrid:
 
 @dataclass(frozen=True)
 class Correction:
-    """What a column passes on to those after it besides its error.
+    """The correction that a column passes on besides its error.
 
     passed: P [in, in] float32, strictly upper: a later column k gets w_j P_jk, with w_j the weight before rounding
     within a block of columns, and the rounded one for the columns after the block, as in GPTAQ's released code, unless
@@ -58,7 +58,7 @@ class _Carried:
         return None if passed is None else passed[block, block]
 
     def aims(self, start: int, stop: int) -> Tensor:
-        """[out, stop - start] the weight that the columns stand for, once the blocks before have passed on theirs."""
+        """[out, stop - start] the weight that the columns represent, once the blocks before have passed on theirs."""
         own, passed = self.original[:, start:stop], self.correction.passed
         return own if passed is None else torch.addmm(own, self.sent[:, :start], passed[:start, start:stop])
 
@@ -80,7 +80,7 @@ class _Carried:
         block, pull, passed = slice(start, end), self.correction.pull, self.correction.passed
         torch.sub(aims, weight[:, block], out=errors[:, block])
         moved = pull * (self.unrounded[:, block] - self.original[:, block])
-        if passed is not None:  # what the block's columns have passed on to each other
+        if passed is not None:  # the corrections within the block
             errors[:, block].addmm_(self.unrounded[:, block], passed[block, block])
         if pull:
             errors[:, block] -= moved

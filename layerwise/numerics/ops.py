@@ -1,4 +1,4 @@
-"""What methods share: masks of a target, quantisation grids, results in the contract's form.
+"""Operations that methods share: masks of a target, quantisation grids, results in the contract's form.
 
 Grids and the selection of largest scores are those of `grids` and `selection`, under the same names.
 """

@@ -24,7 +24,7 @@ def count_kept(mask: Tensor, target: Target) -> Tensor:
 
 
 def kept_counts(shape: torch.Size, target: Target) -> Tensor:
-    """What `count_kept` must give; of a block pattern the size of a block that is kept."""
+    """The right result of `count_kept`; for a block pattern, the size of a kept block."""
     out, inputs = shape
     if target.n_of_m or target.block:
         length = target.n_of_m[1] if target.n_of_m else (target.block or 1)

@@ -1,4 +1,4 @@
-"""What the report page shows of each cell: numbers with their files and logs, layers, provenance, gaps."""
+"""The report page's view of each cell: numbers with their files and logs, layers, provenance, gaps."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
@@ -21,7 +21,7 @@ SHAPE = LAYER[: LAYER.index("output_error")]  # columns that all cells of a mode
 
 
 class Study(Protocol):
-    """What is used here of a plan."""
+    """The parts of a plan that are used here."""
 
     @property
     def config(self) -> Mapping[str, Any]: ...
@@ -45,13 +45,15 @@ def origin(cell: PlannedCell, row: Mapping[str, Any], study: Study) -> tuple[str
         kind, specs, name = "tasks", study.tasks, plain(row["task_set"])
     found = [identity for identity, spec in specs.items() if spec["name"] == name]
     if not found:
-        raise InputError(f"Expected tables of the study that --study gives; it has no {kind} on {name}.")
+        raise InputError(
+            f"The tables must be those of the study in --study. Got a {kind} on {name} instead, which it lacks."
+        )
     identity = found[0]
     return f"{cell.folder}/{kind}-{identity}.json", f"{logs}/{kind}-{identity}.log"
 
 
 def _log(cell: PlannedCell, row: Mapping[str, Any], study: Study) -> str:
-    """The log that tells why a number is absent: that of the step which left its reason."""
+    """The log that explains an absent number: that of the step which left its reason."""
     own, compress = origin(cell, row, study)[1], f"logs/{cell.folder.removeprefix('results/')}/compress.log"
     return compress if str(row["reason"]).startswith("compress") else own
 
@@ -67,7 +69,7 @@ def _key(row: Mapping[str, Any], names: Sequence[str]) -> tuple[Any, ...]:
 
 
 def cell_views(study: Study, data: Mapping[str, pd.DataFrame]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """What the drill-down shows of each cell, in the order of the `cells` table, and the distinct shapes of models.
+    """The drill-down's view of each cell, in the order of the `cells` table, and the distinct shapes of models.
 
     Raises InputError when the table has a cell that is not in the study.
     """
@@ -81,7 +83,9 @@ def cell_views(study: Study, data: Mapping[str, pd.DataFrame]) -> tuple[list[dic
         own = _key(dict(zip(names, key, strict=True)), names)
         if own not in planned:
             asked = " ".join(str(value) for value in own)
-            raise InputError(f"Expected tables of the study that --study gives; it has no cell {asked}.")
+            raise InputError(
+                f"The tables must be those of the study in --study. Got the cell {asked} instead, which it lacks."
+            )
         cell = planned[own]
         rows = rows_of(part)
         numbers = []

@@ -47,7 +47,7 @@ class Field(dict):
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> dict[str, Any]:
-    """What the template needs of a table; rows of values or of Fields."""
+    """A table for the template: header, and rows of Fields; rows may hold values or Fields."""
     fields = [[value if isinstance(value, Field) else Field(value) for value in row] for row in rows]
     return {"header": list(header), "rows": fields}
 

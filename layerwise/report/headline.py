@@ -1,4 +1,4 @@
-"""What the report page says first: the dense model's value, and the best method of every group at every target."""
+"""The head of the report page: the dense model's value, and the best method of every group at every target."""
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -61,7 +61,7 @@ def _best(entries: Sequence[tuple[str, TableEntry]], highest: bool) -> list[tupl
 
 
 def split(figures: Sequence[Mapping[str, str]]) -> tuple[list[Mapping[str, str]], list[Mapping[str, str]]]:
-    """The figure that stands beside the headline, if there is one of FIRST, and all others."""
+    """The figure that is beside the headline, if there is one of FIRST, and all others."""
     names = [figure["name"] for figure in figures]
     leading = next((name for name in FIRST if name in names), None)
     return [own for own in figures if own["name"] == leading], [own for own in figures if own["name"] != leading]

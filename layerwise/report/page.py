@@ -38,7 +38,7 @@ from layerwise.study.grid import plan
 HERE = ROOT / "workflow" / "report"
 # Shown in their own way; traces, bounds and allocations in figures.
 TABLES = ("layers", "cells", "traces", "bounds", "allocations", "skipped")
-LEAD = {  # what a reader of a table asks, before the columns that say where
+LEAD = {  # a reader's first columns, before those that locate the row
     "published": (
         *("model", "paper", "label", "target", "published", "ours", "difference", "tolerance", "verdict"),
         *("differs", "reason"),
@@ -152,7 +152,7 @@ def figure(path: Path) -> dict[str, str]:
     try:
         svg = base64.b64encode(path.read_bytes()).decode()
     except OSError as error:
-        raise InputError(f"Expected a figure at {path}: {error.strerror}.") from None
+        raise InputError(f"The figure {path} cannot be read: {error.strerror}.") from None
     caption = HERE / f"{path.stem}.rst"
     title = path.stem.replace("_", " ")
     return {"name": path.stem, "title": title, "svg": svg, "caption": prose(caption) if caption.is_file() else ""}
@@ -161,7 +161,7 @@ def figure(path: Path) -> dict[str, str]:
 def other_tables(folder: Path, views: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Every further table of the folder, `published` first, whole up to MOST_ROWS; its cells lead to the drill-down.
 
-    Columns that say what a reader asks come first, and those with one value in all rows stand above the table.
+    A reader's columns come first, and those with one value in all rows are above the table.
     """
     links = {view["spec"]["cell"]: f"#cell-{i}" for i, view in enumerate(views)}
     paths = (path for path in folder.glob("*.parquet") if path.stem not in TABLES)
@@ -201,7 +201,7 @@ def _summary(name: str, data: pd.DataFrame) -> str:
 
 
 def scripts() -> dict[str, str]:
-    """What is inlined of maintained libraries: DataTables with its extensions, as itables brings it, and Bokeh."""
+    """The scripts of maintained libraries to inline: DataTables with its extensions (from itables), and Bokeh."""
     datatables = importlib.resources.files("itables") / "html"
     bokeh = importlib.resources.files("bokeh") / "server/static/js/bokeh.min.js"
     return {
@@ -251,7 +251,7 @@ def _template() -> jinja2.Template:
 
 
 def _about(study: Study, views: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """What the page says of the study: its name, warnings, protocol and config."""
+    """The page's facts about the study: its name, warnings, protocol and config."""
     config = dict(study.config)
     methods = {tuple(view["spec"][name] for name in ("label", "method", "comparison", "params")): 0 for view in views}
     protocol = {name: entries(config.get(key, {}), name) for name, key in PROTOCOL.items()}

@@ -1,4 +1,4 @@
-"""What the end of a run leaves: nothing stale after a success, tables and figures of what exists after a failure."""
+"""The end of a run: a success leaves nothing stale, a failure leaves tables and figures of the finished cells."""
 
 import json
 import shutil

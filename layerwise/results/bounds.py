@@ -1,4 +1,4 @@
-"""Hold layers against the certified bounds: the columns lower_bound and gap_to_bound of the `layers` table."""
+"""Compare layers with the certified bounds: the columns lower_bound and gap_to_bound of the `layers` table."""
 
 from pathlib import Path
 
@@ -20,7 +20,7 @@ def read_levels(path: Path) -> pa.Table:
 
 def _read(path: Path, table: str, what: str, logs: str) -> pa.Table:
     if not path.is_file():
-        raise InputError(f"Expected the {what} at {path}, which does not exist (see {logs}).")
+        raise InputError(f"The {what} {path} does not exist (see {logs}).")
     try:
         data = read_parquet(path)
     except (pa.ArrowException, OSError) as error:

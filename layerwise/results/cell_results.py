@@ -25,13 +25,13 @@ ACCURACIES = ("acc", "acc_norm", "exact_match")  # of zero-shot tasks, means ove
 MEAN = "mean"  # the name of the row that has the mean accuracy over the tasks of a set
 CELL_METRICS = ("mean_output_error", "achieved_sparsity", "bits_per_weight", "solve_seconds", "job_seconds")
 LARGEST_LOSS = 700.0  # nats of a window, which exp takes close to the largest float64: no interval beyond
-COMPRESSED = {"cell.json", "layers.parquet", "trace.parquet"}  # what the compress job leaves and is read here
+COMPRESSED = {"cell.json", "layers.parquet", "trace.parquet"}  # files of the compress job that are read here
 NEVER_RAN = "no result and no failure record: an earlier step failed (see logs/), or the job was killed or never ran"
 BROKEN = (ValueError, OSError, KeyError, TypeError, AttributeError, pa.ArrowException, InputError)
 
 
 class PlannedCell(Protocol):
-    """What is used here of a cell of the plan."""
+    """The parts of a cell of the plan that are used here."""
 
     @property
     def folder(self) -> str: ...
@@ -71,7 +71,7 @@ class Gap:
 
 @dataclass(frozen=True)
 class Compression:
-    """What the compress job of a cell left: typed layers and trace, provenance and the seconds of the job."""
+    """Results of a cell's compress job: typed layers and trace, provenance and the seconds of the job."""
 
     layers: pa.Table
     trace: pa.Table
@@ -103,12 +103,12 @@ def read_record(path: Path) -> dict[str, Any]:
     """The object of a JSON file that a job wrote. Raises ValueError when it holds no such thing."""
     content = json.loads(path.read_text(encoding="utf-8"))
     if not isinstance(content, dict):
-        raise ValueError(f"expected an object, got {type(content).__name__}")
+        raise ValueError(f"it must be an object. Got {type(content).__name__} instead")
     return content
 
 
 def read_compression(folder: Path, columns: Mapping[str, Any]) -> Compression:
-    """What the compress job left in a cell's folder. Raises InputError naming the file that is broken."""
+    """The results of the compress job in a cell's folder. Raises InputError naming the file that is broken."""
     name = "cell.json"
     try:
         record = read_record(folder / name)
@@ -156,9 +156,7 @@ def failure(folder: Path, present: set[str], stages: Sequence[str]) -> Gap:
     outputs = COMPRESSED if list(stages) == ["compress"] else {f"{stage}.json" for stage in stages}
     if damaged := sorted(name for name in outputs if aside_of(folder / name).name in present):
         aside = aside_of(folder / damaged[0])
-        return Gap(
-            "failed", f"{folder / damaged[0]} was damaged, and is now {aside.name}: run again, which makes it anew"
-        )
+        return Gap("failed", f"{folder / damaged[0]} was damaged, and is now {aside.name}: run again to make it")
     return Gap("missing", NEVER_RAN)
 
 
@@ -339,12 +337,12 @@ class CellFolder:
         return cls(path, set(os.listdir(path)) if path.is_dir() else set())
 
     def failure(self, *stages: str) -> Gap:
-        """What is known of why a result of these stages is absent."""
+        """The known reason why a result of these stages is absent."""
         return failure(self.path, self.present, stages)
 
 
 def _compression(folder: CellFolder, cell: PlannedCell) -> tuple[Compression | None, Gap | None]:
-    """What the compress job of a cell left, or why there is nothing."""
+    """The results of a cell's compress job, or why there are none."""
     if not folder.present >= COMPRESSED:
         return None, folder.failure("compress")
     try:

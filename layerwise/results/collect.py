@@ -1,6 +1,6 @@
 """Gather the cells of a study into tables: layers, cells, traces, bounds, allocations, comparisons, skipped, main.
 
-Rows stand in the order of the plan, columns in the order of workflow/schemas/tables.schema.yaml, so that two CSVs of
+Rows are in the order of the plan, columns in the order of workflow/schemas/tables.schema.yaml, so that two CSVs of
 one study can be compared by eye. The tables appear together, or, when anything is wrong, not at all.
 """
 
@@ -99,7 +99,7 @@ def write_csv(data: pa.Table, path: Path, header: bool = True) -> None:
 
 
 def observe(columns: Mapping[str, Any], compression: Compression, results: Results) -> Observation:
-    """What a cell was measured on: the errors of its layers, what each text's windows gave, the scores of items."""
+    """The units of a cell's measures: errors of layers, values of each text's windows, scores of items."""
     errors = (compression.layers.column(name).to_pylist() for name in ("layer", *LAYER_ERRORS))
     values: dict[Measure, Mapping[Any, float]] = {**layer_errors(*errors)}
     for (metric, text), windows in results.windows.items():
@@ -124,7 +124,7 @@ def refuse_other_protocols(results: Results, protocol: Protocol) -> None:
 
 @dataclass(frozen=True)
 class StudyInputs:
-    """What tables are made of. evaluations, tasks: what every cell is evaluated on; certificates, allocations: paths,
+    """The inputs of the tables. evaluations, tasks: those of every cell; certificates, allocations: paths,
     relative to the root, of the bounds and levels that the study computes; swept: what the study varies, the same in
     every row of `cells`."""
 
@@ -158,7 +158,7 @@ def collect(study: StudyInputs, out: Path, partial: bool = False, root: Path = P
         if gaps and not partial:
             folder, gap = gaps[0]
             raise InputError(
-                f"Expected results of all {len(study.cells)} cells, {len(gaps)} are failed or missing; "
+                f"All {len(study.cells)} cells must have results. Got {len(gaps)} that failed or are missing; "
                 f"the first is {folder} ({gap.status}: {gap.reason.rstrip('.')})."
             )
         for rows in bounds.values():

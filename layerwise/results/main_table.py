@@ -48,14 +48,14 @@ LATEX = {
     **{character: "\\" + character for character in "&%$#_{}"},
 }
 SCOPES = ("model", "calibration", "mode", "target", "cell", "token_scope")  # of `layers`, what the notes need
-COMPARED = {"mean_output_error": "output_error"}  # what a metric is called in `comparisons`
+COMPARED = {"mean_output_error": "output_error"}  # a metric's name in `comparisons`
 METRICS = ("perplexity", "kl", *ACCURACIES, "mean_output_error")  # that have tables, in their order
 MARKDOWN = re.compile(r"([\\`*_{}\[\]<>|#~])")
 
 
 @dataclass(frozen=True)
 class TableEntry:
-    """What stands in a cell of the table; best: of its group and column, or not shown to differ from it: bold."""
+    """The text of one entry. best: the best of its group and column, or not shown to differ from the best; bold."""
 
     text: str
     best: bool = False
@@ -85,7 +85,7 @@ class Table:
 
 
 def task_title(task: Any, task_set: Any, filtered: str = "") -> Any:
-    """What a task of a set is called, in the tables' titles and in `comparisons`; strings or columns of them.
+    """The name of a task of a set, in the tables' titles and in `comparisons`; strings or columns of them.
 
     filtered: the filter that lm-eval read the answers by, if any.
     """
@@ -221,7 +221,7 @@ def _dense_note(reference: pd.DataFrame, metric: str, marked: Collection[tuple[s
     row = rows(reference)[0]
     error = row["stderr"] if metric in ACCURACIES else None
     noise = "" if error is None or missing(error) else f" (standard error {number(error, metric)})"
-    return [f"Dense: {_shown([row], metric, marked)}{noise}."]
+    return [f"Dense: {entry_text([row], metric, marked)}{noise}."]
 
 
 def _notes(part: pd.DataFrame, metric: str, tested: bool) -> list[str]:
@@ -239,10 +239,10 @@ def _notes(part: pd.DataFrame, metric: str, tested: bool) -> list[str]:
     return notes
 
 
-def _shown(rows: Sequence[Mapping[str, Any]], metric: str, marked: Collection[tuple[str, str]] = ()) -> str:
+def entry_text(rows: Sequence[Mapping[str, Any]], metric: str, marked: Collection[tuple[str, str]] = ()) -> str:
     """The rows of the seeds of one setting as an entry; one without a value is not averaged away."""
     if any((row["mode"], row["cell"]) in marked for row in rows):
-        return _shown(rows, metric) + MARK
+        return entry_text(rows, metric) + MARK
     absent = [row for row in rows if missing(row["value"])]
     if not absent:
         return spread([float(row["value"]) for row in rows], metric)
@@ -270,7 +270,7 @@ def _groups(
         }
         lines = []
         for label, by_target in cells.items():
-            shown = {target: _shown(seeds, metric, marked) for target, seeds in by_target.items()}
+            shown = {target: entry_text(seeds, metric, marked) for target, seeds in by_target.items()}
             lines.append((label, [TableEntry(shown.get(t, UNSUPPORTED), label in best[t]) for t in targets]))
         if lines:
             groups.append((comparison, lines))

@@ -1,4 +1,4 @@
-"""What the cells of one table must have in common, and which of them have other code or versions than the others."""
+"""The protocol that the cells of one table share, and the marks of those with other code or versions."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -46,7 +46,7 @@ class Protocol:
                 known, first = self._first.setdefault((name, *key), (value, row))
                 if known != value:
                     return (
-                        f"expected one protocol of the {what} {row[what]}, {cell_title(first)} and {cell_title(row)} "
+                        f"the {what} {row[what]} must have one protocol. {cell_title(first)} and {cell_title(row)} "
                         f"differ in {name} ({known} and {value}): delete the results of one of them, and run again"
                     )
         return None
@@ -61,7 +61,7 @@ def provenance_marks(cells: pd.DataFrame) -> tuple[set[tuple[str, str]], list[st
     """The cells, (mode, cell), of a table whose numbers are marked, and the sentences that say why.
 
     Marked are those computed by code that no commit has, and those whose versions, platform or device are not those of
-    most. Commits alone differ where a study was computed over time: what changed was computed anew.
+    most. Commits alone differ where a study was computed over time: a changed cell was computed again.
     """
     computed = distinct(select(cells, column(cells, "python").notna()), ["mode", "cell"])
     dirty = column(computed, "dirty").eq(True).fillna(False)

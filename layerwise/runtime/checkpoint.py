@@ -1,4 +1,4 @@
-"""What a job has finished of a model, block by block, so that one that was killed goes on from there."""
+"""The finished blocks of a job, kept one by one, so that a job that was killed goes on from there."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ class Checkpoint:
         return sha256(path) != known if path.is_file() else path.name.startswith(STATES)
 
     def restart(self) -> None:
-        """What is there is of no use."""
+        """The checkpoint cannot be used."""
         self._clear()
         self.done, self.seconds, self.hashes = 0, 0.0, {}
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 
 class InputError(Exception):
-    """An error that the user can fix. Its message is one sentence: what was expected, what came, where."""
+    """An error that the user can fix. Its message has one form: "X must be Y. Got Z instead."""
 
     status = 2  # exit status of the command or the worker that it ends
 
@@ -32,12 +32,12 @@ class Stopped(BaseException):
     """The system, a scheduler or a person told this process to end (SIGTERM)."""
 
 
-STOPPED = "the job was told to end before it was done; the next run goes on after its last finished block"
+STOPPED = "the job was stopped before it was done; the next run goes on after its last finished block"
 KILLED = (
     "the job was killed before it could say why: where no person and no scheduler did that, the machine had no memory "
     "left (`dmesg` says so), and fewer jobs at a time, --cores, take less"
 )
-# What a system says when it refuses to read or write a file, in words that follow the file's name and a colon.
+# The system's reasons for refusing to read or write a file, in words that follow the file's name and a colon.
 REFUSALS = {
     errno.ENOSPC: "no space is left on the disk: free some, then run again",
     errno.EDQUOT: "the quota on this disk is used up: free some, then run again",

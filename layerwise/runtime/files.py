@@ -55,7 +55,7 @@ def aside_of(path: Path) -> Path:
 
 
 def set_aside(path: Path) -> str:
-    """Rename a file that the workflow has made and that is damaged, so that the next run makes it anew.
+    """Rename a damaged file that the workflow has made, so that the next run makes it again.
 
     Returns the end of the sentence that says so.
     """
@@ -63,8 +63,8 @@ def set_aside(path: Path) -> str:
     try:
         path.replace(aside)
     except OSError:
-        return f"delete {path}, and run again: it will be made anew"
-    return f"it is now {aside}; run again, which makes it anew"
+        return f"delete {path}, and run again to make it"
+    return f"it is now {aside}; run again to make it"
 
 
 def read_made(path: Path) -> Any:

@@ -36,7 +36,7 @@ def provenance(device: str, threads: int) -> dict[str, object]:
 
 @dataclass(frozen=True)
 class Clone:
-    """What git says of the project's code. unread: a sentence where it is a clone that git does not read."""
+    """The state of the project's code, by git. unread: a sentence where git cannot read the clone."""
 
     commit: str | None = None
     dirty: bool | None = None

@@ -1,4 +1,4 @@
-"""What studies in several folders share: who uses a store, and how large it is."""
+"""Stores that studies in several folders share: who uses one, and how large it is."""
 
 from __future__ import annotations
 

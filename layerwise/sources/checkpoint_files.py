@@ -89,7 +89,7 @@ def check_checkpoint(name: str, spec: Spec) -> None:
 
 def _check_folder(name: str, folder: Path) -> None:
     if not folder.is_dir():
-        raise InputError(f"The model {name!r} should be a folder at {folder}, but there is none.")
+        raise InputError(f"The folder {folder} of the model {name!r} does not exist.")
     if not (folder / "config.json").is_file():
         raise InputError(f"The folder {folder} of the model {name!r} has no config.json.")
     check_vocabulary(f"The folder {folder} of the model {name!r}", folder)
@@ -188,7 +188,7 @@ def weight_files(name: str, folder: Path) -> list[Path]:
                 or Path(shard).name != shard
             ):
                 raise InputError(
-                    f"{folder / INDEX} of the model {name!r} should name safetensors files beside it. Got "
+                    f"{folder / INDEX} of the model {name!r} must name safetensors files beside it. Got "
                     f"{brief(repr(shard))} instead."
                 )
         shards = [folder / shard for shard in sorted(set(named))]
@@ -271,7 +271,7 @@ def check_safetensors(path: Path) -> list[Header]:
     expected = 8 + length + max((end for *_, end in tensors.values()), default=0)
     if size != expected:
         what = "is cut off" if size < expected else "is too long"
-        raise InputError(f"{path} {what}: it has {size} bytes and its header says {expected}.")
+        raise InputError(f"{path} {what}: it has {size} bytes, and its header says {expected}.")
     return _named(tensors)
 
 
@@ -296,7 +296,7 @@ def _header(path: Path) -> tuple[int, dict[str, tuple[tuple[int, ...], str, int,
             raise InputError(f"{path} is not a safetensors file: it does not begin with the length of a header.")
         header = file.read(length)
     if len(header) < length:
-        raise InputError(f"{path} is cut off: it has {size} bytes and its header alone should have {length}.")
+        raise InputError(f"{path} is cut off: it has {size} bytes, and its header alone takes {length}.")
     try:
         if not header.startswith(b"{"):
             raise ValueError("another kind of JSON")

@@ -1,4 +1,4 @@
-"""What in a config.json a library refuses, in a sentence that names the file, the key and the value.
+"""A library's refusal of a config.json as a sentence that names the file, the key and the value.
 
 The libraries tell it in the words of their code, such as `KeyError: 'nonesuch'`. Which key they mean is found by
 building the model, without weights, from the config without one key after the other. Free of torch until it is asked.
@@ -98,7 +98,7 @@ def config_class(config: Mapping[str, Any]) -> Any:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Within it transformers tells errors alone."""
+    """Within it transformers logs errors alone."""
     from transformers.utils import logging
 
     before = logging.get_verbosity()

@@ -177,16 +177,18 @@ def _json(path: Path, text: str, field: str) -> Iterator[str]:
     for number, row in rows:
         if not isinstance(row, dict) or field not in row:
             fields = ", ".join(map(repr, row)) if isinstance(row, dict) else "no fields"
-            raise InputError(f"{path} should have the field {field!r} in each document; number {number} has {fields}.")
+            raise InputError(
+                f"{path} must have the field {field!r} in each document. Got {fields} in number {number} instead."
+            )
         found = row[field]
         if not isinstance(found, str):
             raise InputError(
-                f"The field {field!r} in {path} should hold text; in document {number} it is {json.dumps(found)}."
+                f"The field {field!r} in {path} must hold text. Got {json.dumps(found)} in document {number} instead."
             )
         if (place := lone_surrogate(found)) is not None:
             raise InputError(
-                f"The field {field!r} in {path} should hold text; in document {number} character {place} is half of "
-                f"one, the lone surrogate {brief(found[place])}."
+                f"The field {field!r} in {path} must hold whole characters. Got half of one, the lone surrogate "
+                f"{brief(found[place])}, as character {place} of document {number} instead."
             )
         yield found
 
@@ -211,10 +213,10 @@ def _parquet(path: Path, field: str) -> Iterator[str]:
     except (pa.ArrowException, OSError) as error:
         raise InputError(f"{path} cannot be read: {str(error).splitlines()[0]}") from None
     if column is None:
-        raise InputError(f"{path} should have the field {field!r}; it has {', '.join(map(repr, names))}.")
+        raise InputError(f"{path} must have the field {field!r}. Got {', '.join(map(repr, names))} instead.")
     if not _of_text(column.type) or column.null_count:
         raise InputError(
-            f"The field {field!r} in {path} should hold text; it is {column.type} with {column.null_count} nulls."
+            f"The field {field!r} in {path} must hold text. Got {column.type} with {column.null_count} nulls instead."
         )
     row = 0
     for chunk in column.chunks:
@@ -230,8 +232,8 @@ def _parquet(path: Path, field: str) -> Iterator[str]:
                 yield value.decode("utf-8") if isinstance(value, bytes) else value
             except UnicodeDecodeError as error:
                 raise InputError(
-                    f"The field {field!r} in {path} should hold text in UTF-8; in row {row} byte {error.start} cannot "
-                    "be decoded."
+                    f"The field {field!r} in {path} must hold text in UTF-8. Byte {error.start} of row {row} cannot be "
+                    "decoded."
                 ) from None
 
 

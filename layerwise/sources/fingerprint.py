@@ -33,9 +33,7 @@ def check_unchanged(model: hub.Spec, fingerprint: Path) -> None:
     Only files that the file system has seen a change of since are hashed.
     """
     if not fingerprint.is_file():
-        raise InputError(
-            f"{fingerprint}, of the model that this job computes with, is gone: run again, which makes it."
-        )
+        raise InputError(f"{fingerprint}, of the model that this job computes with, is gone: run again to make it.")
     told = read_made(fingerprint)
     if "gguf" in model and gguf_files.content(model) != told["model_sha256"]:  # before it is converted once more
         raise InputError(edited(gguf_files.named(model), fingerprint))
@@ -48,12 +46,12 @@ def check_unchanged(model: hub.Spec, fingerprint: Path) -> None:
         if changed >= own.st_ctime_ns:
             later[path] = changed
     if later and all(path.stat().st_ctime_ns == at for path, at in later.items()):
-        with contextlib.suppress(OSError):  # copied or linked anew: no job needs to hash them again
+        with contextlib.suppress(OSError):  # copied or linked again: no job needs to hash them again
             os.utime(fingerprint, ns=(own.st_atime_ns, own.st_mtime_ns))  # Snakemake looks at the second
 
 
 def edited(path: Path | str, fingerprint: Path) -> str:
-    """What is said of a file that is no longer the model's."""
+    """The message about a file that is no longer the model's."""
     return (
         f"{path} is no longer the file that {fingerprint} was made of, as if it had been edited or damaged: put it "
         f"back, or delete {fingerprint} to study it as it is, and run again."

@@ -1,4 +1,4 @@
-"""Free the store of converted GGUF files: all that no other study uses, the wheels that they came in, and what killed
+"""Free the store of converted GGUF files: all that no other study uses, the wheels that held them, and what killed
 conversions have left there. A job that needs a removed file makes it again.
 """
 
@@ -43,7 +43,7 @@ def clean(folder: Path, here: Path, dry: bool = False) -> int:
 
 
 def _wheel(folder: Path) -> str:
-    """The hash of the wheel that a converted file came in; empty for none."""
+    """The hash of the wheel that held a converted file; empty for none."""
     try:
         return json.loads((folder / RECORD).read_text("utf-8")).get("wheel") or ""
     except (OSError, ValueError):

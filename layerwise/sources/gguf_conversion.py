@@ -43,7 +43,7 @@ def folder_of(spec: Spec) -> Path:
     return gguf_files.store() / hashlib.sha256(json.dumps(made).encode()).hexdigest()[:32]
 
 
-@functools.cache  # what this process has imported, even if it is edited meanwhile
+@functools.cache  # the code as this process imported it, even if it is edited meanwhile
 def made_by() -> dict[str, str]:
     """The code and the versions of libraries that decide what a file is converted to."""
     code = [str(module.__file__) for module in (gguf_header, gguf_models, gguf_tokenizer)]
@@ -69,7 +69,7 @@ def converted(spec: Spec) -> Path:
 
 
 def whole(folder: Path) -> bool:
-    """Whether a converted folder has all its files; what is in them the fingerprint holds against their hashes."""
+    """Whether a converted folder has all its files; the fingerprint compares their content with their hashes."""
     try:
         return all((folder / name).is_file() for name in made_files(folder))
     except (OSError, ValueError, KeyError):

@@ -1,4 +1,4 @@
-"""What a GGUF file says before its weights: metadata, and name, shape and type of every tensor.
+"""The header of a GGUF file: metadata, and name, shape and type of every tensor.
 
 Read while the Snakefile is parsed: no torch, no transformers, and no weights. The format is that of llama.cpp's
 docs/gguf.md, versions 2 and 3, little-endian: both are read, and nothing else is in use.

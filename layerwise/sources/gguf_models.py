@@ -174,13 +174,13 @@ def _check_sizes(header: Header, subject: str, tokens: int) -> None:
 
 
 def supplied(header: Header) -> dict[str, Any]:
-    """What transformers' config is told beside what transformers takes of a file itself."""
+    """Entries of transformers' config beyond those that transformers takes from the file itself."""
     keys = SUPPLIED.get(header.architecture, {})
     return {name: header.own(key) for key, name in keys.items() if header.own(key) is not None}
 
 
 def config_of(header: Header) -> dict[str, Any]:
-    """What a config.json of the model would say of its sizes, as far as the header does."""
+    """The sizes of the model under the names of a config.json, as far as the header has them."""
     found = {
         "hidden_size": header.own("embedding_length"),
         "intermediate_size": header.own("feed_forward_length"),

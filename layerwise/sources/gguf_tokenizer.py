@@ -51,7 +51,7 @@ def write_tokenizer(header: Header, subject: str, folder: Path) -> None:
 
 
 def settings(header: Header) -> dict[str, Any]:
-    """What tokenizer_config.json says: special tokens, the longest text and the template of a chat."""
+    """The content of tokenizer_config.json: special tokens, the longest text and the chat template."""
     found: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
     tokens = header.metadata[f"{TOKENIZER}tokens"]
     for name, key in SPECIAL.items():
@@ -97,7 +97,7 @@ def build(header: Header) -> Tokenizer:
 
 
 def around(header: Header) -> Any:
-    """What puts tokens around a text: BOS and EOS where the file, or llama.cpp for its kind of tokenizer, adds them."""
+    """The step that adds BOS and EOS to a text, where the file, or llama.cpp for its kind of tokenizer, does so."""
     from tokenizers.processors import TemplateProcessing
 
     kind, pre = (header.metadata.get(f"{TOKENIZER}{key}") for key in ("model", "pre"))

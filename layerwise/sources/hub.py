@@ -18,7 +18,7 @@ from layerwise.runtime.sentences import brief
 Spec = Mapping[str, Any]
 
 OFFLINE_VARIABLES = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
-# What of a model's repository is fetched: what is read, not its copies in other formats.
+# The files of a model's repository to fetch: those that are read, not copies in other formats.
 MODEL_PATTERNS = ("*.json", "model*.safetensors", "*.model", "*.txt", "*.py", "*.jinja")
 
 
@@ -36,9 +36,9 @@ def fetch_model(spec: Spec) -> Path:
     if not any(folder.glob("*.safetensors")):
         download = f"hf download {spec['hub']} --revision {spec['revision']} --local-dir FOLDER"
         raise InputError(
-            f"{spec['hub']} at revision {spec['revision']} has no safetensors weights, and only these are read, since "
-            f"a pickle can run code: if you trust it, `{download}` and give FOLDER as `path`, of which is then said "
-            "how to convert it."
+            f"{spec['hub']} at revision {spec['revision']} has no safetensors weights. Pickles are not read, because "
+            f"they can run code. If you trust the model, run `{download}` and give FOLDER as `path`: the message on "
+            "that folder says how to convert it."
         )
     return folder
 
@@ -125,7 +125,7 @@ def read_json(path: Path) -> dict[str, Any]:
     except (ValueError, RecursionError):
         raise InputError(f"{path} is not valid JSON.") from None
     if not isinstance(content, dict):
-        raise InputError(f"{path} should hold a JSON object.")
+        raise InputError(f"{path} must hold a JSON object. Got another value instead.")
     return content
 
 

@@ -1,4 +1,4 @@
-"""What a model's config.json says of its sizes, and those that no model has. Free of torch."""
+"""The sizes in a model's config.json, and a refusal of those that no model has. Free of torch."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """How much of an evaluation its calibration has seen, by content: what texts are called is not asked.
 
-Written beside the tokens before any cell is computed, and told on stderr where it is much.
+Written beside the tokens before any cell is computed. A large overlap is reported on stderr.
 """
 
 import argparse
@@ -16,15 +16,15 @@ from layerwise.sources.tokens import read_sketch, read_tokens
 
 # Shares beyond which a calibration counts as contaminated. They leave ordinary texts of one kind alone, even docstrings
 # of the embedded study, whose packages copy many from each other: of 12 draws of 128 sequences from its training text
-# none holds more of 64 windows of its test text than 0.6 % (sequences of 512 tokens) or 2.4 % (of 2048), nor all its
-# windows more of a draw than 1.2 %. Of a draw of 512 from the test text they hold all, and it holds 11 % of 64 windows.
-# Of the test text 5 % is in the training text.
+# none holds more of 64 windows of its test text than 0.6% (sequences of 512 tokens) or 2.4% (of 2048), nor all its
+# windows more of a draw than 1.2%. Of a draw of 512 from the test text they hold all, and it holds 11 % of 64 windows.
+# Of the test text 5% is in the training text.
 MOST_TOKENS = 0.03
 MOST_TEXT = 0.2
 
 
 def overlap(calibration: Path, evaluation: Path) -> dict[str, Any]:
-    """What the files of a calibration's and an evaluation's tokens have in common.
+    """The overlap of a calibration's and an evaluation's tokens, from their files.
 
     overlap: share of the evaluation's n-grams that the calibration holds; reverse: the other way round;
     text_overlap: share of the text that is more of a part of the other; each 0 to 1, None where it is unknown.
@@ -41,7 +41,7 @@ def overlap(calibration: Path, evaluation: Path) -> dict[str, Any]:
     if info["sha256"] == drawn_info["sha256"]:
         contamination = "draw from the same text"
     elif text is not None and text > MOST_TEXT:
-        contamination = f"draw from texts of which one holds {100 * text:.0f} % of the other"
+        contamination = f"draw from texts of which one holds {100 * text:.0f}% of the other"
     elif any(each is not None and each > MOST_TOKENS for each in shares):
         contamination = f"share n-grams of {NGRAM} tokens"
     return {"overlap": shares[0], "reverse": shares[1], "text_overlap": text, "contamination": contamination}
@@ -65,8 +65,8 @@ def _sentence(calibration: str, evaluation: str, found: dict[str, Any]) -> str:
     measured = ""
     if found["overlap"] is not None:
         measured = (
-            f" ({100 * found['overlap']:.1f} % of the evaluation's n-grams of {NGRAM} tokens are in the calibration, "
-            f"{100 * found['reverse']:.1f} % of the calibration's in the evaluation)"
+            f" ({100 * found['overlap']:.1f}% of the evaluation's n-grams of {NGRAM} tokens are in the calibration, "
+            f"{100 * found['reverse']:.1f}% of the calibration's in the evaluation)"
         )
     return f"{names} {found['contamination']}{measured}: data-aware methods may look better than on unseen text."
 

@@ -1,4 +1,4 @@
-"""What a study's config says of its models, texts, calibration sets, evaluations and sets of tasks, as typed mappings.
+"""Typed mappings for a config's models, texts, calibration sets, evaluations and sets of tasks.
 
 They are plain dicts, as JSON has them: identities are digests of them. Defaults have been filled in. Free of torch.
 """

@@ -57,12 +57,12 @@ def task_files(spec: Spec) -> list[Path]:
 
 
 def searched(folder: Path) -> list[Path]:
-    """What is in a folder of tasks. Raises InputError for one with so much in it that it must be meant otherwise."""
+    """The files of a folder of tasks. Raises InputError for a folder with more than MOST_FILES entries."""
     found = list(itertools.islice(folder.rglob("*"), MOST_FILES + 1))
     if len(found) > MOST_FILES:
         raise InputError(
-            f"The folder {brief(str(folder))} should hold definitions of tasks and their data, and has more than "
-            f"{MOST_FILES:,} files and folders: give the one of the tasks."
+            f"The folder {brief(str(folder))} must hold tasks and their data alone. Got more than {MOST_FILES:,} "
+            "files and folders instead: give the folder of the tasks."
         )
     return found
 
@@ -75,7 +75,7 @@ def check_tasks(name: str, spec: Spec) -> None:
         return
     with readable(f"The folder of tasks.{name}"):
         if not Path(spec["folder"]).is_dir():
-            raise InputError(f"tasks.{name}: its folder should be at {brief(spec['folder'])}, but there is none.")
+            raise InputError(f"tasks.{name}: the folder {brief(spec['folder'])} does not exist.")
         code = [] if spec.get("trust_remote_code") else running_code(Path(spec["folder"]))
     if code:
         raise InputError(
@@ -85,6 +85,6 @@ def check_tasks(name: str, spec: Spec) -> None:
 
 
 def running_code(folder: Path) -> list[Path]:
-    """Definitions in a folder that have lm-eval import Python, told early; zero_shot.keep_in refuses all others."""
+    """Definitions in a folder that have lm-eval import Python, refused early; zero_shot.keep_in refuses all others."""
     definitions = sorted(path for path in searched(folder) if path.suffix == ".yaml" and path.is_file())
     return [path for path in definitions if b"!function" in path.read_bytes()]

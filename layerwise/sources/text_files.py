@@ -50,7 +50,7 @@ def check_text(name: str, spec: Spec) -> None:
 def _check_file(name: str, path: Path) -> None:
     made = os.path.normpath(path) in MADE_TEXTS
     if not made and not path.is_file():
-        raise InputError(f"The text {name!r} should be a file at {path}, but there is none.")
+        raise InputError(f"The file {path} of the text {name!r} does not exist.")
 
 
 def text_files(spec: Spec) -> list[Path]:
@@ -92,7 +92,7 @@ def shared_origin(one: Spec, other: Spec) -> str | None:
 
 
 def _files(spec: Spec) -> dict[tuple[object, ...], str]:
-    """What makes each file of a text the one that it is -> its name."""
+    """The identity of each file of a text -> its name."""
     if "path" not in spec:
         return {("hub", spec["hub"], file): f"{spec['hub']}/{file}" for file in spec.get("files", ())}
     path = os.path.realpath(spec["path"])

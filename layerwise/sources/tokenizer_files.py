@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerBase
 
-# What pipelines treat differently: digits, accents, emoji, blanks, line breaks, other scripts, code.
+# Text that pipelines treat differently: digits, accents, emoji, blanks, line breaks, other scripts, code.
 PROBE = (
     "In 1905 and 20260714, 3.14159 or 1,000,000? Don't, you'll; naïve café Ångström ﬁne  two   blanks\t\ttabs\n\n"
     "\n lines\r\n 你好，世界 こんにちは мир שלום ١٢٣ 😀👩‍👩‍👧 e\u0301 def f(x):\n        return x_1**2  # end   "
@@ -46,7 +46,7 @@ def load_tokenizer(model: Spec, documents: Sequence[str] = ()) -> PreTrainedToke
     Without the file they are those of the class and of `add_bos_token`, as for OPT, which begins with </s>. Tokens that
     tokenizer_config.json, special_tokens_map.json or added_tokens.json adds are kept; those that only the class has by
     default, which would get ids behind the vocabulary, are left out.
-    documents: what will be tokenised, on the beginning of which ids are held against the file's.
+    documents: the text to tokenise; the ids of its beginning are compared with the file's.
     Raises InputError when it cannot be loaded, or gives other ids than its file does.
     """
     return load_and_tell(model, documents)[0]
@@ -172,7 +172,7 @@ def beginning(documents: Sequence[str]) -> str:
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, text: str, special: bool = True) -> np.ndarray:
-    """Token ids [n] int64 of a text, with the tokenizer's default special tokens unless told otherwise."""
+    """Token ids [n] int64 of a text, with the tokenizer's default special tokens unless `special` says otherwise."""
     encoding = tokenizer(
         text, add_special_tokens=special, return_attention_mask=False, return_token_type_ids=False, verbose=False
     )  # verbose=False: no warning that the text is longer than the model's context

@@ -123,7 +123,7 @@ def sample_documents(
 def windows(ids: np.ndarray, length: int, samples: int | None = None) -> np.ndarray:
     """The first `samples` (default: all) consecutive windows [n, length] of ids that do not overlap.
 
-    A special token at the very start of the stream, such as BOS, stands in the first window only, as in the published
+    A special token at the very start of the stream, such as BOS, is in the first window only, as in the published
     evaluations. Raises InputError when there are fewer windows.
     """
     available = len(ids) // length
@@ -183,7 +183,7 @@ def tokens(
         "length": length,
         "seed": cut.get("seed"),
         "tokenizer": type(tokenizer).__name__,
-        "tokenizer_replaced": replaced,  # what the file has otherwise than this class
+        "tokenizer_replaced": replaced,  # parts in which the file differs from this class
         "vocabulary": len(tokenizer),
     }
 
@@ -208,7 +208,7 @@ def _read_tensor(path: Path, name: str) -> tuple[np.ndarray, dict[str, Any]]:
         with safe_open(path, "np") as file:
             found, info = file.get_tensor(name), json.loads((file.metadata() or {})["info"])
     except (OSError, SafetensorError, KeyError, ValueError) as error:
-        sentence = f"{path} should hold the tensor {name!r} and its 'info': {error}"
+        sentence = f"{path} must hold the tensor {name!r} and its 'info': {error}"
         known = isinstance(error, OSError) or refused(error) or out_of_memory(error)
         raise InputError(f"{sentence}." if known else f"{sentence}; {set_aside(path)}.") from error
     hashes = {each: info.pop(f"{each}_sha256", None) for each in ("tokens", "sketch")}

@@ -78,7 +78,7 @@ def unpack(packed: Tensor, bits: int, count: int) -> Tensor:
     """[count] uint8, or int32 where bits > 8: what `pack` was given. Raises ValueError for another number of bytes."""
     size = -(-count * bits // 8)
     if packed.dtype != torch.uint8 or packed.shape != (size,):
-        raise ValueError(f"{count} numbers of {bits} bits take {size} bytes, {_kind(packed)} came")
+        raise ValueError(f"{count} numbers of {bits} bits must take {size} bytes. Got {_kind(packed)} instead")
     digits = np.unpackbits(packed.numpy(), count=count * bits, bitorder="little")
     if bits == 1:
         return torch.from_numpy(digits)
@@ -169,7 +169,7 @@ def quantised_of(result: Compressed) -> Quantised:
 
 
 def dequantised(quantised: Quantised, mask: Tensor | None, target: Target) -> Tensor:
-    """[out, in] float32 weight that codes and grid stand for, zero where the mask [out, in] is False."""
+    """[out, in] float32 weight that codes and grid represent, zero where the mask [out, in] is False."""
     values = ops.quantised_values(quantised, target)
     return values if mask is None else torch.where(mask, values, 0.0)
 
@@ -205,7 +205,7 @@ def parts_of(result: Compressed, target: Target, dtype: torch.dtype) -> dict[str
         return {"values": weight[mask], **parts} if parts else {"": weight.clone(memory_format=torch.contiguous_format)}
     quantised = on_processor(quantised_of(result))
     codes, scales, zeros = quantised.codes, quantised.scales, quantised.zeros
-    if not parts:  # what a target without sparsity may still have at zero
+    if not parts:  # a target without sparsity may still have zeros
         codes = torch.where(mask, codes, zeros[:, ops.grouping(quantised, target)].to(torch.uint8))
     parts["codes"] = pack(codes[mask] if target.sparsity else codes, target.bits)
     moved = reordered(result, target)
@@ -235,13 +235,13 @@ def on_processor(quantised: Quantised) -> Quantised:
 
 
 def mask_parts(mask: Tensor, target: Target) -> dict[str, Tensor]:
-    """What says which weights of a mask [out, in] are kept; nothing where the target prunes nothing."""
+    """The tensors that say which weights of a mask [out, in] are kept; none where the target prunes nothing."""
     if target.n_of_m:
         return {"positions": pack(mask.nonzero()[:, 1] % target.n_of_m[1], position_bits(target))}
     if target.block:
         kept = mask[:, :: target.block]  # [out, blocks]
         if kept.shape[1] > 2**16:
-            raise ValueError(f"a block's column is stored in 16 bits, a row has {kept.shape[1]} blocks")
+            raise ValueError(f"a block's column must fit in 16 bits. Got {kept.shape[1]} blocks in a row instead")
         return {"blocks": kept.nonzero()[:, 1].view(len(mask), -1).to(torch.uint16)}
     return {"bitmap": pack(mask, 1)} if target.sparsity else {}
 
@@ -249,7 +249,7 @@ def mask_parts(mask: Tensor, target: Target) -> dict[str, Tensor]:
 def _as_half(values: Tensor, dtype: torch.dtype) -> Tensor:
     stored = half(values, dtype)
     if not torch.equal(stored.float(), values):
-        raise ValueError("scales must be given as they are stored, in 16 bits")
+        raise ValueError("scales must be given in 16 bits, as they are stored")
     return stored
 
 
@@ -265,7 +265,7 @@ def scales_of_format(stored: Tensor, target: Target) -> Tensor:
     expected = torch.float8_e4m3fn if target.format == "nvfp4" else torch.uint8
     if stored.dtype != expected:
         raise ValueError(
-            f"scales of {target.format} must be {str(expected).removeprefix('torch.')}, {_kind(stored)} came"
+            f"scales of {target.format} must be {str(expected).removeprefix('torch.')}. Got {_kind(stored)} instead"
         )
     if target.format == "nvfp4":
         return stored.float()
@@ -283,7 +283,7 @@ def restored(parts: Mapping[str, Tensor], target: Target, shape: tuple[int, int]
     inputs = shape[1]
     if "" in parts:
         if parts[""].shape != shape:
-            raise ValueError(f"a weight {list(shape)} was announced, {_kind(parts[''])} came")
+            raise ValueError(f"the weight must be {list(shape)}, as announced. Got {_kind(parts[''])} instead")
         return Compressed(parts[""].float())
     mask = _restored_mask(parts, target, shape)
     kept = torch.ones(shape, dtype=torch.bool) if mask is None else mask
@@ -291,7 +291,7 @@ def restored(parts: Mapping[str, Tensor], target: Target, shape: tuple[int, int]
     if target.bits is None:
         values = _part(parts, "values")
         if values.shape != (count,):
-            raise ValueError(f"the mask keeps {count} weights, the values are {_kind(values)}")
+            raise ValueError(f"there must be {count} values, one for each kept weight. Got {_kind(values)} instead")
         weight = torch.zeros(shape)
         weight[kept] = values.float()
         return Compressed(weight, mask)
@@ -330,7 +330,9 @@ def _restored_factors(
         entries = (int(kept.sum()),)
     for name, factor, wanted in (("left", left, entries), ("right", right, (rank, shape[1]))):
         if factor.shape != wanted or factor.dtype not in HALVES or not finite(factor.float()):
-            raise ValueError(f"the factor {name} must be {list(wanted)} in 16 bits and finite, {_kind(factor)} came")
+            raise ValueError(
+                f"the factor {name} must be {list(wanted)} in 16 bits and finite. Got {_kind(factor)} instead"
+            )
     if kept is not None:
         values, left = left.float(), torch.zeros(shape[0], rank)
         left[kept] = values
@@ -350,7 +352,7 @@ def _restored_grid(parts: Mapping[str, Tensor], target: Target, kept: Tensor) ->
     count, scales = int(stored.sum()), _part(parts, "scales")
     if scales.numel() != count or (scales.dtype not in HALVES and not target.format):
         wide = 8 if target.format else 16
-        raise ValueError(f"{count} scales of {wide} bits are needed, {_kind(scales)} came")
+        raise ValueError(f"there must be {count} scales of {wide} bits. Got {_kind(scales)} instead")
     scales = scales_of_format(scales, target) if target.format else scales
     if not (((scales >= 0) if "levels" in parts else (scales > 0)) & torch.isfinite(scales)).all():
         raise ValueError("a scale is not a positive finite number")
@@ -383,7 +385,7 @@ def _restored_levels(parts: Mapping[str, Tensor], target: Target) -> Tensor | No
         and torch.isfinite(levels).all()
         and not target.format
     ):
-        raise ValueError(f"levels must be [{count}] float32, finite, {_kind(levels)} came")
+        raise ValueError(f"levels must be [{count}] float32, finite. Got {_kind(levels)} instead")
     return levels
 
 
@@ -392,7 +394,9 @@ def _restored_rotation(parts: Mapping[str, Tensor], inputs: int) -> Rotation | N
         return None
     numbers = parts["rotation"].tolist()
     if len(numbers) != 2 or numbers[0] < 0 or numbers[1] < 1 or block_of(inputs, numbers[1]) != numbers[1]:
-        raise ValueError(f"rotation must be a seed and a block, a power of two that divides {inputs}, {numbers} came")
+        raise ValueError(
+            f"rotation must be a seed and a block, a power of two that divides {inputs}. Got {numbers} instead"
+        )
     return Rotation(*numbers)
 
 
@@ -406,7 +410,7 @@ def _restored_mask(parts: Mapping[str, Tensor], target: Target, shape: tuple[int
         blocks, kept = _part(parts, "blocks"), kept_blocks(target, inputs)
         columns, last, length = blocks.to(torch.int64), -(-inputs // target.block), target.block
         if blocks.dtype != torch.uint16 or blocks.shape != (rows, kept):
-            raise ValueError(f"blocks must be [{rows}, {kept}] uint16, {_kind(blocks)} came")
+            raise ValueError(f"blocks must be [{rows}, {kept}] uint16. Got {_kind(blocks)} instead")
     else:
         assert target.n_of_m
         counts = kept_counts(torch.Size(shape), target)  # [out, groups]
@@ -507,12 +511,14 @@ class PackedFile:
         try:
             info = json.loads(text) if text else {"version": VERSION, "target": {}, "shapes": {}}
             if info["version"] != VERSION:
-                raise InputError(f"{path} is of version {info['version']} of the layout, this code reads {VERSION}.")
+                raise InputError(
+                    f"{path} must be of version {VERSION} of the layout. Got version {info['version']} instead."
+                )
             self.target = Target(**info["target"])
             self.targets = {name: Target(**own) for name, own in info.get("targets", {}).items()}
             self.shapes = {name: tuple(shape) for name, shape in info["shapes"].items()}
         except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise InputError(f"What {path} says of its layers cannot be read: {error!r}.") from None
+            raise InputError(f"The description of the layers in {path} cannot be read: {error!r}.") from None
         if not text:
             self.shapes = found
         if self.targets and self.targets.keys() != self.shapes.keys():

@@ -87,12 +87,12 @@ def typed(data: pa.Table, table: str, where: str, only: Sequence[str] | None = N
 
 
 def _compute(function: str, *arguments: Any) -> Any:
-    """What a function of pyarrow.compute gives, by its name: as attributes they are unseen by a type checker."""
+    """The result of a function of pyarrow.compute, by its name: a type checker does not see them as attributes."""
     return pc.call_function(function, list(arguments))
 
 
 def _converts(given: pa.DataType, wanted: pa.DataType) -> bool:
-    """Whether a column of a type can stand for one of another without a change of meaning; 1 is no text."""
+    """Whether a column of a type can be used as one of another without a change of meaning; 1 is no text."""
     if pa.types.is_dictionary(given):
         given = given.value_type
     if pa.types.is_null(given):
@@ -105,15 +105,15 @@ def _converts(given: pa.DataType, wanted: pa.DataType) -> bool:
 
 
 def _fault(array: pa.ChunkedArray, field: pa.Field, limits: dict[str, Any]) -> str | None:
-    """What is wrong with a column of the right type, as the end of a sentence, or None."""
+    """The fault in a column of the right type, as the end of a sentence, or None."""
     if array.null_count and not field.nullable:
-        return f"must have a value in every row. {array.null_count} of {len(array)} are empty."
+        return f"must have a value in every row. Got {array.null_count} empty of {len(array)} instead."
     if (
         pa.types.is_floating(array.type)
         and not _compute("all", _compute("is_finite", array)).as_py()
         and len(array) > array.null_count
     ):
-        return "must be finite. Got inf."
+        return "must be finite. Got inf instead."
     if enum := limits.get("enum"):
         strange = [value for value in array.unique().to_pylist() if value not in enum and value is not None]
         if strange:
@@ -133,11 +133,13 @@ def from_rows(rows: list[dict[str, Any]], table: str, where: str) -> pa.Table:
     wanted = arrow_schema(table)
     unknown = sorted({key for row in rows for key in row} - set(wanted.names))
     if unknown:
-        raise InputError(f"{where}: {', '.join(unknown)} is no column of the {table} table in {SCHEMA.name}.")
+        raise InputError(
+            f"{where}: a column must be one of the {table} table in {SCHEMA.name}. Got {', '.join(unknown)} instead."
+        )
     arrays = []
     for field in wanted:
         if any(isinstance(row.get(field.name), float) and math.isnan(row[field.name]) for row in rows):
-            raise InputError(f"{where}: column {field.name!r} must be finite. Got nan.")
+            raise InputError(f"{where}: column {field.name!r} must be finite. Got NaN instead.")
         try:
             # Of the values' own type: asked for an integer, arrow would make 0 of 0.5 without a word.
             arrays.append(pa.chunked_array([pa.array([row.get(field.name) for row in rows])]))
@@ -172,7 +174,7 @@ def read_parquet(path: Path, only: Sequence[str] | None = None) -> pa.Table:
 
 
 def unusable(path: Path, error: Exception) -> InputError:
-    """The error for a result that cannot be used; one that is damaged is set aside, so that the next run makes it anew.
+    """The error for a result that cannot be used. A damaged one is set aside, so that the next run makes it again.
 
     error: of `read_parquet`, of reading JSON, or of what the content should be, which is no damage.
     """
@@ -192,12 +194,12 @@ def read_table(folder: Path, table: str, only: Sequence[str] | None = None) -> p
     """
     path = Path(folder) / f"{table}.parquet"
     if not path.is_file():
-        raise InputError(f"Expected the {table} table at {path}, which does not exist: run the study first.")
+        raise InputError(f"The {table} table {path} does not exist: run the study first.")
     try:
         data = read_parquet(path, only)
     except (pa.ArrowInvalid, OSError) as error:
         said = first_line(error).rstrip(".")
-        raise InputError(f"{path} cannot be read as parquet: {said}; delete it, and run again.") from None
+        raise InputError(f"{path} cannot be read as parquet: {said}. Delete it, and run again.") from None
     return to_frame(typed(data, table, str(path), only))
 
 

@@ -1,4 +1,4 @@
-"""What a layer of a shape keeps and takes at a target, before it is compressed."""
+"""Kept weights and stored bits of a layer of a shape at a target, before it is compressed."""
 
 import math
 

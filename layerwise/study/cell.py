@@ -21,7 +21,7 @@ class TargetSpec(TypedDict):
 
 
 class CellColumns(TargetSpec):
-    """What every row about a cell begins with, in all tables."""
+    """The first columns of every row about a cell, in all tables."""
 
     model: str
     calibration: str
@@ -44,7 +44,7 @@ class MethodSpec(TypedDict):
 
 
 class AllocationSpec(TypedDict):
-    """What the job that spreads a budget over the layers is given; name: of the config's entry."""
+    """The input of the job that spreads a budget over the layers; name: of the config's entry."""
 
     name: str
     allocator: str
@@ -54,7 +54,7 @@ class AllocationSpec(TypedDict):
 
 
 class CellSpec(TypedDict):
-    """What the job that computes a cell is given. tune: stage -> its settings, absent where nothing is tuned.
+    """The input of the job that computes a cell. tune: stage -> its settings, absent where nothing is tuned.
     allocation: absent where all layers have the target's own level."""
 
     columns: CellColumns

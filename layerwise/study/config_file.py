@@ -20,7 +20,7 @@ from layerwise.runtime.sentences import brief, place
 
 EMBEDDED = "embedded"  # name of the study in config/config.yaml
 DEEPEST = 40  # levels of a document; anchors can make one endless
-MOST_VALUES = 200_000  # in a document; anchors can make a short file stand for more than memory holds
+MOST_VALUES = 200_000  # in a document; anchors can make a short file represent more than memory holds
 RUNS_PYTHON = "__use_yte__"  # with this key Snakemake takes a config for a template with Python in it
 UNUSABLE = re.compile("[\0\ud800-\udfff]")  # in no path and in no file's UTF-8
 
@@ -35,7 +35,7 @@ class _Loader(yaml.SafeLoader):
             if isinstance(key_node, yaml.ScalarNode) and key_node.tag != "tag:yaml.org,2002:merge":
                 key = self.construct_object(key_node)
                 if key in seen:
-                    raise yaml.constructor.ConstructorError(None, None, f"{key!r} is there twice", key_node.start_mark)
+                    raise yaml.constructor.ConstructorError(None, None, f"{key!r} is given twice", key_node.start_mark)
                 seen.add(key)
         node.flat = True  # type: ignore[attr-defined]
         super().flatten_mapping(node)
@@ -46,7 +46,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for key, value in pairs:
         if key in found:
-            raise InputError(f"{key!r} is there twice")
+            raise InputError(f"{key!r} is given twice")
         found[key] = value
     return found
 
@@ -90,7 +90,7 @@ def check(document: Any) -> None:
         seen += 1
         if seen > MOST_VALUES or len(path) > DEEPEST:
             what = "nested too deeply" if len(path) > DEEPEST else f"too large, with more than {MOST_VALUES} values"
-            raise InputError(f"config: the study is {what}: does an anchor stand within itself?")
+            raise InputError(f"config: the study is {what}: does an anchor contain itself?")
         if isinstance(value, Mapping):
             for key in value:
                 if not isinstance(key, str) or UNUSABLE.search(key):
@@ -115,7 +115,7 @@ def _fault(value: Any) -> str | None:
         return None if math.isfinite(value) else f"{value} is not finite"
     if isinstance(value, (datetime.date, datetime.datetime)):
         return f"YAML reads {value.isoformat()} as a date, put it in quotes"
-    return f"a {type(value).__name__} of YAML is no text, number, list or mapping"
+    return f"a {type(value).__name__} of YAML is not a text, number, list or mapping"
 
 
 def shipped_studies() -> list[str]:

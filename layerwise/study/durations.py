@@ -13,7 +13,7 @@ from layerwise.study.work import JobCost
 
 READING = ("perplexity", "zero_shot")  # rules that mostly read what a cell's first job has left (evaluation/cache.py)
 READ = 0.1  # of a job's start: such a job imports no torch
-# What a method's card calls a product takes so many times as long as its operations do in a forward pass: SmolLM2's
+# A product of a method's card takes so many times as long as its operations in a forward pass: SmolLM2's
 # layers by Frank-Wolfe and SparseSwaps, on an AMD EPYC with AVX2.
 SOLVING = 1.6
 SCORED = 1.5  # products that the runner takes besides to verify, score and store what a method returns

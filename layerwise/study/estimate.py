@@ -1,4 +1,4 @@
-"""What a study takes before it starts: memory of each job, disk and time, from its config and its models' headers.
+"""The cost of a study before it starts: memory of each job, disk and time, from its config and its models' headers.
 
     layerwise estimate my-study.yaml
 
@@ -203,7 +203,7 @@ def computed_wider(model: CostModel, jobs: Iterable[Job]) -> list[str]:
 
 
 def short(model: CostModel, totals: JobTotals, limits: Limits, timed: bool = True) -> str:
-    """What a run prints before its first job; timed: whether it runs on this machine."""
+    """The lines that a run prints before its first job; timed: whether it runs on this machine."""
     parts = []
     if totals.largest:
         job, cost = totals.largest
@@ -254,14 +254,14 @@ def table(model: CostModel, jobs: Iterable[Job]) -> list[str]:
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a study takes. lines: for people to read. exceeded: what the machine cannot hold, a sentence each."""
+    """The cost of a study. lines: for people to read. exceeded: a sentence for each limit of the machine."""
 
     lines: list[str]
     exceeded: list[str]
 
 
 def estimate(study: Plan, cores: int, memory: float | None = None, quick: bool = False) -> Estimate:
-    """What the study takes on this machine.
+    """The cost of the study on this machine.
 
     cores: jobs at a time. memory: bytes of the machine that will run it (default: this one's). quick: measure nothing
     but a product of matrices; else what is not known yet of this machine and of the study's methods is measured and

@@ -26,7 +26,7 @@ from layerwise.study.method_entries import MethodEntry, read_methods, target_of
 SCHEMA = yaml.safe_load((ROOT / "workflow/schemas/config.schema.yaml").read_text("utf-8"))
 TEXT_USERS = ("calibration", "evaluation")  # sections of the config whose entries name a text
 
-# What a study may sweep, besides a parameter of its methods: a column of the table `cells`.
+# Columns of the table `cells` that a study may sweep, besides parameters of its methods.
 SWEPT_TARGET = ("sparsity", "bits", "group")
 SWEPT = (*SWEPT_TARGET, "calibration", "calibration_samples", "calibration_length", "calibration_seed")
 
@@ -72,7 +72,7 @@ class Plan:
 
     @property
     def gives(self) -> set[str]:
-        """What figures may need: `certificates`, `allocations`, `traces` that measure the error of the layer or a
+        """Results for figures: `certificates`, `allocations`, `traces` that measure the error of the layer or a
         relaxed one, and `pairs` of methods that may be compared."""
         criteria = {self.catalogue[cell.columns["method"]].criterion for cell in self.cells}
         traced = criteria & {"error", "relaxed error"}
@@ -230,10 +230,10 @@ def _check_experts(cells: Sequence[Cell], catalogue: Catalogue, models: Mapping[
         shape = shape_of(models[model])
         if shape and shape.has_experts:
             raise InputError(
-                f"methods.{cell.columns['label']}: {cell.columns['method']} needs the cross-Gram in sequential mode, "
-                "of layers that see the same tokens in the dense and in the compressed model, but the model "
-                f"{cell.columns['model']!r} has experts, to which either may route others: give the method "
-                "modes: [shared]."
+                f"methods.{cell.columns['label']}: {cell.columns['method']} must have a model without experts in "
+                "sequential mode: it needs the cross-Gram of the same tokens in the dense and in the compressed model, "
+                f"and either may route others to them. Got {cell.columns['model']!r} instead: give the method modes: "
+                "[shared]."
             )
 
 

@@ -40,7 +40,7 @@ class Code:
         self._named = cache(self._name)
 
     def of(self, *modules: str, alone: str | None = None, files: tuple[Path, ...] = ()) -> str:
-        """The file that stands for the import closure of these modules of layerwise, and for further code.
+        """The file that represents the import closure of these modules of layerwise, and further code.
 
         alone: a module that counts without what it imports. files: further files.
         """

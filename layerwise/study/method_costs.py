@@ -1,4 +1,4 @@
-"""What a layer's solution takes by each method, as the cards say. Free of torch."""
+"""The cost of a layer by each method, from the cards. Free of torch."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from typing import Any
 from layerwise.contract.catalogue import Catalogue, Entry
 from layerwise.study.cell import Cell
 
-# A method's share stands on its card as `cost`: a layer's peak is `weights` times its weight and `grams` times its
+# A method's share is on its card as `cost`: a layer's peak is `weights` times its weight and `grams` times its
 # Gram, in float32, themselves included; a solution takes as long as so many `products` of the two, with the default
 # parameters or those of `products_where`, by docs/benchmark.md at 2048 x 2048; alps' and Frank-Wolfe's pairwise by
-# whole solutions of SmolLM2's layers, 576 x 576 to 576 x 1536. What a method starts from, or chains, is added. Weights
+# whole solutions of SmolLM2's layers, 576 x 576 to 576 x 1536. Warm starts and steps of a chain are added. Weights
 # and Grams by python -m tests.benchmarks.bench_memory at 4096 x 1024, 2048 x 2048 and 1024 x 2560, iterations cut to 4;
 # awq's without the first shape, the certificate's and Frank-Wolfe's pairwise 2:4 by the first alone; those of chain and
 # dense are guesses. Held against whole jobs (bench_streaming: 8 blocks, 2048 wide, vocabulary 32000, bfloat16, 4

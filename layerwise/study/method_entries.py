@@ -34,7 +34,7 @@ class MethodEntry:
     modes: Sequence[str] | None = None
 
     def settings(self) -> dict[str, Any]:
-        """What the identity of its cells is made of, beside seed and target."""
+        """The part of its cells' identity beside seed and target."""
         settings = {"label": self.label, "method": self.method, "params": self.params}
         return settings | ({"tune": self.tune} if self.tune else {})
 
@@ -48,12 +48,14 @@ def read_methods(full: Mapping[str, Any]) -> tuple[Catalogue, list[MethodEntry]]
         raise InputError(brief(str(error), LONGEST_SENTENCE)) from None
     label, times = Counter(entry.label for entry in entries).most_common(1)[0]
     if times > 1:
-        raise InputError(f"methods: two entries or values of a sweep are called {label}; give one another name.")
+        raise InputError(
+            f"methods: entries and values of a sweep must have different names. Got two called {label} instead."
+        )
     return catalogue, entries
 
 
 def _entries(catalogue: Catalogue, label: str, raw: Mapping[str, Any]) -> Iterator[MethodEntry]:
-    """The entries that a config entry stands for: lists of values are swept."""
+    """The entries that a config entry represents: lists of values are swept."""
     where = f"methods.{label}"
     named = [key for key in raw if key in catalogue.named_by]  # parameters that say which method it is
     if named and "method" in raw:

@@ -1,7 +1,8 @@
-"""How fast this machine is: measured once, kept in the cache folder, and what stands for it until then. Free of torch.
+"""The speed of this machine: measured once, kept in the cache folder, and estimated until then. Free of torch.
 
 A process of its own measures (compression/speed.py): the rates of forward passes, of evaluations and of a job's start,
-and each method of a study on one small layer. What is kept is of one processor, of versions of libraries and of code.
+and each method of a study on one small layer. The measurements hold for one processor and one
+version of libraries and code.
 """
 
 from __future__ import annotations
@@ -144,7 +145,7 @@ def machine() -> str:
 
 
 def kept() -> tuple[Rates | None, dict[str, Trial]]:
-    """What is kept of this machine; nothing of a file that is absent, cannot be read, or holds anything else."""
+    """The kept measurements of this machine; empty for a file that is absent, unreadable, or of another kind."""
     try:
         content = json.loads(store().read_text("utf-8"))
         return _rates(content["rates"]), {str(key): _trial(own) for key, own in content["trials"].items()}
@@ -185,7 +186,7 @@ def keep(rates: Rates, trials: Mapping[str, Trial]) -> str | None:
 
 
 def at_hand() -> Speeds:
-    """What is kept of this machine; where nothing is, what a product of matrices says of it in milliseconds."""
+    """The kept measurements of this machine; without any, one from a product of matrices, which takes milliseconds."""
     rates, trials = kept()
     return Speeds(rates or typical(operation()), trials)
 
@@ -228,7 +229,7 @@ def measured(plan: Plan) -> Speeds:
         if "trial" in answer:
             trials[answer["key"]] = _trial(answer["trial"])
     if rates is None:
-        said.append(f"The speed of this machine could not be measured: {fault or 'nothing came'}.")
+        said.append(f"The speed of this machine could not be measured: {fault or 'it gave no result'}.")
     elif refusal := keep(rates, trials):
         said.append(refusal)
     for key, own in missing.items():
@@ -239,7 +240,7 @@ def measured(plan: Plan) -> Speeds:
 
 
 def _count(machine: bool, methods: int) -> str:
-    """What is measured, in words."""
+    """The measurement in words."""
     tried = f"{methods} methods on a small layer, some seconds each" if methods else ""
     return " and ".join(filter(None, ["this machine" if machine else "", tried]))
 

@@ -1,4 +1,4 @@
-"""What one job of a study takes: memory, disk, and what it computes."""
+"""The cost of one job of a study: memory, disk and computation."""
 
 from __future__ import annotations
 

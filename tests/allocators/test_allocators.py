@@ -385,7 +385,7 @@ def test_activations_that_are_not_finite_choose_no_width(broken):
             return [np.full_like(own, np.inf) for own in profiles] if lost and levels[0] is not None else profiles
 
     if broken == "all":
-        with pytest.raises(ValueError, match="no width gives activations that are finite"):
+        with pytest.raises(ValueError, match="no width gives finite activations"):
             found.search(parts, target, Overflowing(parts))
     else:
         assert all(np.isfinite(some(own)) for own in found.search(parts, target, Overflowing(parts)).scores)

@@ -2,7 +2,7 @@
 
     python -m tests.benchmarks.bench_model --shape llama-2-7b --blocks 2 --device cuda --methods wanda sparsegpt awp
 
-Only the measured blocks are built, and one before them that warms up and is told apart: random weights, random tokens
+Only the measured blocks are built, and one before them that warms up and is not counted: random weights, random tokens
 that pass through them, as sequential mode does it: the Grams of a block, its layers solved, the block run again. What
 the measured blocks take on average is multiplied by the model's number of blocks. A method may have parameters:
 frank_wolfe:step=pairwise,iterations=500.

@@ -2,7 +2,7 @@
 
 A baseline takes a layer and a target and returns the compressed weight [out, in]; it spares nothing that the released
 code does not spare. A floor is the factorisations and products without which the method cannot be had: products in
-float32, factorisations in float64. Where a released code scores with its tokens, the Gram stands for them.
+float32, factorisations in float64. Where a released code scores with its tokens, the Gram replaces them.
 """
 
 import torch
@@ -127,7 +127,7 @@ def floor_awq(layer: Layer, target: Target) -> None:
 
 
 def baseline_admm(layer: Layer, target: Target, iterations: int) -> Tensor:
-    """The released iterations over a layer at the full sparsity, the mask chosen anew in the first three quarters."""
+    """The released iterations over a layer at the full sparsity, the mask chosen again in the first three quarters."""
     norm = layer.gram.diagonal.sqrt() + 1e-8
     gram = damped(layer.gram.matrix / norm / norm[:, None], ADMM_DAMPING)
     inverse = torch.inverse(gram + ADMM_RHO * torch.eye(len(gram)))

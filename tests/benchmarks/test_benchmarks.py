@@ -46,7 +46,7 @@ def test_a_baseline_does_what_the_method_does(name: str):
         assert float((weight == 0).float().mean()) == pytest.approx(case.target.sparsity, abs=0.01)
 
 
-def test_what_is_timed_depends_on_the_size():
+def test_timed_cases_depend_on_the_size():
     assert suite.shapes("") == {
         (512, 512): True,
         (1024, 512): False,

@@ -403,10 +403,10 @@ def test_a_layer_that_is_never_called_is_named():
     [
         (
             torch.full((2, 4), VOCABULARY),
-            f"between {VOCABULARY} and {VOCABULARY}, but the model embeds 0 to {VOCABULARY - 1}",
+            f"must be 0 to {VOCABULARY - 1}, which the model embeds. Got {VOCABULARY} to {VOCABULARY} instead",
         ),
-        (torch.full((2, 4), -1), "between -1 and -1, but the model embeds"),
-        (torch.zeros(2, 65, dtype=torch.int64), "sequences have 65 tokens, but the model takes at most 64"),
+        (torch.full((2, 4), -1), "Got -1 to -1 instead"),
+        (torch.zeros(2, 65, dtype=torch.int64), "sequences must have at most 64 tokens for this model. Got 65 instead"),
         (torch.zeros(0, 4, dtype=torch.int64), "must be integers"),
         (torch.zeros(2, 4), "must be integers"),
     ],
@@ -528,11 +528,11 @@ def test_other_tokens_in_the_same_place_have_grams_of_their_own(tmp_path, monkey
     assert before != after and not torch.equal(*grams_of)
 
 
-def test_grams_that_were_removed_are_told(tmp_path, monkeypatch):
+def test_removed_grams_are_reported(tmp_path, monkeypatch):
     build("llama").save_pretrained(tmp_path / "model")
     entry = json.dumps({"name": "tiny", "path": str(tmp_path / "model"), "dtype": "float32"})
     shutil.rmtree(calibrated(entry, tmp_path, monkeypatch))
-    with pytest.raises(InputError, match="Grams of .*gram.json are no longer at .*: run again, which computes"):
+    with pytest.raises(InputError, match="Grams of .*gram.json are no longer at .*: run again to compute"):
         gram_store.store_of(tmp_path / "gram.json")
     assert not (tmp_path / "gram.json").exists()  # so that it does
 

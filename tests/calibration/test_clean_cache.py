@@ -34,7 +34,7 @@ def left(folder):
     return sorted(path.name for path in (folder / "grams").iterdir())
 
 
-def test_what_nobody_else_uses_is_freed(stores, capsys):
+def test_unused_stores_are_freed(stores, capsys):
     with Checkpoint(stores / f"grams/.{RUNNING}.part", {}):
         app(["clean-cache"], standalone_mode=False)
         assert left(stores) == [f".{RUNNING}.part", THEIRS, BOTH]

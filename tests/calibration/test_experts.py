@@ -198,7 +198,7 @@ def test_the_sample_of_unknown_many_tokens_is_evenly_spaced(parts):
 # ---------------------------------------------------------------------------------------------------------- errors
 
 
-def test_products_that_are_not_seen_are_told():
+def test_unseen_products_are_reported():
     model = build("mixtral")
     model.set_experts_implementation("batched_mm")
     with pytest.raises(InputError, match=r"eager experts, but model.layers.0.mlp.experts.0.down_proj saw \d+ fewer"):
@@ -369,7 +369,7 @@ def test_an_export_gives_the_same_logits(case, tmp_path):
 
 def test_experts_are_not_written_as_compressed_tensors(case, tmp_path):
     cell = case.run("rtn", Target(bits=4, group=8))
-    with pytest.raises(InputError, match=r"Experts is no torch Linear; use --format packed or dense"):
+    with pytest.raises(InputError, match=r"Experts is not a torch Linear; use --format packed or dense"):
         save.export(cell, "compressed-tensors", tmp_path / "out")
 
 

@@ -52,11 +52,11 @@ MISTAKES = {
     ),
     "forgets the mask": (
         "        return Compressed(ops.pruned(layer, importance, target).weight)\n",
-        ("1 tensors", "correlated", "a pruned layer must come with its mask", "None"),
+        ("1 tensors", "correlated", "a pruned layer must have a mask", "None"),
     ),
     "returns a tensor": (
         "        return ops.pruned(layer, importance, target).weight\n",
-        ("1 tensors", "correlated", "what a method returns must be a Compressed", "Tensor"),
+        ("1 tensors", "correlated", "a method's result must be a Compressed", "Tensor"),
     ),
     "raises": (
         "        return ops.pruned(layer, importance.reshape(3, 5), target)\n",
@@ -106,7 +106,7 @@ def test_the_three_lines_repeat_the_breach(tmp_path: Path):
         exec("\n".join(line.strip() for line in lines))
 
 
-def test_an_edited_file_is_read_anew(tmp_path: Path):
+def test_an_edited_file_is_read_again(tmp_path: Path):
     """In one process, such as a notebook's."""
     path = edited(tmp_path, RESULT, "        return Compressed(layer.weight)\n")
     assert not battery.check_file(path, quick=True).ok
@@ -139,7 +139,7 @@ CHECKS = """    "checks": {
 
 
 def test_a_card_says_what_is_tried(tmp_path: Path):
-    """A known failure is one of what stands for the defaults alone; of a variant it is worth a note."""
+    """A known failure is one of what represents the defaults alone; of a variant it is worth a note."""
     report = battery.check_file(edited(tmp_path, '    "parameters": {', CHECKS.replace("PROMISE", "9 brute force")))
     assert {row.method for row in report.rows} == {"mine(power=0.5)", "mine(power=0.25)"}
     found = {
@@ -163,7 +163,7 @@ def test_widths_that_no_usual_target_has_are_checked(tmp_path: Path):
     assert {row.target for row in report.rows if not row.ok} >= {"8b g16", "50% row 8b g16"}
 
 
-def test_a_choice_that_is_not_the_best_is_told_and_no_breach(tmp_path: Path):
+def test_a_choice_that_is_not_the_best_is_noted_and_no_breach(tmp_path: Path):
     """Where G is diagonal the best mask is known; a score of another kind, such as RIA's, may want another one."""
     report = battery.check_file(edited(tmp_path, "power: float = 1.0", "power: float = 0.5"))
     assert report.ok
@@ -186,7 +186,7 @@ def test_a_method_beside_the_file_can_be_its_warm_start(tmp_path: Path):
     assert battery.check_file(path, quick=True).ok
 
 
-def test_progress_is_told(tmp_path: Path):
+def test_progress_is_printed(tmp_path: Path):
     told = []
     battery.check_file(written(tmp_path), quick=True, progress=lambda *now: told.append(now))
     assert [done for done, _, _ in told] == list(range(told[-1][1] + 1))
@@ -210,7 +210,7 @@ NO_METHODS = {
 
 
 @pytest.mark.parametrize("kind", NO_METHODS)
-def test_what_is_no_method_is_one_sentence(kind: str, tmp_path: Path):
+def test_a_value_that_is_no_method_is_one_sentence(kind: str, tmp_path: Path):
     text, sentence = NO_METHODS[kind]
     path = tmp_path / "mine.py"
     if text is not None:
@@ -245,7 +245,7 @@ def test_the_battery_needs_no_test_suite():
 
 
 @pytest.mark.parametrize("name", [*layer_cases.LAYERS, layer_cases.EQUAL, *layer_cases.SMALL_ROWS])
-def test_a_layer_is_built_anew(name: str):
+def test_each_call_builds_the_layer_again(name: str):
     first, second = (layer_cases.tensors(layer_cases.build(name)) for _ in range(2))
     assert all(torch.equal(first[key], second[key]) for key in second)
     assert all(first[key].data_ptr() != second[key].data_ptr() for key in second)

@@ -46,9 +46,11 @@ def test_help_lists_every_command_with_its_purpose():
     told = call("--help")
     assert told.exit_code == 0 and told.stdout == call().stdout
     expected = (
-        "run report estimate check-study methods new-method check-method regression accept compare merge published"
+        "run report estimate check-study methods new-method check-method regression accept compare merge leaderboard"
     )
-    assert [name.replace("_", "-") for name in COMMANDS] == f"{expected} export audit decode clean-cache worker".split()
+    assert [
+        name.replace("_", "-") for name in COMMANDS
+    ] == f"{expected} published export audit decode clean-cache worker".split()
     for name in expected.split():
         assert re.search(rf"^  {name} +[A-Z]", told.stdout, re.MULTILINE)
     assert "--install-completion" in told.stdout and "--show-completion" in told.stdout
@@ -96,8 +98,8 @@ BAD = {
     "run embedded -c0": "--cores must be a number of at least 1, or `all`. Got '0' instead.",
     "report -n --cores=2.5": "--cores must be a number of at least 1, or `all`. Got '2.5' instead.",
     "run embedded --directory file/inside": "must be a folder that can be written",
-    "run absent-model.yaml": "The model 'absent' should be a folder at nowhere, but there is none.",
-    "estimate absent-model.yaml": "The model 'absent' should be a folder at nowhere, but there is none.",
+    "run absent-model.yaml": "The folder nowhere of the model 'absent' does not exist.",
+    "estimate absent-model.yaml": "The folder nowhere of the model 'absent' does not exist.",
     "estimate embedded --cores 0": "--cores must be at least 1. Got 0 instead.",
     "estimate embedded --cores many": "Invalid value for '--cores'",
     "check-study file": "file is not valid YAML",
@@ -109,24 +111,24 @@ BAD = {
     "report no-such-study -n": "A study must be a file",
     "report -n pruning": "STUDY must come before Snakemake's own arguments. Got '-n' in its place instead.",
     "report -n absent-model.yaml": "STUDY must come before Snakemake's own arguments.",
-    "report absent-model.yaml": "The model 'absent' should be a folder at nowhere, but there is none.",
+    "report absent-model.yaml": "The folder nowhere of the model 'absent' does not exist.",
     "report -n --directory file/inside": "must be a folder that can be written",
     "estimate -n": "No such option: -n",
     "published -n": "No such option: -n",
-    "published absent-model.yaml --tables absent": "Expected the cells table at absent/cells.parquet",
+    "published absent-model.yaml --tables absent": "The cells table absent/cells.parquet does not exist",
     "regression no-such-study": "A study must be a file or the name of one that ships",
     "regression seeds": "Accepted numbers must be in results/accepted/seeds/layers.csv. There is no such file",
-    "regression embedded": "Expected the layers table at results/tables/layers.parquet",
+    "regression embedded": "The layers table results/tables/layers.parquet does not exist",
     "accept no-such-study": "A study must be a file or the name of one that ships",
-    "accept embedded": "Expected the layers table at results/tables/layers.parquet",
-    "compare absent absent": "Expected cells.parquet in absent",
+    "accept embedded": "The layers table results/tables/layers.parquet does not exist",
+    "compare absent absent": "absent must hold cells.parquet",
     "compare absent absent --tolerance -1": "A tolerance must be at least 0, such as 0.02. Got -1 instead.",
     "merge absent": "Missing option '--out'",
-    "merge absent --out merged": "Expected cells.parquet in absent",
+    "merge absent --out merged": "absent must hold cells.parquet",
     "published no-such-study": "A study must be a file",
     "export absent --format dense --out saved": "The cell must be a folder. Got 'absent' instead.",
     "export . --format nope --out saved": "--format must be one of dense, packed, compressed-tensors. Got 'nope'",
-    "audit absent": "There is no folder absent.",
+    "audit absent": "The folder absent does not exist.",
     "decode --shape 16 --out decode.csv": "--shape must be ROWSxINPUTS, such as 4096x4096. Got '16' instead.",
     "decode --shape 16x16 --out file/inside/decode.csv": "file/inside must be a folder that can be written",
     "new-method shrink --folder file/inside": "must be a folder that can be written",
@@ -164,7 +166,7 @@ def test_snakemake_s_own_folder_that_cannot_be_written_is_one_sentence(tmp_path,
     assert "XDG_CACHE_HOME" in told.stderr
 
 
-def test_what_a_command_finds_is_exit_status_one(tmp_path, monkeypatch):
+def test_findings_of_a_command_are_exit_status_one(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     told = call("estimate", "embedded", "--mem-mb", "300", "--quick")
     assert told.exit_code == 1 and "--mem-mb gives 300 MB" in told.stderr and "demo: 7 M parameters" in told.stdout
@@ -226,7 +228,7 @@ def test_studies_by_name_and_by_file(tmp_path):
         config_file.study_file("config")
 
 
-def test_what_snakemake_is_given():
+def test_arguments_of_snakemake():
     study = Path("config/config.yaml")
     own = ["--configfile", str(study.resolve()), "--snakefile", str(project.ROOT / "Snakefile")]
     default = ["--workflow-profile", str(project.ROOT / "profiles/default")]

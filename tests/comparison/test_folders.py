@@ -1,11 +1,9 @@
-"""Two result folders held against each other, and several put into one."""
+"""Two result folders compared, and several put into one."""
 
 # pandas' own annotations lose whether a selection is a column or a frame.
 # pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
 
 import json
-from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -16,33 +14,8 @@ from layerwise.results.collect import TABLES, StudyInputs, collect
 from layerwise.results.main_table import document, markdown
 from layerwise.runtime.errors import InputError
 from layerwise.storage.table_schema import read_table
-from tests.support.synthetic_tables import EVALUATIONS, PROVENANCE, STUDY, SyntheticCell, cell, layer_frame, write_cell
-
-TEXTS = tuple(EVALUATIONS)
-PLAN = [cell("dense", "dense"), cell("magnitude", "60% row"), cell("wanda", "60% row")]
-SKIPPED = [{"label": "rtn", "method": "rtn", "target": "2:4", "allocation": "uniform", "reason": "rtn does not prune"}]
-
-
-def results(
-    root: Path,
-    computed: Mapping[str, float] = {"dense": 1.0, "magnitude": 1.0, "wanda": 1.0},
-    texts: Sequence[str] = TEXTS,
-    plan: Sequence[SyntheticCell] = PLAN,
-    **provenance: object,
-) -> Path:
-    """A result folder in which some cells of the plan are computed, their errors multiplied by a factor."""
-    for one in (each for each in plan if each.columns["label"] in computed):
-        folder = write_cell(root, one, texts)
-        layers = layer_frame(one, 2).assign(lower_bound=None, gap_to_bound=None)
-        layers["output_error"] *= computed[one.columns["label"]]
-        layers.to_parquet(folder / "layers.parquet")
-        record = json.loads((folder / "cell.json").read_text())
-        record["provenance"] = PROVENANCE | provenance
-        (folder / "cell.json").write_text(json.dumps(record))
-    collect(
-        StudyInputs(plan, SKIPPED, evaluations(STUDY, EVALUATIONS)), root / "results/tables", partial=True, root=root
-    )
-    return root
+from tests.support.result_folders import PLAN, SKIPPED, TEXTS, results
+from tests.support.synthetic_tables import EVALUATIONS, STUDY, layer_frame
 
 
 def status(*arguments: object) -> int:
@@ -54,19 +27,19 @@ def test_a_folder_agrees_with_itself(tmp_path, capsys):
     folder = results(tmp_path)
     assert status(folder, folder / "results/tables") == 0
     assert capsys.readouterr().out.splitlines() == [
-        "output_error (layers): all 42 agree within 2 %.",
+        "output_error (layers): all 42 agree within 2%.",
         # of each cell two perplexities with three divergences each, an error, a sparsity and bits
-        "value (cells): all 33 agree within 2 %.",
+        "value (cells): all 33 agree within 2%.",
     ]
 
 
-def test_what_moved_is_listed_with_exit_status_one(tmp_path, capsys):
+def test_moved_numbers_are_listed_with_exit_status_one(tmp_path, capsys):
     before, after = results(tmp_path / "a"), results(tmp_path / "b", {"dense": 1, "magnitude": 1, "wanda": 1.05})
     assert status(before, after) == 1
     out = capsys.readouterr().out
-    assert "output_error (layers): 14 moved, 0 added, 0 gone" in out and out.count("+5.00 %") == 15
+    assert "output_error (layers): 14 moved, 0 added, 0 gone" in out and out.count("+5.00%") == 15
     assert "mean_output_error" in out and "magnitude" not in out
-    assert status(after, before) == 1 and "-4.76 %" in capsys.readouterr().out
+    assert status(after, before) == 1 and "-4.76%" in capsys.readouterr().out
     assert status(before, after, "--tolerance", "0.06") == 0
 
 
@@ -88,7 +61,9 @@ def test_other_versions_and_protocols_are_said(tmp_path, capsys):
 
 
 def test_no_tables_is_a_sentence(tmp_path):
-    with pytest.raises(InputError, match=r"Expected cells.parquet in .*; there is none\."):
+    with pytest.raises(
+        InputError, match=r"must hold cells.parquet, itself or in tables or results/tables. Got no such file\."
+    ):
         status(tmp_path, tmp_path)
 
 
@@ -150,7 +125,7 @@ def test_three_folders_with_studies_of_their_own(tmp_path):
         (
             1.05,
             {},
-            r"14 of the layers tables of .*one and .*other do not; the first is \S+ and \S+ of demo docs ",
+            r"Got 14 in the layers tables of .*one and .*other that do not; the first is \S+ and \S+ for demo docs ",
         ),
         (
             1.0,
@@ -187,7 +162,7 @@ def test_names_that_mean_two_things_are_not_merged(tmp_path, column):
 
 def test_the_merged_tables_have_a_folder_of_their_own(tmp_path):
     one, other = results(tmp_path / "one", {"wanda": 1.0}), results(tmp_path / "other", {"magnitude": 1.0})
-    with pytest.raises(InputError, match="a folder of its own"):
+    with pytest.raises(InputError, match="a folder of their own"):
         status("merge", one, other, "--out", one / "results/tables")
 
 

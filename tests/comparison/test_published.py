@@ -1,4 +1,4 @@
-"""Published numbers: the table of them, what a study is held against, and the configs of the papers and sweeps."""
+"""Published numbers: the table of them, what a study is compared with, and the configs of the papers and sweeps."""
 
 # pandas' own annotations lose whether a selection is a column or a frame.
 # pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
@@ -120,7 +120,7 @@ def test_the_translation_says_what_is_printed(paper):
             assert r["evaluation_length"] == int(length[1])
 
 
-def test_a_row_of_a_spread_target_is_held_against_its_own_cells():
+def test_a_row_of_a_spread_target_is_compared_with_its_own_cells():
     spread = {"allocations": {"uniform": None, "owl": {"official": True}, "mild": {"allocator": "owl", "spread": 0.02}}}
     planned = study(**spread)
     (model,) = planned.models
@@ -164,7 +164,7 @@ def test_a_mean_over_seeds_has_its_deviation():
         ("verdict", "x", "Additional properties are not allowed"),
     ],
 )
-def test_a_wrong_row_is_told_in_one_sentence(tmp_path, column, value, sentence):
+def test_a_wrong_row_is_one_sentence(tmp_path, column, value, sentence):
     with FILE.open(encoding="utf-8", newline="") as file:
         first = next(r for r in csv.DictReader(file) if not r["not_joined"])
     with (tmp_path / "published.csv").open("w", encoding="utf-8", newline="") as file:
@@ -253,7 +253,7 @@ def test_parameters_make_a_method_the_printed_one():
     assert verdicts([row("magnitude")], conventions)[0]["label"] == "magnitude"
 
 
-def test_what_has_no_number_is_not_run():
+def test_a_row_without_a_number_is_not_run():
     rows = [row("dense", 27.66), row("wanda", 38.0), row("ria", 37.0), row("owl", 36.0, not_joined="no method is OWL")]
     failed = verdicts(rows, study(), dense=27.66, wanda=None)
     assert [entry["verdict"] for entry in failed] == ["within", "not run", "not run", "not run"]

@@ -216,7 +216,7 @@ def test_an_allocator_that_fails_is_named_in_one_sentence(case, tmp_path, measur
 
 
 def test_levels_that_are_absent_are_one_sentence(tmp_path):
-    with pytest.raises(InputError, match="Expected the levels of an allocation at .*, which does not exist"):
+    with pytest.raises(InputError, match="The levels of an allocation .* does not exist"):
         targets_at(tmp_path / "none.parquet", Target(0.5))
 
 

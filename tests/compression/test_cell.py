@@ -507,7 +507,7 @@ FAULTS = {
     "nothing": ("return None", "faulty"),
     "shape": (
         "return replace(good, weight=good.weight[:, 1:])",
-        "promise 1: the weight's shape must be [48, 32], [48, 31] came",
+        "promise 1: the weight's shape must be [48, 32]. Got [48, 31] instead",
     ),
     "dtype": (
         "return replace(good, weight=good.weight.double())",
@@ -515,25 +515,29 @@ FAULTS = {
     ),
     "not finite": (
         "return replace(good, weight=good.weight / 0)",
-        f"faulty broke its contract on {UP}: promise 1: the weight must be finite, 1536 entries are not.",
+        f"faulty broke its contract on {UP}: promise 1: the weight must be finite. "
+        "Got 1536 entries of NaN or Inf instead.",
     ),
-    "no mask": ("return Compressed(good.weight)", "promise 1: a pruned layer must come with its mask, None came"),
+    "no mask": ("return Compressed(good.weight)", "promise 1: a pruned layer must have a mask. Got None instead"),
     "mask": (
         "return replace(good, weight=layer.weight.clone())",
         "promise 1: the weight must be zero where the mask is",
     ),
     "pattern": (
         "return replace(good, weight=layer.weight.clone(), mask=torch.ones_like(good.mask))",
-        "promise 2: the kept entries of 2:4 must be exact, 384 groups of 2:4 differ.",
+        "promise 2: the kept entries of 2:4 must be exact. Got 384 groups of 2:4 that differ instead.",
     ),
     "weight": (
         "layer.weight[~good.mask] = 0\n        return good",
-        "promise 1: the inputs must be untouched, the weight",
+        "promise 1: the inputs must be untouched. Got a changed weight",
     ),
-    "gram": ("layer.gram.matrix.mul_(2)\n        return good", "promise 1: the inputs must be untouched, the gram"),
+    "gram": (
+        "layer.gram.matrix.mul_(2)\n        return good",
+        "promise 1: the inputs must be untouched. Got a changed gram",
+    ),
     "gram through numpy": (
         "layer.gram.matrix.numpy()[0, 0] += 1\n        return good",
-        "promise 1: the inputs must be untouched, the gram",
+        "promise 1: the inputs must be untouched. Got a changed gram",
     ),
 }
 SHORTAGES = {
@@ -583,9 +587,7 @@ def test_a_grid_without_codes_is_named(case, tmp_path):
         .replace("good = ops.pruned(layer, layer.weight.abs(), target)", GOOD_GRID)
     )
     (own / "faulty.py").write_text(text, "utf-8")
-    with pytest.raises(
-        InputError, match=f"on {UP}: promise 3: a quantised layer must come with codes, scales and zeros"
-    ):
+    with pytest.raises(InputError, match=f"on {UP}: promise 3: a quantised layer must have codes, scales and zeros"):
         case.run("faulty", target, out=str(tmp_path / "cell"), own=own)
 
 

@@ -112,23 +112,27 @@ TOLD = "promise 10: "
 LIES: dict[str, Lies] = {
     # the inputs
     "exchanges two weights through numpy": Lies(
-        ROW, after(lambda layer: exchange(layer.weight.numpy())), "promise 1: the inputs must be untouched, the weight"
+        ROW,
+        after(lambda layer: exchange(layer.weight.numpy())),
+        "promise 1: the inputs must be untouched. Got a changed weight",
     ),
     "exchanges two entries of the Gram through numpy": Lies(
         ROW,
         after(lambda layer: exchange(layer.gram.matrix.numpy())),
-        "promise 1: the inputs must be untouched, the gram",
+        "promise 1: the inputs must be untouched. Got a changed gram",
     ),
     "scales the Gram": Lies(
-        ROW, after(lambda layer: layer.gram.matrix.mul_(0)), "promise 1: the inputs must be untouched, the gram"
+        ROW,
+        after(lambda layer: layer.gram.matrix.mul_(0)),
+        "promise 1: the inputs must be untouched. Got a changed gram",
     ),
     "writes into the sample": Lies(
         ROW,
         after(lambda layer: some(layer.statistics).sample.zero_()),
-        "promise 1: the inputs must be untouched, the sample",
+        "promise 1: the inputs must be untouched. Got a changed sample",
     ),
     # what comes back
-    "nothing": Lies(ROW, lambda *_: None, "liar must return a Compressed on layer, NoneType came"),
+    "nothing": Lies(ROW, lambda *_: None, "liar must return a Compressed on layer. Got NoneType instead"),
     "no tensor": Lies(
         ROW,
         lambda layer, target, r: replace(r, weight=r.weight.numpy()),
@@ -142,7 +146,7 @@ LIES: dict[str, Lies] = {
     "a Parameter": Lies(
         ROW,
         lambda layer, target, r: replace(r, weight=torch.nn.Parameter(r.weight)),
-        "promise 1: weight must be a torch.Tensor, Parameter came",
+        "promise 1: weight must be a torch.Tensor. Got Parameter instead",
     ),
     "a tensor with a gradient": Lies(
         ROW,
@@ -163,7 +167,7 @@ LIES: dict[str, Lies] = {
     "the dense weight with a mask that says pruned": Lies(
         ROW,
         lambda layer, target, r: replace(r, weight=layer.weight.clone()),
-        "promise 1: the weight must be zero where the mask is False, 768 entries are not",
+        "promise 1: the weight must be zero where the mask is False. Got 768 entries that are not instead",
     ),
     "a mask of exact counts that is another one": Lies(
         ROW,
@@ -173,7 +177,7 @@ LIES: dict[str, Lies] = {
     "a denormal number where the mask is False": Lies(
         ROW,
         lambda layer, target, r: replace(r, weight=torch.where(some(r.mask), r.weight, 1e-45)),
-        "promise 1: the weight must be zero where the mask is False, 768 entries are not",
+        "promise 1: the weight must be zero where the mask is False. Got 768 entries that are not instead",
     ),
     "half of what it must prune": Lies(
         NM,
@@ -188,12 +192,12 @@ LIES: dict[str, Lies] = {
     "scales in float64": Lies(
         GRID,
         lambda layer, target, r: regridded(r, scales=grid_of(r).scales.double()),
-        "promise 3: scales must be torch.float32, torch.float64 came",
+        "promise 3: scales must be torch.float32. Got torch.float64 instead",
     ),
     "groups that count from the end": Lies(
         GRID,
         lambda layer, target, r: regridded(r, group_of=ops.groups_of(64, 16) - 4),
-        "promise 3: group_of must be int64 [64], at least 0, torch.int64 [64], least -4 came",
+        "promise 3: group_of must be int64 [64], at least 0. Got torch.int64 [64], least -4 instead",
     ),
     "groups that are no whole numbers": Lies(
         GRID,
@@ -220,7 +224,12 @@ LIES: dict[str, Lies] = {
         lambda layer, target, r: torch.linalg.cholesky(-torch.eye(3)),
         "LinAlgError: linalg.cholesky: The factorization could not be completed",
     ),
-    "NaN": Lies(ROW, no_finite_weight, "promise 1: the weight must be finite, 768 entries are not", diverged=True),
+    "NaN": Lies(
+        ROW,
+        no_finite_weight,
+        "promise 1: the weight must be finite. Got 768 entries of NaN or Inf instead",
+        diverged=True,
+    ),
     "a descent with too large a step": Lies(ROW, descended(0.3), "promise 1: the weight must be finite", diverged=True),
     "a descent that has not yet overflown": Lies(
         ROW, descended(4e-3, 8), "liar has diverged on layer: its output_error is", diverged=True
@@ -261,20 +270,28 @@ LIES: dict[str, Lies] = {
     ),
     # the process
     "seeds torch": Lies(
-        ROW, after(lambda _: torch.manual_seed(7)), "promise 4: global state must be left alone, torch's"
+        ROW,
+        after(lambda _: torch.manual_seed(7)),
+        "promise 4: global state must be left alone. Got a change of torch's",
     ),
     "draws from torch's generator": Lies(
         ROW, after(lambda _: torch.rand(1)), "promise 4: global state must be left alone"
     ),
-    "seeds numpy": Lies(ROW, after(lambda _: np.random.seed(7)), "promise 4: global state must be left alone, numpy's"),
+    "seeds numpy": Lies(
+        ROW, after(lambda _: np.random.seed(7)), "promise 4: global state must be left alone. Got a change of numpy's"
+    ),
     "draws from Python's generator": Lies(
-        ROW, after(lambda _: random.random()), "promise 4: global state must be left alone, Python's global generator"
+        ROW,
+        after(lambda _: random.random()),
+        "promise 4: global state must be left alone. Got a change of Python's global generator",
     ),
     "another default dtype": Lies(
-        ROW, after(lambda _: torch.set_default_dtype(torch.float64)), "left alone, the default dtype changed"
+        ROW,
+        after(lambda _: torch.set_default_dtype(torch.float64)),
+        "left alone. Got a change of the default dtype instead",
     ),
     "another default device": Lies(
-        ROW, after(lambda _: torch.set_default_device("meta")), "left alone, the default device changed"
+        ROW, after(lambda _: torch.set_default_device("meta")), "left alone. Got a change of the default device instead"
     ),
     "another number of threads": Lies(
         ROW, after(lambda _: torch.set_num_threads(torch.get_num_threads() + 1)), "the number of threads changed"
@@ -282,7 +299,7 @@ LIES: dict[str, Lies] = {
     "gradients": Lies(
         ROW,
         after(lambda _: torch.set_grad_enabled(not torch.is_grad_enabled())),
-        "left alone, whether gradients are recorded changed",
+        "left alone. Got a change of whether gradients are recorded instead",
     ),
     "products of another precision": Lies(
         ROW, after(lambda _: torch.set_float32_matmul_precision("medium")), "the precision of products changed"
@@ -290,7 +307,7 @@ LIES: dict[str, Lies] = {
     "a score of its own": Lies(
         ROW,
         after(lambda _: setattr(score, "output_error", lambda layer, weight: (0.0, 0.0))),
-        "promise 4: global state must be left alone, the runner's code changed",
+        "promise 4: global state must be left alone. Got a change of the runner's code instead",
     ),
     "a judge of its own": Lies(
         ROW, after(lambda _: setattr(verify, "_masked", lambda *_: None)), "the runner's code changed"
@@ -360,7 +377,7 @@ def in_numpy(layer: Layer, target: Target, result: Compressed) -> Compressed:
 
 @pytest.mark.filterwarnings("ignore:a warning")
 @pytest.mark.parametrize("lie", [expanded, minus_zero, fewer, with_trace, warning, in_numpy])
-def test_what_only_looks_odd_is_accepted(lie: Lie):
+def test_odd_but_valid_input_is_accepted(lie: Lie):
     layer = layers.build("correlated")
     result, row = Solver("odd", Liar(lie), ROW, 0, criterion="error").solve(layer)
     assert row["output_error"] == output_error(layer, result.weight)[1]

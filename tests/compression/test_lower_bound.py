@@ -157,9 +157,11 @@ def test_inputs_are_untouched_and_the_result_scales():
     assert lower_bound(larger, Target(0.5)) == Bound(found.error * 32, found.plain * 32, found.gap * 32)
 
 
-def test_what_has_no_bound_is_refused():
+def test_a_target_without_a_bound_is_refused():
     layer = layers.make(TINY)
-    with pytest.raises(ValueError, match="A lower bound exists for row, layer, n:m patterns. Got 50% 1x4 instead"):
+    with pytest.raises(
+        ValueError, match="The pattern of a lower bound must be one of row, layer, n:m. Got 50% 1x4 instead"
+    ):
         lower_bound(layer, Target(0.5, "1x4"))
     with pytest.raises(ValueError, match="must be finite"):
         lower_bound(replace(layer, weight=layer.weight / 0), Target(0.5))

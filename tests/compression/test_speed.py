@@ -45,7 +45,7 @@ def clock(monkeypatch):
     return rows
 
 
-def test_a_trial_tells_rows_from_the_rest(clock, monkeypatch):
+def test_a_trial_separates_rows_from_the_rest(clock, monkeypatch):
     monkeypatch.setattr(speed, "LONGEST", 1e9)
     assert speed.tried(trial()) == [64, 0.5, 0.25] and clock == list(speed.ROWS)
 
@@ -68,7 +68,7 @@ def test_a_layer_has_whole_groups(target, inputs):
     assert speed.inputs_of(target) == inputs
 
 
-def test_a_method_that_fails_is_told_of_and_the_next_is_tried(tmp_path):
+def test_a_method_that_fails_is_reported_and_the_next_is_tried(tmp_path):
     (tmp_path / "first.py").write_text(UNSOLVED)
     wide = asdict(Target(bits=4, group=65))
     asked = [trial("first", key="a", folders=[tmp_path]), trial("rtn", wide, "b"), trial("absent", key="c")]

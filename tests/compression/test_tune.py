@@ -125,7 +125,7 @@ def test_wherever_it_goes_it_is_on_the_pattern_and_the_grid(case, frozen: bool):
         assert torch.equal(after.codes[~kept].float(), zeros[~kept])  # without its mask it is exactly zero too
 
 
-def test_what_it_trains_has_no_unit():
+def test_trained_parameters_have_no_unit():
     """Twice the weights, the same steps: twice the result."""
     layer = layers.build("correlated")
     found = []

@@ -77,7 +77,7 @@ def moved(result: Compressed, target: Target) -> Compressed:
 
 
 def wrong_codes(result: Compressed) -> Compressed:
-    """Codes one too high where that is possible: the weight is no longer what they stand for."""
+    """Codes one too high where that is possible: the weight is no longer what they represent."""
     codes = grid_of(result).codes
     return regridded(result, codes=torch.where(codes < 15, codes + 1, codes))
 
@@ -106,13 +106,13 @@ VIOLATIONS: dict[str, tuple[Target, Damage, str]] = {
     "factors that were not asked for": (
         ROW,
         lambda r: replace(r, low_rank=LowRank(torch.zeros(24, 0), torch.zeros(0, 64), r.weight.clone())),
-        "promise 2: a target with a rank, and no other, must have low-rank factors, some came",
+        "promise 2: a target with a rank, and no other, must have low-rank factors. Got some instead",
     ),
     "factors that are no LowRank": (FACTORS, lambda r: replace(r, low_rank=(1, 2)), "promise 1: low_rank must be a"),
     "a rank too high": (
         FACTORS,
         lambda r: refactored(r, left=torch.zeros(24, 9), right=torch.zeros(9, 64)),
-        "promise 2: left must be torch.float32 [24, 8] on the weight's device, torch.float32 [24, 9] on cpu came",
+        "promise 2: left must be torch.float32 [24, 8] on the weight's device. Got torch.float32 [24, 9] on cpu",
     ),
     "a factor in float64": (
         FACTORS,
@@ -122,23 +122,23 @@ VIOLATIONS: dict[str, tuple[Target, Damage, str]] = {
     "a factor that is not finite": (
         FACTORS,
         lambda r: refactored(r, left=with_entry(r.low_rank.left, (0, 0), torch.nan)),
-        "promise 1: left must be finite, 1 entries are not",
+        "promise 1: left must be finite. Got 1 entries of NaN or Inf instead",
     ),
     "a part that was not asked for": (
         FACTORS,
         lambda r: refactored(r, rest=torch.zeros(24, 64)),
-        "promise 2: rank 50% must have no part beside its factors, one came",
+        "promise 2: rank 50% must have no part beside its factors. Got one instead",
     ),
     "no part beside the factors": (SUM, lambda r: refactored(r, rest=None), "promise 2: 50% row rank 20% must have a"),
     "a sparse factor over the budget": (
         FACTORS,
         lambda r: refactored(r, left=torch.zeros(24, 9), right=torch.zeros(9, 64), kept=torch.ones(24, 9).bool()),
-        "promise 2: factors of rank 50% must take 12288 bits at most, 12888 came",
+        "promise 2: factors of rank 50% must take 12288 bits at most. Got 12888 instead",
     ),
     "a sparse factor that is not zero elsewhere": (
         FACTORS,
         lambda r: refactored(r, kept=torch.zeros(24, 8).bool()),
-        "promise 1: left must be zero where kept is False, 192 entries are not",
+        "promise 1: left must be zero where kept is False. Got 192 entries that are not instead",
     ),
     "places of another shape": (
         FACTORS,
@@ -148,37 +148,37 @@ VIOLATIONS: dict[str, tuple[Target, Damage, str]] = {
     "another weight than the sum": (
         SUM,
         lambda r: replace(r, weight=with_entry(r.weight, (2, 3), 7.0)),
-        "promise 2: the weight must be the sum of its parts, 1 entries differ",
+        "promise 2: the weight must be the sum of its parts. Got 1 entries that differ instead",
     ),
     "a part that is not zero where masked": (
         SUM,
         lambda r: low_rank.of_parts(r.low_rank.left, r.low_rank.right, replace(r.rest, weight=r.rest.weight + 1.0)),
-        "promise 1: the weight must be zero where the mask is False, 768 entries are not",
+        "promise 1: the weight must be zero where the mask is False. Got 768 entries that are not instead",
     ),
     "a part with one more": (
         SUM,
         lambda r: low_rank.of_parts(r.low_rank.left, r.low_rank.right, flip(r.rest, 0, 1)),
-        "promise 2: the kept entries of 50% row must be exact, 1 rows",
+        "promise 2: the kept entries of 50% row must be exact. Got 1 rows",
     ),
-    "no mask": (ROW, lambda r: replace(r, mask=None), "promise 1: a pruned layer must come with its mask"),
+    "no mask": (ROW, lambda r: replace(r, mask=None), "promise 1: a pruned layer must have a mask"),
     "mask of floats": (ROW, lambda r: replace(r, mask=r.mask.float()), "promise 1: the mask must be bool"),
     "mask of another shape": (ROW, lambda r: replace(r, mask=r.mask[1:]), "promise 1: the mask must be bool"),
     "not zero where masked": (
         ROW,
         lambda r: replace(r, weight=torch.where(r.mask, r.weight, 1e-9)),
-        "promise 1: the weight must be zero where the mask is False, 768 entries are not",
+        "promise 1: the weight must be zero where the mask is False. Got 768 entries that are not instead",
     ),
     "a row with one more": (
         ROW,
         lambda r: flip(r, 1, 0),
-        "promise 2: the kept entries of 50% row must be exact, 1 rows",
+        "promise 2: the kept entries of 50% row must be exact. Got 1 rows",
     ),
     "a row with one less": (ROW, lambda r: flip(r, 0, 1), "promise 2"),
     "layer with one less": (WHOLE, lambda r: flip(r, 0, 1), "promise 2: the kept entries of 50% layer must be exact"),
     "n:m with one more": (
         NM,
         lambda r: flip(r, 1, 0),
-        "promise 2: the kept entries of 2:4 must be exact, 1 groups of 2:4",
+        "promise 2: the kept entries of 2:4 must be exact. Got 1 groups of 2:4",
     ),
     "n:m with one in another group": (NM, lambda r: moved(r, NM), "promise 2: the kept entries of 2:4 must be exact"),
     "part of a block": (BLOCK, lambda r: flip(r, 0, 1), "promise 2: every 1x16 block must be kept or dropped whole"),
@@ -186,14 +186,18 @@ VIOLATIONS: dict[str, tuple[Target, Damage, str]] = {
     "a block too few": (
         BLOCK,
         lambda r: replace(r, mask=torch.ones_like(r.mask)),
-        "promise 2: 2 blocks must go in every row, 24 rows differ",
+        "promise 2: every row must lose 2 blocks. Got 24 rows that do not instead",
     ),
-    "no codes": (GRID, lambda r: replace(r, quantised=None), "promise 3: a quantised layer must come with codes"),
-    "no zeros": (JOINT, lambda r: regridded(r, zeros=None), "promise 1: zeros must be a torch.Tensor, NoneType came"),
+    "no codes": (GRID, lambda r: replace(r, quantised=None), "promise 3: a quantised layer must have codes"),
+    "no zeros": (
+        JOINT,
+        lambda r: regridded(r, zeros=None),
+        "promise 1: zeros must be a torch.Tensor. Got NoneType instead",
+    ),
     "parts of a grid that are no Quantised": (
         GRID,
         lambda r: replace(r, quantised=vars(r.quantised)),
-        "promise 1: quantised must be a Quantised, dict came",
+        "promise 1: quantised must be a Quantised. Got dict instead",
     ),
     "code too large": (
         GRID,
@@ -204,12 +208,12 @@ VIOLATIONS: dict[str, tuple[Target, Damage, str]] = {
     "scale that nvfp4 lacks": (
         NVFP4,
         lambda r: regridded(r, scales=with_entry(r.quantised.scales, (0, 0), 300.0)),
-        "promise 3: scales must be numbers that nvfp4 has, 1 are not",
+        "promise 3: scales must be numbers that nvfp4 has. Got 1 others instead",
     ),
     "scale that is no power of two": (
         MXFP4,
         lambda r: regridded(r, scales=1.5 * r.quantised.scales),
-        "promise 3: scales must be numbers that mxfp4 has, 48 are not",
+        "promise 3: scales must be numbers that mxfp4 has. Got 48 others instead",
     ),
     "nvfp4 without a divisor": (NVFP4, lambda r: regridded(r, divisor=None), "promise 3: scales of nvfp4"),
     "mxfp4 with a divisor": (MXFP4, lambda r: regridded(r, divisor=torch.ones(1)), "promise 3: scales of nvfp4"),
@@ -236,17 +240,17 @@ VIOLATIONS: dict[str, tuple[Target, Damage, str]] = {
     "a zero between two codes": (
         GRID,
         lambda r: regridded(r, zeros=with_entry(r.quantised.zeros, (2, 1), 7.5)),
-        "promise 3: zeros must be whole numbers in [0, 15], 1 are not",
+        "promise 3: zeros must be whole numbers in [0, 15]. Got 1 others instead",
     ),
     "a zero beyond the codes": (
         GRID,
         lambda r: regridded(r, zeros=with_entry(r.quantised.zeros, (2, 1), 16.0)),
-        "promise 3: zeros must be whole numbers in [0, 15], 1 are not",
+        "promise 3: zeros must be whole numbers in [0, 15]. Got 1 others instead",
     ),
     "zeros of a symmetric grid": (
         Target(bits=4, group=16, symmetric=True),
         lambda r: regridded(r, zeros=r.quantised.zeros - 1),
-        "promise 3: zeros must be 8, 96 are not",
+        "promise 3: zeros must be 8. Got 96 others instead",
     ),
     "an input scale of zero": (
         GRID,
@@ -261,7 +265,7 @@ VIOLATIONS: dict[str, tuple[Target, Damage, str]] = {
     "input_scale of another shape": (
         GRID,
         lambda r: regridded(r, input_scale=torch.ones(3)),
-        "promise 3: input_scale must be [64], [3] came",
+        "promise 3: input_scale must be [64]. Got [3] instead",
     ),
     "input_scale of other weights": (
         GRID,

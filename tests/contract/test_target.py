@@ -89,9 +89,9 @@ WRONG = [
     ({"pattern": "2x4"}, "Target.pattern must be"),
     ({"pattern": "0:4"}, "Target.pattern must be"),
     ({"pattern": "row\n"}, "Target.pattern must be"),
-    ({"pattern": "4:4"}, "Target.pattern n:m keeps n of m, n < m. Got '4:4' instead."),
-    ({"pattern": "8:4"}, "Target.pattern n:m keeps n of m"),
-    ({"pattern": "2:4", "sparsity": 0.6}, "Target.sparsity of pattern '2:4' is 0.5. Got 0.6 instead."),
+    ({"pattern": "4:4"}, "Target.pattern n:m must keep n of m, n < m. Got '4:4' instead."),
+    ({"pattern": "8:4"}, "Target.pattern n:m must keep n of m"),
+    ({"pattern": "2:4", "sparsity": 0.6}, "Target.sparsity of pattern '2:4' must be 0.5. Got 0.6 instead."),
     ({"sparsity": 1.0}, "Target.sparsity must be in [0, 1). Got 1.0 instead."),
     ({"sparsity": -0.1}, "Target.sparsity must be in [0, 1)"),
     ({"sparsity": math.nan}, "Target.sparsity must be in [0, 1)"),
@@ -110,8 +110,8 @@ WRONG = [
     ({"rank": 1.0}, "Target.rank must be a share of the weights, in [0, 1). Got 1.0 instead."),
     ({"rank": -0.1}, "Target.rank must be a share"),
     ({"rank": math.nan}, "Target.rank must be a share"),
-    ({"group": 128}, "Target.group and Target.symmetric describe a grid: give bits too."),
-    ({"symmetric": True}, "Target.group and Target.symmetric describe a grid"),
+    ({"group": 128}, "Target.bits must be given with Target.group or Target.symmetric. Got None instead."),
+    ({"symmetric": True}, "Target.bits must be given with Target.group or Target.symmetric"),
 ]
 
 

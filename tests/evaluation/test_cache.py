@@ -66,7 +66,7 @@ def arguments(out="out.json", data="tokens.safetensors", dense: str | None = "de
     return [*given, "--dense", dense] if dense else given
 
 
-def test_what_was_never_seen_is_computed(cell, capsys):
+def test_an_unseen_evaluation_is_computed(cell, capsys):
     cache.main(arguments())
     result = json.loads((cell / "out.json").read_text())
     model, tokens = as_saved(), write_tokens(cell / "again.safetensors")
@@ -94,7 +94,7 @@ def test_dense_states_of_other_tokens_are_refused(cell):
     assert not (cell / "out.json").exists()
 
 
-def test_other_weights_in_the_same_place_are_evaluated_anew(cell, capsys):
+def test_other_weights_in_the_same_place_are_evaluated_again(cell, capsys):
     cache.main(arguments())
     save_file(weights_of(llama()), "weights.safetensors")
     cache.main(arguments("again.json"))
@@ -121,7 +121,7 @@ def as_saved():
     return type(llama()).from_pretrained("model")
 
 
-def test_what_was_seen_is_read_without_torch(cell):
+def test_a_stored_evaluation_is_read_without_torch(cell):
     cache.main(arguments())
     program = (
         "import sys; from layerwise.evaluation import cache; cache.main(sys.argv[1:]); print('torch' in sys.modules)"
@@ -134,7 +134,7 @@ def test_what_was_seen_is_read_without_torch(cell):
     assert (cell / "again.json").read_bytes() == (cell / "out.json").read_bytes()
 
 
-def test_what_the_compression_leaves_is_what_the_job_would_compute(cell):
+def test_the_compress_job_stores_what_the_evaluation_job_would(cell):
     cache.main(arguments())
     (alone,) = cache.STORE.iterdir()
     alone.rename("alone.json")
@@ -206,12 +206,12 @@ def test_other_code_and_other_versions_have_another_place(cell, monkeypatch, fil
     assert evaluation.file() != before
 
 
-def test_what_fails_beside_the_compression_is_left_to_its_own_job(cell, capsys):
+def test_a_failed_early_evaluation_is_left_to_its_own_job(cell, capsys):
     write_tokens(cell / "wrong.safetensors", words=10 * VOCABULARY)
     requested = [request(name) for name in ("wrong.safetensors", "absent.safetensors", "tokens.safetensors")]
     evaluate_ahead(cell, requested)
     assert (
-        "perplexity of wrong.safetensors could not be computed beside the compression: The tokens lie between"
+        "perplexity of wrong.safetensors could not be computed beside the compression: The tokens must be 0 to"
         in capsys.readouterr().err
     )
     assert len(list(cache.STORE.iterdir())) == 1  # the last one is there all the same

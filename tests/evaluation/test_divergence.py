@@ -207,7 +207,7 @@ def test_damaged_states_are_set_aside(tmp_path, tokens, damage):
     damage(dense.values)
     with pytest.raises(InputError, match="dense.bin is damaged: it is not what was written; it is now .*; run again"):
         found(llama(), tokens, dense)
-    assert not dense.path.exists()  # so that the workflow makes both anew
+    assert not dense.path.exists()  # so that the workflow makes both again
 
 
 @pytest.mark.parametrize("masked", [False, True])

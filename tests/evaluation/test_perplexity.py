@@ -127,9 +127,9 @@ def test_perplexity_that_is_not_finite(tokens):
 
 
 def test_tokens_that_do_not_fit_the_model(tokens):
-    with pytest.raises(InputError, match="lie between 0 and 50, but the model embeds 0 to 49"):
+    with pytest.raises(InputError, match="must be 0 to 49, which the model embeds. Got 0 to 50 instead"):
         perplexity.evaluate(llama(), torch.tensor([[0, 50]]))
-    with pytest.raises(InputError, match="sequences have 112 tokens, but the model takes at most 16"):
+    with pytest.raises(InputError, match="sequences must have at most 16 tokens for this model. Got 112 instead"):
         perplexity.evaluate(llama(), tokens.reshape(1, -1))
 
 

@@ -1,4 +1,4 @@
-"""Zero-shot tasks: lm-eval's own command line gives the same numbers, and what is absent is told in one sentence."""
+"""Zero-shot tasks: lm-eval's own command line gives the same numbers, and what is absent is one sentence."""
 
 from __future__ import annotations
 
@@ -121,7 +121,7 @@ def test_lm_eval_s_command_line_gives_the_same_numbers(tiny):
     [
         (
             {"tasks": ["last_word"], "folder": "empty"},
-            "The data of the tasks last_word cannot be used; empty should hold them",
+            "The data of the tasks last_word cannot be used; empty must hold them",
         ),
         pytest.param(
             {"tasks": ["no_such_task"]},
@@ -131,7 +131,7 @@ def test_lm_eval_s_command_line_gives_the_same_numbers(tiny):
         pytest.param({"tasks": ["piqa"]}, "HF_HUB_OFFLINE=1 forbids fetching: ", marks=LONG),
     ],
 )
-def test_what_is_absent_is_one_sentence(tmp_path, spec, sentence):
+def test_absent_input_is_one_sentence(tmp_path, spec, sentence):
     (tmp_path / "empty").mkdir()
     shutil.copy(ROOT / "resources/demo/tasks/last_word.yaml", tmp_path / "empty")
     arguments = ["layerwise.evaluation.zero_shot", "data", "--tasks", json.dumps(spec), "--out", "out.json"]
@@ -179,7 +179,7 @@ def test_a_task_that_shuffles_is_the_same_each_time(tmp_path):
     assert orders[0] == orders[1]
 
 
-def test_the_data_that_were_asked_are_told_apart():
+def test_items_are_identified_by_their_data():
     items = results(-2.0)["samples"]["t"]
     other = [{**items[0], "target_hash": "d"}]
     assert zero_shot.data_hash(items) == zero_shot.data_hash([dict(items[0])]) != zero_shot.data_hash(other)
@@ -228,7 +228,7 @@ def test_lists_of_papers_are_written_out():
 def test_sets_of_tasks_are_checked_before_a_job(tmp_path, monkeypatch):
     with pytest.raises(InputError, match="config: tasks.a has no key 'shots'; its keys are tasks, folder, fewshot"):
         plan(study(tasks={"a": {"tasks": ["piqa"], "shots": 5}}))
-    with pytest.raises(InputError, match=r"tasks.a: its folder should be at .*absent, but there is none"):
+    with pytest.raises(InputError, match=r"tasks.a: the folder .*absent does not exist"):
         task_sets.check_tasks("a", {"tasks": ["piqa"], "folder": str(tmp_path / "absent")})
     task_sets.check_tasks("a", {"tasks": ["last_word"], "folder": task_sets.MADE_FOLDERS[0]})
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
@@ -256,7 +256,9 @@ def test_a_folder_with_too_much_in_it_is_refused_before_all_is_read(tmp_path, mo
     assert len(task_sets.task_files(spec)) == 5
     (tmp_path / "more").mkdir()
     for search in (lambda: task_sets.check_tasks("a", spec), lambda: task_sets.task_files(spec)):
-        with pytest.raises(InputError, match=r"has more than 5 files and folders: give the one of the tasks\.$"):
+        with pytest.raises(
+            InputError, match=r"Got more than 5 files and folders instead: give the folder of the tasks\.$"
+        ):
             search()
 
 
@@ -337,5 +339,5 @@ def test_tasks_from_a_text():
         assert f"{item['context']} {true}" in text and len(set(item["choices"])) == docstring_tasks.CHOICES
         assert all(choice in text and item["package"] in choice for choice in item["choices"])
     assert len({item["label"] for item in made["continuation"]}) == docstring_tasks.CHOICES
-    with pytest.raises(InputError, match="The text should give 999 items of the task last_word, it gives 24"):
+    with pytest.raises(InputError, match="The text must give 999 items of the task last_word. Got 24 instead"):
         docstring_tasks.make(text, {**items, "last_word": 999})

@@ -1,4 +1,4 @@
-"""Products with packed weights against the weights that they stand for."""
+"""Products with packed weights against the weights that they represent."""
 
 import csv
 from dataclasses import replace
@@ -67,7 +67,7 @@ def test_two_of_four(rows, inputs):
     check(Sparse24.pack(weight, mask), torch.where(mask, weight, 0.0).double().numpy())
 
 
-def test_what_does_not_fit_is_one_sentence():
+def test_misfits_are_one_sentence():
     codes, scales, zeros, _ = grid(2, 64, 32)
     kept = torch.ones(2, 4, dtype=torch.bool)
     for message, call in {

@@ -220,7 +220,9 @@ def test_other_architectures(tmp_path, family, form):
     """Tied embeddings, biases, transposed weights, linear layers of another class."""
     other = Case(tmp_path, family).prepare()
     if (family, form) == ("gpt2", CT):
-        with pytest.raises(InputError, match="c_attn cannot be saved as compressed-tensors: Conv1D is no torch Linear"):
+        with pytest.raises(
+            InputError, match="c_attn cannot be saved as compressed-tensors: Conv1D is not a torch Linear"
+        ):
             save(other, JOINT, form, tmp_path / "out")
         assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".out*"))
         return
@@ -270,7 +272,7 @@ INEXPRESSIBLE = {
 
 
 @pytest.mark.parametrize("kind", INEXPRESSIBLE)
-def test_what_compressed_tensors_cannot_express_is_refused_and_packed_holds_it(case, tmp_path, kind):
+def test_layers_beyond_compressed_tensors_are_refused_and_packed_holds_them(case, tmp_path, kind):
     change, why = INEXPRESSIBLE[kind]
     folder = changed_cell(case, W4, tmp_path, change)
     with pytest.raises(InputError, match=f"{Q} cannot be saved as compressed-tensors: {why}; use --format packed"):
@@ -343,7 +345,7 @@ def test_a_packed_folder_that_lacks_a_parameter_is_refused(case, tmp_path):
     with pytest.raises(InputError, match="rest.safetensors does not fit the model: model.norm.weight"):
         load_packed(folder)
     (folder / "rest.safetensors").unlink()
-    with pytest.raises(InputError, match="is no packed model: it has no rest.safetensors"):
+    with pytest.raises(InputError, match="is not a packed model: it has no rest.safetensors"):
         load_packed(folder)
 
 
@@ -405,7 +407,7 @@ TAMPERED = {  # format, target, tensor of UP, change, what is said
     "codes": (CT, JOINT, "weight_packed", set_value((0, 0), 0x76543210), "2:4 4b g16 is not kept: [12] groups of 2:4"),
     "zero points": (CT, JOINT, "weight_zero_point", set_value((0, 0), 0), "2:4 4b g16 is not kept: .* groups of 2:4"),
     "scale": (CT, W4, "weight_scale", set_value((0, 0), -1), r"its scales must be \[48, 2\], positive and finite"),
-    "shape": (CT, W4, "weight_shape", set_value(0, 47), r"its shape must be \[48, 32\], \[47, 32\] came"),
+    "shape": (CT, W4, "weight_shape", set_value(0, 47), r"its shape must be \[48, 32\]. Got \[47, 32\] instead"),
 }
 
 
@@ -421,7 +423,7 @@ def test_whatever_was_changed_in_a_folder_is_found(case, tmp_path, capsys, kind)
 
 
 @pytest.mark.parametrize("part", ["codes", "scales", "zeros"])
-def test_what_was_changed_in_the_packed_layout_is_found(case, tmp_path, part):
+def test_changes_in_the_packed_layout_are_found(case, tmp_path, part):
     folder = save(case, W4S50, "packed", tmp_path / "out")
     change = flip_a_bit if part != "scales" else set_value((0, 0), 1)
     change_tensor(folder, f"{UP}.{part}", change, "weights.safetensors")
@@ -482,7 +484,7 @@ def test_the_audit_takes_a_cell_and_a_target(case, tmp_path, capsys):
     audited(cell(case, W4S50))
     printed = capsys.readouterr().out
     assert f"{Q}" in printed and "packed, 50% 1x16 4b g16: 14 layers" in printed
-    with pytest.raises(InputError, match="declares the grid 4b g16, that of 50% 1x16 3b g16 was expected"):
+    with pytest.raises(InputError, match="must declare the grid of 50% 1x16 3b g16. Got 4b g16 instead"):
         audited(cell(case, W4S50), "--target", "50% 1x16 3b g16")
     folder = save(case, TWO_OF_FOUR, "dense", tmp_path / "out")
     with pytest.raises(InputError, match="70% row is not kept: 32 rows keep more, and 13 more layers are off"):
@@ -490,9 +492,9 @@ def test_the_audit_takes_a_cell_and_a_target(case, tmp_path, capsys):
     (folder / "layerwise.json").unlink()
     audited(folder, "--target", "2:4")
     for arguments, sentence in (
-        ([folder], "does not say what its layers should be: give --target"),
-        ([tmp_path / "absent"], "There is no folder"),
-        ([tmp_path, "--target", "dense"], "is no saved model: it has neither config.json nor weights.safetensors"),
+        ([folder], "names no target for its layers: give --target"),
+        ([tmp_path / "absent"], "absent does not exist"),
+        ([tmp_path, "--target", "dense"], "is not a saved model: it has neither config.json nor weights.safetensors"),
         ([folder, "--target", "9b"], "--target is wrong: .*bits must be 2 to 8"),
         ([folder, "--target", "4 bits"], "--target is wrong: .*Got '4 bits' instead"),
     ):
@@ -505,11 +507,21 @@ def test_the_audit_takes_a_cell_and_a_target(case, tmp_path, capsys):
     [
         ("dense", "layerwise.json", '{"target": {}, "layers": {"a": {}}}', "each of its layers needs input_scale, "),
         ("dense", "layerwise.json", '{"target": {}, "layers": [1]}', "layerwise.json cannot be read"),
-        ("dense", "model.safetensors.index.json", "{}", "says of its weights is of no use: KeyError: 'weight_map'"),
-        ("dense", "model.safetensors.index.json", "{", "says of its weights is of no use: JSONDecodeError"),
+        (
+            "dense",
+            "model.safetensors.index.json",
+            "{}",
+            "The description of the weights in .* cannot be used: KeyError: 'weight_map'",
+        ),
+        (
+            "dense",
+            "model.safetensors.index.json",
+            "{",
+            "The description of the weights in .* cannot be used: JSONDecodeError",
+        ),
     ],
 )
-def test_what_a_folder_says_of_itself_may_be_damaged(case, tmp_path, form, file, text, sentence):
+def test_damaged_manifests_are_sentences(case, tmp_path, form, file, text, sentence):
     folder = save(case, W4, form, tmp_path / "out")
     (folder / file).write_text(text, "utf-8")
     with pytest.raises(InputError, match=sentence):
@@ -521,16 +533,16 @@ def test_a_scheme_of_another_kind_is_a_sentence(case, tmp_path):
     config = json.loads((folder / "config.json").read_text("utf-8"))
     config["quantization_config"]["config_groups"]["group_0"]["weights"]["num_bits"] = 16
     (folder / "config.json").write_text(json.dumps(config), "utf-8")
-    with pytest.raises(InputError, match="is of no use: ValueError: Target.bits must be 2 to 8"):
+    with pytest.raises(InputError, match="cannot be used: ValueError: Target.bits must be 2 to 8"):
         audited(folder)
 
 
-def test_the_command_prints_a_table_and_its_exit_status_tells(case, tmp_path, capsys):
+def test_the_command_prints_a_table_and_returns_its_verdict(case, tmp_path, capsys):
     folder = save(case, TWO_OF_FOUR, "dense", tmp_path / "out")
 
     audited(folder)
     told = capsys.readouterr().out
-    assert "14 layers" in told and "(50.000 %)" in told
+    assert "14 layers" in told and "(50.000%)" in told
     change_tensor(folder, f"{UP}.weight", first_zero_to(1.0))
     command = [sys.executable, "-m", "layerwise", "audit", str(folder)]
     bad = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
@@ -538,7 +550,7 @@ def test_the_command_prints_a_table_and_its_exit_status_tells(case, tmp_path, ca
 
 
 @pytest.mark.parametrize("family", ["qwen3", "gpt2", "bloom"])  # tied; biases; weights stored as [in, out]
-def test_what_is_not_compressed_comes_back_as_it_was(family, tmp_path):
+def test_uncompressed_parameters_are_unchanged(family, tmp_path):
     own = Case(tmp_path, family).prepare()
     dense, asked = load(own.spec), own.run("sparsegpt", TWO_OF_FOUR)
     layers = model_linears(dense)

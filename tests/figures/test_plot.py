@@ -219,7 +219,7 @@ def test_a_panel_of_controls_alone_has_no_front():
     assert [len(axes.texts) for axes in panels(figure)] == [0, 1]
 
 
-def test_every_cell_stands_at_its_size_and_perplexity():
+def test_every_cell_is_drawn_at_its_size_and_perplexity():
     cells = cells_table(plan(("wanda", "rtn"), modes=("shared",)), failed=[("wanda", "2:4", "shared")])
     with styled():
         figure = perplexity_vs_bits(cells)
@@ -312,7 +312,7 @@ def test_relative_errors_leave_out_quantisation_and_say_a_missing_reference():
     assert "wanda has no errors to compare with" in {text.get_text() for text in panels(without)[1].texts}
 
 
-def test_error_saved_over_wanda_stands_in_a_band_per_comparison():
+def test_error_saved_over_wanda_has_a_band_per_comparison():
     layers = layers_table(plan(("magnitude", "wanda", "ria", "sparsegpt"), ("60% row",), ("shared",)))
     with styled():
         figure = error_reduction(layers)
@@ -377,7 +377,7 @@ def test_a_sweep_of_a_target_has_a_line_per_method_and_a_band_per_pattern():
     for axes, metric in ((error, "mean_output_error"), (perplexity, "perplexity")):
         own = cells.query(f"label == 'wanda' and pattern == 'row' and metric == '{metric}'").sort_values("sparsity")
         assert values(axes, LOOKS["wanda"].colour) == pytest.approx(list(own["value"]))
-    assert [tick.get_text() for tick in error.get_xticklabels()] == ["50 %", "60 %", "70 %"]
+    assert [tick.get_text() for tick in error.get_xticklabels()] == ["50%", "60%", "70%"]
 
 
 def test_a_sweep_of_a_parameter_has_a_level_line_for_who_lacks_it():
@@ -501,7 +501,7 @@ def test_ranks_are_those_of_brute_force():
     assert frozenset(("magnitude", "wanda")) in masks.different
 
 
-def test_a_bar_joins_methods_that_are_not_told_apart():
+def test_a_bar_joins_methods_without_a_shown_difference():
     layers, pairs = layers_table(SEEDS), comparisons_table(SEEDS)
     pairs["verdict"] = "worse"
     pairs.loc[(pairs["label"] == "wanda") & (pairs["other"] == "ria"), "verdict"] = "no difference shown"
@@ -600,7 +600,7 @@ def test_other_figures_keep_spread_budgets_off_the_lines_of_equal_levels():
     with styled():
         figure = drawn("perplexity_vs_sparsity", SPREAD)
     labels = {text.get_text() for axes in panels(figure) for text in axes.get_xticklabels()}
-    assert "60%\nrow\nowl" in labels and {"60 %", "70 %"} <= labels
+    assert "60%\nrow\nowl" in labels and {"60%", "70%"} <= labels
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ from layerwise.kernels.rows import compiled
 from layerwise.runtime.errors import InputError
 
 
-def test_no_folder_for_compiled_loops_is_told(monkeypatch):
+def test_no_folder_for_compiled_loops_is_reported(monkeypatch):
     def refuse(locator: _CacheLocator) -> None:
         raise PermissionError(13, "Permission denied", locator.get_cache_path())
 

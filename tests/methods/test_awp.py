@@ -321,7 +321,7 @@ def test_zeros_are_exact_and_so_are_those_of_the_codes(name: str, target: Target
 
 
 @pytest.mark.parametrize("rounding", ["full", "gradual"])
-def test_zeros_that_came_with_the_layer_stay(rounding: str):
+def test_zeros_of_the_layer_stay(rounding: str):
     layer, method = layers.build("correlated"), AWP(Wanda(), iterations=20, rounding=rounding)
     pruned = Wanda().compress(layer, Target(0.5), torch.Generator())
     assert pruned.mask is not None

@@ -56,7 +56,7 @@ def compress(chain: tuple[Any, Any], layer: Layer, target: Target) -> Compressed
 
 
 def on_the_grid(result: Compressed, target: Target) -> Tensor:
-    """[out, in] what the codes stand for, pruned ones too."""
+    """[out, in] what the codes represent, pruned ones too."""
     return ops.quantised_values(grid_of(result), target)
 
 

@@ -227,7 +227,7 @@ def test_a_huge_input_does_not_end_the_search():
     assert min(found) > 24 * 3
 
 
-def test_zeros_that_came_with_the_layer_stay():
+def test_zeros_of_the_layer_stay():
     layer, target = layers.build("correlated"), Target(0.5, bits=3, group=16)
     chained = compress(Chain((Wanda(), CodeSwaps(GPTQ()))), layer, target)
     plain = compress(Chain((Wanda(), GPTQ())), layer, target)
@@ -236,13 +236,15 @@ def test_zeros_that_came_with_the_layer_stay():
     assert row_losses(pruned, chained).sum() < 0.99 * row_losses(pruned, plain).sum()
 
 
-def test_what_it_or_its_start_cannot_reach_is_refused_in_a_sentence():
+def test_unreachable_targets_are_refused_in_a_sentence():
     catalogue, layer = Catalogue(), layers.build("correlated")
     params = catalogue.complete("code_swaps", {"start": "gptq"}, "test")
     assert catalogue.refusal("code_swaps", params, Target(bits=3)) is None
     assert catalogue.refusal("code_swaps", params, Target(0.5, bits=3)) == "its start cannot: gptq does not prune"
     assert catalogue.refusal("code_swaps", params, Target(0.5)) == "code_swaps does not prune without quantising"
-    with pytest.raises(UnsupportedTarget, match="code_swaps' start cannot: gptq does not prune; 50% row 3b"):
+    with pytest.raises(
+        UnsupportedTarget, match="code_swaps' start cannot: gptq does not prune. Got the target 50% row 3b"
+    ):
         compress(CodeSwaps(GPTQ()), layer, Target(0.5, bits=3))
     with pytest.raises(UnsupportedTarget, match="code_swaps does not prune without quantising"):
         compress(CodeSwaps(GPTQ()), layer, Target(0.5))

@@ -54,7 +54,7 @@ def of_official(name: str, case: str):
 
 @pytest.mark.parametrize(("name", "case"), official_outputs.cases("gptaq"))
 def test_gptaq_agrees(name: str, case: str):
-    """A version in float64 has 99.91 % of the codes at least, and errors within 5e-4."""
+    """A version in float64 has 99.91% of the codes at least, and errors within 5e-4."""
     (result, agreement, entry), official = of_official(name, case), official_outputs.load(name)
     assert agreement >= 0.998
     assert official.output_error(result.weight.numpy()) == pytest.approx(entry["error"], rel=1e-3)
@@ -65,11 +65,11 @@ def test_gptaq_agrees(name: str, case: str):
 
 @pytest.mark.parametrize(("name", "case"), official_outputs.cases("qronos"))
 def test_qronos_agrees(name: str, case: str):
-    """A version in float64 has 99.91 % of the codes, but of the Gram without full rank, whose damping is 1e-6."""
+    """A version in float64 has 99.91% of the codes, but of the Gram without full rank, whose damping is 1e-6."""
     (result, agreement, entry), official = of_official(name, case), official_outputs.load(name)
     lowrank = name == "L1_lowrank"
     assert agreement >= (0.65 if lowrank else 0.995)
-    near, asymmetric = (5e-2, 8e-2) if lowrank else (1e-3, 1e-3)  # of the latter ours is 6 % smaller where it differs
+    near, asymmetric = (5e-2, 8e-2) if lowrank else (1e-3, 1e-3)  # of the latter ours is 6% smaller where it differs
     assert official.output_error(result.weight.numpy()) == pytest.approx(entry["error"], rel=near)
     came = asymmetric_error(official.drifted(), result.weight)
     assert came == pytest.approx(entry["asymmetric_error"], rel=asymmetric)
@@ -141,7 +141,7 @@ def test_inputs_of_a_compressed_model_alone_are_refused(method: Method):
 
 
 def round_to(values: np.ndarray, scale: np.ndarray, zero: np.ndarray, target: Target) -> tuple[np.ndarray, np.ndarray]:
-    """Codes [out], and the weights that they stand for; and the quotient in float32, as grids have it."""
+    """Codes [out], and the weights that they represent; and the quotient in float32, as grids have it."""
     codes = np.clip(np.round(values.astype(np.float32) / scale) + zero, 0, 2 ** some(target.bits) - 1)
     return codes, (scale * (codes - zero)).astype(np.float64)
 
@@ -218,7 +218,7 @@ def test_gptaq_and_foem_agree_with_plain_loops(name: str, target: Target, case: 
 
 
 def qronos(layer: Layer, rows: Rows, act_order: bool) -> None:
-    """Every column solved for anew: what is rounded stays, the rest is the least squares solution for W X0."""
+    """Every column solved for again: what is rounded stays, the rest is the least squares solution for W X0."""
     gram, cross = layer.gram.matrix.double().numpy(), layer.gram.cross.double().numpy()
     inputs, weight = len(gram), layer.weight.double().numpy()
     damping = 1e-6 * np.linalg.eigvalsh(gram)[-1] * np.eye(inputs)
@@ -248,7 +248,7 @@ def test_qronos_agrees_with_plain_least_squares(name: str, target: Target, act_o
 
 
 @pytest.mark.parametrize("method", [GPTAQ(alpha=1.0), Qronos()], ids=lambda method: method._name)
-def test_what_has_drifted_is_made_up_for(method: Method):
+def test_drift_is_compensated(method: Method):
     ratios = []
     for seed in range(6):
         layer = layers.make(Recipe(out=12, inputs=96, sequences=16, seed=seed, drift=0.2))

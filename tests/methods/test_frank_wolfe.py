@@ -141,7 +141,7 @@ def test_keep_one_is_the_warm_start(target: Target, start):
 
 @pytest.mark.parametrize("keep", [0.5, 0.9])
 @pytest.mark.parametrize("target", TARGETS, ids=lambda target: target.label)
-def test_what_is_fixed_stays(target: Target, keep: float):
+def test_fixed_entries_stay(target: Target, keep: float):
     """The top of the warm start's saliency, floor(keep k) of a row's or the layer's k, also where these are in n:m."""
     layer = layers.build("correlated")
     start = mask_of(Wanda().compress(layer, target, torch.Generator()))

@@ -75,7 +75,7 @@ def plain_grid(row: np.ndarray, target: Target, mse: bool) -> tuple[np.float32, 
 
 
 def round_to(value: float, scale: np.float32, zero: np.float32, target: Target) -> tuple[int, float]:
-    """Code, and the weight that it stands for."""
+    """Code, and the weight that it represents."""
     code = min(max(np.round(np.float32(value) / scale) + zero, 0), 2 ** (target.bits or 0) - 1)
     return int(code), float(scale * np.float32(code - zero))
 

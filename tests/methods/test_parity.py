@@ -23,14 +23,14 @@ OFFICIAL = {"convention": "official"}
 # ties; one weight that is kept instead moves its whole row: the rest of the row is updated otherwise, and the later
 # blocks choose otherwise from it. That is all the difference there is, as test_sparsegpt_exact_count_moves_few_rows
 # shows: with the official count the masks are identical, in the first block the surplus entries alone differ (in L1,
-# which is one block, one entry of 12288 makes all of the 0.19 %), and the other rows are equal. Where a layer is too
-# small for 0.1 % of error or 99.9 % of mask, the bound is what was measured, rounded up.
+# which is one block, one entry of 12288 makes all of the 0.19%), and the other rows are equal. Where a layer is too
+# small for 0.1% of error or 99.9% of mask, the bound is what was measured, rounded up.
 EXACT_ERROR = {
     ("L1", "sparsegpt_50"): 2.0e-3,  # one entry
     ("L1", "sparsegpt_50_4b"): 1.9e-3,  # the same entry
     ("L2_dead", "sparsegpt_70"): 1.2e-3,  # 2 surplus entries (a tie), 7 rows of 128
     ("L4_partial", "sparsegpt_50"): 2.8e-3,  # 3 surplus entries (a tie), 4 rows of 64
-    ("L4_partial", "sparsegpt_70"): 3.3e-3,  # one row of 64 makes 0.37 %
+    ("L4_partial", "sparsegpt_70"): 3.3e-3,  # one row of 64 makes 0.37%
 }
 # With 4 bits every code of a row that was moved can flip, and the official file has the zero pattern only, which counts
 # kept weights that rounded to zero as well: 36 of 12800 entries, in 7 rows.
@@ -129,7 +129,7 @@ def gptq(name: str, case: str, convention: str) -> tuple[Compressed, float]:
 @pytest.mark.parametrize(("name", "case"), official_outputs.cases("gptq"))
 def test_gptq_agrees(name: str, case: str, convention: str):
     """A rounding tie may fall otherwise in float32 and move its row: the official code on the same sequences in reverse
-    order differs from itself by up to 0.3 % of codes."""
+    order differs from itself by up to 0.3% of codes."""
     official, (result, agreement) = official_outputs.load(name), gptq(name, case, convention)
     assert agreement >= 0.995
     assert official.output_error(result.weight.numpy()) == pytest.approx(official.cases[case]["error"], rel=5e-4)
@@ -249,7 +249,7 @@ def test_admm_agrees(name: str, case: str):
 
 @pytest.mark.parametrize(("name", "case"), official_outputs.cases("alps"))
 def test_alps_reaches_the_official_error(name: str, case: str):
-    """Its supports are chaotic in float32: the official code on reversed sequences differs from itself by 0.9 %."""
+    """Its supports are chaotic in float32: the official code on reversed sequences differs from itself by 0.9%."""
     official, result = official_outputs.load(name), compress(name, case)
     assert official.output_error(result.weight.numpy()) == pytest.approx(official.cases[case]["error"], rel=0.01)
     assert broken_promise(official.layer(), official.target(case), result) is None

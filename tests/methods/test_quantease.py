@@ -133,7 +133,7 @@ def test_is_below_gptq_at_three_bits():
     assert ours < theirs
 
 
-def test_zeros_that_came_with_the_layer_stay():
+def test_zeros_of_the_layer_stay():
     layer, target = layers.build("correlated"), Target(bits=3, group=16)
     pruned = Wanda().compress(layer, Target(0.5), torch.Generator())
     kept = replace(layer, weight=pruned.weight, keep=mask_of(pruned))

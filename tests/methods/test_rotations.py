@@ -117,7 +117,7 @@ def test_turboquant_is_its_formula_and_keeps_norms(bits: int):
 
 @pytest.mark.parametrize("method", ["rotated", "turboquant"])
 @pytest.mark.parametrize("name", ["correlated", "201 inputs", "zero weights", "weights of 1e-12"])
-def test_what_is_stored_is_read_and_counted(method: str, name: str):
+def test_stored_layers_are_read_and_counted(method: str, name: str):
     layer, target = build(name), Target(bits=3, group=16)
     result = packed_weights.as_stored(compress(method, layer, target), target, torch.float32)
     parts = packed_weights.parts_of(result, target, torch.float32)

@@ -1,4 +1,4 @@
-"""SparseSwaps against swaps written plainly, in float64 and loops, every loss computed anew."""
+"""SparseSwaps against swaps written plainly, in float64 and loops, every loss computed again."""
 
 import itertools
 import math
@@ -105,7 +105,7 @@ def test_is_between_the_best_of_all_masks_and_the_warm_start(target: Target):
 
 @pytest.mark.parametrize("name", layers.LAYERS)
 @pytest.mark.parametrize("target", [Target(0.6), Target(pattern="2:4")], ids=lambda target: target.label)
-def test_the_loss_never_rises_and_the_trace_tells_it(name: str, target: Target, path):
+def test_the_loss_never_rises_and_the_trace_shows_it(name: str, target: Target, path):
     layer = layers.build(name)
     result = SparseSwaps(Random(), None).compress(layer, target, torch.Generator().manual_seed(0))
     objectives = [value for _, _, value in result.trace]

@@ -80,7 +80,7 @@ def test_slow_is_more_than_the_named_ratio(monkeypatch, times, expected):
     assert compute_dtype.compute_dtype(HALF) == expected
 
 
-def test_what_is_asked_for_is_not_measured(monkeypatch):
+def test_a_given_compute_dtype_is_not_measured(monkeypatch):
     def never(dtype: str) -> float:
         raise AssertionError("measured")
 
@@ -164,7 +164,7 @@ def test_a_float64_checkpoint_has_the_same_weights_by_way_of_float32(tmp_path):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_what_is_written_is_rounded_as_the_model_is_stored(tmp_path, family):
+def test_written_weights_are_rounded_to_the_model_dtype(tmp_path, family):
     spec = saved(tmp_path, family)
     wide, half = model_linears(load(spec, compute_dtype="float32")), model_linears(load(spec))
     for name, linear in wide.items():
@@ -176,7 +176,7 @@ def test_what_is_written_is_rounded_as_the_model_is_stored(tmp_path, family):
         assert torch.equal(linear.as_stored(new), linear.stored())
 
 
-def test_what_a_block_is_given_when_it_is_read_is_rounded(tmp_path):
+def test_weights_are_rounded_when_a_block_is_read(tmp_path):
     lazy = LazyBlocks(saved(tmp_path), compute_dtype="float32")
 
     def write(index: int, block: nn.Module) -> None:

@@ -140,9 +140,9 @@ def test_every_value_of_a_config_may_be_of_another_type(folders: dict[str, Path]
     assert refused >= 10
 
 
-def test_what_is_no_config_is_refused(folders: dict[str, Path]):
+def test_a_value_that_is_no_config_is_refused(folders: dict[str, Path]):
     folder = folders["llama"]
-    for text, wanted in {"[1]": "should hold a JSON object", "{": "is not valid JSON", "{}": "model_type"}.items():
+    for text, wanted in {"[1]": "must hold a JSON object", "{": "is not valid JSON", "{}": "model_type"}.items():
         (told,) = sentences(folder, text)
         assert told.startswith(str(folder / "config.json")) and wanted in told
 

@@ -1,6 +1,6 @@
 """Every causal family of the installed transformers: the library's own numbers, or a refusal in one sentence.
 
-tests/support/tiny_configs.py makes a tiny model of each, tests/support/every_family.py holds it against the library.
+tests/support/tiny_configs.py makes a tiny model of each, tests/support/every_family.py compares it with the library.
 """
 
 from __future__ import annotations

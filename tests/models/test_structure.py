@@ -96,7 +96,7 @@ def test_weight_is_a_float32_copy_that_multiplies_the_inputs(family):
 
 def test_a_weight_of_another_shape_is_refused():
     layer = every_linear(build("llama"))[0]
-    with pytest.raises(ValueError, match="Linear.replace"):
+    with pytest.raises(ValueError, match="The new weight of .* must be"):
         layer.replace(torch.zeros(1, HIDDEN))
 
 
@@ -104,7 +104,7 @@ def test_a_weight_of_another_shape_is_refused():
 def test_a_weight_that_is_not_finite_names_its_layer(value):
     layer = every_linear(build("gpt2"))[1]
     layer.module.get_parameter("weight")[0, 0] = value
-    with pytest.raises(InputError, match=r"transformer\.h\.0\.attn\.c_proj is not finite"):
+    with pytest.raises(InputError, match=r"transformer\.h\.0\.attn\.c_proj must be finite"):
         layer.weight()
 
 
@@ -212,7 +212,7 @@ def test_weights_of_another_shape_are_refused(saved):
     config = json.loads((saved / "config.json").read_text())
     (saved / "config.json").write_text(json.dumps(config | {"intermediate_size": 40}))
     sentence = refused(saved)
-    assert "have 6 tensors of another shape than its config asks for: model.layers.0.mlp.down_proj.weight" in sentence
+    assert "Got 6 tensors of another shape instead: model.layers.0.mlp.down_proj.weight" in sentence
 
 
 def test_a_config_that_is_not_understood_is_refused(saved):
@@ -234,7 +234,7 @@ def test_weights_that_are_not_finite_are_named(saved):
     tensors = load_file(saved / "model.safetensors")
     tensors["model.norm.weight"][3] = float("nan")
     save_file(tensors, saved / "model.safetensors", {"format": "pt"})
-    assert "model.norm.weight has NaN or Inf" in refused(saved)
+    assert "Got NaN or Inf in model.norm.weight instead" in refused(saved)
 
 
 def test_a_hub_model_without_network_is_refused(monkeypatch, tmp_path):

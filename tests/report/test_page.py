@@ -169,7 +169,7 @@ def test_the_headline_names_the_best_and_counts_what_it_leaves_out():
     assert headline(tables[3:])[0]["rows"][0]["best"][0][0] == ("e", "9.6") and headline([]) == []
 
 
-def test_what_was_not_calibrated_as_meant_is_told_above_the_main_tables(study, folder, html, tmp_path):
+def test_fallback_calibration_is_noted_above_the_main_tables(study, folder, html, tmp_path):
     shutil.copytree(folder / "tables", tmp_path / "tables")
     layers = read_table(folder / "tables", "layers")
     layers.loc[(layers["kind"] == "down_proj") & (layers["block"] == 0), "token_scope"] = "fallback"
@@ -199,9 +199,9 @@ def test_equal_input_gives_equal_bytes(study, folder, html):
 
 
 def test_bad_input_is_a_sentence(study, folder):
-    with pytest.raises(InputError, match=r"Expected a figure at .*absent.svg: No such file"):
+    with pytest.raises(InputError, match=r"The figure .*absent.svg cannot be read: No such file"):
         page(study, folder / "tables", [folder / "absent.svg"])
-    with pytest.raises(InputError, match="it has no cell"):
+    with pytest.raises(InputError, match="Got the cell .* instead, which it lacks"):
         page(Study(study.cells[1:]), folder / "tables", [])
 
 

@@ -134,7 +134,10 @@ def test_a_failed_or_missing_cell_is_an_error_unless_partial(tmp_path, pair):
     record = {"status": "out of memory", "reason": "no room\nfor the Gram.", "traceback": "..."}
     (tmp_path / failed.folder / "failed-compress.json").write_text(json.dumps(record))
     cells = [pair[0], failed, absent, pair[1]]
-    with pytest.raises(InputError, match=r"4 cells, 2 are failed or missing; the first is .*sparsegpt.*no room for"):
+    with pytest.raises(
+        InputError,
+        match=r"4 cells must have results. Got 2 that failed or are missing; the first is .*sparsegpt.*no room for",
+    ):
         gather(tmp_path, cells)
     assert not list(tmp_path.glob("tables/*")), "no table, nor a part of one, may be left behind"
     found = gather(tmp_path, cells, partial=True)["cells"]
@@ -163,7 +166,7 @@ def test_a_failed_perplexity_leaves_the_other_numbers(tmp_path, pair):
 def test_a_truncated_file_is_named(tmp_path, pair, name, damage):
     path = tmp_path / pair[0].folder / name
     path.write_bytes(damage(path.read_bytes()))
-    with pytest.raises(InputError, match=re.escape(name) + ".*; run again, which makes it anew"):
+    with pytest.raises(InputError, match=re.escape(name) + ".*; run again to make it"):
         gather(tmp_path, pair)
     assert not path.exists() and path.with_name(f"{name}.damaged").exists()
     cells = gather(tmp_path, pair, partial=True)["cells"]
@@ -350,7 +353,7 @@ def test_layers_stand_beside_their_bounds(tmp_path):
     assert len(read_table(tmp_path / "tables", "bounds")) == 14
 
 
-def test_an_error_below_its_bound_is_told(tmp_path):
+def test_an_error_below_its_bound_is_reported(tmp_path):
     cells = certified(tmp_path, 1.01)
     with pytest.raises(InputError, match=r"wanda has .* on .*q_proj, below the bound .* in .*bound.parquet"):
         collect(StudyInputs(cells, SKIPPED, TEXTS, certificates=[CERTIFICATE]), tmp_path / "tables", False, tmp_path)
@@ -359,7 +362,7 @@ def test_an_error_below_its_bound_is_told(tmp_path):
 def test_bounds_that_are_missing_are_an_error_unless_partial(tmp_path):
     cells = certified(tmp_path, 0.75)
     (tmp_path / CERTIFICATE).unlink()
-    with pytest.raises(InputError, match="Expected the bounds of a target at .*bound.parquet, which does not exist"):
+    with pytest.raises(InputError, match="The bounds of a target .*bound.parquet does not exist"):
         collect(StudyInputs(cells, SKIPPED, TEXTS, certificates=[CERTIFICATE]), tmp_path / "tables", False, tmp_path)
     collect(StudyInputs(cells, SKIPPED, TEXTS, certificates=[CERTIFICATE]), tmp_path / "tables", True, tmp_path)
     assert read_table(tmp_path / "tables", "layers")["lower_bound"].isna().all()
@@ -374,7 +377,7 @@ def test_bounds_that_do_not_fit_leave_the_partial_tables_without_them(tmp_path, 
     assert read_table(tmp_path / "tables", "layers")["lower_bound"].isna().all()
 
 
-def test_what_collect_writes_satisfies_the_validator(tmp_path, pair):
+def test_collected_tables_satisfy_the_validator(tmp_path, pair):
     absent = cell("ria", "60% row")
     gather(tmp_path, [*pair, absent], partial=True)
     for table in ("layers", "cells", "traces", "skipped"):
@@ -473,7 +476,7 @@ def test_numbers_are_rounded_to_what_they_mean(value, metric, shown):
     assert number(value, metric) == shown
 
 
-def test_layers_of_experts_that_saw_every_token_are_told_per_mode():
+def test_layers_of_experts_that_saw_every_token_are_counted_per_mode():
     cells = plan(models=("a", "b"))
     layers = layers_table(cells, blocks=2)
     assert not any("every token" in table.note for table in tables(cells_table(cells), "perplexity", layers=layers))
@@ -521,7 +524,7 @@ def test_a_deviation_has_the_decimals_of_its_mean(values, metric, shown):
     assert spread(values, metric) == shown
 
 
-def test_what_is_not_shown_to_differ_from_the_best_is_marked_too():
+def test_results_not_shown_to_differ_from_the_best_are_marked_too():
     cells = cells_table([cell("magnitude", "2:4"), cell("wanda", "2:4"), cell("ria", "2:4")])
     cells.loc[cells["metric"] == "perplexity", "value"] = [30.0, 20.5, 20.0]
     verdicts = {("magnitude", "wanda"): "worse", ("magnitude", "ria"): "worse", ("wanda", "ria"): NO_DIFFERENCE}

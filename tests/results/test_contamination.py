@@ -84,11 +84,11 @@ SAME = {  # what is calibrated on, where PAGES is evaluated: a file, its content
     "other line breaks": (
         "other.txt",
         PAGES.replace("\n", " "),
-        f"{HOLDS} 100 % of the other",
+        f"{HOLDS} 100% of the other",
     ),
-    "as JSON": ("other.jsonl", ROWS, f"{HOLDS} 100 % of the other"),
-    "a part": ("other.txt", PAGES[3000:9000], f"{HOLDS} 100 % of the other"),
-    "more": ("other.txt", sentences(800, 5) + PAGES, f"{HOLDS} 100 % of the other"),
+    "as JSON": ("other.jsonl", ROWS, f"{HOLDS} 100% of the other"),
+    "a part": ("other.txt", PAGES[3000:9000], f"{HOLDS} 100% of the other"),
+    "more": ("other.txt", sentences(800, 5) + PAGES, f"{HOLDS} 100% of the other"),
     "in part": ("other.txt", sentences(400, 5) + PAGES[:9000], HOLDS),
 }
 
@@ -116,7 +116,7 @@ def test_windows_that_were_calibrated_on_are_known_by_their_n_grams(tmp_path, ca
     assert found["contamination"] == f"share n-grams of {NGRAM} tokens"
     assert found["text_overlap"] < overlap.MOST_TEXT
     assert found["reverse"] == 1.0 and found["overlap"] == 15 / (8 * 64 - 49)
-    shares = f"({100 * found['overlap']:.1f} % of the evaluation's n-grams of 50 tokens are in the calibration"
+    shares = f"({100 * found['overlap']:.1f}% of the evaluation's n-grams of 50 tokens are in the calibration"
     assert shares in capsys.readouterr().err
     columns = contamination(None, tmp_path / "overlap.json")
     assert columns == {"contaminated": True, "contamination": found["contamination"], "overlap": found["overlap"]}
@@ -214,7 +214,7 @@ def test_the_tables_say_whether_and_why(tmp_path, study):
 def test_a_broken_file_of_an_overlap_is_named(tmp_path, study):
     path = tmp_path / study[0].overlap("wiki-00000002")
     path.write_text("{")
-    with pytest.raises(InputError, match="wiki-00000002.json cannot be used: .*run again, which makes it anew"):
+    with pytest.raises(InputError, match="wiki-00000002.json cannot be used: .*run again to make it"):
         columns(tmp_path, study)
     path.write_text("{}")
     with pytest.raises(InputError, match="wiki-00000002.json cannot be used: it lacks 'overlap'"):

@@ -117,7 +117,8 @@ def test_a_cell_of_another_model_or_calibration_is_refused(tmp_path, column):
 def test_a_perplexity_of_other_windows_is_refused(tmp_path, column, values):
     change(wanda(study(tmp_path), "perplexity-wiki-00000002.json"), **values)
     with pytest.raises(
-        InputError, match=f"1 are failed or missing; .* the text wiki, dense dense .* differ in {column}"
+        InputError,
+        match=f"Got 1 that failed or are missing; .* wiki must have one protocol. dense dense .* differ in {column}",
     ):
         gather(tmp_path)
     cells = gather(tmp_path, partial=True)
@@ -148,7 +149,7 @@ def test_tasks_of_another_harness_are_refused(tmp_path, column, value):
 
 
 @pytest.mark.parametrize("name", ["perplexity-docs-00000001.json", f"tasks-{TASKS.identity}.json"])
-def test_an_evaluation_in_another_dtype_is_told_by_its_own_rows(tmp_path, name):
+def test_an_evaluation_in_another_dtype_is_known_by_its_own_rows(tmp_path, name):
     """What the evaluation says of itself, and not what its cell was computed in; such a mix is no table."""
     root = study(tmp_path)
     for path in root.glob(f"results/cells/*/*/*/*/{name}"):
@@ -165,7 +166,7 @@ def test_an_evaluation_in_another_dtype_is_told_by_its_own_rows(tmp_path, name):
     assert bool(cells.loc[~evaluated, "compute_dtype"].isna().all())
 
 
-def test_what_a_protocol_names_are_columns():
+def test_the_names_of_a_protocol_are_columns():
     known = set(columns("cells"))
     assert all({*names, *told} <= known for _, names, told in SAME)
 
@@ -208,7 +209,7 @@ def test_folders_of_two_protocols_are_not_merged(tmp_path):
 
 
 def numbers_of(root: Path) -> str:
-    """All that stands in the CSVs, which have no NaN and no infinity."""
+    """All that is in the CSVs, which have no NaN and no infinity."""
     text = "".join(path.read_text().lower() for path in (root / "tables").glob("*.csv"))
     assert not re.search(r"(^|,)(nan|-?inf)(,|$)", text, re.MULTILINE)
     return text

@@ -186,7 +186,7 @@ def test_a_planted_effect_is_found_with_its_size():
 
 
 @pytest.mark.long
-def test_methods_that_do_not_differ_are_seldom_told_apart():
+def test_methods_that_do_not_differ_are_seldom_separated():
     """The share of studies of four equal methods with any verdict is at most the level: Holm's promise. Seeds that
     count as units would break it, because what a layer has against a method is the same under every seed."""
     rng = np.random.default_rng(1)
@@ -236,7 +236,7 @@ def test_a_cell_that_is_lost_takes_its_seed_from_its_own_pairs_alone():
     assert seeds == {("a", "b"): 3, **{(x, y): 1 for x in "ab" for y in "cd"}}
 
 
-def test_many_methods_can_still_be_told_apart():
+def test_many_methods_can_still_be_distinguished():
     """The smallest p of a bootstrap, times the pairs, must stay below the level."""
     rng = np.random.default_rng(10)
     hard = rng.normal(3, 0.5, 64)

@@ -20,7 +20,7 @@ def test_bad_input_is_status_two_and_what_fails_on_good_input_one(kind, status, 
         assert ended.value.code == status and capsys.readouterr().err == f"error: It is told.{end}\n"
 
 
-def test_what_a_disk_or_a_fault_of_the_code_ends_in_a_cell_is_a_failure(tmp_path):
+def test_a_disk_error_or_a_bug_makes_a_cell_fail(tmp_path):
     for error in (OSError(28, "No space left on device"), ZeroDivisionError("division by zero")):
         with pytest.raises(Failure), record_failure(tmp_path, "compress"):
             raise error

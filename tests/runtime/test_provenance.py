@@ -47,7 +47,7 @@ def test_a_commit_and_changes_to_it(clone, capsys):
     assert capsys.readouterr().err == ""
 
 
-def test_a_clone_of_another_user_is_told_once_with_its_remedy(clone, monkeypatch, capsys, tmp_path):
+def test_a_clone_of_another_user_is_reported_once_with_its_remedy(clone, monkeypatch, capsys, tmp_path):
     monkeypatch.setenv("GIT_TEST_ASSUME_DIFFERENT_OWNER", "1")
     monkeypatch.setenv("LANG", "de_DE.UTF-8")
     said = told(capsys)
@@ -61,13 +61,13 @@ def test_a_clone_of_another_user_is_told_once_with_its_remedy(clone, monkeypatch
     assert provenance.read_clone().commit and not provenance.read_clone().unread
 
 
-def test_a_clone_without_a_commit_is_told(clone, capsys):
+def test_a_clone_without_a_commit_is_reported(clone, capsys):
     (clone / ".git/HEAD").write_text("ref: refs/heads/nothing\n")
     said = told(capsys)
     assert said.startswith(f"warning: git does not read the clone {clone} (fatal: ") and said.count("\n") == 1
 
 
-def test_a_machine_without_git_is_told(clone, monkeypatch, capsys):
+def test_a_machine_without_git_is_reported(clone, monkeypatch, capsys):
     monkeypatch.setenv("PATH", "")
     assert told(capsys) == (
         f"warning: There is no git to read the clone {clone} with: the columns commit and dirty stay empty until it is "
@@ -75,7 +75,7 @@ def test_a_machine_without_git_is_told(clone, monkeypatch, capsys):
     )
 
 
-def test_what_is_no_clone_is_no_warning(clone, monkeypatch, capsys, tmp_path):
+def test_a_folder_that_is_no_clone_is_no_warning(clone, monkeypatch, capsys, tmp_path):
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path))
     (clone / ".git").rename(tmp_path / "elsewhere")
     assert told(capsys) == ""

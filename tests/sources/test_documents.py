@@ -43,9 +43,9 @@ def test_json_list(tmp_path):
 def test_parquet_and_field(tmp_path):
     parquet.write_table(pa.table({"id": [0, 1, 2], "body": DOCUMENTS}), tmp_path / "a.parquet")
     assert documents({"path": str(tmp_path / "a.parquet"), "field": "body"}) == DOCUMENTS
-    with pytest.raises(InputError, match=r"a.parquet should have the field 'text'; it has 'id', 'body'"):
+    with pytest.raises(InputError, match=r"a.parquet must have the field 'text'. Got 'id', 'body' instead"):
         documents({"path": str(tmp_path / "a.parquet")})
-    with pytest.raises(InputError, match="'id' in .* should hold text; it is int64"):
+    with pytest.raises(InputError, match="'id' in .* must hold text. Got int64"):
         documents({"path": str(tmp_path / "a.parquet"), "field": "id"})
 
 
@@ -63,10 +63,10 @@ UNREADABLE = {
     "list.json": ("[1, ", "list.json is not a JSON list"),
     "field.jsonl": (
         '{"body": "a", "id": 1}',
-        "should have the field 'text' in each document; number 1 has 'body', 'id'",
+        "must have the field 'text' in each document. Got 'body', 'id' in number 1 instead",
     ),
-    "number.jsonl": ('{"text": "a"}\n{"text": 3}', "should hold text; in document 2 it is 3"),
-    "string.jsonl": ('"a"', "number 1 has no fields"),
+    "number.jsonl": ('{"text": "a"}\n{"text": 3}', "must hold text. Got 3 in document 2 instead"),
+    "string.jsonl": ('"a"', "Got no fields in number 1 instead"),
     "a.csv": ("text", r"must end in one of .*\.txt.*Got .*a.csv instead"),
     "deep.json": ("[" * 100_000, "deep.json is not a JSON list"),
     "bad.parquet": (b"PAR1", "bad.parquet cannot be read"),
@@ -127,7 +127,7 @@ def test_arrow_s_types_of_strings(tmp_path, name):
 @pytest.mark.parametrize("name", TYPES)
 def test_nulls_are_no_text(tmp_path, name):
     parquet.write_table(pa.table({"text": column_of(TYPES[name], ["a", None])}), tmp_path / "a.parquet")
-    with pytest.raises(InputError, match="'text' in .*a.parquet should hold text; it is .* with 1 nulls"):
+    with pytest.raises(InputError, match="'text' in .*a.parquet must hold text. Got .* with 1 nulls instead"):
         documents({"path": str(tmp_path / "a.parquet")})
 
 
@@ -135,16 +135,16 @@ def test_nulls_are_no_text(tmp_path, name):
 def test_other_types_are_no_text(tmp_path, kind):
     column = pa.array([None, None], kind)
     parquet.write_table(pa.table({"text": column}), tmp_path / "a.parquet")
-    with pytest.raises(InputError, match="should hold text; it is "):
+    with pytest.raises(InputError, match="must hold text. Got "):
         documents({"path": str(tmp_path / "a.parquet")})
 
 
 @pytest.mark.parametrize("claimed", [pa.binary(), pa.string()])
-def test_bytes_that_are_no_utf8_are_told_with_their_row(tmp_path, claimed):
+def test_bytes_that_are_not_utf8_are_reported_with_their_row(tmp_path, claimed):
     """Arrow takes a column of strings for what its writer says it is."""
     column = pa.array([b"fine", b"ab\xff"], pa.binary()).view(claimed)
     parquet.write_table(pa.table({"text": column}), tmp_path / "a.parquet")
-    sentence = "'text' in .*a.parquet should hold text in UTF-8; in row 2 byte 2 cannot be decoded"
+    sentence = "'text' in .*a.parquet must hold text in UTF-8. Byte 2 of row 2 cannot be decoded"
     with pytest.raises(InputError, match=sentence):
         documents({"path": str(tmp_path / "a.parquet")})
 
@@ -217,7 +217,7 @@ def test_every_line_of_joined_files_may_have_a_mark(tmp_path):
     assert read.documents == ["one", "two"] and read.normalised == "byte order mark"
 
 
-def test_what_is_no_mark_stays(tmp_path):
+def test_characters_that_are_no_mark_stay(tmp_path):
     """Within a line U+FEFF is a space without width, and other characters that end lines are the text's own."""
     text = f"word{MARK}word\x0b\x0c\x85\u2028\u2029\u200b"
     assert read_text({"path": write(tmp_path / "a.txt", text)}).documents == [text]
@@ -227,12 +227,15 @@ def test_what_is_no_mark_stays(tmp_path):
 
 @pytest.mark.parametrize("place", ["\\ud800", "ab\\udfff.", "\\ude00\\ud83d"])
 @pytest.mark.parametrize("form", ["lines", "list"])
-def test_half_a_character_is_told_with_its_document(tmp_path, place, form):
+def test_half_a_character_is_reported_with_its_document(tmp_path, place, form):
     rows = ['{"text": "fine \\ud83d\\ude00"}', f'{{"text": "{place}"}}']
     content = "\n".join(rows) if form == "lines" else f"[{','.join(rows)}]"
     path = write(tmp_path / "a.json", content)
     at = 2 if place.startswith("ab") else 0
-    sentence = rf"'text' in .*a.json .* in document 2 character {at} is half of one, the lone surrogate \\u"
+    sentence = (
+        r"'text' in .*a.json must hold whole characters. Got half of one, the lone surrogate \\u.*, "
+        f"as character {at} of document 2 instead"
+    )
     with pytest.raises(InputError, match=sentence):
         documents({"path": path})
     assert documents({"path": write(tmp_path / "b.jsonl", rows[0])}) == ["fine 😀"]
@@ -252,7 +255,7 @@ def test_documents_of_a_windows_text_are_separated(tmp_path):
 
 
 @pytest.mark.parametrize("separator", ["\n\n\n\n", "---", "<|endoftext|>"])
-def test_a_separator_that_never_occurs_is_told(tmp_path, separator):
+def test_a_separator_that_never_occurs_is_reported(tmp_path, separator):
     path = write(tmp_path / "a.txt", "one\n\ntwo\n--\nthree")
     with pytest.raises(InputError, match="The separator .* of .*a.txt must occur in a .txt or .raw of the text, but"):
         documents({"path": path, "separator": separator})
@@ -260,7 +263,7 @@ def test_a_separator_that_never_occurs_is_told(tmp_path, separator):
         documents({"path": write(tmp_path / "a.jsonl", as_json(f"one{separator}two")), "separator": separator})
 
 
-def test_the_files_in_which_a_separator_does_not_occur_are_told(tmp_path, monkeypatch, capsys):
+def test_files_without_the_separator_are_reported(tmp_path, monkeypatch, capsys):
     contents = {"a.txt": "one--two", "b.txt": "three", "blank.txt": " \n", "c.jsonl": as_json("a document")}
     files = [Path(write(tmp_path / name, content)) for name, content in contents.items()]
     monkeypatch.setattr("layerwise.sources.documents.fetch_text", lambda spec: files)

@@ -179,7 +179,7 @@ def test_a_conversion_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pyt
     assert [path.name for path in (tmp_path / "results/gguf").iterdir()] == []
 
 
-def test_a_folder_that_lost_a_file_is_made_anew(tmp_path: Path):
+def test_a_folder_that_lost_a_file_is_made_again(tmp_path: Path):
     write(tmp_path / FILE)
     folder = model_folder(entry(tmp_path / FILE))
     (folder / "tokenizer.json").unlink()
@@ -221,7 +221,7 @@ def test_a_converted_folder_that_was_damaged_is_not_taken(tmp_path: Path):
     weights.write_bytes(content)
     with pytest.raises(InputError, match="model.safetensors is damaged: it has changed since it was made"):
         fingerprinted(tmp_path / FILE)
-    fingerprinted(tmp_path / FILE)  # it was made anew
+    fingerprinted(tmp_path / FILE)  # it was made again
 
 
 # ------------------------------------------------------------------------------------------------------ what is refused

@@ -136,7 +136,7 @@ def test_what_an_entry_may_say_of_a_wheel(changes: dict[str, Any], sentence: str
         validate({**STUDY, "models": {"tiny": said}})
 
 
-def test_what_no_other_study_uses_is_freed(tmp_path: Path, spec: dict[str, Any], capsys: pytest.CaptureFixture[str]):
+def test_unused_grams_are_freed(tmp_path: Path, spec: dict[str, Any], capsys: pytest.CaptureFixture[str]):
     store = tmp_path / "results/gguf"
     wheel, mine, theirs = put_by_hand(spec, tmp_path), store / ("a" * 32), store / ("b" * 32)
     for folder in (mine, theirs, store / f".{'c' * 32}.7.part", store / f".{'d' * 32}.8.part", store / "thesis"):

@@ -102,7 +102,7 @@ def removes(name: str):
 BROKEN_MODELS = {
     "no config": (removes("config.json"), "has no config.json"),
     "bad config": (writes("config.json", b"{"), "config.json is not valid JSON"),
-    "list config": (writes("config.json", b"[]"), "should hold a JSON object"),
+    "list config": (writes("config.json", b"[]"), "must hold a JSON object"),
     "no tokenizer": (removes("tokenizer.json"), "has no tokenizer"),
     "no weights": (removes("model.safetensors"), "has no weights"),
     "pickles": (
@@ -111,7 +111,7 @@ BROKEN_MODELS = {
     ),
     "other": (lambda f: (f / "model.safetensors").rename(f / "a.safetensors"), "has a.safetensors, but neither"),
     "shards": (sharded, r"names files that are not there: model-00002-of-00002.safetensors\."),
-    "cut": (cut, r"model.safetensors is cut off: it has \d+ bytes and its header says \d+"),
+    "cut": (cut, r"model.safetensors is cut off: it has \d+ bytes, and its header says \d+"),
     "cut header": (writes("model.safetensors", (100).to_bytes(8, "little") + b"{"), "cut off: it has 9 bytes"),
     "too long": (lengthen, "is too long"),
     "empty": (writes("model.safetensors", b""), "not a safetensors file"),
@@ -130,12 +130,12 @@ def test_incomplete_model(folder, kind):
 
 
 def test_missing_model_folder(tmp_path):
-    with pytest.raises(InputError, match="'mine' should be a folder at .*absent, but there is none"):
+    with pytest.raises(InputError, match="The folder .*absent of the model 'mine' does not exist"):
         checkpoint_files.check_checkpoint("mine", {"path": str(tmp_path / "absent")})
 
 
 BROKEN_TEXTS = {
-    "missing": ({"path": "absent.txt"}, "'mine' should be a file at absent.txt, but there is none"),
+    "missing": ({"path": "absent.txt"}, "The file absent.txt of the text 'mine' does not exist"),
     "suffix": ({"path": "text.csv"}, r"must end in one of \.txt, .*Got text.csv instead"),
     "separator": (
         {"path": "a.jsonl", "separator": "\n\n"},

@@ -41,7 +41,7 @@ def test_the_file_decides_and_not_the_model_type(tmp_path: Path, model_type: str
     assert ids(load_tokenizer({"path": str(tmp_path)})) == own.encode(TEXT, add_special_tokens=False).ids
 
 
-def test_a_class_that_would_cut_otherwise_is_told(tmp_path: Path, capsys):
+def test_a_class_that_cuts_otherwise_is_reported(tmp_path: Path, capsys):
     write(tmp_path, digits_in_threes, tokenizer_class="GPT2Tokenizer")
     load_tokenizer({"path": str(tmp_path)})
     told = capsys.readouterr().err
@@ -173,7 +173,7 @@ def test_a_vocabulary_that_is_not_read_is_named_before_any_job(tmp_path: Path, n
     ],
     ids=str,
 )
-def test_files_of_which_no_tokenizer_is_made_are_told_without_a_library_to_install(tmp_path: Path, files, told: str):
+def test_unusable_tokenizer_files_are_reported_without_a_library_to_install(tmp_path: Path, files, told: str):
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     for name, text in files.items():
         (tmp_path / name).write_text(text)
@@ -227,7 +227,7 @@ def test_tasks_need_tokens_that_the_model_embeds(tmp_path: Path, kind: str, spec
         assert str(error.value).endswith(NAMED)
 
 
-def test_a_tokenizer_that_is_given_is_held_against_its_file(tmp_path: Path):
+def test_a_given_tokenizer_is_compared_with_its_file(tmp_path: Path):
     write(tmp_path, digits_in_threes, tokenizer_class="GPT2Tokenizer")
     with pytest.raises(InputError, match="from token .* on: load_tokenizer of layerwise.sources.tokenizer_files takes"):
         check_loaded(AutoTokenizer.from_pretrained(tmp_path), "text")
@@ -237,7 +237,7 @@ def test_a_tokenizer_that_is_given_is_held_against_its_file(tmp_path: Path):
     check_loaded(PreTrainedTokenizerFast(tokenizer_object=byte_level()), "text")  # from no folder
 
 
-def test_what_was_replaced_is_recorded(tmp_path: Path):
+def test_replaced_tokenizer_parts_are_recorded(tmp_path: Path):
     text = tmp_path / "text.txt"
     text.write_text(TEXT)
     wanted = {"GPT2Tokenizer": ["pre_tokenizer", "unk_token"], "PreTrainedTokenizerFast": []}

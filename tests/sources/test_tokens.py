@@ -207,7 +207,7 @@ def test_main_writes_evaluation_tokens(tmp_path, study):
 
 def test_tokens_file_of_another_kind(tmp_path):
     (tmp_path / "a.safetensors").write_bytes(b"nothing")
-    with pytest.raises(InputError, match="should hold the tensor 'tokens'"):
+    with pytest.raises(InputError, match="must hold the tensor 'tokens'"):
         text.read_tokens(tmp_path / "a.safetensors")
 
 

@@ -110,7 +110,7 @@ def assert_same(found: Compressed, result: Compressed, target: Target) -> None:
 
 @pytest.mark.parametrize("target", TARGETS, ids=lambda target: target.label)
 @pytest.mark.parametrize("name", layers.LAYERS)
-def test_what_is_read_is_what_was_stored(name, target):
+def test_stored_tensors_are_read_back_unchanged(name, target):
     layer = layers.build(name)
     result = stored(layer, target)
     assert broken_promise(layer, target, result) is None
@@ -170,7 +170,7 @@ def test_bits_are_packed_from_the_lowest(bits):
     whole = sum(int(number) << (i * bits) for i, number in enumerate(numbers))
     assert bytes(octets.numpy()) == whole.to_bytes(math.ceil(37 * bits / 8), "little")
     assert torch.equal(packed_weights.unpack(octets, bits, 37).long(), numbers)
-    with pytest.raises(ValueError, match=f"37 numbers of {bits} bits take"):
+    with pytest.raises(ValueError, match=f"37 numbers of {bits} bits must take"):
         packed_weights.unpack(octets[:-1], bits, 37)
 
 
@@ -257,7 +257,7 @@ def test_scales_that_float16_cannot_hold_are_bfloat16():
 
 def test_scales_that_are_not_stored_as_they_are_used_are_refused():
     layer, target = layers.build("correlated"), Target(bits=4, group=16)
-    with pytest.raises(ValueError, match="scales must be given as they are stored, in 16 bits"):
+    with pytest.raises(ValueError, match="scales must be given in 16 bits, as they are stored"):
         parts(compressed(layer, target), target)
 
 
@@ -315,13 +315,17 @@ def edit(index, value):
 
 
 FAULTS = {
-    "codes too short": ("codes", lambda t: t[:-1], "768 numbers of 4 bits take 384 bytes, uint8 \\[383\\] came"),
+    "codes too short": (
+        "codes",
+        lambda t: t[:-1],
+        "768 numbers of 4 bits must take 384 bytes. Got uint8 \\[383\\] instead",
+    ),
     "codes absent": ("codes", lambda t: None, "the tensor 'codes' is absent"),
     "block twice": ("blocks", edit((3, 1), 0), "the kept columns of a row do not rise, or lie outside it"),
     "block outside": ("blocks", edit((3, 1), 4), "the kept columns of a row do not rise, or lie outside it"),
-    "blocks of another kind": ("blocks", lambda t: t.int(), "blocks must be \\[24, 2\\] uint16, int32"),
+    "blocks of another kind": ("blocks", lambda t: t.int(), "blocks must be \\[24, 2\\] uint16. Got int32"),
     "scale": ("scales", edit((0, 0), math.inf), "a scale is not a positive finite number"),
-    "scales in 32 bits": ("scales", lambda t: t.float(), "48 scales of 16 bits are needed, float32"),
+    "scales in 32 bits": ("scales", lambda t: t.float(), "there must be 48 scales of 16 bits. Got float32"),
 }
 
 
@@ -355,17 +359,17 @@ def test_a_file_that_is_no_such_file(path):
         packed_weights.PackedFile(path)
     for damaged in ("{", "[]", "{}", json.dumps({**info, "target": {"bits": 9}})):
         save_file(tensors, path, metadata={"layerwise": damaged})
-        with pytest.raises(InputError, match="What .*weights.safetensors says of its layers cannot be read: "):
+        with pytest.raises(InputError, match="The description of the layers in .*weights.safetensors cannot be read: "):
             packed_weights.PackedFile(path)
     save_file(tensors, path, metadata={"layerwise": json.dumps({**info, "version": 2})})
-    with pytest.raises(InputError, match="is of version 2 of the layout, this code reads 1"):
+    with pytest.raises(InputError, match="must be of version 1 of the layout. Got version 2 instead"):
         packed_weights.PackedFile(path)
     path.write_bytes(b"nothing")
     with pytest.raises(InputError, match="cannot be read"):
         packed_weights.PackedFile(path)
 
 
-def test_what_has_been_read_is_not_kept_in_memory(tmp_path):
+def test_read_blocks_are_not_kept_in_memory(tmp_path):
     maps = Path("/proc/self/maps")
     if not maps.is_file():
         pytest.skip("needs Linux, which tells the files that a process has mapped")

@@ -54,7 +54,7 @@ def test_methods_share_the_levels_of_a_target():
     assert len(planned.cells) == 4 and len(planned.allocations) == 2
 
 
-def test_a_bound_of_one_target_is_held_against_no_other_levels():
+def test_a_bound_of_one_target_is_compared_with_no_other_levels():
     planned = plan(spread({"uniform": None, "owl": None}, certificates=True))
     assert all(cell.certificate is None for cell in planned.cells if cell.levels)
     assert len(planned.certificates) == 2
@@ -71,7 +71,7 @@ def test_a_bound_of_one_target_is_held_against_no_other_levels():
         ("owl", {"sparsity": 0.5, "pattern": "1x16"}, "wanda", "not of 1xb"),
     ],
 )
-def test_what_does_not_fit_is_skipped_with_a_reason(allocations, target, methods, reason):
+def test_misfits_are_skipped_with_a_reason(allocations, target, methods, reason):
     given = {"windows": 4} if allocations == "neuroal" else None
     planned = plan(spread({"uniform": None, allocations: given}, targets=[target], methods={methods: None}))
     assert not planned.allocations and len(planned.cells) > 0
@@ -82,9 +82,17 @@ def test_what_does_not_fit_is_skipped_with_a_reason(allocations, target, methods
 @pytest.mark.parametrize(
     ("given", "method", "reason"),
     [
-        ([{"sparsity": 0.5, "pattern": "2:4"}, {"pattern": "5:4"}], "awp", "pairs.1 is no target: Target.pattern n:m"),
-        ([{"sparsity": 1 / 3, "bits": 4}], "awp", "pairs.0 is no target: its percentage must have at most six digits"),
-        ([{"sparsity": 0}], "awp", "pairs.0 is no target: a pair must prune or quantise"),
+        (
+            [{"sparsity": 0.5, "pattern": "2:4"}, {"pattern": "5:4"}],
+            "awp",
+            "pairs.1 is not a target: Target.pattern n:m",
+        ),
+        (
+            [{"sparsity": 1 / 3, "bits": 4}],
+            "awp",
+            "pairs.0 is not a target: its percentage must have at most six digits",
+        ),
+        ([{"sparsity": 0}], "awp", "pairs.0 is not a target: a pair must prune or quantise"),
         ([{"bits": 3}], "chain", "knapsack may ask for 3b: chain prunes and quantises, not one of them alone"),
         ([{"sparsity": 0.4}], "awp", "its joint cannot reach 40% row: chain prunes and quantises"),
         (None, "rtn", "rtn does not prune"),

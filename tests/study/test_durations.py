@@ -96,7 +96,7 @@ def test_sequential_cells_pass_the_calibration_twice_besides(tmp_path):
     assert more == pytest.approx((passes + grams) * RATES.float32)
 
 
-def test_what_reads_an_evaluation_loads_no_torch(tmp_path):
+def test_reading_an_evaluation_loads_no_torch(tmp_path):
     own, *_ = tiny_llama(tmp_path)
     assert seconds(own, job_of(own, "perplexity"), Speeds(RATES)) == READ * 7
 

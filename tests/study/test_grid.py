@@ -1,4 +1,4 @@
-"""The grid: equal configs give equal cells, different ones different cells, and a wrong one is told in one sentence."""
+"""The grid: equal configs give equal cells, different ones different cells, and a wrong one is one sentence."""
 
 from __future__ import annotations
 
@@ -615,7 +615,7 @@ WRONG = {
         "targets.0 is wrong: Target.pattern must be 'row', 'layer', 'n:m' or '1xb'. Got '2-4' instead.",
     ),
     "pattern as number": (edited("targets/1/pattern", yaml.safe_load("2:4")), "reads 2:4 without quotes as a number"),
-    "n:m": (edited("targets/1/pattern", "4:2"), "targets.1 is wrong: Target.pattern n:m keeps n of m, n < m."),
+    "n:m": (edited("targets/1/pattern", "4:2"), "targets.1 is wrong: Target.pattern n:m must keep n of m, n < m."),
     "own pattern": (
         study(methods={"wanda": {"targets": [{"pattern": "4:2"}]}}),
         "methods.wanda.targets.0 is wrong: Target.pattern n:m",
@@ -624,7 +624,10 @@ WRONG = {
         study(methods={"wanda": {"targets": "2:4"}}),
         "methods.wanda.targets is wrong: '2:4' is not of type",
     ),
-    "grid": (edited("targets/0/group", 8), "targets.0 is wrong: Target.group and Target.symmetric describe a grid"),
+    "grid": (
+        edited("targets/0/group", 8),
+        "targets.0 is wrong: Target.bits must be given with Target.group or Target.symmetric",
+    ),
     "bits": (edited("targets/0/bits", 1), "targets.0.bits is wrong: 1 is less than the minimum of 2."),
     "more bits": (edited("targets/0/bits", 9), "targets.0.bits is wrong: 9 is greater than the maximum of 8."),
     "bits in between": (
@@ -658,7 +661,7 @@ WRONG = {
     ),
     "number in a chain": (
         study(methods={"a": {"chain": ["wanda", 4]}}),
-        "methods.a.chain.1: expected a method's name or {name: {parameters}}, got 4.",
+        "methods.a.chain.1 must be a method's name or {name: {parameters}}. Got 4 instead.",
     ),
     "sweep in a chain": (
         study(methods={"a": {"chain": [{"sparsegpt": {"damping": [0.1, 1]}}, "rtn"]}}),
@@ -771,7 +774,7 @@ def test_bad_input_is_one_sentence(kind):
 WARM_STARTS = {
     "unknown": ("wander", "warm.warm_start: there is no method 'wander'"),
     "parameter": ({"sparsegpt": {"a": 1}}, "warm.warm_start: sparsegpt has no parameter 'a'"),
-    "two": ({"wanda": None, "magnitude": None}, "expected a method's name or {name: {parameters}}"),
+    "two": ({"wanda": None, "magnitude": None}, "must be a method's name or {name: {parameters}}"),
     "itself": ("warm", None),
 }
 
@@ -832,12 +835,12 @@ def no_text(folder: Path) -> None:
 
 
 ABSENT = {
-    "folder": (no_folder, "The model 'tiny' should be a folder at tiny, but there is none."),
+    "folder": (no_folder, "The folder tiny of the model 'tiny' does not exist."),
     "shard": (one_shard, "names files that are not there: model-00002-of-00002.safetensors."),
     "safetensors": (only_pickles, "only safetensors is read"),
     "bytes": (cut_off, "tiny/model.safetensors is cut off"),
     "length": (short_model, "calibration.words: its length is 16, but the model 'tiny' takes at most 8 tokens."),
-    "text": (no_text, "The text 'test' should be a file at test.txt, but there is none."),
+    "text": (no_text, "The file test.txt of the text 'test' does not exist."),
 }
 
 

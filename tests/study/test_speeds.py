@@ -1,4 +1,4 @@
-"""What is measured of a machine, when it is measured again, and what stands for it where it is not."""
+"""What is measured of a machine, when it is measured again, and what replaces a measurement."""
 
 from __future__ import annotations
 
@@ -168,7 +168,7 @@ def test_a_method_that_fails_counts_as_its_card_says_in_a_sentence_and_is_tried_
     assert not speeds.measured(study()).said and worker.asked[1] == (False, ["wanda, 50% row", "wanda, 2:4"])
 
 
-def test_where_nothing_can_be_measured_a_product_stands_for_it(worker, monkeypatch):
+def test_a_product_is_timed_where_nothing_else_can_be(worker, monkeypatch):
     worker.fault = "it died"
     monkeypatch.setattr(speeds, "operation", lambda: 1e-11)
     found = speeds.measured(study())
@@ -196,7 +196,7 @@ ASKED = {"rates": True, "trials": [], "seconds": 1.0}
         (None, "no process could be started"),
     ],
 )
-def test_a_process_that_ends_early_is_told_of(tmp_path, monkeypatch, program, fault):
+def test_a_process_that_ends_early_is_reported(tmp_path, monkeypatch, program, fault):
     executable = tmp_path / "python"
     if program:
         executable.write_text(program)
@@ -207,7 +207,7 @@ def test_a_process_that_ends_early_is_told_of(tmp_path, monkeypatch, program, fa
     assert answers == [] and fault in str(found)
 
 
-def test_what_came_before_a_process_was_killed_counts(tmp_path, monkeypatch):
+def test_kills_before_the_first_job_count(tmp_path, monkeypatch):
     executable = tmp_path / "python"
     executable.write_text(
         '#!/bin/sh\nprintf \'{"key": "a", "trial": [64, 1, 2]}\\n{"key": "b", "tr\' > "$8"\nkill -9 $$\n'

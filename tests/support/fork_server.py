@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NoReturn
 
-# Other people's packages alone: of the project each run imports what stands in its folder by then.
+# Other people's packages alone: of the project each run imports what is in its folder by then.
 PACKAGES = (
     *("torch", "transformers", "transformers.models.llama.modeling_llama", "tokenizers", "safetensors.torch", "numba"),
     *("scipy.optimize", "pandas", "pyarrow.parquet", "jsonschema", "yaml", "snakemake.api", "matplotlib.figure"),

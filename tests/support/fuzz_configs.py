@@ -47,7 +47,7 @@ PRUNERS = ["magnitude", "wanda", "ria", "sparsegpt"]
 NAMES = st.from_regex(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,11}", fullmatch=True)
 WORDS = st.text(
     st.characters(exclude_categories=("Cs",), exclude_characters="\0"), max_size=12
-)  # whatever stands in a path or a name of a data set
+)  # whatever is in a path or a name of a data set
 SEEDS = st.integers(0, 2**63 - 1)
 HUB = st.sampled_from(["a/b", "meta-llama/Llama-2-7b-hf", "organisation/name"])
 DTYPES = st.sampled_from(["float32", "bfloat16", "float16"])
@@ -241,7 +241,7 @@ def studies(draw: st.DrawFn) -> dict[str, Any]:
 CYCLE: list[Any] = []
 CYCLE.append(CYCLE)
 TREE: list[Any] = []
-for _ in range(30):  # a document of ten lines that stands for 2 ** 30 values
+for _ in range(30):  # a document of ten lines that represents 2 ** 30 values
     TREE = [TREE, TREE]
 ODD = [
     *(None, True, False, 0, 1, -1, 2, 128, 2**31, 2**63, -(2**63) - 1, 10**30, 10**400, 10**5000),
@@ -370,7 +370,7 @@ def holds(config: Any, planned: Plan) -> None:
         assert cell.certificate is None or cell.certificate.startswith("results/certificates/")
     for row in planned.skipped:
         assert row["reason"] and row["label"] and row["target"]
-    # The same study by another road is the same plan, and one whose keys stand in another order has the same cells.
+    # The same study by another road is the same plan, and one whose keys are in another order has the same cells.
     text = yaml.safe_dump(config, sort_keys=False)
     again = plan(yaml.safe_load(text))
     assert [cell.params for cell in again.cells] == [cell.params for cell in planned.cells]
@@ -382,7 +382,7 @@ def holds(config: Any, planned: Plan) -> None:
 
 
 def ordered(planned: Plan) -> list[str]:
-    """Folders of the cells, but for those that go by the order of keys: a control that changes nothing stands at the
+    """Folders of the cells, but for those that go by the order of keys: a control that changes nothing is at the
     first calibration and mode, and a sweep of two parameters is named in their order."""
     controls = {name for name, entry in planned.catalogue.items() if not entry.card["patterns"]}
     return sorted(

@@ -4,7 +4,7 @@
 
 FOLDER: a clone of the project, where the study runs; OTHER: one where it ran to its end undisturbed. Each run is killed
 after a random time until the kills are spent; then one runs to its end, and all tables are compared, down to the last
-bit of every number but those that no two runs share (times, memory). A study that ends before is begun anew.
+bit of every number but those that no two runs share (times, memory). A study that ends before is started again.
 --signal TERM tells all processes to end instead, and waits until they have.
 """
 
@@ -107,7 +107,7 @@ def main() -> None:
     start = time.perf_counter()
     by = signal.Signals[f"SIG{args.signal}"]
     chance, spent = random.Random(args.seed), 0
-    while spent < args.kills:  # a study that ends before is begun anew
+    while spent < args.kills:  # a study that ends before is started again
         subprocess.run(["make", "clean"], cwd=args.folder, check=True, stdout=subprocess.DEVNULL)
         spent += len(disturbed(args.folder, rest, args.kills - spent, args.longest, chance, by)) - 1
         resumed = sum(path.read_text(errors="replace").count("Going on after") for path in args.folder.rglob("*.log"))

@@ -42,7 +42,7 @@ def lines(count: int, seed: int = 0) -> Iterator[str]:
 
 
 def in_float32(llama_cpp: Any, file: Path, out: Path) -> None:
-    """Let llama.cpp write a file anew with every tensor in float32."""
+    """Let llama.cpp write a file again with every tensor in float32."""
     how = llama_cpp.llama_model_quantize_default_params()
     how.ftype, how.allow_requantize, how.nthread = llama_cpp.LLAMA_FTYPE_ALL_F32, True, 2
     if llama_cpp.llama_model_quantize(str(file).encode(), str(out).encode(), ctypes.byref(how)):

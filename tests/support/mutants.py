@@ -44,7 +44,7 @@ FAILED = re.compile(r"^FAILED (.+?)(?: - .*)?$", re.MULTILINE)
 
 @dataclass(frozen=True)
 class Fault:
-    """In `file`, `now`, which stands there once, becomes `then`; tests: arguments of pytest."""
+    """In `file`, `now`, which occurs there once, becomes `then`; tests: arguments of pytest."""
 
     fault: str
     file: str
@@ -86,12 +86,12 @@ def verdict(project: ForkServer, fault: Fault) -> str:
 
 
 def generated(folder: str, names: Sequence[str]) -> set[str]:
-    """Of what stands in a folder what no copy needs; `results` and `figures` are rooms of the package too."""
+    """Of what is in a folder what no copy needs; `results` and `figures` are rooms of the package too."""
     return set(names) & set(LEFT_OUT) if Path(folder) == ROOT else set()
 
 
 def served_copy(folder: Path) -> ForkServer:
-    """A copy of the project with what is compiled: only the loops of a file with a fault are compiled anew."""
+    """A copy of the project with what is compiled: only the loops of a file with a fault are compiled again."""
     share_compiled(compiled_folder(), folder, within=folder / COMPILED)
     shutil.copytree(ROOT, folder, symlinks=True, ignore=generated, dirs_exist_ok=True)
     return ForkServer(folder, {"NUMBA_CACHE_DIR": str(folder / COMPILED)})
@@ -129,7 +129,7 @@ def judged(chosen: Sequence[Fault], workers: int, until: float = math.inf) -> li
 
 
 def write(caught: Mapping[Fault, str]) -> None:
-    """The verdicts into PAGE, beside those that stand there of other faults."""
+    """The verdicts into PAGE, beside those that are there of other faults."""
     head, rest = PAGE.read_text("utf-8").split(BEGIN)
     old, tail = rest.split(END)
     rows = {line.split(" | ")[0].removeprefix("| "): line for line in old.splitlines()[2:]}

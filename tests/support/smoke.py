@@ -1,6 +1,6 @@
 """A small real run of the DAG on the embedded model, in a folder of its own: `python -m tests.support.smoke`.
 
-Exits non-zero unless the methods stand in the order that the literature gives them and a second run has nothing to do.
+Exits non-zero unless the methods are in the order that the literature gives them and a second run has nothing to do.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def out_of_order(rows: Sequence[Mapping[str, str]]) -> list[str]:
     value = {(row["mode"], row["label"]): float(row["value"]) for row in rows if row["metric"] == "perplexity"}
     (dense,) = (number for (_, label), number in value.items() if label == "dense")
     modes = list(dict.fromkeys(mode for mode, label in value if label != "dense"))
-    wrong = [] if sorted(modes) == sorted(MODES) else [f"The modes {', '.join(MODES)} were expected, {modes} came."]
+    wrong = [] if sorted(modes) == sorted(MODES) else [f"The modes must be {', '.join(MODES)}. Got {modes} instead."]
     for mode in modes:
         line = [dense, *(value[mode, label] for label in ORDER[1:])]
         if any(better >= worse for better, worse in zip(line, line[1:], strict=False)):

@@ -22,7 +22,7 @@ def test_a_fault_can_be_planted(fault: Fault):
     assert fault.planted((ROOT / fault.file).read_text("utf-8"))
 
 
-def test_every_fault_is_told_as_caught():
+def test_every_fault_is_reported_as_caught():
     told = PAGE.read_text("utf-8").split(BEGIN)[1].split(END)[0]
     rows = [[cell.strip() for cell in line.strip("|\n").split(" | ")] for line in told.splitlines()[2:]]
     assert [row[0] for row in rows] == [fault.fault for fault in faults()]
@@ -52,7 +52,7 @@ def project(tmp_path_factory) -> Iterator[ForkServer]:
         yield running
 
 
-def test_a_fault_that_no_test_catches_is_told(project):
+def test_a_fault_that_no_test_catches_is_reported(project):
     fault = Fault("a sum for a product", "code_under_test.py", "2 * x", "2 + x", "test_weak.py")
     strong = replace(fault, tests="test_strong.py")
     assert verdict(project, strong) == "test_strong.py::test_it"

@@ -73,7 +73,7 @@ VALUES: tuple[tuple[int, str], ...] = (
     (4, "mamba_dt_rank time_step_rank linear_num_value_heads linear_num_heads"),
     (2, "linear_num_key_heads n_mamba_heads n_groups"),
     (64, "mamba_d_ssm"),
-    # what stands beside the text
+    # what is beside the text
     (2, "encoder_layers num_encoder_layers type_vocab_size num_codebooks"),
     (16, "image_size output_channels ext_pw_out_channel depthwise_separable_out_channel nemo_conv_channels mlp_dim"),
     (8, "patch_size num_mel_bins"),

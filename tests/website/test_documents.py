@@ -5,6 +5,7 @@ import importlib.util
 import os
 import re
 import shlex
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import typer.main
 import yaml
 from typer.core import TyperGroup
 
+from layerwise import __version__
 from layerwise.checks import template
 from layerwise.cli.app import app
 from layerwise.study import config_file
@@ -42,7 +44,6 @@ PLACES = (
 PLUGIN = "--slurm-"  # how options begin of an executor that is installed for clusters alone
 IN_A_WHEEL = "layerwise/shipped"
 GIVEN = {  # what a page's code takes as given
-    "README.md": "import torch; weight, x = torch.randn(16, 32), torch.randn(200, 32)",
     "docs/allocation.md": "from dataclasses import dataclass; "
     "from layerwise.contract.allocator import Allocator, Proposal",
     "docs/checking-a-method.md": "from layerwise.checks import template; template.write('power_norm')",
@@ -217,7 +218,7 @@ def test_links_and_anchors_exist(path: Path):
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=name_of)
 def test_files_that_are_named_exist(path: Path):
-    """`tests/x.py::test_y`, `config/*.yaml` and the like; a name in capitals or braces stands for any."""
+    """`tests/x.py::test_y`, `config/*.yaml` and the like; a name in capitals or braces means any."""
     for word in INLINE.findall(path.read_text("utf-8")):
         name, _, test = word.strip().partition("::")
         if (
@@ -247,3 +248,37 @@ def test_the_notebook_prints_what_it_shows(monkeypatch: pytest.MonkeyPatch):
             assert float(new) == pytest.approx(float(old), rel=0.05)
         else:
             assert old == new
+
+
+# ------------------------------------------------------------------------------------------------------------ messages
+
+
+def test_messages_of_the_faults_page_are_in_the_code():
+    """Each message of the table, cut at `...` and at colons, which are before other sentences, is in a string."""
+    code = " ".join(path.read_text("utf-8") for path in sorted((ROOT / "layerwise").rglob("*.py")))
+    code = " ".join(re.sub(r'"\s*f?"', "", code).split())
+    rows = [line.split(" | ") for line in (ROOT / "docs/faults.md").read_text("utf-8").splitlines() if "|" in line]
+    quoted = [text for row in rows[2:] for text in re.findall(r"`([^`]+)`", row[1]) if " " in text]
+    assert len(quoted) > 15
+    for text in quoted:
+        for part in re.split(r"\.\.\./?|[:,]", text):
+            if len(part.split()) > 1 and text not in OF_SNAKEMAKE:
+                assert part.strip() in code, text
+
+
+OF_SNAKEMAKE = ("Directory cannot be locked",)
+
+
+# ------------------------------------------------------------------------------------------------------------- release
+
+
+def test_one_version_is_released():
+    """The version of pyproject.toml, the package, CITATION.cff and the newest release of the changelog is one."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]["version"]
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text("utf-8"))
+    heads = re.findall(r"^## (.+)$", (ROOT / "CHANGELOG.md").read_text("utf-8"), re.MULTILINE)
+    assert heads[0] == "Unreleased" and heads[1] == f"{project} - {citation['date-released']}"
+    assert re.fullmatch(r"\d+\.\d+\.\d+", project)
+    assert __version__ == citation["version"] == project
+    dates = [head.partition(" - ")[2] for head in heads[1:]]
+    assert dates == sorted(dates, reverse=True)

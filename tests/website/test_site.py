@@ -6,15 +6,18 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 import yaml
+from matplotlib.text import Text
 
 import layerwise
 from layerwise.cli import cards
+from layerwise.figures.style import styled
 from layerwise.runtime.errors import InputError
 from layerwise.runtime.project import ROOT
 from layerwise.storage import table_schema
-from website import docstrings, markdown, notebook, pages, pictures, plan, reference, results
+from website import docstrings, markdown, notebook, pages, pictures, plan, readme_pictures, reference, results
 from website.layering import layered
 
 
@@ -176,6 +179,25 @@ def test_the_picture_of_the_rules_is_that_of_the_workflow():
     graph = plan.rule_graph()
     kept = pictures.kept(pictures.GALLERY / "dag.png")
     assert kept == pictures.content([graph.nodes, graph.edges]), "python -m website.pictures draws it again"
+
+
+def test_the_pictures_of_the_readme_are_up_to_date_and_legible_on_a_phone():
+    graph = plan.rule_graph()
+    stages, points = readme_pictures.stages(graph, pictures.files_of(graph)), readme_pictures.divergences()
+    with styled():
+        figures = {
+            "stages": (stages, readme_pictures.draw_stages(stages)),
+            "divergences": (points, readme_pictures.draw_divergences(points)),
+        }
+    for name, (found, figure) in figures.items():
+        kept = pictures.kept(pictures.GALLERY / f"{name}.png")
+        assert kept == pictures.content(found), "python -m website.pictures draws it again"
+        # A phone is 360 pixels wide: 100 for each inch of the picture, so that 8 points are 11 pixels.
+        sizes = [text.get_fontsize() for text in figure.findobj(Text) if text.get_text() and text.get_visible()]
+        assert figure.get_figwidth() <= 3.6 and min(sizes) >= 8, name
+    assert {rule for _, _, rules in stages for rule in rules} == {node.replace("_", " ") for node in graph.nodes}
+    accepted = pd.read_csv(ROOT / f"results/accepted/{readme_pictures.STUDY}/divergences.csv")
+    assert sorted(kl for *_, kl in points) == sorted(accepted.loc[accepted["target"] != "dense", "kl"])
 
 
 def test_a_graph_has_no_shortcuts_and_one_node_for_figures():

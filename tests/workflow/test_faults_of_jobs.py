@@ -122,7 +122,7 @@ def halve(path: Path) -> None:
 
 @pytest.mark.parametrize("limit", [100, 3_000, 8_000])
 def test_a_file_that_may_not_grow(case: Case, whole, limit: int):
-    """What stands for a full disk where nothing may be mounted."""
+    """A substitute for a full disk where nothing may be mounted."""
     out = case.folder / f"limit {limit}"
 
     def run() -> None:
@@ -190,7 +190,7 @@ def test_a_folder_of_another_user():
     assert_told(said, "Cannot write .*: permission is denied: give yourself the right")
 
 
-def test_what_is_written_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+def test_files_are_on_the_disk_before_they_have_their_name(tmp_path, monkeypatch):
     """Else a machine that loses its power could leave an empty file."""
     order, sync, replace = [], os.fsync, Path.replace
     monkeypatch.setattr(os, "fsync", lambda file: order.append("fsync") or sync(file))
@@ -283,7 +283,7 @@ def test_a_fault_of_the_code_keeps_its_traceback():
 
 
 @pytest.mark.parametrize(("by", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_job_that_is_told_to_end(case: Case, whole, by: signal.Signals, code: int):
+def test_a_job_that_gets_sigterm(case: Case, whole, by: signal.Signals, code: int):
     out, original = case.folder / by.name, compress.write_block
 
     def run() -> None:
@@ -298,14 +298,14 @@ def test_a_job_that_is_told_to_end(case: Case, whole, by: signal.Signals, code: 
 
     status, said = ended(run)
     assert status == code
-    assert_told(said, "the job was told to end before it was done; the next run goes on after")
+    assert_told(said, "the job was stopped before it was done; the next run goes on after")
     assert_nothing_looks_whole(out)
-    assert "told to end" in failure(out, set(os.listdir(out)), ["compress"]).reason
+    assert "was stopped" in failure(out, set(os.listdir(out)), ["compress"]).reason
     assert json.loads((out / ".checkpoint/state.json").read_text())["done"] == 1
     assert_same(case.run(*CELL, out=out.name), whole)
 
 
-def test_a_job_that_is_killed_is_told_by_what_it_left(case: Case, whole):
+def test_a_killed_job_is_known_by_its_files(case: Case, whole):
     out = case.folder / "killed"
     assert killed(lambda: case.run(*CELL, out=out.name), solver.Solver, "solve", 9)
     gap = failure(out, set(os.listdir(out)), ["compress"])
@@ -318,12 +318,12 @@ def test_a_job_that_is_killed_is_told_by_what_it_left(case: Case, whole):
 
 @pytest.mark.parametrize("damage", [flip, halve])
 def test_damaged_grams(tmp_path, damage: Callable[[Path], None]):
-    """The store is given up, with what says that the study has it, so that the workflow makes it anew."""
+    """The store is given up, with what says that the study has it, so that the workflow makes it again."""
     own = Case(tmp_path).prepare()
     store, pointer = own.folder / "gram", own.folder / "pointer.json"
     gram_store.point_to(store, pointer)
     damage(store / gram_store.block_file(1))
-    with pytest.raises(InputError, match=r"block-001.safetensors of .*; run again, which computes these Grams anew"):
+    with pytest.raises(InputError, match=r"block-001.safetensors of .*; run again to compute these Grams"):
         own.run("wanda", HALF, out="cell")
     assert not pointer.exists() and not (store / gram_store.INDEX).exists()
     assert_nothing_looks_whole(own.folder / "cell")
@@ -340,7 +340,7 @@ def test_damaged_grams_that_a_method_stumbles_over_are_not_its_fault(tmp_path):
     with pytest.raises(InputError, match=r"block-001.safetensors of .* is damaged: it has changed; run again"):
         own.run("sparsegpt", HALF, out="cell")
     assert not pointer.exists() and not (store / gram_store.INDEX).exists()
-    with pytest.raises(InputError, match="given up during this run: run again"):
+    with pytest.raises(InputError, match="found damaged during this run: run again"):
         gram_store.store_of(pointer)
 
 
@@ -351,7 +351,7 @@ def test_damaged_tokens(tmp_path, damage: Callable[[Path], None]):
     save_file({"tokens": torch.from_numpy(drawn)}, path, metadata={"info": json.dumps(info)})
     assert (tokens.read_tokens(path)[0] == drawn).all()
     damage(path)
-    with pytest.raises(InputError, match=r"it is now .*\.damaged; run again, which makes it anew"):
+    with pytest.raises(InputError, match=r"it is now .*\.damaged; run again to make it"):
         tokens.read_tokens(path)
     assert not path.exists()
 
@@ -461,7 +461,7 @@ def test_a_clock_that_was_set_back_has_a_model_hashed_once_in_a_job(case: Case, 
     assert hashed == [path]
 
 
-def test_a_model_that_is_copied_anew_is_hashed_once(case: Case, monkeypatch):
+def test_a_model_that_is_copied_again_is_hashed_once(case: Case, monkeypatch):
     model, fingerprint = json.loads(case.model), case.folder / "model.json"
     path, at = case.folder / "model/config.json", fingerprint.stat().st_mtime_ns
     path.write_bytes(path.read_bytes())
@@ -503,12 +503,14 @@ def test_damaged_states_of_a_checkpoint_start_over(case: Case, capfd, damage: Ca
 
 @pytest.mark.parametrize("place", [0, 0.25, 0.5])
 def test_a_bit_of_a_table_is_missed(tmp_path, place: float):
-    """By the checksums of its pages, which stand before the description at its end."""
+    """By the checksums of its pages, which are before the description at its end."""
     path, data = tmp_path / "bounds.parquet", pa.table({"value": np.random.default_rng(0).random(4000)})
     write_parquet(data, path)
     assert read_parquet(path).equals(data)
     flip(path, int(200 + place * path.stat().st_size))
-    with pytest.raises(InputError, match="bounds.parquet cannot be used: .*; it is now .*damaged; run again, which"):
+    with pytest.raises(
+        InputError, match="bounds.parquet cannot be used: .*; it is now .*damaged; run again to make it"
+    ):
         read_bounds(path)
     assert not path.exists()
 

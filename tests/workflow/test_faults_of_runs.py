@@ -129,18 +129,18 @@ def test_a_disk_that_cannot_be_written_and_one_that_fills_up(disk: Path, undistu
 
 
 def test_a_truncated_result_and_damaged_grams(undisturbed: Path, tmp_path: Path):
-    """The next plain run tells what is damaged, and the one after that has computed it anew."""
+    """The next plain run tells what is damaged, and the one after that has computed it again."""
     folder = copy(undisturbed, tmp_path / "study")
     (path,) = folder.glob("results/cells/*/*/*/wanda-*/layers.parquet")
     os.truncate(path, path.stat().st_size // 2)
     shutil.rmtree(folder / "results/tables")
-    assert_told(run(folder), "layers.parquet cannot be used: ", "run again, which makes it anew")
+    assert_told(run(folder), "layers.parquet cannot be used: ", "run again to make it")
     (path,) = folder.glob("results/grams/*/block-001.safetensors")
     content = bytearray(path.read_bytes())
     content[-4] ^= 1
     path.write_bytes(content)
     done = run(folder)
-    assert_told(done, "block-001.safetensors", "is damaged", "run again, which computes these Grams anew")
+    assert_told(done, "block-001.safetensors", "is damaged", "run again to compute these Grams")
     assert done.jobs["compress"] == 1  # the other cell is still whole
     assert assert_finishes(folder, undisturbed).jobs["gram"] == 1
     assert not list(folder.rglob("*.damaged"))
@@ -201,7 +201,7 @@ def test_a_method_that_is_edited_during_a_run(fresh: Path, undisturbed: Path, tm
 
 
 @pytest.mark.parametrize("by", [signal.SIGTERM, signal.SIGINT])
-def test_a_study_that_is_told_to_end(fresh: Path, undisturbed: Path, tmp_path: Path, by: signal.Signals):
+def test_a_study_that_gets_sigterm(fresh: Path, undisturbed: Path, tmp_path: Path, by: signal.Signals):
     folder = copy(fresh, tmp_path / "study")
     process = start(folder, tmp_path / "log")
     wait_for(process, lambda: any(folder.glob("results/cells/*/*/*/*/failed-*.json")))  # there while a cell is computed

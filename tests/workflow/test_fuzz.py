@@ -117,10 +117,10 @@ def test_a_file_that_is_no_config_is_one_sentence(tmp_path, kind, monkeypatch):
 
 
 @pytest.mark.parametrize("kind", [kind for kind in DOCUMENTS if kind.startswith("key twice")])
-def test_a_key_that_stands_twice_is_named(tmp_path, kind):
+def test_a_duplicate_key_is_named(tmp_path, kind):
     (tmp_path / "study.yaml").write_text(DOCUMENTS[kind])
     key = "path" if "below" in kind else "seed"
-    assert f"'{key}' is there twice" in (told(lambda: config_file.read(tmp_path / "study.yaml")) or "")
+    assert f"'{key}' is given twice" in (told(lambda: config_file.read(tmp_path / "study.yaml")) or "")
 
 
 @pytest.mark.parametrize("name", ["absent.yaml", "folder", "a" * 300])
@@ -321,7 +321,7 @@ def test_an_index_names_files_beside_it(tmp_path, whole, shard):
     index["weight_map"] |= {"lm_head.weight": shard}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     for name, call in loaders({"path": str(folder), "name": "m"}).items():
-        assert name == "tokenizer" or "should name safetensors files beside it" in (told(call) or "")
+        assert name == "tokenizer" or "must name safetensors files beside it" in (told(call) or "")
 
 
 # ------------------------------------------------------------------------------------------------ targets and shapes

@@ -44,7 +44,7 @@ def test_the_lock_pins_every_version():
     assert [name for name in PINNED if CUDA.match(name)] == []
 
 
-def test_what_builds_the_project_is_locked_by_hashes():
+def test_build_requirements_are_locked_by_hashes():
     text = (ROOT / "requirements-build.lock").read_text("utf-8")
     assert set(re.findall(r"^([\w-]+)==", text, re.MULTILINE)) == {"hatchling", "tomlkit", "trove-classifiers"}
     assert len(re.findall(r"^    --hash=sha256:[0-9a-f]{64}( \\)?$", text, re.MULTILINE)) == 2 * 3
@@ -77,7 +77,7 @@ def test_conda_users_get_the_same_versions():
     assert version in SpecifierSet(PROJECT["requires-python"])
 
 
-def test_what_the_project_declares_is_locked():
+def test_declared_requirements_are_locked():
     slurm = dict(line.split("==") for line in (ROOT / "requirements-slurm.lock").read_text("utf-8").splitlines()[1:])
     extras = [entry for extra in PROJECT["optional-dependencies"].values() for entry in extra]
     for entry in [*PROJECT["dependencies"], *extras]:
@@ -97,7 +97,7 @@ def imported(source: str) -> set[str]:
 
 
 @pytest.mark.parametrize("folder", ["methods", "allocators", "layerwise", "tests"])
-def test_what_is_imported_is_locked(folder):
+def test_imported_packages_are_locked(folder):
     files = list((ROOT / folder).rglob("*.py"))
     names = set().union(*(imported(path.read_text("utf-8")) for path in files))
     if folder == "layerwise":
@@ -142,7 +142,7 @@ def test_the_snakefile_is_short():
     assert len((ROOT / "Snakefile").read_text("utf-8").splitlines()) <= 40
 
 
-def test_what_is_planned_needs_no_torch():
+def test_planning_needs_no_torch():
     """The Snakefile is parsed again by every remote job."""
     code = "import sys; sys.path.insert(0, '.'); import layerwise.study.grid, layerwise.figures.plot"
     code += "; print({'torch', 'transformers', 'matplotlib', 'pandas', 'lm_eval', 'datasets'} & set(sys.modules))"
@@ -338,7 +338,7 @@ def test_the_small_study_is_the_embedded_one_in_small(tmp_path):
     assert planned.config["texts"] == plan(study).config["texts"]
 
 
-def test_methods_out_of_order_are_told():
+def test_methods_out_of_order_are_reported():
     def rows(dense: float, sparsegpt: float, wanda: float, magnitude: float) -> list[dict[str, str]]:
         pruned = {"sparsegpt": sparsegpt, "wanda": wanda, "magnitude": magnitude}
         values = {("shared", "dense"): dense} | {
@@ -354,4 +354,4 @@ def test_methods_out_of_order_are_told():
         "got dense 10.000, sparsegpt 12.000, wanda 11.000, magnitude 13.000."
     )
     assert len(smoke.out_of_order(rows(11, 11, 12, 13))) == 2
-    assert "['shared'] came" in smoke.out_of_order(rows(10, 11, 12, 13)[:4])[0]
+    assert "Got ['shared'] instead" in smoke.out_of_order(rows(10, 11, 12, 13)[:4])[0]

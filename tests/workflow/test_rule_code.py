@@ -123,7 +123,7 @@ def test_a_worker_that_is_named_alone_imports_no_other_code_of_its_result():
         assert {path.relative_to(ROOT / "layerwise").parts[0] for path in rest} == {"evaluation"}
 
 
-def test_what_a_rule_imports_is_its_code():
+def test_imports_of_a_rule_are_its_code():
     """Against Python's own imports, which know nothing of the closure."""
     entries = sorted({entry for modules in RULES.values() for entry in modules})
     loaded = lines(LOADED, *entries)

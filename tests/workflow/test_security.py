@@ -57,7 +57,7 @@ CALLS = {
     *("yaml.load", "yaml.full_load", "yaml.unsafe_load", "torch.load", "torch.save", "pd.read_pickle", "np.load"),
     *("subprocess.getoutput", "subprocess.getstatusoutput", "torch.hub.load"),
 }
-# file -> calls of it that stand for themselves, with the keyword or class that makes each safe
+# file -> its calls that are allowed, with the keyword or class that makes each safe
 ALLOWED = {
     "config_file.py": {"yaml.load": "_Loader"},  # derived from SafeLoader
     "train.py": {"torch.load": "weights_only=True", "torch.save": ""},  # its own checkpoint, tensors alone
@@ -355,7 +355,7 @@ def test_config_values_reach_jobs_as_they_are_and_no_shell(tmp_path):
 
 
 class Elements(html.parser.HTMLParser):
-    """Tags with their attributes, and what stands in scripts."""
+    """Tags with their attributes, and what is in scripts."""
 
     def __init__(self, text: str) -> None:
         super().__init__()

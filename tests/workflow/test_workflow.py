@@ -1,4 +1,4 @@
-"""Real runs of the DAG on a tiny model. The tests follow one study, in the order in which they stand here."""
+"""Real runs of the DAG on a tiny model. The tests follow one study, in the order in which they are here."""
 
 from __future__ import annotations
 
@@ -185,7 +185,7 @@ def test_rows_carry_their_provenance(study):
     assert cells["model_sha256"].str.fullmatch("[0-9a-f]{64}").all()
 
 
-def test_what_no_method_reaches_is_skipped_with_its_reason(study):
+def test_unreached_targets_are_skipped_with_their_reason(study):
     (row,) = study.table("skipped").to_dict("records")
     assert row.pop("reason").startswith("magnitude does not quantise")
     assert row == {"label": "magnitude", "method": "magnitude", "target": "4b", "allocation": "uniform"}
@@ -416,7 +416,7 @@ WRONG = {
     "unknown method": ("methods/wander", None, "methods.wander: there is no method 'wander'; the methods are admm, "),
     "unknown parameter": ("methods/wanda", {"alpha": 1}, "wanda has no parameter 'alpha'; its parameters are: none."),
     "no such target": ("targets", [{"pattern": "2:4", "bits": 4}], "methods.wanda: wanda reaches none of the targets"),
-    "no folder": ("models/tiny", {"path": "absent"}, "'tiny' should be a folder at absent, but there is none."),
+    "no folder": ("models/tiny", {"path": "absent"}, "The folder absent of the model 'tiny' does not exist."),
     "no network": ("models/tiny", {"hub": "a/b", "revision": "c"}, "HF_HUB_OFFLINE forbids fetching"),
     "shell in a name": ("models", {"a b; touch x": {"path": str(MODEL)}}, "the name 'a b; touch x' is wrong"),
     "text as number": ("targets", [{"sparsity": "5e-1"}], "YAML reads 5e-1 as text, write 0.5."),
@@ -465,7 +465,9 @@ def test_numbers_that_are_not_finite_name_their_layer(study):
     assert done.status == 1
     cells = study.table("cells", "results/partial/tables")
     reasons = cells[cells["metric"] == "perplexity"].set_index("model")["reason"]
-    assert f"the model folder hollow are not finite: {layer}.weight has NaN or Inf" in done.output  # of its check
+    assert (
+        f"the model folder hollow must be finite. Got NaN or Inf in {layer}.weight instead" in done.output
+    )  # of its check
     assert "an earlier step failed" in reasons["hollow"]
     assert "activations of model.layers.0, tap down_proj, are not finite: the inputs of model.layers" in reasons["huge"]
     assert all("\n" not in reason for reason in reasons)

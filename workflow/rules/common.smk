@@ -1,4 +1,4 @@
-# The study's plan, and what the rules share. What a rule needs for a job is in layerwise/study/job_inputs.py.
+# The study's plan, and code that the rules share. A job's inputs are in layerwise/study/job_inputs.py.
 import json
 import os
 import shlex
@@ -27,7 +27,7 @@ WORKER = f"{shlex.quote(sys.executable)} -m layerwise worker"
 # issue 4166) does not look at whether the jobs behind it have to, and leaves them out.
 CHECKED = "results/checks/{model}/{calib}.json"
 TASKS_CHECKED = "results/checks/{model}/tasks.json"
-REQUESTED = "results/requested.json"  # what every cell is to be evaluated on
+REQUESTED = "results/requested.json"  # the evaluations of every cell
 
 # Held until the end of a run, so that the next knows whether it was killed.
 ALIVE = unlock_after_death(Path(".snakemake")) if workflow.is_main_process else None

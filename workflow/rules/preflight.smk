@@ -1,4 +1,4 @@
-# What a run takes, told and refused before its first job.
+# The cost of a run, printed before its first job, and refused where it does not fit.
 from layerwise.study.estimate import Limits, computed_wider, disks, estimate_jobs, limit_errors
 from layerwise.study.estimate import short, together
 from layerwise.study.speeds import at_hand
