@@ -4,14 +4,13 @@ Liu et al.: gradient step on tr((W - Theta) G (W - Theta)^T), then the nearest w
 """
 
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from layerwise.contract.layer import Compressed, Layer, Method, Target
-from layerwise.numerics import ops
-from layerwise.numerics.gradient_projection import Momentum, Projection, objective_and_norm, step_size, warm_started
+from layerwise.numerics import gradient_projection as gp
 
 CARD = {
     "title": "AWP",
@@ -27,15 +26,22 @@ CARD = {
     "look": {"colour": "#AA4499", "marker": "D"},
     "checks": {
         "defaults": {"iterations": 20},
-        "variants": [{"step": "spectral"}, {"rounding": "gradual"}, {"acceleration": "momentum"}],
+        "variants": [
+            {"step": "spectral"},
+            {"rounding": "gradual"},
+            {"acceleration": "momentum"},
+            {"grid_from": "gptq", "step": "diagonal", "iterate": "accumulated"},
+            {"grid_from": "awq", "rounding": "gradual"},
+        ],
         "reference": True,
     },
     "parameters": {
         "warm_start": {"format": "method", "asked": "pruning", "description": "Method that prunes the first iterate."},
         "step": {
-            "enum": ["frobenius", "spectral"],
+            "enum": ["frobenius", "spectral", "diagonal"],
             "description": "frobenius: 2 / ||G||_F, and 1.5 / ||G||_F in iterations that round. spectral: 1 / "
-            "lambda_max(G), with which pruning never ascends.",
+            "lambda_max(G), with which pruning never ascends. diagonal (not in the paper): in iterations that round "
+            "1 / (lambda G_jj), lambda the largest eigenvalue of G scaled to ones on its diagonal.",
         },
         "iterations": {
             "type": ["integer", "null"],
@@ -57,9 +63,20 @@ CARD = {
             "enum": ["none", "momentum"],
             "description": "momentum (not in the paper): Nesterov's, restarted where the error rises; not with bits.",
         },
+        "grid_from": {
+            "$ref": "quantised_start",
+            "optional": True,
+            "asked": "grid",
+            "description": "Not in the paper: quantiser at whose result the descent starts and whose grid it keeps. "
+            "Null: it starts at the weight, and grids are fitted in every iteration that rounds.",
+        },
+        "iterate": {
+            "enum": ["rounded", "accumulated"],
+            "description": "What steps are added to where it rounds. rounded: the rounded iterate. accumulated (not in "
+            "the paper): their sum, never rounded itself, so that steps too short to change a code add up.",
+        },
     },
 }
-ITERATIONS = {(True, False): 200, (False, True): 10, (True, True): 100}  # by whether it prunes, quantises
 
 
 @dataclass(frozen=True)
@@ -67,14 +84,13 @@ class AWP(Method):
     """Theta <- projection of Theta + step (W - Theta) G; the best iterate that meets the target is the result.
 
     To prune, Theta starts from the warm start. With bits it starts from W, whose first projection is RTN's; grids are
-    min-max and fitted in every projection, and the result is no worse than RTN or the warm start rounded.
-    `Projection` has the schedule of pruning and quantising together, which begins at W too.
+    min-max and fitted in every projection, and the result is no worse than RTN or the warm start rounded; or from
+    what `grid_from` gives, and is no worse. `Projection` has the schedule of both together, which begins at W.
 
     No official code is known, and of the quantised part step, iterations and schedule are as reported, not checked
-    against the paper. Chosen here: the linear ramp, the step by phase, min-max grids, best iterates; quantised
-    errors jump, so that the trace has the best so far, as it has with momentum; and the stopping rule, which with G
-    as it is would depend on the scale of the activations, has G in units of its mean diagonal. Precondition: a finite
-    Gram.
+    against the paper. Chosen here: the linear ramp, the step by phase, min-max grids, best iterates; quantised errors
+    jump, so that the trace has the best so far, as with momentum; and the stopping rule, which would depend on the
+    scale of the activations, has G in units of its mean diagonal. Precondition: a finite Gram.
     """
 
     warm_start: Any = "wanda"
@@ -83,42 +99,33 @@ class AWP(Method):
     tolerance: float = 1e-4
     rounding: str = "full"
     acceleration: str = "none"
+    grid_from: Any = None
+    iterate: str = "rounded"
 
     def solve(self, layer: Layer, target: Target, rng: torch.Generator) -> Compressed:
         began = time.perf_counter()
-        if target.bits:  # float32 cannot tell two roundings of nearly the same error apart
-            (weight, gram), unit, gram_unit = ops.in_float64(layer), 1.0, 1.0
-        else:
-            weight, unit = ops.normalised(layer.weight)
-            gram, gram_unit = ops.normalised(layer.gram.matrix)
-        steps = [step_size(layer.gram, gram, gram_unit, self.step, rounds) for rounds in (False, True)]
-        small = self.tolerance * float(weight.norm()) * float(gram.diagonal().mean())
-        kind = bool(target.sparsity), bool(target.bits)
-        iterations = ITERATIONS[kind] if self.iterations is None else self.iterations
-        projection = Projection(target, layer.keep, iterations, self.rounding == "gradual")
-
-        start = warm_started(self.warm_start, layer, target, rng)
-        theta, found, best = (start.weight.double() / unit).float(), None, None
-        missing, before, momentum = weight - theta, None, Momentum(self.acceleration == "momentum" and not target.bits)
+        problem, prunes, bits = gp.Problem.of(layer, target), bool(target.sparsity), bool(target.bits)
+        small = self.tolerance * float(problem.weight.norm()) * float(problem.gram.diagonal().mean())
+        iterations = gp.ITERATIONS[prunes, bits] if self.iterations is None else self.iterations
+        start = gp.warm_started(self.warm_start, self.grid_from, layer, target, rng)
+        held = start.quantised if self.grid_from else None
+        projection = gp.Projection(target, layer.keep, iterations, self.rounding == "gradual", held)
+        steps = gp.Steps(layer.gram, problem, projection, self.step, self.iterate == "accumulated")
+        theta, found, best = (start.weight.double() / problem.unit).float(), None, None
+        missing, momentum = problem.weight - theta, gp.Momentum(self.acceleration == "momentum" and not bits)
         least, trace = float("inf"), []
         for iteration in range(iterations + 1):
-            gradient = missing @ gram  # [out, in], minus half the gradient
-            objective, norm = objective_and_norm(gradient, missing)
+            gradient = missing @ problem.gram  # [out, in], minus half the gradient
+            objective, norm = gp.objective_and_norm(gradient, missing)
             beta = momentum.next(objective)
             if iteration == 0 or projection.reaches(iteration):
-                scaled = objective * unit**2 * gram_unit
+                scaled = objective * problem.unit**2 * problem.gram_unit
                 if scaled < least:
                     least, best = scaled, found
-                jumps = target.bits or momentum.used
-                trace.append((iteration, time.perf_counter() - began, least if jumps else scaled))
-            if iteration == iterations or (not target.bits and norm <= small):
+                told = least if bits or momentum.used else scaled
+                trace.append((iteration, time.perf_counter() - began, told))
+            if iteration == iterations or (not bits and norm <= small):
                 break
-            now = (weight, torch.zeros_like(gradient)) if target.bits and iteration == 0 else (theta, gradient)
-            step = steps[iteration >= projection.unrounded]
-            found, missing = projection.descend(weight, now, before or now, beta, step, iteration + 1)
-            before, theta = now, found.weight
-        if best is None:
-            return replace(start, trace=tuple(trace), info=ops.damping_of(start))
-        mask = best.mask if target.sparsity else None
-        weight, info = (best.weight.double() * unit).float(), ops.damping_of(start)
-        return replace(best, weight=weight, mask=mask, trace=tuple(trace), info=info)
+            found, missing = steps.take(iteration, theta, gradient, beta)
+            theta = found.weight
+        return problem.result(best, start, prunes, trace)

@@ -24,13 +24,12 @@ CARD = {
     "needs": ["gram"],
     "keeps_zeros": True,
     "criterion": "error",
-    "cost": {"weights": 12.0, "grams": 6.0, "products": 200.0},
+    "cost": {"weights": 12.2, "grams": 4.8, "products": 340.0},
     "look": {"colour": "#117733", "marker": "8"},
     "checks": {"reference": True, "variants": [{"start": "rtn", "pairs": False}, {"start": "sparsegpt"}]},
     "parameters": {
         "start": {
-            "format": "method",
-            "gives": ["gram", "mean", "absmean", "sequence_variance", "sample", "first_tokens"],
+            "$ref": "quantised_start",
             "description": "Method whose codes are changed and whose grid is kept; none that needs the cross-Gram, as "
             "the changes would undo what it makes up for.",
         },

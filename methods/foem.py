@@ -21,6 +21,7 @@ CARD = {
     "bits": [2, 3, 4, 5, 6, 7, 8],
     "updates_weights": True,
     "needs": ["gram", "cross_gram"],
+    "unneeded": {"cross_gram": {"alpha": 0}},
     "keeps_zeros": True,
     "cost": {"weights": 10.4, "grams": 8.6, "products": 9.0},
     "look": {"colour": "#CC79A7", "marker": "d"},

@@ -20,6 +20,7 @@ CARD = {
     "bits": [2, 3, 4, 5, 6, 7, 8],
     "updates_weights": True,
     "needs": ["gram", "cross_gram"],
+    "unneeded": {"cross_gram": {"alpha": 0}},
     "keeps_zeros": True,
     "cost": {"weights": 12.2, "grams": 8.4, "products": 10.0},
     "look": {"colour": "#56B4E9", "marker": "*"},

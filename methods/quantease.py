@@ -23,7 +23,7 @@ CARD = {
     "updates_weights": True,
     "needs": ["gram"],
     "keeps_zeros": True,
-    "cost": {"weights": 9.6, "grams": 6.0, "products": 40.0},
+    "cost": {"weights": 9.8, "grams": 5.6, "products": 71.0},
     "look": {"colour": "#882255", "marker": "d"},
     "checks": {
         "reference": True,

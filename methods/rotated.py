@@ -19,7 +19,7 @@ CARD = {
     "updates_weights": True,
     "needs": ["gram"],
     "own_grid": True,
-    "cost": {"weights": 14.0, "grams": 8.0, "products": 4.0},  # guessed
+    "cost": {"weights": 22.2, "grams": 3.6, "products": 18.0},
     "look": {"colour": "#882255", "marker": "h"},
     "checks": {"reference": True, "variants": [{"block": 16, "rotation_seed": 5}]},
     "parameters": {

@@ -23,7 +23,7 @@ CARD = {
     "updates_weights": True,
     "needs": [],
     "own_grid": True,
-    "cost": {"weights": 20.0, "grams": 0.0, "products": 0.0},  # guessed
+    "cost": {"weights": 16.0, "grams": 0.8, "products": 6.4},
     "look": {"colour": "#117733", "marker": "h"},
     "checks": {"variants": [{"block": 16, "norm_correction": False}]},
     "parameters": {

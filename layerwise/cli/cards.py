@@ -58,7 +58,7 @@ def kind_of(schema: Mapping[str, Any]) -> str:
     if "enum" in schema:
         return "one of " + ", ".join(map(as_text, schema["enum"]))
     if schema.get("format") == "method":
-        return "a method"
+        return "a method or none" if schema.get("optional") else "a method"
     kinds = schema.get("type", "any value")
     words = kinds if isinstance(kinds, str) else " or ".join(kinds)
     limits = {"minimum": "at least", "exclusiveMinimum": "above", "maximum": "at most", "exclusiveMaximum": "below"}

@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 
 from layerwise.results import comparisons, main_table
 from layerwise.results.collect import TABLES, write_csv
-from layerwise.results.comparisons import ERRORS, Observation
+from layerwise.results.comparisons import ASYMMETRIC, ERRORS, Observation, layer_errors
 from layerwise.results.protocol import SAME, Protocol
 from layerwise.runtime.errors import InputError
 from layerwise.runtime.files import whole_file
@@ -235,8 +235,9 @@ def compared_errors(layers: pd.DataFrame) -> pd.DataFrame:
     observed = []
     for key, part in groups(layers, SPEC, empty=True):
         columns = {name: None if missing(value) else value for name, value in zip(SPEC, key, strict=True)}
-        errors = dict(zip(column(part, "layer"), column(part, "output_error"), strict=True))
-        observed.append(Observation(columns, {ERRORS: errors}))
+        named = [None if missing(error) else error for error in column(part, ASYMMETRIC.metric)]
+        errors = layer_errors(list(column(part, "layer")), list(column(part, ERRORS.metric)), named)
+        observed.append(Observation(columns, errors))
     compared = comparisons.compare_methods(observed)
     return to_frame(from_rows(compared, "comparisons", "the merged layers table"))
 

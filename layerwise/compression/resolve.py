@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from layerwise.compression.solver import Solver
+from layerwise.contract.cards import needed
 from layerwise.contract.catalogue import Catalogue, CatalogueError, Entry, read_entry
 from layerwise.contract.layer import Compressed, Layer, Method, UnsupportedTarget
 from layerwise.contract.target import Target
@@ -128,11 +129,12 @@ def needs(method: Method) -> list[str]:
 
     A chain gives its layer to its methods alone, and needs what they need.
     """
-    held = [getattr(method, field.name) for field in fields(method)]
+    values = {field.name: getattr(method, field.name) for field in fields(method)}
+    held = list(values.values())
     steps = [step for value in held if isinstance(value, Sequence) for step in value if isinstance(step, Method)]
     inner = [value for value in held if isinstance(value, Method)]
     card = getattr(sys.modules.get(type(method).__module__), "CARD", {})
-    found = [] if steps else list(card.get("needs", ()))
+    found = [] if steps or not card else needed(card, values)
     return list(dict.fromkeys([*found, *(name for own in (*steps, *inner) for name in needs(own))]))
 
 

@@ -33,6 +33,12 @@ CARD_SCHEMA = {
         },
         "updates_weights": {"type": "boolean"},
         "needs": {"type": "array", "items": {"enum": STATISTICS}},
+        # {statistic: {parameter: value}}: which of them it does without where its parameters have these values.
+        "unneeded": {
+            "type": "object",
+            "propertyNames": {"enum": STATISTICS},
+            "additionalProperties": {"type": "object"},
+        },
         "parameters": {"type": "object", "additionalProperties": {"type": "object"}},
         "control": {"type": "boolean"},
         "random": {"type": "boolean"},
@@ -177,6 +183,11 @@ PARAMETERS: dict[str, dict[str, Any]] = {
         "description": "Groups are runs of consecutive inputs, all fitted to the weight as it was.",
     },
     "mask_warm_start": {"format": "method", "description": "Method whose mask is refined."},
+    "quantised_start": {
+        "format": "method",
+        "gives": ["gram", "mean", "absmean", "sequence_variance", "sample", "first_tokens"],
+        "description": "Method whose codes are changed and whose grid is kept.",
+    },
     "mse": {
         "type": "boolean",
         "description": "Shrink each range to the one of 80 with the smallest sum of |error|^2.4.",
@@ -192,6 +203,13 @@ PARAMETERS: dict[str, dict[str, Any]] = {
         "description": "Penalty on the disagreement of ADMM's two iterates.",
     },
 }
+
+
+def needed(card: Mapping[str, Any], params: Mapping[str, Any]) -> list[str]:
+    """The needs of a method with these complete parameters, by its card."""
+    spared = card.get("unneeded", {})
+    without = {name for name, where in spared.items() if all(params.get(key) == value for key, value in where.items())}
+    return [name for name in card["needs"] if name not in without]
 
 
 def merged(schema: Mapping[str, Any]) -> dict[str, Any]:

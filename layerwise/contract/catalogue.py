@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import jsonschema
 
-from layerwise.contract.cards import METHOD, Kind, merged
+from layerwise.contract.cards import METHOD, Kind, merged, needed
 from layerwise.contract.import_closure import FOLDERS, closure, imports_of
 from layerwise.contract.target import LOW_RANK, SUM, Target, refusal
 
@@ -90,7 +90,7 @@ class Entry:
 
     def inner(self, params: Mapping[str, Any]) -> list[tuple[str, str, Mapping[str, Any]]]:
         """(parameter, name, complete parameters) of every method inside this one's complete parameters."""
-        held = [(key, params[key]) for key in self.warm_starts]
+        held = [(key, params[key]) for key in self.warm_starts if params[key] is not None]
         held += [(key, step) for key in self.chains for step in params[key]]
         return [(key, name, inside) for key, value in held for name, inside in value.items()]
 
@@ -188,6 +188,8 @@ class Catalogue(Mapping[str, Entry]):
         for key, schema in entry.card["parameters"].items():
             inside = () if key in params else (*outer, name)
             if schema.get("format") == "method":
+                if full[key] is None and schema.get("optional"):
+                    continue
                 full[key] = self.methods._complete_warm_start(full[key], f"{where}.{key}", inside)
                 continue
             if key in entry.chains and isinstance(full[key], list):
@@ -225,17 +227,20 @@ class Catalogue(Mapping[str, Entry]):
             return self._chain_refusal([(name, inside) for _, name, inside in entry.inner(params)], target)
         for key, inner, inner_params in entry.inner(params):
             schema, card = entry.card["parameters"][key], self[inner].card
-            pruning = schema.get("asked") == "pruning"
+            asked = schema.get("asked")
+            part = {"pruning": target.pruning, "grid": target.grid, "rest": target.rest}.get(asked, target)
+            if asked in ("pruning", "grid") and part.dense:
+                continue
             if "gives" in schema and (lacking := self.needs(inner, inner_params) - set(schema["gives"])):
                 return (
                     f"its {key} cannot quantise: {inner} needs {', '.join(sorted(lacking))}, which {name} does not give"
                 )
-            if not pruning and card.get("own_grid"):
+            if asked != "pruning" and card.get("own_grid"):
                 return f"its {key} cannot quantise: {inner} has a grid of its own"
-            part = target.pruning if pruning else target.rest if schema.get("asked") == "rest" else target
-            reason = None if pruning and not target.sparsity else self.refusal(inner, inner_params, part)
-            if reason:
+            if reason := self.refusal(inner, inner_params, part):
                 return f"its {key} cannot: {reason}"
+            if asked == "grid" and target.sparsity and not card.get("keeps_zeros"):
+                return f"its {key} cannot: {inner} does not keep zeros"
         return None
 
     def _chain_refusal(self, steps: list[tuple[str, Mapping[str, Any]]], target: Target) -> str | None:
@@ -261,7 +266,7 @@ class Catalogue(Mapping[str, Entry]):
 
         A chain gives its layer to its methods alone, and needs what they need.
         """
-        own = set() if self[name].chains else set(self[name].card["needs"])
+        own = set() if self[name].chains else set(needed(self[name].card, params))
         return own.union(*(self.methods.needs(inner, own_params) for _, inner, own_params in self[name].inner(params)))
 
     def sources(self, name: str, params: Mapping[str, Any]) -> list[Path]:

@@ -7,9 +7,43 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from layerwise.contract.layer import Compressed, Gram, Layer, Method, Quantised, Target
+from layerwise.contract.layer import Compressed, Gram, Layer, Method, Quantised, Target, UnsupportedTarget
 from layerwise.kernels import gradient_projection as kernel
 from layerwise.numerics import dispatch, ops
+
+ITERATIONS = {(True, False): 200, (False, True): 10, (True, True): 100}  # by whether it prunes, quantises
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A layer's weight [out, in] and Gram, divided by units: as they are in float64 with bits, else normalised float32.
+
+    float32 cannot tell two roundings of nearly the same error apart.
+    """
+
+    weight: Tensor
+    gram: Tensor
+    unit: float
+    gram_unit: float
+
+    @staticmethod
+    def of(layer: Layer, target: Target) -> Problem:
+        """Raises ValueError where weight or Gram is not finite."""
+        if target.bits:
+            return Problem(*ops.in_float64(layer), 1.0, 1.0)
+        weight, unit = ops.normalised(layer.weight)
+        gram, gram_unit = ops.normalised(layer.gram.matrix)
+        return Problem(weight, gram, unit, gram_unit)
+
+    def result(
+        self, best: Compressed | None, start: Compressed, pruned: bool, trace: list[tuple[int, float, float]]
+    ) -> Compressed:
+        """The best iterate in the layer's units, or the start where none is better than it."""
+        info, rows = ops.damping_of(start), tuple(trace)
+        if best is None:
+            return replace(start, trace=rows, info=info)
+        weight = (best.weight.double() * self.unit).float()
+        return replace(best, weight=weight, mask=best.mask if pruned else None, trace=rows, info=info)
 
 
 @dataclass(frozen=True)
@@ -19,6 +53,7 @@ class Projection:
     Sparsity alone: on the pattern. Bits alone: on the grid. Both: the sparsity rises linearly over the first quarter of
     the iterations, is held over the second, and in the second half what pruning leaves is rounded.
     keep: [out, in] bool, False where a weight must stay zero, or None; heeded where the target prunes nothing.
+    held: where the grid is not fitted to what is left but that of these codes, AWQ's scale of the inputs included.
     gradual: of the kept weights of each row a share is rounded, those nearest to the grid in units of its scale; the
     share rises as 1 - (1 - t)^3, t from 0 to 1, and is one in the last iteration alone.
     """
@@ -27,6 +62,12 @@ class Projection:
     keep: Tensor | None
     iterations: int
     gradual: bool
+    held: Quantised | None = None
+
+    @property
+    def begins_at_weight(self) -> bool:
+        """Whether the first step begins at the weight itself, and not at the start."""
+        return self.target.bits is not None and (self.held is None or bool(self.target.sparsity))
 
     @property
     def unrounded(self) -> int:
@@ -42,7 +83,7 @@ class Projection:
         return iteration > self.unrounded and (not self.gradual or iteration == self.iterations)
 
     def __call__(self, weight: Tensor, iteration: int) -> Compressed:
-        """The weight [out, in] pruned, then rounded to the grid fitted to what is left, with its codes."""
+        """The weight [out, in] pruned, then rounded to the grid, with its codes."""
         target = self.target
         if target.sparsity:
             share = 1.0 if target.bits is None else min(4 * iteration / self.iterations, 1.0)
@@ -52,14 +93,24 @@ class Projection:
             weight = torch.where(mask, weight, 0.0)
         if iteration <= self.unrounded:
             return Compressed(weight, mask)
-        grid, group_of = ops.fit_grid(weight, target), ops.groups_of(weight.shape[1], target.group, weight.device)
-        codes = grid.codes(weight, group_of)
-        rounded = grid.values(codes, group_of)
+        quantised = self._codes(weight)
+        rounded = ops.quantised_values(quantised, target)
         if not self.reaches(iteration):
             share = 1 - (1 - (iteration - self.unrounded) / (self.iterations - self.unrounded)) ** 3
-            cells = (rounded - weight).abs() / grid.scales[:, group_of]
+            cells = (rounded - weight).abs() / quantised.scales[:, ops.grouping(quantised, target)]
+            cells = cells if quantised.input_scale is None else cells * quantised.input_scale
             rounded = torch.where(nearest(cells, mask, share), rounded, weight)
-        return Compressed(rounded, mask, Quantised(codes, grid.scales, grid.zeros))
+        return Compressed(rounded, mask, quantised)
+
+    def _codes(self, weight: Tensor) -> Quantised:
+        """The nearest codes of a weight [out, in] on the held grid, or on one fitted to it."""
+        assert self.target.bits is not None
+        if self.held is None:
+            grid = ops.fit_grid(weight, self.target)
+            return grid.quantised(grid.codes(weight, ops.groups_of(weight.shape[1], self.target.group, weight.device)))
+        grid = ops.Grid(self.held.scales, self.held.zeros, self.target.bits)
+        scaled = weight if self.held.input_scale is None else weight * self.held.input_scale
+        return replace(self.held, codes=grid.codes(scaled, ops.grouping(self.held, self.target)))
 
     def descend(
         self,
@@ -67,16 +118,18 @@ class Projection:
         now: tuple[Tensor, Tensor],
         before: tuple[Tensor, Tensor],
         beta: float,
-        step: float,
+        step: float | Tensor,
         iteration: int,
     ) -> tuple[Compressed, Tensor]:
         """The projection after a gradient step, and the weight less the projection, [out, in].
 
-        now, before: (iterate, gradient) of this iterate and the one before it. beta: the momentum. The gradient is
-        linear in the iterate, so the gradient at the point that momentum leads to needs no further product.
+        now, before: (iterate, gradient) of this iterate and the one before it. beta: the momentum. step: one number, or
+        with bits one of each input [in]. The gradient is linear in the iterate, so the gradient at the point that
+        momentum leads to needs no further product.
         """
         target = self.target
-        if target.bits is None and target.structure in ("row", "n:m") and dispatch.use_compiled(weight):
+        by_kernel = target.bits is None and target.structure in ("row", "n:m") and dispatch.use_compiled(weight)
+        if by_kernel and not isinstance(step, Tensor):
             n_kept, group_size = target.n_of_m or (0, 0)
             n_pruned = group_size - n_kept if group_size else int(target.sparsity * weight.shape[1])
             theta, mask, missing = kernel.descend(weight, now, before, beta, step, n_pruned, group_size)
@@ -88,15 +141,52 @@ class Projection:
         return found, weight - found.weight
 
 
-def warm_started(warm_start: Method, layer: Layer, target: Target, rng: torch.Generator) -> Compressed:
-    """The warm start, rounded if the target has bits; the result is never worse than it."""
-    if not target.sparsity:
-        return ops.round_to_nearest(layer.weight, target)
-    pruned = warm_start.compress(layer, target.pruning, rng)
-    if not target.bits:
+class Steps:
+    """The steps of a run: from where each begins, how long it is, and its projection.
+
+    accumulates: whether a step that is rounded begins where the one before it ended before it was rounded.
+    """
+
+    def __init__(self, gram: Gram, problem: Problem, projection: Projection, step: str, accumulates: bool) -> None:
+        bits = projection.target.bits is not None
+        sizes = (step_size(gram, problem.gram, problem.gram_unit, step, rounds) for rounds in (False, bits))
+        self.weight, self.projection, self.sizes = problem.weight, projection, list(sizes)
+        self.accumulates, self.total, self.before = accumulates and bits, None, None
+
+    def take(self, iteration: int, theta: Tensor, gradient: Tensor, beta: float) -> tuple[Compressed, Tensor]:
+        """The projection after the step of that number, from 0, at an iterate; as `Projection.descend`."""
+        rounds = iteration >= self.projection.unrounded
+        step, now = self.sizes[rounds], (theta, gradient)
+        if iteration == 0 and self.projection.begins_at_weight:
+            now = (self.weight, torch.zeros_like(gradient))
+        if self.accumulates and rounds:
+            now = now if self.total is None else (self.total, gradient)
+            self.total = now[0] + step * now[1]  # in float64
+        before, self.before = self.before or now, now
+        return self.projection.descend(self.weight, now, before, beta, step, iteration + 1)
+
+
+def warm_started(
+    warm_start: Method, grid_from: Method | None, layer: Layer, target: Target, rng: torch.Generator
+) -> Compressed:
+    """The warm start, rounded if the target has bits, to nearest or by grid_from; the result is never worse than it.
+
+    Raises UnsupportedTarget where grid_from has levels of its own or a rotation.
+    """
+    pruned = warm_start.compress(layer, target.pruning, rng) if target.sparsity else None
+    if pruned and not target.bits:
         return pruned
-    rounded = ops.round_to_nearest(pruned.weight, target.grid)
-    return replace(rounded, mask=pruned.mask, info=ops.damping_of(pruned))
+    left = replace(layer, weight=pruned.weight, keep=pruned.mask) if pruned else layer
+    if grid_from is None:
+        rounded = ops.round_to_nearest(left.weight, target.grid)
+    else:
+        rounded = grid_from.compress(left, target.grid, rng)
+        if rounded.quantised is None or rounded.quantised.own_grid:
+            raise UnsupportedTarget("awp rounds to integer codes, and its grid_from has a grid of its own")
+    mask = pruned.mask if pruned else None
+    weight = rounded.weight if mask is None else torch.where(mask, rounded.weight, 0.0)
+    info = ops.damping_of(*filter(None, (pruned, rounded)))
+    return Compressed(weight, mask, rounded.quantised, info=info)
 
 
 class Momentum:
@@ -143,10 +233,24 @@ def nearest(distance: Tensor, mask: Tensor, share: float) -> Tensor:
     return ranks < ((~mask).sum(1) + (share * mask.sum(1)).long())[:, None]
 
 
-def step_size(gram: Gram, matrix: Tensor, unit: float, step: str, rounds: bool) -> float:
-    """Of the matrix = G / unit, 2 / ||G||_F, 1.5 / ||G||_F or 1 / lambda_max(G); 0 where all inputs are dead."""
+def step_size(gram: Gram, matrix: Tensor, unit: float, step: str, rounds: bool) -> float | Tensor:
+    """Of the matrix = G / unit, 2 / ||G||_F, 1.5 / ||G||_F or 1 / lambda_max(G); 0 where all inputs are dead.
+
+    diagonal: where it rounds [in] 1 / (lambda G_jj), 0 of dead inputs, else 2 / ||G||_F; lambda: the largest eigenvalue
+    of D^-1/2 G D^-1/2, D the diagonal of G. In the metric of D, in which rounding to nearest is a projection too, this
+    is a gradient step that never ascends on a grid that stays.
+    """
+    if step == "diagonal" and rounds:
+        inverse = torch.where(gram.dead, 0.0, 1 / matrix.diagonal().double())  # 1 / 0 is not taken
+        return inverse / (gram.once("largest scaled eigenvalue", lambda: _largest_scaled_eigenvalue(gram)) or 1.0)
     if step == "spectral":
         size = gram.largest_eigenvalue / unit
     else:
         size = float(matrix.double().norm()) / (1.5 if rounds else 2)
     return 1 / size if size > 0 else 0.0
+
+
+def _largest_scaled_eigenvalue(gram: Gram) -> float:
+    """The largest eigenvalue of D^-1/2 G D^-1/2, D the diagonal of G; dead inputs left out."""
+    root = torch.where(gram.dead, 1.0, gram.diagonal.double()).sqrt()
+    return Gram((gram.matrix.double() / root / root[:, None]).float(), gram.tokens).largest_eigenvalue

@@ -32,11 +32,12 @@ from layerwise.results.cell_results import (
     without_filter,
 )
 from layerwise.results.comparisons import (
-    ERRORS,
+    LAYER_ERRORS,
     Measure,
     Observation,
     accuracy_measure,
     compare_methods,
+    layer_errors,
     window_measure,
 )
 from layerwise.results.protocol import Protocol
@@ -99,8 +100,8 @@ def write_csv(data: pa.Table, path: Path, header: bool = True) -> None:
 
 def observe(columns: Mapping[str, Any], compression: Compression, results: Results) -> Observation:
     """The units of a cell's measures: errors of layers, values of each text's windows, scores of items."""
-    errors = (compression.layers.column(name).to_pylist() for name in ("layer", "output_error"))
-    values: dict[Measure, dict[Any, float]] = {ERRORS: dict(zip(*errors, strict=True))}
+    errors = (compression.layers.column(name).to_pylist() for name in ("layer", *LAYER_ERRORS))
+    values: dict[Measure, Mapping[Any, float]] = {**layer_errors(*errors)}
     for (metric, text), windows in results.windows.items():
         values[window_measure(metric, text)] = dict(enumerate(windows))
     for (tasks, task, metric), scores in results.scores.items():

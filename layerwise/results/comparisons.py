@@ -1,9 +1,9 @@
 """The `comparisons` table: every two methods of a group on one target, and whether they differ by more than noise.
 
-The units are layers for output_error, windows of the text for perplexity, kl and top1_agreement, and items for
-accuracy. Seeds repeat the measurement of a unit and are no units of their own, because a layer that suits a method does
-so under every seed: they are averaged, have to agree on the direction, and from three on have to pass a test of their
-own.
+The units are layers for output_error and asymmetric_error, windows of the text for perplexity, kl and top1_agreement,
+and items for accuracy. Seeds repeat the measurement of a unit and are no units of their own, because a layer that suits
+a method does so under every seed: they are averaged, have to agree on the direction, and from three on have to pass a
+test of their own.
 """
 
 import math
@@ -36,12 +36,29 @@ class Measure:
 
 
 ERRORS = Measure("output_error", None, None, -1)
+ASYMMETRIC = Measure("asymmetric_error", None, None, -1)
+LAYER_ERRORS = (ERRORS.metric, ASYMMETRIC.metric)  # columns of `layers`
 
 
 def window_measure(metric: str, text: str) -> Measure:
     """perplexity, from mean losses of windows; kl and top1_agreement, from the means of windows."""
     statistic = np.exp if metric == "perplexity" else significance.itself
     return Measure(metric, text, statistic, 1 if metric == "top1_agreement" else -1)
+
+
+def layer_errors(
+    layers: Sequence[str], output: Sequence[float], asymmetric: Sequence[float | None]
+) -> dict[Measure, Mapping[str, float]]:
+    """The units of a cell's layer measures, from columns of `layers`.
+
+    The asymmetric errors count where all layers have one, in sequential mode those of methods that need the cross-Gram,
+    and are others than the output errors.
+    """
+    found: dict[Measure, Mapping[str, float]] = {ERRORS: dict(zip(layers, output, strict=True))}
+    known = {layer: error for layer, error in zip(layers, asymmetric, strict=True) if error is not None}
+    if len(known) == len(found[ERRORS]) and known != found[ERRORS]:
+        found[ASYMMETRIC] = known
+    return found
 
 
 def accuracy_measure(metric: str, task: str) -> Measure:

@@ -66,6 +66,11 @@ class ModelShape:
         return self.outside + sum(block.parameters * times for block, times in self.blocks.items())
 
     @cached_property
+    def has_experts(self) -> bool:
+        """Whether some layers see only the tokens that are routed to them."""
+        return any(share < 1 for block in self.blocks for _, share in block.taps)
+
+    @cached_property
     def widest(self) -> int:
         """Most inputs or outputs of a layer."""
         return max((max(out, inputs) for block in self.blocks for out, inputs, _ in block.layers), default=self.hidden)

@@ -15,10 +15,12 @@ from layerwise.runtime.errors import InputError
 from layerwise.runtime.project import ROOT
 from layerwise.runtime.sentences import brief, place
 from layerwise.sources import checkpoint_files, task_sets, text_files
+from layerwise.sources.shapes import shape_of
 from layerwise.sources.specs import CalibrationSpec, EvaluationSpec, ModelSpec, TaskSetSpec
 from layerwise.study import allocation_entries, config_file
 from layerwise.study.allocation_entries import UNIFORM, AllocationEntry, read_allocations
 from layerwise.study.cell import AllocationSpec, Cell, CellColumns, CellSpec, TargetSpec, canonical, identity, plain
+from layerwise.study.method_costs import needs_cross
 from layerwise.study.method_entries import MethodEntry, read_methods, target_of
 
 SCHEMA = yaml.safe_load((ROOT / "workflow/schemas/config.schema.yaml").read_text("utf-8"))
@@ -173,6 +175,8 @@ def plan(config: Mapping[str, Any], check_sources: bool = False) -> Plan:
     skipped: list[SkippedRow] = []
     for entry in entries:
         cells += grid.expand(entry, targets, skipped)
+    if check_sources:
+        _check_experts(cells, catalogue, grid.models)
     _check_targets(targets, entries, catalogue, cells, skipped)
     _check_sweep(full.get("sweep"), entries)
     tasks = {name: task_sets.expanded(spec) for name, spec in full["tasks"].items()}
@@ -217,6 +221,20 @@ def _check_lengths(name: str, spec: ModelSpec, full: Mapping[str, Any]) -> None:
                     f"{kind}.{set_name}: its length must be at most {longest} tokens for the model {name!r}. Got "
                     f"{entry['length']} instead."
                 )
+
+
+def _check_experts(cells: Sequence[Cell], catalogue: Catalogue, models: Mapping[str, ModelSpec]) -> None:
+    """Raise InputError where a method needs the cross-Gram of a model that is known to have experts."""
+    asking = {cell.model: cell for cell in reversed(cells) if needs_cross(catalogue, cell)}
+    for model, cell in asking.items():
+        shape = shape_of(models[model])
+        if shape and shape.has_experts:
+            raise InputError(
+                f"methods.{cell.columns['label']}: {cell.columns['method']} must have a model without experts in "
+                "sequential mode: it needs the cross-Gram of the same tokens in the dense and in the compressed model, "
+                f"and either may route others to them. Got {cell.columns['model']!r} instead: give the method modes: "
+                "[shared]."
+            )
 
 
 def _check_targets(

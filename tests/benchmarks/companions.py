@@ -14,6 +14,7 @@ from tests.benchmarks.bench_iterative import floor_product, floor_spectrum
 
 ADMM_DAMPING, ADMM_RHO = 0.1, 1.0
 ALPS_RHO, ALPS_REFINEMENTS = 0.1, 10
+THANOS_BLOCK = 512
 CYCLES, THRESHOLD = 50, 0.1  # DSnoT's
 RATIOS, RANGES, BATCH = 20, 10, 64  # AWQ's grid, its shrunk ranges, and the rows whose clips it searches at once
 
@@ -213,3 +214,27 @@ def floor_reconstruct(layer: Layer, target: Target) -> None:
     matrix = damped(layer.gram.matrix, DAMPING)[:kept, :kept].double()
     for _ in layer.weight:
         torch.linalg.cholesky(matrix)
+
+
+def baseline_thanos(layer: Layer, target: Target) -> Tensor:
+    """Blocks of 512 columns; the lowest Wanda scores of all that is left, removed row by row in float64."""
+    gram, weight = damped(layer.gram.matrix.double(), DAMPING), layer.weight.double()
+    norm, gone = layer.gram.diagonal.double().sqrt(), 0
+    for start in range(0, weight.shape[1], THANOS_BLOCK):
+        inverse, left = torch.linalg.inv(gram[start:, start:]), weight[:, start:]
+        lost = lowest(left.abs() * norm[start:], int(target.sparsity * weight.numel()) - gone)[:, :THANOS_BLOCK]
+        for row, chosen in zip(left, lost, strict=True):
+            own = torch.nonzero(chosen)[:, 0]
+            row -= torch.linalg.solve(inverse[own][:, own], row[own]) @ inverse[own]
+            row[own] = 0.0
+        gone += int(lost.sum())
+    return weight.float()
+
+
+def floor_thanos(layer: Layer, target: Target) -> None:
+    """One Cholesky factor per row and block, of what the row loses in it."""
+    gram = damped(layer.gram.matrix.double(), DAMPING)
+    for start in range(0, len(gram), THANOS_BLOCK):
+        lost = int(target.sparsity * min(THANOS_BLOCK, len(gram) - start))
+        for _ in layer.weight:
+            torch.linalg.cholesky(gram[start : start + lost, start : start + lost])

@@ -33,6 +33,7 @@ from layerwise.methods.ria import RIA
 from layerwise.methods.rtn import RTN
 from layerwise.methods.sparse_swaps import SparseSwaps
 from layerwise.methods.sparsegpt import SparseGPT
+from layerwise.methods.thanos import Thanos
 from layerwise.methods.wanda import Wanda
 from tests.benchmarks import bench_codes as codes
 from tests.benchmarks import bench_columns as columns
@@ -280,6 +281,16 @@ def listed() -> list[Case]:
             row,
             of(companions.floor_reconstruct, row),
             of(companions.baseline_reconstruct, row),
+            "64 rows",
+            rows=64,
+        ),
+        Case(
+            "thanos",
+            "50% layer",
+            Thanos(companions.THANOS_BLOCK),
+            whole,
+            of(companions.floor_thanos, whole),
+            of(companions.baseline_thanos, whole),
             "64 rows",
             rows=64,
         ),

@@ -81,7 +81,7 @@ def test_a_shell_completes_names_of_studies():
     words = {"_LAYERWISE_COMPLETE": "complete_bash", "COMP_WORDS": "layerwise run qua", "COMP_CWORD": "2"}
     command = [sys.executable, "-m", "layerwise"]
     done = subprocess.run(command, env={**ENVIRONMENT, **words}, capture_output=True, text=True)
-    assert done.stdout.split() == ["quantisation", "quantisers"]
+    assert done.stdout.split() == ["quantisation", "quantisers", "quantisers-smollm2"]
 
 
 # ------------------------------------------------------------------------------------------------------------ bad input

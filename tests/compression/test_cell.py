@@ -394,7 +394,7 @@ def test_sequential_scores_on_what_the_compressed_blocks_pass_on(case):
             linear.replace(saved[linear.name])
 
 
-@pytest.mark.parametrize("method", ["gptaq", "foem", "qronos"])
+@pytest.mark.parametrize("method", ["gptaq", "qronos"])
 def test_the_asymmetric_error_is_that_of_the_outputs_of_both_models(case, method):
     """Of what the saved weights make of the compressed model's inputs, against the dense weights on the dense ones."""
     cell = case.run(method, Target(bits=3), "sequential")

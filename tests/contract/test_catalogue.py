@@ -12,6 +12,7 @@ import torch
 
 from layerwise.checks import layer_cases as layers
 from layerwise.checks import promises
+from layerwise.compression.resolve import needs as needed
 from layerwise.contract.cards import PARAMETERS, merged
 from layerwise.contract.catalogue import SHARED_SOURCES, Catalogue, CatalogueError, read_entry
 from layerwise.contract.import_closure import METHODS
@@ -512,3 +513,13 @@ def test_a_file_that_a_method_imports_is_a_source_of_that_method_alone():
     helper = PACKAGE / "numerics/coordinate_descent.py"
     users = [name for name in catalogue if helper in catalogue.sources(name, catalogue.complete(name, {}, name))]
     assert users == ["quantease"]
+
+
+@pytest.mark.parametrize("name", ["foem", "gptaq"])
+def test_the_cross_gram_is_needed_where_drift_is_made_up_for_alone(name: str):
+    catalogue = Catalogue()
+    for alpha, needs in ((0, {"gram"}), (0.0, {"gram"}), (0.25, {"gram", "cross_gram"})):
+        params = catalogue.complete(name, {"alpha": alpha}, "test")
+        assert catalogue.needs(name, params) == set(needed(catalogue.build(name, params))) == needs
+        chained = catalogue.complete("chain", {"chain": ["wanda", {name: {"alpha": alpha}}]}, "test")
+        assert catalogue.needs("chain", chained) == needs

@@ -10,12 +10,14 @@ from scipy import stats
 
 from layerwise.results import significance
 from layerwise.results.comparisons import (
+    ASYMMETRIC,
     ERRORS,
     LEAST,
     NO_DIFFERENCE,
     Observation,
     accuracy_measure,
     compare_methods,
+    layer_errors,
     window_measure,
 )
 from layerwise.results.significance import (
@@ -282,6 +284,24 @@ def test_only_what_all_methods_of_a_group_have_is_compared():
     made[0] = observed("a", 0, ERRORS, [0.1] * (LAYERS - 2))
     assert {(row["units"], row["seeds"]) for row in compare_methods(made)} == {(LAYERS - 2, 2), (LAYERS - 2, 3)}
     assert compare_methods([observed("a", 0, ERRORS, [0.1] * 9), observed("b", 0, ERRORS, [])]) == []
+
+
+def test_asymmetric_errors_are_compared_where_every_layer_has_one_of_its_own():
+    layers, errors = ["q", "k", "v"], [0.1, 0.2, 0.3]
+    assert layer_errors(layers, errors, errors) == {ERRORS: dict(zip(layers, errors, strict=True))}  # shared mode
+    partial = layer_errors(layers, errors, [0.1, None, None])  # known of the first block alone
+    assert list(partial) == [ERRORS]
+    whole = layer_errors(layers, errors, [0.1, 0.25, 0.4])
+    assert whole == partial | {ASYMMETRIC: {"q": 0.1, "k": 0.25, "v": 0.4}}
+    cells = [observed(label, 0, ERRORS, [0.1] * LAYERS) for label in "abc"]
+    for i, share in enumerate((1.0, 2.0)):  # c has none
+        own = {ASYMMETRIC: {layer: share * (1 + layer) for layer in range(LAYERS)}}
+        cells[i] = Observation(cells[i].columns, {**cells[i].values, **own})
+    rows = [row for row in compare_methods(cells) if row["metric"] == "asymmetric_error"]
+    assert [(row["label"], row["other"], row["units"], row["verdict"]) for row in rows] == [
+        ("a", "b", LAYERS, "better")
+    ]
+    assert rows[0]["median_ratio"] == pytest.approx(0.5)
 
 
 def test_errors_of_zero_are_equal_to_one_another():

@@ -206,8 +206,8 @@ def test_a_dense_stream_counts_where_a_method_needs_the_cross_gram(tmp_path):
     build("llama").save_pretrained(tmp_path)
     quantisers = {
         "gptq": None,
-        "foem": None,
-        "pruned": {"chain": ["wanda", "foem"]},
+        "foem": {"alpha": 0.25},
+        "pruned": {"chain": ["wanda", {"foem": {"alpha": 0.25}}]},
         "pruned_gptq": {"chain": ["wanda", "gptq"]},
     }
     own = study_of(tmp_path, methods=quantisers, targets=[{"bits": 4}, {"pattern": "2:4", "bits": 4}])

@@ -880,6 +880,31 @@ def test_a_group_that_does_not_divide_is_one_sentence_before_any_job(sources, ki
     assert str(error.value) == told
 
 
+def test_the_cross_gram_of_experts_is_refused_before_a_job(sources):
+    header = b'{"model.layers.0.mlp.experts.0.down_proj.weight":{"dtype":"F32","shape":[2,2],"data_offsets":[0,16]}}'
+    (sources / "tiny/model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(16))
+    (sources / "tiny/config.json").write_text(json.dumps({"num_experts": 4, "num_experts_per_tok": 2}))
+
+    def asking(**entry: Any) -> dict:
+        return study(methods={"rtn": None, "mine": entry}, targets=[{"bits": 4}], modes=["shared", "sequential"])
+
+    told = (
+        "methods.mine: gptaq must have a model without experts in sequential mode: it needs the cross-Gram of the same "
+        "tokens in the dense and in the compressed model, and either may route others to them. Got 'tiny' instead: "
+        "give the method modes: [shared]."
+    )
+    assert refused(asking(method="gptaq"), check_sources=True) == told
+    plan(asking(method="gptaq"))  # which no source has told
+    plan(asking(method="gptaq", modes=["shared"]), check_sources=True)
+    plan(asking(method="gptq"), check_sources=True)
+    plan(asking(method="foem"), check_sources=True)  # alpha 0
+    assert "foem must have a model without experts" in refused(asking(method="foem", alpha=0.25), check_sources=True)
+    chained = {"chain": ["wanda", "qronos"], "targets": [{"sparsity": 0.5, "bits": 4}]}
+    assert "chain must have a model without experts" in refused(asking(**chained), check_sources=True)
+    (sources / "tiny/config.json").write_text("{}")  # as far as it says, all tokens pass all experts
+    plan(asking(method="gptaq"), check_sources=True)
+
+
 def test_sources_are_looked_at_only_when_asked(sources):
     plan(study(), check_sources=True)
     no_folder(sources)

@@ -14,7 +14,7 @@ from safetensors import safe_open
 from layerwise.contract.layer import Gram, Layer, Statistics, Target
 from tests.support.paths import DATA
 
-APART = ("awq", "drift", "quantease")  # names of further files
+APART = ("awq", "drift", "quantease", "thanos")  # names of further files
 NAMES = ("L1", "L1_lowrank", "L2_dead", "L3", "L4_partial")
 
 

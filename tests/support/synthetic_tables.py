@@ -176,7 +176,7 @@ def layer_frame(of: SyntheticCell, blocks: int = 8) -> pd.DataFrame:
                     "pair": columns["target"] if columns["bits"] and columns["sparsity"] else None,
                     "output_error": error,
                     "absolute_error": 10 * error,
-                    "asymmetric_error": 1.5 * error,
+                    "asymmetric_error": (1.0 if columns["mode"] == "shared" else 1.5) * error,
                     "first_token_error": 2 * error,
                     "lower_bound": 0.1 * layers_own if certified else None,
                     "gap_to_bound": 1 - 0.1 * layers_own / error if certified else None,
