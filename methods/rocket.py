@@ -74,7 +74,7 @@ class ROCKET(Method):
         values = torch.where(kept, values, 0.0)
         square = values @ values.T
         ridge = RIDGE * float(square.diagonal().mean()) if rank and square.any() else 1.0
-        fitted = torch.linalg.solve(square + ridge * torch.eye(rank, dtype=square.dtype), values @ whitened.T).T
+        fitted = torch.linalg.solve(square + ridge * torch.eye(rank).to(square), values @ whitened.T).T
         found = [
             low_rank.of_parts(
                 values.T, torch.linalg.solve_triangular(root.T, own, upper=True).T, info={}, kept=kept.T.contiguous()

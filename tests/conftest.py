@@ -15,7 +15,7 @@ from tests.support.time_budget import (  # noqa: F401 (pytest finds them here)
     pytest_terminal_summary,
 )
 
-pytest_plugins = ["tests.support.battery"]
+pytest_plugins = ["tests.support.battery", "tests.support.traced"]
 pytest.register_assert_rewrite("tests.support.official_outputs")
 torch.set_num_threads(1)
 hypothesis.settings.register_profile("untimed", deadline=None)  # a busy machine is no failure

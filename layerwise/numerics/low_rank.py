@@ -43,7 +43,7 @@ def lifted_cholesky(gram: Tensor, least: float) -> Tensor:
     lower, failed = torch.linalg.cholesky_ex(gram)
     if failed:
         lift = least - float(torch.linalg.eigvalsh(gram)[0])
-        lower = torch.linalg.cholesky(gram + lift * torch.eye(len(gram), dtype=gram.dtype))
+        lower = torch.linalg.cholesky(gram + lift * torch.eye(len(gram)).to(gram))
     return lower
 
 
