@@ -203,7 +203,7 @@ def test_a_weight_that_the_stored_dtype_cannot_hold_is_named(tmp_path):
     model.get_submodule("model.layers.1.mlp.up_proj").get_parameter("weight").data[2, 3] = 1e5
     model.save_pretrained(tmp_path)
     spec = {"path": str(tmp_path), "dtype": "float16"}
-    said = r"not finite: model\.layers\.1\.mlp\.up_proj\.weight has NaN or Inf"
+    said = r"must be finite. Got NaN or Inf in model\.layers\.1\.mlp\.up_proj\.weight instead"
     with pytest.raises(InputError, match=said):
         load(spec, compute_dtype="float32")
     lazy = LazyBlocks(spec, compute_dtype="float32")
