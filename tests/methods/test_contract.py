@@ -12,8 +12,8 @@ def marked(name: str, case: Case):
     """The pair as a pytest parameter with its id."""
     reason = known_failure(name, case.entry, case.params, case.target)
     marks = [pytest.mark.xfail(reason=reason, strict=True)] if reason else []
-    if case.variant and case.target.label not in ONE_OF_EACH:
-        marks.append(pytest.mark.long)
+    if case.variant:
+        marks.append(pytest.mark.battery if case.target.label in ONE_OF_EACH else pytest.mark.long)
     return pytest.param(name, case, id=f"{name}-{case.label}-{case.target.label}", marks=marks)
 
 
