@@ -29,6 +29,7 @@ LAUNCHER = "launcher"
 SHELL = {"_", "SHLVL", "PWD", "OLDPWD"}  # what a shell sets and no library reads
 SERVERS = 4  # at most; each holds some 400 MB, most of it shared with its forks
 LONGEST = 1 << 20  # bytes of a message
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 ENDED = "error: the process that ran this job ended: run again."
 
 TABLES = ("pandas", "pyarrow.parquet", "jsonschema", "yaml")
@@ -74,15 +75,17 @@ class Launcher:
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def _launch(self, listening: socket.socket) -> None:
-        with contextlib.suppress(OSError):
-            while True:
+        while True:
+            try:
                 connection, _ = listening.accept()
-                with connection:
-                    environment = json.loads(connection.recv(LONGEST) or b"{}")
-                    name = _name(environment)
-                    if name in self.servers or len(self.servers) < SERVERS:
-                        self._serve(name, environment)
-                        connection.send(b"ready")
+            except OSError:  # closed
+                return
+            with connection, contextlib.suppress(OSError):  # the job has ended: others wait
+                environment = json.loads(connection.recv(LONGEST) or b"{}")
+                name = _name(environment)
+                if environment and (name in self.servers or len(self.servers) < SERVERS):
+                    self._serve(name, environment)
+                    connection.send(b"ready")
 
     def _serve(self, name: str, environment: Mapping[str, str]) -> None:
         if name in self.servers:
@@ -119,9 +122,10 @@ def hand_over(argv: Sequence[str], folder: Path = FOLDER) -> None:
     """
     if not argv or argv[0] not in PACKAGES or "cuda" in argv:  # each process must start CUDA itself
         return
-    order = {"argv": list(argv), "folder": os.getcwd(), "umask": os.umask(0o077), "shell": _of_shell()}
-    os.umask(order["umask"])
     try:
+        order = {"argv": list(argv), "folder": os.getcwd(), "umask": os.umask(0o077), "shell": _of_shell()}
+        os.umask(order["umask"])
+        order["ignored"] = [number for number in SIGNALS if signal.getsignal(number) == signal.SIG_IGN]
         server = _connect(folder)
         socket.send_fds(server, [json.dumps(order).encode()], [0, 1, 2])
         child = int(server.recv(32) or 0)
@@ -184,7 +188,8 @@ class Server:
         """The arguments of a job, in its fork; None in the server, at its end."""
         while self.processes or self.listening.fileno() >= 0:
             for key, _ in self.waiting.select():
-                if job := key.data(key.fileobj):
+                gone = self.waiting.get_map().get(key.fd) is not key  # an event before it has closed what this is of
+                if not gone and (job := key.data(key.fileobj)):
                     return job
         return None
 
@@ -200,9 +205,17 @@ class Server:
             connection.close()
             return None
         order = json.loads(message)
-        for package in PACKAGES[order["argv"][0]]:
-            importlib.import_module(package)
-        child = os.fork()
+        try:
+            for package in PACKAGES[order["argv"][0]]:
+                importlib.import_module(package)
+            child = os.fork()
+        except Exception:  # the job says what is wrong, in its own process; the other jobs go on
+            child = None
+        if child is None:
+            for stream in streams:
+                os.close(stream)
+            connection.close()
+            return None
         if not child:
             connection.close()
             self._become(order, streams)
@@ -226,9 +239,9 @@ class Server:
         for target, stream in enumerate(streams):
             os.dup2(stream, target)
             os.close(stream)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        for number in (signal.SIGTERM, signal.SIGHUP):
-            signal.signal(number, signal.SIG_DFL)
+        for number in SIGNALS:
+            usual = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
+            signal.signal(number, signal.SIG_IGN if number in order["ignored"] else usual)  # nohup ignores SIGHUP
         os.chdir(order["folder"])
         os.umask(order["umask"])
         os.environ.update(order["shell"])
@@ -250,7 +263,7 @@ class Server:
 
 
 def main() -> None:
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)  # it ends when the run and its jobs have ended
     job = Server(socket.socket(fileno=int(sys.argv[1]))).serve()
     if job is not None:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import psutil
@@ -48,14 +49,16 @@ def launcher(tmp_path_factory) -> Iterator[Launcher]:
         os.chdir(here)
 
 
-def began(*arguments: str, environment: dict[str, str] | None = None) -> subprocess.Popen[str]:
-    pipe = subprocess.PIPE
-    return subprocess.Popen([*WORKER, *arguments], env=environment or ENVIRONMENT, stdout=pipe, stderr=pipe, text=True)
+def began(
+    *arguments: str, environment: dict[str, str] | None = None, before: Sequence[str] = ()
+) -> subprocess.Popen[str]:
+    pipe, command = subprocess.PIPE, [*before, *WORKER, *arguments]
+    return subprocess.Popen(command, env=environment or ENVIRONMENT, stdout=pipe, stderr=pipe, text=True)
 
 
-def waiting() -> tuple[subprocess.Popen[str], psutil.Process]:
-    """A job that waits, and the fork that runs it."""
-    job = began(*WAITING)
+def waiting(*before: str) -> tuple[subprocess.Popen[str], psutil.Process]:
+    """A job that waits, and the fork that runs it; before: the words of a command that starts the job."""
+    job = began(*WAITING, before=before)
     (fork,) = until(lambda: [child for server in servers() for child in server.children()])
     until(lambda: all(sleeps(fork) for _ in range(5)))
     return job, fork
@@ -134,12 +137,66 @@ def test_a_stopped_job_says_so(launcher):
     assert error == f"error: {STOPPED}.\n"
 
 
+def test_a_job_killed_with_its_fork_leaves_the_server_to_others(launcher):
+    job, fork = waiting()
+    server = some(fork.parent())
+    server.suspend()  # so that it sees both ends at once, that of the fork first
+    fork.kill()
+    until(lambda: gone(fork))
+    job.kill()
+    job.wait(LONGEST)
+    server.resume()
+    job, fork = waiting()
+    assert fork.parent() == server
+    job.kill()
+    until(lambda: gone(fork))
+
+
+def test_a_fork_ignores_the_signals_that_its_job_ignores(launcher):
+    """Else a run under nohup would lose its jobs with the terminal."""
+    job, fork = waiting("sh", "-c", "trap '' HUP; exec \"$@\"", "sh")
+    fork.send_signal(signal.SIGHUP)
+    time.sleep(0.3)
+    assert not gone(fork)
+    job.kill()
+    until(lambda: gone(fork))
+
+
 def test_a_killed_server_ends_its_jobs(launcher):
     job, fork = waiting()
     some(fork.parent()).kill()
     _, error = job.communicate(timeout=LONGEST)
     assert (job.returncode, error) == (1, warm_worker.ENDED + "\n")
     until(lambda: gone(fork))
+
+
+@pytest.fixture
+def own_launcher(tmp_path, monkeypatch) -> Iterator[Launcher]:
+    monkeypatch.chdir(tmp_path)
+    own = Launcher()
+    own.start()
+    yield own
+    own.close()
+
+
+def test_a_job_that_ends_as_its_server_starts_holds_up_no_other(own_launcher):
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as job:
+        job.connect(str(FOLDER / LAUNCHER))
+        job.send(json.dumps({**ENVIRONMENT, "NUMBER": "1"}).encode())
+    until(lambda: own_launcher.servers)
+    assert began("figure", "--help").wait(LONGEST) == 0
+    assert len(own_launcher.servers) == 2
+
+
+def test_a_package_that_cannot_be_imported_is_the_fault_of_its_job_alone(own_launcher, tmp_path):
+    package = tmp_path / "packages/matplotlib"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text("raise ImportError('broken')")
+    environment = {**ENVIRONMENT, "PYTHONPATH": f"{package.parent}:{ROOT}"}
+    assert began("figure", "--help", environment=environment).wait(LONGEST) == 0
+    (server,) = own_launcher.servers.values()
+    with pytest.raises(subprocess.TimeoutExpired):
+        server.wait(2)
 
 
 def test_servers_end_with_the_run_and_finish_their_jobs(tmp_path, monkeypatch):
