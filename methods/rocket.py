@@ -98,7 +98,8 @@ class ROCKET(Method):
     def _in_column(self, rank: int) -> int:
         """Entries that a column keeps before others come back; one more than its share, as released."""
         dropped = 1 - int(rank / self.share) / rank + MARGIN if rank else 0.0
-        return min(int(rank * (1 - dropped)) + 1, rank)
+        kept = min(int(rank * (1 - dropped)) + 1, rank)
+        return max(kept, 0)  # MARGIN alone may exceed the share of a large rank
 
     def _kept(self, values: Tensor, size: Tensor, rank: int) -> Tensor:
         """[r, out] bool of V [r, out]; size: ||C^-T u|| [r]."""

@@ -315,6 +315,15 @@ def test_rocket_takes_the_budget_with_its_positions(name: str, rank: float, shar
         assert bits(r + 1, entries) > 16 * rank * out * inputs - 32 * (out + inputs)
 
 
+def test_rocket_keeps_what_comes_back_where_a_share_keeps_nothing():
+    """A column of rank 420 keeps 420 / 1000 of an entry, less than the half per cent that is dropped beyond it."""
+    layer, target = layers.make(Recipe(out=640, inputs=420)), Target(rank=0.95)
+    result = compress(ROCKET(share=1000.0), layer, target)
+    kept = some(result.low_rank.kept)
+    assert kept.shape == (640, 420) and int(kept.sum()) == int(0.005 * 420 * 640) + 1
+    assert broken_promise(layer, target, result) is None
+
+
 def test_rocket_counts_its_sparse_factor_as_it_is_stored():
     layer, target = layers.make(Recipe(out=64, inputs=96)), Target(rank=0.4)
     result, row = Solver("rocket", ROCKET(), target, 0).solve(layer)
