@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import gettempdir
 from typing import Any
 
 import torch
@@ -33,7 +33,7 @@ from layerwise.models.stored_dtypes import stored_dtype
 from layerwise.models.streaming import LazyBlocks
 from layerwise.models.structure import Blocks
 from layerwise.runtime.errors import InputError, report_errors
-from layerwise.runtime.files import whole_file
+from layerwise.runtime.files import scratch_folder, whole_file
 from layerwise.sources.fingerprint import unchanging
 from layerwise.sources.tokens import read_tokens
 from layerwise.storage.table_schema import from_rows, write_parquet
@@ -99,7 +99,8 @@ def allocate(job: AllocateJob) -> list[dict[str, Any]]:
 
 @contextmanager
 def trials_of(job: AllocateJob, parts: Sequence[Part], probe: Probe | None) -> Iterator[Trials | None]:
-    """The model to be tried, whole in memory; without a probe None. Its files are removed afterwards."""
+    """The model to be tried, whole in memory; without a probe None. Its files go afterwards, those of killed jobs
+    before."""
     if probe is None:
         yield None
         return
@@ -107,8 +108,8 @@ def trials_of(job: AllocateJob, parts: Sequence[Part], probe: Probe | None) -> I
     tokens = torch.from_numpy(read_tokens(job.tokens)[0])
     computed = compute_dtype.compute_dtype(job.model, job.device)
     blocks = Blocks(loading.load(job.model, job.device, computed))
-    with TemporaryDirectory(dir=job.folder, prefix=".trials-") as folder:
-        yield ModelTrials(blocks, parts, store_of(job.gram), tokens, probe, Path(folder))
+    with scratch_folder(job.folder or Path(gettempdir()), ".trials-") as folder:
+        yield ModelTrials(blocks, parts, store_of(job.gram), tokens, probe, folder)
 
 
 def targets_of(parts: Sequence[Part], proposal: Proposal, target: Target) -> list[Target]:

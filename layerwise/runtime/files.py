@@ -5,7 +5,9 @@ import fcntl
 import hashlib
 import json
 import os
+import shutil
 import socket
+import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -91,6 +93,45 @@ def remove_parts(folder: Path) -> None:
     """Remove what processes that were killed have left of whole_file; nobody else may be at work in the folder."""
     for path in folder.glob(".*.part"):
         path.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def scratch_folder(parent: Path, prefix: str) -> Iterator[Path]:
+    """Yield a new folder in `parent`, which is removed at the end; first those that killed processes have left go.
+
+    Such a folder has this host in its name and no process that holds it locked, which the system lets go of at death.
+    Where folders cannot be locked, none is removed but one's own.
+    """
+    parent.mkdir(parents=True, exist_ok=True)
+    with contextlib.ExitStack() as stack:
+        begins = f"{prefix}{socket.gethostname()}-"
+        with _locked(parent, wait=True) as sole:  # no folder of another process is there, but not locked yet
+            for left in sorted(parent.glob(f"{begins}*")) if sole else ():
+                with _locked(left) as dead:
+                    if dead:
+                        shutil.rmtree(left, ignore_errors=True)
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=parent, prefix=begins)))
+            stack.enter_context(_locked(folder))
+        yield folder
+
+
+@contextlib.contextmanager
+def _locked(folder: Path, wait: bool = False) -> Iterator[bool]:
+    """Hold a folder locked; yields whether it could be, without waiting for another process unless `wait`."""
+    try:
+        held = os.open(folder, os.O_RDONLY)
+    except OSError:
+        yield False
+        return
+    try:
+        try:
+            fcntl.flock(held, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            locked = True
+        except OSError:
+            locked = False
+        yield locked
+    finally:
+        os.close(held)
 
 
 def digest_of(files: Iterable[str]) -> str:
