@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any, cast
 
-from layerwise.allocation.knapsack import choose
+from layerwise.allocation.knapsack import DOWN, NEAREST, UP, choose
 from layerwise.allocation.pairs import pairs_of
 from layerwise.contract.allocator import Allocator, Candidate, Part, Proposal, Target, Trials
 from layerwise.contract.layer import Method
@@ -137,7 +137,9 @@ class Knapsack(Allocator):
         factors = [self.factor(part.name) for part in parts]
         tables = [[factor * error for error in own] for factor, own in zip(factors, errors, strict=True)]
         excess = [excess_of(part, own, target) for part, own in zip(parts, options, strict=True)]
-        choice = choose(tables, excess, self.resolution, at_most=target.budget == JOINT)
+        # Where sums are coarse, bits and n:m counts never take more than the budget; shares are moved to it afterwards.
+        rounding = UP if target.budget == "bits" else DOWN if target.n_of_m else NEAREST
+        choice = choose(tables, excess, self.resolution, target.budget == JOINT, rounding)
         picked = [own[pick] for own, pick in zip(options, choice.picks, strict=True)]
         scores = tuple(own[pick] for own, pick in zip(tables, choice.picks, strict=True))
         uniform = math.fsum(own[names.index(equal)] for own, names in zip(tables, options, strict=True))

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 STATES = 200_000_000  # entries of the table of choices, a byte each
+NEAREST, UP, DOWN = "nearest", "up", "down"  # how coarse excesses are rounded
 ROUNDS = 200  # of the bisection for the bound
 Floats = NDArray[np.float64]
 Whole = NDArray[np.int64]
@@ -27,7 +28,11 @@ class Choice:
 
 
 def choose(
-    errors: Sequence[Sequence[float]], excess: Sequence[Sequence[int]], resolution: int, at_most: bool = False
+    errors: Sequence[Sequence[float]],
+    excess: Sequence[Sequence[int]],
+    resolution: int,
+    at_most: bool = False,
+    rounding: str = NEAREST,
 ) -> Choice:
     """The picks, one option of each layer, whose excesses sum to zero with the least sum of errors.
 
@@ -35,8 +40,10 @@ def choose(
 
     errors, excess: [layers][options]; excess: whole numbers by which an option gives more than the layer's share of the
     budget. Every layer must have an option of excess zero, so that equal levels are among the picks. resolution: most
-    distinct sums; where there are more, excesses are rounded to multiples of a unit, and the true sum may
-    miss zero by half a unit for each layer. Raises ValueError for errors that are not finite.
+    distinct sums; where there are more, excesses are rounded to multiples of a unit, and the picks are the best of
+    those whose rounded sum is zero. The true sum then misses zero by at most half a unit for each layer; with the
+    rounding UP it is never above zero, with DOWN never below, and misses by less than a unit for each layer.
+    Raises ValueError for errors that are not finite.
     """
     tables = [np.array(own, dtype=np.float64) for own in errors]
     if not all(np.isfinite(own).all() for own in tables):
@@ -47,8 +54,10 @@ def choose(
         raise ValueError("every layer must have an option that gives its share of the budget")
     most = max(1, min(resolution, STATES // len(exact)))
     unit = max(1, -(-_width(exact, at_most) // most))
-    if at_most:
-        counted = [-(-own // unit) for own in exact]  # upwards
+    if at_most or rounding == UP:
+        counted = [-(-own // unit) for own in exact]
+    elif rounding == DOWN:
+        counted = [own // unit for own in exact]
     else:  # Half a unit is rounded away from zero on both sides, so that no side is favoured.
         counted = [np.sign(own) * ((2 * np.abs(own) + unit) // (2 * unit)) for own in exact]
     picks = _programme(tables, counted, at_most)

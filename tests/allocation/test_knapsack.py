@@ -1,12 +1,13 @@
 """The exact choice of levels, and its bound."""
 
 import itertools
+import math
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from layerwise.allocation.knapsack import choose
+from layerwise.allocation.knapsack import DOWN, UP, choose
 
 OPTIONS = st.lists(st.tuples(st.floats(0, 10), st.integers(-7, 7)), max_size=4)
 
@@ -53,6 +54,43 @@ def test_coarse_sums_stay_at_most_zero():
     found = choose(errors, excess, 1000, at_most=True)
     assert found.unit > 1 and found.bound <= found.error < 20.0
     assert sum(own[pick] for own, pick in zip(excess, found.picks, strict=True)) <= 0
+
+
+@given(
+    st.lists(
+        st.tuples(st.integers(10**5, 10**6), st.lists(st.floats(0, 1), min_size=5, max_size=5)), min_size=2, max_size=4
+    )
+)
+def test_coarse_sums_of_bits_never_exceed_the_budget_and_are_the_best_of_their_unit(layers):
+    sizes, errors = [size for size, _ in layers], [sorted(own, reverse=True) for _, own in layers]
+    excess = [[size * step for step in (-2, -1, 0, 1, 2)] for size in sizes]
+    found = choose(errors, excess, 1000, rounding=UP)
+    unit = found.unit * math.gcd(*sizes)
+    missed = sum(own[pick] for own, pick in zip(excess, found.picks, strict=True))
+    assert -unit * len(sizes) < missed <= 0
+    least = min(
+        math.fsum(own[pick] for own, pick in zip(errors, picks, strict=True))
+        for picks in itertools.product(range(5), repeat=len(sizes))
+        if sum(-(-own[pick] // unit) for own, pick in zip(excess, picks, strict=True)) == 0
+    )
+    assert found.error == pytest.approx(least, abs=1e-12)
+    mirrored = [[-own for own in moves] for moves in excess]
+    down = choose(errors, mirrored, 1000, rounding=DOWN)
+    assert down.error == pytest.approx(least, abs=1e-12)
+    assert sum(own[pick] for own, pick in zip(mirrored, down.picks, strict=True)) >= 0
+
+
+def test_sums_rounded_to_the_nearest_unit_exceed_the_budget_where_those_rounded_upwards_do_not():
+    sizes = [1970881, 1007917, 1789545, 1082003]
+    excess = [[size * step for step in (-2, -1, 0, 1, 2)] for size in sizes]
+    picks = (0, 2, 3, 4)
+    errors = [[0.0 if option == pick else 1.0 for option in range(5)] for pick in picks]
+    sums = []
+    for own in ({}, {"rounding": UP}):
+        found = choose(errors, excess, 1000, **own)
+        assert found.unit > 1
+        sums.append(sum(moves[pick] for moves, pick in zip(excess, found.picks, strict=True)))
+    assert sums[0] == 11789 and sums[1] <= 0
 
 
 def test_the_bound_of_convex_errors_is_met_where_whole_steps_meet_the_budget():
