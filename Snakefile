@@ -33,10 +33,8 @@ rule all:
 
 
 onsuccess:
-    warm_workers.close()
     remove_stale_outputs(DRAWN)
 
 
 onerror:
-    warm_workers.close()
     write_partial_results(STUDY, DRAWN)

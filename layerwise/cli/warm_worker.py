@@ -8,6 +8,7 @@ as it is then. A job that finds no server runs in its own process, with the same
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import hashlib
 import importlib
@@ -65,8 +66,11 @@ class Launcher:
             self.folder.mkdir(mode=0o700, parents=True)  # no other user may hand over anything
             self.listening = _listen(self.folder / LAUNCHER)
             threading.Thread(target=self._launch, args=(self.listening,), daemon=True).start()
+            atexit.register(self.close)
 
     def close(self) -> None:
+        """Let the servers end, and remove their folder. May be called again."""
+        atexit.unregister(self.close)
         if self.listening:
             self.listening.close()
         for server in self.servers.values():

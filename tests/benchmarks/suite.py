@@ -59,6 +59,13 @@ UNTIMED = {
     "qronos": "gptq, after two triangular solutions in float64",
     "rotated": "its quantiser, after two Hadamard transforms of the Gram",
     "turboquant": "looks each weight up once, and sees no Gram",
+    "svd": "one singular value decomposition of the library",
+    "asvd": "as svd",
+    "svd_llm": "one eigenvalue decomposition of the library, between products in float64",
+    "eora": "its first method, then svd_llm of the error",
+    "oats": "80 singular value decompositions of the library",
+    "rocket": "svd_llm, a sort, and a least-squares solution per column",
+    "three_basil": "alps, with an eigenvalue decomposition of the library in each iteration",
 }
 
 

@@ -538,7 +538,7 @@ def test_removed_grams_are_reported(tmp_path, monkeypatch):
 
 
 def test_an_absent_or_damaged_store_is_refused(tmp_path):
-    with pytest.raises(InputError, match="has no index.json"):
+    with pytest.raises(InputError, match="have no index.json"):
         list(read_block(tmp_path / "gram", 0))
     write_gram(tmp_path / "gram", Blocks(build("llama")), tokens(2), {})
     path = tmp_path / "gram" / "block-001.safetensors"

@@ -136,7 +136,7 @@ LIES: dict[str, Lies] = {
     "no tensor": Lies(
         ROW,
         lambda layer, target, r: replace(r, weight=r.weight.numpy()),
-        "promise 1: weight must be a torch.Tensor, nda",
+        "promise 1: weight must be a torch.Tensor. Got nda",
     ),
     "a subclass of Tensor": Lies(
         ROW,
@@ -294,7 +294,7 @@ LIES: dict[str, Lies] = {
         ROW, after(lambda _: torch.set_default_device("meta")), "left alone. Got a change of the default device instead"
     ),
     "another number of threads": Lies(
-        ROW, after(lambda _: torch.set_num_threads(torch.get_num_threads() + 1)), "the number of threads changed"
+        ROW, after(lambda _: torch.set_num_threads(torch.get_num_threads() + 1)), "a change of the number of threads"
     ),
     "gradients": Lies(
         ROW,
@@ -302,7 +302,7 @@ LIES: dict[str, Lies] = {
         "left alone. Got a change of whether gradients are recorded instead",
     ),
     "products of another precision": Lies(
-        ROW, after(lambda _: torch.set_float32_matmul_precision("medium")), "the precision of products changed"
+        ROW, after(lambda _: torch.set_float32_matmul_precision("medium")), "a change of the precision of products"
     ),
     "a score of its own": Lies(
         ROW,
@@ -310,7 +310,7 @@ LIES: dict[str, Lies] = {
         "promise 4: global state must be left alone. Got a change of the runner's code instead",
     ),
     "a judge of its own": Lies(
-        ROW, after(lambda _: setattr(verify, "_masked", lambda *_: None)), "the runner's code changed"
+        ROW, after(lambda _: setattr(verify, "_masked", lambda *_: None)), "a change of the runner's code"
     ),
 }
 

@@ -453,7 +453,7 @@ def test_dense_weights_show_whether_they_lie_on_a_grid(dtype, bits, symmetric):
 def test_a_mask_of_other_counts_is_found_in_the_packed_layout(case, tmp_path):
     folder = save(case, Target(0.5, bits=4, group=16), "packed", tmp_path / "out")
     change_tensor(folder, f"{UP}.bitmap", set_value(slice(0, 4), 0b11111111), "weights.safetensors")
-    with pytest.raises(InputError, match=f"{UP} in .* is damaged: .* numbers of 4 bits take .* bytes"):
+    with pytest.raises(InputError, match=f"{UP} in .* is damaged: .* numbers of 4 bits must take .* bytes"):
         audited(folder)
     folder = save(case, Target(0.5), "packed", tmp_path / "moved")
     path = folder / "weights.safetensors"

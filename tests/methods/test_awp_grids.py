@@ -222,5 +222,5 @@ def test_a_start_that_moves_zeros_is_refused_beside_pruning(tmp_path: Path):
 
 
 def test_no_other_warm_start_may_be_null():
-    with pytest.raises(CatalogueError, match="expected a method's name"):
+    with pytest.raises(CatalogueError, match="must be a method's name"):
         Catalogue().complete("awp", {"warm_start": None}, "test")
