@@ -57,9 +57,9 @@ class Case:
         if own:
             return own
         for key in self.entry.warm_starts:
-            asked = self.entry.card["parameters"][key].get("asked")
+            start, asked = getattr(self.method, key), self.entry.card["parameters"][key].get("asked")
             part = self.target.rest if asked == "rest" else self.target
-            if asked in (None, "rest") and (reason := getattr(self.method, key).refusal(part)):
+            if start and asked in (None, "rest") and (reason := start.refusal(part)):  # an optional one may be None
                 return f"its {key} cannot: {reason}"
         return None
 

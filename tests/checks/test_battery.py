@@ -186,6 +186,13 @@ def test_a_method_beside_the_file_can_be_its_warm_start(tmp_path: Path):
     assert battery.check_file(path, quick=True).ok
 
 
+def test_an_optional_warm_start_may_be_absent(tmp_path: Path):
+    start = '    "parameters": {\n        "start": {"format": "method", "optional": True},'
+    path = edited(tmp_path, '    "parameters": {', start)
+    path.write_text(path.read_text().replace("    power: float", "    start: object = None\n    power: float"))
+    assert battery.check_file(path, quick=True).ok
+
+
 def test_progress_is_printed(tmp_path: Path):
     told = []
     battery.check_file(written(tmp_path), quick=True, progress=lambda *now: told.append(now))
