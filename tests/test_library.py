@@ -541,7 +541,7 @@ def test_wrong_arguments_of_a_model_are_one_sentence():
         "mode must be 'shared' or 'sequential'. Got 'both' instead.": {"mode": "both"},
         "sampling must be 'stream' or 'documents'. Got 'windows' instead.": {"sampling": "windows"},
         "model must be a loaded transformers model. Got str instead.": {"model": "gpt2"},
-        "text must be given with a tokenizer. Got it beside tokens instead.": {"text": "words"},
+        "text must be given with a tokenizer. Got it with tokens instead.": {"text": "words"},
         "text must be given with a tokenizer: a text, documents or a file. Got None instead.": {
             "tokenizer_or_tokens": print
         },

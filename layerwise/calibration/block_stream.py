@@ -163,7 +163,8 @@ def refuse_experts(layers: Iterable[Linear]) -> None:
     if found:
         raise InputError(
             "The cross-Gram must be of layers that see the same tokens in the dense and in the compressed model. Got "
-            f"{found} instead, an expert, to which either may route others: use the mode shared, or another method."
+            f"the expert {found} instead, to which the two models may route different tokens: use the mode shared, or "
+            "another method."
         )
 
 

@@ -211,7 +211,7 @@ class Routing:
             order = (self.chosen == expert).T.nonzero()[:, 1]  # first choices first, as transformers has them
             rows = self.hidden[order]
             if rows.shape != inputs.shape or not torch.equal(bits(rows), bits(inputs)):
-                raise InputError(f"{layer.name} is not given the tokens that are routed to it, in the known order.")
+                raise InputError(f"{layer.name} does not get the tokens that are routed to it in the known order.")
             self.orders[expert] = order
         return self.orders[expert]
 

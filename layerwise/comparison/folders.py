@@ -72,7 +72,7 @@ def folder_of_tables(folder: Path) -> Path:
     for place in places:
         if (place / "cells.parquet").is_file():
             return place
-    raise InputError(f"{folder} must hold cells.parquet, itself or in tables or results/tables. Got no such file.")
+    raise InputError(f"{folder} must hold cells.parquet directly, or in tables or results/tables. Got no such file.")
 
 
 def read_tables(folder: Path) -> dict[str, pd.DataFrame]:
@@ -219,7 +219,7 @@ def merge(parts: Mapping[Path, Tables], tolerance: float) -> dict[str, pd.DataFr
         protocol = Protocol()
         for row in rows(tables_of["cells"]):
             if sentence := protocol.difference(row):
-                raise InputError(f"{folder} is of two protocols: {sentence}.")
+                raise InputError(f"{folder} mixes two protocols: {sentence}.")
     folders = iter(parts)
     first = next(folders)
     merged, where = dict(parts[first]), str(first)
@@ -348,7 +348,7 @@ def merge_folders(folders: Sequence[Path], out: Path, tolerance: float = TOLERAN
     write_merged(merged, out)
     cells = distinct(merged["cells"], SPEC)
     absent = distinct(select(merged["cells"], column(merged["cells"], "status") != "done"), SPEC)
-    return f"{len(folders)} folders, {len(cells)} cells, {len(absent)} not whole -> {out}"
+    return f"{len(folders)} folders, {len(cells)} cells, {len(absent)} incomplete -> {out}"
 
 
 def compare_folders(a: Path, b: Path, tolerance: float = TOLERANCE) -> bool:

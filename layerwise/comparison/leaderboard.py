@@ -118,7 +118,7 @@ def study_folders(arguments: Sequence[str]) -> dict[str, Path]:
 def leaderboard(folders: Mapping[str, Path]) -> tuple[list[Board], list[str]]:
     """The boards of all studies, in the order in which texts and targets first come, and sentences on the whole.
 
-    folders: study -> folder of its tables. Raises InputError where a table cannot be read or is of two protocols.
+    folders: study -> folder of its tables. Raises InputError where a table cannot be read or mixes two protocols.
     """
     data = {study: {table: read_table(folder, table) for table in TABLES} for study, folder in folders.items()}
     strange, sentences = _provenance(data)
@@ -137,7 +137,7 @@ def _check_protocol(study: str, cells: pd.DataFrame) -> None:
     protocol = Protocol()
     for row in rows(cells):
         if sentence := protocol.difference(row):
-            raise InputError(f"{study} is of two protocols: {sentence}.")
+            raise InputError(f"{study} mixes two protocols: {sentence}.")
 
 
 def _provenance(data: Mapping[str, Mapping[str, pd.DataFrame]]) -> tuple[set[tuple[str, str]], list[str]]:

@@ -68,13 +68,13 @@ def _fault(row: Row) -> str | None:
     except (ValueError, RecursionError):
         params = None
     if not isinstance(params, dict):
-        return f"our_params is wrong: {brief(repr(row['our_params']))} is no JSON object"
+        return f"our_params is wrong: {brief(repr(row['our_params']))} is not a JSON object"
     try:
         spread = json.loads(row["our_allocation"] or "{}")
     except (ValueError, RecursionError):
         spread = None
     if not isinstance(spread, dict) or len(spread) > 1 or not all(isinstance(own, dict) for own in spread.values()):
-        return f"our_allocation is wrong: {brief(repr(row['our_allocation']))} is no JSON object of one allocator"
+        return f"our_allocation is wrong: {brief(repr(row['our_allocation']))} is not a JSON object with one allocator"
     try:
         target_of(row)
     except ValueError as error:

@@ -171,7 +171,7 @@ def calibration_tokens(
     """The given tokens, or tokens [samples, length] drawn from the text as a study draws them."""
     if isinstance(tokenizer_or_tokens, Tensor):
         if text is not None:
-            raise ValueError("text must be given with a tokenizer. Got it beside tokens instead.")
+            raise ValueError("text must be given with a tokenizer. Got it with tokens instead.")
         return tokenizer_or_tokens  # the stream checks them
     if not callable(tokenizer_or_tokens):
         came = type(tokenizer_or_tokens).__name__

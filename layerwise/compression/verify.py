@@ -113,7 +113,7 @@ def _factors(layer: Layer, target: Target, result: Compressed) -> str | None:
             ruined = int((~torch.isfinite(tensor)).sum())
             return f"promise 1: {name} {NOT_FINITE}. Got {ruined} entries of NaN or Inf instead"
     if kept is not None and (left := int(low_rank.left.masked_fill(kept, 0.0).count_nonzero())):
-        return f"promise 1: left must be zero where kept is False. Got {left} entries that are not instead"
+        return f"promise 1: left must be zero where kept is False. Got {left} nonzero entries instead"
     wrong = int((product(low_rank) != result.weight).sum())
     return (
         f"promise 2: the weight must be the sum of its parts. Got {wrong} entries that differ instead"
@@ -129,7 +129,7 @@ def _masked(layer: Layer, target: Target, result: Compressed) -> str | None:
         return f"promise 1: the mask must be bool {_words(layer.weight.shape)}. Got {result.mask.dtype} instead"
     left = int(result.weight.masked_fill(result.mask, 0.0).count_nonzero())
     return (
-        f"promise 1: the weight must be zero where the mask is False. Got {left} entries that are not instead"
+        f"promise 1: the weight must be zero where the mask is False. Got {left} nonzero entries instead"
         if left
         else None
     )

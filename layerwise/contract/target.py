@@ -97,7 +97,7 @@ class Target:
         if self.bits not in (None, 4):
             raise ValueError(f"Target.bits of {self.format} must be 4. Got {self.bits} instead.")
         if self.symmetric:
-            raise ValueError(f"Target.symmetric must be False of {self.format}, which has no zero. Got True instead.")
+            raise ValueError(f"Target.symmetric must be False for {self.format}, which has no zero. Got True instead.")
         object.__setattr__(self, "bits", 4)
         object.__setattr__(self, "group", length)
 
@@ -249,7 +249,7 @@ def refusal(name: str, card: Mapping[str, Any], target: Target) -> str | None:
     if (reason := _rank_refusal(name, card, target)) or target.structure == LOW_RANK:
         return reason
     if card.get("joint_only") and not (target.sparsity and target.bits):
-        return f"{name} prunes and quantises, not one of them alone"
+        return f"{name} prunes and quantises together, not one of them alone"
     if card.get("bits_only") and target.bits is None:
         return f"{name} does not prune without quantising"
     if target.bits is not None and not card["bits"]:
@@ -275,5 +275,5 @@ def _rank_refusal(name: str, card: Mapping[str, Any], target: Target) -> str | N
     if target.rank:
         return None if sums else f"{name} gives low-rank factors alone, no sum with them"
     if sums:
-        return f"{name} gives a sum with low-rank factors, nothing without them"
+        return f"{name} gives only sums with low-rank factors, so the target must have a rank"
     return f"{name} gives low-rank factors, it neither prunes nor quantises" if card["patterns"] == [LOW_RANK] else None

@@ -87,8 +87,8 @@ def check_last(stream: Stream, tokens: Tensor, returned: int) -> None:
     apart = difference(made, whole, logit_size(whole))
     if not apart <= TOLERANCE[computed_dtype(stream.model)]:
         raise InputError(
-            f"{type(stream.model).__name__} must take nothing but hidden states from its last block. Logits made of "
-            f"these alone differ from its own by {apart:.1e} of their size instead."
+            f"{type(stream.model).__name__} must take nothing but hidden states from its last block. Logits computed "
+            f"from these alone differ from its own by {apart:.1e} of their size instead."
         )
 
 

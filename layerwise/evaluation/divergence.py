@@ -75,8 +75,8 @@ class DenseStates:
         for what, own in (("tokens", tokens), ("model", dict(model))):
             if self.record[what] != own:
                 raise InputError(
-                    f"{self.path} must be of the {what} that the cell is evaluated with. It is of others: delete it, "
-                    "and run again."
+                    f"{self.path} must be of the {what} that the cell is evaluated with. It belongs to others: "
+                    "delete it, and run again."
                 )
 
     def batches(self, stream: Stream, tokens: Tensor) -> StoredStates:

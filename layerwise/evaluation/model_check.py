@@ -102,8 +102,8 @@ def check_walk(blocks: Blocks, reference: Blocks, tokens: Tensor) -> dict[str, A
     apart = difference(walk_logits(blocks, windows).double(), expected, size)
     if not apart <= tolerance:
         raise InputError(
-            f"{name} is more than its blocks one after the other: the logits of the walk through {blocks.name} differ "
-            f"from the model's own by {apart:.1e} of their size, and at most {tolerance:.0e} is rounding."
+            f"{name} must equal its blocks run one after the other, but the logits of the walk through {blocks.name} "
+            f"differ from the model's own by {apart:.1e} of their size, and at most {tolerance:.0e} is rounding."
         )
     return {"window": length, "finite": True, "walk_difference": apart, "causality_difference": most}
 

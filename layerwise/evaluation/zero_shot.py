@@ -82,7 +82,7 @@ def keep_in(kept: bool) -> None:
     def import_own(name: str, folder: Path) -> Any:
         if Path(folder).resolve().is_relative_to(Path(utils.__file__).parent):
             return own(name, folder)
-        raise InputError(f"{name} is Python, which runs with trust_remote_code: true of the set of tasks alone")
+        raise InputError(f"{name} is Python, which runs only if the set of tasks has trust_remote_code: true")
 
     sandbox = SandboxedEnvironment(loader=BaseLoader, undefined=StrictUndefined, keep_trailing_newline=True)
     sandbox.filters.update(environment.filters)

@@ -178,7 +178,7 @@ def read_cell(folder: Path) -> tuple[dict[str, Any], PackedFile]:
     if not (folder / "cell.json").is_file():
         raise InputError(f"{folder} must be the folder of a cell. Got one without cell.json instead.")
     if not (folder / WEIGHTS).is_file():
-        raise InputError(f"{folder} has no {WEIGHTS}: set keep_weights in the config, or make the export by Snakemake.")
+        raise InputError(f"{folder} has no {WEIGHTS}: set keep_weights in the config, or export with Snakemake.")
     try:
         record = read_record(folder / "cell.json")
     except ValueError as error:
@@ -225,9 +225,13 @@ def export(cell: Path, form: str, out: Path, spec: Mapping[str, Any] | None = No
     if not spec:
         raise InputError(f"{cell / 'cell.json'} does not say how its model is loaded: give --model.")
     if form == "compressed-tensors" and file.target.rank:
-        raise InputError(f"compressed-tensors holds no low-rank factors, as {cell} has: use --format packed or dense.")
+        raise InputError(
+            f"compressed-tensors cannot hold the low-rank factors of {cell}: use --format packed or dense."
+        )
     if form == "compressed-tensors" and file.target.bits is None:
-        raise InputError(f"compressed-tensors holds quantised layers, and those of {cell} are not: use --format dense.")
+        raise InputError(
+            f"compressed-tensors can hold only quantised layers. Those of {cell} are not: use --format dense."
+        )
     if form == "compressed-tensors" and {target.grid for target in file.targets.values()} - {file.target.grid}:
         raise InputError(f"compressed-tensors is written with one grid for all layers: those of {cell} have several.")
     if form == "compressed-tensors" and importlib.util.find_spec("compressed_tensors") is None:

@@ -39,7 +39,7 @@ def compiled(
                 raise
             raise InputError(
                 "Compiled loops must be kept in a folder that can be written. Got none instead, neither beside "
-                f"{__file__} nor under HOME: let NUMBA_CACHE_DIR name one."
+                f"{__file__} nor under HOME: set NUMBA_CACHE_DIR to one."
             ) from error
 
     return decorate

@@ -38,13 +38,13 @@ class Shards:
                 for key in file.keys():  # noqa: SIM118 (it is no mapping)
                     part = file.get_slice(key)
                     if part.get_dtype() not in DTYPES:
-                        raise SafetensorError(f"{key} is of dtype {part.get_dtype()}, which no model is read in")
+                        raise SafetensorError(f"{key} is of dtype {part.get_dtype()}, in which no model can be read")
                     if key in seen:
                         self.repeated.add(key)
                         if key not in chosen:
                             raise InputError(
-                                f"One file of the model {name!r} must hold {key}, or its index say which. Got it in "
-                                f"{self._file_of[key].name} and {path.name} instead."
+                                f"One file of the model {name!r} must hold {key}, or its index must say which. Got it "
+                                f"in {self._file_of[key].name} and {path.name} instead."
                             )
                     seen.add(key)
                     if chosen.get(key, path.name) == path.name:

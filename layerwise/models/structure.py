@@ -195,7 +195,8 @@ def check_known(block: nn.Module, prefix: str, layers: Sequence[Linear]) -> None
     }
     if sum(others.values()) > sum(math.prod(p.shape) for p in {id(q): q for q in map(parameter_of, layers)}.values()):
         raise InputError(
-            f"Most weights of {prefix} are in no linear layer and no experts in transformers' layout: {few(others)}."
+            f"Most weights of {prefix} are in no linear layer, and in no experts of transformers' layout: "
+            f"{few(others)}."
         )
 
 

@@ -42,14 +42,14 @@ def available() -> dict[str, str]:
         names = listed or [str(number) for number in numbers]
         if not names:
             raise InputError(
-                "A GPU was asked for, but this machine shows none: nvidia-smi and NVIDIA's driver name no device."
+                "A GPU was requested, but this machine has none: nvidia-smi and NVIDIA's driver list no device."
             )
         return {name: name for name in names}
     names = [name.strip() for name in given.split(",") if name.strip()]
     if "-1" in names:  # CUDA ignores what follows
         names = names[: names.index("-1")]
     if not names:
-        raise InputError(f"A GPU was asked for, but {VISIBLE} is {given!r}, which hides them all.")
+        raise InputError(f"A GPU was asked for, but {VISIBLE} is {given!r}, which hides all GPUs.")
     # A number and a unique name may be of one device.
     numbered = {str(number): name for number, name in enumerate(listed)}
     return {name: numbered.get(name, name) for name in names}

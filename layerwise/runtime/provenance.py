@@ -73,18 +73,18 @@ def _unread(error: OSError | subprocess.SubprocessError) -> str:
     """A sentence about why git does not read the project's clone, and what mends it."""
     empty = "the columns commit and dirty stay empty"
     if isinstance(error, FileNotFoundError):
-        return f"There is no git to read the clone {ROOT} with: {empty} until it is installed."
+        return f"Without git the clone {ROOT} cannot be read: {empty} until it is installed."
     if isinstance(error, subprocess.CalledProcessError):
         said = [line.strip() for line in error.stderr.splitlines() if line.strip()]
         if any(DUBIOUS in line for line in said):
             return (
-                f"git does not read the clone {ROOT}, which another user owns: {empty} until "
+                f"git refuses to read the clone {ROOT}, which another user owns: {empty} until "
                 f"`git config --global --add safe.directory {shlex.quote(str(ROOT.resolve()))}`."
             )
         why = said[0].rstrip(".") if said else f"exit status {error.returncode}"
     else:
         why = "it took too long" if isinstance(error, subprocess.TimeoutExpired) else str(error)
-    return f"git does not read the clone {ROOT} ({why}): {empty} until it does."
+    return f"git cannot read the clone {ROOT} ({why}): {empty} until it does."
 
 
 @cache

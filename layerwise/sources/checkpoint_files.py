@@ -238,8 +238,8 @@ def check_floating(name: str, folder: Path, files: Mapping[Path, Sequence[Header
     """
     if (folder / ADAPTER).is_file():
         raise InputError(
-            f"The model {name!r} must hold whole weights. Got an adapter of others instead, {folder / ADAPTER}: merge "
-            "it first."
+            f"The model {name!r} must hold whole weights. Got an adapter for other weights instead, "
+            f"{folder / ADAPTER}: merge it first."
         )
     for other in QUANTISED_FILES:
         if (folder / other).is_file():

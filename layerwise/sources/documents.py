@@ -82,7 +82,7 @@ def read_text(spec: Spec) -> Text:
     if separator and not occurs:  # it would all be one document, and of JSON or parquet it separates nothing
         raise InputError(
             f"The separator {separator!r} of {where} must occur in a .txt or .raw of the text, but it occurs nowhere: "
-            "leave it out, or give what separates the documents."
+            "leave it out, or give the string that separates the documents."
         )
     if whole:  # rightly so of a file with a single document
         told = f"does not occur in {brief(', '.join(whole))}, which is read as one document per file"

@@ -82,7 +82,7 @@ def main(argv: list[str] | None = None) -> None:
     before = {path: path.stat().st_ctime_ns for path in [*weights, *rest]}
     every = {path.name: sha256(path) for path in before}
     if changed := [path for path, at in before.items() if path.stat().st_ctime_ns != at]:
-        raise InputError(f"{changed[0]} was written to while it was hashed: run again when it is whole.")
+        raise InputError(f"{changed[0]} was written to while it was hashed: run again when it is complete.")
     if quantised:
         gguf_conversion.check_made(folder, every)
         register(folder, args.out, gguf_conversion.RECORD, "The converted files")

@@ -163,8 +163,8 @@ def load(folder: Path, header: Header, subject: str) -> PreTrainedModel:
     wrong = [key for key, *_ in told["mismatched_keys"]] or sorted(told["missing_keys"])
     if wrong:
         raise InputError(
-            f"{subject} must have every tensor of {type(model).__name__}, in its shape. Got {len(wrong)} that are not "
-            f"so instead, such as {brief(wrong[0], 80)}."
+            f"{subject} must have every tensor of {type(model).__name__}, in its shape. Got {len(wrong)} that are "
+            f"missing or have another shape instead, such as {brief(wrong[0], 80)}."
         )
     if left:
         raise InputError(

@@ -121,7 +121,7 @@ def content(spec: Spec) -> str:
         return known
     found = sha256(path)
     if seen(path) != before:
-        raise InputError(f"{path} was written to while it was hashed: run again when it is whole.")
+        raise InputError(f"{path} was written to while it was hashed: run again when it is complete.")
     return _settle(note, found) if stamp(store()) - before.changed > SETTLED * 1e9 else found
 
 

@@ -88,12 +88,12 @@ def check_read_whole(header: Header, subject: str) -> None:
         fixed = FIXED.get(kind, {}).get(own, value)
         if family == kind and (value != fixed or not (taken or said_by_default(header, own, value))):
             raise InputError(
-                f"{subject} must say nothing that transformers does not read from GGUF. Got {brief(key, 80)}: "
+                f"{subject} must have no metadata that transformers ignores. Got {brief(key, 80)}: "
                 f"{brief(str(value), 80)} instead."
             )
     for key in ("block_count", "embedding_length", HEADS[0]):
         if type(header.own(key)) is not int or header.own(key) < 1:
-            raise InputError(f"{subject} must say {kind}.{key}, a positive integer. Got {header.own(key)!r} instead.")
+            raise InputError(f"{subject} must have {kind}.{key}, a positive integer. Got {header.own(key)!r} instead.")
     if EMBEDDING not in header.names:
         raise InputError(f"{subject} has no weights of a whole model: it lacks {EMBEDDING}.")
     check_tokenizer(header, subject)
@@ -150,7 +150,7 @@ def check_tokenizer(header: Header, subject: str) -> None:
         raise InputError(f"The tokenizer of {subject} must have {needed}. Got none that can be read instead.")
     if own["model"] == BYTE_LEVEL and own["pre"] not in SPLITS:
         raise InputError(
-            f"The tokenizer of {subject} must cut texts in a way that is known: {', '.join(sorted(SPLITS))}. Got "
+            f"The tokenizer of {subject} must split texts in a known way: {', '.join(sorted(SPLITS))}. Got "
             f"{brief(repr(own['pre']), 40)} as {TOKENIZER}pre instead."
         )
     _check_sizes(header, subject, len(tokens))
@@ -168,8 +168,8 @@ def _check_sizes(header: Header, subject: str, tokens: int) -> None:
         number = header.metadata.get(f"{TOKENIZER}{key}_token_id")
         if number is not None and not (type(number) is int and 0 <= number < tokens):
             raise InputError(
-                f"The tokenizer of {subject} must name as {key}_token_id a token, 0 to {tokens - 1}. Got {number!r} "
-                "instead."
+                f"The tokenizer of {subject} must have as {key}_token_id a token from 0 to {tokens - 1}. Got "
+                f"{number!r} instead."
             )
 
 

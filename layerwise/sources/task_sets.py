@@ -61,7 +61,7 @@ def searched(folder: Path) -> list[Path]:
     found = list(itertools.islice(folder.rglob("*"), MOST_FILES + 1))
     if len(found) > MOST_FILES:
         raise InputError(
-            f"The folder {brief(str(folder))} must hold tasks and their data alone. Got more than {MOST_FILES:,} "
+            f"The folder {brief(str(folder))} must hold only tasks and their data. Got more than {MOST_FILES:,} "
             "files and folders instead: give the folder of the tasks."
         )
     return found

@@ -36,8 +36,8 @@ def check_text(name: str, spec: Spec) -> None:
             raise InputError(f"The text {name!r} must end in one of {suffixes}. Got {brief(file)} instead.")
     if spec.get("separator") and not any(str(file).endswith(PLAIN_SUFFIXES) for file in files):
         raise InputError(
-            f"The text {name!r} must have no separator, for only {' and '.join(PLAIN_SUFFIXES)} are separated by one. "
-            f"Got {brief(repr(spec['separator']))} for {brief(str(files[0]))}."
+            f"The text {name!r} must have no separator, because only {' and '.join(PLAIN_SUFFIXES)} are separated by "
+            f"one. Got {brief(repr(spec['separator']))} for {brief(str(files[0]))}."
         )
     if "path" not in spec:
         check_hub(f"The text {name!r}", spec, files, repo_type="dataset")

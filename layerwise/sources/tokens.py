@@ -133,7 +133,9 @@ def windows(ids: np.ndarray, length: int, samples: int | None = None) -> np.ndar
 
 
 def _too_short(found: str, length: int, samples: int) -> str:
-    return f"{found} of {length} tokens, but {samples} are asked: give more text, fewer samples or a shorter length."
+    return (
+        f"{found} of {length} tokens, but {samples} are requested: give more text, fewer samples or a shorter length."
+    )
 
 
 def sequences(

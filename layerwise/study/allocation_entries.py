@@ -60,7 +60,7 @@ def _entry(catalogue: Catalogue, name: str, raw: Mapping[str, Any]) -> Allocatio
     where, allocator = f"allocations.{name}", raw.get("allocator", name)
     params = catalogue.complete(allocator, {key: own for key, own in raw.items() if key != "allocator"}, where)
     if (allocator == UNIFORM) != (name == UNIFORM):
-        raise CatalogueError(f"{where}: the allocation {UNIFORM} must be of the allocator {UNIFORM}, and no other.")
+        raise CatalogueError(f"{where}: the allocation {UNIFORM} must use the allocator {UNIFORM}, and no other.")
     return AllocationEntry(name, allocator, params)
 
 

@@ -77,7 +77,7 @@ def read(path: Path) -> Any:
         told = getattr(error, "problem", None) or str(error)
         raise InputError(f"{path} is not valid YAML: {brief(told)}{where}.") from None
     if isinstance(found, dict) and RUNS_PYTHON in found:
-        raise InputError(f"{path} asks for Python to be run in it ({RUNS_PYTHON}), which a study may not.")
+        raise InputError(f"{path} asks to run Python ({RUNS_PYTHON}), which a study must not do.")
     return found
 
 

@@ -178,8 +178,8 @@ def together(model: CostModel, planned: Iterable[Any], cores: int, memory: float
     if most <= memory:
         return None
     return (
-        f"{cores} cores run jobs at a time that may need {size(most)} of memory, and this machine has {size(memory)}: "
-        f"with --resources mem_mb={memory / 1e6:.0f} they wait for each other."
+        f"{cores} cores run jobs at the same time that may need {size(most)} of memory, and this machine has "
+        f"{size(memory)}: with --resources mem_mb={memory / 1e6:.0f} they wait for each other."
     )
 
 

@@ -62,7 +62,7 @@ def test_other_versions_and_protocols_are_said(tmp_path, capsys):
 
 def test_no_tables_is_a_sentence(tmp_path):
     with pytest.raises(
-        InputError, match=r"must hold cells.parquet, itself or in tables or results/tables. Got no such file\."
+        InputError, match=r"must hold cells.parquet directly, or in tables or results/tables. Got no such file\."
     ):
         status(tmp_path, tmp_path)
 
@@ -75,7 +75,7 @@ def test_halves_of_a_study_give_the_whole(tmp_path, capsys):
     one = results(tmp_path / "one", {"dense": 1, "wanda": 1})
     other = results(tmp_path / "other", {"dense": 1, "magnitude": 1})
     assert status("merge", one, other, "--out", tmp_path / "merged") == 0
-    assert "2 folders, 3 cells, 0 not whole" in capsys.readouterr().out
+    assert "2 folders, 3 cells, 0 incomplete" in capsys.readouterr().out
     for table in ("cells", "skipped"):  # in the order of the plan
         assert (tmp_path / f"merged/{table}.csv").read_text() == (whole / f"{table}.csv").read_text()
     for table in TABLES:

@@ -167,7 +167,7 @@ LIES: dict[str, Lies] = {
     "the dense weight with a mask that says pruned": Lies(
         ROW,
         lambda layer, target, r: replace(r, weight=layer.weight.clone()),
-        "promise 1: the weight must be zero where the mask is False. Got 768 entries that are not instead",
+        "promise 1: the weight must be zero where the mask is False. Got 768 nonzero entries instead",
     ),
     "a mask of exact counts that is another one": Lies(
         ROW,
@@ -177,7 +177,7 @@ LIES: dict[str, Lies] = {
     "a denormal number where the mask is False": Lies(
         ROW,
         lambda layer, target, r: replace(r, weight=torch.where(some(r.mask), r.weight, 1e-45)),
-        "promise 1: the weight must be zero where the mask is False. Got 768 entries that are not instead",
+        "promise 1: the weight must be zero where the mask is False. Got 768 nonzero entries instead",
     ),
     "half of what it must prune": Lies(
         NM,

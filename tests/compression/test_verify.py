@@ -138,7 +138,7 @@ VIOLATIONS: dict[str, tuple[Target, Damage, str]] = {
     "a sparse factor that is not zero elsewhere": (
         FACTORS,
         lambda r: refactored(r, kept=torch.zeros(24, 8).bool()),
-        "promise 1: left must be zero where kept is False. Got 192 entries that are not instead",
+        "promise 1: left must be zero where kept is False. Got 192 nonzero entries instead",
     ),
     "places of another shape": (
         FACTORS,
@@ -153,7 +153,7 @@ VIOLATIONS: dict[str, tuple[Target, Damage, str]] = {
     "a part that is not zero where masked": (
         SUM,
         lambda r: low_rank.of_parts(r.low_rank.left, r.low_rank.right, replace(r.rest, weight=r.rest.weight + 1.0)),
-        "promise 1: the weight must be zero where the mask is False. Got 768 entries that are not instead",
+        "promise 1: the weight must be zero where the mask is False. Got 768 nonzero entries instead",
     ),
     "a part with one more": (
         SUM,
@@ -166,7 +166,7 @@ VIOLATIONS: dict[str, tuple[Target, Damage, str]] = {
     "not zero where masked": (
         ROW,
         lambda r: replace(r, weight=torch.where(r.mask, r.weight, 1e-9)),
-        "promise 1: the weight must be zero where the mask is False. Got 768 entries that are not instead",
+        "promise 1: the weight must be zero where the mask is False. Got 768 nonzero entries instead",
     ),
     "a row with one more": (
         ROW,

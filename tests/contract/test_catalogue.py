@@ -448,8 +448,8 @@ def test_a_chain_is_refused_what_its_methods_cannot():
     params = catalogue.complete("chain", {"chain": ["rtn", {"sparse_swaps": {"warm_start": "dsnot"}}]}, "test")
     prefix = "rtn quantises, and the other of its methods cannot prune: "
     said = {
-        Target(0.5): "chain prunes and quantises, not one of them alone",
-        Target(bits=4): "chain prunes and quantises, not one of them alone",
+        Target(0.5): "chain prunes and quantises together, not one of them alone",
+        Target(bits=4): "chain prunes and quantises together, not one of them alone",
         Target(0.5, "1x16", bits=4): prefix + "sparse_swaps prunes by row, n:m, not by 1xb",
     }
     for target, sentence in said.items():

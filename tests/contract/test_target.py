@@ -100,7 +100,7 @@ WRONG = [
     ({"bits": "fp4"}, "Target.bits must be 2 to 8, nvfp4, mxfp4. Got 'fp4' instead."),
     ({"bits": "nvfp4", "group": 128}, "Target.group of nvfp4 must be 16. Got 128 instead."),
     ({"bits": "mxfp4", "group": 16}, "Target.group of mxfp4 must be 32. Got 16 instead."),
-    ({"bits": "mxfp4", "symmetric": True}, "Target.symmetric must be False of mxfp4"),
+    ({"bits": "mxfp4", "symmetric": True}, "Target.symmetric must be False for mxfp4"),
     ({"bits": 3, "format": "mxfp4"}, "Target.bits of mxfp4 must be 4. Got 3 instead."),
     ({"format": "int4"}, "Target.format must be nvfp4 or mxfp4. Got 'int4' instead."),
     ({"bits": 4.5}, "Target.bits must be a whole number. Got 4.5 instead."),

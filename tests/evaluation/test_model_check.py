@@ -179,7 +179,7 @@ def test_a_prefix_that_sees_itself_is_seen():
 def test_sequences_that_change_each_other_are_seen():
     model = cast(Any, shaken(build("llama")))
     model.model.embed_tokens.register_forward_hook(lambda _, args, out: out - out.mean(0, keepdim=True))
-    with pytest.raises(InputError, match="is more than its blocks one after the other"):
+    with pytest.raises(InputError, match="must equal its blocks run one after the other"):
         check_walk(Blocks(model), Blocks(model), tokens(2))
 
 
@@ -272,7 +272,7 @@ def test_a_buffer_of_the_files_is_a_weight(tmp_path: Path, make: Callable[[dict[
 def test_an_adapter_beside_the_weights_is_refused(tmp_path: Path):
     spec = saved(tmp_path, build("llama"))
     (tmp_path / "adapter_config.json").write_text("{}")
-    with pytest.raises(InputError, match="must hold whole weights. Got an adapter of others instead"):
+    with pytest.raises(InputError, match="must hold whole weights. Got an adapter for other weights instead"):
         LazyBlocks(spec)
 
 
@@ -287,7 +287,7 @@ def test_a_tensor_of_two_files_that_no_index_names_is_refused(tmp_path: Path):
     save_file(tensors, tmp_path / other, metadata={"format": "pt"})
     del found["weight_map"][name]
     index.write_text(json.dumps(found))
-    with pytest.raises(InputError, match=f"must hold {name}, or its index say which. Got it in model-"):
+    with pytest.raises(InputError, match=f"must hold {name}, or its index must say which. Got it in model-"):
         LazyBlocks(spec)
 
 

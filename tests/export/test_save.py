@@ -294,7 +294,7 @@ def test_refusals_are_one_sentence(case, tmp_path):
             main(["--cell", str(folder), "--format", form, "--out", str(out)])
 
     pruned = cell(case, TWO_OF_FOUR)
-    not_quantised = "compressed-tensors holds quantised layers, and those of .* are not: use --format dense"
+    not_quantised = "compressed-tensors can hold only quantised layers. Those of .* are not: use --format dense"
     refused(not_quantised, pruned, CT)
     refused("groups of 24 do not divide its 32 inputs", cell(case, Target(bits=4, group=24)), CT)
     refused("must be the folder of a cell. Got one without cell.json instead.", tmp_path)

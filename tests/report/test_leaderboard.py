@@ -229,6 +229,6 @@ def test_bad_folders_are_sentences(tmp_path):
     cells = read_table(first / "results/tables", "cells")
     cells.loc[cells.index[-1], "calibration_samples"] = 9
     cells.to_parquet(first / "results/tables/cells.parquet")
-    with pytest.raises(InputError, match="a is of two protocols: .*calibration_samples"):
+    with pytest.raises(InputError, match="a mixes two protocols: .*calibration_samples"):
         write_leaderboard([str(first)], tmp_path / "x.html")
     assert not (tmp_path / "x.html").exists()

@@ -199,7 +199,7 @@ def test_folders_of_two_protocols_are_not_merged(tmp_path):
     mixed.loc[mixed["label"] == "ria", "calibration_seed"] = 3
     mixed.to_parquet(one / "tables/cells.parquet")
     with pytest.raises(
-        InputError, match=r"one is of two protocols: .*ria 2:4 .* differ in calibration_seed \(0 and 3\): delete .*\."
+        InputError, match=r"one mixes two protocols: .*ria 2:4 .* differ in calibration_seed \(0 and 3\): delete .*\."
     ):
         folders.merge_folders([one, other], tmp_path / "merged")
     assert not (tmp_path / "merged").exists()

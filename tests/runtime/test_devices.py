@@ -125,7 +125,7 @@ def test_the_driver_s_folder_counts_devices(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("visible", "sentence"), [(None, "shows none"), ("", "hides them all"), ("-1", "hides them all")]
+    ("visible", "sentence"), [(None, "this machine has none"), ("", "hides all GPUs"), ("-1", "hides all GPUs")]
 )
 def test_no_device_is_said(monkeypatch, visible, sentence):
     if visible is not None:

@@ -52,7 +52,7 @@ def test_a_clone_of_another_user_is_reported_once_with_its_remedy(clone, monkeyp
     monkeypatch.setenv("LANG", "de_DE.UTF-8")
     said = told(capsys)
     assert said == (
-        f"warning: git does not read the clone {clone}, which another user owns: the columns commit and dirty stay "
+        f"warning: git refuses to read the clone {clone}, which another user owns: the columns commit and dirty stay "
         f"empty until `git config --global --add safe.directory '{clone}'`.\n"
     )
     remedy = said.partition("`")[2].partition("`")[0]
@@ -64,13 +64,13 @@ def test_a_clone_of_another_user_is_reported_once_with_its_remedy(clone, monkeyp
 def test_a_clone_without_a_commit_is_reported(clone, capsys):
     (clone / ".git/HEAD").write_text("ref: refs/heads/nothing\n")
     said = told(capsys)
-    assert said.startswith(f"warning: git does not read the clone {clone} (fatal: ") and said.count("\n") == 1
+    assert said.startswith(f"warning: git cannot read the clone {clone} (fatal: ") and said.count("\n") == 1
 
 
 def test_a_machine_without_git_is_reported(clone, monkeypatch, capsys):
     monkeypatch.setenv("PATH", "")
     assert told(capsys) == (
-        f"warning: There is no git to read the clone {clone} with: the columns commit and dirty stay empty until it is "
+        f"warning: Without git the clone {clone} cannot be read: the columns commit and dirty stay empty until it is "
         "installed.\n"
     )
 

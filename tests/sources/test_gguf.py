@@ -291,7 +291,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"llama.attention.key_length": 32}, "Got llama.attention.key_length: 32 instead"),
     ({"llama.expert_count": 4}, "Got llama.expert_count: 4 instead"),
     ({"llama.attention.sliding_window": 8}, "Got llama.attention.sliding_window: 8 instead"),
-    ({"llama.block_count": None}, "must say llama.block_count, a positive integer. Got None instead"),
+    ({"llama.block_count": None}, "must have llama.block_count, a positive integer. Got None instead"),
     ({"split.count": 3}, "must be a whole model. Got one of 3 files instead"),
     ({"tokenizer.ggml.model": None}, "has no tokenizer"),
     ({"tokenizer.ggml.model": "bert"}, "must be of the kind gpt2 or llama. Got 'bert' instead"),
@@ -299,10 +299,10 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"tokenizer.ggml.tokens": TOKENS[:-1]}, f"must embed the tokens of its tokenizer, {len(TOKENS) - 1}"),
     ({"tokenizer.ggml.tokens": [*TOKENS[:-1], "a"]}, "must have every token once"),
     ({"tokenizer.ggml.merges": None}, "must have merges"),
-    ({"tokenizer.ggml.pre": "hieroglyphs"}, "in a way that is known: .* Got 'hieroglyphs' as tokenizer.ggml.pre"),
+    ({"tokenizer.ggml.pre": "hieroglyphs"}, "in a known way: .* Got 'hieroglyphs' as tokenizer.ggml.pre"),
     ({"tokenizer.ggml.pre": None}, "Got None as tokenizer.ggml.pre"),
     ({"tokenizer.ggml.token_type": [1]}, "must have token_type of each token"),
-    ({"tokenizer.ggml.bos_token_id": 9999}, "must name as bos_token_id a token, 0 to"),
+    ({"tokenizer.ggml.bos_token_id": 9999}, "must have as bos_token_id a token from 0 to"),
 ]
 
 

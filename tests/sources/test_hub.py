@@ -139,7 +139,7 @@ BROKEN_TEXTS = {
     "suffix": ({"path": "text.csv"}, r"must end in one of \.txt, .*Got text.csv instead"),
     "separator": (
         {"path": "a.jsonl", "separator": "\n\n"},
-        r"'mine' must have no separator, for only \.txt and \.raw are separated by one. Got '\\n\\n' for a.jsonl",
+        r"'mine' must have no separator, because only \.txt and \.raw are separated by one. Got '\\n\\n' for a.jsonl",
     ),
     "hub files": (HUB, "must list the data files of the data set 'organisation/name'"),
     "hub suffix": ({**HUB, "files": ["c4.py"]}, "Got c4.py instead"),

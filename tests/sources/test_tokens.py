@@ -89,7 +89,7 @@ def test_a_document_is_tokenised_once(many):
 
 
 def test_stream_too_short():
-    with pytest.raises(InputError, match="has 100 tokens, 6 sequences of 16 tokens, but 7 are asked"):
+    with pytest.raises(InputError, match="has 100 tokens, 6 sequences of 16 tokens, but 7 are requested"):
         text.sample_stream(np.arange(100), 7, 16, 0)
     with pytest.raises(InputError, match="has 16 tokens"):  # one window, but no room to draw
         text.sample_stream(np.arange(16), 1, 16, 0)
@@ -103,7 +103,7 @@ def test_stream_too_short():
 def test_documents_too_short(monkeypatch, counted_before, found, count):
     monkeypatch.setattr(text, "COUNTED_BEFORE", counted_before if found else 0)
     monkeypatch.setattr(text, "MISSES", 10)
-    sentence = f"{len(found)} documents, and the longer ones hold {count} sequences of 4 tokens, but 4 are asked"
+    sentence = f"{len(found)} documents, and the longer ones hold {count} sequences of 4 tokens, but 4 are requested"
     if counted_before == 0 and count:
         assert len(text.sample_documents(codes, found, 4, 4, 0)) == 4  # never missed often enough to be counted
     else:
@@ -114,9 +114,9 @@ def test_documents_too_short(monkeypatch, counted_before, found, count):
 def test_windows():
     np.testing.assert_array_equal(text.windows(np.arange(10), 3), [[0, 1, 2], [3, 4, 5], [6, 7, 8]])
     np.testing.assert_array_equal(text.windows(np.arange(10), 3, 2), [[0, 1, 2], [3, 4, 5]])
-    with pytest.raises(InputError, match="10 tokens, 3 windows of 3 tokens, but 4 are asked"):
+    with pytest.raises(InputError, match="10 tokens, 3 windows of 3 tokens, but 4 are requested"):
         text.windows(np.arange(10), 3, 4)
-    with pytest.raises(InputError, match="10 tokens, 0 windows of 11 tokens, but 1 are asked"):
+    with pytest.raises(InputError, match="10 tokens, 0 windows of 11 tokens, but 1 are requested"):
         text.windows(np.arange(10), 11)
 
 
@@ -200,7 +200,7 @@ def test_main_writes_evaluation_tokens(tmp_path, study):
     assert len(tokens) == info["samples"] == info["tokens_in_text"] // 16
     assert tokens[0, 0] == 0 and (tokens.flatten()[1:] != 0).all()
     with pytest.raises(
-        InputError, match=r"a.txt: The text has \d+ tokens, \d+ windows of 16 tokens, but 9999 are asked"
+        InputError, match=r"a.txt: The text has \d+ tokens, \d+ windows of 16 tokens, but 9999 are requested"
     ):
         text.main(["evaluation", *arguments, "--evaluation", '{"length": 16, "samples": 9999}'])
 

@@ -392,7 +392,7 @@ def test_a_chain_reaches_targets_with_sparsity_and_bits_alone():
     reasons = {row["label"]: row["reason"] for row in planned.skipped}
     assert reasons == {
         "wanda": "wanda does not quantise",
-        "a": "chain prunes and quantises, not one of them alone",
+        "a": "chain prunes and quantises together, not one of them alone",
     }
 
 
