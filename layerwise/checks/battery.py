@@ -1,4 +1,4 @@
-"""The contract's checks (promises.py) on one method's file: what holds, what does not, and how to repeat it."""
+"""The checks (promises.py, allocator_promises.py) on one file: what holds, what does not, and how to repeat it."""
 
 from __future__ import annotations
 
@@ -14,14 +14,16 @@ from typing import Any
 import numpy as np
 import torch
 
-from layerwise.checks import settings
+from layerwise.checks import allocator_cases, allocator_promises, settings
+from layerwise.checks.allocator_cases import AllocatorCase
 from layerwise.checks.case import Case, Finding, NothingToCheck, cases_of
 from layerwise.checks.layer_cases import UNCORRELATED
 from layerwise.checks.promises import CHECKS, checks_of
 from layerwise.checks.report import BROKEN, KEPT, KNOWN, NOTE, NOTHING, Report, Row
 from layerwise.checks.settings import ONE_OF_EACH, TARGETS, more_targets
-from layerwise.contract.catalogue import Catalogue, CatalogueError, Entry, forget
-from layerwise.contract.import_closure import METHODS
+from layerwise.contract.cards import ALLOCATOR, Kind
+from layerwise.contract.catalogue import Catalogue, CatalogueError, Entry, forget, kind_of
+from layerwise.contract.import_closure import FOLDERS
 from layerwise.contract.target import Target
 from layerwise.runtime.errors import InputError
 
@@ -29,36 +31,40 @@ Progress = Callable[[int, int, str], None]
 
 
 def check_file(path: str | Path, *, quick: bool = False, progress: Progress | None = None) -> Report:
-    """Every promise of the contract, checked on one method's file at every target.
+    """Every promise of the contract, checked on one method's or allocator's file at every target.
 
+    An allocator is asked for levels of small made-up models at the budgets that its card lists. Of a method:
     Targets that the card lists are checked on ordinary and degenerate layers; the others must be refused. Beside the
     defaults the variants that the card names are tried, or each value of a parameter that is an enum or a boolean.
 
-    path: the file; methods beside it can be its warm starts. quick: the defaults alone, at one target of each kind.
-    progress: called with (done, of, label) before each case.
-    Raises InputError where the file is no method: it cannot be read or imported, or its card is wrong.
+    path: the file; methods beside it can be its warm starts, or the probes of an allocator. quick: the defaults alone,
+    at one target of each kind. progress: called with (done, of, label) before each case.
+    Raises InputError where the file is neither: it cannot be read or imported, or its card is wrong.
     """
     began = time.perf_counter()
     catalogue, entry = _loaded(Path(path))
     work = [(name, case) for case in _file_cases(catalogue, entry, quick) for name in _file_checks(case)]
+    checks = allocator_promises.CHECKS if entry.kind is ALLOCATOR else CHECKS
     found = []
     for done, (name, case) in enumerate(work):
         if progress:
             progress(done, len(work), f"{case.label} at {case.target.label}: {name}")
-        found += [_row(name, case, layer) for layer in CHECKS[name].layers(case)]
+        found += [_row(name, case, layer) for layer in _check(name, case).layers(case)]
     if progress:
         progress(len(work), len(work), "")
-    asks = {name: check.asks for name, check in CHECKS.items()}
-    return Report(entry.name, str(path), tuple(found), asks, time.perf_counter() - began)
+    asks = {name: check.asks for name, check in checks.items()}
+    return Report(entry.name, str(path), tuple(found), asks, time.perf_counter() - began, entry.kind.word)
 
 
-def case_at(path: str | Path, target: str, params: Mapping[str, Any] | None = None, plain: bool = False) -> Case:
-    """A file's method with these parameters at the target of that label, one of the battery's; to repeat one check.
+def case_at(
+    path: str | Path, target: str, params: Mapping[str, Any] | None = None, plain: bool = False
+) -> Case | AllocatorCase:
+    """A file's method or allocator with these parameters at the target of that label; to repeat one check.
 
-    Raises InputError where the file is no method, or the target or a parameter is not known.
+    Raises InputError where the file is neither, or the target, one of the battery's, or a parameter is not known.
     """
     catalogue, entry = _loaded(Path(path))
-    known = {one.label: one for one in [*TARGETS, *more_targets(entry)]}
+    known = {one.label: one for one in _targets(entry)}
     if target not in known:
         raise InputError(f"target must be one of {', '.join(known)}. Got {target!r} instead.")
     made = _construct(catalogue, entry, params or {}, [known[target]])
@@ -66,11 +72,12 @@ def case_at(path: str | Path, target: str, params: Mapping[str, Any] | None = No
 
 
 def _loaded(path: Path) -> tuple[Catalogue, Entry]:
-    """The shipped methods with this file's, and the file's entry."""
+    """The shipped methods, or allocators, with this file's, and the file's entry."""
     path = path.resolve()
+    kind = kind_of(path)
     try:
-        catalogue = Catalogue()
-        if path.parent == METHODS and path.stem in catalogue:
+        catalogue = Catalogue() if kind is not ALLOCATOR else Catalogue(kind=kind, methods=Catalogue())
+        if path.parent == FOLDERS[kind.folder] and path.stem in catalogue:
             return catalogue, catalogue[path.stem]
         forget(path)  # it may have been edited since
         entry = catalogue.add(path)
@@ -78,29 +85,47 @@ def _loaded(path: Path) -> tuple[Catalogue, Entry]:
         raise InputError(str(error)) from None
     if entry is None:
         raise InputError(f"{path} must hold a method, with a literal CARD. Got a file without one instead.")
-    for other in sorted(path.parent.glob("*.py")):  # may be its warm starts; what is wrong with them is not asked here
-        if other != path:
-            with contextlib.suppress(CatalogueError):
-                catalogue.add(other)
+    _add_others(catalogue.methods, path)
     return catalogue, entry
 
 
-def _file_cases(catalogue: Catalogue, entry: Entry, quick: bool) -> Iterator[Case]:
+def _add_others(methods: Catalogue, path: Path) -> None:
+    """The methods beside a file may be its warm starts; what is wrong with them is not asked here."""
+    for other in sorted(path.parent.glob("*.py")):
+        if other != path:
+            with contextlib.suppress(CatalogueError):
+                methods.add(other)
+
+
+def _targets(entry: Entry) -> list[Target]:
+    if entry.kind is ALLOCATOR:
+        return [one for kind in entry.card["budgets"] for one in allocator_cases.TARGETS[kind]]
+    return [*TARGETS, *more_targets(entry)]
+
+
+def _file_cases(catalogue: Catalogue, entry: Entry, quick: bool) -> Iterator[Case | AllocatorCase]:
     variants = settings.parameter_sets(entry)
-    targets = [*TARGETS, *more_targets(entry)]
+    targets = _targets(entry)
     if quick:
         variants = variants[:1]
-        targets = [one for one in targets if one == Target() or one.label in ONE_OF_EACH or one not in TARGETS]
+        targets = [one for one in targets if _is_quick(one, entry.kind)]
     for params in variants:
         yield from _construct(catalogue, entry, params, targets)
 
 
+def _is_quick(target: Target, kind: Kind) -> bool:
+    if kind is ALLOCATOR:
+        return any(target == own[0] for own in allocator_cases.TARGETS.values())
+    return target == Target() or target.label in ONE_OF_EACH or target not in TARGETS
+
+
 def _construct(
     catalogue: Catalogue, entry: Entry, params: Mapping[str, Any], targets: Sequence[Target]
-) -> Iterator[Case]:
+) -> Iterator[Case | AllocatorCase]:
     """`cases_of` with what goes wrong in a sentence."""
+    made_of = allocator_cases.cases_of if entry.kind is ALLOCATOR else cases_of
     try:
-        yield from cases_of(catalogue, entry.name, [params], targets)
+        yield from made_of(catalogue, entry.name, [params], targets)
     except CatalogueError as error:
         raise InputError(str(error)) from None
     except Exception as error:  # whatever a file does when it is imported or its class is made
@@ -110,17 +135,23 @@ def _construct(
         ) from error
 
 
-def _file_checks(case: Case) -> list[str]:
+def _file_checks(case: Case | AllocatorCase) -> list[str]:
+    if isinstance(case, AllocatorCase):
+        return list(allocator_promises.CHECKS)
     names = checks_of(case)
     return names if case.refusal else [*names, "10 the runner's own"]
 
 
-def _row(name: str, case: Case, layer: str) -> Row:
-    """A check of a case on one layer. Whatever the method raises is a broken promise."""
+def _check(name: str, case: Any) -> Any:
+    return (allocator_promises.CHECKS if isinstance(case, AllocatorCase) else CHECKS)[name]
+
+
+def _row(name: str, case: Case | AllocatorCase, layer: str) -> Row:
+    """A check of a case on one layer, or model. Whatever the file's code raises is a broken promise."""
     row = Row(name, case.target.label, layer, case.label, dict(case.params), case.plain, KEPT)
     states = torch.get_rng_state(), np.random.get_state(), random.getstate()
     try:
-        CHECKS[name].on(case, layer)
+        _check(name, case).on(case, layer)
         return row
     except NothingToCheck as reason:
         return replace(row, status=NOTHING, sentence=f"Nothing to check: {reason}.")
@@ -128,7 +159,8 @@ def _row(name: str, case: Case, layer: str) -> Row:
         row = replace(row, status=BROKEN, expected=finding.expected, came=finding.came)
     except Exception as error:
         came = _told(error, case.entry.path)
-        row = replace(row, status=BROKEN, expected="compress must return a result", came=came)
+        expected = "every call must return" if isinstance(case, AllocatorCase) else "compress must return a result"
+        row = replace(row, status=BROKEN, expected=expected, came=came)
     finally:  # the caller's, which checks of promise 4 seed
         torch.set_rng_state(states[0])
         np.random.set_state(states[1])

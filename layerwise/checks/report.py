@@ -14,7 +14,7 @@ NOTE = "note"  # of a method that does not ship: its choice is not the best wher
 
 @dataclass(frozen=True)
 class Row:
-    """One check of a method at a target on a layer.
+    """One check of a method at a target on a layer, or of an allocator on a made-up model (allocator_cases.py).
 
     promise: number and name of the check, such as "2 pattern". target: its label. layer: its name in layer_cases.
     method: the name with the parameters that differ from the defaults; params: those. reference: in plain torch.
@@ -40,13 +40,14 @@ class Row:
 
 @dataclass(frozen=True)
 class Report:
-    """Everything that was checked of a method's file; seconds: how long that took."""
+    """Everything that was checked of a file; seconds: how long that took. word: method or allocator."""
 
     name: str
     path: str
     rows: tuple[Row, ...]
     asks: Mapping[str, str] = field(repr=False)  # the demand of each check, in a sentence, in the checks' order
     seconds: float = 0.0
+    word: str = "method"
 
     @property
     def ok(self) -> bool:
@@ -90,7 +91,8 @@ class Report:
         refused = list(dict.fromkeys(row.target for row in self.rows if row.promise.startswith("8 ")))
         tried = dict.fromkeys(row.target for row in self.rows)
         solved = [target for target in tried if target not in refused and target != "dense"]
-        lines = [f"Compressed to: {', '.join(solved) or 'no target'}."]
+        done = "Spread" if self.word == "allocator" else "Compressed to"
+        lines = [f"{done}: {', '.join(solved) or 'no target'}."]
         lines += [f"To be refused: {', '.join(refused)}."] if refused else []
         methods = list(dict.fromkeys(row.method for row in self.rows))
         return [*lines, f"Tried as: {', '.join(methods)}."]
@@ -101,7 +103,8 @@ class Report:
         arguments = [repr(self.path), repr(row.target)]
         arguments += [repr(dict(row.params))] if row.params else []
         arguments += ["plain=True"] if row.reference else []
-        where = f'{row.method} at {row.target} on the layer "{row.layer}"{more}'
+        what, checks = ("model", "allocator_promises") if self.word == "allocator" else ("layer", "battery")
+        where = f'{row.method} at {row.target} on the {what} "{row.layer}"{more}'
         note = f"Worth knowing, {row.promise}: {where}. A score that measures something else does this."
         return [
             note if row.status == NOTE else f"Promise {row.promise} is broken by {where}.",
@@ -109,7 +112,7 @@ class Report:
             f"  Expected:  {row.expected}.",
             f"  Got:       {row.came}.",
             "  To repeat:",
-            "    from layerwise.checks import battery",
+            f"    from layerwise.checks import {', '.join(sorted({'battery', checks}))}",
             f"    case = battery.case_at({', '.join(arguments)})",
-            f"    battery.CHECKS[{row.promise!r}].on(case, {row.layer!r})",
+            f"    {checks}.CHECKS[{row.promise!r}].on(case, {row.layer!r})",
         ]

@@ -221,10 +221,10 @@ def new_method(
 
 @app.command("check-method", epilog="Example: layerwise check-method my-methods/shrink.py")
 def check_method(
-    file: Annotated[Path, typer.Argument(help="File of the method.")],
+    file: Annotated[Path, typer.Argument(help="File of the method, or of an allocator.")],
     quick: Annotated[bool, typer.Option("--quick", help="Check the defaults alone, at fewer targets.")] = False,
 ) -> None:
-    """Check that a method keeps every promise of the contract. Exit status 1 when it breaks one."""
+    """Check that a method or an allocator keeps every promise of its contract. Exit status 1 when it breaks one."""
     if not file.is_file():
         raise InputError(f"The method must be a file. Got {str(file)!r} instead.")
     from layerwise.checks import battery

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import jsonschema
 
-from layerwise.contract.cards import METHOD, Kind, merged, needed
+from layerwise.contract.cards import ALLOCATOR, METHOD, Kind, merged, needed
 from layerwise.contract.import_closure import FOLDERS, closure, imports_of
 from layerwise.contract.target import LOW_RANK, SUM, Target, refusal
 
@@ -295,6 +295,15 @@ class Catalogue(Mapping[str, Entry]):
         return getattr(_import(entry), entry.class_name)(**values)
 
 
+def kind_of(path: Path) -> Kind:
+    """ALLOCATOR for a file with a class derived from Allocator; METHOD for any other, whatever it holds."""
+    try:
+        tree = ast.parse(path.read_text("utf-8"))
+    except (OSError, RecursionError, SyntaxError, ValueError):  # read_entry says what is wrong
+        return METHOD
+    return ALLOCATOR if _derived(tree, ALLOCATOR) else METHOD
+
+
 def read_entry(path: Path, kind: Kind = METHOD) -> Entry | None:
     """The entry of a file of the kind, or None for one without a CARD; raises CatalogueError for a wrong one."""
     try:
@@ -329,11 +338,7 @@ def read_entry(path: Path, kind: Kind = METHOD) -> Entry | None:
             raise CatalogueError(f"{path}: {at} is wrong: {error.args[0]}.") from None
         except jsonschema.SchemaError as error:
             raise CatalogueError(f"{path}: {at} is wrong: {error.message.splitlines()[0]}.") from None
-    classes = [
-        node
-        for node in tree.body
-        if isinstance(node, ast.ClassDef) and any(ast.unparse(base).split(".")[-1] == kind.base for base in node.bases)
-    ]
+    classes = _derived(tree, kind)
     if len(classes) != 1:
         raise CatalogueError(f"{path} must define one class derived from {kind.base}. Got {len(classes)} instead.")
     _check_methods(classes[0], path, kind)
@@ -347,6 +352,15 @@ def read_entry(path: Path, kind: Kind = METHOD) -> Entry | None:
         )
     needed = tuple(own for own in closure(imports_of(tree)) if own not in SHARED_SOURCES)
     return Entry(path.stem, path, classes[0].name, card, defaults, needed, kind)
+
+
+def _derived(tree: ast.Module, kind: Kind) -> list[ast.ClassDef]:
+    """The classes of a file that derive from the kind's base."""
+    return [
+        node
+        for node in tree.body
+        if isinstance(node, ast.ClassDef) and any(ast.unparse(base).split(".")[-1] == kind.base for base in node.bases)
+    ]
 
 
 def _check_methods(node: ast.ClassDef, path: Path, kind: Kind) -> None:

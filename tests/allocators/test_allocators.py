@@ -1,5 +1,6 @@
 """The promise of every allocator that is found in the folder, and the numbers of the released codes."""
 
+import contextlib
 import itertools
 import json
 from typing import Any
@@ -10,8 +11,11 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from layerwise.allocation.budget import BITS, MOST, excess, held
-from layerwise.contract.allocator import Candidate, DenseLayer, Part, Proposal, Trials
+from layerwise.allocation.budget import MOST, excess, held
+from layerwise.checks import allocator_cases, allocator_promises, battery
+from layerwise.checks.allocator_cases import MadeTrials, Model
+from layerwise.checks.case import NothingToCheck
+from layerwise.contract.allocator import DenseLayer, Part
 from layerwise.contract.cards import ALLOCATOR
 from layerwise.contract.catalogue import Catalogue
 from layerwise.contract.gram import Gram
@@ -22,18 +26,11 @@ from tests.support.typing_helpers import some
 
 CATALOGUE = Catalogue(kind=ALLOCATOR, methods=Catalogue())
 OFFICIAL = json.loads((ROOT / "tests/data/official-allocation.json").read_text("utf-8"))
-BUDGETS = {
-    "row": [Target(0.5), Target(0.7), Target(0.95)],
-    "layer": [Target(0.6, "layer")],
-    "n:m": [Target(pattern="2:4"), Target(pattern="3:8"), Target(pattern="1:3")],
-    "bits": [Target(bits=3), Target(bits=4, group=32)],
-    JOINT: [Target(0.5, bits=4, group=8), Target(pattern="2:4", bits=3)],
-}
+TARGETS = [target for kind in allocator_cases.TARGETS.values() for target in kind]
 CASES = [
-    pytest.param(name, target, id=f"{name} {target.label}")
-    for name, entry in CATALOGUE.items()
-    for kind in entry.card["budgets"]
-    for target in BUDGETS[kind]
+    pytest.param(case, id=f"{name} {case.target.label}")
+    for name in CATALOGUE
+    for case in allocator_cases.cases_of(CATALOGUE, name, [{}], TARGETS)
 ]
 
 
@@ -46,147 +43,39 @@ def own(name: str, **params: Any) -> Any:
     return allocator(name, **params)
 
 
-class MadeTrials(Trials):
-    """Of a model whose layers each add to the divergence: a strength of their own times the square of their level."""
-
-    def __init__(self, parts, seed=0):
-        self.seed, self.parts, self.asked = seed, parts, []
-        self.strengths = [1.0 + part.block + 0.1 * (part.size % 7) for part in parts]
-
-    def divergence(self, levels, windows):
-        assert len(levels) == len(self.parts) and windows >= 1
-        self.asked.append((list(levels), windows))
-        return sum(
-            strength * (self.level(own) if own is not None else 0.0) ** 2
-            for strength, own in zip(self.strengths, levels, strict=True)
-        )
-
-    def profiles(self, levels, windows):
-        """Of norms that differ the more, the more blocks before have lost."""
-        self.asked.append((list(levels), windows))
-        lost, found = 0.0, []
-        for part, own in zip(self.parts, levels, strict=True):
-            lost += self.level(own) ** 2 if own is not None else 0.0
-            found.append(1 + lost * np.arange(part.inputs))
-        return found
-
-    def level(self, own: Candidate) -> float:
-        return own.sparsity + (8 - (own.bits or 16)) / 8 if isinstance(own, Target) else own
-
-
-def needs(name, found):
-    fields = {key: getattr(found, key) for key in CATALOGUE[name].card["parameters"]}
-    return CATALOGUE[name].needs(fields)
-
-
-def proposed(name, found, parts, target) -> Proposal:
-    """As the runner asks for it."""
-    if "trials" in needs(name, found):
-        return found.search(parts, target, MadeTrials(parts))
-    return found.allocate(parts, target)
-
-
 @st.composite
 def models(draw):
-    """(seed, blocks of layers' shapes): of one block, of unequal blocks, of layers of one row."""
+    """Of one block, of unequal blocks, of layers of one row."""
     shape = st.tuples(st.integers(1, 24), st.integers(2, 24))
-    return draw(st.integers(0, 2**32 - 1)), draw(
-        st.lists(st.lists(shape, min_size=1, max_size=3), min_size=1, max_size=4)
-    )
+    blocks = draw(st.lists(st.lists(shape, min_size=1, max_size=3).map(tuple), min_size=1, max_size=4))
+    kind = draw(st.sampled_from(["ordinary", "ordinary", "constant", "dead", "tiny"]))
+    return Model("drawn", draw(st.integers(0, 2**32 - 1)), tuple(blocks), kind)
 
 
-def layers_of(block, rng, scale=1.0):
-    """Layers with heavy tails now and then, and dead inputs."""
-    for place, (out, inputs) in enumerate(block):
-        weight = torch.from_numpy(rng.standard_t(2.5, (out, inputs)).astype(np.float32)) * scale
-        diagonal = torch.from_numpy(rng.exponential(size=inputs).astype(np.float32)) * (rng.random() > 0.1)
-        yield DenseLayer(f"layer.{place}", weight, Gram(torch.diag(diagonal), 100))
+def layers_of(block, rng):
+    return Model("made", 0, (tuple(block),)).layers(0, rng)
 
 
-def parts_of(found, blocks, seed, target, errors):
-    rng = np.random.default_rng(seed)
-    parts = []
-    for index, block in enumerate(blocks):
-        measured = found.measure(layers_of(block, rng))
-        for (out, inputs), value in zip(block, measured, strict=True):
-            own = None
-            if errors:
-                _, levels = found.candidates(target)
-                rising = np.sort(rng.exponential(size=len(levels)))
-                own = {level: (float(e), float(e)) for level, e in zip(levels, rising, strict=True)}
-            parts.append(Part(f"model.{index}.{len(parts)}", index, out, inputs, value, own))
-    return parts
-
-
-@pytest.mark.parametrize(("name", "target"), CASES)
+@pytest.mark.parametrize("case", CASES)
 @settings(deadline=None, max_examples=20, suppress_health_check=[HealthCheck.too_slow])
 @given(model=models())
-def test_levels_hold_the_budget(name, target, model):
-    seed, blocks = model
-    found = allocator(name)
-    parts = parts_of(found, blocks, seed, target, "errors" in CATALOGUE[name].card["needs"])
-    sizes = [part.size for part in parts]
-    proposal = proposed(name, found, parts, target)
-    # Pure: the same once more.
-    assert proposed(name, found, parts, target) == proposal
-    assert len(proposal.scores) == len(parts)
-    if target.budget == JOINT:
-        pairs = some(proposal.pairs)
-        assert len(pairs) == len(parts) and set(pairs) <= set(found.candidates(target)[1])
-        wanted, taken = (
-            sum(bits_of(own, part.out, part.inputs) for own, part in zip(targets, parts, strict=True))
-            for targets in ([target] * len(parts), pairs)
-        )
-        assert taken <= wanted
-        return
-    assert len(proposal.levels) == len(parts)
-    levels = held(proposal.levels, sizes, target)
-    missed = abs(excess(levels, sizes, target))
-    if target.budget in ("row", "layer"):
-        assert missed <= 1 and all(0 <= level <= MOST for level in levels)
-    elif target.n_of_m:
-        assert all(
-            0 <= level < 1 and (level * target.n_of_m[1]) == pytest.approx(round(level * target.n_of_m[1]))
-            for level in levels
-        )
-    else:
-        assert all(level in range(BITS[0], BITS[1] + 1) for level in levels)
-    if name in ("uniform", "knapsack", "evopress"):
-        assert missed <= 1
+def test_levels_hold_the_budget(case, model):
+    allocator_promises.budget(case, model)
+    allocator_promises.twice(case, model)
+    if case.entry.name in ("uniform", "knapsack", "evopress") and case.target.budget != JOINT:
+        parts = case.parts(model)
+        sizes = [part.size for part in parts]
+        levels = held(case.proposal(parts).levels, sizes, case.target)
+        assert abs(excess(levels, sizes, case.target)) <= 1
 
 
-@pytest.mark.parametrize(("name", "target"), CASES)
-def test_equal_layers_get_equal_levels(name, target):
-    found = allocator(name)
-    block = [(12, 16), (8, 12)]
-    blocks = [layers_of(block, np.random.default_rng(seed)) for seed in (0, 1, 0)]
-    parts = []
-    for index, layers in enumerate(blocks):
-        for (out, inputs), value in zip(block, found.measure(layers), strict=True):
-            errors: Any = None
-            if "errors" in CATALOGUE[name].card["needs"]:
-                options = enumerate(found.candidates(target)[1])
-                errors = {option: (place**2 / (1 + index % 2),) * 2 for place, option in options}
-            parts.append(Part("x", index % 2, out, inputs, value, errors))
-    if "splits_equals" in CATALOGUE[name].card:  # an optimum may be two levels
-        return
-    levels = held(proposed(name, found, parts, target).levels, [part.size for part in parts], target)
-    assert levels[:2] == levels[4:]
-
-
-@pytest.mark.parametrize(("name", "target"), CASES)
-def test_a_model_of_one_block_of_one_layer_gets_the_budget(name, target):
-    found: Any = allocator(name)
-    (value,) = found.measure(layers_of([(16, 24)], np.random.default_rng(3)))
-    errors: Any = None
-    if "errors" in CATALOGUE[name].card["needs"]:
-        # Whatever a layer gives costs more than the budget, but for what takes more bits.
-        errors = {option: (float(option != target),) * 2 for option in found.candidates(target)[1]}
-    proposal = proposed(name, found, [Part("x", 0, 16, 24, value, errors)], target)
-    if target.budget == JOINT:
-        assert proposal.pairs == (target,)
-        return
-    assert held(proposal.levels, [16 * 24], target) == [pytest.approx(target.level)]
+@pytest.mark.parametrize("check", ["1 measure", "2 candidates", "5 equal layers", "6 one layer"])
+@pytest.mark.parametrize("case", CASES)
+def test_a_shipped_allocator_keeps_the_promise(case, check):
+    one = allocator_promises.CHECKS[check]
+    for name in one.names[:7]:
+        with contextlib.suppress(NothingToCheck):
+            one.on(case, name)
 
 
 def test_owl_has_the_levels_of_the_released_code():
@@ -446,3 +335,62 @@ def test_a_dropped_in_allocator_is_held_to_the_budget(tmp_path):
     levels = held(proposed, [70] * 9, target)
     assert abs(excess(levels, [70] * 9, target)) <= 1 and levels == sorted(levels)
     assert (min(levels), max(levels)) == (0, MOST)
+
+
+@settings(deadline=None, max_examples=10, suppress_health_check=list(HealthCheck))
+@given(model=models(), slope=st.floats(-5, 5))
+def test_a_dropped_in_allocator_keeps_the_promises_of_shipped_ones(tmp_path, model, slope):
+    (tmp_path / "depth.py").write_text(DROPPED.replace('["row"]', '["row", "layer", "n:m", "bits"]'), "utf-8")
+    catalogue = Catalogue([tmp_path], ALLOCATOR, Catalogue())
+    cases = list(allocator_cases.cases_of(catalogue, "depth", [{"slope": slope}], TARGETS))
+    assert len(cases) == 9
+    for case in cases:
+        allocator_promises.budget(case, model)
+        allocator_promises.twice(case, model)
+
+
+def test_a_file_of_an_allocator_is_checked_by_its_own_promises(tmp_path):
+    path = tmp_path / "depth.py"
+    path.write_text(DROPPED, "utf-8")
+    report = battery.check_file(path)
+    text = report.render()
+    assert report.ok and report.word == "allocator" and "Spread: 50% row, 70% row, 95% row." in text
+    assert "depth keeps its contract" in text
+    assert {row.layer for row in report.rows} > {"dead inputs", "constant weights", "unequal blocks", "random 9"}
+    assert {row.target for row in battery.check_file(path, quick=True).rows} == {"50% row"}
+
+
+LEVELS = "tuple(self.slope * part.block for part in parts)"
+
+
+@pytest.mark.parametrize(
+    ("was", "now", "promise", "came"),
+    [
+        (LEVELS, "(0.5,)", "3 budget", "levels must be"),
+        (LEVELS, "(float('nan'),) * len(parts)", "3 budget", "finite numbers"),
+        (LEVELS, "tuple(part.block / max(p.block for p in parts) for part in parts)", "3 budget", "ZeroDivisionError"),
+        ("(None,) * len(parts)", "()", "3 budget", "scores must be"),
+        (LEVELS, "tuple(__import__('random').random() for part in parts)", "4 deterministic", "others"),
+        (LEVELS, "tuple(0.01 * place for place in range(len(parts)))", "5 equal layers", " and "),
+        (LEVELS, "tuple(0.1 if len(parts) == 1 else 0.5 for part in parts), 1", "3 budget", "TypeError"),
+        (
+            "    def allocate",
+            "    def measure(self, layers):\n        return [layer.weight.zero_().sum() for layer in layers]\n\n"
+            "    def allocate",
+            "1 measure",
+            "others",
+        ),
+        ("    def allocate", "    def measure(self, layers):\n        return []\n\n    def allocate", "1 measure", "0"),
+    ],
+)
+def test_a_broken_promise_of_an_allocator_is_found_and_can_be_repeated(tmp_path, was, now, promise, came):
+    path = tmp_path / "depth.py"
+    assert was in DROPPED
+    path.write_text(DROPPED.replace(was, now, 1), "utf-8")
+    report = battery.check_file(path, quick=True)
+    found = {row.promise: row for row in report.first()}
+    assert not report.ok and came in f"{found[promise].expected} {found[promise].came}"
+    row = found[promise]
+    with pytest.raises(Exception):  # noqa: B017 (whatever the file raises)
+        allocator_promises.CHECKS[promise].on(battery.case_at(path, row.target), row.layer)
+    assert f"allocator_promises.CHECKS[{promise!r}].on(case, {row.layer!r})" in report.render()
