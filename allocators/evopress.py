@@ -16,6 +16,7 @@ CARD = {
     "code": "https://github.com/IST-DASLab/EvoPress",
     "needs": ["trials"],
     "budgets": ["row", "layer", "n:m", "bits"],
+    "passes": [["windows"], ["generations", "offspring", "screen"], ["generations", "survivors", "windows"]],
     "splits_equals": "exchanges are drawn at random",
     "parameters": {
         "probe": {

@@ -18,6 +18,8 @@ CARD = {
     "needs": ["weight", "gram", "errors"],
     "needs_where": {"errors": {"divergence": ["trials"]}},
     "budgets": ["row", "layer", "n:m", "bits", "pruned and quantised"],
+    "passes": [["layers", "windows"]],
+    "passes_where": {"divergences": {"levels": [["layers", "levels", "windows"]]}},
     "splits_equals": "the optimum of two equal layers may be two levels, where the errors are not convex",
     "parameters": {
         "probe": {

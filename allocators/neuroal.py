@@ -19,6 +19,7 @@ CARD = {
     "code": "https://github.com/eliacunegatti/NeuroAL",
     "needs": ["trials"],
     "budgets": ["row", "layer"],
+    "passes": [["windows"], ["widths", "windows"]],
     "parameters": {
         "probe": {
             "format": "method",

@@ -108,6 +108,7 @@ LEVELLED = ["row", "layer", "n:m", "bits", "pruned and quantised"]
 SEEN = ["weight", "gram", "errors", "trials"]  # an allocator's possible needs; trials: the model at trial levels
 ALLOCATOR_SCHEMA = {
     "type": "object",
+    "$defs": {"passes": {"type": "array", "items": {"type": "array", "items": {"type": "string"}}}},
     "required": ["title", "needs", "budgets", "parameters"],
     "additionalProperties": False,
     "properties": {
@@ -126,6 +127,13 @@ ALLOCATOR_SCHEMA = {
         },
         "budgets": {"type": "array", "items": {"enum": LEVELLED}},
         "parameters": {"type": "object", "additionalProperties": {"type": "object"}},
+        # Sequences that pass through the model in a search: a sum of products of parameters, and of "layers". A list
+        # counts as its length. passes_where: {parameter: {value: such a sum}}, where it has that value.
+        "passes": {"$ref": "#/$defs/passes"},
+        "passes_where": {
+            "type": "object",
+            "additionalProperties": {"type": "object", "additionalProperties": {"$ref": "#/$defs/passes"}},
+        },
         "splits_equals": {"type": "string"},  # why two equal layers may get two levels
     },
 }

@@ -344,6 +344,11 @@ def read_entry(path: Path, kind: Kind = METHOD) -> Entry | None:
     _check_methods(classes[0], path, kind)
     if "named_by" in card and card["named_by"] not in card["parameters"]:
         raise CatalogueError(f"{path}: CARD['named_by'] must be a parameter. Got {card['named_by']!r} instead.")
+    for terms in [card.get("passes", []), *(t for own in card.get("passes_where", {}).values() for t in own.values())]:
+        for name in {name for term in terms for name in term} - {"layers", *card["parameters"]}:
+            raise CatalogueError(f"{path}: CARD['passes'] must name parameters, or layers. Got {name!r} instead.")
+    if unknown := sorted(card.get("passes_where", {}).keys() - card["parameters"].keys()):
+        raise CatalogueError(f"{path}: CARD['passes_where'] must name parameters. Got {unknown[0]!r} instead.")
     defaults = _defaults(classes[0], path)
     if set(defaults) != set(card["parameters"]):
         raise CatalogueError(

@@ -47,7 +47,7 @@ UNKNOWN_MB = 8000  # asked for jobs of a model that has not been fetched
 
 BLOCK_COPIES = 3  # of a block's weights in float32 while an allocator measures it
 LEVELS_TRIED = 14  # of a layer, by a knapsack with its default levels
-TRIALS = 500  # passes of an allocator that tries the model
+TRIALS = 500  # passes of an allocator that tries the model, where its card has no `passes`
 TRIED_WINDOWS = 8  # of calibration text in each, where its parameters do not say
 SPECTRUM = 20.0  # products of a weight and a Gram that singular values take as long as
 
@@ -267,12 +267,29 @@ class CostModel:
             length = self.plan.calibrations[cell.calib]["length"]
             tokens = spec["params"].get("windows", TRIED_WINDOWS) * length
             memory = max(memory, PROCESS + 2 * model.whole + model.evaluating(length, tokens))
-            work = model.passes(TRIALS * tokens) + work
+            layers = sum(len(block.layers) for block in model.shape.blocks)
+            sequences = tried_sequences(entry.card, spec["params"], layers)
+            work = model.passes(TRIALS * tokens if sequences is None else sequences * length) + work
         return JobCost(memory, CELL_FILES, work=work)
 
     def _export(self, model: ModelCost, job: Job) -> JobCost:
         model = model.at_rest
         return JobCost(PROCESS + 2 * model.whole, model.whole)
+
+
+def tried_sequences(card: Mapping[str, Any], params: Mapping[str, Any], layers: int) -> int | None:
+    """Sequences that pass through the model in an allocator's search, by its card; None where it does not say."""
+    terms = card.get("passes")
+    for key, values in card.get("passes_where", {}).items():
+        terms = values.get(str(params[key]), terms)
+    if terms is None:
+        return None
+
+    def number(name: str) -> int:
+        value = layers if name == "layers" else params[name]
+        return LEVELS_TRIED if value is None else len(value) if isinstance(value, list | tuple) else int(value)
+
+    return sum(math.prod(map(number, term)) for term in terms)
 
 
 def summed(block: BlockShape, beside: bool = False) -> float:

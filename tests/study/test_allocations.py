@@ -4,8 +4,10 @@ import time
 
 import pytest
 
+from layerwise.contract.cards import ALLOCATOR
+from layerwise.contract.catalogue import Catalogue, CatalogueError, read_entry
 from layerwise.runtime.errors import InputError
-from layerwise.study.cost_model import CostModel, Job
+from layerwise.study.cost_model import CostModel, Job, tried_sequences
 from layerwise.study.grid import plan
 from layerwise.study.job_inputs import JobInputs
 from tests.study.test_grid import study
@@ -210,6 +212,31 @@ def test_the_cost_of_a_budget_s_job_has_its_probe_s():
     assert len([job for job in jobs if job.rule == "allocate"]) == len(planned.allocations) == 6
     assert len([job for job in jobs if job.rule == "gram"]) == 1  # sequential cells see none, two allocators do
     assert Job("gram", {}).rule == "gram"
+
+
+@pytest.mark.parametrize(
+    ("name", "params", "sequences"),
+    [
+        ("evopress", {"generations": 3, "offspring": 5, "survivors": 2, "screen": 1, "windows": 4}, 4 + 15 + 3 * 2 * 4),
+        ("neuroal", {"windows": 4, "widths": [0.1, 0.2]}, 3 * 4),
+        ("neuroal", {"windows": 4}, 15 * 4),
+        ("knapsack", {"errors": "divergence", "windows": 2}, 14 * 2),
+        ("knapsack", {"divergences": "levels", "windows": 2, "levels": [0.3, 0.7]}, 14 * 2 * 2),
+        ("owl", {}, None),
+    ],
+)
+def test_the_passes_of_a_search_are_counted_by_its_card(name, params, sequences):
+    catalogue = Catalogue(kind=ALLOCATOR, methods=Catalogue())
+    assert tried_sequences(catalogue[name].card, catalogue.complete(name, params, "here"), 14) == sequences
+
+
+@pytest.mark.parametrize("was", ['["widths", "windows"]', '"passes": '])
+def test_passes_of_no_parameter_are_one_sentence(tmp_path, was):
+    text = (ROOT / "allocators/neuroal.py").read_text("utf-8")
+    now = {'"passes": ': '"passes_where": {"width": {"1": []}}, "passes": '}.get(was, '["width"]')
+    (tmp_path / "mine.py").write_text(text.replace(was, now), "utf-8")
+    with pytest.raises(CatalogueError, match=r"must name parameters.* Got 'width' instead\.$"):
+        read_entry(tmp_path / "mine.py", ALLOCATOR)
 
 
 def test_ten_thousand_spread_cells_are_planned_quickly():
