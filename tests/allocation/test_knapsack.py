@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from layerwise.allocation.knapsack import DOWN, UP, choose
+from layerwise.allocation.knapsack import DOWN, NEAREST, UP, choose
 
 OPTIONS = st.lists(st.tuples(st.floats(0, 10), st.integers(-7, 7)), max_size=4)
 
@@ -86,8 +86,8 @@ def test_sums_rounded_to_the_nearest_unit_exceed_the_budget_where_those_rounded_
     picks = (0, 2, 3, 4)
     errors = [[0.0 if option == pick else 1.0 for option in range(5)] for pick in picks]
     sums = []
-    for own in ({}, {"rounding": UP}):
-        found = choose(errors, excess, 1000, **own)
+    for rounding in (NEAREST, UP):
+        found = choose(errors, excess, 1000, rounding=rounding)
         assert found.unit > 1
         sums.append(sum(moves[pick] for moves, pick in zip(excess, found.picks, strict=True)))
     assert sums[0] == 11789 and sums[1] <= 0
