@@ -430,8 +430,8 @@ CHAINS = {
     ("rtn", "reconstruct"): "reconstruct changes the weights that rtn has put on a grid",
     ("wanda", "mine"): "mine does not keep the zeros of wanda",
     ("mine", "wanda"): "mine does not keep the zeros of wanda",
-    ("chain", "rtn"): "rtn quantises, and the other of its methods cannot prune: chain prunes and quantises, not one "
-    "of them alone",
+    ("chain", "rtn"): "rtn quantises, and the other of its methods cannot prune: chain prunes and quantises "
+    "together, not one of them alone",
 }
 
 
