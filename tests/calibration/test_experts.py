@@ -214,7 +214,7 @@ def test_an_expert_that_is_given_other_tokens_is_named(monkeypatch):
         return own(self, 2 * hidden_states, top_k_index, top_k_weights)
 
     monkeypatch.setattr(type(module), "forward", doubled)
-    with pytest.raises(InputError, match="experts.0.gate_up_proj is not given the tokens that are routed to it"):
+    with pytest.raises(InputError, match="experts.0.gate_up_proj does not get the tokens that are routed to it"):
         Stream(model, tokens(2)).collect(0)
 
 

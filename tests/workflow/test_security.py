@@ -221,7 +221,7 @@ def test_a_task_that_names_python_is_refused_unless_it_is_trusted(tmp_path):
 def test_a_task_that_names_python_in_other_words_is_not_run(tmp_path):
     spec = task_folder(tmp_path, "!e!tion code.text", "%TAG !e! !func\n---\n")
     task_sets.check_tasks("t", spec)
-    with zero_shot.inside(spec), pytest.raises(InputError, match="code.text is Python, which runs with"):
+    with zero_shot.inside(spec), pytest.raises(InputError, match="code.text is Python, which runs only if"):
         zero_shot.load_tasks(zero_shot.prepared(spec))
     assert not (tmp_path / "pwned").exists()
 
