@@ -126,7 +126,9 @@ def test_blocks_that_share_weights_are_refused():
 def test_a_walk_through_another_model_is_known_by_its_logits():
     model, other = shaken(build("llama")), cast(Any, shaken(build("llama")))
     other.model.layers = nn.ModuleList(reversed(other.model.layers))
-    with pytest.raises(InputError, match="must equal its blocks run one after the other, but .* differ from the model's own by"):
+    with pytest.raises(
+        InputError, match="must equal its blocks run one after the other, but .* differ from the model's own by"
+    ):
         check_walk(Blocks(other), Blocks(model), tokens(2))
 
 
