@@ -213,7 +213,7 @@ class Server:
             for package in PACKAGES[order["argv"][0]]:
                 importlib.import_module(package)
             child = os.fork()
-        except Exception:  # the job says what is wrong, in its own process; the other jobs go on
+        except Exception:  # the job reports the error in its own process; the other jobs go on
             child = None
         if child is None:
             for stream in streams:

@@ -7,20 +7,14 @@ import pytest
 import torch
 
 from layerwise.checks import layer_cases as layers
-from layerwise.checks.layer_cases import Recipe
 from layerwise.contract.layer import Gram, Layer, Target
 from layerwise.methods.thanos import Thanos
 from layerwise.methods.wanda import Wanda
 from layerwise.numerics import joint_removal
 from tests.support import official_outputs
 from tests.support.typing_helpers import mask_of
+from tests.support.update_layers import LAYERS
 
-LAYERS = {
-    "correlated": Recipe(out=6, inputs=24),
-    "dead inputs": Recipe(out=6, inputs=24, dead=(3, 8, 9, 10, 11)),
-    "fewer tokens than inputs": Recipe(out=6, inputs=24, sequences=1, length=9),
-    "22 inputs": Recipe(out=5, inputs=22),
-}
 TARGETS = [
     Target(0.5),
     Target(0.7),
