@@ -90,7 +90,7 @@ def _loaded(path: Path) -> tuple[Catalogue, Entry]:
 
 
 def _add_others(methods: Catalogue, path: Path) -> None:
-    """The methods beside a file may be its warm starts; what is wrong with them is not asked here."""
+    """The methods beside a file may be its warm starts; whether they are right is not checked here."""
     for other in sorted(path.parent.glob("*.py")):
         if other != path:
             with contextlib.suppress(CatalogueError):

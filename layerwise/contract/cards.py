@@ -214,10 +214,11 @@ PARAMETERS: dict[str, dict[str, Any]] = {
 
 
 def needed(card: Mapping[str, Any], params: Mapping[str, Any]) -> list[str]:
-    """The needs of a method with these complete parameters, by its card."""
+    """The needs of a method or an allocator with these complete parameters, by its card."""
     spared = card.get("unneeded", {})
     without = {name for name, where in spared.items() if all(params.get(key) == value for key, value in where.items())}
-    return [name for name in card["needs"] if name not in without]
+    added = [name for key, values in card.get("needs_where", {}).items() for name in values.get(params.get(key), ())]
+    return [*(name for name in card["needs"] if name not in without), *added]
 
 
 def merged(schema: Mapping[str, Any]) -> dict[str, Any]:

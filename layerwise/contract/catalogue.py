@@ -83,9 +83,7 @@ class Entry:
 
     def needs(self, params: Mapping[str, Any]) -> set[str]:
         """The inputs that the method sees with these complete parameters, by its card, and the Grams for them."""
-        found = set(self.card["needs"])
-        for key, values in self.card.get("needs_where", {}).items():
-            found.update(values.get(params[key], ()))
+        found = set(needed(self.card, params))
         return found | ({"weight", "gram"} if found & {"errors", "trials"} else set())
 
     def inner(self, params: Mapping[str, Any]) -> list[tuple[str, str, Mapping[str, Any]]]:
@@ -299,7 +297,7 @@ def kind_of(path: Path) -> Kind:
     """ALLOCATOR for a file with a class derived from Allocator; METHOD for any other, whatever it holds."""
     try:
         tree = ast.parse(path.read_text("utf-8"))
-    except (OSError, RecursionError, SyntaxError, ValueError):  # read_entry says what is wrong
+    except (OSError, RecursionError, SyntaxError, ValueError):  # read_entry reports the error
         return METHOD
     return ALLOCATOR if _derived(tree, ALLOCATOR) else METHOD
 
