@@ -38,7 +38,7 @@ from layerwise.runtime.files import read_made, remove_parts, sha256, unchanged, 
 from layerwise.runtime.provenance import PROVENANCE, peak_mb, provenance
 from layerwise.sources.fingerprint import check_unchanged
 from layerwise.sources.tokens import read_tokens
-from layerwise.storage import packed_weights
+from layerwise.storage import layer_packing, packed_file
 from layerwise.storage.table_schema import from_rows, write_parquet
 
 TUNING = "tuning.json"  # in a checkpoint: the history of the stages
@@ -324,12 +324,12 @@ def write_block(
         for name in ("peak_mb", "peak_gpu_mb"):
             checkpoint.most(name, row[name])
         traces += [{"layer": row["layer"], **point} for point in trace_rows(result)]
-        stored[row["layer"]] = packed_weights.parts_of(result, target, solver.dtype)
+        stored[row["layer"]] = layer_packing.parts_of(result, target, solver.dtype)
         targets[row["layer"]] = target
         del result
     with whole_file(checkpoint.file(index, "safetensors")) as part:
         shapes = {row["layer"]: (row["out"], row["in"]) for row in rows}
-        packed_weights.write(part, stored, shapes, solver.target, targets if solver.targets else {})
+        packed_file.write(part, stored, shapes, solver.target, targets if solver.targets else {})
     write_atomic(checkpoint.file(index, "json"), json.dumps({"rows": rows, "traces": traces}))
 
 
@@ -346,4 +346,4 @@ def join_blocks(checkpoint: Checkpoint, count: int, out: Path, columns: Mapping[
         with whole_file(out / f"{table}.parquet") as part:
             write_parquet(from_rows(content, {"trace": "traces"}.get(table, table), title), part)
     with whole_file(out / "weights.safetensors") as part:
-        packed_weights.join(part, [checkpoint.file(index, "safetensors") for index in range(count)])
+        packed_file.join(part, [checkpoint.file(index, "safetensors") for index in range(count)])

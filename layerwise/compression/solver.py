@@ -29,9 +29,10 @@ from layerwise.numerics.patterns import finite
 from layerwise.runtime.devices import peak_gpu_mb
 from layerwise.runtime.errors import Diverged, InputError
 from layerwise.runtime.provenance import peak_mb
-from layerwise.storage import packed_weights
+from layerwise.storage import bit_packing, layer_packing, layer_unpacking, packed_file
 from layerwise.storage.bits_per_weight import bits_per_weight
 
+PACKING = (bit_packing, layer_packing, layer_unpacking, packed_file)
 REGISTRY = "__warningregistry__"
 
 
@@ -100,7 +101,7 @@ class Solver:
         broken = broken_promise(layer, self.target, result, self.mask_only)
         if broken:
             raise self.breach(layer, broken)
-        given, result = result, packed_weights.as_stored(result, self.target, self.dtype)
+        given, result = result, layer_packing.as_stored(result, self.target, self.dtype)
         if self.dtype == torch.float16 and not finite(result.weight.half()):
             raise Diverged(
                 f"{self.name} gives {layer.name} weights beyond float16: use dtype: bfloat16 or float32 for the model."
@@ -131,9 +132,9 @@ class Solver:
                 rows,
                 inputs,
                 input_scale=result.quantised is not None and result.quantised.input_scale is not None,
-                reordered=packed_weights.reordered(result, self.target.rest),
+                reordered=layer_packing.reordered(result, self.target.rest),
                 levels=result.quantised is not None and result.quantised.levels is not None,
-                sparse_factor=packed_weights.sparse_factor(result),
+                sparse_factor=layer_packing.sparse_factor(result),
                 rotated=result.quantised is not None and result.quantised.rotation is not None,
             ),
             "damping": None if (used := result.info.get("damping")) is None else float(used),
@@ -145,7 +146,7 @@ class Solver:
 
 def process_state() -> dict[str, Any]:
     """State that a method could change for others: generators, torch's settings, the functions that judge it."""
-    judges = [vars(module) for module in (sys.modules[__name__], score, verify, packed_weights)]
+    judges = [vars(module) for module in (sys.modules[__name__], score, verify, *PACKING)]
     numpys = np.random.get_state(legacy=False)["state"]
     return {
         "torch's global generator": torch.get_rng_state().numpy().tobytes(),

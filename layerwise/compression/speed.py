@@ -31,7 +31,7 @@ from layerwise.contract.target import Target
 from layerwise.evaluation.divergence import kl
 from layerwise.evaluation.perplexity import loss_of
 from layerwise.models.compute_dtype import HALVES, slowdown
-from layerwise.storage.packed_weights import parts_of
+from layerwise.storage.layer_packing import parts_of
 
 ROUNDS = 3  # of which the shortest counts
 HEADS, WIDE = 8, 1408  # of the block of the forward pass

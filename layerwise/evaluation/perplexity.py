@@ -25,7 +25,7 @@ from layerwise.models.structure import Blocks, Linear, few, linears, model_linea
 from layerwise.runtime.errors import InputError
 from layerwise.runtime.files import read_made, sha256
 from layerwise.sources.tokens import read_tokens
-from layerwise.storage.packed_weights import PackedFile
+from layerwise.storage.packed_file import PackedFile
 
 if TYPE_CHECKING:
     from layerwise.evaluation.cache import Evaluation

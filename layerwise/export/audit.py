@@ -29,7 +29,7 @@ from layerwise.runtime.errors import InputError, out_of_memory
 from layerwise.runtime.sentences import reason
 from layerwise.sources.config_faults import config_fault
 from layerwise.storage.bits_per_weight import kept_blocks
-from layerwise.storage.packed_weights import PackedFile
+from layerwise.storage.packed_file import PackedFile
 
 MARKS = {"zeros", "sha256", "input_scale", "reordered"}  # a manifest's entries for a layer
 

@@ -11,7 +11,8 @@ from layerwise.contract.layer import Quantised
 from layerwise.contract.target import Target
 from layerwise.numerics import ops
 from layerwise.numerics.code_books import E2M1, steps_of
-from layerwise.storage.packed_weights import format_scales, scales_of_format
+from layerwise.storage.layer_packing import format_scales
+from layerwise.storage.layer_unpacking import scales_of_format
 
 PACKINGS = {"nvfp4-pack-quantized": "nvfp4", "mxfp4-pack-quantized": "mxfp4"}  # the library's name -> the format
 

@@ -30,7 +30,8 @@ from layerwise.results.cell_results import read_record
 from layerwise.runtime.errors import InputError, report_errors
 from layerwise.runtime.files import check_weights, write_atomic, writing
 from layerwise.sources.checkpoint_files import model_folder
-from layerwise.storage.packed_weights import PackedFile, quantised_of, reordered
+from layerwise.storage.layer_packing import quantised_of, reordered
+from layerwise.storage.packed_file import PackedFile
 
 WEIGHTS = "weights.safetensors"  # the compressed layers of a cell, and of a packed folder
 REST = "rest.safetensors"  # the other parameters of a packed folder

@@ -1,6 +1,6 @@
 """Bits per weight as stored: the one place that counts them (docs/export.md).
 
-The parts are those of the files of `packed_weights.py`; the tests hold each count against the bytes of its tensor.
+The parts are those of the files of `layer_packing.py`; the tests hold each count against the bytes of its tensor.
 """
 
 import math

@@ -20,7 +20,7 @@ from layerwise.compression.lower_bound import lower_bound
 from layerwise.compression.solver import Solver
 from layerwise.contract.layer import Gram, Layer, Statistics, Target
 from layerwise.models import structure
-from layerwise.storage import packed_weights
+from layerwise.storage import layer_packing
 from tests.benchmarks.suite import CASES
 
 SHAPES = ((4096, 1024), (2048, 2048), (1024, 2560))  # the weight is 4 times the Gram, as large, two fifths
@@ -57,7 +57,7 @@ def solved(case: str, layer: Layer) -> None:
     built = replace(chosen.built, **{key: few for key, few in FEW.items() if hasattr(chosen.built, key)})
     result, _ = Solver(chosen.method, built, chosen.target, 0, dtype).solve(layer)
     linear.replace(result.weight)
-    packed_weights.parts_of(result, chosen.target, dtype)
+    layer_packing.parts_of(result, chosen.target, dtype)
 
 
 def peak(case: str, out: int, inputs: int) -> float:

@@ -18,7 +18,7 @@ from layerwise.models.loading import load
 from layerwise.models.structure import model_linears
 from layerwise.runtime.errors import InputError
 from layerwise.storage.bits_per_weight import bits_per_weight
-from layerwise.storage.packed_weights import PackedFile
+from layerwise.storage.packed_file import PackedFile
 from tests.compression.test_cell import LENGTH, OUTPUTS, SAMPLES, Case, dense_weights, rows, weights
 from tests.support.model_families import tokens
 

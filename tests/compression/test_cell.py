@@ -33,7 +33,7 @@ from layerwise.models.structure import find_blocks, linears
 from layerwise.numerics import ops
 from layerwise.runtime.errors import InputError
 from layerwise.sources import fingerprint
-from layerwise.storage.packed_weights import PackedFile
+from layerwise.storage.packed_file import PackedFile
 from layerwise.study.cell import Cell
 from layerwise.study.grid import plan
 from tests.support.model_families import HIDDEN, build, tokens

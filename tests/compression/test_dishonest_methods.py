@@ -22,7 +22,7 @@ from layerwise.contract.catalogue import Catalogue
 from layerwise.contract.layer import Compressed, Gram, Layer, Method, Target
 from layerwise.numerics import dispatch, ops
 from layerwise.runtime.errors import Diverged, InputError
-from layerwise.storage.packed_weights import parts_of
+from layerwise.storage.layer_packing import parts_of
 from tests.compression.test_verify import BLOCK, DENSE, GRID, JOINT, NM, ROW, honest
 from tests.support.typing_helpers import some
 

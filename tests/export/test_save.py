@@ -24,7 +24,7 @@ from layerwise.models.loading import load
 from layerwise.models.structure import model_linears
 from layerwise.runtime.errors import InputError
 from layerwise.runtime.files import sha256
-from layerwise.storage import packed_weights
+from layerwise.storage import bit_packing, layer_packing, packed_file
 from tests.compression.test_cell import Case
 from tests.support.model_families import tokens
 from tests.support.paths import ROOT
@@ -245,10 +245,10 @@ def changed_cell(case: Case, target: Target, tmp_path: Path, change) -> Path:
     """A copy of a cell with every layer changed."""
     source, folder = cell(case, target), tmp_path / "cell"
     folder.mkdir()
-    file = packed_weights.PackedFile(source / "weights.safetensors")
+    file = packed_file.PackedFile(source / "weights.safetensors")
     results = {name: change(file.read(name)) for name in file.shapes}
-    parts = {name: packed_weights.parts_of(result, target, torch.float32) for name, result in results.items()}
-    packed_weights.write(folder / "weights.safetensors", parts, file.shapes, target)
+    parts = {name: layer_packing.parts_of(result, target, torch.float32) for name, result in results.items()}
+    packed_file.write(folder / "weights.safetensors", parts, file.shapes, target)
     record = json.loads((source / "cell.json").read_text())
     record["weights_sha256"] = sha256(folder / "weights.safetensors")
     (folder / "cell.json").write_text(json.dumps(record))
@@ -257,12 +257,12 @@ def changed_cell(case: Case, target: Target, tmp_path: Path, change) -> Path:
 
 def with_input_scale(result):
     scaled = regridded(result, input_scale=torch.linspace(0.5, 2, result.weight.shape[1]))
-    return packed_weights.as_stored(scaled, W4, torch.float32)
+    return layer_packing.as_stored(scaled, W4, torch.float32)
 
 
 def with_act_order(result):
     order = torch.randperm(result.weight.shape[1], generator=torch.Generator().manual_seed(0))
-    return packed_weights.as_stored(regridded(result, group_of=order // 16), W4, torch.float32)
+    return layer_packing.as_stored(regridded(result, group_of=order // 16), W4, torch.float32)
 
 
 INEXPRESSIBLE = {
@@ -354,7 +354,7 @@ def test_a_packed_folder_that_lacks_a_parameter_is_refused(case, tmp_path):
 
 def change_tensor(folder: Path, name: str, change, file: str = "model.safetensors") -> None:
     path = folder / file
-    tensors, info = load_file(path), packed_weights.safe_open(path, "pt").metadata()
+    tensors, info = load_file(path), safe_open(path, "pt").metadata()
     change(tensors[name])
     save_file(tensors, path, metadata=info)
 
@@ -461,7 +461,7 @@ def test_a_mask_of_other_counts_is_found_in_the_packed_layout(case, tmp_path):
     kept = torch.tensor([byte >> bit & 1 for byte in row.tolist() for bit in range(8)])
     one, other = int(kept[:32].nonzero()[0]), 32 + int((kept[32:] == 0).nonzero()[0])
     kept[[one, other]] = torch.tensor([0, 1])
-    change_tensor(folder, f"{UP}.bitmap", set_value(slice(0, 8), packed_weights.pack(kept, 1)), "weights.safetensors")
+    change_tensor(folder, f"{UP}.bitmap", set_value(slice(0, 8), bit_packing.pack(kept, 1)), "weights.safetensors")
     with pytest.raises(InputError, match=f"{UP}: 50% row is not kept: 2 rows keep other counts"):
         audited(folder)
 
@@ -561,6 +561,6 @@ def test_uncompressed_parameters_are_unchanged(family, tmp_path):
         assert some(model.get_output_embeddings()).weight is model.get_input_embeddings().weight
         for name, value in model.named_parameters():
             assert torch.equal(value, dense.get_parameter(name)) == (name not in compressed)
-        file = packed_weights.PackedFile(asked / "weights.safetensors")
+        file = packed_file.PackedFile(asked / "weights.safetensors")
         for name, layer in model_linears(model).items():
             assert torch.equal(layer.weight(), file.read(name).weight)

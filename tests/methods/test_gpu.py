@@ -16,7 +16,7 @@ from layerwise.contract.catalogue import Catalogue
 from layerwise.contract.layer import Gram, Layer
 from layerwise.contract.target import Target
 from layerwise.numerics import dispatch
-from layerwise.storage import packed_weights
+from layerwise.storage import layer_packing
 from tests.support import fake_device
 from tests.support.typing_helpers import mask_of, some
 
@@ -70,7 +70,7 @@ def solved(case: Case, device: torch.device | str):
     """What the runner makes of a method's result on a device: result, row, and stored tensors on the processor."""
     solver = Solver(case.entry.name, case.method, case.target, seed=0)
     result, row = solver.solve(on(device, layers.make(SMALL)))
-    return result, row, packed_weights.parts_of(result, case.target, torch.float32)
+    return result, row, layer_packing.parts_of(result, case.target, torch.float32)
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -16,7 +16,7 @@ from layerwise.contract.layer import Gram, Layer, Rotation, Target, UnsupportedT
 from layerwise.numerics import ops, rotations
 from layerwise.numerics.code_books import E2M1
 from layerwise.numerics.lloyd_max import normal_levels
-from layerwise.storage import packed_weights
+from layerwise.storage import layer_packing, layer_unpacking
 from layerwise.storage.bits_per_weight import stored_bits
 from tests.methods.test_float_formats import cases, compress, error_of, official
 from tests.support import official_outputs
@@ -119,16 +119,16 @@ def test_turboquant_is_its_formula_and_keeps_norms(bits: int):
 @pytest.mark.parametrize("name", ["correlated", "201 inputs", "zero weights", "weights of 1e-12"])
 def test_stored_layers_are_read_and_counted(method: str, name: str):
     layer, target = build(name), Target(bits=3, group=16)
-    result = packed_weights.as_stored(compress(method, layer, target), target, torch.float32)
-    parts = packed_weights.parts_of(result, target, torch.float32)
+    result = layer_packing.as_stored(compress(method, layer, target), target, torch.float32)
+    parts = layer_packing.parts_of(result, target, torch.float32)
     out, inputs = layer.weight.shape
-    found = packed_weights.restored(parts, target, (out, inputs))
+    found = layer_unpacking.restored(parts, target, (out, inputs))
     assert torch.equal(found.weight, result.weight)
     assert grid_of(found).rotation == grid_of(result).rotation
     expected = stored_bits(target, 1.0, out, inputs, levels=method == "turboquant", rotated=True)
     assert {key: part.nbytes for key, part in parts.items()} == {key: -(-bits // 8) for key, bits in expected.items()}
     with pytest.raises(ValueError, match="rotation must be"):
-        packed_weights.restored({**parts, "rotation": torch.tensor([0, 3], dtype=torch.int32)}, target, (out, inputs))
+        layer_unpacking.restored({**parts, "rotation": torch.tensor([0, 3], dtype=torch.int32)}, target, (out, inputs))
 
 
 def test_what_a_rotation_does_not_carry_is_refused_before_a_study():

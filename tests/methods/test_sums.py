@@ -25,7 +25,7 @@ from layerwise.methods.three_basil import ThreeBASiL
 from layerwise.methods.wanda import Wanda
 from layerwise.numerics import low_rank
 from layerwise.runtime.errors import InputError
-from layerwise.storage import packed_weights
+from layerwise.storage import layer_packing, layer_unpacking
 from layerwise.storage.bits_per_weight import bits_per_weight
 from tests.support import official_outputs, official_parts
 from tests.support.typing_helpers import mask_of, some
@@ -329,12 +329,12 @@ def test_rocket_counts_its_sparse_factor_as_it_is_stored():
     low = result.low_rank
     stored = 16 * (low.right.numel() + int(low.kept.sum())) + low.kept.numel()
     assert row["bits_per_weight"] == pytest.approx(stored / (64 * 96)) and 6.0 < row["bits_per_weight"] <= 6.4
-    tensors = packed_weights.parts_of(result, target, torch.float32)
+    tensors = layer_packing.parts_of(result, target, torch.float32)
     assert sum(tensor.nbytes * 8 for tensor in tensors.values()) == pytest.approx(stored, abs=8)
-    again = packed_weights.restored(tensors, target, (64, 96))
+    again = layer_unpacking.restored(tensors, target, (64, 96))
     assert torch.equal(again.weight, result.weight) and torch.equal(some(again.low_rank.kept), some(low.kept))
     with pytest.raises(ValueError, match="the factor left must be"):
-        packed_weights.restored({**tensors, "left": tensors["left"][1:]}, target, (64, 96))
+        layer_unpacking.restored({**tensors, "left": tensors["left"][1:]}, target, (64, 96))
 
 
 def test_rocket_by_output_error_is_no_worse_on_the_output():

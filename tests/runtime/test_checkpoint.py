@@ -21,8 +21,8 @@ from layerwise.compression.cell import CellJob
 from layerwise.contract.layer import Target
 from layerwise.evaluation import cache
 from layerwise.runtime.checkpoint import Checkpoint
-from layerwise.storage import packed_weights
-from layerwise.storage.packed_weights import PackedFile
+from layerwise.storage import layer_packing, packed_file
+from layerwise.storage.packed_file import PackedFile
 from tests.compression.test_cell import Case, rows
 
 torch.set_num_threads(1)
@@ -34,9 +34,9 @@ PLACES: dict[str, tuple[object, str]] = {
     "within a block": (solver.Solver, "solve"),
     "while a block is run": (block_stream.Call, "replay"),
     "before the states are known to be whole": (hidden_states, "write_atomic"),
-    "while a block is written": (packed_weights, "save_file"),
+    "while a block is written": (packed_file, "save_file"),
     "before a block counts as finished": (Checkpoint, "finish"),
-    "while the blocks are joined": (packed_weights, "join"),
+    "while the blocks are joined": (packed_file, "join"),
     "before the evaluation": (compress_worker, "evaluate_ahead"),
     "before the record is written": (cell_module, "provenance"),
 }
@@ -141,8 +141,8 @@ def test_a_tuned_cell_that_is_killed_is_tuned_again(case: Case):
     target = Target(bits=4, group=8)
     expected = case.run("rtn", target, out="tuned whole", tune=stages)
     run = lambda: case.run("rtn", target, out="tuned", tune=stages)  # noqa: E731
-    assert killed(run, packed_weights, "save_file", 1)
-    assert killed(run, packed_weights, "join", 0)
+    assert killed(run, packed_file, "save_file", 1)
+    assert killed(run, packed_file, "join", 0)
     assert_same(run(), expected)
 
 
@@ -186,10 +186,10 @@ def test_joined_files_are_the_layers_of_all(tmp_path, case: Case, whole):
         parts = []
         for block in range(3):
             names = [name for name in file.shapes if f".{block}." in name]
-            stored = {name: packed_weights.parts_of(file.read(name), file.target, torch.float32) for name in names}
+            stored = {name: layer_packing.parts_of(file.read(name), file.target, torch.float32) for name in names}
             parts.append(tmp_path / f"{block}.safetensors")
-            packed_weights.write(parts[-1], stored, {name: file.shapes[name] for name in names}, file.target)
-        packed_weights.join(tmp_path / "joined.safetensors", parts)
+            packed_file.write(parts[-1], stored, {name: file.shapes[name] for name in names}, file.target)
+        packed_file.join(tmp_path / "joined.safetensors", parts)
         joined = PackedFile(tmp_path / "joined.safetensors")
         assert joined.shapes == file.shapes and joined.target == file.target
         assert all(torch.equal(joined.read(name).weight, file.read(name).weight) for name in file.shapes)

@@ -22,7 +22,7 @@ from layerwise.contract.target import Target
 from layerwise.numerics import low_rank, ops
 from layerwise.runtime.errors import InputError
 from layerwise.runtime.files import sha256
-from layerwise.storage import packed_weights
+from layerwise.storage import bit_packing, layer_packing, layer_unpacking, packed_file
 from layerwise.storage.bits_per_weight import bits_per_weight, stored_bits
 from tests.support.typing_helpers import mask_of, some
 
@@ -86,11 +86,11 @@ def shape_of(layer: Layer) -> tuple[int, int]:
 
 
 def stored(layer: Layer, target: Target, dtype: torch.dtype = torch.float32) -> Compressed:
-    return packed_weights.as_stored(compressed(layer, target), target, dtype)
+    return layer_packing.as_stored(compressed(layer, target), target, dtype)
 
 
 def parts(result: Compressed, target: Target, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
-    return packed_weights.parts_of(result, target, dtype)
+    return layer_packing.parts_of(result, target, dtype)
 
 
 def assert_same(found: Compressed, result: Compressed, target: Target) -> None:
@@ -114,7 +114,7 @@ def test_stored_tensors_are_read_back_unchanged(name, target):
     layer = layers.build(name)
     result = stored(layer, target)
     assert broken_promise(layer, target, result) is None
-    assert_same(packed_weights.restored(parts(result, target), target, shape_of(layer)), result, target)
+    assert_same(layer_unpacking.restored(parts(result, target), target, shape_of(layer)), result, target)
 
 
 @pytest.mark.parametrize("target", TARGETS, ids=lambda target: target.label)
@@ -122,7 +122,7 @@ def test_stored_tensors_are_read_back_unchanged(name, target):
 def test_a_model_in_half_precision_gets_the_weight_that_is_evaluated(target, dtype):
     layer = layers.build("correlated")
     result = stored(layer, target, dtype)
-    found = packed_weights.restored(parts(result, target, dtype), target, shape_of(layer))
+    found = layer_unpacking.restored(parts(result, target, dtype), target, shape_of(layer))
     assert torch.equal(found.weight.to(dtype), result.weight.to(dtype))
 
 
@@ -131,9 +131,9 @@ def test_reordered_groups_and_input_scales_are_stored(target):
     layer = layers.build("correlated")
     shuffled = torch.randperm(64, generator=torch.Generator().manual_seed(0)) // 16
     values = regridded(stored(layer, target), group_of=shuffled, input_scale=torch.rand(64) + 0.5)
-    values = packed_weights.as_stored(values, target, torch.float32)
+    values = layer_packing.as_stored(values, target, torch.float32)
     tensors = parts(values, target)
-    found = packed_weights.restored(tensors, target, (24, 64))
+    found = layer_unpacking.restored(tensors, target, (24, 64))
     assert_same(found, values, target)
     assert torch.equal(some(grid_of(found).group_of), shuffled)
     assert torch.equal(some(grid_of(found).input_scale), some(grid_of(values).input_scale))
@@ -154,24 +154,24 @@ def test_scales_of_a_format_are_stored_as_hardware_reads_them(form):
     for name, tensor in tensors.items():
         if name != "codes":
             with pytest.raises(ValueError, match="scales|divisor"):
-                packed_weights.restored({**tensors, name: tensor.double()}, target, shape_of(layer))
+                layer_unpacking.restored({**tensors, name: tensor.double()}, target, shape_of(layer))
 
 
 def test_runs_of_inputs_are_not_stored_as_reordered():
     layer, target = layers.build("correlated"), Target(bits=4, group=16)
     result = regridded(stored(layer, target), group_of=torch.arange(64) // 16)
-    assert not packed_weights.reordered(result, target) and "group_of" not in parts(result, target)
+    assert not layer_packing.reordered(result, target) and "group_of" not in parts(result, target)
 
 
 @pytest.mark.parametrize("bits", [1, 2, 3, 5, 8, 9, 16])
 def test_bits_are_packed_from_the_lowest(bits):
     numbers = torch.randint(2**bits, (37,), generator=torch.Generator().manual_seed(bits))
-    octets = packed_weights.pack(numbers, bits)
+    octets = bit_packing.pack(numbers, bits)
     whole = sum(int(number) << (i * bits) for i, number in enumerate(numbers))
     assert bytes(octets.numpy()) == whole.to_bytes(math.ceil(37 * bits / 8), "little")
-    assert torch.equal(packed_weights.unpack(octets, bits, 37).long(), numbers)
+    assert torch.equal(bit_packing.unpack(octets, bits, 37).long(), numbers)
     with pytest.raises(ValueError, match=f"37 numbers of {bits} bits must take"):
-        packed_weights.unpack(octets[:-1], bits, 37)
+        bit_packing.unpack(octets[:-1], bits, 37)
 
 
 # ------------------------------------------------------------------------------------------------------------ its size
@@ -206,12 +206,12 @@ def test_the_file_is_as_large_as_the_accounting_says(tmp_path, case):
     layer = layers.make(layers.Recipe(48, 256, weights="bfloat16"))
     result = stored(layer, target)
     path = tmp_path / "weights.safetensors"
-    packed_weights.write(path, {"layer": parts(result, target)}, {"layer": (48, 256)}, target)
+    packed_file.write(path, {"layer": parts(result, target)}, {"layer": (48, 256)}, target)
     kept = 1.0 if result.mask is None else float(result.mask.float().mean())
     assert bits_per_weight(target, kept, 48, 256) == bits
     header = 8 + int.from_bytes(path.read_bytes()[:8], "little")
     assert path.stat().st_size - header == bits * 48 * 256 / 8 and header < 800
-    assert packed_weights.PackedFile(path).stored_bytes("layer") == bits * 48 * 256 / 8
+    assert packed_file.PackedFile(path).stored_bytes("layer") == bits * 48 * 256 / 8
 
 
 # ------------------------------------------------------------------------------------------------------------ rounding
@@ -224,7 +224,7 @@ def test_scales_are_rounded_to_sixteen_bits_and_the_weight_with_them():
     assert not torch.equal(exact.scales, rounded.scales) and torch.equal(exact.codes, rounded.codes)
     assert torch.equal(rounded.scales.half().float(), rounded.scales)
     assert torch.equal(grid_of(stored(layer, target, torch.bfloat16)).scales, exact.scales.bfloat16().float())
-    assert grid_of(packed_weights.as_stored(after, target, torch.float32)).scales.equal(rounded.scales)
+    assert grid_of(layer_packing.as_stored(after, target, torch.float32)).scales.equal(rounded.scales)
     torch.testing.assert_close(after.weight, before.weight, rtol=2**-11, atol=0)
 
 
@@ -238,20 +238,16 @@ def test_rounding_of_scales_hardly_moves_the_error(bits):
 def test_scales_of_inputs_that_are_all_one_take_no_bits():
     layer, target = layers.build("correlated"), Target(bits=4, group=16)
     result = regridded(compressed(layer, target), input_scale=torch.ones(64))
-    found = packed_weights.as_stored(result, target, torch.float32)
+    found = layer_packing.as_stored(result, target, torch.float32)
     assert grid_of(found).input_scale is None and torch.equal(found.weight, stored(layer, target).weight)
 
 
 def test_scales_that_float16_cannot_hold_are_bfloat16():
     tiny, huge, usual = torch.tensor([1e-12, 1.0]), torch.tensor([1e6, 1.0]), torch.tensor([0.003, 1.0])
-    assert (
-        packed_weights.half(tiny, torch.float32).dtype
-        == torch.bfloat16
-        == packed_weights.half(huge, torch.float32).dtype
-    )
-    assert packed_weights.half(usual, torch.float32).dtype == torch.float16
+    assert bit_packing.half(tiny, torch.float32).dtype == torch.bfloat16 == bit_packing.half(huge, torch.float32).dtype
+    assert bit_packing.half(usual, torch.float32).dtype == torch.float16
     for dtype in (torch.float32, torch.bfloat16):
-        least = packed_weights.half(torch.tensor([1e-44, 3.4e38]), dtype)
+        least = bit_packing.half(torch.tensor([1e-44, 3.4e38]), dtype)
         assert least.dtype == torch.bfloat16 and (least > 0).all() and torch.isfinite(least).all()
 
 
@@ -268,7 +264,7 @@ def test_updated_weights_of_a_float32_model_keep_their_digits():
     assert parts(result, target)["values"].dtype == torch.bfloat16
     moved = replace(result, weight=result.weight / 3)
     assert parts(moved, target)["values"].dtype == torch.float32
-    assert torch.equal(packed_weights.restored(parts(moved, target), target, (24, 64)).weight, moved.weight)
+    assert torch.equal(layer_unpacking.restored(parts(moved, target), target, (24, 64)).weight, moved.weight)
 
 
 # ---------------------------------------------------------------------------------------------------------------- files
@@ -279,12 +275,12 @@ def path(tmp_path):
     """A file of two layers at W4S50."""
     shapes = {name: tuple(layers.build(name).weight.shape) for name in ("correlated", "two blocks of 128")}
     tensors = {name: parts(stored(layers.build(name), W4S50), W4S50) for name in shapes}
-    packed_weights.write(tmp_path / "weights.safetensors", tensors, shapes, W4S50)
+    packed_file.write(tmp_path / "weights.safetensors", tensors, shapes, W4S50)
     return tmp_path / "weights.safetensors"
 
 
 def test_a_file_says_what_it_holds(path):
-    file = packed_weights.PackedFile(path)
+    file = packed_file.PackedFile(path)
     assert file.target == W4S50 and file.shapes == {"correlated": (24, 64), "two blocks of 128": (10, 160)}
     for name in file.shapes:
         assert_same(file.read(name), stored(layers.build(name), W4S50), W4S50)
@@ -336,19 +332,19 @@ def test_a_damaged_layer_is_named(path, fault):
     changed = change(tensors.pop(f"correlated.{part}"))
     save_file({**tensors, **({} if changed is None else {f"correlated.{part}": changed})}, path, metadata=info)
     with pytest.raises(InputError, match=f"^correlated in .*weights.safetensors is damaged: {sentence}"):
-        packed_weights.PackedFile(path).read("correlated")
+        packed_file.PackedFile(path).read("correlated")
 
 
 @pytest.mark.parametrize("value", [math.inf, math.nan, 0.0, -1.0])
 def test_a_scale_of_inputs_must_be_positive_and_finite(value):
     layer, target = layers.build("correlated"), Target(bits=4, group=16)
     result = stored(layer, target)
-    parts = packed_weights.parts_of(result, target, torch.float32)
+    parts = layer_packing.parts_of(result, target, torch.float32)
     parts["input_scale"] = torch.ones(layer.weight.shape[1], dtype=torch.float16).index_fill(
         0, torch.tensor([3]), value
     )
     with pytest.raises(ValueError, match="positive and finite"):
-        packed_weights.restored(parts, target, shape_of(layer))
+        layer_unpacking.restored(parts, target, shape_of(layer))
 
 
 def test_a_file_that_is_no_such_file(path):
@@ -356,17 +352,17 @@ def test_a_file_that_is_no_such_file(path):
     info = json.loads(metadata(path)["layerwise"])
     save_file({**tensors, "stranger": torch.ones(1)}, path, metadata={"layerwise": json.dumps(info)})
     with pytest.raises(InputError, match="has the tensor 'stranger', which belongs to none of its layers"):
-        packed_weights.PackedFile(path)
+        packed_file.PackedFile(path)
     for damaged in ("{", "[]", "{}", json.dumps({**info, "target": {"bits": 9}})):
         save_file(tensors, path, metadata={"layerwise": damaged})
         with pytest.raises(InputError, match="The description of the layers in .*weights.safetensors cannot be read: "):
-            packed_weights.PackedFile(path)
+            packed_file.PackedFile(path)
     save_file(tensors, path, metadata={"layerwise": json.dumps({**info, "version": 2})})
     with pytest.raises(InputError, match="must be of version 1 of the layout. Got version 2 instead"):
-        packed_weights.PackedFile(path)
+        packed_file.PackedFile(path)
     path.write_bytes(b"nothing")
     with pytest.raises(InputError, match="cannot be read"):
-        packed_weights.PackedFile(path)
+        packed_file.PackedFile(path)
 
 
 def test_read_blocks_are_not_kept_in_memory(tmp_path):
@@ -375,7 +371,7 @@ def test_read_blocks_are_not_kept_in_memory(tmp_path):
         pytest.skip("needs Linux, which tells the files that a process has mapped")
     path, gram = tmp_path / "weights.safetensors", tmp_path / "grams" / block_file(0)
     save_file({"first": torch.ones(64, 64, dtype=torch.bfloat16)}, path)
-    file = packed_weights.PackedFile(path)
+    file = packed_file.PackedFile(path)
     assert file.read("first").weight.sum() == 64 * 64
     gram.parent.mkdir()
     fields = {"gram": torch.eye(8), "sample": torch.ones(8, 8)} | dict.fromkeys(

@@ -1,0 +1,80 @@
+"""Numbers as they are stored: whole numbers in so many bits each, and others in 16 bits."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+from torch import Tensor
+
+HALVES = (torch.float16, torch.bfloat16)
+
+
+def pack(numbers: Tensor, bits: int) -> Tensor:
+    """[bytes] uint8: whole numbers in [0, 2^bits - 1], bits <= 16, one after the other, lowest bits first."""
+    if bits == 1:
+        return torch.from_numpy(np.packbits(numbers.flatten().numpy().astype(bool), bitorder="little"))
+    width = 1 if bits <= 8 else 2
+    octets = numbers.flatten().numpy().astype(f"<u{width}").view(np.uint8).reshape(-1, width)
+    digits = np.unpackbits(octets, axis=1, count=bits, bitorder="little")  # [numbers, bits]
+    return torch.from_numpy(np.packbits(digits.reshape(-1), bitorder="little"))
+
+
+def unpack(packed: Tensor, bits: int, count: int) -> Tensor:
+    """[count] uint8, or int32 where bits > 8: what `pack` was given. Raises ValueError for another number of bytes."""
+    size = -(-count * bits // 8)
+    if packed.dtype != torch.uint8 or packed.shape != (size,):
+        raise ValueError(f"{count} numbers of {bits} bits must take {size} bytes. Got {kind_of(packed)} instead")
+    digits = np.unpackbits(packed.numpy(), count=count * bits, bitorder="little")
+    if bits == 1:
+        return torch.from_numpy(digits)
+    octets = np.packbits(digits.reshape(count, bits), axis=1, bitorder="little")  # [numbers, 1 or 2]
+    return torch.from_numpy(octets[:, 0] if bits <= 8 else octets.view("<u2")[:, 0].astype(np.int32))
+
+
+def half(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """Positive values in 16 bits: a bfloat16 model's in bfloat16, others' in the one of float16 and bfloat16 whose
+    largest relative error is smaller, which is float16 unless values are tiny or huge. None becomes zero or infinite;
+    zeros, which scales of a code book may have, stay.
+    """
+    if not values.all():
+        return torch.where(values == 0, 0.0, half(torch.where(values == 0, 1.0, values), dtype))
+    rounded = [within(values, kind) for kind in HALVES]
+    if dtype == torch.bfloat16:
+        return rounded[1]
+    errors = [float(((kind.double() - values) / values).abs().max()) for kind in rounded]
+    return rounded[errors[1] < errors[0]]
+
+
+def half_factor(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """A factor in 16 bits: bfloat16 of a bfloat16 model, else the one of float16 and bfloat16 that misses less.
+
+    What is in one of them stays as it is. Raises ValueError for a factor that neither holds.
+    """
+    kinds = HALVES[1:] if dtype == torch.bfloat16 else HALVES
+    rounded = [values.to(kind) for kind in kinds]
+    missed = [float((own.double() - values).square().sum()) for own in rounded]
+    best = min(range(len(kinds)), key=lambda index: missed[index] if math.isfinite(missed[index]) else math.inf)
+    if not math.isfinite(missed[best]):
+        raise ValueError("a low-rank factor must fit in 16 bits")
+    return rounded[best]
+
+
+def within(values: Tensor, kind: torch.dtype) -> Tensor:
+    """Positive values in another dtype, those beyond its smallest and largest numbers as these."""
+    limits = torch.finfo(kind)
+    return values.clamp(limits.tiny * limits.eps, limits.max).to(kind)
+
+
+def narrowest(values: Tensor) -> Tensor:
+    """The same values in 16 bits where float16 or bfloat16 holds every one, as it does those of a 16-bit checkpoint."""
+    for kind in reversed(HALVES) if values.dtype not in HALVES else ():
+        if torch.equal(values.to(kind).to(values.dtype), values):
+            return values.to(kind)
+    return values
+
+
+def kind_of(tensor: Tensor) -> str:
+    """Its dtype and shape, for a message."""
+    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"

@@ -1,0 +1,157 @@
+"""A compressed layer as the tensors that store it (layout: docs/export.md).
+
+A layer is its kept values or codes, what says which weights are kept, scales and zeros, in as many bits as
+`bits_per_weight.py` counts; weights that were changed, not quantised, are in the dtype of the model. What
+`layer_unpacking.py` reads is, bit for bit, what was scored and evaluated."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from layerwise.contract.layer import Compressed, LowRank, Quantised
+from layerwise.contract.target import Target
+from layerwise.numerics import ops
+from layerwise.numerics.low_rank import of_parts
+from layerwise.storage.bit_packing import half, half_factor, narrowest, pack
+from layerwise.storage.bits_per_weight import grids_of_blocks, group_length, position_bits
+
+EXPONENT_OFFSET = 127  # of the scales of mxfp4
+
+
+def as_stored(result: Compressed, target: Target, dtype: torch.dtype) -> Compressed:
+    """The result as it is stored: scales in 16 bits and the weight that they give, or the weight in the model's dtype.
+
+    dtype: of the model that the weight is written into; the weight comes back in float32. Scales of inputs that are all
+    one are left out. Factors are in 16 bits, whatever the model's dtype; the weight is the sum of what is stored.
+    """
+    if target.rank:
+        low_rank, rest = low_rank_of(result), result.rest
+        stored = None if rest is None else as_stored(rest, target.rest, dtype)
+        left, right = (half_factor(factor, dtype).float() for factor in (low_rank.left, low_rank.right))
+        return replace(of_parts(left, right, stored, result.info, low_rank.kept), trace=result.trace)
+    if target.bits is None:
+        return result if dtype == torch.float32 else replace(result, weight=result.weight.to(dtype).float())
+    quantised = quantised_of(result)
+    scales, input_scale = quantised.scales, quantised.input_scale
+    if not target.format:  # whose scales are in eight bits
+        scales = half(scales, dtype).float()
+    if input_scale is not None:
+        input_scale = None if bool((input_scale == 1).all()) else half(input_scale, dtype).float()
+    quantised = replace(quantised, scales=scales, input_scale=input_scale)
+    return replace(result, weight=dequantised(quantised, result.mask, target), quantised=quantised)
+
+
+def low_rank_of(result: Compressed) -> LowRank:
+    """The factors of a result at a target with a rank. Raises ValueError when it has none."""
+    if result.low_rank is None:
+        raise ValueError("a layer of a target with a rank must have factors")
+    return result.low_rank
+
+
+def quantised_of(result: Compressed) -> Quantised:
+    """The codes and the grid of a result at a target with bits. Raises ValueError when it has none."""
+    if result.quantised is None:
+        raise ValueError("a layer of a target with bits must be quantised")
+    return result.quantised
+
+
+def dequantised(quantised: Quantised, mask: Tensor | None, target: Target) -> Tensor:
+    """[out, in] float32 weight that codes and grid represent, zero where the mask [out, in] is False."""
+    values = ops.quantised_values(quantised, target)
+    return values if mask is None else torch.where(mask, values, 0.0)
+
+
+def reordered(result: Compressed, target: Target) -> bool:
+    """Whether a result has groups that are not runs of consecutive inputs."""
+    group_of = result.quantised.group_of if result.quantised else None
+    if group_of is None:
+        return False
+    return not torch.equal(group_of, ops.groups_of(len(group_of), target.group, group_of.device))
+
+
+def sparse_factor(result: Compressed) -> tuple[int, int] | None:
+    """(rank, kept entries) of a result with a sparse factor."""
+    if result.low_rank is None or result.low_rank.kept is None:
+        return None
+    return result.low_rank.kept.shape[1], int(result.low_rank.kept.sum())
+
+
+def parts_of(result: Compressed, target: Target, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The tensors that store a layer, on the processor; a weight that is not quantised is rounded to the model's dtype.
+
+    A layer that is neither pruned nor quantised is its weight [out, in], under the empty name.
+    Raises ValueError for scales that are not in 16 bits (see `as_stored`).
+    """
+    if target.rank:
+        low_rank, rest = low_rank_of(result), result.rest
+        factors = {"left": low_rank.left, "right": low_rank.right}
+        if low_rank.kept is not None:
+            factors["left"] = low_rank.left[low_rank.kept]
+        own = {} if rest is None else parts_of(rest, target.rest, dtype)
+        if low_rank.kept is not None:
+            own["left_bitmap"] = pack(low_rank.kept.cpu(), 1)
+        return {name: half_factor(factor.cpu(), dtype).contiguous() for name, factor in factors.items()} | own
+    rows, inputs = result.weight.shape
+    mask = torch.ones(rows, inputs, dtype=torch.bool) if result.mask is None else result.mask.cpu()
+    parts = mask_parts(mask, target)
+    if target.bits is None:
+        weight = narrowest(result.weight.cpu().to(dtype))
+        return {"values": weight[mask], **parts} if parts else {"": weight.clone(memory_format=torch.contiguous_format)}
+    quantised = on_processor(quantised_of(result))
+    codes, scales, zeros = quantised.codes, quantised.scales, quantised.zeros
+    if not parts:  # a target without sparsity may still have zeros
+        codes = torch.where(mask, codes, zeros[:, ops.grouping(quantised, target)].to(torch.uint8))
+    parts["codes"] = pack(codes[mask] if target.sparsity else codes, target.bits)
+    moved = reordered(result, target)
+    if grids_of_blocks(target, inputs) and not moved:
+        kept = mask[:, :: group_length(target, inputs)]  # [out, groups]
+        scales, zeros = scales[kept].view(rows, -1), zeros[kept]
+    parts["scales"] = format_scales(scales, target) if target.format else _as_half(scales, dtype)
+    if quantised.levels is not None:
+        parts["levels"] = quantised.levels
+    elif target.has_zeros:
+        parts["zeros"] = pack(zeros, target.bits)
+    if quantised.rotation is not None:
+        parts["rotation"] = torch.tensor([quantised.rotation.seed, quantised.rotation.block], dtype=torch.int32)
+    if quantised.divisor is not None:
+        parts["divisor"] = quantised.divisor
+    if quantised.input_scale is not None:
+        parts["input_scale"] = _as_half(quantised.input_scale, dtype)
+    if moved and quantised.group_of is not None:
+        parts["group_of"] = quantised.group_of.to(torch.uint16)
+    return parts
+
+
+def on_processor(quantised: Quantised) -> Quantised:
+    """The same with all its tensors in the processor's memory."""
+    tensors = {name: part for name, part in vars(quantised).items() if isinstance(part, Tensor)}
+    return replace(quantised, **{name: part.cpu() for name, part in tensors.items()})
+
+
+def mask_parts(mask: Tensor, target: Target) -> dict[str, Tensor]:
+    """The tensors that say which weights of a mask [out, in] are kept; none where the target prunes nothing."""
+    if target.n_of_m:
+        return {"positions": pack(mask.nonzero()[:, 1] % target.n_of_m[1], position_bits(target))}
+    if target.block:
+        kept = mask[:, :: target.block]  # [out, blocks]
+        if kept.shape[1] > 2**16:
+            raise ValueError(f"a block's column must fit in 16 bits. Got {kept.shape[1]} blocks in a row instead")
+        return {"blocks": kept.nonzero()[:, 1].view(len(mask), -1).to(torch.uint16)}
+    return {"bitmap": pack(mask, 1)} if target.sparsity else {}
+
+
+def _as_half(values: Tensor, dtype: torch.dtype) -> Tensor:
+    stored = half(values, dtype)
+    if not torch.equal(stored.float(), values):
+        raise ValueError("scales must be given in 16 bits, as they are stored")
+    return stored
+
+
+def format_scales(scales: Tensor, target: Target) -> Tensor:
+    """Scales of a format, float32, as they are stored: nvfp4 as e4m3, mxfp4 as uint8 exponents plus 127 (e8m0)."""
+    if target.format == "nvfp4":
+        return scales.to(torch.float8_e4m3fn)
+    return (torch.frexp(scales).exponent - 1 + EXPONENT_OFFSET).to(torch.uint8)
