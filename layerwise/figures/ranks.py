@@ -55,7 +55,7 @@ def method_ranks(comparisons: pd.DataFrame, layers: pd.DataFrame) -> Figure:
             _panel(axis, target, ranked, style)
         for axis in axes.flat[len(panels) :]:
             axis.set_axis_off()
-        frame.suptitle(title, x=0.01, ha="left")
+        frame.suptitle(f"{title}: rank of the output error", x=0.01, ha="left")
     return figure
 
 
@@ -105,4 +105,4 @@ def _panel(axes: Axes, target: str, found: list[Group], style: dict[str, Look]) 
     axes.xaxis.set_major_locator(MultipleLocator(1))
     axes.set_title(target, loc="left", fontweight="bold")
     axes.grid(visible=False)
-    axes.set_xlabel("mean rank of the output error")
+    axes.set_xlabel("mean rank")

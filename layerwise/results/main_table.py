@@ -98,7 +98,7 @@ def number(value: float, metric: str) -> str:
     if metric in ACCURACIES:
         return f"{100 * value:.1f}"
     if metric != "perplexity":
-        return f"{value:.3g}"
+        return "0" if value == 0 else f"{value:#.3g}".removesuffix(".")  # 0.0500 is as precise as 0.0501
     return f"{value:.2f}" if value < 100 else f"{value:.1f}" if value < 1000 else f"{value:.4g}"
 
 
@@ -107,8 +107,7 @@ def spread(values: Sequence[float], metric: str) -> str:
     centre = statistics.fmean(values)
     if len(values) < 2:
         return number(centre, metric)
-    # 0.0500: as precise as 0.0501
-    mean = f"{centre:#.3g}" if metric in DISTANCES else number(centre, metric)
+    mean = number(centre, metric)
     deviation = statistics.stdev(values) * (100 if metric in ACCURACIES else 1)
     decimals = len(mean.partition(".")[2])
     return f"{mean} ± {deviation:.2g}" if "e" in mean else f"{mean} ± {deviation:.{decimals}f}"
