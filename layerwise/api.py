@@ -14,7 +14,7 @@ from layerwise.calibration.tap_statistics import TapStatistics
 from layerwise.compression import lower_bound as bounds
 from layerwise.compression import score
 from layerwise.compression.resolve import as_target, needed_statistics, resolve, solve
-from layerwise.contract.layer import Compressed, Gram, Layer, Method, Quantised, Statistics
+from layerwise.contract.layer import Compressed, Gram, Layer, Method, Quantised, Statistics, UnsupportedTarget
 from layerwise.contract.target import Target
 
 SCORES = ("output_error", "absolute_error", "asymmetric_error", "achieved_sparsity", "bits_per_weight")
@@ -143,7 +143,10 @@ def compress_layer(
             f"statistics must be given: {resolved.name} needs {' and '.join(needed)}, which layerwise.calibrate(x) "
             "returns with the Gram. Got None instead."
         )
-    result, row = solve(resolved.solver(goal, seed, kept_dtype(original)), layer)
+    solver = resolved.solver(goal, seed, kept_dtype(original))
+    if sentence := solver.without_factors({layer.name: (original.shape[0], original.shape[1])}):
+        raise UnsupportedTarget(sentence)
+    result, row = solve(solver, layer)
     return LayerResult(
         method=resolved.name,
         target=goal,

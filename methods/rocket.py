@@ -22,6 +22,9 @@ CARD = {
     "updates_weights": True,
     "needs": ["gram"],
     "sparse_factor": True,
+    "refused_where": {
+        "convention": {"official": "rocket's convention official counts no positions, and exceeds the target's bits"}
+    },
     "cost": {"weights": 14.0, "grams": 9.0, "products": 50.0},
     "look": {"colour": "#D55E00", "marker": "D"},
     "checks": {"variants": [{"share": 1.5, "choice": "output"}]},
@@ -61,8 +64,7 @@ class ROCKET(Method):
 
     def solve(self, layer: Layer, target: Target, rng: torch.Generator) -> Compressed:
         (weight, gram), (out, inputs) = ops.in_float64(layer), layer.weight.shape
-        official = self.convention == "official"
-        rank = int(target.rank * out * inputs / (inputs + out / self.share)) if official else self._rank(target, layer)
+        official, rank = self.convention == "official", self.rank_of(target, out, inputs)
         unit = 7e-6 / layer.gram.tokens if official else JITTER * (float(gram.diagonal().mean()) or 1.0)
         root = low_rank.lifted_cholesky(gram, unit)
         whitened = root.T @ weight.T  # [in, out]
@@ -83,10 +85,11 @@ class ROCKET(Method):
         ]
         return min(found, key=lambda result: self._missed(weight, gram, result))
 
-    def _rank(self, target: Target, layer: Layer) -> int:
+    def rank_of(self, target: Target, out: int, inputs: int) -> int:
         """The largest rank whose factors, with a bit for each place of the sparse one, take the target's share."""
-        (out, inputs), rank = layer.weight.shape, 0
-        budget = target.rank * out * inputs
+        rank, budget = 0, target.rank * out * inputs
+        if self.convention == "official":
+            return int(budget / (inputs + out / self.share))
         while (rank + 1) * inputs + self._count(rank + 1, out) + (rank + 1) * out / 16 <= budget:
             rank += 1
         return min(rank, out, inputs)

@@ -23,6 +23,8 @@ from layerwise import Gram, InputError, Layer, Target, UnsupportedTarget
 from layerwise.checks import layer_cases
 from layerwise.checks.brute_force import best_error
 from layerwise.compression.model import calibration_tokens
+from layerwise.contract.catalogue import Catalogue
+from layerwise.methods.rocket import ROCKET
 from layerwise.methods.sparsegpt import SparseGPT
 from layerwise.models.structure import model_linears
 from layerwise.sources.tokens import tokens as drawn_tokens
@@ -286,6 +288,53 @@ def test_the_bound_of_a_rank_is_reached():
     assert best.bits_per_weight == 16 * 11 / 24 <= 16 * 0.6
 
 
+def of_a_rank() -> list[tuple[str, str]]:
+    """Every method that gives factors, with its defaults, at each kind of target."""
+    catalogue = Catalogue()
+    targets = ("rank 10%", "50% row rank 10%", "4b rank 10%")
+    full = {name: catalogue.complete(name, {}, "test") for name in catalogue if name != "chain"}
+    found = [(n, t) for n, own in full.items() for t in targets if not catalogue.refusal(n, own, Target.parse(t))]
+    assert len(found) >= 7
+    return found
+
+
+@pytest.mark.parametrize(("name", "target"), of_a_rank())
+def test_a_rank_of_zero_is_one_sentence(name: str, target: str):
+    """10% of [3, 8] are .2 columns and rows."""
+    weight, x = small()
+    gram, statistics = layerwise.calibrate(x[None])
+    with pytest.raises(UnsupportedTarget) as caught:
+        layerwise.compress_layer(weight, gram, target, name, statistics=statistics)
+    told = f"The rank of {target} must be at least 1 in every layer. Got 0 in the layer [3, 8] instead."
+    assert str(caught.value) == told
+
+
+def test_rocket_is_refused_a_rank_of_zero_by_its_own_count():
+    """46% of [3, 8] are 11.04 entries: one column and row, but no place for three bits of positions."""
+    weight, x = small()
+    gram = Gram.from_inputs(x)
+    assert Target(rank=0.46).rank_of(3, 8) == 1
+    assert layerwise.compress_layer(weight, gram, "rank 46%", "svd").bits_per_weight == 16 * 11 / 24
+    with pytest.raises(
+        UnsupportedTarget, match=r"The rank of rank 46% must be at least 1 .* Got 0 in the layer \[3, 8"
+    ):
+        layerwise.compress_layer(weight, gram, "rank 46%", "rocket")
+    assert layerwise.compress_layer(weight, gram, "rank 47%", "rocket").bits_per_weight == (16 * 11 + 3) / 24
+
+
+def test_a_convention_that_the_runner_refuses_is_one_sentence():
+    weight, x = small()
+    asked: list[tuple[Any, dict[str, Any]]] = [
+        ("rocket", {"convention": "official"}),
+        (ROCKET(convention="official"), {}),
+    ]
+    for method, parameters in asked:
+        with pytest.raises(
+            UnsupportedTarget, match=r"^rocket's convention official counts no positions, .* instead\.$"
+        ):
+            layerwise.compress_layer(weight, Gram.from_inputs(x), "rank 60%", method, **parameters)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
 def test_the_error_is_that_of_the_outputs(dtype: torch.dtype):
     weight, x = small(2)
@@ -539,6 +588,8 @@ def test_wrong_arguments_of_a_model_are_one_sentence():
     good: dict[str, Any] = {"model": model, "tokenizer_or_tokens": batch, "target": "2:4", "method": "wanda"}
     cases: dict[str, dict[str, Any]] = {
         "mode must be 'shared' or 'sequential'. Got 'both' instead.": {"mode": "both"},
+        "The rank of rank 1% must be at least 1 in every layer. Got 0 in model.layers.0.self_attn.q_proj [32, 32] "
+        "instead.": {"target": "rank 1%", "method": "svd_llm"},
         "sampling must be 'stream' or 'documents'. Got 'windows' instead.": {"sampling": "windows"},
         "model must be a loaded transformers model. Got str instead.": {"model": "gpt2"},
         "text must be given with a tokenizer. Got it with tokens instead.": {"text": "words"},

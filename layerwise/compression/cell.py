@@ -31,9 +31,10 @@ from layerwise.contract.target import JOINT, Target
 from layerwise.models import compute_dtype, loading, structure
 from layerwise.models.stored_dtypes import stored_dtype
 from layerwise.models.streaming import LazyBlocks
-from layerwise.models.structure import Blocks
+from layerwise.models.structure import Blocks, model_linears
 from layerwise.runtime.checkpoint import Checkpoint
 from layerwise.runtime.devices import peak_gpu_mb
+from layerwise.runtime.errors import InputError
 from layerwise.runtime.files import read_made, remove_parts, sha256, unchanged, whole_file, write_atomic
 from layerwise.runtime.provenance import PROVENANCE, peak_mb, provenance
 from layerwise.sources.fingerprint import check_unchanged
@@ -225,6 +226,8 @@ def compress(job: CellJob, checkpoint: Checkpoint) -> dict[str, Any]:
     compute_dtype.tell(job.model, job.computed, job.device)
     blocks = LazyBlocks(job.model, job.device, job.computed)
     solver = job.solver(stored_dtype(blocks.model))
+    if sentence := solver.without_factors({name: own.shape for name, own in model_linears(blocks.model).items()}):
+        raise InputError(sentence)
     if job.code:
         unchanged(job.code)  # by now it is imported
     if checkpoint.done < len(blocks):

@@ -21,7 +21,7 @@ from layerwise.calibration.modes import in_turn, sequential_blocks
 from layerwise.calibration.taps import Tap
 from layerwise.compression.cell import bar, visit
 from layerwise.compression.resolve import MethodLike, Resolved, as_target, needs, resolve, solve
-from layerwise.contract.layer import Layer
+from layerwise.contract.layer import Layer, UnsupportedTarget
 from layerwise.contract.target import Target
 from layerwise.evaluation.model_check import check_walk
 from layerwise.models.loading import EXPERTS
@@ -88,6 +88,9 @@ def compress_model(
     resolved = resolve(method, parameters, goal)
     tokens = calibration_tokens(model, tokenizer_or_tokens, text, samples, length, sampling, seed)
     solver = resolved.solver(goal, seed, model.dtype)
+    shapes = {name: own.shape for name, own in model_linears(model).items() if name in chosen}
+    if sentence := solver.without_factors(shapes):
+        raise UnsupportedTarget(sentence)
     done: list[str] = []
     rows = []
     with as_it_was(model), saying(done, len(chosen)):

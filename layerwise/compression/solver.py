@@ -61,6 +61,13 @@ class Solver:
             raise InputError(f"The allocation must have a level for every layer. Got none for {layer}.")
         return replace(self, target=self.targets[layer], targets={})
 
+    def without_factors(self, shapes: Mapping[str, tuple[int, int]]) -> str | None:
+        """One sentence about the first of these layers, name -> (out, in), that would get no factors, or None."""
+        for name, shape in shapes.items() if self.target.rank else ():
+            if self.method.rank_of(self.target, *shape) < 1:
+                return self.target.without_factors(shape, name)
+        return None
+
     def solve(self, layer: Layer) -> tuple[Compressed, dict[str, Any]]:
         """The layer's result, with the scales that are stored, and its row of numbers.
 

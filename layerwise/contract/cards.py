@@ -40,6 +40,11 @@ CARD_SCHEMA = {
             "additionalProperties": {"type": "object"},
         },
         "parameters": {"type": "object", "additionalProperties": {"type": "object"}},
+        # {parameter: {value: reason}}: values that are for parity tests alone, as the runner refuses what they give.
+        "refused_where": {
+            "type": "object",
+            "additionalProperties": {"type": "object", "additionalProperties": {"type": "string"}},
+        },
         "control": {"type": "boolean"},
         "random": {"type": "boolean"},
         "criterion": {"enum": CRITERIA},

@@ -92,9 +92,11 @@ class Entry:
         held += [(key, step) for key in self.chains for step in params[key]]
         return [(key, name, inside) for key, value in held for name, inside in value.items()]
 
-    def refusal(self, target: Target) -> str | None:
-        """Why the method cannot reach the target, in one sentence, or None."""
-        return refusal(self.name, self.card, target)
+    def refusal(self, target: Target, params: Mapping[str, Any] | None = None) -> str | None:
+        """Why the method, with these complete parameters if any, cannot reach the target, in one sentence, or None."""
+        told = self.card.get("refused_where", {}).items()
+        reasons = [of[value] for key, of in told if params and (value := str(params.get(key))) in of]
+        return refusal(self.name, self.card, target) or (reasons[0] if reasons else None)
 
     def comparison(self, target: Target) -> str:
         """The group of methods that this one may be compared with at the target."""
@@ -218,7 +220,7 @@ class Catalogue(Mapping[str, Entry]):
     def refusal(self, name: str, params: Mapping[str, Any], target: Target) -> str | None:
         """Why the method with these complete parameters, warm starts included, cannot reach the target, or None."""
         entry = self[name]
-        own = entry.refusal(target)
+        own = entry.refusal(target, params)
         if own:
             return own
         if entry.chains:

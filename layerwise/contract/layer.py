@@ -181,6 +181,10 @@ class Method(ABC):
             raise UnsupportedTarget(f"{reason}. Got the target {target.label} instead.")
         return self.solve(layer, target, rng)
 
+    def rank_of(self, target: Target, out: int, inputs: int) -> int:
+        """The rank of the factors that it gives a layer [out, in] at a target with a rank."""
+        return target.rank_of(out, inputs)
+
     @abstractmethod
     def solve(self, layer: Layer, target: Target, rng: torch.Generator) -> Compressed:
         """Compress one layer to a target that the card lists, never the dense one.

@@ -174,6 +174,13 @@ class Target:
         """r of the factors [out, r] and [r, inputs] of a layer, which have at most the share `rank` of its weights."""
         return int(self.rank * out * inputs / (out + inputs))
 
+    def without_factors(self, shape: tuple[int, int], layer: str) -> str:
+        """The sentence about a layer (out, in), called `layer`, whose factors would have no column."""
+        return (
+            f"The rank of {self.label} must be at least 1 in every layer. Got 0 in {layer} [{shape[0]}, {shape[1]}] "
+            "instead."
+        )
+
     @property
     def width(self) -> int | str | None:
         """The entry in a card's `bits` list: the width of integer codes, or the format; None without a grid."""

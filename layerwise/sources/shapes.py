@@ -159,6 +159,8 @@ def _block(tensors: list[tuple[str, tuple[int, ...]]], config: Mapping[str, Any]
         expert = ".experts." in f".{name}"
         if NO_LINEAR.search(name) or len(shape) < 2 or (len(shape) > 2 and not expert):
             continue
+        if not (expert or name.endswith(".weight")):  # a matrix of its module's own, such as Mamba's A_log
+            continue
         module = name.removesuffix(".weight")
         parent, _, leaf = module.rpartition(".")
         count, (out, inputs) = math.prod(shape[:-2]), shape[-2:]

@@ -177,6 +177,7 @@ def plan(config: Mapping[str, Any], check_sources: bool = False) -> Plan:
         cells += grid.expand(entry, targets, skipped)
     if check_sources:
         _check_experts(cells, catalogue, grid.models)
+        _check_ranks(cells, grid.models)
     _check_targets(targets, entries, catalogue, cells, skipped)
     _check_sweep(full.get("sweep"), entries)
     tasks = {name: task_sets.expanded(spec) for name, spec in full["tasks"].items()}
@@ -235,6 +236,19 @@ def _check_experts(cells: Sequence[Cell], catalogue: Catalogue, models: Mapping[
                 f"and either may route others to them. Got {cell.columns['model']!r} instead: give the method modes: "
                 "[shared]."
             )
+
+
+def _check_ranks(cells: Sequence[Cell], models: Mapping[str, ModelSpec]) -> None:
+    """Raise InputError where the rank of a target is 0 in a layer of a model whose shape is known."""
+    asked = dict.fromkeys(
+        (cell.model, Target(**cell.spec["target"])) for cell in cells if "rank" in cell.spec["target"]
+    )
+    shapes = {model: shape_of(models[model]) for model, _ in asked}
+    for model, target in asked:
+        shape, name = shapes[model], f"a layer of the model {name_of(models[model])!r}"
+        for out, inputs in [layer[:2] for block in shape.blocks for layer in block.layers] if shape else ():
+            if target.rank_of(out, inputs) < 1:
+                raise InputError(f"targets: {target.without_factors((out, inputs), name)}")
 
 
 def _check_targets(

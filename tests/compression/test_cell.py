@@ -569,6 +569,16 @@ def failed(case: Case, tmp_path: Path, fault: str, target: Target = TWO_OF_FOUR)
     return sentence, record
 
 
+@pytest.mark.parametrize(("method", "rank"), [("svd_llm", 0.05), ("rocket", 0.063)])
+def test_a_rank_of_zero_is_one_sentence_before_the_first_layer(case, monkeypatch, method, rank):
+    """6.3% of [32, 32] are 1.008 columns and rows, which leaves ROCKET no place for positions."""
+    monkeypatch.setattr(solver_module.Solver, "solve", None)
+    with pytest.raises(InputError) as caught:
+        case.run(method, Target(rank=rank))
+    told = f"The rank of rank {100 * rank:g}% must be at least 1 in every layer."
+    assert str(caught.value).startswith(f"{told} Got 0 in model.layers.0.self_attn.q_proj [32, 32] instead. (details")
+
+
 @pytest.mark.parametrize("kind", FAULTS)
 def test_a_fault_is_named_with_its_method_and_layer(case, tmp_path, kind):
     fault, expected = FAULTS[kind]

@@ -227,6 +227,15 @@ def test_a_target_with_a_rank_is_for_methods_that_give_factors():
     assert "not of low rank" in plan(spread).skipped[0]["reason"]
 
 
+def test_a_convention_that_the_runner_always_refuses_is_refused_before_a_job():
+    reason = "rocket's convention official counts no positions, and exceeds the target's bits"
+    asked: dict = {"rocket": {"convention": ["exact", "official"]}, "svd": None}
+    told = f"methods.rocket.convention_official: rocket reaches none of the targets ({reason})."
+    assert refused(study(targets=[{"rank": 0.4}], methods=asked)) == told
+    asked["rocket"] = {"convention": "exact"}
+    assert {cell.columns["method"] for cell in plan(study(targets=[{"rank": 0.4}], methods=asked)).cells} == {*asked}
+
+
 def test_columns_of_a_cell():
     cell = plan(study()).cells[1]
     assert list(cell.columns) == [
@@ -903,6 +912,34 @@ def test_the_cross_gram_of_experts_is_refused_before_a_job(sources):
     assert "chain must have a model without experts" in refused(asking(**chained), check_sources=True)
     (sources / "tiny/config.json").write_text("{}")  # as far as it says, all tokens pass all experts
     plan(asking(method="gptaq"), check_sources=True)
+
+
+def with_tensors(folder: Path, **shapes: list[int]) -> None:
+    """Give the small study's model these tensors in its one block, a __ being a point."""
+    entries, end = {}, 0
+    for name, shape in shapes.items():
+        start, end = end, end + 4 * math.prod(shape)
+        key = f"model.layers.0.{name.replace('__', '.')}"
+        entries[key] = {"dtype": "F32", "shape": shape, "data_offsets": [start, end]}
+    header = json.dumps(entries).encode()
+    (folder / "tiny/model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(end))
+
+
+@pytest.mark.parametrize("target", [{"rank": 0.15}, {"sparsity": 0.5, "rank": 0.15}])
+def test_a_rank_of_zero_is_refused_before_a_job(sources, target):
+    """15% of [8, 6] are .51 columns and rows, of [8, 8] .6, of [24, 16] 1.4."""
+    method = "oats" if "sparsity" in target else "svd_llm"
+    asked = study(methods={method: None}, targets=[target])
+    with_tensors(sources, up_proj__weight=[24, 16], down_proj__weight=[16, 24], A_log=[8, 6], norm__weight=[16])
+    plan(asked, check_sources=True)
+    with_tensors(sources, up_proj__weight=[24, 16], o_proj__weight=[8, 6])
+    label = "50% row rank 15%" if "sparsity" in target else "rank 15%"
+    told = (
+        f"targets: The rank of {label} must be at least 1 in every layer. Got 0 in a layer of the model 'tiny' [8, 6]"
+    )
+    assert refused(asked, check_sources=True) == f"{told} instead."
+    plan(study(methods={method: None}, targets=[target | {"rank": 0.3}]), check_sources=True)  # 1.03
+    plan(asked)  # which no source has told
 
 
 def test_sources_are_looked_at_only_when_asked(sources):
