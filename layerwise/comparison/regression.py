@@ -4,6 +4,7 @@ layerwise regression: exit status 1 when a number moved by more than the toleran
 ones are listed. layerwise accept writes what it compares with.
 """
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from layerwise.results.seeds import with_seed_names
 from layerwise.runtime.errors import InputError
 from layerwise.runtime.files import write_atomic
 from layerwise.runtime.project import ROOT
-from layerwise.storage.frames import column, columns_of, matching, renamed, select
+from layerwise.storage.frames import column, columns_of, matching, renamed, select, tuples
 from layerwise.storage.table_schema import first_line, read_table
 from layerwise.study.config_file import study_file, study_name
 
@@ -71,6 +72,39 @@ def accepted_numbers(folder: Path, table: str) -> pd.DataFrame:
     return data
 
 
+def extends(new: Any, old: Any) -> bool:
+    """Whether parameters are older ones with none, or more, added at any depth, and nothing changed."""
+    if isinstance(new, dict) and isinstance(old, dict):
+        return all(name in new and extends(new[name], value) for name, value in old.items())
+    if isinstance(new, list) and isinstance(old, list):
+        return len(new) == len(old) and all(map(extends, new, old))
+    return new == old
+
+
+def with_new_parameters(accepted: pd.DataFrame, now: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
+    """Accepted numbers under today's parameters where these only add some, and the labels of the methods.
+
+    A method that gains an option would otherwise lose all its accepted numbers. Whether the option's default changes a
+    number is then seen in the number.
+    """
+    cell = [name for name in CELL if name != "params"]
+    of_today = dict(zip(tuples(now, cell), column(now, "params").astype(str), strict=True))
+    params, labels = [], []
+    for key, old in zip(tuples(accepted, cell), column(accepted, "params").astype(str), strict=True):
+        new = of_today.get(key, old)
+        gained = new != old and extends(_parsed(new), _parsed(old))
+        params.append(new if gained else old)
+        labels += [str(key[CELL.index("label")])] if gained else []
+    return accepted.assign(params=params), list(dict.fromkeys(labels))
+
+
+def _parsed(params: str) -> Any:
+    try:
+        return json.loads(params)
+    except ValueError:  # a file that was edited by hand: the numbers are gone, as the report says
+        return params
+
+
 def accepted_csv(data: pd.DataFrame) -> str:
     """The numbers as the text of an accepted file: sorted, six digits, so that a diff shows what moved and no more."""
     *key, _ = data.columns
@@ -86,7 +120,13 @@ def check(tables: Path, accepted: Path, tolerance: float = TOLERANCE) -> bool:
     absent = [table for table in LATER if not (accepted / f"{table}.csv").is_file()]
     known = {table: accepted_numbers(accepted, table) for table in NUMBERS if table not in absent}
     now = {table: numbers(tables, table) for table in NUMBERS}
+    gained: dict[str, None] = {}
+    for table, data in known.items():
+        known[table], labels = with_new_parameters(data, now[table])
+        gained |= dict.fromkeys(labels)
     agree = hold(now, known, tolerance)
+    if gained:
+        print(f"Accepted before these methods had all of today's parameters: {', '.join(gained)}.")
     for table in absent:
         print(f"{NUMBERS[table][1]} ({table}): none accepted yet; {len(now[table])} not compared.")
     return agree

@@ -139,6 +139,39 @@ def test_gone_fails_and_added_does_not(tmp_path, capsys):
     assert "0 moved, 0 added, 14 gone" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("new", "old", "expected"),
+    [
+        ({"a": 1, "b": None}, {"a": 1}, True),
+        ({"a": 1}, {"a": 1, "b": None}, False),  # a parameter that no longer exists
+        ({"a": 2, "b": None}, {"a": 1}, False),
+        ({"chain": [{"awp": {"a": 1, "b": 2}}, {"gptq": {}}]}, {"chain": [{"awp": {"a": 1}}, {"gptq": {}}]}, True),
+        ({"chain": [{"awp": {}}, {"gptq": {}}]}, {"chain": [{"awp": {}}]}, False),
+        ({"start": {"wanda": {}}}, {"start": None}, False),
+    ],
+)
+def test_parameters_that_only_gained_some(new, old, expected):
+    assert regression.extends(new, old) is expected
+
+
+def test_a_method_that_gained_a_parameter_keeps_its_accepted_numbers(tmp_path, capsys):
+    accepted = tmp_path / "accepted"
+    run("accept", study(tmp_path / "a"), accepted)
+    tables = study(tmp_path / "b", change=1.05)
+    for name in ("layers", "cells"):
+        data = pd.read_parquet(tables / f"{name}.parquet")
+        data["params"] = data["params"].where(data["label"] != "wanda", '{"gained":null}')
+        data.to_parquet(tables / f"{name}.parquet")
+    capsys.readouterr()
+    assert run("regression", tables, accepted) == 1
+    out = capsys.readouterr().out
+    assert "output_error (layers): 2 moved, 0 added, 0 gone; 28 compared" in out
+    assert out.splitlines()[-1] == "Accepted before these methods had all of today's parameters: wanda."
+    data = pd.read_csv(accepted / "layers.csv").assign(params="{")  # edited by hand
+    data.to_csv(accepted / "layers.csv", index=False)
+    assert run("regression", tables, accepted) == 1 and "28 gone" in capsys.readouterr().out
+
+
 def test_nothing_accepted_yet_is_a_sentence(tmp_path):
     with pytest.raises(InputError, match="`layerwise accept` writes it"):
         run("regression", study(tmp_path / "a"), tmp_path / "accepted")
