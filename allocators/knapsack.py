@@ -10,14 +10,14 @@ from layerwise.allocation.knapsack import DOWN, NEAREST, UP, choose
 from layerwise.allocation.pairs import pairs_of
 from layerwise.contract.allocator import Allocator, Candidate, Part, Proposal, Target, Trials
 from layerwise.contract.layer import Method
-from layerwise.contract.target import JOINT
+from layerwise.contract.target import JOINT, LOW_RANK
 from layerwise.storage.target_bits import bits_of
 
 CARD = {
     "title": "knapsack",
     "needs": ["weight", "gram", "errors"],
     "needs_where": {"errors": {"divergence": ["trials"]}},
-    "budgets": ["row", "layer", "n:m", "bits", "pruned and quantised"],
+    "budgets": ["row", "layer", "n:m", "bits", "pruned and quantised", "low rank", "sum of parts"],
     "passes": [["layers", "windows"]],
     "passes_where": {"divergences": {"levels": [["layers", "levels", "windows"]]}},
     "splits_equals": "the optimum of two equal layers may be two levels, where the errors are not convex",
@@ -29,6 +29,8 @@ CARD = {
         },
         "quantiser": {"format": "method", "asked": "bits", "description": "The same of a target of bits."},
         "joint": {"format": "method", "asked": "both", "description": "The same of one that prunes and quantises."},
+        "factors": {"format": "method", "asked": "low rank", "description": "The same of one that asks for factors."},
+        "sums": {"format": "method", "asked": "sums", "description": "The same of one for factors and another part."},
         "levels": {
             "type": "array",
             "items": {"type": "number", "minimum": 0, "maximum": 0.99},
@@ -49,13 +51,15 @@ CARD = {
                     "bits": {"type": "integer", "minimum": 2, "maximum": 8},
                     "group": {"type": "integer", "minimum": 1},
                     "symmetric": {"type": "boolean"},
+                    "rank": {"type": "number", "exclusiveMinimum": 0, "exclusiveMaximum": 1},
                 },
             },
             "minItems": 1,
             "maxItems": 200,
-            "description": "What a layer may be asked where the target prunes and quantises, beside that target, whose "
-            "pattern, group and symmetric hold where a pair says none. null: 30 to 80 % by 10, or all counts of an n:m "
-            "pattern, at 2, 3, 4, 6 and 8 bits.",
+            "description": "What a layer may be asked beside the target, where this prunes and quantises or has a "
+            "rank. Its pattern, group, symmetric and rank hold where a pair says none. null: where it prunes, 30 to "
+            "80 % by 10, or all counts of an n:m pattern; where it quantises, 2, 3, 4, 6 and 8 bits; and 0.4 to 1.6 "
+            "times a rank by 0.2.",
         },
         "errors": {
             "enum": ["relative", "absolute", "divergence"],
@@ -94,6 +98,8 @@ class Knapsack(Allocator):
     probe: Method | str = "wanda"
     quantiser: Method | str = "rtn"
     joint: Method | str = "chain"
+    factors: Method | str = "svd_llm"
+    sums: Method | str = "oats"
     levels: tuple[float, ...] = (0.3, 0.35, 0.4, 0.45, 0.5, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9)
     pairs: Any = None
     errors: str = "absolute"
@@ -103,8 +109,9 @@ class Knapsack(Allocator):
     resolution: int = 200_000
 
     def candidates(self, target: Target) -> tuple[Method, Sequence[Candidate]]:
-        if target.budget == JOINT:
-            return cast(Method, self.joint), pairs_of(self.pairs, target)
+        if target.paired:
+            method = {JOINT: self.joint, LOW_RANK: self.factors}.get(target.budget, self.sums)
+            return cast(Method, method), pairs_of(self.pairs, target)
         if target.budget == "bits":
             return cast(Method, self.quantiser), [float(bits) for bits in range(2, 9)]
         if target.n_of_m:
@@ -141,7 +148,7 @@ class Knapsack(Allocator):
         excess = [excess_of(part, own, target) for part, own in zip(parts, options, strict=True)]
         # Where sums are coarse, bits and n:m counts never take more than the budget; shares are moved to it afterwards.
         rounding = UP if target.budget == "bits" else DOWN if target.n_of_m else NEAREST
-        choice = choose(tables, excess, self.resolution, target.budget == JOINT, rounding)
+        choice = choose(tables, excess, self.resolution, target.paired, rounding)
         picked = [own[pick] for own, pick in zip(options, choice.picks, strict=True)]
         scores = tuple(own[pick] for own, pick in zip(tables, choice.picks, strict=True))
         uniform = math.fsum(own[names.index(equal)] for own, names in zip(tables, options, strict=True))
@@ -167,7 +174,7 @@ def errors_of(part: Part) -> Mapping[Candidate, tuple[float, float]]:
 
 def budget_of(target: Target) -> Candidate:
     """The option that gives a layer's share of the budget."""
-    return target if target.budget == JOINT else target.level
+    return target if target.paired else target.level
 
 
 def excess_of(part: Part, options: Sequence[Candidate], target: Target) -> list[int]:

@@ -52,7 +52,7 @@ RIDGE = 1e-3  # of the least squares, as a share of the mean eigenvalue of V V^T
 
 @dataclass(frozen=True)
 class ROCKET(Method):
-    """B = V^T, sparse, and A = U^T C^-1, dense. Equal shares for all layers: its allocation over layers is not here.
+    """B = V^T, sparse, and A = U^T C^-1, dense. Its allocation over layers is the allocator knapsack.
 
     The importance of an entry is |V| sqrt(||C^-T u||), the geometric mean of |V| and |V| ||C^-T u||; by the latter
     dropped entries come back. The 100 Adam steps of the released default are not offered. Precondition: a finite Gram.

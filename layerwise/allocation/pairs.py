@@ -1,23 +1,25 @@
-"""Pairs of sparsity and bits that a layer may be asked for, where a target prunes and quantises."""
+"""What a layer may be asked for where a budget is counted in bits: sparsity with bits, a rank, or one with these."""
 
 from collections.abc import Mapping, Sequence
+from itertools import product
 from typing import Any
 
 from layerwise.contract.target import Target
 
 SHARES = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
 BITS = (2, 3, 4, 6, 8)
+RANKS = (0.4, 0.6, 0.8, 1.0, 1.2, 1.4, 1.6)  # times the budget's
 
 
 def pairs_of(given: Sequence[Mapping[str, Any]] | None, target: Target) -> list[Target]:
     """The targets that a layer may get, the budget's own first.
 
     given: as in a config's `targets`; where one prunes its pattern, and where it quantises its grid, is that of the
-    budget, unless it says so itself. None: SHARES, or all counts of an n:m pattern, at all BITS. Raises ValueError, in
-    one sentence, for one that is no target.
+    budget, unless it says so itself. None: of what the budget asks for, SHARES, or all counts of an n:m pattern, all
+    BITS, and RANKS. Raises ValueError, in one sentence, for one that is no target.
     """
     if Target.parse(target.label) != target:  # the table has the label
-        raise ValueError(f"the budget's percentage must have at most six digits. Got {target.sparsity} instead.")
+        raise ValueError(f"the budget's percentages must have at most six digits. Got {target.label} instead.")
     found = [target]
     for number, option in enumerate(_usual(target) if given is None else given):
         try:
@@ -29,8 +31,11 @@ def pairs_of(given: Sequence[Mapping[str, Any]] | None, target: Target) -> list[
 
 def _usual(target: Target) -> list[dict[str, Any]]:
     of = target.n_of_m[1] if target.n_of_m else 0
-    pruning = [{"pattern": f"{kept}:{of}"} for kept in range(1, of)] or [{"sparsity": share} for share in SHARES]
-    return [{**pruned, "bits": bits} for pruned in pruning for bits in BITS]
+    pruned = [{"pattern": f"{kept}:{of}"} for kept in range(1, of)] or [{"sparsity": share} for share in SHARES]
+    widths = [{"bits": bits} for bits in BITS]
+    ranks = [{"rank": round(factor * target.rank, 6)} for factor in RANKS if factor * target.rank < 1]
+    axes = [pruned if target.sparsity else [{}], widths if target.bits else [{}], ranks if target.rank else [{}]]
+    return [{**share, **width, **rank} for share, width, rank in product(*axes)]
 
 
 def _pair(option: Mapping[str, Any], target: Target) -> Target:
@@ -41,9 +46,11 @@ def _pair(option: Mapping[str, Any], target: Target) -> Target:
         own["bits"] = int(own["bits"])
         own.setdefault("group", target.group)
         own.setdefault("symmetric", target.symmetric)
+    if target.rank:
+        own.setdefault("rank", target.rank)
     found = Target(**own)
     if found.dense:
-        raise ValueError("a pair must prune or quantise")
+        raise ValueError("a pair must prune, quantise or have a rank")
     if Target.parse(found.label) != found:  # the table has the label
-        raise ValueError(f"its percentage must have at most six digits. Got {found.sparsity} instead.")
+        raise ValueError(f"its percentages must have at most six digits. Got {found.label} instead.")
     return found

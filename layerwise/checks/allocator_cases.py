@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from layerwise.contract.allocator import Allocator, Candidate, DenseLayer, Part, Proposal, Trials
 from layerwise.contract.catalogue import Catalogue, Entry
 from layerwise.contract.gram import Gram
-from layerwise.contract.target import JOINT, Target
+from layerwise.contract.target import JOINT, LOW_RANK, SUM, Target
 
 TARGETS = {  # by the kinds of budgets that a card lists
     "row": [Target(0.5), Target(0.7), Target(0.95)],
@@ -21,6 +21,8 @@ TARGETS = {  # by the kinds of budgets that a card lists
     "n:m": [Target(pattern="2:4"), Target(pattern="3:8"), Target(pattern="1:3")],
     "bits": [Target(bits=3), Target(bits=4, group=32)],
     JOINT: [Target(0.5, bits=4, group=8), Target(pattern="2:4", bits=3)],
+    LOW_RANK: [Target(rank=0.6)],
+    SUM: [Target(0.5, rank=0.3)],
 }
 Shapes = tuple[tuple[tuple[int, int], ...], ...]
 
@@ -153,7 +155,7 @@ class MadeTrials(Trials):
 
 def level_of(own: Candidate) -> float:
     """A made-up strength of what a layer is asked for."""
-    return own.sparsity + (8 - (own.bits or 16)) / 8 if isinstance(own, Target) else own
+    return own.sparsity + (8 - (own.bits or 16)) / 8 - own.rank if isinstance(own, Target) else own
 
 
 def cases_of(

@@ -17,7 +17,7 @@ from layerwise.checks.case import Finding, NothingToCheck, demand
 from layerwise.compression.allocate import held_pairs, targets_of
 from layerwise.contract.allocator import DenseLayer, Part, Proposal
 from layerwise.contract.layer import Method
-from layerwise.contract.target import JOINT, Target
+from layerwise.contract.target import Target
 
 AS_RELEASED = "its levels stand as a released code has them"
 REPEATED = Model("a block twice", 7, (BLOCK,))
@@ -53,7 +53,7 @@ def budget(case: AllocatorCase, name: str | Model) -> None:
     sizes = [part.size for part in parts]
     proposal = case.proposal(parts)
     check_scores(proposal, parts, model.name)
-    if target.budget == JOINT:
+    if target.paired:
         pairs = held_pairs(parts, proposal.pairs or (), target)
         if case.needs & {"errors", "trials"}:
             unknown = set(pairs) - set(case.allocator.candidates(target)[1])
@@ -94,7 +94,7 @@ def twice(case: AllocatorCase, name: str | Model) -> None:
 def equals(case: AllocatorCase, name: str | Model) -> None:
     if "splits_equals" in case.entry.card:
         raise NothingToCheck(f"equal layers may get two levels: {case.entry.card['splits_equals']}")
-    if case.target.budget == JOINT:
+    if case.target.paired:
         raise NothingToCheck("pairs are not levels")
     model, parts = of(name), list[Part]()
     for index, seed in enumerate((7, 8, 7)):
@@ -110,7 +110,7 @@ def equals(case: AllocatorCase, name: str | Model) -> None:
 
 
 def one_layer(case: AllocatorCase, name: str | Model) -> None:
-    if case.target.budget == JOINT and "trials" in case.needs:
+    if case.target.paired and "trials" in case.needs:
         raise NothingToCheck("by the divergence another pair may be better")
     model = of(name)
     parts = case.parts(model)
@@ -118,12 +118,12 @@ def one_layer(case: AllocatorCase, name: str | Model) -> None:
         parts = [replace(part, errors=best_at(part.errors or {}, case.target)) for part in parts]
     (own,) = targets_of(parts, case.proposal(parts), case.target)
     asked = case.target
-    held = own == asked if asked.budget == JOINT else math.isclose(own.level, asked.level, abs_tol=1 / parts[0].size)
+    held = own == asked if asked.paired else math.isclose(own.level, asked.level, abs_tol=1 / parts[0].size)
     demand(held, model.name, f"the only layer must get the budget, {asked.label}", own.label)
 
 
 def best_at(errors: Mapping[Any, tuple[float, float]], target: Target) -> dict[Any, tuple[float, float]]:
-    equal = target if target.budget == JOINT else target.level
+    equal = target if target.paired else target.level
     return {option: (float(option != equal), float(option != equal)) for option in errors}
 
 

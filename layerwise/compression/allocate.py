@@ -27,7 +27,7 @@ from layerwise.contract.cards import ALLOCATOR
 from layerwise.contract.catalogue import Catalogue
 from layerwise.contract.gram import Gram
 from layerwise.contract.layer import Layer
-from layerwise.contract.target import JOINT, Target
+from layerwise.contract.target import Target
 from layerwise.models import compute_dtype, loading, structure
 from layerwise.models.stored_dtypes import stored_dtype
 from layerwise.models.streaming import LazyBlocks
@@ -116,14 +116,14 @@ def targets_of(parts: Sequence[Part], proposal: Proposal, target: Target) -> lis
     """The target of each layer. Raises ValueError for a proposal that lacks layers or misses the budget."""
     if len(proposal.scores) != len(parts):
         raise ValueError(f"scores must be {len(parts)}, one for each layer. Got {len(proposal.scores)} instead")
-    if target.budget == JOINT:
+    if target.paired:
         return held_pairs(parts, proposal.pairs or (), target)
     levels = list(proposal.levels) if proposal.official else held(proposal.levels, sizes(parts), target)
     return [target.at(level) for level in levels]
 
 
 def held_pairs(parts: Sequence[Part], pairs: Sequence[Target], target: Target) -> list[Target]:
-    """The pairs of sparsity and bits, once it is made sure that they take no more bits than the target itself."""
+    """The layers' own targets, once it is made sure that they take no more bits than the budget itself."""
     if len(pairs) != len(parts):
         raise ValueError(f"pairs must be {len(parts)}, one for each layer. Got {len(pairs)} instead")
     taken = sum(bits_of(own, part.out, part.inputs) for part, own in zip(parts, pairs, strict=True))
@@ -201,9 +201,9 @@ def rows_of(
     parts: Sequence[Part], proposal: Proposal, targets: Sequence[Target], target: Target
 ) -> list[dict[str, Any]]:
     """A row for each layer; values that hold for all are repeated in each."""
-    total, joint = sum(sizes(parts)), target.budget == JOINT
+    total, paired = sum(sizes(parts)), target.paired
     levels = [own.level for own in targets]
-    if joint:
+    if paired:
         stored = zip(parts, targets, strict=True)
         levels = [bits_of(own, part.out, part.inputs) / part.size for part, own in stored]
     mean = math.fsum(part.size * level for part, level in zip(parts, levels, strict=True)) / total
@@ -215,7 +215,7 @@ def rows_of(
     if proposal.error is not None and proposal.bound is not None:
         gap = max(0.0, 1 - proposal.bound / proposal.error) if proposal.error > 0 else 0.0
     common = {
-        "budget": sum(bits_of(target, part.out, part.inputs) for part in parts) / total if joint else target.level,
+        "budget": sum(bits_of(target, part.out, part.inputs) for part in parts) / total if paired else target.level,
         "mean_level": mean,
         "achieved": achieved,
         "official": proposal.official,
@@ -232,7 +232,7 @@ def rows_of(
             "out": part.out,
             "in": part.inputs,
             "level": level,
-            "pair": own.label if joint else None,
+            "pair": own.label if paired else None,
             "score": None if score is None else float(score),
             **common,
         }
@@ -262,7 +262,7 @@ def main(argv: list[str] | None = None) -> None:
         "allocation": job.spec["name"],
         "allocator": job.spec["allocator"],
         "target": job.target.label,
-        **job.target.as_dict(),
+        **{name: value for name, value in job.target.as_dict().items() if name != "rank"},  # which the label has
         "params": json.dumps(job.spec["params"], sort_keys=True, separators=(",", ":")),
         "seed": job.spec["seed"],
     }

@@ -27,7 +27,7 @@ from layerwise.compression.solver import Solver
 from layerwise.compression.tune import Tuner
 from layerwise.contract.catalogue import Catalogue, Entry
 from layerwise.contract.layer import Compressed, Layer
-from layerwise.contract.target import JOINT, Target
+from layerwise.contract.target import Target
 from layerwise.models import compute_dtype, loading, structure
 from layerwise.models.stored_dtypes import stored_dtype
 from layerwise.models.streaming import LazyBlocks
@@ -320,10 +320,10 @@ def write_block(
     rows, traces, stored, targets = [], [], {}, {}
     for row, result in block:
         target = solver.at(row["layer"]).target
-        joint = solver.target.budget == JOINT
-        rows.append(
-            row | {"level": row["bits_per_weight"] if joint else target.level, "pair": target.label if joint else None}
-        )
+        if solver.target.paired:
+            rows.append(row | {"level": row["bits_per_weight"], "pair": target.label})
+        else:
+            rows.append(row | {"level": target.level, "pair": None})
         for name in ("peak_mb", "peak_gpu_mb"):
             checkpoint.most(name, row[name])
         traces += [{"layer": row["layer"], **point} for point in trace_rows(result)]

@@ -29,10 +29,14 @@ class Probe:
         return cls(Solver(f"{name}'s {type(method).__name__}", method, target, seed, dtype), candidates)
 
     def errors(self, layer: Layer) -> dict[Candidate, tuple[float, float]]:
-        """Candidate -> (absolute, relative) output error of the layer."""
+        """Candidate -> (absolute, relative) output error of the layer, without those that would give it no factors."""
         found: dict[Candidate, tuple[float, float]] = {}
+        out, inputs = layer.weight.shape
         for candidate in self.candidates:
-            _, row = self._at(candidate).solve(layer)
+            solver = self._at(candidate)
+            if solver.without_factors({layer.name: (out, inputs)}):  # a rank that is 0 in a small layer
+                continue
+            _, row = solver.solve(layer)
             found[candidate] = (row["absolute_error"], row["output_error"])
         return found
 

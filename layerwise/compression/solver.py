@@ -64,8 +64,9 @@ class Solver:
     def without_factors(self, shapes: Mapping[str, tuple[int, int]]) -> str | None:
         """One sentence about the first of these layers, name -> (out, in), that would get no factors, or None."""
         for name, shape in shapes.items() if self.target.rank else ():
-            if self.method.rank_of(self.target, *shape) < 1:
-                return self.target.without_factors(shape, name)
+            target = self.at(name).target
+            if self.method.rank_of(target, *shape) < 1:
+                return target.without_factors(shape, name)
         return None
 
     def solve(self, layer: Layer) -> tuple[Compressed, dict[str, Any]]:

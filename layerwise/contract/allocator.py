@@ -17,7 +17,7 @@ from layerwise.contract.target import Target
 
 __all__ = ["Allocator", "Candidate", "DenseLayer", "Part", "Proposal", "Target", "Trials"]
 
-Candidate = float | Target  # a level, or, of a target that prunes and quantises, what a layer is asked instead
+Candidate = float | Target  # a level, or, of a budget counted in bits, what a layer is asked instead
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,8 @@ class Part:
     """A layer when levels are chosen.
 
     block: index of its block. out, inputs: of its weight. measured: what `measure` gave for it. errors: of each
-    candidate (absolute, relative) output error, where the card's `needs` name errors.
+    candidate (absolute, relative) output error, where the card's `needs` name errors; but not of a rank that would be
+    0 in the layer.
     """
 
     name: str
@@ -59,7 +60,7 @@ class Proposal:
     levels that miss it are all moved by one number, and kept within limits (allocation/budget.py). scores: what the
     levels come from, for the table. official: the levels stand as they are, though they may miss the budget, because a
     released code has them so.
-    pairs: of a target that prunes and quantises: what each layer is asked. The bits that these take together must be at
+    pairs: of a target that is `paired`: what each layer is asked. The bits that these take together must be at
     most those of the target itself (storage/bits_per_weight.py).
     error, uniform_error, bound: weighted errors of the levels, of equal levels, and the least that any levels can have,
     of an allocator that knows them.

@@ -109,7 +109,7 @@ CARD_SCHEMA = {
 }
 
 # Kinds of targets over whose layers a budget may be spread.
-LEVELLED = ["row", "layer", "n:m", "bits", "pruned and quantised"]
+LEVELLED = ["row", "layer", "n:m", "bits", "pruned and quantised", "low rank", "sum of parts"]
 SEEN = ["weight", "gram", "errors", "trials"]  # an allocator's possible needs; trials: the model at trial levels
 ALLOCATOR_SCHEMA = {
     "type": "object",

@@ -18,6 +18,7 @@ FORMATS = {"nvfp4": 16, "mxfp4": 32}  # floating-point formats of four bits -> i
 JOINT = "pruned and quantised"  # the budget of a target that does both: bits as stored
 LOW_RANK = "low rank"  # the structure of a target that asks for two thin factors and nothing else
 SUM = "sum of parts"  # what is compared where factors stand beside a sparse or quantised part
+PAIRED = (JOINT, LOW_RANK, SUM)  # budgets of which a layer is given a target of its own, no level
 CERTIFIED = ("row", "layer", "n:m")  # patterns for which the error of every mask has a bound
 
 
@@ -195,14 +196,18 @@ class Target:
     def budget(self) -> str:
         """Kind of what a share of it is given to each layer, as an allocator's card lists it: as `structure`, or bits.
 
-        That of a target which prunes and quantises is JOINT: the bits that it takes. A format has none, and gives its
-        name. No allocator spreads one that asks for factors.
+        Those of PAIRED are the bits that the target takes. A format has no budget, and gives its name.
         """
         if self.rank:
-            return LOW_RANK
+            return LOW_RANK if self.rest.dense else SUM
         if self.bits is None:
             return self.structure
         return JOINT if self.sparsity else self.format or "bits"
+
+    @property
+    def paired(self) -> bool:
+        """Whether a budget is given to the layers as targets of their own, which take bits, and not as levels."""
+        return self.budget in PAIRED
 
     @property
     def level(self) -> float:

@@ -8,7 +8,7 @@ from typing import Any
 from layerwise.allocation.pairs import pairs_of
 from layerwise.contract.cards import ALLOCATOR
 from layerwise.contract.catalogue import Catalogue, CatalogueError
-from layerwise.contract.target import JOINT, Target
+from layerwise.contract.target import JOINT, LOW_RANK, SUM, Target
 from layerwise.runtime.errors import InputError
 from layerwise.runtime.sentences import brief
 from layerwise.study.method_entries import LONGEST_SENTENCE, MethodEntry
@@ -83,14 +83,14 @@ def refusal(
         reasons = [methods.refusal(entry.method, entry.params, target.at(bits)) for bits in WIDTHS]
         if reason := next(filter(None, reasons), None):
             return f"{allocation.allocator} may ask for any width from 2 to 8: {reason}"
-    asked = {"bits": "bits", JOINT: "both"}.get(budget, "pruning")
+    asked = {"bits": "bits", JOINT: "both", LOW_RANK: "low rank", SUM: "sums"}.get(budget, "pruning")
     inner = allocators[allocation.allocator].inner(allocation.params)
     probes = [own for own in inner if card["parameters"][own[0]].get("asked", asked) == asked]
     for key, name, params in probes:
         for own in [target.at(bits) for bits in WIDTHS] if budget == "bits" else [target]:
             if reason := methods.refusal(name, params, own):
                 return f"its {key} cannot: {reason}"
-    return _pairs_refusal(allocators, methods, allocation, entry, target, probes) if budget == JOINT else None
+    return _pairs_refusal(allocators, methods, allocation, entry, target, probes) if target.paired else None
 
 
 def _pairs_refusal(

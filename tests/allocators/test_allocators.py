@@ -19,7 +19,7 @@ from layerwise.contract.allocator import DenseLayer, Part
 from layerwise.contract.cards import ALLOCATOR
 from layerwise.contract.catalogue import Catalogue
 from layerwise.contract.gram import Gram
-from layerwise.contract.target import JOINT, Target
+from layerwise.contract.target import Target
 from layerwise.storage.target_bits import bits_of
 from tests.support.fuzz_configs import EVERY_CHECK
 from tests.support.paths import ROOT
@@ -63,7 +63,7 @@ def layers_of(block, rng):
 def test_levels_hold_the_budget(case, model):
     allocator_promises.budget(case, model)
     allocator_promises.twice(case, model)
-    if case.entry.name in ("uniform", "knapsack", "evopress") and case.target.budget != JOINT:
+    if case.entry.name in ("uniform", "knapsack", "evopress") and not case.target.paired:
         parts = case.parts(model)
         sizes = [part.size for part in parts]
         levels = held(case.proposal(parts).levels, sizes, case.target)
@@ -288,15 +288,26 @@ def test_the_longest_pattern_gives_a_layer_its_weight():
     assert [found.factor(name) for name in ("b.down", "b.up", "a.up", "a.down")] == [5.0, 2.0, 3.0, 5.0]
 
 
+JOINT_PAIRS = [{"sparsity": 0.5, "bits": 8}, {"sparsity": 0.75, "bits": 4}, {"bits": 3}, {"sparsity": 0.25, "bits": 2}]
+SUM_PAIRS = [{"sparsity": 0.75}, {"sparsity": 0.25, "rank": 0.6}, {"sparsity": 0.7, "rank": 0.2}]
+
+
 @pytest.mark.parametrize("seed", range(4))
-def test_pairs_reach_brute_force_within_the_bits_of_the_budget(seed):
+@pytest.mark.parametrize(
+    ("target", "given", "fourth"),
+    [
+        (Target(0.5, bits=4, group=4), JOINT_PAIRS, Target(bits=3, group=4)),
+        (Target(0.5, rank=0.4), SUM_PAIRS, Target(0.7, rank=0.2)),
+        (Target(rank=0.5), None, Target(rank=0.4)),
+    ],
+    ids=["joint", "sum", "factors"],
+)
+def test_pairs_reach_brute_force_within_the_bits_of_the_budget(seed, target, given, fourth):
     rng = np.random.default_rng(seed)
-    target = Target(0.5, bits=4, group=4)
-    given = [{"sparsity": 0.5, "bits": 8}, {"sparsity": 0.75, "bits": 4}, {"bits": 3}, {"sparsity": 0.25, "bits": 2}]
     found = own("knapsack", pairs=given)
     shapes = [(4, 8), (6, 8), (4, 12)]
     options = found.candidates(target)[1]
-    assert len(options) == 5 and options[0] == target and options[3] == Target(bits=3, group=4)
+    assert len(options) == len(given or range(6)) + 1 and options[0] == target and options[3] == fourth
     errors: Any = [{option: (float(rng.exponential()),) * 2 for option in options} for _ in shapes]
     parts = [Part("x", i, *shape, None, own) for i, (shape, own) in enumerate(zip(shapes, errors, strict=True))]
     proposal = found.allocate(parts, target)

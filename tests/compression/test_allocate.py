@@ -19,6 +19,7 @@ from layerwise.models.structure import model_linears
 from layerwise.runtime.errors import InputError
 from layerwise.storage.bits_per_weight import bits_per_weight
 from layerwise.storage.packed_file import PackedFile
+from layerwise.storage.target_bits import bits_of
 from tests.compression.test_cell import LENGTH, OUTPUTS, SAMPLES, Case, dense_weights, rows, weights
 from tests.support.model_families import tokens
 
@@ -132,6 +133,41 @@ def test_pairs_of_sparsity_and_bits_are_solved_stored_and_counted(case, target, 
     assert first["budget"] == pytest.approx(stored)
     assert first["allocated_bound"] <= first["allocated_error"] <= first["uniform_error"]
     assert first["uniform_error"] == pytest.approx(sum(row["absolute_error"] for row in equal))
+    form, asked, lines = audit(cell)
+    assert (form, asked) == ("packed", target) and [line.fault for line in lines] == [None] * 14
+
+
+@pytest.mark.parametrize(
+    ("method", "target", "some_pairs"),
+    [
+        ("svd_llm", Target(rank=0.4), None),
+        ("rocket", Target(rank=0.4), [{"rank": 0.01}, {"rank": 0.2}, {"rank": 0.6}]),  # 1%: no factors here
+        ("oats", Target(0.5, rank=0.2), [{"sparsity": 0.7, "rank": 0.4}, {"sparsity": 0.4, "rank": 0.1}]),
+    ],
+)
+def test_ranks_of_their_own_take_the_bits_of_the_budget(case, method, target, some_pairs):
+    cell = case.run(method, target, out=f"ranks {method}", allocations={"knapsack": {"pairs": some_pairs}})
+    found, spread = rows(cell), {row["layer"]: row for row in table(cell)}
+    assert len({row["pair"] for row in found}) > 1
+    file = PackedFile(cell / "weights.safetensors")
+    taken = wanted = 0
+    for row in found:
+        own, name, shape = Target.parse(row["pair"]), row["layer"], (row["out"], row["in"])
+        assert spread[name]["pair"] == row["pair"] and file.target_of(name) == own
+        size = shape[0] * shape[1]
+        rest = 0 if own.rest.dense else bits_of(own.rest, *shape)
+        # rocket spends what the rank of dense factors, a whole number, leaves of its share
+        assert row["bits_per_weight"] * size <= 16 * own.rank * size + rest + 1e-6
+        assert own.rank != 0.01
+        taken += bits_of(own, *shape)
+        wanted += bits_of(target, *shape)
+    assert taken <= wanted
+    first = table(cell)[0]
+    assert first["allocated_bound"] <= first["allocated_error"] <= first["uniform_error"]
+    equal = rows(case.run(method, target, out=f"equal {method}"))
+    assert {row["pair"] for row in equal} == {target.label}
+    if method != "rocket":  # which svd_llm was tried for
+        assert first["uniform_error"] == pytest.approx(sum(row["absolute_error"] for row in equal))
     form, asked, lines = audit(cell)
     assert (form, asked) == ("packed", target) and [line.fault for line in lines] == [None] * 14
 

@@ -133,5 +133,6 @@ def test_a_rank_leaves_the_rest_of_a_target_alone():
     assert whole.rest == Target(0.5, "2:4", bits=4, group=16) and Target(rank=0.3).rest.dense
     assert whole.pruning == Target(pattern="2:4") and whole.grid == Target(bits=4, group=16)
     assert not Target(rank=0.3).dense and Target(rank=0.3).level == 0.3 and Target(rank=0.3).at(0.4) == Target(rank=0.4)
-    assert whole.budget == Target(rank=0.3).budget == "low rank" and whole.level == 0.5
+    assert (whole.budget, Target(rank=0.3).budget) == ("sum of parts", "low rank") and whole.level == 0.5
+    assert whole.paired and Target(rank=0.3).paired and not Target(bits=4).paired
     assert "rank" not in Target(0.5).as_dict() and whole.as_dict()["rank"] == 0.1  # cells without one keep their names

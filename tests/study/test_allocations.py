@@ -92,9 +92,9 @@ def test_misfits_are_skipped_with_a_reason(allocations, target, methods, reason)
         (
             [{"sparsity": 1 / 3, "bits": 4}],
             "awp",
-            "pairs.0 is not a target: its percentage must have at most six digits",
+            "pairs.0 is not a target: its percentages must have at most six digits",
         ),
-        ([{"sparsity": 0}], "awp", "pairs.0 is not a target: a pair must prune or quantise"),
+        ([{"sparsity": 0}], "awp", "pairs.0 is not a target: a pair must prune, quantise or have a rank"),
         ([{"bits": 3}], "chain", "knapsack may ask for 3b: chain prunes and quantises together, not one of them alone"),
         ([{"sparsity": 0.4}], "awp", "its joint cannot reach 40% row: chain prunes and quantises"),
         (None, "rtn", "rtn does not prune"),
@@ -112,12 +112,25 @@ def test_pairs_that_cannot_be_given_are_one_sentence(given, method, reason):
     assert reason in told and "\n" not in told
 
 
-def test_pairs_are_planned_beside_their_budget():
-    planned = plan(
-        spread({"uniform": None, "knapsack": None}, targets=[{"sparsity": 0.5, "bits": 4}], methods={"awp": None})
-    )
-    assert [cell.columns["target"] for cell in planned.cells] == ["50% row 4b", "50% row 4b knapsack"]
+@pytest.mark.parametrize(
+    ("target", "method", "label", "params"),
+    [
+        ({"sparsity": 0.5, "bits": 4}, "awp", "50% row 4b", None),
+        ({"rank": 0.4}, "rocket", "rank 40%", None),
+        ({"sparsity": 0.5, "rank": 0.2}, "three_basil", "50% row rank 20%", None),
+        ({"bits": 4, "rank": 0.1}, "eora", "4b rank 10%", {"sums": "eora"}),
+    ],
+)
+def test_pairs_are_planned_beside_their_budget(target, method, label, params):
+    planned = plan(spread({"uniform": None, "knapsack": params}, targets=[target], methods={method: None}))
+    assert [cell.columns["target"] for cell in planned.cells] == [label, f"{label} knapsack"]
     assert not planned.skipped
+
+
+def test_the_method_that_tries_sums_must_reach_them():
+    target = {"bits": 4, "rank": 0.1}
+    (row,) = plan(spread({"uniform": None, "knapsack": None}, targets=[target], methods={"eora": None})).skipped
+    assert row["reason"] == "its sums cannot: oats does not quantise"
 
 
 def test_what_tries_the_model_is_given_tokens_and_grams():
