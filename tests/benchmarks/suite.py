@@ -63,6 +63,7 @@ UNTIMED = {
     "asvd": "as svd",
     "svd_llm": "one eigenvalue decomposition of the library, between products in float64",
     "eora": "its first method, then svd_llm of the error",
+    "slim": "its first method, then svd of the error",
     "oats": "80 singular value decompositions of the library",
     "rocket": "svd_llm, a sort, and a least-squares solution per column",
     "three_basil": "alps, with an eigenvalue decomposition of the library in each iteration",

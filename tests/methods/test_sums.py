@@ -14,11 +14,12 @@ from layerwise.checks.layer_cases import LAYERS, Recipe
 from layerwise.compression.solver import Solver
 from layerwise.compression.verify import broken_promise
 from layerwise.contract.catalogue import Catalogue
-from layerwise.contract.layer import Compressed, Layer, Method, Target, UnsupportedTarget
+from layerwise.contract.layer import Compressed, Gram, Layer, Method, Target, UnsupportedTarget
 from layerwise.methods.eora import EoRA
 from layerwise.methods.gptq import GPTQ
 from layerwise.methods.oats import OATS
 from layerwise.methods.rocket import ROCKET
+from layerwise.methods.slim import SLiM
 from layerwise.methods.sparsegpt import SparseGPT
 from layerwise.methods.svd import SVD
 from layerwise.methods.three_basil import ThreeBASiL
@@ -81,6 +82,64 @@ def test_eora_improves_with_the_rank():
     assert (
         errors == sorted(errors, reverse=True) and errors[0] == pytest.approx(own, rel=1e-6) and errors[2] < 0.6 * own
     )
+
+
+# ----------------------------------------------------------------------------------------------------------------- SLiM
+
+PRUNED = {
+    Target(0.5, rank=0.2): Wanda(),
+    Target(pattern="2:4", rank=0.2): SparseGPT(),
+    Target(0.5, "layer", rank=0.1): Wanda(),
+    Target(0.5, "1x16", rank=0.2): Wanda(),
+}
+
+
+@pytest.mark.parametrize("target", PRUNED, ids=lambda target: target.label)
+@pytest.mark.parametrize("name", LAYERS)
+def test_slim_is_its_formula_and_never_below_the_exact_correction(name: str, target: Target):
+    """B A = SVD_r((W - S) D) D^-1 in numpy, D = diag(sqrt(mean x_j^2)), on the inputs that are alive."""
+    layer, mask = layers.build(name), PRUNED[target]
+    part, result = compress(mask, layer, target.rest), compress(SLiM(mask), layer, target)
+    assert torch.equal(some(result.low_rank.rest), part.weight) and torch.equal(mask_of(result), mask_of(part))
+    assert broken_promise(layer, target, result) is None
+    missing, gram = (x.numpy() for x in (layer.weight.double() - part.weight.double(), layer.gram.matrix.double()))
+    scale, rank = np.sqrt(np.diag(gram)), target.rank_of(*missing.shape)
+    u, sizes, v = np.linalg.svd(missing * scale, full_matrices=False)
+    formula = (u[:, :rank] * sizes[:rank]) @ v[:rank] / np.where(scale > 0, scale, 1.0)
+    left, exact = (
+        missing - (low.left.double() @ low.right.double()).numpy()
+        for low in (result.low_rank, compress(EoRA(mask), layer, target).low_rank)
+    )
+    found, best = left * scale, (missing - formula) * scale
+    unit = float(((missing * scale) ** 2).sum())
+    assert float((found**2).sum()) == pytest.approx(float((best**2).sum()), rel=1e-6, abs=1e-12 * unit)
+    if rank and sizes[rank - 1] > 1.01 * sizes[rank : rank + 1].sum():  # else equal values have many vectors
+        assert np.abs(found - best).max() <= 1e-5 * np.abs(missing * scale).max()
+    below = -min(0.0, float(np.linalg.eigvalsh(gram)[0])) * float((missing**2).sum())  # by rounding of the Gram
+    assert ((exact @ gram) * exact).sum() <= ((left @ gram) * left).sum() * (1 + 1e-6) + 2 * below + 1e-12 * unit
+
+
+def test_slim_loses_to_the_exact_correction_where_inputs_are_correlated():
+    layer, target = layers.build("correlated"), Target(0.5, rank=0.2)
+    ours, exact = (output_error(layer, compress(m, layer, target).weight) for m in (SLiM(Wanda()), EoRA(Wanda())))
+    alone = output_error(layer, compress(Wanda(), layer, target.rest).weight)
+    assert exact < 0.95 * ours < 0.95 * alone
+    plain = replace(layer, gram=Gram(torch.diag(layer.gram.diagonal), layer.gram.tokens))
+    ours, exact = (compress(m, plain, target).weight for m in (SLiM(Wanda()), EoRA(Wanda())))
+    torch.testing.assert_close(ours, exact)  # where they are not, it is the exact one
+
+
+def test_slim_only_prunes():
+    catalogue = Catalogue()
+    params = catalogue.complete("slim", {}, "test")
+    assert catalogue.refusal("slim", params, Target(0.5, rank=0.1)) is None
+    assert catalogue.refusal("slim", params, Target(bits=4, rank=0.1)) == "slim does not quantise"
+    assert (
+        catalogue.refusal("slim", params, Target(rank=0.4)) == "slim gives a sum with low-rank factors, not these alone"
+    )
+    blocks = catalogue.complete("slim", {"mask": "sparsegpt"}, "test")
+    told = "its mask cannot: sparsegpt prunes by row, layer, n:m, not by 1xb"
+    assert catalogue.refusal("slim", blocks, Target(0.5, "1x16", rank=0.1)) == told
 
 
 def test_eora_is_refused_where_its_part_is():
