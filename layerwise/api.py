@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from layerwise.calibration.tap_statistics import TapStatistics
 from layerwise.compression import lower_bound as bounds
 from layerwise.compression import score
-from layerwise.compression.resolve import as_target, needed_statistics, resolve, solve
+from layerwise.compression.resolve import as_target, needed_statistics, needs, resolve, solve
 from layerwise.contract.layer import Compressed, Gram, Layer, Method, Quantised, Statistics, UnsupportedTarget
 from layerwise.contract.target import Target
 
@@ -113,6 +113,7 @@ def compress_layer(
     method: str | Path | Mapping[str, Any] | Method,
     *,
     statistics: Statistics | None = None,
+    fisher: Tensor | None = None,
     seed: int = 0,
     **parameters: Any,
 ) -> LayerResult:
@@ -126,6 +127,8 @@ def compress_layer(
     target: a Target or its label, such as "2:4", "60% row", "50% 1x16", "4b g128" or "2:4 4b g128".
     method: a name of `layerwise.methods()`, {name: {parameters}}, the path of a method's file, or an instance.
     statistics: from `calibrate`, for methods that need more than the Gram.
+    fisher: [out] float32, at least 0, for fwsvd: the mean squared gradients of the model's loss, summed over each row
+        of the weight. `layerwise.calibration.fisher.of_model(model, tokens)` gives those of every layer of a model.
     seed: of the random numbers of a method that draws some.
     parameters: the method's own, by name; the others have its defaults.
 
@@ -135,13 +138,20 @@ def compress_layer(
     """
     original = weight_of(weight)
     goal = as_target(target)
-    layer = checked(Layer("the layer", original.to(torch.float32, copy=True).contiguous(), gram, statistics))
+    layer = checked(
+        Layer("the layer", original.to(torch.float32, copy=True).contiguous(), gram, statistics, fisher=fisher)
+    )
     resolved = resolve(method, parameters, goal)
     needed = needed_statistics(resolved.method)
     if needed and statistics is None:
         raise ValueError(
             f"statistics must be given: {resolved.name} needs {' and '.join(needed)}, which layerwise.calibrate(x) "
             "returns with the Gram. Got None instead."
+        )
+    if "fisher" in needs(resolved.method) and fisher is None:
+        raise ValueError(
+            f"fisher must be given: {resolved.name} needs the mean squared gradients of the model's loss, summed over "
+            "each row of the weight. Got None instead."
         )
     solver = resolved.solver(goal, seed, kept_dtype(original))
     if sentence := solver.without_factors({layer.name: (original.shape[0], original.shape[1])}):
@@ -221,6 +231,10 @@ def checked(layer: Layer) -> Layer:
     if layer.gram.apart:
         for name, matrix in (("gram.cross", layer.gram.cross), ("gram.dense", layer.gram.dense)):
             tensors[name] = (matrix, (inputs, inputs), "[in, in]")
+    if layer.fisher is not None:
+        if not isinstance(layer.fisher, Tensor):
+            raise ValueError(f"fisher must be a tensor [out]. Got {type(layer.fisher).__name__} instead.")
+        tensors["fisher"] = (layer.fisher, (len(layer.weight),), "[out]")
     if layer.statistics is not None:
         if not isinstance(layer.statistics, Statistics):
             came = type(layer.statistics).__name__
@@ -240,6 +254,8 @@ def checked(layer: Layer) -> Layer:
             raise ValueError(f"{name} must be torch.float32. Got {tensor.dtype} instead.")
         if not torch.isfinite(tensor).all():
             raise ValueError(f"{name} must be finite. Got NaN or Inf instead.")
+    if layer.fisher is not None and (least := float(layer.fisher.min())) < 0:
+        raise ValueError(f"fisher must be at least 0, as sums of squares are. Got {least:g} instead.")
     return layer
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import inspect
 import math
@@ -20,10 +21,12 @@ from hypothesis import strategies as st
 
 import layerwise
 from layerwise import Gram, InputError, Layer, Target, UnsupportedTarget
+from layerwise.calibration import fisher
 from layerwise.checks import layer_cases
 from layerwise.checks.brute_force import best_error
 from layerwise.compression.model import calibration_tokens
 from layerwise.contract.catalogue import Catalogue
+from layerwise.methods.fwsvd import FWSVD
 from layerwise.methods.rocket import ROCKET
 from layerwise.methods.sparsegpt import SparseGPT
 from layerwise.models.structure import model_linears
@@ -304,7 +307,7 @@ def test_a_rank_of_zero_is_one_sentence(name: str, target: str):
     weight, x = small()
     gram, statistics = layerwise.calibrate(x[None])
     with pytest.raises(UnsupportedTarget) as caught:
-        layerwise.compress_layer(weight, gram, target, name, statistics=statistics)
+        layerwise.compress_layer(weight, gram, target, name, statistics=statistics, fisher=torch.ones(3))
     told = f"The rank of {target} must be at least 1 in every layer. Got 0 in the layer [3, 8] instead."
     assert str(caught.value) == told
 
@@ -320,6 +323,29 @@ def test_rocket_is_refused_a_rank_of_zero_by_its_own_count():
     ):
         layerwise.compress_layer(weight, gram, "rank 46%", "rocket")
     assert layerwise.compress_layer(weight, gram, "rank 47%", "rocket").bits_per_weight == (16 * 11 + 3) / 24
+
+
+def test_a_fisher_is_needed_and_looked_at():
+    weight, x = small()
+    gram = Gram.from_inputs(x)
+    cases = {
+        "fisher must be given: fwsvd needs the mean squared gradients of the model's loss, summed over each row of the "
+        "weight. Got None instead.": None,
+        "fisher must be [out] = [3]. Got [8] instead.": torch.ones(8),
+        "fisher must be a tensor [out]. Got list instead.": [1.0, 1.0, 1.0],
+        "fisher must be torch.float32. Got torch.float64 instead.": torch.ones(3).double(),
+        "fisher must be finite. Got NaN or Inf instead.": torch.ones(3) / 0,
+        "fisher must be at least 0, as sums of squares are. Got -1 instead.": -torch.ones(3),
+    }
+    for sentence, own in cases.items():
+        with pytest.raises(ValueError) as caught:
+            layerwise.compress_layer(weight, gram, "rank 60%", "fwsvd", fisher=own)  # pyright: ignore[reportArgumentType]
+        assert str(caught.value) == sentence
+    fisher = torch.tensor([1.0, 0.0, 4.0])
+    result = layerwise.compress_layer(weight, gram, "rank 60%", "fwsvd", fisher=fisher)
+    u, sizes, v = np.linalg.svd((weight * fisher.sqrt()[:, None]).double().numpy(), full_matrices=False)
+    kept = (u[:, :1] * sizes[:1] @ v[:1])[[0, 2]] / np.array([[1.0], [2.0]])
+    np.testing.assert_allclose(result.weight[[0, 2]].numpy(), kept, atol=1e-3)  # factors in 16 bits
 
 
 def test_a_convention_that_the_runner_refuses_is_one_sentence():
@@ -525,6 +551,23 @@ def test_the_error_of_a_model_is_that_of_its_forward_pass():
         assert table.loc[name, "output_error"] == pytest.approx(expected, rel=1e-4), name
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_fisher_of_a_model_is_that_of_its_values_in_float32(dtype: torch.dtype):
+    model, batch = build("llama", dtype=dtype), tokens(2, LENGTH)
+    found = fisher.of_model(copy.deepcopy(model).float(), batch)
+    dense, before = {name: own.weight() for name, own in model_linears(model).items()}, state(model)
+    layerwise.compress_model(model, batch, "rank 40%", "fwsvd", progress=False)
+    assert state(model) == before
+    for name, own in model_linears(model).items():
+        layer = dataclasses.replace(layer_cases.build("correlated"), weight=dense[name], fisher=found[name])
+        expected = FWSVD().compress(layer, Target(rank=0.4), torch.Generator()).low_rank
+        assert expected is not None
+        product = expected.left.to(torch.float16).double() @ expected.right.to(torch.float16).double()
+        torch.testing.assert_close(
+            own.weight().double(), product, atol=4e-3 * float(dense[name].abs().max()), rtol=0.01
+        )
+
+
 def state(model: Any) -> dict[str, Any]:
     return {
         "training": [module.training for module in model.modules()],
@@ -590,6 +633,9 @@ def test_wrong_arguments_of_a_model_are_one_sentence():
         "mode must be 'shared' or 'sequential'. Got 'both' instead.": {"mode": "both"},
         "The rank of rank 1% must be at least 1 in every layer. Got 0 in model.layers.0.self_attn.q_proj [32, 32] "
         "instead.": {"target": "rank 1%", "method": "svd_llm"},
+        "mode must be 'shared' for fwsvd, whose fisher is of the dense model's loss. Got 'sequential' instead.": {
+            **{"target": "rank 40%", "method": "fwsvd", "mode": "sequential"}
+        },
         "sampling must be 'stream' or 'documents'. Got 'windows' instead.": {"sampling": "windows"},
         "model must be a loaded transformers model. Got str instead.": {"model": "gpt2"},
         "text must be given with a tokenizer. Got it with tokens instead.": {"text": "words"},

@@ -111,7 +111,15 @@ def make(recipe: Recipe, name: str = "layer") -> Layer:
         rows[:512].float(),
         x[:512, 0].float(),
     )
-    return Layer(name, weight, gram, statistics)
+    return Layer(name, weight, gram, statistics, fisher=fisher_of(rows, recipe))
+
+
+def fisher_of(rows: torch.Tensor, recipe: Recipe) -> torch.Tensor:
+    """[out] float32, as of outputs whose gradients have sizes of their own, and one of several has none."""
+    generator = torch.Generator().manual_seed(recipe.seed + 1)
+    sizes = torch.randn(recipe.out, generator=generator, dtype=torch.float64).exp()
+    sizes[1:2] = 0
+    return (sizes * rows.square().sum(1).mean()).float()
 
 
 def dense_moments(rows: torch.Tensor, recipe: Recipe, generator: torch.Generator) -> tuple[torch.Tensor, ...]:
@@ -133,6 +141,8 @@ def tensors(layer: Layer) -> dict[str, torch.Tensor]:
     found = {"weight": layer.weight, "gram": layer.gram.matrix}
     if layer.gram.apart:
         found |= {"cross": layer.gram.cross, "dense": layer.gram.dense}
+    if layer.fisher is not None:
+        found["fisher"] = layer.fisher
     if layer.statistics:
         found |= {key: value for key, value in vars(layer.statistics).items() if isinstance(value, torch.Tensor)}
     return found

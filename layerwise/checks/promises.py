@@ -96,7 +96,8 @@ def rows_permute(case: Case, name: str) -> None:
         raise NothingToCheck("its choice is random")
     layer = layer_cases.build(name)
     order = torch.randperm(len(layer.weight), generator=torch.Generator().manual_seed(3))
-    result, permuted = case.compress(layer), case.compress(replace(layer, weight=layer.weight[order]))
+    fisher = None if layer.fisher is None else layer.fisher[order]
+    result, permuted = case.compress(layer), case.compress(replace(layer, weight=layer.weight[order], fisher=fisher))
     if result.mask is not None and permuted.mask is not None:
         differing = int((permuted.mask != result.mask[order]).sum())
         demand(not differing, name, "the mask must permute with the rows", f"{differing} other entries of the mask")

@@ -20,6 +20,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--fingerprint", type=Path, required=True, help="the model's fingerprint")
     parser.add_argument("--tokens", type=Path, required=True, help="calibration tokens")
     parser.add_argument("--gram", type=Path, help="where the Grams are (shared mode)")
+    parser.add_argument("--fisher", type=Path, help="file of each layer's fisher, where the method needs it")
     parser.add_argument("--levels", type=Path, help="table of the layers' levels, where a budget is spread")
     parser.add_argument("--code", type=Path, help="file named after the hash of the code that decides the result")
     parser.add_argument("--dtype", help="of the forward passes that give the Grams (default: the model's)")
@@ -37,6 +38,7 @@ def main(argv: list[str] | None = None) -> None:
         tokens=args.tokens,
         out=args.out,
         gram=args.gram,
+        fisher=args.fisher,
         levels=args.levels,
         code=args.code,
         dtype=args.dtype,

@@ -41,7 +41,7 @@ MODELS = (
     "transformers.modeling_utils",
     "numba",
 )
-WITH_TORCH = ("allocate", "calibrate", "certificate", "check-model", "compress", "dense-states", "export")
+WITH_TORCH = ("allocate", "calibrate", "certificate", "check-model", "compress", "dense-states", "export", "fisher")
 # Job -> what a server imports before its fork. Other jobs run in their own process.
 PACKAGES = {
     **dict.fromkeys(WITH_TORCH, (*MODELS, *TABLES)),

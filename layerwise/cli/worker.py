@@ -17,6 +17,7 @@ WORKERS = {  # name -> module with main(argv)
     "evaluate": "layerwise.evaluation.cache",
     "export": "layerwise.export.save",
     "figure": "layerwise.figures.plot",
+    "fisher": "layerwise.cli.fisher",
     "fingerprint": "layerwise.sources.fingerprint",
     "overlap": "layerwise.sources.overlap",
     "published": "layerwise.comparison.published",

@@ -18,6 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from layerwise.calibration import fisher_store
 from layerwise.calibration.block_stream import Stream
 from layerwise.calibration.gram_store import computed_in, store_of, unless_damaged
 from layerwise.calibration.modes import sequential_blocks, shared_blocks
@@ -50,10 +51,12 @@ def visit(
     blocks: Iterable[tuple[int, Iterable[Tap]]],
     solve: Callable[[Layer], tuple[Compressed, dict[str, Any]]],
     progress: Callable[[Mapping[str, Any]], None],
+    fishers: Mapping[str, Tensor] | None = None,
 ) -> Iterator[tuple[dict[str, Any], Compressed]]:
-    """Compress the blocks' layers in place; yields each layer's row and result."""
+    """Compress the blocks' layers in place; yields each layer's row and result. fishers: layer -> its fisher [out]."""
     for index, tap, linear in tapped_linears(model, blocks):
-        result, row = solve(Layer(linear.name, linear.weight(), tap.gram, tap.statistics))
+        fisher = fishers[linear.name] if fishers else None
+        result, row = solve(Layer(linear.name, linear.weight(), tap.gram, tap.statistics, fisher=fisher))
         linear.replace(result.weight)
         row |= {"block": index, "tap": tap.name, "calibration_tokens": tap.gram.tokens, "token_scope": tap.scope}
         del tap  # before the next block's Grams come
@@ -113,7 +116,8 @@ class CellJob:
 
     spec: of the cell, as the grid has it: columns, method, target and, if it is tuned, tune. model: the config's entry.
     fingerprint: what sources/fingerprint.py wrote of the model. tokens: the calibration sequences. out: folder of the
-    cell. gram: where the Grams are, as calibration/calibrate.py says; None in sequential mode. levels: the table of the
+    cell. gram: where the Grams are, as calibration/calibrate.py says; None in sequential mode. fisher: file of the
+    fisher of each layer, where the method needs it. levels: the table of the
     layers' levels, where the target's budget is spread over them. code: the file that is
     named after the hash of the code that decides the result. dtype: of the forward passes that give the Grams, None for
     the model's. method_paths: folders of methods besides the shipped ones.
@@ -125,6 +129,7 @@ class CellJob:
     tokens: Path
     out: Path
     gram: Path | None = None
+    fisher: Path | None = None
     levels: Path | None = None
     code: Path | None = None
     dtype: str | None = None
@@ -154,10 +159,25 @@ class CellJob:
         return Catalogue(list(self.method_paths))
 
     @property
+    def needs(self) -> set[str]:
+        """What the method, and those inside it, see of the inputs."""
+        method = self.spec["method"]
+        return self.catalogue.needs(method["name"], method["params"])
+
+    @property
     def needs_cross(self) -> bool:
         """Whether the method needs the inputs in the dense model beside those in the compressed one."""
-        method = self.spec["method"]
-        return "cross_gram" in self.catalogue.needs(method["name"], method["params"])
+        return "cross_gram" in self.needs
+
+    @cached_property
+    def fishers(self) -> Mapping[str, Tensor] | None:
+        """Layer -> its fisher [out], None where the method needs none. Raises InputError where it is not given."""
+        if "fisher" not in self.needs:
+            return None
+        if self.fisher is None or self.columns["mode"] != "shared":
+            came = "none" if self.fisher is None else f"the mode {self.columns['mode']}"
+            raise InputError(f"{self.entry.name} must have the fisher of the dense model, in shared mode. Got {came}.")
+        return fisher_store.read(self.fisher, self.device)
 
     @property
     def computed(self) -> str | None:
@@ -187,7 +207,8 @@ class CellJob:
     def decisive(self) -> dict[str, Any]:
         """Everything that decides the cell's results, in the words of a message about a change."""
         spec = {key: value for key, value in self.spec.items() if key != "columns"}
-        return ({"levels": sha256(self.levels)} if self.levels else {}) | {
+        found = {"levels": self.levels, "fisher": self.fisher}
+        return {name: sha256(path) for name, path in found.items() if path} | {
             "spec": spec | {"seed": self.columns["seed"]},
             "code": self.code.name if self.code else None,
             "model": [read_made(self.fingerprint), self.model],
@@ -235,7 +256,7 @@ def compress(job: CellJob, checkpoint: Checkpoint) -> dict[str, Any]:
         with bar(blocks.model, job.title, skipped=checkpoint.done) as progress:
             taps_of_blocks, _ = walk(job, blocks, sequences, checkpoint.folder, checkpoint.done, checkpoint.finish)
             for index, taps in taps_of_blocks:
-                block = visit(blocks.model, [(index, taps)], solve, progress)
+                block = visit(blocks.model, [(index, taps)], solve, progress, job.fishers)
                 write_block(checkpoint, index, block, solver)
     columns = {**job.columns, "criterion": job.entry.criterion or "own"}
     join_blocks(checkpoint, len(blocks), job.out, columns, job.title)
@@ -283,7 +304,7 @@ def tuned(
     tuner = Tuner(loading.load(job.model, job.device, job.computed), sequences, job.stages, solver.target, solver.seed)
     with bar(tuner.model, f"{job.title}, tuned") as progress:
         blocks = tuner.walk(*walk(job, Blocks(tuner.model), sequences))
-        for _ in visit(tuner.model, blocks, tuner.keep(solver.solve), progress):
+        for _ in visit(tuner.model, blocks, tuner.keep(solver.solve), progress, job.fishers):
             pass
         tuner.end()
     write_atomic(checkpoint.folder / TUNING, json.dumps(tuner.history))

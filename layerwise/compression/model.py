@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from layerwise.calibration import fisher
 from layerwise.calibration.block_stream import Stream
 from layerwise.calibration.calibrate import shared
 from layerwise.calibration.modes import in_turn, sequential_blocks
@@ -63,6 +65,8 @@ def compress_model(
 
     model: whole in memory, on one device. target, method, parameters: as `compress_layer` takes them.
     tokenizer_or_tokens: calibration tokens [sequences, length], integers; or the model's tokenizer, with `text`.
+    A method that needs the fisher of the loss (fwsvd) passes the tokens back through the model, or, where it is not in
+    float32, through a copy that is.
     mode: "shared": every layer sees the inputs that it has in the dense model. "sequential": those that the compressed
         blocks before it pass on, as in the published codes.
     text: to draw tokens from: a text, a list of documents, or the path of a .txt, .jsonl, .json or .parquet file.
@@ -91,11 +95,18 @@ def compress_model(
     shapes = {name: own.shape for name, own in model_linears(model).items() if name in chosen}
     if sentence := solver.without_factors(shapes):
         raise UnsupportedTarget(sentence)
+    asked = needs(resolved.method)
+    if "fisher" in asked and mode == "sequential":
+        raise ValueError(
+            f"mode must be 'shared' for {resolved.name}, whose fisher is of the dense model's loss. Got 'sequential' "
+            "instead."
+        )
     done: list[str] = []
     rows = []
     with as_it_was(model), saying(done, len(chosen)):
         check_walk(Blocks(model), Blocks(model), tokens)
-        stream = Stream(model, tokens, beside=mode == "sequential" and "cross_gram" in needs(resolved.method))
+        stream = Stream(model, tokens, beside=mode == "sequential" and "cross_gram" in asked)
+        fishers = fisher.of_model(in_float32(model), tokens) if "fisher" in asked else None
         walked = enumerate(map(in_turn, shared(stream))) if mode == "shared" else sequential_blocks(stream)
         title = f"{resolved.name} {goal.label} {mode}"
         with bar(model, title, total=len(chosen)) if progress else nullcontext(ignore) as shown:
@@ -107,8 +118,14 @@ def compress_model(
             def solved(layer: Layer) -> tuple[Any, dict[str, Any]]:
                 return solve(solver, layer)
 
-            rows += [row for row, _ in visit(model, only(walked, chosen), solved, report)]
+            rows += [row for row, _ in visit(model, only(walked, chosen), solved, report, fishers)]
     return table(rows, resolved, goal, mode, seed)
+
+
+def in_float32(model: PreTrainedModel) -> PreTrainedModel:
+    """The model itself where it is in float32, else a copy."""
+    narrow = any(own.dtype != torch.float32 for own in model.parameters())
+    return copy.deepcopy(model).float() if narrow else model
 
 
 def ignore(row: Mapping[str, Any]) -> None:

@@ -17,7 +17,7 @@ from layerwise.contract.layer import Compressed, Layer, Method, UnsupportedTarge
 from layerwise.contract.target import Target
 from layerwise.runtime.errors import InputError
 
-GRAMS = ("gram", "cross_gram")  # of what a card needs, the parts of a Gram
+ELSEWHERE = ("gram", "cross_gram", "fisher")  # of what a card needs, what is in no Statistics
 MethodLike = str | Path | Mapping[str, Any] | Method
 
 
@@ -122,7 +122,7 @@ def as_json(value: Any) -> Any:
 
 def needed_statistics(method: Method) -> list[str]:
     """Names of the fields of a Statistics that a method needs, or a method inside it; see `needs`."""
-    return [name for name in needs(method) if name not in GRAMS]
+    return [name for name in needs(method) if name not in ELSEWHERE]
 
 
 def needs(method: Method) -> list[str]:

@@ -175,6 +175,8 @@ def inputs_state(layer: Layer) -> dict[str, tuple[int, float]]:
     tensors = {"weight": layer.weight, "gram": layer.gram.matrix}
     if layer.gram.apart:
         tensors |= {"cross-Gram": layer.gram.cross, "dense Gram": layer.gram.dense}
+    if layer.fisher is not None:
+        tensors["fisher"] = layer.fisher
     if layer.statistics:
         tensors |= {key: value for key, value in vars(layer.statistics).items() if isinstance(value, Tensor)}
     return {name: (tensor._version, placed_sum(tensor)) for name, tensor in tensors.items()}

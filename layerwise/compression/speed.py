@@ -183,7 +183,7 @@ def random_layer(rows: int, inputs: int) -> Layer:
     statistics.update(x)
     gram, known = statistics.finish()
     weight = torch.randn(rows, inputs, generator=generator) / inputs**0.5
-    return Layer("trial", weight, gram, known)
+    return Layer("trial", weight, gram, known, fisher=torch.rand(rows, generator=generator))
 
 
 if __name__ == "__main__":

@@ -41,7 +41,7 @@ def broken_promise(layer: Layer, target: Target, result: Compressed, mask_only: 
 
 
 def _plain(layer: Layer, target: Target, result: Compressed) -> str | None:
-    inputs = [layer.weight, layer.gram.matrix, layer.keep]
+    inputs = [layer.weight, layer.gram.matrix, layer.keep, layer.fisher]
     inputs += [layer.gram.cross, layer.gram.dense] if layer.gram.apart else []
     inputs += vars(layer.statistics).values() if layer.statistics else ()
     taken = {x.untyped_storage().data_ptr() for x in inputs if isinstance(x, Tensor)} - {0}  # 0: it has none

@@ -9,8 +9,8 @@ from layerwise.contract.target import FORMATS
 STRUCTURES = ["dense", "row", "layer", "n:m", "1xb", "low rank"]
 # The measure of the objective in a method's trace: the layer's error, that of a relaxed mask, or something of its own.
 CRITERIA = ["error", "relaxed error", "own"]
-# "gram" and "cross_gram" are matrices of a Gram, the others fields of a Statistics.
-STATISTICS = ["gram", "cross_gram", "mean", "absmean", "sequence_variance", "sample", "first_tokens"]
+# "gram" and "cross_gram" are matrices of a Gram, "fisher" is a field of a Layer, the others are fields of a Statistics.
+STATISTICS = ["gram", "cross_gram", "fisher", "mean", "absmean", "sequence_variance", "sample", "first_tokens"]
 MARKERS = ["o", "s", "^", "v", "<", ">", "D", "d", "P", "p", "X", "x", "H", "h", "8", "*", "+", "_"]  # of matplotlib
 CARD_SCHEMA = {
     "type": "object",

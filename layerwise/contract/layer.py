@@ -46,7 +46,8 @@ class Layer:
     """One linear layer: weight [out, in] float32 and the Gram of its inputs.
 
     keep: [out, in] bool, False where an earlier method has pruned and the weight, zero by now, must stay zero. A method
-    whose card says `keeps_zeros` heeds it.
+    whose card says `keeps_zeros` heeds it. fisher: [out] float32, at least 0, mean squared gradients of the dense
+    model's loss summed over each row (calibration/fisher.py), for a method whose card needs it.
     """
 
     name: str
@@ -54,6 +55,7 @@ class Layer:
     gram: Gram
     statistics: Statistics | None = None
     keep: Tensor | None = None
+    fisher: Tensor | None = None
 
 
 @dataclass(frozen=True)

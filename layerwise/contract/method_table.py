@@ -27,7 +27,8 @@ class MethodCard:
     patterns: kinds of sparsity that it reaches: dense, row, layer, n:m, 1xb.
     bits: widths and formats of the grids that it quantises to; empty where it does not quantise.
     updates_weights: whether weights that are kept change.
-    needs: what it reads of the inputs; "gram" and "cross_gram" of a `Gram`, the rest fields of a `Statistics`.
+    needs: what it reads of the inputs; "gram" and "cross_gram" of a `Gram`, "fisher" of a `Layer`, the rest fields of a
+        `Statistics`.
     control: whether it is there to be compared with, and compresses nothing well.
     """
 

@@ -32,13 +32,20 @@ class Checkpoint:
 
     fingerprint: what decides the results; what is there of another one is thrown away, and said so. check: raises
     InputError where it is no longer what the job computes with; it is asked at the beginning, before a block counts as
-    finished and after an error, which may come of that. done: finished blocks. seconds: that they took in earlier
+    finished and after an error, which may come of that. what: how messages call what is finished one by one. done: how
+    many are finished. seconds: that they took in earlier
     processes.
     """
 
-    def __init__(self, folder: Path, fingerprint: Mapping[str, Any], check: Callable[[], None] = lambda: None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        fingerprint: Mapping[str, Any],
+        check: Callable[[], None] = lambda: None,
+        what: str = "blocks",
+    ) -> None:
         self.folder, self.fingerprint = Path(folder), json.loads(json.dumps(fingerprint))
-        self._check = check
+        self._check, self._what = check, what
         self.done, self.seconds = 0, 0.0
         self._peaks: dict[str, float] = {}
         self.hashes: dict[str, str] = {}  # of the finished blocks' files, by their paths in the folder
@@ -54,7 +61,7 @@ class Checkpoint:
             self.__exit__()
             raise
         if self.done:
-            print(f"Going on after {self.done} finished blocks.", file=sys.stderr)
+            print(f"Going on after {self.done} finished {self._what}.", file=sys.stderr)
         return self
 
     def _locked(self) -> bool:
@@ -96,7 +103,7 @@ class Checkpoint:
         other = [key for key in {**known, **self.fingerprint} if known.get(key) != self.fingerprint.get(key)]
         if other:
             print(
-                f"{done} finished blocks in {self.folder} are of another {', '.join(other)}: starting over.",
+                f"{done} finished {self._what} in {self.folder} are of another {', '.join(other)}: starting over.",
                 file=sys.stderr,
             )
             return self._clear()

@@ -87,6 +87,8 @@ def refusal(
     inner = allocators[allocation.allocator].inner(allocation.params)
     probes = [own for own in inner if card["parameters"][own[0]].get("asked", asked) == asked]
     for key, name, params in probes:
+        if "fisher" in methods.needs(name, params):
+            return f"its {key} cannot: {name} needs the fisher of the dense model, which no allocation collects"
         for own in [target.at(bits) for bits in WIDTHS] if budget == "bits" else [target]:
             if reason := methods.refusal(name, params, own):
                 return f"its {key} cannot: {reason}"

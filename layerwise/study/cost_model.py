@@ -17,7 +17,7 @@ from layerwise.sources.task_sets import BATCH
 from layerwise.storage.bits_per_weight import stored_bits
 from layerwise.study.cell import Cell, canonical
 from layerwise.study.grid import Plan
-from layerwise.study.method_costs import CERTIFICATE, needs_cross, of_method
+from layerwise.study.method_costs import CERTIFICATE, needs_cross, needs_fisher, of_method
 from layerwise.study.work import JobCost, Work
 
 # ------------------------------------------------------------------------------ what the jobs' code holds, in one place
@@ -32,6 +32,10 @@ BATCH_BYTES = 2**22  # of a batch's widest activations, unless one sequence has 
 ACTIVATIONS = 8  # tensors of that size at a time
 LOGITS_HELD = 2  # of a batch: the cell's, and the dense model's beside them (divergence.Divergence)
 GRAMS_BESIDE = 2  # cross-Gram and Gram of the dense model's inputs, for a method that needs them
+LOGITS_BACK = 4  # of a sequence, in float32: themselves, shifted, their softmax, the gradient
+WORKING_BACK = 3  # times a block's activations on the way forward that the way back holds
+PASSES_BACK = 4  # of a sequence, in forward passes: one, another in each block on the way back, and two for gradients
+FISHER_PART = 8  # sequences after which sums are kept (fisher.PART)
 HIDDEN_FILES = 2  # files of all hidden states on disk: what enters a block and what leaves it
 LOGITS_AT_ONCE = 2**23  # of a batch of windows (evaluate.LOGITS_AT_ONCE)
 ROWS = 1024  # tokens whose logits are in float32 at a time (evaluate.ROWS)
@@ -94,6 +98,7 @@ class CostModel:
         make = {
             "check_model": self._check_model,
             "gram": self._gram,
+            "fisher": self._fisher,
             "compress": self._compress,
             "dense_states": self._dense_states,
             "perplexity": self._perplexity,
@@ -140,6 +145,9 @@ class CostModel:
         with_grams += [cell for cell in spread.values() if self._sees_grams(cell)]
         for model, calib in dict.fromkeys((cell.model, cell.calib) for cell in with_grams):
             yield Job("gram", {"model": model, "calib": calib})
+        passed_back = [cell for cell in self.plan.cells if needs_fisher(self.plan.catalogue, cell)]
+        for model, calib in dict.fromkeys((cell.model, cell.calib) for cell in passed_back):
+            yield Job("fisher", {"model": model, "calib": calib})
         for path, cell in spread.items():
             name = path.rpartition("/")[2].removesuffix(".parquet")
             yield Job("allocate", {"model": cell.model, "calib": cell.calib, "allocation": name})
@@ -173,6 +181,17 @@ class CostModel:
         store = 4 * run.shape.total(lambda block: block.gram_entries + sum(rows * inputs for inputs, _ in block.taps))
         work = replace(run.passes(tokens), grams=run.gram_work(tokens))
         return JobCost(run.calibrating(calib["length"]), store, run.states(tokens), work)
+
+    def _fisher(self, model: ModelCost, job: Job) -> JobCost:
+        calib = self.plan.calibrations[job.wildcards["calib"]]
+        tokens = calib["samples"] * calib["length"]
+        disk = 4 * model.shape.total(lambda block: sum(out for out, _, _ in block.layers))
+        run = replace(model, size=4)
+        parts = (
+            2 * math.ceil(calib["samples"] / FISHER_PART) * disk
+        )  # sums in float64, after each part of the sequences
+        work = replace(run.passes(PASSES_BACK * tokens), dtype="float32")
+        return JobCost(run.passing_back(calib["length"]), disk, parts, work)
 
     def _compress(self, model: ModelCost, job: Job) -> JobCost:
         cell = self.cell(job)
@@ -372,6 +391,17 @@ class ModelCost:
         grams = max((summed(block, beside) for block in self.shape.blocks), default=0)
         summing = self.streamed + (1 + beside) * self.activations(length) + grams  # a batch's inputs are kept too
         return max(summing, self.embedding)
+
+    def passing_back(self, length: int) -> float:
+        """Peak of a sequence's passes forward and back: the whole model, what enters each block, one block's gradients.
+
+        Weights that are not stored in float32 are there twice while they are converted.
+        """
+        kept = self.size * length * self.shape.hidden * (self.shape.depth + 1)
+        inside = WORKING_BACK * ACTIVATIONS * self.size * length * self.shape.widest + self.size * self.block
+        head = LOGITS_BACK * self.size * length * self.shape.vocabulary
+        loading = self.width / self.size * self.whole
+        return PROCESS + self.whole + max(loading, kept + max(inside, head))
 
     def evaluating(self, length: int, tokens: int) -> float:
         """Peak of the perplexity of `tokens` tokens in windows of `length`."""

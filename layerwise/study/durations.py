@@ -19,10 +19,11 @@ SOLVING = 1.6
 SCORED = 1.5  # products that the runner takes besides to verify, score and store what a method returns
 THREADS = {
     "gram": 4,
+    "fisher": 4,
     "dense_states": 4,
     "check_model": 4,
 }  # of rules that take more than one
-FIRST = ("check_model", "dense_states", "gram", "allocate")  # rules that cells wait for
+FIRST = ("check_model", "dense_states", "gram", "fisher", "allocate")  # rules that cells wait for
 FINISHED = 3  # cells of a model, method and mode whose seconds are looked at
 
 

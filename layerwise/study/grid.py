@@ -20,7 +20,7 @@ from layerwise.sources.specs import CalibrationSpec, EvaluationSpec, ModelSpec, 
 from layerwise.study import allocation_entries, config_file
 from layerwise.study.allocation_entries import UNIFORM, AllocationEntry, read_allocations
 from layerwise.study.cell import AllocationSpec, Cell, CellColumns, CellSpec, TargetSpec, canonical, identity, plain
-from layerwise.study.method_costs import needs_cross
+from layerwise.study.method_costs import needs_cross, needs_fisher
 from layerwise.study.method_entries import MethodEntry, read_methods, target_of
 
 SCHEMA = yaml.safe_load((ROOT / "workflow/schemas/config.schema.yaml").read_text("utf-8"))
@@ -175,6 +175,7 @@ def plan(config: Mapping[str, Any], check_sources: bool = False) -> Plan:
     skipped: list[SkippedRow] = []
     for entry in entries:
         cells += grid.expand(entry, targets, skipped)
+    _check_modes(cells, catalogue)
     if check_sources:
         _check_experts(cells, catalogue, grid.models)
         _check_ranks(cells, grid.models)
@@ -235,6 +236,16 @@ def _check_experts(cells: Sequence[Cell], catalogue: Catalogue, models: Mapping[
                 "sequential mode: it needs the cross-Gram of the same tokens in the dense and in the compressed model, "
                 f"and either may route others to them. Got {cell.columns['model']!r} instead: give the method modes: "
                 "[shared]."
+            )
+
+
+def _check_modes(cells: Sequence[Cell], catalogue: Catalogue) -> None:
+    """Raise InputError where a method needs the dense model's loss in a mode that passes compressed blocks."""
+    for cell in cells:
+        if cell.mode != "shared" and needs_fisher(catalogue, cell):
+            raise InputError(
+                f"methods.{cell.columns['label']}: {cell.columns['method']} must run in shared mode: its fisher is of "
+                f"the dense model's loss. Got {cell.mode} mode instead: give the method modes: [shared]."
             )
 
 

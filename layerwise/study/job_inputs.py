@@ -18,6 +18,7 @@ from layerwise.sources import checkpoint_files, task_sets
 from layerwise.sources import text_files as texts
 from layerwise.study.cell import AllocationSpec, Cell, canonical
 from layerwise.study.grid import Plan
+from layerwise.study.method_costs import needs_fisher
 
 Wildcards = Any
 CELL = "results/cells/{model}/{calib}/{mode}/{cell}"
@@ -26,6 +27,7 @@ BOUND = "results/certificates/{model}/{calib}/{bound}.parquet"
 LEVELS = "results/allocations/{model}/{calib}/{allocation}.parquet"
 TOKENS = "results/tokens/{model}/calibration-{calib}.safetensors"
 GRAM = "results/calibration/{model}/{calib}/gram.json"
+FISHER = "results/calibration/{model}/{calib}/fisher.safetensors"
 
 
 class Code:
@@ -76,6 +78,10 @@ class JobInputs:
         """The table of levels that a cell needs, if its budget is spread over the layers."""
         path = self.cell(wildcards).levels
         return [path] if path else []
+
+    def fisher(self, wildcards: Wildcards) -> list[str]:
+        """The file of each layer's fisher, if the method of a cell needs it."""
+        return [FISHER.format(**wildcards)] if needs_fisher(self.plan.catalogue, self.cell(wildcards)) else []
 
     def spread(self, wildcards: Wildcards) -> Cell:
         """A cell that has the levels of an allocation. Raises InputError where the study has none."""

@@ -51,3 +51,9 @@ def needs_cross(catalogue: Catalogue, cell: Cell) -> bool:
     """Whether a cell's job takes the dense model's activations along with the compressed one's."""
     method = cell.spec["method"]
     return cell.mode != "shared" and "cross_gram" in catalogue.needs(method["name"], method["params"])
+
+
+def needs_fisher(catalogue: Catalogue, cell: Cell) -> bool:
+    """Whether a cell's method needs gradients of the dense model's loss."""
+    method = cell.spec["method"]
+    return "fisher" in catalogue.needs(method["name"], method["params"])

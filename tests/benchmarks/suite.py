@@ -61,6 +61,7 @@ UNTIMED = {
     "turboquant": "looks each weight up once, and sees no Gram",
     "svd": "one singular value decomposition of the library",
     "asvd": "as svd",
+    "fwsvd": "as svd",
     "svd_llm": "one eigenvalue decomposition of the library, between products in float64",
     "eora": "its first method, then svd_llm of the error",
     "slim": "its first method, then svd of the error",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 from contextlib import suppress
@@ -17,12 +18,15 @@ from safetensors.numpy import save_file
 from safetensors.torch import load_file
 from torch import nn
 
+from layerwise.calibration import fisher, fisher_store
 from layerwise.calibration.calibrate import write_gram
 from layerwise.calibration.gram_store import read_block
 from layerwise.checks import layer_cases as layers
 from layerwise.cli import compress as compress_worker
+from layerwise.cli import fisher as fisher_worker
 from layerwise.compression import allocate
 from layerwise.compression import solver as solver_module
+from layerwise.compression.cell import CellJob
 from layerwise.contract.layer import Gram, Layer
 from layerwise.contract.target import Target
 from layerwise.methods.random import Random
@@ -111,6 +115,7 @@ class Case:
         tune: dict[str, Any] | None = None,
         dtype: str | None = None,
         allocations: dict[str, Any] | None = None,
+        fisher: Path | None = None,
     ) -> Path:
         """Compress as the workflow does and return the cell's folder.
 
@@ -140,6 +145,7 @@ class Case:
             "fingerprint": self.folder / "model.json",
             "tokens": self.folder / "tokens.safetensors",
             **({"gram": self.folder / "gram"} if mode == "shared" else {}),
+            **({"fisher": fisher} if fisher else {}),
             **({"method-path": own} if own else {}),
             **({"dtype": dtype} if dtype else {}),
             **({"levels": levels} if cell.levels else {}),
@@ -422,6 +428,39 @@ def test_the_asymmetric_error_is_the_output_error_or_not_known_where_no_method_a
     assert all(torch.equal(weight, weights(gptq)[name]) for name, weight in weights(cell).items())
     unknown = by_layer(case.run("gptq", Target(bits=3), "sequential"), "asymmetric_error")
     assert all((error is not None) == (".0." in name) for name, error in unknown.items())
+
+
+def test_a_cell_is_given_the_fisher_of_each_of_its_layers(case, tmp_path):
+    path = tmp_path / "fisher.safetensors"
+    given = {"model": case.model, "fingerprint": case.folder / "model.json", "out": path}
+    given |= {"tokens": case.folder / "tokens.safetensors"}
+    fisher_worker.main([part for key, value in given.items() for part in (f"--{key}", str(value))])
+    found = fisher_store.read(path)
+    assert {name: own.tolist() for name, own in fisher.of_model(load(case.spec), tokens(SAMPLES, LENGTH)).items()} == {
+        name: own.tolist() for name, own in found.items()
+    }
+    saved, dense = weights(case.run("fwsvd", Target(rank=0.5), fisher=path)), dense_weights(load(case.spec))
+    for name, weight in dense.items():
+        root = found[name].double().sqrt()[:, None].numpy()
+        u, sizes, v = np.linalg.svd(weight.double().numpy() * root, full_matrices=False)
+        rank = Target(rank=0.5).rank_of(*weight.shape)
+        expected = (u[:, :rank] * sizes[:rank] @ v[:rank]) / root
+        np.testing.assert_allclose(saved[name].numpy(), expected, atol=2e-3 * np.abs(expected).max())  # 16 bits
+    with pytest.raises(InputError, match="fwsvd must have the fisher of the dense model, in shared mode. Got none"):
+        case.run("fwsvd", Target(rank=0.5), out="cells/without")
+
+
+def test_another_fisher_is_another_result(case, tmp_path):
+    """By the hash of its content: a checkpoint of the first is not gone on with."""
+    jobs = []
+    for name in ("a", "b"):
+        fisher_store.write(tmp_path / name, {"x": torch.full((2,), float(len(jobs) + 1))}, {})
+        own = {"name": "fwsvd", "params": {}}
+        spec = {"columns": {"mode": "sequential", "seed": 0}, "method": own, "target": {}}
+        paths = (case.folder / "model.json", case.folder / "tokens.safetensors", tmp_path)
+        jobs.append(CellJob(spec, case.spec, *paths, fisher=tmp_path / name))
+    assert jobs[0].decisive()["fisher"] != jobs[1].decisive()["fisher"]
+    assert "fisher" not in dataclasses.replace(jobs[0], fisher=None).decisive()
 
 
 def test_sequential_passes_through_a_model_in_the_calibrations_dtype(case):

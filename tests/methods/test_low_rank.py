@@ -19,11 +19,13 @@ from layerwise.contract.catalogue import Catalogue
 from layerwise.contract.layer import Compressed, Gram, Layer, Method
 from layerwise.contract.target import LOW_RANK, Target
 from layerwise.methods.asvd import ASVD
+from layerwise.methods.fwsvd import FWSVD
 from layerwise.methods.svd import SVD
 from layerwise.methods.svd_llm import SVDLLM
 from layerwise.numerics import low_rank
 from layerwise.runtime.errors import InputError
 from tests.support import official_outputs, official_parts
+from tests.support.typing_helpers import some
 
 SHARES = (0.2, 0.5, 0.8)
 SHAPES = {
@@ -118,7 +120,7 @@ def test_a_weight_of_a_lower_rank_is_met(rank: int):
     layer = layers.make(Recipe(out=12, inputs=20))
     generator = torch.Generator().manual_seed(7)
     weight = torch.randn(12, 4, generator=generator) @ torch.randn(4, 20, generator=generator)
-    for method in (SVD(), ASVD(), SVDLLM()):
+    for method in (SVD(), ASVD(), FWSVD(), SVDLLM()):
         target = Target(rank=(rank + 0.5) * 32 / 240)
         result = compress(method, replace(layer, weight=weight), target)
         assert result.low_rank.left.shape[1] == rank
@@ -137,6 +139,47 @@ def test_the_controls_are_their_truncated_svds(name: str, share: float):
         scale = layer.statistics.absmean.double().numpy() ** alpha
         result = compress(ASVD(alpha), layer, Target(rank=share))
         np.testing.assert_allclose(result.weight.numpy(), truncated(weight * scale, rank) / scale, atol=1e-7)
+
+
+def by_loss(layer: Layer, rank: int) -> np.ndarray:
+    """D^-1 SVD_r(D W), D = diag(sqrt(f)), in float64; rows of f 0 in the limit of ever smaller f."""
+    fisher = layer.fisher.double().numpy()
+    root = np.sqrt(np.where(fisher > 0, fisher, 1e-16 * fisher.max()))[:, None]
+    return truncated(layer.weight.double().numpy() * root, rank) / root
+
+
+@pytest.mark.parametrize("share", SHARES)
+@pytest.mark.parametrize("name", ["wide", "tall", "dead inputs"])
+def test_fwsvd_is_its_formula(name: str, share: float):
+    layer = layers.make(SHAPES[name], name)
+    rank = Target(rank=share).rank_of(*layer.weight.shape)
+    fisher = some(layer.fisher)
+    assert float(fisher[1]) == 0 < float(fisher[0])
+    result = compress(FWSVD(), layer, Target(rank=share))
+    np.testing.assert_allclose(result.weight.numpy(), by_loss(layer, rank), atol=1e-6)
+    scaled = compress(FWSVD(), replace(layer, fisher=1e-30 * fisher), Target(rank=share))
+    torch.testing.assert_close(scaled.weight, result.weight, atol=1e-7, rtol=0.0)
+    lost = [
+        float(((layer.weight - own.weight).double().square().sum(1) * fisher.double()).sum())
+        for own in (result, compress(SVD(), layer, Target(rank=share)), compress(SVDLLM(), layer, Target(rank=share)))
+    ]
+    assert lost[0] <= min(lost[1:]) * (1 + 1e-6)  # the best of the rank in its own norm
+
+
+def test_fwsvd_of_one_row_that_counts_keeps_it():
+    layer = layers.make(SHAPES["wide"])
+    fisher = torch.zeros(12)
+    fisher[3] = 2.0
+    result = compress(FWSVD(), replace(layer, fisher=fisher), Target(rank=0.2))
+    torch.testing.assert_close(result.weight[3], layer.weight[3])
+    assert not torch.equal(result.weight[2], layer.weight[2])
+
+
+def test_fwsvd_of_equal_rows_is_the_svd():
+    layer, target = layers.build("correlated"), Target(rank=0.5)
+    plain = compress(SVD(), layer, target).weight
+    for fisher in (torch.full((24,), 1e-20), torch.zeros(24)):  # where nothing is known no row counts more
+        torch.testing.assert_close(compress(FWSVD(), replace(layer, fisher=fisher), target).weight, plain)
 
 
 def test_asvd_without_scales_is_the_svd():

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoConfig
 
+from layerwise.calibration import fisher
 from layerwise.calibration.block_stream import Stream
 from layerwise.contract.catalogue import Catalogue
 from layerwise.evaluation import perplexity
@@ -228,6 +229,33 @@ def test_a_dense_stream_counts_where_a_method_needs_the_cross_gram(tmp_path):
         assert walked > 1.5 * alone
     (block,) = {block for block in shape.blocks}
     assert cost_model.summed(block, beside=True) - cost_model.summed(block) == 24 * block.gram_entries
+
+
+def test_passes_back_count_once_for_the_methods_that_need_them(tmp_path):
+    build("llama").save_pretrained(tmp_path)
+    factors: dict = {"modes": ["shared"], "targets": [{"rank": 0.4}, {"rank": 0.6}]}
+    without = study_of(tmp_path, methods={"svd_llm": None}, **factors)
+    own = study_of(tmp_path, methods={"svd_llm": None, "fwsvd": None}, **factors)
+    assert not [job for job in without.jobs() if job.rule == "fisher"]
+    (job,) = [job for job in own.jobs() if job.rule == "fisher"]
+    cost, shape = some(own.cost(job)), some(own.shape(job.wildcards["model"]))
+    (gram,) = [some(own.cost(job)) for job in own.jobs() if job.rule == "gram"]
+    assert cost.disk == 4 * shape.total(lambda block: sum(out for out, _, _ in block.layers))
+    assert cost.work.passes == 4 * gram.work.passes
+    (calib,) = own.plan.calibrations.values()
+    weights, logits = 4 * shape.parameters, 4 * 4 * calib["length"] * shape.vocabulary
+    assert weights + logits < cost.memory - cost_model.PROCESS < 2 * (weights + logits) + 8e6
+    assert cost_model.FISHER_PART == fisher.PART
+
+
+def test_memory_to_pass_back_grows_with_the_model_and_the_sequence():
+    config = dict(TALL, intermediate_size=64, vocab_size=VOCABULARY)
+    few, many = (
+        ModelCost.of({"dtype": "float32"}, some(shapes.shape_of_config(config | {"num_hidden_layers": depth})))
+        for depth in (8, 22)
+    )
+    assert many.passing_back(512) - few.passing_back(512) >= many.whole - few.whole
+    assert few.passing_back(1024) - few.passing_back(512) >= 4 * 512 * (4 * VOCABULARY + 9 * TALL["hidden_size"])
 
 
 def test_a_model_that_is_not_here_is_unknown(tmp_path, monkeypatch):

@@ -20,6 +20,7 @@ from layerwise.runtime.errors import InputError
 from layerwise.study import config_file
 from layerwise.study.cell import canonical, identity
 from layerwise.study.grid import Plan, plan, validate
+from layerwise.study.job_inputs import JobInputs
 from layerwise.study.method_entries import MethodEntry
 from tests.support.paths import ROOT
 
@@ -234,6 +235,35 @@ def test_a_convention_that_the_runner_always_refuses_is_refused_before_a_job():
     assert refused(study(targets=[{"rank": 0.4}], methods=asked)) == told
     asked["rocket"] = {"convention": "exact"}
     assert {cell.columns["method"] for cell in plan(study(targets=[{"rank": 0.4}], methods=asked)).cells} == {*asked}
+
+
+FISHER = WARM.replace('"needs": ["gram"]', '"needs": ["gram", "fisher"]').replace("sparsegpt", "wanda")
+
+
+def test_a_fisher_is_of_the_dense_model_alone(tmp_path):
+    targets = [{"rank": 0.4}]
+    both = study(targets=targets, methods={"svd": None, "mine": {"method": "fwsvd"}}, modes=["shared", "sequential"])
+    told = (
+        "methods.mine: fwsvd must run in shared mode: its fisher is of the dense model's loss. Got sequential mode "
+        "instead: give the method modes: [shared]."
+    )
+    assert refused(both) == told
+    both["methods"]["mine"]["modes"] = ["shared"]
+    planned = plan(both)
+    jobs = JobInputs(planned)
+    for cell in planned.cells:
+        wildcards = {"model": cell.model, "calib": cell.calib, "mode": cell.mode, "cell": cell.cell}
+        path = f"results/calibration/{cell.model}/{cell.calib}/fisher.safetensors"
+        assert jobs.fisher(wildcards) == ([path] if cell.columns["label"] == "mine" else [])
+    (tmp_path / "mine.py").write_text(FISHER)
+    spread: dict[str, Any] = {"allocations": {"uniform": None, "neuroal": {"probe": "mine", "windows": 4}}}
+    spread |= {"method_paths": [str(tmp_path)], "targets": [{"sparsity": 0.5}], "methods": {"wanda": None}}
+    told = "its probe cannot: mine needs the fisher of the dense model, which no allocation collects"
+    assert plan(study(**spread)).skipped[0]["reason"] == told
+    inside = {"warm": {"method": "reconstruct", "mask_from": "mine"}}
+    assert "reconstruct must run in shared mode" in refused(
+        study(**spread | {"methods": inside, "modes": ["sequential"]})
+    )
 
 
 def test_columns_of_a_cell():

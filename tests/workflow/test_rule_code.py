@@ -157,6 +157,8 @@ KNOWN = {  # module -> (rules that run again, rules that do not)
     "results/comparisons.py": ({"tables", "report_page"}, {"compress"}),
     "sources/hub.py": ({"calibration_tokens", "evaluation_tokens", "model", "gram", "compress"}, {"docstrings"}),
     "calibration/calibrate.py": ({"gram"}, {"certificate", "compress", "tables"}),
+    "calibration/fisher.py": ({"fisher"}, set(RULES) - {"fisher"}),
+    "calibration/fisher_store.py": ({"fisher", "compress"}, {"gram", "certificate", "tables"}),
     "compression/lower_bound.py": ({"certificate"}, {"compress", "gram", "perplexity"}),
     "evaluation/dense_states.py": ({"dense_states", "perplexity"}, {"compress", "gram", "tables", "zero_shot"}),
     "evaluation/perplexity.py": ({"perplexity", "dense_states", "zero_shot"}, {"compress", "gram", "tables"}),

@@ -165,3 +165,27 @@ rule gram:
         "{WORKER} calibrate --model {params.model:q} --fingerprint {input.model:q}"
         " --tokens {input.tokens:q} --code {input.code:q} {params.dtype:q} --threads {threads}"
         " --device {resources.device} --out {output:q} 2> >(tee {log:q} >&2)"
+
+
+rule fisher:
+    """For each layer the mean squared gradients of the dense model's loss by rows, for cells whose method needs them."""
+    input:
+        model="results/models/{model}.json",
+        tokens="results/tokens/{model}/calibration-{calib}.safetensors",
+        checked=CHECKED,
+        code=CODE.of("layerwise.calibration.fisher", alone="layerwise.cli.fisher"),
+    output:
+        "results/calibration/{model}/{calib}/fisher.safetensors",
+    log:
+        "logs/calibration/{model}/{calib}-fisher.log",
+    threads: 4
+    resources:
+        mem_mb=model_mb,
+        runtime=runtime_min,
+        device="cpu",
+    params:
+        model=model_json,
+    shell:
+        "{WORKER} fisher --model {params.model:q} --fingerprint {input.model:q}"
+        " --tokens {input.tokens:q} --code {input.code:q} --threads {threads}"
+        " --device {resources.device} --out {output:q} 2> >(tee {log:q} >&2)"

@@ -12,6 +12,7 @@ rule compress:
             then="results/calibration/{model}/{calib}/gram.json",
             otherwise=[],
         ),
+        fisher=lambda wildcards: cell_input(JOBS.fisher, wildcards),
         levels=lambda wildcards: cell_input(JOBS.levels, wildcards),
         # The worker also evaluates ahead. What it imports for that decides no output of this rule, and has code of its
         # own in the store of evaluations.
@@ -35,6 +36,7 @@ rule compress:
         model=model_json,
         cell=lambda wildcards: cell_of(wildcards).params,
         gram=lambda wildcards, input: ["--gram", input.gram] if wildcards.mode == "shared" else [],
+        fisher=lambda wildcards, input: ["--fisher", *input.fisher] if input.fisher else [],
         levels=lambda wildcards, input: ["--levels", *input.levels] if input.levels else [],
         dtype=JOBS.forward_dtype,
         folders=JOBS.method_folders,
@@ -43,7 +45,7 @@ rule compress:
     shell:
         "HF_HUB_OFFLINE=1 {WORKER} compress --cell {params.cell:q} --model {params.model:q}"
         " --fingerprint {input.model:q} --tokens {input.tokens:q} --code {input.code:q} {params.gram:q}"
-        " {params.levels:q} {params.dtype:q} {params.folders:q} --requested {params.requested:q} --threads {threads} --device {resources.device}"
+        " {params.fisher:q} {params.levels:q} {params.dtype:q} {params.folders:q} --requested {params.requested:q} --threads {threads} --device {resources.device}"
         " --out {params.out:q} 2> >(tee {log:q} >&2)"
 
 

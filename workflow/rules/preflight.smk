@@ -35,7 +35,7 @@ def preflight():
     for sentence in computed_wider(COSTS, jobs) if workflow.local_exec else ():
         logger.info(sentence)
     sentences = list(limit_errors(COSTS, jobs, totals, limits))
-    devices = {job.resources.get("device") for job in planned if job.rule.name in ("gram", "compress")}
+    devices = {job.resources.get("device") for job in planned if job.rule.name in ("gram", "fisher", "compress")}
     if devices and "cuda" not in devices and workflow.local_exec and workflow.global_resources.get("gpu").value:
         sentences.append(
             "The run counts gpu, but its jobs would run on the processor: --set-resources takes the place of all such "
