@@ -67,6 +67,7 @@ UNTIMED = {
     "slim": "its first method, then svd of the error",
     "oats": "80 singular value decompositions of the library",
     "rocket": "svd_llm, a sort, and a least-squares solution per column",
+    "unfolded": "awp's products, of a sample of rows most of them; bench_learned_steps has its seconds",
     "three_basil": "alps, with an eigenvalue decomposition of the library in each iteration",
 }
 
