@@ -22,17 +22,19 @@ CARD = {
             "type": "number",
             "minimum": 0,
             "exclusiveMaximum": 1,
-            "description": "Levels lie within 1 - epsilon to 1 + epsilon times a common one. The paper's: Wanda 0.3, "
-            "SparseGPT 0.2, magnitude 0.5.",
+            "description": "Levels lie within 1 - epsilon to 1 + epsilon times a common one. The paper uses 0.3 with "
+            "Wanda, 0.2 with SparseGPT and 0.5 with magnitude.",
         },
         "mapping": {
             "enum": ["block", "layer"],
-            "description": "block: one level for a block, from the mean exponent of its layers. layer: each its own.",
+            "description": "block: one level per block, from the mean exponent of its layers. layer: one level per "
+            "layer.",
         },
         "window": {
             "enum": ["official", "intended"],
-            "description": "Where the tail may begin: from 0.95 times the peak of the spectrum (intended), or from the "
-            "logarithm of that (official), which the released code compares with eigenvalues: it hardly ever binds.",
+            "description": "Lower limit for the start of the tail. intended: 0.95 times the peak of the spectrum. "
+            "official: the logarithm of that, which the released code compares with eigenvalues, so that the limit "
+            "almost never binds.",
         },
     },
 }
@@ -41,9 +43,9 @@ BINS = 100
 
 @dataclass(frozen=True)
 class AlphaPruning(Allocator):
-    """Prunes a block more, the larger the mean exponent of the power laws that fit the spectra of its layers.
+    """Prunes a block more if the power laws fitted to the spectra of its layers have a larger mean exponent.
 
-    A spectrum is that of the squared singular values. Sees the weights alone.
+    A spectrum consists of the squared singular values. The allocator sees only the weights.
     """
 
     epsilon: float = 0.3
@@ -55,10 +57,10 @@ class AlphaPruning(Allocator):
         return [self.exponent(torch.linalg.svdvals(layer.weight).square().cpu().numpy()) for layer in layers]
 
     def exponent(self, eigenvalues: NDArray[np.float32]) -> float:
-        """That of the power law which fits the tail of eigenvalues [n] best, by the Kolmogorov-Smirnov distance.
+        """The exponent of the power law that best fits the tail of eigenvalues [n], by the Kolmogorov-Smirnov distance.
 
-        A tail begins at an eigenvalue near the peak of the histogram of their logarithms, never at the largest. 0 where
-        no tail can be fitted, as of a layer of zeros.
+        A tail begins at an eigenvalue near the peak of the histogram of their logarithms, never at the largest. The
+        result is 0 if no tail can be fitted, as for a layer of zeros.
         """
         values = np.sort(eigenvalues.astype(np.float64))
         values = values[values > 0]

@@ -1,4 +1,5 @@
-"""EvoPress: levels exchanged between layers at random, for as long as the divergence falls (Sieberling et al.)."""
+"""EvoPress: random exchanges of levels between layers; those that reduce the divergence are kept (Sieberling et
+al.)."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,35 +23,47 @@ CARD = {
         "probe": {
             "format": "method",
             "asked": "pruning",
-            "description": "Method that compresses layers for the trials, where it prunes.",
+            "description": "Method that compresses layers for the trials, if the target prunes.",
         },
-        "quantiser": {"format": "method", "asked": "bits", "description": "The same of a target of bits."},
+        "quantiser": {"format": "method", "asked": "bits", "description": "The same for a target with bits."},
         "generations": {"type": "integer", "minimum": 0, "description": "Rounds of the search."},
-        "offspring": {"type": "integer", "minimum": 1, "description": "Mutations of the best one in each round."},
+        "offspring": {"type": "integer", "minimum": 1, "description": "Mutations of the best model in each round."},
         "survivors": {
             "type": "integer",
             "minimum": 1,
-            "description": "Of these, how many of the best on `screen` windows are tried on all `windows`.",
+            "description": "Number of mutations, the best on `screen` windows, that are tried on all `windows`.",
         },
-        "exchanges": {"type": "integer", "minimum": 1, "description": "Most steps exchanged by one mutation."},
+        "exchanges": {
+            "type": "integer",
+            "minimum": 1,
+            "description": "Largest number of steps that one mutation exchanges.",
+        },
         "steps": {
             "type": "integer",
             "minimum": 1,
-            "description": "Steps on each side of a budget of zeros; `width` of what is left on the nearer side is so "
-            "many of a layer of median size, and a step is as many weights in every layer.",
+            "description": "Steps on each side of a budget of zeros. For a layer of median size they span the share "
+            "`width` of the room on the nearer side. A step is the same number of weights in every layer.",
         },
         "width": {"type": "number", "exclusiveMinimum": 0, "maximum": 1, "description": "See steps."},
-        "screen": {"type": "integer", "minimum": 1, "description": "Calibration sequences of the first look."},
-        "windows": {"type": "integer", "minimum": 1, "description": "Calibration sequences of the second look."},
+        "screen": {
+            "type": "integer",
+            "minimum": 1,
+            "description": "Number of calibration sequences in the first comparison.",
+        },
+        "windows": {
+            "type": "integer",
+            "minimum": 1,
+            "description": "Number of calibration sequences in the second comparison.",
+        },
     },
 }
 
 
 @dataclass(frozen=True)
 class Steps:
-    """What a layer may be given: `unit` more or less than the budget for each whole step from `lowest` to `highest`.
+    """The levels a layer may get: the budget plus `unit` times a whole number of steps from `lowest` to `highest`.
 
-    group: layers of one group give and take steps of as many weights, or bits.
+    group: layers of one group exchange steps of the same number of weights, or bits.
     """
 
     group: int
@@ -61,9 +74,10 @@ class Steps:
 
 @dataclass(frozen=True)
 class EvoPress(Allocator):
-    """One layer takes a step up, another a step down, and the model that is nearest to the dense one survives.
+    """One layer takes a step up and another a step down; the model nearest to the dense one survives.
 
-    The budget holds all along: a step is as many weights in every layer, or layers of one size exchange whole numbers.
+    The budget is met at every step: a step is the same number of weights in every layer, or layers of equal size
+    exchange whole numbers.
     """
 
     probe: Method | str = "wanda"
@@ -81,7 +95,7 @@ class EvoPress(Allocator):
         return cast(Method, self.quantiser if target.budget == "bits" else self.probe), ()
 
     def search(self, parts: Sequence[Part], target: Target, trials: Trials) -> Proposal:
-        """scores: the divergence of the model at all levels, in nats per token, for every layer."""
+        """scores: the divergence of the model at all chosen levels, in nats per token, repeated for every layer."""
         steps, rng = self.steps_of(parts, target), Random(trials.seed)  # noqa: S311 (no secret)
 
         def divergence(places: Sequence[int], windows: int) -> float:
@@ -99,7 +113,7 @@ class EvoPress(Allocator):
         return Proposal(tuple(levels_of(best, steps, target)), (least,) * len(parts))
 
     def mutated(self, places: Sequence[int], steps: Sequence[Steps], rng: Random) -> tuple[int, ...]:
-        """A neighbour: up to `exchanges` steps from one layer to another, few of them more often than many."""
+        """A neighbour: up to `exchanges` steps move from one layer to another; small numbers are more frequent."""
         own = list(places)
         for _ in range(min(rng.randint(1, self.exchanges), rng.randint(1, self.exchanges))):
             givers = [i for i, step in enumerate(steps) if own[i] < step.highest]
@@ -117,7 +131,7 @@ class EvoPress(Allocator):
         return tuple(own)
 
     def steps_of(self, parts: Sequence[Part], target: Target) -> list[Steps]:
-        """Of every layer."""
+        """The steps of every layer."""
         if target.budget == "bits" or target.n_of_m:
             of = target.n_of_m[1] if target.n_of_m else 1
             middle = round(target.level * of)
@@ -133,5 +147,5 @@ class EvoPress(Allocator):
 
 
 def levels_of(places: Sequence[int], steps: Sequence[Steps], target: Target) -> list[float]:
-    """The level of each layer at so many steps from the budget."""
+    """The level of each layer at these numbers of steps from the budget."""
     return [target.level + place * step.unit for place, step in zip(places, steps, strict=True)]

@@ -1,4 +1,4 @@
-"""Knapsack: the levels with the least sum of measured errors, exactly."""
+"""Knapsack: the levels with the exact minimum of the sum of measured errors."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -20,23 +20,32 @@ CARD = {
     "budgets": ["row", "layer", "n:m", "bits", "pruned and quantised", "low rank", "sum of parts"],
     "passes": [["layers", "windows"]],
     "passes_where": {"divergences": {"levels": [["layers", "levels", "windows"]]}},
-    "splits_equals": "the optimum of two equal layers may be two levels, where the errors are not convex",
+    "splits_equals": "the optimum of two equal layers may be two different levels if the errors are not convex",
     "parameters": {
         "probe": {
             "format": "method",
             "asked": "pruning",
-            "description": "Method whose errors are measured at every level, where it prunes.",
+            "description": "Method whose errors are measured at every level, if the target prunes.",
         },
-        "quantiser": {"format": "method", "asked": "bits", "description": "The same of a target of bits."},
-        "joint": {"format": "method", "asked": "both", "description": "The same of one that prunes and quantises."},
-        "factors": {"format": "method", "asked": "low rank", "description": "The same of one that asks for factors."},
-        "sums": {"format": "method", "asked": "sums", "description": "The same of one for factors and another part."},
+        "quantiser": {"format": "method", "asked": "bits", "description": "The same for a target with bits."},
+        "joint": {
+            "format": "method",
+            "asked": "both",
+            "description": "The same for a target that prunes and quantises.",
+        },
+        "factors": {"format": "method", "asked": "low rank", "description": "The same for a target with factors."},
+        "sums": {
+            "format": "method",
+            "asked": "sums",
+            "description": "The same for a target with factors and another part.",
+        },
         "levels": {
             "type": "array",
             "items": {"type": "number", "minimum": 0, "maximum": 0.99},
             "minItems": 1,
             "uniqueItems": True,
-            "description": "Shares of zeros that a layer may get, beside the budget; n:m and bits take all.",
+            "description": "Shares of zeros that a layer may get besides the budget; n:m patterns and bits use all "
+            "levels.",
         },
         "pairs": {
             "type": ["array", "null"],
@@ -56,32 +65,36 @@ CARD = {
             },
             "minItems": 1,
             "maxItems": 200,
-            "description": "What a layer may be asked beside the target, where this prunes and quantises or has a "
-            "rank. Its pattern, group, symmetric and rank hold where a pair says none. null: where it prunes, 30 to "
-            "80 % by 10, or all counts of an n:m pattern; where it quantises, 2, 3, 4, 6 and 8 bits; and 0.4 to 1.6 "
-            "times a rank by 0.2.",
+            "description": "Targets that a layer may get besides the budget's, if that prunes and quantises or has a "
+            "rank. A pair inherits pattern, group, symmetric and rank from the budget unless it gives its own. null: "
+            "if the target prunes, 30 to 80% in steps of 10%, or all counts of an n:m pattern; if it quantises, 2, 3, "
+            "4, 6 and 8 bits; and 0.4 to 1.6 times a rank in steps of 0.2.",
         },
         "errors": {
             "enum": ["relative", "absolute", "divergence"],
             "description": "relative: output_error. absolute: its numerator, in squared units of the output. "
-            "divergence: KL from the dense model on calibration text, of each layer compressed alone.",
+            "divergence: KL from the dense model on calibration text, with each layer compressed alone.",
         },
         "divergences": {
             "enum": ["budget", "levels"],
-            "description": "Where KL is measured: at the budget, other levels in proportion to the absolute error; or "
-            "at every level.",
+            "description": "Levels at which KL is measured. budget: only at the budget; other levels are scaled by the "
+            "absolute error. levels: at every level.",
         },
-        "windows": {"type": "integer", "minimum": 1, "description": "Calibration sequences that KL is a mean over."},
+        "windows": {
+            "type": "integer",
+            "minimum": 1,
+            "description": "Number of calibration sequences over which KL is averaged.",
+        },
         "weights": {
             "type": ["object", "null"],
             "additionalProperties": {"type": "number", "minimum": 0},
-            "description": "Factor of the errors of layers whose names match a pattern such as '*.down_proj'; the "
-            "longest that matches counts, others have 1.",
+            "description": "Factor for the errors of layers whose names match a pattern such as '*.down_proj'. The "
+            "longest matching pattern counts; layers without a match have factor 1.",
         },
         "resolution": {
             "type": "integer",
             "minimum": 1000,
-            "description": "Most distinct sums of weights; models with few sizes of layers need fewer.",
+            "description": "Largest number of distinct sums of weights; models with few layer sizes need fewer.",
         },
     },
 }
@@ -90,9 +103,9 @@ MILLION = 1_000_000  # shares of zeros are counted in millionths
 
 @dataclass(frozen=True)
 class Knapsack(Allocator):
-    """Solves every layer at every level by a cheap method, then picks one level for each by dynamic programming.
+    """Solves every layer at every level by a cheap method, then picks one level per layer by dynamic programming.
 
-    Equal levels are among the choices, so that the sum of errors is never above theirs.
+    Equal levels are one of the choices, so the sum of errors is never above theirs.
     """
 
     probe: Method | str = "wanda"
@@ -124,7 +137,7 @@ class Knapsack(Allocator):
         return self._choose(parts, target, [[own[which] for own in errors_of(part).values()] for part in parts])
 
     def search(self, parts: Sequence[Part], target: Target, trials: Trials) -> Proposal:
-        """The same with the divergence that a layer compressed alone causes in the place of its error."""
+        """As `allocate`, but a layer's error is the divergence that results when it is compressed alone."""
         equal = budget_of(target)
 
         def alone(place: int, option: Candidate) -> float:
@@ -136,17 +149,17 @@ class Knapsack(Allocator):
             caused = 0.0 if self.divergences == "levels" else alone(place, equal)
             if caused > 0 and errors[equal] > 0:
                 tables.append([caused / errors[equal] * error for error in errors.values()])
-            else:  # no proportion is known from a budget that harms nothing
+            else:  # a budget without an error gives no proportion
                 tables.append([alone(place, option) for option in errors])
         return self._choose(parts, target, tables)
 
     def _choose(self, parts: Sequence[Part], target: Target, errors: Sequence[Sequence[float]]) -> Proposal:
-        """errors: of each part, in the order of its options."""
+        """errors: the errors of each part, in the order of its options."""
         options, equal = [list(errors_of(part)) for part in parts], budget_of(target)
         factors = [self.factor(part.name) for part in parts]
         tables = [[factor * error for error in own] for factor, own in zip(factors, errors, strict=True)]
         excess = [excess_of(part, own, target) for part, own in zip(parts, options, strict=True)]
-        # Where sums are coarse, bits and n:m counts never take more than the budget; shares are moved to it afterwards.
+        # With coarse sums, bits and n:m counts never exceed the budget; shares are shifted to it afterwards.
         rounding = UP if target.budget == "bits" else DOWN if target.n_of_m else NEAREST
         choice = choose(tables, excess, self.resolution, target.paired, rounding)
         picked = [own[pick] for own, pick in zip(options, choice.picks, strict=True)]
@@ -159,15 +172,15 @@ class Knapsack(Allocator):
         )
 
     def factor(self, name: str) -> float:
-        """That of the errors of a layer."""
-        # Not the first: the order of a config's keys is no part of a cell's identity.
+        """The factor for a layer's errors."""
+        # Not the first match: the order of a config's keys is not part of a cell's identity.
         given = self.weights or {}
         matching = [pattern for pattern in given if fnmatchcase(name, pattern)]
         return given[max(matching, key=lambda pattern: (len(pattern), pattern))] if matching else 1.0
 
 
 def errors_of(part: Part) -> Mapping[Candidate, tuple[float, float]]:
-    """Of each option, in the order in which options are counted."""
+    """The errors of each option, in the order of the options."""
     assert part.errors is not None
     return part.errors
 
@@ -178,7 +191,7 @@ def budget_of(target: Target) -> Candidate:
 
 
 def excess_of(part: Part, options: Sequence[Candidate], target: Target) -> list[int]:
-    """What each option gives beyond the layer's share: weights in some unit, or bits as stored."""
+    """The amount by which each option exceeds the layer's share: weights in some unit, or stored bits."""
     unit = target.n_of_m[1] if target.n_of_m else 1 if target.budget == "bits" else MILLION
     share, shape = round(target.level * unit), (part.out, part.inputs)
     found = []

@@ -1,4 +1,4 @@
-"""NeuroAL: blocks prune more with depth, by the width that leaves activations most alike (Cunegatti et al.)."""
+"""NeuroAL: prune more with depth, by the width that changes activations least (Cunegatti et al.)."""
 
 import math
 from collections.abc import Sequence
@@ -31,23 +31,27 @@ CARD = {
             "items": {"type": "number", "minimum": 0, "maximum": 0.5},
             "minItems": 1,
             "uniqueItems": True,
-            "description": "Each lambda: the last block gives twice this more than the first. null: the paper's, 0.01 "
-            "to 0.1 by 0.01, 0.12, 0.15, 0.2, and 0.25 below 80%.",
+            "description": "Values of lambda. The last block's level is 2 lambda above the first's. null: the paper's "
+            "values: 0.01 to 0.1 in steps of 0.01, 0.12, 0.15, 0.2, and below 80% also 0.25.",
         },
-        "windows": {"type": "integer", "minimum": 1, "description": "Calibration sequences that activations are of."},
+        "windows": {
+            "type": "integer",
+            "minimum": 1,
+            "description": "Number of calibration sequences for the activations.",
+        },
     },
 }
 WIDTHS = (*(number / 100 for number in range(1, 11)), 0.12, 0.15, 0.2)
-WIDEST, BELOW = 0.25, 0.8  # and the budget below which the paper tries it
+WIDEST, BELOW = 0.25, 0.8  # the widest lambda, and the budget below which the paper tries it
 LIMITS = (0.01, 0.99)
 
 
 @dataclass(frozen=True)
 class NeuroAL(Allocator):
-    """Prunes the model by schedules that rise with depth, and takes the one whose activations stay most alike.
+    """Prunes the model by schedules that rise with depth, and takes the one that changes the activations least.
 
-    What is compared are the norms of every layer's inputs, as shares of their sum, of the dense model and the pruned
-    one. The block stage of the paper alone: levels of single rows are none of a layer's.
+    It compares the norms of every layer's inputs, as shares of their sum, in the dense and the pruned model. Only the
+    paper's block stage is implemented, because a layer has one level for all rows.
     """
 
     probe: Method | str = "wanda"
@@ -80,6 +84,6 @@ class NeuroAL(Allocator):
 
 
 def distance(dense: NDArray[np.float64], pruned: NDArray[np.float64]) -> float:
-    """Norm of the difference of two profiles of norms [in], each divided by its sum; of zeros it is left as it is."""
+    """Norm of the difference of two profiles of norms [in], each divided by its sum unless it is zero."""
     one, other = (own / (own.sum() or 1.0) for own in (dense, pruned))
     return float(np.linalg.norm(one - other))

@@ -18,34 +18,34 @@ CARD = {
         "threshold": {
             "type": "number",
             "exclusiveMinimum": 0,
-            "description": "M: a score above so many times the mean of its block is an outlier.",
+            "description": "M: a score above this multiple of its block's mean is an outlier.",
         },
         "spread": {
             "type": "number",
             "minimum": 0,
             "maximum": 0.5,
-            "description": "lambda: levels of blocks differ by twice this at most.",
+            "description": "lambda: levels of blocks differ by at most twice this.",
         },
         "counts": {
             "type": "number",
             "minimum": 0,
-            "description": "The same of an n:m pattern: pruned weights of m by which blocks differ at most.",
+            "description": "The same for an n:m pattern: largest difference between blocks in pruned weights of m.",
         },
         "official": {
             "type": "boolean",
-            "description": "Levels as the released code has them: their mean over blocks, not over weights, is the "
-            "budget, a level at or below zero becomes 0.01, and n:m counts are rounded as they come.",
+            "description": "Levels as in the released code: their mean over blocks, not over weights, is the budget, a "
+            "level at or below zero becomes 0.01, and n:m counts are rounded without correction.",
         },
     },
 }
-LEAST = 0.01  # the released code's sparsity in place of one at or below zero
+LEAST = 0.01  # the released code replaces a sparsity at or below zero by this
 
 
 @dataclass(frozen=True)
 class Owl(Allocator):
-    """Keeps more of a block the larger the share of its scores |W_ij| sqrt(G_jj) that exceeds `threshold` x their mean.
+    """Keeps more of a block if a larger share of its scores |W_ij| sqrt(G_jj) exceeds `threshold` x their mean.
 
-    One level for all layers of a block. Blocks of equal shares, and a single block, get the budget itself.
+    All layers of a block get one level. Blocks with equal shares, and a single block, get the budget itself.
     """
 
     threshold: float = 5.0
@@ -54,7 +54,7 @@ class Owl(Allocator):
     official: bool = False
 
     def measure(self, layers: Iterator[DenseLayer]) -> Sequence[float]:
-        """The percentage of outliers among all scores of the block, once for each layer."""
+        """The percentage of outliers among all scores of the block, repeated for each layer."""
         scores = []
         for layer in layers:
             assert layer.gram is not None
@@ -71,7 +71,7 @@ class Owl(Allocator):
         range_ = values.max() - values.min()
         width = self.counts / target.n_of_m[1] if target.n_of_m else 2 * self.spread
         more = (values - values.min()) / range_ * width if range_ > 0 else np.zeros(len(values))
-        more = more - more.mean()  # kept beyond the budget
+        more = more - more.mean()  # share kept beyond the budget
         if self.official and target.n_of_m:
             more = np.round(more * target.n_of_m[1]) / target.n_of_m[1]
         levels = target.level - more

@@ -14,8 +14,13 @@ CARD = {
     "needs": ["weight"],
     "budgets": ["row", "layer"],
     "parameters": {
-        "p": {"type": "number", "exclusiveMinimum": 0, "exclusiveMaximum": 1, "description": "The smaller norm."},
-        "q": {"type": "number", "minimum": 1, "maximum": 2, "description": "The larger norm."},
+        "p": {
+            "type": "number",
+            "exclusiveMinimum": 0,
+            "exclusiveMaximum": 1,
+            "description": "Order of the first norm, below 1.",
+        },
+        "q": {"type": "number", "minimum": 1, "maximum": 2, "description": "Order of the second norm, at least 1."},
     },
 }
 ROUNDS = 200
@@ -23,11 +28,11 @@ ROUNDS = 200
 
 @dataclass(frozen=True)
 class PqIndex(Allocator):
-    """Keeps of each layer a share in proportion to the paper's bound on what must be kept.
+    """Keeps a share of each layer in proportion to the paper's bound on the share that must be kept.
 
     The index of a weight is I = 1 - n^(1/q - 1/p) ||w||_p / ||w||_q, 0 for equal entries. The share
-    (1 + eta)^(-q/(q - p)) (1 - I)^(q p/(q - p)) of the entries, at least, holds all but eta of the norm. The factor
-    with eta is the same for all layers: the budget decides it. Sees the weights alone.
+    (1 + eta)^(-q/(q - p)) (1 - I)^(q p/(q - p)) of the entries, at least, holds all of the norm except eta. The factor
+    with eta is the same for all layers and follows from the budget. The allocator sees only the weights.
     """
 
     p: float = 0.5
@@ -38,7 +43,7 @@ class PqIndex(Allocator):
         return [self.index(layer.weight.abs().double().flatten().cpu().numpy()) for layer in layers]
 
     def index(self, entries: np.ndarray) -> float:
-        """That of entries [n] >= 0."""
+        """The index of entries [n] >= 0."""
         largest = entries.max(initial=0.0)
         if largest == 0:
             return 1.0
@@ -51,7 +56,7 @@ class PqIndex(Allocator):
         shares = np.clip(1 - indices, 0.0, 1.0) ** (self.q * self.p / (self.q - self.p))
         sizes = np.array([part.size for part in parts], dtype=np.float64)
         wanted = (1 - target.level) * sizes.sum()
-        # One factor for all, of shares that end at 1; the logarithm of the factor is halved.
+        # One factor for all layers, with shares capped at 1; bisection on the logarithm of the factor.
         low, high = -50.0, 50.0
         for _ in range(ROUNDS):
             middle = (low + high) / 2

@@ -1,4 +1,4 @@
-"""The same level for every layer: what a target asks for where nothing is allocated."""
+"""The same level for every layer, as without an allocation."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ CARD = {
 
 @dataclass(frozen=True)
 class Uniform(Allocator):
-    """Every layer gives the target's own level."""
+    """Every layer gets the target's level."""
 
     def allocate(self, parts: Sequence[Part], target: Target) -> Proposal:
         return Proposal((target.level,) * len(parts), (None,) * len(parts))

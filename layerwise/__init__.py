@@ -54,7 +54,7 @@ _MODULES = {
     "layerwise.contract.target": ("Target",),
     "layerwise.runtime.errors": ("InputError",),
 }
-MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}  # of each public name
+MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}  # module of each public name
 
 
 def __getattr__(name: str) -> Any:
@@ -70,7 +70,8 @@ def __dir__() -> list[str]:
 
 
 def _version() -> str:
-    """The version: that of pyproject.toml in a checkout, whose installed metadata may be older, else the metadata's."""
+    """The version in pyproject.toml in a checkout (installed metadata may be older), otherwise the metadata's
+    version."""
     import tomllib
     from importlib.metadata import version
 
@@ -83,14 +84,14 @@ def _version() -> str:
 
 
 class _Package(ModuleType):
-    """This module. `methods` is both a function of it and the folder of adapters, layerwise.methods.gptq and so on.
+    """This module. `methods` is both one of its functions and the folder of adapters (layerwise.methods.gptq, ...).
 
     Importing an adapter makes the folder an attribute of the package; the folder can then be called as the function.
     """
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "methods" and type(value) is ModuleType:
-            value.__class__, value.__doc__ = _Adapters, "The adapters; called, it gives the table of their cards."
+            value.__class__, value.__doc__ = _Adapters, "The adapters. A call returns the table of their cards."
         super().__setattr__(name, value)
 
 

@@ -1,4 +1,4 @@
-"""The library's functions on one layer (docs/library.md): thin, typed doors to the rooms that the workflow uses."""
+"""The library's functions on one layer (docs/library.md): thin, typed wrappers of the code that the workflow uses."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ __all__ = ["LayerResult", "LowerBound", "calibrate", "compress_layer", "lower_bo
 class LayerResult:
     """A layer that `compress_layer` has compressed, checked and scored.
 
-    method, target: what was asked for.
-    weight: [out, in], zero where pruned and dequantised where quantised, in the dtype and on the device of the weight
-        that was given.
+    method, target: as requested.
+    weight: [out, in], zero where pruned and dequantised where quantised, in the dtype and on the device of the input
+        weight.
     compressed: what is stored: the weight in float32, the mask, and the codes and grid of a quantised layer.
-    output_error: tr((W - W_hat) G (W - W_hat)^T) / tr(W G W^T) in float64, on the Gram that was given.
+    output_error: tr((W - W_hat) G (W - W_hat)^T) / tr(W G W^T) in float64, on the Gram passed in.
     absolute_error: its numerator, in squared units of the layer's output per token.
-    asymmetric_error: ||W X0 - W_hat X||^2 / ||W X0||^2 with X0 the inputs in the dense model, where the Gram was given
-        both; else output_error. None where X0 is not known, or W gives no output for it.
+    asymmetric_error: ||W X0 - W_hat X||^2 / ||W X0||^2 with X0 the inputs in the dense model, if the Gram was computed
+        from both; otherwise output_error. None if X0 is not known, or if W X0 is zero.
     achieved_sparsity: share of zeros in W_hat.
     bits_per_weight: as stored, with scales, zeros and positions (docs/export.md).
-    seconds: of the method alone.
+    seconds: time taken by the method alone.
     damping: share of the Gram's mean diagonal that was added to it; None for a method that adds none.
     """
 
@@ -53,7 +53,7 @@ class LayerResult:
 
     @property
     def mask(self) -> Tensor | None:
-        """[out, in] bool, True where kept; None when the target prunes nothing."""
+        """[out, in] bool, True where a weight is kept; None when the target prunes nothing."""
         return self.compressed.mask
 
     @property
@@ -82,7 +82,7 @@ class LowerBound:
 
     output_error: the bound as a share of tr(W G W^T), to compare with `LayerResult.output_error`.
     absolute_error: the bound on tr((W - W_hat) G (W - W_hat)^T).
-    gap: by how much of output_error a longer computation could raise the bound at most.
+    gap: the most by which a longer computation could raise the bound, as a share like output_error.
     """
 
     output_error: float
@@ -91,15 +91,15 @@ class LowerBound:
 
 
 def calibrate(x: Tensor, dense_inputs: Tensor | None = None) -> tuple[Gram, Statistics]:
-    """The Gram of a layer's inputs, and the statistics that some methods need besides (AWQ, DSnoT).
+    """The Gram of a layer's inputs, and the statistics that some methods also need (AWQ, DSnoT).
 
-    x: [sequences, length, in], of any float dtype; tokens of a sequence one after the other. The Gram is that of
-    `Gram.from_inputs(x, dense_inputs)`, to the last bit. Raises ValueError for x of another shape, and as that does.
+    x: [sequences, length, in], of any float dtype, with the tokens of a sequence in order. The Gram is bit-identical to
+    `Gram.from_inputs(x, dense_inputs)`. Raises ValueError for x of another shape, and wherever `Gram.from_inputs` does.
     """
     if not isinstance(x, Tensor) or x.ndim != 3 or not x.numel():
         came = list(x.shape) if isinstance(x, Tensor) else type(x).__name__
         raise ValueError(f"x must be a tensor [sequences, length, in] that is not empty. Got {came} instead.")
-    gram = Gram.from_inputs(x, dense_inputs)  # it knows which inputs have no Gram
+    gram = Gram.from_inputs(x, dense_inputs)  # it rejects inputs that have no Gram
     sequences, length, inputs = x.shape
     accumulated = TapStatistics(inputs, sequences, length, x.device)
     accumulated.update(x)
@@ -117,24 +117,25 @@ def compress_layer(
     seed: int = 0,
     **parameters: Any,
 ) -> LayerResult:
-    """Compress one linear layer, check what comes out and score it, as the workflow does.
+    """Compress one linear layer, check the result and score it, as the workflow does.
 
-    The result keeps the promises of docs/contract.md, or an error says which one it breaks.
+    The result keeps the promises of docs/contract.md; otherwise an error names the broken promise.
 
-    weight: [out, in] of any float dtype, or a torch Linear; neither is written to. Computed in float32.
-    gram: of the layer's inputs, from `Gram.from_inputs` or `calibrate`, on the weight's device; for gptaq, foem and
-        qronos `Gram.from_inputs(x, dense_inputs=x0)`, where x comes from a model that is compressed by now.
+    weight: [out, in] of any float dtype, or a torch Linear; neither is modified. The computation is in float32.
+    gram: Gram of the layer's inputs, from `Gram.from_inputs` or `calibrate`, on the weight's device. For gptaq, foem
+        and qronos use `Gram.from_inputs(x, dense_inputs=x0)`, where x are the inputs in the partly compressed model and
+        x0 those in the dense model.
     target: a Target or its label, such as "2:4", "60% row", "50% 1x16", "4b g128" or "2:4 4b g128".
     method: a name of `layerwise.methods()`, {name: {parameters}}, the path of a method's file, or an instance.
     statistics: from `calibrate`, for methods that need more than the Gram.
     fisher: [out] float32, at least 0, for fwsvd: the mean squared gradients of the model's loss, summed over each row
-        of the weight. `layerwise.calibration.fisher.of_model(model, tokens)` gives those of every layer of a model.
-    seed: of the random numbers of a method that draws some.
-    parameters: the method's own, by name; the others have its defaults.
+        of the weight. `layerwise.calibration.fisher.of_model(model, tokens)` computes them for every layer of a model.
+    seed: seed of the random numbers, for a method that draws any.
+    parameters: the method's parameters by name; those not given take their defaults.
 
-    Raises ValueError, in one sentence, for arguments that do not fit; of its kinds CatalogueError for an unknown method
-    or parameter, and UnsupportedTarget for a method that cannot reach the target. Raises InputError when the method
-    fails or breaks a promise, and its kind Diverged when its numbers are not finite.
+    Raises ValueError, in one sentence, for arguments that do not fit: its subclass CatalogueError for an unknown method
+    or parameter, and its subclass UnsupportedTarget for a method that cannot reach the target. Raises InputError when
+    the method fails or breaks a promise, and its subclass Diverged when its numbers are not finite.
     """
     original = weight_of(weight)
     goal = as_target(target)
@@ -172,8 +173,8 @@ def output_error(weight: Tensor | nn.Linear, weight_hat: Tensor, gram: Gram) -> 
     """tr((W - W_hat) G (W - W_hat)^T) / tr(W G W^T) in float64, the share of the layer's output that is lost.
 
     weight, weight_hat: [out, in] of any float dtype. gram: undamped. A layer whose output is zero on every token has
-    the error 0 where W_hat keeps that, else infinity. Raises ValueError for shapes that do not fit and numbers that are
-    not finite, InputError for a Gram with eigenvalues below zero by more than rounding.
+    the error 0 if W_hat also gives zero, otherwise infinity. Raises ValueError for shapes that do not fit and numbers
+    that are not finite, and InputError for a Gram with eigenvalues below zero by more than rounding.
     """
     layer = checked(Layer("the layer", weight_of(weight), gram))
     other = weight_of(weight_hat, "weight_hat")
@@ -183,15 +184,15 @@ def output_error(weight: Tensor | nn.Linear, weight_hat: Tensor, gram: Gram) -> 
 
 
 def lower_bound(weight: Tensor | nn.Linear, gram: Gram, target: Target | str) -> LowerBound:
-    """A bound below the error of every mask of a row, layer or n:m target, or of every matrix of a rank.
+    """A lower bound on the error of every mask of a row, layer or n:m target, or of every matrix of a given rank.
 
-    From a convex relaxation, that of SparseFW (arXiv 2510.13713) strengthened by a diagonal, and its Frank-Wolfe gap
-    (Jaggi, ICML 2013).
+    For masks it comes from a convex relaxation (that of SparseFW, arXiv 2510.13713, strengthened by a diagonal) and its
+    Frank-Wolfe gap (Jaggi, ICML 2013).
 
-    That of a rank is the optimum itself, but for rounding (Eckart and Young in the Gram's norm).
+    For a rank it is the optimum itself, up to rounding (Eckart and Young in the Gram's norm).
 
-    It holds for masks that leave the weights they keep unchanged: methods that update weights can go below it. weight:
-    [out, in] of any float dtype. Computed on the processor. Raises ValueError for another pattern, a target without
+    It holds for masks that leave the kept weights unchanged; methods that update weights can go below it. weight: [out,
+    in] of any float dtype. The computation runs on the CPU. Raises ValueError for another pattern, a target without
     sparsity, shapes that do not fit and numbers that are not finite.
     """
     goal = as_target(target)
@@ -206,7 +207,7 @@ def lower_bound(weight: Tensor | nn.Linear, gram: Gram, target: Target | str) ->
 
 
 def weight_of(weight: Tensor | nn.Linear, name: str = "weight") -> Tensor:
-    """The weight [out, in] itself. Raises ValueError for what is none, or is not finite."""
+    """The weight [out, in] itself. Raises ValueError if it is not a weight or is not finite."""
     tensor = weight.weight.detach() if isinstance(weight, nn.Linear) else weight
     if not isinstance(tensor, Tensor):
         raise ValueError(f"{name} must be a tensor [out, in] or a torch Linear. Got {type(weight).__name__} instead.")
@@ -220,7 +221,7 @@ def weight_of(weight: Tensor | nn.Linear, name: str = "weight") -> Tensor:
 
 
 def checked(layer: Layer) -> Layer:
-    """The layer. Raises ValueError when Gram or statistics are not those of its inputs."""
+    """The layer itself. Raises ValueError when the Gram or statistics do not fit its inputs."""
     inputs, device = layer.weight.shape[1], layer.weight.device
     if not isinstance(layer.gram, Gram):
         came = type(layer.gram).__name__
@@ -255,10 +256,10 @@ def checked(layer: Layer) -> Layer:
         if not torch.isfinite(tensor).all():
             raise ValueError(f"{name} must be finite. Got NaN or Inf instead.")
     if layer.fisher is not None and (least := float(layer.fisher.min())) < 0:
-        raise ValueError(f"fisher must be at least 0, as sums of squares are. Got {least:g} instead.")
+        raise ValueError(f"fisher must be at least 0, because it is a sum of squares. Got {least:g} instead.")
     return layer
 
 
 def kept_dtype(weight: Tensor) -> torch.dtype:
-    """The dtype in which the result is kept and scored: the weight's, float32 where that is wider."""
+    """The dtype in which the result is stored and scored: the weight's, or float32 if the weight's is wider."""
     return torch.float32 if weight.dtype.itemsize > 4 else weight.dtype

@@ -1,7 +1,7 @@
 """ADMM pruning: alternate least squares and projection on the pattern, with a fixed penalty (Boza, TMLR 2024).
 
-In coordinates where every input has norm one: B solves the damped least squares near Z - U, Z is B + U on the mask, U
-adds up what they disagree. The mask is chosen again in each of the first `refresh` iterations and then fixed.
+In coordinates in which every input has norm one: B solves the damped least squares near Z - U, Z is B + U on the mask,
+and U accumulates B - Z. The mask is recomputed in each of the first `refresh` iterations and then fixed.
 """
 
 from dataclasses import dataclass
@@ -27,11 +27,11 @@ CARD = {
     "checks": {"variants": [{"iterations": 3, "refresh": 0}]},
     "parameters": {
         "rho": {"$ref": "penalty"},
-        "iterations": {"type": "integer", "minimum": 1, "description": "Updates of B."},
+        "iterations": {"type": "integer", "minimum": 1, "description": "Number of updates of B."},
         "refresh": {
             "type": "integer",
             "minimum": 0,
-            "description": "First iterations, in which the mask is chosen.",
+            "description": "Number of first iterations in which the mask is chosen.",
         },
         "damping": {
             "$ref": "damping",
@@ -39,16 +39,18 @@ CARD = {
         },
     },
 }
-DEAD_NORM = 1e-8  # of a dead input, as a share of the mean norm: its weights go first, and dividing by it stays finite
+# norm of a dead input, as a share of the mean norm: its weights are pruned first, and division stays finite
+DEAD_NORM = 1e-8
 
 
 @dataclass(frozen=True)
 class ADMM(Method):
-    """Prunes and updates weights together; returns the best masked iterate, W on its largest |W_ij| norm_j included.
+    """Prunes and updates weights together; returns the best masked iterate, where W on its largest |W_ij| norm_j counts
+    too.
 
-    layer: as the released code prunes by default, at the full sparsity from the first iteration on. row (its per_out)
-    and n:m: the sparsity rises along a cubic, and the n largest of an n:m group are never pruned. No preconditions.
-    trace: loss of the best masked iterate so far.
+    layer: the default of the released code, with the full sparsity from the first iteration on. row (per_out in the
+    released code) and n:m: the sparsity rises along a cubic, and the n largest entries of an n:m group are never
+    pruned. No preconditions. trace: loss of the best masked iterate so far.
     """
 
     rho: float = 1.0
@@ -78,7 +80,7 @@ class ADMM(Method):
             if iteration <= refresh:
                 mask = scheduled_mask((weight + dual).abs(), target, iteration / refresh)
             split = (weight + dual) * mask
-            if iteration > 1 and (iteration >= refresh or target.pattern == "layer"):  # else not sparse enough yet
+            if iteration > 1 and (iteration >= refresh or target.pattern == "layer"):  # otherwise not sparse enough yet
                 best.offer(iteration - 1, split, mask)
             dual = dual + weight - split
             weight = (aim + self.rho * (split - dual)) @ inverse
@@ -87,7 +89,7 @@ class ADMM(Method):
 
 
 def scheduled_mask(score: Tensor, target: Target, progress: float) -> Tensor:
-    """Mask [out, in] of the largest scores when a share `progress`, up to 1, of the choosing iterations is done."""
+    """Mask [out, in] of the largest scores after a share `progress`, up to 1, of the iterations that choose masks."""
     if progress == 1 or target.pattern == "layer":
         return ops.prune_mask(score, target)
     sparsity = target.sparsity * (1 - (1 - progress) ** 3)

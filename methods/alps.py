@@ -1,7 +1,8 @@
 """ALPS: ADMM whose penalty rises until the support settles, then conjugate gradients on it (Meng et al., NeurIPS 2024).
 
-In coordinates where every input has norm one: B solves the damped least squares pulled to D, D is its projection on the
-pattern, V the multiplier (section 3.2); afterwards the kept weights are refined with the support fixed (section 3.3).
+In coordinates in which every input has norm one: B solves the damped least squares pulled towards D, D is its
+projection on the pattern, and V is the multiplier (section 3.2). Afterwards the kept weights are refined on the fixed
+support (section 3.3).
 """
 
 from dataclasses import dataclass
@@ -26,24 +27,26 @@ CARD = {
     "look": {"colour": "#009E73", "marker": "s"},
     "checks": {"variants": [{"iterations": 4, "refinements": 0}]},
     "parameters": {
-        "rho": {"$ref": "penalty", "description": "First penalty on what B and D disagree."},
+        "rho": {"$ref": "penalty", "description": "First penalty on B - D."},
         "iterations": {"type": "integer", "minimum": 1, "description": "Largest number of updates of B."},
         "refinements": {"type": "integer", "minimum": 0, "description": "Conjugate gradient steps on the support."},
         "damping": {"$ref": "damping"},
     },
 }
-LOOK = 3  # iterations between two looks at the support
-PATIENCE = 30  # iterations after which a support that changes by less than SETTLED is taken for settled
+LOOK = 3  # iterations between two checks of the support
+PATIENCE = 30  # number of iterations after which a support that changes by less than SETTLED counts as settled
 SETTLED = 0.0003
 LARGEST_RHO = 1e6
 
 
 @dataclass(frozen=True)
 class ALPS(Method):
-    """Prunes and updates weights together; returns the best sparse iterate, W on its largest |W_ij| norm_j included.
+    """Prunes and updates weights together; returns the best sparse iterate, where W on its largest |W_ij| norm_j counts
+    too.
 
-    layer: the published choice, the whole layer competes. Constants of the penalty's schedule are the released code's.
-    No preconditions: the damping makes any finite Gram positive definite. trace: loss of the best iterate so far.
+    layer: the published choice; the whole layer competes. The constants of the penalty's schedule are the released
+    code's. No preconditions: the damping makes any finite Gram positive definite. trace: loss of the best iterate so
+    far.
     """
 
     rho: float = 0.1
@@ -85,7 +88,7 @@ class ALPS(Method):
                 break
             elif moved:
                 rho *= 1.1
-            else:  # the penalty holds the support of the start: begin again with a smaller one
+            else:  # the penalty freezes the initial support: restart with a smaller penalty
                 rho /= 5
                 if changed:
                     split, dual = start, torch.zeros_like(dense)
@@ -104,7 +107,7 @@ def shifted_inverse(eigenvalues: Tensor, vectors: Tensor, shift: float) -> Tenso
 
 
 def refine(weight: Tensor, mask: Tensor, gram: Tensor, aim: Tensor, steps: int) -> Tensor:
-    """Weight [out, in] after conjugate gradient steps on weight @ gram = aim, each row on its own support."""
+    """Weight [out, in] after conjugate gradient steps on weight @ gram = aim, with each row on its own support."""
     residual = (aim - weight @ gram) * mask
     direction, size = residual, residual.square().sum(1, keepdim=True)
     for _ in range(steps):

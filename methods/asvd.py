@@ -1,6 +1,7 @@
-"""ASVD: a truncated SVD of the weight whose columns are scaled by the inputs' mean size.
+"""ASVD: a truncated SVD of the weight, with columns scaled by the inputs' mean magnitude.
 
-Yuan et al., section 3.2, the variant by mean absolute activation; equal ranks, without their search of ranks by layer.
+Yuan et al., section 3.2, the variant with the mean absolute activation. Ranks are equal; the paper's search for each
+layer's rank is not included.
 """
 
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ CARD = {
     "cost": {"weights": 8.0, "grams": 0.0, "products": 15.0},
     "look": {"colour": "#999933", "marker": "^"},
     "parameters": {
-        "alpha": {"type": "number", "minimum": 0, "description": "Power of mean |x| by which a column is scaled."},
+        "alpha": {"type": "number", "minimum": 0, "description": "Exponent of mean |x| in a column's scale."},
     },
 }
 
@@ -31,7 +32,8 @@ CARD = {
 class ASVD(Method):
     """SVD_r(W S) S^-1 with S = diag(mean |x|^alpha), the optimum for the Gram S^2; a scale of 0 needs no inverse.
 
-    Not compared with the released code, of which no outputs are at hand. Precondition: finite statistics.
+    It has not been compared with the released code, because none of its outputs are available. Precondition: finite
+    statistics.
     """
 
     alpha: float = 0.5

@@ -1,4 +1,4 @@
-"""Chain: one method after the other, one of which prunes and the other quantises, in either order."""
+"""Chain: two methods in sequence; one prunes and the other quantises, in either order."""
 
 from dataclasses import dataclass, replace
 from typing import Any
@@ -16,7 +16,7 @@ CARD = {
     "needs": ["gram", "mean", "absmean", "sequence_variance", "sample"],
     "joint_only": True,
     "named_by": "chain",
-    "cost": {"weights": 10.0, "grams": 3.0, "products": 0.0},  # guessed
+    "cost": {"weights": 10.0, "grams": 3.0, "products": 0.0},  # estimated
     "look": {"colour": "#6699CC", "marker": ">"},
     "checks": {
         "variants": [
@@ -40,9 +40,10 @@ CARD = {
 class Chain(Method):
     """The second method works on what the first returns, and keeps its zeros or its grid exactly.
 
-    Pruned first: the second sees the pruned weight and its mask (`Layer.keep`), so that the error it lowers is that of
-    quantising the pruned layer. Quantised first: the second chooses the mask on the quantised weight, and the codes of
-    what goes become the zero point. Preconditions: those of the two methods, and a grid that has an exact zero.
+    Pruned first: the second method sees the pruned weight and its mask (`Layer.keep`), so it minimises the error of
+    quantising the pruned layer. Quantised first: the second method chooses the mask on the quantised weight, and the
+    codes of pruned weights become the zero point. Preconditions: those of the two methods, and a grid with an exact
+    zero.
     Raises ValueError when a pruned weight is not zero on the grid.
     """
 

@@ -1,7 +1,7 @@
-"""Code swaps: the best changes of one code, then of two, in every row until none lowers the layer's error.
+"""Code swaps: make the best change of one code, then of two, in every row until none lowers the layer's error.
 
-The project's own; what SparseSwaps does to a mask, done to the codes of a quantised layer: the row's E G is kept up to
-date with every change, so that each one is known exactly, and the start's grid stays.
+This is the project's own method. It changes the codes of a quantised layer as SparseSwaps changes a mask. The row's E G
+is updated with every change, so the effect of each change is known exactly. The grid of the start is kept.
 """
 
 import time
@@ -30,14 +30,14 @@ CARD = {
     "parameters": {
         "start": {
             "$ref": "quantised_start",
-            "description": "Method whose codes are changed and whose grid is kept; none that needs the cross-Gram, as "
-            "the changes would undo what it makes up for.",
+            "description": "Method whose codes are changed and whose grid is kept; not one that needs the cross-Gram, "
+            "because the changes would undo its correction.",
         },
-        "pairs": {"type": "boolean", "description": "Also change two codes at once where no change of one helps."},
+        "pairs": {"type": "boolean", "description": "Also change two codes at once if no change of one code helps."},
         "max_changes": {
             "type": ["integer", "null"],
             "minimum": 0,
-            "description": "Changes per row at most; null: until none lowers the row's error.",
+            "description": "Largest number of changes per row; null: until none lowers the row's error.",
         },
     },
 }
@@ -45,11 +45,12 @@ CARD = {
 
 @dataclass(frozen=True)
 class CodeSwaps(Method):
-    """Never worse than the start, and in the end no change of one code helps, nor of two by one step each.
+    """Never worse than the start. At the end no change of one code helps, and no change of two codes by one step each.
 
-    Changes of one code may be of several steps. Pairs are compared in float32; every change is checked, and error and
-    E G are kept, in float64. Zeros of a start that prunes stay, as do those of `layer.keep`. info: `changes` of one
-    code and `pairs` changed at once. Preconditions: a finite Gram, and a start that reaches the target.
+    A change of one code may take several steps. Pairs are compared in float32. Every change is checked in float64, and
+    the error and E G are stored in float64. Zeros of a start that prunes are kept, and so are those of `layer.keep`.
+    info: `changes` of one code and `pairs` changed at once. Preconditions: a finite Gram, and a start that reaches the
+    target.
     """
 
     start: Any = "gptq"
@@ -77,7 +78,7 @@ class CodeSwaps(Method):
 
 
 def state_of(layer: Layer, start: Compressed, target: Target) -> tuple[CodeState, float]:
-    """The layer's rows at the start, in units in which nothing over- or underflows, and the unit of their loss."""
+    """The layer's rows at the start, in units in which nothing overflows or underflows, and the unit of their loss."""
     quantised = start.quantised
     assert isinstance(quantised, Quantised) and target.bits is not None
     if quantised.own_grid or quantised.divisor is not None:

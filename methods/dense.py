@@ -1,4 +1,4 @@
-"""The dense model, a control: every other row is read against it."""
+"""The dense model, a control with which all other rows are compared."""
 
 from dataclasses import dataclass
 
@@ -21,7 +21,7 @@ CARD = {
 
 @dataclass(frozen=True)
 class Dense(Method):
-    """Returns the weight as it is. No preconditions."""
+    """Returns the weight unchanged. No preconditions."""
 
     def solve(self, layer: Layer, target: Target, rng: torch.Generator) -> Compressed:
         return Compressed(layer.weight.clone())

@@ -1,7 +1,8 @@
-"""DSnoT: prune and regrow, one swap per row and cycle, until a row's mean output is what it was (Zhang et al., 2023).
+"""DSnoT: prune and regrow, one swap per row and cycle, until a row's mean output is restored (Zhang et al., 2023).
 
-The expected error of a row is the sum of W_ij * sum_t(x_tj) over its pruned weights. Each cycle regrows the pruned one
-that reduces it most per unit of variance, and prunes the kept weight of smallest Wanda score whose loss reduces it too.
+The expected error of a row is the sum of W_ij * sum_t(x_tj) over its pruned weights. Each cycle regrows the pruned
+weight that reduces this error most per unit of variance. It then prunes the kept weight with the smallest Wanda score
+whose removal also reduces the error.
 """
 
 import time
@@ -32,10 +33,14 @@ CARD = {
         "cycles": {"type": "integer", "minimum": 0, "description": "Largest number of swaps per row."},
         "threshold": {"type": "number", "minimum": 0, "description": "|expected error| at which a row is done."},
         "power": {"type": "number", "minimum": 0, "description": "Exponent of the variance in the regrowing score."},
-        "skip": {"type": "string", "description": "Layers with this in the name keep the warm start's mask; '': none."},
+        "skip": {
+            "type": "string",
+            "description": "Layers whose names contain this keep the warm start's mask; '': none.",
+        },
         "convention": {
             "enum": ["exact", "official"],
-            "description": "exact: threshold in norms of the row's W_ij mean_j, best state. official: absolute, last.",
+            "description": "exact: threshold in units of the norm of the row's W_ij mean_j; returns the best state. "
+            "official: absolute threshold; returns the last state.",
         },
     },
 }
@@ -43,10 +48,11 @@ CARD = {
 
 @dataclass(frozen=True)
 class DSnoT(Method):
-    """Refines the mask of `warm_start`, n:m within its groups. Precondition: `layer.statistics`.
+    """Refines the mask of `warm_start`; n:m masks within their groups. Precondition: `layer.statistics`.
 
-    trace: the loss on the mean activation alone, ||(W - W_hat) mean||^2. In the released code a row that is done still
-    moves its pointers and resets what they meet, which can break the pattern; here it, or one out of swaps, rests.
+    trace: the loss on the mean activation alone, ||(W - W_hat) mean||^2. In the released code a finished row still
+    moves its pointers and resets the entries that they reach, which can break the pattern. Here a row that is finished
+    or out of swaps stops.
     """
 
     warm_start: Any = "wanda"

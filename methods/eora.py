@@ -1,7 +1,7 @@
-"""EoRA: the best low-rank correction of what another method has left of a layer (Liu et al., algorithm 1).
+"""EoRA: the best low-rank correction of another method's error on a layer (Liu et al., algorithm 1).
 
-In the eigenbasis of the Gram, scaled by the roots of its eigenvalues, the truncated SVD of W - S is the correction with
-the least error of the layer, of all of its rank (Eckart and Young in the Gram's norm).
+In the eigenbasis of the Gram, scaled by the roots of its eigenvalues, the truncated SVD of W - S is the correction of
+its rank with the least error of the layer (Eckart and Young in the Gram's norm).
 """
 
 from dataclasses import dataclass
@@ -33,10 +33,11 @@ CARD = {
 
 @dataclass(frozen=True)
 class EoRA(Method):
-    """S is what `after` gives at the target without its rank, B A the best correction: never worse than S alone.
+    """S is the result of `after` at the target without its rank; B A is the best correction. Never worse than S alone.
 
-    In float64 as U U^T (W - S), with U the leading left singular vectors of (W - S) L for G = L L^T, which needs no
-    inverse. Not compared with the released code, of which no outputs are at hand. Preconditions: those of `after`.
+    It is computed in float64 as U U^T (W - S), with U the leading left singular vectors of (W - S) L for G = L L^T,
+    which needs no inverse. It has not been compared with the released code, because none of its outputs are available.
+    Preconditions: those of `after`.
     """
 
     after: Any = "gptq"

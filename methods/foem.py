@@ -1,8 +1,8 @@
-"""FOEM: GPTQ whose errors are taken, in part, from the weight as it was and not as the columns before have moved it.
+"""FOEM: GPTQ with errors measured partly from the original weight instead of the updated one.
 
-Zheng et al., with the two coefficients of its code in GPTQModel: beta is FOEM's own, alpha is GPTAQ's. Before a column
-is rounded it goes back towards the original weight by beta, but for the first of a block, and its error leaves beta
-times its distance to the original out. Both 0 is GPTQ, beta 0 is GPTAQ.
+Zheng et al., with the two coefficients of the code in GPTQModel: beta is FOEM's own, alpha is GPTAQ's. Before a column
+is rounded, it moves back towards the original weight by beta, unless it is the first of a block. Its error omits beta
+times its distance to the original. With both 0 it is GPTQ; with beta 0 it is GPTAQ.
 """
 
 from dataclasses import dataclass
@@ -39,7 +39,7 @@ CARD = {
         "alpha": {
             "type": "number",
             "minimum": 0,
-            "description": "Share of the drift of the inputs that is made up for, as in GPTAQ; GPTQModel: 0.",
+            "description": "Share of the drift of the inputs that is compensated, as in GPTAQ; GPTQModel: 0.",
         },
         "blocksize": {"$ref": "blocksize"},
         "damping": {"$ref": "damping"},
@@ -54,8 +54,8 @@ CARD = {
 class FOEM(Method):
     """One-shot rounding with weight update and a first-order term; the weight of a dead input becomes zero.
 
-    Preconditions: a finite Gram, with alpha its cross-Gram; a Gram that is not positive definite is damped until it is
-    (`info["damping"]`).
+    Preconditions: a finite Gram and, with alpha, its cross-Gram; a Gram that is not positive definite is damped until
+    it is (`info["damping"]`).
     """
 
     beta: float = 0.2

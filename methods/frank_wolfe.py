@@ -1,7 +1,7 @@
-"""SparseFW: the mask relaxed to [0, 1] and optimised by Frank-Wolfe, then rounded (Roux et al., algorithm 2).
+"""SparseFW: relax the mask to [0, 1], optimise it by Frank-Wolfe, and round it (Roux et al., algorithm 2).
 
-Minimise f(M) = tr((W o (1 - M)) G (W o (1 - M))^T) over masks M in [0, 1] of which each comparison group sums to at
-most k. A share of the k, the weights that the warm start values most, is fixed at 1 beforehand.
+Minimise f(M) = tr((W o (1 - M)) G (W o (1 - M))^T) over masks M in [0, 1] in which each comparison group sums to at
+most k. A share of the k entries, those with the highest saliency in the warm start, is fixed at 1 beforehand.
 """
 
 import time
@@ -34,25 +34,25 @@ CARD = {
             {"step": "pairwise", "keep": 0.5, "iterations": 20},
         ],
         "reference": True,
-        "no_descent": "2 / (t + 2) is no descent step, and the first is a whole one",
+        "no_descent": "2 / (t + 2) is not a descent step, and the first step is a full one",
     },
     "parameters": {
         "warm_start": {
             "format": "method",
-            "description": "Method whose mask is the first iterate, and whose saliency says what is fixed.",
+            "description": "Method whose mask is the first iterate, and whose saliency selects the fixed entries.",
         },
         "keep": {
             "type": "number",
             "minimum": 0,
             "maximum": 1,
-            "description": "Share of what each row, or the layer, keeps that is fixed (the paper's alpha).",
+            "description": "Share of the kept entries of each row, or of the layer, that is fixed (the paper's alpha).",
         },
         "iterations": {"type": "integer", "minimum": 0, "description": "Frank-Wolfe steps."},
         "step": {
             "enum": ["published", "line_search", "pairwise"],
             "description": "published: 2 / (t + 2). line_search: the best step, for each row where rows are separate. "
-            "pairwise (not in the paper): the best exchanges between two entries of a group; an iteration makes as "
-            "many in each row, or the layer, as it has entries to choose.",
+            "pairwise (not in the paper): the best exchanges between two entries of a group; an iteration makes one "
+            "exchange for each entry to choose in the row, or in the layer.",
         },
         "tolerance": {
             "type": "number",
@@ -61,19 +61,20 @@ CARD = {
         },
     },
 }
-TRACED = 10  # every so many iterations, and the first as many, are in the trace
+TRACED = 10  # the trace has the first TRACED iterations, and then every TRACED-th
 
 
 @dataclass(frozen=True)
 class FrankWolfe(Method):
     """The better of the warm start's mask and the rounded relaxed one. Precondition: a finite Gram.
 
-    In float64: near the relaxed optimum the gradient's entries are nearly equal, and rounding decides which are chosen.
-    After many line searches over a whole layer even a scale that rounds the weights can move an entry of the mask.
+    Computed in float64: near the relaxed optimum the gradient's entries are nearly equal, and rounding decides the
+    choice. After many line searches over a whole layer, even a rescaling that rounds the weights can change an entry of
+    the mask.
 
-    trace: the relaxed objective, which the published step lets rise. info: `duality_gaps` in the trace's rows, the last
-    one as `duality_gap` (no mask that keeps the fixed weights is better than the relaxed objective minus the gap), and
-    `rounded_objective`, of the mask that rounding gave, used or not.
+    trace: the relaxed objective, which can rise with the published step. info: `duality_gaps`, one for each row of the
+    trace; the last one as `duality_gap` (no mask that keeps the fixed weights is better than the relaxed objective
+    minus the gap); and `rounded_objective`, that of the rounded mask, whether it is used or not.
     """
 
     warm_start: Any = "wanda"
@@ -115,10 +116,11 @@ class FrankWolfe(Method):
         return replace(ops.masked(layer, best, target), trace=tuple(trace), info=info)
 
     def fixed(self, layer: Layer, started: Tensor, target: Target, rng: torch.Generator) -> Tensor:
-        """[out, in] bool, what of the warm start's mask is fixed: the floor(keep k) of k that it values most."""
+        """[out, in] bool, the fixed entries of the warm start's mask: the floor(keep k) of k with the highest
+        saliency."""
         held = int(self.keep * int((started if target.pattern == "layer" else started[0]).sum()))
         if not held:
             return torch.zeros_like(started)
-        if target.n_of_m:  # asked by row, what is pruned must not come first
+        if target.n_of_m:  # the target is by row here, so pruned entries must not come first
             layer = replace(layer, weight=torch.where(started, layer.weight, 0.0))
         return self.warm_start.compress(layer, ops.keeping(held, target, started.shape), rng).mask & started

@@ -1,7 +1,8 @@
-"""FWSVD: a truncated SVD of the weight whose rows are scaled by the gradients of the model's loss (Hsu et al.).
+"""FWSVD: a truncated SVD of the weight, with rows scaled by the gradients of the model's loss (Hsu et al.).
 
-With D = diag(sqrt(f)), f_i the mean squared gradients of row i summed: D^-1 SVD_r(D W), which weighs the weight's
-error, and not the output's, by what the loss says of each row (section 4, with rows for outputs).
+The result is D^-1 SVD_r(D W) with D = diag(sqrt(f)), where f_i is the sum over row i of the mean squared gradients. It
+weights the error of the weight, not of the output, by the importance of each row for the loss (section 4, with rows for
+outputs).
 """
 
 from dataclasses import dataclass
@@ -29,8 +30,8 @@ CARD = {
 class FWSVD(Method):
     """W V V^T in float64, with V the r leading right singular vectors of D W.
 
-    That is D^-1 SVD_r(D W) where D has an inverse, and its limit where some f_i is 0: nothing is divided. Where all are
-    0, no row weighs more than another, and it is the plain SVD. There is no released code. Precondition: finite f >= 0.
+    This is D^-1 SVD_r(D W) if D has an inverse, and its limit if some f_i is 0, without a division. If all f_i are 0,
+    all rows have equal weight, and it is the plain SVD. There is no released code. Precondition: finite f >= 0.
     """
 
     def solve(self, layer: Layer, target: Target, rng: torch.Generator) -> Compressed:

@@ -1,7 +1,7 @@
-"""GPTAQ: GPTQ that also makes up for what the layers before have changed in the inputs.
+"""GPTAQ: GPTQ that also compensates for the change of the inputs by the layers before.
 
 Li et al., with the coefficient alpha and the order of the released code. The problem is min |W X0 - W_hat X|^2, with
-X0 the inputs in the dense model and X those in the compressed one. Where both are the same it is GPTQ, bit for bit.
+X0 the inputs in the dense model and X those in the compressed one. If both are the same, it is GPTQ, bit for bit.
 """
 
 from dataclasses import dataclass
@@ -35,13 +35,14 @@ CARD = {
         "alpha": {
             "type": "number",
             "minimum": 0,
-            "description": "Share of the drift of the inputs that is made up for; 0 is GPTQ. The paper has none, its "
-            "code .25.",
+            "description": "Share of the drift of the inputs that is compensated; 0 is GPTQ. The paper has no such "
+            "factor; its code .25.",
         },
         "between_blocks": {
             "enum": ["rounded", "unrounded"],
-            "description": "Weight that makes up for drift in columns after its own block: rounded, as in the released "
-            "code, where the result depends on the block size, or as it was before, as in the paper and within blocks.",
+            "description": "Weight that corrects columns after its own block for the drift. rounded: after rounding, "
+            "as in the released code, where the result depends on the block size. unrounded: before rounding, as in "
+            "the paper and within blocks.",
         },
         "blocksize": {"$ref": "blocksize"},
         "damping": {"$ref": "damping"},
@@ -50,7 +51,7 @@ CARD = {
         "mse": {"$ref": "mse"},
         "convention": {
             "enum": ["exact", "official"],
-            "description": "exact: dead inputs come last in act_order and count as zero, symmetric grids are GPTQ's. "
+            "description": "exact: dead inputs are last in act_order and count as zero; symmetric grids are GPTQ's. "
             "official: dead inputs count as 1, and a symmetric grid has the step max |w| / (2^(bits - 1) - 1), as in "
             "the released code.",
         },
@@ -78,7 +79,7 @@ class GPTAQ(Method):
     def solve(self, layer: Layer, target: Target, rng: torch.Generator) -> Compressed:
         length = layer.statistics.length if layer.statistics else 1
         official = self.convention == "official"
-        dead_diagonal = 1 / (2 * length) if official else None  # its H is 2 length G
+        dead_diagonal = 1 / (2 * length) if official else None  # the released code's H is 2 length G
         settings = (self.blocksize, self.damping, self.act_order, self.static_groups, self.mse, dead_diagonal, official)
         correct = DriftCorrection(
             self.alpha, 0.0, self.damping, dead_diagonal, unrounded=self.between_blocks == "unrounded"

@@ -1,7 +1,7 @@
-"""GPTQ: round column by column, each time moving the rest of the row to make up for the rounding.
+"""GPTQ: round column by column, and update the rest of the row each time to compensate for the rounding.
 
-Frantar et al., algorithm 1, with the grids of the released code: a group is fitted when its first column comes, to the
-weights as the blocks before it have left them.
+Frantar et al., algorithm 1, with the grids of the released code: a group is fitted when its first column is reached, to
+the weights as updated by the blocks before it.
 """
 
 from dataclasses import dataclass
@@ -33,14 +33,14 @@ CARD = {
         "act_order": {"$ref": "act_order"},
         "static_groups": {
             "$ref": "static_groups",
-            "description": "Groups are runs of consecutive inputs, all fitted to the weight as it was; always so in "
+            "description": "Groups are runs of consecutive inputs, all fitted to the original weight; always true for "
             "nvfp4 and mxfp4.",
         },
         "mse": {"$ref": "mse"},
         "convention": {
             "enum": ["exact", "official"],
-            "description": "exact: dead inputs come last in act_order and count as zero, results are free of the "
-            "activations' scale. official: they count as 1, as in the released code.",
+            "description": "exact: dead inputs are last in act_order and count as zero; results are independent of the "
+            "activations' scale. official: dead inputs count as 1, as in the released code.",
         },
     },
 }
@@ -48,7 +48,7 @@ CARD = {
 
 @dataclass(frozen=True)
 class GPTQ(Method):
-    """One-shot rounding with weight update. A row's grid without groups is fitted to its dense weight beforehand.
+    """One-shot rounding with weight update. Without groups, a row's grid is fitted to its dense weight beforehand.
 
     Preconditions: a finite Gram; one that is not positive definite is damped until it is (`info["damping"]`).
     """
@@ -62,6 +62,7 @@ class GPTQ(Method):
 
     def solve(self, layer: Layer, target: Target, rng: torch.Generator) -> Compressed:
         length = layer.statistics.length if layer.statistics else 1
-        dead_diagonal = 1 / (2 * length) if self.convention == "official" else None  # its H is 2 length G
+        # the released code's H is 2 length G
+        dead_diagonal = 1 / (2 * length) if self.convention == "official" else None
         settings = (self.blocksize, self.damping, self.act_order, self.static_groups, self.mse, dead_diagonal)
         return ColumnRounding(*settings).round(layer, target)

@@ -1,6 +1,6 @@
-"""GQSA, its one-shot part: whole blocks of a row go by their Hessian saliency, what stays is quantised per group.
+"""GQSA, the one-shot part: prune whole blocks of a row by Hessian saliency, and quantise the rest per group.
 
-Zeng et al.; its two optimisation stages, BQPO and E2E-OQP, work on blocks and models: `tune` in the config.
+Zeng et al. The two optimisation stages, BQPO and E2E-OQP, work on blocks and models: see `tune` in the config.
 """
 
 from dataclasses import dataclass
@@ -27,23 +27,23 @@ CARD = {
     },
 }
 
-ROWS = 128  # that are scored at once
+ROWS = 128  # rows scored at once
 
 
 @dataclass(frozen=True)
 class GQSA(Method):
-    """Keeps the blocks with the largest mean of w_ij^2 / [H^-1]_jj^2, equally many in every row, on a min-max grid.
+    """Keeps the blocks with the largest mean of w_ij^2 / [H^-1]_jj^2, the same number in every row, on a min-max grid.
 
     The paper's grid is asymmetric and has a scale and zero per block, `group` = b of 1xb. A group may also be shorter
-    or longer than a block, or none for a whole row: its grid is that of the kept weights in it. H is the damped Gram;
-    the weight of a dead input has no saliency. Precondition: a finite Gram.
+    or longer than a block, or a whole row (no group): its grid is fitted to its kept weights. H is the damped Gram; the
+    weight of a dead input has no saliency. Precondition: a finite Gram.
     """
 
     damping: float = 0.01
 
     def solve(self, layer: Layer, target: Target, rng: torch.Generator) -> Compressed:
         inverse_diagonal, damping = diagonal_of_inverse(layer.gram, self.damping)
-        pieces = layer.weight.split(ROWS)  # whose scores stay in the cache: blocks compete within rows
+        pieces = layer.weight.split(ROWS)  # the scores of a piece stay in cache; blocks compete only within rows
         mask = torch.cat([ops.prune_mask(saliency(rows, inverse_diagonal), target) for rows in pieces])
         kept = torch.where(mask, layer.weight, 0.0)
         if target.bits is None:

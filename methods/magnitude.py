@@ -1,4 +1,4 @@
-"""Magnitude pruning: the smallest |W| go."""
+"""Magnitude pruning: prune the smallest |W|."""
 
 from dataclasses import dataclass
 

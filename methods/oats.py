@@ -1,7 +1,7 @@
-"""OATS: a sparse and a low-rank part in turn, on the weight scaled by its inputs (Zhang and Papyan, algorithm 1).
+"""OATS: alternate a sparse and a low-rank part on the weight scaled by its inputs (Zhang and Papyan, algorithm 1).
 
-With A = W D, D = diag(sqrt(mean x_j^2)): the low-rank part is the truncated SVD of A - S, then S the largest entries of
-A less that part; both are divided by D in the end.
+With A = W D, D = diag(sqrt(mean x_j^2)): the low-rank part is the truncated SVD of A - S; then S holds the largest
+entries of A minus that part. At the end both are divided by D.
 """
 
 from dataclasses import dataclass
@@ -25,17 +25,21 @@ CARD = {
     "look": {"colour": "#009E73", "marker": "D"},
     "checks": {"defaults": {"iterations": 8}, "variants": [{"iterations": 80}]},
     "parameters": {
-        "iterations": {"type": "integer", "minimum": 1, "description": "Alternations of the low-rank and sparse part."},
+        "iterations": {
+            "type": "integer",
+            "minimum": 1,
+            "description": "Number of alternations between the low-rank and the sparse part.",
+        },
     },
 }
 
 
 @dataclass(frozen=True)
 class OATS(Method):
-    """The last of `iterations` pairs, in float64. Of the Gram it sees the diagonal alone.
+    """The last of `iterations` pairs, in float64. Only the Gram's diagonal is used.
 
     The paper's sparsity s and rank ratio rho are the target {sparsity: 1 - (1 - rho)(1 - s), rank: rho (1 - s)}. A dead
-    input, by whose scale the released code divides zero, has no part in the factors; S keeps its own weight.
+    input, for which the released code divides zero by zero, has no part in the factors; S keeps its weight.
     Precondition: a finite Gram.
     """
 

@@ -1,9 +1,9 @@
-"""Qronos: the first column is solved for against the dense output, the others are refitted, and GPTQ rounds them.
+"""Qronos: solve for the first column against the dense output, refit the others, and round them by GPTQ.
 
 Zhang et al., with the damping of Brevitas. The problem is min |W X0 - W_hat X|^2, with X0 the inputs in the dense model
 and X those in the compressed one. With G = X X^T / tokens, C = X0 X^T / tokens and d the damping, the first column
-becomes (W C - W_rest G)_0 / G_00 and the others W C + d W, less what the first one gives, times the inverse of their
-damped Gram. Both are sums of W and what the drift C - G makes of it, so that without drift this is GPTQ.
+becomes (W C - W_rest G)_0 / G_00. The others become W C + d W, minus the first column's contribution, times the inverse
+of their damped Gram. Both are sums of W and a term in the drift C - G, so without drift this is GPTQ.
 """
 
 from dataclasses import dataclass, replace
@@ -37,17 +37,17 @@ CARD = {
         },
         "act_order": {
             "$ref": "act_order",
-            "description": "Columns in the order of falling diagonal of the Gram; groups are runs of inputs all the "
-            "same.",
+            "description": "Process columns in order of decreasing diagonal of the Gram; groups are still runs of "
+            "inputs, all the same.",
         },
         "blocksize": {
             "$ref": "blocksize",
-            "description": "Columns after which the others are updated; it changes rounding errors alone.",
+            "description": "Number of columns after which the others are updated; it affects only rounding errors.",
         },
         "mse": {"$ref": "mse"},
         "convention": {
             "enum": ["exact", "official"],
-            "description": "exact: weights of dead inputs become zero, symmetric grids are GPTQ's. official: weights "
+            "description": "exact: weights of dead inputs become zero; symmetric grids are GPTQ's. official: weights "
             "of dead inputs are rounded, and a symmetric grid has 2^bits - 1 codes and the step max |w| / "
             "(2^(bits - 1) - 1), as in Brevitas.",
         },
@@ -57,10 +57,10 @@ CARD = {
 
 @dataclass(frozen=True)
 class Qronos(Method):
-    """Refit to the dense output, then rounding with weight update on a grid that is fitted to the weight as it was.
+    """Refits to the dense output, then rounds with weight update on a grid fitted to the original weight.
 
-    Preconditions: a finite Gram with its cross-Gram; a Gram that does not factorise is damped ten times as much until
-    it does (`info["damping"]`, a share of the mean of the diagonal).
+    Preconditions: a finite Gram with its cross-Gram; a Gram that does not factorise is damped ten times as much,
+    repeatedly, until it does (`info["damping"]`, a share of the mean of the diagonal).
     """
 
     damping: float = 1e-6
@@ -77,7 +77,7 @@ class Qronos(Method):
         dense = layer.weight if zeroed else torch.where(gram.dead, 0.0, layer.weight)  # as GPTQ fits groups
         grid = settings.fitted(dense, target)
         narrow = official and target.symmetric
-        if narrow:  # its codes are one lower, so that the lowest is left out and not the largest
+        if narrow:  # its codes are one lower, so that the lowest code is unused instead of the largest
             grid = ops.Grid(grid.scales, grid.zeros - 1, grid.bits, narrow=True)
         order, ordered = settings.ordered(gram)
         refitted = torch.empty_like(layer.weight)
@@ -90,19 +90,19 @@ class Qronos(Method):
 
 
 def refit(weight: Tensor, gram: Gram, damping: float) -> Tensor:
-    """The weight [out, in] that rounding is to start from, its first column solved for alone.
+    """The weight [out, in] from which rounding starts; its first column is solved for separately.
 
-    gram: of inputs in the order of the columns. damping: a share of the mean of its diagonal. Raises ValueError where
-    the cross-Gram is not known.
+    gram: Gram of the inputs in column order. damping: a share of the mean of its diagonal. Raises ValueError if the
+    cross-Gram is not known.
     """
     drift = (gram.cross - gram.matrix).double()
     if not gram.apart:
         return weight
     dense, matrix = weight.double(), gram.matrix.double()
-    lacking = dense @ drift  # [out, in] what the output lacks, seen through the inputs
+    lacking = dense @ drift  # [out, in] missing output, correlated with the inputs
     first = dense[:, 0] + (lacking[:, 0] / matrix[0, 0] if matrix[0, 0] > 0 else 0.0)
     lacking = lacking[:, 1:] + torch.outer(dense[:, 0] - first, matrix[0, 1:])
-    factor = gram.factor(damping)[0][1:, 1:].double()  # M of the others, whose damped Gram is Mt M
+    factor = gram.factor(damping)[0][1:, 1:].double()  # factor M of the other inputs' damped Gram, Mt M
     half = torch.linalg.solve_triangular(factor, lacking, upper=False, left=False)
     moved = torch.linalg.solve_triangular(factor.T, half, upper=True, left=False)
     return torch.cat([first[:, None], dense[:, 1:] + moved], 1).float()

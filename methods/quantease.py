@@ -1,7 +1,7 @@
-"""QuantEase: cyclic coordinate descent over the columns, of which some passes leave what they set unrounded.
+"""QuantEase: cyclic coordinate descent over the columns, in which some passes do not round.
 
-Behdin et al.; passes, order and grids are those of the released code. A pass that does not round is how the descent
-leaves the point where no single column would change.
+Behdin et al.; passes, order and grids are those of the released code. An unrounded pass lets the descent leave a point
+at which no single column would change.
 """
 
 from dataclasses import dataclass
@@ -30,21 +30,25 @@ CARD = {
         "variants": [{"passes": 3}, {"act_order": True}, {"act_order": True, "static_groups": True, "mse": True}],
     },
     "parameters": {
-        "passes": {"type": "integer", "minimum": 1, "description": "Passes over the columns; the last one rounds."},
+        "passes": {
+            "type": "integer",
+            "minimum": 1,
+            "description": "Number of passes over the columns; the last one rounds.",
+        },
         "act_order": {"$ref": "act_order"},
         "static_groups": {
             "$ref": "static_groups",
-            "description": "Groups are runs of consecutive inputs in any order.",
+            "description": "Groups are runs of consecutive inputs for any order of the columns.",
         },
         "mse": {"$ref": "mse"},
     },
 }
-PERIOD, LAST_UNROUNDED = 3, 25  # of the released code: passes 1, 4, ..., 25, counted from 0, do not round
+PERIOD, LAST_UNROUNDED = 3, 25  # as in the released code: passes 1, 4, ..., 25, counted from 0, do not round
 
 
 @dataclass(frozen=True)
 class QuantEase(Method):
-    """W_hat starts at W; grids are fitted to W beforehand and never again. Nothing is damped or inverted.
+    """W_hat starts at W; grids are fitted to W once, beforehand. Nothing is damped or inverted.
 
     Precondition: a finite Gram. A dead input's weights are rounded to nearest.
     """
@@ -55,10 +59,10 @@ class QuantEase(Method):
     mse: bool = False
 
     def solve(self, layer: Layer, target: Target, rng: torch.Generator) -> Compressed:
-        assert target.bits is not None  # the card lists no other target
+        assert target.bits is not None  # the card lists only targets with bits
         gram, weight, inputs = layer.gram, layer.weight, layer.weight.shape[1]
         keep = torch.ones_like(weight, dtype=torch.bool) if layer.keep is None else layer.keep
-        group_of = ops.groups_of(inputs, target.group, weight.device)  # [in], of the columns in their order
+        group_of = ops.groups_of(inputs, target.group, weight.device)  # [in], for the columns in their order
         order, grid = torch.arange(inputs, device=weight.device), None
         if self.static_groups:
             grid = ops.fit_grid(weight, target, self.mse)
@@ -69,7 +73,7 @@ class QuantEase(Method):
         if grid is None:
             grid = ops.fit_grid(weight, target, self.mse)
 
-        normal, unit = ops.normalised(weight)  # and the grid with it
+        normal, unit = ops.normalised(weight)  # the grid is scaled with it
         matrix, _ = ops.normalised(gram.matrix)
         codes = torch.zeros_like(keep, dtype=torch.uint8, memory_format=torch.contiguous_format)
         scaled = ops.Grid((grid.scales.double() / unit).float(), grid.zeros, target.bits)
@@ -84,5 +88,5 @@ class QuantEase(Method):
         return Compressed(ops.quantised_values(quantised, target), quantised=quantised)
 
     def _rounds(self, number: int) -> bool:
-        """Whether the pass of that number, from 0, rounds."""
+        """Whether pass `number`, counted from 0, rounds."""
         return number % PERIOD != 1 or number > LAST_UNROUNDED or number == self.passes - 1

@@ -1,4 +1,4 @@
-"""Random pruning, a control: what a pattern costs when nothing is known of the weights."""
+"""Random pruning, a control: the cost of a pattern if nothing is known about the weights."""
 
 from dataclasses import dataclass
 

@@ -1,7 +1,8 @@
-"""Reconstruct: the best weights for another method's mask, which separates the mask's part from the update's.
+"""Reconstruct: the best weights for another method's mask; this separates the effect of the mask from the update's.
 
-For each row, S its kept inputs: minimise (w - W) G (w - W)t + damping |w - W|^2 with w zero outside S. The solution is
-W_S + (G_SS + damping I)^-1 (G W')_S, W' the pruned part. Damping pulls to W and not to zero: it makes no row worse.
+For each row with kept inputs S: minimise (w - W) G (w - W)t + damping |w - W|^2 with w zero outside S. The solution is
+W_S + (G_SS + damping I)^-1 (G W')_S, where W' is the pruned part. Damping pulls towards W, not towards zero, so it
+makes no row worse.
 """
 
 from collections.abc import Iterator
@@ -27,7 +28,7 @@ CARD = {
     "look": {"colour": "#999933", "marker": "v"},
     "checks": {"variants": [{"mask_from": "ria", "damping": 0.01}]},
     "parameters": {
-        "mask_from": {"format": "method", "description": "Method whose mask is taken."},
+        "mask_from": {"format": "method", "description": "Method that gives the mask."},
         "damping": {"$ref": "damping"},
     },
 }
@@ -36,10 +37,12 @@ CHUNK = 2**18  # entries of the matrices factorised at once, 2 MB in float64: mo
 
 @dataclass(frozen=True)
 class Reconstruct(Method):
-    """Least squares on the kept inputs in float64; each row takes the best of that, W, and `mask_from`'s own weights.
+    """Least squares on the kept inputs in float64; each row takes the best of this solution, W, and `mask_from`'s
+    weights.
 
-    Rows of the same support share a factor; the cost is one Cholesky factor per distinct support, minutes for
-    4096 x 4096 on a CPU. Precondition: a finite Gram; one that cannot be factorised is damped more (`info["damping"]`).
+    Rows with the same support share a factor. The cost is one Cholesky factor per distinct support, which takes minutes
+    for 4096 x 4096 on a CPU. Precondition: a finite Gram; one that cannot be factorised is damped more
+    (`info["damping"]`).
     """
 
     mask_from: Any = "wanda"
@@ -91,11 +94,12 @@ def least_squares(weight: Tensor, mask: Tensor, gram: Tensor, damping: float) ->
 
 
 def supports(mask: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
-    """The distinct supports in chunks of u: inputs [u, kept] and which are used, rows [u, rows] and which are real."""
+    """The distinct supports in chunks of u: inputs [u, kept] with a mask of used ones, rows [u, rows] with a mask of
+    real ones."""
     distinct, which, times = torch.unique(mask, dim=0, return_inverse=True, return_counts=True)
     members = which.argsort(stable=True).split(times.tolist())  # rows of each support
     kept = distinct.sum(1)
-    order = (kept * (len(mask) + 1) + times).argsort(stable=True)  # neighbours of one size: little is filled up
+    order = (kept * (len(mask) + 1) + times).argsort(stable=True)  # neighbours have similar sizes, so padding is small
     most = max(int(kept.max()), 1)
     for chunk in order.split(max(CHUNK // most**2, 1)):
         inputs = distinct[chunk].long().argsort(dim=1, descending=True, stable=True)[:, : int(kept[chunk].max())]

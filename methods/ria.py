@@ -23,7 +23,7 @@ CARD = {
         "known_failures": {
             "9 brute force": {
                 "targets": ["50% row", "70% row", "2:4", "3:8"],
-                "reason": "RIA's score is relative to row and column, no loss, even where G is diagonal",
+                "reason": "RIA's score is relative to row and column and is not a loss, even if G is diagonal",
             },
         },
     },
@@ -38,15 +38,15 @@ CARD = {
 class RIA(Method):
     """Keeps the largest (|W_ij| / column sum + |W_ij| / row sum) * sqrt(G_jj)^a of each comparison group.
 
-    layer is the published comparison; row is the released code's --per_outneuron. No preconditions; a row or column of
-    zeros scores zero.
+    layer is the published comparison group; row is the released code's --per_outneuron. No preconditions; a row or
+    column of zeros scores zero.
     """
 
     a: float = 0.5
     convention: str = "exact"
 
     def solve(self, layer: Layer, target: Target, rng: torch.Generator) -> Compressed:
-        # Double: sums of float32 weights do not depend on their order then, so that ties stay ties.
+        # In float64, sums of float32 weights do not depend on their order, so ties stay ties.
         magnitude = layer.weight.abs().double()
         score = relative(magnitude, 0) + relative(magnitude, 1)
         score *= layer.gram.diagonal.double() ** (self.a / 2)
@@ -56,6 +56,6 @@ class RIA(Method):
 
 
 def relative(magnitude: Tensor, dimension: int) -> Tensor:
-    """[out, in] share of each entry in its sum (0: column, 1: row), zero where that is zero."""
+    """[out, in] share of each entry in its column's (0) or row's (1) sum, zero if that sum is zero."""
     total = magnitude.sum(dimension, keepdim=True)
     return magnitude / torch.where(total > 0, total, 1.0)

@@ -1,7 +1,7 @@
-"""Rotated: any quantiser on the layer in other coordinates, W X = (W Q)(Q^T X), Q random signs and block Hadamard.
+"""Rotated: any quantiser on the layer in rotated coordinates, W X = (W Q)(Q^T X), Q random signs and block Hadamard.
 
-The quantiser sees W Q and Q^T G Q, in which outliers of inputs are spread over a block (QuaRot; QuIP; MR-GPTQ). What is
-stored is its codes, and seed and block of Q; the error is that of the layer as it is.
+The quantiser sees W Q and Q^T G Q, in which outlier inputs are spread over a block (QuaRot; QuIP; MR-GPTQ). The stored
+form is its codes, with the seed and block of Q. The error refers to the layer in its own coordinates.
 """
 
 from dataclasses import dataclass, replace
@@ -26,19 +26,20 @@ CARD = {
         "under": {
             "format": "method",
             "gives": ["gram"],
-            "description": "Quantiser that sees the rotated layer; of the inputs it may need the Gram alone.",
+            "description": "Quantiser that sees the rotated layer; it may need only the Gram of the inputs.",
         },
         "block": {
             "type": ["integer", "null"],
             "minimum": 1,
-            "description": "Longest block; the largest power of two up to it that divides the inputs is taken, null: "
-            "without a limit.",
+            "description": "Longest block: the block is the largest power of two up to this that divides the number of "
+            "inputs. null: no limit.",
         },
         "rotation_seed": {
             "type": "integer",
             "minimum": 0,
             "maximum": 2147483647,
-            "description": "Of the signs, which layers of as many inputs share, and with them the rotated Gram.",
+            "description": "Seed of the signs. Layers with the same number of inputs share the signs, and so the "
+            "rotated Gram.",
         },
     },
 }
@@ -55,7 +56,7 @@ class Rotated(Method):
     def solve(self, layer: Layer, target: Target, rng: torch.Generator) -> Compressed:
         rotation = Rotation(self.rotation_seed, rotations.block_of(layer.weight.shape[1], self.block))
         weight = rotations.rotate(layer.weight, rotation).float()
-        statistics, none = layer.statistics, torch.empty(0)  # of the inputs as they were, and of no use here
+        statistics, none = layer.statistics, torch.empty(0)  # of the unrotated inputs, so not usable here
         if statistics is not None:
             unknown = {"mean": none, "absmean": none, "sequence_variance": none, "sample": none, "first_tokens": None}
             statistics = replace(statistics, **unknown)

@@ -1,7 +1,7 @@
-"""SLiM: a low-rank correction of what pruning left, by the size of the inputs alone (Mozaffari et al., section 3.2).
+"""SLiM: a low-rank correction of a pruned layer, from the size of the inputs alone (Mozaffari et al., section 3.2).
 
 With D = diag(sqrt(mean x_j^2)) the factors are SVD_r((W - S) D) D^-1: the best correction of its rank for the diagonal
-of the Gram, of which EoRA takes the whole.
+of the Gram. EoRA uses the whole Gram.
 """
 
 from dataclasses import dataclass
@@ -18,7 +18,8 @@ CARD = {
     "arxiv": "2410.09615",
     "code": "https://github.com/Paramathic/slim",
     "patterns": ["row", "layer", "n:m", "1xb"],
-    "bits": [],  # its one scale of a whole tensor is no grid of the contract, which has one for each row at least
+    # its single scale for a whole tensor is not a grid of the contract, which has at least one scale per row
+    "bits": [],
     "updates_weights": True,
     "needs": ["gram"],
     "sums": True,
@@ -29,7 +30,7 @@ CARD = {
         "mask": {
             "format": "method",
             "asked": "rest",
-            "description": "Method that prunes: wanda, sparsegpt, or another. What it leaves is the part S.",
+            "description": "Method that prunes: wanda, sparsegpt, or another. Its result is the part S.",
         },
     },
 }
@@ -37,11 +38,12 @@ CARD = {
 
 @dataclass(frozen=True)
 class SLiM(Method):
-    """S is what `mask` gives at the target without its rank, B A the correction of W - S; in float64.
+    """S is the result of `mask` at the target without its rank; B A is the correction of W - S, in float64.
 
-    As U U^T (W - S), with U the leading left singular vectors of (W - S) D, which needs no inverse: the columns of dead
-    inputs differ from those of the formula, with no effect on the output. Not offered: its quantisation of S and of the
-    factors, and its tuning of them. Not compared with the released code. Preconditions: those of `mask`.
+    It is computed as U U^T (W - S), with U the leading left singular vectors of (W - S) D, which needs no inverse. The
+    columns of dead inputs differ from those of the formula, with no effect on the output. The paper's quantisation of S
+    and of the factors, and its tuning, are not included. It has not been compared with the released code.
+    Preconditions: those of `mask`.
     """
 
     mask: Any = "wanda"

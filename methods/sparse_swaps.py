@@ -1,6 +1,6 @@
-"""SparseSwaps: in every row again and again the best exchange of one kept weight for one pruned one (Zimmer et al.).
+"""SparseSwaps: in every row, repeat the best exchange of one kept weight for one pruned one (Zimmer et al.).
 
-With q = w o (1 - m) the pruned part of a row and c = G q, pruning u and restoring p changes the row's loss q^T G q by
+Let q = w o (1 - m) be the pruned part of a row and c = G q. Pruning u and restoring p changes the row's loss q^T G q by
     2 w_u c_u + w_u^2 G_uu - 2 w_p c_p + w_p^2 G_pp - 2 w_u w_p G_up = cost_u + gain_p - 2 w_u w_p G_up.
 """
 
@@ -33,7 +33,7 @@ CARD = {
         "swaps": {
             "type": ["integer", "null"],
             "minimum": 0,
-            "description": "Swaps per row at most; null: until no swap improves the row.",
+            "description": "Largest number of swaps per row; null: until no swap improves the row.",
         },
     },
 }
@@ -41,13 +41,13 @@ CARD = {
 
 @dataclass(frozen=True)
 class SparseSwaps(Method):
-    """Refines a mask by best swaps within rows, or within the groups of n:m. Precondition: a finite Gram.
+    """Refines a mask by the best swaps within rows, or within the groups of n:m. Precondition: a finite Gram.
 
-    Pairs are compared in float32, of equal ones the lowest kept, then the lowest pruned index is taken; each swap is
-    checked, and the loss kept, in float64. Swaps are compiled on a CPU, in torch elsewhere: the same ones, but for ties
-    on devices whose minimum takes any (numerics.swap_search). The trace has the objective after each round, in which
-    every row that can makes one swap (its seconds on a CPU: see kernels.swap_search); info:
-    `swaps`, how many were made.
+    Pairs are compared in float32; ties go to the lowest kept index, then the lowest pruned index. Each swap is checked
+    in float64, and the loss is stored in float64. The search is compiled on a CPU and runs in torch elsewhere, with the
+    same swaps except for ties on devices whose minimum takes any of them (numerics.swap_search). The trace has the
+    objective after each round, in which every row that can improve makes one swap (for its seconds on a CPU see
+    kernels.swap_search). info: `swaps`, the number of swaps.
     """
 
     warm_start: Any = "wanda"
@@ -73,6 +73,6 @@ class SparseSwaps(Method):
 
 
 def coupled(pruned: Tensor, gram: Tensor) -> tuple[Tensor, Tensor]:
-    """c = G q [out, in] and q^T G q [out] of the pruned parts q [out, in]."""
+    """c = G q [out, in] and q^T G q [out] for the pruned parts q [out, in]."""
     coupling = pruned @ gram
     return coupling, (coupling * pruned).sum(1)

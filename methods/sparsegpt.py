@@ -1,7 +1,7 @@
-"""SparseGPT: prune column by column, each time moving the rest of the row to make up for the loss.
+"""SparseGPT: prune column by column, and update the rest of the row each time to compensate for the loss.
 
-Frantar and Alistarh, algorithm 1. The optimal brain surgeon's update is applied to the columns that are still to come;
-the mask is chosen block by block from the weights as updated so far.
+Frantar and Alistarh, algorithm 1. The optimal brain surgeon's update is applied to the remaining columns; the mask is
+chosen block by block from the weights as updated so far.
 """
 
 from dataclasses import dataclass
@@ -27,14 +27,14 @@ CARD = {
     "parameters": {
         "blocksize": {
             "$ref": "blocksize",
-            "description": "Columns whose mask is chosen at once (n:m: rounded down to a multiple of m).",
+            "description": "Number of columns whose mask is chosen at once (n:m: rounded down to a multiple of m).",
         },
         "damping": {"$ref": "damping"},
         "convention": {
             "enum": ["exact", "official"],
-            "description": "exact: floor(n p) zeros, results free of the activations' scale. official: the released "
-            "code's threshold, which prunes floor(n p) + 1 entries and ties of a block (layer pattern; breaks promise "
-            "2), and its 1 on the diagonal of dead inputs.",
+            "description": "exact: floor(n p) zeros; results are independent of the activations' scale. official: the "
+            "released code's threshold, which prunes floor(n p) + 1 entries and ties of a block (layer pattern; breaks "
+            "promise 2), and its 1 on the diagonal of dead inputs.",
         },
     },
 }
@@ -44,7 +44,7 @@ CARD = {
 class SparseGPT(Method):
     """One-shot pruning with weight update, optionally on the grid of `target.bits`, fixed from the dense weight.
 
-    layer: the published choice, all rows of a block of 128 columns compete. row: each row of a block gives its share.
+    layer: the published choice; all rows of a block of 128 columns compete. row: each row of a block loses its share.
     Preconditions: a finite Gram; one that is not positive definite is damped until it is (`info["damping"]`).
     """
 
@@ -76,17 +76,17 @@ class SparseGPT(Method):
                 return group_size, group_size - n_kept
             return end - start, int(target.sparsity * end) - int(target.sparsity * start)
 
-        competing = target.pattern == "layer"  # rows of a block
+        competing = target.pattern == "layer"  # whether the rows of a block compete
         budget = None if competing else block_budget
         sweep = ColumnSweep(original, factor, mask, blocksize, budget, column_grid)
         weight = sweep.run(choose) if competing else sweep.run()
         if grid is None:
             return Compressed(weight, mask, info={"damping": damping})
-        weight = torch.where(mask, weight, 0.0)  # where it may be -0 by now
+        weight = torch.where(mask, weight, 0.0)  # it may be -0 there
         return Compressed(weight, mask, Quantised(codes, grid.scales, grid.zeros), info={"damping": damping})
 
     def _block_mask(self, score: Tensor, target: Target, start: int) -> Tensor:
-        """Mask [out, columns] of a block all of whose entries compete; the counts of all add up to the target's."""
+        """Mask [out, columns] of a block in which all entries compete; the blocks' counts add up to the target's."""
         if self.convention == "official":
             return ops.official_layer_mask(score**2, target.sparsity)
         rows, columns = score.shape

@@ -1,7 +1,8 @@
-"""Thanos: prune block by block of columns, all weights that a row loses in a block at once.
+"""Thanos: prune columns block by block, and remove all weights that a row loses in a block at once.
 
-Ilin and Richtarik: before each block Wanda's scores choose the mask among all columns that are left, with the weights
-as updated so far, and a k x k system for every row moves the rest of it so that the loss of its k weights is least.
+Ilin and Richtarik: before each block, Wanda's scores on the updated weights choose the mask among all remaining
+columns. A k x k system for every row then updates the rest of the row so that the loss from its k removed weights is
+minimal.
 """
 
 from dataclasses import dataclass
@@ -28,14 +29,14 @@ CARD = {
     "parameters": {
         "blocksize": {
             "$ref": "blocksize",
-            "description": "Columns whose weights are removed at once (n:m: rounded down to a multiple of m). The "
-            "released script has 512, its routine 128.",
+            "description": "Number of columns whose weights are removed at once (n:m: rounded down to a multiple of "
+            "m). The released script uses 512, its routine 128.",
         },
         "damping": {"$ref": "damping"},
         "convention": {
             "enum": ["exact", "official"],
-            "description": "exact: results are free of the activations' scale. official: a dead input counts as 1 on "
-            "the diagonal, as in the released code.",
+            "description": "exact: results are independent of the activations' scale. official: a dead input counts as "
+            "1 on the diagonal, as in the released code.",
         },
     },
 }
@@ -45,9 +46,9 @@ CARD = {
 class Thanos(Method):
     """One-shot pruning with weight update; the weight of a dead input becomes zero.
 
-    layer: the published choice, all weights of the layer compete, and those of the block that lose go. row, the
-    project's own: the weights of each row compete. In float64 but for the factor. Preconditions: a finite Gram; one
-    that is not positive definite is damped until it is (`info["damping"]`).
+    layer: the published choice; all weights of the layer compete, and the losers in the block are pruned. row (the
+    project's own): the weights of each row compete. Computed in float64, except for the factor. Preconditions: a finite
+    Gram; one that is not positive definite is damped until it is (`info["damping"]`).
     """
 
     blocksize: int = 512
@@ -56,7 +57,8 @@ class Thanos(Method):
 
     def solve(self, layer: Layer, target: Target, rng: torch.Generator) -> Compressed:
         length = layer.statistics.length if layer.statistics else 1
-        dead_diagonal = 1 / (2 * length) if self.convention == "official" else None  # its H is 2 length G
+        # the released code's H is 2 length G
+        dead_diagonal = 1 / (2 * length) if self.convention == "official" else None
         factor, damping = layer.gram.inverse_factor(self.damping, dead_diagonal)
         weight = torch.where(layer.gram.dead, 0.0, layer.weight).double()
         norm = layer.gram.diagonal.double().sqrt()
@@ -68,7 +70,7 @@ class Thanos(Method):
             block = slice(start, end)
             score = weight[:, start:].abs() * norm[start:]
             gone[:, block] = losers(score, gone[:, :start], target)[:, : end - start]
-            # Rows of the inverse of what is left of the damped Gram, whose factor is the rest of the whole one's.
+            # Rows of the inverse of the remaining damped Gram; its factor is the rest of the whole factor.
             inverse = factor[block, block].double().T @ factor[block, start:].double()
             weight[:, start:] -= multipliers(weight[:, block], gone[:, block], inverse[:, : end - start]) @ inverse
             weight[:, block].masked_fill_(gone[:, block], 0.0)
@@ -76,9 +78,9 @@ class Thanos(Method):
 
 
 def losers(score: Tensor, gone: Tensor, target: Target) -> Tensor:
-    """[out, left] bool: of the columns that are left, the lowest scores of each group that prune to the target.
+    """[out, left] bool: among the remaining columns, the lowest scores of each group, as many as the target prunes.
 
-    gone: [out, done] bool, what has been pruned in the columns before. Of equal scores those of lower index go.
+    gone: [out, done] bool, the entries pruned in earlier columns. Among equal scores the lower index is pruned.
     """
     if target.n_of_m:
         n_kept, group_size = target.n_of_m

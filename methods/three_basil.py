@@ -1,7 +1,8 @@
 """3BASiL: sparse plus low rank by ADMM with three blocks (Makni et al., NeurIPS 2025, algorithm 1).
 
-In coordinates where every input has norm one: B solves the damped least squares for W less the low-rank part, pulled to
-D; the low-rank part is the best one for W - B; D is the projection of B plus multiplier on the pattern.
+In coordinates in which every input has norm one: B solves the damped least squares for W minus the low-rank part,
+pulled towards D. The low-rank part is the best one for W - B. D is the projection of B plus the multiplier on the
+pattern.
 """
 
 from dataclasses import dataclass
@@ -25,24 +26,24 @@ CARD = {
     "look": {"colour": "#CC79A7", "marker": "D"},
     "checks": {"defaults": {"iterations": 60}, "variants": [{"iterations": 10, "rho": 1.0}]},
     "parameters": {
-        "rho": {"$ref": "penalty", "description": "First penalty on what B and D disagree."},
+        "rho": {"$ref": "penalty", "description": "First penalty on B - D."},
         "iterations": {"type": "integer", "minimum": 1, "description": "Largest number of updates of B."},
         "damping": {
             "$ref": "damping",
-            "description": "Added to the Gram's diagonal, as a share of its mean and again of each entry.",
+            "description": "Added to the Gram's diagonal twice: as a share of its mean, and as a share of each entry.",
         },
     },
 }
-LOOK = 10  # iterations between two looks at the support
-GROWTH = ((0.1, 1.1), (0.005, 1.05), (0.0, 1.02))  # of the penalty, where more than this share of the support changes
+LOOK = 10  # iterations between two checks of the support
+GROWTH = ((0.1, 1.1), (0.005, 1.05), (0.0, 1.02))  # (share of the support that changes, growth factor of the penalty)
 
 
 @dataclass(frozen=True)
 class ThreeBASiL(Method):
-    """The projection of the last B, and the low-rank part that belongs to B as it was before, as released.
+    """The projection of the last B, and the low-rank part for the previous B, as in the released code.
 
-    The truncated SVDs, random in the released code, are exact here: it differs from itself by up to 9% with another
-    seed. layer: the published choice. No preconditions: the damping makes any finite Gram positive definite.
+    The truncated SVDs are exact here. They are randomised in the released code, whose results differ by up to 9%
+    between seeds. layer: the published choice. No preconditions: the damping makes any finite Gram positive definite.
     """
 
     rho: float = 0.1
@@ -80,7 +81,7 @@ class ThreeBASiL(Method):
                 rho *= next(factor for share, factor in GROWTH if changed > share * kept)
             elif moved:
                 break
-            else:  # the penalty holds the support of the start: begin again with a smaller one
+            else:  # the penalty freezes the initial support: restart with a smaller penalty
                 rho, split, dual = rho / 5, start, torch.zeros_like(dense)
             inverse = vectors / (values + rho) @ vectors.T
         mask = ops.prune_mask(current.abs(), target.rest)
@@ -89,6 +90,6 @@ class ThreeBASiL(Method):
 
 
 def correction(missing: Tensor, root: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """The best factors [out, r], [r, in] of what is missing [out, in], for the Gram L L^T of a root L [in, in]."""
+    """The best factors [out, r], [r, in] of the missing part [out, in], for the Gram L L^T with a root L [in, in]."""
     left = low_rank.leading(missing @ root, rank)
     return left, left.T @ missing

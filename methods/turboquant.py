@@ -1,8 +1,8 @@
-"""TurboQuant on weights: rotate at random, then round each coordinate to the best levels for a normal variable.
+"""TurboQuant on weights: rotate randomly, then round each coordinate to the best levels for a normal variable.
 
-Zandieh et al.'s quantiser of least mean squared error. A coordinate of a rotated unit vector of d entries has a Beta
-distribution, which is close to N(0, 1/d); the levels are Lloyd's and Max's for the normal one. On weights it is the
-scalar case of HIGGS (Malinovskii et al., 2411.17525), without its allocation. It reads no data.
+This is Zandieh et al.'s quantiser for the mean squared error. A coordinate of a rotated unit vector of d entries has a
+Beta distribution, which is close to N(0, 1/d); the levels are the Lloyd-Max levels of the normal distribution. On
+weights it is the scalar case of HIGGS (Malinovskii et al., 2411.17525), without the allocation. It uses no data.
 """
 
 from dataclasses import dataclass
@@ -30,17 +30,17 @@ CARD = {
         "block": {
             "type": ["integer", "null"],
             "minimum": 1,
-            "description": "Longest block of the rotation, as of `rotated`.",
+            "description": "Longest block of the rotation, as in `rotated`.",
         },
         "rotation_seed": {
             "type": "integer",
             "minimum": 0,
             "maximum": 2147483647,
-            "description": "Of the rotation's signs.",
+            "description": "Seed of the rotation's signs.",
         },
         "norm_correction": {
             "type": "boolean",
-            "description": "Scale each group so that it keeps its norm; else by its norm alone.",
+            "description": "Scale each group so that its norm is preserved; otherwise scale by its norm alone.",
         },
     },
 }
@@ -55,7 +55,7 @@ class TurboQuant(Method):
     norm_correction: bool = True
 
     def solve(self, layer: Layer, target: Target, rng: torch.Generator) -> Compressed:
-        assert target.bits is not None  # the card lists no other target
+        assert target.bits is not None  # the card lists only targets with bits
         rotation = Rotation(self.rotation_seed, rotations.block_of(layer.weight.shape[1], self.block))
         weight = rotations.rotate(layer.weight, rotation)
         levels = torch.tensor(normal_levels(target.bits), dtype=torch.float32)

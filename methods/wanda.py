@@ -1,4 +1,4 @@
-"""Wanda: weights by their magnitude times the norm of their input (Sun et al., equation 1)."""
+"""Wanda: score weights by their magnitude times the norm of their input (Sun et al., equation 1)."""
 
 from dataclasses import dataclass
 
@@ -26,7 +26,7 @@ CARD = {
 class Wanda(Method):
     """Keeps the largest |W_ij| sqrt(G_jj) of each comparison group: the exact greedy choice for single weights.
 
-    No preconditions; the weights of a dead input score zero and go first.
+    No preconditions; the weights of a dead input score zero and are pruned first.
     """
 
     def solve(self, layer: Layer, target: Target, rng: torch.Generator) -> Compressed:

@@ -335,7 +335,7 @@ def test_a_fisher_is_needed_and_looked_at():
         "fisher must be a tensor [out]. Got list instead.": [1.0, 1.0, 1.0],
         "fisher must be torch.float32. Got torch.float64 instead.": torch.ones(3).double(),
         "fisher must be finite. Got NaN or Inf instead.": torch.ones(3) / 0,
-        "fisher must be at least 0, as sums of squares are. Got -1 instead.": -torch.ones(3),
+        "fisher must be at least 0, because it is a sum of squares. Got -1 instead.": -torch.ones(3),
     }
     for sentence, own in cases.items():
         with pytest.raises(ValueError) as caught:
@@ -356,7 +356,7 @@ def test_a_convention_that_the_runner_refuses_is_one_sentence():
     ]
     for method, parameters in asked:
         with pytest.raises(
-            UnsupportedTarget, match=r"^rocket's convention official counts no positions, .* instead\.$"
+            UnsupportedTarget, match=r"^rocket's convention official does not count positions, .* instead\.$"
         ):
             layerwise.compress_layer(weight, Gram.from_inputs(x), "rank 60%", method, **parameters)
 
@@ -449,7 +449,7 @@ def test_wrong_arguments_of_a_layer_are_one_sentence(tmp_path: Path):
         "method: sparsegpt has no parameter 'dampin'": {"method": "sparsegpt", "dampin": 1},
         "method must be a name, {name: {parameters}}, the path": {"method": {"a": 1, "b": 2}},
         f"{tmp_path}/none.py cannot be read": {"method": tmp_path / "none.py"},
-        f"{empty} must be a method: it has no CARD.": {"method": empty},
+        f"{empty} must define a method: it has no CARD.": {"method": empty},
         "Parameters must be given with a method's name. Got damping": {"method": SparseGPT(), "damping": 1},
     }
     for sentence, wrong in cases.items():

@@ -1,1 +1,1 @@
-"""Budgets spread over layers: levels that hold a budget, and the exact choice from a table of errors."""
+"""Spread a budget over layers: levels that meet a budget, and the exact choice from a table of errors."""

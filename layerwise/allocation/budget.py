@@ -1,7 +1,8 @@
-"""Levels that hold a budget: the one function that every allocator's proposal goes through.
+"""Levels that meet a budget: the one function that every allocator's proposal passes through.
 
-The mean of the levels, weighted by the layers' weights, is the target's own level: to within one weight for shares of
-zeros, and, for n:m patterns and bits, as near as whole numbers come that one number added to all proposals gives.
+The mean of the levels, weighted by the number of weights in each layer, equals the target's level. For shares of zeros
+it agrees to within one weight. For n:m patterns and bits, one number is added to all proposals before rounding, and the
+mean is the nearest that such whole numbers can reach.
 """
 
 import math
@@ -13,18 +14,18 @@ from numpy.typing import NDArray
 
 from layerwise.contract.target import Target
 
-MOST = 0.99  # share of zeros of a layer
+MOST = 0.99  # largest share of zeros in a layer
 BITS = (2, 8)
-FARTHEST = 1000.0  # a proposal beyond this is as far from every level as it can be
+FARTHEST = 1000.0  # proposals are clipped to this size, which is beyond every limit
 Floats = NDArray[np.float64]
 
 
 def held(proposed: Sequence[float], sizes: Sequence[int], target: Target) -> list[float]:
-    """The levels that layers of these sizes (weights) get, from what was proposed for them.
+    """The levels for layers of these sizes (numbers of weights), computed from the proposed levels.
 
-    Levels that hold the budget and lie within the limits are returned as they are. Others are all moved by one number,
-    then cut off at the limits, so that what was proposed alike stays alike. Raises ValueError for a proposal that is
-    not one finite number for each layer, and for a budget that no levels hold.
+    Levels that meet the budget and lie within the limits are returned unchanged. Otherwise one number is added to all
+    of them and the sums are clipped to the limits, so that equal proposals stay equal. Raises ValueError for a proposal
+    that is not one finite number per layer, and for a budget that no levels can meet.
     """
     levels = np.array([float(level) for level in proposed])
     if len(levels) != len(sizes) or not np.isfinite(levels).all():
@@ -41,7 +42,7 @@ def held(proposed: Sequence[float], sizes: Sequence[int], target: Target) -> lis
 
 
 def excess(levels: Sequence[float], sizes: Sequence[int], target: Target) -> float:
-    """Weights that levels give beyond the budget; of a target with bits alone, bits."""
+    """Number of weights (or bits, for a target with bits alone) by which the levels exceed the budget."""
     whole = zip(levels, sizes, strict=True)
     return math.fsum(size * level for level, size in whole) - target.level * sum(sizes)
 
@@ -53,7 +54,7 @@ def _shares(levels: Floats, sizes: Floats, budget: float) -> Floats:
         return cut
     levels = np.clip(levels, -FARTHEST, FARTHEST)
     low, high = -FARTHEST - 1, FARTHEST + 1
-    for _ in range(200):  # the sum rises with the shift: halved until two neighbouring numbers are left
+    for _ in range(200):  # the sum rises with the shift: bisect until two neighbouring floats remain
         middle = (low + high) / 2
         below = np.clip(levels + middle, 0.0, MOST) @ sizes < wanted
         low, high = (middle, high) if below else (low, middle)
@@ -61,16 +62,16 @@ def _shares(levels: Floats, sizes: Floats, budget: float) -> Floats:
 
 
 def _whole(levels: Floats, sizes: Sequence[int], budget: int, limits: tuple[int, int]) -> NDArray[np.int64]:
-    """Whole numbers within the limits, floor(level + t + 1/2) for the t whose weighted mean is nearest the budget."""
+    """Whole numbers within the limits: floor(level + t + 1/2), with the t that brings the mean nearest the budget."""
     least, most = limits
     levels = np.clip(levels, least - FARTHEST, most + FARTHEST)
     steps = np.arange(least + 1, most + 1)
-    shifts = steps[None, :] - 0.5 - levels[:, None]  # [layers, steps] from which t on a layer takes the step
+    shifts = steps[None, :] - 0.5 - levels[:, None]  # [layers, steps] smallest t at which a layer takes the step
     order = np.argsort(shifts, axis=None, kind="stable")
     ascending = shifts.flat[order]
     weights = np.repeat(np.array(sizes, dtype=np.int64), len(steps))[order]
     sums = least * int(sum(sizes)) + np.concatenate([[0], np.cumsum(weights)])
-    # A sum is reached where the next step is a later one.
+    # A sum is reachable where the next step has a larger t.
     reached = np.concatenate([[True], ascending[1:] > ascending[:-1], [True]])
     distance = np.where(reached, np.abs(sums - budget * int(sum(sizes))), np.iinfo(np.int64).max)
     best = np.flatnonzero(distance == distance.min())

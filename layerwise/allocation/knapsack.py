@@ -10,16 +10,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 STATES = 200_000_000  # entries of the table of choices, a byte each
-NEAREST, UP, DOWN = "nearest", "up", "down"  # how coarse excesses are rounded
-ROUNDS = 200  # of the bisection for the bound
+NEAREST, UP, DOWN = "nearest", "up", "down"  # how excesses are rounded to multiples of the unit
+ROUNDS = 200  # bisection rounds for the bound
 Floats = NDArray[np.float64]
 Whole = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
 class Choice:
-    """picks: option of each layer. error: their sum. bound: no picks at the budget have a smaller one. unit: weights
-    that the sums were counted in, 1 where they were exact."""
+    """picks: the option chosen for each layer. error: the sum of their errors. bound: no picks at the budget have a
+    smaller sum. unit: number of weights in which sums were counted, 1 if they were exact."""
 
     picks: tuple[int, ...]
     error: float
@@ -34,15 +34,15 @@ def choose(
     at_most: bool = False,
     rounding: str = NEAREST,
 ) -> Choice:
-    """The picks, one option of each layer, whose excesses sum to zero with the least sum of errors.
+    """Pick one option per layer: excesses sum to zero, and the sum of errors is the least.
 
-    at_most: the sum may also be below zero; it is never above, whatever the unit.
+    at_most: the sum of excesses may also be below zero. It is never above zero, for any unit.
 
-    errors, excess: [layers][options]; excess: whole numbers by which an option gives more than the layer's share of the
-    budget. Every layer must have an option of excess zero, so that equal levels are among the picks. resolution: most
-    distinct sums; where there are more, excesses are rounded to multiples of a unit, and the picks are the best of
-    those whose rounded sum is zero. The true sum then misses zero by at most half a unit for each layer; with the
-    rounding UP it is never above zero, with DOWN never below, and misses by less than a unit for each layer.
+    errors, excess: [layers][options]. excess: whole numbers by which an option exceeds the layer's share of the budget.
+    Every layer must have an option of excess zero, so that equal levels are a possible choice. resolution: the largest
+    number of distinct sums. If there are more, excesses are rounded to multiples of a unit, and the picks are the best
+    of those whose rounded sum is zero. The true sum then differs from zero by at most half a unit per layer. With the
+    rounding UP it is never above zero, with DOWN never below, and the difference is less than one unit per layer.
     Raises ValueError for errors that are not finite.
     """
     tables = [np.array(own, dtype=np.float64) for own in errors]
@@ -66,20 +66,20 @@ def choose(
 
 
 def _width(excess: Sequence[Whole], at_most: bool) -> int:
-    """How far sums that can still come back to zero reach, on both sides together; or, at most, come below it."""
+    """Width of the range of sums that can still return to zero (or, with at_most, to zero or below)."""
     up, down = sum(int(own.max()) for own in excess), sum(int(-own.min()) for own in excess)
     return 2 * (down if at_most else min(up, down)) + 1
 
 
 def _programme(errors: Sequence[Floats], excess: Sequence[Whole], at_most: bool) -> list[int]:
-    """Dynamic programming over the sum of excesses, which lies within `side` of zero all along."""
+    """Dynamic programming over the sum of excesses, which always stays within `side` of zero."""
     side = _width(excess, at_most) // 2
     best = np.full(2 * side + 1, np.inf)
     best[side] = 0.0
     choices = []
     for error, move in zip(errors, excess, strict=True):
         after, choice = np.full_like(best, np.inf), np.zeros(len(best), dtype=np.uint8)
-        for option in np.argsort(np.abs(move), kind="stable").tolist():  # of equal sums the level nearest the budget
+        for option in np.argsort(np.abs(move), kind="stable").tolist():  # ties go to the level nearest the budget
             shift = int(move[option])
             if abs(shift) > 2 * side:
                 continue
@@ -102,8 +102,8 @@ def _programme(errors: Sequence[Floats], excess: Sequence[Whole], at_most: bool)
 def _bound(errors: Sequence[Floats], excess: Sequence[Whole], at_most: bool) -> float:
     """The largest of the Lagrangian's minima, which is the optimum over the lower convex hulls of the options.
 
-    Every multiplier gives a bound, and every one that is not negative where the sum may be below zero; the best one is
-    where the sum of the excesses that it picks changes sign.
+    Every multiplier gives a bound; if the sum may be below zero, every nonnegative multiplier does. The bound is best
+    at the multiplier where the sum of the picked excesses changes sign.
     """
     scale = max(1.0, *(float(np.abs(own).max()) for own in excess))
     moves = [own / scale for own in excess]

@@ -1,4 +1,4 @@
-"""What a layer may be asked for where a budget is counted in bits: sparsity with bits, a rank, or one with these."""
+"""The targets that a layer may get if a budget is counted in bits: sparsity with bits, a rank, or both."""
 
 from collections.abc import Mapping, Sequence
 from itertools import product
@@ -8,17 +8,17 @@ from layerwise.contract.target import Target
 
 SHARES = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
 BITS = (2, 3, 4, 6, 8)
-RANKS = (0.4, 0.6, 0.8, 1.0, 1.2, 1.4, 1.6)  # times the budget's
+RANKS = (0.4, 0.6, 0.8, 1.0, 1.2, 1.4, 1.6)  # multiples of the budget's rank
 
 
 def pairs_of(given: Sequence[Mapping[str, Any]] | None, target: Target) -> list[Target]:
     """The targets that a layer may get, the budget's own first.
 
-    given: as in a config's `targets`; where one prunes its pattern, and where it quantises its grid, is that of the
-    budget, unless it says so itself. None: of what the budget asks for, SHARES, or all counts of an n:m pattern, all
-    BITS, and RANKS. Raises ValueError, in one sentence, for one that is no target.
+    given: as in a config's `targets`. A pair takes pattern, grid and rank from the budget unless it gives its own.
+    None: SHARES (or all counts of an n:m pattern), all BITS and RANKS, as far as the budget has them. Raises
+    ValueError, in one sentence, for an entry that is not a target.
     """
-    if Target.parse(target.label) != target:  # the table has the label
+    if Target.parse(target.label) != target:  # the table stores the label
         raise ValueError(f"the budget's percentages must have at most six digits. Got {target.label} instead.")
     found = [target]
     for number, option in enumerate(_usual(target) if given is None else given):
@@ -51,6 +51,6 @@ def _pair(option: Mapping[str, Any], target: Target) -> Target:
     found = Target(**own)
     if found.dense:
         raise ValueError("a pair must prune, quantise or have a rank")
-    if Target.parse(found.label) != found:  # the table has the label
+    if Target.parse(found.label) != found:  # the table stores the label
         raise ValueError(f"its percentages must have at most six digits. Got {found.label} instead.")
     return found

@@ -1,1 +1,1 @@
-"""Tokens through blocks to Grams."""
+"""Calibration: run tokens through the blocks and collect Grams."""

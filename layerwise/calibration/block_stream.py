@@ -1,4 +1,4 @@
-"""Calibration tokens through a model block by block, whatever its architecture passes to its blocks."""
+"""Run calibration tokens through a model block by block, for any arguments that its architecture passes to blocks."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from layerwise.numerics.patterns import finite
 from layerwise.runtime.errors import Diverged, InputError
 
 HIDDEN = "hidden_states"
-PROBE = 8  # tokens of the passes that show what a block's call depends on
-# The widest activations of a batch: on a processor they stay in its caches, and in memory that is taken and given back
-# without asking the system; a device wants more to do at once.
+PROBE = 8  # tokens in the passes that find out what a block's call depends on
+# Size of a batch's widest activations. On a CPU they stay in its caches, and the allocator reuses their memory without
+# system calls. A GPU needs larger batches to be busy.
 BATCH_BYTES = {"cpu": 2**22}
 BATCH_BYTES_ELSEWHERE = 2**28
 
@@ -39,7 +39,7 @@ class Call:
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
-    keyword: bool  # hidden states came as a keyword, else as the first positional argument
+    keyword: bool  # whether hidden states are a keyword argument; otherwise they are the first positional argument
 
     def replay(self, block: Callable[..., Any], hidden: Tensor) -> Tensor:
         """Output hidden states of the block."""
@@ -52,12 +52,12 @@ class Call:
 
 
 def without_cache(value: Any) -> Any:
-    """A cache would grow with every replay and let tokens attend to earlier batches."""
+    """The value without a cache, which would grow with every replay and let tokens attend to earlier batches."""
     return None if isinstance(value, Cache) else value
 
 
 def same(first: Any, second: Any) -> bool:
-    """Equality of what blocks are called with, down to the values of the tensors."""
+    """Whether two arguments of blocks are equal, including the values of tensors."""
     if isinstance(first, Tensor) and isinstance(second, Tensor):
         return first is second or (first.dtype == second.dtype and torch.equal(first, second))
     if type(first) is not type(second):
@@ -73,10 +73,10 @@ def same(first: Any, second: Any) -> bool:
 
 @dataclass(frozen=True)
 class Pass:
-    """Records of a pass through the model: the hidden states that enter the first block, and each block's call.
+    """Record of a pass through the model: the hidden states that enter the first block, and each block's call.
 
-    returned: of each block that was passed, 0 for a tensor, n for a tuple of n. extra: whether one returned something
-    besides the hidden states.
+    returned: for each block in the pass, 0 for a tensor, n for a tuple of n. extra: whether a block returned more than
+    the hidden states.
     """
 
     hidden: Tensor
@@ -88,7 +88,7 @@ class Pass:
 def capture(model: PreTrainedModel, blocks: Sequence[nn.Module], tokens: Tensor, skip: Sequence[int] = ()) -> Pass:
     """Run the model on tokens [sequences, length] up to the last of `blocks`, which need not be all of its blocks.
 
-    skip: of the first blocks, what each returns; they are then not run, and pass on what they are given.
+    skip: the return types of the first blocks. These blocks are not run and pass on their input.
     Raises InputError when the model does not call every block once with a tensor of hidden states.
     """
     calls: dict[int, Call] = {}
@@ -101,7 +101,7 @@ def capture(model: PreTrainedModel, blocks: Sequence[nn.Module], tokens: Tensor,
         states = kwargs.get(HIDDEN) if keyword else args[0]
         if not isinstance(states, Tensor) or index in calls:
             raise InputError(f"{type(model).__name__} does not call each block once with its {HIDDEN}.")
-        if states.ndim != 3:  # Gemma 3n's have a dimension for its four streams, before that of the sequences
+        if states.ndim != 3:  # Gemma 3n's states have a leading dimension for its four streams
             raise InputError(
                 f"{type(model).__name__} must pass {HIDDEN} [sequences, length, width] from block to block. Got "
                 f"{list(states.shape)} for {tokens.shape[0]} sequences of {tokens.shape[1]} tokens instead."
@@ -109,7 +109,7 @@ def capture(model: PreTrainedModel, blocks: Sequence[nn.Module], tokens: Tensor,
         rest = {key: without_cache(value) for key, value in kwargs.items() if not (keyword and key == HIDDEN)}
         calls[index] = Call(tuple(map(without_cache, args[1:])), rest, keyword)
         if index == 0:
-            hidden.append(states.clone())  # the block may write into it
+            hidden.append(states.clone())  # the block may write to it
         if index == len(blocks) - 1:
             raise _Stop
 
@@ -131,14 +131,14 @@ def capture(model: PreTrainedModel, blocks: Sequence[nn.Module], tokens: Tensor,
     if sorted(calls) != list(range(len(blocks))):
         raise InputError(
             f"{type(model).__name__} must call each of its {len(blocks)} blocks once. It calls {len(calls)} of them "
-            "instead, so that it cannot be run one block after the other."
+            "instead, so it cannot be run block by block."
         )
     return Pass(hidden[0], [calls[index] for index in range(len(blocks))], returned, any(extra))
 
 
 @contextmanager
 def passing_on(block: nn.Module, length: int, instead: Tensor | None = None) -> Iterator[None]:
-    """Within it the block is not run, and returns the hidden states that it is given, or `instead`.
+    """Context in which the block is not run and returns its input hidden states, or `instead`.
 
     length: 0 for a tensor, n for a tuple of n.
     """
@@ -158,7 +158,7 @@ def passing_on(block: nn.Module, length: int, instead: Tensor | None = None) -> 
 
 
 def refuse_experts(layers: Iterable[Linear]) -> None:
-    """Raise InputError where a layer is an expert's, of which the dense model need not give the same tokens."""
+    """Raise InputError if a layer is an expert's: the dense model may route other tokens to it."""
     found = next((layer.name for layer in layers if layer.expert is not None), None)
     if found:
         raise InputError(
@@ -169,16 +169,16 @@ def refuse_experts(layers: Iterable[Linear]) -> None:
 
 
 class Stream:
-    """Sequences on their way through a model, from one block to the next.
+    """Sequences that pass through a model from block to block.
 
         for index in range(len(stream.blocks)):
             with stream.source.open(index):
                 taps = stream.collect(index, advance=True)     # shared statistics: one forward pass per model
                 # or: taps = stream.collect(index), new weights for stream.blocks[index], and stream.advance(index)
 
-    name, blocks: the model's list of blocks. source: reads them when they are opened. inputs: per batch, the hidden
-    states [sequences, length, hidden] that enter the next block, on the CPU or in files, in the model's dtype. dense:
-    with `beside` the same of the model as it was, else None.
+    name, blocks: the model's list of blocks. source: reads the blocks when they are opened. inputs: per batch, the
+    hidden states [sequences, length, hidden] that enter the next block, on the CPU or in files, in the model's dtype.
+    dense: with `beside` the same states in the dense model, otherwise None.
     """
 
     def __init__(
@@ -190,11 +190,11 @@ class Stream:
         start: int = 0,
         beside: bool = False,
     ) -> None:
-        """Embed the tokens [samples, length], by default in batches of the size that `BATCH_BYTES` gives.
+        """Embed the tokens [samples, length], by default in batches sized by `BATCH_BYTES`.
 
-        folder: for files of hidden states (default: in memory): of those that enter a block, and of those that entered
-        the one before, whose work may have to begin again. start: block that is next, whose inputs are there. beside:
-        whether the dense model's hidden states go along with those of blocks that are compressed on the way.
+        folder: holds files of hidden states (default: in memory). It keeps the states that enter the current block, and
+        those that entered the previous one, in case its work must be repeated. start: the next block, whose inputs are
+        stored. beside: whether to carry the dense model's hidden states along with those of the compressed blocks.
         Raises InputError when tokens or the model's blocks do not fit, and for experts with `beside`.
         """
         self.source = model if isinstance(model, Blocks) else Blocks(model)
@@ -203,20 +203,20 @@ class Stream:
         self.device = self.source.device
         self.samples, self.length = tokens.shape
         self.folder = folder
-        self.overflow: str | None = None  # a sentence on the first output of a block that is not finite
-        self._lost: tuple[int, int, Tensor] | None = None  # its block, batch and inputs
-        self._calls: list[list[Call]] = []  # per batch, of every block
+        self.overflow: str | None = None  # a sentence about the first block output that is not finite
+        self._lost: tuple[int, int, Tensor] | None = None  # block, batch and inputs of that output
+        self._calls: list[list[Call]] = []  # per batch, the call of every block
         if beside:
             refuse_experts(linears(self.blocks, self.name))
         parts = tokens.split(sequences_per_batch or self._batch())
         self.inputs: Sequence[Tensor] = []
         self.dense: Sequence[Tensor] | None = None
         with torch.no_grad(), self.source.outside():
-            self._skip = self._probe(tokens)  # per block but the last; empty where all must be run
+            self._skip = self._probe(tokens)  # per block except the last; empty if all must be run
             self._first = len(parts[0])
             hidden = (self._embed(part.to(self.device)) for part in parts)
             if start and folder:
-                deque(hidden, maxlen=0)  # for the calls
+                deque(hidden, maxlen=0)  # runs only to record the calls
                 sizes = [len(part) for part in parts]
                 self.inputs = StoredStates(files_of(folder, start), sizes)
                 self.dense = StoredStates(files_of(folder, start, DENSE), sizes) if beside else None
@@ -225,20 +225,20 @@ class Stream:
                 self.dense = self.inputs if beside else None  # nothing is compressed before the first block
 
     def _keep(self, index: int, hidden: Iterable[Tensor]) -> None:
-        """Make these the inputs of a block."""
+        """Store these as the inputs of a block."""
         self.inputs = store(self.folder, index, hidden) if self.folder else list(hidden)
 
     def _batch(self) -> int:
-        """Sequences whose widest activations fill what a batch may take."""
+        """Number of sequences whose widest activations fill a batch."""
         widest = max(max(layer.shape) for layer in linears(self.blocks, self.name))
         size = next(self.blocks.parameters()).element_size()
         return max(1, BATCH_BYTES.get(self.device.type, BATCH_BYTES_ELSEWHERE) // (self.length * widest * size))
 
     def _probe(self, tokens: Tensor) -> list[int]:
-        """The blocks' return values, if their calls can be had without running them; else nothing.
+        """The blocks' return types, if their calls can be recorded without running them; otherwise an empty list.
 
         Two passes of a few tokens show whether the calls depend on more than the batch's shape. One block of each class
-        is run for what it returns.
+        is run to see what it returns.
         """
         few, blocks = tokens[:1, :PROBE].to(self.device), list(self.blocks)
         skip: list[int] = []
@@ -251,25 +251,25 @@ class Stream:
             skip.append(kinds[type(block)])
 
         def calls(skip: Sequence[int]) -> list[list[Call]]:
-            """Of the blocks, in the two passes."""
+            """The blocks' calls in the two passes."""
             return [capture(self.model, blocks, x, skip).calls for x in (few, (few + 1) % vocabulary(self.model))]
 
         one, other = calls(skip)
         if not same(one[0], other[0]):
             return []
-        # A block's further results may be arguments of the next.
+        # A block's extra results may be arguments of the next block.
         run, another = calls(()) if extra else (one, other)
         if not (same(one, other) and same(run, another)):
             raise InputError(f"{type(self.model).__name__} passes more than {HIDDEN} from block to block.")
         return skip if same(one, run) else []
 
     def _embed(self, tokens: Tensor) -> Tensor:
-        """The hidden states that enter the first block; the blocks' calls are kept."""
+        """The hidden states that enter the first block; the blocks' calls are recorded."""
         blocks = list(self.blocks)
-        # Of one size alone: where the first block's mask fits any batch, a later one's may not (CWM).
+        # Only for batches of one size: the first block's mask may fit any batch where a later block's does not (CWM).
         if self._calls and len(tokens) == self._first:
             first = capture(self.model, blocks[:1], tokens)
-            if same(first.calls[0], self._calls[0][0]):  # one copy in memory
+            if same(first.calls[0], self._calls[0][0]):  # so share one copy
                 self._calls.append(self._calls[0])
                 return first.hidden.to("cpu")
         whole = capture(self.model, blocks, tokens, self._skip)
@@ -278,14 +278,14 @@ class Stream:
 
     def _forward(self, index: int, batch: int, inputs: Tensor) -> Tensor:
         """Output of a block for one batch, on the CPU."""
-        with torch.no_grad():  # inference mode would keep no version counters, which tell the taps apart
+        with torch.no_grad():  # inference mode has no version counters, which distinguish the taps
             output = self.replay(self.blocks[index], index, batch, inputs).to("cpu")
         if self._lost is None and not finite(output):
             self._lost = index, batch, inputs
         return output
 
     def _locate(self) -> None:
-        """Name the first module whose output is not finite, by another pass through its block, which is open."""
+        """Name the first module whose output is not finite, by a second pass through its open block."""
         if self._lost is None or self.overflow:
             return
         index, batch, inputs = self._lost
@@ -306,32 +306,32 @@ class Stream:
         self.overflow = f"the output of {found[-1]} has NaN or Inf in {dtype}{advice}"
 
     def _refuse(self, expert: str | None = None) -> None:
-        """expert: the first layer of one that is given such values."""
+        """expert: the first layer of an expert whose inputs are not finite."""
         if self.overflow:
-            also = f", and so has what enters {expert}" if expert else ""
+            also = f", and so have the inputs of {expert}" if expert else ""
             raise Diverged(f"The activations of the calibration are not finite: {self.overflow}{also}.")
 
     def replay(self, block: Callable[..., Any], index: int, batch: int, hidden: Tensor) -> Tensor:
-        """The output of `block` for hidden states, called as block `index` is for this batch, with gradients."""
+        """The output of `block` for hidden states, with gradients and the arguments of block `index` for this batch."""
         own = hidden.to(self.device, copy=True)  # a block may write into its input
         return self._calls[batch][index].replay(block, own)
 
     def collect(self, index: int, advance: bool = False) -> list[Tap]:
-        """Taps of a block, with the statistics of the present inputs.
+        """Taps of a block, with the statistics of the current inputs.
 
-        advance: whether the block's outputs become the inputs of the next; else the inputs stay, as its weights are to
-        change, and the dense states go on. Raises Diverged naming
-        the module whose output is not finite, and InputError naming block, tap and layers for Grams that are not, and
-        the layers that do not see every token once.
+        advance: whether the block's outputs become the inputs of the next block. Otherwise the inputs stay, because the
+        block's weights will change, and only the dense states advance. Raises Diverged, which names the module, for an
+        output that is not finite. Raises InputError, which names block, tap and layers, for Grams that are not finite
+        and for layers that do not see every token once.
         """
         self._refuse()  # checks the output of a compressed block
         name = f"{self.name}.{index}"
-        drifted = index > 0 and not advance  # before the first block nothing is compressed
+        drifted = index > 0 and not advance  # nothing is compressed before the first block
         recorder = TapRecorder(name, linears(self.blocks[index], name), self.samples, self.length, drifted)
         before, dense = self.inputs, self.dense if drifted else None
 
         def outputs() -> Iterator[Tensor]:
-            """Of the dense model, where its states go along."""
+            """Outputs of the block in the dense model, if its states are carried along."""
             for batch, inputs in enumerate(before):
                 if dense is None:
                     yield self._forward(index, batch, inputs)
@@ -349,7 +349,7 @@ class Stream:
                 self.dense = store(self.folder, index + 1, outputs(), DENSE) if self.folder else list(outputs())
             else:
                 deque(outputs(), maxlen=0)
-            if recorder.again():  # experts that were routed too few tokens
+            if recorder.again():  # some experts were routed too few tokens
                 for batch, inputs in enumerate(before):
                     self._forward(index, batch, inputs)
         self._locate()
@@ -357,7 +357,7 @@ class Stream:
         return recorder.finish()
 
     def advance(self, index: int) -> None:
-        """Make the outputs of the block, as it is now, the inputs of the next."""
+        """Make the current block's outputs the inputs of the next block."""
         self._keep(index + 1, self.outputs(index))
         self._locate()
 
@@ -367,10 +367,10 @@ class Stream:
             yield self._forward(index, batch, inputs)
 
     def logits(self, batch: int, tokens: Tensor, after: Tensor | None = None, returned: int = 0) -> Tensor:
-        """[sequences, length, vocabulary] of a batch whose states have come to the last block, given its tokens.
+        """Logits [sequences, length, vocabulary] of a batch whose states have reached the last block, given its tokens.
 
-        Blocks before the last are not run, but for a model whose blocks must be. after: hidden states that the last
-        block is taken to give, without being run; returned: 0 where it gives a tensor, n for a tuple of n.
+        Blocks before the last are not run, unless the model's blocks must be run. after: hidden states to use as the
+        last block's output, which is then not run. returned: 0 if the last block returns a tensor, n for a tuple of n.
         """
         with ExitStack() as stack:
             for index, (block, length) in enumerate(zip(self.blocks, self._skip, strict=False)):

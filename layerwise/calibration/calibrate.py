@@ -1,4 +1,4 @@
-"""Shared calibration: the Gram of every tap of the dense model, from one forward pass, stored block by block."""
+"""Shared calibration: compute every tap's Gram in the dense model in one forward pass, stored block by block."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ from layerwise.sources.tokens import read_tokens
 
 
 def shared(stream: Stream, start: int = 0) -> Iterator[list[Tap]]:
-    """The taps of each block in turn, as the stream passes through the model as it is, once."""
+    """The taps of each block in turn, from one pass of the stream through the unchanged model."""
     for index in range(start, len(stream.blocks)):
         with stream.source.open(index):
             taps = stream.collect(index, advance=True)
         yield taps
-        del taps  # before the next block's
+        del taps  # frees them before the next block's taps
 
 
 def write_gram(
@@ -48,20 +48,21 @@ def write_gram(
     fingerprint: Mapping[str, Any],
     check: Callable[[], None] = lambda: None,
 ) -> None:
-    """Write the taps of each block of a model for tokens [samples, length] to `folder`, which is there when complete.
+    """Write the taps of each block of a model for tokens [samples, length] to `folder`, which exists only when
+    complete.
 
     block-000.safetensors ... hold float32 tensors "{tap}/gram" [in, in], "{tap}/mean", "{tap}/absmean" and
-    "{tap}/sequence_variance" [in], "{tap}/sample" [rows, in] and, but for experts, "{tap}/first_tokens"
-    [sequences, in]; index.json says which layers a tap serves.
-    A process that is killed leaves its finished blocks beside the folder, and the next goes on from there if its
-    fingerprint is the same. check: raises InputError where the model is no longer that of the fingerprint.
+    "{tap}/sequence_variance" [in], "{tap}/sample" [rows, in] and, except for experts, "{tap}/first_tokens" [sequences,
+    in]; index.json says which layers a tap serves. A killed process leaves its finished blocks next to the folder, and
+    the next process resumes there if its fingerprint is the same. check: raises InputError if the model no longer
+    matches its fingerprint.
     """
     with Checkpoint(folder.with_name(f".{folder.name}.part"), fingerprint, check) as checkpoint:
-        if (folder / INDEX).is_file():  # by another process, while this one waited for it
+        if (folder / INDEX).is_file():  # another process finished while this one waited
             return checkpoint.remove()
         part = checkpoint.folder / "store"
         if not all((part / block_file(index)).is_file() for index in range(checkpoint.done)):
-            checkpoint.restart()  # they have become a store that was removed later
+            checkpoint.restart()  # its blocks were made into a store that was removed later
         done = checkpoint.done
         part.mkdir(exist_ok=True)
         remove_parts(part)
@@ -72,13 +73,13 @@ def write_gram(
                 save_file(block_tensors(taps), path)
             write_atomic(checkpoint.file(index, "json"), json.dumps({tap.name: description(tap) for tap in taps}))
             checkpoint.finish(index)
-            taps.clear()  # the progress bar holds on to the list
+            taps.clear()  # the progress bar still refers to the list
         found = [json.loads(checkpoint.file(index, "json").read_text("utf-8")) for index in range(len(blocks))]
         hashes = [checkpoint.hashes[f"{part.name}/{block_file(index)}"] for index in range(len(blocks))]
         contents = {"length": tokens.shape[1], "compute_dtype": computed_dtype(blocks.model)}
         contents |= {"blocks": found, "sha256": hashes}
         write_atomic(part / INDEX, json.dumps(contents, indent=1) + "\n")
-        if folder.exists():  # an earlier folder, without an index
+        if folder.exists():  # an old folder without an index
             shutil.rmtree(folder)
         part.replace(folder)
         checkpoint.remove()
@@ -87,14 +88,14 @@ def write_gram(
 def main(
     argv: list[str] | None = None, before: Callable[[Mapping[str, Any], Path, Path, str], object] | None = None
 ) -> None:
-    """before: called with the model's entry, its fingerprint, the tokens' file and the device before anything else."""
+    """before: called first, with the model's entry, its fingerprint, the tokens' file and the device."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", type=json.loads, required=True, help="model entry of the config, as JSON")
-    parser.add_argument("--fingerprint", type=Path, required=True, help="what fingerprint.py wrote of the model")
+    parser.add_argument("--fingerprint", type=Path, required=True, help="the model's fingerprint, from fingerprint.py")
     parser.add_argument("--tokens", type=Path, required=True, help="calibration tokens, safetensors")
-    parser.add_argument("--code", type=Path, help="file that names the code that decides the Grams, and its hash")
-    parser.add_argument("--out", type=Path, required=True, help="JSON file that will say where the Grams are")
-    parser.add_argument("--dtype", help="of the forward passes (default: the model's)")
+    parser.add_argument("--code", type=Path, help="file that names the code on which the Grams depend, and its hash")
+    parser.add_argument("--out", type=Path, required=True, help="JSON file to write, with the location of the Grams")
+    parser.add_argument("--dtype", help="dtype of the forward passes (default: the model's)")
     parser.add_argument("--threads", type=int, default=None)
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args(argv)
@@ -109,10 +110,10 @@ def main(
     key = hashlib.sha256(json.dumps(fingerprint, sort_keys=True).encode()).hexdigest()[:32]
     folder = gram_stores() / key
     if (folder / INDEX).is_file():
-        print(f"The same Grams were computed before: {folder} ({scopes(folder)})", file=sys.stderr)
+        print(f"The same Grams already exist: {folder} ({scopes(folder)})", file=sys.stderr)
     else:
         check = partial(check_unchanged, args.model, args.fingerprint)
-        check()  # before the model is opened; the checkpoint asks again
+        check()  # before the model is opened; the checkpoint checks again
         take(args.device)
         tokens = torch.from_numpy(read_tokens(args.tokens)[0])
         compute_dtype.tell(model, computed, args.device)

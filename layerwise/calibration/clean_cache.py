@@ -1,6 +1,6 @@
-"""Free the folder of Gram stores: all that no other study uses, and what killed calibrations have left there.
+"""Free the folder of Gram stores: remove stores that no other study uses, and the remains of killed calibrations.
 
-Not while a run of this study is reading them.
+Do not call it while a run of this study is reading the stores.
 """
 
 from __future__ import annotations
@@ -15,12 +15,13 @@ from pathlib import Path
 from layerwise.calibration.gram_store import users
 from layerwise.runtime.shared_stores import size_of
 
-NAMES = re.compile(r"[0-9a-f]{32}|\.[0-9a-f]{32}\.part")  # of stores and of calibrations: nothing else is touched
+# names of stores and of unfinished calibrations: nothing else is removed
+NAMES = re.compile(r"[0-9a-f]{32}|\.[0-9a-f]{32}\.part")
 
 
 @contextlib.contextmanager
 def held(part: Path) -> Iterator[bool]:
-    """Whether no process works in what a calibration has begun; within it none begins to."""
+    """Lock an unfinished calibration and yield whether no process works in it; none can start within the context."""
     with contextlib.ExitStack() as stack:
         free = True
         with contextlib.suppress(FileNotFoundError):
@@ -33,9 +34,9 @@ def held(part: Path) -> Iterator[bool]:
 
 
 def clean(folder: Path, here: Path, dry: bool = False) -> int:
-    """Remove what may go from a folder of stores; returns the bytes. here: the working directory.
+    """Remove unused stores from a folder; returns the number of bytes freed. here: the working directory.
 
-    The record that this study has a store goes with it, so that the next run that needs the store computes it again.
+    This study's record of a store is removed with it, so that the next run that needs the store computes it again.
     """
     freed = 0
     for path in sorted(path for path in folder.glob("*") if NAMES.fullmatch(path.name) and path.is_dir()):
@@ -46,7 +47,7 @@ def clean(folder: Path, here: Path, dry: bool = False) -> int:
             if others:
                 print(f"kept {size / 1e6:.1f} MB: {path} ({len(others)} other studies use it, such as {others[0]})")
             elif not free:
-                print(f"kept {size / 1e6:.1f} MB: {path} (a calibration is at work there)")
+                print(f"kept {size / 1e6:.1f} MB: {path} (a calibration is running there)")
             else:
                 print(f"{'would free' if dry else 'freed'} {size / 1e6:.1f} MB: {path}")
                 freed += size

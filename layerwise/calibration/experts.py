@@ -1,7 +1,7 @@
-"""Mixtures of experts: which tokens each expert of a block multiplies, and the Gram and statistics of these.
+"""Mixtures of experts: which tokens each expert of a block sees, and their Gram and statistics.
 
-transformers keeps the experts of a block in one module, as parameters [experts, ., .], and its eager forward pass takes
-them one after the other. The pass stays as it is; the products with a part of such a parameter are watched.
+transformers keeps the experts of a block in one module, as parameters [experts, ., .], and its eager forward pass runs
+them one after another. The pass is unchanged; products with a slice of such a parameter are intercepted.
 """
 
 from __future__ import annotations
@@ -24,14 +24,15 @@ from layerwise.runtime.errors import InputError
 
 PRODUCTS = (torch.nn.functional.linear, torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, Tensor.mm)
 
-TapParts = tuple[str, str, list[Linear], TapStatistics | RoutedStatistics]  # name and scope of a tap, its layers
+# name and scope of a tap, its layers, its statistics, its statistics
+TapParts = tuple[str, str, list[Linear], TapStatistics | RoutedStatistics]
 
 
 class ExpertRecorder(TorchFunctionMode):
-    """Context in which each forward pass of a block feeds the statistics of its experts with the tokens routed to them.
+    """Context in which each forward pass of a block adds the tokens routed to its experts to their statistics.
 
-    Where an expert's layer sees fewer tokens than it has inputs, its Gram would be singular: `all_tokens` says so after
-    the last batch, and asks for all batches once more, in which these layers are shown every token.
+    If an expert's layer sees fewer tokens than it has inputs, its Gram would be singular. `all_tokens` then returns
+    True after the last batch, and all batches must be run once more. In this second pass these layers see every token.
     """
 
     def __init__(self, block: str, layers: Sequence[Linear], sequences: int, length: int) -> None:
@@ -39,13 +40,14 @@ class ExpertRecorder(TorchFunctionMode):
         self.block, self.sequences, self.length = block, sequences, length
         self.layers = {(id(layer.module), layer.parameter, layer.expert): layer for layer in layers}
         self.modules = list({id(layer.module): layer.module for layer in layers}.values())
-        self.statistics: dict[str, TapStatistics | RoutedStatistics] = {}  # by the layer's name
-        self.entering: dict[int, str] = {}  # by module: the parameter that an expert begins with
-        self.shared: dict[int, TapStatistics] = {}  # by module: every token, as it enters all of its experts
-        self.runs: dict[int, Tensor] = {}  # by width: scratch of the products
-        self.few: dict[str, Linear] | None = None  # layers that are shown every token, once they are known
-        self.routing: Routing | None = None  # of the module that runs
-        self.seen: defaultdict[str, int] = defaultdict(int)  # tokens of this batch by layer, those awaited subtracted
+        self.statistics: dict[str, TapStatistics | RoutedStatistics] = {}  # keyed by layer name
+        self.entering: dict[int, str] = {}  # by module: the first parameter of an expert
+        self.shared: dict[int, TapStatistics] = {}  # by module: statistics of every token, as it enters all experts
+        self.runs: dict[int, Tensor] = {}  # by width: scratch memory of the products
+        self.few: dict[str, Linear] | None = None  # layers that see every token, once they are known
+        self.routing: Routing | None = None  # routing in the running module
+        # per layer: tokens seen in this batch minus tokens expected
+        self.seen: defaultdict[str, int] = defaultdict(int)
         self.handles: list[RemovableHandle] = []
 
     def __enter__(self) -> ExpertRecorder:
@@ -66,7 +68,7 @@ class ExpertRecorder(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        # The arguments are called differently from family to family.
+        # The names of the arguments differ between families.
         given = list(inspect.signature(type(module).forward).bind(module, *args, **kwargs).arguments.values())
         hidden, chosen = given[1].flatten(0, -2), given[2].flatten(0, -2)  # [tokens, hidden], [tokens, experts of each]
         if self.few is not None:
@@ -81,7 +83,7 @@ class ExpertRecorder(TorchFunctionMode):
         self.routing = None
 
     def _show_all(self, module: nn.Module, hidden: Tensor, chosen: Tensor, weights: Tensor) -> None:
-        """Feed the layers that were routed few tokens with all of them: run the module as if every token went there."""
+        """Add all tokens to the layers that were routed few: run the module as if every token were routed there."""
         few = [layer for layer in (self.few or {}).values() if layer.module is module]
         inner = [layer for layer in few if layer.parameter != self.entering[id(module)]]
         within = {layer.expert for layer in inner if layer.expert is not None}
@@ -96,7 +98,7 @@ class ExpertRecorder(TorchFunctionMode):
             self.routing = None
 
     def _see(self, routing: Routing, inputs: Tensor, weight: Tensor) -> None:
-        """A product of inputs [tokens, in]: if it is with an expert's weight, add its tokens."""
+        """Handle a product of inputs [tokens, in]: add its tokens if the weight is an expert's."""
         place = routing.place(weight)
         if place is None:
             return
@@ -111,7 +113,7 @@ class ExpertRecorder(TorchFunctionMode):
             self.entering[id(routing.module)] = layer.parameter
         order = routing.tokens_of(layer, inputs)
         self.seen[layer.name] += len(inputs)
-        if len(inputs) != len(order):  # end_batch says so
+        if len(inputs) != len(order):  # end_batch reports it
             return
         if layer.name not in self.statistics:
             features = inputs.shape[-1]
@@ -128,18 +130,19 @@ class ExpertRecorder(TorchFunctionMode):
         return TapStatistics(inputs.shape[-1], self.sequences, self.length, inputs.device)
 
     def end_batch(self) -> None:
-        """Raise InputError when an expert's layer did not see each token that is routed to it once."""
+        """Raise InputError when an expert's layer did not see each token routed to it exactly once."""
         wrong = sorted(name for name, tokens in self.seen.items() if tokens)
         if wrong:
             tokens = self.seen[wrong[0]]
             raise InputError(
-                "Every layer of an expert must see the tokens that are routed to it once, in transformers' eager "
+                "Every layer of an expert must see each token routed to it exactly once, in transformers' eager "
                 f"experts, but {wrong[0]} saw {abs(tokens)} {'more' if tokens > 0 else 'fewer'} in a batch."
             )
         self.seen.clear()
 
     def all_tokens(self) -> bool:
-        """Whether some layers were routed fewer tokens than they have inputs; the next batches show them every one."""
+        """Whether some layers were routed fewer tokens than they have inputs. If so, they see every token in the next
+        batches."""
         if not self.layers:
             return False
         routed = {name: statistics.seen for name, statistics in self.statistics.items()}
@@ -151,8 +154,8 @@ class ExpertRecorder(TorchFunctionMode):
             few = {(id(layer.module), layer.expert) for layer in self.few.values()}
             experts = {(owner, expert) for owner, _, expert in self.layers}
             print(
-                f"{self.block}: {len(few)} of {len(experts)} experts were routed fewer tokens than a layer of theirs "
-                f"has inputs; these {len(self.few)} of {len(self.layers)} layers are calibrated on every token.",
+                f"{self.block}: {len(few)} of {len(experts)} experts were routed fewer tokens than one of their "
+                f"layers has inputs; these {len(self.few)} of {len(self.layers)} layers are calibrated on every token.",
                 file=sys.stderr,
             )
         return bool(self.few)
@@ -163,7 +166,7 @@ class ExpertRecorder(TorchFunctionMode):
         return next(found, None)
 
     def found(self) -> Iterator[TapParts]:
-        """The experts' taps, in the order of the layers; experts that are shown every token share what enters them."""
+        """The experts' taps, in the order of the layers; experts that see every token share one input tap."""
         for module in self.modules:
             own = [layer for layer in self.layers.values() if layer.module is module]
             if id(module) in self.shared:
@@ -177,21 +180,21 @@ class ExpertRecorder(TorchFunctionMode):
 
 
 class Routing:
-    """Where the tokens of one forward pass of an experts' module go.
+    """The routing of the tokens in one forward pass of an experts' module.
 
-    hidden: [tokens, hidden] what enters the module. chosen: [tokens, experts of each] which experts see a token.
+    hidden: [tokens, hidden] the module's input. chosen: [tokens, experts per token] the experts that see each token.
     """
 
     def __init__(self, module: nn.Module, hidden: Tensor, chosen: Tensor) -> None:
         self.module, self.hidden, self.chosen = module, hidden, chosen
         self.parameters = {name: value for name, value in module.named_parameters(recurse=False) if value.ndim == 3}
         count = len(next(iter(self.parameters.values())))
-        # An index of `count` and beyond is none of this module's experts.
+        # An index of `count` or more is not an expert of this module.
         self.counts = torch.bincount(chosen.flatten(), minlength=count)[:count].tolist()
-        self.orders: dict[int, Tensor] = {}  # of the experts that have begun
+        self.orders: dict[int, Tensor] = {}  # token order of each expert that has run
 
     def place(self, weight: Any) -> tuple[str, int] | None:
-        """(parameter, expert) whose memory a weight is, or None."""
+        """(parameter, expert) whose memory the weight shares, or None."""
         if not isinstance(weight, Tensor) or weight.ndim != 2:
             return None
         for name, parameter in self.parameters.items():
@@ -201,21 +204,21 @@ class Routing:
         return None
 
     def tokens_of(self, layer: Linear, inputs: Tensor) -> Tensor:
-        """[tokens] index in `hidden` of each row that an expert is given.
+        """[tokens] index in `hidden` of each row of an expert's input.
 
-        Raises InputError when what enters the expert are not these rows of `hidden`.
+        Raises InputError when the expert's input does not consist of these rows of `hidden`.
         """
         expert = layer.expert
         assert expert is not None
         if expert not in self.orders:
-            order = (self.chosen == expert).T.nonzero()[:, 1]  # first choices first, as transformers has them
+            order = (self.chosen == expert).T.nonzero()[:, 1]  # first choices first, in transformers' order
             rows = self.hidden[order]
             if rows.shape != inputs.shape or not torch.equal(bits(rows), bits(inputs)):
-                raise InputError(f"{layer.name} does not get the tokens that are routed to it in the known order.")
+                raise InputError(f"{layer.name} does not receive the tokens routed to it in the expected order.")
             self.orders[expert] = order
         return self.orders[expert]
 
 
 def bits(tensor: Tensor) -> Tensor:
-    """A tensor's bytes: NaN equals itself."""
+    """A tensor's bytes, in which NaN equals itself."""
     return tensor.contiguous().view(torch.uint8)

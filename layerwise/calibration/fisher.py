@@ -1,12 +1,12 @@
 """The statistic `fisher` of a dense model's linear layers, from backward passes of its loss.
 
-For a weight W [out, in], with L_s the mean cross-entropy in nats of the tokens of sequence s, the first apart, given
-those before them:
+For a weight W [out, in], let L_s be the mean cross-entropy in nats of the tokens of sequence s (except the first),
+given the tokens before:
 
     f_i = sum_j mean_s (dL_s / dW_ij)^2
 
-Mean over the sequences of the squared gradient of a sequence's mean loss, summed over each row (FWSVD, Hsu et al.,
-section 4: the empirical Fisher information with a sequence as one datum).
+This is the squared gradient of a sequence's mean loss, averaged over the sequences and summed over each row (FWSVD, Hsu
+et al., section 4: the empirical Fisher information with a sequence as one datum).
 """
 
 from __future__ import annotations
@@ -39,20 +39,20 @@ from layerwise.runtime.files import unchanged, whole_file
 from layerwise.sources.fingerprint import check_unchanged
 from layerwise.sources.tokens import read_tokens
 
-PART = 8  # sequences after which a job that is killed can go on
+PART = 8  # a killed job resumes after the last complete part of this many sequences
 
 
 class Gradients:
-    """Context in which `add` passes one sequence after the other forward and back through a model.
+    """Context in which `add` passes one sequence at a time forward and backward through a model.
 
-    Of a gradient only the row sums of its squares are kept, in float64; itself it is freed before the next one comes.
-    A block keeps its inputs alone, and is run again on the way back. The model is left as it was.
+    Only the row sums of a gradient's squares are kept, in float64. The gradient is freed before the next one is
+    computed. A block stores only its inputs, and is run again in the backward pass. The model is left unchanged.
 
     totals: layer -> [out] float64, the sums over the sequences so far.
     """
 
     def __init__(self, model: PreTrainedModel, totals: Mapping[str, Tensor] | None = None) -> None:
-        """totals: those of sequences that were passed before. Raises InputError for blocks that share weights."""
+        """totals: the totals of earlier sequences. Raises InputError for blocks that share weights."""
         check_unshared(model)
         self.model = model
         layers = model_linears(model)
@@ -63,7 +63,7 @@ class Gradients:
             else totals[name].to(self.device)
             for name, layer in layers.items()
         }
-        self._by_parameter: dict[Tensor, list[Linear]] = defaultdict(list)  # several of experts
+        self._by_parameter: dict[Tensor, list[Linear]] = defaultdict(list)  # several layers for experts
         for layer in layers.values():
             self._by_parameter[parameter_of(layer)].append(layer)
         self._stack = ExitStack()
@@ -84,21 +84,21 @@ class Gradients:
 
     def _see(self, layers: Iterable[Linear], parameter: Tensor) -> None:
         gradient, parameter.grad = parameter.grad, None
-        assert gradient is not None  # the hook comes after it
+        assert gradient is not None  # the hook runs after it is accumulated
         for layer in layers:
             own = gradient if layer.expert is None else gradient[layer.expert]
             norms = torch.linalg.vector_norm(own, dim=0 if layer.transposed else 1, dtype=torch.float64)
             self.totals[layer.name] += norms.square()
 
     def add(self, tokens: Tensor) -> None:
-        """Pass a sequence of tokens [length] forward and back."""
+        """Pass a sequence of tokens [length] forward and backward."""
         with torch.enable_grad():
             own = tokens[None].to(self.device)
             logits = self.model(input_ids=own, use_cache=False).logits[0, :-1]
             nn.functional.cross_entropy(logits.float(), own[0, 1:]).backward()
 
     def means(self, sequences: int) -> dict[str, Tensor]:
-        """Layer -> f [out] float32, the means over so many sequences. Raises InputError where one is not finite."""
+        """Layer -> f [out] float32, the means over this many sequences. Raises InputError if one is not finite."""
         found = {name: (total / sequences).float() for name, total in self.totals.items()}
         for name, own in found.items():
             if not torch.isfinite(own).all():
@@ -107,7 +107,7 @@ class Gradients:
 
 
 def run_again(block: nn.Module) -> Callable[[], None]:
-    """Have a block keep its inputs alone for the backward pass; returns what undoes that."""
+    """Make a block store only its inputs for the backward pass; returns a function that undoes this."""
     own = vars(block).get("forward")
     block.forward = partial(recompute, block.forward, use_reentrant=False, preserve_rng_state=False)
 
@@ -120,9 +120,10 @@ def run_again(block: nn.Module) -> Callable[[], None]:
 
 
 def of_model(model: PreTrainedModel, tokens: Tensor) -> dict[str, Tensor]:
-    """Layer -> f [out] float32 of a model in float32, in eval mode, for tokens [sequences, length]; it stays as it was.
+    """Layer -> f [out] float32 of a model in float32, in eval mode, for tokens [sequences, length]; the model is
+    unchanged.
 
-    Raises InputError for tokens that are none of the model's, blocks that share weights, another dtype, and gradients
+    Raises InputError for tokens outside the model's vocabulary, blocks that share weights, another dtype, and gradients
     that are not finite.
     """
     check(model, tokens)
@@ -133,7 +134,7 @@ def of_model(model: PreTrainedModel, tokens: Tensor) -> dict[str, Tensor]:
 
 
 def check(model: PreTrainedModel, tokens: Tensor) -> None:
-    """Raise InputError for a model or tokens that no gradients are taken of."""
+    """Raise InputError for a model or tokens whose gradients cannot be computed."""
     loading.check_tokens(model, tokens)
     if other := next((own.dtype for own in model.parameters() if own.dtype != torch.float32), None):
         raise InputError(f"The model must be in float32 for gradients of its loss. Got {other} instead.")
@@ -146,11 +147,11 @@ def write_fisher(
     fingerprint: Mapping[str, Any],
     check_source: Callable[[], None] = lambda: None,
 ) -> None:
-    """Write f of every linear layer of a model's blocks for tokens [sequences, length], as fisher_store reads them.
+    """Write f of every linear layer of a model's blocks for tokens [sequences, length], in the form that fisher_store
+    reads.
 
-    A process that is killed leaves its sums after each PART sequences beside the file, and the next goes on from there
-    if its fingerprint is the same. check_source: raises InputError where the model is no longer that of the
-    fingerprint.
+    A killed process leaves its sums, saved every PART sequences, next to the file. The next process resumes there if
+    its fingerprint is the same. check_source: raises InputError if the model no longer matches its fingerprint.
     """
     check(model, tokens)
     folder = path.with_name(f".{path.stem}.part")
@@ -178,13 +179,15 @@ def write_fisher(
 def main(
     argv: list[str] | None = None, before: Callable[[Mapping[str, Any], Path, Path, str], object] | None = None
 ) -> None:
-    """before: called with the model's entry, its fingerprint, the tokens' file and the device before anything else."""
+    """before: called first, with the model's entry, its fingerprint, the tokens' file and the device."""
     parser = argparse.ArgumentParser(prog="fisher", description=__doc__)
     parser.add_argument("--model", type=json.loads, required=True, help="model entry of the config, as JSON")
-    parser.add_argument("--fingerprint", type=Path, required=True, help="what fingerprint.py wrote of the model")
+    parser.add_argument("--fingerprint", type=Path, required=True, help="the model's fingerprint, from fingerprint.py")
     parser.add_argument("--tokens", type=Path, required=True, help="calibration tokens, safetensors")
-    parser.add_argument("--code", type=Path, help="file that names the code that decides the result, and its hash")
-    parser.add_argument("--out", type=Path, required=True, help="safetensors file of a vector for each layer")
+    parser.add_argument("--code", type=Path, help="file that names the code on which the result depends, and its hash")
+    parser.add_argument(
+        "--out", type=Path, required=True, help="safetensors file to write, with a vector for each layer"
+    )
     parser.add_argument("--threads", type=int, default=None)
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args(argv)
@@ -195,10 +198,10 @@ def main(
     code = unchanged(args.code) if args.code else ""
     fingerprint = content(args.fingerprint, args.model, args.tokens, "float32", code, args.device)
     check_source = partial(check_unchanged, args.model, args.fingerprint)
-    check_source()  # before the model is opened; the checkpoint asks again
+    check_source()  # before the model is opened; the checkpoint checks again
     take(args.device)
     tokens = torch.from_numpy(read_tokens(args.tokens)[0])
-    model = loading.load(args.model, args.device).float()  # with the values that its own dtype has
+    model = loading.load(args.model, args.device).float()  # float32 with the values of the model's own dtype
     write_fisher(args.out, model, tokens, fingerprint, check_source)
 
 

@@ -1,4 +1,5 @@
-"""The file of a model's `fisher`: a vector [out] float32 of each linear layer of its blocks (calibration/fisher.py)."""
+"""The file of a model's `fisher`: a vector [out] float32 for each linear layer of its blocks
+(calibration/fisher.py)."""
 
 from __future__ import annotations
 
@@ -17,24 +18,25 @@ from layerwise.runtime.files import set_aside, whole_file
 
 
 def write(path: Path, vectors: Mapping[str, Tensor], info: Mapping[str, Any]) -> None:
-    """info: what the vectors are means over, {samples, length}; with a hash of the vectors it is in the file, too."""
+    """info: {samples, length}, over which the vectors are means. It is stored in the file with a hash of the
+    vectors."""
     tensors = {name: own.to("cpu").contiguous() for name, own in vectors.items()}
     with whole_file(path) as part:
         save_file(tensors, part, metadata={"info": json.dumps({**info, "sha256": _hash(tensors)})})
 
 
 def read(path: Path, device: str = "cpu") -> dict[str, Tensor]:
-    """Layer -> its vector, on a device. Raises InputError for a file that is damaged, which is set aside."""
+    """Layer -> its vector, on a device. Raises InputError for a damaged file, which is set aside."""
     try:
         with safe_open(path, "pt") as file:
-            found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no mapping
+            found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is not a mapping
             known = json.loads((file.metadata() or {})["info"])["sha256"]
     except (OSError, SafetensorError, KeyError, ValueError) as error:
         sentence = f"{path} must hold a vector for each layer and their 'info': {error}"
         kept = isinstance(error, OSError) or refused(error) or out_of_memory(error)
         raise InputError(f"{sentence}." if kept else f"{sentence}; {set_aside(path)}.") from error
     if _hash(found) != known:
-        raise InputError(f"{path} is damaged: its vectors are not those that were written; {set_aside(path)}.")
+        raise InputError(f"{path} is damaged: its vectors have changed since they were written; {set_aside(path)}.")
     return {name: own.to(device) for name, own in found.items()}
 
 

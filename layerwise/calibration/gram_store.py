@@ -1,6 +1,6 @@
-"""Gram stores: where the Grams of a calibration are, block by block, shared by all studies that see the same folder.
+"""Gram stores hold the Grams of a calibration block by block. All studies that see the same folder share them.
 
-A store is named after all that decides its content.
+A store's name is a hash of everything on which its content depends.
 """
 
 from __future__ import annotations
@@ -47,9 +47,9 @@ def description(tap: Tap) -> dict[str, Any]:
 
 
 def read_index(folder: Path) -> dict[str, Any]:
-    """{length, compute_dtype, blocks: [{tap: {layers, inside, in, tokens, scope}}], sha256: [of each block's file]}.
+    """{length, compute_dtype, blocks: [{tap: {layers, inside, in, tokens, scope}}], sha256: [one per block's file]}.
 
-    Taps are in the order of their inputs. compute_dtype: of the forward passes.
+    Taps are in the order of their inputs. compute_dtype: dtype of the forward passes.
 
     Raises InputError when the folder holds no complete Gram store.
     """
@@ -60,12 +60,12 @@ def read_index(folder: Path) -> dict[str, Any]:
 
 
 def computed_in(folder: Path) -> str | None:
-    """The dtype that the forward passes of a store were computed in; None where it does not say."""
+    """The dtype in which the forward passes of a store were computed; None if the store does not record it."""
     return read_index(folder).get("compute_dtype")
 
 
 def scopes(folder: Path) -> str:
-    """How many layers of a store have which token_scope, such as `layers by token_scope: 8 all, 64 routed`."""
+    """The number of layers of a store by token_scope, such as `layers by token_scope: 8 all, 64 routed`."""
     layers: Counter[str] = Counter()
     for tap in (tap for block in read_index(folder)["blocks"] for tap in block.values()):
         layers[tap["scope"]] += len(tap["layers"])
@@ -73,16 +73,16 @@ def scopes(folder: Path) -> str:
 
 
 def read_block(folder: Path, index: int, device: str = "cpu") -> Iterator[Tap]:
-    """The taps of one block on a device, each read when its turn comes; no other block is read.
+    """The taps of one block on a device, read one at a time; no other block is read.
 
-    The file is opened for each tap: what has been read of a mapped file counts as memory until it is closed.
+    The file is opened for each tap, because pages read from a mapped file count as memory until it is closed.
 
-    Raises InputError when its file is absent or, at the latest after the last tap, when it is damaged: then the store
-    is removed from use, so that the next run makes it again.
+    Raises InputError when the block's file is absent or, at the latest after the last tap, when it is damaged. A
+    damaged store is taken out of use, so that the next run computes it again.
     """
     contents, path = read_index(folder), Path(folder) / block_file(index)
     try:
-        with ThreadPoolExecutor(1) as beside:  # the work on the taps takes longer
+        with ThreadPoolExecutor(1) as beside:  # work on the taps takes longer than reading
             found = beside.submit(sha256, path)
             for name, entry in contents["blocks"][index].items():
                 yield _tap(path, name, entry, contents["length"], device)
@@ -97,19 +97,19 @@ def read_block(folder: Path, index: int, device: str = "cpu") -> Iterator[Tap]:
 
 @contextmanager
 def unless_damaged(pointer: Path | None) -> Iterator[None]:
-    """Within it an InputError of what is computed from a store is about the store, where that is damaged."""
+    """Context in which an InputError is replaced by one about the store, if the store is damaged."""
     try:
         yield
     except InputError:
         folder = pointer and (pointer if pointer.is_dir() else named(pointer) if pointer.is_file() else None)
-        if folder and (folder / INDEX).is_file():  # else the error says that it is no longer used
+        if folder and (folder / INDEX).is_file():  # otherwise the error already says that the store is out of use
             for index, known in enumerate(read_index(folder)["sha256"]):
                 check_block(folder, index, sha256(folder / block_file(index)) == known)
         raise
 
 
 def check_block(folder: Path, index: int, whole: bool) -> None:
-    """Raise InputError, and give the store up, when a block of it is not whole."""
+    """Raise InputError, and take the store out of use, when one of its blocks is damaged."""
     if not whole:
         what = f"The Gram file {block_file(index)} of {folder} is damaged: it has changed"
         raise InputError(f"{what}; {give_up(folder)}.")
@@ -130,10 +130,11 @@ def _tap(path: Path, name: str, entry: Mapping[str, Any], length: int, device: s
 def content(
     fingerprint: Path, model: Mapping[str, Any], tokens: Path, computed: str | None, code: str, device: str
 ) -> Any:
-    """Everything that decides the Grams.
+    """Everything on which the Grams depend.
 
-    fingerprint: what fingerprint.py wrote of the model; model: its config entry, in the dtype of the calibration;
-    computed: the dtype that passes are computed in, which depends on the machine; code: hash of that of the job.
+    fingerprint: the model's fingerprint, from fingerprint.py. model: its config entry, with the dtype of the
+    calibration. computed: the dtype in which passes are computed, which depends on the machine. code: hash of the job's
+    code.
     """
     return {
         "model": read_made(fingerprint)["files"],
@@ -147,7 +148,7 @@ def content(
 
 
 def give_up(folder: Path, *pointers: Path) -> str:
-    """A store is of no use: nothing says any more that it is there. Returns the end of the sentence that says so."""
+    """Take a store out of use by removing all records of it. Returns the end of the error's sentence."""
     known = [*users(folder), *pointers, folder / INDEX]
     try:
         for path in known:
@@ -158,7 +159,7 @@ def give_up(folder: Path, *pointers: Path) -> str:
 
 
 def store_of(pointer: Path) -> Path:
-    """The folder of the Grams that the file names, which the gram rule leaves; a folder names itself."""
+    """The folder of Grams named by a file that the rule `gram` wrote; a folder is returned unchanged."""
     if pointer.is_dir():
         return pointer
     if not pointer.is_file():
@@ -166,7 +167,7 @@ def store_of(pointer: Path) -> Path:
     folder = named(pointer)
     if not (folder / INDEX).is_file():
         raise InputError(f"The Grams of {pointer} are no longer at {folder}: {give_up(folder, pointer)}.")
-    register(folder, pointer, INDEX, "The Grams")  # again where the study has moved
+    register(folder, pointer, INDEX, "The Grams")  # registers again if the study has moved
     return folder
 
 
@@ -176,15 +177,15 @@ def named(pointer: Path) -> Path:
 
 
 def point_to(folder: Path, pointer: Path) -> None:
-    """Write the file that says that a study has its Grams in a store, and in the store who has."""
+    """Write the pointer file that names a study's store, and register the study in the store."""
     register(folder, pointer, INDEX, "The Grams")
     write_atomic(pointer, json.dumps({"store": str(folder)}, indent=1) + "\n")
 
 
 def users(folder: Path) -> list[Path]:
-    """The files that say that their study has its Grams in the store."""
+    """The pointer files of all studies that use the store."""
     found = []
     for path in registered(folder):
-        with suppress(InputError):  # another study's that is damaged
+        with suppress(InputError):  # another study's pointer may be damaged
             found += [path] if named(path).name == folder.name else []
     return found

@@ -15,9 +15,9 @@ from layerwise.models.structure import Blocks
 def shared_blocks(
     folder: Path, blocks: Blocks, start: int = 0, finished: Callable[[int], None] = lambda index: None
 ) -> Iterator[tuple[int, Iterator[Tap]]]:
-    """The taps of each block in a Gram store, read one by one; meanwhile the block of the model is open.
+    """The taps of each block in a Gram store, read one by one while the model's block is open.
 
-    finished: called when nothing of a block is needed any more.
+    finished: called when a block is no longer needed.
     """
     for index in range(start, len(read_index(folder)["blocks"])):
         with blocks.open(index):
@@ -31,10 +31,10 @@ def sequential_blocks(
     start: int = 0,
     finished: Callable[[int], None] = lambda index: None,
 ) -> Iterator[tuple[int, Iterable[Tap]]]:
-    """The taps of each block; between one and the next the block, by then compressed, is run again.
+    """The taps of each block; after a block is compressed, it is run again to give the inputs of the next.
 
-    blocks: those that are compressed, if the stream passes through a copy of them in another dtype. finished: called
-    when nothing of a block is needed any more.
+    blocks: the blocks to compress, if the stream passes through a copy of them in another dtype. finished: called
+    when a block is no longer needed.
     """
     blocks = blocks or stream.source
     for index in range(start, len(blocks)):
@@ -43,12 +43,12 @@ def sequential_blocks(
             if index + 1 < len(blocks):
                 if block is not other:
                     other.load_state_dict(block.state_dict())  # rounded to the copy's dtype
-                    round_as_stored(other)  # where it computes in a wider one
+                    round_as_stored(other)  # if the copy computes in a wider dtype
                 stream.advance(index)
         finished(index)
 
 
 def in_turn(taps: list[Tap]) -> Iterator[Tap]:
-    """The taps, of which the list keeps those that are still to come."""
+    """The taps one by one; each is removed from the list when its turn comes."""
     while taps:
         yield taps.pop(0)

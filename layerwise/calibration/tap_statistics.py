@@ -15,7 +15,7 @@ SAMPLE_ROWS = 512
 
 
 class TapStatistics:
-    """Accumulates the Gram and statistics of one tap, independently of how the sequences are batched.
+    """Accumulates the Gram and statistics of one tap, independently of the batching of the sequences.
 
     Products are float32 over at most RUN tokens, means float32 within a sequence; totals are float64.
     """
@@ -23,24 +23,26 @@ class TapStatistics:
     def __init__(self, features: int, sequences: int, length: int, device: torch.device | str = "cpu") -> None:
         self.tokens, self.length = sequences * length, length
         count = min(SAMPLE_ROWS, self.tokens)
-        self.stride, self.taken = max(1, self.tokens // SAMPLE_ROWS), 0  # of the sample's rows
+        self.stride, self.taken = max(1, self.tokens // SAMPLE_ROWS), 0  # stride of the sample's rows
         self.seen = 0
         self.moment = SecondMoment(features, device)
-        self.beside: tuple[CrossMoment, SecondMoment] | None = None  # with the inputs in the dense model, and of these
+        # moments with, and of, the inputs in the dense model
+        self.beside: tuple[CrossMoment, SecondMoment] | None = None
         self.sums = torch.zeros(3, features, dtype=torch.float64, device=device)  # mean, absmean, variance
         self.sample = torch.zeros(count, features, dtype=torch.float32, device=device)
-        self.first_tokens: list[Tensor] = []  # [sequences of a batch, in] each, of the first SAMPLE_ROWS sequences
+        self.first_tokens: list[Tensor] = []  # [sequences of a batch, in] each, for the first SAMPLE_ROWS sequences
         self.firsts_left = SAMPLE_ROWS
 
     @property
     def gram(self) -> Tensor:
-        """[in, in] float64, the sum of all but the present run, above the diagonal."""
+        """[in, in] float64, the sum of all runs except the current one, above the diagonal."""
         return self.moment.total
 
     def update(self, inputs: Tensor, dense: Tensor | None = None) -> None:
-        """Add whole sequences: inputs [..., in] of any float dtype, tokens of a sequence one after the other.
+        """Add whole sequences: inputs [..., in] of any float dtype, with the tokens of a sequence in order.
 
-        dense: of the same shape, the inputs in the dense model, for a Gram that knows them; always or never.
+        dense: the inputs in the dense model, of the same shape, for a cross-Gram. They must be given in every call or
+        in none.
         """
         if dense is not None:
             self._update_beside(inputs.detach().flatten(0, -2), dense.detach().flatten(0, -2))
@@ -61,7 +63,7 @@ class TapStatistics:
         """inputs, dense: [tokens, in]."""
         if dense.shape != inputs.shape:
             came = f"{list(dense.shape)} and {list(inputs.shape)}"
-            raise ValueError(f"A layer's inputs in two models must have one shape. Got {came} instead.")
+            raise ValueError(f"A layer's inputs in the two models must have the same shape. Got {came} instead.")
         if self.beside is None:
             size, device = inputs.shape[1], inputs.device
             self.beside = CrossMoment(size, device), SecondMoment(size, device)
@@ -81,10 +83,10 @@ class TapStatistics:
 
 
 class RoutedStatistics:
-    """The same of an expert, which sees some tokens of each sequence, how many being known at the end alone.
+    """The same for an expert, which sees some tokens of each sequence; their number is known only at the end.
 
-    Means are over the tokens, the variance within a sequence weighted by its tokens: what TapStatistics gives, where an
-    expert sees every token. run: [in, in] float32, which experts of one width share; what it holds is lost.
+    Means are over the tokens, and a sequence's variance is weighted by its number of tokens. The result equals that of
+    TapStatistics if an expert sees every token. run: [in, in] float32 scratch memory, shared by experts of one width.
     """
 
     def __init__(self, features: int, length: int, run: Tensor) -> None:
@@ -111,7 +113,8 @@ class RoutedStatistics:
         self.seen += len(flat)
 
     def finish(self) -> tuple[Gram, Statistics]:
-        """As TapStatistics'; between half and all of the sample's rows are there, where tokens are more than those."""
+        """As in TapStatistics. If there are more tokens than sample rows, the sample has between half and all of its
+        rows."""
         matrix = self.gram.div_(self.seen).float()
         del self.gram, self.run
         mirror(matrix)
@@ -122,7 +125,8 @@ class RoutedStatistics:
 def add_statistics(sequences: Tensor, sums: Tensor) -> None:
     """Add mean, mean magnitude and variance of each of sequences [sequences, length, in] to sums [3, in] float64."""
     if dispatch.use_compiled(sequences):
-        # In one thread, for some tenth of the product's time: a pool's would contend with torch's waiting ones.
+        # One thread takes about a tenth of the product's time. A thread pool would contend with torch's waiting
+        # threads.
         add_sums(array(sequences), array(sums))
     else:
         add_sums_in_torch(sequences, sums)
@@ -130,9 +134,9 @@ def add_statistics(sequences: Tensor, sums: Tensor) -> None:
 
 def add_sums_in_torch(sequences: Tensor, sums: Tensor) -> None:
     """The plain reference of `layerwise.kernels.tap_statistics.add_sums`."""
-    # Per sequence in float32, where cascade summation loses no digits, 16 times faster than summing in float64.
+    # Per sequence in float32: cascade summation loses no digits, and it is 16 times faster than summing in float64.
     means = sequences.mean(1, keepdim=True)
     sums[0] += means.sum((0, 1), dtype=torch.float64)
     sums[1] += sequences.abs().mean(1).sum(0, dtype=torch.float64)
-    # Centred before squaring: the mean of squares less the square of the mean loses digits to a large mean.
+    # Centred before squaring, because (mean of squares) - (square of the mean) loses digits when the mean is large.
     sums[2] += (sequences - means).square_().mean(1).sum(0, dtype=torch.float64)

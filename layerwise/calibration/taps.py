@@ -1,4 +1,4 @@
-"""Taps, the distinct inputs of a block's linear layers: finding them, and the Gram and statistics of each."""
+"""Find the taps (the distinct inputs of a block's linear layers), and the Gram and statistics of each."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ from layerwise.runtime.errors import InputError
 
 @dataclass(frozen=True)
 class Tap:
-    """One distinct input of a block: the layers that see it, and what calibration says of it."""
+    """One distinct input of a block: the layers that see it, and its calibration statistics."""
 
-    # Last components of its layers' names, such as q_proj,k_proj,v_proj; whole names if those are taken, and of
-    # experts; what enters several experts is called as their parameter, such as mlp.experts.gate_up_proj.
+    # Last components of its layers' names, such as q_proj,k_proj,v_proj. Whole names are used if those are taken, and
+    # for experts. An input shared by experts is named after their parameter, such as mlp.experts.gate_up_proj.
     name: str
     layers: tuple[str, ...]  # names in the model, in the order of their calls
     inside: tuple[str, ...]  # the same layers' names in the block
     gram: Gram
     statistics: Statistics
-    scope: str = "all"  # tokens: all, those routed to an expert, or all because those were too few (fallback)
+    scope: str = "all"  # tokens: all, routed (to an expert), or fallback (all, because too few were routed)
 
 
 def tapped_linears(
@@ -40,7 +40,7 @@ def tapped_linears(
 ) -> Iterator[tuple[int, Tap, Linear]]:
     """Every linear layer of the blocks, with its block's number and its tap, in the order of their calls.
 
-    A tap is let go of when its layers are done: with its Gram goes what methods have kept on it.
+    A tap is released when its layers are done. Its Gram is freed, with everything that methods have cached on it.
     """
     name, modules = find_blocks(model)
     for index, taps in blocks:
@@ -52,28 +52,28 @@ def tapped_linears(
 
 
 class TapRecorder:
-    """Context in which every forward pass of a block feeds the taps of its linear layers, and those of its experts.
+    """Context in which every forward pass of a block updates the taps of its linear layers and of its experts.
 
-    The first batch finds the taps: layers that are given the same memory, not written to in between, see the same
-    input. Later batches follow them. Call `end_batch` after each forward pass, and `finish` after the last; in between
-    `again` says whether all forward passes are needed once more.
+    The first batch finds the taps: layers whose input is the same memory, not written in between, see the same input.
+    Later batches reuse them. Call `end_batch` after each forward pass and `finish` at the end. Before `finish`, `again`
+    says whether all forward passes must be repeated once.
     """
 
     def __init__(
         self, block: str, layers: Sequence[Linear], sequences: int, length: int, drifted: bool = False
     ) -> None:
-        """drifted: whether inputs may be none of the dense model's; what these are, passes `of_dense` show."""
+        """drifted: whether inputs may differ from the dense model's, which are recorded in passes within `of_dense`."""
         self.block, self.sequences, self.length, self.drifted = block, sequences, length, drifted
         self.layers = [layer for layer in layers if layer.expert is None]
         self.experts = ExpertRecorder(block, [layer for layer in layers if layer.expert is not None], sequences, length)
-        self.first = True  # pass through the batches
-        self.members: list[list[Linear]] = []  # of each tap, found on the first batch
+        self.first = True  # whether this is the first pass through the batches
+        self.members: list[list[Linear]] = []  # layers of each tap, found on the first batch
         self.statistics: list[TapStatistics] = []
         self.leaders: dict[str, TapStatistics] | None = None  # first layer of each tap, once they are known
         self.held: dict[tuple[Any, ...], tuple[int, Tensor]] = {}  # inputs kept alive, so that no memory is reused
-        self.shows_dense = False  # whether the present pass is one of the dense model
+        self.shows_dense = False  # whether the current pass is the dense model's
         self.copied: dict[tuple[Any, ...], tuple[Tensor, Tensor]] = {}  # dense inputs kept alive, and copies of them
-        self.dense: dict[str, Tensor] = {}  # by layer: its inputs in the dense model's pass through the present batch
+        self.dense: dict[str, Tensor] = {}  # by layer: its inputs in the dense model for the current batch
         self.calls: defaultdict[str, list[int]] = defaultdict(list)  # tokens of each call in this batch
         self.handles: list[RemovableHandle] = []
 
@@ -98,7 +98,7 @@ class TapRecorder:
 
     @contextmanager
     def of_dense(self) -> Iterator[None]:
-        """Within it the passes are the dense model's through a batch, which the compressed model passes next."""
+        """Context for a pass of the dense model through a batch; the compressed model's pass follows."""
         self.shows_dense = True
         try:
             yield
@@ -120,7 +120,7 @@ class TapRecorder:
         features = inputs.shape[-1]
         tokens = inputs.numel() // features
         self.calls[layer.name].append(tokens)
-        if tokens == 0 or tokens % self.length:  # no whole sequences: end_batch refuses them
+        if tokens == 0 or tokens % self.length:  # not whole sequences: end_batch refuses them
             return
         if self.leaders is not None:
             if layer.name in self.leaders:
@@ -160,12 +160,13 @@ class TapRecorder:
         self.dense.clear()
 
     def again(self) -> bool:
-        """Whether experts were routed so few tokens that they must see all, in a second pass through the batches."""
+        """Whether some experts were routed so few tokens that they must see all tokens in a second pass."""
         self.first = False
         return self.experts.all_tokens()
 
     def finish(self) -> list[Tap]:
-        """The block's taps in the order of their inputs, then its experts'. Raises InputError naming one not finite."""
+        """The block's taps in the order of their inputs, then its experts' taps. Raises InputError for one that is not
+        finite."""
         taps = []
         for name, scope, members, accumulated in chain(self._ordinary(), self.experts.found()):
             gram, statistics = accumulated.finish()
@@ -182,21 +183,21 @@ class TapRecorder:
         return taps
 
     def _ordinary(self) -> Iterator[TapParts]:
-        """The taps of layers that are no experts, in the order of their inputs."""
+        """The taps of layers that are not experts, in the order of their inputs."""
         for name, members, statistics in zip(tap_names(self.members), self.members, self.statistics, strict=True):
             yield name, "all", members, statistics
 
 
 def identity(inputs: Tensor) -> tuple[Any, ...]:
     """The identity of a tensor [..., in]: equal for two only if they are the same memory, while both are alive."""
-    flat = inputs.flatten(0, -2)  # some blocks flatten [sequences, length, in] for a part of their layers
+    flat = inputs.flatten(0, -2)  # some blocks flatten [sequences, length, in] for some of their layers
     strides = flat.stride() if flat.data_ptr() == inputs.data_ptr() else inputs.stride()  # flatten may have copied
     memory = (inputs.untyped_storage().data_ptr(), inputs.storage_offset(), inputs.dtype)
     return (*memory, tuple(flat.shape), strides, inputs._version)
 
 
 def tap_names(members: Sequence[Sequence[Linear]]) -> list[str]:
-    """Last name components joined by commas; names inside the block where two taps would be called the same."""
+    """Last name components joined by commas; names inside the block if two taps would get the same name."""
     short = [",".join(layer.inside.rpartition(".")[2] for layer in tap) for tap in members]
     whole = [",".join(layer.inside for layer in tap) for tap in members]
     return [w if short.count(s) > 1 else s for s, w in zip(short, whole, strict=True)]

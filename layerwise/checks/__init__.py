@@ -1,1 +1,1 @@
-"""The promises of the layer contract, checked on any method file; and a method file to begin with."""
+"""Check the promises of the layer contract on any method file; and a template of a method file."""

@@ -1,4 +1,4 @@
-"""Allocators at a budget, and the small made-up models on which the battery asks them for levels."""
+"""Allocators at a budget, and the small synthetic models on which the battery asks them for levels."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from layerwise.contract.catalogue import Catalogue, Entry
 from layerwise.contract.gram import Gram
 from layerwise.contract.target import JOINT, LOW_RANK, SUM, Target
 
-TARGETS = {  # by the kinds of budgets that a card lists
+TARGETS = {  # by the kinds of budget that a card lists
     "row": [Target(0.5), Target(0.7), Target(0.95)],
     "layer": [Target(0.6, "layer")],
     "n:m": [Target(pattern="2:4"), Target(pattern="3:8"), Target(pattern="1:3")],
@@ -29,10 +29,10 @@ Shapes = tuple[tuple[tuple[int, int], ...], ...]
 
 @dataclass(frozen=True)
 class Model:
-    """Blocks of layers' shapes [out, inputs]; seed: of their weights, Grams and errors.
+    """Blocks of layer shapes [out, inputs]. seed: seed of their weights, Grams and errors.
 
-    kind: "ordinary" weights with heavy tails, Grams with a dead input now and then; or one of the degenerate ones:
-    "constant" weights, "dead" inputs alone, "tiny" weights.
+    kind: "ordinary" (weights with heavy tails, Grams with an occasional dead input), or a degenerate kind: "constant"
+    weights, only "dead" inputs, "tiny" weights.
     """
 
     name: str
@@ -41,7 +41,7 @@ class Model:
     kind: str = "ordinary"
 
     def layers(self, index: int, rng: np.random.Generator) -> Iterator[DenseLayer]:
-        """Those of a block."""
+        """The layers of a block."""
         for place, (out, inputs) in enumerate(self.blocks[index]):
             weight = torch.from_numpy(rng.standard_t(2.5, (out, inputs)).astype(np.float32))
             diagonal = torch.from_numpy(rng.exponential(size=inputs).astype(np.float32)) * (rng.random() > 0.1)
@@ -59,7 +59,7 @@ UNEQUAL: Shapes = (((24, 8), (3, 2)), ((4, 16),), ((2, 24), (16, 16), (1, 2)))
 
 
 def random_model(seed: int) -> Model:
-    """Of one to four blocks of one to three layers of any small shape."""
+    """A model of one to four blocks, each of one to three layers of any small shape."""
     rng = np.random.default_rng(seed)
     blocks = tuple(
         tuple((int(rng.integers(1, 25)), int(rng.integers(2, 25))) for _ in range(rng.integers(1, 4)))
@@ -93,7 +93,7 @@ class AllocatorCase:
     needs: frozenset[str]
     target: Target
     params: Mapping[str, Any] = field(default_factory=dict)
-    plain: bool = False  # allocators have no second code
+    plain: bool = False  # allocators have no second implementation
 
     @property
     def label(self) -> str:
@@ -101,7 +101,7 @@ class AllocatorCase:
         return f"{self.entry.name}({changed})" if changed else self.entry.name
 
     def parts(self, model: Model) -> list[Part]:
-        """The layers of a model as the runner gives them, with errors that grow from candidate to candidate."""
+        """The layers of a model as the runner passes them, with errors that grow from candidate to candidate."""
         rng, parts = np.random.default_rng(model.seed), list[Part]()
         for index, block in enumerate(model.blocks):
             values = self.allocator.measure(model.layers(index, rng))
@@ -110,7 +110,7 @@ class AllocatorCase:
         return parts
 
     def errors(self, rng: np.random.Generator) -> dict[Candidate, tuple[float, float]] | None:
-        """Made-up errors of a layer, where the allocator sees some."""
+        """Synthetic errors of a layer, if the allocator needs errors."""
         if "errors" not in self.needs:
             return None
         _, options = self.allocator.candidates(self.target)
@@ -118,16 +118,16 @@ class AllocatorCase:
         return {option: (float(error), float(error)) for option, error in zip(options, rising, strict=True)}
 
     def proposal(self, parts: Sequence[Part]) -> Proposal:
-        """As the runner asks for it."""
+        """The proposal, requested as by the runner."""
         if "trials" in self.needs:
             return self.allocator.search(parts, self.target, MadeTrials(parts))
         return self.allocator.allocate(parts, self.target)
 
 
 class MadeTrials(Trials):
-    """Of a model whose layers each add to the divergence: a strength of their own times the square of their level.
+    """Trials of a model in which each layer adds its strength times its squared level to the divergence.
 
-    asked: the levels and windows of each trial.
+    asked: the levels and windows of each trial so far.
     """
 
     def __init__(self, parts: Sequence[Part], seed: int = 0) -> None:
@@ -140,7 +140,7 @@ class MadeTrials(Trials):
         return sum(strength * own for strength, own in zip(self.strengths, lost, strict=True))
 
     def profiles(self, levels: Sequence[Candidate | None], windows: int) -> list[NDArray[np.float64]]:
-        """Of norms that differ the more, the more the layers before have lost."""
+        """Profiles whose norms differ more when the preceding layers have lost more."""
         lost = np.cumsum(self._lost(levels, windows))
         return [1 + own * np.arange(part.inputs) for part, own in zip(self.parts, lost, strict=True)]
 
@@ -154,7 +154,7 @@ class MadeTrials(Trials):
 
 
 def level_of(own: Candidate) -> float:
-    """A made-up strength of what a layer is asked for."""
+    """A numeric level for a candidate."""
     return own.sparsity + (8 - (own.bits or 16)) / 8 - own.rank if isinstance(own, Target) else own
 
 

@@ -19,7 +19,7 @@ from layerwise.contract.allocator import DenseLayer, Part, Proposal
 from layerwise.contract.layer import Method
 from layerwise.contract.target import Target
 
-AS_RELEASED = "its levels stand as a released code has them"
+AS_RELEASED = "its levels follow a released code and are not changed"
 REPEATED = Model("a block twice", 7, (BLOCK,))
 
 
@@ -32,18 +32,19 @@ def untouched(case: AllocatorCase, name: str | Model) -> None:
         expected = f"measure must return {len(block)} values, one for each layer of block {index}"
         demand(len(values) == len(block), model.name, expected, len(values))
         for given, before in zip(layers, model.layers(index, again), strict=True):
-            demand(same(given, before), model.name, "weights and Grams must be left as they are", "others")
+            demand(same(given, before), model.name, "weights and Grams must be left as they are", "different ones")
 
 
 def candidates(case: AllocatorCase, name: str | Model) -> None:
     model = of(name)
     if not case.needs & {"errors", "trials"}:
-        raise NothingToCheck("it tries no layer")
+        raise NothingToCheck("it does not try layers")
     method, options = case.allocator.candidates(case.target)
     demand(isinstance(method, Method), model.name, "candidates must name a Method", type(method).__name__)
     for option in [case.target, *options]:
         own = option if isinstance(option, Target) else case.target.at(option)
-        refused = None if own.dense else method.refusal(own)  # at nothing the base class leaves a layer as it is
+        # at the dense target the base class returns the weight unchanged
+        refused = None if own.dense else method.refusal(own)
         demand(refused is None, model.name, f"the method of candidates must reach {own.label}", refused)
 
 
@@ -88,7 +89,9 @@ def twice(case: AllocatorCase, name: str | Model) -> None:
         np.random.seed(seed)
         random.seed(seed)
         found.append(case.proposal(case.parts(model)))
-    demand(found[0] == found[1], model.name, "two calls with the same inputs must give the same proposal", "others")
+    demand(
+        found[0] == found[1], model.name, "two calls with the same inputs must give the same proposal", "different ones"
+    )
 
 
 def equals(case: AllocatorCase, name: str | Model) -> None:
@@ -111,10 +114,10 @@ def equals(case: AllocatorCase, name: str | Model) -> None:
 
 def one_layer(case: AllocatorCase, name: str | Model) -> None:
     if case.target.paired and "trials" in case.needs:
-        raise NothingToCheck("by the divergence another pair may be better")
+        raise NothingToCheck("another pair may have a smaller divergence")
     model = of(name)
     parts = case.parts(model)
-    if any(part.errors for part in parts):  # the budget's are none, so that nothing is better
+    if any(part.errors for part in parts):  # the budget's errors are zero, so that no candidate is better
         parts = [replace(part, errors=best_at(part.errors or {}, case.target)) for part in parts]
     (own,) = targets_of(parts, case.proposal(parts), case.target)
     asked = case.target
@@ -138,7 +141,7 @@ def same(one: DenseLayer, other: DenseLayer) -> bool:
 
 @dataclass(frozen=True)
 class Check:
-    """on(case, name of a model); asks: what it demands, in a sentence; names: the models that it looks at."""
+    """on(case, model's name) runs the check. asks: its demand, in a sentence. names: the models that it uses."""
 
     on: Callable[[AllocatorCase, str | Model], None]
     asks: str
@@ -149,10 +152,12 @@ class Check:
 
 
 CHECKS = {
-    "1 measure": Check(untouched, "Measures each layer of a block once, and leaves weights and Grams as they are."),
-    "2 candidates": Check(candidates, "Names a method that reaches what layers are tried at.", (ONE_LAYER.name,)),
-    "3 budget": Check(budget, "Proposes a level for each layer, and these can be held to the budget within limits."),
-    "4 deterministic": Check(twice, "Gives the same levels for the same inputs, whatever was drawn before."),
+    "1 measure": Check(untouched, "Measures each layer of a block once, and leaves weights and Grams unchanged."),
+    "2 candidates": Check(candidates, "Names a method that can reach every candidate.", (ONE_LAYER.name,)),
+    "3 budget": Check(budget, "Proposes a level for each layer, and the levels can meet the budget within the limits."),
+    "4 deterministic": Check(
+        twice, "Gives the same levels for the same inputs, independent of the state of random generators."
+    ),
     "5 equal layers": Check(equals, "Gives equal layers of one block's number equal levels.", (REPEATED.name,)),
     "6 one layer": Check(one_layer, "Gives the only layer of a model the budget.", (ONE_LAYER.name,)),
 }

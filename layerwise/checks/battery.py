@@ -1,4 +1,4 @@
-"""The checks (promises.py, allocator_promises.py) on one file: what holds, what does not, and how to repeat it."""
+"""Run the checks (promises.py, allocator_promises.py) on one file: what holds, what does not, and how to repeat it."""
 
 from __future__ import annotations
 
@@ -31,15 +31,16 @@ Progress = Callable[[int, int, str], None]
 
 
 def check_file(path: str | Path, *, quick: bool = False, progress: Progress | None = None) -> Report:
-    """Every promise of the contract, checked on one method's or allocator's file at every target.
+    """Check every promise of the contract on one method's or allocator's file at every target.
 
-    An allocator is asked for levels of small made-up models at the budgets that its card lists. Of a method:
-    Targets that the card lists are checked on ordinary and degenerate layers; the others must be refused. Beside the
-    defaults the variants that the card names are tried, or each value of a parameter that is an enum or a boolean.
+    An allocator is asked for levels of small synthetic models at the budgets that its card lists. For a method:
+    Targets that the card lists are checked on ordinary and degenerate layers; all others must be refused. Besides the
+    defaults, the check tries the variants that the card names, or each value of a parameter that is an enum or a
+    boolean.
 
-    path: the file; methods beside it can be its warm starts, or the probes of an allocator. quick: the defaults alone,
-    at one target of each kind. progress: called with (done, of, label) before each case.
-    Raises InputError where the file is neither: it cannot be read or imported, or its card is wrong.
+    path: the file; methods in the same folder can be its warm starts, or the probes of an allocator. quick: only the
+    defaults, at one target of each kind. progress: called with (done, total, label) before each case.
+    Raises InputError if the file is neither a method nor an allocator, cannot be read or imported, or has a wrong card.
     """
     began = time.perf_counter()
     catalogue, entry = _loaded(Path(path))
@@ -59,9 +60,10 @@ def check_file(path: str | Path, *, quick: bool = False, progress: Progress | No
 def case_at(
     path: str | Path, target: str, params: Mapping[str, Any] | None = None, plain: bool = False
 ) -> Case | AllocatorCase:
-    """A file's method or allocator with these parameters at the target of that label; to repeat one check.
+    """A file's method or allocator with these parameters at the target with this label; used to repeat one check.
 
-    Raises InputError where the file is neither, or the target, one of the battery's, or a parameter is not known.
+    Raises InputError if the file is neither a method nor an allocator, or if the target (one of the battery's) or a
+    parameter is unknown.
     """
     catalogue, entry = _loaded(Path(path))
     known = {one.label: one for one in _targets(entry)}
@@ -72,7 +74,7 @@ def case_at(
 
 
 def _loaded(path: Path) -> tuple[Catalogue, Entry]:
-    """The shipped methods, or allocators, with this file's, and the file's entry."""
+    """The shipped methods (or allocators) together with this file's, and the file's entry."""
     path = path.resolve()
     kind = kind_of(path)
     try:
@@ -90,7 +92,7 @@ def _loaded(path: Path) -> tuple[Catalogue, Entry]:
 
 
 def _add_others(methods: Catalogue, path: Path) -> None:
-    """The methods beside a file may be its warm starts; whether they are right is not checked here."""
+    """Add the methods in the file's folder, which may be its warm starts; they are not checked here."""
     for other in sorted(path.parent.glob("*.py")):
         if other != path:
             with contextlib.suppress(CatalogueError):
@@ -122,13 +124,13 @@ def _is_quick(target: Target, kind: Kind) -> bool:
 def _construct(
     catalogue: Catalogue, entry: Entry, params: Mapping[str, Any], targets: Sequence[Target]
 ) -> Iterator[Case | AllocatorCase]:
-    """`cases_of` with what goes wrong in a sentence."""
+    """`cases_of`, with any error as one sentence."""
     made_of = allocator_cases.cases_of if entry.kind is ALLOCATOR else cases_of
     try:
         yield from made_of(catalogue, entry.name, [params], targets)
     except CatalogueError as error:
         raise InputError(str(error)) from None
-    except Exception as error:  # whatever a file does when it is imported or its class is made
+    except Exception as error:  # the file's import or its class may raise anything
         made = f" with {dict(params)}" if params else ""
         raise InputError(
             f"{entry.path} must make a {entry.class_name}{made}. Got {_told(error, entry.path)} instead."
@@ -147,7 +149,7 @@ def _check(name: str, case: Any) -> Any:
 
 
 def _row(name: str, case: Case | AllocatorCase, layer: str) -> Row:
-    """A check of a case on one layer, or model. Whatever the file's code raises is a broken promise."""
+    """A check of a case on one layer or model. Any exception of the file's code is a broken promise."""
     row = Row(name, case.target.label, layer, case.label, dict(case.params), case.plain, KEPT)
     states = torch.get_rng_state(), np.random.get_state(), random.getstate()
     try:
@@ -161,19 +163,20 @@ def _row(name: str, case: Case | AllocatorCase, layer: str) -> Row:
         came = _told(error, case.entry.path)
         expected = "every call must return" if isinstance(case, AllocatorCase) else "compress must return a result"
         row = replace(row, status=BROKEN, expected=expected, came=came)
-    finally:  # the caller's, which checks of promise 4 seed
+    finally:  # restores the caller's generators, which checks of promise 4 seed
         torch.set_rng_state(states[0])
         np.random.set_state(states[1])
         random.setstate(states[2])
     if known := settings.known_failure(name, case.entry, case.params, case.target):
         return replace(row, status=KNOWN, sentence=f"Known: {known}.")
-    if layer.endswith(UNCORRELATED) and not case.entry.shipped:  # a score may measure something else, as RIA's
+    # a score may measure something else, as RIA's does does
+    if layer.endswith(UNCORRELATED) and not case.entry.shipped:
         row = replace(row, status=NOTE)
     return replace(row, sentence=f"{layer}: {row.expected}. Got {row.came} instead.")
 
 
 def _told(error: Exception, path: Path) -> str:
-    """An error's kind, words and the line of the file that it comes from."""
+    """An error's class and message, and the line of the file that raised it."""
     lines = [
         frame.lineno for frame in traceback.extract_tb(error.__traceback__) if Path(frame.filename).resolve() == path
     ]

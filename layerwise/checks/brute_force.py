@@ -1,4 +1,4 @@
-"""The layer problem written plainly: its error, and the best that any mask of a small layer can reach."""
+"""A plain implementation of the layer problem: its error, and the best error of any mask of a small layer."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def output_error(layer: Layer, weight: torch.Tensor) -> float:
 
 
 def best_error_of_rank(layer: Layer, rank: int) -> float:
-    """Smallest output_error of all matrices of a rank: that of the truncated SVD of W times a root of G."""
+    """Smallest output_error of all matrices of a rank, from the truncated SVD of W times a root of G."""
     weight, gram = layer.weight.double(), layer.gram.matrix.double()
     values, vectors = torch.linalg.eigh(gram)
     sizes = torch.linalg.svdvals(weight @ (vectors * values.clamp(min=0).sqrt()) @ vectors.T).square()
@@ -34,7 +34,7 @@ def best_error(layer: Layer, target: Target, refit: bool) -> float:
             return 0.0
         kept = [j for j in range(inputs) if j not in pruned]
         part = gram[pruned][:, pruned]
-        if refit:  # Schur complement: the kept weights make up for what they can
+        if refit:  # Schur complement: the kept weights compensate as far as they can
             part = part - gram[pruned][:, kept] @ torch.linalg.solve(gram[kept][:, kept], gram[kept][:, pruned])
         return float(row[pruned] @ part @ row[pruned])
 

@@ -1,4 +1,4 @@
-"""A method at a target, as the checks of the contract look at it, and what a check that does not hold raises."""
+"""A method at a target, as the contract's checks see it, and the exception that a failed check raises."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Finding(AssertionError):
 
 
 class NothingToCheck(Exception):
-    """Why a check says nothing of a case."""
+    """Raised with the reason why a check does not apply to a case."""
 
 
 def demand(holds: object, layer: str, expected: str, came: object) -> None:
@@ -43,23 +43,24 @@ class Case:
     method: Method
     target: Target
     params: Mapping[str, Any]  # changes to the defaults
-    plain: bool = False  # in plain torch, where by default compiled code runs
+    plain: bool = False  # whether to run plain torch instead of compiled code
 
     @property
     def variant(self) -> bool:
-        """Whether it is not what a study has that sets nothing."""
+        """Whether it differs from the defaults that a study uses."""
         return self.plain or self.params != settings.defaults(self.entry)
 
     @property
     def refusal(self) -> str | None:
-        """Why the method cannot reach the target, in one sentence, or None: its card's reason, or its warm start's."""
+        """One sentence saying why the method, or its warm start, cannot reach the target, or None."""
         own = self.entry.refusal(self.target)
         if own:
             return own
         for key in self.entry.warm_starts:
             start, asked = getattr(self.method, key), self.entry.card["parameters"][key].get("asked")
             part = self.target.rest if asked == "rest" else self.target
-            if start and asked in (None, "rest") and (reason := start.refusal(part)):  # an optional one may be None
+            # an optional warm start may be None
+            if start and asked in (None, "rest") and (reason := start.refusal(part)):
                 return f"its {key} cannot: {reason}"
         return None
 
@@ -78,7 +79,7 @@ class Case:
 
 
 def cases(catalogue: Catalogue) -> Iterator[Case]:
-    """Every method of the catalogue, with every set of parameters, at every target."""
+    """Cases for every method of the catalogue, with every set of parameters, at every target."""
     for name in catalogue:
         yield from cases_of(catalogue, name, settings.parameter_sets(catalogue[name]), settings.TARGETS)
 

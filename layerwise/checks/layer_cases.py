@@ -1,6 +1,6 @@
-"""Layers that methods are tried on: ordinary ones, and every kind that makes a method stumble.
+"""Layers on which methods are tried: ordinary ones, and all kinds of difficult ones.
 
-A layer is known by its name and built at every call, so that no tensor is shared.
+A layer is identified by its name and built at every call, so that no tensor is shared.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from layerwise.contract.layer import Compressed, Gram, Layer, Quantised, Statist
 
 @dataclass(frozen=True)
 class Recipe:
-    """A random layer with correlated inputs of which two are outliers."""
+    """A random layer with correlated inputs, two of which are outliers."""
 
     out: int = 24
     inputs: int = 64
@@ -22,11 +22,11 @@ class Recipe:
     length: int = 32  # tokens per sequence
     dead: tuple[int, ...] = ()  # inputs that are zero on every token
     weight_scale: float = 0.05
-    input_scale: float = 1.0  # the Gram scales with its square
+    input_scale: float = 1.0  # the Gram scales with the square of this
     weights: str = "normal"  # or constant, zero, bfloat16
     correlated: bool = True
     seed: int = 0
-    drift: float = 0.0  # of the inputs in the dense model from the layer's own, as a share of these
+    drift: float = 0.0  # relative difference between the inputs in the dense model and the layer's own
 
 
 ORDINARY = {
@@ -41,7 +41,7 @@ HARD = {
     "one output": Recipe(out=1),
     "one input": Recipe(inputs=1),
     "3 inputs": Recipe(inputs=3),
-    "50 inputs": Recipe(inputs=50),  # in no multiple of 4, 8, 16 or 128
+    "50 inputs": Recipe(inputs=50),  # not a multiple of 4, 8, 16 or 128
     "201 inputs": Recipe(out=6, inputs=201),
     "constant weights": Recipe(weights="constant"),
     "zero weights": Recipe(weights="zero"),
@@ -52,7 +52,7 @@ HARD = {
     "Gram of 1e12": Recipe(input_scale=1e6),
 }
 LAYERS = {**ORDINARY, **HARD}
-# Inputs of a compressed model, of which those in the dense model are known, for methods that look at both.
+# Inputs of a compressed model whose inputs in the dense model are also known, for methods that use both.
 DRIFTED = {
     "drifted inputs": Recipe(drift=0.2),
     "drifted inputs, some dead": Recipe(dead=(4, 5, 6, 7, 20, 63), drift=0.2),
@@ -60,10 +60,10 @@ DRIFTED = {
     "drifted inputs, 201 inputs": Recipe(out=6, inputs=201, drift=0.2),
     "drifted inputs, Gram of 1e-12": Recipe(input_scale=1e-6, drift=0.2),
 }
-# Small enough to try every mask; two outputs of four inputs where the whole layer is one group.
+# Small enough to try every mask. Two outputs and four inputs if the whole layer is one group.
 SMALL_ROWS = {f"3 outputs, 8 inputs, seed {seed}": Recipe(out=3, inputs=8, seed=seed) for seed in range(5)}
 SMALL_WHOLE = {f"2 outputs, 4 inputs, seed {seed}": Recipe(out=2, inputs=4, seed=seed) for seed in range(5)}
-UNCORRELATED = ", G diagonal"  # after the name of a layer: the same one, its Gram reduced to its diagonal
+UNCORRELATED = ", G diagonal"  # suffix of a layer's name: the same layer with its Gram reduced to its diagonal
 EQUAL = "equal weights, equal inputs"
 
 
@@ -115,7 +115,7 @@ def make(recipe: Recipe, name: str = "layer") -> Layer:
 
 
 def fisher_of(rows: torch.Tensor, recipe: Recipe) -> torch.Tensor:
-    """[out] float32, as of outputs whose gradients have sizes of their own, and one of several has none."""
+    """[out] float32, as for outputs with gradients of different sizes; one of several outputs has no gradient."""
     generator = torch.Generator().manual_seed(recipe.seed + 1)
     sizes = torch.randn(recipe.out, generator=generator, dtype=torch.float64).exp()
     sizes[1:2] = 0
@@ -123,7 +123,7 @@ def fisher_of(rows: torch.Tensor, recipe: Recipe) -> torch.Tensor:
 
 
 def dense_moments(rows: torch.Tensor, recipe: Recipe, generator: torch.Generator) -> tuple[torch.Tensor, ...]:
-    """Cross-Gram and second moment of inputs in the dense model, which are none of those [tokens, in] where they drift.
+    """Cross-Gram and second moment of the inputs in the dense model, which differ from rows [tokens, in] by the drift.
 
     Inputs that are dead in the compressed model are alive in the dense one.
     """
@@ -137,7 +137,7 @@ def dense_moments(rows: torch.Tensor, recipe: Recipe, generator: torch.Generator
 
 
 def tensors(layer: Layer) -> dict[str, torch.Tensor]:
-    """Everything a method is given, by name."""
+    """All tensors passed to a method, by name."""
     found = {"weight": layer.weight, "gram": layer.gram.matrix}
     if layer.gram.apart:
         found |= {"cross": layer.gram.cross, "dense": layer.gram.dense}

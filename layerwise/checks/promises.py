@@ -1,7 +1,7 @@
-"""Promises 1 to 9 of the layer contract (docs/contract.md) as checks that hold for any method and target.
+"""Promises 1 to 9 of the layer contract (docs/contract.md) as checks for any method and target.
 
-A check looks at a Case on one layer and raises a Finding. What it needs it counts itself, without
-compression/verify.py; the last one, "10 the runner's own", asks the runner.
+A check looks at a Case on one layer and raises a Finding if the promise is broken. It does its own counting, without
+compression/verify.py. Only the last check, "10 the runner's own", calls the runner.
 """
 
 from __future__ import annotations
@@ -49,16 +49,16 @@ def pattern(case: Case, name: str) -> None:
 
 
 def ties(case: Case, name: str) -> None:
-    """Promise 2: among equal weights of equal inputs the lower index goes first."""
+    """Promise 2: among equal weights with equal inputs the lower index is pruned first."""
     if case.entry.card.get("random"):
         raise NothingToCheck("its choice is random")
     layer = layer_cases.build(name)
     assert_pattern(layer, case.target, result := case.compress(layer))
-    assert result.mask is not None  # or assert_pattern had raised
+    assert result.mask is not None  # otherwise assert_pattern would have raised
     length = {"row": 64, "layer": layer.weight.numel(), "n:m": (case.target.n_of_m or (0, 1))[1], "1xb": 64}
     for group in result.mask.reshape(-1, length[case.target.structure]).tolist():
-        expected = "of equal entries the lower index must be pruned first"
-        demand(group == sorted(group), name, expected, "a pruned entry after an equal one that is kept")
+        expected = "among equal entries the lower index must be pruned first"
+        demand(group == sorted(group), name, expected, "a pruned entry with a higher index than an equal kept one")
 
 
 def grid(case: Case, name: str) -> None:
@@ -69,12 +69,12 @@ def deterministic(case: Case, name: str) -> None:
     assert_deterministic(case, name)
 
 
-# With powers of two where there are ties, else with any factor.
+# Powers of two for a layer with ties, otherwise any factor.
 FACTORS = {"constant weights": (4.0, 2.0**-20), "correlated": (4.0, 2.0**-80, 2.0**40, 3.0, 1e-4, 77.7)}
 
 
 def scale(case: Case, name: str) -> None:
-    """Promise 5: the mask stays when W or G is multiplied by a positive number."""
+    """Promise 5: the mask does not change when W or G is multiplied by a positive number."""
     mask = case.compress(layer_cases.build(name)).mask
     for factor in FACTORS[name]:
         layer = layer_cases.build(name)
@@ -83,15 +83,15 @@ def scale(case: Case, name: str) -> None:
             ("G", replace(layer, gram=Gram(factor * layer.gram.matrix, layer.gram.tokens))),
         ):
             came = case.compress(scaled).mask
-            expected = f"the mask must stay when {what} is multiplied by {factor:g}"
+            expected = f"the mask must not change when {what} is multiplied by {factor:g}"
             if mask is None or came is None:
                 raise Finding(name, expected, "no mask")
             differing = int((came != mask).sum())
-            demand(not differing, name, expected, f"{differing} other entries of the mask")
+            demand(not differing, name, expected, f"{differing} changed entries of the mask")
 
 
 def rows_permute(case: Case, name: str) -> None:
-    """Promise 5: a row's result does not depend on where it stands."""
+    """Promise 5: a row's result does not depend on its position."""
     if case.entry.card.get("random"):
         raise NothingToCheck("its choice is random")
     layer = layer_cases.build(name)
@@ -100,7 +100,7 @@ def rows_permute(case: Case, name: str) -> None:
     result, permuted = case.compress(layer), case.compress(replace(layer, weight=layer.weight[order], fisher=fisher))
     if result.mask is not None and permuted.mask is not None:
         differing = int((permuted.mask != result.mask[order]).sum())
-        demand(not differing, name, "the mask must permute with the rows", f"{differing} other entries of the mask")
+        demand(not differing, name, "the mask must permute with the rows", f"{differing} changed entries of the mask")
     try:
         torch.testing.assert_close(permuted.weight, result.weight[order], rtol=1e-5, atol=1e-6)
     except AssertionError as error:
@@ -109,10 +109,10 @@ def rows_permute(case: Case, name: str) -> None:
 
 
 def hard_layers(case: Case, name: str) -> None:
-    """Promise 6: promises 1 to 4 where a layer is degenerate."""
+    """Promise 6: promises 1 to 4 on degenerate layers."""
     result, second, given = twice(case, name)
     layer = layer_cases.build(name)
-    assert_tensors(layer, case.target, result)  # first: NaN differ from themselves
+    assert_tensors(layer, case.target, result)  # checked first, because NaN differs from itself
     assert_pattern(layer, case.target, result)
     assert_grid(layer, case.target, result)
     assert_same(name, result, second)
@@ -120,17 +120,17 @@ def hard_layers(case: Case, name: str) -> None:
 
 
 def unchanged(case: Case, name: str) -> None:
-    """Promise 7, of every method, whatever its card lists."""
+    """Promise 7, for every method and every card."""
     layer = layer_cases.build(name)
     result = case.compress(layer)
     differing = -1 if result.weight.shape != layer.weight.shape else int((result.weight != layer.weight).sum())
-    expected = "sparsity 0 without bits must return the weight as it is"
+    expected = "sparsity 0 without bits must return the weight unchanged"
     demand(torch.equal(result.weight, layer.weight), name, expected, f"{differing} entries that differ")
     assert_untouched(name, layer, result)
 
 
 def refused(case: Case, name: str) -> None:
-    """Promise 8: one sentence that names the method and speaks of what the card's refusal speaks of."""
+    """Promise 8: one sentence that names the method and gives the reason that the card's refusal gives."""
     refusal = case.refusal or ""
     try:
         case.compress(layer_cases.build(name))
@@ -153,7 +153,8 @@ def _baselines() -> dict[str, Method]:
 
 
 def no_worse_than_the_baseline(case: Case, name: str) -> None:
-    """Promise 9: the smallest weights pruned, what is left rounded to nearest; of factors alone the truncated SVD."""
+    """Promise 9: compare with pruning the smallest weights and rounding the rest to nearest, or with the truncated
+    SVD."""
     layer = layer_cases.build(name)
     baseline = layer.weight
     if case.target.structure == LOW_RANK:
@@ -168,31 +169,31 @@ def no_worse_than_the_baseline(case: Case, name: str) -> None:
             built = _baselines()[method]
             baseline = built.compress(replace(layer, weight=baseline), target, torch.Generator()).weight
     ours, theirs = output_error(layer, case.compress(layer).weight), output_error(layer, baseline)
-    demand(ours <= theirs, name, f"output_error must be {theirs:.4g} at most, the baseline's", f"{ours:.4g}")
+    demand(ours <= theirs, name, f"output_error must be at most {theirs:.4g}, the baseline's", f"{ours:.4g}")
 
 
 def best_of_rank(case: Case, name: str) -> None:
-    """Promise 9: no result of a rank is better than the best one, which is known exactly."""
+    """Promise 9: no result of a given rank is better than the best one, which is known exactly."""
     layer = layer_cases.build(name)
     error, rank = output_error(layer, case.compress(layer).weight), case.target.rank_of(*layer.weight.shape)
     best = best_error_of_rank(layer, rank)
     demand(
-        error >= best * (1 - 1e-6), name, f"output_error must be {best:.6g} at least, the best of rank {rank}", error
+        error >= best * (1 - 1e-6), name, f"output_error must be at least {best:.6g}, the best of rank {rank}", error
     )
 
 
 def brute_force(case: Case, name: str) -> None:
-    """Promise 9 for in <= 8: nothing beats the best of all masks, which the mask is where G is diagonal."""
+    """Promise 9 for in <= 8: no mask beats the best of all masks, and if G is diagonal, the mask is the best one."""
     refit = case.entry.card["updates_weights"]
     layer = layer_cases.build(name)
     error = output_error(layer, case.compress(layer).weight)
     if name.endswith(UNCORRELATED):
         best = best_error(layer, case.target, False)
-        expected = f"where G is diagonal output_error must be that of the best mask, {best:.6g}"
+        expected = f"output_error must be that of the best mask, {best:.6g}, if G is diagonal"
         demand(math.isclose(error, best, rel_tol=1e-6, abs_tol=1e-12), name, expected, f"{error:.6g}")
         return
     best = best_error(layer, case.target, refit)
-    demand(error >= best * (1 - 1e-6), name, f"output_error must be {best:.6g} at least, the best possible", error)
+    demand(error >= best * (1 - 1e-6), name, f"output_error must be at least {best:.6g}, the best possible", error)
 
 
 def _small_layers(case: Case) -> list[str]:
@@ -202,18 +203,18 @@ def _small_layers(case: Case) -> list[str]:
 
 
 def descent(case: Case, name: str) -> None:
-    """Promise 9: the objective of the trace, which a method has whose card says what it measures, does not grow."""
+    """Promise 9: the objective of the trace does not grow. A method has a trace if its card says what it measures."""
     layer = layer_cases.build(name)
     result = case.compress(layer)
     came = "a trace" if result.trace else "none"
-    expected = "a trace must come where the card has a criterion, and only there"
+    expected = "there must be a trace if, and only if, the card has a criterion"
     demand(bool(result.trace) == bool(case.entry.criterion), name, expected, came)
     if reason := settings.no_descent(case.entry, case.params):
         raise NothingToCheck(reason)
     if not result.trace:
         raise NothingToCheck("it returns no trace")
     iterations, _, objectives = zip(*result.trace, strict=True)
-    if case.entry.criterion == "error":  # the best iterate is what is returned
+    if case.entry.criterion == "error":  # the best iterate is returned
         reached = _absolute_error(layer_cases.build(name), result)
         close = math.isclose(min(objectives), reached, rel_tol=1e-4, abs_tol=1e-12)
         expected = f"the least of the trace must be the result's error, {reached:.6g}"
@@ -231,7 +232,7 @@ def _absolute_error(layer: Layer, result: Compressed) -> float:
 
 
 def runner(case: Case, name: str) -> None:
-    """The runner's own verification of every result of every run (docs/contract.md)."""
+    """The verification that the runner applies to every result (docs/contract.md)."""
     card, entry = case.entry.card, case.entry
     solver = Solver(
         entry.name, case.method, case.target, 0, mask_only=not card["updates_weights"], criterion=entry.criterion
@@ -245,14 +246,14 @@ def runner(case: Case, name: str) -> None:
 
 @dataclass(frozen=True)
 class Check:
-    """One promise, or a part of it: what it asks, on which layers, and the function that raises a Finding."""
+    """One promise, or a part of it: its demand, its layers, and the function that raises a Finding."""
 
     asks: str
-    on: Callable[[Case, str], None]  # of the layer with that name
+    on: Callable[[Case, str], None]  # arguments: the case and the layer's name
     layers: Callable[[Case], Iterable[str]]
 
     def __call__(self, case: Case) -> None:
-        """On each of its layers; raises the first Finding, or NothingToCheck."""
+        """Run the check on each of its layers; raises the first Finding, or NothingToCheck."""
         for name in self.layers(case):
             self.on(case, name)
 
@@ -262,13 +263,13 @@ def _named(*names: str) -> Callable[[Case], Iterable[str]]:
 
 
 def _drifted(*names: str) -> Callable[[Case], Iterable[str]]:
-    """These layers, and for a method that needs the cross-Gram those whose inputs have drifted."""
+    """These layers and, for a method that needs the cross-Gram, the layers with drifted inputs."""
     return lambda case: [*names, *DRIFTED] if "cross_gram" in case.entry.card["needs"] else names
 
 
 CHECKS: dict[str, Check] = {
     "1 inputs untouched": Check(
-        "Weight, Gram and statistics stay as they were given, and the result has memory of its own.",
+        "Weight, Gram and statistics are left unchanged, and the result has memory of its own.",
         inputs_untouched,
         _drifted(*ORDINARY),
     ),
@@ -278,17 +279,19 @@ CHECKS: dict[str, Check] = {
         _drifted(*ORDINARY),
     ),
     "2 pattern": Check("Exactly as many entries are pruned as the target says.", pattern, _named(*ORDINARY)),
-    "2 ties": Check("Of equal entries the lower index is pruned first.", ties, _named(EQUAL)),
+    "2 ties": Check("Among equal entries the lower index is pruned first.", ties, _named(EQUAL)),
     "3 grid": Check("Codes fit their bits, and scales * (codes - zeros) is the weight.", grid, _drifted(*ORDINARY)),
     "4 deterministic": Check(
         "The same inputs and rng give the same result, and no global generator is used: draw from `rng`.",
         deterministic,
         _drifted(*ORDINARY),
     ),
-    "5 scale": Check("Masks stay when W or G is multiplied by a positive number.", scale, _named(*FACTORS)),
-    "5 rows permute": Check("A row's result does not depend on where it stands.", rows_permute, _named("correlated")),
+    "5 scale": Check(
+        "The mask does not change when W or G is multiplied by a positive number.", scale, _named(*FACTORS)
+    ),
+    "5 rows permute": Check("A row's result does not depend on its position.", rows_permute, _named("correlated")),
     "6 hard layers": Check("Promises 1 to 4 hold on degenerate layers.", hard_layers, _drifted(*HARD)),
-    "7 unchanged": Check("Sparsity 0 without bits returns the weight as it is.", unchanged, _named(*LAYERS)),
+    "7 unchanged": Check("Sparsity 0 without bits returns the weight unchanged.", unchanged, _named(*LAYERS)),
     "8 refused": Check(
         "A target that the card does not list raises UnsupportedTarget with one sentence.",
         refused,
@@ -301,9 +304,11 @@ CHECKS: dict[str, Check] = {
     ),
     "9 brute force": Check("No result of a small layer is better than the best mask's.", brute_force, _small_layers),
     "9 best of a rank": Check("No result of a rank is better than the best one.", best_of_rank, _named(*ORDINARY)),
-    "9 descent": Check("A trace comes where the card has a criterion, and falls.", descent, _named("correlated")),
+    "9 descent": Check(
+        "There is a trace if the card has a criterion, and it does not rise.", descent, _named("correlated")
+    ),
     "10 the runner's own": Check(
-        "What the runner verifies of every result of a run holds: trace, info, zeros, torch's settings.",
+        "The runner's verification of every result passes: trace, info, zeros, torch's settings.",
         runner,
         _drifted(*LAYERS),
     ),
@@ -311,7 +316,7 @@ CHECKS: dict[str, Check] = {
 
 
 def checks_of(case: Case) -> list[str]:
-    """Names of the checks that say something of the case, the runner's own apart."""
+    """Names of the checks that apply to the case, except the runner's own."""
     target = case.target
     if target == Target():
         return ["7 unchanged"]
@@ -320,17 +325,18 @@ def checks_of(case: Case) -> list[str]:
     names = ["1 inputs untouched", "1 tensors", "4 deterministic", "6 hard layers"]
     names += ["2 pattern", "5 scale"] if target.sparsity else []
     names += ["2 ties"] if target.sparsity and not case.entry.card["updates_weights"] else []
-    names += ["5 rows permute"] if target.structure != "layer" else []  # there rows compete with each other
+    names += ["5 rows permute"] if target.structure != "layer" else []  # for "layer", rows compete with each other
     names += ["3 grid"] if target.bits else []
     names += ["9 brute force"] if not target.bits and not target.block and not target.rank else []
-    alone = target.structure == LOW_RANK and not case.entry.card.get("sparse_factor")  # whose rank is its own
+    # a sparse factor may have a higher rank
+    alone = target.structure == LOW_RANK and not case.entry.card.get("sparse_factor")
     names += ["9 best of a rank"] if alone else []
     names += ["9 no worse than the baseline"] if "gram" in case.entry.card["needs"] and not case.entry.control else []
     return [*names, "9 descent"]
 
 
 def rows(catalogue: Catalogue) -> Iterator[tuple[str, Case]]:
-    """(check, case) pairs: the checks that say something of the case."""
+    """(check, case) pairs for the checks that apply to each case."""
     for case in cases(catalogue):
         for name in checks_of(case):
             yield name, case

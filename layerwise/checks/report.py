@@ -1,4 +1,4 @@
-"""The battery's findings on one method's file: rows, and the text that a terminal shows."""
+"""The battery's findings on one file: rows, and the text for a terminal."""
 
 from __future__ import annotations
 
@@ -9,16 +9,17 @@ from typing import Any
 from layerwise.runtime.text_table import aligned
 
 KEPT, BROKEN, KNOWN, NOTHING = "kept", "broken", "known failure", "nothing to check"
-NOTE = "note"  # of a method that does not ship: its choice is not the best where it could be, which its idea may want
+NOTE = "note"  # for a method that is not shipped: its mask is not the best possible, which may be intended
 
 
 @dataclass(frozen=True)
 class Row:
-    """One check of a method at a target on a layer, or of an allocator on a made-up model (allocator_cases.py).
+    """One check of a method at a target on a layer, or of an allocator on a synthetic model (allocator_cases.py).
 
     promise: number and name of the check, such as "2 pattern". target: its label. layer: its name in layer_cases.
-    method: the name with the parameters that differ from the defaults; params: those. reference: in plain torch.
-    sentence: what is wrong, or why there is nothing to check; of a broken promise it says expected and came.
+    method: the name with the parameters that differ from the defaults. params: these parameters. reference: whether
+    plain torch is used.
+    sentence: the fault, or why there is nothing to check. For a broken promise it contains `expected` and `came`.
     """
 
     promise: str
@@ -34,28 +35,28 @@ class Row:
 
     @property
     def ok(self) -> bool:
-        """Whether no promise is broken here, but one that is known to be."""
+        """Whether no promise is broken here, apart from known failures."""
         return self.status != BROKEN
 
 
 @dataclass(frozen=True)
 class Report:
-    """Everything that was checked of a file; seconds: how long that took. word: method or allocator."""
+    """All checks of a file. seconds: their duration. word: "method" or "allocator"."""
 
     name: str
     path: str
     rows: tuple[Row, ...]
-    asks: Mapping[str, str] = field(repr=False)  # the demand of each check, in a sentence, in the checks' order
+    asks: Mapping[str, str] = field(repr=False)  # each check's demand as a sentence, in the checks' order
     seconds: float = 0.0
     word: str = "method"
 
     @property
     def ok(self) -> bool:
-        """Whether every promise that was checked is kept."""
+        """Whether every checked promise is kept."""
         return all(row.ok for row in self.rows)
 
     def first(self, status: str = BROKEN) -> list[Row]:
-        """Of each promise the first row with the status, such as that where it is broken."""
+        """The first row with this status for each promise, such as the first breach."""
         found: dict[str, Row] = {}
         for row in self.rows:
             if row.status == status:
@@ -93,7 +94,7 @@ class Report:
         solved = [target for target in tried if target not in refused and target != "dense"]
         done = "Spread" if self.word == "allocator" else "Compressed to"
         lines = [f"{done}: {', '.join(solved) or 'no target'}."]
-        lines += [f"To be refused: {', '.join(refused)}."] if refused else []
+        lines += [f"Must be refused: {', '.join(refused)}."] if refused else []
         methods = list(dict.fromkeys(row.method for row in self.rows))
         return [*lines, f"Tried as: {', '.join(methods)}."]
 
@@ -105,7 +106,7 @@ class Report:
         arguments += ["plain=True"] if row.reference else []
         what, checks = ("model", "allocator_promises") if self.word == "allocator" else ("layer", "battery")
         where = f'{row.method} at {row.target} on the {what} "{row.layer}"{more}'
-        note = f"Worth knowing, {row.promise}: {where}. A score that measures something else does this."
+        note = f"Worth knowing, {row.promise}: {where}. A score that measures something other than the error does this."
         return [
             note if row.status == NOTE else f"Promise {row.promise} is broken by {where}.",
             f"  It asks:   {self.asks[row.promise]}",

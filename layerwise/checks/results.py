@@ -1,4 +1,4 @@
-"""Promises 1 to 4 of the layer contract as assertions about one result, each counted entry by entry."""
+"""Promises 1 to 4 of the layer contract as assertions about one result, checked entry by entry."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from layerwise.checks.case import Case, Finding, demand
 from layerwise.contract.layer import Compressed, Layer, Rotation, Target
 
 MAGNITUDES = [0, 0.5, 1, 1.5, 2, 3, 4, 6]
-E2M1 = np.array([*MAGNITUDES, *(-level for level in MAGNITUDES)], np.float32)  # value of each code of a format
+E2M1 = np.array([*MAGNITUDES, *(-level for level in MAGNITUDES)], np.float32)  # value of each code of the format
 
 
 def assert_tensors(layer: Layer, target: Target, result: Compressed) -> None:
@@ -31,17 +31,17 @@ def assert_tensors(layer: Layer, target: Target, result: Compressed) -> None:
         expected, came = f"torch.bool {_words(weight.shape)}", f"{mask.dtype} {_words(mask.shape)}"
         demand((mask.shape, mask.dtype) == (weight.shape, torch.bool), layer.name, f"the mask must be {expected}", came)
         left = int(np.count_nonzero(weight.numpy()[~mask.numpy()]))
-        demand(not left, layer.name, "the weight must be zero where the mask is False", f"{left} other entries there")
+        demand(not left, layer.name, "the weight must be zero where the mask is False", f"{left} nonzero entries there")
 
 
 def assert_parts(layer: Layer, target: Target, result: Compressed) -> Compressed | None:
-    """Promise 2 of low-rank factors: their rank, the sum that the weight is; returns the part beside them.
+    """Promise 2 for low-rank factors: their rank, and that the weight is the sum; returns the part beside them.
 
-    The result itself at a target without a rank, None at one that asks for the factors alone.
+    Returns the result itself for a target without a rank, and None for a target with factors alone.
     """
     low_rank = result.low_rank
     if not target.rank:
-        demand(low_rank is None, layer.name, "factors must come where the target has a rank, and only there", "factors")
+        demand(low_rank is None, layer.name, "there must be factors if, and only if, the target has a rank", "factors")
         return result
     if low_rank is None:
         raise Finding(layer.name, "a target with a rank must have low-rank factors", "None")
@@ -50,14 +50,14 @@ def assert_parts(layer: Layer, target: Target, result: Compressed) -> Compressed
     if low_rank.kept is not None:
         rank = low_rank.kept.shape[1]
         taken = (16 * int(low_rank.kept.sum()) + out * rank + 16 * rank * inputs) / (16 * out * inputs)
-        demand(taken <= target.rank, layer.name, f"the factors must take {target.rank:g} of the weights at most", taken)
+        demand(taken <= target.rank, layer.name, f"the factors must take at most {target.rank:g} of the weights", taken)
         zeros = not low_rank.left[~low_rank.kept].any()
-        demand(zeros, layer.name, "a sparse factor must be zero where it is not kept", "other entries there")
+        demand(zeros, layer.name, "a sparse factor must be zero where it is not kept", "nonzero entries there")
     came = f"{_words(low_rank.left.shape)} and {_words(low_rank.right.shape)}"
     shapes = low_rank.left.shape == (out, rank) and low_rank.right.shape == (rank, inputs)
     demand(shapes, layer.name, f"the factors must be [{out}, {rank}] and [{rank}, {inputs}]", came)
     alone = not target.sparsity and not target.bits
-    demand((low_rank.rest is None) == alone, layer.name, f"{target.label} must have its parts", "others")
+    demand((low_rank.rest is None) == alone, layer.name, f"{target.label} must have its parts", "other parts")
     parts = [low_rank.left, low_rank.right] + ([] if low_rank.rest is None else [low_rank.rest])
     total = np.zeros((out, inputs))
     for index in range(rank):
@@ -76,7 +76,7 @@ def _words(value: object) -> str:
 
 
 def assert_pattern(layer: Layer, target: Target, result: Compressed) -> None:
-    """Promise 2, counted entry by entry."""
+    """Promise 2, checked entry by entry."""
     if not target.sparsity:
         return
     if result.mask is None:
@@ -111,7 +111,7 @@ def assert_pattern(layer: Layer, target: Target, result: Compressed) -> None:
 def assert_grid(layer: Layer, target: Target, result: Compressed) -> None:
     """Promise 3: scale * (code - zero) / input scale in float32 is the weight at kept entries, and codes fit.
 
-    Of a format a level represents code - zero, and scales are divided by the divisor of the layer first.
+    For a format, a level replaces code - zero, and scales are first divided by the layer's divisor.
     """
     if target.bits is None:
         return
@@ -148,18 +148,18 @@ def assert_grid(layer: Layer, target: Target, result: Compressed) -> None:
         turned = _turned_back(values, quantised.rotation)
         most = np.abs(turned).max(initial=0)
         close = np.allclose(turned, result.weight.numpy(), rtol=0, atol=1e-5 * most)
-        demand(close, layer.name, "values turned back must be the weight (to 1e-5)", "others")
+        demand(close, layer.name, "values rotated back must equal the weight (to 1e-5)", "other values")
         return
     kept = np.ones_like(codes, bool) if result.mask is None else result.mask.numpy()
     weight = result.weight if result.low_rank is None else result.low_rank.rest
-    assert weight is not None  # or assert_tensors had raised
+    assert weight is not None  # otherwise assert_tensors would have raised
     same = np.array_equal(values[kept], weight.numpy()[kept])
     wrong = 0 if same else int((values[kept] != weight.numpy()[kept]).sum())
     demand(same, layer.name, "scales * (codes - zeros) must equal the weight", f"{wrong} entries that differ")
 
 
 def _turned_back(values: np.ndarray, rotation: Rotation) -> np.ndarray:
-    """Values [out, in] times Q^T, Q as a matrix: signs by SplitMix64 in whole numbers, entries (-1)^popcount(i & j)."""
+    """Values [out, in] times Q^T, with Q as a matrix: signs by SplitMix64 in integers, entries (-1)^popcount(i & j)."""
     inputs, block, wide = values.shape[1], rotation.block, 2**64
     matrix = np.zeros((inputs, inputs))
     for i in range(inputs):
@@ -173,7 +173,7 @@ def _turned_back(values: np.ndarray, rotation: Rotation) -> np.ndarray:
 
 
 def _steps(layer: Layer, target: Target, result: Compressed) -> np.ndarray:
-    """[out, groups] float32 scales over their divisor, each of which must be a number that the format has."""
+    """[out, groups] float32 scales over their divisor; each must be a number of the format."""
     assert result.quantised is not None
     scales, divisor = result.quantised.scales.numpy(), result.quantised.divisor
     mantissa, exponent = np.frexp(scales)
@@ -189,17 +189,17 @@ def _steps(layer: Layer, target: Target, result: Compressed) -> np.ndarray:
 
 
 def assert_untouched(name: str, layer: Layer, result: Compressed) -> None:
-    """Of the layer of that name, which was compressed; the result is of no use afterwards."""
+    """Check that compression left the layer of that name unchanged; the result is unusable afterwards."""
     before = layer_cases.tensors(layer_cases.build(name))
     for key, value in layer_cases.tensors(layer).items():
-        demand(torch.equal(value, before[key]), name, f"the {key} given must stay as it is", f"a changed {key}")
-    result.weight.add_(1.0)  # and the result is no view of the input
+        demand(torch.equal(value, before[key]), name, f"the {key} must be left unchanged", f"a changed {key}")
+    result.weight.add_(1.0)  # so that a result that is a view of the input shows
     shared = not torch.equal(layer.weight, before["weight"])
     demand(not shared, name, "the result must have memory of its own", "memory that it shares with the layer")
 
 
 def assert_deterministic(case: Case, name: str) -> Compressed:
-    """The same again whatever the global generators hold, which are left alone. Returns it; inputs stay, too."""
+    """Check that the result is the same for any state of the global generators, which it leaves alone. Returns it."""
     first, second, layer = twice(case, name)
     assert_same(name, first, second)
     assert_untouched(name, layer, second)
@@ -207,7 +207,7 @@ def assert_deterministic(case: Case, name: str) -> Compressed:
 
 
 def twice(case: Case, name: str) -> tuple[Compressed, Compressed, Layer]:
-    """The results of two calls that find other global generators, and the layer of the second call."""
+    """The results of two calls with different states of the global generators, and the layer of the second call."""
     results = []
     layer = layer_cases.build(name)
     for seed in (1, 2):
@@ -217,7 +217,7 @@ def twice(case: Case, name: str) -> tuple[Compressed, Compressed, Layer]:
         states = _generators()
         results.append(case.compress(layer := layer_cases.build(name)))
         for whose, state in _generators().items():
-            demand(state == states[whose], name, f"{whose} global generator must be left alone", "another state of it")
+            demand(state == states[whose], name, f"{whose} global generator must be left alone", "a changed state")
     return *results, layer
 
 
@@ -230,7 +230,7 @@ def _generators() -> dict[str, object]:
 
 
 def assert_same(name: str, first: Compressed, second: Compressed) -> None:
-    """Promise 4: two results of the same inputs are the same to the last bit."""
+    """Promise 4: two results for the same inputs are bit-identical."""
     parts = [
         {
             key: value

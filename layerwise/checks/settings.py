@@ -1,7 +1,7 @@
-"""The settings at which methods are checked: targets, and sets of parameters by their cards.
+"""The settings for the checks of methods: targets, and sets of parameters from their cards.
 
-A card's `checks` says what the checks take, where the defaults take minutes or choose one of several paths through the
-code. Without it they take the defaults, and beside them each value of a parameter that is an enum or a boolean.
+A card's `checks` gives the parameters for the checks if the defaults take minutes or choose one of several paths
+through the code. Without it the checks use the defaults, and each value of a parameter that is an enum or a boolean.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from layerwise.contract.target import Target
 TARGETS = [
     Target(),
     Target(0.5),
-    Target(0.7),  # of 64, 44.8 go
+    Target(0.7),  # of 64 entries, 44.8 are pruned
     Target(0.5, "layer"),
     Target(pattern="2:4"),
-    Target(pattern="3:8"),  # not as many go as stay
+    Target(pattern="3:8"),  # more are pruned than kept
     Target(0.5, "1x16"),
     Target(bits=4, group=128),
     Target(bits=4, group=16),
@@ -34,7 +34,7 @@ TARGETS = [
     Target(pattern="2:4", rank=0.2),
     Target(bits=4, group=16, rank=0.2),
 ]
-# One target of each kind, by label: where variants of a method are tried at every change, and all that `quick` has.
+# One target of each kind, by label: variants of a method are tried here at every change, and `quick` has only these.
 ONE_OF_EACH = (
     *("50% row", "50% layer", "2:4", "4b g16", "2:4 4b", "50% 1x16 4b g16"),
     *("rank 50%", "50% row rank 20%", "4b g16 rank 20%"),
@@ -47,14 +47,14 @@ def defaults(entry: Entry) -> dict[str, Any]:
 
 
 def parameter_sets(entry: Entry) -> list[dict[str, Any]]:
-    """Changes to the method's defaults in each way in which it is tried, those of `defaults` first."""
+    """The changes to the method's defaults for each variant that is tried; `defaults` come first."""
     usual = defaults(entry)
     variants = _checks(entry).get("variants", _listed_values(entry))
     return [usual, *({**changed, **usual, **changed} for changed in variants)]
 
 
 def _listed_values(entry: Entry) -> list[dict[str, Any]]:
-    """Each value that the card lists for a parameter and that is not its default."""
+    """Each value that the card lists for a parameter, except its default."""
     found = []
     for key, schema in entry.card["parameters"].items():
         values = schema.get("enum", [False, True] if schema.get("type") == "boolean" else [])
@@ -73,7 +73,7 @@ def no_descent(entry: Entry, params: Mapping[str, Any]) -> str | None:
 
 
 def known_failure(check: str, entry: Entry, params: Mapping[str, Any], target: Target) -> str | None:
-    """Why a check is known not to hold of the method, or None. A claim of a card is tested, too."""
+    """Why a check is known to fail for the method, or None. The claims of cards are tested too."""
     known = _checks(entry).get("known_failures", {}).get(check)
     if known is None or params != defaults(entry):
         return None
@@ -85,7 +85,7 @@ def _checks(entry: Entry) -> Mapping[str, Any]:
 
 
 def more_targets(entry: Entry) -> list[Target]:
-    """Targets that the card lists with widths that no target of the battery has."""
+    """Targets with widths that the card lists but no target of the battery has."""
     usual = {target.width for target in TARGETS}
     found = []
     for bits in entry.card["bits"]:

@@ -1,4 +1,4 @@
-"""A method's file to begin with, which keeps the contract as it stands."""
+"""A template of a method's file, which keeps the contract without changes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from layerwise.runtime.errors import InputError
 
 NAME = re.compile(r"[a-z][a-z0-9_]*")
 IMPORTED = ("Compressed", "Layer", "Method", "Target")  # by the template
-TEXT = '''"""TITLE: magnitude times a power of the input's norm. (Say here what it does, and whose it is.)"""
+TEXT = '''"""TITLE: magnitude times a power of the input's norm. (Describe here what it does, and name its source.)"""
 
 from dataclasses import dataclass
 
@@ -25,7 +25,7 @@ CARD = {
     "title": "TITLE",
     # "paper": "Its title", "arxiv": "2306.11695",
     "patterns": ["row", "layer", "n:m", "1xb"],  # "dense" too, if it quantises without pruning
-    "bits": [],  # widths of the codes, such as [3, 4], if it quantises
+    "bits": [],  # widths of the codes if it quantises, such as [3, 4]
     "updates_weights": False,  # True if weights that it keeps change
     "needs": ["gram"],  # and "mean", "absmean", "sequence_variance", "sample", "first_tokens" of layer.statistics
     "parameters": {  # a JSON Schema of each field below
@@ -41,10 +41,10 @@ class CLASS(Method):
     power: float = 1.0
 
     def solve(self, layer: Layer, target: Target, rng: torch.Generator) -> Compressed:
-        # Yours from here on. layer.weight is W [out, in]; layer.gram.matrix is G = X X^T / tokens [in, in]. Leave both
-        # as they are, draw random numbers from rng alone, and expect dead inputs: zeros on the diagonal of G.
+        # Your code starts here. layer.weight is W [out, in]; layer.gram.matrix is G = X X^T / tokens [in, in]. Do not
+        # modify them, draw random numbers only from rng, and expect dead inputs: zeros on the diagonal of G.
         importance = layer.weight.abs() * layer.gram.diagonal.sqrt() ** self.power
-        # Prunes the smallest of each comparison group of the target, ties by index, and keeps the others' weights.
+        # Prunes the smallest entries of each comparison group of the target, ties by index; keeps the other weights.
         return ops.pruned(layer, importance, target)
 '''
 
@@ -52,8 +52,8 @@ class CLASS(Method):
 def write(name: str, folder: str | Path = ".") -> Path:
     """Write the file of a new method, which passes the contract, into a folder; returns its path.
 
-    name: the method's and the file's, a Python identifier in lower case, and no shipped method's.
-    Raises InputError where the name is not free, the file exists, or the folder cannot be written.
+    name: the name of the method and the file: a Python identifier in lower case that no shipped method has.
+    Raises InputError if the name is not free, the file exists, or the folder cannot be written.
     """
     if not NAME.fullmatch(name) or keyword.iskeyword(name):
         raise InputError(

@@ -1,4 +1,4 @@
-"""The job of a model's `fisher`: check the model, unless that was done before, then pass its loss back."""
+"""The job of a model's `fisher`: check the model, unless that is already done, and backpropagate its loss."""
 
 import sys
 from functools import partial

@@ -1,1 +1,1 @@
-"""One cell: solve, verify, score."""
+"""Compute one cell: solve, verify, score."""

@@ -42,11 +42,12 @@ from layerwise.storage.target_bits import bits_of, kept_of
 
 @dataclass(frozen=True)
 class AllocateJob:
-    """A budget to be spread.
+    """The job that spreads one budget.
 
-    spec: as the grid has it: name, allocator, params, target and seed. model: the config's entry. gram: where the Grams
-    of the dense model are; None for an allocator that sees none. tokens: the calibration sequences, of one that tries
-    the model. folder: for what such trials keep meanwhile. method_paths, allocator_paths: further folders.
+    spec: the grid's spec: name, allocator, params, target and seed. model: the config's entry. gram: the store of the
+    dense model's Grams; None for an allocator that does not use them. tokens: the calibration sequences, for an
+    allocator that tries the model. folder: temporary files of such trials. method_paths, allocator_paths: further
+    folders.
     """
 
     spec: Mapping[str, Any]
@@ -63,13 +64,13 @@ class AllocateJob:
         return Target(**self.spec["target"])
 
     def allocator(self) -> tuple[Allocator, set[str]]:
-        """The allocator and what it needs."""
+        """The allocator and the names of its needs."""
         catalogue = Catalogue(list(self.allocator_paths), ALLOCATOR, Catalogue(list(self.method_paths)))
         name = self.spec["allocator"]
         return catalogue.allocator(name, self.spec["params"]), catalogue[name].needs(self.spec["params"])
 
     def probe(self, allocator: Allocator, needs: set[str], dtype: torch.dtype) -> Probe | None:
-        """The tool that tries layers, for an allocator that needs it; dtype: of the model."""
+        """The probe that tries layers, for an allocator that needs one. dtype: the model's dtype."""
         if not needs & {"errors", "trials"}:
             return None
         method, candidates = allocator.candidates(self.target)
@@ -99,8 +100,8 @@ def allocate(job: AllocateJob) -> list[dict[str, Any]]:
 
 @contextmanager
 def trials_of(job: AllocateJob, parts: Sequence[Part], probe: Probe | None) -> Iterator[Trials | None]:
-    """The model to be tried, whole in memory; without a probe None. Its files go afterwards, those of killed jobs
-    before."""
+    """The model to try, whole in memory; None without a probe. Its files are deleted afterwards, and files left by
+    killed jobs beforehand."""
     if probe is None:
         yield None
         return
@@ -123,7 +124,7 @@ def targets_of(parts: Sequence[Part], proposal: Proposal, target: Target) -> lis
 
 
 def held_pairs(parts: Sequence[Part], pairs: Sequence[Target], target: Target) -> list[Target]:
-    """The layers' own targets, once it is made sure that they take no more bits than the budget itself."""
+    """The layers' own targets, after a check that they take no more bits than the budget."""
     if len(pairs) != len(parts):
         raise ValueError(f"pairs must be {len(parts)}, one for each layer. Got {len(pairs)} instead")
     taken = sum(bits_of(own, part.out, part.inputs) for part, own in zip(parts, pairs, strict=True))
@@ -135,7 +136,8 @@ def held_pairs(parts: Sequence[Part], pairs: Sequence[Target], target: Target) -
 
 @contextmanager
 def named_failures(name: str, where: str) -> Iterator[None]:
-    """Within it what an allocator raises, in a file that anyone may have written, is an InputError with its name."""
+    """Context in which any exception of an allocator, whose file may be anyone's, becomes an InputError with its
+    name."""
     try:
         yield
     except InputError:
@@ -150,7 +152,7 @@ def sizes(parts: Sequence[Part]) -> list[int]:
 
 
 def block_layers(blocks: LazyBlocks, gram: Path | None) -> Iterator[tuple[int, Iterator[Layer | DenseLayer]]]:
-    """The layers of each block of a model, with the Grams and statistics that it was calibrated to, or without."""
+    """The layers of each block of a model, with the Grams and statistics of its calibration if `gram` is given."""
     if gram is None:
         for index in range(len(blocks)):
             with blocks.open(index) as block:
@@ -170,7 +172,7 @@ def measured(
     probe: Probe | None,
     progress: tqdm[Any],
 ) -> list[Part]:
-    """The parts of a block. Raises InputError where the allocator fails, or does not measure every layer once."""
+    """The parts of a block. Raises InputError if the allocator fails or does not measure every layer exactly once."""
     seen: list[Part] = []
 
     def watched() -> Iterator[DenseLayer]:
@@ -200,7 +202,7 @@ def measured(
 def rows_of(
     parts: Sequence[Part], proposal: Proposal, targets: Sequence[Target], target: Target
 ) -> list[dict[str, Any]]:
-    """A row for each layer; values that hold for all are repeated in each."""
+    """One row per layer; values common to all layers are repeated in each row."""
     total, paired = sum(sizes(parts)), target.paired
     levels = [own.level for own in targets]
     if paired:
@@ -243,10 +245,10 @@ def rows_of(
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="allocate", description=__doc__)
     parser.add_argument("--columns", type=json.loads, required=True, help="model and calibration, as JSON")
-    parser.add_argument("--allocation", type=json.loads, required=True, help="what is to be spread, and how, as JSON")
+    parser.add_argument("--allocation", type=json.loads, required=True, help="allocation spec, as JSON")
     parser.add_argument("--model", type=json.loads, required=True, help="model entry of the config, as JSON")
     parser.add_argument("--fingerprint", type=Path, required=True, help="the model's fingerprint")
-    parser.add_argument("--gram", type=Path, help="where the Grams are, for an allocator that sees them")
+    parser.add_argument("--gram", type=Path, help="store of the Grams, for an allocator that uses them")
     parser.add_argument("--tokens", type=Path, help="calibration tokens, for an allocator that tries the model")
     parser.add_argument("--method-path", type=Path, action="append", default=[], help="further folder of methods")
     parser.add_argument("--allocator-path", type=Path, action="append", default=[], help="further folder of allocators")
@@ -262,7 +264,8 @@ def main(argv: list[str] | None = None) -> None:
         "allocation": job.spec["name"],
         "allocator": job.spec["allocator"],
         "target": job.target.label,
-        **{name: value for name, value in job.target.as_dict().items() if name != "rank"},  # which the label has
+        # the label contains the rank
+        **{name: value for name, value in job.target.as_dict().items() if name != "rank"},
         "params": json.dumps(job.spec["params"], sort_keys=True, separators=(",", ":")),
         "seed": job.spec["seed"],
     }

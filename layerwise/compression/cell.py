@@ -43,7 +43,7 @@ from layerwise.sources.tokens import read_tokens
 from layerwise.storage import layer_packing, packed_file
 from layerwise.storage.table_schema import from_rows, write_parquet
 
-TUNING = "tuning.json"  # in a checkpoint: the history of the stages
+TUNING = "tuning.json"  # file in a checkpoint with the history of the stages
 
 
 def visit(
@@ -53,13 +53,13 @@ def visit(
     progress: Callable[[Mapping[str, Any]], None],
     fishers: Mapping[str, Tensor] | None = None,
 ) -> Iterator[tuple[dict[str, Any], Compressed]]:
-    """Compress the blocks' layers in place; yields each layer's row and result. fishers: layer -> its fisher [out]."""
+    """Compress the blocks' layers in place; yields each layer's row and result. fishers: layer -> fisher [out]."""
     for index, tap, linear in tapped_linears(model, blocks):
         fisher = fishers[linear.name] if fishers else None
         result, row = solve(Layer(linear.name, linear.weight(), tap.gram, tap.statistics, fisher=fisher))
         linear.replace(result.weight)
         row |= {"block": index, "tap": tap.name, "calibration_tokens": tap.gram.tokens, "token_scope": tap.scope}
-        del tap  # before the next block's Grams come
+        del tap  # before the next block's Grams are computed
         progress(row)
         yield row, result
 
@@ -81,7 +81,8 @@ def trace_rows(result: Compressed) -> list[dict[str, Any]]:
 def bar(
     model: PreTrainedModel, title: str, skipped: int = 0, total: int | None = None
 ) -> Iterator[Callable[[Mapping[str, Any]], None]]:
-    """A progress bar over the layers, as a function of their rows; skipped: blocks that are done; total: if not all."""
+    """A progress bar over the layers, as a function of their rows. skipped: finished blocks. total: number of layers,
+    if not all."""
     total = structure.count_linears(model) if total is None else total
     done = structure.count_linears(model, skipped)
     with tqdm(total=total, initial=done, desc=title, unit="layer", mininterval=1.0) as shown:
@@ -96,9 +97,10 @@ def bar(
 
 
 def calibration_facts(info: Mapping[str, Any], dtype: str, computed: str | None) -> dict[str, Any]:
-    """The columns about the calibration set, from what the tokens' file says of itself.
+    """The columns about the calibration set, from the metadata of the tokens' file.
 
-    dtype: that the weights in the forward passes are rounded to; computed: the one that these are computed in.
+    dtype: the dtype to which the weights are rounded in the forward passes. computed: the dtype in which the passes are
+    computed.
     """
     facts = {
         "calibration_text": info["dataset"],
@@ -112,7 +114,7 @@ def calibration_facts(info: Mapping[str, Any], dtype: str, computed: str | None)
 
 @dataclass(frozen=True)
 class CellJob:
-    """One cell to be computed.
+    """The job that computes one cell.
 
     spec: of the cell, as the grid has it: columns, method, target and, if it is tuned, tune. model: the config's entry.
     fingerprint: what sources/fingerprint.py wrote of the model. tokens: the calibration sequences. out: folder of the
@@ -142,7 +144,7 @@ class CellJob:
 
     @property
     def stages(self) -> Mapping[str, Any] | None:
-        """The tuning stages, None where the method's result stands."""
+        """The tuning stages, or None if the cell is not tuned."""
         return self.spec.get("tune")
 
     @property
@@ -160,44 +162,47 @@ class CellJob:
 
     @property
     def needs(self) -> set[str]:
-        """What the method, and those inside it, see of the inputs."""
+        """The names of the statistics that the method, and the methods inside it, need."""
         method = self.spec["method"]
         return self.catalogue.needs(method["name"], method["params"])
 
     @property
     def needs_cross(self) -> bool:
-        """Whether the method needs the inputs in the dense model beside those in the compressed one."""
+        """Whether the method needs the inputs in the dense model as well as those in the compressed one."""
         return "cross_gram" in self.needs
 
     @cached_property
     def fishers(self) -> Mapping[str, Tensor] | None:
-        """Layer -> its fisher [out], None where the method needs none. Raises InputError where it is not given."""
+        """Layer -> its fisher [out], or None if the method does not need it. Raises InputError if it is not given."""
         if "fisher" not in self.needs:
             return None
         if self.fisher is None or self.columns["mode"] != "shared":
             came = "none" if self.fisher is None else f"the mode {self.columns['mode']}"
-            raise InputError(f"{self.entry.name} must have the fisher of the dense model, in shared mode. Got {came}.")
+            raise InputError(
+                f"{self.entry.name} must have the fisher of the dense model, in shared mode. Got {came} instead."
+            )
         return fisher_store.read(self.fisher, self.device)
 
     @property
     def computed(self) -> str | None:
-        """The dtype that passes of the model are computed in here; None for that of the entry without one."""
+        """The dtype in which this machine computes passes of the model; None if the entry gives no dtype."""
         return compute_dtype.compute_dtype(self.model, self.device)
 
     @property
     def calibrated(self) -> Mapping[str, Any]:
-        """The model's entry in the dtype of the calibration."""
+        """The model's entry, with the dtype of the calibration."""
         return compute_dtype.at(self.model, self.dtype)
 
     @property
     def calibration_computed(self) -> str | None:
-        """The dtype that the calibration's passes are computed in: by who left the Grams, or here."""
+        """The dtype in which the calibration's passes were computed by the job that wrote the Grams, or are computed
+        here."""
         if self.gram and self.columns["mode"] == "shared":
             return computed_in(store_of(self.gram))
         return compute_dtype.compute_dtype(self.calibrated, self.device)
 
     def solver(self, dtype: torch.dtype) -> Solver:
-        """The cell's method at its target; dtype: that the weights which it compresses are stored in."""
+        """The cell's method at its target. dtype: dtype in which the compressed weights are stored."""
         name, target = self.spec["method"]["name"], Target(**self.spec["target"])
         method = self.catalogue.build(name, self.spec["method"]["params"])
         mask_only = self.entry.comparison(target) == "mask-only"
@@ -205,7 +210,7 @@ class CellJob:
         return Solver(name, method, target, self.columns["seed"], dtype, mask_only, self.entry.criterion, targets)
 
     def decisive(self) -> dict[str, Any]:
-        """Everything that decides the cell's results, in the words of a message about a change."""
+        """Everything on which the cell's results depend, keyed by the words that a message about a change uses."""
         spec = {key: value for key, value in self.spec.items() if key != "columns"}
         found = {"levels": self.levels, "fisher": self.fisher}
         return {name: sha256(path) for name, path in found.items() if path} | {
@@ -224,8 +229,8 @@ class CellJob:
 def run(job: CellJob, then: Callable[[Path, str], None] = lambda weights, digest: None) -> None:
     """Compress a cell into its folder: layers.parquet, trace.parquet, weights.safetensors and, last, cell.json.
 
-    A process that is killed leaves its finished blocks in a checkpoint, from which the next goes on. then: called with
-    the file of the weights and its SHA-256 before the cell counts as done. Raises InputError for a method that fails or
+    A killed process leaves its finished blocks in a checkpoint, from which the next process resumes. then: called with
+    the weights' file and its SHA-256 before the cell counts as done. Raises InputError for a method that fails or
     breaks its contract, and for a model or Grams that have changed.
     """
     check = partial(check_unchanged, job.model, job.fingerprint)
@@ -250,7 +255,7 @@ def compress(job: CellJob, checkpoint: Checkpoint) -> dict[str, Any]:
     if sentence := solver.without_factors({name: own.shape for name, own in model_linears(blocks.model).items()}):
         raise InputError(sentence)
     if job.code:
-        unchanged(job.code)  # by now it is imported
+        unchanged(job.code)  # all the code is imported by now
     if checkpoint.done < len(blocks):
         solve = tuned(job, solver, sequences, checkpoint) if job.stages else each(solver)
         with bar(blocks.model, job.title, skipped=checkpoint.done) as progress:
@@ -276,10 +281,10 @@ def walk(
     start: int = 0,
     finished: Callable[[int], None] = lambda index: None,
 ) -> tuple[Iterator[tuple[int, Iterable[Tap]]], Stream | None]:
-    """The taps of each block from `start` on, and in sequential mode the stream that they come from.
+    """The taps of each block from `start` on, and in sequential mode the stream that yields them.
 
-    sequences: [samples, length] tokens. folder: for the stream's hidden states (default: in memory). finished: called
-    when nothing of a block is needed any more.
+    sequences: [samples, length] tokens. folder: holds the stream's hidden states (default: in memory). finished: called
+    when a block is no longer needed.
     """
     if job.columns["mode"] == "shared":
         assert job.gram is not None
@@ -297,7 +302,7 @@ def tuned(
 ) -> Callable[[Layer], tuple[Compressed, dict[str, Any]]]:
     """A function that gives each layer's tuned result, scored as if the method had returned it.
 
-    The stages take the whole model, and are not kept block by block: the checkpoint begins again.
+    The stages need the whole model and are not saved block by block, so the checkpoint starts empty.
     """
     assert job.stages is not None
     checkpoint.done = 0
@@ -318,9 +323,9 @@ def tuned(
 
 
 def record_of(job: CellJob, checkpoint: Checkpoint, text: Mapping[str, Any], model: PreTrainedModel) -> dict[str, Any]:
-    """The cell's record: where it comes from and what it took; text: what the tokens' file says of itself."""
+    """The cell's record: its provenance, time and memory. text: the metadata of the tokens' file."""
     fingerprint = read_made(job.fingerprint)
-    fingerprint.pop("files", None)  # one hash represents all in the tables
+    fingerprint.pop("files", None)  # in the tables one hash represents them all
     facts = {
         **provenance(job.device, torch.get_num_threads()),
         **fingerprint,
@@ -337,7 +342,7 @@ def record_of(job: CellJob, checkpoint: Checkpoint, text: Mapping[str, Any], mod
 def write_block(
     checkpoint: Checkpoint, index: int, block: Iterable[tuple[dict[str, Any], Compressed]], solver: Solver
 ) -> None:
-    """Leave a block's rows, traces and weights in the checkpoint."""
+    """Save a block's rows, traces and weights in the checkpoint."""
     rows, traces, stored, targets = [], [], {}, {}
     for row, result in block:
         target = solver.at(row["layer"]).target
@@ -358,9 +363,9 @@ def write_block(
 
 
 def join_blocks(checkpoint: Checkpoint, count: int, out: Path, columns: Mapping[str, Any], title: str) -> None:
-    """Make a cell's tables and weights from what the checkpoint has of each block.
+    """Join the blocks of a checkpoint into the cell's tables and weights.
 
-    columns: those of the spec, and the criterion of the trace.
+    columns: the columns of the spec, and the criterion of the trace.
     """
     found = [json.loads(checkpoint.file(index, "json").read_text("utf-8")) for index in range(count)]
     own = {key: value for key, value in columns.items() if key != "criterion"}

@@ -31,7 +31,7 @@ def row(layer: Layer, target: Target) -> dict[str, Any]:
     start = time.perf_counter()
     try:
         bound = lower_bound(layer, target)
-    except (ValueError, RuntimeError) as error:  # of torch.linalg too
+    except (ValueError, RuntimeError) as error:  # torch.linalg raises RuntimeError
         raise InputError(f"The bound on {layer.name} failed: {type(error).__name__}: {error}") from error
     nothing: Tensor = torch.zeros_like(layer.weight, dtype=torch.bool)
     total = ops.mask_objective(layer.weight, layer.gram.matrix, nothing)
@@ -45,8 +45,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--columns", type=json.loads, required=True, help="model, calibration and seed, as JSON")
     parser.add_argument("--target", type=json.loads, required=True, help="target, as JSON")
     parser.add_argument("--model", type=json.loads, required=True, help="model entry of the config, as JSON")
-    parser.add_argument("--fingerprint", type=Path, required=True, help="what fingerprint.py wrote of the model")
-    parser.add_argument("--gram", type=Path, required=True, help="where the Grams are, as calibrate.py says")
+    parser.add_argument("--fingerprint", type=Path, required=True, help="the model's fingerprint, from fingerprint.py")
+    parser.add_argument("--gram", type=Path, required=True, help="store of the Grams, from calibrate.py")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, required=True, help="table of bounds, parquet")

@@ -1,4 +1,4 @@
-"""The table of levels that the rule allocate wrote, as the targets of a cell's layers."""
+"""Read the targets of a cell's layers from the table of levels that the rule `allocate` wrote."""
 
 from pathlib import Path
 
@@ -7,7 +7,8 @@ from layerwise.results.bounds import read_levels
 
 
 def targets_at(path: Path, target: Target) -> dict[str, Target]:
-    """Layer -> its target, from a table whose budget is the target. Raises InputError when it is absent or broken."""
+    """Layer -> its target, from a table whose budget is the target. Raises InputError when the table is absent or
+    broken."""
     data = read_levels(path)
     names = ("layer", "level", "pair")
     columns = zip(*(data.column(name).to_pylist() for name in names), strict=True)

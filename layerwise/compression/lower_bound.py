@@ -1,7 +1,7 @@
-"""A lower bound on the error of every mask of a pattern on one layer: how good a mask can be at all.
+"""A lower bound on the error of every mask of a pattern on one layer: no mask can be better.
 
-Write p in {0, 1} for what is pruned, x = w o p for what a row loses, so that the error is the sum over the rows of
-xt G x. Since p = p^2 for a mask, it is also, for every diagonal D,
+Let p in {0, 1} mark the pruned entries and x = w o p be the part that a row loses. The error is the sum over the rows
+of xt G x. Since p = p^2 for a mask, it is also, for every diagonal D,
 
     f(p) = xt (G - D) x + sum_i D_ii w_i^2 p_i,
 
@@ -10,9 +10,9 @@ which is convex over the relaxed p in [0, 1] as long as G - D has no negative ei
     every mask's error >= f(p) - max over masks v of <grad f(p), p - v>,
 
 the Frank-Wolfe gap (Jaggi, ICML 2013), whose maximum is a sort. D = 0 is the relaxation of SparseFW (arXiv 2510.13713),
-in which a small weight is half pruned at a quarter of its cost; the D that raises f most there takes this discount away
-as far as convexity lets it (Poljak, Rendl and Wolkowicz, J. Global Optim. 7, 1995). The bound holds for whatever
-p and D come out: how well they are chosen decides how tight it is, not whether it is true.
+in which a small weight is half pruned at a quarter of its cost; the D that raises f most there removes this discount as
+far as convexity permits (Poljak, Rendl and Wolkowicz, J. Global Optim. 7, 1995). The bound is valid for any p and D.
+Their choice decides how tight it is, not whether it is true.
 """
 
 from dataclasses import dataclass
@@ -27,9 +27,9 @@ from layerwise.numerics import low_rank, ops
 ITERATIONS = 100  # at most, in each of two relaxations
 EVERY = 10  # iterations between two evaluations of the bound
 TOLERANCE = 2e-3  # the Frank-Wolfe gap, as a share of the bound, at which a relaxation is solved
-ROUNDING = 1e-9  # share that the bound is lowered by, and the least allowance for rounding in eigenvalues
-CANCELLATION = 1e-12  # its further reduction, as a share of the sum of w_j^2 G_jj
-INTERIOR = 1e-6  # by how much the first D lies inside what is positive definite
+ROUNDING = 1e-9  # relative reduction of the bound, and least allowance for rounding in eigenvalues
+CANCELLATION = 1e-12  # further reduction of the bound, as a share of the sum of w_j^2 G_jj
+INTERIOR = 1e-6  # margin by which the first D leaves G - D positive definite
 SMALLEST_STEP = 1e-6  # a Newton step shortened further than this ends the search for D
 FLOAT32 = 2.0**-23  # twice the largest relative rounding of a number in float32
 RELAXATION = 1.6  # over-relaxation of ADMM (Boyd et al. 2011, section 3.4.3)
@@ -37,8 +37,8 @@ RELAXATION = 1.6  # over-relaxation of ADMM (Boyd et al. 2011, section 3.4.3)
 
 @dataclass(frozen=True)
 class Bound:
-    """error: no mask has a smaller tr((W - W_hat) G (W - W_hat)^T). plain: the same for D = 0 (nearly, where G is
-    singular). gap: the Frank-Wolfe gap that is left, by which a longer run could raise `error` at most."""
+    """error: no mask has a smaller tr((W - W_hat) G (W - W_hat)^T). plain: the same bound with D = 0 (nearly 0 if G is
+    singular). gap: the remaining Frank-Wolfe gap, the most by which a longer run could raise `error`."""
 
     error: float
     plain: float
@@ -48,7 +48,7 @@ class Bound:
 def lower_bound(layer: Layer, target: Target) -> Bound:
     """Bound on the error of every mask of a row, layer or n:m target on a layer.
 
-    Of a target that asks for low-rank factors alone: on the error of every matrix of the rank (`low_rank_bound`).
+    For a target with low-rank factors alone, the bound is on the error of every matrix of the rank (`low_rank_bound`).
     Raises ValueError for another target and when the weight or the Gram is not finite.
     """
     if target.structure == LOW_RANK:
@@ -67,12 +67,12 @@ def lower_bound(layer: Layer, target: Target) -> Bound:
     correlation = gram.double() / scale.where(scale > 0, 1.0) / scale.where(scale > 0, 1.0)[:, None]
     correlation.diagonal().fill_(1.0)  # a dead input, whose scale is 0, has no other entry
     problem = Relaxation(weight.double() * scale, Groups(target, layer.weight.shape))
-    # In float32 a singular Gram can have an eigenvalue just below zero: it is as low as D must go.
+    # In float32 a singular Gram can have an eigenvalue just below zero. D need not go lower than that.
     shift = min(0.0, float(torch.linalg.eigvalsh(correlation)[0])) - rounding(correlation)
     shrink = torch.full_like(scale, shift)
     plain, gap, relaxed = problem.solve(correlation, shrink)
     error = plain
-    gain = (problem.lengths.square() * relaxed * (1 - relaxed)).sum(0)  # of the bound, per unit of D
+    gain = (problem.lengths.square() * relaxed * (1 - relaxed)).sum(0)  # gain of the bound per unit of D
     if gain.sum() > 0:
         better, left, _ = problem.solve(correlation, strengthened(correlation, gain, shrink), relaxed)
         if better > error:
@@ -84,8 +84,8 @@ def lower_bound(layer: Layer, target: Target) -> Bound:
 def low_rank_bound(layer: Layer, target: Target) -> Bound:
     """The least error of any matrix of the target's rank, which is known exactly (Eckart and Young in the Gram's norm).
 
-    It is lowered by what lets a result come below it: the float32 that the weight B A is rounded to, independently
-    entry by entry, and eigenvalues of the Gram that rounding has left below zero.
+    It is lowered by two effects that can bring a result below it: the weight B A is rounded to float32, independently
+    entry by entry, and rounding can leave eigenvalues of the Gram below zero.
     """
     (weight, gram), rank = ops.in_float64(layer), target.rank_of(*layer.weight.shape)
     least = low_rank.optimum(layer.weight, layer.gram, rank)
@@ -96,27 +96,27 @@ def low_rank_bound(layer: Layer, target: Target) -> Bound:
 
 
 class Groups:
-    """The comparison groups of a pattern: an axis along which `pruned` entries go in each group."""
+    """The comparison groups of a pattern: `pruned` entries are removed in each group along one axis."""
 
     def __init__(self, target: Target, shape: torch.Size) -> None:
         self.target, self.shape = target, shape
         if target.n_of_m:
             kept, of = target.n_of_m
             starts = torch.arange(0, shape[1], of)
-            self.pruned = ((shape[1] - starts).clamp(max=of) - kept).clamp(min=0)  # the last may be incomplete
-            self.axis = 0  # sums over an axis of four that is not the last are many times faster
+            self.pruned = ((shape[1] - starts).clamp(max=of) - kept).clamp(min=0)  # the last group may be incomplete
+            self.axis = 0  # sums over an axis of length four are many times faster if it is not the last axis
         else:
             size = shape.numel() if target.pattern == "layer" else shape[1]
             self.pruned, self.axis = torch.tensor([int(target.sparsity * size)]), -1
 
     def split(self, entries: Tensor, filling: float) -> Tensor:
-        """[out, in] as [m, out, groups], [out, in] or [out * in]; `filling` completes the last group of m."""
+        """[out, in] as [m, out, groups], [out, in] or [out * in]; `filling` pads the last group of m."""
         if self.target.n_of_m:
             return ops.grouped(entries, self.target.n_of_m[1], filling).movedim(2, 0).contiguous()
         return entries.flatten() if self.target.pattern == "layer" else entries
 
     def join(self, entries: Tensor) -> Tensor:
-        """[out, in] from what `split` gave."""
+        """[out, in], the inverse of `split`."""
         if self.target.n_of_m:
             return entries.movedim(0, 2).flatten(1)[:, : self.shape[1]]
         return entries.view(self.shape)
@@ -128,12 +128,14 @@ class Groups:
         return ordered.where(counted, 0.0).sum()
 
     def project(self, point: Tensor, curvature: Tensor, price: Tensor) -> tuple[Tensor, Tensor]:
-        """The p in [0, 1] [out, in] with the groups' counts as sums that is nearest to a point in the metric given by
-        curvature > 0, and the prices of the groups: p = clip(point - price / curvature), by Newton's method.
+        """Project a point: p in [0, 1] [out, in] whose groups sum to their counts, nearest to the point in the metric
+        of curvature > 0. Also returns the prices of the groups: p = clip(point - price / curvature), by Newton's
+        method.
 
-        curvature: as `split` gives it, 1 where filled up; price: where to begin, such as that of a similar point.
+        curvature: in the shape of `split`, 1 in the padding. price: starting value, such as the price of a similar
+        point.
         """
-        point, wanted = self.split(point, -1.0), self.pruned.to(point)  # -1: a filling stays unpruned
+        point, wanted = self.split(point, -1.0), self.pruned.to(point)  # -1: padding is never pruned
         low = ((point - 1) * curvature).amin(self.axis, keepdim=True)  # everything is pruned at this price ...
         high = (point * curvature).amax(self.axis, keepdim=True)  # ... and nothing at this
         price, inverse = price.clamp(low, high), 1 / curvature
@@ -156,7 +158,7 @@ class Relaxation:
         self.lengths, self.groups = lengths, groups
 
     def solve(self, correlation: Tensor, shrink: Tensor, start: Tensor | None = None) -> tuple[float, float, Tensor]:
-        """The bound, the gap left and the relaxed p [out, in], for D = diag(shrink) in units of the correlation.
+        """The bound, the remaining gap and the relaxed p [out, in], for D = diag(shrink) in units of the correlation.
 
         ADMM on x = a o p, which solves for x with one matrix for all rows, then projects p.
         """
@@ -165,9 +167,9 @@ class Relaxation:
         inverse = torch.linalg.inv(2 * convex + torch.eye(len(convex), dtype=convex.dtype))
         lengths, force = self.lengths, shrink * self.lengths
         curvature = lengths.square()
-        # Inputs that cancel leave an error far below the products that it is summed from, and their rounding in it.
+        # If inputs cancel, the error is far smaller than the products in its sum, and their rounding matters.
         margin = CANCELLATION * float(curvature.sum())
-        # Of a weight of nearly no length any p will do, but not one that drowns the others in rounding.
+        # For a weight of almost zero length any p will do, as long as it does not drown the others in rounding.
         curvature = curvature.clamp(min=max(1e-13 * float(curvature.max()), 1e-200))
         reciprocal, curvature = lengths / curvature, self.groups.split(curvature, 1.0)
         relaxed, price = self.groups.project(torch.zeros_like(lengths), curvature, torch.zeros(()))
@@ -195,16 +197,16 @@ class Relaxation:
 
 
 def rounding(correlation: Tensor) -> float:
-    """How far an eigenvalue of a matrix with a unit diagonal, or a Cholesky factor's verdict on it, can be off."""
+    """Largest rounding error in an eigenvalue, or in a Cholesky test, of a matrix with a unit diagonal."""
     return max(ROUNDING, len(correlation) ** 2 * torch.finfo(correlation.dtype).eps)
 
 
 def strengthened(correlation: Tensor, gain: Tensor, start: Tensor, steps: int = 12) -> Tensor:
     """D [in] that nearly maximises gain . D while the correlation [in, in] minus diag(D) stays positive definite.
 
-    Newton's method on gain . D + t log det(C - diag D) with t falling; start: a D that is feasible.
+    Newton's method on gain . D + t log det(C - diag D) with decreasing t. start: a feasible D.
     """
-    gain = gain / gain.mean() + 1e-3  # an input that gains nothing would let its D fall without end
+    gain = gain / gain.mean() + 1e-3  # without a gain, D of an input would decrease without limit
     barrier, shrink, margin = 0.1, start - INTERIOR, rounding(correlation)
     for _ in range(steps):
         inverse = torch.linalg.inv(correlation - torch.diag(shrink))

@@ -1,4 +1,4 @@
-"""A loaded Hugging Face model compressed in place: the walk of a cell, in memory and without files."""
+"""Compress a loaded Hugging Face model in place, as a cell does, in memory and without files."""
 
 from __future__ import annotations
 
@@ -36,10 +36,10 @@ from layerwise.sources.tokens import sequences
 from layerwise.storage.table_schema import columns, to_frame, typed
 from layerwise.study.grid import canonical
 
-ATTRIBUTE = "_experts_implementation"  # of a config: how transformers multiplies by experts
+ATTRIBUTE = "_experts_implementation"  # attribute of a config: how transformers multiplies by experts
 MODES = ("shared", "sequential")
 SAMPLINGS = ("stream", "documents")
-LONGEST = 2048  # tokens of a sequence, where the model takes as many and no length is given
+LONGEST = 2048  # tokens per sequence if no length is given and the model takes this many
 
 
 def compress_model(
@@ -58,30 +58,31 @@ def compress_model(
     progress: bool = True,
     **parameters: Any,
 ) -> pd.DataFrame:
-    """Compress the linear layers of a causal language model's blocks, in place; returns a row for each layer.
+    """Compress the linear layers of a causal language model's blocks in place; returns one row per layer.
 
-    The numbers are those of a study's cell for the same tokens. Embeddings, the head, norms and routers stay as they
-    are, and so do the model's dtype, device, training mode, requires_grad and config.
+    The numbers are those of a study's cell for the same tokens. Embeddings, the head, norms and routers are unchanged,
+    and so are the model's dtype, device, training mode, requires_grad and config.
 
     model: whole in memory, on one device. target, method, parameters: as `compress_layer` takes them.
     tokenizer_or_tokens: calibration tokens [sequences, length], integers; or the model's tokenizer, with `text`.
     A method that needs the fisher of the loss (fwsvd) passes the tokens back through the model, or, where it is not in
     float32, through a copy that is.
-    mode: "shared": every layer sees the inputs that it has in the dense model. "sequential": those that the compressed
-        blocks before it pass on, as in the published codes.
-    text: to draw tokens from: a text, a list of documents, or the path of a .txt, .jsonl, .json or .parquet file.
-    samples, length: of the drawn sequences; length None is what the model takes, at most 2048.
-    sampling: "stream": crops of the joined text, as published for WikiText-2; "documents": of documents, as for C4.
-    seed: of the draw, and of the random numbers of a method that draws some.
-    layers: those to compress: patterns such as "*.mlp.*", or a function of a layer's name; None is all of them.
+    mode: "shared": every layer sees the inputs that it has in the dense model. "sequential": every layer sees inputs
+        that passed through the compressed blocks before it, as in the published code.
+    text: the source of the tokens: a text, a list of documents, or the path of a .txt, .jsonl, .json or .parquet file.
+    samples, length: number and length of the drawn sequences. length None: the model's maximum, but at most 2048.
+    sampling: "stream": crops of the joined text, as published for WikiText-2; "documents": crops of documents, as for
+        C4.
+    seed: seed of the draw, and of the random numbers of a method that draws any.
+    layers: the layers to compress: patterns such as "*.mlp.*", or a function of a layer's name; None means all.
     progress: whether to show a bar on stderr.
 
     The table has the columns of a study's `layers` table that apply; output_error is the share of the layer's output
     that is lost, in float64 on the Gram of its mode.
-    Raises ValueError, in one sentence, for arguments that do not fit, with its kinds CatalogueError and
-    UnsupportedTarget; InputError when the model is of an unknown structure, not causal or more than its blocks one
-    after the other, the text is too short, or a method fails a layer. If layers have been compressed by then, the
-    sentence says which: they stay so, the others are as they were.
+    Raises ValueError, in one sentence, for arguments that do not fit, or its subclasses CatalogueError and
+    UnsupportedTarget. Raises InputError when the model's structure is unknown, the model is not causal or is not a
+    plain sequence of blocks, the text is too short, or a method fails on a layer. If some layers are already
+    compressed, the sentence names them. They stay compressed, and the others are unchanged.
     """
     goal = as_target(target)
     for name, value, known in (("mode", mode, MODES), ("sampling", sampling, SAMPLINGS)):
@@ -123,13 +124,13 @@ def compress_model(
 
 
 def in_float32(model: PreTrainedModel) -> PreTrainedModel:
-    """The model itself where it is in float32, else a copy."""
+    """The model itself if it is in float32, otherwise a float32 copy."""
     narrow = any(own.dtype != torch.float32 for own in model.parameters())
     return copy.deepcopy(model).float() if narrow else model
 
 
 def ignore(row: Mapping[str, Any]) -> None:
-    """A progress bar that is not shown."""
+    """Stands for a progress bar that is not shown."""
 
 
 def check(model: PreTrainedModel) -> None:
@@ -165,7 +166,7 @@ def chosen_layers(model: PreTrainedModel, layers: str | Sequence[str] | Callable
 
 
 def only(blocks: Iterable[tuple[int, Iterable[Tap]]], chosen: set[str]) -> Iterator[tuple[int, Iterator[Tap]]]:
-    """The blocks' taps with the chosen layers alone."""
+    """The blocks' taps, restricted to the chosen layers."""
 
     def of(taps: Iterable[Tap]) -> Iterator[Tap]:
         for tap in taps:
@@ -173,7 +174,7 @@ def only(blocks: Iterable[tuple[int, Iterable[Tap]]], chosen: set[str]) -> Itera
             if pairs:
                 names, inside = zip(*pairs, strict=True)
                 yield replace(tap, layers=names, inside=inside)
-            del tap  # with its Gram, before the next
+            del tap  # frees its Gram before the next tap is read
 
     for index, taps in blocks:
         yield index, of(taps)
@@ -192,7 +193,7 @@ def calibration_tokens(
     if isinstance(tokenizer_or_tokens, Tensor):
         if text is not None:
             raise ValueError("text must be given with a tokenizer. Got it with tokens instead.")
-        return tokenizer_or_tokens  # the stream checks them
+        return tokenizer_or_tokens  # the stream checks the tokens
     if not callable(tokenizer_or_tokens):
         came = type(tokenizer_or_tokens).__name__
         raise ValueError(f"The second argument must be tokens [sequences, length] or a tokenizer. Got {came} instead.")
@@ -212,7 +213,7 @@ def calibration_tokens(
 
 
 def documents_of(text: str | Path | Sequence[str]) -> list[str]:
-    """The documents of a text: of a file, of a list, or the one that the text is."""
+    """The documents of a file or a list; a single text is one document."""
     if isinstance(text, Path) or (isinstance(text, str) and text.endswith(TEXT_SUFFIXES) and "\n" not in text):
         return documents({"path": str(text)})
     found = [text] if isinstance(text, str) else list(text)
@@ -230,7 +231,7 @@ def documents_of(text: str | Path | Sequence[str]) -> list[str]:
 
 @contextmanager
 def as_it_was(model: PreTrainedModel) -> Iterator[None]:
-    """Within it the model is ready for calibration; after it, its modes and configs are what they were before."""
+    """Context in which the model is ready for calibration. Afterwards its modes and configs are restored."""
     training = {module: module.training for module in model.modules()}
     configs = {id(own): own for module in model.modules() if (own := getattr(module, "config", None)) is not None}
     experts = [(own, getattr(own, ATTRIBUTE)) for own in configs.values() if hasattr(own, ATTRIBUTE)]
@@ -248,13 +249,13 @@ def as_it_was(model: PreTrainedModel) -> Iterator[None]:
 
 @contextmanager
 def saying(done: Sequence[str], total: int) -> Iterator[None]:
-    """Within it an error names the layers that were compressed before it."""
+    """Context in which an error names the layers that are already compressed."""
     try:
         yield
     except BaseException as error:
         if not done:
             raise
-        told = f"{len(done)} of {total} layers of the model are compressed by now: {', '.join(done)}"
+        told = f"{len(done)} of {total} layers of the model are already compressed: {', '.join(done)}"
         if not isinstance(error, Exception):  # such as Ctrl-C
             error.add_note(told)
             raise

@@ -16,7 +16,7 @@ from layerwise.contract.target import Target
 
 @dataclass(frozen=True)
 class Probe:
-    """A method at a target that is the budget; candidates: the levels whose errors are wanted of every layer."""
+    """A method at a target that is the budget. candidates: the levels at which every layer's error is measured."""
 
     solver: Solver
     candidates: Sequence[Candidate] = ()
@@ -25,23 +25,24 @@ class Probe:
     def of(
         cls, name: str, method: Method, candidates: Sequence[Candidate], target: Target, seed: int, dtype: torch.dtype
     ) -> Probe:
-        """name: of the allocator that asks. dtype: of the model."""
+        """name: the allocator's name. dtype: the model's dtype."""
         return cls(Solver(f"{name}'s {type(method).__name__}", method, target, seed, dtype), candidates)
 
     def errors(self, layer: Layer) -> dict[Candidate, tuple[float, float]]:
-        """Candidate -> (absolute, relative) output error of the layer, without those that would give it no factors."""
+        """Candidate -> (absolute, relative) output error of the layer, for candidates that give it factors of rank >=
+        1."""
         found: dict[Candidate, tuple[float, float]] = {}
         out, inputs = layer.weight.shape
         for candidate in self.candidates:
             solver = self._at(candidate)
-            if solver.without_factors({layer.name: (out, inputs)}):  # a rank that is 0 in a small layer
+            if solver.without_factors({layer.name: (out, inputs)}):  # the rank is 0 in a small layer
                 continue
             _, row = solver.solve(layer)
             found[candidate] = (row["absolute_error"], row["output_error"])
         return found
 
     def weight(self, layer: Layer, candidate: Candidate) -> Tensor:
-        """[out, in] the layer's weight at a level."""
+        """The layer's weight [out, in] at a level."""
         return self._at(candidate).solve(layer)[0].weight
 
     def _at(self, candidate: Candidate) -> Solver:

@@ -1,4 +1,4 @@
-"""A Python caller's arguments in the runner's form: a target from its label, a method from its name or file."""
+"""Convert a Python caller's arguments to the runner's form: a target from its label, a method from its name or file."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from layerwise.contract.layer import Compressed, Layer, Method, UnsupportedTarge
 from layerwise.contract.target import Target
 from layerwise.runtime.errors import InputError
 
-ELSEWHERE = ("gram", "cross_gram", "fisher")  # of what a card needs, what is in no Statistics
+ELSEWHERE = ("gram", "cross_gram", "fisher")  # needs of a card that are not fields of Statistics
 MethodLike = str | Path | Mapping[str, Any] | Method
 
 
 @dataclass(frozen=True)
 class Resolved:
-    """A method that can be run. entry: what its file says of it, or None for a class without a card."""
+    """A method that can be run. entry: its catalogue entry, or None for a class without a card."""
 
     name: str
     method: Method
@@ -31,13 +31,13 @@ class Resolved:
     entry: Entry | None
 
     def solver(self, target: Target, seed: int, dtype: torch.dtype) -> Solver:
-        """The method as the runner calls it; dtype: of the weights that are replaced."""
+        """The method as the runner calls it. dtype: dtype of the weights that it replaces."""
         mask_only = self.entry is not None and self.entry.comparison(target) == "mask-only"
         return Solver(self.name, self.method, target, seed, dtype, mask_only, self.entry and self.entry.criterion)
 
 
 def as_target(target: Target | str) -> Target:
-    """The target, or that of a label. Raises ValueError for what is no label."""
+    """The target itself, or the target of a label. Raises ValueError for anything else."""
     return target if isinstance(target, Target) else Target.parse(target)
 
 
@@ -62,13 +62,13 @@ def resolve(method: MethodLike, parameters: Mapping[str, Any], target: Target) -
 
 
 def refuse(reason: str | None, target: Target) -> None:
-    """Raise UnsupportedTarget for a reason; every method leaves a layer of which nothing is asked as it is."""
+    """Raise UnsupportedTarget if there is a reason, except for the dense target, which every method accepts."""
     if reason and not target.dense:
         raise UnsupportedTarget(f"{reason}. Got the target {target.label} instead.")
 
 
 def named(method: str | Path | Mapping[str, Any]) -> tuple[str, dict[str, Any], Catalogue]:
-    """Name and parameters of a method, and a catalogue that has it."""
+    """Name and parameters of a method, and a catalogue that holds it."""
     if isinstance(method, Mapping) and len(method) == 1:
         name, given = next(iter(method.items()))
         if isinstance(name, str) and isinstance(given, Mapping | None):
@@ -84,23 +84,23 @@ def named(method: str | Path | Mapping[str, Any]) -> tuple[str, dict[str, Any], 
 
 
 def with_file(path: Path) -> Catalogue:
-    """The methods that ship and that of a file, which may be one of them."""
+    """The shipped methods and the method of a file, which may be one of them."""
     catalogue = Catalogue()
     if path.resolve() not in [entry.path for entry in catalogue.values()] and catalogue.add(path) is None:
-        raise CatalogueError(f"{path} must be a method: it has no CARD.")
+        raise CatalogueError(f"{path} must define a method: it has no CARD.")
     return catalogue
 
 
 def built(catalogue: Catalogue, name: str, params: Mapping[str, Any]) -> Method:
     try:
         return catalogue.build(name, params)
-    except Exception as error:  # of the method's own code
+    except Exception as error:  # raised by the method's own code
         said = " ".join(str(error).split())
         raise InputError(f"The method {name} cannot be made: {type(error).__name__}: {said}") from error
 
 
 def entry_of(method: Method) -> Entry | None:
-    """The entry for the file of an instance's class; None where the file has no card or another class's."""
+    """The entry for the file of an instance's class; None if the file has no card or its card is another class's."""
     file = getattr(sys.modules.get(type(method).__module__), "__file__", None)
     entry = read_entry(Path(file)) if file else None
     return entry if entry and entry.class_name == type(method).__name__ else None
@@ -121,14 +121,14 @@ def as_json(value: Any) -> Any:
 
 
 def needed_statistics(method: Method) -> list[str]:
-    """Names of the fields of a Statistics that a method needs, or a method inside it; see `needs`."""
+    """Names of the fields of Statistics that a method, or a method inside it, needs; see `needs`."""
     return [name for name in needs(method) if name not in ELSEWHERE]
 
 
 def needs(method: Method) -> list[str]:
-    """The needs of a method, and of methods inside it, by their cards.
+    """The needs of a method and of the methods inside it, from their cards.
 
-    A chain gives its layer to its methods alone, and needs what they need.
+    A chain only passes its layer to its methods, so it needs what they need.
     """
     values = {field.name: getattr(method, field.name) for field in fields(method)}
     held = list(values.values())
@@ -140,7 +140,7 @@ def needs(method: Method) -> list[str]:
 
 
 def solve(solver: Solver, layer: Layer) -> tuple[Compressed, dict[str, Any]]:
-    """As Solver.solve, but a target that only the method itself refuses is an UnsupportedTarget."""
+    """As Solver.solve, but a target that the method itself refuses raises UnsupportedTarget."""
     try:
         return solver.solve(layer)
     except InputError as error:

@@ -7,10 +7,11 @@ from torch import Tensor
 from layerwise.contract.layer import Compressed, Layer
 from layerwise.runtime.errors import Diverged
 
-LARGEST_ERROR = 1e6  # output_error of a result: what loses more has diverged
-TRACE_ERROR = 1e-3  # by how much, in units of it, a trace may miss the result's error
-ROUNDING = 1e-6  # the same in units of the dense output; of a Gram's trace, how far its eigenvalues may be below zero
-SCORED = 512  # rows of a weight, and columns of its Gram, that are in float64 at a time
+LARGEST_ERROR = 1e6  # output_error above which a result has diverged
+TRACE_ERROR = 1e-3  # largest relative difference between a trace's objective and the result's error
+# the same in units of the dense output; also how far eigenvalues may lie below zero, as a share of the trace
+ROUNDING = 1e-6
+SCORED = 512  # rows of a weight, and columns of its Gram, converted to float64 at a time
 
 
 def output_error(layer: Layer, weight: Tensor) -> tuple[float, float]:
@@ -23,12 +24,13 @@ def output_error(layer: Layer, weight: Tensor) -> tuple[float, float]:
 
 
 def ratio(error: float, whole: float) -> float:
-    """A layer whose dense output is zero on every token has ratio 0 where that is kept, else an infinite one."""
+    """error / whole. If the dense output is zero on every token, the ratio is 0 for a zero error, otherwise
+    infinite."""
     return error / whole if whole > 0 else 0.0 if error == 0 else math.inf
 
 
 def losses(layer: Layer, weight: Tensor) -> tuple[float, float]:
-    """tr((W - W_hat) G (W - W_hat)^T) and tr(W G W^T), as output_error has them."""
+    """tr((W - W_hat) G (W - W_hat)^T) and tr(W G W^T), as in output_error."""
     error = whole = 0.0
     for own, other in zip(layer.weight.split(SCORED), weight.split(SCORED), strict=True):
         dense = own.double()
@@ -39,7 +41,7 @@ def losses(layer: Layer, weight: Tensor) -> tuple[float, float]:
             error += float(((lost @ gram) * lost[:, columns]).sum())
             whole += float(((dense @ gram) * dense[:, columns]).sum())
     if min(error, whole) < 0:
-        # Rounding of a Gram that is singular can push a trace of zero below it, but by no more than its own size.
+        # In a singular Gram rounding can push a zero trace below zero, by a small share of the trace's terms.
         size = float(layer.gram.matrix.diagonal().double().sum())
         squares = max(float(part.double().square().sum()) for part in (layer.weight - weight, layer.weight))
         if min(error, whole) < -ROUNDING * squares * size:
@@ -51,8 +53,8 @@ def losses(layer: Layer, weight: Tensor) -> tuple[float, float]:
 def asymmetric_error(layer: Layer, weight: Tensor, symmetric: float | None = None) -> float | None:
     """||W X0 - W_hat X||^2 / ||W X0||^2 in float64, with X0 the inputs in the dense model and X the layer's own.
 
-    That is tr(W G0 W^T - 2 W C W_hat^T + W_hat G W_hat^T) / tr(W G0 W^T), G0 of X0 alone. Where X is X0 it is the
-    output error; symmetric: that, where it is known. None where X0 is not known, or W gives no output for it.
+    This equals tr(W G0 W^T - 2 W C W_hat^T + W_hat G W_hat^T) / tr(W G0 W^T), with G0 the Gram of X0. If X is X0, it is
+    the output error. symmetric: the output error, if it is known. None if X0 is not known, or if W X0 is zero.
     """
     gram = layer.gram
     if not gram.knows_dense:
@@ -67,7 +69,7 @@ def asymmetric_error(layer: Layer, weight: Tensor, symmetric: float | None = Non
             alone, cross, moved = (x[:, columns].double() for x in (gram.dense, gram.cross, gram.matrix))
             size = float(((dense @ alone) * dense[:, columns]).sum())
             whole += size
-            # (W C)_j is what W X0 has in common with input j of X.
+            # (W C)_j is the inner product of W X0 with input j of X.
             error += size + float(((compressed @ moved - 2 * (dense @ cross)) * compressed[:, columns]).sum())
     return max(error, 0.0) / whole if whole > 0 else None
 
@@ -75,7 +77,7 @@ def asymmetric_error(layer: Layer, weight: Tensor, symmetric: float | None = Non
 def first_token_error(layer: Layer, weight: Tensor) -> float | None:
     """||(W - W_hat) X||^2 / ||W X||^2 in float64 on the first token of each calibration sequence.
 
-    None where these inputs are not known, or W gives no output for them.
+    None if these inputs are not known, or if W gives zero output for them.
     """
     if layer.statistics is None or layer.statistics.first_tokens is None:
         return None
@@ -89,9 +91,9 @@ def first_token_error(layer: Layer, weight: Tensor) -> float | None:
 
 
 def untrue(result: Compressed, error: float, whole: float) -> str | None:
-    """One sentence where the trace's objective, the layer's error, is not that of the result, or None.
+    """One sentence if the trace's objective is the layer's error but differs from the result's error, or None.
 
-    whole: the dense output's size, in units of which the objective is rounded.
+    whole: the size of the dense output, which sets the scale of rounding in the objective.
     """
     told = min(row[2] for row in result.trace)
     if abs(told - error) <= TRACE_ERROR * error + ROUNDING * whole:

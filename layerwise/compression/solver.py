@@ -38,10 +38,10 @@ REGISTRY = "__warningregistry__"
 
 @dataclass(frozen=True)
 class Solver:
-    """A method at a target, as the runner calls it; dtype: of the model that it compresses.
+    """A method at a target, as the runner calls it. dtype: dtype of the model that it compresses.
 
-    mask_only: whether its card says that it changes no weight that it keeps. criterion: what its trace measures.
-    targets: layer -> its own, where the target's budget is spread over layers; empty where each has the target itself.
+    mask_only: whether its card says that it leaves kept weights unchanged. criterion: what its trace measures. targets:
+    layer -> the layer's target, if the budget is spread over layers; empty if every layer has the same target.
     """
 
     name: str
@@ -54,7 +54,7 @@ class Solver:
     targets: Mapping[str, Target] = field(default_factory=dict)
 
     def at(self, layer: str) -> "Solver":
-        """The same at the target of one layer. Raises InputError for a layer that was given no level."""
+        """The same solver at the target of one layer. Raises InputError for a layer without a level."""
         if not self.targets:
             return self
         if layer not in self.targets:
@@ -62,7 +62,7 @@ class Solver:
         return replace(self, target=self.targets[layer], targets={})
 
     def without_factors(self, shapes: Mapping[str, tuple[int, int]]) -> str | None:
-        """One sentence about the first of these layers, name -> (out, in), that would get no factors, or None."""
+        """One sentence about the first layer that would get no factors, or None. shapes: name -> (out, in)."""
         for name, shape in shapes.items() if self.target.rank else ():
             target = self.at(name).target
             if self.method.rank_of(target, *shape) < 1:
@@ -72,7 +72,7 @@ class Solver:
     def solve(self, layer: Layer) -> tuple[Compressed, dict[str, Any]]:
         """The layer's result, with the scales that are stored, and its row of numbers.
 
-        Raises InputError naming the layer when the method fails it.
+        Raises InputError, which names the layer, when the method fails.
         """
         rng = torch.Generator().manual_seed(layer_seed(self.seed, layer.name))
         before, around = inputs_state(layer), process_state()
@@ -87,22 +87,22 @@ class Solver:
                 f"{self.name} must return a Compressed on {layer.name}. Got {type(result).__name__} instead."
             )
         written = [name for name, state in inputs_state(layer).items() if state != before[name]]
-        if written:  # the score would compare the result with itself
+        if written:  # otherwise the score would compare the result with itself
             raise self.breach(layer, f"promise 1: the inputs must be untouched. Got a changed {written[0]} instead")
         changed = [name for name, state in process_state().items() if state != around[name]]
-        if changed:  # later layers, and other methods' seconds, would depend on it
+        if changed:  # later layers, and the times of other methods, would depend on it
             raise self.breach(
                 layer, f"promise 4: global state must be left alone. Got a change of {changed[0]} instead"
             )
         return self.judged(layer, result, seconds)
 
     def breach(self, layer: Layer, broken: str) -> InputError:
-        """The error about a promise broken on a layer."""
+        """The error that reports a promise broken on a layer."""
         kind = Diverged if NOT_FINITE in broken else InputError
         return kind(f"{self.name} broke its contract on {layer.name}: {broken}.")
 
     def judged(self, layer: Layer, result: Compressed, seconds: float) -> tuple[Compressed, dict[str, Any]]:
-        """A result that keeps its promises, with the scales that are stored, and its row of numbers.
+        """The verified result, with the scales as stored, and its row of numbers.
 
         Raises InputError for the first promise that is broken, Diverged for an error beyond LARGEST_ERROR.
         """
@@ -153,7 +153,7 @@ class Solver:
 
 
 def process_state() -> dict[str, Any]:
-    """State that a method could change for others: generators, torch's settings, the functions that judge it."""
+    """Global state that a method could change for others: generators, torch's settings, the functions that judge it."""
     judges = [vars(module) for module in (sys.modules[__name__], score, verify, *PACKING)]
     numpys = np.random.get_state(legacy=False)["state"]
     return {
@@ -171,7 +171,7 @@ def process_state() -> dict[str, Any]:
 
 
 def inputs_state(layer: Layer) -> dict[str, tuple[int, float]]:
-    """Marks that change when a method writes into its inputs: versions (through torch), sums (through other memory)."""
+    """Marks that change when a method writes to its inputs: versions (for torch), sums (for other access)."""
     tensors = {"weight": layer.weight, "gram": layer.gram.matrix}
     if layer.gram.apart:
         tensors |= {"cross-Gram": layer.gram.cross, "dense Gram": layer.gram.dense}
@@ -183,7 +183,7 @@ def inputs_state(layer: Layer) -> dict[str, tuple[int, float]]:
 
 
 def placed_sum(tensor: Tensor) -> float:
-    """Sum in float64 where each place has a weight of its own, so that entries that are exchanged show too."""
+    """Weighted sum in float64 with a different weight for each place, so that swapped entries show too."""
     rows = tensor.reshape(-1, tensor.shape[-1])
     across, down = (torch.linspace(1, 2, n, dtype=torch.float64, device=tensor.device) for n in rows.shape[::-1])
     return float(torch.cat([part.double() @ across for part in rows.split(SCORED)]) @ down)

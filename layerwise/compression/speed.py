@@ -1,8 +1,8 @@
-"""How long this processor takes, on one thread: for forward passes, for words that are compared, for the methods.
+"""Measure how long this processor takes, on one thread: for forward passes, for comparing tokens, for the methods.
 
     layerwise worker speed --request FILE --out FILE
 
-Estimates ask for it (study/speeds.py). Times are the process's own: what else the machine does is not in them.
+Estimates use it (study/speeds.py). Times are CPU times of the process, so other work on the machine does not count.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ from layerwise.evaluation.perplexity import loss_of
 from layerwise.models.compute_dtype import HALVES, slowdown
 from layerwise.storage.layer_packing import parts_of
 
-ROUNDS = 3  # of which the shortest counts
-HEADS, WIDE = 8, 1408  # of the block of the forward pass
+ROUNDS = 3  # measurements, of which the shortest counts
+HEADS, WIDE = 8, 1408  # of the block in the forward pass
 SEQUENCES, LENGTH, WIDTH = 2, 512, 512  # of its inputs
-COMPARED = (64, 2**14)  # tokens and words
-INPUTS = 1024  # of a trial's layer, at most
-ROWS = (8, 16, 64)  # of its weight in turn; the first time compiles what a method has
-TRIED = (4, 512)  # sequences and tokens of each that its Gram is of
-LONGEST = 4.0  # seconds that the last solution of a trial may be expected to take
+COMPARED = (64, 2**14)  # tokens and vocabulary size
+INPUTS = 1024  # largest number of inputs of a trial's layer
+ROWS = (8, 16, 64)  # rows of its weight, one trial each; the first trial compiles the method's code
+TRIED = (4, 512)  # sequences, and tokens in each, of the trial's Gram
+LONGEST = 4.0  # seconds that a trial's last solution may be expected to take
 
 
 def main(argv: list[str]) -> None:
@@ -65,7 +65,7 @@ def answers(request: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
             return
         try:
             yield {"key": trial["key"], "trial": tried(trial)}
-        except Exception as error:  # of a method that anyone may have written
+        except Exception as error:  # the method may be anyone's
             yield {"key": trial["key"], "failed": f"{type(error).__name__}: {error}".splitlines()[0]}
 
 
@@ -73,8 +73,8 @@ def answers(request: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 def rates() -> dict[str, float]:
-    """Seconds: `start` of a job, `word` of one compared for one token, and of one operation of the linear layers of a
-    forward pass, all else that it does included, by dtype."""
+    """Rates in seconds. `start`: one job's start. `word`: one vocabulary entry compared for one token. Each dtype: one
+    operation of the linear layers in a forward pass, with all other work of the pass included."""
     one = forward_pass()
     wide = shortest(one[0]) / one[1]
     halves = {dtype: wide * slowdown(dtype) for dtype in HALVES}
@@ -82,9 +82,9 @@ def rates() -> dict[str, float]:
 
 
 def job_start() -> float:
-    """Seconds that a process takes until it has imported what a job imports.
+    """Seconds until a process has imported everything that a job imports.
 
-    Another process does it again: this one may have been the first to compile the files.
+    A second process is timed, because the first may have compiled the files.
     """
     before = os.times()
     subprocess.run([sys.executable, "-c", f"import {cell.__name__}"], stdin=subprocess.DEVNULL, check=True)
@@ -93,7 +93,7 @@ def job_start() -> float:
 
 
 def shortest(work: Callable[[], object]) -> float:
-    """Seconds of the process that the shortest of ROUNDS takes, after one that is not counted."""
+    """CPU seconds of the shortest of ROUNDS runs, after one run that is not counted."""
     found = math.inf
     for again in range(1 + ROUNDS):
         before = time.process_time()
@@ -124,7 +124,7 @@ def forward_pass() -> tuple[Callable[[], Tensor], float]:
 
 
 def word() -> float:
-    """Seconds that a word of a token takes in an evaluation: of its loss and of the divergence (divergence.py)."""
+    """Seconds per vocabulary entry and token in an evaluation of the loss and the divergence (divergence.py)."""
     generator = torch.Generator().manual_seed(0)
     dense, own = torch.randn(2, *COMPARED, generator=generator)
     targets = torch.zeros(COMPARED[0], dtype=torch.long)
@@ -135,7 +135,7 @@ def word() -> float:
 
 
 def inputs_of(target: Target) -> int:
-    """The most inputs within INPUTS that a target divides. Raises ValueError where there are none."""
+    """The largest number of inputs up to INPUTS that the target's group divides. Raises ValueError if there is none."""
     parts = [
         target.group or 1,
         *(target.n_of_m or ())[1:],
@@ -148,7 +148,7 @@ def inputs_of(target: Target) -> int:
 
 
 def tried(trial: Mapping[str, Any]) -> list[float]:
-    """[inputs of the layer, seconds of a solution without rows, seconds of a row], of method and target, scored."""
+    """[inputs of the layer, fixed seconds of a solution, seconds per row] for a method at a target, with scoring."""
     target = Target(**trial["target"])
     catalogue = Catalogue([Path(folder) for folder in trial["folders"]])
     method = catalogue.build(trial["method"], trial["params"])
@@ -156,7 +156,7 @@ def tried(trial: Mapping[str, Any]) -> list[float]:
     inputs = inputs_of(target)
     taken: dict[int, float] = {}
     for rows in ROWS:
-        layer = random_layer(rows, inputs)  # another one, whose Gram has kept no factor yet
+        layer = random_layer(rows, inputs)  # a new layer, whose Gram has no cached factor
         before = time.process_time()
         result, _ = solver.solve(layer)
         parts_of(result, target, torch.float32)
@@ -171,7 +171,7 @@ def tried(trial: Mapping[str, Any]) -> list[float]:
 
 
 def random_layer(rows: int, inputs: int) -> Layer:
-    """A layer whose inputs are correlated and have means, as those of language models.
+    """A layer whose inputs are correlated and have nonzero means, as in language models.
 
     Frank-Wolfe and SparseSwaps take about as long on it as on a row of SmolLM2's layers.
     """

@@ -1,4 +1,4 @@
-"""The whole model with layers compressed for a try: what an allocator that looks at the loss is given."""
+"""Trials for allocators that look at the loss: the whole model with some layers compressed."""
 
 from __future__ import annotations
 
@@ -28,16 +28,17 @@ from layerwise.runtime.errors import InputError
 
 
 class ModelTrials(Trials):
-    """Trials of a model that is whole in memory, beside a copy of its layers.
+    """Trials of a model that is whole in memory, next to a copy of its layers.
 
-    Weights of a layer at a level are solved when they are first asked for, from the dense Grams, and kept in `folder`.
+    A layer is solved at a level when it is first requested, from the dense Grams, and its weights are stored in
+    `folder`.
     """
 
     def __init__(
         self, blocks: Blocks, parts: Sequence[Part], grams: Path, tokens: Tensor, probe: Probe, folder: Path
     ) -> None:
-        """blocks: of the dense model, which trials write to. grams: store of the dense Grams. tokens: [windows, length]
-        of the calibration text. folder: for what is kept, empty."""
+        """blocks: blocks of the dense model; trials overwrite their weights. grams: store of the dense Grams. tokens:
+        [windows, length] of the calibration text. folder: an empty folder for the solved weights."""
         self.seed, self._probe, self._folder = probe.solver.seed, probe, folder
         self._blocks, self._grams, self._tokens = blocks, grams, tokens
         self._block = {part.name: part.block for part in parts}
@@ -86,7 +87,7 @@ class ModelTrials(Trials):
         return self._tokens[:windows]
 
     def _set(self, levels: Sequence[Candidate | None]) -> None:
-        """Give the layers their weights at these levels."""
+        """Set the layers' weights to those at these levels."""
         if len(levels) != len(self._order):
             raise ValueError(
                 f"a trial must have {len(self._order)} levels, one for each layer. Got {len(levels)} instead"
@@ -100,7 +101,7 @@ class ModelTrials(Trials):
             self._now[name] = level
 
     def _solve(self, levels: Mapping[str, Candidate]) -> None:
-        """Solve the layers that have not been solved at these levels, a block's Grams in memory at a time."""
+        """Solve the layers not yet solved at these levels, with the Grams of one block in memory at a time."""
         missing = defaultdict[int, set[str]](set)
         for name, level in levels.items():
             if (name, level) not in self._solved:
@@ -115,6 +116,6 @@ class ModelTrials(Trials):
                     self._solved.add((name, levels[name]))
 
     def _file(self, name: str, level: Candidate) -> Path:
-        place = self._order.index(name)  # names may be long, and experts many
+        place = self._order.index(name)  # a number, because names may be long and experts many
         own = level.label.replace(" ", "_").replace(":", "of") if isinstance(level, Target) else float(level).hex()
         return self._folder / f"{place}-{own}.safetensors"

@@ -1,8 +1,9 @@
-"""Tuning stages after a method, for whatever it returned: kept weights and grids trained by gradients, masks fixed.
+"""Tuning stages after any method: kept weights and grids are trained by gradients, masks are fixed.
 
-blocks: GQSA's BQPO (Zeng et al.), block by block: kept weights, scales and zeros, so that the block's output is that of
-the dense model. end: its E2E-OQP, all blocks at once: scales and zeros, codes fixed, by the language-modelling loss on
-the calibration tokens. The result is exact: on the pattern, and codes, scales and zeros give the weight.
+blocks: GQSA's BQPO (Zeng et al.). It trains kept weights, scales and zeros block by block, to match the block's output
+in the dense model. end: GQSA's E2E-OQP. It trains the scales and zeros of all blocks at once, with fixed codes, on the
+language-modelling loss of the calibration tokens. The result is exact: it is on the pattern, and its codes, scales and
+zeros give the weight.
 """
 
 from __future__ import annotations
@@ -38,9 +39,9 @@ def round_straight_through(values: Tensor) -> Tensor:
 
 
 class TunableGrid:
-    """The codes, scales and zeros of a compressed layer as they are trained; frozen: the codes stay.
+    """The codes, scales and zeros of a compressed layer during training. frozen: the codes are fixed.
 
-    Puts what is trained, `stretch` of the scales and `shift` of the zeros, into `trained`.
+    It adds its trainable tensors, `stretch` of the scales and `shift` of the zeros, to `trained`.
     """
 
     def __init__(
@@ -53,13 +54,13 @@ class TunableGrid:
             trained["shift"] = torch.zeros_like(quantised.zeros, requires_grad=True)
 
     def keeps_codes_of(self, dense: Tensor) -> Tensor:
-        """[out, in] bool: where the codes are those of the dense weight [out, in], rounded to its own grid."""
+        """[out, in] bool: True where the code is that of the dense weight [out, in] rounded to this grid."""
         quantised = self.quantised
         grid = ops.Grid(quantised.scales, quantised.zeros, self.bits)
         return grid.codes(self._scaled(dense), self.group_of) == quantised.codes
 
     def parts(self, weight: Tensor) -> tuple[Tensor, Quantised]:
-        """The value [out, in] of a weight [out, in] on the grid of now; the codes, scales and zeros in float32."""
+        """The value [out, in] of a weight [out, in] on the current grid, and the codes, scales and zeros in float32."""
         quantised, most = self.quantised, 2**self.bits - 1
         scales = quantised.scales * self.trained["stretch"].exp()
         zeros = quantised.zeros
@@ -78,17 +79,17 @@ class TunableGrid:
 
 
 class Tunable:
-    """A compressed layer with trainable kept weights (unless frozen), scales and zeros; the mask stays.
+    """A compressed layer with trainable kept weights (unless frozen), scales and zeros; the mask is fixed.
 
-    What is trained starts at zero and has no unit, so that one learning rate fits all layers: weights move by multiples
-    of the kept weights' root mean square, scales by powers of e, zeros by multiples of the number of codes. Zeros stay
-    codes themselves and those of a symmetric grid do not move, so that nothing takes more bits than before.
+    The trainable tensors start at zero and have no unit, so that one learning rate fits all layers: weights move by
+    multiples of the kept weights' root mean square, scales by powers of e, zeros by multiples of the number of codes.
+    Zeros remain codes, and the zeros of a symmetric grid do not move, so that nothing takes more bits than before.
     """
 
     def __init__(self, result: Compressed, target: Target, dense: Tensor | None) -> None:
-        """dense: [out, in] what the method was given; None freezes the codes.
+        """dense: [out, in] the weight passed to the method; None freezes the codes.
 
-        A weight whose code is its own rounding starts from itself and not from the middle of its step.
+        A weight whose code is its own rounding starts from its exact value, not from the centre of its step.
         """
         self.result, self.target = result, target
         self.start, self.trained = result.weight, {}
@@ -103,7 +104,7 @@ class Tunable:
                 self.start = torch.where(self.grid.keeps_codes_of(dense), dense, self.start)
 
     def parts(self) -> tuple[Tensor, Quantised | None]:
-        """The weight [out, in] float32, and codes (as float32), scales and zeros, as they stand now."""
+        """The weight [out, in] float32, and the current codes (as float32), scales and zeros."""
         weight, quantised = self.start, None
         if "moved" in self.trained:
             weight = weight + self.unit * self.trained["moved"]
@@ -113,7 +114,7 @@ class Tunable:
 
     @torch.no_grad()
     def compressed(self) -> Compressed:
-        """The method's result with the present weight, codes, scales and zeros."""
+        """The method's result with the current weight, codes, scales and zeros."""
         weight, quantised = self.parts()
         if quantised is None:
             return replace(self.result, weight=weight)
@@ -130,11 +131,11 @@ def descend(
     settings: Mapping[str, Any],
     generator: torch.Generator,
 ) -> tuple[float, float]:
-    """AdamW on what the tunables train; leaves them at the best of the start and the ends of all epochs.
+    """Run AdamW on the tunables; leave them in their best state among the start and the ends of all epochs.
 
-    loss: of batch 0 to `batches`. settings: `epochs` and the learning rates `weights` and `grid`, which fall
-    linearly to zero. Returns the mean loss over the batches before and after. Raises Diverged where it is not finite
-    before.
+    loss: the loss of a batch, numbered from 0 to `batches` - 1. settings: `epochs` and the learning rates `weights` and
+    `grid`, which fall linearly to zero. Returns the mean loss over the batches before and after. Raises Diverged if the
+    loss before is not finite.
     """
     trained = [(name, tensor) for tunable in tunables for name, tensor in tunable.trained.items()]
     rates = {"moved": settings.get("weights"), "stretch": settings["grid"], "shift": settings["grid"]}
@@ -148,7 +149,7 @@ def descend(
         return sum(float(loss(batch)) for batch in range(batches)) / batches
 
     first = least = mean()
-    if not math.isfinite(first):  # no epoch can be compared with it
+    if not math.isfinite(first):  # no epoch could be compared with this
         raise Diverged(f"Tuning cannot begin: the loss of the compressed layers is {first}.")
     best = [tensor.detach().clone() for _, tensor in trained]
     for _ in range(settings["epochs"]):
@@ -167,7 +168,7 @@ def descend(
 
 
 def weights(layers: Mapping[str, tuple[Linear, Tunable]]) -> dict[str, Tensor]:
-    """Parameter name -> the weight, or all experts' weights, as its module stores it; layers: by the layer's name."""
+    """Parameter name -> the weight, or all experts' weights, as the module stores it. layers: keyed by layer name."""
     found: dict[str, Tensor] = {}
     experts: defaultdict[str, list[Tensor]] = defaultdict(list)
     for name, (linear, tunable) in layers.items():
@@ -187,9 +188,10 @@ class Tuner:
         for _ in visit(model, tuner.walk(blocks, stream), tuner.keep(solve), ...):
             pass
         tuner.end()
-        tuner.results   # layer -> what it is now, and its row of numbers from before
+        tuner.results   # layer -> its current result, and its row of numbers before tuning
 
-    stages: {"blocks": settings, "end": settings} or one of them (config/README.md). seed: of the order of the batches.
+    stages: {"blocks": settings, "end": settings} or one of them (config/README.md). seed: seed of the order of the
+    batches.
     history: a record of each stage and block with the loss before and after.
     """
 
@@ -202,10 +204,10 @@ class Tuner:
     def __post_init__(self) -> None:
         self.results: dict[str, tuple[Compressed, dict[str, Any]]] = {}
         self.history: list[dict[str, Any]] = []
-        self.given: dict[str, Tensor] = {}  # weights of the present block, where they are needed
+        self.given: dict[str, Tensor] = {}  # weights of the current block, if they are needed
 
     def keep(self, solve: Solve) -> Solve:
-        """The solver, whose results are kept."""
+        """The solver, wrapped so that its results are recorded."""
 
         def solved(layer: Layer) -> tuple[Compressed, dict[str, Any]]:
             if "blocks" in self.stages:
@@ -218,10 +220,10 @@ class Tuner:
     def walk(
         self, blocks: Iterable[tuple[int, Iterable[Tap]]], stream: Stream | None
     ) -> Iterator[tuple[int, Iterable[Tap]]]:
-        """The blocks, each tuned when its layers have been solved.
+        """The blocks, each tuned once its layers are solved.
 
-        stream: what the blocks get in sequential mode; without it they get the dense model's activations. In either
-        mode a block is to give what it gives in the dense model.
+        stream: supplies the blocks' inputs in sequential mode. Without it they get the dense model's activations. In
+        either mode a block is tuned to give its output in the dense model.
         """
         if "blocks" not in self.stages:
             yield from blocks
@@ -232,13 +234,13 @@ class Tuner:
             inputs = dense.inputs
             dense.advance(index)
             yield index, taps
-            if stream:  # which may pass through a model in another dtype
+            if stream:  # its model may have another dtype
                 inputs = torch.cat(list(stream.inputs)).to(inputs[0].dtype).split(size)
             self._tune_block(dense, index, inputs)
             self.given.clear()
 
     def _tune_block(self, dense: Stream, index: int, inputs: Sequence[Tensor]) -> None:
-        """BQPO on a block whose layers are solved; dense.inputs: what it should give."""
+        """Run BQPO on a block whose layers are solved. dense.inputs: the outputs it should give."""
         block = dense.blocks[index]
         layers = {
             linear.inside: (linear, Tunable(self.results[linear.name][0], self.target, self.given[linear.name]))
@@ -248,7 +250,7 @@ class Tuner:
         total = sum(float(wanted.double().square().sum()) for wanted in dense.inputs) / len(inputs) or 1.0
 
         def loss(batch: int) -> Tensor:
-            """Squared error of the output; the mean over the batches is relative to the output."""
+            """Squared error of the output, scaled so that the mean over the batches is relative to the output."""
             wanted = dense.inputs[batch].to(dense.device).float()
             came = dense.replay(substituted(block, weights(layers)), index, batch, inputs[batch]).float()
             return (came - wanted).square().sum() / total
@@ -256,7 +258,7 @@ class Tuner:
         self._stage("blocks", layers, loss, len(inputs), index)
 
     def end(self) -> None:
-        """E2E-OQP on the whole model, whose weights are those of the results."""
+        """Run E2E-OQP on the whole model, whose weights are those of the results."""
         if "end" not in self.stages:
             return
         prefix, blocks = find_blocks(self.model)
@@ -283,7 +285,7 @@ class Tuner:
         batches: int,
         block: int | None,
     ) -> None:
-        """Train the layers, and write them into results and model."""
+        """Train the layers, and write them to the results and the model."""
         began = time.perf_counter()
         generator = torch.Generator().manual_seed(self.seed)
         before, after = descend((own for _, own in layers.values()), loss, batches, self.stages[stage], generator)
@@ -294,9 +296,9 @@ class Tuner:
         seconds = time.perf_counter() - began
         self.history.append({"stage": stage, "block": block, "before": before, "after": after, "seconds": seconds})
         what = stage if block is None else f"block {block}"
-        tqdm.write(f"{what}: loss {before:.4g}, {after:.4g} once tuned", file=sys.stderr)
+        tqdm.write(f"{what}: loss {before:.4g}, {after:.4g} after tuning", file=sys.stderr)
 
 
 def substituted(module: nn.Module, parameters: dict[str, Tensor]) -> Callable[..., Any]:
-    """The module with other parameters."""
+    """The module's call with other parameters."""
     return lambda *args, **kwargs: functional_call(module, parameters, args, kwargs)

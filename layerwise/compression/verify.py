@@ -19,18 +19,18 @@ from layerwise.numerics.low_rank import product
 from layerwise.numerics.patterns import count_kept, finite, kept_counts
 from layerwise.numerics.rotations import block_of
 
-NOT_FINITE = "must be finite"  # in the sentence about a result that has diverged
+NOT_FINITE = "must be finite"  # part of the sentence about a result that has diverged
 
 
 def broken_promise(layer: Layer, target: Target, result: Compressed, mask_only: bool = False) -> str | None:
     """One sentence about the first promise that the result breaks, or None.
 
-    mask_only: whether the method's card says that it changes no weight that it keeps.
+    mask_only: whether the method's card says that it leaves kept weights unchanged.
     """
     for check in (_plain, _tensor, _factors):
         if sentence := check(layer, target, result):
             return sentence
-    part = result.rest  # of factors alone there is none
+    part = result.rest  # None for factors alone
     for check in (_masked, _pattern, _grid):
         if part is not None and (sentence := check(layer, target.rest, part)):
             return sentence
@@ -44,7 +44,7 @@ def _plain(layer: Layer, target: Target, result: Compressed) -> str | None:
     inputs = [layer.weight, layer.gram.matrix, layer.keep, layer.fisher]
     inputs += [layer.gram.cross, layer.gram.dense] if layer.gram.apart else []
     inputs += vars(layer.statistics).values() if layer.statistics else ()
-    taken = {x.untyped_storage().data_ptr() for x in inputs if isinstance(x, Tensor)} - {0}  # 0: it has none
+    taken = {x.untyped_storage().data_ptr() for x in inputs if isinstance(x, Tensor)} - {0}  # 0: no storage
     tensors: dict[str, object] = {"weight": result.weight}
     optional = {"mask": result.mask}
     if result.quantised is not None:
@@ -244,7 +244,7 @@ def _unchanged(layer: Layer, target: Target, result: Compressed) -> str | None:
 
 
 def _moved(layer: Layer, target: Target, result: Compressed) -> str | None:
-    """Methods that only choose a mask are compared with each other."""
+    """The fault of a mask-only method that changed a kept weight, or None. Such methods are compared by their masks."""
     if result.mask is None or target.bits is not None:
         return None
     moved = int((layer.weight != result.weight).masked_fill_(~result.mask, False).sum())
@@ -256,7 +256,7 @@ def _moved(layer: Layer, target: Target, result: Compressed) -> str | None:
 
 
 def _told(layer: Layer, target: Target, result: Compressed) -> str | None:
-    """The fault in the trace and info, which tables show as the method returns them, or None."""
+    """The fault in the trace and info, which the tables show unchanged, or None."""
     if not isinstance(result.info, Mapping) or not isinstance(result.trace, Sequence):
         came = f"{type(result.trace).__name__} and {type(result.info).__name__}"
         return f"promise 10: trace and info must be a tuple and a dict. Got {came} instead"

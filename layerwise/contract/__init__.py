@@ -1,1 +1,1 @@
-"""The contract of a method: its inputs and its result."""
+"""The contract of a method: its inputs and its results."""

@@ -17,13 +17,13 @@ from layerwise.contract.target import Target
 
 __all__ = ["Allocator", "Candidate", "DenseLayer", "Part", "Proposal", "Target", "Trials"]
 
-Candidate = float | Target  # a level, or, of a budget counted in bits, what a layer is asked instead
+Candidate = float | Target  # a level or, for a budget counted in bits, a layer's target
 
 
 @dataclass(frozen=True)
 class DenseLayer:
-    """A linear layer of the dense model: weight [out, in] float32, and the Gram of its inputs where the card's `needs`
-    name it."""
+    """A linear layer of the dense model: weight [out, in] float32, and the Gram of its inputs if the card's `needs`
+    include it."""
 
     name: str
     weight: Tensor
@@ -32,7 +32,7 @@ class DenseLayer:
 
 @dataclass(frozen=True)
 class Part:
-    """A layer when levels are chosen.
+    """A layer, as an allocator sees it when levels are chosen.
 
     block: index of its block. out, inputs: of its weight. measured: what `measure` gave for it. errors: of each
     candidate (absolute, relative) output error, where the card's `needs` name errors; but not of a rank that would be
@@ -48,7 +48,7 @@ class Part:
 
     @property
     def size(self) -> int:
-        """Weights."""
+        """Number of weights."""
         return self.out * self.inputs
 
 
@@ -56,14 +56,14 @@ class Part:
 class Proposal:
     """An allocator's result, in the order of the parts.
 
-    levels: share of zeros of each layer, or its bits; not read where it gives pairs. The runner holds the budget:
-    levels that miss it are all moved by one number, and kept within limits (allocation/budget.py). scores: what the
-    levels come from, for the table. official: the levels stand as they are, though they may miss the budget, because a
-    released code has them so.
-    pairs: of a target that is `paired`: what each layer is asked. The bits that these take together must be at
+    levels: share of zeros of each layer, or its bits; ignored if there are pairs. The runner enforces the budget: it
+    adds one number to all levels that miss it, within limits (allocation/budget.py). scores: the numbers from which the
+    levels were computed, for the table. official: the levels follow a released code and are used unchanged, even if
+    they miss the budget.
+    pairs: the target of each layer, for a budget that is `paired`. Their bits together must be at
     most those of the target itself (storage/bits_per_weight.py).
-    error, uniform_error, bound: weighted errors of the levels, of equal levels, and the least that any levels can have,
-    of an allocator that knows them.
+    error, uniform_error, bound: the weighted error of these levels, that of equal levels, and a lower bound for any
+    levels, if the allocator knows them.
     """
 
     levels: tuple[float, ...]
@@ -76,43 +76,45 @@ class Proposal:
 
 
 class Trials(ABC):
-    """The whole model with layers compressed for a try, on the first windows of the calibration text.
+    """Trials of the whole model with compressed layers, on the first windows of the calibration text.
 
-    Layers are compressed by the method that `candidates` names, on the dense Grams. levels: one for each part, in their
-    order; None leaves a layer as it is. seed: of the draws of an allocator that makes some.
+    Layers are compressed by the method that `candidates` names, on the dense Grams. levels: one for each part, in the
+    order of the parts; None leaves a layer unchanged. seed: seed for an allocator that draws random numbers.
     """
 
     seed: int
 
     @abstractmethod
     def divergence(self, levels: Sequence[Candidate | None], windows: int) -> float:
-        """Mean KL from the dense model in nats per token, on so many windows; infinite where it is not finite."""
+        """Mean KL from the dense model in nats per token, on this many windows; infinite if it is not finite."""
 
     @abstractmethod
     def profiles(self, levels: Sequence[Candidate | None], windows: int) -> Sequence[NDArray[np.float64]]:
-        """Root mean square [in] of each input of each layer, on so many windows, in the order of the parts."""
+        """Root mean square [in] of each layer's inputs, on this many windows, in the order of the parts."""
 
 
 @dataclass(frozen=True)
 class Allocator:
-    """A frozen dataclass of parameters; its file declares a literal CARD beside it. Pure: no file, state or draw,
-    but for those of the trials' seed."""
+    """A frozen dataclass of parameters; its file also declares a literal CARD. Pure: it uses no files and no state, and
+    draws random numbers only from the trials' seed."""
 
     def measure(self, layers: Iterator[DenseLayer]) -> Sequence[Any]:
-        """The measurement of each layer of one block. It is kept until levels are chosen; the weights are not."""
+        """The measurement of each layer of one block. Measurements are kept until levels are chosen; weights are
+        not."""
         return [None for _ in layers]
 
     def candidates(self, target: Target) -> tuple[Method, Sequence[Candidate]]:
-        """The method, and the levels, of which the errors of each layer are wanted; for a card that needs errors.
+        """The method and the levels at which each layer's errors are measured, for a card that needs errors.
 
-        The method is that of trials, too, whatever the levels.
+        Trials use this method too, at any levels.
         """
         raise NotImplementedError
 
     def allocate(self, parts: Sequence[Part], target: Target) -> Proposal:
-        """Levels of the layers for a target, which is the budget: `target.level` is what each layer would give."""
+        """Levels of the layers for a target, which is the budget: `target.level` is the level if all layers were
+        equal."""
         raise NotImplementedError
 
     def search(self, parts: Sequence[Part], target: Target, trials: Trials) -> Proposal:
-        """The same with the model to be tried; called instead where the card needs trials."""
+        """As `allocate`, with trials of the model; called instead of it if the card needs trials."""
         raise NotImplementedError

@@ -1,4 +1,4 @@
-"""The schema of a method's card, and the parameters that cards share. Literals, free of torch."""
+"""The schema of a method's card, and the parameters that cards share. Only literals; torch is not imported."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -7,11 +7,12 @@ from typing import Any
 from layerwise.contract.target import FORMATS
 
 STRUCTURES = ["dense", "row", "layer", "n:m", "1xb", "low rank"]
-# The measure of the objective in a method's trace: the layer's error, that of a relaxed mask, or something of its own.
+# The objective in a method's trace: the layer's error, the error of a relaxed mask, or the method's own measure.
 CRITERIA = ["error", "relaxed error", "own"]
-# "gram" and "cross_gram" are matrices of a Gram, "fisher" is a field of a Layer, the others are fields of a Statistics.
+# "gram" and "cross_gram" are matrices of a Gram, "fisher" is a field of Layer, the others are fields of Statistics.
 STATISTICS = ["gram", "cross_gram", "fisher", "mean", "absmean", "sequence_variance", "sample", "first_tokens"]
-MARKERS = ["o", "s", "^", "v", "<", ">", "D", "d", "P", "p", "X", "x", "H", "h", "8", "*", "+", "_"]  # of matplotlib
+# matplotlib's markers
+MARKERS = ["o", "s", "^", "v", "<", ">", "D", "d", "P", "p", "X", "x", "H", "h", "8", "*", "+", "_"]
 CARD_SCHEMA = {
     "type": "object",
     "required": ["title", "patterns", "bits", "updates_weights", "needs", "parameters"],
@@ -33,14 +34,14 @@ CARD_SCHEMA = {
         },
         "updates_weights": {"type": "boolean"},
         "needs": {"type": "array", "items": {"enum": STATISTICS}},
-        # {statistic: {parameter: value}}: which of them it does without where its parameters have these values.
+        # {statistic: {parameter: value}}: statistics that it does not need if its parameters have these values.
         "unneeded": {
             "type": "object",
             "propertyNames": {"enum": STATISTICS},
             "additionalProperties": {"type": "object"},
         },
         "parameters": {"type": "object", "additionalProperties": {"type": "object"}},
-        # {parameter: {value: reason}}: values that are for parity tests alone, as the runner refuses what they give.
+        # {parameter: {value: reason}}: values only for parity tests; the runner refuses their results.
         "refused_where": {
             "type": "object",
             "additionalProperties": {"type": "object", "additionalProperties": {"type": "string"}},
@@ -51,9 +52,9 @@ CARD_SCHEMA = {
         "keeps_zeros": {"type": "boolean"},
         "joint_only": {"type": "boolean"},
         "bits_only": {"type": "boolean"},
-        "own_grid": {"type": "boolean"},  # its codes represent levels of its own, or a rotated weight
-        "sums": {"type": "boolean"},  # it gives low-rank factors beside what its patterns and bits say, and only so
-        "sparse_factor": {"type": "boolean"},  # one of its factors is sparse, so that their rank may be higher
+        "own_grid": {"type": "boolean"},  # its codes represent its own levels, or a rotated weight
+        "sums": {"type": "boolean"},  # it always adds low-rank factors to the sparse or quantised part
+        "sparse_factor": {"type": "boolean"},  # one of its factors is sparse, so the rank may be higher
         "named_by": {"type": "string"},
         "cost": {
             "type": "object",
@@ -63,7 +64,7 @@ CARD_SCHEMA = {
                 "weights": {"type": "number", "minimum": 1},
                 "grams": {"type": "number", "minimum": 0},
                 "products": {"type": "number", "minimum": 0},
-                # {parameter: {value: products}}: where a parameter has another value than its default.
+                # {parameter: {value: products}}: for a parameter with a value other than its default.
                 "products_where": {
                     "type": "object",
                     "additionalProperties": {
@@ -92,7 +93,7 @@ CARD_SCHEMA = {
                 "no_descent": {"type": "string"},
                 "known_failures": {
                     "type": "object",
-                    "propertyNames": {"pattern": "^9 "},  # a matter of quality; no other promise may fail
+                    "propertyNames": {"pattern": "^9 "},  # only promise 9, which concerns quality, may fail
                     "additionalProperties": {
                         "type": "object",
                         "required": ["targets", "reason"],
@@ -110,7 +111,7 @@ CARD_SCHEMA = {
 
 # Kinds of targets over whose layers a budget may be spread.
 LEVELLED = ["row", "layer", "n:m", "bits", "pruned and quantised", "low rank", "sum of parts"]
-SEEN = ["weight", "gram", "errors", "trials"]  # an allocator's possible needs; trials: the model at trial levels
+SEEN = ["weight", "gram", "errors", "trials"]  # possible needs of an allocator; trials: the model at trial levels
 ALLOCATOR_SCHEMA = {
     "type": "object",
     "$defs": {"passes": {"type": "array", "items": {"type": "array", "items": {"type": "string"}}}},
@@ -122,7 +123,7 @@ ALLOCATOR_SCHEMA = {
         "arxiv": {"type": "string", "pattern": r"^\d{4}\.\d{4,5}$"},
         "code": {"type": "string"},
         "needs": {"type": "array", "items": {"enum": SEEN}},
-        # {parameter: {value: needs}}: what else is needed where a parameter has a value.
+        # {parameter: {value: needs}}: additional needs if a parameter has this value.
         "needs_where": {
             "type": "object",
             "additionalProperties": {
@@ -132,8 +133,8 @@ ALLOCATOR_SCHEMA = {
         },
         "budgets": {"type": "array", "items": {"enum": LEVELLED}},
         "parameters": {"type": "object", "additionalProperties": {"type": "object"}},
-        # Sequences that pass through the model in a search: a sum of products of parameters, and of "layers". A list
-        # counts as its length. passes_where: {parameter: {value: such a sum}}, where it has that value.
+        # Number of sequences that pass through the model in a search: a sum of products of parameters and "layers". A
+        # list counts as its length. passes_where: {parameter: {value: such a sum}}, for a parameter with this value.
         "passes": {"$ref": "#/$defs/passes"},
         "passes_where": {
             "type": "object",
@@ -144,11 +145,11 @@ ALLOCATOR_SCHEMA = {
 }
 
 
-@dataclass(frozen=True, eq=False)  # each is itself alone, and hashable
+@dataclass(frozen=True, eq=False)  # compared by identity, and hashable
 class Kind:
-    """A kind of files with cards. folder: beside the package, and in it; base: of the class; signature: of its one
-    call; instead: what the class may define in its place; of_the_base: what it must not define; paths: the config's key
-    for further folders."""
+    """A kind of file with a card. folder: its folder next to the package, and in it. base: base class. signature: the
+    class's one call. instead: a call that the class may define instead. of_the_base: names that it must not define.
+    paths: the config's key for further folders."""
 
     word: str
     folder: str
@@ -174,8 +175,8 @@ ALLOCATOR = Kind(
     instead=("search",),
 )
 
-# JSON Schemas of parameters that several methods have. {"$ref": "damping"} in a card means the schema of that name
-# here; keys beside "$ref" add to it, or replace its keys.
+# JSON Schemas of parameters that several methods share. {"$ref": "damping"} in a card means the schema of that name
+# here. Other keys next to "$ref" add to the schema or replace its keys.
 PARAMETERS: dict[str, dict[str, Any]] = {
     "damping": {
         "type": "number",
@@ -185,15 +186,15 @@ PARAMETERS: dict[str, dict[str, Any]] = {
     "blocksize": {
         "type": "integer",
         "minimum": 1,
-        "description": "Columns after which the others are updated.",
+        "description": "Number of columns after which the remaining columns are updated.",
     },
     "act_order": {
         "type": "boolean",
-        "description": "Columns in the order of falling diagonal of the Gram; groups are runs of that order.",
+        "description": "Process columns in order of decreasing diagonal of the Gram; groups are runs in that order.",
     },
     "static_groups": {
         "type": "boolean",
-        "description": "Groups are runs of consecutive inputs, all fitted to the weight as it was.",
+        "description": "Groups are runs of consecutive inputs, all fitted to the original weight.",
     },
     "mask_warm_start": {"format": "method", "description": "Method whose mask is refined."},
     "quantised_start": {
@@ -203,7 +204,7 @@ PARAMETERS: dict[str, dict[str, Any]] = {
     },
     "mse": {
         "type": "boolean",
-        "description": "Shrink each range to the one of 80 with the smallest sum of |error|^2.4.",
+        "description": "Try 80 shrunken ranges and take the one with the smallest sum of |error|^2.4.",
     },
     "layer_convention": {
         "enum": ["exact", "official"],
@@ -219,7 +220,7 @@ PARAMETERS: dict[str, dict[str, Any]] = {
 
 
 def needed(card: Mapping[str, Any], params: Mapping[str, Any]) -> list[str]:
-    """The needs of a method or an allocator with these complete parameters, by its card."""
+    """The needs of a method or an allocator with these complete parameters, from its card."""
     spared = card.get("unneeded", {})
     without = {name for name, where in spared.items() if all(params.get(key) == value for key, value in where.items())}
     added = [name for key, values in card.get("needs_where", {}).items() for name in values.get(params.get(key), ())]

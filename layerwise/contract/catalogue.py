@@ -1,7 +1,7 @@
-"""The catalogues of methods and of allocators: cards and hyperparameters read from the files as text, without torch.
+"""Catalogues of methods and allocators: cards and hyperparameters are read from the files as text, without torch.
 
 A file in methods/, or in a folder of the config's `method_paths`, that holds a literal CARD and one frozen dataclass
-derived from Method is a method; its name is the file's. See docs/adding-a-method.md. Allocators are the same in
+derived from Method is a method, named after the file. See docs/adding-a-method.md. Allocators work the same way, in
 allocators/ and `allocator_paths` (docs/allocation.md).
 """
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from layerwise.contract.allocator import Allocator
     from layerwise.contract.layer import Method
 
-# Code that a result depends on besides the method's own file. An edit to one of these re-runs every cell.
+# Code on which a result depends besides the method's own file. An edit to one of these files re-runs every cell.
 SHARED_SOURCES = tuple(closure(["layerwise.compression.verify"]))
 
 
@@ -43,7 +43,7 @@ class Entry:
     class_name: str
     card: Mapping[str, Any]
     defaults: Mapping[str, Any] = field(default_factory=dict)
-    imports: tuple[Path, ...] = ()  # files of methods/ that it imports, the shared ones apart
+    imports: tuple[Path, ...] = ()  # files of methods/ that it imports, except the shared ones
     kind: Kind = METHOD
 
     @property
@@ -57,7 +57,7 @@ class Entry:
 
     @property
     def shipped(self) -> bool:
-        """Whether the file comes with the project, and not from a folder of the config's `method_paths`."""
+        """Whether the file is part of the project rather than from a folder of the config's `method_paths`."""
         return self.path.parent == FOLDERS[self.kind.folder]
 
     @property
@@ -67,7 +67,7 @@ class Entry:
 
     @property
     def look(self) -> Mapping[str, str] | None:
-        """Colour and marker in figures, as the card has them."""
+        """Colour and marker in figures, from the card."""
         return self.card.get("look")
 
     @property
@@ -82,7 +82,8 @@ class Entry:
         return [name for name, schema in found if schema.get("items", {}).get("format") == "method"]
 
     def needs(self, params: Mapping[str, Any]) -> set[str]:
-        """The inputs that the method sees with these complete parameters, by its card, and the Grams for them."""
+        """The names of the inputs that the method needs with these complete parameters, from its card, and their
+        Grams."""
         found = set(needed(self.card, params))
         return found | ({"weight", "gram"} if found & {"errors", "trials"} else set())
 
@@ -93,13 +94,13 @@ class Entry:
         return [(key, name, inside) for key, value in held for name, inside in value.items()]
 
     def refusal(self, target: Target, params: Mapping[str, Any] | None = None) -> str | None:
-        """Why the method, with these complete parameters if any, cannot reach the target, in one sentence, or None."""
+        """One sentence saying why the method (with these complete parameters) cannot reach the target, or None."""
         told = self.card.get("refused_where", {}).items()
         reasons = [of[value] for key, of in told if params and (value := str(params.get(key))) in of]
         return refusal(self.name, self.card, target) or (reasons[0] if reasons else None)
 
     def comparison(self, target: Target) -> str:
-        """The group of methods that this one may be compared with at the target."""
+        """The group of methods with which this one may be compared at the target."""
         if self.control:
             return "control"
         if target.rank and target.rest.dense:
@@ -117,13 +118,13 @@ class Catalogue(Mapping[str, Entry]):
     def __init__(
         self, folders: list[Path] | None = None, kind: Kind = METHOD, methods: "Catalogue | None" = None
     ) -> None:
-        """methods: of what parameters of the format `method` name, where the files are of another kind."""
+        """methods: the catalogue for parameters of the format `method`, if the files are of another kind."""
         self.kind, self.methods = kind, methods or self
         self._entries: dict[str, Entry] = {}
         for folder in [FOLDERS[kind.folder], *(folders or [])]:
             try:
                 files = sorted(folder.glob("*.py")) if folder.is_dir() else None
-            except OSError:  # such as a name that is too long
+            except OSError:  # for example, a name that is too long
                 files = None
             if files is None:
                 raise CatalogueError(f"{kind.paths} names {folder}, which is not a folder.")
@@ -131,7 +132,8 @@ class Catalogue(Mapping[str, Entry]):
                 self.add(path)
 
     def add(self, path: Path) -> Entry | None:
-        """The entry of one more file, or None for a file without a CARD; raises CatalogueError for a wrong one."""
+        """Add a file and return its entry, or None for a file without a CARD; raises CatalogueError for a wrong
+        file."""
         entry = read_entry(path, self.kind)
         if entry is not None:
             if entry.name in self._entries:
@@ -143,7 +145,7 @@ class Catalogue(Mapping[str, Entry]):
 
     @property
     def named_by(self) -> dict[str, str]:
-        """Parameter that names its method in a config -> the method."""
+        """Parameter by which a config names a method -> the method."""
         return {entry.card["named_by"]: entry.name for entry in self.values() if "named_by" in entry.card}
 
     def _check_names(self) -> None:
@@ -178,7 +180,7 @@ class Catalogue(Mapping[str, Entry]):
         return self._complete(name, params, where, ())
 
     def _complete(self, name: str, params: Mapping[str, Any], where: str, outer: tuple[str, ...]) -> dict[str, Any]:
-        """`complete` of a warm start inside the defaults of the `outer` methods, which must not come round again."""
+        """`complete` for a warm start inside the `outer` methods, which must not occur again."""
         entry = self.find(name, where)
         unknown = [key for key in params if key not in entry.card["parameters"]]
         if unknown:
@@ -195,7 +197,7 @@ class Catalogue(Mapping[str, Entry]):
             if key in entry.chains and isinstance(full[key], list):
                 steps = enumerate(full[key])
                 full[key] = [self._complete_warm_start(step, f"{where}.{key}.{i}", inside) for i, step in steps]
-            if isinstance(full[key], float) and not math.isfinite(full[key]):  # nan passes any limit
+            if isinstance(full[key], float) and not math.isfinite(full[key]):  # NaN passes any limit
                 raise CatalogueError(f"{where}: {name}'s {key} is wrong: {full[key]} is not finite.")
             errors = list(jsonschema.Draft202012Validator(schema).iter_errors(full[key]))
             if errors:
@@ -203,7 +205,7 @@ class Catalogue(Mapping[str, Entry]):
                 raise CatalogueError(
                     f"{where}: {name}'s {key} is wrong: {errors[0].message}{advice}.{_meaning(schema)}"
                 )
-            if schema.get("type") == "integer":  # JSON Schema takes 128.0 for an integer, range() does not
+            if schema.get("type") == "integer":  # JSON Schema accepts 128.0 as an integer, range() does not
                 full[key] = int(full[key])
         return full
 
@@ -218,7 +220,7 @@ class Catalogue(Mapping[str, Entry]):
         return {name: self._complete(name, params or {}, where, outer)}
 
     def refusal(self, name: str, params: Mapping[str, Any], target: Target) -> str | None:
-        """Why the method with these complete parameters, warm starts included, cannot reach the target, or None."""
+        """Why the method with these complete parameters, including warm starts, cannot reach the target, or None."""
         entry = self[name]
         own = entry.refusal(target, params)
         if own:
@@ -244,44 +246,45 @@ class Catalogue(Mapping[str, Entry]):
         return None
 
     def _chain_refusal(self, steps: list[tuple[str, Mapping[str, Any]]], target: Target) -> str | None:
-        """Why two methods, one after the other, cannot prune and quantise to the target, or None."""
+        """Why a chain of two methods cannot prune and quantise to the target, or None."""
         quantises = [self.refusal(*step, target.grid) for step in steps]
         if None not in quantises:
             return f"none of its methods quantises: {quantises[0]}, {quantises[1]}"
         prunes = [self.refusal(*step, target.pruning) for step in steps]
-        # Of two that quantise the first one prunes, unless the second alone can.
+        # If both can quantise, the first one prunes, unless only the second can prune.
         prunes_first = quantises[1] is None and not (quantises[0] is None and prunes[0] and not prunes[1])
         pruner, quantiser = steps if prunes_first else steps[::-1]
         cannot = prunes[0 if prunes_first else 1]
         if cannot:
-            return f"{quantiser[0]} quantises, and the other of its methods cannot prune: {cannot}"
+            return f"{quantiser[0]} quantises, and the other method cannot prune: {cannot}"
         if not self[quantiser[0]].card.get("keeps_zeros"):
             return f"{quantiser[0]} does not keep the zeros of {pruner[0]}"
         if not prunes_first and self[pruner[0]].card["updates_weights"]:
-            return f"{pruner[0]} changes the weights that {quantiser[0]} has put on a grid"
+            return f"{pruner[0]} changes the weights that {quantiser[0]} has quantised"
         return None
 
     def needs(self, name: str, params: Mapping[str, Any]) -> set[str]:
-        """The needs of a method with these complete parameters, and of methods inside it, by their cards.
+        """The needs of a method with these complete parameters, and of the methods inside it, from their cards.
 
-        A chain gives its layer to its methods alone, and needs what they need.
+        A chain only passes its layer to its methods, so it needs what they need.
         """
         own = set() if self[name].chains else set(needed(self[name].card, params))
         return own.union(*(self.methods.needs(inner, own_params) for _, inner, own_params in self[name].inner(params)))
 
     def sources(self, name: str, params: Mapping[str, Any]) -> list[Path]:
-        """Files whose code decides the method's results: its own with what it imports, its warm starts', the shared."""
+        """Files of the code that decides the method's results: its own and their imports, its warm starts', the shared
+        ones."""
         own = [self[name].path, *self[name].imports]
         for _, inner, inner_params in self[name].inner(params):
             own += [p for p in self.methods.sources(inner, inner_params) if p not in SHARED_SOURCES]
         return [*dict.fromkeys(own), *SHARED_SOURCES]
 
     def build(self, name: str, params: Mapping[str, Any]) -> "Method":
-        """Import the method's file (torch with it) and construct it with complete parameters."""
+        """Import the method's file (and with it torch) and construct the method with complete parameters."""
         return self._build(name, params)
 
     def allocator(self, name: str, params: Mapping[str, Any]) -> "Allocator":
-        """The same of a catalogue of allocators."""
+        """The same for a catalogue of allocators."""
         return self._build(name, params)
 
     def _build(self, name: str, params: Mapping[str, Any]) -> Any:
@@ -296,7 +299,7 @@ class Catalogue(Mapping[str, Entry]):
 
 
 def kind_of(path: Path) -> Kind:
-    """ALLOCATOR for a file with a class derived from Allocator; METHOD for any other, whatever it holds."""
+    """ALLOCATOR for a file with a class derived from Allocator; METHOD for any other file."""
     try:
         tree = ast.parse(path.read_text("utf-8"))
     except (OSError, RecursionError, SyntaxError, ValueError):  # read_entry reports the error
@@ -305,7 +308,7 @@ def kind_of(path: Path) -> Kind:
 
 
 def read_entry(path: Path, kind: Kind = METHOD) -> Entry | None:
-    """The entry of a file of the kind, or None for one without a CARD; raises CatalogueError for a wrong one."""
+    """The entry of a file of this kind, or None for a file without a CARD; raises CatalogueError for a wrong file."""
     try:
         tree = ast.parse(path.read_text("utf-8"), filename=str(path))
     except OSError as error:
@@ -315,7 +318,7 @@ def read_entry(path: Path, kind: Kind = METHOD) -> Entry | None:
     except SyntaxError as error:
         at = f" in line {error.lineno}" if error.lineno else ""
         raise CatalogueError(f"{path} is not valid Python: {error.msg}{at}.") from None
-    except ValueError as error:  # bytes that are no text
+    except ValueError as error:  # bytes that are not text
         raise CatalogueError(f"{path} is not valid Python: {error}.") from None
     cards = [
         node.value
@@ -369,7 +372,7 @@ def _derived(tree: ast.Module, kind: Kind) -> list[ast.ClassDef]:
 
 
 def _check_methods(node: ast.ClassDef, path: Path, kind: Kind) -> None:
-    """Raise CatalogueError unless the class implements its call and leaves what the base class does alone."""
+    """Raise CatalogueError unless the class implements its call and does not override the base class's methods."""
     defined = {statement.name for statement in node.body if isinstance(statement, ast.FunctionDef)}
     names = [target for statement in node.body if isinstance(statement, ast.Assign) for target in statement.targets]
     names += [statement.target for statement in node.body if isinstance(statement, ast.AnnAssign)]
@@ -392,7 +395,7 @@ def _defaults(node: ast.ClassDef, path: Path) -> dict[str, Any]:
             if statement.value is None:
                 raise CatalogueError(f"{path}: the field {name} of {node.name} needs a literal default.")
             value = _literal(statement.value, f"{path}: the default of {node.name}.{name}")
-            defaults[name] = list(value) if isinstance(value, tuple) else value  # as JSON, and thus a config, has it
+            defaults[name] = list(value) if isinstance(value, tuple) else value  # as in JSON, and therefore in a config
     return defaults
 
 
@@ -411,7 +414,7 @@ def _advice(value: Any, schema: Mapping[str, Any]) -> str:
     """Advice on a number that YAML reads as text, such as 1e-3."""
     with contextlib.suppress(ValueError):
         if isinstance(value, str) and schema.get("type") in ("number", "integer"):
-            return f"; YAML reads {value} as text, write {float(value)!r}"
+            return f"; YAML reads {value} as text: write {float(value)!r}"
     return ""
 
 
@@ -423,15 +426,15 @@ def _import(entry: Entry):
         spec = importlib.util.spec_from_file_location(name, entry.path)
         assert spec and spec.loader
         module = importlib.util.module_from_spec(spec)
-        sys.modules[name] = module  # dataclasses look their own module up
+        sys.modules[name] = module  # dataclasses look up their own module
         spec.loader.exec_module(module)
     return sys.modules[name]
 
 
 def forget(path: Path) -> None:
-    """Import the file outside methods/ again the next time that its method is built: it may have been edited."""
+    """Import the file outside methods/ again when its method is next built, because it may have been edited."""
     sys.modules.pop(_module_name(path), None)
 
 
 def _module_name(path: Path) -> str:
-    return f"layerwise_method_{path.resolve()}"  # the path: another folder may hold another method of the name
+    return f"layerwise_method_{path.resolve()}"  # the path, because another folder may hold a method of the same name

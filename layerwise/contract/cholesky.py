@@ -3,15 +3,15 @@
 import torch
 from torch import Tensor
 
-RUN, INVERTED = 128, 512  # rows of a factor that are computed, and inverted, at once
-PANEL = 64  # columns of factors in place
+RUN, INVERTED = 128, 512  # rows of a factor that are computed (and inverted) at once
+PANEL = 64  # columns per panel of an in-place factorisation
 
 
 def reversed_cholesky(matrix: Tensor, diagonal: Tensor) -> Tensor | None:
     """Lower M [in, in] float32 with Mt M = the symmetric matrix [in, in] with that diagonal [in] float64, or None.
 
-    In float64, by runs of rows from the last one up, each less the products of those below it. None where the matrix is
-    not positive definite or not finite.
+    Computed in float64, by runs of rows from the last one up, after the products of the rows below are subtracted. None
+    if the matrix is not positive definite or not finite.
     """
     exact = torch.empty_like(matrix, dtype=torch.float64)
     lower = torch.zeros_like(matrix)
@@ -20,7 +20,7 @@ def reversed_cholesky(matrix: Tensor, diagonal: Tensor) -> Tensor | None:
         rows = exact[start:end, :end].copy_(matrix[start:end, :end])
         rows.diagonal(start).copy_(diagonal[start:end])
         rows.addmm_(exact[end:, start:end].T, exact[end:, :end], alpha=-1)
-        # A factor of the reversed block is that of the block, reversed: J A J = L Lt where A = (J L J) (J Lt J).
+        # The reversed factor of the reversed block factorises the block: J A J = L Lt gives A = (J L J) (J Lt J).
         own, failed = torch.linalg.cholesky_ex(rows[:, start:].flip(0, 1))
         if failed or not torch.isfinite(own.diagonal()).all():
             return None
@@ -31,10 +31,11 @@ def reversed_cholesky(matrix: Tensor, diagonal: Tensor) -> Tensor | None:
 
 
 def cholesky_in_place(matrices: Tensor) -> bool:
-    """Overwrite symmetric matrices [u, n, n] with their lower Cholesky factors; False where one has none.
+    """Overwrite symmetric matrices [u, n, n] with their lower Cholesky factors; False if one has none.
 
-    What is above the diagonal is left as it comes. By runs of columns, each less the products of those before it: most
-    of the work is products, which run faster than LAPACK's factorisation at a few thousand rows.
+    Entries above the diagonal are undefined. Columns are processed in runs, after the products of the columns before
+    are subtracted. Most of the work is matrix products, which run faster than LAPACK's factorisation at a few thousand
+    rows.
     """
     size = matrices.shape[1]
     for start in range(0, size, PANEL):
@@ -55,7 +56,8 @@ def cholesky_in_place(matrices: Tensor) -> bool:
 def inverse_of_lower(lower: Tensor) -> Tensor:
     """Inverse [in, in] float32 of a lower triangular matrix, by runs of rows.
 
-    With A, its inverse known, above C and D, the run's rows, the inverse's are -D^-1 C A^-1 and D^-1.
+    Let A be the rows above, whose inverse is known, and let the run's rows be [C D]. Their inverse is [-D^-1 C A^-1,
+    D^-1].
     """
     inverse = torch.zeros_like(lower, dtype=torch.float32)
     identity = torch.eye(min(INVERTED, len(lower)), dtype=lower.dtype, device=lower.device)

@@ -1,4 +1,4 @@
-"""The second moment of a layer's inputs, with the factors that layers and methods share."""
+"""The second moment of a layer's inputs, with factors that layers and methods share."""
 
 from __future__ import annotations
 
@@ -12,20 +12,21 @@ from torch import Tensor
 from layerwise.contract.cholesky import inverse_of_lower, reversed_cholesky
 from layerwise.contract.second_moment import CrossMoment, SecondMoment
 
-DAMPING_GROWTH = 10.0  # a factorisation that fails is tried again with this many times the damping ...
+DAMPING_GROWTH = 10.0  # a failed factorisation is repeated with this many times the damping ...
 LARGEST_DAMPING = 100.0  # ... until it is this many times the mean of the diagonal
 
 
 class Gram:
     """Second moment of a layer's inputs, shared by all layers and methods that see the same inputs.
 
-    matrix: [in, in] float32, mean of x xt over the tokens, UNDAMPED. tokens: how many were averaged.
-    cross: [in, in] float32, the cross-Gram C, mean of x0 xt, where x0 is what the same tokens give in the dense model
-    and x in the compressed one: a row belongs to an input in the dense model, a column to one in the compressed model.
+    matrix: [in, in] float32, mean of x xt over the tokens, UNDAMPED. tokens: number of tokens in the mean.
+    cross: [in, in] float32, the cross-Gram C, mean of x0 xt, where x0 are the inputs of the same tokens in the dense
+    model and x those in the compressed model. A row belongs to an input in the dense model, a column to one in the
+    compressed model.
     dense: [in, in] float32, mean of x0 x0t.
-    Without them x is the dense model's own, and both are the matrix itself, unless `drifted` says that x comes from a
-    model that is compressed in part, of which the dense inputs are not known.
-    What depends on these alone is computed once and kept, so that q, k and v factorise once.
+    Without cross and dense, x are the dense model's own inputs, and both equal the matrix itself. If `drifted` is set,
+    x comes from a partly compressed model whose dense inputs are not known. Quantities that depend only on these
+    matrices are computed once and cached, so that q, k and v share one factorisation.
     """
 
     def __init__(
@@ -37,7 +38,7 @@ class Gram:
         *,
         drifted: bool = False,
     ) -> None:
-        """Raises ValueError for one of cross and dense without the other."""
+        """Raises ValueError if only one of cross and dense is given."""
         if (cross is None) != (dense is None):
             given = "cross" if dense is None else "dense"
             raise ValueError(f"cross and dense must be given together. Got {given} alone instead.")
@@ -54,9 +55,10 @@ class Gram:
         """The Gram of a layer's inputs x, of any float dtype.
 
         x: [tokens, in] or [..., in], such as [sequences, length, in].
-        dense_inputs: of x's shape, what the same tokens give in the dense model, where x comes from a compressed one;
-            for methods that need the cross-Gram. None: x is the dense model's.
-        Products are float32 over at most 4096 tokens, whose sums are added up in float64; matrices are on x's device.
+        dense_inputs: the inputs of the same tokens in the dense model, of x's shape, if x comes from a compressed
+            model; for methods that need the cross-Gram. None: x are the dense model's inputs.
+        Products over at most 4096 tokens are in float32, and their sums are accumulated in float64. Matrices are on x's
+        device.
         Raises ValueError for inputs that are empty, not floating point or not finite, or whose squares overflow
         float32, and for dense_inputs of another shape or on another device.
         """
@@ -69,7 +71,7 @@ class Gram:
         _check_inputs(dense_inputs, "dense_inputs")
         if dense_inputs.shape != x.shape or dense_inputs.device != x.device:
             came = f"{list(dense_inputs.shape)} on {dense_inputs.device}"
-            raise ValueError(f"dense_inputs must be {list(x.shape)} on {x.device}, as x is. Got {came} instead.")
+            raise ValueError(f"dense_inputs must be {list(x.shape)} on {x.device}, like x. Got {came} instead.")
         own, both = SecondMoment(x.shape[-1], x.device), CrossMoment(x.shape[-1], x.device)
         own.update(dense_inputs.flatten(0, -2))
         both.update(dense_inputs.flatten(0, -2), x.flatten(0, -2))
@@ -80,20 +82,20 @@ class Gram:
     def cross(self) -> Tensor:
         """[in, in] C, mean of x0 xt (row: input in the dense model, column: in the compressed one).
 
-        The matrix itself where x is the dense model's. Raises ValueError where the dense inputs are not known.
+        It is the matrix itself if x are the dense model's inputs. Raises ValueError if the dense inputs are not known.
         """
         return self._known(self._cross)
 
     @property
     def dense(self) -> Tensor:
-        """[in, in] mean of x0 x0t; as `cross`."""
+        """[in, in] mean of x0 x0t; like `cross`."""
         return self._known(self._dense)
 
     def _known(self, matrix: Tensor | None) -> Tensor:
         if matrix is None:
             raise ValueError(
                 "The cross-Gram must be collected beside the Gram (`cross_gram` in `needs` of the method's card). "
-                "Got the inputs of a compressed model alone instead."
+                "Got only the inputs of a compressed model instead."
             )
         return matrix
 
@@ -109,7 +111,8 @@ class Gram:
 
     @cached_property
     def largest_eigenvalue(self) -> float:
-        """By Lanczos' method, each vector made orthogonal to all before it; 1e-9 of it above the true one at most."""
+        """The largest eigenvalue by Lanczos' method with full orthogonalisation, at most 1e-9 (relative) above the true
+        one."""
         matrix, rng = self.matrix.double(), torch.Generator().manual_seed(0)
         image = torch.randn(len(matrix), dtype=matrix.dtype, generator=rng).to(matrix.device)
         vectors, diagonal, beside, value = torch.empty(0, len(matrix)).to(matrix), [], [float(image.norm())], 0.0
@@ -123,26 +126,27 @@ class Gram:
             small = [torch.tensor(x, dtype=torch.float64) for x in (diagonal, beside[1:-1])]
             values, found = torch.linalg.eigh(small[0].diag() + small[1].diag(-1))
             value = float(values[-1])
-            residual = beside[-1] * abs(float(found[-1, -1]))  # an eigenvalue lies within it
+            residual = beside[-1] * abs(float(found[-1, -1]))  # an eigenvalue lies within this distance
             if residual <= 1e-9 * value:
                 return value + residual
         return value
 
     def once(self, key: Hashable, compute: Callable[[], Any]) -> Any:
-        """The value of compute(), kept from the first call with this key. It depends on the matrices and the key."""
+        """The value of compute(), cached from the first call with this key. It must depend only on the matrices and the
+        key."""
         if key not in self._kept:
             self._kept[key] = compute()
         return self._kept[key]
 
     def descending(self, dead_diagonal: float | None = None) -> tuple[Tensor, Gram]:
-        """Order [in] of the inputs by falling diagonal, ties by index, and the Gram of the inputs in that order.
+        """Order [in] of the inputs by decreasing diagonal, ties by index, and the Gram of the inputs in that order.
 
-        dead_diagonal: what a dead input counts as; None puts dead inputs last.
+        dead_diagonal: diagonal to use for a dead input; None puts dead inputs last.
         """
         return self.once(("descending", dead_diagonal), lambda: self._descend(dead_diagonal))
 
     def _descend(self, dead_diagonal: float | None) -> tuple[Tensor, Gram]:
-        diagonal = self.diagonal.double()  # in which dead_diagonal is exact
+        diagonal = self.diagonal.double()  # float64, in which dead_diagonal is exact
         order = torch.where(self.dead, dead_diagonal or 0.0, diagonal).argsort(descending=True, stable=True)
         matrices = [self.matrix, *((self.cross, self.dense) if self.apart else ())]
         matrix, *known = (own[order][:, order] for own in matrices)
@@ -151,9 +155,8 @@ class Gram:
     def factor(self, damping: float, dead_diagonal: float | None = None) -> tuple[Tensor, float]:
         """Lower M [in, in] float32 with Mt M = G + damping * mean(diagonal) I, and the damping used.
 
-        dead_diagonal: what a dead input counts in the mean of the diagonal; None counts it as the zero that it is, so
-        that the factor does not depend on the scale of G. A factorisation that fails is repeated with ten times the
-        damping.
+        dead_diagonal: value of a dead input in the mean of the diagonal. None counts it as zero, so that the factor
+        does not depend on the scale of G. A failed factorisation is repeated with ten times the damping.
         Raises ValueError when no damping up to 100 times the mean helps, which means that G is not finite.
         """
         return self.once(("factor", damping, dead_diagonal), lambda: self._factorise(damping, dead_diagonal))
@@ -168,7 +171,7 @@ class Gram:
         if dead_diagonal is not None:
             diagonal[self.dead] = dead_diagonal
         mean = float(diagonal.mean()) or 1.0
-        # A dead input is coupled to no other: what is on its diagonal, anything positive, matters to itself alone.
+        # A dead input is coupled to no other input, so any positive diagonal affects only itself.
         diagonal[diagonal == 0] = mean
         used = damping
         while used <= LARGEST_DAMPING:
@@ -180,7 +183,7 @@ class Gram:
 
 
 def _check_inputs(x: Tensor, name: str) -> None:
-    """Raise ValueError for what are no inputs of a layer."""
+    """Raise ValueError if x are not inputs of a layer."""
     if not isinstance(x, Tensor) or x.ndim < 2 or not x.numel():
         came = list(x.shape) if isinstance(x, Tensor) else type(x).__name__
         raise ValueError(f"{name} must be a tensor [tokens, in] or [..., in] that is not empty. Got {came} instead.")
@@ -189,7 +192,7 @@ def _check_inputs(x: Tensor, name: str) -> None:
 
 
 def _checked_moment(matrix: Tensor, x: Tensor, name: str) -> Tensor:
-    """The second moment of x. Raises ValueError where it is not finite: a NaN or Inf in x makes its square one."""
+    """The second moment of x. Raises ValueError if it is not finite; any NaN or Inf in x makes it so."""
     if not torch.isfinite(matrix).all():
         came = "squares beyond float32" if torch.isfinite(x).all() else "NaN or Inf"
         raise ValueError(f"{name} must be finite, and so must its squares in float32. Got {came} instead.")

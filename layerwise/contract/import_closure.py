@@ -1,4 +1,4 @@
-"""The files that decide a result: what a module imports, and what that imports, found by reading the files alone.
+"""The files on which a result depends: a module's imports, direct and indirect, found by reading the files.
 
 Nothing is run, so that a study can be planned without torch. Source: imports `from layerwise.room import module` and
 `from layerwise.room.module import name`, at the top of a file or in a function. Imports under TYPE_CHECKING do not run.
@@ -13,17 +13,17 @@ from pathlib import Path
 from layerwise.runtime.project import PACKAGE, ROOT
 
 NAME = "layerwise"
-# Folders of adapters, of a checkout beside the package.
+# Folders of adapters; in a checkout they are next to the package.
 FOLDERS = {name: (PACKAGE / name).resolve() for name in ("methods", "allocators")}
 METHODS, ALLOCATORS = FOLDERS["methods"], FOLDERS["allocators"]
-DATA = re.compile(r"(workflow|resources)/[\w./-]+\.\w+")  # a shipped file that a module names in a string
+DATA = re.compile(r"(workflow|resources)/[\w./-]+\.\w+")  # shipped files that a module names in a string
 
 
 def closure(modules: Iterable[str | Path]) -> list[Path]:
-    """The files of these modules and of all that they import, each once and after a file that imports it.
+    """The files of these modules and of everything that they import, each once and after a file that imports it.
 
     modules: dotted names, such as layerwise.results.collect, or files. A shipped file that a module names, such as
-    "workflow/schemas/tables.schema.yaml", is one of its files. Raises ValueError for a name that is no module.
+    "workflow/schemas/tables.schema.yaml", is one of its files. Raises ValueError for a name that is not a module.
     """
     files: dict[Path, None] = {}
     waiting = [module if isinstance(module, Path) else file_of(module) for module in modules]
@@ -36,7 +36,7 @@ def closure(modules: Iterable[str | Path]) -> list[Path]:
 
 
 def file_of(module: str) -> Path:
-    """The file of a module of the package. Raises ValueError where there is none."""
+    """The file of a module of the package. Raises ValueError if there is none."""
     path = _file(module)
     if path is None:
         raise ValueError(f"{module} must be a module of {NAME}.")
@@ -52,7 +52,7 @@ def imports(path: Path) -> tuple[Path, ...]:
 
 
 def imports_of(tree: ast.Module) -> tuple[Path, ...]:
-    """The same of a file that has been parsed."""
+    """The same for a parsed file."""
     return tuple(dict.fromkeys(_files(tree)))
 
 
@@ -72,7 +72,7 @@ def _files(tree: ast.AST) -> Iterator[Path]:
 
 
 def _running(tree: ast.AST) -> Iterator[ast.AST]:
-    """The nodes in order, without what is under TYPE_CHECKING."""
+    """The nodes in order, except those under TYPE_CHECKING."""
     for node in ast.iter_child_nodes(tree):
         if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
             continue
@@ -83,7 +83,7 @@ def _running(tree: ast.AST) -> Iterator[ast.AST]:
 def _file(module: str) -> Path | None:
     """The file of a module of a room, or of a room that runs code when it is imported."""
     name, *parts = module.split(".")
-    if name != NAME or not parts:  # the package's own file only offers the library's names
+    if name != NAME or not parts:  # the package's own file only exports the library's names
         return None
     if parts[0] in FOLDERS:
         path = FOLDERS[parts[0]].joinpath(*parts[1:]).with_suffix(".py") if len(parts) == 2 else None

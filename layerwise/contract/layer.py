@@ -1,4 +1,4 @@
-"""The layer contract: what a method is given, what it returns, what it promises (docs/contract.md).
+"""The layer contract: a method's inputs, its result and its promises (docs/contract.md).
 
 For a weight W [out, in] and inputs X [in, tokens] with G = X X^T / tokens, every method approximately solves
 
@@ -30,14 +30,15 @@ class UnsupportedTarget(ValueError):
 
 @dataclass(frozen=True)
 class Statistics:
-    """Statistics of one distinct input (tap) that a Gram does not hold. A card's `needs` names those a method uses."""
+    """Statistics of one distinct input (tap) that a Gram does not hold. A card's `needs` names the ones that a method
+    uses."""
 
     length: int  # tokens per calibration sequence
     mean: Tensor  # [in] mean activation
     absmean: Tensor  # [in] mean absolute activation (AWQ)
     sequence_variance: Tensor  # [in] mean over sequences of the within-sequence biased variance (DSnoT)
-    sample: Tensor  # [<= 512, in] rows of X at equal distances (AWQ's clipping)
-    # [<= 512, in] rows of X of the first token of each sequence; None of an expert, which need not see them.
+    sample: Tensor  # [<= 512, in] equally spaced rows of X (AWQ's clipping)
+    # [<= 512, in] rows of X for the first token of each sequence; None for an expert, which may not see them.
     first_tokens: Tensor | None = None
 
 
@@ -45,9 +46,9 @@ class Statistics:
 class Layer:
     """One linear layer: weight [out, in] float32 and the Gram of its inputs.
 
-    keep: [out, in] bool, False where an earlier method has pruned and the weight, zero by now, must stay zero. A method
-    whose card says `keeps_zeros` heeds it. fisher: [out] float32, at least 0, mean squared gradients of the dense
-    model's loss summed over each row (calibration/fisher.py), for a method whose card needs it.
+    keep: [out, in] bool, False where an earlier method has pruned and the weight must stay zero. A method whose card
+    says `keeps_zeros` respects it. fisher: [out] float32, at least 0, mean squared gradients of the dense model's loss
+    summed over each row (calibration/fisher.py), for a method whose card needs it.
     """
 
     name: str
@@ -62,7 +63,7 @@ class Layer:
 class Rotation:
     """Signs and blocks of a random-signed block Hadamard transform of a layer's inputs (numerics.rotations).
 
-    seed: of the signs, in [0, 2^31 - 1]. block: a power of two that divides the inputs.
+    seed: seed of the signs, in [0, 2^31 - 1]. block: a power of two that divides the number of inputs.
     """
 
     seed: int
@@ -71,10 +72,10 @@ class Rotation:
 
 @dataclass(frozen=True)
 class Quantised:
-    """The codes of a layer [out, in] and the grid that they lie on.
+    """The codes of a layer [out, in] and their grid.
 
-    The value of a code is scales[i, g] * (codes[i, j] - zeros[i, g]) / input_scale[j], with g = group_of[j]. In a
-    format and with levels it is scales[i, g] / divisor * levels[codes[i, j]] / input_scale[j].
+    The value of a code is scales[i, g] * (codes[i, j] - zeros[i, g]) / input_scale[j], with g = group_of[j]. For a
+    format, and with levels, it is scales[i, g] / divisor * levels[codes[i, j]] / input_scale[j].
 
     codes:  [out, in] uint8, in [0, 2^bits - 1].
     scales: [out, groups] float32, positive and finite; numbers of the target's format, if it has one.
@@ -82,10 +83,10 @@ class Quantised:
             format and with levels.
     group_of: [in] int64, group of each input. None when groups are runs of `target.group` consecutive inputs.
     input_scale: [in] float32, positive and finite (AWQ). None when every input has the scale one.
-    divisor: [1] float32, positive and finite, of all scales of the layer in nvfp4. None elsewhere.
-    levels: [2^bits] float32, finite: the layer's own code book, where codes represent no integers. None elsewhere.
+    divisor: [1] float32, positive and finite, divides all scales of the layer in nvfp4. None otherwise.
+    levels: [2^bits] float32, finite: the layer's own code book, if codes do not represent integers. None otherwise.
             With levels a scale may be 0.
-    rotation: where the values are those of W Q, which Q^T turns back to the weight's. None where nothing is rotated.
+    rotation: the rotation Q if the values are those of W Q; Q^T rotates them back to the weight. None without rotation.
     """
 
     codes: Tensor
@@ -99,18 +100,18 @@ class Quantised:
 
     @property
     def own_grid(self) -> bool:
-        """Whether its codes represent levels of its own, or a rotated weight."""
+        """Whether the codes represent the layer's own levels, or a rotated weight."""
         return self.levels is not None or self.rotation is not None
 
 
 @dataclass(frozen=True)
 class LowRank:
-    """Two factors B and A of a layer, and the part S beside them: W_hat = S + B A, summed in float64.
+    """Two factors B and A of a layer, and the remaining part S: W_hat = S + B A, summed in float64.
 
-    left:  B [out, r] float32. right: A [r, in] float32; r is what `Target.rank_of` says.
-    rest:  S [out, in] float32. None where the target asks for the factors alone.
-    kept:  [out, r] bool, of a sparse B: False where it is zero. Then r may be larger, as long as entries and positions
-           take no more bits than the target's share of the weights. None of a dense B.
+    left:  B [out, r] float32. right: A [r, in] float32; r is given by `Target.rank_of`.
+    rest:  S [out, in] float32. None if the target has factors alone.
+    kept:  [out, r] bool, for a sparse B: False where it is zero. Then r may be larger, as long as entries and positions
+           take no more bits than the target's share of the weights. None for a dense B.
     """
 
     left: Tensor
@@ -123,8 +124,8 @@ class LowRank:
 class Compressed:
     """A method's result for a layer.
 
-    weight: [out, in] float32, the compressed weight: zero where mask is False, elsewhere the value of its code where
-            the layer is quantised. With factors it is the sum S + B A, and mask and quantised are those of S.
+    weight: [out, in] float32, the compressed weight: zero where mask is False; otherwise, in a quantised layer, the
+            value of its code. With factors it is the sum S + B A, and mask and quantised belong to S.
     mask:   [out, in] bool, True where kept. None when the target prunes nothing.
     quantised: the codes and their grid. None when the target has no bits.
     low_rank: the factors and S. None when the target has no rank.
@@ -141,7 +142,8 @@ class Compressed:
 
     @property
     def rest(self) -> Compressed | None:
-        """The part S beside the factors as a result of its own; the result itself without factors, None if S is."""
+        """The part S beside the factors, as a result of its own. Without factors, the result itself. None if S is
+        None."""
         if self.low_rank is None:
             return self
         if self.low_rank.rest is None:
@@ -156,8 +158,8 @@ class Method(ABC):
     An adapter implements `solve`. The runner, warm starts and chains call `compress`, which checks the target first.
     """
 
-    _name: ClassVar[str] = ""  # of the adapter's file
-    _card: ClassVar[Mapping[str, Any] | None] = None  # the CARD beside the class
+    _name: ClassVar[str] = ""  # name of the adapter's file
+    _card: ClassVar[Mapping[str, Any] | None] = None  # the CARD in the class's file
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
@@ -168,11 +170,12 @@ class Method(ABC):
 
     @classmethod
     def refusal(cls, target: Target) -> str | None:
-        """Why the card refuses the target, in one sentence; None when it lists it, and for a class without a card."""
+        """Why the card refuses the target, in one sentence; None if it lists the target, and for a class without a
+        card."""
         return refusal(cls._name, cls._card, target) if cls._card is not None else None
 
     def compress(self, layer: Layer, target: Target, rng: torch.Generator) -> Compressed:
-        """Compress one layer; the dense target, no sparsity and no bits, gives a copy of the weight.
+        """Compress one layer; the dense target (no sparsity, no bits) gives a copy of the weight.
 
         Raises UnsupportedTarget, with the card's sentence, when the card does not list the target.
         """
@@ -184,12 +187,12 @@ class Method(ABC):
         return self.solve(layer, target, rng)
 
     def rank_of(self, target: Target, out: int, inputs: int) -> int:
-        """The rank of the factors that it gives a layer [out, in] at a target with a rank."""
+        """The rank of the method's factors for a layer [out, in] at a target with a rank."""
         return target.rank_of(out, inputs)
 
     @abstractmethod
     def solve(self, layer: Layer, target: Target, rng: torch.Generator) -> Compressed:
-        """Compress one layer to a target that the card lists, never the dense one.
+        """Compress one layer to a target that the card lists; never called for the dense target.
 
         rng: the only source of randomness. No scoring, timing, logging, seeding, saving or change of the inputs.
         """

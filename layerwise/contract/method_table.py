@@ -1,4 +1,4 @@
-"""The methods' cards as a table for people, read without importing torch."""
+"""The methods' cards as a readable table, without importing torch."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from layerwise.runtime.text_table import aligned
 
 @dataclass(frozen=True)
 class Parameter:
-    """One hyperparameter of a method: its default, what it means, and the JSON Schema of its values."""
+    """One hyperparameter of a method: its default, its meaning, and the JSON Schema of its values."""
 
     name: str
     default: Any
@@ -23,13 +23,14 @@ class Parameter:
 class MethodCard:
     """The facts in a method's card.
 
-    paper, arxiv, code: of its source, where it has one.
+    paper, arxiv, code: its source, if it has one.
     patterns: kinds of sparsity that it reaches: dense, row, layer, n:m, 1xb.
-    bits: widths and formats of the grids that it quantises to; empty where it does not quantise.
-    updates_weights: whether weights that are kept change.
-    needs: what it reads of the inputs; "gram" and "cross_gram" of a `Gram`, "fisher" of a `Layer`, the rest fields of a
+    bits: widths and formats of its quantisation grids; empty if it does not quantise.
+    updates_weights: whether it changes kept weights.
+    needs: the statistics that it reads: "gram" and "cross_gram" of a `Gram`, "fisher" of a `Layer`, the rest fields of
+        a
         `Statistics`.
-    control: whether it is there to be compared with, and compresses nothing well.
+    control: whether it is only a baseline for comparison and not a good compression method.
     """
 
     name: str
@@ -46,7 +47,7 @@ class MethodCard:
     path: Path
 
     def __repr__(self) -> str:
-        """The card, whole, as text."""
+        """The whole card as text."""
         source = [text for text in (self.paper, self.arxiv and f"arXiv {self.arxiv}", self.code) if text]
         lines = [f"{self.name}: {self.title}", *(f"  {text}" for text in source)]
         lines += [
@@ -60,7 +61,7 @@ class MethodCard:
 
 
 class MethodTable(Sequence[MethodCard]):
-    """Cards by number or by name; shown as a table with a row each."""
+    """Cards by number or by name; shown as a table with one row per card."""
 
     def __init__(self, cards: Iterable[MethodCard]) -> None:
         self._cards = tuple(cards)
@@ -103,7 +104,7 @@ class MethodTable(Sequence[MethodCard]):
 
 
 def methods(folders: Iterable[Path | str] = ()) -> MethodTable:
-    """The cards of all methods that ship, and of those in further folders, by name in alphabetical order.
+    """The cards of all shipped methods, and of those in further folders, by name in alphabetical order.
 
     Reads the files as text; torch is not imported. Raises CatalogueError (a ValueError) for a folder that is absent and
     for a file whose card is wrong.
@@ -134,7 +135,7 @@ def card_of(entry: Entry) -> MethodCard:
 
 
 def widths(bits: Iterable[int | str]) -> str:
-    """Widths of codes in words: 2-8 for every width from 2 to 8, else the list; formats by their names after it."""
+    """Widths of codes as text: 2-8 for every width from 2 to 8, otherwise a list; then the names of formats."""
     listed = list(bits)
     ordered = sorted(width for width in listed if isinstance(width, int))
     formats = [width for width in listed if isinstance(width, str)]

@@ -1,4 +1,4 @@
-"""The target that a compressed layer must satisfy. Free of torch, so that the grid can be planned without it."""
+"""The target that a compressed layer must satisfy. Does not import torch, so that the grid is planned without it."""
 
 import re
 from collections.abc import Mapping
@@ -15,32 +15,32 @@ LABEL = re.compile(
     r"(?:rank (?P<rank>[0-9]+(?:\.[0-9]+)?(?:e[+-]?[0-9]+)?)% )?"
 )
 FORMATS = {"nvfp4": 16, "mxfp4": 32}  # floating-point formats of four bits -> inputs that share a scale
-JOINT = "pruned and quantised"  # the budget of a target that does both: bits as stored
-LOW_RANK = "low rank"  # the structure of a target that asks for two thin factors and nothing else
-SUM = "sum of parts"  # what is compared where factors stand beside a sparse or quantised part
-PAIRED = (JOINT, LOW_RANK, SUM)  # budgets of which a layer is given a target of its own, no level
+JOINT = "pruned and quantised"  # the budget of a target that does both: stored bits
+LOW_RANK = "low rank"  # the structure of a target with two thin factors and nothing else
+SUM = "sum of parts"  # comparison group of targets with factors beside a sparse or quantised part
+PAIRED = (JOINT, LOW_RANK, SUM)  # budgets that give each layer its own target instead of a level
 CERTIFIED = ("row", "layer", "n:m")  # patterns for which the error of every mask has a bound
 
 
 @dataclass(frozen=True)
 class Target:
-    """Sparsity pattern, quantisation grid and low-rank factors asked of every layer.
+    """Sparsity pattern, quantisation grid and low-rank factors required of every layer.
 
-    sparsity: share of zeros, in [0, 1). An n:m pattern fixes it to 1 - n/m; it may be given, but must agree.
+    sparsity: share of zeros, in [0, 1). An n:m pattern fixes it to 1 - n/m; if given, it must agree.
     pattern:  "layer" floor(sparsity * out * in) zeros in the layer; "row" floor(sparsity * in) zeros in every row;
               "n:m" n KEPT of every m consecutive inputs of a row; "1xb" whole blocks of b consecutive inputs of a row
               kept or dropped, floor(sparsity * blocks) dropped in every row. An incomplete last group or block counts
-              as if it were filled up with zeros, which go first.
-    bits:     width of the integer codes, 2 to 8, or None for floating point. Of a format it is 4; the format's name may
-              replace it.
-    group:    consecutive inputs of a row that share a scale and zero, or None for a whole row. A last group that is
-              short has a scale and zero of its own. A format fixes it.
+              as if padded with zeros, which are pruned first.
+    bits:     width of the integer codes, 2 to 8, or None for floating point. For a format it is 4; the format's name may
+              be given instead.
+    group:    consecutive inputs of a row that share a scale and zero, or None for a whole row. A short last group has
+              its own scale and zero. A format fixes the length.
     symmetric: grid centred on zero.
     format:   "nvfp4" or "mxfp4", whose codes are floating-point numbers of four bits (e2m1) in groups of 16 or 32; None
               for integer codes.
     rank:     share of the layer's weights that two factors B [out, r] and A [r, in] may have, in [0, 1):
-              r = floor(rank * out * in / (out + in)). Alone it asks for B A; beside sparsity or bits for S + B A, where
-              what the other fields say is said of S. 0: no factors.
+              r = floor(rank * out * in / (out + in)). Alone it means W_hat = B A. With sparsity or bits it means S + B
+              A, and the other fields describe S. 0: no factors.
     """
 
     sparsity: float = 0.0
@@ -66,7 +66,7 @@ class Target:
             object.__setattr__(self, "sparsity", 1 - n / m)
         if not 0 <= self.sparsity < 1:
             raise ValueError(f"Target.sparsity must be in [0, 1). Got {self.sparsity} instead.")
-        if self.sparsity == 0 and self.pattern != "row":  # nothing to prune: one spelling for one target
+        if self.sparsity == 0 and self.pattern != "row":  # nothing to prune: use one spelling of this target
             object.__setattr__(self, "pattern", "row")
         for name, value in (("bits", self.bits), ("group", self.group)):
             if value is not None and not float(value).is_integer():
@@ -81,7 +81,7 @@ class Target:
             raise ValueError("Target.bits must be given with Target.group or Target.symmetric. Got None instead.")
 
     def _fill_in_format(self) -> None:
-        """Write out what a format fixes. Raises ValueError where something else is given beside it."""
+        """Fill in the fields that a format fixes. Raises ValueError if a contradicting value is given."""
         if isinstance(self.bits, str):  # a config writes bits: nvfp4
             if self.bits not in FORMATS:
                 known = ", ".join(FORMATS)
@@ -105,10 +105,10 @@ class Target:
     @classmethod
     def parse(cls, label: str) -> "Target":
         """The target of a label: "60% row", "50% layer", "2:4", "50% 1x16", "4b g128", "2:4 4b sym", "nvfp4", "dense".
-        "rank 40%" stands alone or at the end.
+        "rank 40%" may be the whole label or its end.
 
-        The inverse of `label`, which shows six digits of the percentage: one third is written 33.3333%, and 33.3333% is
-        read as 0.333333, digit by digit. Raises ValueError for what is no label, and for what no target can be.
+        The inverse of `label`, which shows six digits of the percentage: one third is written as 33.3333%, and 33.3333%
+        is read as exactly 0.333333. Raises ValueError for text that is not a label, and for an impossible target.
         """
         words = label.split() if isinstance(label, str) else []
         if words == ["dense"]:
@@ -132,7 +132,7 @@ class Target:
 
     @property
     def n_of_m(self) -> tuple[int, int] | None:
-        """(kept, of) of an n:m pattern."""
+        """(n, m) of an n:m pattern, with n kept of m."""
         n, colon, m = self.pattern.partition(":")
         return (int(n), int(m)) if colon else None
 
@@ -143,14 +143,14 @@ class Target:
 
     @property
     def dense(self) -> bool:
-        """Whether it asks for nothing: the weight stays as it is."""
+        """Whether the target requires nothing, so that the weight is unchanged."""
         return self.sparsity == 0 and self.bits is None and self.rank == 0
 
     @property
     def structure(self) -> str:
         """Kind of pattern, as a method's card lists it: dense, row, layer, n:m, 1xb, or low rank for factors alone.
 
-        Of a sum it is that of the part beside the factors.
+        For a sum it is the kind of the part beside the factors.
         """
         if self.sparsity == 0:
             return LOW_RANK if self.rank and self.bits is None else "dense"
@@ -168,15 +168,16 @@ class Target:
 
     @property
     def rest(self) -> "Target":
-        """The target of the part beside the factors; dense where there is none."""
+        """The target of the part beside the factors; dense if there is none."""
         return replace(self, rank=0.0)
 
     def rank_of(self, out: int, inputs: int) -> int:
-        """r of the factors [out, r] and [r, inputs] of a layer, which have at most the share `rank` of its weights."""
+        """The rank r of a layer's factors [out, r] and [r, inputs], which take at most the share `rank` of its
+        weights."""
         return int(self.rank * out * inputs / (out + inputs))
 
     def without_factors(self, shape: tuple[int, int], layer: str) -> str:
-        """The sentence about a layer (out, in), called `layer`, whose factors would have no column."""
+        """The error sentence for a layer of shape (out, in), named `layer`, whose factors would have rank 0."""
         return (
             f"The rank of {self.label} must be at least 1 in every layer. Got 0 in {layer} [{shape[0]}, {shape[1]}] "
             "instead."
@@ -189,14 +190,14 @@ class Target:
 
     @property
     def has_zeros(self) -> bool:
-        """Whether the zeros of its groups are chosen, and stored."""
+        """Whether the zeros of the groups are chosen and stored."""
         return self.bits is not None and not self.symmetric and self.format is None
 
     @property
     def budget(self) -> str:
-        """Kind of what a share of it is given to each layer, as an allocator's card lists it: as `structure`, or bits.
+        """Kind of budget that is spread over the layers, as an allocator's card lists it: as `structure`, or bits.
 
-        Those of PAIRED are the bits that the target takes. A format has no budget, and gives its name.
+        For PAIRED targets it is counted in bits. A format has no budget, and its name is returned.
         """
         if self.rank:
             return LOW_RANK if self.rest.dense else SUM
@@ -206,20 +207,20 @@ class Target:
 
     @property
     def paired(self) -> bool:
-        """Whether a budget is given to the layers as targets of their own, which take bits, and not as levels."""
+        """Whether the budget is spread as the layers' own targets, counted in bits, instead of levels."""
         return self.budget in PAIRED
 
     @property
     def level(self) -> float:
-        """The level of a layer: its share of zeros, or, where nothing is pruned, the bits of a code, or the rank."""
+        """The level of a layer: its share of zeros or, if nothing is pruned, the bits of a code, or the rank."""
         if self.structure == LOW_RANK:
             return self.rank
         return float(self.bits) if self.bits is not None and not self.sparsity else self.sparsity
 
     def at(self, level: float) -> "Target":
-        """The same for a layer of another level; of an n:m pattern it is a share (m - n)/m.
+        """The same target at another level; for an n:m pattern the level is a share (m - n)/m.
 
-        Raises ValueError for a level that is none of the target's.
+        Raises ValueError for a level that the target cannot have.
         """
         if self.n_of_m:
             kept, of = round((1 - level) * self.n_of_m[1]), self.n_of_m[1]
@@ -248,7 +249,7 @@ class Target:
         return " ".join(parts) or "dense"
 
     def as_dict(self) -> dict[str, Any]:
-        """Its fields as a config has them: a format is under `bits`, and a rank only where there is one."""
+        """The fields in the form of a config: a format is under `bits`, and a rank is present only if there is one."""
         fields = asdict(self)
         rank = fields.pop("rank")
         return fields | {"bits": fields.pop("format") or self.bits} | ({"rank": rank} if rank else {})
@@ -261,7 +262,7 @@ def refusal(name: str, card: Mapping[str, Any], target: Target) -> str | None:
     if (reason := _rank_refusal(name, card, target)) or target.structure == LOW_RANK:
         return reason
     if card.get("joint_only") and not (target.sparsity and target.bits):
-        return f"{name} prunes and quantises together, not one of them alone"
+        return f"{name} prunes and quantises together and cannot do only one of them"
     if card.get("bits_only") and target.bits is None:
         return f"{name} does not prune without quantising"
     if target.bits is not None and not card["bits"]:
@@ -278,14 +279,14 @@ def refusal(name: str, card: Mapping[str, Any], target: Target) -> str | None:
 
 
 def _rank_refusal(name: str, card: Mapping[str, Any], target: Target) -> str | None:
-    """Why a card cannot give the low-rank factors that a target asks for, or none where it asks for none, or None."""
+    """Why a card cannot give the low-rank factors of a target (or must give factors that it lacks), or None."""
     alone, sums = LOW_RANK in card["patterns"], card.get("sums")
     if target.rank and not (alone or sums):
         return f"{name} gives no low-rank factors"
     if target.structure == LOW_RANK:
-        return None if alone else f"{name} gives a sum with low-rank factors, not these alone"
+        return None if alone else f"{name} gives a sum with low-rank factors, not the factors alone"
     if target.rank:
-        return None if sums else f"{name} gives low-rank factors alone, no sum with them"
+        return None if sums else f"{name} gives only low-rank factors, not a sum with them"
     if sums:
         return f"{name} gives only sums with low-rank factors, so the target must have a rank"
-    return f"{name} gives low-rank factors, it neither prunes nor quantises" if card["patterns"] == [LOW_RANK] else None
+    return f"{name} gives low-rank factors and neither prunes nor quantises" if card["patterns"] == [LOW_RANK] else None

@@ -1,7 +1,7 @@
-"""Compiled loops. Each module shares its stem with the module that is its reference in torch.
+"""Compiled loops. Each module has the same stem as its reference module in torch.
 
-Compiled code is kept on disk, in a folder named by a hash of the text of all kernels: Numba itself looks only at the
-file of a function, and would go on using code that was compiled with another `simd.py`.
+Compiled code is cached on disk, in a folder named by a hash of the text of all kernels. Numba itself checks only the
+file of a function, and would reuse code compiled with another `simd.py`.
 """
 
 import hashlib

@@ -1,9 +1,9 @@
-"""Changes of codes on a CPU: each row's in one compiled loop, so that the row's data stay in cache.
+"""Changes of codes on a CPU: one compiled loop per row, so that the row's data stay in cache.
 
-Changes are compared, checked and made in the arithmetic of the reference in `numerics/code_search.py`, operation by
-operation, and of equal ones the first is taken: they are the same. A move is a step of one code up or down; all moves
-up come first, then those down. A pair of moves changes the loss by cost_u + cost_p + 2 v_u v_p G_up, which is
-SparseSwaps' with another sign, and the search for the best leaves pairs out by the same bounds (swap_loops).
+Changes are compared, checked and made with the same operations in the same order as in the reference,
+`numerics/code_search.py`. Ties go to the first change, so the changes are identical. A move is a step of one code up or
+down. All moves up come first, then those down. A pair of moves changes the loss by cost_u + cost_p + 2 v_u v_p G_up, as
+in SparseSwaps with the opposite sign, and the search skips pairs by the same bounds (swap_loops).
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from layerwise.kernels.swap_loops import (
 
 
 class LayerArrays(NamedTuple):
-    """Arrays that all rows share: Gram [in, in], its diagonal, root and steepness, input_scale and group_of [in]."""
+    """Arrays shared by all rows: Gram [in, in], its diagonal, root and steepness, input_scale and group_of [in]."""
 
     gram: np.ndarray
     diagonal: np.ndarray
@@ -60,8 +60,9 @@ ROWS_TYPE = named(CodeRows, uint8[:, ::1], FLOATS, FLOATS, boolean[:, ::1], floa
 
 
 class RowTerms(NamedTuple):
-    """Of a row: its steps, what one alone adds, 1 / (step G_jj) or 0 where it stays, all [in] float64, and changes;
-    of its moves, [2 * places] float32: signed steps, costs, sizes, slopes, bounds and changes."""
+    """Terms of a row: its steps, the loss added by one step alone, 1 / (step G_jj) or 0 for fixed codes, all [in]
+    float64, and changes. Terms of its moves, [2 * places] float32: signed steps, costs, sizes, slopes, bounds and
+    changes."""
 
     step: np.ndarray
     alone: np.ndarray
@@ -77,13 +78,13 @@ class RowTerms(NamedTuple):
 
 @compiled()
 def _value(code, scale, zero, input_scale):
-    """Value of a code, in float32 as `numerics.grids.dequantise` has it."""
+    """Value of a code in float32, as in `numerics.grids.dequantise`."""
     return scale * (np.float32(code) - zero) / input_scale
 
 
 @compiled()
 def _delta(layer, rows, row, j, by):
-    """By how much the value of entry j changes when its code does, float64."""
+    """Change of the value of entry j when its code changes, float64."""
     group, code = layer.group_of[j], np.int64(rows.codes[row, j])
     scale, zero, input_scale = rows.scales[row, group], rows.zeros[row, group], layer.input_scale[j]
     after = np.float64(_value(code + by, scale, zero, input_scale))
@@ -92,7 +93,7 @@ def _delta(layer, rows, row, j, by):
 
 @compiled()
 def _enter(layer, rows, row, terms):
-    """Write what does not change while the row's codes do."""
+    """Write the terms that stay constant while the row's codes change."""
     inputs, places = len(layer.root), len(terms.move) // 2
     for j in range(inputs):
         group = layer.group_of[j]
@@ -109,7 +110,7 @@ def _enter(layer, rows, row, terms):
 
 @compiled()
 def _singles(codes, coupling, terms, most):
-    """Write what the best change of each code alone does to the row's loss."""
+    """Write the change of the row's loss by the best change of each single code."""
     change, step, alone, inverse = terms.change, terms.step, terms.alone, terms.inverse
     for j in range(len(coupling)):
         code = np.float64(codes[j])
@@ -119,7 +120,7 @@ def _singles(codes, coupling, terms, most):
 
 @compiled()
 def _smallest(values):
-    """The first place of the smallest value."""
+    """Index of the first smallest value."""
     least = values[0]
     for value in values:
         least = min(least, value)
@@ -143,7 +144,7 @@ def _add_both(coupling, first, by, second, and_by):
 
 @compiled()
 def _change_one(layer, rows, row, terms, most, tolerance):
-    """Make the best change of one code if it is an improvement; whether it was made."""
+    """Make the best change of one code if it is an improvement; returns whether it was made."""
     coupling = rows.coupling[row]
     _singles(rows.codes[row], coupling, terms, np.float64(most))
     j = _smallest(terms.change)
@@ -175,7 +176,7 @@ def _costs(codes, coupling, terms, most):
 
 @compiled()
 def _pair_change(u, p, gram, move, cost):
-    """Of two moves; of the same input they count as if they were of two that are not correlated."""
+    """Change of the loss by two moves; two moves of the same input count as uncorrelated."""
     places = len(move) // 2
     i, k = u % places, p % places
     entry = np.float32(0) if i == k else gram[i, k]
@@ -184,14 +185,14 @@ def _pair_change(u, p, gram, move, cost):
 
 @compiled()
 def _changes_beside(line, factor, move, cost, own, change):
-    """The same of the moves of all inputs in one direction, beside one move."""
+    """The same for one move with the moves of all inputs in one direction."""
     for k in range(len(line)):
         change[k] = (line[k] * move[k]) * factor + cost[k] + own
 
 
 @compiled()
 def _best_beside(u, gram, terms):
-    """Change, u and p of the best pair of the move u."""
+    """(change, u, p) of the best pair with the move u."""
     inputs, places = len(gram), len(terms.move) // 2
     i, factor, own = u % places, np.float32(2) * terms.move[u], terms.cost[u]
     for start in (0, places):
@@ -206,7 +207,7 @@ def _best_beside(u, gram, terms):
 
 @compiled()
 def _best_of_pairs(gram, terms, pairs, best):
-    """Change, u and p of the best of these pairs and the best one so far."""
+    """(change, u, p) of the best among these pairs and the best one so far."""
     least, best_u, best_p = best
     for j in range(len(pairs)):
         u, p = pairs[j]
@@ -237,7 +238,7 @@ def _best_pair(layer, terms, largest, scratch):
         count = _below_chords(best[0], cost, search, steepest, count, filled, scratch)
     waiting = 0
     for k in range(-1, count):
-        u = scratch.tried[k] if k >= 0 else likely  # the most promising one first
+        u = scratch.tried[k] if k >= 0 else likely  # the most promising move first
         if terms.bound[u] <= best[0] and (k < 0 or u != likely):
             limit = _limit(best[0], cost[u], least_cost, terms.slope[u] * largest)
             waiting = _add_pairs(u, terms.slope[u], limit, filled, waiting, scratch)
@@ -249,7 +250,7 @@ def _best_pair(layer, terms, largest, scratch):
 
 @compiled()
 def _change_two(layer, rows, row, terms, largest, scratch, most, tolerance):
-    """Make the best change of two codes by one each if it is an improvement; whether it was made."""
+    """Make the best change of two codes by one step each if it is an improvement; returns whether it was made."""
     codes, coupling, places = rows.codes[row], rows.coupling[row], len(terms.cost) // 2
     _costs(codes, coupling, terms, most)
     u, p = _best_pair(layer, terms, largest, scratch)
@@ -273,7 +274,7 @@ def _change_two(layer, rows, row, terms, largest, scratch, most, tolerance):
 
 @compiled([(LAYER_TYPE, ROWS_TYPE, int64[:, ::1], int64, int64, boolean, float64)])
 def advance(layer, rows, made, count, most, pairs, tolerance):
-    """Up to `count` changes in each row; adds how many of one code and of two to made [rows, 2]."""
+    """Make up to `count` changes in each row; adds the numbers of single and double changes to made [rows, 2]."""
     inputs = len(layer.root)
     places = -(-inputs // simd.LANES) * simd.LANES
     infinite = np.float32(np.inf)

@@ -1,4 +1,4 @@
-"""Changes of codes on a CPU: the layer's rows handed to the compiled loop, a few at a time."""
+"""Changes of codes on a CPU: pass the layer's rows to the compiled loop, a few at a time."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from layerwise.kernels.code_state import TOLERANCE, CodeState
 from layerwise.kernels.rows import array
 from layerwise.kernels.swap_loops import TINY
 
-ROUNDS = 64  # changes of a row between two looks at the clock
-TASK_ROWS = 8  # of a thread's task: rows differ in how long they take
+ROUNDS = 64  # changes of a row between two readings of the clock
+TASK_ROWS = 8  # rows per task of a thread, because rows take different times
 
 
 def change_rounds(

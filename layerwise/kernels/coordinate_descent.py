@@ -1,4 +1,4 @@
-"""A block of columns of one pass of coordinate descent, compiled: sixteen rows at a time, all columns in cache."""
+"""Compiled coordinate descent on a block of columns: sixteen rows at a time, with all columns in cache."""
 
 from typing import NamedTuple
 
@@ -25,14 +25,14 @@ MATRICES_TYPE = named(DescentMatrices, FLOATS, FLOATS, BOOLS)
 
 @compiled()
 def _load_lanes(rows, lanes):
-    """Write a tile [16, wide] to lanes [wide * 16], of which a column's rows lie together."""
+    """Write a tile [16, wide] to lanes [wide * 16], in which the rows of a column are contiguous."""
     wide = rows.shape[1]
     _transpose_tile(rows, lanes.reshape(wide, TILE_ROWS), TILE_ROWS, wide)
 
 
 @compiled()
 def _load(matrices, shifts, start, top, height, rows, lanes):
-    """Fill a tile's weights, values, shifts and what it keeps. rows: memory to work in."""
+    """Fill a tile's weights, values, shifts and mask. rows: scratch memory."""
     columns = shifts.shape[1]
     rows[height:] = 0
     rows[:height, :columns] = matrices.weight[top : top + height, start : start + columns]
@@ -62,13 +62,13 @@ def _store(matrices, grid, columns, start, top, height, rounds, rows, lanes):
 
 @compiled()
 def _set_column(lanes, i, tile_grid, largest_code, rounds):
-    """Make column i of a tile its best value, rounded or not; by how much it rises."""
+    """Set column i of a tile to its best value, rounded or not; returns the increase."""
     weights, values, shifts, keep, codes = lanes
     one, minus_one = simd.splat(np.float32(1)), simd.splat(np.float32(-1))
     before = simd.load(values, i * TILE_ROWS)
     best = simd.sub_mul(simd.load(weights, i * TILE_ROWS), minus_one, simd.load(shifts, i * TILE_ROWS))
     best = simd.select(simd.le_mask(one, simd.load(keep, i * TILE_ROWS)), best, simd.zeros())
-    if rounds:  # products and sums as sub_mul has them: rounded one by one
+    if rounds:  # products and sums are rounded separately, as in sub_mul
         steps, origin, largest = simd.load(tile_grid[0], 0), simd.load(tile_grid[1], 0), simd.splat(largest_code)
         rounded = simd.clamp(simd.sub_mul(simd.rint(simd.div(best, steps)), minus_one, origin), largest)
         simd.store(codes, i * TILE_ROWS, rounded)
@@ -81,7 +81,7 @@ def _set_column(lanes, i, tile_grid, largest_code, rounds):
 def _descend(matrices, shifts, start, ratios, grid, rounds, first, last):
     columns = len(ratios)
     wide = -(-columns // simd.LANES) * simd.LANES
-    rows = np.zeros((TILE_ROWS, wide), np.float32)  # a tile as in the weight
+    rows = np.zeros((TILE_ROWS, wide), np.float32)  # a tile in the weight's layout
     lanes = np.zeros((5, wide * TILE_ROWS), np.float32)  # weights, values, shifts, keep, codes
     tile_grid = np.ones((2, TILE_ROWS), np.float32)
     for top in range(first, last, TILE_ROWS):
@@ -107,10 +107,10 @@ def descend(
     grid: GridArrays,
     rounds: bool,
 ) -> None:
-    """Set a block of columns of the values [out, in] from `start` on, one after the other, each to its best value.
+    """Set a block of columns of the values [out, in] from `start` on, one after another, each to its best value.
 
     weight, values, keep: [out, in], contiguous; values, and the grid's codes if `rounds`, are written in place. shifts:
-    [out, columns] best values less the weight when the block begins. ratios: [columns, columns], see
+    [out, columns] best values minus the weight when the block begins. ratios: [columns, columns], see
     layerwise.numerics.coordinate_descent, which is the reference.
     """
     matrices = DescentMatrices(array(weight), values.numpy(), array(keep))

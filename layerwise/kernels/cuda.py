@@ -1,6 +1,6 @@
 """The products of `packed_matvec.py` on CUDA, with Triton.
 
-Import it only where CUDA is available: Triton comes with torch there, and is not among the locked packages.
+Import it only if CUDA is available: torch then brings Triton, which is not among the locked packages.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from layerwise.kernels.packed_matvec import BLOCK, W4BlockSparse, W4Grouped
 
 
 def jit(function: Callable[..., Any]) -> Any:
-    """Triton's `jit`, with a result that type checkers let be launched on a grid."""
+    """Triton's `jit`, typed so that type checkers accept a launch on a grid."""
     return triton.jit(function)
 
 
 class OnDevice:
-    """A packed weight whose arrays lie on a device, in the layout that `packed_matvec.py` describes."""
+    """A packed weight with its arrays on a device, in the layout described in `packed_matvec.py`."""
 
     def __init__(self, storage: W4Grouped | W4BlockSparse, device: str = "cuda") -> None:
         self.shape = storage.shape
@@ -57,7 +57,7 @@ def _w4_block_sparse_product(columns, codes, scales, zeros, x, y, kept, inputs, 
     row = tl.program_id(0).to(tl.int64)
     lane = tl.arange(0, BLOCK)[None, :]
     sums = tl.zeros((BLOCK, BLOCK), tl.float32)
-    for start in range(0, kept, BLOCK):  # rows are filled up to a multiple of sixteen blocks
+    for start in range(0, kept, BLOCK):  # rows are padded to a multiple of sixteen blocks
         block = row * kept + start + tl.arange(0, BLOCK)
         column = tl.load(columns + block).to(tl.int32) & 0xFFFF
         scale = tl.load(scales + block).to(tl.float32)

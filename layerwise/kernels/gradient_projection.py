@@ -1,4 +1,4 @@
-"""A gradient step and its projection on rows or n:m, in one pass over the rows; the sums of a step in another."""
+"""A gradient step and its projection on rows or n:m in one pass over the rows; a step's sums in a second pass."""
 
 from typing import NamedTuple
 
@@ -18,7 +18,7 @@ class Iterate(NamedTuple):
 
 
 class StepParameters(NamedTuple):
-    """Momentum, step size, and how many entries are pruned of a row (group_size 0) or of each group of a row."""
+    """Momentum, step size, and the number of entries pruned in each row (group_size 0) or in each group of a row."""
 
     momentum: np.float32
     step: np.float32
@@ -27,7 +27,7 @@ class StepParameters(NamedTuple):
 
 
 class Projected(NamedTuple):
-    """The projected iterate, its mask, and the weight less the iterate, [out, in] each."""
+    """The projected iterate, its mask, and weight - iterate, [out, in] each."""
 
     values: np.ndarray
     mask: np.ndarray
@@ -50,7 +50,7 @@ def _descend(weight, now, before, parameters, projected, first, last):
     groups = -(-inputs // group_size) if group_size else 0
     moved, kept = np.empty(inputs, np.float32), np.empty(max(groups * group_size, inputs), np.bool_)
     scores = np.empty(len(kept), np.float32)
-    keys = scores.view(np.int32)  # no score is negative: the bits are in order
+    keys = scores.view(np.int32)  # no score is negative, so bits are ordered like scores
     by_place, ranks = np.empty((group_size, groups), np.int32), np.empty(groups, np.int32)
     for row in range(first, last):
         for j in range(inputs):
@@ -93,10 +93,10 @@ def descend(
     n_pruned: int,
     group_size: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Theta, its mask and weight - theta, [out, in] each, after a step from `now` and a projection.
+    """The theta, mask and weight - theta, [out, in] each, after a step from `now` and a projection.
 
-    now, before: (theta, gradient), [out, in] float32 each, of the last iterate and the one before it. n_pruned: entries
-    pruned of each row, or of each `group_size` consecutive ones where that is not 0.
+    now, before: (theta, gradient), [out, in] float32 each, of the last iterate and the one before it. n_pruned: number
+    of entries pruned in each row, or in each `group_size` consecutive ones if that is not 0.
     """
     shape = tuple(weight.shape)
     projected = Projected(empty(shape, np.float32), empty(shape, np.bool_), empty(shape, np.float32))

@@ -10,12 +10,12 @@ from torch import Tensor, from_numpy
 from layerwise.kernels.rows import array, by_rows, compiled, empty, named
 
 PARTIAL_SUMS = 16
-RANGES = 80  # tried by `mse`
-FIFTH = 0x4C2C49BA  # the bits of x^(-1/5) are about these less a fifth of those of x
-EXPONENT = 0x7F800000  # of a float32, all set where it is not finite
+RANGES = 80  # number of ranges tried by `mse`
+FIFTH = 0x4C2C49BA  # the bits of x^(-1/5) are approximately this minus a fifth of the bits of x
+EXPONENT = 0x7F800000  # exponent bits of a float32, all set if it is not finite
 
 
-@compiled(fastmath={"nnan", "nsz"})  # a smallest entry by sixteen at once; that all are numbers is checked beside it
+@compiled(fastmath={"nnan", "nsz"})  # finds minima sixteen at a time; NaN is checked separately
 def _extremes(run):
     low, high = np.float32(0), np.float32(0)
     for entry in run:
@@ -25,7 +25,7 @@ def _extremes(run):
 
 @compiled()
 def _range(run):
-    """Smallest and largest of the entries and 0; both NaN where an entry is not finite."""
+    """Smallest and largest of the entries and 0; both NaN if an entry is not finite."""
     bits, faults = run.view(np.int32), np.int32(0)
     for i in range(len(bits)):
         faults = np.int32(faults + np.int32((bits[i] & EXPONENT) == EXPONENT))
@@ -45,9 +45,9 @@ def _grid_of(low, high, most, symmetric):
 
 @compiled()
 def _power(x, root):
-    """x^2.4 = (x x^(-1/5))^3 of the entries x >= 0, in place, to 1e-6; root: as many entries to work in.
+    """x^2.4 = (x x^(-1/5))^3 of the entries x >= 0, in place, to 1e-6. root: scratch memory of the same length.
 
-    The root is Newton's, from a fifth of the exponent.
+    The root comes from Newton's method, started from a fifth of the exponent.
     """
     bits, start = root.view(np.int32), x.view(np.int32)
     for i in range(len(x)):
@@ -63,7 +63,7 @@ def _power(x, root):
 
 @compiled()
 def _error(run, scale, zero, most, unit, lost, root, partial):
-    """Sum of (|error| * unit)^2.4 of the entries on the grid; unit: a power of two as the product of its two parts."""
+    """Sum of (|error| * unit)^2.4 of the entries on the grid. unit: a power of two, as the product of two factors."""
     first, second = unit[0], unit[1]
     for i in range(len(run)):
         code = min(max(np.rint(run[i] / scale) + zero, np.float32(0)), most)
@@ -81,9 +81,10 @@ def _error(run, scale, zero, most, unit, lost, root, partial):
 
 @compiled()
 def _shrink(run, low, high, most, symmetric):
-    """Scale and zero of the one of 80 ranges, shrunk by hundredths, with the smallest error; the first of equal ones.
+    """Scale and zero of the range with the smallest error among 80, each shrunk by another hundredth; ties go to the
+    first.
 
-    Errors are counted in units of the range, or those of tiny weights would underflow.
+    Errors are in units of the range, because those of tiny weights would underflow.
     """
     best, least = _grid_of(low, high, most, symmetric), np.float32(np.inf)
     lost, root = np.empty(len(run), np.float32), np.empty(len(run), np.float32)
@@ -120,7 +121,7 @@ def _round(run, scale, zero, most, codes, values):
 
 
 class GridSettings(NamedTuple):
-    """How grids are fitted: to runs of `length` columns, with codes from 0 to `largest_code`."""
+    """Settings of the fit: runs of `length` columns, codes from 0 to `largest_code`."""
 
     length: int
     largest_code: np.float32

@@ -1,4 +1,4 @@
-"""The column loop of SparseGPT and GPTQ within one block, compiled: sixteen rows at a time, all columns in cache."""
+"""The compiled column loop of SparseGPT and GPTQ within a block: sixteen rows at a time, all columns in cache."""
 
 from typing import NamedTuple
 
@@ -11,7 +11,7 @@ from layerwise.kernels.rows import array, by_rows, compiled, empty, named
 
 TILE_ROWS = simd.LANES
 COLUMNS_AT_ONCE = 4  # columns whose errors are subtracted from the later columns in one pass
-MOST_RANKED = 16  # columns of a group up to which each is compared with each; in larger groups the cut is searched
+MOST_RANKED = 16  # up to this group size, all pairs of columns are compared; in larger groups the threshold is searched
 INFINITE = 0x7F800000  # the bits of infinity
 
 
@@ -19,23 +19,24 @@ class SweepMatrices(NamedTuple):
     """The matrices [out, in] of a sweep. It writes a block of columns of the last three."""
 
     original: np.ndarray  # float32
-    weight: np.ndarray  # float32, as it comes and as it is left
-    errors: np.ndarray  # float32, original less weight
+    weight: np.ndarray  # float32, input and output
+    errors: np.ndarray  # float32, original - weight
     mask: np.ndarray  # bool
 
 
 class BlockBudget(NamedTuple):
-    """Of each `group_size` consecutive columns, `n_pruned` entries of each row become zero. 0: the mask is given."""
+    """In each row, `n_pruned` of every `group_size` consecutive entries become zero. group_size 0: the mask is
+    given."""
 
     group_size: int
     n_pruned: int
 
 
 class GridArrays(NamedTuple):
-    """The grid that columns are rounded to; a largest code of 0 means none.
+    """The grid to which columns are rounded; a largest code of 0 means no grid.
 
-    book: [3, levels] float32, of codes that represent no integers: levels as they rise, the codes of them, and below
-    each level the least number that has it (of the first none is read). [3, 0] for integers.
+    book: [3, levels] float32, for codes that do not represent integers: levels in increasing order, their codes, and
+    the smallest number that is rounded to each level (the first entry is unused). [3, 0] for integers.
     """
 
     scales: np.ndarray  # [out, groups] float32
@@ -47,11 +48,11 @@ class GridArrays(NamedTuple):
 
 
 class CorrectionArrays(NamedTuple):
-    """The corrections that columns pass on besides their errors (layerwise.numerics.obs.Correction); empty for none."""
+    """The corrections that columns pass on besides errors (layerwise.numerics.obs.Correction); empty without any."""
 
     passed: np.ndarray  # [columns, columns] float32, P of the block
-    dense: np.ndarray  # [out, in] float32, the weight that columns are pulled towards
-    unrounded: np.ndarray  # [out, in] float32, written: each weight as it was before it was rounded
+    dense: np.ndarray  # [out, in] float32, the weight towards which columns are pulled
+    unrounded: np.ndarray  # [out, in] float32, output: each weight before rounding
     pull: np.float32
 
 
@@ -93,7 +94,7 @@ def _rank(scores, size, n_pruned, keep, i):
 
 @compiled()
 def _search(scores, size, n_pruned, keep, i):
-    """Bisection in each row; floats that are not negative are in the order of their bits."""
+    """Bisection in each row; nonnegative floats have the order of their bits."""
     one, nothing = simd.splat(np.float32(1)), simd.zeros()
     low, high = (
         np.full(TILE_ROWS, -1, np.int32),
@@ -116,7 +117,7 @@ def _search(scores, size, n_pruned, keep, i):
     bound, spare = simd.load(high.view(np.float32), 0), simd.splat(max(n_pruned, np.float32(0)))
     for e in range(size):
         spare = simd.sub(spare, simd.select(simd.le_mask(bound, simd.load(scores, e * TILE_ROWS)), nothing, one))
-    for e in range(size):  # of entries equal to the cut the first are pruned
+    for e in range(size):  # among entries equal to the threshold the first are pruned
         score = simd.load(scores, e * TILE_ROWS)
         below, above = simd.le_mask(score, bound), simd.le_mask(bound, score)
         tied = below & above
@@ -126,7 +127,7 @@ def _search(scores, size, n_pruned, keep, i):
 
 @compiled()
 def _transpose_tile(source, target, height, width):
-    """The first height x width entries of source [., .] as columns of the target; both are multiples of 16."""
+    """Write the first height x width entries of source [., .] as columns of the target; both are multiples of 16."""
     step, stride = source.shape[1], target.shape[1]
     before, after = source.reshape(-1), target.reshape(-1)
     for r in range(0, height, simd.LANES):
@@ -172,7 +173,7 @@ def _store_block(target, start, top, height, columns, rows, lane):
 
 @compiled()
 def _load_tile(matrices, start, top, height, columns, given_mask, rows, lanes):
-    """Fill a tile's entries, and what it keeps if the mask is given. rows: memory to work in, see `_sweep`."""
+    """Fill a tile's entries, and its mask if the mask is given. rows: scratch memory, see `_sweep`."""
     wide = rows.shape[1]
     if given_mask:
         for r in range(height):
@@ -226,7 +227,7 @@ def _round_to_book(final, steps, book, codes, i):
 
 @compiled()
 def _prune_and_round(lanes, i, pivot, tile_grid, largest_code, book):
-    """Make column i of a tile what it becomes, and write its error over `pivot`, U_ii."""
+    """Prune or round column i of a tile, and write its error divided by `pivot`, U_ii."""
     entries, losses, keep, codes = lanes
     one, minus_one = simd.splat(np.float32(1)), simd.splat(np.float32(-1))
     entry = simd.load(entries, i * TILE_ROWS)
@@ -244,7 +245,7 @@ def _prune_and_round(lanes, i, pivot, tile_grid, largest_code, book):
 
 @compiled()
 def _pass_on(entries, losses, factor, i, stride):
-    """Let later columns absorb the error of column i: those of its run of `stride` now, the others after its last."""
+    """Let later columns absorb the error of column i: columns in its run of `stride` at once, others after the run."""
     stop = min(i // stride * stride + stride, len(factor))
     error = simd.load(losses, i * TILE_ROWS)
     for k in range(i + 1, stop):
@@ -256,7 +257,8 @@ def _pass_on(entries, losses, factor, i, stride):
 
 @compiled()
 def _pull(entries, unrounded, dense, i, pull):
-    """Pull column i of a tile, unless it is the block's first, towards the dense weight, and note it unrounded."""
+    """Pull column i of a tile, unless it is the block's first, towards the dense weight, and record it before
+    rounding."""
     entry = simd.load(entries, i * TILE_ROWS)
     if i:
         moved = simd.sub_mul(entry, simd.splat(np.float32(1)), simd.load(dense, i * TILE_ROWS))
@@ -267,7 +269,7 @@ def _pull(entries, unrounded, dense, i, pull):
 
 @compiled()
 def _pass_on_corrected(lanes, unrounded, dense, factor, passed, i, pull):
-    """Take what the pull accounts for from the error of column i; let later columns absorb the rest and add w P."""
+    """Subtract the pull's part from the error of column i; let later columns absorb the rest and add w P."""
     entries, losses = lanes[0], lanes[1]
     weight = simd.load(unrounded, i * TILE_ROWS)
     moved = simd.sub_mul(weight, simd.splat(np.float32(1)), simd.load(dense, i * TILE_ROWS))
@@ -287,12 +289,13 @@ def _sweep(matrices, start, factor, budget, grid, correction, first, last):
     columns = len(factor)
     wide = -(-columns // simd.LANES) * simd.LANES
     rows = np.zeros((TILE_ROWS, wide), np.float32)  # a tile as in the weight
-    lanes = np.zeros((4, wide * TILE_ROWS), np.float32)  # entries, losses, keep, codes: a column's rows lie together
+    # entries, losses, keep, codes: the rows of a column are contiguous
+    lanes = np.zeros((4, wide * TILE_ROWS), np.float32)
     tile_grid = np.ones((2, TILE_ROWS), np.float32)
     scores = np.empty(group_size * TILE_ROWS, np.float32)
     corrected = len(correction.unrounded) > 0
     more = np.zeros((2, wide * TILE_ROWS if corrected else 0), np.float32)  # dense and unrounded entries
-    # Choosing a mask needs columns that are up to date.
+    # The choice of a mask needs up-to-date columns.
     stride = COLUMNS_AT_ONCE if group_size % COLUMNS_AT_ONCE == 0 or group_size >= columns else 1
     for top in range(first, last, TILE_ROWS):
         height = min(TILE_ROWS, last - top)
@@ -332,7 +335,7 @@ def sweep_columns(
     grid: GridArrays | None,
     correction: CorrectionArrays | None = None,
 ) -> None:
-    """Sweep the columns of a block from `start` on: prune or round each, and let those after it absorb the error.
+    """Sweep the columns of a block from `start` on: prune or round each, and let later columns absorb the error.
 
     original, weight, errors, mask: [out, in], contiguous, see `SweepMatrices`; the last three are written in place.
     factor: [columns, columns] upper U of the block (layerwise.numerics.obs is the reference).

@@ -1,7 +1,7 @@
-"""Weights as they are stored, and the product y = W x of one vector with each of them (docs/decode.md).
+"""Stored weight formats, and the product y = W x with one vector for each of them (docs/decode.md).
 
-Codes are packed as in the file of a compressed model: 4 bits each, one after the other, lowest bits first. Scales and
-values that are not quantised are bfloat16. Vectors are float32, and so are all sums; nothing of x is quantised.
+Codes are packed as in the file of a compressed model: 4 bits each, consecutive, lowest bits first. Scales and
+unquantised values are bfloat16. Vectors and all sums are float32; x is not quantised.
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ from torch import Tensor
 from layerwise.kernels import simd
 from layerwise.kernels.rows import compiled
 
-BLOCK = 16  # inputs of a block, and of 64 bits of codes
-POWERS = np.array([16.0 ** (lane // 2) for lane in range(BLOCK)], np.float32)  # what simd.load_nibbles leaves in
+BLOCK = 16  # inputs per block, and per 64 bits of codes
+# factors that simd.load_nibbles leaves in the lanes
+POWERS = np.array([16.0 ** (lane // 2) for lane in range(BLOCK)], np.float32)
 
 
 # ----------------------------------------------------------------------------------------------------------- packed W4
@@ -27,7 +28,7 @@ POWERS = np.array([16.0 ** (lane // 2) for lane in range(BLOCK)], np.float32)  #
 
 @dataclass(frozen=True)
 class W4Grouped:
-    """4-bit codes, and a scale and a zero for each group of consecutive inputs of a row: scale * (code - zero).
+    """4-bit codes with a scale and a zero for each group of consecutive inputs of a row: scale * (code - zero).
 
     codes: [rows, blocks, 2] uint32; scales: [rows, groups] uint16, the bits of bfloat16; zeros: [rows, groups / 2
     rounded up] uint8, two of 4 bits in a byte; group: inputs of a group, a multiple of 16.
@@ -41,7 +42,7 @@ class W4Grouped:
 
     @classmethod
     def pack(cls, codes: Tensor, scales: Tensor, zeros: Tensor, group: int) -> W4Grouped:
-        """From codes [rows, inputs] in [0, 15], scales [rows, groups] that bfloat16 holds, zeros [rows, groups].
+        """Pack codes [rows, inputs] in [0, 15], scales [rows, groups] exact in bfloat16, and zeros [rows, groups].
 
         Raises ValueError for other shapes or values, in one sentence.
         """
@@ -57,7 +58,7 @@ class W4Grouped:
         return self.codes.nbytes + self.scales.nbytes + self.zeros.nbytes
 
     def dequantised(self) -> NDArray[np.float64]:
-        """[rows, inputs], the weights that it represents."""
+        """The weights [rows, inputs] that it represents."""
         rows, inputs = self.shape
         group_of = np.arange(inputs) // self.group
         codes = _unpacked(self.codes).reshape(rows, -1)[:, :inputs]
@@ -83,7 +84,7 @@ def _w4_grouped_product(codes, scales, zeros, length, x, sums, y):
             scale = simd.from_bfloat16(scales[row, group])
             zero = (zeros[row, group >> 1] >> (4 * (group & 1))) & 15
             offset += scale * np.float32(zero) * sums[group]
-            one, other = simd.zeros(), simd.zeros()  # two sums, so that additions need not wait for each other
+            one, other = simd.zeros(), simd.zeros()  # two sums, so that additions do not wait for each other
             first, last = group * length, min((group + 1) * length, blocks)
             for block in range(first, last - 1, 2):
                 word, entry = 2 * (row * blocks + block), BLOCK * block
@@ -104,9 +105,9 @@ def _w4_grouped_product(codes, scales, zeros, length, x, sums, y):
 class W4BlockSparse:
     """4-bit codes of the kept 1x16 blocks of each row, each block with its column, scale and zero, as GQSA stores them.
 
-    columns: [rows, kept] uint16, which block of the row it is; codes: [rows, kept, 2] uint32; scales: [rows, kept]
-    uint16, the bits of bfloat16; zeros: [rows, kept / 8] uint32, eight in a word. Rows are filled up to a multiple of
-    16 blocks, and to the longest of them, with blocks of scale zero.
+    columns: [rows, kept] uint16, index of the block in its row; codes: [rows, kept, 2] uint32; scales: [rows, kept]
+    uint16, the bits of bfloat16; zeros: [rows, kept / 8] uint32, eight per word. Rows are padded with blocks of scale
+    zero to the longest row and a multiple of 16 blocks.
     """
 
     columns: NDArray[np.uint16]
@@ -117,7 +118,7 @@ class W4BlockSparse:
 
     @classmethod
     def pack(cls, codes: Tensor, scales: Tensor, zeros: Tensor, kept: Tensor) -> W4BlockSparse:
-        """From codes [rows, inputs] in [0, 15]; scales that bfloat16 holds, zeros and kept (bool), all [rows, blocks].
+        """Pack codes [rows, inputs] in [0, 15]; scales exact in bfloat16, zeros and kept (bool), all [rows, blocks].
 
         Raises ValueError for other shapes or values, in one sentence.
         """
@@ -152,13 +153,13 @@ class W4BlockSparse:
         return self.columns.nbytes + self.codes.nbytes + self.scales.nbytes + self.zeros.nbytes
 
     def dequantised(self) -> NDArray[np.float64]:
-        """[rows, inputs], the weights that it represents, zero in dropped blocks."""
+        """The weights [rows, inputs] that it represents, zero in dropped blocks."""
         rows, inputs = self.shape
         codes = _unpacked(self.codes).reshape(*self.columns.shape, BLOCK)
         zeros = _unpacked(self.zeros).reshape(self.columns.shape)
         values = _float64(self.scales)[..., None] * (codes - zeros[..., None])
         weight = np.zeros((rows, -(-inputs // BLOCK), BLOCK))
-        np.add.at(weight, (np.arange(rows)[:, None], self.columns), values)  # fillers add zeros
+        np.add.at(weight, (np.arange(rows)[:, None], self.columns), values)  # padding adds zeros
         return weight.reshape(rows, -1)[:, :inputs]
 
     def product(self, x: NDArray[np.float32], threads: int = 1) -> NDArray[np.float32]:
@@ -170,7 +171,7 @@ class W4BlockSparse:
 
 @compiled(fastmath=True)
 def _w4_block_sparse_product(columns, codes, scales, zeros, x, powers, y):
-    """Sixteen scales and zeros are unpacked at once; then each of the sixteen blocks takes five vector instructions."""
+    """Unpacks sixteen scales and zeros at once; then each of the sixteen blocks takes five vector instructions."""
     kept = columns.shape[1]
     words, all_scales, all_zeros = codes.reshape(-1), scales.reshape(-1), zeros.reshape(-1)
     grid = _aligned(2 * BLOCK)
@@ -178,12 +179,12 @@ def _w4_block_sparse_product(columns, codes, scales, zeros, x, powers, y):
     inverse = simd.load(np.float32(1) / powers, 0)
     for row in range(len(y)):
         own = columns[row]
-        low, high = simd.zeros(), simd.zeros()  # two sums, so that additions need not wait for each other
+        low, high = simd.zeros(), simd.zeros()  # two sums, so that additions do not wait for each other
         for start in range(0, kept, BLOCK):
             first = row * kept + start
             simd.store(grid, 0, simd.load_bfloat16(all_scales, first))
             simd.store(grid, BLOCK, simd.mul(simd.load_nibbles(all_zeros, first >> 3), inverse))
-            for block in range(8):  # and block + 8, whose zero is in the lane beside its own
+            for block in range(8):  # also block + 8, whose zero is in the adjacent lane
                 for half in (0, 1):
                     number = block + 8 * half
                     zero = simd.mul(power, simd.splat(grid[BLOCK + 2 * block + half]))
@@ -202,10 +203,10 @@ def _w4_block_sparse_product(columns, codes, scales, zeros, x, powers, y):
 
 @dataclass(frozen=True)
 class Sparse24:
-    """Two bfloat16 values of every four consecutive inputs, and 2 bits each that say which inputs they belong to.
+    """Two bfloat16 values for every four consecutive inputs, each with a position of 2 bits.
 
     values: [rows, halves] uint16, the bits of bfloat16; positions: [rows, halves / 16, 2] uint16, the low bits of
-    sixteen positions, then their high bits. Rows are filled up to a multiple of 32 inputs.
+    sixteen positions, then their high bits. Rows are padded to a multiple of 32 inputs.
     """
 
     values: NDArray[np.uint16]
@@ -214,7 +215,7 @@ class Sparse24:
 
     @classmethod
     def pack(cls, weight: Tensor, mask: Tensor) -> Sparse24:
-        """From a weight [rows, inputs] that bfloat16 holds, and a mask [rows, inputs], True for two of four at most.
+        """Pack a weight [rows, inputs] exact in bfloat16, and a mask [rows, inputs], True for at most two of four.
 
         Raises ValueError for other shapes or values, in one sentence.
         """
@@ -223,7 +224,7 @@ class Sparse24:
             raise ValueError(f"The mask must be bool [{rows}, {inputs}]. Got {_kind(mask)} instead.")
         kept = _padded(mask.numpy(), 2 * BLOCK).reshape(rows, -1, 4)
         if (kept.sum(2) > 2).any():
-            raise ValueError("The mask must keep two of every four inputs at most. Got more instead.")
+            raise ValueError("The mask must keep at most two of every four inputs. Got more instead.")
         values = np.where(kept, _padded(_bfloat16(weight), 2 * BLOCK).reshape(kept.shape), np.uint16(0))
         places = np.sort(np.argsort(~kept, axis=2, kind="stable")[:, :, :2], axis=2)
         stored = np.take_along_axis(values, places, 2).reshape(rows, -1)
@@ -236,7 +237,7 @@ class Sparse24:
         return self.values.nbytes + self.positions.nbytes
 
     def dequantised(self) -> NDArray[np.float64]:
-        """[rows, inputs], the weights that it represents."""
+        """The weights [rows, inputs] that it represents."""
         rows, inputs = self.shape
         bits = (self.positions[..., None] >> np.arange(BLOCK, dtype=np.uint16) & 1).astype(np.int64)
         places = (bits[:, :, 0] + 2 * bits[:, :, 1]).reshape(rows, -1, 2)  # [rows, fours, 2]
@@ -252,7 +253,7 @@ class Sparse24:
 
 @compiled(fastmath=True)
 def _candidates(x, sixteens):
-    """For sixteen values in turn, the four entries of x that each could belong to, [sixteens, 4, 16] flat."""
+    """For each run of sixteen values, the four entries of x to which each could belong, [sixteens, 4, 16] flat."""
     entries = _aligned(64 * sixteens)
     entries[:] = 0
     for column in range(len(x)):
@@ -277,12 +278,12 @@ def _sparse24_product(values, positions, x, y):
         y[row] = simd.reduce_add(one)
 
 
-# ----------------------------------------------------------------------------------------------------- what they share
+# ----------------------------------------------------------------------------------------------------- shared helpers
 
 
 @compiled()
 def _aligned(count):
-    """Room for `count` float32 that starts on a cache line: loads that straddle two take twice as long."""
+    """Memory for `count` float32, aligned to a cache line: loads across two lines take twice as long."""
     room = np.empty(count + 16, np.float32)
     first = -room.ctypes.data % 64 // 4
     return room[first : first + count]
@@ -290,7 +291,7 @@ def _aligned(count):
 
 @compiled()
 def _in_lanes(x, blocks):
-    """x [inputs] filled up to blocks of 16, each in the order of simd.load_nibbles and divided by its powers."""
+    """x [inputs] padded to blocks of 16, each in the order of simd.load_nibbles and divided by its powers."""
     entries = _aligned(BLOCK * blocks)
     entries[:] = 0
     for column in range(len(x)):
@@ -310,7 +311,7 @@ def _sums(x, length):
 
 
 def _on_threads(kernel: Callable, arrays: tuple, others: tuple, rows: int, threads: int) -> NDArray[np.float32]:
-    """The kernel on as many runs of rows as there are threads, which write their parts of y [rows]."""
+    """Run the kernel on one run of rows per thread; each thread writes its part of y [rows]."""
     y = np.empty(rows, np.float32)
     if threads == 1:
         kernel(*arrays, *others, y)
@@ -334,7 +335,7 @@ def _check_grid(codes: Tensor, scales: Tensor, zeros: Tensor, shape: tuple[int, 
             raise ValueError(f"{name} must be [{shape[0]}, {shape[1]}]. Got {_kind(values)} instead.")
     for name, values in (("Codes", codes), ("Zeros", zeros)):
         if not ((values >= 0) & (values <= 15) & (values == values.round())).all():
-            raise ValueError(f"{name} must be whole numbers from 0 to 15. Got others instead.")
+            raise ValueError(f"{name} must be whole numbers from 0 to 15. Got other values instead.")
 
 
 def _vector(x: NDArray[np.float32], shape: tuple[int, int]) -> NDArray[np.float32]:
@@ -348,10 +349,10 @@ def _kind(values: Tensor) -> str:
 
 
 def _bfloat16(values: Tensor) -> NDArray[np.uint16]:
-    """The bits of values that bfloat16 holds."""
+    """The bits of values that are exact in bfloat16."""
     rounded = values.to(torch.bfloat16)
     if not torch.equal(rounded.to(values.dtype), values):
-        raise ValueError("Scales and values must be given as they are stored, in bfloat16. Got others instead.")
+        raise ValueError("Scales and values must be exact in bfloat16, as they are stored. Got other values instead.")
     return rounded.contiguous().view(torch.int16).numpy().view(np.uint16)
 
 
@@ -360,22 +361,24 @@ def _float64(bits: NDArray[np.uint16]) -> NDArray[np.float64]:
 
 
 def _padded(values: np.ndarray, length: int) -> np.ndarray:
-    """[rows, columns] filled up with zeros to a multiple of `length` columns."""
+    """[rows, columns] padded with zeros to a multiple of `length` columns."""
     return np.pad(values, ((0, 0), (0, -values.shape[1] % length)))
 
 
 def _nibbles(numbers: np.ndarray) -> NDArray[np.uint8]:
-    """[rows, columns / 2] of numbers [rows, columns] in [0, 15], the first of each two in the low bits."""
+    """Pack numbers [rows, columns] in [0, 15] into [rows, columns / 2] bytes; the first of each pair is in the low
+    bits."""
     low, high = numbers[:, ::2].astype(np.uint8), numbers[:, 1::2].astype(np.uint8)
     return np.ascontiguousarray(low | high << 4, np.uint8)
 
 
 def _words(numbers: np.ndarray) -> NDArray[np.uint32]:
-    """[rows, columns / 8] of numbers [rows, columns] in [0, 15], the first in the lowest bits."""
+    """Pack numbers [rows, columns] in [0, 15] into [rows, columns / 8] words; the first number is in the lowest
+    bits."""
     return _nibbles(numbers).view("<u4")
 
 
 def _unpacked(packed: np.ndarray) -> NDArray[np.int64]:
-    """[numbers], what `_nibbles` or `_words` packed, row after row."""
+    """The numbers that `_nibbles` or `_words` packed, flat, row by row."""
     octets = np.ascontiguousarray(packed).reshape(-1).view(np.uint8)
     return np.stack([octets & 15, octets >> 4], 1).reshape(-1).astype(np.int64)

@@ -1,6 +1,6 @@
-"""DSnoT's cycles row by row: which pruned weight comes back and which kept one goes, each list read from its ends.
+"""DSnoT's cycles row by row: choose the pruned weight to regrow and the kept one to prune, from the ends of lists.
 
-A row takes few of its entries, so that lists are not sorted: the next one is the smallest of the blocks' smallest.
+Lists are not sorted, because a row takes few of its entries: the next one is the smallest of the blocks' minima.
 """
 
 from typing import NamedTuple
@@ -13,12 +13,12 @@ from layerwise.kernels.rows import array, by_rows, compiled, named
 
 KEYS_PER_BLOCK = 64
 TAKEN = np.iinfo(np.int64).max
-LAST = TAKEN - 1  # the key of nan
+LAST = TAKEN - 1  # the key of NaN
 
 
 @compiled()
 def _ordered(x):
-    """Integer in the order of the floats: both zeros are one, nan is the largest."""
+    """Integer that preserves the order of floats; both zeros are equal, NaN is the largest."""
     if x != x:
         return LAST
     bits = np.float64(x).view(np.int64)
@@ -41,7 +41,7 @@ def _begin(keys, least):
 
 @compiled()
 def _next(keys, least, before):
-    """Place of the first of the smallest keys, which is taken out; `before` where all are."""
+    """Index of the first smallest key, which is removed; `before` if all are removed."""
     smallest = _smallest(least)
     if smallest == TAKEN:
         return before
@@ -58,7 +58,7 @@ def _next(keys, least, before):
 
 @compiled()
 def _order_grown(share, divisor, kept, exact, right, keys):
-    """Keys of what may come back, by lost share per divisor; from the right all in reverse."""
+    """Keys of the entries that may be regrown, by lost share per divisor; from the right in reverse."""
     inputs = len(share)
     keys[inputs:] = TAKEN
     for j in range(inputs):
@@ -72,11 +72,12 @@ def _order_grown(share, divisor, kept, exact, right, keys):
 
 @compiled()
 def _order_dropped(share, scores, kept, right, keys):
-    """Keys of what may go: negative shares by rising score, zeros, positive ones by falling score; what is pruned last.
+    """Keys of the entries that may be pruned: negative shares by rising score, zeros, positive shares by falling score.
+    Pruned entries are last.
 
-    From the right the reverse, and nothing of what is pruned.
+    From the right the order is reversed and pruned entries are left out.
     """
-    ranks = scores.view(np.int32)  # in order, as no score is negative
+    ranks = scores.view(np.int32)  # bits are ordered like scores, because no score is negative
     keys[len(share) :] = TAKEN
     for j in range(len(share)):
         rank = (np.int64(ranks[j]) << 24) | j
@@ -89,7 +90,7 @@ def _order_dropped(share, scores, kept, right, keys):
 
 @compiled()
 def _lowest_of_group(scores, droppable, member, group_size):
-    """The first of the smallest scores in the member's group; what must not go counts as infinite."""
+    """Index of the first smallest score in the member's group; entries that must not be pruned count as infinite."""
     start = member - member % group_size
     lowest, place = np.float32(np.inf), start
     for j in range(start, min(start + group_size, len(scores))):
@@ -99,7 +100,7 @@ def _lowest_of_group(scores, droppable, member, group_size):
 
 
 class InputStatistics(NamedTuple):
-    """Of each input, [in]: its mean, what its lost share is divided by (float64), and sqrt(G_jj) (float32)."""
+    """For each input, [in]: its mean, the divisor of its lost share (float64), and sqrt(G_jj) (float32)."""
 
     mean: np.ndarray
     divisor: np.ndarray
@@ -107,10 +108,11 @@ class InputStatistics(NamedTuple):
 
 
 class CycleRule(NamedTuple):
-    """How a row's cycles go and end.
+    """The rule for a row's cycles and their end.
 
-    group_size: m of n:m, 0 of row. cycles: swaps per row at most. threshold: the |error| at which a row is done, in
-    units of `unit` or, where `exact`, of the norm of the row's shares. exact: return the best state, not the last.
+    group_size: m of n:m, 0 of row. cycles: largest number of swaps per row. threshold: the |error| at which a row is
+    done, in units of `unit` or, if `exact`, of the norm of the row's shares. exact: return the best state, not the
+    last.
     """
 
     group_size: int
@@ -183,7 +185,7 @@ def _refine(weight, statistics, rule, mask, first, last):
 def refine(weight: Tensor, mask: Tensor, statistics: InputStatistics, rule: CycleRule) -> tuple[Tensor, list[float]]:
     """Mask [out, in] after up to `rule.cycles` swaps per row, and the sum of squared row errors after each cycle.
 
-    weight: [out, in] float32. mask: [out, in] bool, of the start; not changed.
+    weight: [out, in] float32. mask: [out, in] bool, the initial mask; not changed.
     """
     result = mask.clone(memory_format=contiguous_format)
     runs = by_rows(_refine, weight.shape, array(weight), statistics, rule, result.numpy())

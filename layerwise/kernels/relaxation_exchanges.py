@@ -1,12 +1,12 @@
-"""Pairwise steps on relaxed masks: mass moves from one entry to another of its comparison group, as far as is best.
+"""Pairwise steps on relaxed masks: mass moves between two entries of a comparison group, by the optimal amount.
 
-With p = (w o (1 - m)) G of a row, u is raised and v lowered. The group is the one in which the largest w_j p_j of an
-entry that can be raised and the smallest of one that can be lowered differ most. u has that largest value, and v is the
-entry of the group with which the error falls most. What a group does not use of its sum counts as an entry of weight
-zero. All sums are float64.
+Let p = (w o (1 - m)) G for a row. A step raises entry u and lowers entry v. It takes the group with the greatest
+difference between the largest w_j p_j of an entry that can be raised and the smallest of one that can be lowered. u has
+that largest value, and v is the entry of the group that reduces the error most. The unused part of a group's sum counts
+as an entry of weight zero. All sums are float64.
 
-Rows are stored place by place: with n:m first the first entries of all groups, then the second ones; a row that is a
-single group in STRIPES columns.
+Rows are stored by place: for n:m the first entries of all groups, then the second entries, and so on. A row that is a
+single group is stored in STRIPES columns.
 """
 
 from typing import NamedTuple
@@ -17,8 +17,8 @@ from numba import boolean, float32, float64, int64
 from layerwise.kernels.rows import compiled, named
 
 STRIPES = 64
-FIXED = 2.0  # in a relaxed mask: fixed at one, or padding of the last places
-UNUSED = -1  # index that represents the entry of weight zero: the unused part of a group's sum
+FIXED = 2.0  # value in a relaxed mask: fixed at one, or padding at the end
+UNUSED = -1  # index of the entry of weight zero: the unused part of a group's sum
 FASTMATH = {"contract", "nnan", "nsz"}
 
 
@@ -31,7 +31,7 @@ def _shift(product, one, a, other, b):
 
 @compiled(fastmath=FASTMATH)
 def _extremes(weight, relaxed, product, highest, lowest):
-    """Per lane the largest w_j p_j of what can be raised and the smallest of what can be lowered."""
+    """Per lane, the largest w_j p_j of entries that can be raised and the smallest of entries that can be lowered."""
     lanes = len(highest)
     highest[:], lowest[:] = -np.inf, np.inf
     for begin in range(0, len(weight), lanes):
@@ -44,7 +44,7 @@ def _extremes(weight, relaxed, product, highest, lowest):
 
 @compiled()
 def _raised(weight, relaxed, product, value, lane, lanes):
-    """The first entry of the lane that can be raised and has w_j p_j = value; UNUSED where that is below zero."""
+    """The first entry of the lane that can be raised and has w_j p_j = value; UNUSED if the value is below zero."""
     if value >= 0:
         for j in range(lane, len(weight), lanes):
             if relaxed[j] < 1 and weight[j] * product[j] == value:
@@ -81,7 +81,7 @@ def _size(slope, curvature, most):
 
 @compiled()
 def _supported(relaxed, first, step, found):
-    """Write which of the entries first, first + step, ... can be lowered to `found`; returns how many."""
+    """Write those of the entries first, first + step, ... that can be lowered to `found`; returns their number."""
     count = 0
     for j in range(first, len(relaxed), step):
         if 0 < relaxed[j] <= 1:
@@ -107,7 +107,7 @@ STATE_TYPE = named(ExchangeState, FLOATS, FLOATS, DOUBLES, DOUBLES)
 def exchange_rows(state, spare, active, steps, first, last):
     """Make up to `steps` exchanges in each active row, in place.
 
-    spare: [out, groups], what each group's mask sum is below its limit.
+    spare: [out, groups], the limit of each group's mask sum minus the sum.
     """
     weight, gram, relaxed, product = state
     groups = spare.shape[1]
@@ -162,7 +162,7 @@ def exchange_rows(state, spare, active, steps, first, last):
 
 @compiled()
 def _ends(weight, relaxed, product, highest, lowest):
-    """(u, w_u p_u, v, w_v p_v) of the entries of a row best raised and lowered; -inf and inf where there is none."""
+    """(u, w_u p_u, v, w_v p_v) of the best entries of a row to raise and to lower; -inf and inf if there is none."""
     _extremes(weight, relaxed, product, highest, lowest)
     lane = np.argmax(highest)
     high = highest[lane]
@@ -183,9 +183,10 @@ def _ends(weight, relaxed, product, highest, lowest):
 
 @compiled([float64(STATE_TYPE, float64, int64)])
 def exchange_layer(state, spare, steps):
-    """Make up to `steps` exchanges in a layer that is one group, in place; returns what is spare of its sum then.
+    """Make up to `steps` exchanges in a layer that is one group, in place; returns the unused part of its sum
+    afterwards.
 
-    In rows other than that of u only the entry with the smallest w_j p_j may be lowered.
+    In rows other than u's, only the entry with the smallest w_j p_j may be lowered.
     """
     weight, gram, relaxed, product = state
     rows, inputs = weight.shape

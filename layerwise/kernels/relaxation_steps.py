@@ -1,7 +1,7 @@
-"""Frank-Wolfe steps on relaxed masks, row by row: only Gram rows of entries that change in the vertex are read.
+"""Frank-Wolfe steps on relaxed masks, row by row; only the Gram's rows of entries that change in the vertex are read.
 
-With product = (W o (1 - M)) G and that of the vertex, (W o (1 - V)) G, a step is a mean of the two: the product of M
-needs no multiplication, and that of V changes by the rows of the entries that changed. All sums are float64.
+A step averages product = (W o (1 - M)) G and the vertex's product (W o (1 - V)) G. So the product of M needs no matrix
+multiplication, and the product of V changes only by the rows of changed entries. All sums are float64.
 """
 
 from typing import NamedTuple
@@ -41,7 +41,7 @@ def _follow(weight, gram, vertex, before, product, chosen, factors):
 
 
 class PruneCount(NamedTuple):
-    """Entries pruned of each row (group_size 0), or of each `group_size` consecutive entries of a row."""
+    """Number of entries pruned in each row (group_size 0), or in each `group_size` consecutive entries of a row."""
 
     n_pruned: int
     group_size: int
@@ -58,7 +58,7 @@ class VertexScratch(NamedTuple):
 
 @compiled()
 def choose_vertex(weight, fixed, product, count, scratch):
-    """Write the vertex [in]: what is fixed and, as far as they are positive, the largest entries of w o product."""
+    """Write the vertex [in]: the fixed entries and the largest positive entries of w o product."""
     n_pruned, group_size = count
     descent, vertex, by_place, ranks = scratch
     inputs = len(weight)
@@ -118,7 +118,7 @@ def _best(slope, curvature):
 
 
 class MaskState(NamedTuple):
-    """Matrices [out, in]: weight (float32), what is fixed at one (bool), the relaxed mask and its product (float64)."""
+    """Matrices [out, in]: weight (float32), entries fixed at one (bool), the relaxed mask and its product (float64)."""
 
     weight: np.ndarray
     fixed: np.ndarray
@@ -142,7 +142,7 @@ COUNT_TYPE = named(PruneCount, int64, int64)
 
 @compiled([(MASK_TYPE, VERTEX_TYPE, COUNT_TYPE, boolean, int64, int64, int64, int64)])
 def steps(state, vertices, count, search, begin, end, first, last):
-    """Steps begin + 1 to end in each row: by 2 / (t + 2), or with `search` as far as is best. Written in place."""
+    """Make steps begin + 1 to end in each row, in place: by 2 / (t + 2), or with `search` by the optimal amount."""
     inputs = state.weight.shape[1]
     scratch = vertex_scratch(inputs, count.group_size)
     entries, factors = np.empty(inputs + 7, np.int64), np.empty(inputs + 7)
@@ -161,7 +161,7 @@ def steps(state, vertices, count, search, begin, end, first, last):
 
 @compiled([(MASK_TYPE, VERTEX_TYPE, BOOLS, float64[::1], float64[::1], int64, int64)])
 def follow_vertex(state, vertices, chosen, slopes, curvatures, first, last):
-    """Make `chosen` [out, in] the vertex, and write the slope and curvature [out] of the way to it."""
+    """Set the vertex to `chosen` [out, in], and write the slope and curvature [out] of the path to it."""
     inputs = state.weight.shape[1]
     entries, factors = np.empty(inputs + 7, np.int64), np.empty(inputs + 7)
     for row in range(first, last):

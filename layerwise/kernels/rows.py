@@ -1,4 +1,4 @@
-"""Compiled loops over the rows of a matrix: how they are built, and how their rows are shared between threads."""
+"""Build compiled loops over the rows of a matrix, and share the rows between threads."""
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -15,9 +15,9 @@ from layerwise.runtime.errors import InputError
 P = ParamSpec("P")
 R = TypeVar("R")
 
-PARTS = 4  # runs of rows per thread: if one thread is held up, the others wait for one short run only
-NO_CACHE = "no locator available"  # in Numba's error for a function of which it can keep nothing
-SMALL = 2**15  # entries that one thread finishes before a second one has started
+PARTS = 4  # runs of rows per thread: if one thread is delayed, the others wait only for one short run
+NO_CACHE = "no locator available"  # part of Numba's error for a function that it cannot cache
+SMALL = 2**15  # number of entries that one thread finishes before a second thread has started
 
 
 def compiled(
@@ -25,9 +25,10 @@ def compiled(
 ) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """Decorator that compiles a function with Numba and keeps its type.
 
-    signatures: with them a kernel is compiled, or read from the cache on disk, when its module is imported, not within
-    a layer's seconds. fastmath: off by default, so that products and differences are rounded one by one, as in torch.
-    Raises InputError where neither the package, HOME nor NUMBA_CACHE_DIR is a place to keep what is compiled.
+    signatures: if given, a kernel is compiled or read from the disk cache when its module is imported, so that this
+    does not count in a layer's time. fastmath: off by default, so that products and differences are rounded separately,
+    as in torch.
+    Raises InputError if compiled code can be stored neither in the package nor under HOME nor in NUMBA_CACHE_DIR.
     """
     compile_ = njit(signatures, cache=True, nogil=True, error_model="numpy", fastmath=fastmath)
 
@@ -38,7 +39,7 @@ def compiled(
             if NO_CACHE not in str(error):
                 raise
             raise InputError(
-                "Compiled loops must be kept in a folder that can be written. Got none instead, neither beside "
+                "Compiled loops must be stored in a writable folder. Got none instead, neither beside "
                 f"{__file__} nor under HOME: set NUMBA_CACHE_DIR to one."
             ) from error
 
@@ -64,7 +65,7 @@ def by_rows(kernel: Callable, shape: tuple[int, ...], *arguments: Any) -> list:
 
 
 def array(tensor: Tensor) -> np.ndarray:
-    """The tensor's entries as a C-contiguous array: a view of a contiguous tensor, else a copy."""
+    """The tensor's entries as a C-contiguous array: a view of a contiguous tensor, otherwise a copy."""
     return tensor.detach().contiguous().numpy()
 
 

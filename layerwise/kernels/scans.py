@@ -1,4 +1,4 @@
-"""Minima of float32 arrays and places in them, sixteen entries at a time. Lengths are multiples of sixteen."""
+"""Minima of float32 arrays and their positions, sixteen entries at a time. Lengths are multiples of sixteen."""
 
 import numpy as np
 
@@ -8,7 +8,7 @@ from layerwise.kernels.rows import compiled
 
 @compiled()
 def minimum(values):
-    """Minimum of values [a multiple of 16], none of them nan."""
+    """Minimum of values [a multiple of 16] without NaN."""
     least = simd.load(values, 0)
     for start in range(simd.LANES, len(values), simd.LANES):
         least = simd.minimum(least, simd.load(values, start))
@@ -17,7 +17,7 @@ def minimum(values):
 
 @compiled()
 def minimum_below(values, slopes, t):
-    """Minimum of values - t * slopes [a multiple of 16], none of them nan."""
+    """Minimum of values - t * slopes [a multiple of 16] without NaN."""
     times = simd.splat(t)
     least = simd.load(values, 0)
     for start in range(0, len(values), simd.LANES):
@@ -28,7 +28,7 @@ def minimum_below(values, slopes, t):
 
 @compiled()
 def places_at_most(values, limit, found):
-    """Write the places where values [a multiple of 16] are at most `limit` to `found`, in order; how many they are."""
+    """Write the indices of values [a multiple of 16] of at most `limit` to `found`, in order; returns their number."""
     count = 0
     limits = simd.splat(limit)
     for start in range(0, len(values), simd.LANES):
@@ -42,7 +42,7 @@ def places_at_most(values, limit, found):
 
 @compiled()
 def first_at_most(values, limit):
-    """The first place where values [a multiple of 16] are at most `limit`; there must be one."""
+    """The first index at which values [a multiple of 16] are at most `limit`; there must be one."""
     limits = simd.splat(limit)
     for start in range(0, len(values), simd.LANES):
         bits = simd.le_mask(simd.load(values, start), limits)

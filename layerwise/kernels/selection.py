@@ -1,6 +1,6 @@
-"""Masks of the largest scores of each line or group; of equal ones those with the lowest indices go first.
+"""Masks of the largest scores of each line or group; among equal scores the lowest indices are pruned first.
 
-Floats are compared as integers, in whose order their bits are once those of negative ones are reflected.
+Floats are compared as integers: after the bits of negative floats are reflected, bits are ordered like floats.
 """
 
 from collections.abc import Callable
@@ -10,14 +10,14 @@ from torch import Tensor, from_numpy
 
 from layerwise.kernels.rows import array, by_rows, compiled, empty
 
-KEYS_AT_ONCE = 2**10  # keys that are reflected at once
-LONG_LINE = 2**15  # entries from which on a line is shared between threads
-SAMPLE = 2**14  # entries that say where the cut of a long line lies
+KEYS_AT_ONCE = 2**10  # number of keys reflected at once
+LONG_LINE = 2**15  # number of entries from which a line is split between threads
+SAMPLE = 2**14  # number of entries that estimate the threshold of a long line
 
 
 @compiled()
 def _to_order(keys):
-    """Bits of floats to integers in the order of the floats, in place; both zeros are one."""
+    """Convert bits of floats to integers in the order of the floats, in place; both zeros are equal."""
     reflected = -np.int64(2 ** (8 * keys.itemsize - 1) - 1) - 1
     for i in range(len(keys)):
         keys[i] = keys[i] if keys[i] >= 0 else reflected - keys[i]
@@ -40,7 +40,7 @@ def _cut(keys, n_pruned):
     lowest, highest = keys[0], keys[0]
     for i in range(len(keys)):
         lowest, highest = min(lowest, keys[i]), max(highest, keys[i])
-    low, high = np.int64(lowest), np.int64(highest) + 1  # none of the keys is below low, all are below high
+    low, high = np.int64(lowest), np.int64(highest) + 1  # low <= all keys < high
     below_low, below_high = np.int64(0), np.int64(len(keys))
     bound, step = np.empty(1, keys.dtype), 0
     while below_low < n_pruned < below_high and high - low != 1:
@@ -48,7 +48,7 @@ def _cut(keys, n_pruned):
         share = 0.5 if step % 3 == 2 else (n_pruned - below_low) / (below_high - below_low)
         if width > 0:
             bound[0] = low + min(max(np.int64(share * width), 1), width - 1)
-        else:  # beyond the integers of 64 bits
+        else:  # beyond 64-bit integers
             bound[0] = (low >> 1) + (high >> 1)
         below = _count_below(keys, bound[0])
         if below <= n_pruned:
@@ -63,7 +63,7 @@ def _cut(keys, n_pruned):
 
 @compiled()
 def _mark(keys, key, ties, mask):
-    """True where a key is above the cut."""
+    """Write True where a key is above the threshold."""
     bound = np.empty(1, keys.dtype)
     bound[0] = key
     bound = bound[0]
@@ -102,7 +102,7 @@ def _prune_lines(weight, norm, n_pruned, values, mask, first, last):
 
 @compiled()
 def _mark_groups(keys, group_size, n_pruned, by_place, ranks, mask):
-    """False at the `n_pruned` smallest of each `group_size` consecutive keys, of which there are whole groups."""
+    """Write False at the `n_pruned` smallest of each `group_size` consecutive keys; all groups are complete."""
     groups = len(keys) // group_size
     for e in range(group_size):
         for g in range(groups):
@@ -163,7 +163,7 @@ def _cut_of(keys, n_pruned):
     ]
 )
 def _tally(bits, low, high, found, first, last):
-    """(entries below low, first, end): those in [low, high) are copied to found[first:end]."""
+    """(entries below low, first, end); entries in [low, high) are copied to found[first:end]."""
     below, end = 0, first
     keys = np.empty(KEYS_AT_ONCE, bits.dtype)
     for start in range(first, last, KEYS_AT_ONCE):
@@ -217,9 +217,9 @@ def _prune_at(weight, norm, key, values, mask, first, last):
 def _cut_in_parts(
     sample: np.ndarray, n_pruned: int, n_keys: int, tally: Callable, found: np.ndarray
 ) -> tuple[int, int]:
-    """As _cut, of `n_keys` keys; tally(low, high) as _tally, run by run.
+    """As _cut, for `n_keys` keys. tally(low, high): as _tally, run by run.
 
-    The sample, sorted, says where the cut lies, four standard deviations to each side; beyond them all keys are taken.
+    The sorted sample brackets the threshold by four standard deviations on each side; if that fails, all keys are used.
     """
     place, margin = n_pruned / n_keys * len(sample), 2 * len(sample) ** 0.5 + 1
     limits = np.iinfo(found.dtype)
@@ -241,7 +241,7 @@ def _bits(score: Tensor) -> np.ndarray:
 
 
 def keep_largest(score: Tensor, n_pruned: int) -> Tensor:
-    """Mask, True where kept, without the `n_pruned` smallest entries of each line of score [..., n], float32 or 64."""
+    """Mask, False at the `n_pruned` smallest entries of each line of score [..., n], float32 or float64."""
     bits = _bits(score).reshape(-1, score.shape[-1])
     mask = empty(bits.shape, np.bool_)
     if len(bits) == 1 and bits.size >= LONG_LINE:
@@ -264,7 +264,7 @@ def _keep_of_line(bits: np.ndarray, n_pruned: int, mask: np.ndarray) -> None:
 
 
 def _first_equal(bits: np.ndarray, key: int, ties: int) -> np.ndarray:
-    """Indices of the first `ties` entries whose key that is."""
+    """Indices of the first `ties` entries with this key."""
     equal, start = [], 0
     while ties:
         keys = bits[start : start + LONG_LINE].copy()
@@ -276,7 +276,7 @@ def _first_equal(bits: np.ndarray, key: int, ties: int) -> np.ndarray:
 
 
 def keep_top_per_group(score: Tensor, group_size: int, n_pruned: int) -> Tensor:
-    """Mask [out, in] without the `n_pruned` smallest of each `group_size` consecutive scores [out, in] of a row."""
+    """Mask [out, in], False at the `n_pruned` smallest of each `group_size` consecutive scores [out, in] of a row."""
     bits = _bits(score)
     mask = empty(bits.shape, np.bool_)
     by_rows(_groups, bits.shape, bits, group_size, n_pruned, mask)
@@ -291,7 +291,7 @@ def prune_lines(weight: Tensor, norm: Tensor, n_pruned: int) -> tuple[Tensor, Te
 
 
 def prune_layer(weight: Tensor, norm: Tensor, n_pruned: int) -> tuple[Tensor, Tensor]:
-    """The same of all entries of the layer."""
+    """The same for all entries of the layer."""
     entries, by_input, inputs = array(weight), array(norm), weight.shape[1]
     values, mask = empty(weight.shape, np.float32), empty(weight.shape, np.bool_)
     places = np.arange(0, weight.numel(), weight.numel() // SAMPLE | 1)
@@ -313,7 +313,7 @@ def prune_layer(weight: Tensor, norm: Tensor, n_pruned: int) -> tuple[Tensor, Te
 
 
 def prune_groups(weight: Tensor, norm: Tensor, group_size: int, n_pruned: int) -> tuple[Tensor, Tensor]:
-    """The same of each `group_size` consecutive entries of a row."""
+    """The same for each `group_size` consecutive entries of a row."""
     values, mask = empty(weight.shape, np.float32), empty(weight.shape, np.bool_)
     by_rows(_prune_groups, weight.shape, array(weight), array(norm), group_size, n_pruned, values, mask)
     return from_numpy(values), from_numpy(mask)

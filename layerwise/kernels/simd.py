@@ -1,6 +1,6 @@
-"""Vectors of sixteen float32 lanes for Numba's loops, where LLVM's vectoriser finds no vector code by itself.
+"""Vectors of sixteen float32 lanes for Numba's loops that LLVM does not vectorise by itself.
 
-Each function is a line or two of LLVM IR on vectors. LLVM splits them where the processor's registers are shorter.
+Each function is a line or two of LLVM IR on vectors. LLVM splits them if the processor's registers are shorter.
 """
 
 from collections.abc import Callable
@@ -16,11 +16,11 @@ P = ParamSpec("P")
 LANES = 16
 FLOAT, INT, HALF = ir.FloatType(), ir.IntType(32), ir.IntType(16)
 FLOATS, INTS = ir.VectorType(FLOAT, LANES), ir.VectorType(INT, LANES)
-FAST = ("fast",)  # sums in any order, and fused multiply-add; all entries finite
+FAST = ("fast",)  # sums in any order, fused multiply-add; all entries are finite
 
 
 def intrinsic(make: Callable[Concatenate[Any, P], Any]) -> Callable[P, Any]:
-    """Numba's `intrinsic` with the type of the call: the typing context that `make` takes first is left out."""
+    """Numba's `intrinsic`, typed as the call, which lacks the typing context that `make` takes first."""
     return cast(Callable[P, Any], numba_intrinsic(make))
 
 
@@ -43,13 +43,13 @@ def _constant(kind: ir.Type, values: list):
 
 
 def _broadcast(builder, value):
-    """A vector's lanes over and over, up to sixteen of them."""
+    """A vector's lanes, repeated up to sixteen lanes."""
     places = _constant(INT, [lane % value.type.count for lane in range(LANES)])
     return builder.shuffle_vector(value, ir.Constant(value.type, ir.Undefined), places)
 
 
 def _pointer(context, builder, array_type, array, index, kind: ir.Type):
-    """To an element of a C-contiguous array of one axis, as if other values stood there."""
+    """Pointer to an element of a one-dimensional C-contiguous array, cast to another type."""
     data = context.make_array(array_type)(context, builder, array).data
     return builder.bitcast(builder.gep(data, [index]), kind.as_pointer())
 
@@ -83,9 +83,10 @@ def load_bfloat16(typing_context, array, index):
 
 @intrinsic
 def load_nibbles(typing_context, array, index):
-    """Sixteen codes of 4 bits from array[index] and array[index + 1] (uint32) on, each at its place in its word.
+    """Sixteen codes of 4 bits from array[index] and array[index + 1] (uint32), each at its place in its word.
 
-    Lanes 2i and 2i + 1 are codes i and i + 8, times 16^i: a mask picks them, no shift, and all are float32 exactly.
+    Lanes 2i and 2i + 1 are codes i and i + 8, times 16^i. A mask selects them without a shift, and all are exact in
+    float32.
     """
 
     def build(context, builder, signature, args):
@@ -128,7 +129,7 @@ def transpose(typing_context, source, at, step, target, to, stride):
         for row in range(LANES):
             place = builder.add(at, builder.mul(step, ir.Constant(step.type, row)))
             rows.append(builder.load(_pointer(context, builder, arrays[0], first, place, FLOATS), align=4))
-        for half in (8, 4, 2, 1):  # blocks off the diagonal change places, ever smaller ones
+        for half in (8, 4, 2, 1):  # swap off-diagonal blocks of decreasing size
             lanes = range(LANES)
             above = _constant(INT, [lane + (LANES - half if lane & half else 0) for lane in lanes])
             below = _constant(INT, [lane + (LANES if lane & half else half) for lane in lanes])
@@ -189,7 +190,7 @@ def div(typing_context, a, b):
 
 @intrinsic
 def absolute(typing_context, lanes):
-    """|lane| of each."""
+    """|lane| of each lane."""
 
     def build(context, builder, signature, args):
         bits = builder.and_(builder.bitcast(args[0], INTS), _constant(INT, [0x7FFFFFFF] * LANES))
@@ -211,7 +212,7 @@ def rint(typing_context, lanes):
 
 @intrinsic
 def clamp(typing_context, lanes, limits):
-    """The lanes, or 0 or the limit where they are beyond; none is nan."""
+    """The lanes clamped to [0, limit]; no lane is NaN."""
 
     def build(context, builder, signature, args):
         zero = ir.Constant(FLOATS, [0.0] * LANES)
@@ -235,7 +236,7 @@ def reduce_add(typing_context, lanes):
 
 @intrinsic
 def minimum(typing_context, a, b):
-    """The smaller of each two lanes; none is nan."""
+    """The lane-wise minimum; no lane is NaN."""
 
     def build(context, builder, signature, args):
         return builder.select(builder.fcmp_ordered("<", *args), *args)
@@ -245,7 +246,7 @@ def minimum(typing_context, a, b):
 
 @intrinsic
 def reduce_min(typing_context, lanes):
-    """The smallest of the sixteen lanes, float32; none is nan, but they may be infinite."""
+    """The smallest of the sixteen lanes, float32; no lane is NaN, but lanes may be infinite."""
 
     def build(context, builder, signature, args):
         kind = ir.FunctionType(FLOAT, [FLOATS])
@@ -257,7 +258,7 @@ def reduce_min(typing_context, lanes):
 
 @intrinsic
 def le_mask(typing_context, lanes, limits):
-    """Bit i says whether lane i is at most that of the limits."""
+    """Bit i is set if lane i is at most lane i of the limits."""
 
     def build(context, builder, signature, args):
         return builder.zext(builder.bitcast(builder.fcmp_ordered("<=", *args), HALF), INT)
@@ -267,7 +268,7 @@ def le_mask(typing_context, lanes, limits):
 
 @intrinsic
 def lowest_bit(typing_context, bits):
-    """Position of the lowest bit that is set; there must be one."""
+    """Position of the lowest set bit; there must be one."""
 
     def build(context, builder, signature, args):
         return builder.zext(builder.cttz(args[0], ir.Constant(ir.IntType(1), 1)), ir.IntType(64))

@@ -1,12 +1,12 @@
-"""SparseSwaps on a CPU: each row's swaps in one compiled loop, so that the row's data stay in cache.
+"""SparseSwaps on a CPU: one compiled loop per row, so that the row's data stay in cache.
 
-Pairs are compared, checked and swapped in the arithmetic of the reference in `numerics/swap_search.py`, operation by
-operation, and of equal pairs the one of the lowest u, then p, is taken: the swaps are the same. Only how many pairs
-are looked at differs. With s_j = |w_j| sqrt(G_jj) and r_u the largest |correlation| of u with another input, 2 w_u
-w_p G_up is at most slope_u s_p, slope_u = 2 r_u s_u. Left out are the kept u whose cost_u + min_p gain_p - slope_u
-max_p s_p is above a pair that is known; then, for each u that is left, the p whose gain_p - slope_u s_p is too large.
-Rounding is monotone: a bound that is computed in the order of a change's own operations holds to the last bit. The
-others are given slack. Within the groups of n:m all pairs are few enough.
+Pairs are compared, checked and swapped with the same operations in the same order as in the reference,
+`numerics/swap_search.py`, and ties go to the lowest u, then the lowest p. So the swaps are identical; only the number
+of pairs examined differs. Let s_j = |w_j| sqrt(G_jj), and let r_u be the largest |correlation| of u with another input.
+Then 2 w_u w_p G_up is at most slope_u s_p, with slope_u = 2 r_u s_u. The search skips each kept u whose cost_u + min_p
+gain_p - slope_u max_p s_p exceeds a known pair. For each remaining u it skips each p whose gain_p - slope_u s_p is too
+large. Rounding is monotone, so a bound computed in the same order of operations as the change holds to the last bit.
+The other bounds have slack. In n:m groups the pairs are few, and all are examined.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from numba import boolean, float32, float64, int64
 from layerwise.kernels import scans, simd
 from layerwise.kernels.rows import compiled, named
 
-ROUND_UP = np.float32(1 + 1e-5)  # over the rounding of a bound's own products
-RELATIVE_SLACK = 1e-6  # of the terms of a limit on gains, over their rounding
-FEW = 16  # kept weights for so few of which a better bound does not pay
-PAIRS_AT_ONCE = 64  # pairs whose entries of the Gram are fetched from memory at the same time
-SEGMENTS = 8  # of the chords below f(t) = min_p gain_p - t s_p
+ROUND_UP = np.float32(1 + 1e-5)  # covers the rounding of a bound's own products
+RELATIVE_SLACK = 1e-6  # share of the terms of a limit on gains, above their rounding
+FEW = 16  # up to this many kept weights, a better bound does not pay
+PAIRS_AT_ONCE = 64  # pairs whose Gram entries are fetched from memory together
+SEGMENTS = 8  # number of chords below f(t) = min_p gain_p - t s_p
 TINY = np.float32(1e-30)  # represents the root of a dead input
-HUGE = np.finfo(np.float32).max  # represents infinity where `simd` subtracts
+HUGE = np.finfo(np.float32).max  # represents infinity in subtractions of `simd`
 
 
 class GramArrays(NamedTuple):
-    """The arrays that all rows share: Gram [in, in], diagonal, root and steepness [in], Grams within groups, padding.
+    """Arrays shared by all rows: Gram [in, in], diagonal, root and steepness [in], Grams within groups, padding.
 
     blocks: [m, m, groups], or empty for whole rows. outside: places that represent no input, int64.
     """
@@ -66,7 +66,8 @@ def _move(coupling, pruned, restored, weight_u, weight_p):
 
 @compiled()
 def _costs(weight, diagonal, coupling, mask, cost, gain):
-    """Of pruning each kept and restoring each pruned weight, rounded to float32; inf elsewhere."""
+    """Write the cost of pruning each kept weight and the gain of restoring each pruned one, in float32; inf
+    elsewhere."""
     infinite = np.float32(np.inf)
     for i in range(len(weight)):
         w = np.float64(weight[i])
@@ -78,7 +79,7 @@ def _costs(weight, diagonal, coupling, mask, cost, gain):
 
 @compiled()
 def _bounds(cost, slope, largest, least_gain, bound):
-    """No pair of each kept weight changes the loss by less."""
+    """Write a lower bound on the change of the loss by any pair with each kept weight."""
     for i in range(len(slope)):
         bound[i] = (least_gain - slope[i] * largest) + cost[i]
 
@@ -90,23 +91,23 @@ def _change(u, p, gram, weight, cost, gain):
 
 @compiled()
 def _changes(gram, weight_u, weight_p, cost, gain, change):
-    """The same of as many pairs as there are entries."""
+    """The same for as many pairs as there are entries."""
     for k in range(len(change)):
         change[k] = (gram[k] * weight_p[k]) * (np.float32(-2) * weight_u[k]) + gain[k] + cost[k]
 
 
 @compiled()
 def _better(change, u, p, best, best_u, best_p):
-    """Smaller, or equal and before it in the order of pairs."""
+    """Whether a pair is smaller, or equal and earlier in the order of pairs."""
     return change < best or (change == best and (u < best_u or (u == best_u and p < best_p)))
 
 
 @compiled()
 def _best_in_groups(blocks, weight, cost, gain, change):
-    """u and p of the smallest change below zero of which both lie in the same group, or -1 and -1.
+    """u and p in the same group with the smallest change below zero, or -1 and -1.
 
-    Of each two places in a group all groups at a time: blocks [m, m, groups] is the Gram within groups, and the other
-    arrays are laid out as [m, groups]. change: memory to work in.
+    For each two places in a group, all groups are handled at once: blocks [m, m, groups] is the Gram within groups, and
+    the other arrays are laid out as [m, groups]. change: scratch memory.
     """
     length, _, groups = blocks.shape
     change = change[:groups]
@@ -120,7 +121,7 @@ def _best_in_groups(blocks, weight, cost, gain, change):
             least = scans.minimum(change)
             if least <= best:
                 k = scans.first_at_most(change, least)
-                # In the order of the inputs, a group comes whole.
+                # In the order of the inputs, a group is contiguous.
                 if _better(least, k * length + i, k * length + j, best, best_u, best_p):
                     best, best_u, best_p = least, k * length + i, k * length + j
     if best_u < 0:
@@ -129,7 +130,7 @@ def _best_in_groups(blocks, weight, cost, gain, change):
 
 
 class SearchTerms(NamedTuple):
-    """Of the inputs of a row: size s_j, slope, the largest s_p, the least gain, and the bound of each kept u."""
+    """Terms of a row's inputs: size s_j, slope, the largest s_p, the least gain, and the bound of each kept u."""
 
     size: np.ndarray
     slope: np.ndarray
@@ -139,7 +140,7 @@ class SearchTerms(NamedTuple):
 
 
 class SearchScratch(NamedTuple):
-    """Memory for the search of a row: kept weights tried, partners with their gains and sizes, pairs waiting."""
+    """Scratch memory for the search in a row: kept weights tried, partners with gains and sizes, pending pairs."""
 
     tried: np.ndarray
     partners: np.ndarray
@@ -167,7 +168,7 @@ def _best_in_row(gram, weight, cost, gain, terms, first, scratch):
 
     waiting = 0
     for k in range(-1, count):
-        u = scratch.tried[k] if k >= 0 else likely  # the most promising one first
+        u = scratch.tried[k] if k >= 0 else likely  # the most promising weight first
         if terms.bound[u] <= best[0] and (k < 0 or u != likely):
             limit = _limit(best[0], cost[u], terms.least_gain, terms.slope[u] * terms.largest)
             waiting = _add_pairs(u, terms.slope[u], limit, filled, waiting, scratch)
@@ -179,7 +180,7 @@ def _best_in_row(gram, weight, cost, gain, terms, first, scratch):
 
 @compiled()
 def _reach(best, cost, terms, tried):
-    """The largest gain and the steepest slope that a pair of one of `tried` may have, and the most promising of these.
+    """The largest gain and the steepest slope of any pair with a weight in `tried`, and the most promising weight.
 
     gain_p is at most limit_u + slope_u max_p s_p.
     """
@@ -195,7 +196,8 @@ def _reach(best, cost, terms, tried):
 
 @compiled()
 def _partners(gain, size, widest, scratch):
-    """Write the pruned weights whose gain is at most `widest`, with gains and sizes; how many, as a multiple of 16."""
+    """Write the pruned weights whose gain is at most `widest`, with gains and sizes; returns their number, padded to a
+    multiple of 16."""
     partners, gains, sizes = scratch.partners, scratch.gains, scratch.sizes
     found = scans.places_at_most(gain, widest, partners)
     filled = -(-found // simd.LANES) * simd.LANES
@@ -207,7 +209,7 @@ def _partners(gain, size, widest, scratch):
 
 @compiled()
 def _below_chords(best, cost, terms, steepest, count, filled, scratch):
-    """Leave more kept weights out of `tried`; how many are left. f is concave: its chords lie below it."""
+    """Remove more kept weights from `tried`; returns how many remain. f is concave, so its chords lie below it."""
     tried, gains, sizes = scratch.tried, scratch.gains[:filled], scratch.sizes[:filled]
     width = steepest / np.float32(SEGMENTS)
     corner = np.empty(SEGMENTS + 2, np.float32)
@@ -228,7 +230,8 @@ def _below_chords(best, cost, terms, steepest, count, filled, scratch):
 
 @compiled()
 def _add_pairs(u, slope, limit, filled, waiting, scratch):
-    """Append the pairs of the kept weight u whose gain_p - slope_u s_p is at most `limit`; how many are waiting."""
+    """Append the pairs of the kept weight u with gain_p - slope_u s_p <= `limit`; returns the number of pending
+    pairs."""
     pairs, partners, gains, sizes = scratch.pairs, scratch.partners, scratch.gains, scratch.sizes
     limits, slopes = simd.splat(limit), simd.splat(slope)
     for start in range(0, filled, simd.LANES):
@@ -243,7 +246,7 @@ def _add_pairs(u, slope, limit, filled, waiting, scratch):
 
 @compiled()
 def _best_of_pairs(gram, weight, cost, gain, pairs, best):
-    """Change, u and p of the best of these pairs and the best one so far."""
+    """(change, u, p) of the best among these pairs and the best one so far."""
     least, best_u, best_p = best
     for j in range(len(pairs)):
         u, p = pairs[j]
@@ -255,14 +258,15 @@ def _best_of_pairs(gram, weight, cost, gain, pairs, best):
 
 @compiled()
 def _limit(best, cost, least_gain, largest_term):
-    """Of gain_p - slope_u s_p, above which no pair of this kept weight is as good as `best`, whatever the rounding."""
+    """Limit of gain_p - slope_u s_p above which no pair with this kept weight is as good as `best`, despite
+    rounding."""
     slack = np.float32(RELATIVE_SLACK) * (abs(best) + abs(cost) + abs(least_gain) + largest_term)
     return (best - cost) + slack
 
 
 @compiled()
 def _pruned(weight, diagonal, mask):
-    """Sum of w_j^2 G_jj over what is pruned."""
+    """Sum of w_j^2 G_jj over the pruned entries."""
     total = 0.0
     for i in range(len(weight)):
         w = np.float64(weight[i])
@@ -271,7 +275,7 @@ def _pruned(weight, diagonal, mask):
 
 
 class RowTerms(NamedTuple):
-    """Of the inputs of a row: cost and gain of a swap, bound, size, slope, and the size of what is pruned, negative."""
+    """Terms of a row's inputs: cost and gain of a swap, bound, size, slope, and minus the size of pruned entries."""
 
     cost: np.ndarray
     gain: np.ndarray
@@ -283,7 +287,7 @@ class RowTerms(NamedTuple):
 
 @compiled()
 def _enter(gram_arrays, weight, mask, terms):
-    """Write size, slope and minus_pruned of a row; its sum of w_j^2 G_jj."""
+    """Write size, slope and minus_pruned of a row; returns its sum of w_j^2 G_jj."""
     everything = 0.0
     for i in range(len(gram_arrays.root)):
         w = abs(weight[i])
@@ -314,14 +318,14 @@ def _best_pair(gram_arrays, rows, row, terms, scratch):
 
 @compiled()
 def _swap(gram_arrays, rows, row, terms, u, p, tolerance, everything):
-    """Prune u and restore p if that is an improvement; by how much the row's loss changes, 0 where nothing is done."""
+    """Prune u and restore p if that is an improvement; returns the change of the row's loss, or 0."""
     gram, diagonal = gram_arrays.gram, gram_arrays.diagonal
     weight, mask, coupling = rows.weight[row], rows.mask[row], rows.coupling[row]
     w, v = np.float64(weight[u]), np.float64(weight[p])
     alone_u, alone_p = w * w * np.float64(diagonal[u]), v * v * np.float64(diagonal[p])
     change = (alone_u + 2 * w * coupling[u]) + (alone_p - 2 * v * coupling[p])
     change -= 2 * w * v * np.float64(gram[u, p])
-    # Nearly every swap lowers the loss by more than the share of everything, of which that of what is pruned is a part.
+    # Almost every swap lowers the loss by more than this share of `everything`, which includes the pruned part.
     if not (change < -tolerance * everything or change < -tolerance * _pruned(weight, diagonal, mask)):
         return 0.0
     mask[u], mask[p] = False, True
@@ -332,7 +336,7 @@ def _swap(gram_arrays, rows, row, terms, u, p, tolerance, everything):
 
 @compiled([(GRAM_TYPE, ROWS_TYPE, float64[:, :], boolean[:, :], float64)])
 def advance(gram_arrays, rows, losses_after, made, tolerance):
-    """Up to len(losses_after) swaps in each row; losses_after: of each row after each swap; made: whether it was made.
+    """Make up to len(losses_after) swaps in each row; write each row's loss, and whether the swap was made.
 
     losses_after, made: [swaps, rows].
     """

@@ -1,4 +1,4 @@
-"""SparseSwaps on a CPU: the layer's rows laid out for the compiled loops, and their swaps as they are made."""
+"""SparseSwaps on a CPU: lay out the layer's rows for the compiled loops, and report the swaps."""
 
 from __future__ import annotations
 
@@ -18,15 +18,16 @@ from layerwise.kernels.rows import array
 from layerwise.kernels.swap_loops import TINY, GramArrays, RowArrays, advance
 from layerwise.kernels.swap_state import TOLERANCE, SwapState
 
-ROUNDS = 32  # between two looks at the clock
-TASK_ROWS = 8  # of a thread's task: rows differ in how long they take
+ROUNDS = 32  # rounds between two readings of the clock
+TASK_ROWS = 8  # rows per task of a thread, because rows take different times
 
 
 def swap_rounds(rows: SwapState, swaps: int | None) -> Iterator[tuple[float, float, int]]:
-    """As `numerics.swap_search.swap_rounds`. Between two looks at the clock every swap is taken to last equally long.
+    """As `numerics.swap_search.swap_rounds`. Between two readings of the clock all swaps are assumed to take equally
+    long.
 
-    The clock is read every ROUNDS rounds. Runs on torch.get_num_threads() threads, each of which takes a few rows at a
-    time.
+    The clock is read every ROUNDS rounds. It runs on torch.get_num_threads() threads, each of which takes a few rows at
+    a time.
     """
     start = time.perf_counter()
     inputs = rows.weight.shape[1]
@@ -63,9 +64,9 @@ def swap_rounds(rows: SwapState, swaps: int | None) -> Iterator[tuple[float, flo
 
 
 def origins(inputs: int, length: int) -> Tensor:
-    """[m * groups] int64, the input at each place; `inputs` is padding; groups: a multiple of 16.
+    """[m * groups] int64, the input at each place; `inputs` means padding. The number of groups is a multiple of 16.
 
-    The first inputs of all groups come first, then the second ones, and so on.
+    The first inputs of all groups come first, then the second inputs, and so on.
     """
     groups = -(-inputs // (length * simd.LANES)) * simd.LANES
     place = torch.arange(length * groups)
@@ -81,7 +82,7 @@ def by_place(rows: SwapState, origin: Tensor) -> SwapState:
 
 
 def group_blocks(gram: Tensor, length: int) -> Tensor:
-    """[m, m, groups] the Gram within each group; groups: a multiple of 16, those at the end zero."""
+    """[m, m, groups] the Gram within each group; the number of groups is padded with zeros to a multiple of 16."""
     missing = -len(gram) % (length * simd.LANES)
     padded = pad(gram, (0, missing, 0, missing))
     return padded.unflatten(0, (-1, length)).unflatten(2, (-1, length)).diagonal(dim1=0, dim2=2)

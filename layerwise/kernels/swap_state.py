@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-# A swap counts as an improvement if the row's loss falls by more than this share of the sum of w_j^2 G_jj over what is
-# pruned: far above the rounding of float64, so that no row can cycle, and whatever the inputs that stay.
+# A swap counts as an improvement if the row's loss falls by more than this share of the sum of w_j^2 G_jj over the
+# pruned entries. This is far above the rounding of float64, so no row can cycle, and independent of the kept inputs.
 TOLERANCE = 1e-9
 
 

@@ -1,12 +1,12 @@
-"""Sums over the tokens of sequences: read from memory twice at most, with no copies of the activations."""
+"""Sums over the tokens of sequences: activations are read from memory at most twice and never copied."""
 
 import numpy as np
 from numba import float32, float64, void
 
 from layerwise.kernels.rows import compiled
 
-WIDTH = 64  # inputs at a time: their rows of one sequence stay in the first cache
-RUN = 16  # tokens that are summed in float32 before float64
+WIDTH = 64  # inputs at a time, so that their rows of one sequence stay in the L1 cache
+RUN = 16  # tokens summed in float32 before the float64 sum
 
 
 @compiled(void(float32[:, :, ::1], float64[:, ::1]))
@@ -39,7 +39,8 @@ def add_sums(x, sums):
                 sums[0, start + j] += total[j] / length
                 sums[1, start + j] += absolute[j] / length
             total[:] = 0
-            # Centred before squaring: the mean of squares less the square of the mean loses digits to a large mean.
+            # Centred before squaring, because (mean of squares) - (square of the mean) loses digits when the mean is
+            # large.
             for begin in range(0, length - length % RUN, RUN):
                 for j in range(start, start + width):
                     run = np.float32(0)

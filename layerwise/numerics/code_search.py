@@ -1,8 +1,8 @@
-"""Best changes of a row's codes, one code at a time or two, until none lowers its loss.
+"""Best changes of a row's codes, one or two codes at a time, until no change lowers the row's loss.
 
 With E = W_hat - W and v the step of entry j, changing its code by d changes the row's loss E G E^T by
-2 d v (E G)_j + d^2 v^2 G_jj, least at the whole number nearest to -(E G)_j / (v G_jj); a change of two codes adds
-2 v_u v_p G_up to the sum of both.
+2 d v (E G)_j + d^2 v^2 G_jj, which is least at the whole number nearest to -(E G)_j / (v G_jj). A change of two codes
+adds 2 v_u v_p G_up to the sum of both changes.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from layerwise.numerics.swap_search import RowSearch
 def change_rounds(
     rows: CodeState, pairs: bool, most_changes: int | None
 ) -> Iterator[tuple[int, float, float, tuple[int, int]]]:
-    """Rounds in which every row that can changes its codes, at most `most_changes` times (None: until none helps).
+    """Rounds in which every row that can improve changes its codes, at most `most_changes` times (None: no limit).
 
-    A row makes the best change of one code, by as many steps as are best; where none helps and `pairs` is true, the
-    best of two codes by one step each. Yields after some rounds the changes of the row that has made most, the seconds
-    since the call, the loss of all rows, and how many changes of one code and of two were made since the last time.
-    Compiled on a CPU, in torch elsewhere: the same changes, except for ties on devices whose minimum picks any of equal
-    entries.
+    A row makes the best change of one code, by any number of steps. If none helps and `pairs` is true, it makes the
+    best change of two codes by one step each. After some rounds it yields the largest number of changes in a row, the
+    seconds since the call, the loss of all rows, and the numbers of single and double changes since the last yield.
+    It is compiled on a CPU and runs in torch elsewhere. The changes are the same, except for ties on devices whose
+    minimum picks any of the equal entries.
     """
     return (kernel.change_rounds if dispatch.use_compiled(rows.coupling) else reference_rounds)(
         rows, pairs, most_changes
@@ -59,7 +59,7 @@ def reference_rounds(
 
 
 class CodeChanges:
-    """The changes of some of the rows, in torch."""
+    """Changes in some of the rows, in torch."""
 
     def __init__(self, rows: CodeState) -> None:
         self.rows, self.gram = rows, rows.gram.double()
@@ -68,13 +68,13 @@ class CodeChanges:
         self.alone = self.step * self.step * self.diagonal
         free = rows.movable & (self.alone > 0)
         self.inverse = torch.where(free, 1 / (self.step * self.diagonal), 0.0)
-        # A move is a step up or down; SparseSwaps' search takes two moves for its exchange, with a Gram of minus the
-        # sign, in which those of the same input are not correlated.
+        # A move is a step up or down. SparseSwaps' search treats two moves as its exchange, with the Gram negated and
+        # without correlation between moves of the same input.
         tiled = (-rows.gram).fill_diagonal_(0.0).repeat(2, 2)
         self.search = MoveSearch(tiled, rows.gram)
 
     def one(self, left: Tensor) -> Tensor:
-        """Change one code in each row of `left` where that is an improvement; [left] bool, where it was."""
+        """Change one code in each row of `left` if that is an improvement; returns [left] bool, True where it was."""
         rows, coupling = self.rows, self.rows.coupling[left]
         code = rows.codes[left].double()
         by = (-coupling * self.inverse[left]).round().maximum(-code).minimum(rows.most - code)
@@ -93,7 +93,7 @@ class CodeChanges:
         return better
 
     def two(self, left: Tensor) -> Tensor:
-        """The same of two codes, by one step each."""
+        """The same for two codes, by one step each."""
         rows, coupling, inputs = self.rows, self.rows.coupling[left], len(self.gram)
         both, alone, code = 2 * self.step[left] * coupling, self.alone[left], rows.codes[left]
         free = self.inverse[left] > 0
@@ -105,7 +105,7 @@ class CodeChanges:
         by, and_by = (1 - 2 * (move // inputs) for move in (u, p))
         line = torch.arange(len(left), device=left.device)
         found = (i != k) & torch.isfinite(cost[line, u] + cost[line, p])
-        by, and_by = (torch.where(found, x, 0).double() for x in (by, and_by))  # else beyond the codes
+        by, and_by = (torch.where(found, x, 0).double() for x in (by, and_by))  # otherwise beyond the codes
         one, other = self.delta(left, i, by), self.delta(left, k, and_by)
         own_one, own_other = one * one * self.diagonal[i], other * other * self.diagonal[k]
         change = (2 * one * coupling[line, i] + own_one) + (2 * other * coupling[line, k] + own_other)
@@ -119,7 +119,7 @@ class CodeChanges:
         return better
 
     def delta(self, left: Tensor, j: Tensor, by: Tensor) -> Tensor:
-        """[left] float64, by how much the values of entries j change when their codes do."""
+        """[left] float64, the change of the values of entries j when their codes change."""
         rows, group = self.rows, self.rows.group_of[j]
         scale, zero, code = rows.scales[left, group], rows.zeros[left, group], rows.codes[left, j]
         before, after = (scale * (c - zero) / rows.input_scale[j] for c in (code.float(), (code + by).float()))

@@ -1,4 +1,4 @@
-"""Rounding column by column, which GPTQ, GPTAQ, FOEM and Qronos share: grids, order of the columns, and the sweep."""
+"""Rounding column by column, shared by GPTQ, GPTAQ, FOEM and Qronos: grids, column order and sweep."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ Correct = Callable[[Gram], Correction | None]
 
 @dataclass(frozen=True)
 class ColumnRounding:
-    """Rounds the columns of a layer from left to right; the rest of a row makes up for each rounding.
+    """Rounds the columns of a layer from left to right; the rest of a row compensates for each rounding.
 
     blocksize, damping, act_order, static_groups, mse: as on GPTQ's card.
-    dead_diagonal: what a dead input counts in the mean of the diagonal and in act_order, None as the zero that it is.
+    dead_diagonal: value of a dead input in the mean of the diagonal and in act_order; None counts it as zero.
     signed: whether a symmetric grid has the step max |w| / (2^(bits - 1) - 1).
     """
 
@@ -49,21 +49,22 @@ class ColumnRounding:
     ) -> Compressed:
         """The layer on a grid.
 
-        correct: gives the correction of the sweep, from the Gram of the inputs in the order of the columns. grid: one
-        fitted beforehand, with the groups that the target has. dead_stay: whether weights of dead inputs are rounded;
-        else they become zero.
+        correct: returns the correction of the sweep, from the Gram of the inputs in column order. grid: a grid fitted
+        beforehand, with the target's groups. dead_stay: whether weights of dead inputs are rounded; otherwise they
+        become zero.
         """
-        assert target.bits is not None  # the cards list no other target
+        assert target.bits is not None  # cards list only targets with bits
         gram, inputs = layer.gram, layer.weight.shape[1]
         weight = layer.weight if dead_stay or not gram.dead.any() else torch.where(gram.dead, 0.0, layer.weight)
-        # Length of the groups that are fitted on the way. Those of a format share the divisor of the weight as it was.
+        # Length of groups that are fitted during the sweep. Groups of a format share the divisor of the original
+        # weight.
         refitted = None if self.static_groups or grid or target.format else target.group
         if refitted:
             scales, zeros = weight.new_empty(2, len(weight), -(-inputs // refitted))
             grid = ops.Grid(scales, zeros, target.bits)
         else:
             grid = grid or self.fitted(weight if target.group else layer.weight, target)
-        group_of = ops.groups_of(inputs, target.group, weight.device)  # [in], of the columns in their order
+        group_of = ops.groups_of(inputs, target.group, weight.device)  # [in], for the columns in their order
 
         order, gram = self.ordered(gram)
         if self.act_order:
@@ -75,7 +76,7 @@ class ColumnRounding:
         correction = correct(gram) if correct else None
 
         def fit(start: int, end: int, now: Columns, diagonal: Tensor) -> None:
-            # Columns of a group's own block are as they were when the block began, as in the released code.
+            # Columns of the group's own block have their values from the start of the block, as in the released code.
             if refitted and (first := -(-start // refitted)) * refitted < end:
                 until = min(-(-end // refitted) * refitted, inputs)
                 columns, groups = slice(first * refitted, until), slice(first, -(-end // refitted))
@@ -98,9 +99,9 @@ class ColumnRounding:
 
 @dataclass(frozen=True)
 class DriftCorrection:
-    """GPTAQ's correction times alpha, with FOEM's pull; of a Gram whose inputs are in the order of their columns.
+    """GPTAQ's correction times alpha, with FOEM's pull, for a Gram whose inputs are in column order.
 
-    damping, dead_diagonal: of the Gram, as in `ColumnRounding`. unrounded: as in `Correction`.
+    damping, dead_diagonal: for the Gram, as in `ColumnRounding`. unrounded: as in `Correction`.
     """
 
     alpha: float
@@ -110,7 +111,7 @@ class DriftCorrection:
     unrounded: bool = False
 
     def __call__(self, gram: Gram) -> Correction | None:
-        """None where there is nothing to correct. Raises ValueError where the cross-Gram is needed and not known."""
+        """The correction, or None without drift. Raises ValueError if the cross-Gram is needed and not known."""
         drifted = bool(self.alpha) and (gram.apart or not gram.knows_dense)
         passed = self.alpha * self.passed_on(gram) if drifted else None
         return Correction(passed, self.pull, self.unrounded) if drifted or self.pull else None
@@ -123,7 +124,7 @@ class DriftCorrection:
 
         def product() -> Tensor:
             inverse, _ = gram.inverse_factor(self.damping, self.dead_diagonal)
-            drift = gram.cross - gram.matrix  # row: what an input lacks of the dense one, column: input as it is
+            drift = gram.cross - gram.matrix  # rows: dense input minus actual input; columns: actual input
             return (drift @ inverse.T).triu_(1) @ inverse
 
         return gram.once(("drift passed on", self.damping, self.dead_diagonal), product)

@@ -14,7 +14,7 @@ from layerwise.kernels.rows import array
 from layerwise.numerics import dispatch
 from layerwise.numerics.obs import ColumnGrid
 
-COLUMNS = 128  # of a block: those before and after it are multiplied at once
+COLUMNS = 128  # columns per block: columns before and after it are multiplied at once
 
 
 def ratios_of(gram: Tensor) -> Tensor:
@@ -27,14 +27,14 @@ def ratios_of(gram: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Descent:
-    """Passes over the columns of an iterate V [out, in] of the weight W, that starts at W.
+    """Passes over the columns of an iterate V [out, in] that starts at the weight W.
 
-    In a pass each column in turn becomes w_j + sum over i != j of (w_i - v_i) G_ij / G_jj, where the error is smallest
-    with the other columns as they are, and is then rounded to the grid, or is not. A column of a dead input becomes
-    w_j, and where `keep` is False a weight stays zero. In float32: each block of columns multiplies W - V as it is by
-    then, so that nothing accumulates from pass to pass.
+    In a pass each column in turn becomes w_j + sum over i != j of (w_i - v_i) G_ij / G_jj, which minimises the error
+    with the other columns fixed. It is then rounded to the grid, if the pass rounds. A column of a dead input becomes
+    w_j, and a weight stays zero where `keep` is False. Computed in float32: each block of columns multiplies the
+    current W - V, so that no rounding accumulates from pass to pass.
 
-    weight: [out, in] float32. ratios: `ratios_of` the Gram. keep: [out, in] bool. grid: its codes are written.
+    weight: [out, in] float32. ratios: `ratios_of` the Gram. keep: [out, in] bool. grid: the codes are written to it.
     """
 
     weight: Tensor
@@ -43,7 +43,7 @@ class Descent:
     grid: ColumnGrid
 
     def run(self, rounded: list[bool]) -> Tensor:
-        """V [out, in] after one pass for each entry, which says whether the pass rounds."""
+        """V [out, in] after one pass for each entry of `rounded`, which says whether the pass rounds."""
         values = self.weight.clone(memory_format=torch.contiguous_format)
         step = self._compiled if dispatch.use_compiled(self.weight) else self._reference
         for rounds in rounded:
@@ -54,7 +54,7 @@ class Descent:
         return values
 
     def _compiled(self, values: Tensor, shifts: Tensor, start: int, ratios: Tensor, rounds: bool) -> None:
-        """As _reference, compiled: the same to the last bit."""
+        """As _reference, compiled, with bit-identical results."""
         grid = self.grid.grid
         scales, zeros, group_of = map(array, (grid.scales, grid.zeros, self.grid.group_of))
         largest_code = np.float32(grid.largest_code)

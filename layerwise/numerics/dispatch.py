@@ -1,4 +1,4 @@
-"""Which of two equal paths a loop takes: compiled on a CPU, the torch reference on every other device."""
+"""Choose between two equivalent paths of a loop: compiled on a CPU, the torch reference on other devices."""
 
 from __future__ import annotations
 

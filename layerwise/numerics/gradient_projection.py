@@ -11,14 +11,15 @@ from layerwise.contract.layer import Compressed, Gram, Layer, Method, Quantised,
 from layerwise.kernels import gradient_projection as kernel
 from layerwise.numerics import dispatch, ops
 
-ITERATIONS = {(True, False): 200, (False, True): 10, (True, True): 100}  # by whether it prunes, quantises
+ITERATIONS = {(True, False): 200, (False, True): 10, (True, True): 100}  # keyed by (prunes, quantises)
 
 
 @dataclass(frozen=True)
 class Problem:
-    """A layer's weight [out, in] and Gram, divided by units: as they are in float64 with bits, else normalised float32.
+    """A layer's weight [out, in] and Gram, divided by units: unscaled in float64 with bits, otherwise normalised
+    float32.
 
-    float32 cannot tell two roundings of nearly the same error apart.
+    float32 cannot distinguish two roundings with almost equal errors.
     """
 
     weight: Tensor
@@ -28,7 +29,7 @@ class Problem:
 
     @staticmethod
     def of(layer: Layer, target: Target) -> Problem:
-        """Raises ValueError where weight or Gram is not finite."""
+        """Raises ValueError if the weight or the Gram is not finite."""
         if target.bits:
             return Problem(*ops.in_float64(layer), 1.0, 1.0)
         weight, unit = ops.normalised(layer.weight)
@@ -38,7 +39,7 @@ class Problem:
     def result(
         self, best: Compressed | None, start: Compressed, pruned: bool, trace: list[tuple[int, float, float]]
     ) -> Compressed:
-        """The best iterate in the layer's units, or the start where none is better than it."""
+        """The best iterate in the layer's units, or the start if no iterate is better."""
         info, rows = ops.damping_of(start), tuple(trace)
         if best is None:
             return replace(start, trace=rows, info=info)
@@ -48,14 +49,15 @@ class Problem:
 
 @dataclass(frozen=True)
 class Projection:
-    """The projections of a run of `iterations`, called with their numbers, 1 to `iterations`.
+    """The projections of a run, called with the iteration's number, 1 to `iterations`.
 
-    Sparsity alone: on the pattern. Bits alone: on the grid. Both: the sparsity rises linearly over the first quarter of
-    the iterations, is held over the second, and in the second half what pruning leaves is rounded.
-    keep: [out, in] bool, False where a weight must stay zero, or None; heeded where the target prunes nothing.
-    held: where the grid is not fitted to what is left but that of these codes, AWQ's scale of the inputs included.
-    gradual: of the kept weights of each row a share is rounded, those nearest to the grid in units of its scale; the
-    share rises as 1 - (1 - t)^3, t from 0 to 1, and is one in the last iteration alone.
+    With sparsity alone they project on the pattern, with bits alone on the grid. With both, the sparsity rises linearly
+    over the first quarter of the iterations and is held over the second. In the second half the unpruned weights are
+    rounded.
+    keep: [out, in] bool, False where a weight must stay zero, or None; used if the target prunes nothing.
+    held: codes whose grid is used, including AWQ's input scale, or None to fit a grid to the unpruned weights.
+    gradual: only a share of each row's kept weights is rounded, those nearest to the grid in units of its scale. The
+    share rises as 1 - (1 - t)^3, t from 0 to 1, and is one only in the last iteration.
     """
 
     target: Target
@@ -66,18 +68,18 @@ class Projection:
 
     @property
     def begins_at_weight(self) -> bool:
-        """Whether the first step begins at the weight itself, and not at the start."""
+        """Whether the first step begins at the weight itself instead of the start."""
         return self.target.bits is not None and (self.held is None or bool(self.target.sparsity))
 
     @property
     def unrounded(self) -> int:
-        """Iterations before the first that rounds."""
+        """Number of iterations before the first one that rounds."""
         if self.target.bits is None:
             return self.iterations
         return self.iterations // 2 if self.target.sparsity else 0
 
     def reaches(self, iteration: int) -> bool:
-        """Whether the iterate after so many projections is of the target's pattern and on its grid."""
+        """Whether the iterate after this many projections has the target's pattern and grid."""
         if self.target.bits is None:
             return True
         return iteration > self.unrounded and (not self.gradual or iteration == self.iterations)
@@ -103,7 +105,7 @@ class Projection:
         return Compressed(rounded, mask, quantised)
 
     def _codes(self, weight: Tensor) -> Quantised:
-        """The nearest codes of a weight [out, in] on the held grid, or on one fitted to it."""
+        """The nearest codes of a weight [out, in] on the held grid, or on a grid fitted to the weight."""
         assert self.target.bits is not None
         if self.held is None:
             grid = ops.fit_grid(weight, self.target)
@@ -121,11 +123,11 @@ class Projection:
         step: float | Tensor,
         iteration: int,
     ) -> tuple[Compressed, Tensor]:
-        """The projection after a gradient step, and the weight less the projection, [out, in].
+        """The projection after a gradient step, and weight - projection, [out, in].
 
-        now, before: (iterate, gradient) of this iterate and the one before it. beta: the momentum. step: one number, or
-        with bits one of each input [in]. The gradient is linear in the iterate, so the gradient at the point that
-        momentum leads to needs no further product.
+        now, before: (iterate, gradient) of this iterate and the previous one. beta: the momentum. step: one number, or
+        with bits one number per input [in]. The gradient is linear in the iterate, so the gradient at the extrapolated
+        point needs no further product.
         """
         target = self.target
         by_kernel = target.bits is None and target.structure in ("row", "n:m") and dispatch.use_compiled(weight)
@@ -142,9 +144,9 @@ class Projection:
 
 
 class Steps:
-    """The steps of a run: from where each begins, how long it is, and its projection.
+    """The steps of a run: the starting point of each step, its length, and its projection.
 
-    accumulates: whether a step that is rounded begins where the one before it ended before it was rounded.
+    accumulates: whether a rounded step begins at the unrounded end of the step before it.
     """
 
     def __init__(self, gram: Gram, problem: Problem, projection: Projection, step: str, accumulates: bool) -> None:
@@ -154,7 +156,7 @@ class Steps:
         self.accumulates, self.total, self.before = accumulates and bits, None, None
 
     def take(self, iteration: int, theta: Tensor, gradient: Tensor, beta: float) -> tuple[Compressed, Tensor]:
-        """The projection after the step of that number, from 0, at an iterate; as `Projection.descend`."""
+        """The projection after step number `iteration` (from 0) at an iterate; as `Projection.descend`."""
         rounds = iteration >= self.projection.unrounded
         step, now = self.sizes[rounds], (theta, gradient)
         if iteration == 0 and self.projection.begins_at_weight:
@@ -169,9 +171,9 @@ class Steps:
 def warm_started(
     warm_start: Method, grid_from: Method | None, layer: Layer, target: Target, rng: torch.Generator
 ) -> Compressed:
-    """The warm start, rounded if the target has bits, to nearest or by grid_from; the result is never worse than it.
+    """The warm start; if the target has bits, it is rounded to nearest or by grid_from. The result is never worse.
 
-    Raises UnsupportedTarget where grid_from has levels of its own or a rotation.
+    Raises UnsupportedTarget if grid_from has levels of its own or a rotation.
     """
     pruned = warm_start.compress(layer, target.pruning, rng) if target.sparsity else None
     if pruned and not target.bits:
@@ -190,13 +192,13 @@ def warm_started(
 
 
 class Momentum:
-    """Nesterov's beta for each iterate; zero after an iterate with a larger error than the one before it."""
+    """Nesterov's beta for each iterate; zero after an iterate whose error is larger than the previous one's."""
 
     def __init__(self, used: bool) -> None:
         self.used, self.length, self.error = used, 1.0, float("inf")
 
     def next(self, error: float) -> float:
-        """The beta for the step from an iterate with that error; 0 where momentum is not used."""
+        """The beta for the step from an iterate with this error; 0 without momentum."""
         if not self.used:
             return 0.0
         last, rises = self.length, error > self.error
@@ -213,13 +215,14 @@ def objective_and_norm(gradient: Tensor, missing: Tensor) -> tuple[float, float]
 
 
 def project(weight: Tensor, target: Target) -> tuple[Tensor, Tensor]:
-    """The nearest weight of the target's pattern, and its mask: the blocks of largest sum of squares stay."""
+    """The nearest weight with the target's pattern, and its mask: it keeps the blocks with the largest sum of
+    squares."""
     mask = ops.prune_mask(weight.double().square() if target.block else weight.abs(), target)
     return torch.where(mask, weight, 0.0), mask
 
 
 def with_share(target: Target, share: float) -> Target:
-    """The target's pattern with a share, in (0, 1], of its sparsity."""
+    """The target's pattern at a share, in (0, 1], of its sparsity."""
     if not target.n_of_m:
         return Target(share * target.sparsity, target.pattern)
     n_kept, group_size = target.n_of_m
@@ -228,20 +231,20 @@ def with_share(target: Target, share: float) -> Target:
 
 
 def nearest(distance: Tensor, mask: Tensor, share: float) -> Tensor:
-    """[out, in] bool: in each row the share of the entries of the mask that is nearest, and all outside the mask."""
+    """[out, in] bool: in each row the nearest share of the mask's entries, and all entries outside the mask."""
     ranks = distance.masked_fill(~mask, -1.0).argsort(dim=1, stable=True).argsort(dim=1)
     return ranks < ((~mask).sum(1) + (share * mask.sum(1)).long())[:, None]
 
 
 def step_size(gram: Gram, matrix: Tensor, unit: float, step: str, rounds: bool) -> float | Tensor:
-    """Of the matrix = G / unit, 2 / ||G||_F, 1.5 / ||G||_F or 1 / lambda_max(G); 0 where all inputs are dead.
+    """2 / ||G||_F, 1.5 / ||G||_F or 1 / lambda_max(G) of matrix = G / unit; 0 if all inputs are dead.
 
-    diagonal: where it rounds [in] 1 / (lambda G_jj), 0 of dead inputs, else 2 / ||G||_F; lambda: the largest eigenvalue
-    of D^-1/2 G D^-1/2, D the diagonal of G. In the metric of D, in which rounding to nearest is a projection too, this
-    is a gradient step that never ascends on a grid that stays.
+    diagonal: when rounding, [in] 1 / (lambda G_jj), 0 for dead inputs; otherwise 2 / ||G||_F. lambda is the largest
+    eigenvalue of D^-1/2 G D^-1/2, with D the diagonal of G. In the metric of D, rounding to nearest is also a
+    projection. So on a fixed grid this gradient step never increases the error.
     """
     if step == "diagonal" and rounds:
-        inverse = torch.where(gram.dead, 0.0, 1 / matrix.diagonal().double())  # 1 / 0 is not taken
+        inverse = torch.where(gram.dead, 0.0, 1 / matrix.diagonal().double())  # 1 / 0 is discarded
         return inverse / (gram.once("largest scaled eigenvalue", lambda: _largest_scaled_eigenvalue(gram)) or 1.0)
     if step == "spectral":
         size = gram.largest_eigenvalue / unit
@@ -251,6 +254,6 @@ def step_size(gram: Gram, matrix: Tensor, unit: float, step: str, rounds: bool) 
 
 
 def _largest_scaled_eigenvalue(gram: Gram) -> float:
-    """The largest eigenvalue of D^-1/2 G D^-1/2, D the diagonal of G; dead inputs left out."""
+    """The largest eigenvalue of D^-1/2 G D^-1/2, D the diagonal of G, without dead inputs."""
     root = torch.where(gram.dead, 1.0, gram.diagonal.double()).sqrt()
     return Gram((gram.matrix.double() / root / root[:, None]).float(), gram.tokens).largest_eigenvalue

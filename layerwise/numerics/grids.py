@@ -1,4 +1,4 @@
-"""Quantisation grids fitted to a weight, and rounding weights to them."""
+"""Fit quantisation grids to a weight, and round weights to them."""
 
 from __future__ import annotations
 
@@ -18,9 +18,10 @@ from layerwise.numerics.rotations import rotate_back
 class Grid:
     """Integer grid: value = scale * (code - zero) with codes in [0, 2^bits - 1]; scales, zeros: [out, groups] float32.
 
-    Grids and weight / scale are float32: bfloat16 weights land on rounding ties, which a float64 grid would flip.
-    book: of codes that represent no integers; value = scale / divisor * level, and zeros are 0. divisor: [1] float32,
-    or None for one.
+    Grids and weight / scale are float32: bfloat16 weights fall on rounding ties, which a float64 grid would break
+    differently.
+    book: for codes that do not represent integers; value = scale / divisor * level, and zeros are 0. divisor: [1]
+    float32, or None for 1.
     """
 
     scales: Tensor
@@ -28,7 +29,7 @@ class Grid:
     bits: int
     book: CodeBook | None = None
     divisor: Tensor | None = None
-    narrow: bool = False  # whether the largest code, 2^bits - 1, is left out
+    narrow: bool = False  # whether the largest code, 2^bits - 1, is unused
 
     @property
     def largest_code(self) -> int:
@@ -36,11 +37,11 @@ class Grid:
 
     @property
     def steps(self) -> Tensor:
-        """[out, groups] float32, what a code less its zero, or a level, is multiplied by."""
+        """[out, groups] float32, the factor of code - zero, or of a level."""
         return steps_of(self.scales, self.divisor)
 
     def codes(self, weight: Tensor, group_of: Tensor) -> Tensor:
-        """[out, in] uint8 codes of weight [out, in], rounding half to even; group_of [in] names each input's group."""
+        """[out, in] uint8 codes of weight [out, in], rounding half to even; group_of [in] is each input's group."""
         if self.book is not None:
             return self.book.nearest(weight / self.steps[:, group_of])
         scales, zeros = self.scales[:, group_of], self.zeros[:, group_of]
@@ -53,20 +54,20 @@ class Grid:
         return dequantise(codes, self.scales, self.zeros, group_of)
 
     def quantised(self, codes: Tensor, group_of: Tensor | None = None, input_scale: Tensor | None = None) -> Quantised:
-        """Codes [out, in] on this grid of a target, as a method returns them."""
+        """Codes [out, in] on this grid as a Quantised, the form in which a method returns them."""
         return Quantised(codes, self.scales, self.zeros, group_of, input_scale, self.divisor)
 
 
 def dequantise(
     codes: Tensor, scales: Tensor, zeros: Tensor, group_of: Tensor, input_scale: Tensor | None = None
 ) -> Tensor:
-    """[out, in] float32: scales * (codes - zeros) / input_scale, each input with the scale and zero of its group."""
+    """[out, in] float32: scales * (codes - zeros) / input_scale, with each input's group scale and zero."""
     values = scales[:, group_of] * (codes.float() - zeros[:, group_of])
     return values if input_scale is None else values / input_scale
 
 
 def quantised_values(quantised: Quantised, target: Target) -> Tensor:
-    """[out, in] float32 values of a layer's codes; those of pruned weights too."""
+    """[out, in] float32 values of a layer's codes, including those of pruned weights."""
     groups = grouping(quantised, target)
     book = book_of(quantised, target)
     if book is None:
@@ -78,7 +79,7 @@ def quantised_values(quantised: Quantised, target: Target) -> Tensor:
 
 
 def book_of(quantised: Quantised, target: Target) -> CodeBook | None:
-    """The values of a layer's codes: its own levels, or the numbers of the target's format; None for integers."""
+    """The code book of a layer: its own levels, or the numbers of the target's format; None for integer codes."""
     if quantised.levels is not None:
         return CodeBook(quantised.levels)
     return E2M1 if target.format else None
@@ -97,10 +98,10 @@ def groups_of(inputs: int, group: int | None, device: torch.device | None = None
 
 
 def fit_grid(weight: Tensor, target: Target, mse: bool = False) -> Grid:
-    """Min-max grid of weight [out, in] per row and group, as in the GPTQ code's Quantizer; of a format its scales.
+    """Min-max grid of weight [out, in] per row and group, as in the GPTQ code's Quantizer; for a format, its scales.
 
-    Asymmetric: the range is forced to include zero. Symmetric: unsigned codes, zero at 2^(bits - 1). mse: of 80 shrunk
-    ranges the one with the smallest sum of |error|^2.4 (first best wins). A last group that is short stands alone.
+    Asymmetric: the range is forced to include zero. Symmetric: unsigned codes, zero at 2^(bits - 1). mse: the best of
+    80 shrunken ranges, by the sum of |error|^2.4 (ties go to the first). A short last group has its own grid.
     """
     assert target.bits is not None
     if target.format:
@@ -117,7 +118,7 @@ def fit_grid(weight: Tensor, target: Target, mse: bool = False) -> Grid:
 def fit_signed_grid(weight: Tensor, target: Target, mse: bool = False) -> Grid:
     """Symmetric grid of weight [out, in] with the step max |w| / (2^(bits - 1) - 1): the range ends on codes.
 
-    The lowest of the 2^bits codes lies beyond it. The zero is 2^(bits - 1); mse: as in `fit_grid`.
+    The lowest of the 2^bits codes lies outside the range. The zero is 2^(bits - 1). mse: as in `fit_grid`.
     """
     assert target.bits is not None
     pieces = [_fit(piece, target.bits, True, mse, True) for piece in weight.split(target.group or weight.shape[1], 1)]
@@ -165,14 +166,15 @@ def _fit(piece: Tensor, bits: int, symmetric: bool, mse: bool, signed: bool = Fa
 
 def _scale_and_zero(low: Tensor, high: Tensor, bits: int, symmetric: bool, signed: bool) -> tuple[Tensor, Tensor]:
     scale = high / (2 ** (bits - 1) - 1) if signed else (high - low) / (2**bits - 1)
-    # Weights so small that the step underflows are zero on any grid; a step of one keeps the division finite.
+    # If weights are so small that the step underflows, they are zero on any grid; a step of one keeps the division
+    # finite.
     scale = torch.where(scale > 0, scale, 1.0)
     zero = torch.full_like(scale, 2 ** (bits - 1)) if symmetric else torch.round(-low / scale)
     return scale, zero
 
 
 def official_awq_grid(weight: Tensor, target: Target) -> Grid:
-    """Asymmetric min-max grid of the released AWQ code: 0 is not forced into the range, which is at least 1e-5 wide.
+    """Asymmetric min-max grid of the released AWQ code: the range need not include 0 and is at least 1e-5 wide.
 
     The zero point is clamped to the codes, so that a range without 0 is rounded to one end of the grid.
     """

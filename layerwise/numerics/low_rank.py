@@ -1,8 +1,8 @@
-"""Low-rank factors of a weight: the best ones for a Gram, the sum that they represent, the error that none beats.
+"""Low-rank factors of a weight: the best factors for a Gram, the sum that they represent, and the least error.
 
 For M [out, in] and G, the best B A of rank r minimises tr((M - B A) G (M - B A)^T). With G = L L^T it is
 SVD_r(M L) L^-1 (Eckart and Young in the Gram's norm), and since SVD_r(M L) = U U^T M L, with U the r leading left
-singular vectors of M L, that is U (U^T M): no inverse is needed, so that G may be singular.
+singular vectors of M L, it equals U (U^T M). This needs no inverse, so G may be singular.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from layerwise.contract.layer import Compressed, LowRank
 def leading(matrix: Tensor, rank: int, gram: Tensor | None = None) -> Tensor:
     """[out, rank] float64, orthonormal: the leading left singular vectors U of M L, for M [out, in] and G = L L^T.
 
-    gram: [in, in] float64, of no eigenvalue below zero but by rounding; None is the identity. A rank beyond
-    min(out, in), with which nothing is lost, is taken for that.
+    gram: [in, in] float64, without eigenvalues below zero except by rounding; None is the identity. A rank above
+    min(out, in) is reduced to that, without loss.
     """
     out, inputs = matrix.shape
     if out <= inputs:
@@ -29,17 +29,18 @@ def leading(matrix: Tensor, rank: int, gram: Tensor | None = None) -> Tensor:
         return torch.linalg.eigh((square + square.T) / 2)[1].flip(1)[:, :rank]
     image = matrix if gram is None else matrix @ root(gram)
     right = torch.linalg.eigh(image.T @ image)[1].flip(1)[:, :rank]  # [in, rank]
-    return torch.linalg.qr(image @ right)[0]  # columns of falling size, of which Q's first span the first
+    return torch.linalg.qr(image @ right)[0]  # columns have decreasing size, and Q's first columns span the first ones
 
 
 def root(gram: Tensor) -> Tensor:
-    """L [in, in] float64 with L L^T = G, eigenvalues below zero taken for zero."""
+    """L [in, in] float64 with L L^T = G, eigenvalues below zero are set to zero."""
     values, vectors = torch.linalg.eigh(gram)
     return vectors * values.clamp(min=0).sqrt()
 
 
 def lifted_cholesky(gram: Tensor, least: float) -> Tensor:
-    """Lower C [in, in] float64 with C C^T = G, lifted so that its least eigenvalue is `least` where it has none."""
+    """Lower C [in, in] float64 with C C^T = G; if G has no factor, it is shifted so that its least eigenvalue is
+    `least`."""
     lower, failed = torch.linalg.cholesky_ex(gram)
     if failed:
         lift = least - float(torch.linalg.eigvalsh(gram)[0])
@@ -66,9 +67,9 @@ def of_parts(
     info: Mapping[str, Any] | None = None,
     kept: Tensor | None = None,
 ) -> Compressed:
-    """The result that factors of any float dtype, and the part beside them, make up; info: instead of the part's.
+    """The result made of factors of any float dtype and the part beside them. info: replaces that of the part.
 
-    kept: [out, r] bool, of a sparse left factor.
+    kept: [out, r] bool, for a sparse left factor.
     """
     part_weight = None if rest is None else rest.weight
     low_rank = LowRank(left.float().contiguous(), right.float().contiguous(), part_weight, kept)
@@ -78,10 +79,10 @@ def of_parts(
 
 
 def optimum(weight: Tensor, gram: Gram, rank: int) -> float:
-    """The least tr((W - B A) G (W - B A)^T) of all B A of that rank, for W [out, in].
+    """The least tr((W - B A) G (W - B A)^T) over all B A of this rank, for W [out, in].
 
-    It is the sum of the eigenvalues of W G W^T without the `rank` largest: exact but for rounding in float64, of some
-    1e-15 of the whole.
+    It is the sum of the eigenvalues of W G W^T without the `rank` largest: exact up to rounding in float64, about 1e-15
+    of the total.
     """
     matrix = weight.double()
     out, inputs = matrix.shape

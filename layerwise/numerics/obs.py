@@ -1,4 +1,4 @@
-"""The optimal brain surgeon (OBS) column by column, which SparseGPT and GPTQ share (Frantar and Alistarh)."""
+"""The optimal brain surgeon (OBS) column by column, shared by SparseGPT and GPTQ (Frantar and Alistarh)."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from layerwise.numerics import dispatch, ops
 Columns = Callable[[int], Tensor]
 
 
-SPAN = 512  # columns for which the errors of all columns before them are multiplied at once
+SPAN = 512  # columns per span; the errors of all earlier columns are multiplied at once for a span
 
 
 @dataclass(frozen=True)
 class ColumnGrid:
-    """The grid that a sweep rounds columns to: group_of [in] int64, and the codes [out, in] uint8 that it writes."""
+    """The grid to which a sweep rounds columns: group_of [in] int64, and the codes [out, in] uint8 that it writes."""
 
     grid: ops.Grid
     group_of: Tensor
@@ -31,13 +31,13 @@ class ColumnGrid:
 
 @dataclass(frozen=True)
 class Correction:
-    """The correction that a column passes on besides its error.
+    """The correction that a column passes on in addition to its error.
 
-    passed: P [in, in] float32, strictly upper: a later column k gets w_j P_jk, with w_j the weight before rounding
-    within a block of columns, and the rounded one for the columns after the block, as in GPTAQ's released code, unless
-    `unrounded` says that it is the same everywhere. None: nothing.
-    pull: share by which a column goes back to the original weight before it is rounded, but for the first of a block,
-    and the share of its distance to the original that its error leaves out (FOEM's beta, below 1).
+    passed: P [in, in] float32, strictly upper: a later column k gets w_j P_jk. Within a block of columns w_j is the
+    weight before rounding. For columns after the block it is the rounded weight, as in GPTAQ's released code, unless
+    `unrounded` is set. None: no correction.
+    pull: FOEM's beta, below 1. Before rounding, a column (except the first of a block) moves back to the original
+    weight by this share, and its error omits this share of its distance to the original.
     """
 
     passed: Tensor | None
@@ -46,7 +46,7 @@ class Correction:
 
 
 class _Carried:
-    """The columns of one sweep with a correction: what they were before rounding, and what they pass on."""
+    """The columns of one sweep with a correction: their values before rounding, and their corrections."""
 
     def __init__(self, original: Tensor, correction: Correction) -> None:
         self.original, self.correction = original, correction
@@ -58,33 +58,33 @@ class _Carried:
         return None if passed is None else passed[block, block]
 
     def aims(self, start: int, stop: int) -> Tensor:
-        """[out, stop - start] the weight that the columns represent, once the blocks before have passed on theirs."""
+        """[out, stop - start] the weight of these columns after the corrections of the blocks before them."""
         own, passed = self.original[:, start:stop], self.correction.passed
         return own if passed is None else torch.addmm(own, self.sent[:, :start], passed[:start, start:stop])
 
     def moved(self, j: int) -> Tensor:
-        """[out] how far column j, before it was rounded, was from the original weight."""
+        """[out] distance of column j, before rounding, from the original weight."""
         return self.unrounded[:, j] - self.original[:, j]
 
     def arrive(self, block: Tensor, start: int, i: int) -> None:
-        """Pull column i of a block, unless it is the first, and note it as it is before rounding."""
+        """Pull column i of a block, unless it is the first, and record its value before rounding."""
         if i:
             block[:, i] -= self.correction.pull * (block[:, i] - self.original[:, start + i])
         self.unrounded[:, start + i] = block[:, i]
 
     def finish(self, aims: Tensor, weight: Tensor, errors: Tensor, start: int, end: int) -> None:
-        """Write the errors of a block that later columns are to make up for, and note what it passes on to them.
+        """Write the errors of a block that later columns compensate, and record its corrections for them.
 
-        aims: of the block, as it began.
+        aims: the block's aims at its start.
         """
         block, pull, passed = slice(start, end), self.correction.pull, self.correction.passed
         torch.sub(aims, weight[:, block], out=errors[:, block])
         moved = pull * (self.unrounded[:, block] - self.original[:, block])
-        if passed is not None:  # the corrections within the block
+        if passed is not None:  # corrections within the block
             errors[:, block].addmm_(self.unrounded[:, block], passed[block, block])
         if pull:
             errors[:, block] -= moved
-            errors[:, start + 1 : end] -= moved[:, 1:] / (1 - pull)  # by which they were pulled
+            errors[:, start + 1 : end] -= moved[:, 1:] / (1 - pull)  # the amount of the pull
         self.sent[:, block] = self.unrounded[:, block] if self.correction.unrounded else weight[:, block] + moved
 
 
@@ -92,18 +92,19 @@ class _Carried:
 class ColumnSweep:
     """Prune or round the columns of a weight [out, in] from left to right; those to the right absorb the error.
 
-    With G = M^T M, M lower, the loss of errors E is |E M^T|^2. Whatever the finished columns S lost, the others F lose
-    nothing more at E_F = -E_S M_FS^T M_FF^-T. So a block of columns is brought up to date when its turn comes, from all
-    errors before it, where the official codes apply the inverse's factor to all columns after a block. The inverse is
-    needed within blocks only. M is in float32: at the methods' damping, .01 and .02, weights agree with float64 to
-    1e-7, at 1e-4 to 1e-6; with less, on Grams without full rank, both paths lose digits.
+    With G = M^T M, M lower, the loss of errors E is |E M^T|^2. For any errors of the finished columns S, the other
+    columns F add no loss at E_F = -E_S M_FS^T M_FF^-T. So each block of columns is updated once, when its turn comes,
+    from all errors before it. (The official codes apply the inverse's factor to all columns after each block.) The
+    inverse is needed only within blocks. M is float32. At the methods' damping, 0.01 and 0.02, weights agree with
+    float64 to 1e-7; at a damping of 1e-4 they agree to 1e-6. With less damping, on Grams without full rank, both paths
+    lose digits.
 
-    factor: M [in, in]. mask: [out, in] bool, written in place; a column becomes zero where it is False, and is then
-    rounded to the grid, if there is one.
-    block_budget(start, end): (group_size, n_pruned) of a block. At the first of each `group_size` columns the mask is
-    chosen that prunes the `n_pruned` smallest |w / U_jj| of them; group_size divides the block size or equals it.
-    correction: what columns pass on besides their errors; with it the errors are taken from the weight that the passed
-    parts have moved (`_Carried`).
+    factor: M [in, in]. mask: [out, in] bool, written in place. A column becomes zero where the mask is False, and is
+    then rounded to the grid, if there is one. block_budget(start, end): (group_size, n_pruned) of a block. At the first
+    of each `group_size` columns the sweep chooses the mask that prunes the `n_pruned` smallest |w / U_jj| of them.
+    group_size divides the block size.
+    correction: a correction that columns pass on in addition to errors. Errors then refer to the corrected weight
+    (`_Carried`).
     """
 
     original: Tensor
@@ -117,9 +118,9 @@ class ColumnSweep:
     def run(self, prepare: Callable[[int, int, Columns, Tensor], None] = lambda *_: None) -> Tensor:
         """The weight [out, in] after the sweep.
 
-        prepare(start, end, now, diagonal) may fill in mask and grid of a block of columns: now(stop) are the columns
-        from start to stop as the blocks before have left them, where stop is `end` or later, and diagonal is U_jj of
-        the block.
+        prepare(start, end, now, diagonal) may fill in the mask and grid of a block of columns. now(stop) returns the
+        columns from start to stop after the updates of the blocks before, where stop is `end` or later. diagonal is
+        U_jj of the block.
         """
         factor, inputs = self.factor, len(self.factor)
         shape = (2, *self.original.shape)
@@ -159,7 +160,7 @@ class ColumnSweep:
     def _sweep_compiled(
         self, weight: Tensor, errors: Tensor, carried: _Carried | None, start: int, inverse: Tensor
     ) -> None:
-        """As _sweep_reference, compiled: the same to the last bit."""
+        """As _sweep_reference, compiled, with bit-identical results."""
         grid = None
         if self.grid:
             largest_code = np.float32(self.grid.grid.largest_code)
@@ -177,10 +178,10 @@ class ColumnSweep:
     def _sweep_reference(
         self, weight: Tensor, errors: Tensor, carried: _Carried | None, start: int, inverse: Tensor
     ) -> None:
-        """Sweep a block of columns of the weight; what they lose of the original is written to the errors.
+        """Sweep a block of columns of the weight; write the difference from the original to the errors.
 
-        inverse: [columns, columns] upper U of the block, where U^T U is this block's part of the inverse of the Gram of
-        these and all later columns.
+        inverse: [columns, columns] upper U of the block, where U^T U is this block's part of the inverse Gram of these
+        and all later columns.
         """
         end = start + len(inverse)
         block = weight[:, start:end].clone()
@@ -212,6 +213,6 @@ class ColumnSweep:
 def saliency(weight: Tensor, diagonal: Tensor) -> Tensor:
     """Root of the loss of removing each entry of weight [out, columns] alone, |w / U_jj|; diagonal: U_jj [columns].
 
-    Not squared: the order is the same, and tiny weights do not underflow.
+    It is not squared: the order is the same, and tiny weights do not underflow.
     """
     return (weight / diagonal).abs()

@@ -1,6 +1,6 @@
-"""Operations that methods share: masks of a target, quantisation grids, results in the contract's form.
+"""Operations shared by methods: masks of a target, quantisation grids, results in the contract's form.
 
-Grids and the selection of largest scores are those of `grids` and `selection`, under the same names.
+Grids and the selection of largest scores are re-exported from `grids` and `selection`.
 """
 
 from __future__ import annotations
@@ -59,9 +59,9 @@ __all__ = [
 
 
 def normalised(tensor: Tensor) -> tuple[Tensor, float]:
-    """The tensor in float32 with entries of at most 1, and the power of two that it was divided by (no rounding).
+    """The tensor in float32 divided by a power of two, without rounding, so that entries are at most 1; and that power.
 
-    Products of normalised weights and Grams neither over- nor underflow, whatever the layer's scale.
+    Products of normalised weights and Grams neither overflow nor underflow, for any scale of the layer.
     Raises ValueError when an entry is not finite.
     """
     largest = float(tensor.abs().max())
@@ -72,7 +72,8 @@ def normalised(tensor: Tensor) -> tuple[Tensor, float]:
 
 
 def in_float64(layer: Layer) -> tuple[Tensor, Tensor]:
-    """Weight and Gram in float64, where products of them neither over- nor underflow. Raises ValueError as above."""
+    """Weight and Gram in float64, in which their products neither overflow nor underflow. Raises ValueError as
+    above."""
     weight, gram = layer.weight.double(), layer.gram.matrix.double()
     if not (torch.isfinite(weight).all() and torch.isfinite(gram).all()):
         raise ValueError("A layer's weight and Gram must be finite. Got NaN or infinity instead.")
@@ -101,9 +102,9 @@ def prune_mask(score: Tensor, target: Target) -> Tensor:
 
 
 def keeping(count: int, target: Target, shape: torch.Size) -> Target:
-    """The target at which `count` entries, at least one, are kept in the layer (layer) or in each row (others)."""
+    """The target that keeps `count` entries, at least one, in the layer (pattern layer) or in each row (others)."""
     pattern, size = ("layer", shape.numel()) if target.pattern == "layer" else ("row", shape[1])
-    return Target((size - count + 0.5) / size, pattern)  # the half: floor() must not lose one to rounding
+    return Target((size - count + 0.5) / size, pattern)  # + 0.5, so that floor() does not lose an entry to rounding
 
 
 def mask_objective(weight: Tensor, gram: Tensor, mask: Tensor) -> float:
@@ -113,19 +114,20 @@ def mask_objective(weight: Tensor, gram: Tensor, mask: Tensor) -> float:
 
 
 def official_layer_mask(score: Tensor, sparsity: float) -> Tensor:
-    """Mask of the released magnitude, RIA and SparseGPT codes: scores <= sorted[int(n p)] go, int(n p) + 1 and ties."""
+    """Mask of the released magnitude, RIA and SparseGPT code: prunes scores <= sorted[int(n p)], int(n p) + 1 and
+    ties."""
     threshold = torch.sort(score.flatten()).values[int(score.numel() * sparsity)]
     return score > threshold
 
 
 def pruned(layer: Layer, score: Tensor, target: Target) -> Compressed:
-    """The layer's own weights where the scores [out, in] are largest: what every mask-only method returns."""
+    """The layer's own weights where the scores [out, in] are largest: the result of every mask-only method."""
     return masked(layer, prune_mask(score, target), target)
 
 
 def pruned_by_norm(layer: Layer, norm: Tensor, target: Target) -> Compressed:
-    """The layer's own weights where |W| * norm is largest; norm: [in] of each input, not negative."""
-    norm, _ = normalised(norm)  # |W| * norm neither overflows nor underflows before the weight itself
+    """The layer's own weights where |W| * norm is largest. norm: [in], nonnegative, one per input."""
+    norm, _ = normalised(norm)  # |W| * norm overflows or underflows only if the weight does
     structure = target.structure if target.sparsity and dispatch.use_compiled(layer.weight) else "in torch"
     if structure == "row":
         return Compressed(*kernel.prune_lines(layer.weight, norm, int(target.sparsity * layer.weight.shape[1])))
@@ -138,26 +140,26 @@ def pruned_by_norm(layer: Layer, norm: Tensor, target: Target) -> Compressed:
 
 
 def masked(layer: Layer, mask: Tensor, target: Target) -> Compressed:
-    """The layer's own weights where the mask [out, in] is True; all of them when nothing is to be pruned."""
+    """The layer's own weights where the mask [out, in] is True; all weights if the target prunes nothing."""
     return (
         Compressed(torch.where(mask, layer.weight, 0.0), mask) if target.sparsity else Compressed(layer.weight.clone())
     )
 
 
 def damping_of(*results: Compressed) -> dict[str, float]:
-    """`info` about the largest damping that the results were computed with, if any was."""
+    """`info` with the largest damping used for the results, if any."""
     used = [result.info["damping"] for result in results if "damping" in result.info]
     return {"damping": max(used)} if used else {}
 
 
 def round_to_nearest(weight: Tensor, target: Target, mse: bool = False) -> Compressed:
-    """The weight [out, in] on the grid that is fitted to it; mse: as fit_grid has it."""
+    """The weight [out, in] rounded to a grid that is fitted to it. mse: as in fit_grid."""
     grid, codes, values = fit_and_round(weight, target, mse)
     return Compressed(values, quantised=grid.quantised(codes))
 
 
 class Best:
-    """The best of a method's sparse iterates, and the path of the loss of the best so far.
+    """The best of a method's sparse iterates, and the history of the best loss so far.
 
     In normalised units: dense and iterates [out, in] are W * norm / unit, gram [in, in] is G / (norm norm^T) / size.
     The loss tr((W - W_hat) G (W - W_hat)^T) of an iterate is then unit^2 * size * tr(E gram E^T), E = dense - iterate.
@@ -179,7 +181,7 @@ class Best:
         self.trace.append((iteration, time.perf_counter() - self.began, loss))
 
     def compressed(self, layer: Layer, damping: float) -> Compressed:
-        """The best iterate in the layer's units; an untouched weight, and one of a dead input, is W's own."""
+        """The best iterate in the layer's units; unchanged weights, and those of dead inputs, are taken from W."""
         weight = ((self.iterate / self.norm).double() * self.unit).float()
         own = layer.gram.dead | (self.iterate == self.dense)
         weight = torch.where(self.mask, torch.where(own, layer.weight, weight), 0.0)

@@ -1,4 +1,4 @@
-"""Counting and checking the masks of a target."""
+"""Count and check the masks of a target."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ from layerwise.contract.layer import Target
 
 
 def finite(tensor: Tensor) -> bool:
-    """Whether all entries are, read once: a NaN is both the least and the largest."""
+    """Whether all entries are finite, in one read: NaN becomes both minimum and maximum."""
     return all(math.isfinite(end) for end in tensor.aminmax()) if tensor.numel() else True
 
 
 def count_kept(mask: Tensor, target: Target) -> Tensor:
-    """Kept entries of each comparison group: [1] per layer, [out] per row, [out, groups] of n:m or blocks."""
+    """Number of kept entries in each comparison group: [1] per layer, [out] per row, [out, groups] for n:m or
+    blocks."""
     length = target.n_of_m[1] if target.n_of_m else target.block
     if length:
         return torch.nn.functional.pad(mask, (0, -mask.shape[1] % length)).unflatten(1, (-1, length)).sum(2)
@@ -24,7 +25,7 @@ def count_kept(mask: Tensor, target: Target) -> Tensor:
 
 
 def kept_counts(shape: torch.Size, target: Target) -> Tensor:
-    """The right result of `count_kept`; for a block pattern, the size of a kept block."""
+    """The expected result of `count_kept`; for a block pattern, the size of a kept block."""
     out, inputs = shape
     if target.n_of_m or target.block:
         length = target.n_of_m[1] if target.n_of_m else (target.block or 1)

@@ -1,4 +1,4 @@
-"""The cycles of DSnoT, compiled and in torch: which pruned weight of a row is regrown, and which kept one is pruned."""
+"""The cycles of DSnoT, compiled and in torch: each regrows a pruned weight of a row and prunes a kept one."""
 
 import time
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ Trace = list[tuple[int, float, float]]
 
 @dataclass(frozen=True)
 class Rule:
-    """How a row's cycles go and end, as in DSnoT's parameters; group_size: m of n:m, 0 of row."""
+    """The rule for a row's cycles, from DSnoT's parameters. group_size: m for n:m, 0 for row."""
 
     cycles: int
     threshold: float
@@ -33,7 +33,7 @@ def refine(layer: Layer, statistics: Statistics, start: Tensor, rule: Rule) -> t
 
 
 def refine_compiled(layer: Layer, statistics: Statistics, start: Tensor, rule: Rule) -> tuple[Tensor, Trace]:
-    """As `refine`, compiled: a row makes all its cycles before the next row begins, so that all end at one time."""
+    """As `refine`, compiled. A row makes all its cycles before the next row begins, so all cycles have one end time."""
     began = time.perf_counter()
     divisor = statistics.sequence_variance.double() ** rule.power
     inputs = kernel.InputStatistics(*map(array, (statistics.mean.double(), divisor, layer.gram.diagonal.sqrt())))
@@ -47,8 +47,9 @@ def refine_compiled(layer: Layer, statistics: Statistics, start: Tensor, rule: R
 def refine_reference(layer: Layer, statistics: Statistics, start: Tensor, rule: Rule) -> tuple[Tensor, Trace]:
     """As `refine`, in torch."""
     exact, kept = rule.exact, start.clone()
-    share = layer.weight.double() * statistics.mean.double()  # [out, in] of a weight in its row's mean output
-    score = (layer.weight.abs() * layer.gram.diagonal.sqrt()).masked_fill(~kept, float("inf"))  # Wanda's
+    # [out, in] contribution of a weight to its row's mean output
+    share = layer.weight.double() * statistics.mean.double()
+    score = (layer.weight.abs() * layer.gram.diagonal.sqrt()).masked_fill(~kept, float("inf"))  # Wanda's score score
     lost = share.masked_fill(kept, 0.0)
     error = lost.sum(1, keepdim=True)  # [out, 1], the expected error over the length of a sequence
     limit = rule.threshold * (share.norm(dim=1, keepdim=True) if exact else 1 / statistics.length)
@@ -81,7 +82,7 @@ def refine_reference(layer: Layer, statistics: Statistics, start: Tensor, rule: 
 
 
 def drop_order(share: Tensor, score: Tensor, kept: Tensor) -> Tensor:
-    """[out, in] kept inputs, from the left those of negative share by ascending score, from the right the positive."""
+    """[out, in] kept inputs: negative shares from the left by ascending score, positive shares from the right."""
     rank, width = score.argsort(dim=1, stable=True).argsort(dim=1), kept.shape[1]
     key = torch.where(share < 0, rank, torch.where(share > 0, 3 * width - rank, width))
     return key.masked_fill(~kept, 4 * width).argsort(dim=1, stable=True)
@@ -93,7 +94,7 @@ def ends(length: Tensor) -> Tensor:
 
 
 def step(order: Tensor, pointers: Tensor, from_right: Tensor) -> Tensor:
-    """[out, 1] input at each row's left or right pointer [out, 2], which moves on; a pointer past its list stays."""
+    """[out, 1] input at each row's left or right pointer [out, 2], which advances; a pointer past its list stays."""
     side = from_right.long()
     at = pointers.gather(1, side)
     pointers.scatter_(1, side, (at + 1 - 2 * side).clamp(0, order.shape[1] - 1))
@@ -101,6 +102,6 @@ def step(order: Tensor, pointers: Tensor, from_right: Tensor) -> Tensor:
 
 
 def lowest_of_group(score: Tensor, member: Tensor, size: int) -> Tensor:
-    """[out, 1] input of the smallest score in the n:m group of `member` [out, 1]."""
+    """[out, 1] input with the smallest score in the n:m group of `member` [out, 1]."""
     group = (member - member % size + torch.arange(size, device=member.device)).clamp(max=score.shape[1] - 1)
     return group.gather(1, score.gather(1, group).argmin(1, keepdim=True))

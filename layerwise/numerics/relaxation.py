@@ -1,7 +1,7 @@
-"""Relaxed masks M in [0, 1] and the steps that Frank-Wolfe's `step` names: in torch, and compiled with the same result.
+"""Relaxed masks M in [0, 1] and Frank-Wolfe's steps: in torch, and compiled with the same result.
 
 f(M) = tr((W o (1 - M)) G (W o (1 - M))^T). Minus half its gradient is W o product, with product = (W o (1 - M)) G.
-A line is optimised by itself: it is a row, or with a layer's pattern the whole layer.
+Each line is optimised separately. A line is a row or, for the pattern layer, the whole layer.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from layerwise.numerics import dispatch, ops
 
 
 def relaxed_masks(layer: Layer, started: Tensor, fixed: Tensor, target: Target, step: str) -> RelaxedMasks:
-    """The masks to begin with; their steps are compiled on a CPU, in torch on other devices. See RelaxedMasks."""
+    """The initial masks; their steps are compiled on a CPU and run in torch on other devices. See RelaxedMasks."""
     if not dispatch.use_compiled(layer.weight):
         kind = Exchanges if step == "pairwise" else Steps
     else:
@@ -33,8 +33,8 @@ def relaxed_masks(layer: Layer, started: Tensor, fixed: Tensor, target: Target, 
 class RelaxedMasks:
     """Relaxed masks and the state of their steps.
 
-    started: [out, in] bool, the mask to begin with. fixed: [out, in] bool, entries of it that stay 1. relaxed, product:
-    [out, in] float64. active: [lines] bool, the lines that `advance` moves on. Raises ValueError for entries that are
+    started: [out, in] bool, the initial mask. fixed: [out, in] bool, its entries that stay 1. relaxed, product:
+    [out, in] float64. active: [lines] bool, the lines that `advance` updates. Raises ValueError for entries that are
     not finite.
     """
 
@@ -44,7 +44,7 @@ class RelaxedMasks:
         self.relaxed = started.double()
         self.product = torch.where(started, 0.0, self.weight) @ self.gram
         self.lines = 1 if target.pattern == "layer" else len(started)
-        self.free = int((started & ~fixed).sum()) // self.lines  # entries of a line that are chosen
+        self.free = int((started & ~fixed).sum()) // self.lines  # number of entries to choose per line
         self.active = torch.ones(self.lines, dtype=torch.bool, device=started.device)
         self.prepare(layer)
 
@@ -52,26 +52,27 @@ class RelaxedMasks:
         """Set up further state that the steps need."""
 
     def advance(self, begin: int, end: int) -> None:
-        """Steps begin + 1 to end."""
+        """Make steps begin + 1 to end."""
         raise NotImplementedError
 
     def measure(self) -> tuple[Tensor, Tensor]:
-        """f and the duality gap of each line, [lines] float64: no mask that keeps what is fixed has f below f - gap."""
+        """f and the duality gap of each line, [lines] float64: no mask with the fixed entries has a value below f -
+        gap."""
         slope = self.product * self.weight * (self.vertex().double() - self.relaxed)
         value = self.product * self.weight * (1 - self.relaxed)
         return value.view(self.lines, -1).sum(1), 2 * slope.view(self.lines, -1).sum(1)
 
     def rounding(self, started: Tensor) -> Tensor:
-        """[out, in] scores of the entries to keep: the relaxed mask; of equal ones those of the warm start first."""
+        """[out, in] scores of the entries to keep: the relaxed mask; ties go to entries of the warm start."""
         return self.relaxed.round(decimals=10) + 1e-11 * started
 
     def vertex(self) -> Tensor:
-        """[out, in] bool, the vertex V that the gradient leads to."""
+        """[out, in] bool, the vertex V that minimises the linearised f."""
         return linear_minimiser(self.weight * self.product, self.fixed, self.target)
 
 
 class Steps(RelaxedMasks):
-    """`published` and `line_search` in torch: towards the vertex by 2 / (t + 2), or as far as is best for each line."""
+    """`published` and `line_search` in torch: towards the vertex by 2 / (t + 2), or by the best step of each line."""
 
     def advance(self, begin: int, end: int) -> None:
         for t in range(begin, end):
@@ -86,19 +87,20 @@ class Steps(RelaxedMasks):
 
 
 def spared(weight: Tensor, gram: Tensor, relaxed: Tensor, product: Tensor) -> Tensor:
-    """[out, in] scores of the entries to keep after exchanges: the relaxed mask; equal entries by what f saves.
+    """[out, in] scores of the entries to keep after exchanges: the relaxed mask; ties are broken by the reduction of f.
 
-    At the exact optimum all entries with m = 0 are equal; after steps of 2 / (t + 2) the better ones are above 0.
+    At the exact optimum all entries with m = 0 are tied; after steps of 2 / (t + 2) the better ones are above 0.
     """
     saved = weight * (2 * product - weight * gram.diagonal())
     return relaxed.round(decimals=10) + 1e-11 * saved / saved.abs().max().clamp(min=1e-300)
 
 
 class CompiledSteps(RelaxedMasks):
-    """As Steps, but (W o (1 - V)) G of the vertex is kept and updated by the entries that change in the vertex."""
+    """As Steps, but the vertex's (W o (1 - V)) G is stored and updated by the entries that change in the vertex."""
 
     def prepare(self, layer: Layer) -> None:
-        self.weight, self.gram = layer.weight, layer.gram.matrix  # the compiled loops widen float32 as they read
+        # the compiled loops convert float32 to float64 on reading
+        self.weight, self.gram = layer.weight, layer.gram.matrix
         vertex, product = self.relaxed.bool(), self.product.clone()
         self.state = MaskState(*map(array, (self.weight, self.fixed, self.relaxed, self.product)))
         self.vertices = VertexState(array(vertex), array(product), array(self.gram))
@@ -124,7 +126,7 @@ class CompiledSteps(RelaxedMasks):
 
 
 def prune_count(target: Target, inputs: int) -> PruneCount:
-    """How many entries of a row, or of each group of n:m, are pruned."""
+    """Number of entries pruned in a row, or in each group of n:m."""
     if target.n_of_m:
         n_kept, group_size = target.n_of_m
         return PruneCount(group_size - n_kept, group_size)
@@ -139,11 +141,11 @@ def measured(state: MaskState, count: PruneCount) -> tuple[Tensor, Tensor]:
 
 
 class Exchange(NamedTuple):
-    """An exchange in each line, [lines] each: one entry of a group is raised, another one lowered by as much.
+    """An exchange in each line, [lines] each: one entry of a group is raised and another lowered by the same amount.
 
-    group: of the line. raised, lowered: indices of the entries in the flat matrix. raises, lowers: bool, False where
-    the unused part of the group's sum takes the entry's place. fall, curvature: moving t changes f by
-    -2 fall t + curvature t^2. gain: by how much f falls with the best unlimited t; 0 where no exchange lowers f.
+    group: index of the group in the line. raised, lowered: indices of the entries in the flat matrix. raises, lowers:
+    bool, False where the unused part of the group's sum replaces the entry. fall, curvature: moving t changes f by -2
+    fall t + curvature t^2. gain: the reduction of f with the best unlimited t; 0 if no exchange lowers f.
     """
 
     group: Tensor
@@ -157,7 +159,7 @@ class Exchange(NamedTuple):
 
 
 class Exchanges(RelaxedMasks):
-    """`pairwise` in torch: a step is `free` exchanges in each line (kernels/relaxation_exchanges.py has their rule)."""
+    """`pairwise` in torch: a step is `free` exchanges in each line (rule: kernels/relaxation_exchanges.py)."""
 
     def prepare(self, layer: Layer) -> None:
         group_size = self.target.n_of_m[1] if self.target.n_of_m else self.relaxed.numel() // self.lines
@@ -184,7 +186,7 @@ class Exchanges(RelaxedMasks):
         raises, top = top >= 0, top.clamp(min=0)
         raised, others = entries[self.line, place], entries.clamp(min=0)
         alone, curvature = self.curvatures(raised, raises, others)
-        # The entry of weight zero comes first, as in the compiled loop: of equal gains the first is taken.
+        # The entry of weight zero is first, as in the compiled loop, because ties go to the first entry.
         low = torch.cat([torch.where(spare > 0, 0.0, float("inf"))[:, None], low], 1)
         curvature = torch.cat([alone[:, None], curvature], 1)
         fall = top[:, None] - low
@@ -197,8 +199,8 @@ class Exchanges(RelaxedMasks):
     def widest_groups(self) -> tuple[Tensor, Tensor, Tensor]:
         """The group [lines] whose entries differ most in W o product, and its entries' values [lines, group size].
 
-        The values come twice: with -inf for entries that cannot be raised, and with inf for those that cannot be
-        lowered.
+        The values are returned twice: with -inf for entries that cannot be raised, and with inf for those that cannot
+        be lowered.
         """
         inf = float("inf")
         score, relaxed, fixed = (
@@ -213,7 +215,7 @@ class Exchanges(RelaxedMasks):
         return group, high[self.line, group], low[self.line, group]
 
     def curvatures(self, raised: Tensor, raises: Tensor, others: Tensor) -> tuple[Tensor, Tensor]:
-        """Of raising `raised` alone [lines], and while each of `others` [lines, group size] is lowered."""
+        """Curvatures of raising `raised` alone [lines], and of also lowering each of `others` [lines, group size]."""
         weight, diagonal, inputs = self.weight.flatten(), self.gram.diagonal(), self.inputs
         weight_raised = torch.where(raises, weight[raised], 0.0)
         weight_others = weight[others]
@@ -224,7 +226,7 @@ class Exchanges(RelaxedMasks):
         return alone, both - 2 * weight_raised[:, None] * weight_others * coupled
 
     def sizes(self, exchange: Exchange) -> Tensor:
-        """[lines] how far the exchanges go: to the minimum of f, or as far as the masks' limits allow."""
+        """[lines] size of each exchange: up to the minimum of f, or to the masks' limits."""
         relaxed, inf = self.relaxed.view(-1), float("inf")
         room_above = torch.where(exchange.raises, 1 - relaxed[exchange.raised], inf)
         spare = self.spare[self.line, exchange.group]
@@ -234,7 +236,7 @@ class Exchanges(RelaxedMasks):
         return torch.where((exchange.gain > 0) & self.active, size, 0.0)
 
     def apply(self, exchange: Exchange, size: Tensor) -> None:
-        """Move the relaxed masks, their product and what their groups have spare, in place."""
+        """Update the relaxed masks, their product and the unused sums of their groups, in place."""
         raises, raised, lowers, lowered = exchange.raises, exchange.raised, exchange.lowers, exchange.lowered
         self.spare[self.line, exchange.group] += torch.where(raises, 0.0, size) - torch.where(lowers, 0.0, size)
         up, down = torch.where(raises, size, 0.0), torch.where(lowers, size, 0.0)
@@ -247,7 +249,7 @@ class Exchanges(RelaxedMasks):
 
 
 class CompiledExchanges(RelaxedMasks):
-    """As Exchanges, row after row; a layer's exchanges one after another."""
+    """As Exchanges, row by row; for the pattern layer, one exchange after another."""
 
     def prepare(self, layer: Layer) -> None:
         (out, inputs), n_of_m = self.fixed.shape, self.target.n_of_m
@@ -287,12 +289,13 @@ class CompiledExchanges(RelaxedMasks):
 
 
 def linear_minimiser(descent: Tensor, fixed: Tensor, target: Target) -> Tensor:
-    """[out, in] bool: what is fixed and, as far as positive, the largest entries of `descent`, minus the gradient."""
+    """[out, in] bool: the fixed entries and the largest positive entries of `descent`, the negative gradient."""
     return ops.prune_mask(descent.masked_fill(fixed, float("inf")), target) & (descent > 0) | fixed
 
 
 def best_step(slope: Tensor, curvature: Tensor, target: Target) -> float | Tensor:
-    """Minimiser over [0, 1] of f - 2 slope t + curvature t^2, given per row; [out, 1], or one for a layer's pattern."""
+    """Minimiser over [0, 1] of f - 2 slope t + curvature t^2, given per row; [out, 1], or one number for the pattern
+    layer."""
     if target.pattern == "layer":
         slope, curvature = slope.sum(), curvature.sum()
     best = torch.where(curvature > 0, slope / curvature, torch.where(slope > 0, 1.0, 0.0)).clamp(0, 1)

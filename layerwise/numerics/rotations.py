@@ -1,7 +1,8 @@
 """Random-signed block Hadamard transforms of a layer's inputs: W X = (W Q)(Q^T X) with Q orthogonal.
 
-Q = D H: D has random signs on its diagonal, H is block-diagonal, each block a Hadamard matrix in Sylvester's order over
-the root of its length. Sums and differences in float64 apply it, so that a result depends on no other row or device.
+Q = D H: D has random signs on its diagonal. H is block-diagonal, and each block is a Hadamard matrix in Sylvester's
+order divided by the root of its length. It is applied by sums and differences in float64, so that a result depends
+neither on other rows nor on the device.
 """
 
 from __future__ import annotations
@@ -13,12 +14,12 @@ from torch import Tensor
 from layerwise.contract.gram import Gram
 from layerwise.contract.layer import Rotation
 
-# Of SplitMix64 (Steele, Lea and Flood), whose outputs are the same on every machine and in every language.
+# Constants of SplitMix64 (Steele, Lea and Flood), whose outputs are the same on every machine and in every language.
 STEP, FIRST, SECOND = (np.uint64(number) for number in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
 
 
 def block_of(inputs: int, largest: int | None = None) -> int:
-    """The largest power of two that divides `inputs`, and is at most `largest` where that is given."""
+    """The largest power of two that divides `inputs` and is at most `largest`, if that is given."""
     block = inputs & -inputs
     while largest is not None and block > largest:
         block //= 2
@@ -26,7 +27,7 @@ def block_of(inputs: int, largest: int | None = None) -> int:
 
 
 def signs(seed: int, inputs: int) -> Tensor:
-    """[in] float64, 1 or -1: minus where the highest bit of the input's output of SplitMix64(seed) is set."""
+    """[in] float64, 1 or -1: -1 where the highest bit of the input's SplitMix64(seed) output is set."""
     state = np.uint64(seed) + STEP * np.arange(1, inputs + 1, dtype=np.uint64)
     state = (state ^ (state >> np.uint64(30))) * FIRST
     state = (state ^ (state >> np.uint64(27))) * SECOND
@@ -35,7 +36,7 @@ def signs(seed: int, inputs: int) -> Tensor:
 
 
 def hadamard(x: Tensor, block: int) -> Tensor:
-    """x [..., in] float64 times the block Hadamard matrix of runs of `block` inputs; its own inverse."""
+    """x [..., in] float64 times the block Hadamard matrix of runs of `block` inputs, which is its own inverse."""
     shape, length = x.shape, 1
     while length < block:
         pairs = x.reshape(*shape[:-1], -1, 2, length)
@@ -46,12 +47,12 @@ def hadamard(x: Tensor, block: int) -> Tensor:
 
 
 def rotate(x: Tensor, rotation: Rotation) -> Tensor:
-    """x Q [..., in] float64 of x [..., in]."""
+    """x Q [..., in] in float64, for x [..., in]."""
     return hadamard(x.double() * signs(rotation.seed, x.shape[-1]).to(x.device), rotation.block)
 
 
 def rotate_back(x: Tensor, rotation: Rotation) -> Tensor:
-    """x Q^T [..., in] float64 of x [..., in]."""
+    """x Q^T [..., in] in float64, for x [..., in]."""
     return hadamard(x.double(), rotation.block) * signs(rotation.seed, x.shape[-1]).to(x.device)
 
 

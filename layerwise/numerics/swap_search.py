@@ -1,8 +1,8 @@
-"""SparseSwaps' search: the swap of a kept weight u for a pruned one p that lowers a row's loss most, repeated.
+"""SparseSwaps' search: repeatedly make the swap of a kept weight u for a pruned one p that lowers a row's loss most.
 
 The change is cost_u + gain_p - 2 w_u w_p G_up. Each search is called with cost [rows, in], inf where pruned,
-gain [rows, in], inf where kept, and weight [rows, in], all float32, and returns u and p, [rows] each: of equal pairs
-the one of the lowest u, then p, and 0 and 0 where no change is below zero.
+gain [rows, in], inf where kept, and weight [rows, in], all float32, and returns u and p, [rows] each. Ties go to the
+lowest u, then the lowest p. It returns 0 and 0 if no change is below zero.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from layerwise.kernels import swap_search as kernel
 from layerwise.kernels.swap_state import TOLERANCE, SwapState
 from layerwise.numerics import dispatch
 
-CANDIDATES = 32  # kept weights of a row that are tried at once
-ENTRIES = 2**22  # pairs whose change is in memory at once, about
+CANDIDATES = 32  # number of kept weights of a row tried at once
+ENTRIES = 2**22  # approximate number of pairs whose change is in memory at once
 
 
 def swap_rounds(rows: SwapState, swaps: int | None) -> Iterator[tuple[float, float, int]]:
-    """Rounds in which every row that can makes its best swap, at most `swaps` (None: until no swap improves a row).
+    """Rounds in which every row that can improve makes its best swap, at most `swaps` rounds (None: no limit).
 
-    Yields after each round the seconds since the call, the loss of all rows, and how many swaps the round made (at
-    least one). Compiled on a CPU, in torch elsewhere: the same swaps, except for ties on devices whose minimum picks
-    any of equal entries.
+    After each round it yields the seconds since the call, the loss of all rows, and the number of swaps in the round
+    (at least one). It is compiled on a CPU and runs in torch elsewhere. The swaps are the same, except for ties on
+    devices whose minimum picks any of the equal entries.
     """
     return (kernel.swap_rounds if dispatch.use_compiled(rows.weight) else reference_rounds)(rows, swaps)
 
@@ -41,8 +41,8 @@ def reference_rounds(rows: SwapState, swaps: int | None) -> Iterator[tuple[float
     made = 0
     while swaps is None or made < swaps:
         w, c, kept, single = weight[left], coupling[left], mask[left], alone[left]
-        cost = torch.where(kept, single + 2 * w * c, torch.inf)  # of pruning a kept weight
-        gain = torch.where(kept, torch.inf, single - 2 * w * c)  # of restoring a pruned one
+        cost = torch.where(kept, single + 2 * w * c, torch.inf)  # cost of pruning a kept weight
+        gain = torch.where(kept, torch.inf, single - 2 * w * c)  # gain of restoring a pruned one
         u, p = search(cost.float(), gain.float(), rows.weight[left])
         line = torch.arange(len(left), device=left.device)
         change = cost[line, u] + gain[line, p] - 2 * w[line, u] * w[line, p] * gram[u, p]
@@ -58,11 +58,11 @@ def reference_rounds(rows: SwapState, swaps: int | None) -> Iterator[tuple[float
 
 
 class RowSearch:
-    """Best pair of each row. All pairs would be in^2 per row: kept weights are tried in the order of a lower bound.
+    """Best pair of each row. There are in^2 pairs per row, so kept weights are tried in the order of a lower bound.
 
-    With s_j = |w_j| sqrt(G_jj) and r_u the largest |correlation| of u with another input, 2 w_u w_p G_up is at most
-    2 r_u s_u s_p, so that no pair of u is better than cost_u + f(r_u s_u), f(t) = min_p gain_p - 2 t s_p. f is concave:
-    between the points where it is evaluated its chord lies below it. A row is done when no bound left is below its
+    Let s_j = |w_j| sqrt(G_jj), and let r_u be the largest |correlation| of u with another input. Then 2 w_u w_p G_up is
+    at most 2 r_u s_u s_p, so no pair with u is better than cost_u + f(r_u s_u), where f(t) = min_p gain_p - 2 t s_p. f
+    is concave, so its chords between evaluated points lie below it. A row is done when no remaining bound is below its
     best pair.
     """
 
@@ -102,7 +102,7 @@ class RowSearch:
         return u, p
 
     def bound(self, cost: Tensor, gain: Tensor, weight: Tensor) -> Tensor:
-        """[rows, in] no pair of each kept weight changes the loss by less."""
+        """[rows, in] lower bound on the change of the loss by any pair with each kept weight."""
         size = weight.abs() * self.root  # [rows, in] s
         slope = weight.abs() * self.steepest  # r s
         ends = torch.linspace(0, 1, 9, device=cost.device) * slope.amax(1, keepdim=True)  # [rows, 9] values of t
@@ -116,7 +116,7 @@ class RowSearch:
 
 
 class GroupSearch:
-    """Best pair of each row of which both lie in the same m consecutive inputs."""
+    """Best pair of each row with both inputs in the same m consecutive inputs."""
 
     def __init__(self, gram: Tensor, length: int) -> None:
         self.length = length
@@ -136,7 +136,7 @@ class GroupSearch:
             found.append(torch.where(least < 0, pair, 0))
         pair = torch.cat(found)
         group, u, p = pair // self.length**2, pair // self.length % self.length, pair % self.length
-        last = cost.shape[1] - 1  # where nothing can be swapped
+        last = cost.shape[1] - 1  # used if nothing can be swapped
         return (group * self.length + u).clamp(max=last), (group * self.length + p).clamp(max=last)
 
     def grouped(self, lines: Tensor, fill: float) -> Tensor:

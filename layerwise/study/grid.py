@@ -132,7 +132,7 @@ def _sentence(error: jsonschema.ValidationError) -> str:
         choices = " or ".join("+".join(choice["required"]) for choice in expected)
         return f"config: {where} must have either {choices}, got {brief(', '.join(instance)) or 'nothing'}."
     if error.validator == "type" and isinstance(instance, str) and _is_number(instance):
-        advice = f"; YAML reads {instance} as text, write {float(instance)!r}"
+        advice = f"; YAML reads {instance} as text: write {float(instance)!r}"
     elif error.validator == "type" and where.endswith(".pattern") and isinstance(instance, int):
         advice = '; YAML reads 2:4 without quotes as a number, write "2:4"'
     else:

@@ -80,7 +80,7 @@ class JobInputs:
         return [path] if path else []
 
     def fisher(self, wildcards: Wildcards) -> list[str]:
-        """The file of each layer's fisher, if the method of a cell needs it."""
+        """The file of the layers' fisher, if a cell's method needs it."""
         return [FISHER.format(**wildcards)] if needs_fisher(self.plan.catalogue, self.cell(wildcards)) else []
 
     def spread(self, wildcards: Wildcards) -> Cell:

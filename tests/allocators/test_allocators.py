@@ -384,7 +384,7 @@ LEVELS = "tuple(self.slope * part.block for part in parts)"
         (LEVELS, "(float('nan'),) * len(parts)", "3 budget", "finite numbers"),
         (LEVELS, "tuple(part.block / max(p.block for p in parts) for part in parts)", "3 budget", "ZeroDivisionError"),
         ("(None,) * len(parts)", "()", "3 budget", "scores must be"),
-        (LEVELS, "tuple(__import__('random').random() for part in parts)", "4 deterministic", "others"),
+        (LEVELS, "tuple(__import__('random').random() for part in parts)", "4 deterministic", "different ones"),
         (LEVELS, "tuple(0.01 * place for place in range(len(parts)))", "5 equal layers", " and "),
         (LEVELS, "tuple(0.1 if len(parts) == 1 else 0.5 for part in parts), 1", "3 budget", "TypeError"),
         (
@@ -392,7 +392,7 @@ LEVELS = "tuple(self.slope * part.block for part in parts)"
             "    def measure(self, layers):\n        return [layer.weight.zero_().sum() for layer in layers]\n\n"
             "    def allocate",
             "1 measure",
-            "others",
+            "different ones",
         ),
         ("    def allocate", "    def measure(self, layers):\n        return []\n\n    def allocate", "1 measure", "0"),
     ],

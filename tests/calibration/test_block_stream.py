@@ -14,4 +14,4 @@ def test_blocks_that_are_not_called_are_counted():
     with pytest.raises(InputError) as refused:
         capture(model, blocks, tokens(2))
     calls = "LlamaForCausalLM must call each of its 2 blocks once. It calls 1 of them instead"
-    assert str(refused.value) == f"{calls}, so that it cannot be run one block after the other."
+    assert str(refused.value) == f"{calls}, so it cannot be run block by block."

@@ -506,7 +506,7 @@ def test_studies_share_the_grams_of_the_same_content(tmp_path, monkeypatch, caps
     entry = json.dumps({"name": "tiny", "path": str(tmp_path / "model"), "dtype": "float32"})
     gram = calibrated(entry, tmp_path, monkeypatch)
     again = calibrated(entry.replace("tiny", "renamed"), tmp_path, monkeypatch, out="other.json")
-    said = f"The same Grams were computed before: {gram} (layers by token_scope: 14 all)"
+    said = f"The same Grams already exist: {gram} (layers by token_scope: 14 all)"
     assert again == gram and said in capsys.readouterr().err
     code = tmp_path / digest_of([__file__])
     code.write_text(json.dumps([__file__]))

@@ -41,7 +41,7 @@ def test_unused_stores_are_freed(stores, capsys):
     said = capsys.readouterr().out
     assert f"freed 3.0 MB: {stores}/grams/.{LEFT}.part" in said and f"freed 2.0 MB: {stores}/grams/{OWN}" in said
     assert f"kept 2.0 MB: {stores}/grams/{BOTH} (1 other studies use it, such as {stores}/other/results" in said
-    assert f".{RUNNING}.part (a calibration is at work there)" in said and said.endswith(
+    assert f".{RUNNING}.part (a calibration is running there)" in said and said.endswith(
         f"5.0 MB in all, of {stores}/grams.\n"
     )
     assert not (stores / f"here/results/{OWN}.json").exists() and (stores / f"here/results/{BOTH}.json").exists()

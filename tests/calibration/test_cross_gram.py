@@ -141,7 +141,7 @@ X = torch.ones(4, 3)
 @pytest.mark.parametrize(
     ("given", "sentence"),
     {
-        "another shape": (torch.ones(4, 2), "dense_inputs must be [4, 3] on cpu, as x is. Got [4, 2] on cpu instead."),
+        "another shape": (torch.ones(4, 2), "dense_inputs must be [4, 3] on cpu, like x. Got [4, 2] on cpu instead."),
         "no tensor": ([1.0], "dense_inputs must be a tensor [tokens, in] or [..., in] that is not empty. Got list"),
         "integers": (X.long(), "dense_inputs must be floating point. Got torch.int64 instead."),
         "not finite": (

@@ -153,7 +153,7 @@ def test_experts_with_too_few_tokens_see_all_of_them(capsys):
     assert first is second and first.name == "mlp.experts.gate_up_proj"  # one Gram for what all would see
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 2 and lines[0].startswith("model.layers.0: ")
-    assert "of 4 experts were routed fewer tokens than a layer of theirs has inputs" in lines[0]
+    assert "of 4 experts were routed fewer tokens than one of their layers has inputs" in lines[0]
 
 
 def test_the_outputs_are_those_of_the_routing_though_some_experts_saw_all():
@@ -214,7 +214,7 @@ def test_an_expert_that_is_given_other_tokens_is_named(monkeypatch):
         return own(self, 2 * hidden_states, top_k_index, top_k_weights)
 
     monkeypatch.setattr(type(module), "forward", doubled)
-    with pytest.raises(InputError, match="experts.0.gate_up_proj does not get the tokens that are routed to it"):
+    with pytest.raises(InputError, match="experts.0.gate_up_proj does not receive the tokens routed to it"):
         Stream(model, tokens(2)).collect(0)
 
 
@@ -222,7 +222,8 @@ def test_activations_that_are_not_finite_name_the_expert():
     model = build("mixtral")
     model.model.layers[0].mlp.experts.gate_up_proj[2] *= float("inf")
     with pytest.raises(
-        InputError, match="act_fn has NaN or Inf in float32, and so has what enters .*layers.0.mlp.experts.2.down_proj"
+        InputError,
+        match="act_fn has NaN or Inf in float32, and so have the inputs of .*layers.0.mlp.experts.2.down_proj",
     ):
         Stream(model, tokens(SEQUENCES)).collect(0)
 

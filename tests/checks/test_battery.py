@@ -31,7 +31,7 @@ MISTAKES = {
         layer.weight.mul_(result.mask)
         return result
 """,
-        ("1 inputs untouched", "correlated", "the weight given must stay as it is", "a changed weight"),
+        ("1 inputs untouched", "correlated", "the weight must be left unchanged", "a changed weight"),
     ),
     "uses a global generator": (
         "        return ops.pruned(layer, importance * torch.rand(layer.weight.shape), target)\n",

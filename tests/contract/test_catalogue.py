@@ -422,16 +422,16 @@ CHAINS = {
     ("awp", "awp"): None,
     ("wanda", "awp"): None,
     ("awp", "wanda"): None,
-    ("rtn", "rtn"): "rtn quantises, and the other of its methods cannot prune: rtn does not prune",
+    ("rtn", "rtn"): "rtn quantises, and the other method cannot prune: rtn does not prune",
     ("wanda", "ria"): "none of its methods quantises: wanda does not quantise, ria does not quantise",
     ("wanda", "sparsegpt"): "none of its methods quantises: wanda does not quantise, sparsegpt does not quantise "
     "without pruning",
-    ("rtn", "sparsegpt"): "sparsegpt changes the weights that rtn has put on a grid",
-    ("rtn", "reconstruct"): "reconstruct changes the weights that rtn has put on a grid",
+    ("rtn", "sparsegpt"): "sparsegpt changes the weights that rtn has quantised",
+    ("rtn", "reconstruct"): "reconstruct changes the weights that rtn has quantised",
     ("wanda", "mine"): "mine does not keep the zeros of wanda",
     ("mine", "wanda"): "mine does not keep the zeros of wanda",
-    ("chain", "rtn"): "rtn quantises, and the other of its methods cannot prune: chain prunes and quantises "
-    "together, not one of them alone",
+    ("chain", "rtn"): "rtn quantises, and the other method cannot prune: chain prunes and quantises "
+    "together and cannot do only one of them",
 }
 
 
@@ -446,10 +446,10 @@ def test_which_chains_reach_a_target(pair: tuple[str, str], tmp_path: Path):
 def test_a_chain_is_refused_what_its_methods_cannot():
     catalogue = Catalogue()
     params = catalogue.complete("chain", {"chain": ["rtn", {"sparse_swaps": {"warm_start": "dsnot"}}]}, "test")
-    prefix = "rtn quantises, and the other of its methods cannot prune: "
+    prefix = "rtn quantises, and the other method cannot prune: "
     said = {
-        Target(0.5): "chain prunes and quantises together, not one of them alone",
-        Target(bits=4): "chain prunes and quantises together, not one of them alone",
+        Target(0.5): "chain prunes and quantises together and cannot do only one of them",
+        Target(bits=4): "chain prunes and quantises together and cannot do only one of them",
         Target(0.5, "1x16", bits=4): prefix + "sparse_swaps prunes by row, n:m, not by 1xb",
     }
     for target, sentence in said.items():

@@ -76,7 +76,7 @@ def test_misfits_are_one_sentence():
             codes, scales, zeros, kept
         ),
         "Codes must be whole numbers from 0 to 15.": lambda: W4Grouped.pack(codes + 1, scales, zeros, 32),
-        "as they are stored, in bfloat16": lambda: W4Grouped.pack(codes, scales + 1e-4, zeros, 32),
+        "exact in bfloat16, as they are stored": lambda: W4Grouped.pack(codes, scales + 1e-4, zeros, 32),
         "two of every four": lambda: Sparse24.pack(codes.float(), torch.ones(2, 64, dtype=torch.bool)),
         r"float32 \[64\]. Got float32 \[63\]": lambda: W4Grouped.pack(codes, scales, zeros, 32).product(
             np.zeros(63, np.float32)

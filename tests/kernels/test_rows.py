@@ -12,5 +12,5 @@ def test_no_folder_for_compiled_loops_is_reported(monkeypatch):
         raise PermissionError(13, "Permission denied", locator.get_cache_path())
 
     monkeypatch.setattr(_CacheLocator, "ensure_cache_path", refuse)
-    with pytest.raises(InputError, match="Compiled loops must be kept in .*: set NUMBA_CACHE_DIR to one"):
+    with pytest.raises(InputError, match="Compiled loops must be stored in .*: set NUMBA_CACHE_DIR to one"):
         compiled()(lambda rows: rows + 1)

@@ -150,7 +150,8 @@ def test_eora_is_refused_where_its_part_is():
     reason = "eora gives only sums with low-rank factors, so the target must have a rank"
     assert catalogue.refusal("eora", params, Target(0.5)) == reason
     assert (
-        catalogue.refusal("eora", params, Target(rank=0.5)) == "eora gives a sum with low-rank factors, not these alone"
+        catalogue.refusal("eora", params, Target(rank=0.5))
+        == "eora gives a sum with low-rank factors, not the factors alone"
     )
     with pytest.raises(UnsupportedTarget, match="wanda does not quantise"):
         compress(EoRA(Wanda()), layers.build("correlated"), target)

@@ -220,7 +220,7 @@ def test_a_target_with_a_rank_is_for_methods_that_give_factors():
     }
     assert {row["reason"] for row in planned.skipped} == {
         "wanda gives no low-rank factors",
-        "svd_llm gives low-rank factors, it neither prunes nor quantises",
+        "svd_llm gives low-rank factors and neither prunes nor quantises",
     }
     with pytest.raises(InputError, match=r"tune trains kept weights and grids, not low-rank factors"):
         plan(study(targets=targets[:1], methods={"svd_llm": {"tune": {"blocks": {}}}}))
@@ -229,7 +229,7 @@ def test_a_target_with_a_rank_is_for_methods_that_give_factors():
 
 
 def test_a_convention_that_the_runner_always_refuses_is_refused_before_a_job():
-    reason = "rocket's convention official counts no positions, and exceeds the target's bits"
+    reason = "rocket's convention official does not count positions, and exceeds the target's bits"
     asked: dict = {"rocket": {"convention": ["exact", "official"]}, "svd": None}
     told = f"methods.rocket.convention_official: rocket reaches none of the targets ({reason})."
     assert refused(study(targets=[{"rank": 0.4}], methods=asked)) == told
@@ -431,7 +431,7 @@ def test_a_chain_reaches_targets_with_sparsity_and_bits_alone():
     reasons = {row["label"]: row["reason"] for row in planned.skipped}
     assert reasons == {
         "wanda": "wanda does not quantise",
-        "a": "chain prunes and quantises together, not one of them alone",
+        "a": "chain prunes and quantises together and cannot do only one of them",
     }
 
 
@@ -643,7 +643,7 @@ WRONG = {
         "config: methods.sparsegpt.damping is wrong: inf is not finite.",
     ),
     "number as text": (edited("targets/0/sparsity", "5e-1"), "targets.0.sparsity is wrong: '5e-1' is not of type"),
-    "advice": (edited("targets/0/sparsity", "5e-1"), "YAML reads 5e-1 as text, write 0.5."),
+    "advice": (edited("targets/0/sparsity", "5e-1"), "YAML reads 5e-1 as text: write 0.5."),
     "integer as text": (edited("seed", "1e3"), "seed is wrong: '1e3' is not of type 'integer'; YAML reads 1e3 as text"),
     "parameter as text": (
         study(methods={"sparsegpt": {"damping": "1e-3"}}),
@@ -711,11 +711,11 @@ WRONG = {
     ),
     "chain that loses its grid": (
         study(methods={"a": {"chain": ["rtn", "sparsegpt"]}}, targets=JOINT),
-        "methods.a: chain reaches none of the targets (sparsegpt changes the weights that rtn has put on a grid).",
+        "methods.a: chain reaches none of the targets (sparsegpt changes the weights that rtn has quantised).",
     ),
     "chain whose second does both": (
         study(methods={"a": {"chain": ["gptq", "awp"]}}, targets=JOINT),
-        "methods.a: chain reaches none of the targets (awp changes the weights that gptq has put on a grid).",
+        "methods.a: chain reaches none of the targets (awp changes the weights that gptq has quantised).",
     ),
     "chain without methods": (
         study(methods={"a": {"method": "chain"}}, targets=JOINT),

@@ -419,7 +419,7 @@ WRONG = {
     "no folder": ("models/tiny", {"path": "absent"}, "The folder absent of the model 'tiny' does not exist."),
     "no network": ("models/tiny", {"hub": "a/b", "revision": "c"}, "HF_HUB_OFFLINE forbids fetching"),
     "shell in a name": ("models", {"a b; touch x": {"path": str(MODEL)}}, "the name 'a b; touch x' is wrong"),
-    "text as number": ("targets", [{"sparsity": "5e-1"}], "YAML reads 5e-1 as text, write 0.5."),
+    "text as number": ("targets", [{"sparsity": "5e-1"}], "YAML reads 5e-1 as text: write 0.5."),
 }
 
 
