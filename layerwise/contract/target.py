@@ -31,8 +31,8 @@ class Target:
               "n:m" n KEPT of every m consecutive inputs of a row; "1xb" whole blocks of b consecutive inputs of a row
               kept or dropped, floor(sparsity * blocks) dropped in every row. An incomplete last group or block counts
               as if padded with zeros, which are pruned first.
-    bits:     width of the integer codes, 2 to 8, or None for floating point. For a format it is 4; the format's name may
-              be given instead.
+    bits:     width of the integer codes, 2 to 8, or None for floating point. For a format it is 4; the format's name
+              may be given instead.
     group:    consecutive inputs of a row that share a scale and zero, or None for a whole row. A short last group has
               its own scale and zero. A format fixes the length.
     symmetric: grid centred on zero.

@@ -135,7 +135,8 @@ def test_slim_only_prunes():
     assert catalogue.refusal("slim", params, Target(0.5, rank=0.1)) is None
     assert catalogue.refusal("slim", params, Target(bits=4, rank=0.1)) == "slim does not quantise"
     assert (
-        catalogue.refusal("slim", params, Target(rank=0.4)) == "slim gives a sum with low-rank factors, not these alone"
+        catalogue.refusal("slim", params, Target(rank=0.4))
+        == "slim gives a sum with low-rank factors, not the factors alone"
     )
     blocks = catalogue.complete("slim", {"mask": "sparsegpt"}, "test")
     told = "its mask cannot: sparsegpt prunes by row, layer, n:m, not by 1xb"

@@ -95,7 +95,11 @@ def test_misfits_are_skipped_with_a_reason(allocations, target, methods, reason)
             "pairs.0 is not a target: its percentages must have at most six digits",
         ),
         ([{"sparsity": 0}], "awp", "pairs.0 is not a target: a pair must prune, quantise or have a rank"),
-        ([{"bits": 3}], "chain", "knapsack may ask for 3b: chain prunes and quantises together, not one of them alone"),
+        (
+            [{"bits": 3}],
+            "chain",
+            "knapsack may ask for 3b: chain prunes and quantises together and cannot do only one of them",
+        ),
         ([{"sparsity": 0.4}], "awp", "its joint cannot reach 40% row: chain prunes and quantises"),
         (None, "rtn", "rtn does not prune"),
     ],
