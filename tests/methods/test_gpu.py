@@ -62,8 +62,8 @@ CASES = [pytest.param(case, id=f"{case.label}-{case.target.label}", marks=marks)
 
 def on(device: torch.device | str, layer: Layer) -> Layer:
     moved = {name: tensor.to(device) for name, tensor in layers.tensors(layer).items()}
-    weight, gram = moved.pop("weight"), Gram(moved.pop("gram"), layer.gram.tokens)
-    return Layer(layer.name, weight, gram, replace(some(layer.statistics), **moved))
+    weight, gram, fisher = moved.pop("weight"), Gram(moved.pop("gram"), layer.gram.tokens), moved.pop("fisher", None)
+    return Layer(layer.name, weight, gram, replace(some(layer.statistics), **moved), fisher=fisher)
 
 
 def solved(case: Case, device: torch.device | str):
