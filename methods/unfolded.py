@@ -25,6 +25,7 @@ CARD = {
     "needs": ["gram"],
     "random": True,
     "criterion": "error",
+    "cost": {"weights": 16.0, "grams": 6.0, "products": 400.0},
     "look": {"colour": "#AA4499", "marker": "P"},
     "checks": {
         "defaults": {"iterations": 4, "updates": 3, "starts": 1},
