@@ -1,4 +1,4 @@
-"""The commands that people type. Each imports what it needs when it runs, so that help and completion start at once."""
+"""The user's commands. Each imports its modules when it runs, so that help and completion start quickly."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ if TYPE_CHECKING:
     from layerwise.study.grid import Plan
 
 TABLES = Path("results/tables")
-TOLERANCE = 0.02  # relative; comparison.folders.TOLERANCE, which takes pandas to import
+TOLERANCE = 0.02  # relative; equals comparison.folders.TOLERANCE, whose module would import pandas
 
 
 class Commands(TyperGroup):
-    """The group of all commands: bad input is one sentence on stderr, without a page of usage, and exit status 2."""
+    """The group of all commands: bad input gives one sentence on stderr, without usage text, and exit status 2."""
 
     def main(
         self,
@@ -36,7 +36,7 @@ class Commands(TyperGroup):
     ) -> int:
         """Run a command line and end the process with its exit status.
 
-        standalone_mode: False returns the status instead, and lets errors through.
+        standalone_mode: if False, the status is returned and errors are raised.
         """
         given = list(sys.argv[1:] if args is None else args)
         own = {**extra, "prog_name": "layerwise", "complete_var": complete_var, "standalone_mode": False}
@@ -58,7 +58,7 @@ class Commands(TyperGroup):
                 raise
             sentence = f"{error.filename} cannot be used: {error.strerror}."
         except Exception as error:
-            refused = getattr(error, "format_message", None)  # by the parser of command lines
+            refused = getattr(error, "format_message", None)  # from the command-line parser
             if refused is None:
                 raise
             context = getattr(error, "ctx", None)
@@ -70,7 +70,7 @@ class Commands(TyperGroup):
 
 app = typer.Typer(
     cls=Commands,
-    help="Compress large language models layer by layer, and measure what that costs.",
+    help="Compress large language models layer by layer, and measure the loss.",
     epilog="Begin with: layerwise run embedded. `layerwise COMMAND --help` explains a command.",
     context_settings={"max_content_width": 100},
     rich_markup_mode=None,
@@ -93,16 +93,16 @@ def options(
         bool, typer.Option("--version", is_eager=True, callback=_version, help="Print the version and exit.")
     ] = False,
 ) -> None:
-    """Options of the command itself, which has none but its version."""
+    """Options of the command itself; it has only --version."""
 
 
 def studies(incomplete: str) -> Iterator[str]:
-    """Names of the studies that ship, for the completion of a word."""
+    """Names of the shipped studies, for shell completion."""
     return (name for name in config_file.shipped_studies() if name.startswith(incomplete))
 
 
 def methods_known(incomplete: str) -> Iterator[str]:
-    """Names of the methods that ship, for the completion of a word."""
+    """Names of the shipped methods, for shell completion."""
     from layerwise.cli import cards
 
     return (name for name in cards.catalogue() if name.startswith(incomplete))
@@ -110,23 +110,23 @@ def methods_known(incomplete: str) -> Iterator[str]:
 
 Study = Annotated[
     str,
-    typer.Argument(help="A study's file, or the name of one that ships.", metavar="STUDY", autocompletion=studies),
+    typer.Argument(help="A study's file, or the name of a shipped study.", metavar="STUDY", autocompletion=studies),
 ]
-Tolerance = Annotated[float, typer.Option(help="How far numbers may differ and agree, relative.")]
+Tolerance = Annotated[float, typer.Option(help="Largest relative difference between numbers that agree.")]
 Tables = Annotated[Path, typer.Option(help="Folder of the study's tables.")]
-MethodPath = Annotated[list[Path], typer.Option(help="A further folder of methods. May be given several times.")]
+MethodPath = Annotated[list[Path], typer.Option(help="A further folder of methods. Can be given several times.")]
 Cores = Annotated[str | None, typer.Option(help="Jobs at a time, or `all`. [default: one for each processor]")]
 
 
 def _plan(study: str, check_sources: bool = False) -> Plan:
-    """The plan of a study. Raises InputError for one that is wrong."""
+    """The plan of a study. Raises InputError for a wrong study."""
     from layerwise.study.grid import plan
 
     return plan(config_file.read(config_file.study_file(study)), check_sources=check_sources)
 
 
 def _fail_if(sentence: str | None) -> None:
-    """Raise Failure for a sentence that is not empty."""
+    """Raise Failure if there is a sentence."""
     if sentence:
         raise Failure(sentence)
 
@@ -150,7 +150,7 @@ def run(context: typer.Context, study: Study, cores: Cores = None) -> None:
 def report(context: typer.Context, study: Study = config_file.EMBEDDED, cores: Cores = None) -> None:
     """Write a study as one HTML page, results/report.html. Cells without results are run first.
 
-    Arguments that begin with a dash are Snakemake's own, and come after STUDY.
+    Arguments that begin with a dash are passed to Snakemake and must follow STUDY.
     """
     from layerwise.cli import workflow
 
@@ -163,11 +163,13 @@ def estimate(
     study: Study = config_file.EMBEDDED,
     cores: Annotated[int, typer.Option(help="Jobs at a time.")] = os.cpu_count() or 1,
     mem_mb: Annotated[float | None, typer.Option(help="Memory of the machine. [default: this one's]")] = None,
-    quick: Annotated[bool, typer.Option("--quick", help="Try no method: the time is by what the cards say.")] = False,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Do not try methods: estimate the time from their cards.")
+    ] = False,
 ) -> None:
     """Print the memory, disk and time that a study takes, without starting it.
 
-    What is not known yet of this machine is measured: its speed, and each method on a small layer. It is kept.
+    The speed of this machine, and of each method on a small layer, is measured once and stored.
     """
     from layerwise.study import estimate as module
 
@@ -178,11 +180,11 @@ def estimate(
 
 @app.command("check-study", epilog="Example: layerwise check-study strangers-study.yaml")
 def check_study(
-    studies: Annotated[list[str], typer.Argument(help="Files of studies, or names of ones that ship.")],
+    studies: Annotated[list[str], typer.Argument(help="Files of studies, or names of shipped studies.")],
 ) -> None:
-    """Validate studies without running anything that is in them, and print the cells of each.
+    """Validate studies without running anything in them, and print the number of cells of each.
 
-    Models and texts are not looked at: `layerwise estimate` does that.
+    Models and texts are not checked; `layerwise estimate` checks them.
     """
     for study in studies:
         print(f"{study}: {len(_plan(study).cells)} cells")
@@ -194,9 +196,9 @@ def check_study(
 @app.command(epilog="Example: layerwise methods sparsegpt")
 def methods(
     name: Annotated[str | None, typer.Argument(help="A method.", autocompletion=methods_known)] = None,
-    method_path: MethodPath = [],  # noqa: B006 (typer makes a list of its own of it)
+    method_path: MethodPath = [],  # noqa: B006 (typer copies the list)
 ) -> None:
-    """List the methods, or print everything that is known of one: paper, targets, parameters."""
+    """List the methods, or print the whole card of one: paper, targets, parameters."""
     from layerwise.cli import cards
 
     known = cards.catalogue(method_path)
@@ -207,24 +209,24 @@ def methods(
 
 @app.command("new-method", epilog="Example: layerwise new-method shrink --folder my-methods")
 def new_method(
-    name: Annotated[str, typer.Argument(help="Name of the method, which is that of its file.")],
+    name: Annotated[str, typer.Argument(help="Name of the method and of its file.")],
     folder: Annotated[Path, typer.Option(help="Where to write the file.")] = Path(),
 ) -> None:
-    """Write the file of a new method, which passes `layerwise check-method` as it stands."""
+    """Write the file of a new method, which passes `layerwise check-method` without changes."""
     from layerwise.checks import template
     from layerwise.cli.workflow import check_writable
 
     check_writable(folder)
     path = template.write(name, folder)
-    print(f"{path} is a method that works: change it, then run layerwise check-method {path}")
+    print(f"{path} is a working method. Change it, then run layerwise check-method {path}")
 
 
 @app.command("check-method", epilog="Example: layerwise check-method my-methods/shrink.py")
 def check_method(
     file: Annotated[Path, typer.Argument(help="File of the method, or of an allocator.")],
-    quick: Annotated[bool, typer.Option("--quick", help="Check the defaults alone, at fewer targets.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Check only the defaults, at fewer targets.")] = False,
 ) -> None:
-    """Check that a method or an allocator keeps every promise of its contract. Exit status 1 when it breaks one."""
+    """Check that a method or an allocator keeps every promise of its contract. Exit status 1 if it breaks one."""
     if not file.is_file():
         raise InputError(f"The method must be a file. Got {str(file)!r} instead.")
     from layerwise.checks import battery
@@ -236,7 +238,7 @@ def check_method(
 
 
 def _progress(done: int, of: int, label: str) -> None:
-    """Write how far it is over the line before, on a terminal."""
+    """Overwrite the progress line on a terminal."""
     print(f"\r{done} of {of}  {label[:80]:80}" if done < of else f"\r{'':100}\r", end="", file=sys.stderr, flush=True)
 
 
@@ -253,9 +255,9 @@ def regression(
     accepted: Accepted = None,
     tolerance: Tolerance = TOLERANCE,
 ) -> None:
-    """Compare a study's numbers with the accepted ones. Exit status 1 when one has moved or is gone.
+    """Compare a study's numbers with the accepted ones. Exit status 1 if a number has moved or is missing.
 
-    Where nothing has been accepted in this folder, the numbers that ship with a study are taken.
+    If nothing has been accepted in this folder, the accepted numbers shipped with the study are used.
     """
     from layerwise.comparison import regression as module
 
@@ -277,7 +279,7 @@ def compare(
     newer: Annotated[Path, typer.Argument(help="The newer result folder.")],
     tolerance: Tolerance = TOLERANCE,
 ) -> None:
-    """List the numbers that differ between two result folders. Exit status 1 when one has moved or is gone."""
+    """List the numbers that differ between two result folders. Exit status 1 if a number has moved or is missing."""
     from layerwise.comparison import folders
 
     if not folders.compare_folders(older, newer, tolerance):
@@ -290,7 +292,7 @@ def merge(
     out: Annotated[Path, typer.Option(help="Folder for the merged tables.")],
     tolerance: Tolerance = TOLERANCE,
 ) -> None:
-    """Put the tables of several machines into one, which refuses numbers that do not belong together."""
+    """Merge the tables of several machines; inconsistent numbers are refused."""
     from layerwise.comparison import folders as module
 
     print(module.merge_folders(folders, out, tolerance))
@@ -300,7 +302,7 @@ def merge(
 def leaderboard(
     folders: Annotated[
         list[str],
-        typer.Argument(help="Result folders, each as FOLDER or NAME=FOLDER. Merged ones too.", metavar="FOLDER..."),
+        typer.Argument(help="Result folders, also merged ones, each as FOLDER or NAME=FOLDER.", metavar="FOLDER..."),
     ],
     out: Annotated[Path, typer.Option(help="Page to write, .html.")] = Path("leaderboard.html"),
 ) -> None:
@@ -316,10 +318,10 @@ def leaderboard(
 def published(
     study: Study,
     tables: Tables = TABLES,
-    out: Annotated[Path | None, typer.Option(help="Folder to write to. [default: that of the tables]")] = None,
-    unrun: Annotated[bool, typer.Option(help="Read no tables: show what would be compared.")] = False,
+    out: Annotated[Path | None, typer.Option(help="Folder to write to. [default: the tables' folder]")] = None,
+    unrun: Annotated[bool, typer.Option(help="Show what would be compared, without reading tables.")] = False,
 ) -> None:
-    """Write a study's perplexities beside those that papers print."""
+    """Compare a study's perplexities with those printed in papers."""
     from layerwise.comparison import published as module
 
     print(module.compare_with_published(_plan(study), tables, out, unrun))
@@ -330,11 +332,11 @@ def published(
 
 @app.command(epilog="Example: layerwise export results/cells/MODEL/CALIBRATION/shared/CELL --format packed --out saved")
 def export(
-    cell: Annotated[Path, typer.Argument(help="Folder of a cell that has its weights (keep_weights in the config).")],
+    cell: Annotated[Path, typer.Argument(help="Folder of a cell with weights (keep_weights in the config).")],
     form: Annotated[str, typer.Option("--format", help="dense, packed or compressed-tensors.")],
-    out: Annotated[Path, typer.Option(help="Folder to make.")],
+    out: Annotated[Path, typer.Option(help="Folder to create.")],
 ) -> None:
-    """Save a compressed model as a folder that other tools load. The cell's record says which model it is of."""
+    """Save a compressed model as a folder that other tools can load. The cell's record names the model."""
     if not cell.is_dir():
         raise InputError(f"The cell must be a folder. Got {str(cell)!r} instead.")
     from layerwise.export import save
@@ -346,13 +348,13 @@ def export(
 
 @app.command(epilog='Example: layerwise audit saved, or layerwise audit folder-of-another-tool --target "4b g128"')
 def audit(
-    folder: Annotated[Path, typer.Argument(help="A cell's folder, or one that export or another tool saved.")],
+    folder: Annotated[Path, typer.Argument(help="A cell's folder, or a folder saved by export or another tool.")],
     target: Annotated[
-        str | None, typer.Option(help='What the layers should be, such as "2:4", "50% row" or "4b g128".')
+        str | None, typer.Option(help='The expected target, such as "2:4", "50% row" or "4b g128".')
     ] = None,
     trust_remote_code: Annotated[bool, typer.Option(help="Run code that comes with the model.")] = False,
 ) -> None:
-    """Verify pattern, grid and counts of every layer of a saved model. Exit status 1 when a layer is wrong."""
+    """Verify the pattern, grid and counts of every layer of a saved model. Exit status 1 if a layer is wrong."""
     if not folder.is_dir():
         raise InputError(f"The folder {folder} does not exist.")
     wanted = None if target is None else _target(target)
@@ -374,13 +376,13 @@ def _target(label: str) -> Target:
 
 @app.command(epilog="Example: layerwise decode --shape 4096x4096 --threads 1 --out results/decode.csv")
 def decode(
-    shape: Annotated[list[str], typer.Option(help="ROWSxINPUTS of a weight. May be given several times.")],
+    shape: Annotated[list[str], typer.Option(help="ROWSxINPUTS of a weight. Can be given several times.")],
     out: Annotated[Path, typer.Option(help="Table to write, .csv.")],
-    threads: Annotated[int, typer.Option(help="Threads of a product.")] = 1,
-    rounds: Annotated[int, typer.Option(help="Times that each product is timed.")] = 100,
+    threads: Annotated[int, typer.Option(help="Threads per product.")] = 1,
+    rounds: Annotated[int, typer.Option(help="Number of timed runs of each product.")] = 100,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
 ) -> None:
-    """Time one token's product with a weight, for each way of storing the weight."""
+    """Time one token's product with a weight in each storage format."""
     shapes = list(map(_shape, shape))
     from layerwise.cli.workflow import check_writable
     from layerwise.export import decode as module
@@ -400,9 +402,9 @@ def _shape(text: str) -> tuple[int, int]:
 
 @app.command("clean-cache", epilog="Example: layerwise clean-cache --dry-run")
 def clean_cache(
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be freed, and leave it.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be freed, without freeing it.")] = False,
 ) -> None:
-    """Free the stored Grams, and the models converted from GGUF files, that no other study uses."""
+    """Delete stored Grams and models converted from GGUF files that no other study uses."""
     from layerwise.calibration import clean_cache as module
     from layerwise.runtime.files import gram_stores
     from layerwise.sources import gguf_cleaning, gguf_files

@@ -1,4 +1,4 @@
-"""The job of a model's Grams: check the model, unless that was done before, then calibrate."""
+"""The job of a model's Grams: check the model, unless that is already done, and calibrate."""
 
 import sys
 from functools import partial

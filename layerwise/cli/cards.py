@@ -1,4 +1,4 @@
-"""The cards of methods as text: one line each, or one card whole."""
+"""The cards of methods as text: one line per method, or a whole card."""
 
 import json
 import textwrap
@@ -11,12 +11,12 @@ from layerwise.contract.method_table import widths
 from layerwise.runtime.errors import InputError
 from layerwise.runtime.text_table import aligned
 
-WIDTH = 100  # characters of a line
+WIDTH = 100  # characters per line
 HEADER = ("method", "title", "prunes by", "bits", "updates weights", "needs")
 
 
 def catalogue(folders: Iterable[Path] = ()) -> Catalogue:
-    """The methods that ship and those of further folders. Raises InputError for a file that is no method."""
+    """The shipped methods and those of further folders. Raises InputError for a file that is not a method."""
     try:
         return Catalogue(list(folders))
     except CatalogueError as error:
@@ -24,7 +24,7 @@ def catalogue(folders: Iterable[Path] = ()) -> Catalogue:
 
 
 def table(entries: Mapping[str, Entry]) -> str:
-    """A line for each method: what it is, what it can do and which statistics it needs."""
+    """A line per method: its title, its targets and the statistics that it needs."""
     rows = [HEADER, *(_row(entry) for entry in entries.values())]
     lines = aligned(rows)
     return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:]])
@@ -41,7 +41,7 @@ def _row(entry: Entry) -> tuple[str, ...]:
 
 
 def card(entry: Entry) -> str:
-    """One card whole: what the method is, its file, and every parameter with its default and meaning."""
+    """A whole card: the method's title, its file, and every parameter with its default and meaning."""
     lines = [f"{entry.name}: {entry.card['title']}", f"  file: {entry.path}"]
     said = {key: value for key, value in entry.card.items() if key not in ("title", "parameters", "checks")}
     lines += [f"  {key}: {as_text(value)}" for key, value in said.items()]
@@ -54,7 +54,7 @@ def card(entry: Entry) -> str:
 
 
 def kind_of(schema: Mapping[str, Any]) -> str:
-    """The values that a parameter may have, in words."""
+    """The allowed values of a parameter as text."""
     if "enum" in schema:
         return "one of " + ", ".join(map(as_text, schema["enum"]))
     if schema.get("format") == "method":
@@ -66,11 +66,11 @@ def kind_of(schema: Mapping[str, Any]) -> str:
 
 
 def as_text(value: Any) -> str:
-    """A value of a card as people write it: yes, no and none, and JSON for what is nested."""
+    """A card's value as readable text: yes, no and none, and JSON for nested values."""
     if isinstance(value, str):
         return value
     if isinstance(value, (list, tuple)) and all(isinstance(item, (str, int)) for item in value):
         return ", ".join(map(str, value)) or "none"
-    if value is None or isinstance(value, bool):  # not `in`, to which 1.0 is True and 0 False
+    if value is None or isinstance(value, bool):  # not `in`, for which 1.0 equals True and 0 equals False
         return {True: "yes", False: "no", None: "none"}[value]
     return json.dumps(value)

@@ -1,4 +1,4 @@
-"""The job of one cell: compress it, if its model passes the check, and evaluate it while the model is in memory."""
+"""The job of a cell: if its model passes the check, compress it, and evaluate it while the model is in memory."""
 
 import argparse
 import json
@@ -19,13 +19,13 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--model", type=json.loads, required=True, help="model entry of the config, as JSON")
     parser.add_argument("--fingerprint", type=Path, required=True, help="the model's fingerprint")
     parser.add_argument("--tokens", type=Path, required=True, help="calibration tokens")
-    parser.add_argument("--gram", type=Path, help="where the Grams are (shared mode)")
-    parser.add_argument("--fisher", type=Path, help="file of each layer's fisher, where the method needs it")
-    parser.add_argument("--levels", type=Path, help="table of the layers' levels, where a budget is spread")
-    parser.add_argument("--code", type=Path, help="file named after the hash of the code that decides the result")
-    parser.add_argument("--dtype", help="of the forward passes that give the Grams (default: the model's)")
+    parser.add_argument("--gram", type=Path, help="store of the Grams (shared mode)")
+    parser.add_argument("--fisher", type=Path, help="file of each layer's fisher, if the method needs it")
+    parser.add_argument("--levels", type=Path, help="table of the layers' levels, if a budget is spread")
+    parser.add_argument("--code", type=Path, help="file named after the hash of the code on which the result depends")
+    parser.add_argument("--dtype", help="dtype of the forward passes that give the Grams (default: the model's)")
     parser.add_argument("--method-path", type=Path, action="append", default=[], help="further folder of methods")
-    parser.add_argument("--requested", type=Path, help="file of the evaluations that the study asks of every cell")
+    parser.add_argument("--requested", type=Path, help="file of the evaluations that the study requests for every cell")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, required=True, help="folder of the cell")

@@ -1,9 +1,9 @@
-"""Jobs as forks of a process that has imported torch and transformers, which takes longer than many a job.
+"""Run jobs as forks of a process that has already imported torch and transformers, which takes longer than many jobs.
 
-A run of Snakemake on this machine starts one server for each environment of its jobs, usually one for each number of
-threads, when the first job asks for it. A job hands over its arguments, its folder and its standard streams, and ends
-as its fork ends. A server imports only other people's packages before a fork, so that each job runs the project's code
-as it is then. A job that finds no server runs in its own process, with the same result. The servers end with the run.
+A run of Snakemake on this machine starts one server per environment of its jobs, usually one per number of threads,
+when the first job requests it. A job passes its arguments, its folder and its standard streams, and ends with its
+fork's status. A server imports only third-party packages before a fork, so that each job runs the project's current
+code. A job that finds no server runs in its own process, with the same result. The servers end with the run.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
-FOLDER = Path(".snakemake/warm-workers")  # relative: the path of a socket has at most 107 bytes
+FOLDER = Path(".snakemake/warm-workers")  # relative, because the path of a socket has at most 107 bytes
 LAUNCHER = "launcher"
-SHELL = {"_", "SHLVL", "PWD", "OLDPWD"}  # what a shell sets and no library reads
-SERVERS = 4  # at most; each holds some 400 MB, most of it shared with its forks
+SHELL = {"_", "SHLVL", "PWD", "OLDPWD"}  # variables that a shell sets and no library reads
+SERVERS = 4  # at most; each takes about 400 MB, most of it shared with its forks
 LONGEST = 1 << 20  # bytes of a message
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 ENDED = "error: the process that ran this job ended: run again."
@@ -42,7 +42,7 @@ MODELS = (
     "numba",
 )
 WITH_TORCH = ("allocate", "calibrate", "certificate", "check-model", "compress", "dense-states", "export", "fisher")
-# Job -> what a server imports before its fork. Other jobs run in their own process.
+# Job -> packages that a server imports before its fork. Other jobs run in their own process.
 PACKAGES = {
     **dict.fromkeys(WITH_TORCH, (*MODELS, *TABLES)),
     "figure": (*TABLES, "matplotlib.figure", "matplotlib.backends.backend_agg"),
@@ -50,7 +50,7 @@ PACKAGES = {
 
 
 class Launcher:
-    """In the process of a run: starts servers as jobs ask for them. They end when it is closed or its process ends."""
+    """Runs in the process of a run and starts servers when jobs request them. They end when it is closed or ends."""
 
     def __init__(self, folder: Path = FOLDER) -> None:
         self.folder = folder
@@ -58,18 +58,19 @@ class Launcher:
         self.listening: socket.socket | None = None
 
     def start(self) -> None:
-        """Listen for jobs. Does nothing where the folder takes no sockets or the system has no process descriptors."""
+        """Listen for jobs. Does nothing if the folder does not support sockets or the system has no process
+        descriptors."""
         if not hasattr(os, "pidfd_open"):
             return
         with contextlib.suppress(OSError):
             shutil.rmtree(self.folder, ignore_errors=True)
-            self.folder.mkdir(mode=0o700, parents=True)  # no other user may hand over anything
+            self.folder.mkdir(mode=0o700, parents=True)  # no other user may submit jobs
             self.listening = _listen(self.folder / LAUNCHER)
             threading.Thread(target=self._launch, args=(self.listening,), daemon=True).start()
             atexit.register(self.close)
 
     def close(self) -> None:
-        """Let the servers end, and remove their folder. May be called again."""
+        """Let the servers end, and remove their folder. Can be called repeatedly."""
         atexit.unregister(self.close)
         if self.listening:
             self.listening.close()
@@ -84,7 +85,7 @@ class Launcher:
                 connection, _ = listening.accept()
             except OSError:  # closed
                 return
-            with connection, contextlib.suppress(OSError):  # the job has ended: others wait
+            with connection, contextlib.suppress(OSError):  # the job has ended; others are waiting
                 environment = json.loads(connection.recv(LONGEST) or b"{}")
                 name = _name(environment)
                 if environment and (name in self.servers or len(self.servers) < SERVERS):
@@ -111,7 +112,7 @@ def _listen(address: Path) -> socket.socket:
 
 
 def _name(environment: Mapping[str, str]) -> str:
-    """The name of the server for an environment: of all that a library may read."""
+    """The name of the server for an environment, from all variables that a library may read."""
     read = sorted((name, value) for name, value in environment.items() if name not in SHELL)
     return hashlib.sha256(json.dumps(read).encode()).hexdigest()[:16]
 
@@ -120,9 +121,9 @@ def _name(environment: Mapping[str, str]) -> str:
 
 
 def hand_over(argv: Sequence[str], folder: Path = FOLDER) -> None:
-    """Run a worker's arguments in a fork of a server, and end this process as the fork ends.
+    """Run a worker's arguments in a fork of a server, and end this process with the fork's status.
 
-    Returns where the job has to run in this process.
+    Returns only if the job must run in this process.
     """
     if not argv or argv[0] not in PACKAGES or "cuda" in argv:  # each process must start CUDA itself
         return
@@ -144,7 +145,7 @@ def _of_shell() -> dict[str, str]:
 
 
 def _connect(folder: Path) -> socket.socket:
-    """Raises OSError where no server can be had."""
+    """A connection to a server. Raises OSError if there is none."""
     server = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     address = str(folder / _name(os.environ))
     try:
@@ -159,8 +160,8 @@ def _connect(folder: Path) -> socket.socket:
 
 
 def _end_as(child: int, server: socket.socket) -> None:
-    """End this process as the fork ends, which the server knows; what ends this one ends the fork."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to the fork, too
+    """End this process with the fork's status, sent by the server; signals that end this process end the fork."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal also sends it to the fork
     signal.signal(signal.SIGTERM, lambda *_: os.kill(child, signal.SIGTERM))
     answer = server.recv(32)
     if not answer:
@@ -179,20 +180,20 @@ def _end_as(child: int, server: socket.socket) -> None:
 
 
 class Server:
-    """Forks for jobs until its standard input ends, and then until the last of them has ended."""
+    """Forks for jobs until its standard input closes, and then until the last job has ended."""
 
     def __init__(self, listening: socket.socket) -> None:
         self.listening = listening
         self.waiting = selectors.DefaultSelector()
         self.waiting.register(listening, selectors.EVENT_READ, self._accept)
         self.waiting.register(sys.stdin, selectors.EVENT_READ, self._close)
-        self.processes: dict[socket.socket, int] = {}  # of a job: connection -> descriptor of its fork
+        self.processes: dict[socket.socket, int] = {}  # connection of a job -> descriptor of its fork
 
     def serve(self) -> list[str] | None:
-        """The arguments of a job, in its fork; None in the server, at its end."""
+        """Returns a job's arguments in its fork, and None in the server at its end."""
         while self.processes or self.listening.fileno() >= 0:
             for key, _ in self.waiting.select():
-                gone = self.waiting.get_map().get(key.fd) is not key  # an event before it has closed what this is of
+                gone = self.waiting.get_map().get(key.fd) is not key  # an earlier event has closed this connection
                 if not gone and (job := key.data(key.fileobj)):
                     return job
         return None
@@ -213,7 +214,7 @@ class Server:
             for package in PACKAGES[order["argv"][0]]:
                 importlib.import_module(package)
             child = os.fork()
-        except Exception:  # the job reports the error in its own process; the other jobs go on
+        except Exception:  # the job reports the error in its own process; other jobs continue
             child = None
         if child is None:
             for stream in streams:
@@ -235,7 +236,7 @@ class Server:
         return None
 
     def _become(self, order: dict[str, Any], streams: Sequence[int]) -> None:
-        """In a fork: close what is the server's, and take the job's streams, folder and signals."""
+        """In a fork: close the server's files, and adopt the job's streams, folder and signals."""
         for key in list(self.waiting.get_map().values()):
             if key.fd:  # 0 is replaced below
                 os.close(key.fd)
@@ -251,7 +252,7 @@ class Server:
         os.environ.update(order["shell"])
 
     def _abandon(self, connection: socket.socket) -> None:
-        """The process that handed a job over is gone, as a rule killed: its fork goes, too."""
+        """End the fork of a job whose submitting process is gone, usually killed."""
         self.waiting.unregister(connection)
         signal.pidfd_send_signal(self.processes[connection], signal.SIGKILL)
 
@@ -260,7 +261,7 @@ class Server:
         process = self.processes.pop(connection)
         self.waiting.unregister(process)
         os.close(process)
-        with contextlib.suppress(KeyError):  # of an abandoned job
+        with contextlib.suppress(KeyError):  # the job was abandoned
             self.waiting.unregister(connection)
         with contextlib.suppress(OSError), connection:
             connection.send(str(status).encode())

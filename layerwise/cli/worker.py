@@ -34,11 +34,11 @@ HELP = f"""Usage: layerwise worker NAME [ARGUMENTS]
 
 Names: {", ".join(WORKERS)}.
 
-`layerwise worker NAME --help` explains the arguments of one."""
+`layerwise worker NAME --help` explains a worker's arguments."""
 
 
 def run(argv: list[str]) -> None:
-    """Run the job that the first argument names with the others. Bad input ends the process with status 2."""
+    """Run the job named by the first argument with the other arguments. Bad input ends the process with status 2."""
     if (argv or ["--help"])[0] in ("--help", "-h"):
         print(HELP)
     else:
@@ -49,5 +49,5 @@ def _job(argv: list[str]) -> None:
     name, *arguments = argv
     if name not in WORKERS:
         raise InputError(f"The worker must be one of {', '.join(WORKERS)}. Got {name!r} instead.")
-    sys.argv[0] = f"layerwise worker {name}"  # as the job's own help calls it
+    sys.argv[0] = f"layerwise worker {name}"  # the name in the job's own help
     importlib.import_module(WORKERS[name]).main(arguments)

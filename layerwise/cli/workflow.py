@@ -1,4 +1,4 @@
-"""Start Snakemake on a study, in the working directory, with the Snakefile that ships."""
+"""Start Snakemake on a study, in the working directory, with the shipped Snakefile."""
 
 import contextlib
 import os
@@ -12,20 +12,21 @@ from layerwise.runtime.project import ROOT, locate
 from layerwise.study import config_file
 from layerwise.study.grid import plan
 
-CORES = ("--cores", "-c", "--jobs", "-j")  # Snakemake's options that say how many jobs run at a time
-ELSEWHERE = ("--profile", "--workflow-profile", "--executor", "-e")  # which may say so, or need no such number
+CORES = ("--cores", "-c", "--jobs", "-j")  # Snakemake's options for the number of concurrent jobs
+# options that may set this number or do not need it
+ELSEWHERE = ("--profile", "--workflow-profile", "--executor", "-e")
 PROFILE = "--workflow-profile"
 FOLDER = ("--directory", "-d")
-CONFIG = ("--config", "-C", "--configfile", "--configfiles")  # the study is no longer that of the file alone
+CONFIG = ("--config", "-C", "--configfile", "--configfiles")  # options that change the study given by the file
 
 
 def arguments(study: Path, cores: str | None, passed_on: Sequence[str], targets: Sequence[str] = ()) -> list[str]:
     """Snakemake's arguments for a study's file.
 
-    cores: jobs at a time (default: one for each processor, unless an argument or a profile says it). passed_on: further
-    arguments of Snakemake, which come last. targets: what is made in the place of everything.
+    cores: jobs at a time (default: one per processor, unless an argument or a profile sets it). passed_on: further
+    arguments for Snakemake, placed last. targets: what to make instead of everything.
     """
-    # --configfile takes all that follows up to the next option: another one must stand between it and the targets.
+    # --configfile takes all words up to the next option, so another option must separate it from the targets.
     own = ["--configfile", str(study.resolve()), "--snakefile", str(ROOT / "Snakefile")]
     if not _has(passed_on, PROFILE):
         own += [PROFILE, str(ROOT / "profiles/default")]
@@ -36,10 +37,10 @@ def arguments(study: Path, cores: str | None, passed_on: Sequence[str], targets:
 
 
 def study_and_rest(words: Sequence[str], default: str | None = None) -> tuple[str, list[str]]:
-    """The study that leads what was typed, and Snakemake's own arguments, which follow it.
+    """The study, which is the first word, and Snakemake's own arguments, which follow it.
 
-    default: the study where none is typed. Raises InputError where an argument of Snakemake comes before the study, as
-    it may take the next word for its value.
+    default: the study if none is given. Raises InputError if an argument of Snakemake precedes the study, because it
+    might take the next word as its value.
     """
     first, *rest = words
     if not first.startswith("-"):
@@ -52,9 +53,9 @@ def study_and_rest(words: Sequence[str], default: str | None = None) -> tuple[st
 def run(study: str, cores: str | None, passed_on: Sequence[str], targets: Sequence[str] = ()) -> None:
     """Run Snakemake on a study in this process, and end it with Snakemake's exit status.
 
-    study: file, or name of one that ships. Raises InputError, before Snakemake starts, for a study that is wrong, such
-    as a model that is not there, for a folder that cannot be written, Snakemake's own of HOME among them, and for a
-    number of cores that is none.
+    study: a file, or the name of a shipped study. Raises InputError, before Snakemake starts, for a wrong study (such
+    as one with an absent model), for a folder that cannot be written (including Snakemake's cache under HOME), and for
+    an invalid number of cores.
     """
     check_cores(cores)
     check_cores(_value(passed_on, *CORES[:2]))
@@ -63,19 +64,20 @@ def run(study: str, cores: str | None, passed_on: Sequence[str], targets: Sequen
     check_writable(folder)
     config = config_file.read(path)
     if not _has(passed_on, *CONFIG):
-        with contextlib.chdir(folder):  # Snakemake would name the line of a rule as well
+        with contextlib.chdir(folder):  # Snakemake would also name the line of a rule
             plan(config, check_sources=True)
     from snakemake.cli import main
     from snakemake.common import get_appdirs
 
-    check_writable(Path(get_appdirs().user_cache_dir), " (HOME, or XDG_CACHE_HOME, says where it lies)")
+    check_writable(Path(get_appdirs().user_cache_dir), " (set HOME or XDG_CACHE_HOME to move it)")
     given = arguments(path, cores, passed_on, targets)
     sys.argv = ["snakemake", *given]  # Snakemake prints them
     main(given)
 
 
 def check_cores(cores: str | None) -> None:
-    """Raise InputError for a value of --cores that is no number of jobs. None and an option that follows are fine."""
+    """Raise InputError for a value of --cores that is not a number of jobs. None and a following option are
+    accepted."""
     if not cores or cores == "all" or cores.startswith("-"):
         return
     if not cores.isdecimal() or int(cores) < 1:
@@ -83,16 +85,16 @@ def check_cores(cores: str | None) -> None:
 
 
 def check_writable(folder: Path, told: str = "") -> None:
-    """Raise InputError for a folder in which no file can be made. One that is not there yet is made.
+    """Raise InputError for a folder in which no file can be created. An absent folder is created.
 
-    told: of the folder, at the end of the sentence.
+    told: text about the folder for the end of the sentence.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        raise InputError(f"{folder.absolute()} must be a folder that can be written: {error.strerror}{told}.") from None
+        raise InputError(f"{folder.absolute()} must be a writable folder: {error.strerror}{told}.") from None
 
 
 def _has(given: Sequence[str], *options: str) -> bool:
@@ -107,7 +109,7 @@ def _is(word: str, option: str) -> bool:
 
 
 def _value(given: Sequence[str], *options: str) -> str | None:
-    """The value of an option, or None where it is not given."""
+    """The value of an option, or None if it is not given."""
     for word, following in zip(given, [*given[1:], ""], strict=False):
         for option in options:
             if word == option:
@@ -118,6 +120,6 @@ def _value(given: Sequence[str], *options: str) -> str | None:
 
 
 def _located(word: str) -> str:
-    """An argument of Snakemake in which profiles/NAME is one that ships, unless the working directory has it."""
+    """An argument of Snakemake in which profiles/NAME is the shipped profile, unless the working directory has one."""
     option, equals, value = word.rpartition("=") if word.startswith("--") else ("", "", word)
     return f"{option}{equals}{locate(value)}" if value.startswith(f"profiles{os.sep}") else word

@@ -1,1 +1,1 @@
-"""Perplexity and tasks of a compressed model, and the check of a dense one."""
+"""Perplexity and tasks of a compressed model, and the check of a dense model."""

@@ -1,9 +1,8 @@
-"""Evaluations by content: one of the same weights, on the same data, by the same code is read, not computed again.
+"""Evaluations by content: the result for the same weights, data and code is read instead of computed again.
 
-The job that compresses a cell evaluates it at once, while it has the model in memory, and leaves the results in STORE
-(`evaluate_ahead`). The cell's own evaluation jobs then find them there and need neither torch nor the model. So do
-cells with equal weights, such as those of a method without data in both modes. Evaluations that STORE lacks are
-computed.
+The job that compresses a cell also evaluates it, while the model is in memory, and saves the results in STORE
+(`evaluate_ahead`). The cell's own evaluation jobs read them there and need neither torch nor the model. Cells with
+equal weights, such as those of a data-free method in both modes, share results. Missing evaluations are computed.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ if TYPE_CHECKING:
     from layerwise.models.streaming import LazyBlocks
 
 STORE = Path("results/evaluations")
-# The module whose `evaluate_cell` computes each kind of evaluation, and libraries whose versions decide its result.
+# The module whose `evaluate_cell` computes each kind of evaluation, and libraries whose versions affect its result.
 KINDS = {"perplexity": "layerwise.evaluation.perplexity", "tasks": "layerwise.evaluation.zero_shot"}
 LIBRARIES = {
     "perplexity": ("torch", "transformers"),
@@ -40,24 +39,24 @@ LIBRARIES = {
 
 
 def code_of(kind: str) -> list[Path]:
-    """Files of code that decide the result of a kind of evaluation."""
+    """Files of code on which a kind of evaluation depends."""
     return closure([KINDS[kind], __name__])
 
 
 def hashes() -> dict[Path, str]:
-    """SHA-256 of each file of code that decides an evaluation's result."""
+    """SHA-256 of each file of code on which an evaluation depends."""
     return {path: sha256(path) for path in dict.fromkeys(path for kind in KINDS for path in code_of(kind))}
 
 
-CODE = hashes()  # when this process starts
+CODE = hashes()  # at the start of this process
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """kind: perplexity or tasks; model: config entry; fingerprint: what fingerprint.py wrote of it; digest: SHA-256 of
-    the weights' file, which whoever has read it knows; data: file of the tokens, or what `zero_shot data` wrote of the
-    tasks; spec: of a set of tasks; computed: dtype of the forward passes, as models.load takes it; dense: record of the
-    dense model's hidden states on the tokens, for the divergence from it."""
+    """kind: perplexity or tasks. model: config entry. fingerprint: its fingerprint, from fingerprint.py. digest:
+    SHA-256 of the weights' file. data: file of the tokens, or the tasks' description from `zero_shot data`. spec: spec
+    of a task set. computed: dtype of the forward passes, as in models.load. dense: record of the dense model's hidden
+    states on the tokens, for the divergence."""
 
     kind: str
     model: Mapping[str, Any]
@@ -72,7 +71,7 @@ class Evaluation:
     dense: Path | None = None
 
     def file(self) -> Path:
-        """Where the result of this content is, or belongs."""
+        """The path of the result with this content."""
         content = {
             "kind": self.kind,
             "model": read_made(self.fingerprint)["files"],
@@ -90,7 +89,7 @@ class Evaluation:
         return STORE / f"{hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()}.json"
 
     def compute(self, blocks: LazyBlocks | None = None) -> str:
-        """The result as text; blocks: of the model, which get the cell's weights."""
+        """The result as text. blocks: the model's blocks, which get the cell's weights."""
         if blocks is None:
             blocks = self.blocks()
         found = importlib.import_module(KINDS[self.kind]).evaluate_cell(blocks, self)
@@ -98,7 +97,7 @@ class Evaluation:
         return json.dumps(found, indent=1, allow_nan=False) + "\n"
 
     def blocks(self) -> LazyBlocks:
-        """The model with the cell's weights as they are stored."""
+        """The model with the cell's stored weights."""
         from layerwise.evaluation.perplexity import apply_weights
         from layerwise.models.streaming import LazyBlocks
 
@@ -116,13 +115,14 @@ def evaluate_ahead(
     device: str,
     computed: str | None,
 ) -> None:
-    """Evaluate a model with the weights of a cell's file on all that is requested of the cell, into STORE.
+    """Evaluate a model with the weights of a cell's file on all evaluations requested for the cell; save them in STORE.
 
-    requested: {kind, data, dense, spec} of each evaluation, {model} in data and dense standing for the model's
-    identity. digest: SHA-256 of the file of weights. computed: the dtype of the cell's forward passes. What is in STORE
-    or has no data or dense states yet is left out. An evaluation that fails is left to its own job, which reports it.
+    requested: {kind, data, dense, spec} of each evaluation; {model} in data and dense is a placeholder for the model's
+    identity. digest: SHA-256 of the file of weights. computed: the dtype of the cell's forward passes. Evaluations that
+    are in STORE, or lack data or dense states, are skipped. A failed evaluation is left to its own job, which reports
+    the error.
     """
-    if hashes() != CODE:  # edited during a compression of hours: what is imported now may not be what was hashed
+    if hashes() != CODE:  # edited during a long compression: the imported code may differ from the hashed code
         return
     blocks = None
     for entry in requested:
@@ -144,18 +144,23 @@ def evaluate_ahead(
             text = evaluation.compute(blocks)
             check_unchanged(model, fingerprint)
             write_atomic(file, text)
-        except Exception as error:  # of whatever kind: its own job reports it
-            print(f"{entry['kind']} of {data} could not be computed beside the compression: {error}", file=sys.stderr)
+        except Exception as error:  # of any kind; the evaluation's own job reports it
+            print(
+                f"{entry['kind']} of {data} could not be computed together with the compression: {error}",
+                file=sys.stderr,
+            )
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="evaluate", description=__doc__)
     parser.add_argument("kind", choices=list(KINDS))
     parser.add_argument("--model", type=json.loads, required=True, help="the model's config entry, as JSON")
-    parser.add_argument("--fingerprint", type=Path, required=True, help="what fingerprint.py wrote of the model")
+    parser.add_argument("--fingerprint", type=Path, required=True, help="the model's fingerprint, from fingerprint.py")
     parser.add_argument("--weights", type=Path, required=True, help="a cell's weights.safetensors")
     parser.add_argument("--data", type=Path, required=True, help="evaluation tokens, or the description of the tasks")
-    parser.add_argument("--dense", type=Path, help="what dense_states.py wrote of the dense model on these tokens")
+    parser.add_argument(
+        "--dense", type=Path, help="record of the dense model's states on these tokens, from dense_states.py"
+    )
     parser.add_argument("--tasks", type=json.loads, default={}, help="the set's config entry, as JSON")
     parser.add_argument("--name", default="perplexity", help="label of the progress bar")
     parser.add_argument("--threads", type=int)
@@ -179,7 +184,7 @@ def main(argv: list[str] | None = None) -> None:
         file = evaluation.file()
         text = known(file)
         if text is not None:
-            print(f"The same weights were evaluated before: {file}", file=sys.stderr)
+            print(f"The same weights are already evaluated: {file}", file=sys.stderr)
         else:
             with unchanging(args.model, args.fingerprint):
                 text = computed(evaluation, args.threads)
@@ -188,9 +193,9 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def computed_as(weights: Path, model: Mapping[str, Any], device: str) -> str | None:
-    """The dtype that a cell was computed in, in which it is evaluated too, whatever is fast on this machine.
+    """The dtype in which a cell was computed; it is evaluated in the same dtype on any machine.
 
-    For weights that are no cell's, the dtype that this machine computes the model of a config entry in.
+    For weights that do not belong to a cell, the dtype in which this machine computes the config's model.
     """
     record = weights.with_name("cell.json")
     found = read_made(record)["provenance"].get(KEY) if record.is_file() else None
@@ -198,7 +203,7 @@ def computed_as(weights: Path, model: Mapping[str, Any], device: str) -> str | N
 
 
 def known(file: Path) -> str | None:
-    """The content of a file of STORE; None for no file, and for one that a crash left empty or cut off."""
+    """The content of a file in STORE; None for an absent file, and for one that a crash left empty or truncated."""
     try:
         text = file.read_text("utf-8")
         json.loads(text)
@@ -208,8 +213,8 @@ def known(file: Path) -> str | None:
 
 
 def computed(evaluation: Evaluation, threads: int | None) -> str:
-    """The result of an evaluation in a process of its own."""
-    take(evaluation.device)  # before torch is imported
+    """The result of an evaluation in a separate process."""
+    take(evaluation.device)  # must precede the import of torch
     stay_offline(evaluation.spec)
     from layerwise.models.loading import set_threads
 

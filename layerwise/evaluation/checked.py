@@ -1,7 +1,7 @@
-"""Checks of models by content: a model that the same code has passed before is not checked again.
+"""Checks of models by content: a model that has passed the same code is not checked again.
 
-Every job that calibrates asks for the check of its model before it begins, so that the order of jobs decides nothing.
-torch is imported where a model is checked, and not before.
+Every job that calibrates requests the check of its model first, so that the order of jobs does not matter. torch is
+imported only when a model is checked.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ CODE = digest_of(map(str, closure([CHECK])))  # when this process starts
 
 
 def ensure_checked(model: Mapping[str, Any], fingerprint: Path, tokens: Path, device: str = "cpu") -> dict[str, Any]:
-    """The record of the check that a config's model has passed, which is made where there is none of its content.
+    """The record of the check that a config's model has passed; the check is run if there is no record.
 
-    fingerprint: what fingerprint.py wrote of the model. tokens: a file of calibration tokens, of which the first window
+    fingerprint: the model's fingerprint, from fingerprint.py. tokens: a file of calibration tokens, whose first window
     is run. Raises InputError for a model that does not pass.
     """
     file = STORE / f"{_content(model, fingerprint)}.json"
@@ -46,7 +46,7 @@ def ensure_checked(model: Mapping[str, Any], fingerprint: Path, tokens: Path, de
 
 
 def _content(model: Mapping[str, Any], fingerprint: Path) -> str:
-    """A hash of what decides the result: the model's files, whether its own code runs, and the code of the check."""
+    """A hash of everything that affects the result: the model's files, whether its own code runs, the check's code."""
     versions = {name: importlib.metadata.version(name) for name in LIBRARIES}
     trusted = bool(model.get("trust_remote_code"))
     content = {"files": read_made(fingerprint)["files"], "trusted": trusted, "code": CODE, **versions}

@@ -1,6 +1,6 @@
-"""The dense model's hidden states after its last block, on every window of an evaluation: once, for all its cells.
+"""The dense model's hidden states after its last block on every window of an evaluation, computed once for all cells.
 
-Each cell's evaluation makes the dense model's logits of them (divergence.py).
+Each cell's evaluation computes the dense model's logits from them (divergence.py).
 """
 
 from __future__ import annotations
@@ -32,18 +32,19 @@ from layerwise.runtime.files import read_made, sha256, whole_file, write_atomic
 from layerwise.sources.fingerprint import unchanging
 from layerwise.sources.tokens import read_tokens
 
-COMPARED = 64  # tokens of a window, its last ones, of which logits are compared in float64
+COMPARED = 64  # number of last tokens of a window whose logits are compared in float64
 
 
 @torch.no_grad()
 def write_dense_states(blocks: Blocks, tokens: Tensor, out: Path, made_of: Mapping[str, Any]) -> None:
-    """Write the states of windows [n, length], in the dtype that passes are computed in, and the record `out`.
+    """Write the states of windows [n, length], in the dtype of the forward passes, and the record `out`.
 
-    They are written in the batches that cells are evaluated in, so that the dense cell's own are the same to the bit.
-    made_of: for the record. Raises InputError where logits made of the states are not those of the whole last block.
+    They use the same batches as the evaluation of cells, so that the dense cell's own states are bit-identical.
+    made_of: entries for the record. Raises InputError if logits computed from the states differ from those of the whole
+    model.
     """
     words, folder = vocabulary(blocks.model), out.with_name(f".{out.stem}.states")
-    shutil.rmtree(folder, ignore_errors=True)  # of a process that was killed
+    shutil.rmtree(folder, ignore_errors=True)  # left by a killed process
     try:
         stream = Stream(blocks, tokens, batch_size(tokens.shape[1], words), folder)
         last = len(stream.blocks) - 1
@@ -62,7 +63,7 @@ def write_dense_states(blocks: Blocks, tokens: Tensor, out: Path, made_of: Mappi
 
 @contextmanager
 def returned_by(block: nn.Module) -> Iterator[list[int]]:
-    """A list that each call of the block adds to: 0 where it returns a tensor, n for a tuple of n."""
+    """A list to which each call of the block adds: 0 if it returns a tensor, n for a tuple of n."""
     returned = list[int]()
 
     def note(_: nn.Module, args: Any, output: Any) -> None:
@@ -76,18 +77,18 @@ def returned_by(block: nn.Module) -> Iterator[list[int]]:
 
 
 def check_last(stream: Stream, tokens: Tensor, returned: int) -> None:
-    """Raise InputError unless hidden states are all that the model takes from its last block, on the first batch."""
+    """Raise InputError unless the model uses only hidden states from its last block; checked on the first batch."""
     after = next(stream.outputs(len(stream.blocks) - 1))
     whole, made = (
         logits[:, -COMPARED:].double()
         for logits in (stream.logits(0, tokens), stream.logits(0, tokens, after, returned))
     )
-    if not torch.isfinite(whole).any():  # such logits have no divergence, and every cell's row says so
+    if not torch.isfinite(whole).any():  # such logits have no divergence, as every cell's row will say
         return
     apart = difference(made, whole, logit_size(whole))
     if not apart <= TOLERANCE[computed_dtype(stream.model)]:
         raise InputError(
-            f"{type(stream.model).__name__} must take nothing but hidden states from its last block. Logits computed "
+            f"{type(stream.model).__name__} must use only hidden states from its last block. Logits computed "
             f"from these alone differ from its own by {apart:.1e} of their size instead."
         )
 
@@ -100,7 +101,10 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--threads", type=int)
     parser.add_argument("--device", default="cpu")
     parser.add_argument(
-        "--out", type=Path, required=True, help="JSON file that describes the states; these are written beside it"
+        "--out",
+        type=Path,
+        required=True,
+        help="JSON file to write, with the description of the states; they are written next to it",
     )
     args = parser.parse_args(argv)
     set_threads(args.threads)

@@ -1,8 +1,8 @@
-"""How far a compressed model's predictions are from the dense model's: KL(dense || compressed) of the next token.
+"""The divergence of a compressed model's predictions from the dense model's: KL(dense || compressed) per token.
 
-The dense model's logits are never stored. Its hidden states after the last block are, once per model and evaluation
-(dense_states.py), and the model's own forward pass with its blocks left out makes logits of them, a batch at a time:
-nothing outside the blocks is compressed.
+The dense model's logits are never stored. Its hidden states after the last block are stored, once per model and
+evaluation (dense_states.py). The compressed model's own forward pass, with its blocks skipped, computes logits from
+them, a batch at a time. This works because nothing outside the blocks is compressed.
 """
 
 from __future__ import annotations
@@ -22,19 +22,20 @@ from layerwise.models.loading import computed_dtype
 from layerwise.runtime.errors import InputError
 from layerwise.runtime.files import read_made, set_aside, sha256
 
-# Logits that are in float64 at a time. Half a MB stays in a core's cache: a token of 4096 words takes 55 us, with
-# 1024 rows at a time 255, and 230 in float32, which is off by 4e-8 in the mean and 2e-6 in a token. Devices take more.
+# Logits converted to float64 at a time. Half a MB stays in a core's cache: a token with a vocabulary of 4096 takes 55
+# us. With 1024 rows at a time it takes 255 us, and in float32 230 us, with errors of 4e-8 in the mean and 2e-6 per
+# token. GPUs use larger pieces.
 AT_ONCE = {"cpu": 2**16}
 AT_ONCE_ELSEWHERE = 2**24
-DECIMALS = 9  # of what is written: the divergence of 8 bits is some 1e-5 nats
+DECIMALS = 9  # decimals written; the divergence at 8 bits is about 1e-5 nats
 TAIL = 0.99  # the percentile over tokens
-METRICS = ("kl", "kl_p99", "top1_agreement")  # of which the first and the last are means over tokens
+METRICS = ("kl", "kl_p99", "top1_agreement")  # the first and the last are means over tokens
 
 
 def kl(dense: Tensor, compressed: Tensor) -> Tensor:
     """KL(dense || compressed) [n] float64, in nats, of the distributions that logits [n, vocabulary] represent.
 
-    NaN where either's logits have one; infinite where only the compressed model rules a word out.
+    NaN if either model's logits contain NaN; infinite if only the compressed model gives a word zero probability.
     """
     rows = max(1, AT_ONCE.get(dense.device.type, AT_ONCE_ELSEWHERE) // dense.shape[1])
     parts = zip(dense.split(rows), compressed.split(rows), strict=True)
@@ -42,20 +43,20 @@ def kl(dense: Tensor, compressed: Tensor) -> Tensor:
 
 
 def _kl(dense: Tensor, compressed: Tensor) -> Tensor:
-    """The same of logarithms of probabilities, in float64."""
+    """The same for log-probabilities in float64."""
     share = dense.exp()
     terms = share * (dense - compressed)
-    terms[share == 0] = 0.0  # of a word that a model masks in both: 0 * (inf - inf)
-    return terms.sum(-1).clamp(min=0)  # rounding of equal distributions can be below
+    terms[share == 0] = 0.0  # a word that is masked in both models: 0 * (inf - inf)
+    return terms.sum(-1).clamp(min=0)  # for equal distributions, rounding can give a value below zero
 
 
 @dataclass(frozen=True)
 class DenseStates:
-    """A dense model's hidden states after its last block, on every window of an evaluation, in a file.
+    """A file of a dense model's hidden states after its last block, on every window of an evaluation.
 
-    path: of their record; the values lie beside it. record: their dtype and shape (length, hidden),
-    `windows`, `returned` (what the last block returns: 0 a tensor, n a tuple of n), their `sha256`, and what they were
-    made of: the hash of the `tokens` and the `model`'s files.
+    path: the record's path; the values are next to it. record: dtype and shape (length, hidden), `windows`, `returned`
+    (0 if the last block returns a tensor, n for a tuple of n), `sha256`, and the sources: hashes of the `tokens` and of
+    the `model`'s files.
     """
 
     path: Path
@@ -63,7 +64,7 @@ class DenseStates:
 
     @classmethod
     def read(cls, path: Path) -> DenseStates:
-        """Raises InputError where the record is damaged, and sets it aside."""
+        """Read a record. Raises InputError for a damaged record, and sets it aside."""
         return cls(path, read_made(path))
 
     @property
@@ -71,7 +72,8 @@ class DenseStates:
         return values_of(self.path)
 
     def check(self, tokens: str, model: Mapping[str, str]) -> None:
-        """Raise InputError unless these are of the tokens of that hash and of the model's files, name -> hash."""
+        """Raise InputError unless the states belong to these tokens (a hash) and to these model files (name ->
+        hash)."""
         for what, own in (("tokens", tokens), ("model", dict(model))):
             if self.record[what] != own:
                 raise InputError(
@@ -80,9 +82,9 @@ class DenseStates:
                 )
 
     def batches(self, stream: Stream, tokens: Tensor) -> StoredStates:
-        """The states of the batches of a stream of these tokens [n, length].
+        """The states for the batches of a stream of these tokens [n, length].
 
-        Raises InputError where they are damaged, in another dtype than the stream's model, or of other windows.
+        Raises InputError if they are damaged, in another dtype than the stream's model, or belong to other windows.
         """
         wanted, found = list(tokens.shape), [self.record["windows"], self.record["shape"][0]]
         if found != wanted:
@@ -94,7 +96,7 @@ class DenseStates:
                 f"{self.record['dtype']} instead: run the rule dense_states on the same kind of device as the cells."
             )
         if not self.values.is_file() or sha256(self.values) != self.record["sha256"]:
-            raise InputError(f"{self.values} is damaged: it is not what was written; {set_aside(self.path)}.")
+            raise InputError(f"{self.values} is damaged: it has changed since it was written; {set_aside(self.path)}.")
         return StoredStates((self.values, self.path), [len(inputs) for inputs in stream.inputs])
 
 
@@ -104,12 +106,12 @@ def values_of(record: Path) -> Path:
 
 
 class Divergence:
-    """Of a model's predictions from the dense model's, of all tokens of all windows but each one's last."""
+    """The divergence of a model's predictions from the dense model's, for all tokens except the last of each window."""
 
     def __init__(self, dense: DenseStates, stream: Stream, tokens: Tensor) -> None:
-        """stream: of the compressed model, at its first block. tokens: [n, length] of all windows.
+        """stream: the compressed model's stream, at its first block. tokens: [n, length], all windows.
 
-        Raises InputError where the states are not the dense model's on these tokens.
+        Raises InputError if the states are not the dense model's on these tokens.
         """
         self._stream, self._states = stream, dense.batches(stream, tokens)
         self._returned = int(dense.record["returned"])
@@ -118,16 +120,16 @@ class Divergence:
         self._done = 0
 
     def add(self, batch: int, tokens: Tensor, logits: Tensor) -> None:
-        """Take the compressed model's logits [sequences, length, vocabulary] of the next batch, given its tokens."""
+        """Add the compressed model's logits [sequences, length, vocabulary] of the next batch, given its tokens."""
         after = self._states[batch]
         for dense, compressed in zip(self._stream.logits(batch, tokens, after, self._returned), logits, strict=True):
-            dense, compressed = dense[:-1], compressed[:-1]  # after the last token nothing is known
+            dense, compressed = dense[:-1], compressed[:-1]  # the token after the last one is unknown
             self._kl[self._done] = kl(dense, compressed)
             self._same[self._done] = dense.argmax(-1) == compressed.argmax(-1)
             self._done += 1
 
     def result(self) -> dict[str, Any]:
-        """METRICS over all tokens, and by window: kl_windows and top1_windows; None where KL is not finite."""
+        """METRICS over all tokens, and per window: kl_windows and top1_windows; None if KL is not finite."""
         windows, same = self._kl.mean(1), self._same.double().mean(1)
         found = {
             "kl": float(windows.mean()),

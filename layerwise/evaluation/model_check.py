@@ -1,8 +1,8 @@
-"""Whether the walk through a model's blocks is the model: checked once per model, before anything is calibrated.
+"""Check that a walk through a model's blocks gives the model's result, once per model, before any calibration.
 
-Calibration, compression and perplexity pass one block after the other, each called once with the hidden states of the
-one before. A model that loops over its blocks, has a second stack of them or looks ahead would give a number that is
-not its own. docs/guards.md lists what is seen here and what is not.
+Calibration, compression and perplexity run one block after another, each called once with the hidden states of the one
+before. A model that loops over its blocks, has a second stack of blocks or is not causal would give wrong numbers.
+docs/guards.md lists what this check detects and what it does not.
 """
 
 from __future__ import annotations
@@ -32,22 +32,22 @@ from layerwise.sources.fingerprint import unchanging
 from layerwise.sources.hub import read_json
 from layerwise.sources.tokenizer_files import check_task_tokens, load_tokenizer
 
-WINDOW = 64  # tokens of the window, which is run three times, by the library and by the walk
-EARLY = 8  # token that the third run changes: a prefix that sees itself is seldom shorter
-# Largest difference of logits as a share of their size. The same operations on the same numbers give none; other
-# kernels for other shapes give some.
+WINDOW = 64  # tokens of the window, which is run three times, both by the library and by the walk
+EARLY = 8  # index of the token changed in the third run; bidirectional prefixes are rarely shorter
+# Largest difference of logits, relative to their size. The same operations on the same numbers give no difference;
+# other kernels for other shapes give some.
 TOLERANCE = {"float64": 1e-8, "float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2}
-SPREAD = 4  # median deviations of the logits from their median: the size of those that are smaller
-OUTSIDE = 0.25  # weights of linear layers that text passes outside the blocks, as a share of those inside
+SPREAD = 4  # smallest size of a logit, in median deviations of the logits from their median
+OUTSIDE = 0.25  # largest share of weights in linear layers outside the blocks, relative to those inside
 
 
 def check_model(spec: Mapping[str, Any], tokens: Tensor, device: str | torch.device = "cpu") -> dict[str, Any]:
-    """Check a config's model on the first of its calibration sequences [sequences, length].
+    """Check a config's model on its first calibration sequence, from [sequences, length].
 
-    The reference is the library's forward pass of the model as from_pretrained loads it, where it fits into memory;
-    otherwise that of the skeleton whose blocks are read when they are run. Both in float32, in which a small leak is
-    no rounding, and which every processor is fast in.
-    Returns the record that the job writes. Raises InputError for a model that the walk is not.
+    The reference is the library's forward pass of the model loaded by from_pretrained, if it fits into memory;
+    otherwise that of the skeleton whose blocks are read when they are run. Both are computed in float32, in which a
+    small leak is distinguishable from rounding and every processor is fast. Returns the record that the job writes.
+    Raises InputError if the walk differs from the model.
     """
     spec = {**spec, "dtype": "float32"}
     lazy = LazyBlocks(spec, device)
@@ -61,7 +61,7 @@ def check_model(spec: Mapping[str, Any], tokens: Tensor, device: str | torch.dev
 
 @contextmanager
 def refusing(blocks: Blocks) -> Iterator[None]:
-    """Within it whatever a model's own code raises becomes an InputError: it knows nothing of the walk."""
+    """Context in which any exception of a model's own code becomes an InputError; that code does not know the walk."""
     try:
         yield
     except InputError:
@@ -70,21 +70,20 @@ def refusing(blocks: Blocks) -> Iterator[None]:
         if out_of_memory(error):
             raise
         raise InputError(
-            f"{type(blocks.model).__name__} cannot be run one block after the other: {type(error).__name__}, "
-            f"{reason(error)}."
+            f"{type(blocks.model).__name__} cannot be run block by block: {type(error).__name__}, {reason(error)}."
         ) from error
 
 
 @torch.no_grad()
 def check_walk(blocks: Blocks, reference: Blocks, tokens: Tensor) -> dict[str, Any]:
-    """The same for blocks that are walked through and the model whose own forward pass is right."""
+    """The same check for blocks that are walked through and a reference model whose own forward pass is right."""
     check_unshared(blocks.model)
     name = type(blocks.model).__name__
     windows = window_variants(blocks, tokens)
-    # One at a time: a model whose sequences change each other differs from the walk, which runs them together.
+    # One at a time: a model in which sequences affect each other differs from the walk, which runs them together.
     expected = torch.cat([own_logits(reference, window) for window in windows.split(1)]).double()
     length = windows.shape[1]
-    if not torch.isfinite(expected).any():  # the cells of such a model have diverged
+    if not torch.isfinite(expected).any():  # the cells of such a model will have diverged
         return {"window": length, "finite": False}
     tolerance = TOLERANCE[dtype_name(blocks.model)]
     size = logit_size(expected)
@@ -96,20 +95,22 @@ def check_walk(blocks: Blocks, reference: Blocks, tokens: Tensor) -> dict[str, A
     what, most = max(ahead.items(), key=lambda found: found[1])
     if not most <= tolerance:
         raise InputError(
-            f"{name} is not causal: {what} changes the logits before it by {most:.1e} of their size, so that its "
-            "perplexity means nothing."
+            f"{name} is not causal: {what} changes the logits before it by {most:.1e} of their size, so its "
+            f""
+            "perplexity would be meaningless."
         )
     apart = difference(walk_logits(blocks, windows).double(), expected, size)
     if not apart <= tolerance:
         raise InputError(
-            f"{name} must equal its blocks run one after the other, but the logits of the walk through {blocks.name} "
-            f"differ from the model's own by {apart:.1e} of their size, and at most {tolerance:.0e} is rounding."
+            f"{name} must equal its blocks run one after another, but the logits of the walk through {blocks.name} "
+            f""
+            f"differ from the model's own by {apart:.1e} of their size; rounding explains at most {tolerance:.0e}."
         )
     return {"window": length, "finite": True, "walk_difference": apart, "causality_difference": most}
 
 
 def logit_size(logits: Tensor) -> Tensor:
-    """The size of each logit: its distance from the median of all, at least SPREAD median deviations.
+    """The size of each logit: its distance from the median of all logits, but at least SPREAD median deviations.
 
     A logit that a model masks with -1e9 or -Inf does not make the others small.
     """
@@ -122,7 +123,7 @@ def logit_size(logits: Tensor) -> Tensor:
 def difference(one: Tensor, other: Tensor, size: Tensor) -> float:
     """The largest difference of two tensors of logits, as a share of their sizes.
 
-    Infinite where not the same logits are finite.
+    Infinite if the two do not have the same finite logits.
     """
     finite = torch.isfinite(other)
     if not torch.equal(torch.isfinite(one), finite):
@@ -133,12 +134,12 @@ def difference(one: Tensor, other: Tensor, size: Tensor) -> float:
 
 
 def changed_places(length: int) -> tuple[int, int]:
-    """Where the second and the third window have another token."""
+    """Indices of the changed token in the second and the third window."""
     return length - 1, min(EARLY, length - 1)
 
 
 def window_variants(blocks: Blocks, tokens: Tensor) -> Tensor:
-    """[3, length] the beginning of the first sequence, with another last token, and with another token EARLY."""
+    """[3, length] the beginning of the first sequence: unchanged, with another last token, with another token EARLY."""
     check_tokens(blocks.model, tokens)
     windows = tokens[:1, :WINDOW].repeat(3, 1)
     for row, place in enumerate(changed_places(windows.shape[1]), 1):
@@ -149,7 +150,7 @@ def window_variants(blocks: Blocks, tokens: Tensor) -> Tensor:
 def own_logits(blocks: Blocks, tokens: Tensor) -> Tensor:
     """[sequences, length, vocabulary] the library's own forward pass, on the CPU.
 
-    Raises InputError unless it calls every block exactly once, in order, and few linear layers beside them.
+    Raises InputError unless it calls every block exactly once, in order, and few linear layers outside the blocks.
     """
     name, calls = type(blocks.model).__name__, list[int]()
     beside = dict[str, nn.Module]()
@@ -174,7 +175,7 @@ def own_logits(blocks: Blocks, tokens: Tensor) -> Tensor:
 
 
 def check_beside(blocks: Blocks, beside: Mapping[str, nn.Module]) -> None:
-    """Raise InputError for a second list of blocks, or where much of what text passes lies outside the blocks.
+    """Raise InputError for a second list of blocks, or if many of the weights that text passes are outside the blocks.
 
     beside: name -> linear layer outside the blocks that text passes.
     """
@@ -195,13 +196,13 @@ def check_beside(blocks: Blocks, beside: Mapping[str, nn.Module]) -> None:
 
 
 def linears_outside(blocks: Blocks) -> list[tuple[str, nn.Module]]:
-    """Name and linear layer of all that lie outside the blocks, the output embedding apart."""
+    """(name, linear layer) for all outside the blocks, except the output embedding."""
     own = set(blocks.modules.modules()) | {blocks.model.get_output_embeddings()}
     return [(name, module) for name, module in blocks.model.named_modules() if is_linear(module) and module not in own]
 
 
 def walk_logits(blocks: Blocks, tokens: Tensor) -> Tensor:
-    """[sequences, length, vocabulary] by the walk that the jobs make, on the CPU."""
+    """[sequences, length, vocabulary] by the walk that the jobs use, on the CPU."""
     stream = Stream(blocks, tokens, len(tokens))
     for _ in to_last_block(stream):
         pass
@@ -212,11 +213,11 @@ def walk_logits(blocks: Blocks, tokens: Tensor) -> Tensor:
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", type=json.loads, required=True, help="model entry of the config, as JSON")
-    parser.add_argument("--fingerprint", type=Path, required=True, help="what fingerprint.py wrote of the model")
+    parser.add_argument("--fingerprint", type=Path, required=True, help="the model's fingerprint, from fingerprint.py")
     parser.add_argument("--tokens", type=Path, required=True, help="calibration tokens, safetensors")
-    parser.add_argument("--out", type=Path, required=True, help="JSON file for what was found")
+    parser.add_argument("--out", type=Path, required=True, help="JSON file for the result")
     parser.add_argument(
-        "--tasks", type=Path, nargs="*", default=[], help="what zero_shot.py wrote of each set of tasks"
+        "--tasks", type=Path, nargs="*", default=[], help="description of each task set, from zero_shot.py"
     )
     parser.add_argument("--threads", type=int, default=None)
     parser.add_argument("--device", default="cpu")

@@ -1,6 +1,6 @@
-"""Perplexity of a model with a cell's weights, as the papers compute it: windows that do not overlap, scored alone.
+"""Perplexity of a model with a cell's weights, as in the papers: windows do not overlap and are scored separately.
 
-Beside it, from the same pass, the divergence from the dense model (divergence.py).
+The same pass also gives the divergence from the dense model (divergence.py).
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ from layerwise.storage.packed_file import PackedFile
 if TYPE_CHECKING:
     from layerwise.evaluation.cache import Evaluation
 
-ROWS = 1024  # of the logits of a window that are in float32 at a time
-LOGITS_AT_ONCE = 2**23  # logits of a batch, 32 MB in float32: on a processor larger batches are slower
-DECIMALS = 6  # of the losses written
+ROWS = 1024  # rows of a window's logits converted to float32 at a time
+LOGITS_AT_ONCE = 2**23  # logits of a batch, 32 MB in float32; on a CPU larger batches are slower
+DECIMALS = 6  # decimals of the written losses
 
 
 def batch_size(length: int, vocabulary: int) -> int:
@@ -46,21 +46,21 @@ def window_losses(
 ) -> Tensor:
     """Mean negative log likelihood [n] float64, in nats, of the L - 1 targets of each window [n, L].
 
-    All windows pass one block after the other, so that each block is read once. They are scored alone, `batch` at a
-    time; logits are taken to float32 ROWS at a time. folder: for the hidden states (default: in memory).
+    All windows pass one block before the next, so that each block is read once. Windows are scored separately, `batch`
+    at a time; logits are converted to float32 ROWS at a time. folder: for the hidden states (default: in memory).
     """
     return losses_of(Stream(model, tokens, batch, folder), tokens, batch, label)
 
 
 @torch.no_grad()
 def losses_of(stream: Stream, tokens: Tensor, batch: int, label: str, divergence: Divergence | None = None) -> Tensor:
-    """The same by a stream that is at the first block; it knows afterwards where hidden states overflowed.
+    """The same for a stream at the first block, which then knows where hidden states overflowed.
 
-    divergence: is given the logits, too.
+    divergence: also receives the logits.
     """
     last = len(stream.blocks) - 1
     losses = torch.empty(len(tokens), dtype=torch.float64)
-    # (one tensor: a small one kept per window pins the freed logits in the heap, 1.4 GB where 0.5 do)
+    # (one tensor, because a small tensor per window would pin freed logits in the heap: 1.4 GB instead of 0.5 GB)
     with tqdm(total=last + 1, desc=label, unit="block", mininterval=0.5) as progress:
         for _ in to_last_block(stream):
             progress.update()
@@ -76,7 +76,7 @@ def losses_of(stream: Stream, tokens: Tensor, batch: int, label: str, divergence
 
 
 def to_last_block(stream: Stream) -> Iterator[int]:
-    """Take a stream that is at the first block to the last one; yields the index of each block passed."""
+    """Advance a stream from the first block to the last one; yields the index of each block passed."""
     for index in range(len(stream.blocks) - 1):
         with stream.source.open(index):
             stream.advance(index)
@@ -90,16 +90,17 @@ def loss_of(scores: Tensor, targets: Tensor) -> float:
 
 
 def perplexity(losses: Tensor | Sequence[float]) -> float:
-    """exp of the mean loss of windows of one length: the published exp(sum(loss L) / (n L)).
+    """exp of the mean loss of windows of equal length: the published exp(sum(loss L) / (n L)).
 
-    Raises InputError, naming the first window at fault, when it is not finite.
+    Raises InputError, which names the first faulty window, when it is not finite.
     """
     losses = torch.as_tensor(losses, dtype=torch.float64)
     faults = (~torch.isfinite(losses)).nonzero().flatten().tolist()
     if faults:
         raise InputError(
-            f"The perplexity is not finite: the loss of {len(faults)} of {len(losses)} windows is NaN or Inf, "
-            f"first of window {faults[0]}."
+            f"The perplexity is not finite: the loss of {len(faults)} of {len(losses)} windows is NaN or Inf; "
+            f""
+            f"the first is window {faults[0]}."
         )
     mean = float(losses.mean())
     try:
@@ -109,7 +110,8 @@ def perplexity(losses: Tensor | Sequence[float]) -> float:
 
 
 def apply_weights(model: PreTrainedModel | Blocks, path: Path) -> None:
-    """Give the linear layers of the model's blocks a cell's weights, one at a time; of lazy ones when they are read.
+    """Write a cell's weights to the linear layers of the model's blocks, one at a time; to lazy blocks when they are
+    read.
 
     Raises InputError when the file cannot be read, or does not hold exactly these layers in their shapes.
     """
@@ -143,11 +145,11 @@ def evaluate(
     folder: Path | None = None,
     dense: DenseStates | None = None,
 ) -> dict[str, Any]:
-    """Perplexity and what it was made of, for tokens [n, L]; seconds: of the forward passes.
+    """Perplexity and its components, for tokens [n, L]. seconds: time of the forward passes.
 
-    A perplexity that is not finite is None, with the reason. folder: for the hidden states (default: in memory).
-    dense: of the same tokens, for the `divergence` from the dense model, which is left out without.
-    Raises InputError where tokens or dense states do not fit the model.
+    A perplexity that is not finite is None, with a reason. folder: for the hidden states (default: in memory). dense:
+    the dense model's states on the same tokens, for the `divergence`, which is omitted without them.
+    Raises InputError if tokens or dense states do not fit the model.
     """
     start = time.perf_counter()
     words = vocabulary(model.model if isinstance(model, Blocks) else model)
@@ -158,8 +160,8 @@ def evaluate(
     seconds = time.perf_counter() - start
     try:
         found: dict[str, Any] = {"perplexity": perplexity(losses), "mean_loss": float(losses.mean())}
-    except InputError as error:  # a model that compression has ruined is a result, reported as one
-        where = f" In the forward pass {stream.overflow}." if stream.overflow else ""
+    except InputError as error:  # a model ruined by compression is a valid result
+        where = f" In the forward pass, {stream.overflow}." if stream.overflow else ""
         found = {"perplexity": None, "mean_loss": None, "reason": f"the model has diverged: {error}{where}"}
     if divergence:
         found["divergence"] = divergence.result()

@@ -1,8 +1,8 @@
-"""Zero-shot tasks through lm-eval, in process, on a model with a cell's weights.
+"""Run zero-shot tasks through lm-eval, in the same process, on a model with a cell's weights.
 
 `lm_eval run --model hf` on a saved folder, with the same tasks, few-shot examples, batch and dtype, gives the same
-numbers: nothing of lm-eval is replaced, but for the templates of a folder that is not trusted, which run in a sandbox.
-A set with a folder is run from there, so that its YAML definitions and data sets are found, and asks no network.
+numbers. Nothing in lm-eval is replaced, except that templates of an untrusted folder run in a sandbox. A set with a
+folder is run from there, so that its YAML definitions and data sets are found without network access.
 """
 
 from __future__ import annotations
@@ -31,24 +31,25 @@ if TYPE_CHECKING:
     from layerwise.evaluation.cache import Evaluation
     from layerwise.models.streaming import LazyBlocks
 
-GENERATING = "generate_until"  # lm-eval's type of the tasks that have the model write
-# lm-eval's perplexity, of answers or per word, is another than the cells' own.
+GENERATING = "generate_until"  # lm-eval's type of tasks with generated text
+# lm-eval's perplexity, of answers or per word, differs from the cells' own.
 RENAMED = {"perplexity": "answer_perplexity"}
 
 
 def prepared(spec: Spec) -> dict[str, Any]:
-    """The set's config entry as it is run: every task by name, with a batch, the library telling errors alone."""
+    """The set's config entry as it is run: every task by name, with a batch size; the library logs only errors."""
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     return {"batch": BATCH, **expanded(spec)}
 
 
 def inside(spec: Spec) -> contextlib.AbstractContextManager[None]:
-    """Work in the set's folder, where lm-eval finds definitions and data sets; stay when it has none."""
+    """Context with the set's folder as working directory, where lm-eval finds definitions and data sets, if it has
+    one."""
     return contextlib.chdir(spec["folder"]) if spec.get("folder") else contextlib.nullcontext()
 
 
 def seed_generators() -> None:
-    """Seed the global generators as simple_evaluate does before it loads tasks: some tasks (gpqa) shuffle with them."""
+    """Seed the global generators as simple_evaluate does before it loads tasks, because some tasks (gpqa) shuffle."""
     import random
 
     import numpy as np
@@ -62,7 +63,7 @@ def seed_generators() -> None:
 
 @cache
 def of_the_library() -> tuple[Any, Any]:
-    """lm-eval's templates' environment, and how it imports Python that a definition names, as it brings them."""
+    """lm-eval's original template environment, and its original import of Python named in a definition."""
     from lm_eval import utils
     from lm_eval.tasks import _yaml_loader
 
@@ -70,8 +71,8 @@ def of_the_library() -> tuple[Any, Any]:
 
 
 def keep_in(kept: bool) -> None:
-    """Whether from now on lm-eval imports no Python but its own, whatever definitions name, and its templates see the
-    items alone: one that is not kept in can reach the whole of Python."""
+    """Set whether lm-eval imports only its own Python, for any definition, and sandboxes its templates. A template
+    outside the sandbox can reach all of Python."""
     from jinja2 import BaseLoader, StrictUndefined
     from jinja2.sandbox import SandboxedEnvironment
     from lm_eval import utils
@@ -91,14 +92,14 @@ def keep_in(kept: bool) -> None:
 
 
 def load_tasks(spec: Spec) -> Any:
-    """lm-eval's TaskDict of a set, its data loaded. Raises InputError for an unknown task and for data out of reach."""
+    """lm-eval's TaskDict of a set, with loaded data. Raises InputError for an unknown task and for unavailable data."""
     from lm_eval.tasks import TaskManager
 
     seed_generators()
     folder = spec.get("folder")
     keep_in(bool(folder) and not spec.get("trust_remote_code"))
     own = [f"{task}.yaml" for task in spec["tasks"] if Path(f"{task}.yaml").is_file()] if folder else []
-    # The library's thousands of definitions take seconds to read: only when one of them is asked for.
+    # The library's thousands of definitions take seconds to read, so they are read only if one is needed.
     manager = TaskManager(include_path="." if folder else None, include_defaults=len(own) < len(spec["tasks"]))
     unknown = [task for task in spec["tasks"] if task not in manager.all_tasks]
     if unknown:
@@ -109,7 +110,7 @@ def load_tasks(spec: Spec) -> Any:
         for task in loaded["tasks"].values():
             task.doc_to_text(next(iter(task.eval_docs)))
         return loaded
-    except Exception as error:  # definitions are others' code and templates: they raise whatever they like
+    except Exception as error:  # definitions contain foreign code and templates, which may raise anything
         told = "; ".join(" ".join(str(one).split()) or type(one).__name__ for one in (error, error.__cause__) if one)
         if folder:
             wanted = f"{folder} must hold them, in a folder of the data set's name or where the definition says"
@@ -138,13 +139,13 @@ def describe(spec: Spec) -> dict[str, Any]:
 
 
 def examples(task: Any, spec: Spec) -> int:
-    """How many examples precede each item: the definition's number, or where it has none or allows it the set's."""
+    """Number of examples before each item: the definition's, or the set's if the definition has none or allows it."""
     own = task.get_config("num_fewshot")
     return own if own is not None and (own == 0 or spec.get("fewshot") is None) else spec.get("fewshot") or 0
 
 
 def documents_hash(sets: list[Any]) -> str:
-    """Of documents as lm-eval has loaded them: those that are asked and those that examples are taken from."""
+    """Hash of the documents loaded by lm-eval: the items and the sources of examples."""
     told = hashlib.sha256()
     for documents in sets:
         for document in documents or ():
@@ -153,10 +154,10 @@ def documents_hash(sets: list[Any]) -> str:
 
 
 def run(model: PreTrainedModel, tokenizer: Any, spec: Spec, entry: Mapping[str, Any]) -> dict[str, Any]:
-    """lm-eval's results for a config entry's model: rows, one per task and metric, and samples, every item's score.
+    """lm-eval's results for a config entry's model: rows (one per task and metric) and samples (every item's score).
 
-    A task with a log-likelihood that is not finite has no values, and a reason. Groups represent their tasks.
-    seconds: of the evaluation, the loading of the data included.
+    A task with a log-likelihood that is not finite has a reason instead of values. Groups represent their tasks.
+    seconds: time of the evaluation, including the loading of data.
     Raises InputError when the tokenizer lacks a token that the tasks need.
     """
     from lm_eval.defaults import DEFAULT_OTHER_SEED
@@ -171,7 +172,7 @@ def run(model: PreTrainedModel, tokenizer: Any, spec: Spec, entry: Mapping[str, 
     check_task_tokens(tokenizer, entry, vocabulary(model), generating)
     if generating:
         read_generation_config(model, entry)
-    # As simple_evaluate does, which beside that would look the model's folder up on the hub by its name.
+    # As in simple_evaluate, which would also look up the model's folder on the hub by its name.
     for task in loaded["tasks"].values():
         task.set_config(key="num_fewshot", value=examples(task, spec))
         task.set_fewshot_seed(seed=DEFAULT_OTHER_SEED)
@@ -180,7 +181,7 @@ def run(model: PreTrainedModel, tokenizer: Any, spec: Spec, entry: Mapping[str, 
     top = [group for name, group in loaded["groups"].items() if name not in inner]
     lm = watched_model(model, tokenizer, spec["batch"])
     results = evaluate(lm=lm, task_dict=loaded, limit=spec.get("items"))
-    assert results is not None  # as it is in every process but the first of several
+    assert results is not None  # it is None only in secondary processes
     found: Mapping[str, Any] = {**results}
     members = {group.name: [task.task_name for task in group.get_all_tasks()] for group in top}
     shown = [*members, *(name for name in loaded["tasks"] if name not in grouped)]
@@ -196,9 +197,9 @@ def run(model: PreTrainedModel, tokenizer: Any, spec: Spec, entry: Mapping[str, 
 
 
 def watched_model(model: PreTrainedModel, tokenizer: Any, batch: int) -> Any:
-    """lm-eval's HFLM of a model. broken_answers: how many answers it has written from logits with NaN or +Inf.
+    """lm-eval's HFLM of a model. broken_answers: number of answers generated from logits with NaN or +Inf.
 
-    Text that was generated does not tell: the argmax over NaN is a token like others.
+    The generated text does not show this, because the argmax over NaN is a normal token.
     """
     import torch
     from lm_eval.models.huggingface import HFLM
@@ -230,13 +231,13 @@ def rows_of(
 ) -> list[dict[str, Any]]:
     """One row per metric of a task, or of the group of tasks `members`, from lm-eval's results.
 
-    broken_answers: task -> answers of the set's tasks that generate which were written from logits that are not finite.
+    broken_answers: task -> number of its answers generated from logits that are not finite.
     """
     asked = [response for task in members for item in found["samples"][task] for response in item["filtered_resps"]]
     broken = sum(not finite(response) for response in asked)
     fault = f"{broken} of {len(asked)} log-likelihoods of {name} are NaN or Inf" if broken else ""
     if written := max((broken_answers or {}).get(task, 0) for task in members):
-        fault = f"its logits were NaN or Inf while it wrote {written} answers"
+        fault = f"its logits were NaN or Inf while it generated {written} answers"
     row = {
         "task": name,
         "task_version": None if (version := found["versions"].get(name)) is None else str(version),
@@ -262,25 +263,25 @@ def rows_of(
 
 
 def named(metric: str, filtered: str) -> str:
-    """The name in our tables of a metric of lm-eval, with the filter that reads the answers."""
+    """The name in the tables of an lm-eval metric, with the filter of the answers."""
     return RENAMED.get(metric, metric) + ("" if filtered == "none" else f",{filtered}")
 
 
 def data_hash(items: list[dict[str, Any]]) -> str:
-    """Of what was asked and what is right, as lm-eval hashes it item by item: the same data have the same."""
+    """Hash of the questions and right answers, from lm-eval's hash of each item; equal for equal data."""
     keys = ("doc_id", "doc_hash", "prompt_hash", "target_hash")
     told = sorted(json.dumps([item[key] for key in keys]) for item in items)
     return hashlib.sha256("\n".join(told).encode()).hexdigest()
 
 
 def finite(response: Any) -> bool:
-    """False for a log-likelihood that is NaN or Inf; text that was generated has none."""
+    """False for a log-likelihood that is NaN or Inf; generated text has no log-likelihood."""
     numbers = response if isinstance(response, (tuple, list)) else [response]
     return all(math.isfinite(number) for number in numbers if isinstance(number, float))
 
 
 def scores(items: list[dict[str, Any]]) -> dict[str, list[Any]]:
-    """metric, as rows have it -> the score of every item, in the order of the data; items: once for each filter."""
+    """metric, as in rows -> the score of every item, in the order of the data. items: one entry per item and filter."""
     found: dict[str, list[Any]] = {}
     for item in sorted(items, key=lambda item: item["doc_id"]):
         for name in item["metrics"]:
@@ -297,7 +298,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, required=True, help="JSON file for the result")
     parser.add_argument("--model", type=json.loads, help="the model's config entry, as JSON")
     parser.add_argument(
-        "--weights", type=Path, help="a cell's weights.safetensors; without it, the model as its folder has it"
+        "--weights", type=Path, help="a cell's weights.safetensors; without it, the model of the folder"
     )
     parser.add_argument("--threads", type=int)
     parser.add_argument("--device", default="cpu")
@@ -319,7 +320,7 @@ def evaluate_cell(blocks: LazyBlocks, evaluation: Evaluation) -> dict[str, Any]:
 
 
 def evaluate_tasks(blocks: LazyBlocks, entry: Mapping[str, Any], spec: Spec) -> dict[str, Any]:
-    """lm-eval's results (`run`) for a model that a config entry describes, on a set of tasks as the config has it."""
+    """lm-eval's results (`run`) for the model of a config entry, on a task set in the form of the config."""
     from layerwise.sources.tokenizer_files import load_tokenizer
 
     spec, tokenizer = prepared(spec), load_tokenizer(entry)

@@ -1,1 +1,1 @@
-"""Loading, structure and streaming of models."""
+"""Load models, find their structure, and stream their blocks."""

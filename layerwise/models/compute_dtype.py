@@ -1,8 +1,9 @@
-"""The dtype that forward passes are computed in, where it is not the one that weights are stored in.
+"""The dtype in which forward passes are computed, if it differs from the dtype in which weights are stored.
 
 A processor without units for bfloat16 or float16 multiplies such matrices many times more slowly than float32 ones.
-There weights are rounded to the dtype that a study asks for, and passes are computed from them in float32. Whether that
-is so is measured, once in a process; a list of processors would be out of date. Free of torch until it measures.
+On such a processor, weights are rounded to the dtype of the study, and passes are computed from them in float32. The
+speed is measured once per process, because a list of processors would go out of date. torch is imported only for the
+measurement.
 """
 
 from __future__ import annotations
@@ -17,21 +18,21 @@ from typing import Any
 
 from layerwise.runtime.project import PACKAGE
 
-WIDE = "float32"  # computed in where the stored dtype is slow
+WIDE = "float32"  # compute dtype if the stored dtype is slow
 HALVES = ("bfloat16", "float16")
-KEY = "compute_dtype"  # of a model's entry: NATIVE or WIDE, in the place of the measurement; and the column's name
-NATIVE = "native"  # computed in whatever dtype the weights are stored in
-RATIO = 3.0  # a product that takes more times as long as in float32 is slow; units for it make it as fast, or faster
-SHAPE = (256, 256, 256)  # tokens, inputs and outputs of the products measured: 34 million operations
+KEY = "compute_dtype"  # key of a model's entry, NATIVE or WIDE, that replaces the measurement; also the column's name
+NATIVE = "native"  # compute in the dtype of the stored weights
+RATIO = 3.0  # a dtype is slow if a product takes more than this many times as long as in float32
+SHAPE = (256, 256, 256)  # tokens, inputs and outputs of the measured products: 34 million operations
 ROUNDS = 5
 
 
 @cache
 def slowdown(dtype: str) -> float:
-    """How many times as long as in float32 a product of matrices takes in a dtype, on one thread of the processor.
+    """Time of a matrix product in a dtype, relative to float32, on one thread of the processor.
 
-    The ratio of the shortest of ROUNDS products each, in the thread's own time: other work on the machine only ever
-    makes one longer. Some 30 ms in all, or 200 on the slowest processors.
+    It is the ratio of the shortest of ROUNDS products each, in the thread's CPU time, because other work on the machine
+    can only make a product longer. It takes about 30 ms in all, or 200 ms on the slowest processors.
     """
     import torch
 
@@ -48,7 +49,7 @@ def slowdown(dtype: str) -> float:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        rounds = [tuple(map(timed, products)) for _ in range(1 + ROUNDS)][1:]  # the first one prepares its kernel
+        rounds = [tuple(map(timed, products)) for _ in range(1 + ROUNDS)][1:]  # the first round prepares the kernel
     finally:
         torch.set_num_threads(threads)
     own, wide = map(min, zip(*rounds, strict=True))
@@ -57,9 +58,9 @@ def slowdown(dtype: str) -> float:
 
 @cache
 def slow_apart(dtype: str) -> bool:
-    """`slow` for a process that must not load torch: another one measures.
+    """`slow` for a process that must not load torch: another process measures.
 
-    Where that fails, a line on stderr says so, and passes count as computed in WIDE, which takes more memory.
+    If that fails, a line on stderr says so, and passes count as computed in WIDE, which takes more memory.
     """
     paths = [str(PACKAGE.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
     try:
@@ -78,17 +79,18 @@ def slow_apart(dtype: str) -> bool:
 
 
 def slow(dtype: str) -> bool:
-    """Whether products in a dtype are slow on this processor. One that is no half precision is not measured."""
+    """Whether products in a dtype are slow on this processor. Only half-precision dtypes are measured."""
     return dtype in HALVES and slowdown(dtype) > RATIO
 
 
 def compute_dtype(
     entry: Mapping[str, Any], device: str = "cpu", is_slow: Callable[[str], bool] | None = None
 ) -> str | None:
-    """The dtype that a model's forward passes are computed in on a device, its name as torch has it.
+    """The dtype in which a model's forward passes are computed on a device, by torch's name.
 
-    entry: of the config, with the `dtype` that weights are rounded to; one without has the dtype that it was saved in
-    and is computed in it, for which None stands. is_slow: in the place of the measurement of this processor.
+    entry: the config's entry, with the `dtype` to which weights are rounded. An entry without one keeps the dtype in
+    which the model was saved and is computed in it; the result is then None. is_slow: replaces the measurement of this
+    processor.
     """
     dtype, asked = entry.get("dtype"), entry.get(KEY)
     if dtype is None:
@@ -101,14 +103,14 @@ def compute_dtype(
 
 
 def at(entry: Mapping[str, Any], dtype: str | None) -> Mapping[str, Any]:
-    """A model's entry for forward passes in another dtype, as a calibration may ask for; None: in its own."""
+    """A model's entry for forward passes in another dtype, such as a calibration's; None: its own dtype."""
     return {**entry, "dtype": dtype} if dtype else entry
 
 
 def sentence(entry: Mapping[str, Any], computed: str | None, device: str = "cpu") -> str | None:
-    """Sentences about forward passes that are computed in another dtype; none where the entry's own is fast.
+    """Sentences about forward passes that are computed in another dtype; None if the entry's own dtype is fast.
 
-    computed: as `compute_dtype` chose it, here or where earlier results of the same cell were computed.
+    computed: the choice of `compute_dtype`, on this machine or on the one that computed earlier results of the cell.
     """
     dtype, asked = entry.get("dtype"), entry.get(KEY)
     if dtype is None or asked == WIDE:
@@ -124,7 +126,7 @@ def sentence(entry: Mapping[str, Any], computed: str | None, device: str = "cpu"
 
 
 def tell(entry: Mapping[str, Any], computed: str | None, device: str = "cpu") -> None:
-    """Print the sentence, if there is one, on stderr: once in a process."""
+    """Print the sentence, if there is one, on stderr, once per process."""
     if said := sentence(entry, computed, device):
         _print(said)
 

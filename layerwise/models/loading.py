@@ -1,4 +1,4 @@
-"""Any Hugging Face decoder-only language model: loading it, and finding its blocks and linear layers by structure."""
+"""Load any Hugging Face decoder-only language model, and find its blocks and linear layers by structure."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ from layerwise.sources.hub import read_json
 from layerwise.sources.model_config import DEFAULTED, language_config
 
 OF_QUANTISED = ("scale", "zero", "qweight", "g_idx", "absmax", "quant_state", "quant_map", "packed")
-EXPERTS = "eager"  # transformers' experts that multiply one expert after the other, by torch's own products
+EXPERTS = "eager"  # transformers' implementation that runs one expert after another with torch's own products
 
 
 # ---------------------------------------------------------------------------------------------------------- loading
 
 
 def described(spec: Mapping[str, Any]) -> str:
-    """How errors call a model."""
+    """A model's name in error messages."""
     if spec.get("path"):
         return f"the model folder {spec['path']}"
     if spec.get("gguf"):
@@ -40,9 +40,9 @@ def described(spec: Mapping[str, Any]) -> str:
 
 
 def source(spec: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
-    """Folder, and the keyword arguments, that from_pretrained takes for a model.
+    """Folder and keyword arguments of from_pretrained for a model.
 
-    Raises InputError for a folder that is absent or holds no config.json or no whole safetensors weights, and for a hub
+    Raises InputError for a folder that is absent or lacks config.json or complete safetensors weights, and for a hub
     model that cannot be fetched.
     """
     folder = model_folder(spec)
@@ -51,20 +51,20 @@ def source(spec: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     if not (folder / "config.json").is_file():
         raise InputError(f"The model folder {folder} has no config.json.")
     check_weight_files(str(spec.get("name", folder)), folder)
-    # A folder never asks the network.
+    # A local folder never uses the network.
     return str(folder), {"trust_remote_code": bool(spec.get("trust_remote_code", False)), "local_files_only": True}
 
 
 @contextmanager
 def sentences(spec: Mapping[str, Any]) -> Iterator[None]:
-    """Within it what libraries raise about a model that cannot be loaded becomes an InputError."""
+    """Context in which a library's exception about a model that cannot be loaded becomes an InputError."""
     try:
         yield
     except SafetensorError as error:
         raise InputError(f"The weights of {described(spec)} are damaged or incomplete: {reason(error)}.") from error
     except InputError:
         raise
-    except Exception as error:  # of a config.json with other types than a model's code expects whatever that raises
+    except Exception as error:  # unexpected types in config.json can raise anything
         if out_of_memory(error):
             raise
         if fault := config_fault(model_folder(spec), error, bool(spec.get("trust_remote_code"))):
@@ -76,11 +76,11 @@ def sentences(spec: Mapping[str, Any]) -> Iterator[None]:
 
 
 def read_config(spec: Mapping[str, Any]) -> tuple[str, PreTrainedConfig, dict[str, Any]]:
-    """Folder, config, and the keyword arguments that the library's loaders take for a model.
+    """Folder, config and keyword arguments of the library's loaders for a model.
 
     Raises InputError for a model that is absent or already quantised.
     """
-    transformers_logging.disable_progress_bar()  # the scripts show their own
+    transformers_logging.disable_progress_bar()  # the scripts show their own bars
     name, options = source(spec)
     with sentences(spec):
         config = AutoConfig.from_pretrained(name, **options)
@@ -95,13 +95,13 @@ def read_config(spec: Mapping[str, Any]) -> tuple[str, PreTrainedConfig, dict[st
 def check_names(
     spec: Mapping[str, Any], model: nn.Module, mismatched: Collection[str], missing: Collection[str]
 ) -> None:
-    """Raise InputError for tensors of another shape than the config asks for, and for those that are not there."""
+    """Raise InputError for tensors whose shape contradicts the config, and for missing tensors."""
     if mismatched:
         raise InputError(
             f"The weights of {described(spec)} must have the shapes of its config. Got {len(mismatched)} tensors of "
             f"another shape instead: {few(mismatched)}{told_of(spec, model)}."
         )
-    if missing:  # tied weights and buffers that the model computes are not among them
+    if missing:  # without tied weights and computed buffers
         raise InputError(
             f"The weights of {described(spec)} lack tensors of {type(model).__name__}: "
             f"{few(missing)}{told_of(spec, model)}."
@@ -109,7 +109,7 @@ def check_names(
 
 
 def told_of(spec: Mapping[str, Any], model: nn.Module) -> str:
-    """The end of a sentence on tensors that are not the model's: what in its config.json may be the reason."""
+    """The end of a sentence about wrong tensors: the possible reason in config.json."""
     file, config = read_json(model_folder(spec) / "config.json"), cast(Any, model.config)
     own = config.get_text_config()
     said = {own.attribute_map.get(key, key) for key in language_config(file)}
@@ -122,10 +122,9 @@ def told_of(spec: Mapping[str, Any], model: nn.Module) -> str:
 
 
 def check_used(spec: Mapping[str, Any], model: nn.Module, unused: Mapping[str, Tensor]) -> None:
-    """Raise InputError for tensors of the files that the model does not take, masks and such apart.
+    """Raise InputError for tensors of the files that the model does not use, except masks and the like.
 
-    unused: name in the files -> tensor of the shape and dtype there; those that the model's class ignores are not
-    among them.
+    unused: name in the files -> tensor of the shape and dtype there, without tensors that the model's class ignores.
     """
     names = [name for name, tensor in unused.items() if not recomputed(name, tensor.shape)]
     if names:
@@ -137,7 +136,7 @@ def check_used(spec: Mapping[str, Any], model: nn.Module, unused: Mapping[str, T
 
 
 def quantised(names: Iterable[str]) -> bool:
-    """Whether tensors are called as scales, codes and zero points are."""
+    """Whether tensors have names of scales, codes and zero points."""
     return any(part in name.rpartition(".")[2] for name in names for part in OF_QUANTISED)
 
 
@@ -153,12 +152,12 @@ def load(
 ) -> PreTrainedModel:
     """The model of a config entry {path | hub, revision, dtype, trust_remote_code}, whole and ready for inference.
 
-    In eval mode, without gradients, in the entry's dtype (default: the dtype it was saved in), with the library's
-    default attention and its eager experts, whose products are recorded one by one. compute_dtype: of its tensors and
-    passes, where that is not the entry's (`models/compute_dtype.py`); they hold values that the entry's has, and what
-    is written to them is rounded so (`models/stored_dtypes.py`). Raises InputError, in one sentence,
-    when the model is absent, damaged, incomplete (transformers would draw what is missing at random) or already
-    quantised, has tensors that its class does not take, or weights that are not finite.
+    It is in eval mode, without gradients, in the entry's dtype (default: the dtype in which it was saved), with the
+    library's default attention and eager experts, whose products are recorded one by one. compute_dtype: dtype of
+    tensors and passes, if it differs from the entry's (`models/compute_dtype.py`). The tensors then hold values of the
+    entry's dtype, and values written to them are rounded to it (`models/stored_dtypes.py`). Raises InputError, in one
+    sentence, when the model is absent, damaged, incomplete (transformers would initialise missing weights randomly) or
+    already quantised, has tensors that its class does not use, or has weights that are not finite.
     """
     name, config, options = read_config(spec)
     with sentences(spec):
@@ -167,10 +166,10 @@ def load(
             "config": config,
             "dtype": compute_dtype or spec.get("dtype") or "auto",
             "output_loading_info": True,
-            "ignore_mismatched_sizes": True,  # they are refused below, by name
+            "ignore_mismatched_sizes": True,  # refused below, by name
         }
         loaded: Any
-        if shards.repeated:  # of a tensor that several files hold the library takes the last, whatever the index says
+        if shards.repeated:  # the library would take a repeated tensor from the last file, against the index
             with torch.device("meta"):
                 kind: Any = type(
                     AutoModelForCausalLM.from_config(config, trust_remote_code=options["trust_remote_code"])
@@ -190,9 +189,9 @@ def load(
 
 
 def read_generation_config(model: PreTrainedModel, spec: Mapping[str, Any]) -> None:
-    """Give a model what its folder says of how it writes text, as from_pretrained does: where it stops, penalties.
+    """Load a model's generation config from its folder, as from_pretrained does: stop tokens, penalties.
 
-    A model that is read block by block does not have it. Raises InputError for a file that cannot be used.
+    A model that is read block by block lacks it. Raises InputError for an unusable file.
     """
     if not model.can_generate() or model.generation_config is None:
         return
@@ -204,12 +203,13 @@ def read_generation_config(model: PreTrainedModel, spec: Mapping[str, Any]) -> N
 
 
 def keep_as_stored(model: PreTrainedModel, dtype: torch.dtype, trust_remote_code: bool) -> None:
-    """Note in a model which dtype it is stored in, where it is computed in another; dtype: of most tensors."""
+    """Record in a model its storage dtype, if it is computed in another. dtype: dtype of most tensors."""
     mark(model, native_dtypes(model.config, dtype, trust_remote_code), dtype)
 
 
 def set_threads(threads: int | None) -> None:
-    """Threads of torch's operations; those between operations, which no job's count limits, are one."""
+    """Set the number of threads within torch's operations; between operations, one thread, because no job limits
+    these."""
     if torch.get_num_interop_threads() != 1:
         torch.set_num_interop_threads(1)
     if threads:
@@ -217,12 +217,12 @@ def set_threads(threads: int | None) -> None:
 
 
 def dtype_name(model: PreTrainedModel) -> str:
-    """The dtype that a model's weights are stored in, as the config spells it."""
+    """The dtype in which a model's weights are stored, as the config spells it."""
     return str(stored_dtype(model)).removeprefix("torch.")
 
 
 def computed_dtype(model: PreTrainedModel) -> str:
-    """The dtype that a model's passes are computed in, as the config spells it."""
+    """The dtype in which a model's passes are computed, as the config spells it."""
     return str(model.dtype).removeprefix("torch.")
 
 
@@ -232,7 +232,7 @@ def vocabulary(model: PreTrainedModel) -> int:
 
 
 def check_tokens(model: PreTrainedModel, tokens: Tensor) -> None:
-    """Raise InputError when the tokens [sequences, length] cannot be those of the model."""
+    """Raise InputError when the tokens [sequences, length] cannot belong to the model."""
     if tokens.ndim != 2 or not len(tokens) or tokens.shape[1] < 2 or tokens.is_floating_point():
         raise InputError(
             "Tokens must be integers [sequences, length], of at least one sequence and two tokens. "
@@ -245,7 +245,7 @@ def check_tokens(model: PreTrainedModel, tokens: Tensor) -> None:
             "do the tokenizer and the model belong together?"
         )
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if isinstance(positions, int) and 0 < positions < tokens.shape[1]:  # XLNet says -1: any number
+    if isinstance(positions, int) and 0 < positions < tokens.shape[1]:  # XLNet gives -1 for any number
         raise InputError(
             f"The sequences must have at most {positions} tokens for this model. Got {tokens.shape[1]} instead."
         )

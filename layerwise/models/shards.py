@@ -22,12 +22,12 @@ DTYPES |= {"BOOL": torch.bool}
 class Shards:
     """The tensors of a model's safetensors files, read by name.
 
-    empty: of each tensor one of its shape and dtype, without data. repeated: names that several files hold; the index's
-    weight_map says which file such a tensor is read from.
+    empty: name -> tensor of the same shape and dtype, without data. repeated: names that several files hold; the
+    index's weight_map decides from which file such a tensor is read.
     """
 
     def __init__(self, name: str, folder: Path) -> None:
-        """Raises SafetensorError for a damaged file, and InputError for an index that its files contradict."""
+        """Raises SafetensorError for a damaged file, and InputError for an index that contradicts the files."""
         self._file_of: dict[str, Path] = {}
         self.empty: dict[str, Tensor] = {}
         self.repeated: set[str] = set()
@@ -35,7 +35,7 @@ class Shards:
         seen: set[str] = set()
         for path in paths:
             with opened(path) as file:
-                for key in file.keys():  # noqa: SIM118 (it is no mapping)
+                for key in file.keys():  # noqa: SIM118 (it is not a mapping)
                     part = file.get_slice(key)
                     if part.get_dtype() not in DTYPES:
                         raise SafetensorError(f"{key} is of dtype {part.get_dtype()}, in which no model can be read")
@@ -56,7 +56,8 @@ class Shards:
             )
 
     def read(self, keys: Collection[str]) -> dict[str, Tensor]:
-        """Copies of the tensors: the library's are mapped files, which take memory until the last of them is gone."""
+        """Copies of the tensors. The library's tensors are mapped files, which take memory until the last is
+        released."""
         found = {}
         for path in dict.fromkeys(self._file_of[key] for key in keys):
             with opened(path) as file:
@@ -66,7 +67,7 @@ class Shards:
 
 @contextmanager
 def opened(path: Path) -> Iterator[Any]:
-    """A safetensors file; errors name it."""
+    """An open safetensors file; errors name it."""
     try:
         with safe_open(path, "pt") as file:
             yield file

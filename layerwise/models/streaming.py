@@ -1,4 +1,4 @@
-"""A model that is never whole in memory: its blocks are read from their safetensors shards when they are run."""
+"""A model that is never whole in memory: each block is read from its safetensors shards when it is run."""
 
 from __future__ import annotations
 
@@ -31,29 +31,29 @@ from layerwise.models.stored_dtypes import round_as_stored
 from layerwise.models.structure import Blocks, check_unshared
 from layerwise.runtime.memory import free_memory, give_back_memory
 
-SHARE = 0.7  # of the free memory that all blocks may take
+SHARE = 0.7  # largest share of the free memory for all blocks
 
 
 class LazyBlocks(Blocks):
-    """The blocks of a model of which no weights are in memory.
+    """The blocks of a model without weights in memory.
 
-    A block is read when it is opened, or run, and dropped when it is closed, or has been run, with whatever was written
-    to its weights. Meanwhile another thread reads the next one. Parameters outside the blocks are treated alike.
+    A block is read when it is opened or run. It is dropped, with any changes to its weights, when it is closed or has
+    run. Meanwhile another thread reads the next block. Parameters outside the blocks are handled in the same way.
     """
 
     def __init__(
         self, spec: Mapping[str, Any], device: str | torch.device = "cpu", compute_dtype: str | None = None
     ) -> None:
-        """spec, compute_dtype: a config entry, and the dtype that it is computed in, as `models.load` takes them.
+        """spec, compute_dtype: a config entry and its compute dtype, as in `models.load`.
 
-        Raises InputError as that does; of weights that are not finite only when their block is read.
+        Raises InputError as `models.load` does, but for weights that are not finite only when their block is read.
         """
         self._spec, self._device_map = spec, {"": str(device)}
         folder, config, options = read_config(spec)
         with sentences(spec):
             self._shards = Shards(spec.get("name", folder), Path(folder).absolute())  # the process may move
             stored = saved_dtype(spec, config, self._shards.empty)
-            # Parameters get no data. Buffers, which models compute, do.
+            # Parameters get no data, but buffers do, because models compute them.
             with no_init_weights(), init_empty_weights(include_buffers=False):
                 model: Any = AutoModelForCausalLM.from_config(
                     config,
@@ -65,14 +65,14 @@ class LazyBlocks(Blocks):
         self._write: Callable[[int, nn.Module], None] | None = None
         self._mapping: list[Any] = get_model_conversion_mapping(model)
         self._plan = model._get_dtype_plan(model.dtype)
-        model.initialize_weights()  # of the buffers, outside the model's dtype, as the library's loader does
+        model.initialize_weights()  # for the buffers, outside the model's dtype, as in the library's loader
         buffers = [(module, key, own) for module in model.modules() for key, own in module._buffers.items()]
         self._absent = self._check(model)
-        for module, key, own in buffers:  # the check has taken the data of those that are saved
+        for module, key, own in buffers:  # the check has removed the data of saved buffers
             module._buffers[key] = None if own is None else own.to(device)
         super().__init__(model.eval().requires_grad_(False))
         check_unshared(model)
-        self._keys = self._of_blocks(model)  # names in the files; those outside the blocks under None
+        self._keys = self._of_blocks(model)  # names in the files; the key None holds those outside the blocks
         self.device = torch.device(device)
         self._users: Counter[int | None] = Counter()
         self._reader = ThreadPoolExecutor(1)
@@ -90,7 +90,7 @@ class LazyBlocks(Blocks):
     def _put(
         self, model: PreTrainedModel, tensors: Mapping[str, Tensor], device: Mapping[str, str] | None = None
     ) -> Any:
-        """Give the parameters that the tensors of the files represent, converted as the library does, to the model."""
+        """Put the tensors of the files into the model's parameters, converted as the library does."""
         config = LoadStateDictConfig(
             dtype=model.dtype,
             dtype_plan=self._plan,
@@ -102,15 +102,15 @@ class LazyBlocks(Blocks):
             return convert_and_load_state_dict_in_model(model, dict(tensors), config)[0]
 
     def _check(self, model: PreTrainedModel) -> frozenset[str]:
-        """Names of the parameters that the files leave to be tied to others, by a loading of all without data.
+        """Names of the parameters that are absent from the files and tied to others, from loading all without data.
 
         Raises InputError when the files do not hold the model's parameters, or hold others.
         """
         info = self._put(model, self._shards.empty, {"": "meta"})
         absent = frozenset(info.missing_keys)
-        model.tie_weights(missing_keys=info.missing_keys, recompute_mapping=False)  # takes those that it ties out
+        model.tie_weights(missing_keys=info.missing_keys, recompute_mapping=False)  # removes tied names
         model._adjust_missing_and_unexpected_keys(info)
-        missing = info.missing_keys & set(model.state_dict())  # buffers that are not saved, a model computes
+        missing = info.missing_keys & set(model.state_dict())  # the model computes buffers that are not saved
         check_names(self._spec, model, {key for key, *_ in info.mismatched_keys}, missing)
         check_used(self._spec, model, {key: self._shards.empty[key] for key in info.unexpected_keys})
         return absent
@@ -150,8 +150,8 @@ class LazyBlocks(Blocks):
 
     @contextmanager
     def whole_if_it_fits(self) -> Iterator[None]:
-        """Within it all blocks are in memory, where they take no more than SHARE of what is free; else each is read
-        whenever it is run, which gives the same results later."""
+        """Context in which all blocks are in memory, if they take at most SHARE of the free memory. Otherwise each
+        block is read whenever it is run, with the same results but more slowly."""
         size, free = sum(own.nbytes for own in self.modules.parameters()), free_bytes(self.device)
         with self.outside(), ExitStack() as stack:
             if size <= SHARE * free:
@@ -159,8 +159,8 @@ class LazyBlocks(Blocks):
                     stack.enter_context(self.open(index))
             else:
                 print(
-                    f"The blocks take {size / 1e9:.1f} GB, of memory {free / 1e9:.1f} GB are free: "
-                    "each is read whenever it is run.",
+                    f"The blocks take {size / 1e9:.1f} GB, and {free / 1e9:.1f} GB of memory are free: each block is "
+                    f"read whenever it is run.",
                     file=sys.stderr,
                 )
             yield
@@ -173,19 +173,20 @@ class LazyBlocks(Blocks):
             found = self._read(index)
         self._put(self.model, found)
         del found
-        if index is None:  # as from_pretrained ties: a head of its own in the files stays one, whatever the config says
+        # as from_pretrained ties: a separate head in the files stays separate, even against the config
+        if index is None:
             self.model.tie_weights(missing_keys=set(self._absent), recompute_mapping=False)
         read = self.model if index is None else self.modules[index]
         read.requires_grad_(False)
         round_as_stored(read)
         prefix = "" if index is None else f"{self.name}.{index}."
-        held = read.state_dict().items()  # parameters, and buffers that files hold, such as the bias of a router
+        held = read.state_dict().items()  # parameters and saved buffers, such as the bias of a router
         check_finite(self._spec, ((prefix + key, own) for key, own in held if not own.is_meta))
         if index is not None and self._write:
             self._write(index, read)
 
     def _read(self, index: int | None) -> dict[str, Tensor]:
-        """The tensors of a block, or from outside them; from now on another thread reads the next block's."""
+        """The tensors of a block, or those outside the blocks; another thread then reads the next block's."""
         if index is None:
             return self._shards.read(self._keys[None])
         ahead, self._ahead = self._ahead, None
@@ -204,14 +205,14 @@ class LazyBlocks(Blocks):
 
 
 def free_bytes(device: torch.device) -> int:
-    """Memory of the device, or that the system and the process's control group leave, that is free."""
+    """Free memory of the device, or free memory within the system and the process's control group."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     return free_memory()
 
 
 def saved_dtype(spec: Mapping[str, Any], config: PreTrainedConfig, tensors: Mapping[str, Tensor]) -> torch.dtype:
-    """The dtype of a model: its entry's, else its config's, else that of its first weight."""
+    """The dtype of a model: from its entry, otherwise its config, otherwise its first weight."""
     own = spec.get("dtype") or "auto"
     if own == "auto":
         own = config.dtype or next(tensor.dtype for tensor in tensors.values() if tensor.is_floating_point())

@@ -1,4 +1,4 @@
-"""Blocks and linear layers of a language model, found by structure."""
+"""Find the blocks and linear layers of a language model by structure."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from layerwise.models.stored_dtypes import rounded_as_stored
 from layerwise.runtime.errors import InputError
 
 ROUTERS = ("gate", "router")  # names of a linear layer that chooses experts, or of the module around it
-SHOWN = 3  # names that an error lists before it says how many more there are
+SHOWN = 3  # number of names that an error lists before it counts the rest
 
 
 def few(names: Iterable[str]) -> str:
-    """The first names in order, and how many more there are."""
+    """The first names in order, and the number of further ones."""
     found = sorted(names)
     return ", ".join(found[:SHOWN]) + (f" and {len(found) - SHOWN} more" if len(found) > SHOWN else "")
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether a module is a linear layer that could be compressed: one with a single output, a gate, is not."""
+    """Whether a module is a compressible linear layer; a layer with a single output is a gate and does not count."""
     if not isinstance(module, (nn.Linear, Conv1D)):
         return False
     return (module.out_features if isinstance(module, nn.Linear) else module.nf) > 1
@@ -38,14 +38,14 @@ def is_experts(module: nn.Module) -> bool:
 
 
 def expert_parameters(module: nn.Module) -> list[str]:
-    """Names of a module's own parameters of three dimensions, such as gate_up_proj and down_proj."""
+    """Names of a module's own three-dimensional parameters, such as gate_up_proj and down_proj."""
     return [name for name, parameter in module.named_parameters(recurse=False) if parameter.ndim == 3]
 
 
 def block_lists(model: nn.Module) -> list[tuple[str, nn.ModuleList]]:
-    """Name and list of the model's outermost ModuleLists that have linear layers."""
+    """(name, list) of each outermost ModuleList of the model that contains linear layers."""
     outermost: list[tuple[str, nn.ModuleList]] = []
-    for name, module in model.named_modules():  # parents come before their children
+    for name, module in model.named_modules():  # parents precede their children
         inner = any(name.startswith(f"{outer}.") for outer, _ in outermost)
         if isinstance(module, nn.ModuleList) and not inner and any(map(is_linear, module.modules())):
             outermost.append((name, module))
@@ -53,7 +53,7 @@ def block_lists(model: nn.Module) -> list[tuple[str, nn.ModuleList]]:
 
 
 def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
-    """Name and list of the model's blocks: of block_lists that with most parameters.
+    """Name and list of the model's blocks: the one of block_lists with the most parameters.
 
     Raises InputError when there is none.
     """
@@ -64,7 +64,7 @@ def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
 
 
 def check_unshared(model: PreTrainedModel) -> None:
-    """Raise InputError when blocks share weights: compressing one would change another after its statistics."""
+    """Raise InputError when blocks share weights: compressing one would change another after its calibration."""
     prefix = f"{find_blocks(model)[0]}."
     first: dict[int, str] = {}
     shared = {key for pair in model.all_tied_weights_keys.items() for key in pair}
@@ -79,10 +79,10 @@ def check_unshared(model: PreTrainedModel) -> None:
 
 
 class Blocks:
-    """The blocks of a model; these of one that is whole in memory.
+    """The blocks of a model; in this class, of a model that is whole in memory.
 
-    with blocks.open(index) as block:    # within it the block has its weights
-    with blocks.outside():               # within it so has what lies outside the blocks
+    with blocks.open(index) as block:    # the block has its weights in this context
+    with blocks.outside():               # parameters outside the blocks have theirs
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -102,20 +102,20 @@ class Blocks:
         yield
 
     def change(self, write: Callable[[int, nn.Module], None]) -> None:
-        """Have the weights of each block, of which the index is given, written to before anything else sees them."""
+        """Register a function that writes to each block's weights, given its index, before anything else sees them."""
         for index, block in enumerate(self.modules):
             write(index, block)
 
 
 @dataclass(frozen=True)
 class Linear:
-    """A linear layer of a block, seen as weight [out, in] whichever way its module stores it.
+    """A linear layer of a block, viewed as weight [out, in] for either storage layout.
 
-    An expert's is one index of a parameter [experts, ., .] of the module that holds all of them.
+    An expert's weight is one index of a parameter [experts, ., .] of the module that holds all experts.
     """
 
-    name: str  # in the model, such as model.layers.0.self_attn.q_proj or model.layers.0.mlp.experts.3.down_proj
-    inside: str  # in its block, such as self_attn.q_proj or mlp.experts.3.down_proj
+    name: str  # name in the model, such as model.layers.0.self_attn.q_proj or model.layers.0.mlp.experts.3.down_proj
+    inside: str  # name in its block, such as self_attn.q_proj or mlp.experts.3.down_proj
     module: nn.Module
     transposed: bool  # transformers' Conv1D, and some experts, store [in, out]
     parameter: str = "weight"
@@ -124,7 +124,7 @@ class Linear:
     @property
     def _view(self) -> Tensor:
         """[out, in] view of the parameter, or of an expert's part of it."""
-        stored = self.module.get_parameter(self.parameter).detach()  # by name: parameters may come and go
+        stored = self.module.get_parameter(self.parameter).detach()  # by name, because parameters may be replaced
         stored = stored if self.expert is None else stored[self.expert]
         return stored.T if self.transposed else stored
 
@@ -135,7 +135,7 @@ class Linear:
         return rows, columns
 
     def stored_in(self, name: str) -> str:
-        """Name of the parameter that holds the weight, where the layer is called `name` (its name, or inside)."""
+        """Name of the parameter that holds the weight, for a layer named `name` (its name, or inside)."""
         if self.expert is None:
             return f"{name}.{self.parameter}"
         return name.removesuffix(f"{self.expert}.{self.parameter}") + self.parameter
@@ -152,11 +152,11 @@ class Linear:
         return weight
 
     def as_stored(self, weight: Tensor) -> Tensor:
-        """A weight [out, in] with the values and the dtype that it has once it is in the module."""
+        """A weight [out, in] with the values and dtype that it would have in the module."""
         return rounded_as_stored(self.module, self.parameter, weight)
 
     def replace(self, weight: Tensor) -> None:
-        """Write a weight [out, in] into the module, in place and rounded to the dtype that the model is stored in."""
+        """Write a weight [out, in] to the module, in place and rounded to the model's storage dtype."""
         if tuple(weight.shape) != self.shape:  # copy_ would broadcast
             raise ValueError(f"The new weight of {self.name} must be {self.shape}. Got {tuple(weight.shape)} instead.")
         with torch.no_grad():
@@ -166,7 +166,7 @@ class Linear:
 def linears(block: nn.Module, prefix: str) -> list[Linear]:
     """The linear layers of a block, in the order of its modules; prefix: the block's name in the model.
 
-    Routers and other gates are not among them. Raises InputError for weights of three dimensions in an unknown layout.
+    Routers and other gates are excluded. Raises InputError for three-dimensional weights in an unknown layout.
     """
     found, routers = [], set(router_names(block))
     for inside, module in block.named_modules():
@@ -216,12 +216,12 @@ def experts(module: nn.Module, inside: str, prefix: str) -> list[Linear]:
 
 
 def is_stack(module: nn.Module, name: str) -> bool:
-    """Whether a parameter of three dimensions is a stack of matrices, and not a convolution along the sequence."""
+    """Whether a three-dimensional parameter is a stack of matrices rather than a convolution along the sequence."""
     return not isinstance(module, nn.Conv1d) and min(module.get_parameter(name).shape[1:]) > 1
 
 
 def router_names(block: nn.Module) -> Iterator[str]:
-    """Linear layers with an output for each expert of the module that they are beside."""
+    """Names of linear layers with one output for each expert of their sibling module."""
     for inside, module in block.named_modules():
         if is_experts(module):
             count, around = len(module.get_parameter(expert_parameters(module)[0])), inside.rpartition(".")[0]
@@ -238,6 +238,6 @@ def model_linears(model: nn.Module) -> dict[str, Linear]:
 
 
 def count_linears(model: nn.Module, first: int | None = None) -> int:
-    """Linear layers of all blocks, or of so many first ones."""
+    """Number of linear layers in all blocks, or in the first `first` blocks."""
     name, blocks = find_blocks(model)
     return sum(len(linears(block, name)) for block in list(blocks)[:first])

@@ -1,1 +1,1 @@
-"""From cells to tables."""
+"""Turn cells into tables."""

@@ -1,4 +1,4 @@
-"""Compare layers with the certified bounds: the columns lower_bound and gap_to_bound of the `layers` table."""
+"""Compare layers with certified bounds: the columns lower_bound and gap_to_bound of the `layers` table."""
 
 from pathlib import Path
 
@@ -29,10 +29,9 @@ def _read(path: Path, table: str, what: str, logs: str) -> pa.Table:
 
 
 def with_bounds(layers: pa.Table, bounds: pa.Table, path: Path) -> pa.Table:
-    """The `layers` rows of a cell with the bounds of its target, read from `path`, in their two columns.
+    """The `layers` rows of a cell with the two columns of its target's bounds, read from `path`.
 
-    Raises InputError when a layer has no bound, or an error below it, which nothing that the target
-    allows can have.
+    Raises InputError when a layer has no bound, or has an error below its bound, which the target cannot allow.
     """
     known = dict(zip(*(bounds.column(name).to_pylist() for name in ("layer", "lower_bound")), strict=True))
     lower, gaps = [], []

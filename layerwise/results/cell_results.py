@@ -1,4 +1,4 @@
-"""Read what a cell left in its folder: its layers, its trace, its numbers, or the reason why there are none."""
+"""Read a cell's folder: its layers, trace and numbers, or the reason why there are none."""
 
 import json
 import math
@@ -19,19 +19,21 @@ from layerwise.runtime.files import aside_of
 from layerwise.sources.text_files import shared_origin
 from layerwise.storage.table_schema import first_line, from_rows, read_parquet, typed, unusable
 
-DIVERGENCES = ("kl", "kl_p99", "top1_agreement")  # from the dense model, of evaluation.divergence; beside a perplexity
-WINDOWED = {"kl": "kl_windows", "top1_agreement": "top1_windows"}  # means over windows, and where these are
-ACCURACIES = ("acc", "acc_norm", "exact_match")  # of zero-shot tasks, means over items; higher is better
-MEAN = "mean"  # the name of the row that has the mean accuracy over the tasks of a set
+# from the dense model, by evaluation.divergence; stored with a perplexity
+DIVERGENCES = ("kl", "kl_p99", "top1_agreement")
+# means over windows, and the keys of the windows' values
+WINDOWED = {"kl": "kl_windows", "top1_agreement": "top1_windows"}
+ACCURACIES = ("acc", "acc_norm", "exact_match")  # zero-shot metrics, means over items; higher is better
+MEAN = "mean"  # name of the row with the mean accuracy over the tasks of a set
 CELL_METRICS = ("mean_output_error", "achieved_sparsity", "bits_per_weight", "solve_seconds", "job_seconds")
-LARGEST_LOSS = 700.0  # nats of a window, which exp takes close to the largest float64: no interval beyond
-COMPRESSED = {"cell.json", "layers.parquet", "trace.parquet"}  # files of the compress job that are read here
+LARGEST_LOSS = 700.0  # nats per window; exp of more would exceed float64, so there is no interval
+COMPRESSED = {"cell.json", "layers.parquet", "trace.parquet"}  # files of the compress job that this module reads
 NEVER_RAN = "no result and no failure record: an earlier step failed (see logs/), or the job was killed or never ran"
 BROKEN = (ValueError, OSError, KeyError, TypeError, AttributeError, pa.ArrowException, InputError)
 
 
 class PlannedCell(Protocol):
-    """The parts of a cell of the plan that are used here."""
+    """The parts of a planned cell that this module uses."""
 
     @property
     def folder(self) -> str: ...
@@ -44,8 +46,8 @@ class PlannedCell(Protocol):
 
 @dataclass(frozen=True)
 class TextEvaluation:
-    """identity: part of the result's file name; text: name in the config; shared_with: config name of each calibration
-    set whose text is of the same file or data set -> these, as `shared_origin` calls them."""
+    """identity: part of the result's file name. text: name in the config. shared_with: config name of each calibration
+    set that draws from the same file or data set -> that origin, as named by `shared_origin`."""
 
     identity: str
     text: str
@@ -54,7 +56,8 @@ class TextEvaluation:
 
 @dataclass(frozen=True)
 class TaskSet:
-    """identity: part of the result's file name; name: of the set in the config; tasks: what was asked of lm-eval."""
+    """identity: part of the result's file name. name: the set's name in the config. tasks: the tasks requested from
+    lm-eval."""
 
     identity: str
     name: str
@@ -63,7 +66,7 @@ class TaskSet:
 
 @dataclass(frozen=True)
 class Gap:
-    """Why a result does not exist; status: failed or missing."""
+    """The reason why a result does not exist. status: failed or missing."""
 
     status: str
     reason: str
@@ -71,7 +74,7 @@ class Gap:
 
 @dataclass(frozen=True)
 class Compression:
-    """Results of a cell's compress job: typed layers and trace, provenance and the seconds of the job."""
+    """Results of a cell's compress job: typed layers and trace, provenance and the job's seconds."""
 
     layers: pa.Table
     trace: pa.Table
@@ -82,7 +85,7 @@ class Compression:
 def evaluations(config: Mapping[str, Any], specs: Mapping[str, Mapping[str, Any]]) -> list[TextEvaluation]:
     """The evaluations of a plan, each with the calibration sets that draw from the same file or data set.
 
-    config: whole, with defaults; specs: id -> spec with its name, as in Plan.evaluations.
+    config: the whole config with defaults. specs: id -> spec with its name, as in Plan.evaluations.
     """
     texts, calibrations = config["texts"], config["calibration"]
     evaluated = []
@@ -95,12 +98,12 @@ def evaluations(config: Mapping[str, Any], specs: Mapping[str, Mapping[str, Any]
 
 
 def task_sets(specs: Mapping[str, Mapping[str, Any]]) -> list[TaskSet]:
-    """The sets of tasks of a plan; specs: id -> spec with its name, as in Plan.tasks."""
+    """The task sets of a plan. specs: id -> spec with its name, as in Plan.tasks."""
     return [TaskSet(identity, spec["name"], tuple(spec["tasks"])) for identity, spec in specs.items()]
 
 
 def read_record(path: Path) -> dict[str, Any]:
-    """The object of a JSON file that a job wrote. Raises ValueError when it holds no such thing."""
+    """The object in a JSON file that a job wrote. Raises ValueError when the file holds something else."""
     content = json.loads(path.read_text(encoding="utf-8"))
     if not isinstance(content, dict):
         raise ValueError(f"it must be an object. Got {type(content).__name__} instead")
@@ -108,7 +111,8 @@ def read_record(path: Path) -> dict[str, Any]:
 
 
 def read_compression(folder: Path, columns: Mapping[str, Any]) -> Compression:
-    """The results of the compress job in a cell's folder. Raises InputError naming the file that is broken."""
+    """The results of the compress job in a cell's folder. Raises InputError, which names the file, for a broken
+    file."""
     name = "cell.json"
     try:
         record = read_record(folder / name)
@@ -128,12 +132,12 @@ def read_compression(folder: Path, columns: Mapping[str, Any]) -> Compression:
 
 
 def _of_cell(data: pa.Table, table: str, columns: Mapping[str, Any]) -> pa.Table:
-    """The rows with the plan's spec columns, once it is certain that they are of this cell."""
+    """The rows with the plan's spec columns, after a check that they belong to this cell."""
     data = typed(data, table, "it")
     strangers = set(data.column("cell").unique().to_pylist()) - {columns["cell"]}
     if strangers:
         raise ValueError(f"it holds rows of cell {min(strangers)!r}")
-    # The plan has the last word on what does not make a cell another one, such as the name of its model.
+    # The plan decides the columns that are not part of a cell's identity, such as the name of its model.
     for name, value in columns.items():
         position = data.schema.get_field_index(name)
         field = data.schema.field(position)
@@ -142,7 +146,7 @@ def _of_cell(data: pa.Table, table: str, columns: Mapping[str, Any]) -> pa.Table
 
 
 def failure(folder: Path, present: set[str], stages: Sequence[str]) -> Gap:
-    """The failure record of the first of the stages that left one, as a gap; missing when none did."""
+    """The failure record of the first stage that left one, as a gap; status missing if none did."""
     for stage in stages:
         name = f"failed-{stage}.json"
         if name not in present:
@@ -161,7 +165,7 @@ def failure(folder: Path, present: set[str], stages: Sequence[str]) -> Gap:
 
 
 def layer_metrics(compression: Compression) -> dict[str, float | None]:
-    """The metrics of CELL_METRICS, sparsity and bits weighted by the layers' sizes; None where there is no layer."""
+    """The metrics of CELL_METRICS, with sparsity and bits weighted by the layers' sizes; None if there is no layer."""
     layers = compression.layers
     size = layers.column("out").to_numpy() * layers.column("in").to_numpy()
     values: list[float | None] = [None, None, None]
@@ -173,10 +177,10 @@ def layer_metrics(compression: Compression) -> dict[str, float | None]:
 
 
 def read_perplexity(folder: Path, evaluation: TextEvaluation) -> tuple[list[dict[str, Any]], dict[str, list[float]]]:
-    """The rows of one perplexity and of the divergences beside it, and metric -> its value of each window, none where
-    one is not finite.
+    """The rows of a perplexity and its divergences, and metric -> its values per window (no values if one is not
+    finite).
 
-    Raises InputError naming a broken file.
+    Raises InputError, which names the file, for a broken file.
     """
     path = folder / f"perplexity-{evaluation.identity}.json"
     try:
@@ -213,24 +217,24 @@ def read_perplexity(folder: Path, evaluation: TextEvaluation) -> tuple[list[dict
 
 
 def _interval(windows: Sequence[float], statistic: Callable[[Floats], Floats] = itself) -> dict[str, float | None]:
-    """The columns of the interval of a function of the mean over windows; empty for fewer than two."""
+    """The interval columns for a function of the mean over windows; empty for fewer than two windows."""
     low, high = bootstrap_interval(windows, statistic) or (None, None)
     return {"low": low, "high": high}
 
 
 def _computed(record: Mapping[str, Any]) -> dict[str, str]:
-    """The dtype that an evaluation was computed in; without it the row has that of its cell."""
+    """The dtype in which an evaluation was computed; if it is absent, the row takes its cell's dtype."""
     return {"compute_dtype": str(record["compute_dtype"])} if "compute_dtype" in record else {}
 
 
 def without_filter(metric: str) -> tuple[str, str]:
-    """(exact_match, strict-match) of "exact_match,strict-match": the metric and lm-eval's filter, "" where none is."""
+    """(exact_match, strict-match) of "exact_match,strict-match": the metric and lm-eval's filter, or "" without one."""
     own, _, filtered = metric.partition(",")
     return own, filtered
 
 
 def item_scores(record: Mapping[str, Any]) -> dict[tuple[str, str], list[float]]:
-    """(task or group of tasks, metric) -> the score of every item, of the accuracies that are the mean of these."""
+    """(task or group of tasks, metric) -> the score of every item, for accuracies that are means of item scores."""
     by_task = {}
     for row in record["rows"]:
         members = record["groups"].get(row["task"], [row["task"]])
@@ -244,7 +248,7 @@ def item_scores(record: Mapping[str, Any]) -> dict[tuple[str, str], list[float]]
 
 
 def read_tasks(path: Path) -> tuple[list[dict[str, Any]], dict[tuple[str, str], list[float]]]:
-    """Rows and item scores of a file of tasks. Raises InputError naming one that is broken."""
+    """Rows and item scores of a file of tasks. Raises InputError, which names the file, for a broken file."""
     try:
         record = read_record(path)
         common = {"status": "done", "lm_eval": record["lm_eval"], **_computed(record)}
@@ -259,9 +263,9 @@ def read_tasks(path: Path) -> tuple[list[dict[str, Any]], dict[tuple[str, str], 
 
 
 def task_rows(folder: Path, tasks: TaskSet) -> tuple[list[dict[str, Any]], dict[tuple[str, str], list[float]]]:
-    """The value columns of every task and metric of a set, and (task, metric) -> the score of every item.
+    """The value columns of every task and metric in a set, and (task, metric) -> the score of every item.
 
-    Raises InputError naming a broken file.
+    Raises InputError, which names the file, for a broken file.
     """
     rows, scores = read_tasks(folder / f"tasks-{tasks.identity}.json")
     for row in rows:
@@ -272,7 +276,7 @@ def task_rows(folder: Path, tasks: TaskSet) -> tuple[list[dict[str, Any]], dict[
 
 
 def _mean_of_tasks(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The mean of `acc` over the tasks of a set, as papers print it; no row where a task has none or is alone."""
+    """The mean of `acc` over the tasks of a set, as printed in papers; no row if a task lacks it or is alone."""
     accuracies = [row for row in rows if row["metric"] == "acc"]
     if len(accuracies) < 2 or {row["task"] for row in accuracies} < {row["task"] for row in rows}:
         return []
@@ -287,9 +291,9 @@ def _mean_of_tasks(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 @dataclass
 class Results:
-    """All there is of a cell: its compression, its rows of the `cells` table, the first gap in it, and what its values
-    are means of: windows, (metric, text) -> the values of the text's windows, losses for the perplexity; and scores,
-    (name of the set, task, metric) -> those of the items."""
+    """All results of a cell: its compression, its rows of the `cells` table, the first gap, and the values behind the
+    means. windows: (metric, text) -> the values of the text's windows (losses for the perplexity). scores: (name of the
+    set, task, metric) -> the items' scores."""
 
     compression: Compression | None = None
     rows: list[dict[str, Any]] = field(default_factory=list)
@@ -301,11 +305,11 @@ class Results:
 def gather_cell(
     cell: PlannedCell, evaluations: Sequence[TextEvaluation], root: Path = Path(), tasks: Sequence[TaskSet] = ()
 ) -> Results:
-    """Read what the jobs of a cell left."""
+    """Read the results of a cell's jobs."""
     folder = CellFolder.of(root / cell.folder)
     results = Results()
     results.compression, results.gap = _compression(folder, cell)
-    failed = results.gap  # without a compression there is nothing else
+    failed = results.gap  # without a compression there are no other results
     common = dict(cell.columns) | (results.compression.provenance if results.compression else {})
     for evaluation in evaluations:
         rows, gap = _perplexity_rows(folder, evaluation, results, failed)
@@ -354,8 +358,8 @@ def _compression(folder: CellFolder, cell: PlannedCell) -> tuple[Compression | N
 def _perplexity_rows(
     folder: CellFolder, evaluation: TextEvaluation, results: Results, failed: Gap | None
 ) -> tuple[list[dict[str, Any]], Gap | None]:
-    """The rows of a perplexity and the divergences beside it, and why they have no value, if so; the values of windows
-    go into `results`.
+    """The rows of a perplexity and its divergences, and why they have no value, if they have none. The values of
+    windows are added to `results`.
 
     failed: the gap in the cell's compression, if any.
     """
@@ -375,7 +379,8 @@ def _perplexity_rows(
 def _task_rows(
     folder: CellFolder, task_set: TaskSet, results: Results, failed: Gap | None
 ) -> tuple[list[dict[str, Any]], Gap | None]:
-    """The rows of a set of tasks and why they have no value, if so; the items' scores go into `results`."""
+    """The rows of a task set, and why they have no value, if they have none. The items' scores are added to
+    `results`."""
     stage, gap = f"tasks-{task_set.identity}", failed
     if not gap and f"{stage}.json" in folder.present:
         try:
@@ -391,7 +396,7 @@ def _task_rows(
 
 
 def _metric_rows(compression: Compression | None, gap: Gap | None) -> list[dict[str, Any]]:
-    """A row of each of CELL_METRICS; gap: why there is no compression."""
+    """A row for each of CELL_METRICS. gap: why there is no compression."""
     metrics = layer_metrics(compression) if compression else dict.fromkeys(CELL_METRICS)
     rows = []
     for metric, value in metrics.items():

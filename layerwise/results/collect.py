@@ -1,7 +1,7 @@
 """Gather the cells of a study into tables: layers, cells, traces, bounds, allocations, comparisons, skipped, main.
 
 Rows are in the order of the plan, columns in the order of workflow/schemas/tables.schema.yaml, so that two CSVs of
-one study can be compared by eye. The tables appear together, or, when anything is wrong, not at all.
+one study can be compared by eye. All tables appear together or, if anything is wrong, none appears.
 """
 
 import argparse
@@ -52,7 +52,7 @@ ROWS_AT_ONCE = 200_000  # rows held in memory before they are written
 
 
 class TableWriter:
-    """Writes a table piece by piece as parquet and CSV, holding few rows in memory."""
+    """Writes a table in pieces as parquet and CSV, with few rows in memory."""
 
     def __init__(self, table: str, parquet: Path, csv: Path) -> None:
         self.schema, self.csv, self.first = arrow_schema(table), csv, True
@@ -81,10 +81,10 @@ class TableWriter:
 
 
 def write_csv(data: pa.Table, path: Path, header: bool = True) -> None:
-    """Write, or without header append, a table; empty fields for what is not there."""
+    """Write a table, or append it if `header` is False; missing values are empty fields."""
     mode = "w" if header else "a"
     texts = [column for column in data.columns if pa.types.is_string(column.type)]
-    # Of characters that end a line the csv module of Python 3.11 and 3.12 quotes just the one that is written.
+    # Among line-ending characters, the csv module of Python 3.11 and 3.12 quotes only its own line terminator.
     returns = any(holds(text, "\r") for text in texts)
     to_frame(data).to_csv(
         path,
@@ -99,7 +99,7 @@ def write_csv(data: pa.Table, path: Path, header: bool = True) -> None:
 
 
 def observe(columns: Mapping[str, Any], compression: Compression, results: Results) -> Observation:
-    """The units of a cell's measures: errors of layers, values of each text's windows, scores of items."""
+    """The units of a cell's measures: layer errors, values of each text's windows, item scores."""
     errors = (compression.layers.column(name).to_pylist() for name in ("layer", *LAYER_ERRORS))
     values: dict[Measure, Mapping[Any, float]] = {**layer_errors(*errors)}
     for (metric, text), windows in results.windows.items():
@@ -111,7 +111,7 @@ def observe(columns: Mapping[str, Any], compression: Compression, results: Resul
 
 
 def refuse_other_protocols(results: Results, protocol: Protocol) -> None:
-    """Take away what was computed under another protocol than the cells before it: rows that say so are left."""
+    """Remove values computed under another protocol than the cells before; the rows keep the reason."""
     for row in results.rows:
         if sentence := protocol.difference(row):
             row |= {"value": None, "stderr": None, "low": None, "high": None, "status": "failed", "reason": sentence}
@@ -124,9 +124,9 @@ def refuse_other_protocols(results: Results, protocol: Protocol) -> None:
 
 @dataclass(frozen=True)
 class StudyInputs:
-    """The inputs of the tables. evaluations, tasks: those of every cell; certificates, allocations: paths,
-    relative to the root, of the bounds and levels that the study computes; swept: what the study varies, the same in
-    every row of `cells`."""
+    """The inputs of the tables. evaluations, tasks: common to all cells. certificates, allocations: paths, relative to
+    the root, of the bounds and levels that the study computes. swept: the varied quantity, the same in every row of
+    `cells`."""
 
     cells: Sequence[PlannedCell]
     skipped: Sequence[Mapping[str, Any]]
@@ -138,18 +138,18 @@ class StudyInputs:
 
     @classmethod
     def of(cls, planned: Plan) -> "StudyInputs":
-        """The study that a plan describes."""
+        """The inputs for a plan."""
         texts = evaluations(planned.config, planned.evaluations)
         sets, swept = task_sets(planned.tasks), planned.config.get("sweep")
         return cls(planned.cells, planned.skipped, texts, sets, planned.certificates, swept, planned.allocations)
 
 
 def collect(study: StudyInputs, out: Path, partial: bool = False, root: Path = Path()) -> int:
-    """Write the tables of the cells into folder `out` and return how many cells are not whole.
+    """Write the tables of the cells to the folder `out`; returns the number of incomplete cells.
 
-    Raises InputError when a cell is failed, missing or broken, unless `partial`: then it is a row with its reason, and
-    a bound that is absent, broken or out of date leaves the layers without bounds.
-    root: folder that the cells' folders are relative to.
+    Raises InputError when a cell is failed, missing or broken, unless `partial` is set. With `partial` such a cell is a
+    row with its reason, and layers have no bounds if a bound is absent, broken or out of date.
+    root: the folder to which the cells' folders are relative.
     """
     bounds = _read_bounds(study.certificates, root, partial)
     with ExitStack() as stack:
@@ -174,7 +174,7 @@ def collect(study: StudyInputs, out: Path, partial: bool = False, root: Path = P
 
 
 def _read_bounds(certificates: Collection[str], root: Path, partial: bool) -> dict[str, pa.Table]:
-    """Path -> rows of `bounds`; with `partial`, without those that cannot be read."""
+    """Path -> rows of `bounds`; with `partial`, unreadable files are left out."""
     bounds = {}
     for path in certificates:
         with _unless(partial):
@@ -183,25 +183,25 @@ def _read_bounds(certificates: Collection[str], root: Path, partial: bool) -> di
 
 
 def _unless(partial: bool) -> AbstractContextManager[None]:
-    """A context that an InputError leaves, unless what can be had is asked for."""
+    """A context that suppresses InputError if `partial` is set."""
     return suppress(InputError) if partial else nullcontext()
 
 
 def _open_tables(out: Path, stack: ExitStack) -> dict[str, TableWriter]:
-    """A writer of each table; its files appear when the stack is left without an error."""
+    """A writer for each table; its files appear when the stack is left without an error."""
     writers = {}
     for table in TABLES:
         parquet, text = (stack.enter_context(whole_file(out / f"{table}.{suffix}")) for suffix in ("parquet", "csv"))
         writers[table] = TableWriter(table, parquet, text)
     for writer in writers.values():
-        stack.callback(writer.parquet.close)  # after an error too: before the unfinished files are removed
+        stack.callback(writer.parquet.close)  # also after an error, before the unfinished files are removed
     return writers
 
 
 def _write_cells(
     study: StudyInputs, writers: Mapping[str, TableWriter], bounds: Mapping[str, pa.Table], partial: bool, root: Path
 ) -> tuple[list[tuple[str, Gap]], list[Observation]]:
-    """Write layers, traces and rows of every cell; (folder, gap) of those that are not whole, and what was measured."""
+    """Write layers, traces and rows of every cell; returns (folder, gap) of incomplete cells, and the observations."""
     gaps: list[tuple[str, Gap]] = []
     observations: list[Observation] = []
     protocol = Protocol()
@@ -211,7 +211,7 @@ def _write_cells(
         if results.gap:
             gaps.append((cell.folder, results.gap))
         if gaps and not partial:
-            continue  # only counting what is wrong
+            continue  # only counts faults from here on
         if compression := results.compression:
             writers["layers"].add(_bounded(cell, compression.layers, bounds, partial, root))
             writers["traces"].add(compression.trace)
@@ -224,7 +224,7 @@ def _write_cells(
 def _bounded(
     cell: PlannedCell, layers: pa.Table, bounds: Mapping[str, pa.Table], partial: bool, root: Path
 ) -> pa.Table:
-    """The layers of a cell with their bounds, where the study computes any for it."""
+    """The layers of a cell, with their bounds if the study computes any."""
     path = cell.certificate
     if path is not None and path in bounds:
         with _unless(partial):
@@ -233,7 +233,7 @@ def _bounded(
 
 
 def write_tables(config: Mapping[str, Any], out: Path, partial: bool = False) -> None:
-    """Write all tables of a study whose results are in the working directory, and the main table, into `out`."""
+    """Write all tables of a study and the main table to `out`; results are in the working directory."""
     planned = plan(config)
     absent = collect(StudyInputs.of(planned), out, partial)
     layers = read_table(out, "layers", main_table.SCOPES)

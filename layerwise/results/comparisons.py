@@ -1,9 +1,9 @@
-"""The `comparisons` table: every two methods of a group on one target, and whether they differ by more than noise.
+"""The `comparisons` table: all pairs of methods in a group on one target, and whether they differ by more than noise.
 
 The units are layers for output_error and asymmetric_error, windows of the text for perplexity, kl and top1_agreement,
-and items for accuracy. Seeds repeat the measurement of a unit and are no units of their own, because a layer that suits
-a method does so under every seed: they are averaged, have to agree on the direction, and from three on have to pass a
-test of their own.
+and items for accuracy. Seeds repeat the measurement of a unit. They are not units themselves, because a layer that
+suits a method does so under every seed. They are averaged and must agree on the direction; three or more must also pass
+a separate test.
 """
 
 import math
@@ -18,7 +18,7 @@ from layerwise.results import significance
 from layerwise.results.significance import Floats
 from layerwise.storage.table_schema import COMPARISONS
 
-LEAST = 1e-12  # errors below are rounding, of errors that should be zero
+LEAST = 1e-12  # smaller errors are rounding of errors that should be zero
 PLACE = ("model", "calibration", "mode", "target")
 TARGET = ("allocation", "sparsity", "pattern", "bits", "group", "symmetric")
 NO_DIFFERENCE = "no difference shown"
@@ -26,8 +26,8 @@ NO_DIFFERENCE = "no difference shown"
 
 @dataclass(frozen=True)
 class Measure:
-    """Something measured of every unit. statistic: from the mean over units to the number that a table shows, or None
-    where the errors of layers are compared as ratios; sign: -1 where less is better."""
+    """A quantity measured on every unit. statistic: maps the mean over units to the number in a table, or None if layer
+    errors are compared as ratios. sign: -1 if less is better."""
 
     metric: str
     text: str | None
@@ -37,11 +37,11 @@ class Measure:
 
 ERRORS = Measure("output_error", None, None, -1)
 ASYMMETRIC = Measure("asymmetric_error", None, None, -1)
-LAYER_ERRORS = (ERRORS.metric, ASYMMETRIC.metric)  # columns of `layers`
+LAYER_ERRORS = (ERRORS.metric, ASYMMETRIC.metric)  # both are columns of `layers`
 
 
 def window_measure(metric: str, text: str) -> Measure:
-    """perplexity, from mean losses of windows; kl and top1_agreement, from the means of windows."""
+    """The measure for perplexity (from mean losses of windows), kl or top1_agreement (from means of windows)."""
     statistic = np.exp if metric == "perplexity" else significance.itself
     return Measure(metric, text, statistic, 1 if metric == "top1_agreement" else -1)
 
@@ -49,10 +49,10 @@ def window_measure(metric: str, text: str) -> Measure:
 def layer_errors(
     layers: Sequence[str], output: Sequence[float], asymmetric: Sequence[float | None]
 ) -> dict[Measure, Mapping[str, float]]:
-    """The units of a cell's layer measures, from columns of `layers`.
+    """The units of a cell's layer measures, from the columns of `layers`.
 
-    The asymmetric errors count where all layers have one, in sequential mode those of methods that need the cross-Gram,
-    and are others than the output errors.
+    Asymmetric errors count only if every layer has one (sequential mode, methods that need the cross-Gram) and if they
+    differ from the output errors.
     """
     found: dict[Measure, Mapping[str, float]] = {ERRORS: dict(zip(layers, output, strict=True))}
     known = {layer: error for layer, error in zip(layers, asymmetric, strict=True) if error is not None}
@@ -62,20 +62,21 @@ def layer_errors(
 
 
 def accuracy_measure(metric: str, task: str) -> Measure:
-    """acc, acc_norm or exact_match, from items that are right (1) or wrong (0)."""
+    """The measure for acc, acc_norm or exact_match, from items that are right (1) or wrong (0)."""
     return Measure(metric, task, significance.itself, 1)
 
 
 @dataclass(frozen=True)
 class Observation:
-    """A finished cell: its spec columns and, of each measure, the values of its units [n] by their names."""
+    """A finished cell: its spec columns and, for each measure, unit name -> values [n]."""
 
     columns: Mapping[str, Any]
     values: Mapping[Measure, Mapping[Any, float]]
 
 
 def compare_methods(observations: Sequence[Observation]) -> list[dict[str, Any]]:
-    """Rows of the `comparisons` table, in the order of the cells; p_holm is over those of one place and measure."""
+    """Rows of the `comparisons` table, in the order of the cells; p_holm is adjusted over all rows of one place and
+    measure."""
     measures = list(dict.fromkeys(measure for cell in observations for measure in cell.values))
     places: dict[tuple[Any, ...], list[Observation]] = {}
     for cell in observations:
@@ -84,7 +85,7 @@ def compare_methods(observations: Sequence[Observation]) -> list[dict[str, Any]]
 
 
 def _family(cells: Sequence[Observation], measure: Measure) -> Iterator[dict[str, Any]]:
-    """The rows of a place and a measure, over all of which p is adjusted."""
+    """The rows of a place and a measure; p is adjusted over all of them."""
     groups = [_by_label(cells, comparison, measure) for comparison in COMPARISONS]
     pairs = sum(math.comb(len(by_label), 2) for by_label in groups)
     family = [row for by_label in groups for row in _group(by_label, measure, pairs)]
@@ -94,7 +95,7 @@ def _family(cells: Sequence[Observation], measure: Measure) -> Iterator[dict[str
 
 
 def _by_label(cells: Sequence[Observation], comparison: str, measure: Measure) -> dict[str, dict[int, Observation]]:
-    """label -> seed -> the cell, of a group's cells that have the measure."""
+    """label -> seed -> cell, for a group's cells that have the measure."""
     by_label: dict[str, dict[int, Observation]] = {}
     for cell in cells:
         if cell.columns["comparison"] == comparison and cell.values.get(measure):
@@ -103,7 +104,8 @@ def _by_label(cells: Sequence[Observation], comparison: str, measure: Measure) -
 
 
 def _group(by_label: Mapping[str, Mapping[int, Observation]], measure: Measure, pairs: int) -> Iterator[dict[str, Any]]:
-    """The rows of a place, a group and a measure, without what needs the other groups; pairs: of all groups."""
+    """The rows of a place, a group and a measure, without values that need other groups. pairs: number in all
+    groups."""
     cells = [cell for by_seed in by_label.values() for cell in by_seed.values()]
     if len(by_label) < 2:
         return
@@ -126,7 +128,7 @@ def _group(by_label: Mapping[str, Mapping[int, Observation]], measure: Measure, 
         ]
         common["friedman_p"] = significance.friedman([values[repeats].mean(axis=0) for repeats in whole])
     for label, other in combinations(by_label, 2):
-        # A cell that is lost under one seed takes that seed from its own pairs alone.
+        # A cell without a result for one seed removes that seed only from its own pairs.
         seeds = [seed for seed in by_label[label] if seed in by_label[other]]
         if not seeds:
             continue
@@ -137,14 +139,14 @@ def _group(by_label: Mapping[str, Mapping[int, Observation]], measure: Measure, 
 
 
 def _pair(first: Floats, second: Floats, samples: tuple[Floats, Floats] | None, measure: Measure) -> dict[str, Any]:
-    """Columns about two methods from their values [seeds, units]; samples: their resampled means."""
+    """Columns about two methods, from their values [seeds, units]. samples: their resampled means."""
     if measure.statistic is None:
         return _ratios(first, second, measure)
     return _differences(first, second, samples, measure.statistic, measure.sign)
 
 
 def _ratios(first: Floats, second: Floats, measure: Measure) -> dict[str, Any]:
-    """Columns about two methods from the logarithms of the errors of layers [seeds, layers]."""
+    """Columns about two methods, from the logarithms of layer errors [seeds, layers]."""
     logs = first - second
     mean = logs.mean(axis=0)
     p, effect = significance.signed_rank(measure.sign * mean)
@@ -163,7 +165,7 @@ def _differences(
     statistic: Callable[[Floats], Floats],
     sign: int,
 ) -> dict[str, Any]:
-    """Columns about two methods from their values of each window or item [seeds, n] and the bootstrap of these."""
+    """Columns about two methods, from their values per window or item [seeds, n] and the bootstrap of these."""
     value, low, high, p = significance.bootstrap_difference(first, second, statistic, samples)
     effect = significance.signed_rank(sign * (first - second).mean(axis=0)).effect
     by_seed = statistic(first.mean(axis=1)) - statistic(second.mean(axis=1))
@@ -173,7 +175,7 @@ def _differences(
 
 
 def _verdict(row: Mapping[str, Any], p_holm: float, measure: Measure) -> str:
-    """better or worse, of the row's label, where the tests and all seeds say so."""
+    """ "better" or "worse" for the row's label, if the tests and all seeds agree."""
     shown = p_holm < significance.ALPHA and row["seeds_agree"] == row["seeds"]
     for gate in ("friedman_p", "p_seeds"):
         shown &= row.get(gate) is None or row[gate] < significance.ALPHA

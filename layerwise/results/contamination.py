@@ -1,4 +1,4 @@
-"""Whether the calibration of a cell has seen what it is evaluated on: by where texts come from, and what they hold."""
+"""Whether a cell's calibration has seen its evaluation text, judged by the texts' origins and contents."""
 
 import json
 from pathlib import Path
@@ -10,9 +10,9 @@ from layerwise.storage.table_schema import unusable
 def contamination(origin: str | None, path: Path) -> dict[str, Any]:
     """The columns `contaminated`, `contamination` and `overlap` of a perplexity.
 
-    origin: the file or data set that both texts are drawn from, if any; path: what sources/overlap.py wrote of their
-    tokens. Where it is absent, as in the tables of what a failed run has done, what it says is unknown and empty.
-    Raises InputError when it is broken.
+    origin: the file or data set from which both texts are drawn, if any. path: the file that sources/overlap.py wrote
+    about their tokens. If it is absent, as in tables of a failed run, its values are unknown and empty. Raises
+    InputError when it is broken.
     """
     known = path.is_file()
     found: dict[str, Any] = {"overlap": None, "contamination": None}

@@ -32,7 +32,7 @@ from layerwise.storage.table_schema import COMPARISONS, read_table
 
 UNSUPPORTED = "–"
 WORDS = {"mean_output_error": "mean output error over the layers", "kl": "KL(dense || compressed), nats per token,"}
-DISTANCES = tuple(WORDS)  # from the dense model, which has none
+DISTANCES = tuple(WORDS)  # distances from the dense model, which itself has none
 SIDES = ["label", "other"]
 LATEX = {
     "\\": r"\textbackslash{}",
@@ -47,15 +47,16 @@ LATEX = {
     MARK: r"\textsuperscript{\textdagger}",
     **{character: "\\" + character for character in "&%$#_{}"},
 }
-SCOPES = ("model", "calibration", "mode", "target", "cell", "token_scope")  # of `layers`, what the notes need
+SCOPES = ("model", "calibration", "mode", "target", "cell", "token_scope")  # columns of `layers` that the notes need
 COMPARED = {"mean_output_error": "output_error"}  # a metric's name in `comparisons`
-METRICS = ("perplexity", "kl", *ACCURACIES, "mean_output_error")  # that have tables, in their order
+METRICS = ("perplexity", "kl", *ACCURACIES, "mean_output_error")  # metrics with tables, in order
 MARKDOWN = re.compile(r"([\\`*_{}\[\]<>|#~])")
 
 
 @dataclass(frozen=True)
 class TableEntry:
-    """The text of one entry. best: the best of its group and column, or not shown to differ from the best; bold."""
+    """The text of one entry. best: whether it is the best of its group and column, or not shown to differ from the best
+    (bold)."""
 
     text: str
     best: bool = False
@@ -71,8 +72,8 @@ class Section:
 
 @dataclass(frozen=True)
 class Table:
-    """One rendered table. note: sentences on how to read it, the dense value among them; model, calibration: whose
-    cells it holds; dense: the sentence with the dense model's value, empty for a distance from it."""
+    """One rendered table. note: sentences on how to read it, including the dense value. model, calibration: of its
+    cells. dense: the sentence with the dense model's value, empty for a distance from it."""
 
     name: str
     title: str
@@ -85,16 +86,16 @@ class Table:
 
 
 def task_title(task: Any, task_set: Any, filtered: str = "") -> Any:
-    """The name of a task of a set, in the tables' titles and in `comparisons`; strings or columns of them.
+    """The name of a task in a set, in the tables' titles and in `comparisons`; strings or columns of strings.
 
-    filtered: the filter that lm-eval read the answers by, if any.
+    filtered: lm-eval's filter for the answers, if any.
     """
     return task + " of " + task_set + (f", {filtered}" if filtered else "")
 
 
 def number(value: float, metric: str) -> str:
-    """A value as printed: perplexities to two decimals while these mean something, accuracies in percent, errors to
-    three digits."""
+    """A value as printed: perplexities to two decimals if these are significant, accuracies in percent, errors to three
+    digits."""
     if metric in ACCURACIES:
         return f"{100 * value:.1f}"
     if metric != "perplexity":
@@ -103,7 +104,8 @@ def number(value: float, metric: str) -> str:
 
 
 def spread(values: Sequence[float], metric: str) -> str:
-    """Mean and sample standard deviation of the values of several seeds, with as many decimals; of one, itself."""
+    """Mean and sample standard deviation over several seeds, with the same decimals; a single value is printed
+    alone."""
     centre = statistics.fmean(values)
     if len(values) < 2:
         return number(centre, metric)
@@ -114,7 +116,7 @@ def spread(values: Sequence[float], metric: str) -> str:
 
 
 def undecided(comparisons: pd.DataFrame, metric: str) -> set[tuple[str, ...]]:
-    """(model, calibration, text, mode, target, label, other), either way round, where no difference is shown."""
+    """(model, calibration, text, mode, target, label, other), in both orders, for pairs without a shown difference."""
     alike = matching(comparisons, metric=COMPARED.get(metric, metric), verdict=NO_DIFFERENCE)
     keys = ["model", "calibration", "text", "mode", "target"]
     filled = alike.assign(text=column(alike, "text").fillna(""))
@@ -122,20 +124,20 @@ def undecided(comparisons: pd.DataFrame, metric: str) -> set[tuple[str, ...]]:
 
 
 def _compared(comparisons: pd.DataFrame, metric: str, model: str, calibration: str, text: str) -> bool:
-    """Whether methods were compared by a metric there."""
+    """Whether methods were compared by this metric in this place."""
     here = matching(comparisons, metric=COMPARED.get(metric, metric), model=model, calibration=calibration)
     return true_of_any(column(here, "text").fillna("") == text)
 
 
 def fallback(layers: pd.DataFrame, model: str, calibration: str) -> list[str]:
-    """A sentence on how many layers, experts', were calibrated on every token as few were routed to them, if any."""
+    """A sentence on the number of experts' layers calibrated on every token because few were routed to them, if any."""
     here = matching(layers, model=model, calibration=calibration)
     here = select(here, column(here, "target") != "dense")
     counts = []
     for mode, part in groups_by(here, "mode"):
         scopes = [column(cell, "token_scope") == "fallback" for _, cell in groups_by(part, "cell")]
         fallbacks = [int(scope.sum()) for scope in scopes]
-        least, most = min(fallbacks), max(fallbacks)  # in sequential mode the router depends on the cell
+        least, most = min(fallbacks), max(fallbacks)  # in sequential mode, routing depends on the cell
         if most:
             count = f"{least}" if least == most else f"{least} to {most}"
             counts.append(f"{count} of {max(map(len, scopes))} layers in {mode} mode")
@@ -151,9 +153,9 @@ def tables(
 ) -> Iterator[Table]:
     """One table per model, calibration set and text or task of `cells`, in its order; the modes are its sections.
 
-    Cells that differ in nothing but the seed stand together as mean and standard deviation. comparisons: the table from
-    which the best and what is not shown to differ from it are marked; without it only what is printed alike is as good.
-    layers: the table from which a note says which layers were not calibrated on the tokens that were meant for them.
+    Cells that differ only in the seed are shown as mean and standard deviation. comparisons: the table that marks the
+    best entries and those not shown to differ from them; without it only entries with equal printed values count as
+    equally good. layers: the table for a note about layers that were not calibrated on their own tokens.
     """
     equal = set() if comparisons is None else undecided(comparisons, metric)
     data = _of_metric(cells, metric)
@@ -180,7 +182,7 @@ def tables(
 
 
 def _of_metric(cells: pd.DataFrame, metric: str) -> pd.DataFrame:
-    """The rows of a metric, with the task as their text where it is an accuracy, and "" for no text."""
+    """The rows of a metric, with the task as their text for an accuracy, and "" without a text."""
     if metric not in ACCURACIES:
         data = matching(cells, metric=metric)
         return data.assign(text=column(data, "text").fillna(""))
@@ -195,10 +197,10 @@ def _of_metric(cells: pd.DataFrame, metric: str) -> pd.DataFrame:
 
 
 def _measured(cells: pd.DataFrame) -> dict[str, pd.Series]:
-    """Accuracy, with its filter -> where its rows are in `cells`, and those of cells that lack it.
+    """Accuracy, with its filter -> the mask of its rows in `cells`, including rows of cells that lack it.
 
-    Of a set of tasks that failed there is one row per task, under the first metric, whatever the task is measured by:
-    other cells say that. A mean that no other cell of the set has is nobody's.
+    A failed task set has one row per task, under the first metric, for any metric of the task; other cells tell the
+    actual metric. A mean that no other cell of the set has belongs to no accuracy.
     """
     names, done = column(cells, "metric"), column(cells, "status") == "done"
     lost = (names == ACCURACIES[0]) & ~done
@@ -214,7 +216,7 @@ def _measured(cells: pd.DataFrame) -> dict[str, pd.Series]:
 
 
 def _dense_note(reference: pd.DataFrame, metric: str, marked: Collection[tuple[str, str]]) -> list[str]:
-    """A sentence with the value of the dense model, which no table of distances from it has."""
+    """A sentence with the dense model's value, except in tables of distances from it."""
     if metric in DISTANCES or reference.empty:
         return []
     row = rows(reference)[0]
@@ -232,14 +234,14 @@ def _notes(part: pd.DataFrame, metric: str, tested: bool) -> list[str]:
     if repeats > 1:
         notes.append(f"Mean and standard deviation over {repeats} seeds.")
     elif tested:
-        notes.append("One draw of the calibration: nothing is said of others.")
+        notes.append("One draw of the calibration; other draws may differ.")
     contaminated = select(part, column(part, "contaminated").eq(True).fillna(False))
     notes += [f"Calibration and evaluation {what}." for what in distinct_values(contaminated, "contamination")]
     return notes
 
 
 def entry_text(rows: Sequence[Mapping[str, Any]], metric: str, marked: Collection[tuple[str, str]] = ()) -> str:
-    """The rows of the seeds of one setting as an entry; one without a value is not averaged away."""
+    """The rows of one setting's seeds as an entry; a missing value is shown and not averaged away."""
     if any((row["mode"], row["cell"]) in marked for row in rows):
         return entry_text(rows, metric) + MARK
     absent = [row for row in rows if missing(row["value"])]
@@ -256,7 +258,7 @@ def _groups(
     alike: Collection[tuple[str, ...]],
     marked: Collection[tuple[str, str]],
 ) -> list[tuple[str, list[tuple[str, list[TableEntry]]]]]:
-    """(comparison, lines of a label and its entries); alike: (target, label, label) that are not shown to differ."""
+    """(comparison, lines of a label and its entries). alike: (target, label, label) of pairs not shown to differ."""
     groups = []
     for comparison in COMPARISONS:
         cells: dict[str, dict[str, list[Mapping[str, Any]]]] = {}  # label -> target -> seeds
@@ -279,7 +281,8 @@ def _groups(
 def _best(
     seeds: Mapping[str, Sequence[Mapping[str, Any]]], metric: str, alike: Collection[tuple[str, ...]]
 ) -> set[str]:
-    """Labels of the best of a target and of what is as good; seeds: label -> rows. Of a single method there is none."""
+    """Labels of the best methods of a target and of equally good ones. seeds: label -> rows. None for a single
+    method."""
     choose = max if metric in ACCURACIES else min
     values = {
         label: statistics.fmean(row["value"] for row in rows)
@@ -290,13 +293,13 @@ def _best(
         return set()
     first = choose(values, key=values.__getitem__)
     target = seeds[first][0]["target"]
-    # Equal as printed is equally good.
+    # Values that are equal as printed count as equally good.
     printed = {label: number(value, metric) for label, value in values.items()}
     return {label for label in values if printed[label] == printed[first] or (target, label, first) in alike}
 
 
 def escape_latex(text: str) -> str:
-    """Text that LaTeX sets as it stands."""
+    """Text escaped for LaTeX."""
     return "".join(LATEX.get(character, character) for character in text)
 
 
@@ -317,7 +320,7 @@ def latex_number(text: str) -> str:
 
 
 def markdown(table: Table) -> str:
-    """The table as GitHub Markdown, a heading per mode, a row of its own for each group's name."""
+    """The table as GitHub Markdown, with a heading per mode and a row for each group's name."""
     lines = [f"## {escape_markdown(table.title)}", "", escape_markdown(table.note), ""]
     for section in table.sections:
         lines += [f"### {escape_markdown(section.title)}", ""]
@@ -333,7 +336,7 @@ def markdown(table: Table) -> str:
 
 
 def latex(table: Table) -> str:
-    """The table as a float for a document that loads booktabs, a rule between the groups."""
+    """The table as a LaTeX float for a document that loads booktabs, with a rule between groups."""
     width = len(table.targets) + 1
     lines = [
         r"\begin{table}[tbp]",
@@ -367,7 +370,7 @@ def document(
 
 
 def write_main_table(cells: pd.DataFrame, comparisons: pd.DataFrame, layers: pd.DataFrame, out: Path) -> None:
-    """Write main.md and main.tex into folder `out`; of `layers` the columns SCOPES are read."""
+    """Write main.md and main.tex to the folder `out`. layers: only the columns SCOPES are read."""
     write_atomic(out / "main.md", document(cells, markdown, comparisons, layers))
     write_atomic(out / "main.tex", document(cells, latex, comparisons, layers))
 

@@ -1,4 +1,4 @@
-"""The protocol that the cells of one table share, and the marks of those with other code or versions."""
+"""The protocol shared by the cells of a table, and marks for cells with other code or versions."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -7,7 +7,7 @@ import pandas as pd
 
 from layerwise.storage.frames import column, distinct, distinct_values, missing, select, tuples
 
-# (what is named, columns of `cells` that name it, columns that must then have one value)
+# (what is identified, its key columns in `cells`, columns that must have one value per key)
 SAME: list[tuple[str, tuple[str, ...], tuple[str, ...]]] = [
     ("model", ("model",), ("model_sha256", "dtype", "compute_dtype")),
     (
@@ -28,13 +28,13 @@ MARK = "†"
 
 
 class Protocol:
-    """The protocol of the cells seen so far, to which every further row is held."""
+    """The protocol of the cells seen so far, with which every further row must agree."""
 
     def __init__(self) -> None:
         self._first: dict[tuple[Any, ...], tuple[Any, Mapping[str, Any]]] = {}
 
     def difference(self, row: Mapping[str, Any]) -> str | None:
-        """One sentence where a row of `cells` is of another protocol than one before it, else None."""
+        """One sentence if a row of `cells` has another protocol than an earlier row, otherwise None."""
         for what, names, columns in SAME:
             key = tuple(row.get(name) for name in names)
             if any(missing(part) for part in key):
@@ -53,15 +53,15 @@ class Protocol:
 
 
 def cell_title(row: Mapping[str, Any]) -> str:
-    """A cell, as sentences call it."""
+    """A cell's name in sentences."""
     return " ".join(str(row[name]) for name in ("label", "target", "mode", "cell"))
 
 
 def provenance_marks(cells: pd.DataFrame) -> tuple[set[tuple[str, str]], list[str]]:
-    """The cells, (mode, cell), of a table whose numbers are marked, and the sentences that say why.
+    """The (mode, cell) pairs of a table whose numbers are marked, and the sentences that explain the marks.
 
-    Marked are those computed by code that no commit has, and those whose versions, platform or device are not those of
-    most. Commits alone differ where a study was computed over time: a changed cell was computed again.
+    A mark means that the cell was computed by uncommitted code, or with other versions, platform or device than most
+    cells. Different commits alone are not marked: a study may be computed over time, and affected cells are recomputed.
     """
     computed = distinct(select(cells, column(cells, "python").notna()), ["mode", "cell"])
     dirty = column(computed, "dirty").eq(True).fillna(False)

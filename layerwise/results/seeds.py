@@ -1,4 +1,4 @@
-"""Tables of a study with several seeds as a figure of one number per cell takes them."""
+"""Reduce the tables of a study with several seeds to one number per cell, for figures."""
 
 import pandas as pd
 
@@ -18,23 +18,23 @@ MEASURED = (
 
 
 def most_seeds(data: pd.DataFrame) -> int:
-    """The largest number of seeds that a calibration set has; 0 for a table without rows."""
+    """The largest number of seeds of a calibration set; 0 for a table without rows."""
     counts = columns_of(data, SEED).drop_duplicates().groupby(SEED[:2]).size()
     return max(counts.to_list(), default=0)
 
 
 def with_seed_names(data: pd.DataFrame) -> pd.DataFrame:
-    """A table whose calibration sets are named with the seed where any has several, for keys that have no seed."""
+    """A table with the seed in the names of calibration sets, if any has several seeds, for keys without a seed."""
     if most_seeds(data) > 1:
         return data.assign(calibration=column(data, "calibration") + " seed " + column(data, "seed").astype("string"))
     return data
 
 
 def repeats(data: pd.DataFrame, table: str, what: str) -> pd.DataFrame:
-    """Rows of a table as they are (`all`), of each calibration set's `first` seed, or their `mean` over the seeds.
+    """All rows of a table (`all`), those of each calibration set's `first` seed, or the `mean` over the seeds.
 
-    The mean is of the columns that are measured; the others are those of the first seed. A cell without a value under
-    some seed has none, and the reason of the first that lacks one. A table with one seed stays as it is.
+    Only measured columns are averaged; the other columns come from the first seed. A cell without a value for some seed
+    has no mean, and takes the reason of the first such seed. A table with one seed is unchanged.
     """
     if what == "all" or "seed" not in data or most_seeds(data) < 2:
         return data

@@ -11,20 +11,21 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import stats
 
-LEVEL = 0.95  # of every interval
-ALPHA = 1 - LEVEL  # adjusted p-values below it count as a difference
+LEVEL = 0.95  # confidence level of every interval
+ALPHA = 1 - LEVEL  # adjusted p-values below this count as a difference
 RESAMPLES = 10_000
 DRAWS_AT_ONCE = 2**22  # numbers drawn at once, 32 MB
 Floats = NDArray[np.float64]
 
 
 def itself(means: Floats) -> Floats:
-    """The statistic of what is read as a mean, such as accuracy."""
+    """The statistic of a measure that is itself a mean, such as accuracy."""
     return means
 
 
 class SignedRank(NamedTuple):
-    """p: two-sided, of Wilcoxon's signed-rank test; effect: matched-pairs rank-biserial correlation in [-1, 1]."""
+    """p: two-sided p-value of Wilcoxon's signed-rank test. effect: matched-pairs rank-biserial correlation in [-1,
+    1]."""
 
     p: float
     effect: float
@@ -33,8 +34,9 @@ class SignedRank(NamedTuple):
 def signed_rank(differences: ArrayLike) -> SignedRank:
     """Wilcoxon's test that paired differences [n] are symmetric about zero, with its effect size.
 
-    Zeros are dropped (Wilcoxon 1945). The effect is (sum of the ranks of positive differences - that of negative ones)
-    / sum of all (Kerby 2014): 1 where every difference is positive. Without any difference p is 1 and the effect 0.
+    Zeros are dropped (Wilcoxon 1945). The effect is (sum of the ranks of positive differences - sum of those of
+    negative ones) / sum of all (Kerby 2014). It is 1 if every difference is positive. Without any difference p is 1 and
+    the effect is 0.
     """
     differences = np.asarray(differences, dtype=np.float64)
     differences = differences[differences != 0]
@@ -46,12 +48,12 @@ def signed_rank(differences: ArrayLike) -> SignedRank:
 
 
 def _p_value(test: Any) -> float:
-    """p of a test of scipy, whose results have no types."""
+    """The p-value of a scipy test, whose results are untyped."""
     return float(test.pvalue)
 
 
 def holm(p: ArrayLike) -> Floats:
-    """Adjusted p-values [n] of n tests: below alpha are those that Holm's procedure (1979) rejects at alpha."""
+    """Adjusted p-values [n] of n tests: a value is below alpha if Holm's procedure (1979) rejects the test at alpha."""
     p = np.asarray(p, dtype=np.float64)
     order = np.argsort(p, kind="stable")
     steps = np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1))
@@ -65,15 +67,15 @@ def friedman(values: ArrayLike) -> float | None:
     values = np.asarray(values, dtype=np.float64)
     if len(values) < 3:
         return None
-    if (values == values[0]).all():  # all tied: the statistic is 0 / 0
+    if (values == values[0]).all():  # all tied, so the statistic would be 0 / 0
         return 1.0
     return _p_value(stats.friedmanchisquare(*values))
 
 
 def median_interval(values: ArrayLike) -> tuple[float, float] | None:
-    """Interval of the median of a population, from a sample [n]: two of its order statistics, which need no bootstrap.
+    """Interval of a population's median from a sample [n]: two order statistics, without a bootstrap.
 
-    None for fewer than six values, where no such interval reaches LEVEL.
+    None for fewer than six values, because no such interval then reaches LEVEL.
     """
     ordered = np.sort(np.asarray(values, dtype=np.float64))
     left_out = int(stats.binom.ppf(ALPHA / 2, len(ordered), 0.5))
@@ -81,25 +83,26 @@ def median_interval(values: ArrayLike) -> tuple[float, float] | None:
 
 
 def over_seeds(differences: ArrayLike) -> float | None:
-    """p, two-sided, of the t-test that differences under draws [seeds] have mean zero; None for fewer than three."""
+    """Two-sided p of the t-test that differences between seeds [seeds] have mean zero; None for fewer than three."""
     differences = np.asarray(differences, dtype=np.float64)
     if len(differences) < 3:
         return None
-    if (differences == differences[0]).all():  # without any spread, as where no seed changes anything
+    if (differences == differences[0]).all():  # no spread, as when the seed changes nothing
         return 0.0 if differences[0] else 1.0
     return _p_value(stats.ttest_1samp(differences, 0.0))
 
 
 def resamples_for(comparisons: int) -> int:
-    """Bootstrap samples with which the smallest p of so many comparisons stays below ALPHA after Holm's correction."""
+    """Number of bootstrap samples for which the smallest p of `comparisons` tests is below ALPHA after Holm's
+    correction."""
     return max(RESAMPLES, math.ceil(4 * comparisons / ALPHA))
 
 
 def resampled_means(values: ArrayLike, seed: int = 0, samples: int = RESAMPLES) -> Floats:
-    """Means [samples, k] of bootstrap samples of n units, from k measurements of each [k, n].
+    """Means [samples, k] of bootstrap samples of n units, from k measurements of each unit [k, n].
 
-    A bootstrap sample draws the same units for all k, so that what is computed from several columns is paired; so are
-    two calls with as many units and the same seed.
+    A bootstrap sample draws the same units for all k, so that columns are paired. Two calls with the same number of
+    units and the same seed are also paired.
     """
     values = np.asarray(values, dtype=np.float64)
     units = values.shape[1]
@@ -115,7 +118,7 @@ def resampled_means(values: ArrayLike, seed: int = 0, samples: int = RESAMPLES) 
 
 
 def percentiles(samples: Floats) -> tuple[float, float]:
-    """The interval that leaves out ALPHA / 2 of bootstrap samples on either side."""
+    """The interval that omits ALPHA / 2 of the bootstrap samples on either side."""
     low, high = np.quantile(samples, (ALPHA / 2, 1 - ALPHA / 2))
     return float(low), float(high)
 
@@ -128,7 +131,7 @@ def bootstrap_interval(values: ArrayLike, statistic: Callable[[Floats], Floats] 
 
 
 class Difference(NamedTuple):
-    """value: first minus second; low, high: its interval; p: two-sided."""
+    """value: first minus second. low, high: its interval. p: two-sided p-value."""
 
     value: float
     low: float
@@ -142,12 +145,13 @@ def bootstrap_difference(
     statistic: Callable[[Floats], Floats] = itself,
     samples: tuple[Floats, Floats] | None = None,
 ) -> Difference:
-    """Paired bootstrap of the difference of two measurements [seeds, n] of the same n units, as bootstrap_interval.
+    """Paired bootstrap of the difference between two measurements [seeds, n] of the same n units, as
+    bootstrap_interval.
 
-    samples: the resampled_means of both, for one who compares many and has drawn them once.
+    samples: the resampled_means of both, if a caller with many comparisons has already drawn them.
 
-    What is compared is the mean over the seeds of the statistic of each. p is twice the share of bootstrap samples on
-    the other side of zero, both counted with one more (Davison and Hinkley 1997, 4.11).
+    It compares the means over the seeds of each seed's statistic. p is twice the share of bootstrap samples on the
+    other side of zero, with one added to both counts (Davison and Hinkley 1997, 4.11).
     """
     first, second = (np.atleast_2d(np.asarray(values, dtype=np.float64)) for values in (first, second))
 
@@ -162,8 +166,8 @@ def bootstrap_difference(
 
 
 def bars(count: int, differ: Callable[[int, int], bool]) -> list[tuple[int, int]]:
-    """The bars of a critical-difference diagram (Demsar 2006): longest runs (first, last) of `count` items in the
-    order of their ranks of which no two differ. A run of one is none."""
+    """The bars of a critical-difference diagram (Demsar 2006): the longest runs (first, last) of `count` items in rank
+    order in which no two items differ. A run has at least two items."""
     runs: list[tuple[int, int]] = []
     for first in range(count):
         last = first

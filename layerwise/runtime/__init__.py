@@ -1,1 +1,1 @@
-"""Files, errors, devices, memory and provenance."""
+"""Helpers for files, errors, devices, memory and provenance."""

@@ -1,4 +1,4 @@
-"""The finished blocks of a job, kept one by one, so that a job that was killed goes on from there."""
+"""Save the finished blocks of a job one by one, so that a killed job resumes there."""
 
 from __future__ import annotations
 
@@ -17,24 +17,23 @@ from layerwise.runtime.errors import InputError
 from layerwise.runtime.files import sha256, write_atomic, writing
 
 STATE = "state.json"
-STATES = "inputs-"  # how the files of hidden states begin (calibration/hidden_states.py)
+STATES = "inputs-"  # prefix of the files of hidden states (calibration/hidden_states.py)
 
 
 class Checkpoint:
-    """A folder with what a job has finished, which one process at a time holds.
+    """A folder with a job's finished parts, locked by one process at a time.
 
         with Checkpoint(folder, fingerprint) as checkpoint:
             for index in range(checkpoint.done, blocks):
-                ...                                             # write checkpoint.file(index, ...), whole or not at all
+                ...                                             # write checkpoint.file(index, ...) atomically
                 checkpoint.finish(index)
             ...                                                 # make the job's outputs from these files
             checkpoint.remove()
 
-    fingerprint: what decides the results; what is there of another one is thrown away, and said so. check: raises
-    InputError where it is no longer what the job computes with; it is asked at the beginning, before a block counts as
-    finished and after an error, which may come of that. what: how messages call what is finished one by one. done: how
-    many are finished. seconds: that they took in earlier
-    processes.
+    fingerprint: everything on which the results depend. Parts with another fingerprint are deleted, with a message.
+    check: raises InputError if the fingerprint no longer holds. It is called at the beginning, before a block counts as
+    finished, and after an error, which this may explain. what: the name of the parts in messages. done: number of
+    finished parts. seconds: time that earlier processes spent on them.
     """
 
     def __init__(
@@ -48,11 +47,11 @@ class Checkpoint:
         self._check, self._what = check, what
         self.done, self.seconds = 0, 0.0
         self._peaks: dict[str, float] = {}
-        self.hashes: dict[str, str] = {}  # of the finished blocks' files, by their paths in the folder
+        self.hashes: dict[str, str] = {}  # hashes of the finished blocks' files, by path in the folder
         self._start = time.perf_counter()
 
     def __enter__(self) -> Checkpoint:
-        while not self._locked():  # who had the lock has removed the folder meanwhile
+        while not self._locked():  # the previous owner of the lock has removed the folder
             self._lock.close()
         self._resume()
         try:
@@ -61,7 +60,7 @@ class Checkpoint:
             self.__exit__()
             raise
         if self.done:
-            print(f"Going on after {self.done} finished {self._what}.", file=sys.stderr)
+            print(f"Resuming after {self.done} finished {self._what}.", file=sys.stderr)
         return self
 
     def _locked(self) -> bool:
@@ -75,7 +74,10 @@ class Checkpoint:
             print(f"Another process works in {self.folder}: waiting for it.", file=sys.stderr)
             fcntl.flock(self._lock, fcntl.LOCK_EX)
         except OSError as error:
-            print(f"{self.folder} is on a file system without locks ({error}): going on without.", file=sys.stderr)
+            print(
+                f"{self.folder} is on a file system without locks ({error}): continuing without a lock.",
+                file=sys.stderr,
+            )
         try:
             return path.stat().st_ino == os.fstat(self._lock.fileno()).st_ino
         except FileNotFoundError:
@@ -84,7 +86,7 @@ class Checkpoint:
     def __exit__(self, kind: type | None = None, error: BaseException | None = None, trace: object = None) -> None:
         try:
             if isinstance(error, Exception):
-                self._check()  # of which the error may come
+                self._check()  # a change may explain the error
         finally:
             if not self.done:
                 self.remove()
@@ -103,7 +105,7 @@ class Checkpoint:
         other = [key for key in {**known, **self.fingerprint} if known.get(key) != self.fingerprint.get(key)]
         if other:
             print(
-                f"{done} finished {self._what} in {self.folder} are of another {', '.join(other)}: starting over.",
+                f"{done} finished {self._what} in {self.folder} belong to another {', '.join(other)}: starting over.",
                 file=sys.stderr,
             )
             return self._clear()
@@ -114,11 +116,12 @@ class Checkpoint:
 
     @staticmethod
     def _differs(path: Path, known: str) -> bool:
-        """Whether a file is not as it was when its block was finished; a block's that is not there was moved."""
+        """Whether a file has changed since its block was finished; a block's absent file counts as moved, not
+        changed."""
         return sha256(path) != known if path.is_file() else path.name.startswith(STATES)
 
     def restart(self) -> None:
-        """The checkpoint cannot be used."""
+        """Discard the checkpoint and start over."""
         self._clear()
         self.done, self.seconds, self.hashes = 0, 0.0, {}
 
@@ -133,11 +136,11 @@ class Checkpoint:
                 path.unlink()
 
     def file(self, index: int, kind: str) -> Path:
-        """Where what is finished of a block belongs."""
+        """The path for a finished file of a block."""
         return self.folder / f"block-{index:03d}.{kind}"
 
     def finish(self, index: int) -> None:
-        """The block's files are written, wherever in the folder, and the states that enter the next one."""
+        """Mark a block as finished, after its files and the next block's input states are written to the folder."""
         self._check()
         self.done = index + 1
         states = self.folder.glob(f"{STATES}*{self.done:03d}.*")  # of each kind
@@ -149,21 +152,21 @@ class Checkpoint:
         write_atomic(self.folder / STATE, json.dumps(state) + "\n")
 
     def total_seconds(self) -> float:
-        """Of this process since it began and of those before it up to their last finished block."""
+        """Seconds of this process so far, plus those of earlier processes up to their last finished block."""
         return self.seconds + time.perf_counter() - self._start
 
     def most(self, name: str, value: float | None) -> float | None:
-        """The largest value of that name, a peak, that any process of this work has had; kept by `finish`."""
+        """The largest value of this name, a peak, over all processes of this job; saved by `finish`."""
         if value is not None:
             self._peaks[name] = max(value, self._peaks.get(name, value))
         return self._peaks.get(name)
 
     def _forget(self) -> None:
-        """Nothing counts as finished from here on, also for who comes after a death amid the removal."""
+        """Mark nothing as finished, so that this holds even if the process dies during the removal."""
         with contextlib.suppress(OSError):
             (self.folder / STATE).unlink()
 
     def remove(self) -> None:
-        """Nothing of it is needed any more."""
+        """Remove the checkpoint, which is no longer needed."""
         self._forget()
         shutil.rmtree(self.folder, ignore_errors=True)

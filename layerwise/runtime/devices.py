@@ -1,7 +1,7 @@
-"""One job per GPU of a machine: `--device cuda` takes a free one under a lock that the kernel gives back at its death.
+"""One job per GPU of a machine: `--device cuda` takes a free GPU under a lock that the kernel releases at process end.
 
-All studies of a user on a machine keep their locks in one folder, so that several share the devices. What a user, or
-SLURM, has put into CUDA_VISIBLE_DEVICES is all that is chosen from.
+All studies of a user on a machine keep their locks in one folder, so that they can share devices. If a user or SLURM
+has set CUDA_VISIBLE_DEVICES, only those devices are used.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ from layerwise.runtime.errors import InputError
 
 VISIBLE = "CUDA_VISIBLE_DEVICES"
 DRIVER = Path("/proc/driver/nvidia/gpus")
-LOOK, TELL = 1, 60  # seconds between two looks at the locks, and between two lines about waiting
+LOOK, TELL = 1, 60  # seconds between two checks of the locks, and between two messages about waiting
 HELD: list[IO[str]] = []  # an open file is a held lock
 
 
 def locks() -> Path:
-    """The folder of the locks: this user's, or this job's of SLURM, which shares its devices with no other."""
+    """The folder of the locks: this user's, or the SLURM job's, because a job shares its devices with no other."""
     job = os.environ.get("SLURM_JOB_ID")
     return Path(tempfile.gettempdir()) / f"layerwise-{os.getuid()}" / (f"slurm-{job}" if job else "machine")
 
 
 def available() -> dict[str, str]:
-    """The devices that a job may take, as CUDA_VISIBLE_DEVICES spells each, with its lock's name; without torch.
+    """The devices that a job may take, as spelled in CUDA_VISIBLE_DEVICES -> the lock's name; torch is not imported.
 
-    Raises InputError where there is none.
+    Raises InputError if there is none.
     """
     given, listed = os.environ.get(VISIBLE), unique_names()
     if given is None:
@@ -49,14 +49,14 @@ def available() -> dict[str, str]:
     if "-1" in names:  # CUDA ignores what follows
         names = names[: names.index("-1")]
     if not names:
-        raise InputError(f"A GPU was asked for, but {VISIBLE} is {given!r}, which hides all GPUs.")
-    # A number and a unique name may be of one device.
+        raise InputError(f"A GPU was requested, but {VISIBLE} is {given!r}, which hides all GPUs.")
+    # A number and a UUID may name the same device.
     numbered = {str(number): name for number, name in enumerate(listed)}
     return {name: numbered.get(name, name) for name in names}
 
 
 def unique_names() -> list[str]:
-    """UUIDs of the machine's devices, in the order of nvidia-smi; none where it is absent or fails."""
+    """UUIDs of the machine's devices, in the order of nvidia-smi; empty if it is absent or fails."""
     try:
         done = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=60, check=True)
     except (OSError, subprocess.SubprocessError):
@@ -67,11 +67,11 @@ def unique_names() -> list[str]:
 def take(
     device: str, devices: Mapping[str, str] | None = None, sleep: Callable[[float], None] = time.sleep
 ) -> str | None:
-    """For the device `cuda`, hold one of the devices until this process ends, and see no other; returns its name.
+    """For the device `cuda`, lock a GPU until this process ends, and hide all others; returns its name.
 
-    To be called before torch looks for devices. devices: as `available` gives them. Waits, with a line on stderr now
-    and then, until one is free. Any other device, such as `cpu` or `cuda:1`, is taken at its word.
-    Raises InputError where there is no device.
+    Call it before torch looks for devices. devices: from `available`. It waits until one is free, with occasional
+    messages on stderr. Any other device, such as `cpu` or `cuda:1`, is used as given.
+    Raises InputError if there is no device.
     """
     if device != "cuda" or HELD:
         return None
@@ -88,9 +88,10 @@ def take(
 
 
 def free(devices: Mapping[str, str]) -> str | None:
-    """The first device whose lock nobody holds, held by this process from now on."""
+    """Lock and return the first device whose lock is free."""
     for name, lock in devices.items():
-        file = (locks() / f"{re.sub('[^A-Za-z0-9-]', '_', lock)}.lock").open("a")  # programs started here do not get it
+        # child processes do not inherit the lock
+        file = (locks() / f"{re.sub('[^A-Za-z0-9-]', '_', lock)}.lock").open("a")
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -1,4 +1,4 @@
-"""Files that are whole or absent, and that are known by their content."""
+"""Files that are complete or absent, and are identified by their content."""
 
 import contextlib
 import fcntl
@@ -18,7 +18,7 @@ from layerwise.runtime.project import located
 
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Around what writes a file: what the disk refuses becomes a Failure that names it."""
+    """Context for writing a file: a disk's refusal becomes a Failure that names the file."""
     try:
         yield
     except InputError:
@@ -31,9 +31,9 @@ def writing(path: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; it takes the name when the body ends without an error.
+    """Yield a temporary path next to `path`, which is renamed to `path` when the body ends without an error.
 
-    By then the content is on the disk: a machine that loses its power leaves no file that is empty or cut off.
+    The content is on the disk before the rename, so that a power failure leaves no empty or truncated file.
     Raises Failure when the disk refuses it.
     """
     path = Path(path)
@@ -52,14 +52,14 @@ def whole_file(path: Path) -> Iterator[Path]:
 
 
 def aside_of(path: Path) -> Path:
-    """Where a damaged file is kept until the next one takes its place."""
+    """The path of a damaged file that is set aside, until the next one replaces it."""
     return path.with_name(f"{path.name}.damaged")
 
 
 def set_aside(path: Path) -> str:
-    """Rename a damaged file that the workflow has made, so that the next run makes it again.
+    """Rename a damaged file of the workflow, so that the next run makes it again.
 
-    Returns the end of the sentence that says so.
+    Returns the end of the error's sentence.
     """
     aside = aside_of(path)
     try:
@@ -70,7 +70,7 @@ def set_aside(path: Path) -> str:
 
 
 def read_made(path: Path) -> Any:
-    """The content of a JSON file that the workflow has made. Raises InputError for a damaged one, and sets it aside."""
+    """The content of a JSON file of the workflow. Raises InputError for a damaged file, and sets it aside."""
     try:
         return json.loads(path.read_text("utf-8"))
     except ValueError:
@@ -80,7 +80,7 @@ def read_made(path: Path) -> Any:
 def check_weights(path: Path) -> str:
     """The hash of a cell's weights.
 
-    Raises InputError when they are not those that the job wrote, and sets them aside.
+    Raises InputError when they have changed since the job wrote them, and sets them aside.
     """
     found, record = sha256(path), path.with_name("cell.json")
     known = read_made(record).get("weights_sha256") if record.is_file() else None
@@ -90,22 +90,22 @@ def check_weights(path: Path) -> str:
 
 
 def remove_parts(folder: Path) -> None:
-    """Remove what processes that were killed have left of whole_file; nobody else may be at work in the folder."""
+    """Remove temporary files of whole_file left by killed processes; no other process may be working in the folder."""
     for path in folder.glob(".*.part"):
         path.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
 def scratch_folder(parent: Path, prefix: str) -> Iterator[Path]:
-    """Yield a new folder in `parent`, which is removed at the end; first those that killed processes have left go.
+    """Yield a new folder in `parent`, which is removed at the end; folders left by killed processes are removed first.
 
-    Such a folder has this host in its name and no process that holds it locked, which the system lets go of at death.
-    Where folders cannot be locked, none is removed but one's own.
+    Such a folder has this host in its name and is not locked; the system releases a lock when a process dies. If
+    folders cannot be locked, only the process's own folder is removed.
     """
     parent.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:
         begins = f"{prefix}{socket.gethostname()}-"
-        with _locked(parent, wait=True) as sole:  # no folder of another process is there, but not locked yet
+        with _locked(parent, wait=True) as sole:  # no other process's folder exists before it is locked
             for left in sorted(parent.glob(f"{begins}*")) if sole else ():
                 with _locked(left) as dead:
                     if dead:
@@ -117,7 +117,7 @@ def scratch_folder(parent: Path, prefix: str) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def _locked(folder: Path, wait: bool = False) -> Iterator[bool]:
-    """Hold a folder locked; yields whether it could be, without waiting for another process unless `wait`."""
+    """Lock a folder; yields whether this succeeded. It waits for another process only if `wait` is set."""
     try:
         held = os.open(folder, os.O_RDONLY)
     except OSError:
@@ -135,7 +135,7 @@ def _locked(folder: Path, wait: bool = False) -> Iterator[bool]:
 
 
 def digest_of(files: Iterable[str]) -> str:
-    """Of names and contents of files of code, named as `portable` does: what results depend on."""
+    """Hash of the names (from `portable`) and contents of files of code on which results depend."""
     content = json.dumps([(os.path.basename(file), sha256(located(file))) for file in files])
     return hashlib.sha256(content.encode()).hexdigest()[:16]
 
@@ -148,7 +148,7 @@ def sha256(path: Path) -> str:
 def unchanged(code: Path) -> str:
     """The hash of the code that a file lists and is named after.
 
-    Raises InputError when the code is no longer that: what this process has imported would pass for something else.
+    Raises InputError when the code has changed, because the imported code would then not match the hash.
     """
     try:
         found = digest_of(read_made(code))
@@ -165,22 +165,22 @@ def write_atomic(path: Path, text: str) -> None:
 
 
 def unlock_after_death(folder: Path) -> IO[str] | None:
-    """Remove Snakemake's locks in its folder (.snakemake) if no run that put them there lives, as after a SIGKILL.
+    """Remove Snakemake's locks in its folder (.snakemake) if the run that made them is dead, as after a SIGKILL.
 
-    Every run holds the file that is returned, which the system lets go of when the process dies, until its end.
-    After a death on another host, of which some file systems let nobody know whether it lives, and where there are no
-    locks of files (None is returned), a run that was killed needs `snakemake --unlock`, as ever.
+    Every run keeps the returned file locked until its end; the system releases the lock when the process dies.
+    `snakemake --unlock` is still needed after a death on another host, whose state some file systems do not show, and
+    on file systems without locks, for which None is returned.
     """
     with contextlib.suppress(OSError):
         folder.mkdir(parents=True, exist_ok=True)
         held = (folder / "layerwise.alive").open("a+")
         held.seek(0)
         host, own = held.read().strip(), socket.gethostname()
-        with contextlib.suppress(BlockingIOError):  # another run lives, and its locks are its own
+        with contextlib.suppress(BlockingIOError):  # another run is alive and keeps its locks
             fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
             for lock in (folder / "locks").glob("*.lock") if host in ("", own) else ():
                 lock.unlink(missing_ok=True)
-            if not any((folder / "locks").glob("*.lock")):  # else they are of a run on another host, which may live
+            if not any((folder / "locks").glob("*.lock")):  # otherwise they may belong to a live run on another host
                 held.truncate(0)
                 held.write(own)
                 held.flush()
@@ -190,5 +190,5 @@ def unlock_after_death(folder: Path) -> IO[str] | None:
 
 
 def gram_stores() -> Path:
-    """The folder of all Gram stores, which studies in other folders may share."""
+    """The folder of all Gram stores, shared by studies in different folders."""
     return Path(os.environ.get("LAYERWISE_CACHE") or "results/grams")

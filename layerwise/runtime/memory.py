@@ -1,4 +1,4 @@
-"""Memory of this machine: what a process may use, what is free, and giving back what it no longer uses."""
+"""Memory of this machine: limits, free memory, and the release of unused memory."""
 
 from __future__ import annotations
 
@@ -9,25 +9,25 @@ from collections.abc import Iterator
 from pathlib import Path
 
 USAGE = {"memory.max": "memory.current", "memory.limit_in_bytes": "memory.usage_in_bytes"}
-RECLAIMED = ("inactive_file", "total_inactive_file")  # of files that were read: the system takes it back when asked
+RECLAIMED = ("inactive_file", "total_inactive_file")  # page cache of files, which the system reclaims on demand
 
 
 def machine_memory() -> float:
-    """Bytes that this process may use: the machine's, or the least that a control group of it allows."""
+    """Bytes that this process may use: the machine's memory, or the smallest limit of its control groups."""
     own = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return float(min([own, *(limit for _, limit in limits())]))
 
 
 def limits() -> Iterator[tuple[Path, int]]:
-    """The limits, in bytes, that control groups set for this process, with their files."""
+    """(file, limit in bytes) of each control group of this process."""
     for path in limit_files():
         text = path.read_text().strip() if path.is_file() else ""
-        if text.isdigit():  # "max" is none
+        if text.isdigit():  # "max" means no limit
             yield path, int(text)
 
 
 def limit_files(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> Iterator[Path]:
-    """Where control groups of both versions keep the limits of this process and of those around it."""
+    """Files with the limits of this process's control groups and their parents, for both versions of cgroups."""
     lines = own.read_text().splitlines() if own.is_file() else []
     for line in lines:
         _, controllers, place = line.split(":", 2)
@@ -40,9 +40,9 @@ def limit_files(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/sel
 
 
 def free_memory() -> int:
-    """Bytes that this process may still take, of the machine's memory and of what its control groups allow.
+    """Bytes that this process can still allocate, within the machine's memory and its control groups.
 
-    Files that are only held for later count as free.
+    The page cache counts as free.
     """
     info = Path("/proc/meminfo")
     if not info.is_file():
@@ -57,8 +57,8 @@ def free_memory() -> int:
 
 
 def give_back_memory() -> None:
-    """Return to the system what was freed, of which glibc would keep some, more with each block of a model."""
+    """Return freed memory to the system; glibc would keep some of it, and more with each block of a model."""
     if sys.platform == "linux":
-        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # of glibc only
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # exists only in glibc
         if trim:
             trim(0)

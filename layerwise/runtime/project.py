@@ -1,21 +1,21 @@
-"""Where the code, and the files that ship beside it, lie: the Snakefile, workflow/, config/, profiles/, resources/,
+"""The location of the code and of the files shipped with it: the Snakefile, workflow/, config/, profiles/, resources/,
 requirements.lock and results/accepted/."""
 
 import os
 from pathlib import Path
 
 PACKAGE = Path(__file__).parents[1]
-# A checkout has them beside the package, a wheel inside it.
+# A checkout has them next to the package, a wheel inside it.
 ROOT = PACKAGE / "shipped" if (PACKAGE / "shipped").is_dir() else PACKAGE.parent
-OWN = "layerwise:"  # how the name of a file of the package, or beside it, begins wherever the package lies
-SHIPPED = ("resources", "profiles")  # folders whose files a relative path may name from any working directory
+OWN = "layerwise:"  # prefix of portable names of files in the package or next to it
+SHIPPED = ("resources", "profiles")  # folders that a relative path can name from any working directory
 
 
 def locate(path: str | Path) -> Path:
-    """The path as given, or the file of that name that ships with the package.
+    """The given path, or the file of that name shipped with the package.
 
-    A relative path is looked up in the working directory first. One under resources/ or profiles/ that is not there is
-    looked up in ROOT. A path that is in neither place comes back as it was given.
+    A relative path is first looked up in the working directory. If it is absent there and under resources/ or
+    profiles/, it is looked up in ROOT. A path that is in neither place is returned unchanged.
     """
     given = Path(path)
     shipped = given.parts[:1] and given.parts[0] in SHIPPED and ".." not in given.parts
@@ -23,18 +23,19 @@ def locate(path: str | Path) -> Path:
 
 
 def from_here(path: str | Path) -> str:
-    """The path from the working directory, one and the same through whatever links either is reached.
+    """The path relative to the working directory, independent of symbolic links to either.
 
-    The last part stays as it is given: a file may have a name of its own in a link.
+    The last part is unchanged, because a link may give a file another name.
     """
     given = Path(path)
     return os.path.relpath(given.parent.resolve() / given.name)
 
 
 def portable(path: str | Path) -> str:
-    """A name of a file of code that another place of the project does not change; `located` finds it again.
+    """A name of a code file that does not depend on the project's location; `located` is the inverse.
 
-    A file of the package, or beside it in a checkout, is named from there; any other from the working directory.
+    A file in the package, or next to it in a checkout, is named relative to it; any other file relative to the working
+    directory.
     """
     given, around = Path(path), PACKAGE.resolve().parent
     real = given.parent.resolve() / given.name
@@ -42,5 +43,5 @@ def portable(path: str | Path) -> str:
 
 
 def located(name: str) -> Path:
-    """The file that `portable` named."""
+    """The file of a name from `portable`."""
     return PACKAGE.resolve().parent / name.removeprefix(OWN) if name.startswith(OWN) else Path(name)

@@ -1,4 +1,4 @@
-"""Where a result comes from: code, versions, machine, and what it took."""
+"""The provenance of a result: code, versions, machine and resources used."""
 
 import importlib.metadata
 import os
@@ -13,12 +13,12 @@ from pathlib import Path
 
 from layerwise.runtime.project import PACKAGE, ROOT
 
-DUBIOUS = "dubious ownership"  # in what git says where another user owns a clone
-PROVENANCE = ("torch", "transformers", "numpy", "snakemake")  # distributions whose versions a row carries
+DUBIOUS = "dubious ownership"  # part of git's message if another user owns a clone
+PROVENANCE = ("torch", "transformers", "numpy", "snakemake")  # distributions whose versions are stored in each row
 
 
 def provenance(device: str, threads: int) -> dict[str, object]:
-    """Where a result comes from: code, versions, machine. Says on stderr, once, why nothing is known of the code."""
+    """The provenance of a result: code, versions, machine. If the code's state is unknown, stderr says why, once."""
     code = read_clone()
     if code.unread:
         _warn(code.unread)
@@ -36,7 +36,7 @@ def provenance(device: str, threads: int) -> dict[str, object]:
 
 @dataclass(frozen=True)
 class Clone:
-    """The state of the project's code, by git. unread: a sentence where git cannot read the clone."""
+    """The state of the project's code from git. unread: a sentence if git cannot read the clone."""
 
     commit: str | None = None
     dirty: bool | None = None
@@ -44,8 +44,8 @@ class Clone:
 
 
 def read_clone() -> Clone:
-    """The project's commit, and whether code differs from it; nothing where the project is no git checkout."""
-    if ROOT.is_relative_to(PACKAGE):  # installed: the repository around it, if any, is another project's
+    """The project's commit, and whether the code differs from it; empty if the project is not a git checkout."""
+    if ROOT.is_relative_to(PACKAGE):  # installed: a surrounding repository belongs to another project
         return Clone()
     try:
         commit = _git("rev-parse", "HEAD")
@@ -56,8 +56,8 @@ def read_clone() -> Clone:
 
 
 def _git(*arguments: str) -> str:
-    """Output of a git command about the project."""
-    # (its messages in English, of which one is looked for)
+    """The output of a git command in the project."""
+    # (messages in English, because one of them is searched for)
     done = subprocess.run(
         ["git", "-C", ROOT, *arguments],
         capture_output=True,
@@ -70,7 +70,7 @@ def _git(*arguments: str) -> str:
 
 
 def _unread(error: OSError | subprocess.SubprocessError) -> str:
-    """A sentence about why git does not read the project's clone, and what mends it."""
+    """A sentence about why git cannot read the project's clone, and the remedy."""
     empty = "the columns commit and dirty stay empty"
     if isinstance(error, FileNotFoundError):
         return f"Without git the clone {ROOT} cannot be read: {empty} until it is installed."

@@ -1,29 +1,30 @@
-"""How error sentences quote values and name places in a config."""
+"""Quote values and name places of a config in error sentences."""
 
 import re
 from collections.abc import Iterable
 from typing import Any
 
-LONGEST = 200  # characters that a sentence quotes of a value
-VALIDATION = re.compile(r"Class validation error for validator '\w+':\s+\w+: ")  # of huggingface_hub, two lines
+LONGEST = 200  # largest number of quoted characters of a value
+# two lines of huggingface_hub's messages
+VALIDATION = re.compile(r"Class validation error for validator '\w+':\s+\w+: ")
 PLAIN_KEY = re.compile(r"[\w.:-]{1,100}")
 
 
 def brief(text: str, longest: int = LONGEST) -> str:
-    """The text in one line; of a long one the beginning and the end, which mostly says what was expected."""
+    """The text in one line; a long text is cut to its beginning and its end, which usually gives the expected value."""
     text = text if text.isprintable() else "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
     return text if len(text) <= longest else f"{text[: longest // 2]}...{text[-longest // 2 :]}"
 
 
 def reason(error: Exception) -> str:
     """The first sentence of a library's message, without its full stop."""
-    # A KeyError's text is the key as Python writes it, or a sentence in quotes.
+    # A KeyError's text is the repr of the key, or a sentence in quotes.
     text = str(error.args[0]) if isinstance(error, KeyError) and " " in str(error) else str(error)
     lines = [line.strip() for line in VALIDATION.sub("", text).splitlines() if line.strip()]
     return brief((lines[0].split(". ")[0] if lines else type(error).__name__).rstrip(".:!"))
 
 
 def place(path: Iterable[Any]) -> str:
-    """How sentences call a place in a document: targets.0.sparsity."""
+    """The name of a place in a document for sentences: targets.0.sparsity."""
     parts = (part if PLAIN_KEY.fullmatch(part) else brief(repr(part), 60) for part in map(str, path))
     return ".".join(parts) or "the study"

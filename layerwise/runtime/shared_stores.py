@@ -1,4 +1,4 @@
-"""Stores that studies in several folders share: who uses one, and how large it is."""
+"""Stores shared by studies in several folders: the users and the size of a store."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from pathlib import Path
 
 from layerwise.runtime.errors import InputError
 
-USERS = "users.txt"  # in a store: the files of studies that use it, a line each
+USERS = "users.txt"  # file in a store that lists the studies' files that use it, one per line
 
 
 def register(store: Path, user: Path, index: str, what: str) -> None:
-    """Note in a store that a study's file uses it; a line on stderr says where that cannot be written.
+    """Record in a store that a study's file uses it; if that cannot be written, a line on stderr says so.
 
-    index: the file that a whole store has. what: the content, in the plural. Raises InputError where the store was
-    removed meanwhile.
+    index: the file that every complete store has. what: the content, in the plural. Raises InputError if the store has
+    been removed.
     """
     try:
         known = (store / USERS).read_text("utf-8") if (store / USERS).is_file() else ""
@@ -28,7 +28,7 @@ def register(store: Path, user: Path, index: str, what: str) -> None:
 
 
 def registered(store: Path) -> list[Path]:
-    """The files of studies that use a store, as far as they are still there."""
+    """The existing files of studies that use a store."""
     try:
         known = map(Path, dict.fromkeys((store / USERS).read_text("utf-8").splitlines()))
     except FileNotFoundError:

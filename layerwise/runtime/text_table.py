@@ -4,7 +4,7 @@ from collections.abc import Collection, Sequence
 
 
 def aligned(rows: Sequence[Sequence[str]], right: Collection[int] = ()) -> list[str]:
-    """A line per row, columns aligned at their left, two spaces apart; right: columns that align at their right."""
+    """One line per row, with left-aligned columns two spaces apart. right: right-aligned columns."""
     widths = [max(map(len, texts)) for texts in zip(*rows, strict=True)]
     return [
         "  ".join(

@@ -1,1 +1,1 @@
-"""How a compressed layer is kept on disk, and its size."""
+"""The storage of a compressed layer on disk, and its size."""

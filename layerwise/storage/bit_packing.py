@@ -1,4 +1,4 @@
-"""Numbers as they are stored: whole numbers in so many bits each, and others in 16 bits."""
+"""Stored numbers: integers with a fixed number of bits, and other numbers in 16 bits."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ HALVES = (torch.float16, torch.bfloat16)
 
 
 def pack(numbers: Tensor, bits: int) -> Tensor:
-    """[bytes] uint8: whole numbers in [0, 2^bits - 1], bits <= 16, one after the other, lowest bits first."""
+    """[bytes] uint8: whole numbers in [0, 2^bits - 1], bits <= 16, consecutive, lowest bits first."""
     if bits == 1:
         return torch.from_numpy(np.packbits(numbers.flatten().numpy().astype(bool), bitorder="little"))
     width = 1 if bits <= 8 else 2
@@ -22,7 +22,7 @@ def pack(numbers: Tensor, bits: int) -> Tensor:
 
 
 def unpack(packed: Tensor, bits: int, count: int) -> Tensor:
-    """[count] uint8, or int32 where bits > 8: what `pack` was given. Raises ValueError for another number of bytes."""
+    """[count] uint8, or int32 if bits > 8: the inverse of `pack`. Raises ValueError for a wrong number of bytes."""
     size = -(-count * bits // 8)
     if packed.dtype != torch.uint8 or packed.shape != (size,):
         raise ValueError(f"{count} numbers of {bits} bits must take {size} bytes. Got {kind_of(packed)} instead")
@@ -34,9 +34,9 @@ def unpack(packed: Tensor, bits: int, count: int) -> Tensor:
 
 
 def half(values: Tensor, dtype: torch.dtype) -> Tensor:
-    """Positive values in 16 bits: a bfloat16 model's in bfloat16, others' in the one of float16 and bfloat16 whose
-    largest relative error is smaller, which is float16 unless values are tiny or huge. None becomes zero or infinite;
-    zeros, which scales of a code book may have, stay.
+    """Positive values in 16 bits: in bfloat16 for a bfloat16 model, otherwise in float16 or bfloat16, whichever has the
+    smaller largest relative error. This is float16 unless values are tiny or huge. No value becomes zero or infinite.
+    Zeros, which scales of a code book may contain, are kept.
     """
     if not values.all():
         return torch.where(values == 0, 0.0, half(torch.where(values == 0, 1.0, values), dtype))
@@ -48,9 +48,10 @@ def half(values: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def half_factor(values: Tensor, dtype: torch.dtype) -> Tensor:
-    """A factor in 16 bits: bfloat16 of a bfloat16 model, else the one of float16 and bfloat16 that misses less.
+    """A factor in 16 bits: bfloat16 for a bfloat16 model, otherwise float16 or bfloat16, whichever has the smaller
+    error.
 
-    What is in one of them stays as it is. Raises ValueError for a factor that neither holds.
+    A factor that is already in 16 bits is unchanged. Raises ValueError for a factor that neither dtype can represent.
     """
     kinds = HALVES[1:] if dtype == torch.bfloat16 else HALVES
     rounded = [values.to(kind) for kind in kinds]
@@ -62,13 +63,13 @@ def half_factor(values: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def within(values: Tensor, kind: torch.dtype) -> Tensor:
-    """Positive values in another dtype, those beyond its smallest and largest numbers as these."""
+    """Positive values in another dtype, clamped to its smallest and largest numbers."""
     limits = torch.finfo(kind)
     return values.clamp(limits.tiny * limits.eps, limits.max).to(kind)
 
 
 def narrowest(values: Tensor) -> Tensor:
-    """The same values in 16 bits where float16 or bfloat16 holds every one, as it does those of a 16-bit checkpoint."""
+    """The same values in 16 bits if float16 or bfloat16 represents all exactly, as for a 16-bit checkpoint."""
     for kind in reversed(HALVES) if values.dtype not in HALVES else ():
         if torch.equal(values.to(kind).to(values.dtype), values):
             return values.to(kind)
@@ -76,5 +77,5 @@ def narrowest(values: Tensor) -> Tensor:
 
 
 def kind_of(tensor: Tensor) -> str:
-    """Its dtype and shape, for a message."""
+    """A tensor's dtype and shape, for a message."""
     return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"

@@ -1,6 +1,6 @@
-"""Bits per weight as stored: the one place that counts them (docs/export.md).
+"""The only place that counts stored bits per weight (docs/export.md).
 
-The parts are those of the files of `layer_packing.py`; the tests hold each count against the bytes of its tensor.
+The parts are those in the files of `layer_packing.py`; tests compare each count with the bytes of its tensor.
 """
 
 import math
@@ -8,14 +8,14 @@ from typing import TypedDict, Unpack
 
 from layerwise.contract.target import Target
 
-SCALE_BITS = 8  # of a scale of a format
+SCALE_BITS = 8  # of a format's scale
 DIVISOR_BITS = 32
-FLOAT_BITS = 16  # of a kept weight that is not quantised, of a scale, and of an input's scale
-INDEX_BITS = 16  # of a kept 1xb block, and of an input's group where groups are no runs of inputs
+FLOAT_BITS = 16  # of a kept unquantised weight, of a scale, and of an input's scale
+INDEX_BITS = 16  # of a kept 1xb block, and of an input's group if groups are not runs of inputs
 
 
 class Extras(TypedDict, total=False):
-    """Whether a layer has what a method may add to its target (`stored_bits`)."""
+    """Flags for parts that a method may add to a layer (`stored_bits`)."""
 
     input_scale: bool
     reordered: bool
@@ -25,7 +25,7 @@ class Extras(TypedDict, total=False):
 
 
 def bits_per_weight(target: Target, kept: float, rows: int, inputs: int, **extras: Unpack[Extras]) -> float:
-    """Bits stored per weight of a layer [rows, inputs] of which the share `kept` is kept, in [0, 1]."""
+    """Bits stored per weight of a layer [rows, inputs], of which a share `kept` in [0, 1] is kept."""
     return sum(stored_bits(target, kept, rows, inputs, **extras).values()) / (rows * inputs)
 
 
@@ -40,17 +40,17 @@ def stored_bits(
     rotated: bool = False,
     sparse_factor: tuple[int, int] | None = None,
 ) -> dict[str, float]:
-    """Bits of each part of a layer [rows, inputs] of which the share `kept` is kept, in [0, 1].
+    """Bits of each part of a layer [rows, inputs], of which a share `kept` in [0, 1] is kept.
 
     values or codes: 16 bits, or `target.bits`, per kept weight. bitmap: one bit per weight (row, layer). positions:
     ceil(log2 m) bits per kept weight, its place in its group of m (n:m; 2 for 2:4). blocks: 16 bits, the column, per
     kept block (1xb). scales: 16 bits per group of a row, 8 in a format. zeros: `target.bits` per group, none if
-    symmetric or in a format. Where `grids_of_blocks`, of the kept blocks only. divisor: 32 bits of a layer in nvfp4.
-    input_scale: 16 bits per input (AWQ). group_of: 16 bits per input where groups are `reordered`, no runs of inputs
-    (GPTQ's act-order). levels: 32 bits of each of 2^bits, of a method with a code book of its own, which has no zeros.
-    rotation: 32 bits of seed and of block. left and right: 16 bits per entry of the factors of a target with a rank,
-    all that there is where it asks for nothing else. Of a `sparse_factor` (rank, kept entries) left has the kept ones,
-    and left_bitmap one bit per entry.
+    symmetric or in a format. If `grids_of_blocks`, only kept blocks count. divisor: 32 bits per layer in nvfp4.
+    input_scale: 16 bits per input (AWQ). group_of: 16 bits per input if groups are `reordered` and so not runs of
+    inputs (GPTQ's act-order). levels: 32 bits for each of 2^bits levels, for a method with its own code book, which has
+    no zeros. rotation: 32 bits each for seed and block. left and right: 16 bits per entry of the factors of a target
+    with a rank; these are the only parts if the target has nothing else. For a `sparse_factor` (rank, kept entries),
+    left holds the kept entries and left_bitmap has one bit per entry.
     """
     count = kept * rows * inputs
     parts: dict[str, float] = {}
@@ -90,24 +90,24 @@ def stored_bits(
 
 
 def position_bits(target: Target) -> int:
-    """Bits of a kept weight's place in its group of an n:m pattern."""
+    """Bits for a kept weight's position in its group of an n:m pattern."""
     assert target.n_of_m
     return math.ceil(math.log2(target.n_of_m[1]))
 
 
 def kept_blocks(target: Target, inputs: int) -> int:
-    """Blocks of a 1xb pattern that stay in every row."""
+    """Number of blocks of a 1xb pattern kept in every row."""
     assert target.block
     blocks = math.ceil(inputs / target.block)
     return blocks - int(target.sparsity * blocks)
 
 
 def group_length(target: Target, inputs: int) -> int:
-    """Inputs that share a scale and zero; the last group may be shorter."""
+    """Number of inputs that share a scale and zero; the last group may be shorter."""
     return min(target.group or inputs, inputs)
 
 
 def grids_of_blocks(target: Target, inputs: int) -> bool:
-    """Whether every group lies in one block of a 1xb pattern, so that dropped blocks need no scales and zeros."""
+    """Whether every group lies in one block of a 1xb pattern, so that dropped blocks need neither scales nor zeros."""
     length = group_length(target, inputs)
     return bool(target.block) and target.block % length == 0 and inputs % target.block == 0  # type: ignore[operator]

@@ -1,7 +1,7 @@
-"""The boundary to pandas: selections with exact types.
+"""The interface to pandas: selections with exact types.
 
-pandas' annotations lose whether a selection is a column or a frame, and whether a reduction is a number. What is taken
-out of a table goes through these functions, each of which does one such step and nothing else.
+pandas' annotations do not say whether a selection is a column or a frame, or whether a reduction is a number. All
+selections from tables use these functions, each of which does a single step.
 """
 
 from collections.abc import Hashable, Mapping, Sequence
@@ -11,22 +11,22 @@ import pandas as pd
 
 
 def column(frame: pd.DataFrame, name: str) -> pd.Series:
-    """One column. Raises KeyError when the frame has none of the name."""
+    """One column. Raises KeyError when the frame has no column of this name."""
     return cast(pd.Series, frame[name])
 
 
 def columns_of(frame: pd.DataFrame, names: Sequence[str]) -> pd.DataFrame:
-    """Some columns, in the order given."""
+    """Some columns, in the given order."""
     return cast(pd.DataFrame, frame[list(names)])
 
 
 def select(frame: pd.DataFrame, mask: pd.Series) -> pd.DataFrame:
-    """The rows where the mask is true; an empty entry of the mask is false."""
+    """The rows where the mask is true; an empty entry counts as false."""
     return cast(pd.DataFrame, frame[mask])
 
 
 def matching(frame: pd.DataFrame, **values: Any) -> pd.DataFrame:
-    """The rows that have these values in the columns of these names."""
+    """The rows with these values in the columns of these names."""
     for name, value in values.items():
         frame = select(frame, column(frame, name) == value)
     return frame
@@ -48,21 +48,21 @@ def distinct(frame: pd.DataFrame, names: Sequence[str]) -> pd.DataFrame:
 
 
 def distinct_values(frame: pd.DataFrame, name: str) -> list[Any]:
-    """The values of a column, each once, in the order of their first coming."""
+    """The distinct values of a column, in order of first occurrence."""
     return column(frame, name).drop_duplicates().to_list()
 
 
 def distinct_tuples(frame: pd.DataFrame, names: Sequence[str]) -> list[tuple[Any, ...]]:
-    """The combinations of values in some columns, each once, in the order of their first coming."""
+    """The distinct combinations of values in some columns, in order of first occurrence."""
     return tuples(distinct(frame, names), names)
 
 
 def groups(
     frame: pd.DataFrame, names: Sequence[str], empty: bool = False, observed: bool = False
 ) -> list[tuple[tuple[Any, ...], pd.DataFrame]]:
-    """(values of some columns, rows that have them), in the order of their first coming.
+    """(values of some columns, rows with them), in order of first occurrence.
 
-    empty: whether rows without one of the values make groups too. observed: of categories, only those that occur.
+    empty: whether rows with a missing value also form groups. observed: whether only categories that occur count.
     """
     parts = frame.groupby(list(names), sort=False, dropna=not empty, observed=observed)
     return [(cast(tuple[Any, ...], key), part) for key, part in parts]
@@ -71,7 +71,7 @@ def groups(
 def groups_by(
     frame: pd.DataFrame, name: str, sort: bool = False, observed: bool = False
 ) -> list[tuple[Any, pd.DataFrame]]:
-    """(value of a column, rows that have it), in the order of their first coming, or sorted by the value."""
+    """(value of a column, rows with it), in order of first occurrence, or sorted by the value."""
     return [(key, part) for key, part in frame.groupby(name, sort=sort, observed=observed)]
 
 
@@ -86,17 +86,17 @@ def renamed(frame: pd.DataFrame, names: Mapping[str, str]) -> pd.DataFrame:
 
 
 def entry(frame: pd.DataFrame, row: Hashable, name: str) -> float:
-    """The number of a column in the row of an index. Raises KeyError where there is none."""
+    """The number in a column at a row's index. Raises KeyError if there is none."""
     return float(cast(float, frame.at[row, name]))
 
 
 def lowest(values: pd.Series) -> float:
-    """The least value that is not empty."""
+    """The smallest value, ignoring empty ones."""
     return float(cast(float, values.min()))
 
 
 def highest(values: pd.Series) -> float:
-    """The largest value that is not empty."""
+    """The largest value, ignoring empty ones."""
     return float(cast(float, values.max()))
 
 

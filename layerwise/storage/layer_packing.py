@@ -1,8 +1,8 @@
 """A compressed layer as the tensors that store it (layout: docs/export.md).
 
-A layer is its kept values or codes, what says which weights are kept, scales and zeros, in as many bits as
-`bits_per_weight.py` counts; weights that were changed, not quantised, are in the dtype of the model. What
-`layer_unpacking.py` reads is, bit for bit, what was scored and evaluated."""
+A layer is stored as its kept values or codes, a record of kept weights, scales and zeros, in the number of bits that
+`bits_per_weight.py` counts. Changed, unquantised weights are stored in the model's dtype. `layer_unpacking.py` reads
+exactly the layer that was scored and evaluated, bit for bit."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from layerwise.numerics.low_rank import of_parts
 from layerwise.storage.bit_packing import half, half_factor, narrowest, pack
 from layerwise.storage.bits_per_weight import grids_of_blocks, group_length, position_bits
 
-EXPONENT_OFFSET = 127  # of the scales of mxfp4
+EXPONENT_OFFSET = 127  # offset of mxfp4's scales
 
 
 def as_stored(result: Compressed, target: Target, dtype: torch.dtype) -> Compressed:
-    """The result as it is stored: scales in 16 bits and the weight that they give, or the weight in the model's dtype.
+    """The result as stored: scales in 16 bits and the weight that they give, or the weight in the model's dtype.
 
-    dtype: of the model that the weight is written into; the weight comes back in float32. Scales of inputs that are all
-    one are left out. Factors are in 16 bits, whatever the model's dtype; the weight is the sum of what is stored.
+    dtype: dtype of the model to which the weight is written; the weight is returned in float32. Input scales that are
+    all one are omitted. Factors are in 16 bits for any model dtype, and the weight is the sum of the stored parts.
     """
     if target.rank:
         low_rank, rest = low_rank_of(result), result.rest
@@ -36,7 +36,7 @@ def as_stored(result: Compressed, target: Target, dtype: torch.dtype) -> Compres
         return result if dtype == torch.float32 else replace(result, weight=result.weight.to(dtype).float())
     quantised = quantised_of(result)
     scales, input_scale = quantised.scales, quantised.input_scale
-    if not target.format:  # whose scales are in eight bits
+    if not target.format:  # a format's scales have eight bits
         scales = half(scales, dtype).float()
     if input_scale is not None:
         input_scale = None if bool((input_scale == 1).all()) else half(input_scale, dtype).float()
@@ -80,9 +80,9 @@ def sparse_factor(result: Compressed) -> tuple[int, int] | None:
 
 
 def parts_of(result: Compressed, target: Target, dtype: torch.dtype) -> dict[str, Tensor]:
-    """The tensors that store a layer, on the processor; a weight that is not quantised is rounded to the model's dtype.
+    """The tensors that store a layer, on the CPU; an unquantised weight is rounded to the model's dtype.
 
-    A layer that is neither pruned nor quantised is its weight [out, in], under the empty name.
+    A layer that is neither pruned nor quantised is stored as its weight [out, in], under the empty name.
     Raises ValueError for scales that are not in 16 bits (see `as_stored`).
     """
     if target.rank:
@@ -126,13 +126,13 @@ def parts_of(result: Compressed, target: Target, dtype: torch.dtype) -> dict[str
 
 
 def on_processor(quantised: Quantised) -> Quantised:
-    """The same with all its tensors in the processor's memory."""
+    """The same with all tensors in CPU memory."""
     tensors = {name: part for name, part in vars(quantised).items() if isinstance(part, Tensor)}
     return replace(quantised, **{name: part.cpu() for name, part in tensors.items()})
 
 
 def mask_parts(mask: Tensor, target: Target) -> dict[str, Tensor]:
-    """The tensors that say which weights of a mask [out, in] are kept; none where the target prunes nothing."""
+    """The tensors that store which weights of a mask [out, in] are kept; empty if the target prunes nothing."""
     if target.n_of_m:
         return {"positions": pack(mask.nonzero()[:, 1] % target.n_of_m[1], position_bits(target))}
     if target.block:
@@ -151,7 +151,7 @@ def _as_half(values: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def format_scales(scales: Tensor, target: Target) -> Tensor:
-    """Scales of a format, float32, as they are stored: nvfp4 as e4m3, mxfp4 as uint8 exponents plus 127 (e8m0)."""
+    """Float32 scales of a format in stored form: nvfp4 as e4m3, mxfp4 as uint8 exponents plus 127 (e8m0)."""
     if target.format == "nvfp4":
         return scales.to(torch.float8_e4m3fn)
     return (torch.frexp(scales).exponent - 1 + EXPONENT_OFFSET).to(torch.uint8)

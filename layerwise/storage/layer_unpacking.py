@@ -1,4 +1,4 @@
-"""A compressed layer from the tensors that store it: what `layer_packing.py` wrote, checked part by part."""
+"""Restore a compressed layer from its stored tensors, written by `layer_packing.py`, and check each part."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from layerwise.storage.layer_packing import EXPONENT_OFFSET, dequantised
 
 
 def restored(parts: Mapping[str, Tensor], target: Target, shape: tuple[int, int]) -> Compressed:
-    """The layer [out, in] that the parts store; codes of pruned weights are their zero, so that they give zero.
+    """The layer [out, in] that the parts store; pruned weights get their group's zero as code, so that they are zero.
 
-    Raises ValueError, without the layer's name, when parts are absent or do not belong together.
+    Raises ValueError, without the layer's name, when parts are absent or inconsistent.
     """
     if target.rank:
         left, right, kept = _restored_factors(parts, target, shape)
@@ -60,7 +60,7 @@ def restored(parts: Mapping[str, Tensor], target: Target, shape: tuple[int, int]
 def _restored_factors(
     parts: Mapping[str, Tensor], target: Target, shape: tuple[int, int]
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """B [out, r] and A [r, in] float32, of the rank that the target gives the layer, and where a sparse B is kept."""
+    """B [out, r] and A [r, in] float32 of the target's rank for the layer, and the mask of a sparse B."""
     left, right, rank, kept = _part(parts, "left"), _part(parts, "right"), target.rank_of(*shape), None
     entries: tuple[int, ...] = (shape[0], rank)
     if "left_bitmap" in parts:
@@ -79,9 +79,9 @@ def _restored_factors(
 
 
 def _restored_grid(parts: Mapping[str, Tensor], target: Target, kept: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Scales and zeros [out, groups] float32, and the group of each input where groups are no runs of inputs.
+    """Scales and zeros [out, groups] float32, and the group of each input if groups are not runs of inputs.
 
-    Groups of dropped blocks, which have no grid, get scale 1 and the zero in the middle, of a format 0.
+    Groups of dropped blocks have no grid; they get scale 1 and the middle code as zero (0 for a format).
     """
     assert target.bits is not None
     (rows, inputs), length = kept.shape, group_length(target, kept.shape[1])

@@ -1,4 +1,4 @@
-"""Files of compressed layers: a cell's weights.safetensors, written, joined and read layer by layer."""
+"""Write, join and read files of compressed layers (a cell's weights.safetensors), layer by layer."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ WIDTHS = {
     "U8": 1,
     "F8_E4M3": 1,
     "I32": 4,
-}  # bytes of a number, by its name in a header
+}  # bytes per number, by the dtype's name in a header
 PARTS = (
     "values",
     "codes",
@@ -53,9 +53,9 @@ def write(
     target: Target,
     targets: Mapping[str, Target] | None = None,
 ) -> None:
-    """Write the parts of layers [out, in] into a safetensors file, each as `layer.part`.
+    """Write the parts of layers [out, in] to a safetensors file, each as `layer.part`.
 
-    target: of all layers, or the budget where `targets` has one of each layer.
+    target: the target of all layers, or the budget if `targets` holds one per layer.
     """
     tensors = {
         f"{layer}.{part}" if part else layer: tensor
@@ -70,7 +70,7 @@ def write(
 
 
 def join(path: Path, parts: Sequence[Path]) -> None:
-    """Write what files of `write`, of one target or budget, hold into one, tensor by tensor."""
+    """Join files of `write` with the same target or budget into one, tensor by tensor."""
     entries: list[tuple[str, dict[str, Any], Path, int]] = []
     shapes, targets, info = {}, {}, {}
     for part in parts:
@@ -81,7 +81,7 @@ def join(path: Path, parts: Sequence[Path]) -> None:
         shapes |= info["shapes"]
         targets |= info.get("targets", {})
         entries += [(name, entry, part, 8 + size) for name, entry in header.items()]
-    # Wide numbers first, so that all are aligned.
+    # Wide numbers are first, so that all are aligned.
     entries.sort(key=lambda entry: (-WIDTHS[entry[1]["dtype"]], entry[0]))
     gathered = {"shapes": shapes} | ({"targets": targets} if targets else {})
     whole: dict[str, Any] = {"__metadata__": {"layerwise": json.dumps(info | gathered)}}
@@ -104,10 +104,10 @@ def join(path: Path, parts: Sequence[Path]) -> None:
 class PackedFile:
     """A file of compressed layers, read layer by layer.
 
-    target: of all layers, or the budget that is spread over them. It is opened for each: what has been read of a mapped
-    file counts as memory until it is closed.
-    A file without the metadata of `write` is taken for weights [out, in] under their layers' names.
-    Raises InputError, in one sentence, when it cannot be read or what it holds does not fit together.
+    target: the target of all layers, or the budget that is spread over them. The file is opened for each layer, because
+    pages read from a mapped file count as memory until it is closed. A file without the metadata of `write` is read as
+    weights [out, in] under their layers' names.
+    Raises InputError, in one sentence, when it cannot be read or its content is inconsistent.
     """
 
     def __init__(self, path: Path) -> None:
@@ -144,7 +144,7 @@ class PackedFile:
                 raise InputError(f"{path} has the tensor {name!r}, which belongs to none of its layers.")
 
     def target_of(self, layer: str) -> Target:
-        """The layer's target: one for all layers, or its own where a budget is spread over them."""
+        """The layer's target: the common one, or its own if a budget is spread over the layers."""
         return self.targets.get(layer, self.target)
 
     def read(self, layer: str) -> Compressed:

@@ -1,7 +1,7 @@
 """Typed tables: the columns, types and limits of workflow/schemas/tables.schema.yaml, applied to whole columns.
 
-The schema describes one row. Checking row by row takes minutes for a large study, so the same limits are checked a
-column at a time; a test holds this check and a JSON Schema validator together.
+The schema describes one row. Checking row by row takes minutes for a large study, so the same limits are checked column
+by column. A test compares this check with a JSON Schema validator.
 """
 
 import json
@@ -21,7 +21,7 @@ from layerwise.runtime.errors import InputError
 from layerwise.runtime.files import set_aside
 from layerwise.runtime.project import ROOT
 
-pc: Any = pyarrow.compute  # it makes its functions when it is imported, unseen by a type checker
+pc: Any = pyarrow.compute  # its functions are created on import, so type checkers do not see them
 SCHEMA = ROOT / "workflow/schemas/tables.schema.yaml"
 ARROW = {"string": pa.string(), "integer": pa.int64(), "number": pa.float64(), "boolean": pa.bool_()}
 PANDAS = {pa.int64(): pd.Int64Dtype(), pa.bool_(): pd.BooleanDtype(), pa.string(): pd.StringDtype(na_value=pd.NA)}
@@ -29,7 +29,7 @@ PANDAS = {pa.int64(): pd.Int64Dtype(), pa.bool_(): pd.BooleanDtype(), pa.string(
 
 @cache
 def document() -> dict[str, Any]:
-    """The schema file as it stands."""
+    """The schema file's content."""
     return yaml.safe_load(SCHEMA.read_text(encoding="utf-8"))
 
 
@@ -57,8 +57,8 @@ def arrow_schema(table: str) -> pa.Schema:
 def typed(data: pa.Table, table: str, where: str, only: Sequence[str] | None = None) -> pa.Table:
     """The rows with columns in the schema's order and types. Raises InputError when the data does not satisfy it.
 
-    NaN counts as empty, as pandas writes it for a missing number. where: file that the error sentence names; only: the
-    columns there are, if not all.
+    NaN counts as empty, because pandas writes it for a missing number. where: the file that an error names. only: the
+    columns present, if not all.
     """
     wanted = arrow_schema(table)
     wanted = wanted if only is None else pa.schema([wanted.field(name) for name in only])
@@ -78,7 +78,7 @@ def typed(data: pa.Table, table: str, where: str, only: Sequence[str] | None = N
             raise InputError(f"{where}: column {field.name!r} must be {field.type}. Got {array.type} instead.")
         try:
             array = array.cast(field.type)
-        except pa.ArrowInvalid as error:  # such as 0.5 for an integer
+        except pa.ArrowInvalid as error:  # for example, 0.5 for an integer
             raise InputError(f"{where}: column {field.name!r} must be {field.type} ({first_line(error)}).") from None
         if fault := _fault(array, field, columns(table)[field.name]):
             raise InputError(f"{where}: column {field.name!r} {fault}")
@@ -87,12 +87,12 @@ def typed(data: pa.Table, table: str, where: str, only: Sequence[str] | None = N
 
 
 def _compute(function: str, *arguments: Any) -> Any:
-    """The result of a function of pyarrow.compute, by its name: a type checker does not see them as attributes."""
+    """The result of a pyarrow.compute function, given by name, because type checkers do not see it as an attribute."""
     return pc.call_function(function, list(arguments))
 
 
 def _converts(given: pa.DataType, wanted: pa.DataType) -> bool:
-    """Whether a column of a type can be used as one of another without a change of meaning; 1 is no text."""
+    """Whether a column of one type can be used as another without a change of meaning; 1 is not text."""
     if pa.types.is_dictionary(given):
         given = given.value_type
     if pa.types.is_null(given):
@@ -105,7 +105,7 @@ def _converts(given: pa.DataType, wanted: pa.DataType) -> bool:
 
 
 def _fault(array: pa.ChunkedArray, field: pa.Field, limits: dict[str, Any]) -> str | None:
-    """The fault in a column of the right type, as the end of a sentence, or None."""
+    """The fault of a column of the right type, as the end of a sentence, or None."""
     if array.null_count and not field.nullable:
         return f"must have a value in every row. Got {array.null_count} empty of {len(array)} instead."
     if (
@@ -129,7 +129,7 @@ def _fault(array: pa.ChunkedArray, field: pa.Field, limits: dict[str, Any]) -> s
 
 
 def from_rows(rows: list[dict[str, Any]], table: str, where: str) -> pa.Table:
-    """A typed table of rows given as dicts; an absent key is empty, an unknown one or a NaN an InputError."""
+    """A typed table from rows given as dicts. An absent key is empty; an unknown key or NaN raises InputError."""
     wanted = arrow_schema(table)
     unknown = sorted({key for row in rows for key in row} - set(wanted.names))
     if unknown:
@@ -141,7 +141,7 @@ def from_rows(rows: list[dict[str, Any]], table: str, where: str) -> pa.Table:
         if any(isinstance(row.get(field.name), float) and math.isnan(row[field.name]) for row in rows):
             raise InputError(f"{where}: column {field.name!r} must be finite. Got NaN instead.")
         try:
-            # Of the values' own type: asked for an integer, arrow would make 0 of 0.5 without a word.
+            # Use the values' own type: with an integer type, arrow would silently convert 0.5 to 0.
             arrays.append(pa.chunked_array([pa.array([row.get(field.name) for row in rows])]))
         except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
             message = first_line(error)
@@ -150,24 +150,24 @@ def from_rows(rows: list[dict[str, Any]], table: str, where: str) -> pa.Table:
 
 
 def holds(array: pa.ChunkedArray, part: str) -> bool:
-    """Whether any of the strings has the part in it."""
+    """Whether any of the strings contains the part."""
     return bool(pc.any(pc.match_substring(array, part)).as_py())
 
 
 def to_frame(data: pa.Table) -> pd.DataFrame:
-    """DataFrame with integers, booleans and strings that may be empty as pandas' nullable types."""
+    """DataFrame in which nullable integers, booleans and strings have pandas' nullable types."""
     return data.to_pandas(types_mapper=PANDAS.get)
 
 
 def write_parquet(data: pa.Table, path: Path) -> None:
-    """Write a table with the checksums by which `read_parquet` knows a damaged one."""
+    """Write a table with checksums, by which `read_parquet` detects damage."""
     pq.write_table(data, path, write_page_checksum=True)
 
 
 def read_parquet(path: Path, only: Sequence[str] | None = None) -> pa.Table:
-    """A table as it was written, or only some columns of it.
+    """A table as it was written, or only some of its columns.
 
-    Raises pyarrow's ArrowInvalid, or OSError without a number, for a file that is damaged or no parquet.
+    Raises pyarrow's ArrowInvalid, or OSError without a number, for a file that is damaged or not parquet.
     """
     with pq.ParquetFile(path, page_checksum_verification=True) as file:
         return file.read(columns=only)
@@ -176,7 +176,7 @@ def read_parquet(path: Path, only: Sequence[str] | None = None) -> pa.Table:
 def unusable(path: Path, error: Exception) -> InputError:
     """The error for a result that cannot be used. A damaged one is set aside, so that the next run makes it again.
 
-    error: of `read_parquet`, of reading JSON, or of what the content should be, which is no damage.
+    error: from `read_parquet`, from reading JSON, or from a check of the content, which does not count as damage.
     """
     text = f"it lacks {error.args[0]!r}." if isinstance(error, KeyError) else first_line(error)
     damaged = isinstance(error, (json.JSONDecodeError, UnicodeDecodeError, pa.ArrowInvalid)) or (
@@ -204,6 +204,6 @@ def read_table(folder: Path, table: str, only: Sequence[str] | None = None) -> p
 
 
 def first_line(error: object) -> str:
-    """The first line of a message, in one line for a sentence or a cell of a table."""
+    """The first line of a message, for a sentence or a table cell."""
     lines = str(error).strip().splitlines()
     return " ".join(lines[0].split()) if lines else type(error).__name__

@@ -1,1 +1,1 @@
-"""From a config to a grid of cells, and what they cost. Free of torch."""
+"""Turn a config into a grid of cells, and estimate their cost. Does not import torch."""

@@ -1,4 +1,4 @@
-"""The entries of a config's `allocations`: an allocator with its parameters, and what it can be asked for. No torch."""
+"""The entries of a config's `allocations`: allocators, their parameters and possible targets. Does not import torch."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,15 +13,15 @@ from layerwise.runtime.errors import InputError
 from layerwise.runtime.sentences import brief
 from layerwise.study.method_entries import LONGEST_SENTENCE, MethodEntry
 
-UNIFORM = "uniform"  # the allocation, and its allocator, of a study that names none
-MOST = 0.99  # largest budget of zeros; as allocation/budget.py has it for a layer
-WIDTHS = range(2, 9)  # bits that a layer may be given
-TRIED = ("windows", "screen")  # parameters of allocators that try the model: sequences of calibration text
+UNIFORM = "uniform"  # the default allocation and its allocator
+MOST = 0.99  # largest budget of zeros, the limit per layer in allocation/budget.py
+WIDTHS = range(2, 9)  # possible bits of a layer
+TRIED = ("windows", "screen")  # parameters of allocators that try the model, in sequences of calibration text
 
 
 @dataclass(frozen=True)
 class AllocationEntry:
-    """An entry of the config's `allocations`, its parameters complete."""
+    """An entry of the config's `allocations`, with complete parameters."""
 
     name: str
     allocator: str
@@ -29,7 +29,7 @@ class AllocationEntry:
 
 
 def read_allocations(full: Mapping[str, Any], methods: Catalogue) -> tuple[Catalogue, list[AllocationEntry]]:
-    """The allocators that the config may name, and its entries; that of equal levels alone where it has none.
+    """The allocators that the config may name, and its entries; without entries, only that of equal levels.
 
     Raises InputError for an unknown allocator or parameter.
     """
@@ -46,7 +46,7 @@ def read_allocations(full: Mapping[str, Any], methods: Catalogue) -> tuple[Catal
 
 
 def _check_windows(entry: AllocationEntry, calibrations: Mapping[str, Any]) -> None:
-    """Raise InputError where an allocator tries the model on more sequences than a calibration set has."""
+    """Raise InputError if an allocator tries the model on more sequences than a calibration set has."""
     for key in TRIED:
         for name, calibration in calibrations.items():
             if entry.params.get(key, 0) > calibration["samples"]:
@@ -60,14 +60,14 @@ def _entry(catalogue: Catalogue, name: str, raw: Mapping[str, Any]) -> Allocatio
     where, allocator = f"allocations.{name}", raw.get("allocator", name)
     params = catalogue.complete(allocator, {key: own for key, own in raw.items() if key != "allocator"}, where)
     if (allocator == UNIFORM) != (name == UNIFORM):
-        raise CatalogueError(f"{where}: the allocation {UNIFORM} must use the allocator {UNIFORM}, and no other.")
+        raise CatalogueError(f"{where}: the allocation {UNIFORM} must use the allocator {UNIFORM}.")
     return AllocationEntry(name, allocator, params)
 
 
 def refusal(
     allocators: Catalogue, methods: Catalogue, allocation: AllocationEntry, entry: MethodEntry, target: Target
 ) -> str | None:
-    """Why the levels of an allocation cannot be given to a method's layers at a target, or None."""
+    """Why an allocation's levels cannot be used for a method's layers at a target, or None."""
     if allocation.name == UNIFORM:
         return None
     card, budget = allocators[allocation.allocator].card, target.budget
@@ -78,7 +78,7 @@ def refusal(
     if target.format and target.sparsity:
         return f"{allocation.allocator} spreads pairs of sparsity and bits, not those of {target.format}"
     if entry.tune:
-        return "the stages of tune take one target for all layers"
+        return "tuning needs one target for all layers"
     if budget == "bits":
         reasons = [methods.refusal(entry.method, entry.params, target.at(bits)) for bits in WIDTHS]
         if reason := next(filter(None, reasons), None):
@@ -103,7 +103,7 @@ def _pairs_refusal(
     target: Target,
     probes: Sequence[tuple[str, str, Mapping[str, Any]]],
 ) -> str | None:
-    """Why a layer cannot be given one of the pairs that an allocation may choose, or None."""
+    """Why a layer cannot get one of the pairs that an allocation may choose, or None."""
     for key, schema in allocators[allocation.allocator].card["parameters"].items():
         if schema.get("format") != "targets":
             continue

@@ -1,4 +1,4 @@
-"""A cell of the grid: its typed spec, and the identity that names its folder. Free of torch."""
+"""A cell of the grid: its typed spec, and the identity that names its folder. Does not import torch."""
 
 import hashlib
 import json
@@ -11,7 +11,7 @@ from layerwise.contract.target import CERTIFIED, LOW_RANK, Target
 
 
 class TargetSpec(TypedDict):
-    """The fields of a Target as a config has them."""
+    """The fields of a Target in the form of a config."""
 
     sparsity: float
     pattern: str
@@ -44,7 +44,7 @@ class MethodSpec(TypedDict):
 
 
 class AllocationSpec(TypedDict):
-    """The input of the job that spreads a budget over the layers; name: of the config's entry."""
+    """The input of the job that spreads a budget over the layers. name: name of the config's entry."""
 
     name: str
     allocator: str
@@ -54,8 +54,8 @@ class AllocationSpec(TypedDict):
 
 
 class CellSpec(TypedDict):
-    """The input of the job that computes a cell. tune: stage -> its settings, absent where nothing is tuned.
-    allocation: absent where all layers have the target's own level."""
+    """The input of the job that computes a cell. tune: stage -> its settings, absent without tuning. allocation: absent
+    if all layers have the target's level."""
 
     columns: CellColumns
     method: MethodSpec
@@ -65,12 +65,12 @@ class CellSpec(TypedDict):
 
 
 def canonical(value: Any) -> str:
-    """One JSON string for equal values, whatever the order of keys; numbers that are equal are spelled alike."""
+    """The same JSON string for equal values: the order of keys does not matter, and equal numbers are spelled alike."""
     return json.dumps(plain(value), sort_keys=True, separators=(",", ":"), ensure_ascii=True)
 
 
 def plain(value: Any) -> Any:
-    """The value as JSON has it, whole floats as integers."""
+    """The value as plain JSON, with whole floats as integers."""
     if isinstance(value, Mapping):
         return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -84,14 +84,14 @@ def identity(name: str, spec: Any) -> str:
 
 
 def slug(value: Any) -> str:
-    """A value as part of a file's name."""
+    """A value in a form suitable for a file name."""
     text = value if isinstance(value, str) else canonical(value)
     return "".join(c if c.isascii() and c.isalnum() or c in "._-" else "_" for c in text).strip("_")
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One method on one model at one target, with one calibration and mode. The names are the parts of its path."""
+    """One method on one model at one target, with one calibration and mode. The names form its path."""
 
     model: str
     calib: str
@@ -105,7 +105,7 @@ class Cell:
 
     @property
     def columns(self) -> dict[str, Any]:
-        """A new row that begins with the cell's columns."""
+        """A new row with the cell's columns."""
         return dict(self.spec["columns"])
 
     @property
@@ -113,7 +113,7 @@ class Cell:
         """Path of the bound on the errors of the cell's layers: masks of a bounded pattern, or low-rank factors alone,
         on the dense Grams.
 
-        A bound is that of one target for all layers, so that layers of other levels have none.
+        A bound is for one target for all layers, so cells with other levels per layer have none.
         """
         target = Target(**self.spec["target"])
         masks = self.spec["columns"]["comparison"] == "mask-only" and target.structure in CERTIFIED
@@ -126,14 +126,14 @@ class Cell:
 
     @cached_property
     def levels(self) -> str | None:
-        """Path of the table of the layers' levels, where the budget is spread over them."""
+        """Path of the table of the layers' levels, if the budget is spread over the layers."""
         if (allocation := self.spec.get("allocation")) is None:
             return None
         name = f"{allocation['name']}-{slug(Target(**allocation['target']).label)}"
         return f"results/allocations/{self.model}/{self.calib}/{identity(name, allocation)}.parquet"
 
     def overlap(self, evaluation: str) -> str:
-        """Path of what the cell's calibration has in common with an evaluation, which is known by its identity."""
+        """Path of the overlap of the cell's calibration with an evaluation, given by its identity."""
         return f"results/tokens/{self.model}/overlap/{self.calib}/{evaluation}.json"
 
     @cached_property

@@ -1,6 +1,6 @@
-"""A config as a document: read without running anything, and made of nothing but JSON's values. Free of torch.
+"""Read a config as a document of plain JSON values, without running anything. Does not import torch.
 
-Snakemake itself runs Python in a config that asks for it: read a config here before Snakemake sees it.
+Snakemake itself would run Python in a config that requests it, so a config is read here before Snakemake sees it.
 """
 
 import datetime
@@ -19,17 +19,17 @@ from layerwise.runtime.project import ROOT
 from layerwise.runtime.sentences import brief, place
 
 EMBEDDED = "embedded"  # name of the study in config/config.yaml
-DEEPEST = 40  # levels of a document; anchors can make one endless
-MOST_VALUES = 200_000  # in a document; anchors can make a short file represent more than memory holds
-RUNS_PYTHON = "__use_yte__"  # with this key Snakemake takes a config for a template with Python in it
-UNUSABLE = re.compile("[\0\ud800-\udfff]")  # in no path and in no file's UTF-8
+DEEPEST = 40  # largest depth of a document; anchors can make it infinite
+MOST_VALUES = 200_000  # largest number of values; anchors can make a short file represent more than memory holds
+RUNS_PYTHON = "__use_yte__"  # with this key Snakemake treats a config as a template with Python
+UNUSABLE = re.compile("[\0\ud800-\udfff]")  # characters that neither a path nor UTF-8 can contain
 
 
 class _Loader(yaml.SafeLoader):
-    """Builds no objects, and takes no key twice, of which YAML would keep the last without a word."""
+    """Builds no objects, and rejects repeated keys, of which YAML would silently keep the last."""
 
     def flatten_mapping(self, node: yaml.MappingNode) -> None:
-        """Write what is merged (<<) into the node; before that its own keys are looked at, once."""
+        """Merge (<<) values into the node, after one check of its own keys."""
         seen = set()
         for key_node, _ in () if hasattr(node, "flat") else node.value:
             if isinstance(key_node, yaml.ScalarNode) and key_node.tag != "tag:yaml.org,2002:merge":
@@ -42,7 +42,7 @@ class _Loader(yaml.SafeLoader):
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A mapping of JSON."""
+    """A JSON mapping without repeated keys."""
     found: dict[str, Any] = {}
     for key, value in pairs:
         if key in found:
@@ -52,10 +52,10 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def read(path: Path) -> Any:
-    """The document of a config file, JSON or YAML as Snakemake takes it, each key once.
+    """The document in a config file, JSON or YAML as for Snakemake, without repeated keys.
 
-    Raises InputError, in one sentence, for a file that cannot be read. Of the tags of YAML those of plain values alone
-    are known.
+    Raises InputError, in one sentence, for a file that cannot be read. Only the YAML tags of plain values are
+    supported.
     """
     try:
         text = Path(path).read_text("utf-8")
@@ -71,18 +71,18 @@ def read(path: Path) -> Any:
         raise InputError(f"{path} is not valid: {brief(str(error))}.") from None
     except RecursionError:
         raise InputError(f"{path} is nested too deeply.") from None
-    except (yaml.YAMLError, ValueError, OverflowError) as error:  # such as the 31st of February
+    except (yaml.YAMLError, ValueError, OverflowError) as error:  # for example, 31 February
         mark = getattr(error, "problem_mark", None)
         where = f" in line {mark.line + 1}, column {mark.column + 1}" if mark else ""
         told = getattr(error, "problem", None) or str(error)
         raise InputError(f"{path} is not valid YAML: {brief(told)}{where}.") from None
     if isinstance(found, dict) and RUNS_PYTHON in found:
-        raise InputError(f"{path} asks to run Python ({RUNS_PYTHON}), which a study must not do.")
+        raise InputError(f"{path} requests to run Python ({RUNS_PYTHON}), which a study must not do.")
     return found
 
 
 def check(document: Any) -> None:
-    """Raise InputError for the first value that is none of JSON's, and for numbers and texts that no job can use."""
+    """Raise InputError for the first value that is not a JSON value, or is a number or text that no job can use."""
     waiting: list[tuple[tuple[Any, ...], Any]] = [((), document)]
     seen = 0
     while waiting:
@@ -104,7 +104,7 @@ def check(document: Any) -> None:
 
 
 def _fault(value: Any) -> str | None:
-    """What is wrong with a single value, or None."""
+    """The fault of a single value, or None."""
     if value is None or isinstance(value, bool):
         return None
     if isinstance(value, str):
@@ -114,18 +114,18 @@ def _fault(value: Any) -> str | None:
     if isinstance(value, float):
         return None if math.isfinite(value) else f"{value} is not finite"
     if isinstance(value, (datetime.date, datetime.datetime)):
-        return f"YAML reads {value.isoformat()} as a date, put it in quotes"
+        return f"YAML reads {value.isoformat()} as a date: put it in quotes"
     return f"a {type(value).__name__} of YAML is not a text, number, list or mapping"
 
 
 def shipped_studies() -> list[str]:
-    """Names of the studies that ship, `embedded` first."""
+    """Names of the shipped studies, `embedded` first."""
     names = sorted(path.stem for path in (ROOT / "config").glob("*.yaml"))
     return [EMBEDDED, *(name for name in names if name != "config")]
 
 
 def study_file(study: str | Path) -> Path:
-    """The file of a study: the path of one, or the name of one that ships. Raises InputError for neither."""
+    """The file of a study, given by its path or by the name of a shipped study. Raises InputError for anything else."""
     path = Path(study)
     if path.is_file():
         return path
@@ -140,6 +140,6 @@ def study_file(study: str | Path) -> Path:
 
 
 def study_name(study: str | Path) -> str:
-    """The name of a study, given by that or by its file. Raises InputError as study_file does."""
+    """The name of a study, given by its name or file. Raises InputError as study_file does."""
     path = study_file(study)
     return EMBEDDED if path.samefile(ROOT / "config/config.yaml") else path.stem

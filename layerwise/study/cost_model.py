@@ -1,4 +1,4 @@
-"""What each job of a study takes, in memory, on disk and in operations, from its config and its models' headers.
+"""The cost of each job of a study in memory, disk space and operations, from the config and the models' headers.
 
 No weights are read and torch is not imported: the Snakefile's process calls this for the resources of every job.
 """
@@ -23,78 +23,81 @@ from layerwise.study.work import JobCost, Work
 # ------------------------------------------------------------------------------ what the jobs' code holds, in one place
 
 PROCESS = 650e6  # bytes of Python with torch, transformers and the compiled loops
-OUTSIDE_HELD = 2  # of what lies outside the blocks: itself, and its mapped file while it is read
-BLOCKS_HELD = 3  # of a model that is read block by block: the one that is run, the next, and its mapped file
-# Bytes per entry of a Gram while it is summed: a float64 total and a float32 run, which experts of one width share
-# unless they are shown every token.
+OUTSIDE_HELD = 2  # copies of the parameters outside the blocks: themselves, and their mapped file during reading
+BLOCKS_HELD = 3  # blocks of a streamed model in memory: the running one, the next, and its mapped file
+# Bytes per entry of a Gram during summation: a float64 total and a float32 run. Experts of one width share the run
+# unless they see every token.
 GRAM_ENTRY = 12
-BATCH_BYTES = 2**22  # of a batch's widest activations, unless one sequence has more (propagate.BATCH_BYTES)
-ACTIVATIONS = 8  # tensors of that size at a time
-LOGITS_HELD = 2  # of a batch: the cell's, and the dense model's beside them (divergence.Divergence)
-GRAMS_BESIDE = 2  # cross-Gram and Gram of the dense model's inputs, for a method that needs them
-LOGITS_BACK = 4  # of a sequence, in float32: themselves, shifted, their softmax, the gradient
-WORKING_BACK = 3  # times a block's activations on the way forward that the way back holds
-PASSES_BACK = 4  # of a sequence, in forward passes: one, another in each block on the way back, and two for gradients
-FISHER_PART = 8  # sequences after which sums are kept (fisher.PART)
-HIDDEN_FILES = 2  # files of all hidden states on disk: what enters a block and what leaves it
-LOGITS_AT_ONCE = 2**23  # of a batch of windows (evaluate.LOGITS_AT_ONCE)
-ROWS = 1024  # tokens whose logits are in float32 at a time (evaluate.ROWS)
-FITS = 0.7  # of the free memory: more than that, and the blocks are read whenever they are run (streaming.SHARE)
+BATCH_BYTES = 2**22  # bytes of a batch's widest activations, unless one sequence has more (propagate.BATCH_BYTES)
+ACTIVATIONS = 8  # number of tensors of that size in memory at a time
+LOGITS_HELD = 2  # logits of a batch in memory: the cell's and the dense model's (divergence.Divergence)
+# extra matrices for a method that needs them: the cross-Gram, and the Gram of the dense model's inputs
+GRAMS_BESIDE = 2
+LOGITS_BACK = 4  # float32 copies of a sequence's logits: logits, shifted logits, softmax, gradient
+WORKING_BACK = 3  # memory of the backward pass, in units of a block's forward activations
+PASSES_BACK = 4  # cost of a sequence in forward passes: one, one recomputation in the blocks, and two for gradients
+FISHER_PART = 8  # sequences after which sums are saved (fisher.PART)
+HIDDEN_FILES = 2  # files of hidden states on disk: inputs and outputs of a block
+LOGITS_AT_ONCE = 2**23  # logits of a batch of windows (evaluate.LOGITS_AT_ONCE)
+ROWS = 1024  # tokens whose logits are converted to float32 at a time (evaluate.ROWS)
+FITS = 0.7  # share of the free memory above which blocks are read whenever they are run (streaming.SHARE)
 CHECKED_WINDOW = 64  # tokens (model_check.WINDOW)
-TASK_TOKENS = 1024  # of the longest sequence that a zero-shot task asks for
-SCORING = 8 * 6 * 512  # bytes per input of a layer: rows in float64 while its result is scored (compress.SCORED)
-READ = 8  # float32 copies of a layer while it is unpacked from a cell's file
-TUNED = 24  # bytes per parameter of all blocks that tuning stages hold: results, codes, gradients and their moments
-SAMPLE = 512  # rows of inputs that a Gram store keeps, at most, and as many first tokens (tap_statistics.SAMPLE_ROWS)
+TASK_TOKENS = 1024  # tokens of the longest sequence in a zero-shot task
+SCORING = 8 * 6 * 512  # bytes per input of a layer for float64 rows during scoring (compress.SCORED)
+READ = 8  # float32 copies of a layer during unpacking from a cell's file
+TUNED = 24  # bytes per parameter of all blocks during tuning: results, codes, gradients and moments
+SAMPLE = 512  # largest number of input rows in a Gram store, and of first tokens (tap_statistics.SAMPLE_ROWS)
 CELL_FILES = 300e3  # bytes of a cell's tables, logs and results
-UNKNOWN_MB = 8000  # asked for jobs of a model that has not been fetched
+UNKNOWN_MB = 8000  # requested for jobs of a model that has not been fetched
 
-BLOCK_COPIES = 3  # of a block's weights in float32 while an allocator measures it
-LEVELS_TRIED = 14  # of a layer, by a knapsack with its default levels
-TRIALS = 500  # passes of an allocator that tries the model, where its card has no `passes`
-TRIED_WINDOWS = 8  # of calibration text in each, where its parameters do not say
-SPECTRUM = 20.0  # products of a weight and a Gram that singular values take as long as
+BLOCK_COPIES = 3  # float32 copies of a block's weights during an allocator's measurement
+LEVELS_TRIED = 14  # levels tried per layer by a knapsack with default levels
+TRIALS = 500  # passes of an allocator that tries the model, if its card has no `passes`
+TRIED_WINDOWS = 8  # windows of calibration text per pass, if its parameters do not give them
+SPECTRUM = 20.0  # time of singular values, in products of a weight and a Gram
 
 # ------------------------------------------------------------------------------------------------------ rough durations
 
-SLOWEST = 5e9  # operations per second and thread that a cluster's `runtime` counts on
+SLOWEST = 5e9  # operations per second and thread assumed for a cluster's `runtime`
 LEAST_MINUTES = 30
-# A longer job is one that a cluster does not take; --set-resources compress:runtime=N says more.
+# Clusters reject longer jobs; --set-resources compress:runtime=N gives a longer time.
 MOST_MINUTES = 2 * 24 * 60
-TEXT_TOKENS = 350_000  # of an evaluation text that is taken whole
-ASKED_TOKENS = 20_000  # of a zero-shot task
+TEXT_TOKENS = 350_000  # tokens of an evaluation text that is used whole
+ASKED_TOKENS = 20_000  # tokens of a zero-shot task
 
 
 def here(entry: Mapping[str, Any], rule: str = "") -> str | None:
-    """The dtype that the processor of this machine computes a model of the config in, whichever job it is."""
+    """The dtype in which this machine's processor computes a model of the config, for any job."""
     return compute_dtype.compute_dtype(entry, "cpu", compute_dtype.slow_apart)
 
 
 @dataclass(frozen=True)
 class Job:
-    """A rule and its wildcards, {model, calib, mode, cell, evaluation, tasks, bound} as far as the rule has them."""
+    """A rule and those of the wildcards {model, calib, mode, cell, evaluation, tasks, bound} that it has."""
 
     rule: str
     wildcards: Mapping[str, str]
 
 
 class CostModel:
-    """What each job of a study costs."""
+    """The cost of each job of a study."""
 
     def __init__(self, study: Plan, computed: Callable[[Mapping[str, Any], str], str | None] = here) -> None:
-        """computed: the dtype that jobs of a rule compute a model of the config in, as `compute_dtype` gives it."""
+        """computed: returns the dtype in which jobs of a rule compute a model of the config, as `compute_dtype`
+        does."""
         self.plan, self.computed = study, computed
         self._shapes: dict[str, ModelShape | None] = {}
-        self._costs: dict[tuple[Any, ...], JobCost] = {}  # by what a cost depends on, which thousands of cells share
+        # keyed by everything that affects a cost, which thousands of cells share
+        self._costs: dict[tuple[Any, ...], JobCost] = {}
 
     def shape(self, model: str) -> ModelShape | None:
-        """None for a model that has not been fetched."""
-        if self._shapes.get(model) is None:  # it may have been fetched since, by this run
+        """The shape of a model; None if it has not been fetched."""
+        if self._shapes.get(model) is None:  # this run may have fetched it since
             self._shapes[model] = shape_of(self.plan.models[model])
         return self._shapes[model]
 
     def cost(self, job: Job) -> JobCost | None:
-        """None for a rule that takes little, and for a model that has not been fetched."""
+        """The cost of a job; None for a cheap rule, and for a model that has not been fetched."""
         make = {
             "check_model": self._check_model,
             "gram": self._gram,
@@ -122,19 +125,19 @@ class CostModel:
         return self._costs[key]
 
     def mem_mb(self, job: Job) -> int:
-        """Megabytes that a job asks for."""
+        """Megabytes that a job requests."""
         cost = self.cost(job)
         return UNKNOWN_MB if cost is None else math.ceil(cost.memory / 1e6)
 
     def minutes(self, job: Job, threads: int = 1) -> int:
-        """Minutes that a cluster may give a job, far more than it should take."""
+        """Minutes that a job requests from a cluster, far more than it should take."""
         cost = self.cost(job)
         return min(
             LEAST_MINUTES + math.ceil((cost.work.operations if cost else 0) / (SLOWEST * threads) / 60), MOST_MINUTES
         )
 
     def jobs(self) -> Iterator[Job]:
-        """All jobs of the study that take more than a little."""
+        """All jobs of the study that are not cheap."""
         for model in dict.fromkeys(cell.model for cell in self.plan.cells):
             for evaluation in self.plan.evaluations:
                 yield Job("dense_states", {"model": model, "evaluation": evaluation})
@@ -162,7 +165,7 @@ class CostModel:
             yield Job("certificate", {"model": cell.model, "calib": cell.calib})
 
     def cell(self, job: Job) -> Cell:
-        """That a compress job computes."""
+        """The cell that a compress job computes."""
         return self.plan.by_folder["results/cells/{model}/{calib}/{mode}/{cell}".format(**job.wildcards)]
 
     # ---------------------------------------------------------------------------------------------------- one rule each
@@ -189,7 +192,7 @@ class CostModel:
         run = replace(model, size=4)
         parts = (
             2 * math.ceil(calib["samples"] / FISHER_PART) * disk
-        )  # sums in float64, after each part of the sequences
+        )  # float64 sums, saved after each part of the sequences
         work = replace(run.passes(PASSES_BACK * tokens), dtype="float32")
         return JobCost(run.passing_back(calib["length"]), disk, parts, work)
 
@@ -215,14 +218,14 @@ class CostModel:
             run = model.at(calib.get("dtype"))
             another = run.streamed - PROCESS if run.entry["dtype"] != model.entry["dtype"] else 0  # a copy of the model
             memory = max(memory, run.calibrating(calib["length"], beside)) + another
-            # The cross-Gram is no symmetric product, which takes twice as long.
+            # The cross-Gram is not a symmetric product, so it takes twice as long.
             work += replace(run.passes((2 + beside) * tokens), grams=(1 + 3 * beside) * run.gram_work(tokens))
             transient += (1 + beside) * run.states(tokens)
         if "tune" in cell.spec:
             memory = max(memory, model.tuning(calib["length"], cell.spec["tune"]))
             epochs = sum(stage["epochs"] for stage in cell.spec["tune"].values())
             work += model.passes(4 * epochs * tokens)
-        # The job evaluates what it has compressed.
+        # The job also evaluates the compressed model.
         texts = [self._perplexity(model, Job("", {"evaluation": name})) for name in self.plan.evaluations]
         others = texts + [self._tasks(model, Job("", {"tasks": name})) for name in self.plan.tasks]
         minimum = max([memory, *(cost.minimum for cost in others)])
@@ -232,7 +235,7 @@ class CostModel:
         return JobCost(memory, stored + CELL_FILES, transient, sum((cost.work for cost in others), work), minimum)
 
     def _windows(self, job: Job) -> tuple[int, int]:
-        """(tokens of a window, of all) of an evaluation."""
+        """(tokens of a window, all tokens) of an evaluation."""
         spec = self.plan.evaluations[job.wildcards["evaluation"]]
         length, windows = spec["length"], spec.get("samples")
         return length, windows * length if windows else TEXT_TOKENS
@@ -261,7 +264,7 @@ class CostModel:
         return JobCost(model.at_rest.streamed + most, work=Work(solving=products * model.products))
 
     def _sees_grams(self, cell: Cell) -> bool:
-        """Whether what spreads a cell's budget sees the dense Grams."""
+        """Whether the allocator of a cell's budget needs the dense Grams."""
         spec = cell.spec.get("allocation")
         return spec is not None and "gram" in self.plan.allocators[spec["allocator"]].needs(spec["params"])
 
@@ -274,7 +277,7 @@ class CostModel:
         w, g, products = (max((cost[i] for cost in inner), default=0.0) for i in range(3))
         peaks = []
         for block in model.shape.blocks:
-            # A block's weights in float32 and their scores, its Grams, and what solving a layer takes beside them.
+            # A block's weights in float32 and their scores, its Grams, and the memory to solve a layer.
             held = BLOCK_COPIES * 4 * sum(out * size for out, size, _ in block.layers)
             held += kept(block) if self._sees_grams(cell) else 0.0
             solving = [4 * (w * out * size + g * size**2) + SCORING * size for out, size, _ in block.layers]
@@ -297,7 +300,8 @@ class CostModel:
 
 
 def tried_sequences(card: Mapping[str, Any], params: Mapping[str, Any], layers: int) -> int | None:
-    """Sequences that pass through the model in an allocator's search, by its card; None where it does not say."""
+    """Number of sequences that pass through the model in an allocator's search, from its card; None if it does not
+    say."""
     terms = card.get("passes")
     for key, values in card.get("passes_where", {}).items():
         terms = values.get(str(params[key]), terms)
@@ -312,22 +316,22 @@ def tried_sequences(card: Mapping[str, Any], params: Mapping[str, Any], layers: 
 
 
 def summed(block: BlockShape, beside: bool = False) -> float:
-    """Bytes of a block's Grams while they are summed, and of the rows of inputs that are kept.
+    """Bytes of a block's Grams during summation, and of the stored rows of inputs.
 
-    beside: with what a method takes that needs the cross-Gram.
+    beside: whether to include the matrices for a method that needs the cross-Gram.
     """
-    rows = sum(size for size, share in block.taps if share < 1)  # of an expert there may be twice as many
+    rows = sum(size for size, share in block.taps if share < 1)  # an expert may have twice as many
     more = (GRAM_ENTRY - 4 + GRAM_ENTRY * GRAMS_BESIDE * beside) * block.gram_entries
     return kept(block) + more + 4 * SAMPLE * rows
 
 
 def kept(block: BlockShape) -> float:
-    """Bytes of a block's Grams in float32, and of the rows of inputs beside them."""
+    """Bytes of a block's Grams in float32, and of the rows of inputs stored with them."""
     return 4 * (block.gram_entries + 2 * SAMPLE * sum(size for size, _ in block.taps))
 
 
 def _kind(cell: Cell, study: Plan) -> tuple[Any, ...]:
-    """What the cost of a cell depends on besides model, calibration and mode."""
+    """Everything that affects the cost of a cell besides model, calibration and mode."""
     method, tune = cell.spec["method"], cell.spec.get("tune")
     asked = tuple(cell.spec["target"].values())
     cost = of_method(study.catalogue, method["name"], method["params"])
@@ -336,9 +340,10 @@ def _kind(cell: Cell, study: Plan) -> tuple[Any, ...]:
 
 @dataclass(frozen=True)
 class ModelCost:
-    """A shape whose parameters take `size` bytes each as they are run; memory in bytes, work in operations.
+    """A shape whose parameters take `size` bytes each when run; memory in bytes, work in operations.
 
-    width: bytes of one as it is stored. entry: of the config, with its dtype. computed: dtype that an entry is run in.
+    width: bytes of a stored parameter. entry: the config's entry, with its dtype. computed: returns the dtype in which
+    an entry is run.
     """
 
     shape: ModelShape
@@ -356,12 +361,12 @@ class ModelCost:
         return cls(shape, BYTES.get(computed(spec) or "", width), width, entry, computed)
 
     def at(self, dtype: str | None) -> ModelCost:
-        """The same model run in another dtype."""
+        """The same model, run in another dtype."""
         return self.of(compute_dtype.at(self.entry, dtype), self.shape, self.computed) if dtype else self
 
     @property
     def at_rest(self) -> ModelCost:
-        """The same model as jobs hold it that do not run it."""
+        """The same model in jobs that do not run it."""
         return replace(self, size=self.width)
 
     @property
@@ -371,12 +376,12 @@ class ModelCost:
 
     @property
     def streamed(self) -> float:
-        """The process with as many blocks as it holds."""
+        """Memory of the process with the blocks that it holds."""
         return PROCESS + BLOCKS_HELD * self.size * self.block
 
     @property
     def embedding(self) -> float:
-        """Peak before the first block and after the last, where what lies outside the blocks is read."""
+        """Peak before the first block and after the last, when the parameters outside the blocks are read."""
         return self.streamed + OUTSIDE_HELD * self.size * self.shape.outside
 
     @property
@@ -387,15 +392,15 @@ class ModelCost:
         return ACTIVATIONS * max(BATCH_BYTES, self.size * length * self.shape.widest)
 
     def calibrating(self, length: int, beside: bool = False) -> float:
-        """Peak of a pass that sums the Grams of a block, and with `beside` what a cross-Gram takes."""
+        """Peak of a pass that sums the Grams of a block and, with `beside`, the cross-Gram."""
         grams = max((summed(block, beside) for block in self.shape.blocks), default=0)
-        summing = self.streamed + (1 + beside) * self.activations(length) + grams  # a batch's inputs are kept too
+        summing = self.streamed + (1 + beside) * self.activations(length) + grams  # includes the inputs of a batch
         return max(summing, self.embedding)
 
     def passing_back(self, length: int) -> float:
-        """Peak of a sequence's passes forward and back: the whole model, what enters each block, one block's gradients.
+        """Peak of a sequence's forward and backward pass: the whole model, each block's inputs, one block's gradients.
 
-        Weights that are not stored in float32 are there twice while they are converted.
+        Weights that are not stored in float32 exist twice during conversion.
         """
         kept = self.size * length * self.shape.hidden * (self.shape.depth + 1)
         inside = WORKING_BACK * ACTIVATIONS * self.size * length * self.shape.widest + self.size * self.block
@@ -406,7 +411,7 @@ class ModelCost:
     def evaluating(self, length: int, tokens: int) -> float:
         """Peak of the perplexity of `tokens` tokens in windows of `length`."""
         batch = max(length, min(tokens, LOGITS_AT_ONCE // self.shape.vocabulary))  # tokens
-        in_float32 = 2 * 4 * min(ROWS, length)  # two copies of some
+        in_float32 = 2 * 4 * min(ROWS, length)  # two copies of some rows
         logits = (LOGITS_HELD * self.size * batch + in_float32) * self.shape.vocabulary
         blocks = self.streamed + max(self.activations(batch), self.unpacked)
         scoring = self.streamed + self.size * self.shape.outside + logits
@@ -414,11 +419,11 @@ class ModelCost:
 
     @property
     def unpacked(self) -> float:
-        """Of a layer of a cell's file."""
+        """Memory to unpack a layer of a cell's file."""
         return 4 * READ * math.prod(self.shape.largest_layer)
 
     def answering(self, batch: int) -> tuple[float, float]:
-        """Peak of zero-shot tasks with all blocks in memory, and with each read whenever it is run."""
+        """Peak of zero-shot tasks with all blocks in memory, and with each block read whenever it is run."""
         logits = batch * TASK_TOKENS * self.shape.vocabulary * (self.size + 8)
         running = max(self.activations(batch * TASK_TOKENS) + logits, self.unpacked)
         outside, blocks = self.size * self.shape.outside, self.whole - self.size * self.shape.outside
@@ -427,7 +432,7 @@ class ModelCost:
         return max(PROCESS + outside + fitting, minimum), minimum
 
     def tuning(self, length: int, stages: Mapping[str, Any]) -> float:
-        """Peak of the tuning stages, which take the whole model and the gradients of a block or of all."""
+        """Peak of the tuning stages, which hold the whole model and the gradients of one block or of all blocks."""
         batch, depth = max(stage["batch"] for stage in stages.values()), self.shape.depth if "end" in stages else 1
         kept = 4 * batch * length * (ACTIVATIONS * self.shape.widest * depth + 3 * self.shape.vocabulary)
         return PROCESS + self.whole + TUNED * (self.shape.parameters - self.shape.outside) + kept
@@ -437,8 +442,8 @@ class ModelCost:
         return HIDDEN_FILES * self.size * tokens * self.shape.hidden
 
     def stored(self, block: BlockShape, target: Target, changed: bool) -> float:
-        """Bytes of a block's layers in a cell's file; changed: weights are no longer those of the checkpoint."""
-        wide = max(BYTES[self.shape.dtype], self.width if changed else 0) / 2  # of a weight that is not quantised
+        """Bytes of a block's layers in a cell's file. changed: whether weights differ from the checkpoint's."""
+        wide = max(BYTES[self.shape.dtype], self.width if changed else 0) / 2  # of an unquantised weight
         total = 0.0
         for out, inputs, _ in block.layers:
             parts = stored_bits(target, 1 - target.sparsity, out, inputs, input_scale=target.bits is not None)
@@ -449,7 +454,7 @@ class ModelCost:
         return tokens * self.shape.total(lambda block: sum(2 * share * out * size for out, size, share in block.layers))
 
     def passes(self, tokens: int) -> Work:
-        """Of forward passes of so many tokens."""
+        """Work of forward passes of this many tokens."""
         return Work(self.forward(tokens), dtype=self.computed(self.entry) or self.shape.dtype)
 
     @property
@@ -459,7 +464,7 @@ class ModelCost:
 
     @property
     def layers(self) -> Mapping[tuple[int, int], int]:
-        """(rows, inputs) -> how many layers of all blocks are so large."""
+        """(rows, inputs) -> number of layers of this shape in all blocks."""
         found: dict[tuple[int, int], int] = {}
         for block, times in self.shape.blocks.items():
             for out, size, _ in block.layers:
@@ -467,5 +472,5 @@ class ModelCost:
         return found
 
     def gram_work(self, tokens: int) -> float:
-        """Of Grams of which half is computed."""
+        """Work of Grams, of which only half is computed."""
         return tokens * self.shape.total(lambda block: sum(share * size**2 for size, share in block.taps))

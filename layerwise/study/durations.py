@@ -1,4 +1,4 @@
-"""How long the jobs of a study take, from what they compute and how fast the machine is. Free of torch."""
+"""Durations of a study's jobs, from their computations and the machine's speed. Does not import torch."""
 
 from __future__ import annotations
 
@@ -11,32 +11,32 @@ from layerwise.study.grid import Plan
 from layerwise.study.speeds import Rates, Speeds, Trial, trial_key
 from layerwise.study.work import JobCost
 
-READING = ("perplexity", "zero_shot")  # rules that mostly read what a cell's first job has left (evaluation/cache.py)
-READ = 0.1  # of a job's start: such a job imports no torch
-# A product of a method's card takes so many times as long as its operations in a forward pass: SmolLM2's
-# layers by Frank-Wolfe and SparseSwaps, on an AMD EPYC with AVX2.
+READING = ("perplexity", "zero_shot")  # rules that mostly read results of a cell's first job (evaluation/cache.py)
+READ = 0.1  # in units of a job's start: such a job does not import torch
+# Time of a product on a method's card, relative to the same operations in a forward pass: measured with Frank-Wolfe and
+# SparseSwaps on SmolLM2's layers, on an AMD EPYC with AVX2.
 SOLVING = 1.6
-SCORED = 1.5  # products that the runner takes besides to verify, score and store what a method returns
+SCORED = 1.5  # further products with which the runner verifies, scores and stores a result
 THREADS = {
     "gram": 4,
     "fisher": 4,
     "dense_states": 4,
     "check_model": 4,
-}  # of rules that take more than one
+}  # for rules that take more than one
 FIRST = ("check_model", "dense_states", "gram", "fisher", "allocate")  # rules that cells wait for
-FINISHED = 3  # cells of a model, method and mode whose seconds are looked at
+FINISHED = 3  # number of finished cells per model, method and mode whose seconds are averaged
 
 
 def study_seconds(
     model: CostModel, costs: Iterable[tuple[Job, JobCost]], cores: int, speeds: Speeds
 ) -> tuple[float, int]:
-    """Seconds of jobs on so many cores, and of how many cells they are those of earlier cells of their kind.
+    """Seconds of jobs on this many cores, and the number of cells with times taken from finished cells of their kind.
 
-    The cores share all that is to be done, but no job is faster than on its own threads, and cells wait for Grams.
+    The cores share all work, but no job is faster than on its own threads, and cells wait for Grams.
     """
     finished = finished_seconds(model.plan)
     total, measured = 0.0, 0
-    longest = {True: 0.0, False: 0.0}  # of the jobs that cells wait for, and of the rest
+    longest = {True: 0.0, False: 0.0}  # longest job among those that cells wait for, and among the rest
     for job, cost in costs:
         seconds = finished.get(kind_of(model.cell(job))) if job.rule == "compress" else None
         measured += seconds is not None
@@ -59,7 +59,7 @@ def job_seconds(model: CostModel, job: Job, cost: JobCost, speeds: Speeds) -> fl
 
 
 def solving_seconds(cost: JobCost, rates: Rates, trial: Trial | None) -> float:
-    """Seconds of a job in its method: by a trial of it, else by its card and what the runner does besides."""
+    """Seconds that a job spends in its method, from a trial, otherwise from its card and the runner's own work."""
     work = cost.work
     if trial:
         return sum(times * trial.seconds(*layer) for layer, times in work.layers.items())
@@ -72,7 +72,7 @@ def kind_of(cell: Cell) -> tuple[str, str, str]:
 
 
 def finished_seconds(study: Plan) -> dict[tuple[str, str, str], float]:
-    """(model, label, mode) -> mean seconds of some first jobs of cells of that kind that are done in this folder."""
+    """(model, label, mode) -> mean seconds of the first finished cells of this kind in this folder."""
     by_kind: dict[tuple[str, str, str], list[float]] = {}
     for cell in study.cells:
         seconds, folder = by_kind.setdefault(kind_of(cell), []), Path(cell.folder)

@@ -1,8 +1,8 @@
-"""The cost of a study before it starts: memory of each job, disk and time, from its config and its models' headers.
+"""The cost of a study before it starts: memory of each job, disk and time, from the config and the models' headers.
 
     layerwise estimate my-study.yaml
 
-The Snakefile prints the short form before its first job, and refuses what cannot fit. docs/big-models.md explains it.
+The Snakefile prints the short form before its first job, and refuses jobs that cannot fit. See docs/big-models.md.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from layerwise.study.work import JobCost
 
 
 def disks(results: Path = Path("results")) -> tuple[float, float | None]:
-    """Bytes that are free for results/ and for Gram stores, None for these where they are on the same disk."""
+    """Free bytes for results/ and for Gram stores; None for the stores if they are on the same disk."""
     homes = []
     for folder in (results, gram_stores()):
         folder = folder.absolute()
@@ -46,10 +46,10 @@ def disks(results: Path = Path("results")) -> tuple[float, float | None]:
 
 @dataclass(frozen=True)
 class Limits:
-    """Bytes. memory: of one job, None where nothing says. whose: such as 'this machine has'. disk: free for results/.
-    stores: free for Gram stores, None where they are on the same disk.
+    """Limits in bytes. memory: for one job, None if unknown. whose: such as 'this machine has'. disk: free for
+    results/. stores: free for Gram stores, None if they are on the same disk.
 
-    given: rule -> what the user says its jobs take, in the place of the estimate; None for what is known only later.
+    given: rule -> the user's value for its jobs, which replaces the estimate; None for a value known only later.
     """
 
     memory: float | None
@@ -61,9 +61,9 @@ class Limits:
 
 @dataclass(frozen=True)
 class JobTotals:
-    """Of a set of jobs. largest: the one that needs most memory. disk, stores: bytes that results/ and the folder of
-    Gram stores grow by, with what is transient while jobs run. seconds: on this machine. measured: cells whose seconds
-    are those of earlier ones of their kind. unknown: names of models that have not been fetched."""
+    """Totals of a set of jobs. largest: the job that needs most memory. disk, stores: growth of results/ and of the
+    Gram stores in bytes, including transient files of running jobs. seconds: on this machine. measured: number of cells
+    whose seconds come from finished cells of their kind. unknown: names of models that have not been fetched."""
 
     jobs: int
     largest: tuple[Job, JobCost] | None
@@ -75,7 +75,8 @@ class JobTotals:
 
 
 def estimate_jobs(model: CostModel, jobs: Iterable[Job], cores: int, speeds: Speeds | None) -> JobTotals:
-    """cores: threads of all jobs at a time. speeds: of the machine; None where it does not run them, for no seconds."""
+    """cores: threads of all jobs at a time. speeds: the machine's speeds; None, if it does not run them, gives no
+    times."""
     jobs = list(jobs)
     costs = [(job, cost) for job in jobs if (cost := model.cost(job))]
     seconds, measured = study_seconds(model, costs, cores, speeds) if speeds else (0.0, 0)
@@ -89,7 +90,7 @@ def estimate_jobs(model: CostModel, jobs: Iterable[Job], cores: int, speeds: Spe
         kept = CELL_FILES if discarded else cost.disk
         disk += kept
         transient.append(cost.transient + cost.disk - kept)
-        waiting.append(cost.disk - kept)  # weights for those who read them, while the next cells run
+        waiting.append(cost.disk - kept)  # weights kept for their readers while the next cells run
     disk += _largest(transient, cores) + _largest(waiting, cores)
     models = dict.fromkeys(job.wildcards["model"] for job in jobs if "model" in job.wildcards)
     unknown = tuple(name_of(model.plan.models[name]) for name in models if model.shape(name) is None)
@@ -103,13 +104,13 @@ def _largest(values: Iterable[float], count: int) -> float:
 
 
 def limit_errors(model: CostModel, jobs: Iterable[Job], totals: JobTotals, limits: Limits) -> Iterator[str]:
-    """A sentence for memory and for disk if the jobs cannot have what they take."""
+    """A sentence about memory and one about disk, if the jobs need more than there is."""
     if limits.memory is not None and (largest := _beyond_memory(model, jobs, limits, limits.memory)):
         taken, job = largest
         yield (
             f"{job_title(model, job)} needs about {size(taken)} of memory, and {limits.whose} {size(limits.memory)}: "
-            "shorter sequences, dtype: bfloat16 and other methods take less, and --set-resources "
-            f"{job.rule}:mem_mb=N puts a figure of yours in the place of this estimate."
+            f"shorter sequences, dtype: bfloat16 and other methods take less. --set-resources {job.rule}:mem_mb=N "
+            "replaces this estimate."
         )
     for place, taken, free in on_disks(totals, limits):
         if taken > free:
@@ -121,7 +122,7 @@ def limit_errors(model: CostModel, jobs: Iterable[Job], totals: JobTotals, limit
 
 
 def _beyond_memory(model: CostModel, jobs: Iterable[Job], limits: Limits, memory: float) -> tuple[float, Job] | None:
-    """(bytes, job) of the job that takes most of those that take more memory than there is."""
+    """(bytes, job) of the largest job that takes more memory than there is."""
     largest: tuple[float, Job] | None = None
     for job in jobs:
         cost = model.cost(job)
@@ -132,7 +133,7 @@ def _beyond_memory(model: CostModel, jobs: Iterable[Job], limits: Limits, memory
 
 
 def on_disks(totals: JobTotals, limits: Limits) -> Iterator[tuple[str, float, float]]:
-    """(what is there, bytes that the jobs take, bytes that are free) of each disk."""
+    """(content, bytes that the jobs take, free bytes) for each disk."""
     if limits.stores is None:
         yield "results/ is", totals.disk + totals.stores, limits.disk
     else:
@@ -144,7 +145,7 @@ def on_disks(totals: JobTotals, limits: Limits) -> Iterator[tuple[str, float, fl
 
 
 def job_title(model: CostModel, job: Job) -> str:
-    """How a sentence calls a job."""
+    """A job's name in sentences."""
     title = f"{job.rule} of the model {name_of(model.plan.models[job.wildcards['model']])!r}"
     return title + (" ({label}, {target}, {mode})".format(**model.cell(job).columns) if job.rule == "compress" else "")
 
@@ -161,12 +162,12 @@ def duration(seconds: float) -> str:
     """A rough time in words."""
     for unit, scale in (("days", 86400), ("hours", 3600), ("minutes", 60)):
         if seconds >= 2 * scale:
-            return f"some {seconds / scale:.0f} {unit}"
+            return f"about {seconds / scale:.0f} {unit}"
     return "a minute or two"
 
 
 def together(model: CostModel, planned: Iterable[Any], cores: int, memory: float) -> str | None:
-    """A sentence where the jobs that so many cores run at a time may need more memory than there is.
+    """A sentence if the jobs that run at a time on this many cores may need more memory than there is.
 
     planned: Snakemake's jobs, with `rule`, `wildcards_dict` and `threads`.
     """
@@ -178,13 +179,13 @@ def together(model: CostModel, planned: Iterable[Any], cores: int, memory: float
     if most <= memory:
         return None
     return (
-        f"{cores} cores run jobs at the same time that may need {size(most)} of memory, and this machine has "
+        f"Jobs that run at the same time on {cores} cores may need {size(most)} of memory, and this machine has "
         f"{size(memory)}: with --resources mem_mb={memory / 1e6:.0f} they wait for each other."
     )
 
 
 def computed_wider(model: CostModel, jobs: Iterable[Job]) -> list[str]:
-    """A sentence for each model and dtype that jobs compute in another one, because it is slow on the processor."""
+    """A sentence for each model whose dtype is slow on the processor, so that jobs compute in another one."""
     found: dict[str, None] = {}
     for job in jobs:
         if job.rule not in ("gram", "dense_states", "compress", *READING):
@@ -196,14 +197,14 @@ def computed_wider(model: CostModel, jobs: Iterable[Job]) -> list[str]:
             if computed not in (None, entry.get("dtype")) and compute_dtype.KEY not in entry:
                 found[
                     f"Forward passes of the model {name_of(spec)!r} are computed in {computed}, from weights rounded "
-                    f"to {entry.get('dtype')}: this processor multiplies matrices in that dtype more than "
-                    f"{compute_dtype.RATIO:g} times as slowly."
+                    f"to {entry.get('dtype')}: matrix products in that dtype take more than {compute_dtype.RATIO:g} "
+                    f"times as long on this processor."
                 ] = None
     return list(found)
 
 
 def short(model: CostModel, totals: JobTotals, limits: Limits, timed: bool = True) -> str:
-    """The lines that a run prints before its first job; timed: whether it runs on this machine."""
+    """The lines that a run prints before its first job. timed: whether it runs on this machine."""
     parts = []
     if totals.largest:
         job, cost = totals.largest
@@ -225,15 +226,15 @@ def about(spec: ModelSpec, shape: ModelShape | None) -> str:
     model, (out, inputs), gram = ModelCost.of(spec, shape), shape.largest_layer, shape.largest_gram
     source = "" if shape.fetched else " (by its config.json)"
     return (
-        f"{name_of(spec)}: {shape.parameters / 1e6:,.0f} M parameters{source}, {size(model.whole)} as they are run; "
+        f"{name_of(spec)}: {shape.parameters / 1e6:,.0f} M parameters{source}, {size(model.whole)} when run; "
         f"{shape.depth} blocks of {size(model.size * model.block)} at most; hidden size {shape.hidden}; largest layer "
         f"{out} x {inputs}, largest Gram {gram} x {gram} ({size(4 * gram**2)})"
     )
 
 
 def table(model: CostModel, jobs: Iterable[Job]) -> list[str]:
-    """A line per kind of job: how many, and the most that one asks for and needs at least of memory, and takes of disk
-    for good and meanwhile."""
+    """A line per kind of job: the number of jobs, and the largest requested memory, least memory, lasting disk space
+    and transient disk space of one job."""
     kinds: dict[tuple[str, str], list[JobCost]] = {}
     for job in jobs:
         if cost := model.cost(job):
@@ -254,7 +255,7 @@ def table(model: CostModel, jobs: Iterable[Job]) -> list[str]:
 
 @dataclass(frozen=True)
 class Estimate:
-    """The cost of a study. lines: for people to read. exceeded: a sentence for each limit of the machine."""
+    """The cost of a study. lines: the text to print. exceeded: a sentence for each exceeded limit of the machine."""
 
     lines: list[str]
     exceeded: list[str]
@@ -263,9 +264,9 @@ class Estimate:
 def estimate(study: Plan, cores: int, memory: float | None = None, quick: bool = False) -> Estimate:
     """The cost of the study on this machine.
 
-    cores: jobs at a time. memory: bytes of the machine that will run it (default: this one's). quick: measure nothing
-    but a product of matrices; else what is not known yet of this machine and of the study's methods is measured and
-    kept. Raises InputError for fewer than one core.
+    cores: jobs at a time. memory: bytes of the machine that will run it (default: this one's). quick: measure only a
+    matrix product. Otherwise unknown speeds of this machine and of the study's methods are measured and stored. Raises
+    InputError for fewer than one core.
     """
     if cores < 1:
         raise InputError(f"--cores must be at least 1. Got {cores} instead.")
@@ -273,14 +274,12 @@ def estimate(study: Plan, cores: int, memory: float | None = None, quick: bool =
     jobs = list(model.jobs())
     limit, whose = (memory, "--mem-mb gives") if memory is not None else (machine_memory(), "this machine has")
     limits = Limits(limit, whose, *disks())
-    timed = any(model.shape(name) for name in study.models)  # else there is no time to tell
+    timed = any(model.shape(name) for name in study.models)  # otherwise there is no time to print
     speeds = measured(study) if timed and not quick else at_hand()
     totals = estimate_jobs(model, jobs, cores, speeds)
     lines = [about(spec, model.shape(name)) for name, spec in study.models.items()]
     lines += ["", *table(model, jobs), "", short(model, totals, limits)]
     lines += [*speeds.said, *computed_wider(model, jobs)]
     if totals.measured:
-        lines.append(
-            f"The time of {totals.measured} cells is that of cells of their kind that are done in this folder."
-        )
+        lines.append(f"The time of {totals.measured} cells is taken from finished cells of their kind in this folder.")
     return Estimate(lines, list(limit_errors(model, jobs, totals, limits)))

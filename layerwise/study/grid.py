@@ -1,4 +1,4 @@
-"""From a config to the grid of cells: validated, defaults filled in, sweeps expanded. Free of torch."""
+"""Turn a config into the grid of cells: validate it, fill in defaults, expand sweeps. Does not import torch."""
 
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
@@ -32,7 +32,7 @@ SWEPT = (*SWEPT_TARGET, "calibration", "calibration_samples", "calibration_lengt
 
 
 class SkippedRow(TypedDict):
-    """A row of the table `skipped`: an entry, a target that it does not reach, and why."""
+    """A row of the table `skipped`: an entry, a target that it cannot reach, and the reason."""
 
     label: str
     method: str
@@ -61,19 +61,19 @@ class Plan:
 
     @cached_property
     def certificates(self) -> dict[str, Cell]:
-        """Path of each bound that the study computes -> a cell that it bounds."""
+        """Path of each bound that the study computes -> a cell to which it applies."""
         wanted = self.cells if self.config["certificates"] else []
         return {path: cell for cell in wanted if (path := cell.certificate)}
 
     @cached_property
     def allocations(self) -> dict[str, Cell]:
-        """Path of each table of levels that the study computes -> a cell that has them."""
+        """Path of each table of levels that the study computes -> a cell that uses it."""
         return {path: cell for cell in self.cells if (path := cell.levels)}
 
     @property
     def gives(self) -> set[str]:
-        """Results for figures: `certificates`, `allocations`, `traces` that measure the error of the layer or a
-        relaxed one, and `pairs` of methods that may be compared."""
+        """Kinds of results for figures: `certificates`, `allocations`, `traces` of the layer's error or of a relaxed
+        error, and `pairs` of comparable methods."""
         criteria = {self.catalogue[cell.columns["method"]].criterion for cell in self.cells}
         traced = criteria & {"error", "relaxed error"}
         keys = ("label", "model", "calibration", "mode", "comparison", "target")
@@ -89,9 +89,9 @@ class Plan:
         return {name for name, present in given.items() if present}
 
     def warnings(self) -> list[str]:
-        """Sentences about choices that make numbers flatter than they are."""
+        """Sentences about choices that make results look better than they are."""
         texts = self.config["texts"]
-        once: dict[str, tuple[str, CalibrationSpec]] = {}  # of the repeats of a calibration set the first
+        once: dict[str, tuple[str, CalibrationSpec]] = {}  # the first repeat of each calibration set
         for calib_id, calib in self.calibrations.items():
             once.setdefault(name_of(calib), (calib_id, calib))
         pairs = itertools.product(once.values(), self.evaluations.items())
@@ -104,12 +104,13 @@ class Plan:
 
 
 def validate(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The config with defaults filled in; raises InputError with one sentence that says where and what was expected."""
+    """The config with defaults filled in; raises InputError with one sentence that names the place and the expected
+    value."""
     config_file.check(config)
     errors = sorted(jsonschema.Draft202012Validator(SCHEMA).iter_errors(config), key=lambda e: list(map(str, e.path)))
     if errors:
         raise InputError(_sentence(errors[0]))
-    full = _with_defaults(plain(config), SCHEMA)  # 4.0 is an integer for JSON Schema, and for no label
+    full = _with_defaults(plain(config), SCHEMA)  # JSON Schema accepts 4.0 as an integer, labels do not
     for kind in TEXT_USERS:
         for name, entry in full[kind].items():
             if entry["text"] not in full["texts"]:
@@ -130,11 +131,11 @@ def _sentence(error: jsonschema.ValidationError) -> str:
         return f"config: {where} has no key {brief(repr(unknown[0]))}; its keys are {known}."
     if error.validator == "oneOf" and "required" in canonical(expected):
         choices = " or ".join("+".join(choice["required"]) for choice in expected)
-        return f"config: {where} must have either {choices}, got {brief(', '.join(instance)) or 'nothing'}."
+        return f"config: {where} must have either {choices}. Got {brief(', '.join(instance)) or 'nothing'} instead."
     if error.validator == "type" and isinstance(instance, str) and _is_number(instance):
         advice = f"; YAML reads {instance} as text: write {float(instance)!r}"
     elif error.validator == "type" and where.endswith(".pattern") and isinstance(instance, int):
-        advice = '; YAML reads 2:4 without quotes as a number, write "2:4"'
+        advice = '; YAML reads 2:4 without quotes as a number: write "2:4"'
     else:
         advice = ""
     return f"config: {where} is wrong: {brief(error.message)}{advice}."
@@ -160,9 +161,9 @@ def _with_defaults(value: Any, schema: Mapping[str, Any]) -> Any:
 
 
 def plan(config: Mapping[str, Any], check_sources: bool = False) -> Plan:
-    """Expand a config into its cells; with check_sources, models and texts are looked at on disk too.
+    """Expand a config into its cells; with check_sources, also check models and texts on disk.
 
-    Raises InputError with one sentence for anything that can be known to be wrong before a job runs.
+    Raises InputError with one sentence for every fault that can be detected before a job runs.
     """
     full = validate(config)
     catalogue, entries = read_methods(full)
@@ -190,7 +191,7 @@ def plan(config: Mapping[str, Any], check_sources: bool = False) -> Plan:
 
 
 def _check_sources(full: Mapping[str, Any], targets: Sequence[Target]) -> None:
-    """Raise InputError where models, texts or tasks are absent or damaged, or cannot serve what is asked of them."""
+    """Raise InputError if models, texts or tasks are absent, damaged or unsuitable for the study."""
     for name, spec in full["models"].items():
         checkpoint_files.check_checkpoint(name, spec)
         _check_groups(name, spec, targets)
@@ -202,7 +203,7 @@ def _check_sources(full: Mapping[str, Any], targets: Sequence[Target]) -> None:
 
 
 def _check_groups(name: str, spec: ModelSpec, targets: Sequence[Target]) -> None:
-    """Raise InputError where the groups of a target do not divide the inputs of a model's layers."""
+    """Raise InputError if the groups of a target do not divide the inputs of a model's layers."""
     for target, size in itertools.product(targets, checkpoint_files.layer_inputs(spec)):
         if target.group and size % target.group:
             raise InputError(
@@ -212,7 +213,7 @@ def _check_groups(name: str, spec: ModelSpec, targets: Sequence[Target]) -> None
 
 
 def _check_lengths(name: str, spec: ModelSpec, full: Mapping[str, Any]) -> None:
-    """Raise InputError where sequences are longer than a model takes."""
+    """Raise InputError if sequences are longer than a model allows."""
     longest = checkpoint_files.longest_sequence(spec)
     if longest is None:
         return
@@ -226,7 +227,7 @@ def _check_lengths(name: str, spec: ModelSpec, full: Mapping[str, Any]) -> None:
 
 
 def _check_experts(cells: Sequence[Cell], catalogue: Catalogue, models: Mapping[str, ModelSpec]) -> None:
-    """Raise InputError where a method needs the cross-Gram of a model that is known to have experts."""
+    """Raise InputError if a method needs the cross-Gram of a model that is known to have experts."""
     asking = {cell.model: cell for cell in reversed(cells) if needs_cross(catalogue, cell)}
     for model, cell in asking.items():
         shape = shape_of(models[model])
@@ -234,13 +235,13 @@ def _check_experts(cells: Sequence[Cell], catalogue: Catalogue, models: Mapping[
             raise InputError(
                 f"methods.{cell.columns['label']}: {cell.columns['method']} must have a model without experts in "
                 "sequential mode: it needs the cross-Gram of the same tokens in the dense and in the compressed model, "
-                f"and either may route others to them. Got {cell.columns['model']!r} instead: give the method modes: "
-                "[shared]."
+                f"which may route different tokens to an expert. Got {cell.columns['model']!r} instead: give the "
+                "method modes: [shared]."
             )
 
 
 def _check_modes(cells: Sequence[Cell], catalogue: Catalogue) -> None:
-    """Raise InputError where a method needs the dense model's loss in a mode that passes compressed blocks."""
+    """Raise InputError if a method needs the dense model's loss in a mode that runs compressed blocks."""
     for cell in cells:
         if cell.mode != "shared" and needs_fisher(catalogue, cell):
             raise InputError(
@@ -250,7 +251,7 @@ def _check_modes(cells: Sequence[Cell], catalogue: Catalogue) -> None:
 
 
 def _check_ranks(cells: Sequence[Cell], models: Mapping[str, ModelSpec]) -> None:
-    """Raise InputError where the rank of a target is 0 in a layer of a model whose shape is known."""
+    """Raise InputError if the rank of a target is 0 in a layer of a model whose shape is known."""
     asked = dict.fromkeys(
         (cell.model, Target(**cell.spec["target"])) for cell in cells if "rank" in cell.spec["target"]
     )
@@ -269,7 +270,7 @@ def _check_targets(
     cells: Sequence[Cell],
     skipped: Sequence[SkippedRow],
 ) -> None:
-    """Raise InputError for a target that no method reaches, unless the study has controls alone."""
+    """Raise InputError for a target that no method reaches, unless the study has only controls."""
     supported = {canonical(cell.spec["target"]) for cell in cells}
     unreached = [target.label for target in targets if canonical(target.as_dict()) not in supported]
     if unreached and not all(catalogue[entry.method].control for entry in entries):
@@ -282,7 +283,7 @@ def _check_targets(
 
 
 def _check_sweep(sweep: str | None, entries: Sequence[MethodEntry]) -> None:
-    """Raise InputError where the study says that it varies what none of its entries has."""
+    """Raise InputError if the study's swept quantity belongs to none of its entries."""
     if sweep is not None and sweep not in SWEPT and not any(sweep in entry.params for entry in entries):
         known = ", ".join(SWEPT)
         raise InputError(
@@ -321,9 +322,9 @@ class _Grid:
         return cls(catalogue, models, calibrations, full["modes"], seeds, allocators, allocations)
 
     def expand(self, entry: MethodEntry, targets: Sequence[Target], skipped: list[SkippedRow]) -> Iterator[Cell]:
-        """The cells of an entry; what it does not reach is added to `skipped`.
+        """The cells of an entry; unreachable targets are added to `skipped`.
 
-        Raises InputError where it reaches none of its targets.
+        Raises InputError if it reaches none of its targets.
         """
         method = self.catalogue[entry.method]
         if method.control and not method.card["patterns"]:
@@ -352,16 +353,14 @@ class _Grid:
             raise InputError(f"methods.{entry.label}: {entry.method} reaches none of the targets ({reason}).")
 
     def _unchanged(self, entry: MethodEntry) -> Iterator[Cell]:
-        """A control that changes nothing is one cell of the model, whatever the calibration and mode."""
+        """A control that changes nothing is one cell per model, for any calibration and mode."""
         if entry.tune:
-            raise InputError(
-                f"methods.{entry.label}: {entry.method} changes nothing, so that there is nothing to tune."
-            )
+            raise InputError(f"methods.{entry.label}: {entry.method} changes nothing, so there is nothing to tune.")
         for model in self.models:
             yield self._cell(entry, Target(), model, next(iter(self.calibrations)), self.modes[0])
 
     def _allocations(self, entry: MethodEntry, target: Target) -> Iterator[tuple[AllocationEntry | None, str | None]]:
-        """(allocation, why its levels cannot be given or None); what the method itself refuses it refuses once."""
+        """(allocation, why its levels cannot be used, or None); a refusal of the method itself is yielded only once."""
         if reason := self._refusal(entry, target):
             yield None, reason
             return
@@ -378,7 +377,7 @@ class _Grid:
         if not reason and entry.tune and target.format:
             return f"tune trains grids of integer codes, not {target.format}"
         if not reason and "end" in entry.tune and target.bits is None:
-            return "tune.end trains scales and zeros, of which there are none without bits"
+            return "tune.end trains scales and zeros, which do not exist without bits"
         return reason
 
     def _cell(
@@ -390,7 +389,7 @@ class _Grid:
         mode: str,
         allocation: AllocationEntry | None = None,
     ) -> Cell:
-        """allocation: None where there is nothing to spread."""
+        """allocation: None if there is nothing to spread."""
         asked, seed = cast(TargetSpec, target.as_dict()), self.seeds[calib]
         spread: AllocationSpec | None = None
         if allocation is not None and allocation.name != UNIFORM:
@@ -401,7 +400,7 @@ class _Grid:
                 "target": asked,
                 "seed": seed,
             }
-        # Equal levels leave no trace in the identity: a study without allocations keeps its cells when it gets some.
+        # Equal levels do not enter the identity: a study without allocations keeps its cells when some are added.
         decided = {**entry.settings(), "seed": seed, "target": asked}
         name = identity(entry.label, decided | ({"allocation": spread} if spread else {}))
         comparison = self.catalogue[entry.method].comparison(target)
@@ -432,7 +431,7 @@ class _Grid:
 
 
 def _columns_of(target: Target) -> TargetSpec:
-    """The fields of a target that tables have a column for; its format is in its label."""
+    """The fields of a target with a column in tables; the format is part of the label."""
     return {
         "sparsity": target.sparsity,
         "pattern": target.pattern,
@@ -443,17 +442,17 @@ def _columns_of(target: Target) -> TargetSpec:
 
 
 def _label(target: Target, allocation: AllocationEntry | None) -> str:
-    """The target's short name, and the allocation's where layers differ: 60% row, 60% row owl."""
+    """The target's short name, with the allocation's if layers differ: 60% row, 60% row owl."""
     return target.label if allocation is None or allocation.name == UNIFORM else f"{target.label} {allocation.name}"
 
 
 def name_of(spec: ModelSpec | CalibrationSpec | EvaluationSpec | TaskSetSpec) -> str:
-    """The name in the config of what a plan knows by its identity."""
-    return spec["name"]  # pyright: ignore[reportTypedDictNotRequiredAccess]: a plan's specs have theirs
+    """The config's name of a spec that a plan identifies by hash."""
+    return spec["name"]  # pyright: ignore[reportTypedDictNotRequiredAccess]: a plan's specs have a name
 
 
 def _repeated(full: Mapping[str, Any], kind: str) -> dict[str, dict[str, Any]]:
-    """Identity -> spec of every calibration set of each seed, or of every evaluation."""
+    """Identity -> spec of every calibration set for each seed, or of every evaluation."""
     return {
         identity(name, [spec, full["texts"][spec["text"]]]): {"name": name, **spec}
         for name, entry in full[kind].items()
@@ -462,6 +461,6 @@ def _repeated(full: Mapping[str, Any], kind: str) -> dict[str, dict[str, Any]]:
 
 
 def _repeats(entry: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """A calibration set with seeds as one of each seed, which is what a study of that seed alone has."""
+    """A calibration set with seeds as one set per seed, each identical to that of a study with this seed alone."""
     rest = {key: value for key, value in entry.items() if key != "seeds"}
     return [{**rest, "seed": seed} for seed in entry["seeds"]] if "seeds" in entry else [rest]

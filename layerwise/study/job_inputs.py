@@ -1,4 +1,4 @@
-"""What the rules of the workflow need for a job, from its wildcards: files, entries of the config, and code.
+"""Inputs of the workflow's rules for a job, from its wildcards: files, entries of the config, and code.
 
 Wildcards are Snakemake's, with attributes `model`, `calib`, `mode`, `cell`, `evaluation`, `tasks`, `bound` and
 `allocation`.
@@ -22,7 +22,7 @@ from layerwise.study.method_costs import needs_fisher
 
 Wildcards = Any
 CELL = "results/cells/{model}/{calib}/{mode}/{cell}"
-DENSE = "results/dense/{{model}}/{}.json"  # of an evaluation, with the wildcard of the model
+DENSE = "results/dense/{{model}}/{}.json"  # path for an evaluation, with the model as a wildcard
 BOUND = "results/certificates/{model}/{calib}/{bound}.parquet"
 LEVELS = "results/allocations/{model}/{calib}/{allocation}.parquet"
 TOKENS = "results/tokens/{model}/calibration-{calib}.safetensors"
@@ -31,10 +31,10 @@ FISHER = "results/calibration/{model}/{calib}/fisher.safetensors"
 
 
 class Code:
-    """Files named after the content of the code that rules depend on, their input in its place.
+    """Files named after the content of the code on which rules depend; they replace the code as the rules' input.
 
-    An edit is another input. Neither a touched file nor a fresh checkout is, and a job has one input instead of fifty,
-    of which Snakemake would look at each for every job. Nor is another place of the project, or a link to it.
+    An edit changes the input. A touched file, a fresh checkout, another location of the project or a link to it does
+    not. A job has one input instead of fifty, each of which Snakemake would check for every job.
     """
 
     def __init__(self) -> None:
@@ -42,9 +42,9 @@ class Code:
         self._named = cache(self._name)
 
     def of(self, *modules: str, alone: str | None = None, files: tuple[Path, ...] = ()) -> str:
-        """The file that represents the import closure of these modules of layerwise, and further code.
+        """The file that represents the import closure of these modules of layerwise and further code.
 
-        alone: a module that counts without what it imports. files: further files.
+        alone: a module that counts without its imports. files: further files.
         """
         return self._named(modules, (file_of(alone), *files) if alone else files)
 
@@ -60,18 +60,18 @@ class JobInputs:
 
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
-        self._sources = cache(self._sources_of)  # Snakemake asks for every job of many thousands
+        self._sources = cache(self._sources_of)  # Snakemake calls this for each of many thousands of jobs
         self._model_files = cache(lambda model: list(map(_given, checkpoint_files.model_files(plan.models[model]))))
 
     def cell(self, wildcards: Wildcards) -> Cell:
-        """Raises InputError for a folder that is no cell of the study."""
+        """The job's cell. Raises InputError for a folder that is not a cell of the study."""
         folder = CELL.format(**wildcards)
-        if folder not in self.plan.by_folder:  # a cluster's job reads the config again
+        if folder not in self.plan.by_folder:  # a job on a cluster reads the config again
             raise InputError(f"{folder} must be a cell of this study: its config was edited during a run. Run again.")
         return self.plan.by_folder[folder]
 
     def certified(self, wildcards: Wildcards) -> Cell:
-        """A cell whose layers the bound holds for."""
+        """A cell to whose layers the bound applies."""
         return self.plan.certificates[BOUND.format(**wildcards)]
 
     def levels(self, wildcards: Wildcards) -> list[str]:
@@ -84,14 +84,14 @@ class JobInputs:
         return [FISHER.format(**wildcards)] if needs_fisher(self.plan.catalogue, self.cell(wildcards)) else []
 
     def spread(self, wildcards: Wildcards) -> Cell:
-        """A cell that has the levels of an allocation. Raises InputError where the study has none."""
+        """A cell with the levels of an allocation. Raises InputError if the study has none."""
         path = LEVELS.format(**wildcards)
         if path not in self.plan.allocations:
             raise InputError(f"{path} must be of this study: its config was edited during a run. Run again.")
         return self.plan.allocations[path]
 
     def allocation(self, wildcards: Wildcards) -> AllocationSpec:
-        """What the job that spreads a budget is given."""
+        """The input of the job that spreads a budget."""
         spec = self.spread(wildcards).spec.get("allocation")
         assert spec is not None
         return spec
@@ -102,7 +102,7 @@ class JobInputs:
         return {key: columns[key] for key in ("model", "calibration")}
 
     def allocation_gram(self, wildcards: Wildcards) -> list[str]:
-        """Where the dense Grams are, for an allocator that sees them."""
+        """The store of the dense Grams, for an allocator that needs them."""
         return [GRAM.format(**wildcards)] if "gram" in self._needs(wildcards) else []
 
     def allocation_tokens(self, wildcards: Wildcards) -> list[str]:
@@ -114,12 +114,12 @@ class JobInputs:
         return self.plan.allocators[spec["allocator"]].needs(spec["params"])
 
     def allocator_sources(self, wildcards: Wildcards) -> tuple[Path, ...]:
-        """Code that decides an allocation's levels: its allocator's file, its probes' files and what they import."""
+        """Code on which an allocation's levels depend: its allocator's file, its probes' files and their imports."""
         spec = self.allocation(wildcards)
         return tuple(self.plan.allocators.sources(spec["allocator"], spec["params"]))
 
     def allocator_folders(self, wildcards: Wildcards) -> list[str]:
-        """Arguments for the folders of others that the allocator, and the methods inside it, come from."""
+        """Arguments for the external folders of the allocator and of the methods inside it."""
         spec = self.allocation(wildcards)
         own = self.plan.allocators[spec["allocator"]].path
         sources = [path for path in self.allocator_sources(wildcards) if not path.is_relative_to(PACKAGE)]
@@ -130,7 +130,7 @@ class JobInputs:
         return found if mine == from_here(ALLOCATORS) else [*found, "--allocator-path", mine]
 
     def method_sources(self, wildcards: Wildcards) -> tuple[Path, ...]:
-        """Code that decides a cell's numbers: its method's file, its warm starts' files and what they import."""
+        """Code on which a cell's numbers depend: its method's file, its warm starts' files and their imports."""
         method = self.cell(wildcards).spec["method"]
         return self._sources(method["name"], canonical(method["params"]))
 
@@ -138,8 +138,8 @@ class JobInputs:
         return tuple(self.plan.catalogue.sources(name, json.loads(params)))
 
     def method_folders(self, wildcards: Wildcards) -> list[str]:
-        """Arguments for the folders of others that the cell's method comes from, and no others: a folder that is added
-        to a study leaves its cells as they are."""
+        """Arguments for the external folders of the cell's method only, so that a folder added to a study does not
+        change its cells."""
         outside = [path for path in self.method_sources(wildcards) if not path.is_relative_to(PACKAGE)]
         folders = {from_here(path.parent) for path in outside} - {from_here(METHODS)}
         return [part for folder in sorted(folders) for part in ("--method-path", folder)]
@@ -153,15 +153,15 @@ class JobInputs:
         return ["--dtype", dtype] if dtype else []
 
     def calibration_text(self, wildcards: Wildcards) -> Mapping[str, Any]:
-        """The entry of the text that a calibration set is drawn from."""
+        """The entry of the text from which a calibration set is drawn."""
         return self.plan.config["texts"][self.plan.calibrations[wildcards.calib]["text"]]
 
     def evaluation_text(self, wildcards: Wildcards) -> Mapping[str, Any]:
-        """The entry of the text that an evaluation is cut from."""
+        """The entry of the text from which an evaluation is cut."""
         return self.plan.config["texts"][self.plan.evaluations[wildcards.evaluation]["text"]]
 
     def text_files(self, entry: Callable[[Wildcards], Mapping[str, Any]]) -> Callable[[Wildcards], list[str]]:
-        """A function of wildcards that gives the local files of a text's entry."""
+        """A function of wildcards that returns the local files of a text's entry."""
         return lambda wildcards: list(map(str, texts.text_files(entry(wildcards))))
 
     def task_files(self, wildcards: Wildcards) -> list[str]:
@@ -173,7 +173,7 @@ class JobInputs:
 
     @cached_property
     def requested(self) -> list[dict[str, Any]]:
-        """What every cell is to be evaluated on, as evaluation.cache.evaluate_ahead reads it."""
+        """The evaluations of every cell, in the form that evaluation.cache.evaluate_ahead reads."""
         texts = [
             ("perplexity", f"results/tokens/{{model}}/evaluation-{name}.safetensors", DENSE.format(name), {})
             for name in self.plan.evaluations
@@ -183,12 +183,12 @@ class JobInputs:
 
 
 def as_json(function: Callable[[Wildcards], Any]) -> Callable[[Wildcards], str]:
-    """As one canonical string: Snakemake compares the set of a param's values, in which order and swaps are lost."""
+    """The result as one canonical string, because Snakemake compares params as sets, which lose the order."""
     return lambda wildcards: canonical(function(wildcards))
 
 
 def _given(path: Path) -> str:
-    """A model's file as the config names it, or one that ships with the package from the working directory."""
+    """A model's file as named in the config, or a file of the package, relative to the working directory."""
     return from_here(path) if path.is_absolute() and path.is_relative_to(ROOT) else str(path)
 
 

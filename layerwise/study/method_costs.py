@@ -1,4 +1,4 @@
-"""The cost of a layer by each method, from the cards. Free of torch."""
+"""Each method's cost per layer, from the cards. Does not import torch."""
 
 from __future__ import annotations
 
@@ -8,22 +8,23 @@ from typing import Any
 from layerwise.contract.catalogue import Catalogue, Entry
 from layerwise.study.cell import Cell
 
-# A method's share is on its card as `cost`: a layer's peak is `weights` times its weight and `grams` times its
-# Gram, in float32, themselves included; a solution takes as long as so many `products` of the two, with the default
-# parameters or those of `products_where`, by docs/benchmark.md at 2048 x 2048; alps' and Frank-Wolfe's pairwise by
-# whole solutions of SmolLM2's layers, 576 x 576 to 576 x 1536. Warm starts and steps of a chain are added. Weights
-# and Grams by python -m tests.benchmarks.bench_memory at 4096 x 1024, 2048 x 2048 and 1024 x 2560, iterations cut to 4;
-# awq's without the first shape, the certificate's and Frank-Wolfe's pairwise 2:4 by the first alone; those of chain and
-# dense are guesses. Held against whole jobs (bench_streaming: 8 blocks, 2048 wide, vocabulary 32000, bfloat16, 4
-# sequences of 2048), estimate and peak in MB: calibration 1856, 1690; dense 1469, 1415; wanda, shared 1918, 1500;
-# wanda, sequential 2095, 1648; sparsegpt, shared 1944, 1726.
+# A method's card gives its `cost`. A layer's peak memory is `weights` times its weight plus `grams` times its Gram, in
+# float32, including weight and Gram themselves. A solution takes as long as `products` products of the two, with the
+# default parameters or those of `products_where`. The products come from docs/benchmark.md at 2048 x 2048; those of
+# alps and of Frank-Wolfe's pairwise step come from whole solutions of SmolLM2's layers, 576 x 576 to 576 x 1536. Warm
+# starts and steps of a chain are added. Weights and Grams come from python -m tests.benchmarks.bench_memory at 4096 x
+# 1024, 2048 x 2048 and 1024 x 2560, with 4 iterations; awq's without the first shape, the certificate's and
+# Frank-Wolfe's pairwise 2:4 from the first alone. The values of chain and dense are estimates. Comparison with whole
+# jobs (bench_streaming: 8 blocks, 2048 wide, vocabulary 32000, bfloat16, 4 sequences of 2048), estimate and peak in MB:
+# calibration 1856, 1690; dense 1469, 1415; wanda, shared 1918, 1500; wanda, sequential 2095, 1648; sparsegpt, shared
+# 1944, 1726.
 CERTIFICATE = (40.0, 16.0, 400.0)
 
 
 def of_method(catalogue: Catalogue, name: str, params: Mapping[str, Any]) -> tuple[float, float, float]:
-    """(weights, grams, products) of a method with complete parameters, what it starts from or chains included.
+    """(weights, grams, products) of a method with complete parameters, including its warm starts or chained methods.
 
-    A method whose card gives no cost is taken to need what the most demanding shipped one does.
+    A method whose card gives no cost counts as the most demanding shipped method.
     """
     own = stated(catalogue[name], params) or most_demanding(catalogue)
     inner = [of_method(catalogue, inside, inside_params) for _, inside, inside_params in catalogue[name].inner(params)]
@@ -48,7 +49,7 @@ def most_demanding(catalogue: Catalogue) -> tuple[float, float, float]:
 
 
 def needs_cross(catalogue: Catalogue, cell: Cell) -> bool:
-    """Whether a cell's job takes the dense model's activations along with the compressed one's."""
+    """Whether a cell's job carries the dense model's activations along with the compressed model's."""
     method = cell.spec["method"]
     return cell.mode != "shared" and "cross_gram" in catalogue.needs(method["name"], method["params"])
 

@@ -1,4 +1,4 @@
-"""The entries of a config's `methods`: parameters complete, lists of values swept. Free of torch."""
+"""The entries of a config's `methods`, with complete parameters and expanded sweeps. Does not import torch."""
 
 import itertools
 from collections import Counter
@@ -13,17 +13,18 @@ from layerwise.runtime.errors import InputError
 from layerwise.runtime.sentences import brief
 from layerwise.study.cell import slug
 
-LONGEST_SENTENCE = 500  # of a catalogue's, which may quote values
-LONGEST_NAME = 200  # of an entry with its swept values; file systems take 255 with a digest and a suffix
+LONGEST_SENTENCE = 500  # characters of a catalogue's sentence, which may quote values
+# characters of an entry's name with swept values; file systems allow 255 including digest and suffix
+LONGEST_NAME = 200
 RESERVED = ("method", "targets", "modes", "tune")  # keys of a method's entry that are not its parameters
 
 
 @dataclass(frozen=True)
 class MethodEntry:
-    """An entry of the config's `methods`, one value of each sweep chosen.
+    """An entry of the config's `methods`, with one value of each sweep.
 
-    params: complete; tune: stage -> its settings, empty where nothing is tuned; targets, modes: the entry's own, None
-    where it has the study's.
+    params: complete parameters. tune: stage -> its settings, empty without tuning. targets, modes: the entry's own, or
+    None for the study's.
     """
 
     label: str
@@ -34,7 +35,7 @@ class MethodEntry:
     modes: Sequence[str] | None = None
 
     def settings(self) -> dict[str, Any]:
-        """The part of its cells' identity beside seed and target."""
+        """The part of its cells' identity other than seed and target."""
         settings = {"label": self.label, "method": self.method, "params": self.params}
         return settings | ({"tune": self.tune} if self.tune else {})
 
@@ -55,11 +56,11 @@ def read_methods(full: Mapping[str, Any]) -> tuple[Catalogue, list[MethodEntry]]
 
 
 def _entries(catalogue: Catalogue, label: str, raw: Mapping[str, Any]) -> Iterator[MethodEntry]:
-    """The entries that a config entry represents: lists of values are swept."""
+    """The entries that a config entry represents: lists of values are expanded."""
     where = f"methods.{label}"
-    named = [key for key in raw if key in catalogue.named_by]  # parameters that say which method it is
+    named = [key for key in raw if key in catalogue.named_by]  # parameters that name the method
     if named and "method" in raw:
-        raise CatalogueError(f"{where}: {named[0]} names the method already. Got method: {raw['method']} beside it.")
+        raise CatalogueError(f"{where}: {named[0]} names the method already. Got method: {raw['method']} as well.")
     method = catalogue.named_by[named[0]] if named else raw.get("method", label)
     entry = catalogue.find(method, where)
     if not named and "named_by" in entry.card:
@@ -78,7 +79,7 @@ def _entries(catalogue: Catalogue, label: str, raw: Mapping[str, Any]) -> Iterat
     for values in itertools.product(*(params[key] for key in swept)):
         chosen = dict(zip(swept, values, strict=True))
         name = ".".join([label, *(f"{key}_{slug(value)}" for key, value in chosen.items())])
-        if len(name) > LONGEST_NAME:  # of a folder
+        if len(name) > LONGEST_NAME:  # length limit of a folder's name
             raise CatalogueError(
                 f"{where}: a value of the sweep makes a name of {len(name)} characters, more than {LONGEST_NAME}: give "
                 "it an entry of its own."
@@ -88,7 +89,7 @@ def _entries(catalogue: Catalogue, label: str, raw: Mapping[str, Any]) -> Iterat
 
 
 def target_of(entry: Mapping[str, Any], where: str) -> Target:
-    """A target as a config writes it; raises InputError, naming `where`, for one that is none."""
+    """A target as a config writes it; raises InputError, which names `where`, for anything else."""
     try:
         return Target(**entry)
     except ValueError as error:

@@ -1,8 +1,8 @@
-"""The speed of this machine: measured once, kept in the cache folder, and estimated until then. Free of torch.
+"""The speed of this machine: measured once, stored in the cache folder, estimated until then. Does not import torch.
 
-A process of its own measures (compression/speed.py): the rates of forward passes, of evaluations and of a job's start,
-and each method of a study on one small layer. The measurements hold for one processor and one
-version of libraries and code.
+A separate process (compression/speed.py) measures the rates of forward passes, of evaluations and of a job's start, and
+each method of a study on one small layer. The measurements hold for one processor and one version of libraries and
+code.
 """
 
 from __future__ import annotations
@@ -32,18 +32,19 @@ from layerwise.study.cell import Cell, canonical
 from layerwise.study.grid import Plan
 
 WORKER = "layerwise.compression.speed"
-LIBRARIES = ("torch", "transformers", "numpy", "numba")  # whose versions decide how fast the code is
-SECONDS = 90.0  # after which no further trial begins
-PATIENCE = 120.0  # seconds more that the process has for the trial that it is at
-# Of a processor that is not measured, in units of an operation of a product of large matrices in float32: those of an
-# AMD EPYC with AVX2 (12 ps an operation), where a forward pass took 23 ps, a word 18 ns and a job's start 9 s.
+LIBRARIES = ("torch", "transformers", "numpy", "numba")  # libraries whose versions affect the speed
+SECONDS = 90.0  # no further trial begins after this time
+PATIENCE = 120.0  # further seconds allowed for the running trial
+# Rates of an unmeasured processor, in units of an operation in a product of large float32 matrices. They are those of
+# an AMD EPYC with AVX2 (12 ps per operation), where a forward pass took 23 ps per operation, a word 18 ns and a job's
+# start 9 s.
 PASSES, WORD, START = 1.9, 1500.0, 9.0
 
 
 @dataclass(frozen=True)
 class Rates:
-    """Seconds of one thread. start: of a job. word: of a word of the vocabulary for a token that is evaluated.
-    float32, bfloat16, float16: of an operation of a forward pass's linear layers in that dtype, with all else."""
+    """Seconds of one thread. start: start of a job. word: one vocabulary entry for one evaluated token. float32,
+    bfloat16, float16: one operation of a forward pass's linear layers in that dtype, including all other work."""
 
     start: float
     word: float
@@ -52,23 +53,24 @@ class Rates:
     float16: float
 
     def passes(self, dtype: str) -> float:
-        """Of an operation of a forward pass in a dtype; one that is no half precision counts as float32."""
+        """Seconds per operation of a forward pass in a dtype; dtypes other than half precision count as float32."""
         return {"bfloat16": self.bfloat16, "float16": self.float16}.get(dtype, self.float32)
 
 
 @dataclass(frozen=True)
 class Trial:
-    """A solution of a layer with so many inputs. once: seconds whatever its rows. row: seconds of each row besides."""
+    """A solution of a layer with `inputs` inputs. once: fixed seconds. row: additional seconds per row."""
 
     inputs: int
     once: float
     row: float
 
     def seconds(self, out: int, inputs: int) -> float:
-        """Of a layer's solution, by the trial's.
+        """Seconds of a layer's solution, scaled from the trial.
 
-        A row takes inputs^2 in larger layers than the trial's, by the count of operations; in smaller ones inputs^1.5:
-        SparseSwaps and Frank-Wolfe took the powers 1.2 to 1.8 of it from 256 to 1536 inputs.
+        The time of a row scales as inputs^2 (the number of operations) for layers larger than the trial's, and as
+        inputs^1.5 for smaller ones: SparseSwaps and Frank-Wolfe scaled with exponents from 1.2 to 1.8 between 256 and
+        1536 inputs.
         """
         ratio = inputs / self.inputs
         return self.once * max(ratio**1.5, ratio**3) + self.row * out * max(ratio**1.5, ratio**2)
@@ -76,24 +78,24 @@ class Trial:
 
 @dataclass(frozen=True)
 class Speeds:
-    """rates: of the machine. trials: by `trial_key`, of the methods that have been tried. said: sentences about what
-    could not be measured or kept."""
+    """rates: the machine's rates. trials: `trial_key` -> trial of a method. said: sentences about failed measurements
+    or writes."""
 
     rates: Rates
     trials: Mapping[str, Trial] = field(default_factory=dict)
     said: tuple[str, ...] = ()
 
 
-# ------------------------------------------------------------------------------------------------- what is to be tried
+# ------------------------------------------------------------------------------------------------- requested trials
 
 
 def trial_key(plan: Plan, cell: Cell) -> str:
-    """Names what the duration of a cell's method depends on: its code, its parameters and the kind of its target."""
+    """A key of everything that affects the duration of a cell's method: code, parameters and kind of target."""
     return _trial_key(plan, cell)[0]
 
 
 def trials_of(plan: Plan) -> dict[str, dict[str, Any]]:
-    """Key -> the request for a trial, of all methods of a study: for each kind of target its first cell's."""
+    """Key -> request for a trial, for all methods of a study: one per kind of target, from its first cell."""
     found: dict[str, dict[str, Any]] = {}
     for cell in plan.cells:
         key, sources = _trial_key(plan, cell)
@@ -128,24 +130,24 @@ def _digest(*parts: object) -> str:
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 
-# -------------------------------------------------------------------------------------------------------- what is kept
+# -------------------------------------------------------------------------------------------------- stored measurements
 
 
 def store() -> Path:
-    """The file of what was measured on this processor, with these versions of libraries and of the code."""
+    """The file of measurements on this processor, with these versions of libraries and code."""
     shared = os.environ.get("LAYERWISE_CACHE")
     return (Path(shared) if shared else Path("results")) / "speeds" / f"{machine()}.json"
 
 
 @cache
 def machine() -> str:
-    """Names the processor, the versions of libraries and the code that the rates depend on."""
+    """A key of the processor, the library versions and the code that affect the rates."""
     versions = [importlib.metadata.version(name) for name in LIBRARIES]
     return _digest(processor(), os.cpu_count(), sys.version, versions, _code(tuple(closure([WORKER]))))
 
 
 def kept() -> tuple[Rates | None, dict[str, Trial]]:
-    """The kept measurements of this machine; empty for a file that is absent, unreadable, or of another kind."""
+    """The stored measurements of this machine; empty for a file that is absent, unreadable or of another kind."""
     try:
         content = json.loads(store().read_text("utf-8"))
         return _rates(content["rates"]), {str(key): _trial(own) for key, own in content["trials"].items()}
@@ -154,7 +156,7 @@ def kept() -> tuple[Rates | None, dict[str, Trial]]:
 
 
 def _rates(content: Mapping[str, Any]) -> Rates:
-    """Raises ValueError or TypeError for what is none."""
+    """Parse stored values. Raises ValueError or TypeError for invalid content."""
     rates = Rates(**content)
     if not all(0 < value < math.inf for value in asdict(rates).values()):
         raise ValueError("rates must be above zero")
@@ -162,23 +164,23 @@ def _rates(content: Mapping[str, Any]) -> Rates:
 
 
 def _trial(content: Iterable[Any]) -> Trial:
-    """Raises ValueError or TypeError for what is none."""
-    inputs, once, row = content  # a text in a number's place is refused below, where it is compared
+    """Parse stored values. Raises ValueError or TypeError for invalid content."""
+    inputs, once, row = content  # text instead of a number fails in the comparison below
     if not (1 <= inputs < math.inf and 0 <= once < math.inf and 0 <= row < math.inf):
         raise ValueError("a trial's seconds must not be below zero")
     return Trial(int(inputs), once, row)
 
 
 def keep(rates: Rates, trials: Mapping[str, Trial]) -> str | None:
-    """Write the file; a sentence where the disk refuses it."""
+    """Write the file; returns a sentence if the disk refuses it."""
     content = {key: [own.inputs, own.once, own.row] for key, own in trials.items()}
     try:
         write_atomic(store(), json.dumps({"rates": asdict(rates), "trials": content}, indent=1) + "\n")
     except Failure as error:
-        return f"The speed of this machine is measured again next time. {error}"
+        return f"The speed of this machine will be measured again next time. {error}"
     except OSError as error:
         why = f"{store()} cannot be written ({error.strerror})"
-        return f"The speed of this machine is measured again next time: {why}."
+        return f"The speed of this machine will be measured again next time: {why}."
     return None
 
 
@@ -186,32 +188,32 @@ def keep(rates: Rates, trials: Mapping[str, Trial]) -> str | None:
 
 
 def at_hand() -> Speeds:
-    """The kept measurements of this machine; without any, one from a product of matrices, which takes milliseconds."""
+    """The stored measurements of this machine; otherwise one from a matrix product, which takes milliseconds."""
     rates, trials = kept()
     return Speeds(rates or typical(operation()), trials)
 
 
 def typical(one: float) -> Rates:
-    """The rates of a machine on which an operation of a product of large float32 matrices takes so many seconds."""
+    """The rates of a machine on which an operation in a product of large float32 matrices takes `one` seconds."""
     return Rates(START, WORD * one, *[PASSES * one] * 3)
 
 
 def operation(rounds: int = 5) -> float:
-    """Seconds of one thread of this machine that an operation takes in a product of float32 matrices."""
+    """Seconds per operation in a product of float32 matrices, on one thread of this machine."""
     import numpy as np
 
     matrix, seconds = np.ones((768, 768), np.float32), math.inf
     for _ in range(rounds):
-        start = time.process_time()  # of all threads
+        start = time.process_time()  # CPU time of all threads
         np.matmul(matrix, matrix)
         seconds = min(seconds, time.process_time() - start)
     return seconds / (2 * len(matrix) ** 3)
 
 
 def measured(plan: Plan) -> Speeds:
-    """The speeds for a study: what is kept, and what is not is measured now and kept.
+    """The speeds for a study: stored ones, and missing ones, which are measured now and stored.
 
-    It takes some seconds, and a second or two for each method that has not been tried; at most SECONDS and one trial.
+    It takes a few seconds, plus a second or two for each untried method; at most SECONDS and one trial.
     """
     rates, trials = kept()
     missing = {key: own for key, own in trials_of(plan).items() if key not in trials}
@@ -219,7 +221,9 @@ def measured(plan: Plan) -> Speeds:
         return Speeds(rates, trials)
     said = []
     print(
-        f"Measuring {_count(rates is None, len(missing))}, once; it is kept in {store()}.", file=sys.stderr, flush=True
+        f"Measuring {_count(rates is None, len(missing))}, once; the result is stored in {store()}.",
+        file=sys.stderr,
+        flush=True,
     )
     answers, fault = ask({"rates": rates is None, "seconds": SECONDS, "trials": list(missing.values())})
     failed = {key: f"it failed on a small layer: {why}" for key, why in _failures(answers)}
@@ -235,13 +239,13 @@ def measured(plan: Plan) -> Speeds:
     for key, own in missing.items():
         if key not in trials:
             why = failed.get(key, fault or "there was no time left to try it")
-            said.append(f"The time of {own['label']} is what its method's card says: {why}.")
+            said.append(f"The time of {own['label']} is estimated from its method's card: {why}.")
     return Speeds(rates or typical(operation()), trials, tuple(said))
 
 
 def _count(machine: bool, methods: int) -> str:
     """The measurement in words."""
-    tried = f"{methods} methods on a small layer, some seconds each" if methods else ""
+    tried = f"{methods} methods on a small layer, a few seconds each" if methods else ""
     return " and ".join(filter(None, ["this machine" if machine else "", tried]))
 
 
@@ -250,7 +254,7 @@ def _failures(answers: Iterable[Mapping[str, Any]]) -> Iterator[tuple[str, str]]
 
 
 def ask(request: Mapping[str, Any]) -> tuple[list[dict[str, Any]], str | None]:
-    """The answers of the process that measures, and what ended it before it was done, or None."""
+    """The answers of the measuring process, and what ended it early, or None."""
     fault = None
     with tempfile.TemporaryDirectory() as folder:
         asked, answered = Path(folder) / "request.json", Path(folder) / "answers.jsonl"

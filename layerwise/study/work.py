@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
-KL_WORK = 400  # operations that the divergence takes as long as, for a word of a token; in float64, by its measurement
+KL_WORK = 400  # time of the divergence per vocabulary entry and token, in operations; measured in float64
 
 
 @dataclass(frozen=True)
 class Work:
-    """passes: operations of linear layers in forward passes, in `dtype`. grams: of Grams, in float32. words: words of
-    the vocabulary times tokens that are evaluated. solving: operations of methods, by their cards. layers: (rows,
-    inputs) -> how many are solved, by a compress job."""
+    """passes: operations of linear layers in forward passes, in `dtype`. grams: operations of Grams, in float32. words:
+    vocabulary size times evaluated tokens. solving: operations of methods, from their cards. layers: (rows, inputs) ->
+    number of layers solved by a compress job."""
 
     passes: float = 0.0
     grams: float = 0.0
@@ -26,7 +26,7 @@ class Work:
         return self.passes + self.grams + KL_WORK * self.words + self.solving
 
     def __add__(self, other: Work) -> Work:
-        """Both, the layers and the dtype being this one's."""
+        """The sum of both, with this one's layers and dtype."""
         return replace(
             self,
             passes=self.passes + other.passes,
@@ -38,9 +38,9 @@ class Work:
 
 @dataclass(frozen=True)
 class JobCost:
-    """memory: bytes at most. disk: bytes that stay, of a Gram store in the folder of all stores, else in results/.
-    transient: further bytes while the job runs. work: what it computes. minimum: bytes of memory with which the job
-    still completes, more slowly (default: memory)."""
+    """memory: largest number of bytes. disk: lasting bytes, in the folder of Gram stores for a store, otherwise in
+    results/. transient: further bytes during the job. work: its computations. minimum: bytes of memory with which the
+    job still completes, more slowly (default: memory)."""
 
     memory: float
     disk: float = 0.0

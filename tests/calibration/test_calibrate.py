@@ -490,8 +490,8 @@ def test_a_calibration_that_fails_goes_on_from_its_last_block(tmp_path, monkeypa
         with pytest.raises(InputError):
             write_gram(tmp_path / "gram", Blocks(model), tokens(2), fingerprint_)
     said = capsys.readouterr().err
-    assert "1 finished blocks in" in said and "are of another code: starting over." in said
-    assert said.count("Going on after 1 finished blocks.") == 1
+    assert "1 finished blocks in" in said and "belong to another code: starting over." in said
+    assert said.count("Resuming after 1 finished blocks.") == 1
     norm.copy_(sound)
     monkeypatch.setattr(model.model.layers[0], "forward", recorded(model.model.layers[0].forward, run))
     write_gram(tmp_path / "gram", Blocks(model), tokens(2), {"code": 2})

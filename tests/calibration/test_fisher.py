@@ -123,7 +123,7 @@ def test_a_killed_job_goes_on_with_the_same_result(tmp_path: Path, monkeypatch: 
     with monkeypatch.context() as patch:
         dying_after(3, patch)  # the three that are left
         fisher.write_fisher(path, build("llama"), drawn, {"model": "a"})
-    assert "Going on after 1 finished parts of the sequences." in capsys.readouterr().err
+    assert "Resuming after 1 finished parts of the sequences." in capsys.readouterr().err
     assert path.read_bytes() == (tmp_path / "whole.safetensors").read_bytes()
     assert not (tmp_path / ".fisher.part").exists()
 

@@ -97,7 +97,7 @@ BAD = {
     "run embedded --cores two -n": "--cores must be a number of at least 1, or `all`. Got 'two' instead.",
     "run embedded -c0": "--cores must be a number of at least 1, or `all`. Got '0' instead.",
     "report -n --cores=2.5": "--cores must be a number of at least 1, or `all`. Got '2.5' instead.",
-    "run embedded --directory file/inside": "must be a folder that can be written",
+    "run embedded --directory file/inside": "must be a writable folder",
     "run absent-model.yaml": "The folder nowhere of the model 'absent' does not exist.",
     "estimate absent-model.yaml": "The folder nowhere of the model 'absent' does not exist.",
     "estimate embedded --cores 0": "--cores must be at least 1. Got 0 instead.",
@@ -112,7 +112,7 @@ BAD = {
     "report -n pruning": "STUDY must come before Snakemake's own arguments. Got '-n' in its place instead.",
     "report -n absent-model.yaml": "STUDY must come before Snakemake's own arguments.",
     "report absent-model.yaml": "The folder nowhere of the model 'absent' does not exist.",
-    "report -n --directory file/inside": "must be a folder that can be written",
+    "report -n --directory file/inside": "must be a writable folder",
     "estimate -n": "No such option: -n",
     "published -n": "No such option: -n",
     "published absent-model.yaml --tables absent": "The cells table absent/cells.parquet does not exist",
@@ -130,8 +130,8 @@ BAD = {
     "export . --format nope --out saved": "--format must be one of dense, packed, compressed-tensors. Got 'nope'",
     "audit absent": "The folder absent does not exist.",
     "decode --shape 16 --out decode.csv": "--shape must be ROWSxINPUTS, such as 4096x4096. Got '16' instead.",
-    "decode --shape 16x16 --out file/inside/decode.csv": "file/inside must be a folder that can be written",
-    "new-method shrink --folder file/inside": "must be a folder that can be written",
+    "decode --shape 16x16 --out file/inside/decode.csv": "file/inside must be a writable folder",
+    "new-method shrink --folder file/inside": "must be a writable folder",
     "--no-such-option": "No such option",
     "worker no-such-worker": "The worker must be one of allocate,",
 }
@@ -162,7 +162,7 @@ def test_snakemake_s_own_folder_that_cannot_be_written_is_one_sentence(tmp_path,
     (tmp_path / "file").write_text("")
     told = call("run", "embedded", "-n")
     assert told.exit_code == 2 and told.stderr.startswith("error: ") and told.stderr.count("\n") == 1
-    assert "file/inside/snakemake must be a folder that can be written" in told.stderr
+    assert "file/inside/snakemake must be a writable folder" in told.stderr
     assert "XDG_CACHE_HOME" in told.stderr
 
 

@@ -99,7 +99,7 @@ def test_other_weights_in_the_same_place_are_evaluated_again(cell, capsys):
     save_file(weights_of(llama()), "weights.safetensors")
     cache.main(arguments("again.json"))
     before, after = (json.loads((cell / name).read_text()) for name in ("out.json", "again.json"))
-    assert before["losses"] != after["losses"] and "were evaluated before" not in capsys.readouterr().err
+    assert before["losses"] != after["losses"] and "are already evaluated" not in capsys.readouterr().err
 
 
 def test_a_model_that_is_edited_meanwhile_leaves_no_result(cell, monkeypatch):
@@ -130,7 +130,7 @@ def test_a_stored_evaluation_is_read_without_torch(cell):
     done = subprocess.run(
         [sys.executable, "-c", program, *arguments("again.json")], capture_output=True, text=True, env=environment
     )
-    assert done.stdout.strip() == "False" and "were evaluated before" in done.stderr, done.stderr
+    assert done.stdout.strip() == "False" and "are already evaluated" in done.stderr, done.stderr
     assert (cell / "again.json").read_bytes() == (cell / "out.json").read_bytes()
 
 
@@ -211,7 +211,7 @@ def test_a_failed_early_evaluation_is_left_to_its_own_job(cell, capsys):
     requested = [request(name) for name in ("wrong.safetensors", "absent.safetensors", "tokens.safetensors")]
     evaluate_ahead(cell, requested)
     assert (
-        "perplexity of wrong.safetensors could not be computed beside the compression: The tokens must be 0 to"
+        "perplexity of wrong.safetensors could not be computed together with the compression: The tokens must be 0 to"
         in capsys.readouterr().err
     )
     assert len(list(cache.STORE.iterdir())) == 1  # the last one is there all the same

@@ -219,6 +219,6 @@ def test_a_model_that_takes_more_than_hidden_states_from_its_last_block_is_refus
     model.model.norm.register_forward_pre_hook(lambda _, args: (args[0] + 10 * side["mean"], *args[1:]))
     if masked:  # a logit that makes no difference of the others small
         model.lm_head.register_forward_hook(lambda _, args, logits: logits.index_fill(-1, torch.tensor([3]), -1e9))
-    with pytest.raises(InputError, match="LlamaForCausalLM must take nothing but hidden states from its last block"):
+    with pytest.raises(InputError, match="LlamaForCausalLM must use only hidden states from its last block"):
         dense_states(model, tokens, tmp_path)
     assert not list(tmp_path.iterdir())

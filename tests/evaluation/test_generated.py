@@ -159,7 +159,7 @@ def test_a_model_that_writes_from_nan_has_no_exact_match(tiny, tmp_path):
     spec = write_tasks(tmp_path / "tasks", ["?"] * ITEMS)
     for row in evaluate(tiny, {**spec, "tasks": ["write"]}, "broken.safetensors")["rows"]:
         assert row["value"] is None and row["stderr"] is None
-        assert row["reason"] == f"the model has diverged: its logits were NaN or Inf while it wrote {ITEMS} answers"
+        assert row["reason"] == f"the model has diverged: its logits were NaN or Inf while it generated {ITEMS} answers"
 
 
 def test_a_damaged_generation_config_is_one_sentence(tiny, tmp_path):

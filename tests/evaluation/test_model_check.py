@@ -127,7 +127,7 @@ def test_a_walk_through_another_model_is_known_by_its_logits():
     model, other = shaken(build("llama")), cast(Any, shaken(build("llama")))
     other.model.layers = nn.ModuleList(reversed(other.model.layers))
     with pytest.raises(
-        InputError, match="must equal its blocks run one after the other, but .* differ from the model's own by"
+        InputError, match="must equal its blocks run one after another, but .* differ from the model's own by"
     ):
         check_walk(Blocks(other), Blocks(model), tokens(2))
 
@@ -181,7 +181,7 @@ def test_a_prefix_that_sees_itself_is_seen():
 def test_sequences_that_change_each_other_are_seen():
     model = cast(Any, shaken(build("llama")))
     model.model.embed_tokens.register_forward_hook(lambda _, args, out: out - out.mean(0, keepdim=True))
-    with pytest.raises(InputError, match="must equal its blocks run one after the other"):
+    with pytest.raises(InputError, match="must equal its blocks run one after another"):
         check_walk(Blocks(model), Blocks(model), tokens(2))
 
 

@@ -114,7 +114,7 @@ def test_perplexity_of_a_uniform_model_is_the_vocabulary(tokens):
 
 
 def test_perplexity_that_is_not_finite(tokens):
-    with pytest.raises(InputError, match="the loss of 2 of 4 windows is NaN or Inf, first of window 1"):
+    with pytest.raises(InputError, match="the loss of 2 of 4 windows is NaN or Inf; the first is window 1"):
         perplexity.perplexity([1.0, math.nan, 2.0, math.inf])
     with pytest.raises(InputError, match="the mean loss is 1000 nats"):
         perplexity.perplexity([1000.0, 1000.0])

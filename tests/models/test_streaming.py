@@ -100,7 +100,7 @@ def test_blocks_that_fit_are_read_once(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(streaming, "free_bytes", lambda device: 10)
     with lazy.whole_if_it_fits():
         assert held(lazy) == []
-    assert "0.0 GB are free: each is read whenever it is run." in capsys.readouterr().err
+    assert "0.0 GB of memory are free: each block is read whenever it is run." in capsys.readouterr().err
 
 
 def change(folder, name: str, write) -> None:

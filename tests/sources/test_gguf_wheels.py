@@ -120,7 +120,7 @@ def test_a_wheel_that_was_damaged_in_the_store(tmp_path: Path, spec: dict[str, A
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"sha256": None}, "must have either path or hub.revision or gguf or gguf.wheel.sha256, got gguf, wheel"),
+        ({"sha256": None}, "must have either path or hub.revision or gguf or gguf.wheel.sha256. Got gguf, wheel"),
         ({"wheel": "--index-url=http://x"}, "models.tiny.wheel is wrong"),
         ({"wheel": "a==1 --pre"}, "models.tiny.wheel is wrong"),
         ({"wheel": "a==1\n"}, "models.tiny.wheel is wrong"),

@@ -350,7 +350,7 @@ def test_words():
         "2.0 TB",
     ]
     spoken = [estimate.duration(seconds) for seconds in (3, 600, 9000, 1e6)]
-    assert spoken == ["a minute or two", "some 10 minutes", "some 2 hours", "some 12 days"]
+    assert spoken == ["a minute or two", "about 10 minutes", "about 2 hours", "about 12 days"]
 
 
 # ----------------------------------------------------------------------------------------------------------- real runs

@@ -380,7 +380,7 @@ def test_a_stage_that_trains_grids_skips_targets_without_one():
     entries = {name: {"method": "sparsegpt", "tune": {name: {}}} for name in ("blocks", "end")}
     planned = plan(study(targets=targets, methods=entries))
     assert set(labels(planned)) == {("blocks", "2:4"), ("blocks", "2:4 4b"), ("end", "2:4 4b")}
-    reason = "tune.end trains scales and zeros, of which there are none without bits"
+    reason = "tune.end trains scales and zeros, which do not exist without bits"
     assert planned.skipped == [
         {"label": "end", "method": "sparsegpt", "target": "2:4", "allocation": "uniform", "reason": reason}
     ]
@@ -599,11 +599,11 @@ WRONG = {
     ),
     "seed and seeds": (
         edited("calibration/words/seeds", [0, 1]),
-        "config: calibration.words must have either seed or seeds, got text, samples, length, seed, seeds.",
+        "config: calibration.words must have either seed or seeds. Got text, samples, length, seed, seeds instead.",
     ),
     "no seed": (
         study(calibration={"words": dict(text="train", samples=4, length=16)}),
-        "config: calibration.words must have either seed or seeds, got text, samples, length.",
+        "config: calibration.words must have either seed or seeds. Got text, samples, length instead.",
     ),
     "a seed twice": (
         study(calibration={"words": dict(text="train", samples=4, length=16, seeds=[1, 1])}),
@@ -763,34 +763,34 @@ WRONG = {
     ),
     "end without bits": (
         study(methods={"wanda": {"tune": {"end": {}}}}),
-        "methods.wanda: wanda reaches none of the targets (tune.end trains scales and zeros, of which there are none",
+        "methods.wanda: wanda reaches none of the targets (tune.end trains scales and zeros, which do not exist",
     ),
     "tuned control": (
         study(methods={"dense": {"tune": {"blocks": {}}}, "wanda": None}),
-        "methods.dense: dense changes nothing, so that there is nothing to tune.",
+        "methods.dense: dense changes nothing, so there is nothing to tune.",
     ),
     "text": (edited("calibration/words/text", "a"), "calibration.words.text names 'a'; the texts are train, test."),
     "evaluated text": (edited("evaluation/words/text", "a"), "evaluation.words.text names 'a'; the texts are train"),
     "seed": (
         study(calibration={"words": {"text": "train", "samples": 4, "length": 16}}),
-        "calibration.words must have either seed or seeds, got text, samples, length.",
+        "calibration.words must have either seed or seeds. Got text, samples, length instead.",
     ),
     "samples": (edited("calibration/words/samples", 0), "samples is wrong: 0 is less than the minimum of 1."),
     "two sources": (
         edited("models/tiny/hub", "a/b"),
-        "models.tiny must have either path or hub+revision or gguf or gguf+wheel+sha256, got path, hub.",
+        "models.tiny must have either path or hub+revision or gguf or gguf+wheel+sha256. Got path, hub instead.",
     ),
     "no source": (
         edited("models/tiny", {}),
-        "models.tiny must have either path or hub+revision or gguf or gguf+wheel+sha256, got nothing.",
+        "models.tiny must have either path or hub+revision or gguf or gguf+wheel+sha256. Got nothing instead.",
     ),
     "revision": (
         edited("models/tiny", {"hub": "a/b"}),
-        "must have either path or hub+revision or gguf or gguf+wheel+sha256, got hub.",
+        "must have either path or hub+revision or gguf or gguf+wheel+sha256. Got hub instead.",
     ),
     "text revision": (
         edited("texts/test", {"hub": "a/b", "files": ["a.txt"]}),
-        "texts.test must have either path or hub+revision+files, got hub, files.",
+        "texts.test must have either path or hub+revision+files. Got hub, files instead.",
     ),
     "shell": (
         study(models={"a b; touch x": {"path": "a"}}),
@@ -929,8 +929,8 @@ def test_the_cross_gram_of_experts_is_refused_before_a_job(sources):
 
     told = (
         "methods.mine: gptaq must have a model without experts in sequential mode: it needs the cross-Gram of the same "
-        "tokens in the dense and in the compressed model, and either may route others to them. Got 'tiny' instead: "
-        "give the method modes: [shared]."
+        "tokens in the dense and in the compressed model, which may route different tokens to an expert. Got 'tiny' "
+        "instead: give the method modes: [shared]."
     )
     assert refused(asking(method="gptaq"), check_sources=True) == told
     plan(asking(method="gptaq"))  # which no source has told

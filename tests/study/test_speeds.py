@@ -153,7 +153,9 @@ def test_a_folder_that_cannot_be_written_costs_only_the_keeping(worker, monkeypa
         found = speeds.measured(study())
         assert (found.rates, found.trials) == (whole.rates, whole.trials)
         (sentence,) = found.said
-        assert sentence.startswith("The speed of this machine is measured again next time: /proc/layerwise/speeds/")
+        assert sentence.startswith(
+            "The speed of this machine will be measured again next time: /proc/layerwise/speeds/"
+        )
     assert len(worker.asked) == 3
 
 
@@ -161,7 +163,7 @@ def test_a_method_that_fails_counts_as_its_card_says_in_a_sentence_and_is_tried_
     worker.failing = {"wanda"}
     found = speeds.measured(study())
     assert len(found.trials) == 2 and sorted(found.said) == [
-        f"The time of wanda, {target} is what its method's card says: it failed on a small layer: ValueError: no."
+        f"The time of wanda, {target} is estimated from its method's card: it failed on a small layer: ValueError: no."
         for target in ("2:4", "50% row")
     ]
     worker.failing = set()

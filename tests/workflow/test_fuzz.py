@@ -152,7 +152,7 @@ def test_commands_that_read_a_config_show_no_traceback(tmp_path):
         command = [sys.executable, "-m", "layerwise", name, str(tmp_path / "study.yaml")]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
         assert done.returncode == 2 and done.stdout == ""
-        assert done.stderr.startswith("error: ") and "asks to run Python" in done.stderr
+        assert done.stderr.startswith("error: ") and "requests to run Python" in done.stderr
         assert done.stderr.count("\n") == 1 and not (ROOT / "x").exists()
 
 
