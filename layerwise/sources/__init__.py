@@ -1,1 +1,1 @@
-"""Where models and texts come from, by name and header only."""
+"""Locate and check models and texts, by name and header only."""

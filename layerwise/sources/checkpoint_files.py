@@ -1,4 +1,4 @@
-"""The files of a model's folder, checked by name and header before any job runs. Free of torch."""
+"""Check the files of a model's folder by name and header before any job runs. Does not import torch."""
 
 import json
 import math
@@ -22,15 +22,15 @@ from layerwise.sources.hub import (
 from layerwise.sources.model_config import DEPTHS, check_config, language_config
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
-PIPELINE = "tokenizer.json"  # a tokenizer as a whole: how a text is cut, and the tokens
-VOCABULARIES = (PIPELINE, "tekken.json", "vocab.json", "vocab.txt")  # files of which a folder needs one
+PIPELINE = "tokenizer.json"  # a complete tokenizer: the splitting of texts and the tokens
+VOCABULARIES = (PIPELINE, "tekken.json", "vocab.json", "vocab.txt")  # a folder needs one of these files
 MODEL_VOCABULARIES = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "tiktoken.model")  # binary
 TOKENIZER_CONFIG, MERGES = "tokenizer_config.json", "merges.txt"
 TOKENIZER_FILES = (
     *(*VOCABULARIES, *MODEL_VOCABULARIES, MERGES),
     *(TOKENIZER_CONFIG, "special_tokens_map.json", "added_tokens.json"),
 )
-# How the config.json of a model calls the inputs of its layers: its width and that of its MLP.
+# Keys in a config.json for the inputs of layers: the width of the model and of its MLP.
 LAYER_INPUTS = (
     "hidden_size",
     "n_embd",
@@ -42,22 +42,23 @@ LAYER_INPUTS = (
     "moe_intermediate_size",
 )
 Header = tuple[str, tuple[int, ...], str]  # name, shape and dtype of a tensor
-FLOATING = ("F64", "F32", "F16", "BF16")  # beginnings of dtypes: the formats of eight bits begin otherwise
+FLOATING = ("F64", "F32", "F16", "BF16")  # prefixes of dtypes; eight-bit formats have other prefixes
 QUANTISED_FILES = ("hf_quant_config.json", "quantize_config.json", "quant_config.json", "qmodel_config.json")
-CODES = ("I8", "U8", "F8", "F6", "F4")  # beginnings of the dtypes of codes, whatever the tensor is called
-RECOMPUTED = (".masked_bias", ".inv_freq", ".position_ids", ".cos_cached", ".sin_cached")  # ends of buffers' names
-ADAPTER = "adapter_config.json"  # of peft, beside weights that are not those of the model alone
+CODES = ("I8", "U8", "F8", "F6", "F4")  # prefixes of the dtypes of codes, for any tensor name
+RECOMPUTED = (".masked_bias", ".inv_freq", ".position_ids", ".cos_cached", ".sin_cached")  # suffixes of buffers' names
+ADAPTER = "adapter_config.json"  # peft's file next to weights that are not a whole model
 LONGEST_HEADER = 100_000_000  # bytes, the limit of the safetensors format
 BITS = {"F64": 64, "F32": 32, "F16": 16, "BF16": 16, "I64": 64, "I32": 32, "I16": 16, "I8": 8, "U8": 8, "BOOL": 8}
 BITS |= {"U64": 64, "U32": 32, "U16": 16, "C64": 64, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F4": 4}
-BITS |= {"F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8, "F6_E2M3": 6, "F6_E3M2": 6}  # of the dtypes of the safetensors format
-PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")  # loading one can run whatever its author has put in
+BITS |= {"F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8, "F6_E2M3": 6, "F6_E3M2": 6}  # further dtypes of the safetensors format
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")  # loading a pickle can run its author's code
 
 
 def model_files(spec: Spec) -> list[Path]:
-    """Files of a local model folder that a job depends on, sorted; none for a hub model, which its revision fixes.
+    """Files of a local model folder on which a job depends, sorted; none for a hub model, which its revision fixes.
 
-    Of a GGUF file it is that file, of which the job makes a folder; a wheel that has it is fixed by its hash.
+    For a GGUF file it is the file itself, which the job converts to a folder. A file in a wheel is fixed by the wheel's
+    hash.
     """
     if "gguf" in spec:
         own = gguf_files.local_file(spec)
@@ -70,10 +71,10 @@ def model_files(spec: Spec) -> list[Path]:
 
 
 def check_checkpoint(name: str, spec: Spec) -> None:
-    """Raise InputError, in one sentence, when the model `name` cannot be loaded for a reason that can be seen now.
+    """Raise InputError, in one sentence, when the model `name` cannot be loaded, as far as this can be seen now.
 
-    A local folder must hold config.json, a tokenizer and whole safetensors files; a hub model must name its revision
-    and lie in the cache when fetching is forbidden. A GGUF file must be whole, of a decoder and of types that are read,
+    A local folder must hold config.json, a tokenizer and complete safetensors files. A hub model must name its revision
+    and be in the cache when fetching is forbidden. A GGUF file must be complete, hold a decoder with supported types,
     and have a tokenizer.
     """
     if "gguf" in spec:
@@ -99,8 +100,8 @@ def _check_folder(name: str, folder: Path) -> None:
 def check_vocabulary(subject: str, folder: Path) -> None:
     """Raise InputError, in one sentence, when a folder has no file from which its tokenizer can be loaded.
 
-    SentencePiece and tiktoken files are refused: transformers converts them, and what it makes of them gives other ids
-    than they do. A folder whose tokenizer is code of its own reads its files itself; loading it needs trust.
+    SentencePiece and tiktoken files are refused, because transformers converts them to tokenizers with other ids. A
+    folder whose tokenizer is its own code reads its files itself; loading it requires trust.
     """
     present = {name for name in (*VOCABULARIES, *MODEL_VOCABULARIES, MERGES) if (folder / name).is_file()}
     if PIPELINE in present or own_code(folder):
@@ -109,7 +110,8 @@ def check_vocabulary(subject: str, folder: Path) -> None:
     if binary:
         raise InputError(
             f"{subject} has its tokenizer as {binary[0]} without {PIPELINE}, and SentencePiece and tiktoken files are "
-            f"not read, since what transformers makes of them may give other ids: add the publisher's {PIPELINE}."
+            f""
+            f"not read, because transformers' conversion may give other ids: add the publisher's {PIPELINE}."
         )
     if present.isdisjoint(VOCABULARIES):
         raise InputError(
@@ -121,15 +123,15 @@ def check_vocabulary(subject: str, folder: Path) -> None:
 
 
 def own_code(folder: Path) -> bool:
-    """Whether the tokenizer of a folder is code beside it, which runs with trust_remote_code alone."""
+    """Whether the tokenizer of a folder is code in the folder, which runs only with trust_remote_code."""
     path = folder / TOKENIZER_CONFIG
     mapped = optional_json(path).get("auto_map")
     return isinstance(mapped, list) or (isinstance(mapped, dict) and bool(mapped.get("AutoTokenizer")))
 
 
 def check_weight_files(name: str, folder: Path) -> None:
-    """Raise InputError when the weights are not whole, or the config.json asks for more blocks than they have tensors,
-    with which a model would be made until no memory is left, or when they are codes of a quantiser."""
+    """Raise InputError when the weights are incomplete or are codes of a quantiser, or when config.json has more blocks
+    than the weights have tensors, so that the model would fill the memory."""
     config = read_json(folder / "config.json")
     check_config(folder / "config.json", config)
     config = language_config(config)
@@ -146,24 +148,24 @@ def check_weight_files(name: str, folder: Path) -> None:
 
 
 def longest_sequence(spec: Spec) -> int | None:
-    """Tokens that a local model takes at most, where its config.json says so; None for a hub model."""
+    """Largest number of tokens of a local model, from its config.json; None if unknown and for a hub model."""
     config = _model_config(spec)
     found = config.get("max_position_embeddings", config.get("n_positions"))
     return found if isinstance(found, int) else None
 
 
 def layer_inputs(spec: Spec) -> list[int]:
-    """Inputs that the layers of a local model have, as far as its config.json says; none for a hub model."""
+    """Numbers of inputs of a local model's layers, as far as config.json gives them; none for a hub model."""
     config = _model_config(spec)
     heads, length = config.get("num_attention_heads"), config.get("head_dim")
     found = [config.get(key) for key in LAYER_INPUTS]
     if isinstance(heads, int) and isinstance(length, int):
-        found.append(heads * length)  # of the attention's output projection
+        found.append(heads * length)  # inputs of the attention's output projection
     return sorted({size for size in found if isinstance(size, int)})
 
 
 def _model_config(spec: Spec) -> dict[str, Any]:
-    """The config.json of a local model, its language part, or what a GGUF header says of it; empty for a hub model."""
+    """The language part of a local model's config.json, or the same from a GGUF header; empty for a hub model."""
     if "gguf" in spec:
         header = gguf_files.header_of(spec)
         return gguf_models.config_of(header) if header else {}
@@ -173,8 +175,8 @@ def _model_config(spec: Spec) -> dict[str, Any]:
 
 
 def weight_files(name: str, folder: Path) -> list[Path]:
-    """The safetensors files that make up the model; InputError when some are absent or lie elsewhere."""
-    if (folder / WEIGHTS).is_file():  # transformers takes it first, too
+    """The safetensors files of the model. Raises InputError when some are absent or outside the folder."""
+    if (folder / WEIGHTS).is_file():  # transformers also prefers it
         return [folder / WEIGHTS]
     if (folder / INDEX).is_file():
         index = read_json(folder / INDEX)
@@ -199,10 +201,11 @@ def weight_files(name: str, folder: Path) -> list[Path]:
                 if absent
                 else f"{folder / INDEX} of the model {name!r} names no files."
             )
-        if not isinstance(index.get("metadata"), dict):  # or the library ends in a KeyError
+        if not isinstance(index.get("metadata"), dict):  # otherwise the library raises a KeyError
             raise InputError(
-                f"{folder / INDEX} of the model {name!r} must have an object `metadata`, as transformers asks for: an "
-                "empty one will do."
+                f"{folder / INDEX} of the model {name!r} must have an object `metadata`, which transformers requires: "
+                f"an "
+                "empty one is enough."
             )
         return shards
     other = sorted(path.name for path in folder.glob("*.safetensors"))
@@ -218,21 +221,21 @@ def weight_files(name: str, folder: Path) -> list[Path]:
         )
         raise InputError(
             f"The folder {folder} of the model {name!r} has its weights as {brief(', '.join(pickles))}, and only "
-            "safetensors is read, since a pickle can run code: if you trust its source, convert pytorch_model*.bin "
+            "safetensors is read, because a pickle can run code: if you trust its source, convert pytorch_model*.bin "
             f"with python -c {shlex.quote(code)}"
         )
     raise InputError(f"The folder {folder} of the model {name!r} has no weights: {WEIGHTS} or {INDEX} is needed.")
 
 
 def weight_map(folder: Path) -> dict[str, str]:
-    """Tensor -> file, as the index says; empty for a model of one file. weight_files has checked the files' names."""
+    """Tensor -> file, from the index; empty for a model in one file. weight_files has checked the files' names."""
     if (folder / WEIGHTS).is_file():
         return {}
     return dict(read_json(folder / INDEX).get("weight_map", {}))
 
 
 def check_floating(name: str, folder: Path, files: Mapping[Path, Sequence[Header]]) -> None:
-    """Raise InputError when the weights of a model are codes of a quantiser, which a config.json need not say.
+    """Raise InputError when the weights of a model are codes of a quantiser, which config.json may not mention.
 
     files: the tensors of each of the model's files.
     """
@@ -256,15 +259,15 @@ def check_floating(name: str, folder: Path, files: Mapping[Path, Sequence[Header
 
 
 def recomputed(name: str, shape: Sequence[int]) -> bool:
-    """Whether a tensor of a file is none of the weights: a mask or positions, which older versions saved with them."""
+    """Whether a tensor of a file is not a weight: a mask or positions, which older versions saved too."""
     mask = len(shape) == 4 and tuple(shape[:2]) == (1, 1) and shape[2] == shape[3]
     return mask or name.endswith(RECOMPUTED)
 
 
 def check_safetensors(path: Path) -> list[Header]:
-    """The tensors of a file, of which no weights are read.
+    """The tensors of a file, without reading weights.
 
-    Raises InputError when the file is not what its header says, or that breaks the format.
+    Raises InputError when the file does not match its header, or the header violates the format.
     """
     size = path.stat().st_size
     length, tensors = _header(path)
@@ -276,7 +279,7 @@ def check_safetensors(path: Path) -> list[Header]:
 
 
 def tensors_of(path: Path) -> list[Header]:
-    """The tensors of a safetensors file. Raises InputError for a header that is damaged."""
+    """The tensors of a safetensors file. Raises InputError for a damaged header."""
     return _named(_header(path)[1])
 
 
@@ -324,9 +327,9 @@ def _tensor(entry: Mapping[str, Any]) -> tuple[tuple[int, ...], str, int, int]:
 
 
 def model_folder(spec: Spec) -> Path:
-    """Local folder of the model: of a hub model the snapshot that was fetched, so that all jobs see one commit.
+    """Local folder of the model: for a hub model, the fetched snapshot, so that all jobs see one commit.
 
-    It is fetched where there is none, as a GGUF file is converted. Raises InputError when it cannot be.
+    A missing snapshot is fetched, and a GGUF file is converted. Raises InputError when this fails.
     """
     if "path" in spec:
         return locate(spec["path"])

@@ -1,7 +1,7 @@
-"""A library's refusal of a config.json as a sentence that names the file, the key and the value.
+"""Turn a library's refusal of a config.json into a sentence that names the file, the key and the value.
 
-The libraries tell it in the words of their code, such as `KeyError: 'nonesuch'`. Which key they mean is found by
-building the model, without weights, from the config without one key after the other. Free of torch until it is asked.
+The libraries report it in terms of their code, such as `KeyError: 'nonesuch'`. The faulty key is found by building the
+model, without weights, from the config with one key left out at a time. torch is imported only when this is needed.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from layerwise.runtime.sentences import place, reason
 from layerwise.sources.hub import read_json
 from layerwise.sources.model_config import check_config, must_be
 
-FIELD = re.compile(r"Validation error for field '([^']+)'")  # of huggingface_hub's strict dataclasses
+FIELD = re.compile(r"Validation error for field '([^']+)'")  # message of huggingface_hub's strict dataclasses
 EXPECTED = re.compile(r"expected (?:an? )?(one of \(.*?\)|\w+)")
 KINDS = {"int": "an integer", "float": "a floating-point number", "bool": "true or false", "str": "a string"}
 KINDS |= {"None": "null", "list": "a list", "tuple": "a list", "Sequence": "a list", "dict": "an object"}
@@ -30,14 +30,14 @@ KINDS |= {"NoneType": "null"}
 def config_fault(folder: Path, error: Exception, trust_remote_code: bool = False) -> InputError | None:
     """The error that names the faulty value in the config.json of a model that could not be loaded, or None.
 
-    None: the config.json is not at fault. error: what the libraries raised. The model is built on the meta device,
-    without weights, once or twice for each key of the config. A model with code of its own is not built, because its
-    code would run. Raises InputError for sizes that no model has, as `check_config` does.
+    None: config.json is not at fault. error: the libraries' exception. The model is built on the meta device, without
+    weights, once or twice for each key of the config. A model with its own code is not built, because its code would
+    run. Raises InputError for impossible sizes, as `check_config` does.
     """
-    if isinstance(error, (OSError, ImportError)):  # of a disk, or of a library that the model needs besides
+    if isinstance(error, (OSError, ImportError)):  # an error of the disk, or a missing library of the model
         return None
     file = folder / "config.json"
-    if not file.is_file():  # of a tokenizer alone
+    if not file.is_file():  # a folder with only a tokenizer
         return None
     config = read_json(file)
     if config.get("auto_map") and trust_remote_code:
@@ -60,7 +60,7 @@ def config_fault(folder: Path, error: Exception, trust_remote_code: bool = False
 
 
 def type_fault(file: Path, config: Mapping[str, Any]) -> InputError | None:
-    """That of a model_type which is absent, unknown, or none of a language model's."""
+    """The error about a model_type that is absent, unknown, or not a language model's."""
     from transformers import CONFIG_MAPPING, __version__
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
@@ -68,7 +68,7 @@ def type_fault(file: Path, config: Mapping[str, Any]) -> InputError | None:
         return InputError(f"{file} must name its model_type. Got none instead.")
     found, code = config["model_type"], config.get("auto_map")
     if not isinstance(found, str) or found not in CONFIG_MAPPING:
-        why = "the model has code of its own, which runs with trust_remote_code: true alone" if code else ""
+        why = "the model has its own code, which runs only with trust_remote_code: true" if code else ""
         return must_be(file, "model_type", f"one that transformers {__version__} knows", found, why)
     if config_class(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         return must_be(file, "model_type", "that of a decoder-only language model", found)
@@ -76,18 +76,18 @@ def type_fault(file: Path, config: Mapping[str, Any]) -> InputError | None:
 
 
 def field_fault(file: Path, config: Mapping[str, Any], error: Exception) -> InputError | None:
-    """That of a value of another type than the config's class declares, which the error says in two lines."""
+    """The error about a value whose type the config's class does not allow, from a message of two lines."""
     field = FIELD.match(str(error))
     if field is None:
         return None
     name = getattr(config_class(config), "attribute_map", {}).get(field[1])
-    parts = [key for key, value in config.items() if isinstance(value, dict)]  # such as text_config
+    parts = [key for key, value in config.items() if isinstance(value, dict)]  # for example text_config
     for path in [(field[1],), (name,), *((part, field[1]) for part in parts)]:
         if path[-1] in (holder := config[path[0]] if path[1:] else config):
             kinds = dict.fromkeys(KINDS.get(kind, kind) for kind in map(str, EXPECTED.findall(str(error))))
             what = " or ".join(kinds) or "a value of another type"
             return must_be(file, place(path), what, holder[path[-1]])
-    return None  # a value that the class makes of others
+    return None  # a value that the class derives from others
 
 
 def config_class(config: Mapping[str, Any]) -> Any:
@@ -98,7 +98,7 @@ def config_class(config: Mapping[str, Any]) -> Any:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Within it transformers logs errors alone."""
+    """Context in which transformers logs only errors."""
     from transformers.utils import logging
 
     before = logging.get_verbosity()
@@ -110,7 +110,7 @@ def quiet() -> Iterator[None]:
 
 
 def build_fault(config: Mapping[str, Any]) -> str | None:
-    """Why the libraries build no model of a config, in their words; None where they build one."""
+    """The libraries' reason for not building a model from a config; None if they build it."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.initialization import no_init_weights
@@ -129,9 +129,9 @@ def build_fault(config: Mapping[str, Any]) -> str | None:
 
 
 def culprit(config: Mapping[str, Any], inside: tuple[str, ...] = ()) -> tuple[str, ...]:
-    """The keys, from the outside in, of a value without which, or with 1 in its place, a model can be built.
+    """The path of keys to a value whose removal, or replacement by 1, lets the model be built.
 
-    Empty where there is none, as where several are wrong. inside: the keys of the object of which these are looked for.
+    It is empty if there is none, for example if several values are wrong. inside: path of the object to search.
     """
     own = within(config, inside)
     for one in (False, True):
@@ -148,7 +148,7 @@ def culprit(config: Mapping[str, Any], inside: tuple[str, ...] = ()) -> tuple[st
 
 
 def within(config: Mapping[str, Any], keys: Iterable[str]) -> Any:
-    """The value that keys lead to, from the outside in."""
+    """The value at a path of keys."""
     value: Any = config
     for key in keys:
         value = value[key]

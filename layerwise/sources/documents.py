@@ -1,7 +1,7 @@
-"""The documents of a text: its files read, whatever their format and encoding, and normalised.
+"""Read the documents of a text from files of several formats and encodings, and normalise them.
 
-What an editor or a platform puts into a file and no reader sees would become tokens: a byte order mark and the carriage
-returns of line ends are taken out, in files and in strings of JSON and parquet alike.
+Invisible characters from an editor or a platform would become tokens. So byte order marks and the carriage returns of
+line ends are removed, both in files and in strings of JSON and parquet.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ READ_ERRORS = (OSError, EOFError, zlib.error)
 # The steps of normalisation, in the order in which `normalised` names them.
 WIDE, MARK, RETURNS = ("UTF-32", "UTF-16"), "byte order mark", "line ends"
 STEPS = (*WIDE, MARK, RETURNS)
-FOREIGN = 0.01  # share of the lines from which on carriage returns are line ends of another system
-# Byte order marks of encodings that are known by theirs alone; that of UTF-32 begins with that of UTF-16.
+FOREIGN = 0.01  # share of lines above which carriage returns count as line ends of another system
+# Byte order marks of encodings identified only by their mark; the mark of UTF-32 begins with that of UTF-16.
 ENCODINGS = {
     codecs.BOM_UTF32_LE: "UTF-32",
     codecs.BOM_UTF32_BE: "UTF-32",
@@ -39,13 +39,13 @@ ENCODINGS = {
     codecs.BOM_UTF16_BE: "UTF-16",
 }
 RETURN = re.compile("\r\n?")
-MARKS = re.compile("^\ufeff+", re.MULTILINE)  # of a line too, where files that had one were joined
+MARKS = re.compile("^\ufeff+", re.MULTILINE)  # also at the start of a line, where files with a mark were joined
 
 
 @dataclass(frozen=True)
 class Text:
-    """documents: in the order of the files. normalised: what was done to them, of STEPS, as "byte order mark, line
-    ends"; empty where they are as they were written."""
+    """documents: in the order of the files. normalised: the STEPS applied to them, such as "byte order mark, line
+    ends"; empty if nothing changed."""
 
     documents: list[str]
     normalised: str = ""
@@ -59,12 +59,13 @@ def documents(spec: Spec) -> list[str]:
 def read_text(spec: Spec) -> Text:
     """The documents of a text, normalised, in the order of its files.
 
-    A .txt or .raw is one document, or what its `separator` separates (no blank ones); a line of a .jsonl or .json,
-    an element of a JSON list and a row of a .parquet are one each, in its `field` (default "text"). With `begins`,
-    those that begin with it. Line ends of `separator` and `begins` are normalised like those of the text.
-    Raises InputError, naming the file, for one that cannot be read and for a field that is absent or holds no text;
-    and where the separator occurs nowhere or no document begins so. A warning on stderr names the files of several in
-    which it does not occur.
+    A .txt or .raw file is one document, or several that its `separator` separates (without blank ones). Each line of a
+    .jsonl or .json, element of a JSON list and row of a .parquet is one document, in its `field` (default "text"). With
+    `begins`, only documents that begin with it count. Line ends in `separator` and `begins` are normalised like those
+    of the text.
+    Raises InputError, which names the file, for an unreadable file and for a field that is absent or not text; also if
+    the separator occurs nowhere or no document begins with `begins`. A warning on stderr names the files without the
+    separator, if it occurs in others.
     """
     where = spec.get("path") or spec["hub"]
     separator, begins = (RETURN.sub("\n", spec.get(key) or "") for key in ("separator", "begins"))
@@ -79,12 +80,12 @@ def read_text(spec: Spec) -> Text:
             whole += [path.name] if len(parts) == 1 and read[0].strip() else []
             read = [part for part in (without_marks(part, done) for part in parts) if part.strip()]
         found += read
-    if separator and not occurs:  # it would all be one document, and of JSON or parquet it separates nothing
+    if separator and not occurs:  # everything would be one document, and JSON and parquet do not use it
         raise InputError(
             f"The separator {separator!r} of {where} must occur in a .txt or .raw of the text, but it occurs nowhere: "
             "leave it out, or give the string that separates the documents."
         )
-    if whole:  # rightly so of a file with a single document
+    if whole:  # this may be right for a file with a single document
         told = f"does not occur in {brief(', '.join(whole))}, which is read as one document per file"
         print(f"warning: The separator {separator!r} of {where} {told}.", file=sys.stderr)
     chosen = [document for document in found if document.startswith(begins)]
@@ -96,8 +97,8 @@ def read_text(spec: Spec) -> Text:
 def normalise(text: str, done: set[str]) -> str:
     """The text without byte order marks at its start or that of a line, each line end a "\\n".
 
-    Carriage returns in less than a hundredth of its lines are no system's line ends but what the text says, and stay.
-    done: what was done is added to it, of STEPS.
+    Carriage returns in less than a hundredth of the lines are part of the text, not line ends, and are kept. done: the
+    applied STEPS are added to it.
     """
     returns = text.count("\r")
     if returns and returns >= FOREIGN * text.count("\n"):
@@ -107,7 +108,7 @@ def normalise(text: str, done: set[str]) -> str:
 
 
 def without_marks(text: str, done: set[str]) -> str:
-    """The text without byte order marks at its start or that of a line; done: as of `normalise`."""
+    """The text without byte order marks at its start or that of a line. done: as in `normalise`."""
     if "\ufeff" in text and (cleaned := MARKS.sub("", text)) != text:
         text = cleaned
         done.add(MARK)
@@ -115,7 +116,7 @@ def without_marks(text: str, done: set[str]) -> str:
 
 
 def lone_surrogate(text: str) -> int | None:
-    """Where a text has half a character, which no file can hold and no tokenizer takes; None for nowhere."""
+    """The index of half a character in a text, which no file and no tokenizer accepts; None if there is none."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -140,12 +141,12 @@ def _read(path: Path, field: str, done: set[str]) -> list[str]:
     text = _decoded(path, done)
     if path.suffix in PLAIN_SUFFIXES:
         return [normalise(text, done)]
-    # Marks and line ends between the strings belong to the file, not to the text: `normalised` leaves them out.
+    # Marks and line ends between the strings belong to the file, not to the text, so `normalised` omits them.
     return [normalise(found, done) for found in _json(path, normalise(text, set()), field)]
 
 
 def _decoded(path: Path, done: set[str]) -> str:
-    """The characters of a file: UTF-8, or what its byte order mark says."""
+    """The characters of a file, in UTF-8 or the encoding of its byte order mark."""
     try:
         data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
     except READ_ERRORS as error:
@@ -158,7 +159,7 @@ def _decoded(path: Path, done: set[str]) -> str:
     if "\0" in text:
         raise InputError(
             f"{path} must hold text. Got a NUL at character {text.index(chr(0))} instead: "
-            "is it in UTF-16 without a byte order mark, or no text at all?"
+            "is it UTF-16 without a byte order mark, or not text?"
         )
     if encoding in WIDE:
         done.add(encoding)
@@ -203,7 +204,7 @@ def _lines(path: Path, text: str) -> Iterator[tuple[int, Any]]:
 
 
 def _parquet(path: Path, field: str) -> Iterator[str]:
-    """The field of each row: of any of Arrow's types of strings, or of binary that holds UTF-8."""
+    """The field of each row: any of Arrow's string types, or binary with UTF-8."""
     import pyarrow as pa
     import pyarrow.parquet as parquet
 
@@ -223,8 +224,8 @@ def _parquet(path: Path, field: str) -> Iterator[str]:
         values: Iterator[Any]
         try:
             values = iter(chunk.to_pylist())
-        except UnicodeDecodeError:  # a column of strings may hold bytes that are none: Arrow trusts whoever wrote them
-            values = (scalar.as_py() for scalar in chunk)  # one by one, in a sixth of the speed, to say which
+        except UnicodeDecodeError:  # a string column may hold invalid bytes, because Arrow trusts the writer
+            values = (scalar.as_py() for scalar in chunk)  # one by one, six times more slowly, to find the faulty one
         for _ in range(len(chunk)):
             row += 1
             try:
@@ -238,7 +239,7 @@ def _parquet(path: Path, field: str) -> Iterator[str]:
 
 
 def _of_text(kind: pa.DataType) -> bool:
-    """Whether a column of an Arrow type can hold text, by itself or as codes of a dictionary."""
+    """Whether an Arrow column type can hold text, directly or as dictionary codes."""
     import pyarrow as pa
 
     if isinstance(kind, pa.DictionaryType):

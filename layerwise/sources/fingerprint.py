@@ -1,4 +1,4 @@
-"""Which model a study computes with: fetched once, and the hash of its weights for the provenance of every row."""
+"""Identify a study's model: fetch it once, and hash its weights for the provenance of every row."""
 
 import argparse
 import contextlib
@@ -17,25 +17,26 @@ from layerwise.sources import checkpoint_files, gguf_conversion, gguf_files, hub
 
 
 def weights_hash(hashes: list[str]) -> str:
-    """Of one file its SHA-256, as sha256sum and the hub give it; of shards the SHA-256 of theirs, in order."""
+    """For one file its SHA-256, as from sha256sum and the hub; for shards the SHA-256 of their hashes, in order."""
     return hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
 
 
 @functools.lru_cache(maxsize=4096)
 def hash_at(path: Path, changed: int) -> str:
-    """SHA-256 of a file that was changed then: computed once in a process, whatever the clock says."""
+    """SHA-256 of a file with this modification time, computed once per process."""
     return sha256(path)
 
 
 def check_unchanged(model: hub.Spec, fingerprint: Path) -> None:
-    """Raise InputError when a model's files are no longer those of its fingerprint: numbers would pass for theirs.
+    """Raise InputError when a model's files no longer match its fingerprint, because results would be attributed
+    wrongly.
 
-    Only files that the file system has seen a change of since are hashed.
+    Only files that have changed since, according to the file system, are hashed.
     """
     if not fingerprint.is_file():
         raise InputError(f"{fingerprint}, of the model that this job computes with, is gone: run again to make it.")
     told = read_made(fingerprint)
-    if "gguf" in model and gguf_files.content(model) != told["model_sha256"]:  # before it is converted once more
+    if "gguf" in model and gguf_files.content(model) != told["model_sha256"]:  # before it is converted again
         raise InputError(edited(gguf_files.named(model), fingerprint))
     folder, own, later = checkpoint_files.model_folder(model), fingerprint.stat(), {}
     for name, known in told["files"].items():
@@ -46,26 +47,27 @@ def check_unchanged(model: hub.Spec, fingerprint: Path) -> None:
         if changed >= own.st_ctime_ns:
             later[path] = changed
     if later and all(path.stat().st_ctime_ns == at for path, at in later.items()):
-        with contextlib.suppress(OSError):  # copied or linked again: no job needs to hash them again
-            os.utime(fingerprint, ns=(own.st_atime_ns, own.st_mtime_ns))  # Snakemake looks at the second
+        with contextlib.suppress(OSError):  # copied or linked again; later jobs need not hash them again
+            os.utime(fingerprint, ns=(own.st_atime_ns, own.st_mtime_ns))  # Snakemake compares the modification time
 
 
 def edited(path: Path | str, fingerprint: Path) -> str:
-    """The message about a file that is no longer the model's."""
+    """The message about a model's file that has changed."""
     return (
-        f"{path} is no longer the file that {fingerprint} was made of, as if it had been edited or damaged: put it "
-        f"back, or delete {fingerprint} to study it as it is, and run again."
+        f"{path} is no longer the file from which {fingerprint} was made; it may have been edited or damaged: restore "
+        f""
+        f"it, or delete {fingerprint} to study the changed file, and run again."
     )
 
 
 @contextlib.contextmanager
 def unchanging(model: hub.Spec, fingerprint: Path) -> Iterator[None]:
-    """Around what is computed of a model: check_unchanged before it and after it, also after an error."""
+    """Context of a computation on a model: calls check_unchanged before and after it, also after an error."""
     check_unchanged(model, fingerprint)
     try:
         yield
     except Exception:
-        check_unchanged(model, fingerprint)  # of which it may come
+        check_unchanged(model, fingerprint)  # a change may explain the error
         raise
     check_unchanged(model, fingerprint)
 
@@ -89,12 +91,13 @@ def main(argv: list[str] | None = None) -> None:
     hashes = [gguf_files.content(args.model)] if quantised else [every[path.name] for path in weights]
     found = {
         "model_source": gguf_files.named(args.model) if quantised else args.model.get("path") or args.model["hub"],
-        # A snapshot's folder is named after the commit that a branch or tag stood for.
+        # A snapshot's folder is named after the commit of the branch or tag.
         "model_revision": folder.name if "hub" in args.model else None,
-        "model_sha256": weights_hash(hashes),  # of a GGUF file its own, which sha256sum gives
+        "model_sha256": weights_hash(hashes),  # for a GGUF file its own hash, as from sha256sum
         "model_quantisation": gguf_files.fetched_header(args.model).quantisation if quantised else None,
         "dtype": args.model["dtype"],
-        # Not a column. Without it an edited config or tokenizer leaves this file as it was, and results out of date.
+        # Not a column. Without it, this file would not change with an edited config or tokenizer, and results would be
+        # stale.
         "files": every,
     }
     write_atomic(args.out, json.dumps(found, indent=2) + "\n")

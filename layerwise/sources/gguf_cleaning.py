@@ -1,5 +1,5 @@
-"""Free the store of converted GGUF files: all that no other study uses, the wheels that held them, and what killed
-conversions have left there. A job that needs a removed file makes it again.
+"""Free the store of converted GGUF files: remove files that no other study uses, their wheels, and the remains of
+killed conversions. A job that needs a removed file makes it again.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from layerwise.runtime.shared_stores import registered, size_of
 from layerwise.sources.gguf_conversion import RECORD
 from layerwise.sources.gguf_files import stamp
 
-NAMES = re.compile(r"[0-9a-f]{32}")  # of converted files: nothing else is touched
+NAMES = re.compile(r"[0-9a-f]{32}")  # names of converted files; nothing else is removed
 PARTS = re.compile(r"\.[0-9a-f]{32}\.\d+\.part|\.[0-9a-f]{64}\.whl\..*\.part")
-LIVELY = 3600.0  # seconds for which a conversion that has begun may still be running
+LIVELY = 3600.0  # seconds during which a started conversion may still be running
 
 
 def clean(folder: Path, here: Path, dry: bool = False) -> int:
-    """Remove what may go from a store; returns the bytes. here: the working directory."""
+    """Remove unused files from a store; returns the number of bytes freed. here: the working directory."""
     freed, kept = 0, set[str]()
     for path in sorted(path for path in folder.glob("*") if NAMES.fullmatch(path.name) and path.is_dir()):
         others = [study for study in registered(path) if not study.is_relative_to(here / "results")]
@@ -38,12 +38,12 @@ def clean(folder: Path, here: Path, dry: bool = False) -> int:
         if stamp(folder) - path.stat().st_mtime_ns > LIVELY * 1e9:
             freed += _free(path, dry)
         else:
-            print(f"kept {size_of(path) / 1e6:.1f} MB: {path} (a job may be at work there)")
+            print(f"kept {size_of(path) / 1e6:.1f} MB: {path} (a job may be using it)")
     return freed
 
 
 def _wheel(folder: Path) -> str:
-    """The hash of the wheel that held a converted file; empty for none."""
+    """The hash of the wheel that held a converted file; empty without a wheel."""
     try:
         return json.loads((folder / RECORD).read_text("utf-8")).get("wheel") or ""
     except (OSError, ValueError):

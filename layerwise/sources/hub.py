@@ -1,6 +1,6 @@
-"""Where models and texts come from: local paths or the Hugging Face hub, checked before any job runs.
+"""Models and texts from local paths or the Hugging Face hub, checked before any job runs.
 
-Imported while the Snakefile is parsed: no torch, no transformers, and huggingface_hub only where a hub entry is asked.
+Imported while the Snakefile is parsed: without torch or transformers, and huggingface_hub only for a hub entry.
 A model's spec is {path} or {hub, revision}; a text's is {path} or {hub, revision, files}, each with further keys.
 """
 
@@ -18,12 +18,12 @@ from layerwise.runtime.sentences import brief
 Spec = Mapping[str, Any]
 
 OFFLINE_VARIABLES = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
-# The files of a model's repository to fetch: those that are read, not copies in other formats.
+# Files of a model's repository to fetch: only files that are read, no copies in other formats.
 MODEL_PATTERNS = ("*.json", "model*.safetensors", "*.model", "*.txt", "*.py", "*.jinja")
 
 
 def fetch_model(spec: Spec) -> Path:
-    """Local folder of the model, fetched from the hub at the spec's revision where it is a hub model.
+    """Local folder of the model; a hub model is fetched at the spec's revision.
 
     Raises InputError when it cannot be fetched.
     """
@@ -44,7 +44,7 @@ def fetch_model(spec: Spec) -> Path:
 
 
 def offline() -> bool:
-    """True when the environment forbids fetching from the hub, read as huggingface_hub reads it."""
+    """Whether the environment forbids fetching from the hub, by huggingface_hub's rules."""
     value = next((os.environ[name] for name in OFFLINE_VARIABLES if os.environ.get(name)), "")
     return value.upper() in {"1", "ON", "YES", "TRUE"}
 
@@ -66,9 +66,11 @@ def check_hub(subject: str, spec: Spec, files: list[str], repo_type: str) -> Non
 
 @contextmanager
 def hub_errors(spec: Spec) -> Iterator[None]:
-    """Turn what goes wrong while something is fetched from the hub into one sentence (InputError)."""
+    """Context in which a failure to fetch from the hub becomes one sentence (InputError)."""
     from huggingface_hub import errors
-    from huggingface_hub.errors import HTTPError  # pyright: ignore[reportPrivateImportUsage]: whichever HTTP library's
+
+    # pyright: ignore[reportPrivateImportUsage]: from the HTTP library in use
+    from huggingface_hub.errors import HTTPError
 
     hub, what = spec["hub"], f"{spec['hub']} at revision {spec['revision']}"
     try:
@@ -77,7 +79,7 @@ def hub_errors(spec: Spec) -> Iterator[None]:
         raise InputError(f"A hub name must be 'organisation/name'. Got {hub!r} instead.") from None
     except errors.GatedRepoError:
         raise InputError(
-            f"{hub} is gated on the hub: ask for access there, then log in with `hf auth login`."
+            f"{hub} is gated on the hub: request access there, then log in with `hf auth login`."
         ) from None
     except errors.RepositoryNotFoundError:
         raise InputError(f"The hub has no public repository {hub}: is the name right, or a login missing?") from None
@@ -86,7 +88,7 @@ def hub_errors(spec: Spec) -> Iterator[None]:
             f"The repository {hub} on the hub has no revision {spec['revision']}; a commit must be given in full."
         ) from None
     except errors.RemoteEntryNotFoundError as error:
-        raise InputError(f"{what} lacks a file that is needed: {_cause(error)}") from None
+        raise InputError(f"{what} lacks a required file: {_cause(error)}") from None
     except (OSError, HTTPError, errors.XetDownloadError) as error:
         if offline():
             raise InputError(_forbidden(what)) from None
@@ -103,7 +105,7 @@ def _forbidden(subject: str) -> str:
 
 
 def _cause(error: BaseException) -> str:
-    """First line of what went wrong at first."""
+    """First line of the original error."""
     while isinstance(error.__cause__, Exception):
         error = error.__cause__
     return (str(error).strip() or type(error).__name__).splitlines()[0]
@@ -111,7 +113,7 @@ def _cause(error: BaseException) -> str:
 
 @contextmanager
 def readable(subject: str) -> Iterator[None]:
-    """Turn what the system says of a path that cannot be looked at into one sentence (InputError)."""
+    """Context in which a system error about an inaccessible path becomes one sentence (InputError)."""
     try:
         yield
     except OSError as error:
@@ -119,7 +121,7 @@ def readable(subject: str) -> Iterator[None]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object of a JSON file. Raises InputError when it holds no such thing."""
+    """The object in a JSON file. Raises InputError when the file holds something else."""
     try:
         content = json.loads(path.read_text("utf-8"))
     except (ValueError, RecursionError):
@@ -130,5 +132,5 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def optional_json(path: Path) -> dict[str, Any]:
-    """The same, empty where there is no file."""
+    """The same, empty if there is no file."""
     return read_json(path) if path.is_file() else {}

@@ -1,4 +1,4 @@
-"""The sizes in a model's config.json, and a refusal of those that no model has. Free of torch."""
+"""The sizes in a model's config.json, and a refusal of impossible ones. Does not import torch."""
 
 from __future__ import annotations
 
@@ -10,26 +10,26 @@ from typing import Any
 from layerwise.runtime.errors import InputError
 from layerwise.runtime.sentences import brief
 
-# How a config.json calls the number of a model's blocks, and other sizes that every model has.
+# Keys in a config.json for the number of blocks, and for other sizes that every model has.
 DEPTHS = ("num_hidden_layers", "n_layer", "num_layers")
 WIDTHS = ("hidden_size", "n_embd", "d_model")
 HEADS, SHARED_HEADS = ("num_attention_heads", "n_head"), "num_key_value_heads"
 EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
-CHOSEN = ("num_experts_per_tok", "moe_top_k", "num_experts_per_token")  # of them, that a token sees
-WINDOW = "sliding_window"  # tokens that a token sees; Qwen 2's files say a number and use_sliding_window: false
+CHOSEN = ("num_experts_per_tok", "moe_top_k", "num_experts_per_token")  # number of experts per token
+WINDOW = "sliding_window"  # attention window in tokens; Qwen 2's files have a number and use_sliding_window: false
 SIZES = (*DEPTHS, *WIDTHS, *HEADS, SHARED_HEADS, "vocab_size")
-DEFAULTED = (*DEPTHS, *WIDTHS, *HEADS, "vocab_size", "intermediate_size")  # where a config.json does not say them
-ZERO = (*HEADS, SHARED_HEADS)  # which a model without attention may say that it has none of
+DEFAULTED = (*DEPTHS, *WIDTHS, *HEADS, "vocab_size", "intermediate_size")  # have defaults if a config.json omits them
+ZERO = (*HEADS, SHARED_HEADS)  # may be 0 for a model without attention
 
 
 def language_config(config: dict[str, Any]) -> dict[str, Any]:
-    """Of a config.json the part on the language model."""
+    """The part of a config.json about the language model."""
     own = config.get("text_config")
     return own if own and isinstance(own, dict) else config
 
 
 def must_be(file: Path, key: str, what: str, value: Any, why: str = "") -> InputError:
-    """The error of a key: what its value must be, what it is, and perhaps why that is wrong."""
+    """The error about a key: the required value, the actual value, and optionally the reason."""
     told = brief(json.dumps(value, ensure_ascii=False), 80)
     return InputError(f"{key} in {file} must be {what}. Got {told} instead{why and f': {why}'}.")
 
@@ -40,12 +40,12 @@ def first_size(config: Mapping[str, Any], keys: tuple[str, ...]) -> tuple[str, i
 
 
 def may_be_size(value: Any, least: int) -> bool:
-    """Whether a model may have a value as a size: null is its class's default, a list has one for each layer."""
+    """Whether a value may be a size of a model: null is the class's default, a list has one entry per layer."""
     return value is None or isinstance(value, (list, dict)) or (type(value) is int and value >= least)
 
 
 def check_config(file: Path, config: dict[str, Any]) -> None:
-    """Raise InputError for a size in a config.json that no model has. config: the object in the file."""
+    """Raise InputError for an impossible size in a config.json. config: the object in the file."""
     if config.get("text_config") is not None and not isinstance(config["text_config"], dict):
         raise must_be(file, "text_config", "an object", config["text_config"])
     config = language_config(config)
@@ -53,7 +53,7 @@ def check_config(file: Path, config: dict[str, Any]) -> None:
         if not may_be_size(config.get(key), least=0 if key in ZERO else 1):
             raise must_be(file, key, "a positive integer", config[key])
     window, used = config.get(WINDOW), config.get(f"use_{WINDOW}")
-    if type(window) is int and window < 1 and used in (None, True):  # no token would see itself
+    if type(window) is int and window < 1 and used in (None, True):  # a token would not see itself
         raise must_be(file, WINDOW, "a positive integer, or null for none", window)
     heads, shared = first_size(config, HEADS), config.get(SHARED_HEADS)
     if heads and type(shared) is int and shared > 0 and heads[1] % shared:

@@ -1,6 +1,6 @@
-"""How much of an evaluation its calibration has seen, by content: what texts are called is not asked.
+"""Measure how much of an evaluation its calibration has seen, by content, independent of the texts' names.
 
-Written beside the tokens before any cell is computed. A large overlap is reported on stderr.
+The result is stored with the tokens before any cell is computed. A large overlap is reported on stderr.
 """
 
 import argparse
@@ -14,11 +14,11 @@ from layerwise.runtime.files import write_atomic
 from layerwise.sources.ngrams import NGRAM, share, sketched_share
 from layerwise.sources.tokens import read_sketch, read_tokens
 
-# Shares beyond which a calibration counts as contaminated. They leave ordinary texts of one kind alone, even docstrings
-# of the embedded study, whose packages copy many from each other: of 12 draws of 128 sequences from its training text
-# none holds more of 64 windows of its test text than 0.6% (sequences of 512 tokens) or 2.4% (of 2048), nor all its
-# windows more of a draw than 1.2%. Of a draw of 512 from the test text they hold all, and it holds 11 % of 64 windows.
-# Of the test text 5% is in the training text.
+# Shares above which a calibration counts as contaminated. Ordinary texts of one kind stay below them, even the
+# docstrings of the embedded study, whose packages copy many from each other. In 12 draws of 128 sequences from its
+# training text, a draw holds at most 0.6% (sequences of 512 tokens) or 2.4% (2048 tokens) of 64 windows of the test
+# text, and all windows hold at most 1.2% of a draw. For a draw of 512 sequences from the test text, the windows hold
+# all of it, and it holds 11% of 64 windows. 5% of the test text is in the training text.
 MOST_TOKENS = 0.03
 MOST_TEXT = 0.2
 
@@ -26,14 +26,14 @@ MOST_TEXT = 0.2
 def overlap(calibration: Path, evaluation: Path) -> dict[str, Any]:
     """The overlap of a calibration's and an evaluation's tokens, from their files.
 
-    overlap: share of the evaluation's n-grams that the calibration holds; reverse: the other way round;
-    text_overlap: share of the text that is more of a part of the other; each 0 to 1, None where it is unknown.
-    contamination: what the two have in common, in words that follow "calibration and evaluation", None where that is
-    little. Raises InputError for a file that is none of tokens.
+    overlap: share of the evaluation's n-grams in the calibration. reverse: share of the calibration's n-grams in the
+    evaluation. text_overlap: share of one whole text in the other, the larger of the two directions. Each is 0 to 1, or
+    None if unknown. contamination: a phrase that follows "calibration and evaluation" and names what they share, or
+    None if they share little. Raises InputError for a file without tokens.
     """
     (drawn, drawn_info), (windows, info) = read_tokens(calibration), read_tokens(evaluation)
     sketches = read_sketch(calibration), read_sketch(evaluation)
-    stream = windows.reshape(1, -1)  # one window follows the other in the text
+    stream = windows.reshape(1, -1)  # the windows are consecutive in the text
     shares = share(stream, drawn), share(drawn, stream)
     parts = [sketched_share(*sketches), sketched_share(*reversed(sketches))]
     text = max((part for part in parts if part is not None), default=None)
@@ -51,7 +51,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="overlap", description=__doc__)
     parser.add_argument("--calibration", type=Path, required=True, help="file of the calibration's tokens")
     parser.add_argument("--evaluation", type=Path, required=True, help="file of the evaluation's tokens")
-    parser.add_argument("--out", type=Path, required=True, help="JSON file for what they have in common")
+    parser.add_argument("--out", type=Path, required=True, help="JSON file for the overlap")
     args = parser.parse_args(argv)
     found = overlap(args.calibration, args.evaluation)
     if found["contamination"]:
@@ -60,7 +60,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _sentence(calibration: str, evaluation: str, found: dict[str, Any]) -> str:
-    """calibration, evaluation: names of the files, "calibration-c-0123abcd"."""
+    """calibration, evaluation: names of the files, such as "calibration-c-0123abcd"."""
     names = " and ".join(name.replace("-", " ", 1) for name in (calibration, evaluation))
     measured = ""
     if found["overlap"] is not None:

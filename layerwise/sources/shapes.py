@@ -1,4 +1,5 @@
-"""A model's shape from its config.json and the headers of its safetensors files: no weights are read, and no torch."""
+"""A model's shape from its config.json and the headers of its safetensors files: no weights are read, and torch is not
+imported."""
 
 from __future__ import annotations
 
@@ -19,20 +20,21 @@ from layerwise.sources.hub import Spec, read_json
 from layerwise.sources.model_config import CHOSEN, DEPTHS, EXPERTS, language_config
 
 BYTES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
-SAVED = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}  # as safetensors calls them
-IN_BLOCK = re.compile(r"((?:\w*[^\W\d]\w*\.)*)(\d+)\.(.+)")  # the first component that is a number is the block's
+SAVED = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}  # safetensors' names
+IN_BLOCK = re.compile(r"((?:\w*[^\W\d]\w*\.)*)(\d+)\.(.+)")  # the first numeric component is the block's number
 TRANSPOSED = ("gpt2", "openai-gpt")  # model types whose linear layers store [in, out]
-UNGATED = ("opt", "gpt2", "gpt_neox", "gptj", "bloom", "falcon", "phi", "starcoder2")  # an MLP of two layers, not three
-# Layers that have an input of their own; the others of a module that have as many inputs share theirs.
+# models whose MLP has two layers instead of three
+UNGATED = ("opt", "gpt2", "gpt_neox", "gptj", "bloom", "falcon", "phi", "starcoder2")
+# Layers with their own input; other layers of a module with the same number of inputs share one.
 LAST = ("o_proj", "out_proj", "c_proj", "down_proj", "dense", "dense_4h_to_h", "fc2", "fc_out", "w2", "wo")
-LAST += ("q_b_proj", "kv_b_proj")  # of queries, and of keys and values, that have a low rank
+LAST += ("q_b_proj", "kv_b_proj")  # low-rank projections of queries, and of keys and values
 NO_LINEAR = re.compile(r"norm|embed|rotary|router|(^|\.)(gate|wg)\.(\w+\.)?weight$|bias")
 
 
 @dataclass(frozen=True)
 class BlockShape:
-    """parameters: of the whole block. layers: (out, in, share) of its linear layers. taps: (in, share) of the
-    distinct inputs. share: of the tokens that they see, less than one in an expert, which has inputs of its own."""
+    """parameters: number in the whole block. layers: (out, in, share) of its linear layers. taps: (in, share) of the
+    distinct inputs. share: share of the tokens that they see; below one for an expert, which has its own inputs."""
 
     parameters: int
     layers: tuple[tuple[int, int, float], ...]
@@ -45,9 +47,10 @@ class BlockShape:
 
 @dataclass(frozen=True)
 class ModelShape:
-    """blocks: each kind with its number. outside: parameters of embeddings, head and what else is in no block.
+    """blocks: each kind of block with its count. outside: parameters outside the blocks, such as embeddings and head.
 
-    dtype: that it is run in by default. fetched: whether its weights are here, else its config.json says all this.
+    dtype: default dtype for running. fetched: whether the weights are local; otherwise the shape comes from
+    config.json.
     """
 
     blocks: Mapping[BlockShape, int]
@@ -72,28 +75,28 @@ class ModelShape:
 
     @cached_property
     def widest(self) -> int:
-        """Most inputs or outputs of a layer."""
+        """Largest number of inputs or outputs of a layer."""
         return max((max(out, inputs) for block in self.blocks for out, inputs, _ in block.layers), default=self.hidden)
 
     @cached_property
     def largest_layer(self) -> tuple[int, int]:
-        """(out, in)."""
+        """(out, in) of the largest layer."""
         found = [(out, inputs) for block in self.blocks for out, inputs, _ in block.layers]
         return max(found, key=math.prod, default=(0, 0))
 
     @cached_property
     def largest_gram(self) -> int:
-        """Its inputs."""
+        """Number of inputs of the largest Gram."""
         return max((inputs for block in self.blocks for inputs, _ in block.taps), default=0)
 
     def total(self, of: Callable[[BlockShape], float]) -> float:
-        """Sum of of(block) over all blocks."""
+        """The sum of of(block) over all blocks."""
         return sum(of(block) * times for block, times in self.blocks.items())
 
 
 def shape_of(spec: Spec) -> ModelShape | None:
-    """The shape of a config's model: from its files, else its config.json or the header of its GGUF
-    file; None where none of these is here yet.
+    """The shape of a config's model: from its files, otherwise its config.json or the header of its GGUF file; None if
+    none of these is local.
 
     Raises InputError for files that are damaged or absent.
     """
@@ -109,7 +112,7 @@ def shape_of(spec: Spec) -> ModelShape | None:
     config = language_config(read_json(folder / "config.json"))
     try:
         files = weight_files(str(spec.get("path", spec.get("hub"))), folder)
-    except InputError:  # a hub model of which some files are in the cache
+    except InputError:  # only some files of the hub model are in the cache
         if "path" in spec:
             raise
         return shape_of_config(config)
@@ -127,7 +130,7 @@ def _folder(spec: Spec) -> Path | None:
 
 
 def shape_of_tensors(tensors: Iterable[tuple[str, tuple[int, ...], str]], config: Mapping[str, Any]) -> ModelShape:
-    """tensors: (name, shape, dtype) as the files have them."""
+    """tensors: (name, shape, dtype) from the files."""
     lists: dict[str, dict[int, list[tuple[str, tuple[int, ...]]]]] = defaultdict(lambda: defaultdict(list))
     sizes: Counter[str] = Counter()
     total, dtypes, vocabulary = 0, Counter[str](), 0
@@ -153,13 +156,13 @@ def shape_of_tensors(tensors: Iterable[tuple[str, tuple[int, ...], str]], config
 def _block(tensors: list[tuple[str, tuple[int, ...]]], config: Mapping[str, Any]) -> BlockShape:
     layers: list[tuple[int, int, float]] = []
     taps: dict[tuple[str, str, int], list[tuple[int, float]]] = {}
-    fused: Counter[tuple[str, int]] = Counter()  # outputs of an expert's gate and up, which are run as one layer
+    fused: Counter[tuple[str, int]] = Counter()  # outputs of an expert's gate and up, which are one layer
     share, turned = _share(config), config.get("model_type") in TRANSPOSED
     for name, shape in tensors:
         expert = ".experts." in f".{name}"
         if NO_LINEAR.search(name) or len(shape) < 2 or (len(shape) > 2 and not expert):
             continue
-        if not (expert or name.endswith(".weight")):  # a matrix of its module's own, such as Mamba's A_log
+        if not (expert or name.endswith(".weight")):  # a module's own matrix, such as Mamba's A_log
             continue
         module = name.removesuffix(".weight")
         parent, _, leaf = module.rpartition(".")
@@ -187,14 +190,14 @@ def _stands_turned(leaf: str, inputs: int, config: Mapping[str, Any]) -> bool:
 
 
 def _share(config: Mapping[str, Any]) -> float:
-    """Of the tokens that an expert sees on average."""
+    """Average share of the tokens that an expert sees."""
     experts = _first(config, *EXPERTS)
     chosen = _first(config, *CHOSEN)
     return chosen / experts if experts and chosen else 1.0
 
 
 def shape_of_config(config: Mapping[str, Any]) -> ModelShape | None:
-    """The shape that a config.json gives, for a model whose weights are not here; None where its fields do not."""
+    """The shape from a config.json, for a model without local weights; None if its fields do not determine it."""
     hidden = _first(config, "hidden_size", "n_embd", "d_model")
     depth = _first(config, *DEPTHS)
     heads = _first(config, "num_attention_heads", "n_head")
@@ -208,7 +211,7 @@ def shape_of_config(config: Mapping[str, Any]) -> ModelShape | None:
     attention = [(heads * length, hidden, 1.0), *[(shared, hidden, 1.0)] * 2, (hidden, heads * length, 1.0)]
 
     def block(plain: int, experts: int = 0) -> BlockShape:
-        """plain: width of an MLP that every token passes."""
+        """plain: width of an MLP that every token uses."""
         layers, taps = list(attention), [(hidden, 1.0), (heads * length, 1.0)]
         if plain:
             layers += [*[(plain, hidden, 1.0)] * above, (hidden, plain, 1.0)]

@@ -1,6 +1,6 @@
-"""Typed mappings for a config's models, texts, calibration sets, evaluations and sets of tasks.
+"""Typed mappings for a config's models, texts, calibration sets, evaluations and task sets.
 
-They are plain dicts, as JSON has them: identities are digests of them. Defaults have been filled in. Free of torch.
+They are plain dicts, as in JSON, because identities are digests of them. Defaults are filled in. Does not import torch.
 """
 
 from typing import NotRequired, TypedDict
@@ -9,7 +9,7 @@ from typing import NotRequired, TypedDict
 class ModelSpec(TypedDict):
     """A local folder (`path`), a GGUF file (`gguf`, in a `wheel` of this `sha256`), or a hub's (`hub`, `revision`)."""
 
-    name: NotRequired[str]  # in the config
+    name: NotRequired[str]  # name in the config
     path: NotRequired[str]
     gguf: NotRequired[str]
     wheel: NotRequired[str]
@@ -37,7 +37,7 @@ class TextSpec(TypedDict):
 
 
 class CalibrationSpec(TypedDict):
-    """Sequences drawn from a text with one seed. samples: sequences; length: tokens of each."""
+    """Sequences drawn from a text with one seed. samples: number of sequences. length: tokens per sequence."""
 
     name: NotRequired[str]
     text: str
@@ -49,7 +49,7 @@ class CalibrationSpec(TypedDict):
 
 
 class EvaluationSpec(TypedDict):
-    """Windows of a text. length: tokens per window; samples: first windows that are used, None for all."""
+    """Windows of a text. length: tokens per window. samples: number of first windows to use, None for all."""
 
     name: NotRequired[str]
     text: str
@@ -58,7 +58,8 @@ class EvaluationSpec(TypedDict):
 
 
 class TaskSetSpec(TypedDict):
-    """A set of zero-shot tasks. items: first items that are used, None for all; batch: sequences per forward pass."""
+    """A set of zero-shot tasks. items: number of first items to use, None for all. batch: sequences per forward
+    pass."""
 
     name: NotRequired[str]
     tasks: list[str]

@@ -1,6 +1,6 @@
-"""Sets of zero-shot tasks as a study names them: the papers' lists, and what is checked before a job. Free of torch.
+"""A study's sets of zero-shot tasks: the papers' lists, and checks before a job. Does not import torch.
 
-A set's spec is {tasks, folder, fewshot, items, batch}; its tasks are names of lm-eval, or of the lists here.
+A set's spec is {tasks, folder, fewshot, items, batch}; its tasks are lm-eval's names or the lists here.
 """
 
 import importlib.util
@@ -15,38 +15,38 @@ from layerwise.runtime.sentences import brief
 from layerwise.sources.hub import readable
 
 Spec = Mapping[str, Any]
-BATCH = 8  # sequences per forward pass where a set does not say, as in the config schema
+BATCH = 8  # default sequences per forward pass, as in the config schema
 
 LISTS = {  # name of a list -> names of lm-eval's tasks
-    # Wanda (arXiv:2306.11695), section 4.1; also of OWL and DSnoT, and of the code that SparseFW was run with
+    # Wanda (arXiv:2306.11695), section 4.1; also used by OWL, DSnoT and SparseFW's code
     "wanda-seven": ["boolq", "rte", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa"],
     # SparseGPT (arXiv:2301.00774), section 4, without StoryCloze, whose text is not public
     "sparsegpt-four": ["lambada_openai", "piqa", "arc_easy", "arc_challenge"],
 }
-MOST_FILES = 20_000  # in a folder of tasks
-DOCSTRING_TASKS = ("last_word", "continuation", "written_word")  # that demo/docstring_tasks.py makes
+MOST_FILES = 20_000  # largest number of files in a folder of tasks
+DOCSTRING_TASKS = ("last_word", "continuation", "written_word")  # made by demo/docstring_tasks.py
 MADE_FOLDERS = (os.path.normpath("results/tasks/docstrings"),)  # written by the workflow
 
 
 def expanded(spec: Spec) -> dict[str, Any]:
-    """The spec with the papers' lists in its tasks written out, each task once."""
+    """The spec with the papers' lists in its tasks expanded, each task once."""
     names = [task for name in spec["tasks"] for task in LISTS.get(name, [name])]
     return {**spec, "tasks": list(dict.fromkeys(names))}
 
 
 def stay_offline(spec: Spec) -> None:
-    """For a set with a folder nothing is fetched. The libraries read this when they are imported."""
+    """Forbid fetching for a set with a folder. The libraries read this setting on import."""
     if spec.get("folder"):
         os.environ["HF_HUB_OFFLINE"] = "1"
 
 
 def made(spec: Spec) -> bool:
-    """Whether the workflow writes the folder of the set itself."""
+    """Whether the workflow itself writes the set's folder."""
     return bool(spec.get("folder")) and os.path.normpath(spec["folder"]) in MADE_FOLDERS
 
 
 def task_files(spec: Spec) -> list[Path]:
-    """Files that a job with these tasks depends on; none for the hub's data, of which the rows have a hash."""
+    """Files on which a job with these tasks depends; none for data on the hub, whose hash is in the rows."""
     if not spec.get("folder"):
         return []
     folder = Path(spec["folder"])
@@ -68,7 +68,7 @@ def searched(folder: Path) -> list[Path]:
 
 
 def check_tasks(name: str, spec: Spec) -> None:
-    """Raise InputError, in one sentence, when the set `name` cannot be run for a reason that can be seen now."""
+    """Raise InputError, in one sentence, when the set `name` cannot be run, as far as this can be seen now."""
     if importlib.util.find_spec("lm_eval") is None:
         raise InputError(f"tasks.{name} needs lm-eval, which is not installed: pip install lm-eval.")
     if not spec.get("folder") or made(spec):
@@ -85,6 +85,7 @@ def check_tasks(name: str, spec: Spec) -> None:
 
 
 def running_code(folder: Path) -> list[Path]:
-    """Definitions in a folder that have lm-eval import Python, refused early; zero_shot.keep_in refuses all others."""
+    """Definitions in a folder that make lm-eval import Python; refused here early, and zero_shot.keep_in refuses the
+    rest."""
     definitions = sorted(path for path in searched(folder) if path.suffix == ".yaml" and path.is_file())
     return [path for path in definitions if b"!function" in path.read_bytes()]

@@ -1,4 +1,4 @@
-"""The files of a text: local or fetched from the hub, and which data set they are part of. Free of torch."""
+"""The files of a text, local or from the hub, and their data set. Does not import torch."""
 
 import os
 from pathlib import Path
@@ -12,17 +12,17 @@ from layerwise.sources.hub import (
     readable,
 )
 
-PLAIN_SUFFIXES = (".txt", ".raw")  # .raw: WikiText's own
+PLAIN_SUFFIXES = (".txt", ".raw")  # .raw: WikiText's suffix
 TEXT_SUFFIXES = (*PLAIN_SUFFIXES, ".jsonl", ".json", ".jsonl.gz", ".json.gz", ".parquet")
-# Texts that the workflow writes itself, absent when the configuration is checked.
+# Texts that the workflow writes itself; they may be absent when the config is checked.
 MADE_TEXTS = tuple(os.path.normpath(f"results/text/{split}.txt") for split in ("train", "validation", "test"))
 
 
 def check_text(name: str, spec: Spec) -> None:
-    """Raise InputError, in one sentence, when the text `name` cannot be read for a reason that can be seen now.
+    """Raise InputError, in one sentence, when the text `name` cannot be read, as far as this can be seen now.
 
-    A local text must exist, unless the workflow writes it; a hub text must name its revision and its data files, and
-    lie in the cache when fetching is forbidden. A separator is of plain text alone.
+    A local text must exist, unless the workflow writes it; a hub text must name its revision and its data files, and be
+    in the cache when fetching is forbidden. Only plain text may have a separator.
     """
     files: list[str] = [spec["path"]] if "path" in spec else list(spec.get("files", ()))
     if not files:
@@ -54,12 +54,12 @@ def _check_file(name: str, path: Path) -> None:
 
 
 def text_files(spec: Spec) -> list[Path]:
-    """Local files that a job reading the text depends on; none for a hub text, which its revision fixes."""
+    """Local files on which a job that reads the text depends; none for a hub text, which its revision fixes."""
     return [Path(spec["path"])] if "path" in spec else []
 
 
 def fetch_text(spec: Spec) -> list[Path]:
-    """Local paths of the text's files, fetched from the hub one by one where it is a hub text.
+    """Local paths of the text's files; those of a hub text are fetched one by one.
 
     Never runs a loading script. Raises InputError when a file cannot be fetched.
     """
@@ -75,14 +75,14 @@ def fetch_text(spec: Spec) -> list[Path]:
 
 
 def dataset_of(spec: Spec) -> str:
-    """Name of the data set that a text is part of: the spec's `dataset`, else the hub name, else the path."""
+    """Name of a text's data set: the spec's `dataset`, otherwise the hub name, otherwise the path."""
     return spec.get("dataset") or spec.get("hub") or os.path.normpath(spec["path"])
 
 
 def shared_origin(one: Spec, other: Spec) -> str | None:
-    """The file or data set that two texts are both drawn from, as the end of a sentence; None where they share neither.
+    """The file or data set from which two texts are both drawn, as the end of a sentence; None if they share neither.
 
-    A file is the same by whatever path, relative, absolute or through links, and whatever data set it is said to be of.
+    A file counts as the same for any path (relative, absolute or through links) and for any named data set.
     """
     files = _files(other)
     for file, name in _files(one).items():
@@ -98,6 +98,6 @@ def _files(spec: Spec) -> dict[tuple[object, ...], str]:
     path = os.path.realpath(spec["path"])
     try:
         found = os.stat(path)
-    except OSError:  # one that the workflow will write
+    except OSError:  # a file that the workflow has not written yet
         return {("path", path): os.path.normpath(spec["path"])}
     return {("file", found.st_dev, found.st_ino): os.path.normpath(spec["path"])}

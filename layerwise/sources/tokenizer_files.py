@@ -1,8 +1,8 @@
-"""The tokenizer of a model, as its tokenizer.json says: the ids of a text are those that the file gives.
+"""Load a model's tokenizer so that it gives the ids of its tokenizer.json.
 
-transformers 5 builds the tokenizer of a class that tokenizer_config.json or the model type names from the vocabulary
-alone, with a pipeline of its own (transformers#45920): where the file cuts digits in threes, that class may not, and
-every perplexity is another.
+transformers 5 builds a tokenizer's class, named by tokenizer_config.json or the model type, from the vocabulary alone,
+with the class's own pipeline (transformers#45920). If the file splits digits in threes, the class may not, and every
+perplexity changes.
 """
 
 from __future__ import annotations
@@ -26,34 +26,35 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerBase
 
-# Text that pipelines treat differently: digits, accents, emoji, blanks, line breaks, other scripts, code.
+# A text that different pipelines split differently: digits, accents, emoji, blanks, line breaks, other scripts, code.
 PROBE = (
     "In 1905 and 20260714, 3.14159 or 1,000,000? Don't, you'll; naïve café Ångström ﬁne  two   blanks\t\ttabs\n\n"
     "\n lines\r\n 你好，世界 こんにちは мир שלום ١٢٣ 😀👩‍👩‍👧 e\u0301 def f(x):\n        return x_1**2  # end   "
 )
-BACKEND = "instantiate the backend tokenizer"  # of transformers' error where no class reads the files that there are
-PARTS = ("normalizer", "pre_tokenizer", "model", "decoder")  # of a pipeline, beside what it puts around a text
-SAMPLE = 100_000  # characters of a study's text on which ids are compared
+BACKEND = "instantiate the backend tokenizer"  # part of transformers' error if no class reads the present files
+PARTS = ("normalizer", "pre_tokenizer", "model", "decoder")  # parts of a pipeline, apart from tokens around a text
+SAMPLE = 100_000  # characters of a study's text for the comparison of ids
 ADDED = "added_tokens.json"
-ADDING = (TOKENIZER_CONFIG, "special_tokens_map.json", ADDED)  # files that may name tokens which tokenizer.json lacks
+ADDING = (TOKENIZER_CONFIG, "special_tokens_map.json", ADDED)  # files that may add tokens to those of tokenizer.json
 
 
 def load_tokenizer(model: Spec, documents: Sequence[str] = ()) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model's folder or hub repository; its pipeline is that of tokenizer.json, where there is one.
+    """The tokenizer of a model's folder or hub repository, with the pipeline of tokenizer.json if there is one.
 
-    Tokens before and after a text are then those of the file's post-processor, whatever `add_bos_token` says: that is
-    BOS for Llama 2 and 3 and Gemma, and none for GPT-2, Qwen and files of DeepSeek with a ByteLevel post-processor.
-    Without the file they are those of the class and of `add_bos_token`, as for OPT, which begins with </s>. Tokens that
-    tokenizer_config.json, special_tokens_map.json or added_tokens.json adds are kept; those that only the class has by
-    default, which would get ids behind the vocabulary, are left out.
-    documents: the text to tokenise; the ids of its beginning are compared with the file's.
-    Raises InputError when it cannot be loaded, or gives other ids than its file does.
+    Tokens before and after a text then come from the file's post-processor, regardless of `add_bos_token`: BOS for
+    Llama 2 and 3 and Gemma, and none for GPT-2, Qwen and DeepSeek files with a ByteLevel post-processor. Without the
+    file they come from the class and `add_bos_token`, as for OPT, which begins with </s>. Tokens added by
+    tokenizer_config.json, special_tokens_map.json or added_tokens.json are kept. Tokens that only the class adds by
+    default would get ids beyond the vocabulary, and are left out.
+    documents: the text to tokenise. The ids of its beginning are compared with the file's.
+    Raises InputError when it cannot be loaded, or gives other ids than its file.
     """
     return load_and_tell(model, documents)[0]
 
 
 def load_and_tell(model: Spec, documents: Sequence[str] = ()) -> tuple[PreTrainedTokenizerBase, list[str]]:
-    """The same, and the names of the parts and special tokens in which its class differs, which stderr lists."""
+    """The same, and the names of the parts and special tokens that were replaced because its class differs; also on
+    stderr."""
     folder = model_folder(model)
     check_vocabulary(f"The model {name_of(model)}", folder)
     try:
@@ -72,7 +73,8 @@ def load_and_tell(model: Spec, documents: Sequence[str] = ()) -> tuple[PreTraine
     if dropout := getattr(file.model, "dropout", None):
         raise InputError(
             f"The tokenizer of {name_of(model)} must give a text the same ids every time, with a dropout of 0 or null "
-            f"in {PIPELINE}. Got {dropout:g} instead: it leaves out merges at random."
+            f""
+            f"in {PIPELINE}. Got {dropout:g} instead: it omits merges at random."
         )
     replaced = [*(use_pipeline(tokenizer, file) if tokenizer.is_fast else []), *surplus]
     if replaced:
@@ -88,9 +90,9 @@ def load_and_tell(model: Spec, documents: Sequence[str] = ()) -> tuple[PreTraine
 
 
 def check_vocabulary_is_taken(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Raise InputError when a tokenizer of a folder without tokenizer.json has not taken the vocabulary that is there.
+    """Raise InputError when the tokenizer of a folder without tokenizer.json has not used the folder's vocabulary.
 
-    A class of another kind reads other files, and then makes a vocabulary of its special tokens alone.
+    A class of another kind reads other files, and then builds a vocabulary of only its special tokens.
     """
     if own_code(folder):
         return
@@ -111,7 +113,7 @@ def check_vocabulary_is_taken(tokenizer: PreTrainedTokenizerBase, folder: Path) 
 
 
 def by_class(model: Spec, folder: Path, **special: None) -> PreTrainedTokenizerBase:
-    """The tokenizer of a folder as transformers makes it; special: names of special tokens that it is to lack."""
+    """The tokenizer of a folder as transformers builds it. special: names of special tokens to leave out."""
     from transformers import AutoTokenizer
 
     trusted = bool(model.get("trust_remote_code"))
@@ -119,12 +121,12 @@ def by_class(model: Spec, folder: Path, **special: None) -> PreTrainedTokenizerB
 
 
 def compared(tokenizer: PreTrainedTokenizerBase, folder: Path) -> bool:
-    """Whether tokenizer.json, if there is one, says what the ids are: not for Python beside it that never reads it."""
+    """Whether tokenizer.json, if there is one, determines the ids; not if the folder's own Python never reads it."""
     return bool(tokenizer.is_fast) or not own_code(folder)
 
 
 def class_defaults(tokenizer: PreTrainedTokenizerBase, file: Tokenizer, folder: Path) -> list[str]:
-    """Names of the special tokens, such as unk_token, of which no file of the folder knows: the class brought them."""
+    """Names of the special tokens, such as unk_token, that the class adds and no file of the folder contains."""
     if own_code(folder):
         return []
     named = set().union(*(_strings(optional_json(folder / name)) for name in ADDING))
@@ -133,7 +135,7 @@ def class_defaults(tokenizer: PreTrainedTokenizerBase, file: Tokenizer, folder: 
 
 
 def _strings(value: Any) -> set[str]:
-    """All strings and keys in what a JSON file holds."""
+    """All strings and keys in a JSON value."""
     if isinstance(value, dict):
         return set(value).union(*map(_strings, value.values()))
     if isinstance(value, list):
@@ -142,14 +144,14 @@ def _strings(value: Any) -> set[str]:
 
 
 def fault_of(folder: Path, error: Exception) -> str:
-    """Why the library loads no tokenizer from a folder, in words that follow a colon; error: what it raised."""
+    """Why the library cannot load a tokenizer from a folder, as text after a colon. error: its exception."""
     try:
         pipeline_of(folder)
     except Exception as damaged:
-        return f"{folder / PIPELINE} must be what the tokenizers library writes, and it says {reason(damaged)!r}"
+        return f"{folder / PIPELINE} must be a file of the tokenizers library, which reports {reason(damaged)!r}"
     if isinstance(error, KeyError):
-        return f"a file of its own lacks the key {reason(error)}"
-    if BACKEND in str(error):  # a message of four lines that asks for sentencepiece or tiktoken, which would not help
+        return f"one of its own files lacks the key {reason(error)}"
+    if BACKEND in str(error):  # a message of four lines that recommends sentencepiece or tiktoken, which would not help
         config = folder / TOKENIZER_CONFIG
         named = optional_json(config).get("tokenizer_class")
         return (
@@ -160,19 +162,19 @@ def fault_of(folder: Path, error: Exception) -> str:
 
 
 def name_of(model: Spec) -> str:
-    """How sentences call a model whose tokenizer they are about."""
+    """A model's name in sentences about its tokenizer."""
     own = model.get("path") or model.get("gguf")
     return str(own) if own else f"{model['hub']} at revision {model['revision']}"
 
 
 def beginning(documents: Sequence[str]) -> str:
-    """The first SAMPLE characters of documents, a line break after each."""
+    """The first SAMPLE characters of the documents, each followed by a line break."""
     characters = chain.from_iterable(part for document in documents for part in (document, "\n"))
     return "".join(islice(characters, SAMPLE))
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, text: str, special: bool = True) -> np.ndarray:
-    """Token ids [n] int64 of a text, with the tokenizer's default special tokens unless `special` says otherwise."""
+    """Token ids [n] int64 of a text, with the tokenizer's default special tokens if `special` is set."""
     encoding = tokenizer(
         text, add_special_tokens=special, return_attention_mask=False, return_token_type_ids=False, verbose=False
     )  # verbose=False: no warning that the text is longer than the model's context
@@ -180,9 +182,9 @@ def encode(tokenizer: PreTrainedTokenizerBase, text: str, special: bool = True) 
 
 
 def pipeline_of(folder: Path) -> Tokenizer | None:
-    """The tokenizer of a folder's tokenizer.json, by the library that defines the format; None where there is none.
+    """The tokenizer of a folder's tokenizer.json, by the library that defines the format; None if there is none.
 
-    It cuts and pads nothing, whatever the file says: neither does a study.
+    Truncation and padding are disabled, even if the file sets them, because a study uses neither.
     """
     from tokenizers import Tokenizer
 
@@ -196,9 +198,9 @@ def pipeline_of(folder: Path) -> Tokenizer | None:
 
 
 def use_pipeline(tokenizer: Any, file: Tokenizer) -> list[str]:
-    """Give a tokenizer the parts of a file's pipeline that it has otherwise; the names of these parts.
+    """Replace the parts of a tokenizer that differ from a file's pipeline; returns the names of these parts.
 
-    A post-processor that puts the same tokens around a text counts as the same, whatever it does to offsets.
+    A post-processor that puts the same tokens around a text counts as equal, even if offsets differ.
     """
     backend = tokenizer.backend_tokenizer
     own, wanted = json.loads(backend.to_str()), json.loads(file.to_str())
@@ -212,7 +214,7 @@ def use_pipeline(tokenizer: Any, file: Tokenizer) -> list[str]:
 
 
 def add_named(file: Tokenizer, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Give a file's tokenizer the tokens that other files of the folder add, but for those that get another id."""
+    """Add the tokens that other files of the folder define to a file's tokenizer, except tokens that get another id."""
     listed = optional_json(folder / TOKENIZER_CONFIG).get("added_tokens_decoder") or {}
     ids = {token["content"]: int(number) for number, token in listed.items()} | optional_json(folder / ADDED)
     for number, token in sorted(tokenizer.added_tokens_decoder.items()):
@@ -221,9 +223,9 @@ def add_named(file: Tokenizer, tokenizer: PreTrainedTokenizerBase, folder: Path)
 
 
 def check_ids(tokenizer: PreTrainedTokenizerBase, file: Tokenizer, folder: Path, text: str) -> None:
-    """Raise InputError, naming the folder, when a tokenizer gives other ids for a text than its tokenizer.json.
+    """Raise InputError, which names the folder, when a tokenizer gives other ids for a text than its tokenizer.json.
 
-    file: that tokenizer.json, as `pipeline_of` reads it. Special tokens before and after the text are left out.
+    file: the tokenizer.json, from `pipeline_of`. Special tokens before and after the text are left out.
     """
     expected = np.asarray(file.encode(text, add_special_tokens=False).ids, dtype=np.int64)
     found = encode(tokenizer, text, special=False)
@@ -233,13 +235,14 @@ def check_ids(tokenizer: PreTrainedTokenizerBase, file: Tokenizer, folder: Path,
         came, wanted = found[place : place + 3].tolist(), expected[place : place + 3].tolist()
         raise InputError(
             f"The tokenizer of {folder} must give the ids of its {PIPELINE}. Got {came} instead of {wanted} from token "
-            f"{place} on: load_tokenizer of layerwise.sources.tokenizer_files takes the file's pipeline, unless "
+            f"{place} on: load_tokenizer of layerwise.sources.tokenizer_files uses the file's pipeline, unless "
+            f""
             f"{TOKENIZER_CONFIG} or {ADDED} has tokens that contradict it."
         )
 
 
 def check_loaded(tokenizer: object, text: str) -> None:
-    """The same for a tokenizer that somebody has loaded from a folder, on the probe too. Others cannot be compared."""
+    """The same for a tokenizer that a caller has loaded from a folder, also on the probe. Others cannot be compared."""
     from transformers import PreTrainedTokenizerBase
 
     if not isinstance(tokenizer, PreTrainedTokenizerBase) or not tokenizer.name_or_path:
@@ -253,9 +256,9 @@ def check_loaded(tokenizer: object, text: str) -> None:
 def check_task_tokens(tokenizer: PreTrainedTokenizerBase, model: Spec, words: int, generating: Sequence[str]) -> None:
     """Raise InputError when a tokenizer lacks a token that lm-eval needs, or the model does not embed it.
 
-    An empty context begins with BOS, or EOS where there is no BOS. Texts that are generated end at EOS, and are padded
-    with the padding token, the unknown one or EOS. words: tokens that the model embeds. generating: names of the tasks
-    that generate text.
+    An empty context begins with BOS, or EOS without BOS. Generated texts end at EOS, and are padded with the padding
+    token, the unknown token or EOS. words: number of tokens that the model embeds. generating: names of the tasks that
+    generate text.
     """
     subject = f"The tokenizer of {name_of(model)}"
     mend = f"name one in its {TOKENIZER_CONFIG}, or leave the tasks out."
@@ -273,6 +276,6 @@ def check_task_tokens(tokenizer: PreTrainedTokenizerBase, model: Spec, words: in
         name = next(name for name in names if getattr(tokenizer, f"{name}_id") is not None)
         if not 0 <= (number := getattr(tokenizer, f"{name}_id")) < words:
             raise InputError(
-                f"{subject} must have as {name} one that the model embeds, 0 to {words - 1}, for zero-shot tasks. Got "
+                f"{subject} must have a {name} that the model embeds, from 0 to {words - 1}, for zero-shot tasks. Got "
                 f"{getattr(tokenizer, name)!r}, {number}, instead: {mend}"
             )

@@ -1,6 +1,6 @@
-"""From texts to tokens: documents are tokenised and cut, as published, into calibration and evaluation sequences.
+"""Tokenise documents and cut them, as published, into calibration and evaluation sequences.
 
-The tokens of a model are drawn once per calibration set and evaluation, and every method and mode then sees the same.
+The tokens of a model are drawn once per calibration set and evaluation, so that every method and mode sees the same.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ from layerwise.sources.tokenizer_files import encode, load_and_tell
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-COUNTED_BEFORE = 20_000  # documents up to which it is made sure before drawing that enough of them are long enough
-MISSES = 1_000  # draws in a row that found no long document, after which it is made sure with any number of them
-CHUNK = 500_000  # characters tokenised at once where a text can be cut: a call needs some 150 bytes for each
+COUNTED_BEFORE = 20_000  # up to this many documents, their lengths are checked before the draw
+MISSES = 1_000  # after this many consecutive draws of short documents, the lengths of all documents are checked
+CHUNK = 500_000  # characters tokenised at once, if a text can be split; a call needs about 150 bytes per character
 
 
 def encode_stream(tokenizer: PreTrainedTokenizerBase, documents: Sequence[str], join: str) -> np.ndarray:
     """Token ids [n] int64 of the joined documents, tokenised as one text with the default special tokens.
 
-    Where a special token joins the documents, which the tokenizer cuts out before anything else, the text is
-    tokenised in pieces that begin with it: the same ids, in half the time and a quarter of the memory.
+    If a special token joins the documents, the tokenizer splits there first. The text is then tokenised in pieces that
+    begin with this token: the same ids, in half the time and a quarter of the memory.
     """
     marks = getattr(tokenizer, "added_tokens_decoder", {}).values() if tokenizer.is_fast else ()
     plain = (m for m in marks if m.special and not (m.lstrip or m.single_word or m.normalized))
@@ -63,9 +63,9 @@ def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[np.ndarray, np.
 
 
 def sample_stream(ids: np.ndarray, samples: int, length: int, seed: int) -> np.ndarray:
-    """Random crops [samples, length] of a stream of ids [n], drawn as SparseGPT and Wanda draw them from WikiText-2.
+    """Random crops [samples, length] of a stream of ids [n], drawn as in SparseGPT and Wanda from WikiText-2.
 
-    Raises InputError when the stream has fewer windows of that length than samples are asked.
+    Raises InputError when the stream has fewer windows of this length than requested samples.
     """
     available = len(ids) // length
     if available < samples or len(ids) <= length:
@@ -78,13 +78,13 @@ def sample_stream(ids: np.ndarray, samples: int, length: int, seed: int) -> np.n
 def sample_documents(
     encode: Callable[[str], np.ndarray], documents: Sequence[str], samples: int, length: int, seed: int
 ) -> np.ndarray:
-    """Crops [samples, length] of random documents, drawn as Wanda draws them from C4 (lib/data.py, get_c4).
+    """Crops [samples, length] of random documents, drawn as in Wanda from C4 (lib/data.py, get_c4).
 
-    A document is drawn until one has more than `length` tokens, then a crop of it. (SparseGPT's code also accepts one
-    of exactly `length` tokens and then fails.) encode: document -> its ids [n], called once per document.
-    Raises InputError when the documents longer than `length` have fewer windows of that length than samples are asked.
+    Documents are drawn until one has more than `length` tokens; then a crop of it is drawn. (SparseGPT's code also
+    accepts one of exactly `length` tokens and then fails.) encode: document -> its ids [n], called once per document.
+    Raises InputError when the documents longer than `length` have fewer windows of this length than requested samples.
     """
-    cache: dict[int, np.ndarray | None] = {}  # None: too short, so that its ids need not be kept
+    cache: dict[int, np.ndarray | None] = {}  # None: too short, so its ids are not kept
 
     def long_document(index: int) -> np.ndarray | None:
         if index not in cache:
@@ -93,7 +93,7 @@ def sample_documents(
         return cache[index]
 
     def check() -> None:
-        """Count until there is enough, which in most texts is soon."""
+        """Count windows until there are enough, which is soon in most texts."""
         available = 0
         for index in range(len(documents)):
             ids = long_document(index)
@@ -141,9 +141,10 @@ def _too_short(found: str, length: int, samples: int) -> str:
 def sequences(
     tokenizer: PreTrainedTokenizerBase, documents: Sequence[str], cut: Spec, sampling: str, join: str = "\n\n"
 ) -> tuple[np.ndarray, int | None]:
-    """Tokens [n, length] int64 of documents, and how many tokens they have: None where only those drawn are tokenised.
+    """Tokens [n, length] int64 of documents, and their total number of tokens: None if only the drawn documents are
+    tokenised.
 
-    cut: {length, samples, seed}. sampling: "stream" or "documents", which are drawn, or "windows", from the beginning.
+    cut: {length, samples, seed}. sampling: "stream" or "documents" (random draws), or "windows" (from the beginning).
     Raises InputError when the documents are too short.
     """
     length = cut["length"]
@@ -159,11 +160,11 @@ def sequences(
 def tokens(
     model: Spec, text: Spec, cut: Spec, task: str, read: Text | None = None
 ) -> tuple[np.ndarray, dict[str, Any]]:
-    """Tokens [n, length] int64 of a config's calibration or evaluation entry (`cut`), and where they come from.
+    """Tokens [n, length] int64 of a config's calibration or evaluation entry (`cut`), and their provenance.
 
-    task: "calibration" or "evaluation"; read: the text's documents, where they have been read. Raises InputError,
-    naming the text, when it cannot be read or is too short, and naming the model's folder when its tokenizer gives
-    other ids for the text than its tokenizer.json.
+    task: "calibration" or "evaluation". read: the text's documents, if they have been read. Raises InputError, which
+    names the text, when it cannot be read or is too short, and InputError, which names the model's folder, when its
+    tokenizer gives other ids for the text than its tokenizer.json.
     """
     read = read or read_text(text)
     found = read.documents
@@ -185,21 +186,21 @@ def tokens(
         "length": length,
         "seed": cut.get("seed"),
         "tokenizer": type(tokenizer).__name__,
-        "tokenizer_replaced": replaced,  # parts in which the file differs from this class
+        "tokenizer_replaced": replaced,  # parts in which the file differs from the class
         "vocabulary": len(tokenizer),
     }
 
 
 def read_tokens(path: Path) -> tuple[np.ndarray, dict[str, Any]]:
-    """Tokens [n, length] int64 of a file that main() wrote, and where they come from.
+    """Tokens [n, length] int64 from a file of main(), and their provenance.
 
-    Raises InputError for another file, and for one that is damaged, which is set aside.
+    Raises InputError for another kind of file, and for a damaged file, which is set aside.
     """
     return _read_tensor(path, "tokens")
 
 
 def read_sketch(path: Path) -> np.ndarray:
-    """The sketch [k] uint64 of the whole text of such a file, as `ngrams.text_sketch` makes it; raises the same."""
+    """The sketch [k] uint64 (`ngrams.text_sketch`) of the whole text, from such a file; raises the same."""
     return _read_tensor(path, "sketch")[0]
 
 
@@ -215,7 +216,7 @@ def _read_tensor(path: Path, name: str) -> tuple[np.ndarray, dict[str, Any]]:
         raise InputError(f"{sentence}." if known else f"{sentence}; {set_aside(path)}.") from error
     hashes = {each: info.pop(f"{each}_sha256", None) for each in ("tokens", "sketch")}
     if hashes[name] not in (None, tokens_hash(found)):
-        raise InputError(f"{path} is damaged: its tensor {name!r} is not what was written; {set_aside(path)}.")
+        raise InputError(f"{path} is damaged: its tensor {name!r} has changed since it was written; {set_aside(path)}.")
     return found, info
 
 

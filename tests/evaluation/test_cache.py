@@ -112,7 +112,7 @@ def test_a_model_that_is_edited_meanwhile_leaves_no_result(cell, monkeypatch):
         return text
 
     monkeypatch.setattr(cache, "computed", edited)
-    with pytest.raises(InputError, match="config.json is no longer the file that tiny.json was made of"):
+    with pytest.raises(InputError, match="config.json is no longer the file from which tiny.json was made"):
         cache.main(arguments())
     assert not (cell / "out.json").exists() and not cache.STORE.exists()
 

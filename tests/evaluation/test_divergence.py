@@ -205,7 +205,9 @@ def turn(path):
 def test_damaged_states_are_set_aside(tmp_path, tokens, damage):
     dense = dense_states(llama(), tokens, tmp_path)
     damage(dense.values)
-    with pytest.raises(InputError, match="dense.bin is damaged: it is not what was written; it is now .*; run again"):
+    with pytest.raises(
+        InputError, match="dense.bin is damaged: it has changed since it was written; it is now .*; run again"
+    ):
         found(llama(), tokens, dense)
     assert not dense.path.exists()  # so that the workflow makes both again
 

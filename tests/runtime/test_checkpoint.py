@@ -122,7 +122,7 @@ def test_finished_blocks_are_not_computed_again(case: Case, whole, monkeypatch, 
     solved, original = [], solver.Solver.solve
     monkeypatch.setattr(solver.Solver, "solve", lambda self, layer: solved.append(layer.name) or original(self, layer))
     assert_same(case.run(cell[0], HALF, cell[1], "once"), whole[cell])
-    assert "Going on after 1 finished blocks." in capfd.readouterr().err
+    assert "Resuming after 1 finished blocks." in capfd.readouterr().err
     assert len(solved) == 2 * layers and not any(".0." in name for name in solved)
 
 
@@ -133,7 +133,7 @@ def test_other_code_starts_over_and_says_so(case: Case, whole, monkeypatch, capf
     monkeypatch.setattr(CellJob, "decisive", lambda job: original(job) | {"code": "edited"} | told)
     assert_same(case.run(cell[0], HALF, cell[1], "edited"), whole[cell])
     assert "finished blocks in" in (said := capfd.readouterr().err)
-    assert "are of another code: starting over." in said
+    assert "belong to another code: starting over." in said
 
 
 def test_a_tuned_cell_that_is_killed_is_tuned_again(case: Case):

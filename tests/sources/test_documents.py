@@ -70,7 +70,7 @@ UNREADABLE = {
     "a.csv": ("text", r"must end in one of .*\.txt.*Got .*a.csv instead"),
     "deep.json": ("[" * 100_000, "deep.json is not a JSON list"),
     "bad.parquet": (b"PAR1", "bad.parquet cannot be read"),
-    "nul.txt": ("one\0two", "nul.txt must hold text. Got a NUL at character 3 instead: is it in UTF-16 without"),
+    "nul.txt": ("one\0two", "nul.txt must hold text. Got a NUL at character 3 instead: is it UTF-16 without"),
     "wide.txt": ("one".encode("utf-16-le"), "wide.txt must hold text. Got a NUL at character 1"),
     "odd.txt": (codecs.BOM_UTF16_LE + b"a", "odd.txt is not text in UTF-16: byte 2 cannot be decoded"),
 }

@@ -209,7 +209,9 @@ def test_a_file_that_is_edited_meanwhile_is_seen(tmp_path: Path, monkeypatch: py
     fingerprint.check_unchanged(entry(tmp_path / FILE), Path("results/models/tiny.json"))
     write(tmp_path / FILE, seed=1)
     unconverted(monkeypatch)
-    with pytest.raises(InputError, match="tiny.gguf is no longer the file that results/models/tiny.json was made of"):
+    with pytest.raises(
+        InputError, match="tiny.gguf is no longer the file from which results/models/tiny.json was made"
+    ):
         fingerprint.check_unchanged(entry(tmp_path / FILE), Path("results/models/tiny.json"))
 
 
@@ -219,7 +221,7 @@ def test_a_converted_folder_that_was_damaged_is_not_taken(tmp_path: Path):
     content = bytearray(weights.read_bytes())
     content[-1] ^= 1
     weights.write_bytes(content)
-    with pytest.raises(InputError, match="model.safetensors is damaged: it has changed since it was made"):
+    with pytest.raises(InputError, match="model.safetensors is damaged: it has changed since the conversion"):
         fingerprinted(tmp_path / FILE)
     fingerprinted(tmp_path / FILE)  # it was made again
 
@@ -302,7 +304,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"tokenizer.ggml.pre": "hieroglyphs"}, "in a known way: .* Got 'hieroglyphs' as tokenizer.ggml.pre"),
     ({"tokenizer.ggml.pre": None}, "Got None as tokenizer.ggml.pre"),
     ({"tokenizer.ggml.token_type": [1]}, "must have token_type of each token"),
-    ({"tokenizer.ggml.bos_token_id": 9999}, "must have as bos_token_id a token from 0 to"),
+    ({"tokenizer.ggml.bos_token_id": 9999}, "must have a bos_token_id from 0 to"),
 ]
 
 
@@ -334,7 +336,7 @@ def test_a_tensor_that_no_weight_is_made_of(tmp_path: Path, name: str, sentence:
         made.name_in_file(key): (made.turned(key, value.numpy()), "F32") for key, value in own.state_dict().items()
     }
     made.write_file(tmp_path / FILE, {**tensors, name: (tensors["output_norm.weight"][0], "F32")}, made.METADATA)
-    with pytest.raises(InputError, match=sentence or "must have no tensors that LlamaForCausalLM does not take. Got 1"):
+    with pytest.raises(InputError, match=sentence or "must have no tensors that LlamaForCausalLM does not use. Got 1"):
         check_checkpoint("tiny", entry(tmp_path / FILE))
         model_folder(entry(tmp_path / FILE))
 

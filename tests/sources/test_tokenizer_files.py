@@ -166,9 +166,9 @@ def test_a_vocabulary_that_is_not_read_is_named_before_any_job(tmp_path: Path, n
 @pytest.mark.parametrize(
     ("files", "told"),
     [
-        ({"tokenizer.json": "{}"}, "/tokenizer.json must be what the tokenizers library writes, and it says"),
-        ({"tokenizer.json": ""}, "/tokenizer.json must be what the tokenizers library writes, and it says"),
-        ({"tekken.json": "{}"}, "a file of its own lacks the key 'config'"),
+        ({"tokenizer.json": "{}"}, "/tokenizer.json must be a file of the tokenizers library, which reports"),
+        ({"tokenizer.json": ""}, "/tokenizer.json must be a file of the tokenizers library, which reports"),
+        ({"tekken.json": "{}"}, "one of its own files lacks the key 'config'"),
         ({"vocab.txt": "a\nb\n"}, "tokenizer_config.json must be one that reads the other files. Got null instead"),
     ],
     ids=str,
@@ -203,12 +203,12 @@ TASK_TOKENS = [  # special tokens, and what is said to tasks that score choices 
     ({"bos_token": "<s>", "eos_token": "</s>"}, None, None),
     (
         {"bos_token": "<B>", "eos_token": "</s>"},
-        "must have as bos_token one .* Got '<B>', 420,",
-        "must have as bos_token",
+        "must have a bos_token .* Got '<B>', 420,",
+        "must have a bos_token",
     ),
-    ({"bos_token": "<s>", "eos_token": "<E>"}, None, "must have as eos_token one that the model embeds, 0 to 419, for"),
-    ({"eos_token": "</s>", "pad_token": "<P>"}, None, "must have as pad_token one that the model embeds"),
-    ({"eos_token": "</s>", "unk_token": "<U>"}, None, "must have as unk_token one that the model embeds"),
+    ({"bos_token": "<s>", "eos_token": "<E>"}, None, "must have a eos_token that the model embeds, from 0 to 419, for"),
+    ({"eos_token": "</s>", "pad_token": "<P>"}, None, "must have a pad_token that the model embeds"),
+    ({"eos_token": "</s>", "unk_token": "<U>"}, None, "must have a unk_token that the model embeds"),
 ]
 
 
@@ -229,7 +229,7 @@ def test_tasks_need_tokens_that_the_model_embeds(tmp_path: Path, kind: str, spec
 
 def test_a_given_tokenizer_is_compared_with_its_file(tmp_path: Path):
     write(tmp_path, digits_in_threes, tokenizer_class="GPT2Tokenizer")
-    with pytest.raises(InputError, match="from token .* on: load_tokenizer of layerwise.sources.tokenizer_files takes"):
+    with pytest.raises(InputError, match="from token .* on: load_tokenizer of layerwise.sources.tokenizer_files uses"):
         check_loaded(AutoTokenizer.from_pretrained(tmp_path), "text")
     tokenizer = load_tokenizer({"path": str(tmp_path)})
     tokenizer.add_tokens(["<|mine|>"])

@@ -221,6 +221,8 @@ def test_a_damaged_tensor_is_set_aside(tmp_path, name):
     other = "sketch" if name == "tokens" else "tokens"
     found = read[other](path)
     np.testing.assert_array_equal(found[0] if other == "tokens" else found, whole[other])
-    with pytest.raises(InputError, match=f"is damaged: its tensor '{name}' is not what was written; it is now"):
+    with pytest.raises(
+        InputError, match=f"is damaged: its tensor '{name}' has changed since it was written; it is now"
+    ):
         read[name](path)
     assert not path.exists()

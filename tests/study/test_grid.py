@@ -682,7 +682,7 @@ WRONG = {
     ),
     "chain with a method": (
         study(methods={"a": {"method": "rtn", "chain": ["wanda", "rtn"]}}, targets=JOINT),
-        "methods.a: chain names the method already. Got method: rtn beside it.",
+        "methods.a: chain names the method already. Got method: rtn as well.",
     ),
     "chain with a parameter": (
         study(methods={"a": {"chain": ["wanda", "rtn"], "mse": True}}, targets=JOINT),

@@ -56,7 +56,7 @@ REFUSALS = {
     "once, in order": "refused: blocks are called several times",
     "must have one list of blocks": "refused: several lists of blocks",
     "must have weights of its own": "refused: blocks share weights",
-    "cannot be run one block after the other": "refused: its blocks cannot be called alone",
+    "cannot be run block by block": "refused: its blocks cannot be called alone",
 }
 KINDS = (ACCEPTED, *dict.fromkeys(REFUSALS.values()), NOT_BUILT, WRONG)
 

@@ -110,7 +110,7 @@ def main() -> None:
     while spent < args.kills:  # a study that ends before is started again
         subprocess.run(["make", "clean"], cwd=args.folder, check=True, stdout=subprocess.DEVNULL)
         spent += len(disturbed(args.folder, rest, args.kills - spent, args.longest, chance, by)) - 1
-        resumed = sum(path.read_text(errors="replace").count("Going on after") for path in args.folder.rglob("*.log"))
+        resumed = sum(path.read_text(errors="replace").count("Resuming after") for path in args.folder.rglob("*.log"))
         assert_same_tables(args.folder, args.against)
         seconds = time.perf_counter() - start
         print(f"{spent} kills, {seconds:.0f} s, {resumed} jobs went on within a model: all tables are the same.")

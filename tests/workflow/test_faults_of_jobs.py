@@ -131,7 +131,7 @@ def test_a_file_that_may_not_grow(case: Case, whole, limit: int):
 
     status, said = ended(run)
     assert status == 1
-    assert_told(said, "Cannot write .*: files may not grow so large here")
+    assert_told(said, "Cannot write .*: the file exceeds the size limit")
     assert_nothing_looks_whole(out)
     assert_same(case.run(*CELL, out=out.name), whole)
 
@@ -187,7 +187,7 @@ def test_a_folder_of_another_user():
         folder.chmod(0o555)
         status, said = ended(run)
     assert status == 1
-    assert_told(said, "Cannot write .*: permission is denied: give yourself the right")
+    assert_told(said, "Cannot write .*: permission is denied: change the permissions")
 
 
 def test_files_are_on_the_disk_before_they_have_their_name(tmp_path, monkeypatch):
@@ -298,7 +298,7 @@ def test_a_job_that_gets_sigterm(case: Case, whole, by: signal.Signals, code: in
 
     status, said = ended(run)
     assert status == code
-    assert_told(said, "the job was stopped before it was done; the next run goes on after")
+    assert_told(said, "the job was stopped before it finished; the next run resumes after")
     assert_nothing_looks_whole(out)
     assert "was stopped" in failure(out, set(os.listdir(out)), ["compress"]).reason
     assert json.loads((out / ".checkpoint/state.json").read_text())["done"] == 1
@@ -309,7 +309,9 @@ def test_a_killed_job_is_known_by_its_files(case: Case, whole):
     out = case.folder / "killed"
     assert killed(lambda: case.run(*CELL, out=out.name), solver.Solver, "solve", 9)
     gap = failure(out, set(os.listdir(out)), ["compress"])
-    assert gap.status == "failed" and gap.reason.startswith("compress, killed: the job was killed before it could say")
+    assert gap.status == "failed" and gap.reason.startswith(
+        "compress, killed: the job was killed before it could report"
+    )
     assert_same(case.run(*CELL, out=out.name), whole)
 
 
@@ -363,13 +365,15 @@ def test_a_damaged_model(case: Case, whole):
     path = case.folder / "model/model.safetensors"
     with put_back(path):
         flip(path)
-        with pytest.raises(InputError, match="is no longer the file that .* put it back, or delete .*, and run again"):
+        with pytest.raises(
+            InputError, match="is no longer the file from which .* restore it, or delete .*, and run again"
+        ):
             case.run(*CELL, out="edited")
         assert_nothing_looks_whole(case.folder / "edited")
     assert_same(case.run(*CELL, out="edited"), whole)
 
 
-NO_LONGER = "is no longer the file that .* was made of"
+NO_LONGER = "is no longer the file from which .* was made"
 
 
 @pytest.mark.parametrize("block", [0, 1])
@@ -390,7 +394,7 @@ def test_a_model_that_is_edited_while_a_cell_is_computed(case: Case, whole, monk
     assert_nothing_looks_whole(case.folder / own)
     capfd.readouterr()
     assert_same(case.run(*CELL, out=own), whole)
-    assert ("Going on after 1 finished blocks." in capfd.readouterr().err) == (block == 1)
+    assert ("Resuming after 1 finished blocks." in capfd.readouterr().err) == (block == 1)
 
 
 def test_a_model_that_is_edited_between_two_jobs(case: Case, whole, capfd):
@@ -405,7 +409,7 @@ def test_a_model_that_is_edited_between_two_jobs(case: Case, whole, capfd):
     assert blocks and sorted((case.folder / own / ".checkpoint").glob("block-*")) == blocks
     assert "Going on" not in capfd.readouterr().err
     assert_same(case.run(*CELL, out=own), whole)
-    assert "Going on after 2 finished blocks." in capfd.readouterr().err
+    assert "Resuming after 2 finished blocks." in capfd.readouterr().err
 
 
 def test_a_method_that_stumbles_over_an_edited_model_is_not_named(case: Case, monkeypatch):

@@ -220,7 +220,7 @@ def test_equal_weights_are_evaluated_once_and_beside_their_compression(study):
     )
     assert len(results) == 7 and len(stored) == 6 and sorted(map(tuple, stored)) == sorted(set(map(tuple, results)))
     logs = [path.read_text("utf-8") for path in study.folder.glob("logs/cells/*/*/*/*/perplexity-*.log")]
-    assert len(logs) == 7 and all("were evaluated before" in log for log in logs)
+    assert len(logs) == 7 and all("are already evaluated" in log for log in logs)
 
 
 def test_the_report_has_the_figures_with_their_captions(drawn):
