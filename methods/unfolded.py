@@ -25,7 +25,7 @@ CARD = {
     "needs": ["gram"],
     "random": True,
     "criterion": "error",
-    "cost": {"weights": 16.0, "grams": 6.0, "products": 400.0},
+    "cost": {"weights": 29.2, "grams": 3.8, "products": 300.0},
     "look": {"colour": "#AA4499", "marker": "P"},
     "checks": {
         "defaults": {"iterations": 4, "updates": 3, "starts": 1},
@@ -42,10 +42,10 @@ CARD = {
         "begin": {
             "enum": ["cycles", "line_search", "incremental"],
             "description": "Where training begins. incremental: with the first iteration, then the first two, and so "
-            "on. cycles (not in the paper): with repeated cycles of Chebyshev steps, the best of 42. line_search (not "
+            "on. cycles (not in the paper): with repeated cycles of Chebyshev steps, the best of 48. line_search (not "
             "in the paper): with the best step of each iteration by itself. The last two train all at once.",
         },
-        "starts": {"type": "integer", "minimum": 1, "maximum": 42, "description": "Cycles that are trained."},
+        "starts": {"type": "integer", "minimum": 1, "maximum": 48, "description": "Cycles that are trained."},
         "updates": {"type": "integer", "minimum": 0, "description": "Adam's updates in each training."},
         "momentum": {"enum": ["none", "learned"], "description": "learned (not in the paper): one in each iteration."},
         "threshold": {

@@ -19,8 +19,8 @@ from layerwise.numerics import gradient_projection as gp
 from layerwise.numerics import ops
 
 RATE = 0.1  # Adam's, of the logarithms of steps and thresholds, and of momentum
-LENGTHS = (1, 2, 3, 4, 6, 8, 12)  # of cycles of steps
-LOWEST = (0.3, 0.1, 0.03, 0.01, 0.003, 0.001)  # lower ends of the spectrum that a cycle is made for
+LENGTHS = (1, 2, 3, 4, 6, 12)  # of cycles of steps
+LOWEST = (0.3, 0.1, 0.05, 0.03, 0.02, 0.01, 0.003, 0.001)  # lower ends of the spectrum that a cycle is made for
 THRESHOLDS = (0.01, 0.03, 0.1, 0.3)  # tried with each cycle
 TRIED = [0.5 * 200 ** (i / 19) for i in range(20)]  # steps of the line search, 0.5 to 100
 
