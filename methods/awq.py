@@ -1,8 +1,8 @@
-"""AWQ: scale important inputs, round to nearest and divide by the scale; then clip the ranges (Lin et al.).
+"""AWQ: scale the inputs that matter, round to nearest, divide by the scale again; then clip the ranges (Lin et al.).
 
-Multiplying an input's weights by s > 1 before rounding, and dividing by s afterwards, rounds them more finely. s =
-(mean |x|)^ratio, with the ratio that gives the smallest output error (equations 4 and 5). Clipping searches, separately
-for every row and group, the range with the smallest output error on a sample of the inputs.
+An input's weights are rounded more finely when they are multiplied by s > 1 before rounding and divided by s after it.
+s = (mean |x|)^ratio, with the ratio of smallest output error (equations 4 and 5). Clipping searches, for every row and
+group by itself, the range of smallest output error on a sample of the inputs.
 """
 
 from dataclasses import dataclass, replace
@@ -27,32 +27,27 @@ CARD = {
     "look": {"colour": "#0072B2", "marker": "X"},
     "checks": {"variants": [{"grid": 4, "clip": False}, {"convention": "official"}]},
     "parameters": {
-        "grid": {
-            "type": "integer",
-            "minimum": 1,
-            "description": "Number of ratios tried, k / grid; 1 leaves inputs unscaled.",
-        },
-        "clip": {"type": "boolean", "description": "Also clip ranges, in every layer (released code: not in q and k)."},
+        "grid": {"type": "integer", "minimum": 1, "description": "Ratios tried, k / grid; 1 leaves inputs unscaled."},
+        "clip": {"type": "boolean", "description": "Clip ranges too, in every layer (released code: not in q and k)."},
         "convention": {
             "enum": ["exact", "official"],
-            "description": "exact: independent of the scales of activations and weights; every range includes 0; clips "
-            "only if that lowers the layer's error. official: as in the released code, with floors of 1e-4 on (mean "
-            "|x|)^ratio and 1e-5 on a range; ranges may exclude 0; always clips.",
+            "description": "exact: free of the scales of activations and weights, 0 in every range, clipping where it "
+            "lowers the layer's error. official: the released code's floors of 1e-4 on (mean |x|)^ratio and 1e-5 on "
+            "a range, ranges that may leave 0 out, clipping in any case.",
         },
     },
 }
-FLOOR = 1e-4  # floor of (mean |x|)^ratio, for dead inputs
-SHRUNK = [1 - step / 20 for step in range(10)]  # shares of a range tried by clipping, as in the released code
+FLOOR = 1e-4  # of (mean |x|)^ratio, for dead inputs
+SHRUNK = [1 - step / 20 for step in range(10)]  # shares of a range that clipping tries, as in the released code
 
 
 @dataclass(frozen=True)
 class AWQ(Method):
-    """W_hat = Q(W s) / s, with s = (mean |x|)^ratio divided by the root of the product of its largest and smallest
-    entry.
+    """W_hat = Q(W s) / s, s = (mean |x|)^ratio in units of the root of its largest times its smallest entry.
 
-    Ratio 0 is rounding to nearest, so the exact convention is never worse than `rtn`. A pruned weight stays zero,
-    because its group's range includes 0 and every zero point is a code.
-    info: `ratio`, and `clip`, the limits [out, groups] of |W s|, or None without clipping.
+    Ratio 0 is rounding to nearest, so that the exact convention is never worse than `rtn`. A pruned weight stays zero:
+    it puts 0 into its group's range, and every zero point is a code.
+    info: `ratio`, and `clip`, the limits [out, groups] of |W s|, None where nothing is clipped.
     Precondition: `layer.statistics`.
     """
 
@@ -73,7 +68,7 @@ class AWQ(Method):
 
         scales = [input_scale(layer.statistics.absmean, step / self.grid, official) for step in range(self.grid)]
         losses = [loss(quantise_scaled(layer.weight, scale, target, official)) for scale in scales]
-        step = min(range(self.grid), key=losses.__getitem__)  # ties go to the first
+        step = min(range(self.grid), key=losses.__getitem__)  # of equal losses the first
         scale, limits = scales[step], None
         best = quantise_scaled(layer.weight, scale, target, official)
         if self.clip:
@@ -86,8 +81,7 @@ class AWQ(Method):
 
 
 def input_scale(absmean: Tensor, ratio: float, official: bool) -> Tensor:
-    """s [in] float32 for a ratio. exact: mean |x| [in] is divided by its mean over the inputs, which does not change
-    s."""
+    """s [in] float32 of a ratio; exact: mean |x| [in] in units of its mean over the inputs, which leaves s as it is."""
     unit = 1.0 if official else float(absmean.double().mean()) or 1.0
     scale = (absmean.double() / unit).float().pow(ratio).clamp(min=FLOOR)
     return scale / (scale.max() * scale.min()).sqrt()
@@ -96,7 +90,7 @@ def input_scale(absmean: Tensor, ratio: float, official: bool) -> Tensor:
 def quantise_scaled(
     weight: Tensor, scale: Tensor, target: Target, official: bool, limits: Tensor | None = None
 ) -> Compressed:
-    """Q(W s) / s for weight [out, in] and scale [in]; W s is first clipped to +-limits [out, groups]."""
+    """Q(W s) / s of weight [out, in] and scale [in], W s clipped to +-limits [out, groups] first."""
     group_of = ops.groups_of(weight.shape[1], target.group, weight.device)
     scaled = weight * scale
     if limits is not None:
@@ -108,11 +102,9 @@ def quantise_scaled(
 
 
 def clip_limits(weight: Tensor, sample: Tensor, unit: float, target: Target, official: bool) -> Tensor:
-    """[out, groups] limits of |W s|: the shrunken range with the smallest output error on the sample; ties go to the
-    first.
+    """[out, groups] limits of |W s|: of the shrunk ranges that of smallest output error on the sample, first best wins.
 
-    weight: W s [out, in]. sample: x / s [rows, in]. unit: unit of the weight, so that squares neither overflow nor
-    underflow.
+    weight: W s [out, in]. sample: x / s [rows, in]. unit: of the weight, so that squares neither over- nor underflow.
     """
     length = target.group or weight.shape[1]
     largest = torch.stack([piece.abs().amax(1) for piece in weight.split(length, 1)], 1)  # [out, groups]

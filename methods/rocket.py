@@ -1,7 +1,7 @@
 """ROCKET: a dense factor times a sparse one, from the singular vectors of the whitened weight.
 
-With n G = C C^T, X = C^T W^T [in, out] and its r leading left singular vectors U, X is nearly U V with V = U^T X. The
-least important entries of each column of V are dropped, some of all dropped entries are restored, and U is refitted.
+With n G = C C^T, X = C^T W^T [in, out] and its r leading left singular vectors U, X is nearly U V, V = U^T X. Of each
+column of V the entries of least importance go, some of all come back, and U is fitted again to the rest.
 """
 
 from dataclasses import dataclass
@@ -34,13 +34,11 @@ CARD = {
         "share": {
             "type": "number",
             "minimum": 1,
-            "description": "Ratio of the rank to the number of entries that each column of the sparse factor keeps "
-            "(ks).",
+            "description": "The rank over the entries that each column of the sparse factor keeps (ks).",
         },
         "choice": {
             "enum": ["weight", "output"],
-            "description": "Error that decides between singular vectors and fitted ones: weight, as released, or "
-            "output.",
+            "description": "Error by which singular vectors or fitted ones are taken: weight, as released, or output.",
         },
         "convention": {
             "enum": ["exact", "official"],
@@ -49,18 +47,17 @@ CARD = {
         },
     },
 }
-MARGIN = 0.005  # share of V that is dropped beyond its budget and then restored
+MARGIN = 0.005  # share of V that is dropped beyond what its budget asks for, and comes back
 JITTER = 1e-9  # least eigenvalue of a singular Gram, as a share of its mean diagonal
-RIDGE = 1e-3  # ridge of the least squares, as a share of the mean eigenvalue of V V^T
+RIDGE = 1e-3  # of the least squares, as a share of the mean eigenvalue of V V^T
 
 
 @dataclass(frozen=True)
 class ROCKET(Method):
     """B = V^T, sparse, and A = U^T C^-1, dense. Its allocation over layers is the allocator knapsack.
 
-    The importance of an entry is |V| sqrt(||C^-T u||), the geometric mean of |V| and |V| ||C^-T u||; the latter decides
-    which dropped entries are restored. The 100 Adam steps of the released default are not offered. Precondition: a
-    finite Gram.
+    The importance of an entry is |V| sqrt(||C^-T u||), the geometric mean of |V| and |V| ||C^-T u||; by the latter
+    dropped entries come back. The 100 Adam steps of the released default are not offered. Precondition: a finite Gram.
     """
 
     share: float = 2.0
@@ -91,8 +88,7 @@ class ROCKET(Method):
         return min(found, key=lambda result: self._missed(weight, gram, result))
 
     def rank_of(self, target: Target, out: int, inputs: int) -> int:
-        """The largest rank whose factors fit the target's share, with one bit for each position of the sparse
-        factor."""
+        """The largest rank whose factors, with a bit for each place of the sparse one, take the target's share."""
         rank, budget = 0, target.rank * out * inputs
         if self.convention == "official":
             return int(budget / (inputs + out / self.share))
@@ -101,17 +97,17 @@ class ROCKET(Method):
         return min(rank, out, inputs)
 
     def _count(self, rank: int, out: int) -> int:
-        """Number of kept entries of the sparse factor [rank, out]."""
+        """Entries of the sparse factor [rank, out] that stay."""
         return min(self._in_column(rank) * out + int(MARGIN * rank * out) + 1, rank * out)
 
     def _in_column(self, rank: int) -> int:
-        """Number of entries that a column keeps before others are restored; one more than its share, as released."""
+        """Entries that a column keeps before others come back; one more than its share, as released."""
         dropped = 1 - int(rank / self.share) / rank + MARGIN if rank else 0.0
         kept = min(int(rank * (1 - dropped)) + 1, rank)
-        return max(kept, 0)  # for a large rank, MARGIN alone may exceed the share
+        return max(kept, 0)  # MARGIN alone may exceed the share of a large rank
 
     def _kept(self, values: Tensor, size: Tensor, rank: int) -> Tensor:
-        """[r, out] bool, the kept entries of V [r, out]. size: ||C^-T u|| [r]."""
+        """[r, out] bool of V [r, out]; size: ||C^-T u|| [r]."""
         out = values.shape[1]
         if rank == 0:
             return values.bool()
@@ -122,6 +118,6 @@ class ROCKET(Method):
         return kept | ~ops.keep_largest(-back, count).view_as(kept) if count else kept
 
     def _missed(self, weight: Tensor, gram: Tensor, result: Compressed) -> float:
-        """Squared error of the result, measured on the weight or on its output."""
+        """Squared error of the result, of the weight or of its output."""
         lost = weight - result.weight.double()
         return float(((lost @ gram if self.choice == "output" else lost) * lost).sum())

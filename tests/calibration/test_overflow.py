@@ -73,7 +73,7 @@ def test_a_perplexity_that_overflows_names_the_module(saved):
     found = perplexity.evaluate(LazyBlocks({"path": str(folder / "model")}), tokens(4, 16))
     assert found["perplexity"] is None and set(found["losses"]) == {None}
     assert found["reason"].startswith("the model has diverged: The perplexity is not finite")
-    assert found["reason"].endswith(f"In the forward pass {sentence(name)}.")
+    assert found["reason"].endswith(f"In the forward pass, {sentence(name)}.")
 
 
 def test_a_compressed_block_that_overflows_is_named_before_the_next(tmp_path):

@@ -35,7 +35,7 @@ MISTAKES = {
     ),
     "uses a global generator": (
         "        return ops.pruned(layer, importance * torch.rand(layer.weight.shape), target)\n",
-        ("4 deterministic", "correlated", "torch's global generator must be left alone", "another state"),
+        ("4 deterministic", "correlated", "torch's global generator must be left alone", "a changed state"),
     ),
     "returns float64": (
         """        result = ops.pruned(layer, importance, target)

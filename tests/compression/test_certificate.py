@@ -68,5 +68,5 @@ def test_the_job_bounds_every_layer_of_a_model_as_it_was_fingerprinted(tmp_path)
         assert row["lower_bound"] == pytest.approx(certificate.row(layer, Target(pattern="2:4"))["lower_bound"])
         assert (row["target"], row["sparsity"], row["pattern"]) == ("2:4", 0.5, "2:4")
     (tmp_path / "model/config.json").write_text("{}")
-    with pytest.raises(InputError, match="config.json is no longer the file that"):  # whatever is wrong with it
+    with pytest.raises(InputError, match="config.json is no longer the file from which"):  # whatever is wrong with it
         certificate.main([*given, "--out", str(tmp_path / "other.parquet")])

@@ -173,7 +173,7 @@ def test_a_model_of_own_code_is_not_run_to_explain_it(folders: dict[str, Path]):
     own = {"model_type": "own", "auto_map": {"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model"}}
     (folder / "own.py").write_text("raise SystemExit('it was run')")
     (told,) = sentences(folder, json.loads((folder / "config.json").read_text()) | own)
-    assert 'Got "own" instead: the model has code of its own' in told and "trust_remote_code: true" in told
+    assert 'Got "own" instead: the model has its own code' in told and "trust_remote_code: true" in told
 
 
 @pytest.mark.parametrize(("key", "default"), [("hidden_size", 4096), ("num_hidden_layers", 32)])
