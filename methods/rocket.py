@@ -23,9 +23,7 @@ CARD = {
     "needs": ["gram"],
     "sparse_factor": True,
     "refused_where": {
-        "convention": {
-            "official": "rocket's convention official does not count positions, and exceeds the target's bits"
-        }
+        "convention": {"official": "rocket's convention official counts no positions, and exceeds the target's bits"}
     },
     "cost": {"weights": 14.0, "grams": 9.0, "products": 50.0},
     "look": {"colour": "#D55E00", "marker": "D"},

@@ -356,7 +356,7 @@ def test_a_convention_that_the_runner_refuses_is_one_sentence():
     ]
     for method, parameters in asked:
         with pytest.raises(
-            UnsupportedTarget, match=r"^rocket's convention official does not count positions, .* instead\.$"
+            UnsupportedTarget, match=r"^rocket's convention official counts no positions, .* instead\.$"
         ):
             layerwise.compress_layer(weight, Gram.from_inputs(x), "rank 60%", method, **parameters)
 

@@ -229,7 +229,7 @@ def test_a_target_with_a_rank_is_for_methods_that_give_factors():
 
 
 def test_a_convention_that_the_runner_always_refuses_is_refused_before_a_job():
-    reason = "rocket's convention official does not count positions, and exceeds the target's bits"
+    reason = "rocket's convention official counts no positions, and exceeds the target's bits"
     asked: dict = {"rocket": {"convention": ["exact", "official"]}, "svd": None}
     told = f"methods.rocket.convention_official: rocket reaches none of the targets ({reason})."
     assert refused(study(targets=[{"rank": 0.4}], methods=asked)) == told
