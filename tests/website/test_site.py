@@ -121,7 +121,7 @@ def test_the_page_of_the_library_has_every_public_name():
     text = reference.library()
     found = re.findall(r"^## (\w+)$", text, re.MULTILINE)
     assert set(found) == set(layerwise.__all__) - {"__version__"} and len(found) == len(set(found))
-    assert "    seed: int = 0,\n" in text and "- `gram`: of the layer's inputs, from" in text
+    assert "    seed: int = 0,\n" in text and "- `gram`: Gram of the layer's inputs, from" in text
     assert "class LowerBound(output_error: float, absolute_error: float, gap: float)" in text
     assert "### mask\n\n```python\nmask: Tensor | None\n```\n" in text
 
