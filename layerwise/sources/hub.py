@@ -69,8 +69,8 @@ def hub_errors(spec: Spec) -> Iterator[None]:
     """Context in which a failure to fetch from the hub becomes one sentence (InputError)."""
     from huggingface_hub import errors
 
-    # pyright: ignore[reportPrivateImportUsage]: from the HTTP library in use
-    from huggingface_hub.errors import HTTPError
+    # huggingface_hub takes HTTPError from whichever HTTP library it uses, so that it is not exported.
+    from huggingface_hub.errors import HTTPError  # pyright: ignore[reportPrivateImportUsage]
 
     hub, what = spec["hub"], f"{spec['hub']} at revision {spec['revision']}"
     try:
