@@ -1,6 +1,7 @@
 """The plan of the code: a room imports only rooms below it, and what plans a study loads no heavy package."""
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -135,3 +136,9 @@ def test_planning_loads_no_heavy_package():
 )
 def test_every_way_to_import_is_seen(source, names):
     assert set(imports(source, "layerwise.numerics")) == names
+
+
+def test_no_file_switches_a_check_of_types_off():
+    files = [*MODULES, *ADAPTERS, *(ROOT / "tests").rglob("*.py")]
+    switched = [path for path in files if re.search(r"^# pyright:", path.read_text(encoding="utf8"), re.MULTILINE)]
+    assert len(files) > 300 and not switched

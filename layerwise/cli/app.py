@@ -139,7 +139,7 @@ def _fail_if(sentence: str | None) -> None:
     epilog="Example: layerwise run pruning --cores 8 -n shows what would run. Further arguments are Snakemake's own.",
 )
 def run(context: typer.Context, study: Study, cores: Cores = None) -> None:
-    """Run a study in this folder: compress, evaluate, and write results/ and figures/."""
+    """Run a study in this folder, and write results/ and figures/."""
     from layerwise.cli import workflow
 
     study, passed_on = workflow.study_and_rest([study, *context.args])
@@ -167,7 +167,7 @@ def estimate(
         bool, typer.Option("--quick", help="Do not try methods: estimate the time from their cards.")
     ] = False,
 ) -> None:
-    """Print the memory, disk and time that a study takes, without starting it.
+    """Print the memory, disk and time that a study takes. Nothing is started.
 
     The speed of this machine, and of each method on a small layer, is measured once and stored.
     """
@@ -182,7 +182,7 @@ def estimate(
 def check_study(
     studies: Annotated[list[str], typer.Argument(help="Files of studies, or names of shipped studies.")],
 ) -> None:
-    """Validate studies without running anything in them, and print the number of cells of each.
+    """Validate studies and count their cells. Nothing in them is run.
 
     Models and texts are not checked; `layerwise estimate` checks them.
     """
@@ -198,7 +198,7 @@ def methods(
     name: Annotated[str | None, typer.Argument(help="A method.", autocompletion=methods_known)] = None,
     method_path: MethodPath = [],  # noqa: B006 (typer copies the list)
 ) -> None:
-    """List the methods, or print the whole card of one: paper, targets, parameters."""
+    """List the methods, or print the card of one. A card has its paper, targets and parameters."""
     from layerwise.cli import cards
 
     known = cards.catalogue(method_path)
@@ -212,7 +212,7 @@ def new_method(
     name: Annotated[str, typer.Argument(help="Name of the method and of its file.")],
     folder: Annotated[Path, typer.Option(help="Where to write the file.")] = Path(),
 ) -> None:
-    """Write the file of a new method, which passes `layerwise check-method` without changes."""
+    """Write the file of a new method. It passes `layerwise check-method` without changes."""
     from layerwise.checks import template
     from layerwise.cli.workflow import check_writable
 
@@ -226,7 +226,7 @@ def check_method(
     file: Annotated[Path, typer.Argument(help="File of the method, or of an allocator.")],
     quick: Annotated[bool, typer.Option("--quick", help="Check only the defaults, at fewer targets.")] = False,
 ) -> None:
-    """Check that a method or an allocator keeps every promise of its contract. Exit status 1 if it breaks one."""
+    """Check that a method or an allocator keeps its contract. Exit status 1 if it breaks one."""
     if not file.is_file():
         raise InputError(f"The method must be a file. Got {str(file)!r} instead.")
     from layerwise.checks import battery
@@ -267,7 +267,7 @@ def regression(
 
 @app.command(epilog="Example: layerwise accept pruning")
 def accept(study: Study = config_file.EMBEDDED, tables: Tables = TABLES, accepted: Accepted = None) -> None:
-    """Accept a study's numbers: `layerwise regression` compares later ones with them."""
+    """Accept a study's numbers. `layerwise regression` compares later ones with them."""
     from layerwise.comparison import regression as module
 
     print(*module.accept(tables, accepted or module.folder_of(study)), sep="\n")
@@ -292,7 +292,7 @@ def merge(
     out: Annotated[Path, typer.Option(help="Folder for the merged tables.")],
     tolerance: Tolerance = TOLERANCE,
 ) -> None:
-    """Merge the tables of several machines; inconsistent numbers are refused."""
+    """Merge the tables of several machines. Inconsistent numbers are refused."""
     from layerwise.comparison import folders as module
 
     print(module.merge_folders(folders, out, tolerance))
@@ -306,7 +306,7 @@ def leaderboard(
     ],
     out: Annotated[Path, typer.Option(help="Page to write, .html.")] = Path("leaderboard.html"),
 ) -> None:
-    """Rank the methods of several studies and models on one page, and mark where protocols differ."""
+    """Rank the methods of several studies on one page. Differences in protocol are marked."""
     from layerwise.cli.workflow import check_writable
     from layerwise.report import leaderboard_page as module
 
@@ -336,7 +336,7 @@ def export(
     form: Annotated[str, typer.Option("--format", help="dense, packed or compressed-tensors.")],
     out: Annotated[Path, typer.Option(help="Folder to create.")],
 ) -> None:
-    """Save a compressed model as a folder that other tools can load. The cell's record names the model."""
+    """Save a compressed model as a folder for other tools. The cell's record names the model."""
     if not cell.is_dir():
         raise InputError(f"The cell must be a folder. Got {str(cell)!r} instead.")
     from layerwise.export import save
@@ -354,7 +354,7 @@ def audit(
     ] = None,
     trust_remote_code: Annotated[bool, typer.Option(help="Run code that comes with the model.")] = False,
 ) -> None:
-    """Verify the pattern, grid and counts of every layer of a saved model. Exit status 1 if a layer is wrong."""
+    """Verify pattern, grid and counts of a saved model's layers. Exit status 1 if a layer is wrong."""
     if not folder.is_dir():
         raise InputError(f"The folder {folder} does not exist.")
     wanted = None if target is None else _target(target)
@@ -382,7 +382,7 @@ def decode(
     rounds: Annotated[int, typer.Option(help="Number of timed runs of each product.")] = 100,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
 ) -> None:
-    """Time one token's product with a weight in each storage format."""
+    """Time the product of a token's vector with packed weights."""
     shapes = list(map(_shape, shape))
     from layerwise.cli.workflow import check_writable
     from layerwise.export import decode as module
@@ -404,7 +404,7 @@ def _shape(text: str) -> tuple[int, int]:
 def clean_cache(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be freed, without freeing it.")] = False,
 ) -> None:
-    """Delete stored Grams and models converted from GGUF files that no other study uses."""
+    """Delete stored Grams and converted models that no study uses."""
     from layerwise.calibration import clean_cache as module
     from layerwise.runtime.files import gram_stores
     from layerwise.sources import gguf_cleaning, gguf_files

@@ -44,6 +44,7 @@ def layerwise(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]
 
 def test_help_lists_every_command_with_its_purpose():
     told = call("--help")
+    assert "..." not in told.stdout.split("Commands:")[1], "a purpose is cut to the width of the page"
     assert told.exit_code == 0 and told.stdout == call().stdout
     expected = (
         "run report estimate check-study methods new-method check-method regression accept compare merge leaderboard"

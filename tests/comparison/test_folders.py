@@ -1,9 +1,9 @@
 """Two result folders compared, and several put into one."""
 
 # pandas' own annotations lose whether a selection is a column or a frame.
-# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
 
 import json
+from typing import Any
 
 import pandas as pd
 import pytest
@@ -153,9 +153,10 @@ def test_diverged_in_one_folder_alone_disagrees(tmp_path):
 
 @pytest.mark.parametrize("column", ["model_sha256", "calibration_samples", "dtype"])
 def test_names_that_mean_two_things_are_not_merged(tmp_path, column):
-    known = {"model_sha256": "a", "calibration_samples": 64, "dtype": "float32"}
+    known: dict[str, Any] = {"model_sha256": "a", "calibration_samples": 64, "dtype": "float32"}
+    changed: dict[str, Any] = {**known, column: 1 if "samples" in column else "b"}
     one = results(tmp_path / "one", {"wanda": 1.0}, **known)
-    other = results(tmp_path / "other", {"magnitude": 1.0}, **known | {column: 1 if "samples" in column else "b"})
+    other = results(tmp_path / "other", {"magnitude": 1.0}, **changed)
     with pytest.raises(InputError, match=f"differ in its {column}"):
         status("merge", one, other, "--out", tmp_path / "merged")
 

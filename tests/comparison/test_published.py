@@ -1,7 +1,6 @@
 """Published numbers: the table of them, what a study is compared with, and the configs of the papers and sweeps."""
 
 # pandas' own annotations lose whether a selection is a column or a frame.
-# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
 
 import csv
 import json
@@ -27,6 +26,7 @@ from layerwise.comparison.published import (
     tolerance,
 )
 from layerwise.runtime.errors import InputError
+from layerwise.sources.specs import TextSpec
 from layerwise.storage.table_schema import from_rows, read_table, to_frame
 from layerwise.study.grid import Plan, name_of, plan
 from tests.support.paths import ROOT
@@ -372,7 +372,11 @@ def test_the_zero_shot_accuracies_of_smollm2_have_their_task_and_source():
 
 
 def test_texts_are_known_by_what_they_are():
-    wiki = {"hub": "Salesforce/wikitext", "revision": "x", "files": ["wikitext-2-raw-v1/test-00000-of-00001.parquet"]}
+    wiki: TextSpec = {
+        "hub": "Salesforce/wikitext",
+        "revision": "x",
+        "files": ["wikitext-2-raw-v1/test-00000-of-00001.parquet"],
+    }
     assert text_name(wiki) == "wikitext2"
     assert text_name({**wiki, "files": ["wikitext-103-raw-v1/test-00000-of-00001.parquet"]}) == "Salesforce/wikitext"
     assert text_name({"hub": "allenai/c4", "files": []}) == "c4"

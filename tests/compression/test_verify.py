@@ -1,11 +1,9 @@
 """That the guards guard: each kind of planted violation is caught by the runner's check and by the contract tests."""
 
-# pyright: reportOptionalMemberAccess=false, reportOptionalSubscript=false, reportOptionalOperand=false
-# pyright: reportArgumentType=false, reportCallIssue=false
-
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,6 +18,7 @@ from layerwise.contract.catalogue import Entry
 from layerwise.contract.layer import Compressed, Layer, LowRank, Method, Target, UnsupportedTarget
 from layerwise.numerics import low_rank, ops
 from layerwise.numerics.patterns import count_kept, kept_counts
+from tests.support.typing_helpers import some
 
 ROW, NM, BLOCK, WHOLE = Target(0.5), Target(pattern="2:4"), Target(0.5, "1x16"), Target(0.5, "layer")
 GRID, JOINT, DENSE = Target(bits=4, group=16), Target(0.5, bits=4, group=16), Target()
@@ -43,7 +42,7 @@ def honest(layer: Layer, target: Target) -> Compressed:
     return Compressed(weight, result.mask, grid.quantised(codes))
 
 
-def with_entry(tensor: torch.Tensor, index: tuple[int, int], value: float) -> torch.Tensor:
+def with_entry(tensor: torch.Tensor, index: tuple[int, ...], value: float) -> torch.Tensor:
     changed = tensor.clone()
     changed[index] = value
     return changed
@@ -51,7 +50,7 @@ def with_entry(tensor: torch.Tensor, index: tuple[int, int], value: float) -> to
 
 def flip(result: Compressed, kept: int, dropped: int) -> Compressed:
     """One more entry pruned (dropped=1) and one more kept (kept=1), each the first that there is in row 0."""
-    mask = result.mask.clone()
+    mask = some(result.mask).clone()
     first_kept, first_dropped = int(mask[0].nonzero()[0]), int((~mask[0]).nonzero()[0])
     if dropped:
         mask[0, first_kept] = False
@@ -60,14 +59,14 @@ def flip(result: Compressed, kept: int, dropped: int) -> Compressed:
     return replace(result, mask=mask, weight=torch.where(mask, result.weight, 0.0))
 
 
-def refactored(result: Compressed, **parts: object) -> Compressed:
+def refactored(result: Compressed, **parts: Any) -> Compressed:
     """The result with other factors or another part beside them."""
-    return replace(result, low_rank=replace(result.low_rank, **parts))
+    return replace(result, low_rank=replace(some(result.low_rank), **parts))
 
 
 def moved(result: Compressed, target: Target) -> Compressed:
     """The counts per row right, but one entry moved into another group: breaks n:m and blocks only."""
-    mask = result.mask.clone()
+    mask = some(result.mask).clone()
     row = mask[0]
     length = target.block or (target.n_of_m or (0, 0))[1]
     first = int(row.nonzero()[0])
@@ -116,12 +115,12 @@ VIOLATIONS: dict[str, tuple[Target, Damage, str]] = {
     ),
     "a factor in float64": (
         FACTORS,
-        lambda r: refactored(r, right=r.low_rank.right.double()),
+        lambda r: refactored(r, right=some(r.low_rank).right.double()),
         "promise 2: right must be",
     ),
     "a factor that is not finite": (
         FACTORS,
-        lambda r: refactored(r, left=with_entry(r.low_rank.left, (0, 0), torch.nan)),
+        lambda r: refactored(r, left=with_entry(some(r.low_rank).left, (0, 0), torch.nan)),
         "promise 1: left must be finite. Got 1 entries of NaN or Inf instead",
     ),
     "a part that was not asked for": (
@@ -152,20 +151,22 @@ VIOLATIONS: dict[str, tuple[Target, Damage, str]] = {
     ),
     "a part that is not zero where masked": (
         SUM,
-        lambda r: low_rank.of_parts(r.low_rank.left, r.low_rank.right, replace(r.rest, weight=r.rest.weight + 1.0)),
+        lambda r: low_rank.of_parts(
+            some(r.low_rank).left, some(r.low_rank).right, replace(some(r.rest), weight=some(r.rest).weight + 1.0)
+        ),
         "promise 1: the weight must be zero where the mask is False. Got 768 nonzero entries instead",
     ),
     "a part with one more": (
         SUM,
-        lambda r: low_rank.of_parts(r.low_rank.left, r.low_rank.right, flip(r.rest, 0, 1)),
+        lambda r: low_rank.of_parts(some(r.low_rank).left, some(r.low_rank).right, flip(some(r.rest), 0, 1)),
         "promise 2: the kept entries of 50% row must be exact. Got 1 rows",
     ),
     "no mask": (ROW, lambda r: replace(r, mask=None), "promise 1: a pruned layer must have a mask"),
-    "mask of floats": (ROW, lambda r: replace(r, mask=r.mask.float()), "promise 1: the mask must be bool"),
-    "mask of another shape": (ROW, lambda r: replace(r, mask=r.mask[1:]), "promise 1: the mask must be bool"),
+    "mask of floats": (ROW, lambda r: replace(r, mask=some(r.mask).float()), "promise 1: the mask must be bool"),
+    "mask of another shape": (ROW, lambda r: replace(r, mask=some(r.mask)[1:]), "promise 1: the mask must be bool"),
     "not zero where masked": (
         ROW,
-        lambda r: replace(r, weight=torch.where(r.mask, r.weight, 1e-9)),
+        lambda r: replace(r, weight=torch.where(some(r.mask), r.weight, 1e-9)),
         "promise 1: the weight must be zero where the mask is False. Got 768 nonzero entries instead",
     ),
     "a row with one more": (
@@ -185,7 +186,7 @@ VIOLATIONS: dict[str, tuple[Target, Damage, str]] = {
     "blocks mixed": (BLOCK, lambda r: moved(r, BLOCK), "promise 2: every 1x16 block must be kept or dropped whole"),
     "a block too few": (
         BLOCK,
-        lambda r: replace(r, mask=torch.ones_like(r.mask)),
+        lambda r: replace(r, mask=torch.ones_like(some(r.mask))),
         "promise 2: every row must lose 2 blocks. Got 24 rows that do not instead",
     ),
     "no codes": (GRID, lambda r: replace(r, quantised=None), "promise 3: a quantised layer must have codes"),
@@ -201,28 +202,32 @@ VIOLATIONS: dict[str, tuple[Target, Damage, str]] = {
     ),
     "code too large": (
         GRID,
-        lambda r: regridded(r, codes=r.quantised.codes + 16),
+        lambda r: regridded(r, codes=some(r.quantised).codes + 16),
         "promise 3: codes of 4 bits must lie in [0, 15]",
     ),
-    "code below zero": (GRID, lambda r: regridded(r, codes=r.quantised.codes.int() - 16), "promise 3: codes"),
+    "code below zero": (GRID, lambda r: regridded(r, codes=some(r.quantised).codes.int() - 16), "promise 3: codes"),
     "scale that nvfp4 lacks": (
         NVFP4,
-        lambda r: regridded(r, scales=with_entry(r.quantised.scales, (0, 0), 300.0)),
+        lambda r: regridded(r, scales=with_entry(some(r.quantised).scales, (0, 0), 300.0)),
         "promise 3: scales must be numbers that nvfp4 has. Got 1 others instead",
     ),
     "scale that is no power of two": (
         MXFP4,
-        lambda r: regridded(r, scales=1.5 * r.quantised.scales),
+        lambda r: regridded(r, scales=1.5 * some(r.quantised).scales),
         "promise 3: scales must be numbers that mxfp4 has. Got 48 others instead",
     ),
     "nvfp4 without a divisor": (NVFP4, lambda r: regridded(r, divisor=None), "promise 3: scales of nvfp4"),
     "mxfp4 with a divisor": (MXFP4, lambda r: regridded(r, divisor=torch.ones(1)), "promise 3: scales of nvfp4"),
     "divisor of zero": (NVFP4, lambda r: regridded(r, divisor=torch.zeros(1)), "promise 3: the divisor must be"),
-    "zeros of a format": (NVFP4, lambda r: regridded(r, zeros=r.quantised.zeros + 8), "promise 3: zeros must be 0"),
+    "zeros of a format": (
+        NVFP4,
+        lambda r: regridded(r, zeros=some(r.quantised).zeros + 8),
+        "promise 3: zeros must be 0",
+    ),
     "levels of a format": (NVFP4, lambda r: regridded(r, levels=torch.ones(16)), "promise 3: the levels of nvfp4"),
     "levels of another count": (
         GRID,
-        lambda r: regridded(r, levels=torch.ones(8), zeros=0 * r.quantised.zeros),
+        lambda r: regridded(r, levels=torch.ones(8), zeros=0 * some(r.quantised).zeros),
         "promise 3: levels must be torch.float32 [16]",
     ),
     "codes of other weights": (GRID, wrong_codes, "promise 3: scales * (codes - zeros) must equal the weight"),
@@ -231,25 +236,25 @@ VIOLATIONS: dict[str, tuple[Target, Damage, str]] = {
         lambda r: replace(r, weight=r.weight * 1.001),
         "promise 3: scales * (codes - zeros)",
     ),
-    "scales of another shape": (GRID, lambda r: regridded(r, scales=r.quantised.scales[:, :1]), "promise 3"),
+    "scales of another shape": (GRID, lambda r: regridded(r, scales=some(r.quantised).scales[:, :1]), "promise 3"),
     "a scale of zero": (
         GRID,
-        lambda r: regridded(r, scales=with_entry(r.quantised.scales, (0, 0), 0.0)),
+        lambda r: regridded(r, scales=with_entry(some(r.quantised).scales, (0, 0), 0.0)),
         "promise 3: scales must be positive and finite",
     ),
     "a zero between two codes": (
         GRID,
-        lambda r: regridded(r, zeros=with_entry(r.quantised.zeros, (2, 1), 7.5)),
+        lambda r: regridded(r, zeros=with_entry(some(r.quantised).zeros, (2, 1), 7.5)),
         "promise 3: zeros must be whole numbers in [0, 15]. Got 1 others instead",
     ),
     "a zero beyond the codes": (
         GRID,
-        lambda r: regridded(r, zeros=with_entry(r.quantised.zeros, (2, 1), 16.0)),
+        lambda r: regridded(r, zeros=with_entry(some(r.quantised).zeros, (2, 1), 16.0)),
         "promise 3: zeros must be whole numbers in [0, 15]. Got 1 others instead",
     ),
     "zeros of a symmetric grid": (
         Target(bits=4, group=16, symmetric=True),
-        lambda r: regridded(r, zeros=r.quantised.zeros - 1),
+        lambda r: regridded(r, zeros=some(r.quantised).zeros - 1),
         "promise 3: zeros must be 8. Got 96 others instead",
     ),
     "an input scale of zero": (
@@ -319,7 +324,7 @@ class Faulty(Method):
 
 def changes_its_input(layer: Layer, target: Target, rng: torch.Generator) -> Compressed:
     result = honest(layer, target)
-    layer.weight.mul_(result.mask)
+    layer.weight.mul_(some(result.mask))
     return result
 
 

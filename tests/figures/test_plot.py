@@ -1,8 +1,6 @@
 """Figures: what is drawn and what is not, one look per method, the same bytes every time."""
 
 # pandas' own annotations lose whether a selection is a column or a frame.
-# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
-# pyright: reportGeneralTypeIssues=false
 
 import subprocess
 import sys
@@ -15,6 +13,7 @@ import pyarrow as pa
 import pytest
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
@@ -33,6 +32,8 @@ from layerwise.results.cell_results import evaluations
 from layerwise.results.collect import StudyInputs, collect
 from layerwise.results.seeds import repeats
 from layerwise.runtime.errors import InputError
+from layerwise.storage import frames
+from layerwise.storage.frames import column, matching, select, tuples
 from layerwise.storage.table_schema import read_table, typed, write_parquet
 from tests.support.method_files import UNSOLVED
 from tests.support.paths import ROOT
@@ -198,12 +199,13 @@ def test_divergences_are_those_of_the_table_and_dense_has_none():
 def test_the_front_is_what_nothing_beats_in_size_and_perplexity():
     data = sized(cells_table(plan(tuple(METHODS), modes=("shared",))))
     front = pareto_front(data)
-    contest = data[data["comparison"] != "control"]
+    contest = select(data, column(data, "comparison") != "control")
     assert list(front["size"]) == sorted(front["size"]) and list(front["value"]) == sorted(front["value"])[::-1]
-    for row in contest.dropna(subset=["size", "value"]).itertuples():
-        as_good = contest[(contest["size"] <= row.size) & (contest["value"] <= row.value)]
-        better = as_good[(as_good["size"] < row.size) | (as_good["value"] < row.value)]
-        assert (row.cell in set(front["cell"])) == better.empty
+    points = tuples(contest, ["cell", "size", "value"])
+    for name, *own in points:
+        if not np.isnan(own).any():
+            better = [other for _, *other in points if all(np.less_equal(other, own)) and any(np.less(other, own))]
+            assert (name in set(front["cell"])) == (not better)
 
 
 def test_the_front_takes_one_of_equals_and_no_control():
@@ -229,8 +231,8 @@ def test_every_cell_is_drawn_at_its_size_and_perplexity():
     assert np.asarray(line.get_xydata()) == pytest.approx(own[["size", "value"]].to_numpy(dtype=float))
     front = pareto_front(sized(cells))
     named = ", ".join(
-        f"({number}) {'dense' if row.target == 'dense' else f'{row.label} {row.target}'}"
-        for number, row in enumerate(front.itertuples(), 1)
+        f"({number}) {'dense' if target == 'dense' else f'{label} {target}'}"
+        for number, (label, target) in enumerate(tuples(front, ["label", "target"]), 1)
     )
     assert f"Front: {named}." in notes(figure).replace("\n", " ") and "wanda 2:4 shared (failed)" in notes(figure)
 
@@ -297,14 +299,14 @@ def test_ratios_are_to_the_same_layer_target_and_mode():
     same = layers.query("label == 'magnitude' and target == '2:4' and mode == 'sequential'")
     base = same.loc[same["layer"] == row["layer"], "output_error"].item()
     assert row["ratio"] == pytest.approx(row["output_error"] / base)
-    assert ratios(layers[layers["label"] != "wanda"], "wanda").empty
+    assert ratios(select(layers, column(layers, "label") != "wanda"), "wanda").empty
 
 
 def test_relative_errors_leave_out_quantisation_and_say_a_missing_reference():
     layers = layers_table(plan())
     with styled():
         figure = error_relative(layers)
-        without = error_relative(layers[layers["label"] != "wanda"])
+        without = error_relative(select(layers, column(layers, "label") != "wanda"))
     assert "rtn" not in legend_texts(figure)
     assert [tick.get_text() for tick in panels(figure)[1].get_xticklabels()] == [
         "50% row", "60% row", "70% row", "50% layer", "2:4", "4:8"
@@ -339,7 +341,7 @@ def test_gaps_are_those_of_the_table():
 def test_convergence_shows_one_layer_in_units_of_output_error():
     cells = plan(("wanda", "sparse_swaps", "alps"), ("50% row", "60% row"), ("shared",))
     layers, traces = layers_table(cells), traces_table(cells)
-    traces = traces[traces["label"] != "wanda"]
+    traces = select(traces, column(traces, "label") != "wanda")
     own = traces["label"] == "alps"
     with styled():
         both = convergence(traces, layers)
@@ -351,8 +353,9 @@ def test_convergence_shows_one_layer_in_units_of_output_error():
     assert chosen["layer"] in both.subfigs[0].get_suptitle()
     for axes in panels(both)[:2]:
         line, end, bound = axes.get_lines()
-        assert list(line.get_ydata()) == pytest.approx([chosen["output_error"] * factor for factor in (2.5, 1.5, 1)])
-        assert list(end.get_ydata()) == [pytest.approx(chosen["output_error"])]
+        steps = [chosen["output_error"] * factor for factor in (2.5, 1.5, 1)]
+        assert list(np.asarray(line.get_ydata())) == pytest.approx(steps)
+        assert list(np.asarray(end.get_ydata())) == [pytest.approx(chosen["output_error"])]
         height = np.asarray(bound.get_ydata())[0]
         assert height == pytest.approx(chosen["lower_bound"]) and bound.get_color() == BOUND["color"]
     assert len(panels(both)[2].get_lines()) == 2  # a bound on masks says nothing of methods that update weights
@@ -362,9 +365,10 @@ def test_convergence_shows_one_layer_in_units_of_output_error():
 def test_convergence_of_methods_that_made_no_step_or_left_no_trace_of_the_layer():
     cells = plan(("sparse_swaps", "alps"), ("60% row",), ("shared",))
     layers, traces = layers_table(cells), traces_table(cells)
-    absent = (traces["label"] == "alps") & (traces["layer"] == typical_layer(layers[layers["target"] != "dense"]))
+    typical = typical_layer(select(layers, column(layers, "target") != "dense"))
+    absent = (column(traces, "label") == "alps") & (column(traces, "layer") == typical)
     with styled():
-        assert len(panels(convergence(traces[(traces["iteration"] == 0) & ~absent], layers))) == 4
+        assert len(panels(convergence(select(traces, (column(traces, "iteration") == 0) & ~absent), layers))) == 4
 
 
 def test_a_sweep_of_a_target_has_a_line_per_method_and_a_band_per_pattern():
@@ -385,7 +389,7 @@ def test_a_sweep_of_a_parameter_has_a_level_line_for_who_lacks_it():
     cells = cells_table([cell("dense", "dense"), cell("wanda", "60% row"), *swept]).assign(swept="swaps")
     own = cells["label"].str.extract(r"swaps_(\d+)$")[0]
     cells["params"] = [f'{{"swaps":{swaps}}}' if isinstance(swaps, str) else "{}" for swaps in own]
-    found = along(cells[cells["metric"] == "perplexity"], "swaps")
+    found = along(matching(cells, metric="perplexity"), "swaps")
     assert list(found["label"]) == ["dense", "wanda", *["sparse_swaps"] * 3]
     with styled():
         figure = sweep(cells)
@@ -393,7 +397,7 @@ def test_a_sweep_of_a_parameter_has_a_level_line_for_who_lacks_it():
     assert axes.get_xscale() == "log" and len(values(axes, LOOKS["sparse_swaps"].colour)) == 3
     level = cells.query("label == 'wanda' and metric == 'perplexity'")["value"].item()
     (line,) = [line for line in axes.get_lines() if line.get_color() == LOOKS["wanda"].colour]
-    assert list(line.get_ydata()) == [level, level] and legend_texts(figure)[-1] == "dense"
+    assert list(np.asarray(line.get_ydata())) == [level, level] and legend_texts(figure)[-1] == "dense"
 
 
 @pytest.mark.parametrize("swept", ["group", "calibration_samples", "calibration_length", "calibration_seed"])
@@ -489,11 +493,10 @@ def test_ranks_are_those_of_brute_force():
     layers, pairs = layers_table(SEEDS), comparisons_table(SEEDS)
     masks, updates = groups(pairs, layers)
     assert [masks.comparison, updates.comparison] == ["mask-only", "weight-updating"]
-    own = layers[layers["comparison"] == "mask-only"]
     ranks: dict[str, list[float]] = {}
-    for _, place in own.groupby(["seed", "layer"]):
-        for row in place.itertuples():
-            ranks.setdefault(row.label, []).append(1 + int((place["output_error"] < row.output_error).sum()))
+    for _, place in frames.groups(matching(layers, comparison="mask-only"), ["seed", "layer"]):
+        for label, error in tuples(place, ["label", "output_error"]):
+            ranks.setdefault(label, []).append(1 + int((place["output_error"] < error).sum()))
     assert dict(masks.ranks) == pytest.approx({label: np.mean(numbers) for label, numbers in ranks.items()})
     assert list(masks.ranks.index) == ["sparse_swaps", "ria", "wanda", "magnitude"]
     told = pairs[(pairs["comparison"] == "mask-only") & (pairs["verdict"] != "no difference shown")]
@@ -551,8 +554,8 @@ def test_levels_are_a_line_per_allocation_at_the_middle_budget():
     lines = {line.get_label(): line for line in first.get_lines()}
     assert len(lines) == 3 and len(panels(figure)) == 7
     uniform, owl, _ = first.get_lines()
-    assert set(uniform.get_ydata()) == {0.6}
-    assert list(owl.get_ydata()) == pytest.approx([0.6 + 0.2 * (block / 8 - 0.5) for block in range(8)])
+    assert set(np.asarray(uniform.get_ydata())) == {0.6}
+    assert list(np.asarray(owl.get_ydata())) == pytest.approx([0.6 + 0.2 * (block / 8 - 0.5) for block in range(8)])
 
 
 def test_perplexity_and_kl_stand_against_the_budget():
@@ -561,8 +564,8 @@ def test_perplexity_and_kl_stand_against_the_budget():
     titles = [axes.get_title("left") for axes in panels(figure) if axes.get_title("left")]
     assert titles == ["wanda", "sparsegpt"] * 2 + ["sparsegpt"]  # zeros of rows, n:m, bits
     top = panels(figure)[0]
-    assert [len(line.get_xdata()) for line in top.get_lines()] == [2, 2, 2]
-    assert list(top.get_lines()[0].get_xdata()) == [0.6, 0.7]
+    assert [len(np.asarray(line.get_xdata())) for line in top.get_lines()] == [2, 2, 2]
+    assert list(np.asarray(top.get_lines()[0].get_xdata())) == [0.6, 0.7]
 
 
 def test_lines_of_a_budget_are_means_of_the_seeds_whose_range_is_shaded():
@@ -576,9 +579,10 @@ def test_lines_of_a_budget_are_means_of_the_seeds_whose_range_is_shaded():
             for share in (0.6, 0.7)
         ]
         assert [len(own) for own in values] == [2, 2]
-        assert list(top.get_lines()[place].get_ydata()) == pytest.approx([own.mean() for own in values])
+        assert list(np.asarray(top.get_lines()[place].get_ydata())) == pytest.approx([own.mean() for own in values])
         band, bars = (top.collections[2 * place + part] for part in (0, 1))
         assert set(np.asarray(band.get_paths()[0].vertices)[:, 1]) == {end(own) for own in values for end in (min, max)}
+        assert isinstance(bars, LineCollection)
         assert [list(bar[:, 1]) for bar in bars.get_segments()] == [[min(own), max(own)] for own in values]
 
 
@@ -628,8 +632,8 @@ def test_the_same_table_gives_the_same_bytes_in_another_process(tables, tmp_path
 
 def test_a_figure_takes_the_look_of_a_card_in_the_studys_folder(tables, tmp_path):
     data = read_table(tables, "layers")
-    for column in ("label", "method"):
-        data[column] = data[column].replace("magnitude", "mine")
+    for name in ("label", "method"):
+        data[name] = data[name].replace("magnitude", "mine")
     table = typed(pa.Table.from_pandas(data, preserve_index=False), "layers", "test")
     write_parquet(table, tmp_path / "layers.parquet")
     file, out = tmp_path / "mine.py", tmp_path / "figure.svg"

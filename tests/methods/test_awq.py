@@ -1,8 +1,7 @@
 """AWQ against its search written plainly, row by row and group by group, with errors in float64."""
 
-# pyright: reportOptionalMemberAccess=false, reportOptionalSubscript=false, reportArgumentType=false
-
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -40,14 +39,14 @@ FOUR = Target(bits=4, group=16)
 CONVENTIONS = ["exact", "official"]
 
 
-def compress(layer: Layer, target: Target, **params: object) -> Compressed:
+def compress(layer: Layer, target: Target, **params: Any) -> Compressed:
     return AWQ(**params).compress(layer, target, torch.Generator())
 
 
 def scaled(layer: Layer, weights: float, inputs: float) -> Layer:
     """The layer with its weights and its inputs multiplied."""
     known = layer.statistics
-    statistics = replace(known, absmean=inputs * known.absmean, sample=inputs * known.sample)
+    statistics = replace(some(known), absmean=inputs * some(known).absmean, sample=inputs * some(known).sample)
     gram = Gram(inputs**2 * layer.gram.matrix, layer.gram.tokens)
     return replace(layer, weight=weights * layer.weight, gram=gram, statistics=statistics)
 
@@ -72,7 +71,7 @@ def plain_round(row: np.ndarray, target: Target, official: bool) -> tuple[np.nda
 
 def plain_scale(layer: Layer, ratio: float, official: bool) -> np.ndarray:
     """[in] float64 scale of the inputs."""
-    absmean = layer.statistics.absmean.double().numpy()
+    absmean = some(layer.statistics).absmean.double().numpy()
     powers = np.maximum((absmean if official else absmean / absmean.mean()) ** ratio, 1e-4)
     return powers / np.sqrt(powers.max() * powers.min())
 
@@ -94,7 +93,7 @@ def quantised(layer: Layer, scale: np.ndarray, limits: np.ndarray | None, target
 def plain_limits(layer: Layer, scale: np.ndarray, target: Target, official: bool) -> np.ndarray:
     """[out, groups] of the ten shrunk ranges the one whose outputs on the sample are best."""
     weight = (layer.weight.numpy() * scale).astype(np.float32)
-    sample, length = layer.statistics.sample.double().numpy() / scale, target.group or weight.shape[1]
+    sample, length = some(layer.statistics).sample.double().numpy() / scale, target.group or weight.shape[1]
     limits = []
     for row in weight:
         limits.append([])
@@ -115,13 +114,13 @@ def plain_limits(layer: Layer, scale: np.ndarray, target: Target, official: bool
 def test_agrees_with_the_plain_search(name: str, target: Target, convention: str):
     layer, official = layers.make(SMALL[name], name), convention == "official"
     result = compress(layer, target, convention=convention)
-    scales = [input_scale(layer.statistics.absmean, step / 20, official).numpy() for step in range(20)]
+    scales = [input_scale(some(layer.statistics).absmean, step / 20, official).numpy() for step in range(20)]
     for step, scale in enumerate(scales):  # the formula; on the last bits, which are taken as they are, hang ties
         np.testing.assert_allclose(scale, plain_scale(layer, step / 20, official), rtol=1e-6)
     errors = [output_error(layer, torch.tensor(quantised(layer, s, None, target, official))) for s in scales]
     best = int(np.argmin(errors))
     assert result.info["ratio"] == best / 20
-    scale = grid_of(result).input_scale.numpy()
+    scale = some(grid_of(result).input_scale).numpy()
     assert np.array_equal(scale, scales[best])
     limits = plain_limits(layer, scale, target, official)
     unclipped, expected = (quantised(layer, scale, tried, target, official) for tried in (None, limits))
@@ -165,7 +164,9 @@ def test_one_ratio_without_clipping_is_rounding_to_nearest(name: str, target: Ta
     layer = layers.build(name)
     result, plain = compress(layer, target, grid=1, clip=False), RTN().compress(layer, target, torch.Generator())
     assert torch.equal(result.weight, plain.weight) and torch.equal(grid_of(result).codes, grid_of(plain).codes)
-    assert result.info["ratio"] == 0 and torch.equal(grid_of(result).input_scale, torch.ones(layer.weight.shape[1]))
+    assert result.info["ratio"] == 0 and torch.equal(
+        some(grid_of(result).input_scale), torch.ones(layer.weight.shape[1])
+    )
 
 
 @pytest.mark.parametrize(("weights", "inputs"), [(2.0**40, 1.0), (2.0**-60, 1.0), (1.0, 2.0**-30), (2.0**9, 2.0**20)])
@@ -174,7 +175,7 @@ def test_exact_is_free_of_the_scales_of_weights_and_inputs(weights: float, input
         layer = layers.build(name)
         before, after = compress(layer, FOUR), compress(scaled(layer, weights, inputs), FOUR)
         assert torch.equal(grid_of(before).codes, grid_of(after).codes) and torch.equal(
-            grid_of(before).input_scale, grid_of(after).input_scale
+            some(grid_of(before).input_scale), some(grid_of(after).input_scale)
         )
         assert torch.equal(weights * before.weight, after.weight)
 
@@ -201,9 +202,9 @@ def test_a_group_without_zero_in_its_range_is_lost_to_the_official_code():
 def test_clipping_that_the_layer_would_suffer_from_is_not_kept():
     """A sample of one input says nothing of the others, whose weights it would clip away."""
     layer = layers.build("correlated")
-    sample = torch.zeros_like(layer.statistics.sample)
+    sample = torch.zeros_like(some(layer.statistics).sample)
     sample[:, 0] = 1
-    misled = replace(layer, statistics=replace(layer.statistics, sample=sample))
+    misled = replace(layer, statistics=replace(some(layer.statistics), sample=sample))
     exact, official = (compress(misled, Target(bits=3), convention=convention) for convention in CONVENTIONS)
     unclipped = compress(misled, Target(bits=3), clip=False)
     assert exact.info["clip"] is None and torch.equal(exact.weight, unclipped.weight)

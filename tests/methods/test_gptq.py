@@ -1,8 +1,5 @@
 """GPTQ against optimal brain quantisation written plainly: float64, the inverse updated column by column, no factor."""
 
-# pyright: reportOptionalMemberAccess=false, reportOptionalSubscript=false, reportOptionalOperand=false
-# pyright: reportArgumentType=false, reportCallIssue=false
-
 from dataclasses import replace
 from typing import Any
 
@@ -20,7 +17,7 @@ from layerwise.methods.gptq import GPTQ
 from layerwise.methods.rtn import RTN
 from layerwise.methods.wanda import Wanda
 from layerwise.numerics import ops
-from tests.support.typing_helpers import mask_of
+from tests.support.typing_helpers import mask_of, some
 
 LAYERS = {
     "correlated": Recipe(out=3, inputs=24),
@@ -97,7 +94,7 @@ def oracle(layer: Layer, target: Target, settings: dict[str, Any]) -> tuple[np.n
         dense = layer.weight[i].double().numpy()
         weight = np.where(alive, dense, 0.0)
         keep = np.ones(inputs, bool) if layer.keep is None else layer.keep[i].numpy()
-        grids = {None: plain_grid(dense, target, mse)}
+        grids: dict[int | None, tuple[np.float32, np.float32]] = {None: plain_grid(dense, target, mse)}
         for g in range(-(-inputs // group)):
             grids[g] = plain_grid(weight[g * group : (g + 1) * group], target, mse)
         inverse = np.linalg.inv(damped)
@@ -149,12 +146,13 @@ def everything(check):
 def test_zeros_to_keep_stay_zero_and_their_loss_is_made_up_for(target: Target, settings: dict[str, Any]):
     layer = layers.build("correlated")
     dense, layer = layer.weight, pruned(layer)
-    layer.weight[~layer.keep] = dense[~layer.keep]  # not zero yet: their whole loss is to be made up for
+    keep = some(layer.keep)
+    layer.weight[~keep] = dense[~keep]  # not zero yet: their whole loss is to be made up for
     result = compress(layer, target, **settings)
-    assert not result.weight[~layer.keep].any()
+    assert not result.weight[~keep].any()
     values = ops.quantised_values(grid_of(result), target)
     assert torch.equal(values, result.weight)  # zero is on the grid
-    zeroed = replace(layer, weight=torch.where(layer.keep, dense, 0.0))
+    zeroed = replace(layer, weight=torch.where(keep, dense, 0.0))
     rounded = RTN(settings.get("mse", False)).compress(zeroed, target, torch.Generator())
     assert output_error(layer, result.weight) < output_error(layer, rounded.weight)
 
@@ -180,7 +178,7 @@ def test_act_order_is_nothing_but_another_order(target: Target, static_groups: b
     order = sorted(range(64), key=lambda j: -diagonal[j])
     assert order != list(range(64))
     gram = Gram(layer.gram.matrix[order][:, order], layer.gram.tokens)
-    ordered = replace(layer, weight=layer.weight[:, order], keep=layer.keep[:, order], gram=gram)
+    ordered = replace(layer, weight=layer.weight[:, order], keep=some(layer.keep)[:, order], gram=gram)
     result = compress(layer, target, act_order=True, static_groups=static_groups)
     if not (static_groups and target.group):  # whose groups are those of the order that the inputs came in
         expected = compress(ordered, target)
@@ -244,7 +242,7 @@ def test_the_official_convention_counts_a_dead_input_as_1():
     small = Gram(1e-6 * layer.gram.matrix, layer.gram.tokens)
     dead = small.dead.nonzero()[:, 0].tolist()
     assert small.descending()[0].tolist()[-len(dead) :] == dead
-    assert small.descending(1 / (2 * layer.statistics.length))[0].tolist()[: len(dead)] == dead
+    assert small.descending(1 / (2 * some(layer.statistics).length))[0].tolist()[: len(dead)] == dead
     target = Target(bits=4, group=16)
     for settings in ({}, {"act_order": True}):
         exact, official = (

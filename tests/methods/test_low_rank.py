@@ -1,7 +1,5 @@
 """Low-rank factors: against the released codes, the optimum in float64, and each other."""
 
-# pyright: reportOptionalMemberAccess=false
-
 from dataclasses import replace
 
 import numpy as np
@@ -73,7 +71,7 @@ def whitened(layer: Layer, rank: int) -> np.ndarray:
 def test_svd_llm_has_the_released_error_and_rank(name: str, case: str):
     official, told = official_outputs.load(name), official_parts.case(name, case)
     result = compress(SVDLLM(), official.layer(), Target(rank=told["settings"]["keep"]))
-    assert result.low_rank.left.shape[1] == told["rank"]
+    assert some(result.low_rank).left.shape[1] == told["rank"]
     assert official.output_error(result.weight.numpy()) == pytest.approx(told["error"], rel=1e-6)
 
 
@@ -123,7 +121,7 @@ def test_a_weight_of_a_lower_rank_is_met(rank: int):
     for method in (SVD(), ASVD(), FWSVD(), SVDLLM()):
         target = Target(rank=(rank + 0.5) * 32 / 240)
         result = compress(method, replace(layer, weight=weight), target)
-        assert result.low_rank.left.shape[1] == rank
+        assert some(result.low_rank).left.shape[1] == rank
         error = output_error(replace(layer, weight=weight), result.weight)
         assert error < 1e-12 if rank >= 4 else error > 1e-4
 
@@ -136,14 +134,14 @@ def test_the_controls_are_their_truncated_svds(name: str, share: float):
     result = compress(SVD(), layer, Target(rank=share))
     np.testing.assert_allclose(result.weight.numpy(), truncated(weight, rank), atol=1e-7)
     for alpha in (0.5, 1.0):
-        scale = layer.statistics.absmean.double().numpy() ** alpha
+        scale = some(layer.statistics).absmean.double().numpy() ** alpha
         result = compress(ASVD(alpha), layer, Target(rank=share))
         np.testing.assert_allclose(result.weight.numpy(), truncated(weight * scale, rank) / scale, atol=1e-7)
 
 
 def by_loss(layer: Layer, rank: int) -> np.ndarray:
     """D^-1 SVD_r(D W), D = diag(sqrt(f)), in float64; rows of f 0 in the limit of ever smaller f."""
-    fisher = layer.fisher.double().numpy()
+    fisher = some(layer.fisher).double().numpy()
     root = np.sqrt(np.where(fisher > 0, fisher, 1e-16 * fisher.max()))[:, None]
     return truncated(layer.weight.double().numpy() * root, rank) / root
 
@@ -237,7 +235,8 @@ def test_random_factors_are_never_below_the_bound():
     for size in (1e-6, 1e-3, 1e-1, 1.0):
         for _ in range(20):
             left, right = (
-                x + size * x.norm() * torch.randn(x.shape, generator=generator) for x in (best.left, best.right)
+                x + size * x.norm() * torch.randn(x.shape, generator=generator)
+                for x in (some(best).left, some(best).right)
             )
             assert lost(layer, low_rank.of_parts(left, right).weight) >= bound
 

@@ -1,7 +1,5 @@
 """The methods against the outputs of the official codes (tests/data)."""
 
-# pyright: reportOptionalMemberAccess=false, reportOptionalSubscript=false
-
 from functools import cache
 
 import numpy as np
@@ -16,6 +14,7 @@ from layerwise.methods import awq
 from layerwise.methods.alps import ALPS
 from layerwise.numerics import ops
 from tests.support import official_outputs
+from tests.support.typing_helpers import some
 
 OFFICIAL = {"convention": "official"}
 
@@ -73,7 +72,7 @@ def test_the_files_hold_what_the_official_codes_reported():
 @pytest.mark.parametrize(("name", "case"), official_outputs.cases("wanda"))
 def test_wanda_masks_are_identical(name: str, case: str):
     result, official = compress(name, case), official_outputs.load(name)
-    assert np.array_equal(result.mask.numpy(), official.nonzero(case))
+    assert np.array_equal(some(result.mask).numpy(), official.nonzero(case))
     assert np.array_equal(result.weight.numpy(), official.compressed(case))
 
 
@@ -87,7 +86,7 @@ def test_magnitude_masks_are_identical(name: str, case: str):
 @pytest.mark.parametrize(("name", "case"), official_outputs.cases("magnitude", unpatterned))
 def test_magnitude_exact_count_differs_by_the_threshold_alone(name: str, case: str):
     """The exact count keeps, of the entries that the official code prunes, only some that equal its threshold."""
-    mask, official = compress(name, case).mask.numpy(), official_outputs.load(name)
+    mask, official = some(compress(name, case).mask).numpy(), official_outputs.load(name)
     assert (~mask).sum() == int(official.target(case).sparsity * mask.size)
     differs = mask != official.nonzero(case)
     assert mask[differs].all()
@@ -99,7 +98,7 @@ def test_magnitude_exact_count_differs_by_the_threshold_alone(name: str, case: s
 def test_magnitude_patterns_keep_the_same_magnitudes(name: str, case: str):
     """Equal magnitudes of bfloat16 weights are ties that torch.topk breaks otherwise: multisets of a group agree."""
     official = official_outputs.load(name)
-    of = official.target(case).n_of_m[1]
+    of = some(official.target(case).n_of_m)[1]
     ours, theirs = (
         np.sort(np.abs(weight).reshape(-1, of), 1)
         for weight in (compress(name, case).weight.numpy(), official.compressed(case))
@@ -135,7 +134,7 @@ def test_gptq_agrees(name: str, case: str, convention: str):
     assert official.output_error(result.weight.numpy()) == pytest.approx(official.cases[case]["error"], rel=5e-4)
     group_of = ops.groups_of(official.weight.shape[1], official.target(case).group)
     group_of = group_of if grid_of(result).group_of is None else grid_of(result).group_of
-    assert np.array_equal(group_of.numpy(), official.group_of(case))
+    assert np.array_equal(some(group_of).numpy(), official.group_of(case))
     if agreement == 1:
         np.testing.assert_allclose(grid_of(result).scales.numpy(), official.arrays[f"{case}/scale"], rtol=1e-5)
         assert np.array_equal(grid_of(result).zeros.numpy(), official.arrays[f"{case}/zero"])
@@ -176,7 +175,7 @@ def test_sparsegpt_patterns_agree_with_the_exact_convention_too(name: str, case:
 def test_sparsegpt_exact_count_is_close(name: str, case: str):
     official, result = official_outputs.load(name), compress(name, case)
     kept = int(official.weight.size) - int(official.target(case).sparsity * official.weight.size)
-    assert int(result.mask.sum()) == kept
+    assert int(some(result.mask).sum()) == kept
     agreement = (nonzero(result) == official.nonzero(case)).mean()
     assert agreement >= EXACT_MASK.get((name, case), 0.999)
     moved = official.output_error(result.weight.numpy()) / official.cases[case]["error"] - 1
@@ -187,8 +186,8 @@ def test_sparsegpt_exact_count_is_close(name: str, case: str):
 def test_sparsegpt_exact_count_moves_few_rows(name: str, case: str):
     """All that the exact count changes follows from the surplus entries of the official count."""
     exact, official = compress(name, case), compress(name, case, **OFFICIAL)
-    surplus = exact.mask[:, :128] & ~official.mask[:, :128]
-    assert torch.equal(exact.mask[:, :128] ^ surplus, official.mask[:, :128])
+    surplus = some(exact.mask)[:, :128] & ~some(official.mask)[:, :128]
+    assert torch.equal(some(exact.mask)[:, :128] ^ surplus, some(official.mask)[:, :128])
     assert 1 <= int(surplus.sum()) <= 2  # one, or two where the threshold is a tie
     moved = ((exact.weight - official.weight).abs() > 1e-6).any(1)
     assert 1 <= int(moved.sum()) <= EXACT_ROWS[name]
@@ -219,7 +218,7 @@ def test_ria_masks_are_identical(name: str, case: str):
 @pytest.mark.parametrize(("name", "case"), official_outputs.cases("ria"))
 def test_ria_exact_count_keeps_one_entry_more(name: str, case: str):
     """The exact count is the official one but for the layer's surplus entry and its ties, of which there are none."""
-    official, mask = official_outputs.load(name), compress(name, case).mask.numpy()
+    official, mask = official_outputs.load(name), some(compress(name, case).mask).numpy()
     differs = mask != official.nonzero(case)
     assert differs.sum() == (official.target(case).pattern == "layer")
     assert mask[differs].all()
@@ -228,7 +227,7 @@ def test_ria_exact_count_keeps_one_entry_more(name: str, case: str):
 @pytest.mark.parametrize(("name", "case"), [pair for pair in official_outputs.cases("dsnot") if not degenerate(*pair)])
 def test_dsnot_masks_are_identical(name: str, case: str):
     result, official = compress(name, case, **OFFICIAL), official_outputs.load(name)
-    assert np.array_equal(result.mask.numpy(), official.nonzero(case))
+    assert np.array_equal(some(result.mask).numpy(), official.nonzero(case))
     assert np.array_equal(result.weight.numpy(), official.compressed(case))
 
 
@@ -253,7 +252,7 @@ def test_alps_reaches_the_official_error(name: str, case: str):
     official, result = official_outputs.load(name), compress(name, case)
     assert official.output_error(result.weight.numpy()) == pytest.approx(official.cases[case]["error"], rel=0.01)
     assert broken_promise(official.layer(), official.target(case), result) is None
-    assert abs(int(result.mask.sum()) - int(official.nonzero(case).sum())) <= 1  # it rounds (1 - p) n
+    assert abs(int(some(result.mask).sum()) - int(official.nonzero(case).sum())) <= 1  # it rounds (1 - p) n
     assert (nonzero(result) == official.nonzero(case)).mean() >= 0.98
 
 
@@ -287,7 +286,7 @@ def sampled(pair: tuple[str, str]) -> bool:
 @pytest.mark.parametrize(("name", "case"), official_outputs.cases("awq"))
 def test_awq_scales_and_errors_agree(name: str, case: str, convention: str):
     official, result = official_outputs.load(name), compress(name, case, clip=False, convention=convention)
-    scale, expected = grid_of(result).input_scale.numpy(), official.arrays[f"{case}/input_scale"]
+    scale, expected = some(grid_of(result).input_scale).numpy(), official.arrays[f"{case}/input_scale"]
     if convention == "exact" and official.layer().gram.dead.any():
         # The floor under a dead input is relative there: its own scale differs, and the unit of all with it.
         live = ~official.layer().gram.dead.numpy()
@@ -303,7 +302,7 @@ def test_awq_clips_agree_where_the_scales_are_the_same_to_the_last_bit(name: str
     layer, scale = official.layer(), torch.tensor(official.arrays[f"{case}/input_scale"])
     limits = awq.clip_limits(
         layer.weight * scale,
-        layer.statistics.sample / scale,
+        some(layer.statistics).sample / scale,
         ops.normalised(layer.weight)[1],
         target,
         as_official,

@@ -1,7 +1,5 @@
 """The report: one file, everything escaped and traceable, and what it does in a real browser."""
 
-# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportOptionalMemberAccess=false
-
 import json
 import re
 import shutil
@@ -19,8 +17,11 @@ from layerwise.results import main_table
 from layerwise.results.cell_results import ACCURACIES, evaluations
 from layerwise.results.collect import StudyInputs, collect
 from layerwise.runtime.errors import InputError
+from layerwise.storage import frames
+from layerwise.storage.frames import matching, tuples
 from layerwise.storage.table_schema import read_table
 from tests.support.synthetic_tables import EVALUATIONS, STUDY, SyntheticCell, cell, write_cell
+from tests.support.typing_helpers import some
 
 pytestmark = pytest.mark.xdist_group("report")
 EVIL = "<script>alert(1)</script>"
@@ -46,6 +47,7 @@ class Study:
     cells: list[SyntheticCell]
     config: dict[str, Any] = field(default_factory=lambda: {"study": EVIL, "models": {EVIL: {"path": EVIL}}, **STUDY})
     evaluations: dict[str, Any] = field(default_factory=lambda: EVALUATIONS)
+    tasks: dict[str, Any] = field(default_factory=dict)
 
     def warnings(self) -> list[str]:
         return [f"warned of {EVIL}"]
@@ -83,7 +85,7 @@ def html(folder) -> str:
 
 
 def drill(html: str) -> dict[str, Any]:
-    return json.loads(re.search(r'id="drill">(.*?)</script>', html, re.DOTALL).group(1))
+    return json.loads(some(re.search(r'id="drill">(.*?)</script>', html, re.DOTALL)).group(1))
 
 
 def test_everything_shown_is_escaped(html):
@@ -130,13 +132,14 @@ def test_the_page_opens_with_the_answer(study, folder, html, tmp_path):
     answer = html[html.index('<section id="answer">') : html.index('<section id="main">')]
     assert "warned of &lt;script" in answer and "Dense: " in answer
     cells = read_table(folder / "tables", "cells")
-    own = cells[(cells["metric"] == "perplexity")]
-    own = own[own["text"] == own["text"].iloc[0]]
-    row = re.search(r"<td>mask-only</td>(.*?)</tr>", answer, re.DOTALL).group(1)
+    own = matching(cells, metric="perplexity")
+    own = matching(own, text=own["text"].iloc[0])
+    row = some(re.search(r"<td>mask-only</td>(.*?)</tr>", answer, re.DOTALL)).group(1)
     for target, best in zip(("50% row", "60% row", "2:4"), row.split("</td>")[:3], strict=True):
-        here = own[(own["comparison"] == "mask-only") & (own["target"] == target)].set_index("label")["value"]
+        here = dict(tuples(matching(own, comparison="mask-only", target=target), ["label", "value"]))
         named = re.findall(r">([\w.]+)</a> <b>([\d.]+)</b>", best)
-        assert named[0] == (here.idxmin(), main_table.number(here.min(), "perplexity")), (target, best)
+        lowest = min(here, key=here.__getitem__)
+        assert named[0] == (lowest, main_table.number(here[lowest], "perplexity")), (target, best)
     (tmp_path / "perplexity_vs_bits.svg").write_text(SVG)
     drawn = page(study, folder / "tables", [folder / "error_along_depth.svg", tmp_path / "perplexity_vs_bits.svg"])
     first, last = (drawn.index(f'id="figure-{name}"') for name in ("perplexity_vs_bits", "error_along_depth"))
@@ -283,12 +286,13 @@ def test_the_layers_of_the_chosen_cell_are_shown(opened, folder, study):
         name = study.cells[index].columns["cell"]
         opened.locator("#table-results a", has_text=name).first.click()
         opened.wait_for_function("name => document.getElementById('cell-spec').innerText.includes(name)", arg=name)
-        own = layers[layers["cell"] == name]
+        own = matching(layers, cell=name)
         shown = opened.locator("#table-layers tbody tr").all_inner_texts()
         numbered = zip(own.index.to_list(), own["layer"].to_list(), strict=True)
         assert [text.split("\t")[:2] for text in shown] == [[str(i + 1), layer] for i, layer in numbered]
         drawn = opened.evaluate("Bokeh.documents[0].get_model_by_name('q_proj').data.error")
-        assert list(drawn) == pytest.approx(own.loc[own["kind"] == "q_proj", "output_error"].to_list(), rel=1e-5)
+        errors = frames.column(matching(own, kind="q_proj"), "output_error")
+        assert list(drawn) == pytest.approx(errors.to_list(), rel=1e-5)
     opened.locator("#choice").select_option(str(len(study.cells) - 1))
     opened.wait_for_function("document.getElementById('cell-layers').hidden")
     assert opened.locator("#cell-gaps").inner_text() == REASON

@@ -1,8 +1,6 @@
 """Tables from the files of cells: order, types, weights, gaps with their reasons, and the rendered main table."""
 
 # pandas' own annotations lose whether a selection is a column or a frame.
-# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
-# pyright: reportGeneralTypeIssues=false
 
 import json
 import math
@@ -22,6 +20,7 @@ from layerwise.results.comparisons import NO_DIFFERENCE
 from layerwise.results.main_table import METRICS, SCOPES, escape_latex, latex, markdown, number, spread, tables
 from layerwise.results.main_table import document as rendered
 from layerwise.runtime.errors import InputError
+from layerwise.storage.frames import column, columns_of, distinct_values, groups_by, matching, rows, select, tuples
 from layerwise.storage.table_schema import arrow_schema, document, from_rows, read_table, typed
 from tests.support.synthetic_tables import (
     DEMO,
@@ -91,7 +90,8 @@ def test_tables_are_typed(tmp_path, pair):
 def test_numbers_of_a_cell(tmp_path, pair):
     cells = gather(tmp_path, pair)["cells"]
     cells["text"] = cells["text"].fillna("")
-    own = cells[cells["label"] == "magnitude"].set_index(["metric", "text"])["value"]
+    magnitude = matching(cells, label="magnitude")
+    own = {(row["metric"], row["text"]): row["value"] for row in rows(magnitude)}
     layers = layer_frame(pair[1], 2)
     size = layers["in"] * layers["out"]
     assert own["perplexity", "docs"] == pytest.approx(perplexity_of(pair[1]))
@@ -117,7 +117,8 @@ def test_sparsity_is_weighted_by_the_size_of_the_layers(tmp_path):
 
 def test_text_of_the_same_data_set_is_flagged(tmp_path, pair):
     cells = gather(tmp_path, pair)["cells"]
-    flags = cells[cells["metric"] == "perplexity"].groupby("text")["contaminated"].unique().map(list)
+    by_text = groups_by(matching(cells, metric="perplexity"), "text")
+    flags = {text: distinct_values(own, "contaminated") for text, own in by_text}
     assert flags["docs"] == [True] and flags["wiki"] == [False]
     assert set(cells.loc[cells["metric"] == "perplexity", "eval_length"]) == {512}
 
@@ -142,12 +143,12 @@ def test_a_failed_or_missing_cell_is_an_error_unless_partial(tmp_path, pair):
     assert not list(tmp_path.glob("tables/*")), "no table, nor a part of one, may be left behind"
     found = gather(tmp_path, cells, partial=True)["cells"]
     assert list(found["label"].drop_duplicates()) == ["wanda", "sparsegpt", "ria", "magnitude"]
-    own = found[found["label"] == "sparsegpt"]
-    assert set(own["status"]) == {"failed"} and own["value"].isna().all()
+    own = matching(found, label="sparsegpt")
+    assert set(own["status"]) == {"failed"} and bool(own["value"].isna().all())
     assert set(own["reason"]) == {"compress, out of memory: no room for the Gram."}
     assert set(found.loc[found["label"] == "ria", "reason"]) == {NEVER_RAN}
     assert set(found.loc[found["label"] == "ria", "status"]) == {"missing"}
-    assert found.groupby("label").size().nunique() == 1, "every cell has a row per metric"
+    assert len({len(own) for _, own in groups_by(found, "label")}) == 1, "every cell has a row per metric"
 
 
 def test_a_failed_perplexity_leaves_the_other_numbers(tmp_path, pair):
@@ -155,9 +156,9 @@ def test_a_failed_perplexity_leaves_the_other_numbers(tmp_path, pair):
     (folder / "perplexity-wiki-00000002.json").unlink()
     (folder / "failed-perplexity.json").write_text(json.dumps({"status": "error", "reason": "no text"}))
     cells = gather(tmp_path, pair, partial=True)["cells"]
-    broken = cells[cells["value"].isna()]
-    assert broken[["label", "metric", "text", "reason"]].values.tolist() == [
-        ["wanda", metric, "wiki", "perplexity: no text"] for metric in ("perplexity", *DIVERGENCES)
+    broken = select(cells, column(cells, "value").isna())
+    assert tuples(broken, ["label", "metric", "text", "reason"]) == [
+        ("wanda", metric, "wiki", "perplexity: no text") for metric in ("perplexity", *DIVERGENCES)
     ]
 
 
@@ -207,7 +208,7 @@ def test_a_perplexity_that_is_not_finite_has_a_reason(tmp_path, pair):
     path = tmp_path / pair[0].folder / "perplexity-docs-00000001.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"perplexity": float("inf")}))
     cells = gather(tmp_path, pair)["cells"]
-    row = cells[cells["value"].isna()].to_dict("records")[0]
+    row = rows(select(cells, column(cells, "value").isna()))[0]
     assert row["status"] == "done" and row["reason"] == "the model has diverged: its perplexity is inf"
 
 
@@ -220,7 +221,7 @@ def test_divergences_stand_beside_the_perplexity(tmp_path, pair):
     assert [own.loc[name, "value"] for name in DIVERGENCES] == [pytest.approx(wanted[name]) for name in DIVERGENCES]
     assert own.loc["kl", "low"] < wanted["kl"] < own.loc["kl", "high"] and pd.isna(own.loc["kl_p99", "low"])
     for name in ("eval_length", "eval_windows", "eval_sha256", "contaminated", "contamination", "overlap"):
-        assert own[name].nunique(dropna=False) == 1
+        assert len(distinct_values(own, name)) == 1
 
 
 def test_a_divergence_that_is_not_finite_has_a_reason_of_its_own(tmp_path, pair):
@@ -228,9 +229,9 @@ def test_a_divergence_that_is_not_finite_has_a_reason_of_its_own(tmp_path, pair)
     lost = dict.fromkeys(DIVERGENCES) | {"kl_windows": [], "top1_windows": [], "reason": "of 2 windows not finite"}
     path.write_text(json.dumps(json.loads(path.read_text()) | {"divergence": lost}))
     cells = gather(tmp_path, pair)["cells"]
-    absent = cells[cells["value"].isna()]
+    absent = select(cells, column(cells, "value").isna())
     assert list(absent["metric"]) == list(DIVERGENCES) and set(absent["reason"]) == {"of 2 windows not finite"}
-    assert set(absent["status"]) == {"done"} and absent["low"].isna().all()
+    assert set(absent["status"]) == {"done"} and bool(absent["low"].isna().all())
 
 
 @pytest.mark.parametrize(
@@ -266,7 +267,7 @@ def test_a_cell_without_layers_or_trace(tmp_path):
     layer_frame(one).iloc[:0].to_parquet(folder / "layers.parquet")
     cells = gather(tmp_path, [one])["cells"]
     assert set(cells.loc[cells["value"].isna(), "reason"]) == {"the cell has no compressed layer"}
-    assert cells["value"].notna().sum() == 2 * 4 + 2
+    assert int(column(cells, "value").notna().sum()) == 2 * 4 + 2
 
 
 def row_of(table: str) -> dict:
@@ -365,7 +366,7 @@ def test_bounds_that_are_missing_are_an_error_unless_partial(tmp_path):
     with pytest.raises(InputError, match="The bounds of a target .*bound.parquet does not exist"):
         collect(StudyInputs(cells, SKIPPED, TEXTS, certificates=[CERTIFICATE]), tmp_path / "tables", False, tmp_path)
     collect(StudyInputs(cells, SKIPPED, TEXTS, certificates=[CERTIFICATE]), tmp_path / "tables", True, tmp_path)
-    assert read_table(tmp_path / "tables", "layers")["lower_bound"].isna().all()
+    assert bool(column(read_table(tmp_path / "tables", "layers"), "lower_bound").isna().all())
 
 
 @pytest.mark.parametrize("broken", [b"PAR1", None], ids=["broken", "of other Grams"])
@@ -374,7 +375,7 @@ def test_bounds_that_do_not_fit_leave_the_partial_tables_without_them(tmp_path, 
     if broken:
         (tmp_path / CERTIFICATE).write_bytes(broken)
     collect(StudyInputs(cells, SKIPPED, TEXTS, certificates=[CERTIFICATE]), tmp_path / "tables", True, tmp_path)
-    assert read_table(tmp_path / "tables", "layers")["lower_bound"].isna().all()
+    assert bool(column(read_table(tmp_path / "tables", "layers"), "lower_bound").isna().all())
 
 
 def test_collected_tables_satisfy_the_validator(tmp_path, pair):
@@ -484,7 +485,7 @@ def test_layers_of_experts_that_saw_every_token_are_counted_per_mode():
     layers.loc[own & (layers["mode"] == "shared"), "token_scope"] = "fallback"
     some = own & (layers["mode"] == "sequential") & (layers["label"] == "wanda") & (layers["block"] == 0)
     layers.loc[some | (layers["target"] == "dense"), "token_scope"] = "fallback"
-    first, second = tables(cells_table(cells), "perplexity", layers=layers[list(SCOPES)])
+    first, second = tables(cells_table(cells), "perplexity", layers=columns_of(layers, list(SCOPES)))
     assert "every token" not in first.note and second.note.endswith(
         "Calibrated on every token, since fewer were routed to their expert than they have inputs: "
         "2 of 14 layers in shared mode, 0 to 1 of 14 layers in sequential mode."
@@ -553,10 +554,10 @@ def test_collect_compares_cells_and_gives_intervals(tmp_path):
     assert list(found["text"].fillna("")) == ["", *3 * ["docs"], *3 * ["wiki"]]
     assert set(found["verdict"]) == {"worse"}
     cells = read_table(tmp_path / "tables", "cells")
-    sure = cells["metric"].isin(["perplexity", "kl", "top1_agreement"])
-    own = cells[sure]
-    assert ((own["low"] < own["value"]) & (own["value"] < own["high"])).all()
-    assert cells.loc[~sure, ["low", "high"]].isna().all(axis=None)
+    sure = column(cells, "metric").isin(["perplexity", "kl", "top1_agreement"])
+    own = select(cells, sure)
+    assert bool(((own["low"] < own["value"]) & (own["value"] < own["high"])).all())
+    assert bool(select(cells, ~sure)[["low", "high"]].isna().to_numpy().all())
 
 
 def test_a_cell_without_a_perplexity_is_not_compared_by_it(tmp_path):

@@ -1,7 +1,6 @@
 """Tables of one protocol: a study that mixes two is refused, rows of other code or versions are marked."""
 
 # pandas' own annotations lose whether a selection is a column or a frame.
-# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
 
 import json
 import re
@@ -16,6 +15,8 @@ from layerwise.results.collect import TABLES, StudyInputs, collect
 from layerwise.results.main_table import document, latex, markdown, tables
 from layerwise.results.protocol import MARK, SAME
 from layerwise.runtime.errors import Diverged, InputError, record_failure
+from layerwise.storage import frames
+from layerwise.storage.frames import matching, select, tuples
 from layerwise.storage.table_schema import columns, from_rows, read_table
 from tests.results.test_collect import row_of
 from tests.support.synthetic_tables import EVALUATIONS, PROVENANCE, STUDY, SyntheticCell, cell, cells_table, write_cell
@@ -96,9 +97,9 @@ def test_a_cell_of_another_model_or_calibration_is_refused(tmp_path, column):
         gather(tmp_path)
     assert not list(tmp_path.glob("tables/*"))
     cells = gather(tmp_path, partial=True)
-    own = cells[cells["label"] == "wanda"]
+    own = matching(cells, label="wanda")
     assert set(own["status"]) == {"failed"} and bool(own["value"].isna().all())
-    assert own["reason"].str.contains(column).all()
+    assert all(column in reason for reason in own["reason"])
     assert set(cells.loc[cells["label"] != "wanda", "status"]) == {"done"}
     for table in ("layers", "traces", "comparisons"):
         found = read_table(tmp_path / "tables", table)
@@ -122,11 +123,11 @@ def test_a_perplexity_of_other_windows_is_refused(tmp_path, column, values):
     ):
         gather(tmp_path)
     cells = gather(tmp_path, partial=True)
-    failed = cells[cells["status"] == "failed"]
-    assert failed[["label", "metric", "text"]].values.tolist() == [
-        ["wanda", metric, "wiki"] for metric in ("perplexity", *DIVERGENCES)
+    failed = matching(cells, status="failed")
+    assert tuples(failed, ["label", "metric", "text"]) == [
+        ("wanda", metric, "wiki") for metric in ("perplexity", *DIVERGENCES)
     ]
-    assert failed[["low", "high"]].isna().all(axis=None)
+    assert bool(failed[["low", "high"]].isna().to_numpy().all())
     compared = read_table(tmp_path / "tables", "comparisons")
     for metric in ("perplexity", "kl", "top1_agreement"):
         own = compared[compared["metric"] == metric]
@@ -222,7 +223,7 @@ def test_a_method_that_diverges_is_a_row_with_status_and_reason(tmp_path):
     with pytest.raises(InputError), record_failure(folder, "compress"):
         raise Diverged("wanda has diverged on model.layers.0.mlp.up_proj: its output_error is 3e+07.")
     cells = gather(tmp_path, partial=True)
-    own = cells[cells["label"] == "wanda"]
+    own = matching(cells, label="wanda")
     told = "compress, diverged: wanda has diverged on model.layers.0.mlp.up_proj: its output_error is 3e+07."
     assert set(own["reason"]) == {told} and set(own["status"]) == {"failed"} and bool(own["value"].isna().all())
     assert set(cells.loc[cells["label"] != "wanda", "status"]) == {"done"}
@@ -254,7 +255,8 @@ def test_no_number_that_is_not_finite_reaches_a_table(tmp_path, name, put, value
     path.write_text(json.dumps(put(json.loads(path.read_text()), value)))
     cells = gather(tmp_path, partial=True)
     numbers_of(tmp_path)
-    own = cells[(cells["label"] == "wanda") & cells["value"].isna()]
+    own = matching(cells, label="wanda")
+    own = select(own, frames.column(own, "value").isna())
     assert bool(own["reason"].notna().all())
     assert len(own) or "losses" in str(put(json.loads(path.read_text()), value))
     assert set(cells.loc[cells["label"] != "wanda", "status"]) == {"done"}
