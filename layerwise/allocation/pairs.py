@@ -48,6 +48,8 @@ def _pair(option: Mapping[str, Any], target: Target) -> Target:
         own.setdefault("symmetric", target.symmetric)
     if target.rank:
         own.setdefault("rank", target.rank)
+        for name in ("factor_bits", "factor_group"):
+            own.setdefault(name, getattr(target, name))
     found = Target(**own)
     if found.dense:
         raise ValueError("a pair must prune, quantise or have a rank")

@@ -53,16 +53,7 @@ class Case:
     @property
     def refusal(self) -> str | None:
         """One sentence saying why the method, or its warm start, cannot reach the target, or None."""
-        own = self.entry.refusal(self.target)
-        if own:
-            return own
-        for key in self.entry.warm_starts:
-            start, asked = getattr(self.method, key), self.entry.card["parameters"][key].get("asked")
-            part = self.target.rest if asked == "rest" else self.target
-            # an optional warm start may be None
-            if start and asked in (None, "rest") and (reason := start.refusal(part)):
-                return f"its {key} cannot: {reason}"
-        return None
+        return self.entry.refusal(self.target) or _refusal_inside(self.method, self.entry.card, self.target)
 
     @property
     def label(self) -> str:
@@ -76,6 +67,19 @@ class Case:
         came = type(result).__name__
         demand(isinstance(result, Compressed), layer.name, "a method's result must be a Compressed", came)
         return result
+
+
+def _refusal_inside(method: Method, card: Mapping[str, Any], target: Target) -> str | None:
+    """Why a warm start of the method, or one inside that, cannot reach its part of the target, or None."""
+    for key, schema in card["parameters"].items():
+        start, asked = getattr(method, key), schema.get("asked")
+        # an optional warm start may be None
+        if schema.get("format") != "method" or not start or asked not in (None, "rest", "unrounded"):
+            continue
+        part = target if asked is None else getattr(target, asked)
+        if reason := start.refusal(part) or _refusal_inside(start, start._card, part):
+            return f"its {key} cannot: {reason}"
+    return None
 
 
 def cases(catalogue: Catalogue) -> Iterator[Case]:

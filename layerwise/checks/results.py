@@ -66,9 +66,36 @@ def assert_parts(layer: Layer, target: Target, result: Compressed) -> Compressed
         total += low_rank.rest.numpy()
     demand(np.isfinite(total).all(), layer.name, "the parts must be finite", "NaN or infinity")
     sizes = np.abs(parts[0].numpy().astype(np.float64)) @ np.abs(parts[1].numpy().astype(np.float64)) + np.abs(total)
+    assert_factor_codes(layer, target, result)
     close = (np.abs(total - result.weight.numpy()) <= 1e-6 * sizes).all()
     demand(close, layer.name, "the weight must be the sum of its parts (to 1e-6)", "another matrix")
     return None if low_rank.rest is None else Compressed(low_rank.rest, result.mask, result.quantised)
+
+
+def assert_factor_codes(layer: Layer, target: Target, result: Compressed) -> None:
+    """Promise 3 for quantised factors: scale * (code - zero) is the factor, entry by entry, and codes fit."""
+    low_rank = result.low_rank
+    assert low_rank is not None  # otherwise assert_parts would have raised
+    for side, factor, codes in (
+        ("left", low_rank.left, low_rank.left_codes),
+        ("right", low_rank.right, low_rank.right_codes),
+    ):
+        demand((codes is None) == (target.factor_bits is None), layer.name, f"{side} must be as asked", "another form")
+        if codes is None or target.factor_bits is None:
+            continue
+        rows, length = factor.shape
+        group_of = np.arange(length) // (target.factor_group or max(length, 1))
+        most = 2**target.factor_bits - 1
+        numbers, scales, zeros = codes.codes.numpy(), codes.scales.numpy(), codes.zeros.numpy()
+        sizes = numbers.shape == (rows, length) and scales.shape == zeros.shape == (rows, len(set(group_of)))
+        demand(sizes, layer.name, f"the codes of {side} must be [{rows}, {length}], in its groups", "other sizes")
+        fit = numbers.dtype == np.uint8 and numbers.max(initial=0) <= most and (zeros >= 0).all()
+        whole = fit and (zeros <= most).all() and (zeros == zeros.round()).all()
+        demand(whole, layer.name, f"codes and zeros of {side} must be whole, 0 to {most}", "others")
+        demand((np.isfinite(scales) & (scales > 0)).all(), layer.name, f"scales of {side} must be positive", "others")
+        values = scales[:, group_of] * (numbers.astype(np.float32) - zeros[:, group_of])
+        wrong = int((values != factor.numpy()).sum())
+        demand(not wrong, layer.name, f"scales * (codes - zeros) must be {side}", f"{wrong} entries that differ")
 
 
 def _words(value: object) -> str:
@@ -238,6 +265,12 @@ def assert_same(name: str, first: Compressed, second: Compressed) -> None:
             if part
             for key, value in vars(part).items()
         }
+        | {
+            f"{side} {key}": value
+            for side in ("left_codes", "right_codes")
+            if (codes := getattr(result.low_rank, side, None))
+            for key, value in vars(codes).items()
+        }
         for result in (first, second)
     ]
     for key in (
@@ -255,6 +288,7 @@ def assert_same(name: str, first: Compressed, second: Compressed) -> None:
         "right",
         "rest",
         "kept",
+        *(f"{side}_codes {key}" for side in ("left", "right") for key in ("codes", "scales", "zeros")),
     ):
         a, b = (part.get(key) for part in parts)
         same = torch.equal(a, b) if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor) else a == b

@@ -33,11 +33,15 @@ TARGETS = [
     Target(0.5, rank=0.2),
     Target(pattern="2:4", rank=0.2),
     Target(bits=4, group=16, rank=0.2),
+    Target(rank=0.5, factor_bits=4, factor_group=16),
+    Target(0.5, rank=0.2, factor_bits=3, factor_group=16),
+    Target(bits=4, group=16, rank=0.2, factor_bits=4),
 ]
 # One target of each kind, by label: variants of a method are tried here at every change, and `quick` has only these.
 ONE_OF_EACH = (
     *("50% row", "50% layer", "2:4", "4b g16", "2:4 4b", "50% 1x16 4b g16"),
     *("rank 50%", "50% row rank 20%", "4b g16 rank 20%"),
+    *("rank 50% 4b g16", "4b g16 rank 20% 4b"),
 )
 
 

@@ -27,7 +27,7 @@ from layerwise.contract.cards import ALLOCATOR
 from layerwise.contract.catalogue import Catalogue
 from layerwise.contract.gram import Gram
 from layerwise.contract.layer import Layer
-from layerwise.contract.target import Target
+from layerwise.contract.target import OF_FACTORS, Target
 from layerwise.models import compute_dtype, loading, structure
 from layerwise.models.stored_dtypes import stored_dtype
 from layerwise.models.streaming import LazyBlocks
@@ -264,8 +264,8 @@ def main(argv: list[str] | None = None) -> None:
         "allocation": job.spec["name"],
         "allocator": job.spec["allocator"],
         "target": job.target.label,
-        # the label contains the rank
-        **{name: value for name, value in job.target.as_dict().items() if name != "rank"},
+        # the label contains what the target says of factors
+        **{name: value for name, value in job.target.as_dict().items() if name not in OF_FACTORS},
         "params": json.dumps(job.spec["params"], sort_keys=True, separators=(",", ":")),
         "seed": job.spec["seed"],
     }

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import numbers
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -56,7 +57,13 @@ def _plain(layer: Layer, target: Target, result: Compressed) -> str | None:
     if result.low_rank is not None:
         if not isinstance(result.low_rank, LowRank):
             return f"promise 1: low_rank must be a LowRank. Got {type(result.low_rank).__name__} instead"
-        optional |= vars(result.low_rank)
+        low_rank = vars(result.low_rank)
+        optional |= {name: low_rank[name] for name in ("left", "right", "rest", "kept")}
+        for name in ("left_codes", "right_codes"):
+            if low_rank[name] is not None and not isinstance(low_rank[name], Quantised):
+                return f"promise 1: {name} must be a Quantised. Got {type(low_rank[name]).__name__} instead"
+            own = vars(low_rank[name]) if low_rank[name] is not None else {}
+            optional |= {f"{name}.{part}": value for part, value in own.items() if part != "rotation"}
     tensors |= {name: value for name, value in optional.items() if value is not None}
     expected = type(layer.weight)
     for name, value in tensors.items():
@@ -114,12 +121,36 @@ def _factors(layer: Layer, target: Target, result: Compressed) -> str | None:
             return f"promise 1: {name} {NOT_FINITE}. Got {ruined} entries of NaN or Inf instead"
     if kept is not None and (left := int(low_rank.left.masked_fill(kept, 0.0).count_nonzero())):
         return f"promise 1: left must be zero where kept is False. Got {left} nonzero entries instead"
+    if sentence := _factor_codes(layer, target, low_rank):
+        return sentence
     wrong = int((product(low_rank) != result.weight).sum())
     return (
         f"promise 2: the weight must be the sum of its parts. Got {wrong} entries that differ instead"
         if wrong
         else None
     )
+
+
+def _factor_codes(layer: Layer, target: Target, low_rank: LowRank) -> str | None:
+    """The fault in the codes of factors, each as of a layer of its own, or None."""
+    for name, factor, codes in (
+        ("left", low_rank.left, low_rank.left_codes),
+        ("right", low_rank.right, low_rank.right_codes),
+    ):
+        if (codes is None) != (target.factor_bits is None):
+            wanted, came = ("no", "some") if target.factor_bits is None else ("the", "none")
+            return f"promise 2: {target.label} must have {wanted} codes of its factor {name}. Got {came} instead"
+        if codes is None:
+            continue
+        if low_rank.kept is not None:
+            return "promise 2: a quantised factor must not be sparse. Got kept instead"
+        for part in ("group_of", "input_scale", "divisor", "levels", "rotation"):
+            if getattr(codes, part) is not None:
+                return f"promise 3: the codes of the factor {name} must have no {part}. Got one instead"
+        own = replace(layer, weight=factor)
+        if factor.numel() and (sentence := _grid(own, target.factors, Compressed(factor, quantised=codes))):
+            return sentence.replace(": ", f": of the factor {name}, ", 1)
+    return None
 
 
 def _masked(layer: Layer, target: Target, result: Compressed) -> str | None:

@@ -54,6 +54,7 @@ CARD_SCHEMA = {
         "bits_only": {"type": "boolean"},
         "own_grid": {"type": "boolean"},  # its codes represent its own levels, or a rotated weight
         "sums": {"type": "boolean"},  # it always adds low-rank factors to the sparse or quantised part
+        "factor_bits": {"type": "array", "items": {"type": "integer", "minimum": 2, "maximum": 8}},  # of its factors
         "sparse_factor": {"type": "boolean"},  # one of its factors is sparse, so the rank may be higher
         "named_by": {"type": "string"},
         "cost": {

@@ -230,7 +230,9 @@ class Catalogue(Mapping[str, Entry]):
         for key, inner, inner_params in entry.inner(params):
             schema, card = entry.card["parameters"][key], self[inner].card
             asked = schema.get("asked")
-            part = {"pruning": target.pruning, "grid": target.grid, "rest": target.rest}.get(asked, target)
+            part = target if asked is None else getattr(target, asked)
+            if asked == "unrounded" and card.get("sparse_factor"):
+                return f"its {key} cannot: {inner} gives a sparse factor"
             if asked in ("pruning", "grid") and part.dense:
                 continue
             if "gives" in schema and (lacking := self.needs(inner, inner_params) - set(schema["gives"])):

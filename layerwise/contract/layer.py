@@ -110,25 +110,27 @@ class LowRank:
 
     left:  B [out, r] float32. right: A [r, in] float32; r is given by `Target.rank_of`.
     rest:  S [out, in] float32. None if the target has factors alone.
-    kept:  [out, r] bool, for a sparse B: False where it is zero. Then r may be larger, as long as entries and positions
-           take no more bits than the target's share of the weights. None for a dense B.
+    kept:  [out, r] bool, False where a sparse B is zero. Then r may be larger, as long as entries and positions take no
+           more bits than the target's share of the weights. None for a dense B.
+    left_codes, right_codes: integer codes of B and A on the grid `Target.factors`; None for factors of 16 bits.
     """
 
     left: Tensor
     right: Tensor
     rest: Tensor | None = None
     kept: Tensor | None = None
+    left_codes: Quantised | None = None
+    right_codes: Quantised | None = None
 
 
 @dataclass(frozen=True)
 class Compressed:
     """A method's result for a layer.
 
-    weight: [out, in] float32, the compressed weight: zero where mask is False; otherwise, in a quantised layer, the
-            value of its code. With factors it is the sum S + B A, and mask and quantised belong to S.
+    weight: [out, in] float32: zero where mask is False; otherwise, in a quantised layer, the value of its code. With
+            factors it is the sum S + B A, and mask and quantised belong to S.
     mask:   [out, in] bool, True where kept. None when the target prunes nothing.
-    quantised: the codes and their grid. None when the target has no bits.
-    low_rank: the factors and S. None when the target has no rank.
+    quantised, low_rank: codes and grid; factors and S. None when the target has no bits, or no rank.
     trace:  (iteration, seconds, objective) rows of an iterative method.
     info:   further facts; `damping`, the damping used, has a column in the layers table.
     """

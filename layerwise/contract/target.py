@@ -1,7 +1,7 @@
 """The target that a compressed layer must satisfy. Does not import torch, so that the grid is planned without it."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from decimal import Decimal
 from typing import Any
@@ -12,12 +12,15 @@ LABEL = re.compile(
     r"(?:(?P<n_of_m>[1-9][0-9]*:[1-9][0-9]*) |"
     r"(?P<percent>[0-9]+(?:\.[0-9]+)?(?:e[+-]?[0-9]+)?)% (?P<pattern>row|layer|1x[1-9][0-9]*) )?"
     r"(?:(?P<format>nvfp4|mxfp4) |(?P<bits>[0-9]+)b (?:g(?P<group>[0-9]+) )?(?P<symmetric>sym )?)?"
-    r"(?:rank (?P<rank>[0-9]+(?:\.[0-9]+)?(?:e[+-]?[0-9]+)?)% )?"
+    r"(?:rank (?P<rank>[0-9]+(?:\.[0-9]+)?(?:e[+-]?[0-9]+)?)% "
+    r"(?:(?P<factor_bits>[0-9]+)b (?:g(?P<factor_group>[0-9]+) )?)?)?"
 )
+WHOLE = ("bits", "group", "factor_bits", "factor_group")  # fields that are whole numbers or None
 FORMATS = {"nvfp4": 16, "mxfp4": 32}  # floating-point formats of four bits -> inputs that share a scale
 JOINT = "pruned and quantised"  # the budget of a target that does both: stored bits
 LOW_RANK = "low rank"  # the structure of a target with two thin factors and nothing else
 SUM = "sum of parts"  # comparison group of targets with factors beside a sparse or quantised part
+OF_FACTORS = ("rank", "factor_bits", "factor_group")  # fields that describe the factors
 PAIRED = (JOINT, LOW_RANK, SUM)  # budgets that give each layer its own target instead of a level
 CERTIFIED = ("row", "layer", "n:m")  # patterns for which the error of every mask has a bound
 
@@ -41,6 +44,8 @@ class Target:
     rank:     share of the layer's weights that two factors B [out, r] and A [r, in] may have, in [0, 1):
               r = floor(rank * out * in / (out + in)). Alone it means W_hat = B A. With sparsity or bits it means S + B
               A, and the other fields describe S. 0: no factors.
+    factor_bits: width of the factors' integer codes, 2 to 8, or None for factors of 16 bits. It does not change r.
+    factor_group: consecutive entries of a factor's row that share a scale and zero, or None for a whole row.
     """
 
     sparsity: float = 0.0
@@ -50,6 +55,8 @@ class Target:
     symmetric: bool = False
     format: str | None = None
     rank: float = 0.0
+    factor_bits: int | None = None
+    factor_group: int | None = None
 
     def __post_init__(self) -> None:
         self._fill_in_format()
@@ -68,17 +75,26 @@ class Target:
             raise ValueError(f"Target.sparsity must be in [0, 1). Got {self.sparsity} instead.")
         if self.sparsity == 0 and self.pattern != "row":  # nothing to prune: use one spelling of this target
             object.__setattr__(self, "pattern", "row")
-        for name, value in (("bits", self.bits), ("group", self.group)):
+        for name in WHOLE:
+            value = getattr(self, name)
             if value is not None and not float(value).is_integer():
                 raise ValueError(f"Target.{name} must be a whole number. Got {value} instead.")
-        if self.bits is not None and not 2 <= self.bits <= 8:
-            raise ValueError(f"Target.bits must be 2 to 8. Got {self.bits} instead.")
+            if value is not None and name.endswith("bits") and not 2 <= value <= 8:
+                raise ValueError(f"Target.{name} must be 2 to 8. Got {value} instead.")
         if self.group is not None and self.group < 1:
             raise ValueError(f"Target.group must be a number of inputs, at least 1. Got {self.group} instead.")
         if not 0 <= self.rank < 1:
             raise ValueError(f"Target.rank must be a share of the weights, in [0, 1). Got {self.rank} instead.")
         if self.bits is None and (self.group is not None or self.symmetric):
             raise ValueError("Target.bits must be given with Target.group or Target.symmetric. Got None instead.")
+        if self.factor_group is not None and self.factor_group < 1:
+            raise ValueError(
+                f"Target.factor_group must be a number of entries, at least 1. Got {self.factor_group} instead."
+            )
+        if self.factor_bits is None and self.factor_group is not None:
+            raise ValueError("Target.factor_bits must be given with Target.factor_group. Got None instead.")
+        if self.factor_bits is not None and not self.rank:
+            raise ValueError("Target.rank must be above 0 with Target.factor_bits. Got 0 instead.")
 
     def _fill_in_format(self) -> None:
         """Fill in the fields that a format fixes. Raises ValueError if a contradicting value is given."""
@@ -105,7 +121,7 @@ class Target:
     @classmethod
     def parse(cls, label: str) -> "Target":
         """The target of a label: "60% row", "50% layer", "2:4", "50% 1x16", "4b g128", "2:4 4b sym", "nvfp4", "dense".
-        "rank 40%" may be the whole label or its end.
+        "rank 40%" and "rank 40% 4b g64", with quantised factors, may be the whole label or its end.
 
         The inverse of `label`, which shows six digits of the percentage: one third is written as 33.3333%, and 33.3333%
         is read as exactly 0.333333. Raises ValueError for text that is not a label, and for an impossible target.
@@ -117,17 +133,17 @@ class Target:
         if not words or not found:
             raise ValueError(
                 "A target's label must be like '60% row', '50% layer', '2:4', '50% 1x16', '4b g128', '4b sym', "
-                f"'2:4 4b g128', 'nvfp4', 'mxfp4', 'rank 40%' or 'dense'. Got {label!r} instead."
+                f"'2:4 4b g128', 'nvfp4', 'mxfp4', 'rank 40%', 'rank 40% 4b g64' or 'dense'. Got {label!r} instead."
             )
-        bits, group, percent = found["bits"], found["group"], found["percent"]
+        percent = found["percent"]
+        whole = {name: int(found[name]) if found[name] else None for name in WHOLE}
         return cls(
             sparsity=float(Decimal(percent) / 100) if percent else 0.0,  # as the decimal 0.07, not as 7 times 0.01
             pattern=found["n_of_m"] or found["pattern"] or "row",
-            bits=int(bits) if bits else None,
-            group=int(group) if group else None,
             symmetric=bool(found["symmetric"]),
             format=found["format"],
             rank=float(Decimal(found["rank"]) / 100) if found["rank"] else 0.0,
+            **whole,
         )
 
     @property
@@ -169,7 +185,17 @@ class Target:
     @property
     def rest(self) -> "Target":
         """The target of the part beside the factors; dense if there is none."""
-        return replace(self, rank=0.0)
+        return replace(self, rank=0.0, factor_bits=None, factor_group=None)
+
+    @property
+    def factors(self) -> "Target":
+        """The grid of each factor, as the target of a layer of its own; dense if factors have 16 bits."""
+        return Target(bits=self.factor_bits, group=self.factor_group)
+
+    @property
+    def unrounded(self) -> "Target":
+        """The same target with factors of 16 bits."""
+        return replace(self, factor_bits=None, factor_group=None)
 
     def rank_of(self, out: int, inputs: int) -> int:
         """The rank r of a layer's factors [out, r] and [r, inputs], which take at most the share `rank` of its
@@ -234,7 +260,7 @@ class Target:
 
     @property
     def label(self) -> str:
-        """Short name for tables, figures and reports: 50% row, 2:4, 4b g128, 2:4 4b, nvfp4, 2:4 rank 10%, dense."""
+        """Short name for tables, figures and reports: 50% row, 2:4, 4b g128, 2:4 4b, nvfp4, rank 10% 4b g64, dense."""
         parts = []
         if self.sparsity:
             parts.append(self.pattern if self.n_of_m else f"{100 * self.sparsity:g}% {self.pattern}")
@@ -246,13 +272,16 @@ class Target:
             )
         if self.rank:
             parts.append(f"rank {100 * self.rank:g}%")
+        if self.factor_bits is not None:
+            parts.append(self.factors.label)
         return " ".join(parts) or "dense"
 
     def as_dict(self) -> dict[str, Any]:
-        """The fields in the form of a config: a format is under `bits`, and a rank is present only if there is one."""
+        """The fields in the form of a config: a format is under `bits`, and those of factors are present only if
+        set."""
         fields = asdict(self)
-        rank = fields.pop("rank")
-        return fields | {"bits": fields.pop("format") or self.bits} | ({"rank": rank} if rank else {})
+        own = {name: value for name in OF_FACTORS if (value := fields.pop(name))}
+        return fields | {"bits": fields.pop("format") or self.bits} | own
 
 
 def refusal(name: str, card: Mapping[str, Any], target: Target) -> str | None:
@@ -283,10 +312,26 @@ def _rank_refusal(name: str, card: Mapping[str, Any], target: Target) -> str | N
     alone, sums = LOW_RANK in card["patterns"], card.get("sums")
     if target.rank and not (alone or sums):
         return f"{name} gives no low-rank factors"
-    if target.structure == LOW_RANK:
-        return None if alone else f"{name} gives a sum with low-rank factors, not the factors alone"
+    if target.structure == LOW_RANK and not alone:
+        return f"{name} gives a sum with low-rank factors, not the factors alone"
+    if target.rank and target.structure != LOW_RANK and not sums:
+        return f"{name} gives only low-rank factors, not a sum with them"
     if target.rank:
-        return None if sums else f"{name} gives only low-rank factors, not a sum with them"
+        return _factor_refusal(name, card.get("factor_bits", []), target)
+    if sums and alone:
+        return f"{name} gives low-rank factors, so the target must have a rank"
     if sums:
         return f"{name} gives only sums with low-rank factors, so the target must have a rank"
     return f"{name} gives low-rank factors and neither prunes nor quantises" if card["patterns"] == [LOW_RANK] else None
+
+
+def _factor_refusal(name: str, widths: Sequence[int], target: Target) -> str | None:
+    """Why a method whose factors have one of these widths cannot give those of a target, or None. No widths: 16
+    bits."""
+    if target.factor_bits is None:
+        return f"{name} gives quantised low-rank factors, so the target must have factor_bits" if widths else None
+    if not widths:
+        return f"{name} does not quantise low-rank factors"
+    if target.factor_bits not in widths:
+        return f"{name} quantises low-rank factors to {', '.join(map(str, widths))} bits, not to {target.factor_bits}"
+    return None

@@ -94,7 +94,7 @@ def grouping(quantised: Quantised, target: Target) -> Tensor:
 
 def groups_of(inputs: int, group: int | None, device: torch.device | None = None) -> Tensor:
     """[in] int64, group of each input when groups are runs of `group` consecutive inputs (None: one group)."""
-    return torch.arange(inputs, device=device) // (group or inputs)
+    return torch.arange(inputs, device=device) // (group or inputs or 1)
 
 
 def fit_grid(weight: Tensor, target: Target, mse: bool = False) -> Grid:
@@ -129,7 +129,10 @@ def fit_signed_grid(weight: Tensor, target: Target, mse: bool = False) -> Grid:
 def fit_and_round(weight: Tensor, target: Target, mse: bool = False) -> tuple[Grid, Tensor, Tensor]:
     """The grid fitted to weight [out, in], and the weight's codes and values [out, in] on it."""
     assert target.bits is not None
-    length = target.group or weight.shape[1]
+    length = target.group or weight.shape[1] or 1
+    if not weight.numel():  # a factor of rank 0
+        scales = weight.new_ones(len(weight), -(-weight.shape[1] // length))
+        return Grid(scales, torch.zeros_like(scales), target.bits), weight.to(torch.uint8), weight.clone()
     if dispatch.use_compiled(weight) and not target.format:
         scales, zeros, codes, values = kernel.fit_and_round(weight, length, target.bits, target.symmetric, mse)
         return Grid(scales, zeros, target.bits), codes, values

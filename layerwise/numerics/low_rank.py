@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from layerwise.contract.gram import Gram
-from layerwise.contract.layer import Compressed, LowRank
+from layerwise.contract.layer import Compressed, LowRank, Quantised
 
 
 def leading(matrix: Tensor, rank: int, gram: Tensor | None = None) -> Tensor:
@@ -66,13 +66,14 @@ def of_parts(
     rest: Compressed | None = None,
     info: Mapping[str, Any] | None = None,
     kept: Tensor | None = None,
+    codes: tuple[Quantised | None, Quantised | None] = (None, None),
 ) -> Compressed:
     """The result made of factors of any float dtype and the part beside them. info: replaces that of the part.
 
-    kept: [out, r] bool, for a sparse left factor.
+    kept: [out, r] bool, for a sparse left factor. codes: those of which quantised factors are the values.
     """
     part_weight = None if rest is None else rest.weight
-    low_rank = LowRank(left.float().contiguous(), right.float().contiguous(), part_weight, kept)
+    low_rank = LowRank(left.float().contiguous(), right.float().contiguous(), part_weight, kept, *codes)
     told = info if info is not None or rest is None else rest.info
     part = Compressed(low_rank.left) if rest is None else rest
     return Compressed(product(low_rank), part.mask, part.quantised, low_rank, info=told or {})

@@ -38,6 +38,8 @@ def half(values: Tensor, dtype: torch.dtype) -> Tensor:
     smaller largest relative error. This is float16 unless values are tiny or huge. No value becomes zero or infinite.
     Zeros, which scales of a code book may contain, are kept.
     """
+    if not values.numel():  # of a factor of rank 0
+        return values.to(HALVES[dtype == torch.bfloat16])
     if not values.all():
         return torch.where(values == 0, 0.0, half(torch.where(values == 0, 1.0, values), dtype))
     rounded = [within(values, kind) for kind in HALVES]

@@ -49,14 +49,20 @@ def stored_bits(
     input_scale: 16 bits per input (AWQ). group_of: 16 bits per input if groups are `reordered` and so not runs of
     inputs (GPTQ's act-order). levels: 32 bits for each of 2^bits levels, for a method with its own code book, which has
     no zeros. rotation: 32 bits each for seed and block. left and right: 16 bits per entry of the factors of a target
-    with a rank; these are the only parts if the target has nothing else. For a `sparse_factor` (rank, kept entries),
-    left holds the kept entries and left_bitmap has one bit per entry.
+    with a rank; factors and S are all parts of such a target. For a `sparse_factor` (rank, kept entries), left holds
+    the kept entries and left_bitmap has one bit per entry. left_codes, left_scales, left_zeros, and so for right:
+    instead of left and right, if factors are quantised, the parts of layers [rows, rank] and [rank, inputs].
     """
     count = kept * rows * inputs
     parts: dict[str, float] = {}
     if target.rank:
         rank, entries = sparse_factor or (own := target.rank_of(rows, inputs), rows * own)
-        parts = {"left": entries * FLOAT_BITS, "right": rank * inputs * FLOAT_BITS}
+        if target.factor_bits:
+            left, right = (stored_bits(target.factors, 1.0, *shape) for shape in ((rows, rank), (rank, inputs)))
+            parts = {f"left_{name}": bits for name, bits in left.items()}
+            parts |= {f"right_{name}": bits for name, bits in right.items()}
+        else:
+            parts = {"left": entries * FLOAT_BITS, "right": rank * inputs * FLOAT_BITS}
         if sparse_factor:
             parts["left_bitmap"] = rows * rank
         if target.rest.dense:
@@ -104,7 +110,7 @@ def kept_blocks(target: Target, inputs: int) -> int:
 
 def group_length(target: Target, inputs: int) -> int:
     """Number of inputs that share a scale and zero; the last group may be shorter."""
-    return min(target.group or inputs, inputs)
+    return max(min(target.group or inputs, inputs), 1)  # a factor of rank 0 has no inputs
 
 
 def grids_of_blocks(target: Target, inputs: int) -> bool:

@@ -30,6 +30,10 @@ def as_stored(result: Compressed, target: Target, dtype: torch.dtype) -> Compres
     if target.rank:
         low_rank, rest = low_rank_of(result), result.rest
         stored = None if rest is None else as_stored(rest, target.rest, dtype)
+        if target.factor_bits:
+            left, right = (as_stored(factor, target.factors, dtype) for factor in factors_of(low_rank))
+            codes = (left.quantised, right.quantised)
+            return replace(of_parts(left.weight, right.weight, stored, result.info, codes=codes), trace=result.trace)
         left, right = (half_factor(factor, dtype).float() for factor in (low_rank.left, low_rank.right))
         return replace(of_parts(left, right, stored, result.info, low_rank.kept), trace=result.trace)
     if target.bits is None:
@@ -49,6 +53,14 @@ def low_rank_of(result: Compressed) -> LowRank:
     if result.low_rank is None:
         raise ValueError("a layer of a target with a rank must have factors")
     return result.low_rank
+
+
+def factors_of(low_rank: LowRank) -> tuple[Compressed, Compressed]:
+    """B and A as layers [out, r] and [r, in] of their own, quantised or not."""
+    return (
+        Compressed(low_rank.left, quantised=low_rank.left_codes),
+        Compressed(low_rank.right, quantised=low_rank.right_codes),
+    )
 
 
 def quantised_of(result: Compressed) -> Quantised:
@@ -91,6 +103,10 @@ def parts_of(result: Compressed, target: Target, dtype: torch.dtype) -> dict[str
         if low_rank.kept is not None:
             factors["left"] = low_rank.left[low_rank.kept]
         own = {} if rest is None else parts_of(rest, target.rest, dtype)
+        if target.factor_bits:
+            layers = dict(zip(("left", "right"), factors_of(low_rank), strict=True))
+            stored = {side: parts_of(factor, target.factors, dtype) for side, factor in layers.items()}
+            return {f"{side}_{name}": part for side, found in stored.items() for name, part in found.items()} | own
         if low_rank.kept is not None:
             own["left_bitmap"] = pack(low_rank.kept.cpu(), 1)
         return {name: half_factor(factor.cpu(), dtype).contiguous() for name, factor in factors.items()} | own

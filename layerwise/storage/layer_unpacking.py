@@ -24,8 +24,12 @@ def restored(parts: Mapping[str, Tensor], target: Target, shape: tuple[int, int]
     Raises ValueError, without the layer's name, when parts are absent or inconsistent.
     """
     if target.rank:
+        rest = None if target.rest.dense else restored(parts, target.rest, shape)
+        if target.factor_bits:
+            left, right = _restored_codes(parts, target, shape)
+            return of_parts(left.weight, right.weight, rest, codes=(left.quantised, right.quantised))
         left, right, kept = _restored_factors(parts, target, shape)
-        return of_parts(left, right, None if target.rest.dense else restored(parts, target.rest, shape), kept=kept)
+        return of_parts(left, right, rest, kept=kept)
     inputs = shape[1]
     if "" in parts:
         if parts[""].shape != shape:
@@ -55,6 +59,20 @@ def restored(parts: Mapping[str, Tensor], target: Target, shape: tuple[int, int]
         codes, scales, zeros, group_of, input_scale, _restored_divisor(parts, target), levels, rotation
     )
     return Compressed(dequantised(quantised, mask, target), mask, quantised)
+
+
+def _restored_codes(
+    parts: Mapping[str, Tensor], target: Target, shape: tuple[int, int]
+) -> tuple[Compressed, Compressed]:
+    """Quantised B [out, r] and A [r, in], each from its parts as a layer of its own."""
+    found, rank = [], target.rank_of(*shape)
+    for side, size in (("left", (shape[0], rank)), ("right", (rank, shape[1]))):
+        own = {name.removeprefix(f"{side}_"): part for name, part in parts.items() if name.startswith(f"{side}_")}
+        try:
+            found.append(restored(own, target.factors, size))
+        except ValueError as error:
+            raise ValueError(f"the factor {side}: {error}") from None
+    return found[0], found[1]
 
 
 def _restored_factors(

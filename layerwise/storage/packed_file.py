@@ -43,6 +43,7 @@ PARTS = (
     "left",
     "right",
     "left_bitmap",
+    *(f"{side}_{part}" for side in ("left", "right") for part in ("codes", "scales", "zeros")),
 )
 
 

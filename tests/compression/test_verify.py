@@ -18,12 +18,14 @@ from layerwise.contract.catalogue import Entry
 from layerwise.contract.layer import Compressed, Layer, LowRank, Method, Target, UnsupportedTarget
 from layerwise.numerics import low_rank, ops
 from layerwise.numerics.patterns import count_kept, kept_counts
+from tests.support import factors
 from tests.support.typing_helpers import some
 
 ROW, NM, BLOCK, WHOLE = Target(0.5), Target(pattern="2:4"), Target(0.5, "1x16"), Target(0.5, "layer")
 GRID, JOINT, DENSE = Target(bits=4, group=16), Target(0.5, bits=4, group=16), Target()
 NVFP4, MXFP4 = Target(format="nvfp4"), Target(format="mxfp4")
 FACTORS, SUM = Target(rank=0.5), Target(0.5, rank=0.2)
+ROUNDED = Target(rank=0.5, factor_bits=4, factor_group=16)
 
 
 def honest(layer: Layer, target: Target) -> Compressed:
@@ -31,7 +33,7 @@ def honest(layer: Layer, target: Target) -> Compressed:
     if target.rank:
         rest = None if target.rest.dense else honest(layer, target.rest)
         missing = layer.weight.double() - (0 if rest is None else rest.weight.double())
-        return low_rank.of_parts(*low_rank.best_factors(missing, target.rank_of(*missing.shape)), rest)
+        return factors.of_best(missing, target, rest)
     result = ops.pruned(layer, layer.weight.abs(), target)
     if target.bits is None:
         return result
@@ -62,6 +64,11 @@ def flip(result: Compressed, kept: int, dropped: int) -> Compressed:
 def refactored(result: Compressed, **parts: Any) -> Compressed:
     """The result with other factors or another part beside them."""
     return replace(result, low_rank=replace(some(result.low_rank), **parts))
+
+
+def recoded(result: Compressed, side: str, **parts: object) -> Compressed:
+    """The result with other codes or another grid of its factor `side`."""
+    return refactored(result, **{side: replace(getattr(result.low_rank, side), **parts)})
 
 
 def moved(result: Compressed, target: Target) -> Compressed:
@@ -138,6 +145,46 @@ VIOLATIONS: dict[str, tuple[Target, Damage, str]] = {
         FACTORS,
         lambda r: refactored(r, kept=torch.zeros(24, 8).bool()),
         "promise 1: left must be zero where kept is False. Got 192 nonzero entries instead",
+    ),
+    "factors of 16 bits where codes are asked for": (
+        ROUNDED,
+        lambda r: refactored(r, left_codes=None),
+        "promise 2: rank 50% 4b g16 must have the codes of its factor left. Got none instead",
+    ),
+    "codes of factors that were not asked for": (
+        FACTORS,
+        lambda r: refactored(r, right_codes=some(honest(layers.build("correlated"), ROUNDED).low_rank).right_codes),
+        "promise 2: rank 50% must have no codes of its factor right. Got some instead",
+    ),
+    "codes of a factor that are no Quantised": (
+        ROUNDED,
+        lambda r: refactored(r, left_codes=(1, 2)),
+        "promise 1: left_codes must be a Quantised. Got tuple instead",
+    ),
+    "a factor that is not the value of its codes": (
+        ROUNDED,
+        lambda r: refactored(r, right=with_entry(some(r.low_rank).right, (0, 0), 7.0)),
+        "promise 3: of the factor right, scales * (codes - zeros) must equal the weight. Got 1 entries that differ",
+    ),
+    "codes of a factor beyond their bits": (
+        ROUNDED,
+        lambda r: recoded(r, "left_codes", codes=some(some(r.low_rank).left_codes).codes + 9),
+        "promise 3: of the factor left, codes of 4 bits must lie in [0, 15]. Got 24 instead",
+    ),
+    "groups of a factor that are no runs": (
+        ROUNDED,
+        lambda r: recoded(r, "right_codes", group_of=torch.arange(64) // 16),
+        "promise 3: the codes of the factor right must have no group_of. Got one instead",
+    ),
+    "scales of another number of groups": (
+        ROUNDED,
+        lambda r: recoded(r, "right_codes", scales=some(some(r.low_rank).right_codes).scales[:, 1:].contiguous()),
+        "promise 3: of the factor right, scales must be [8, 4]. Got [8, 3] instead",
+    ),
+    "a quantised factor that is sparse": (
+        ROUNDED,
+        lambda r: refactored(r, kept=torch.ones(24, 8).bool()),
+        "promise 2: a quantised factor must not be sparse. Got kept instead",
     ),
     "places of another shape": (
         FACTORS,

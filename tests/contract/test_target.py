@@ -28,6 +28,9 @@ LABELS = {
     "4b g128 rank 5%": Target(bits=4, group=128, rank=0.05),
     "2:4 4b sym rank 5%": Target(pattern="2:4", bits=4, symmetric=True, rank=0.05),
     "nvfp4 rank 5%": Target(format="nvfp4", rank=0.05),
+    "rank 40% 4b": Target(rank=0.4, factor_bits=4),
+    "rank 40% 3b g64": Target(rank=0.4, factor_bits=3, factor_group=64),
+    "4b g128 rank 5% 8b g64": Target(bits=4, group=128, rank=0.05, factor_bits=8, factor_group=64),
 }
 STRUCTURES = {
     "dense": [Target(), Target(bits=4), Target(0.0, "layer"), Target(0.0, "1x16"), Target(bits=4, rank=0.1)],
@@ -110,6 +113,11 @@ WRONG = [
     ({"rank": 1.0}, "Target.rank must be a share of the weights, in [0, 1). Got 1.0 instead."),
     ({"rank": -0.1}, "Target.rank must be a share"),
     ({"rank": math.nan}, "Target.rank must be a share"),
+    ({"rank": 0.1, "factor_bits": 1}, "Target.factor_bits must be 2 to 8. Got 1 instead."),
+    ({"rank": 0.1, "factor_bits": 4.5}, "Target.factor_bits must be a whole number. Got 4.5 instead."),
+    ({"rank": 0.1, "factor_bits": 4, "factor_group": 0}, "Target.factor_group must be a number of entries"),
+    ({"rank": 0.1, "factor_group": 64}, "Target.factor_bits must be given with Target.factor_group. Got None instead."),
+    ({"factor_bits": 4}, "Target.rank must be above 0 with Target.factor_bits. Got 0 instead."),
     ({"group": 128}, "Target.bits must be given with Target.group or Target.symmetric. Got None instead."),
     ({"symmetric": True}, "Target.bits must be given with Target.group or Target.symmetric"),
 ]
@@ -135,4 +143,9 @@ def test_a_rank_leaves_the_rest_of_a_target_alone():
     assert not Target(rank=0.3).dense and Target(rank=0.3).level == 0.3 and Target(rank=0.3).at(0.4) == Target(rank=0.4)
     assert (whole.budget, Target(rank=0.3).budget) == ("sum of parts", "low rank") and whole.level == 0.5
     assert whole.paired and Target(rank=0.3).paired and not Target(bits=4).paired
+    rounded = Target(0.5, rank=0.1, factor_bits=4, factor_group=64)
+    assert rounded.rest == Target(0.5) and rounded.unrounded == Target(0.5, rank=0.1)
+    assert rounded.factors == Target(bits=4, group=64) and whole.factors.dense and whole.unrounded == whole
+    assert (rounded.budget, rounded.rank_of(24, 64)) == ("sum of parts", rounded.unrounded.rank_of(24, 64))
+    assert whole.as_dict().keys() < rounded.as_dict().keys()  # cells with factors of 16 bits keep their names
     assert "rank" not in Target(0.5).as_dict() and whole.as_dict()["rank"] == 0.1  # cells without one keep their names

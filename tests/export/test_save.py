@@ -112,6 +112,7 @@ PARTS = {
     "rocket": Target(rank=0.7),
     "oats": Target(pattern="2:4", rank=0.2),
     "eora": Target(bits=4, group=16, rank=0.2),
+    "lplr": Target(rank=0.5, factor_bits=4, factor_group=16),
 }
 
 

@@ -35,6 +35,18 @@ CASES = {
     # Factors of 16 bits: of 64 rows and 256 inputs int(.5 * 51.2) = 25 of each, of 1 row none.
     "rank 50%": (Target(rank=0.5), 1.0, {64: 16 * 25 * 320 / (64 * 256), 1: 0}),
     "2:4 rank 20%": (Target(pattern="2:4", rank=0.2), 0.5, {64: 8 + 1 + 16 * 10 * 320 / (64 * 256), 1: 8 + 1}),
+    # Of 64 x 25 and 25 x 256 codes of 4 bits, in 64 x 2 and 25 x 16 groups.
+    "rank 50% 4b g16": (
+        Target(rank=0.5, factor_bits=4, factor_group=16),
+        1.0,
+        {64: (4 * 25 * 320 + (16 + 4) * (64 * 2 + 25 * 16)) / (64 * 256), 1: 0},
+    ),
+    # Of 64 x 10 and 10 x 256 codes of 3 bits, a grid for each of 64 and 10 rows.
+    "2:4 rank 20% 3b": (
+        Target(pattern="2:4", rank=0.2, factor_bits=3),
+        0.5,
+        {64: 8 + 1 + (3 * 10 * 320 + (16 + 3) * (64 + 10)) / (64 * 256), 1: 8 + 1},
+    ),
     "50% 1x16 4b g128": (Target(0.5, "1x16", bits=4, group=128), 0.5, 2 + 0.5 + (16 + 4) / 128),
 }
 

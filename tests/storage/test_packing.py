@@ -19,11 +19,12 @@ from layerwise.compression.score import output_error
 from layerwise.compression.verify import broken_promise
 from layerwise.contract.layer import Compressed, Layer
 from layerwise.contract.target import Target
-from layerwise.numerics import low_rank, ops
+from layerwise.numerics import ops
 from layerwise.runtime.errors import InputError
 from layerwise.runtime.files import sha256
 from layerwise.storage import bit_packing, layer_packing, layer_unpacking, packed_file
 from layerwise.storage.bits_per_weight import bits_per_weight, stored_bits
+from tests.support import factors
 from tests.support.typing_helpers import mask_of, some
 
 
@@ -60,6 +61,9 @@ TARGETS = [
     Target(bits=4, group=16, rank=0.1),
     Target(0.5, "1x16", bits=4, group=16, rank=0.1),
     Target(format="nvfp4", rank=0.1),
+    Target(rank=0.4, factor_bits=4, factor_group=16),
+    Target(0.5, rank=0.2, factor_bits=3, factor_group=24),
+    Target(bits=4, group=16, rank=0.2, factor_bits=8),
 ]
 W4S50 = Target(0.5, "1x16", bits=4, group=16)
 
@@ -69,7 +73,7 @@ def compressed(layer: Layer, target: Target) -> Compressed:
     if target.rank:
         rest = None if target.rest.dense else compressed(layer, target.rest)
         missing = layer.weight.double() - (0 if rest is None else rest.weight.double())
-        return low_rank.of_parts(*low_rank.best_factors(missing, target.rank_of(*missing.shape)), rest)
+        return factors.of_best(missing, target, rest)
     mask = ops.prune_mask(layer.weight.abs(), target) if target.sparsity else None
     kept = layer.weight if mask is None else torch.where(mask, layer.weight, 0.0)
     if target.bits is None:
@@ -98,6 +102,10 @@ def assert_same(found: Compressed, result: Compressed, target: Target) -> None:
     assert (found.mask is None) == (target.sparsity == 0) and (found.quantised is None) == (target.bits is None)
     for name in ("left", "right") if target.rank else ():
         assert torch.equal(getattr(some(found.low_rank), name), getattr(some(result.low_rank), name))
+        codes, expected = (getattr(some(one.low_rank), f"{name}_codes") for one in (found, result))
+        assert (codes is None) == (expected is None) == (target.factor_bits is None)
+        for part in ("codes", "scales", "zeros") if codes else ():
+            assert torch.equal(getattr(codes, part), getattr(expected, part))
     kept = slice(None) if result.mask is None else result.mask
     if found.mask is not None:
         assert torch.equal(found.mask, mask_of(result))

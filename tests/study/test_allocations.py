@@ -121,6 +121,7 @@ def test_pairs_that_cannot_be_given_are_one_sentence(given, method, reason):
     [
         ({"sparsity": 0.5, "bits": 4}, "awp", "50% row 4b", None),
         ({"rank": 0.4}, "rocket", "rank 40%", None),
+        ({"rank": 0.4, "factor_bits": 4, "factor_group": 64}, "lplr", "rank 40% 4b g64", {"factors": "lplr"}),
         ({"sparsity": 0.5, "rank": 0.2}, "three_basil", "50% row rank 20%", None),
         ({"bits": 4, "rank": 0.1}, "eora", "4b rank 10%", {"sums": "eora"}),
     ],

@@ -222,6 +222,16 @@ def test_a_target_with_a_rank_is_for_methods_that_give_factors():
         "wanda gives no low-rank factors",
         "svd_llm gives low-rank factors and neither prunes nor quantises",
     }
+    both = [targets[0], targets[0] | {"factor_bits": 4}]
+    rounded = plan(study(targets=both, methods={"svd_llm": None, "lplr": None}))
+    assert {(cell.columns["label"], cell.columns["target"]) for cell in rounded.cells} == {
+        *(("svd_llm", "rank 40%"), ("lplr", "rank 40% 4b"))
+    }
+    assert {cell.columns["comparison"] for cell in rounded.cells} == {"low rank"}
+    assert {row["reason"] for row in rounded.skipped} == {
+        "svd_llm does not quantise low-rank factors",
+        "lplr gives quantised low-rank factors, so the target must have factor_bits",
+    }
     with pytest.raises(InputError, match=r"tune trains kept weights and grids, not low-rank factors"):
         plan(study(targets=targets[:1], methods={"svd_llm": {"tune": {"blocks": {}}}}))
     spread = study(targets=targets[:1], methods={"svd_llm": None}, allocations={"uniform": None, "owl": None})
