@@ -174,7 +174,7 @@ def output_error(weight: Tensor | nn.Linear, weight_hat: Tensor, gram: Gram) -> 
 
     weight, weight_hat: [out, in] of any float dtype. gram: undamped. A layer whose output is zero on every token has
     the error 0 if W_hat also gives zero, otherwise infinity. Raises ValueError for shapes that do not fit and numbers
-    that are not finite, and InputError for a Gram with eigenvalues below zero by more than rounding.
+    that are not finite, and InputError for a Gram with negative eigenvalues that rounding does not explain.
     """
     layer = checked(Layer("the layer", weight_of(weight), gram))
     other = weight_of(weight_hat, "weight_hat")
@@ -197,7 +197,7 @@ def lower_bound(weight: Tensor | nn.Linear, gram: Gram, target: Target | str) ->
     """
     goal = as_target(target)
     if goal.structure == "dense":
-        raise ValueError(f"A lower bound must be asked for a target with sparsity or rank. Got {goal.label!r} instead.")
+        raise ValueError(f"A lower bound must be for a target with sparsity or rank. Got {goal.label!r} instead.")
     layer = checked(Layer("the layer", weight_of(weight).float(), gram))
     layer = Layer(layer.name, layer.weight.cpu(), Gram(gram.matrix.cpu(), gram.tokens))
     bound = bounds.lower_bound(layer, goal if goal.rank else goal.pruning)

@@ -57,7 +57,7 @@ CARD = {
         "rounding": {
             "enum": ["full", "gradual"],
             "description": "full: all weights in every iteration that rounds. gradual (not in the paper): a rising "
-            "share, nearest to the grid first, so that the others make up for them; wants 200 iterations.",
+            "share, nearest to the grid first, so that the others make up for them; it needs 200 iterations.",
         },
         "acceleration": {
             "enum": ["none", "momentum"],
@@ -72,8 +72,8 @@ CARD = {
         },
         "iterate": {
             "enum": ["rounded", "accumulated"],
-            "description": "What steps are added to where it rounds. rounded: the rounded iterate. accumulated (not in "
-            "the paper): their sum, never rounded itself, so that steps too short to change a code add up.",
+            "description": "What steps are added to in iterations that round. rounded: the rounded iterate. accumulated"
+            " (not in the paper): their sum, never rounded itself, so that steps too short to change a code add up.",
         },
     },
 }

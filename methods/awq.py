@@ -28,7 +28,7 @@ CARD = {
     "checks": {"variants": [{"grid": 4, "clip": False}, {"convention": "official"}]},
     "parameters": {
         "grid": {"type": "integer", "minimum": 1, "description": "Ratios tried, k / grid; 1 leaves inputs unscaled."},
-        "clip": {"type": "boolean", "description": "Clip ranges too, in every layer (released code: not in q and k)."},
+        "clip": {"type": "boolean", "description": "Also clip ranges, in every layer (released code: not in q and k)."},
         "convention": {
             "enum": ["exact", "official"],
             "description": "exact: free of the scales of activations and weights, 0 in every range, clipping where it "

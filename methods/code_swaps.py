@@ -61,7 +61,9 @@ class CodeSwaps(Method):
         began = time.perf_counter()
         reason = self.start.refusal(target)
         if reason:
-            raise UnsupportedTarget(f"code_swaps' start cannot: {reason}. Got the target {target.label} instead.")
+            raise UnsupportedTarget(
+                f"code_swaps' start cannot be used: {reason}. Got the target {target.label} instead."
+            )
         start = self.start.compress(layer, target, rng)
         rows, scale = state_of(layer, start, target)
         trace = [(0, time.perf_counter() - began, float(rows.loss.sum()) * scale)]

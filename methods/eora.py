@@ -44,7 +44,7 @@ class EoRA(Method):
 
     def solve(self, layer: Layer, target: Target, rng: torch.Generator) -> Compressed:
         if reason := self.after.refusal(target.rest):
-            raise UnsupportedTarget(f"eora's after cannot: {reason}. Got the target {target.label} instead.")
+            raise UnsupportedTarget(f"eora's after cannot be used: {reason}. Got the target {target.label} instead.")
         part = self.after.compress(layer, target.rest, rng)
         weight, gram = ops.in_float64(layer)
         factors = low_rank.best_factors(weight - part.weight.double(), target.rank_of(*weight.shape), gram)

@@ -61,7 +61,7 @@ class LPLR(Method):
         try:
             given = self.after.compress(layer, target.unrounded, rng)
         except UnsupportedTarget as error:
-            raise UnsupportedTarget(f"lplr's after cannot: {error}") from None
+            raise UnsupportedTarget(f"lplr's after cannot be used: {error}") from None
         if given.low_rank.kept is not None:
             raise UnsupportedTarget("lplr's after cannot give a sparse low-rank factor. Got one instead.")
         weight, _ = ops.in_float64(layer)

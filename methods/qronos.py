@@ -37,8 +37,8 @@ CARD = {
         },
         "act_order": {
             "$ref": "act_order",
-            "description": "Process columns in order of decreasing diagonal of the Gram; groups are still runs of "
-            "inputs, all the same.",
+            "description": "Process columns in order of decreasing diagonal of the Gram; groups are runs of "
+            "consecutive inputs nevertheless.",
         },
         "blocksize": {
             "$ref": "blocksize",

@@ -32,11 +32,11 @@ CARD = {
         "share": {
             "type": "number",
             "minimum": 1,
-            "description": "The rank over the entries that each column of the sparse factor keeps (ks).",
+            "description": "Rank divided by the entries that each column of the sparse factor keeps (ks).",
         },
         "choice": {
             "enum": ["weight", "output"],
-            "description": "Error by which singular vectors or fitted ones are taken: weight, as released, or output.",
+            "description": "Error that chooses singular vectors or fitted ones: weight, as released, or output.",
         },
         "convention": {
             "enum": ["exact", "official"],

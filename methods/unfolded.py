@@ -37,17 +37,25 @@ CARD = {
     },
     "parameters": {
         "warm_start": {"format": "method", "asked": "pruning", "description": "Method that prunes the first iterate."},
-        "iterations": {"type": "integer", "minimum": 1, "description": "Gradient steps, each of a size of its own."},
-        "rows": {"type": "integer", "minimum": 1, "description": "Rows of the layer that steps are learned on."},
+        "iterations": {
+            "type": "integer",
+            "minimum": 1,
+            "description": "Number of gradient steps, each with its own size.",
+        },
+        "rows": {
+            "type": "integer",
+            "minimum": 1,
+            "description": "Number of the layer's rows on which steps are learned.",
+        },
         "begin": {
             "enum": ["cycles", "line_search", "incremental"],
             "description": "Where training begins. incremental: with the first iteration, then the first two, and so "
             "on. cycles (not in the paper): with repeated cycles of Chebyshev steps, the best of 48. line_search (not "
             "in the paper): with the best step of each iteration by itself. The last two train all at once.",
         },
-        "starts": {"type": "integer", "minimum": 1, "maximum": 48, "description": "Cycles that are trained."},
+        "starts": {"type": "integer", "minimum": 1, "maximum": 48, "description": "Number of cycles that are trained."},
         "updates": {"type": "integer", "minimum": 0, "description": "Adam's updates in each training."},
-        "momentum": {"enum": ["none", "learned"], "description": "learned (not in the paper): one in each iteration."},
+        "momentum": {"enum": ["none", "learned"], "description": "learned (not in the paper): one for each iteration."},
         "threshold": {
             "enum": ["hard", "soft"],
             "description": "soft: learned thresholds instead of the pattern (ISTA) in all iterations but the last.",
@@ -56,7 +64,7 @@ CARD = {
             "format": "method",
             "optional": True,
             "asked": "pruning",
-            "description": "Method whose weights steps are to approach (supervised). Null: they lower the error.",
+            "description": "Method whose weights the steps approach (supervised). null: they lower the error.",
         },
     },
 }

@@ -78,7 +78,7 @@ def _refusal_inside(method: Method, card: Mapping[str, Any], target: Target) -> 
             continue
         part = target if asked is None else getattr(target, asked)
         if reason := start.refusal(part) or _refusal_inside(start, start._card, part):
-            return f"its {key} cannot: {reason}"
+            return f"its {key} cannot be used: {reason}"
     return None
 
 

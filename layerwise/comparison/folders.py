@@ -82,8 +82,8 @@ def read_tables(folder: Path) -> dict[str, pd.DataFrame]:
 
 
 def read_numbers(folder: Path) -> dict[str, pd.DataFrame]:
-    """The tables by which two folders are compared. A table of an older version may lack columns; these are printed,
-    and empty. Raises InputError when a table cannot be read, or lacks a column that names a number."""
+    """The tables by which two folders are compared. Columns that a table of an older version lacks are
+    printed, and are empty. Raises InputError when a table cannot be read, or lacks a column that names a number."""
     place, data = folder_of_tables(folder), {}
     for table, value in (("layers", "output_error"), ("cells", "value")):
         try:
@@ -94,7 +94,7 @@ def read_numbers(folder: Path) -> dict[str, pd.DataFrame]:
         if needed := [name for name in (*CELL, value) if name in lacking]:
             raise InputError(f"{place / table}.parquet must have a column {needed[0]}. Got none instead.")
         if lacking:
-            print(f"{place / table}.parquet is of a version without {', '.join(lacking)}.")
+            print(f"{place / table}.parquet is from a version without {', '.join(lacking)}.")
         data[table] = frame.assign(**dict.fromkeys(lacking))
     return data
 
@@ -106,7 +106,7 @@ def check_tolerance(value: float) -> None:
 
 
 def numbers(data: Tables, cell: Sequence[str] = CELL) -> dict[str, pd.DataFrame]:
-    """The numbers that are compared: the output error of every layer, and every metric of every cell but times.
+    """The numbers that are compared: the output error of every layer, and every metric of every cell except times.
 
     The columns `cell` come first, then those that name a number in it, then the number."""
     cells = data["cells"]
@@ -209,10 +209,10 @@ def provenance_changes(before: pd.DataFrame, after: pd.DataFrame) -> list[str]:
 
 
 def merge(parts: Mapping[Path, Tables], tolerance: float) -> dict[str, pd.DataFrame]:
-    """The tables of several result folders as one: rows in the order in which they first come.
+    """The tables of several result folders as one: rows in the order in which they first occur.
 
-    A cell that several have is kept once, as the first that finished it has it; a row without a result yields to one
-    with it.
+    A cell that several folders have is kept once, from the first folder that finished it. A row with a result
+    replaces one without.
     Raises InputError, one sentence, when two folders have different numbers, protocols or bounds for the same cell.
     """
     for folder, tables_of in parts.items():
@@ -263,7 +263,7 @@ def _agree(first: Tables, second: Tables, a: str, b: str, tolerance: float) -> N
 
 
 def _same_results(first: pd.DataFrame, second: pd.DataFrame, a: str, b: str) -> None:
-    """Raise InputError where a number that both have is of two protocols, or a value in one of them alone."""
+    """Raise InputError if a number of both has two protocols, or only one of them has a value."""
     ends = [matching(cells, status="done").fillna(dict.fromkeys(MEASURED, "")) for cells in (first, second)]
     both = ends[0].merge(ends[1], on=ROW["cells"], suffixes=("_a", "_b"))
     # One diverged, the other did not.
@@ -280,7 +280,7 @@ def _same_results(first: pd.DataFrame, second: pd.DataFrame, a: str, b: str) -> 
 
 
 def _same_names(first: pd.DataFrame, second: pd.DataFrame, a: str, b: str) -> None:
-    """Raise InputError where a name means one thing in one folder and another in the other: cells share tables."""
+    """Raise InputError if a name has different meanings in the two folders, because their cells share tables."""
     for name, key, meant in [*SAME, ("label", ("label", "method", "target"), ("params",))]:
         for meaning in meant:
             known = [columns_of(cells, [*key, meaning]).dropna().drop_duplicates() for cells in (first, second)]
@@ -300,7 +300,7 @@ def _same(first: pd.Series, second: pd.Series) -> pd.Series:
 
 
 def _joined(table: str, first: Tables, second: Tables) -> pd.DataFrame:
-    """The rows of both, each once, in the order of their first coming."""
+    """The rows of both, each once, in the order in which they first occur."""
     joined = pd.concat([first[table], second[table]], ignore_index=True)
     if table == "cells":
         # A stable sort: of the rows with one name the first that is done comes first, and its place is the first's.
@@ -319,7 +319,7 @@ def _joined(table: str, first: Tables, second: Tables) -> pd.DataFrame:
 
 
 def write_merged(merged: Tables, out: Path) -> None:
-    """The tables as collect writes them, all or none of them new, and main.md and main.tex."""
+    """Write the tables as collect does, all of them or none, with main.md and main.tex."""
     with ExitStack() as stack:
         for table, rows in merged.items():
             data = typed(pa.Table.from_pandas(rows, preserve_index=False), table, f"the merged {table} table")
@@ -331,8 +331,8 @@ def write_merged(merged: Tables, out: Path) -> None:
 def merge_folders(folders: Sequence[Path], out: Path, tolerance: float = TOLERANCE) -> str:
     """Write the tables of several result folders as one into the folder `out`. Returns a line that counts the cells.
 
-    tolerance: up to which two numbers of one cell agree, relative. Raises InputError where they do not, where there are
-    fewer than two folders, and where `out` is one of them.
+    tolerance: largest relative difference between two numbers of one cell. Raises InputError if a difference is
+    larger, if there are fewer than two folders, and if `out` is one of them.
     """
     check_tolerance(tolerance)
     places = {folder_of_tables(folder).resolve() for folder in folders}

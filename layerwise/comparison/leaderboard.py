@@ -1,7 +1,8 @@
 """Boards over several result folders: one per evaluation text and target, with every difference of protocol marked.
 
 A number is ranked only among those of its own comparison group and its own protocol: model, calibration, evaluation,
-mode and seeds. Rows of another protocol than most of the board carry letters, and a note per letter says what differs.
+mode and seeds. A row whose protocol is not the board's most common one has letters, and a note
+for each letter says what differs.
 """
 
 import json
@@ -98,8 +99,8 @@ class Board:
 def study_folders(arguments: Sequence[str]) -> dict[str, Path]:
     """Study -> folder of its tables, from FOLDER or NAME=FOLDER.
 
-    Without a name a study is called by its folder, results/ and tables/ apart. Raises InputError for a folder without
-    tables and for a name that two folders have.
+    Without a name, a study is named after its folder, not counting results/ and tables/. Raises InputError for a
+    folder without tables and for a name that two folders have.
     """
     named: dict[str, Path] = {}
     for argument in arguments:
@@ -116,7 +117,7 @@ def study_folders(arguments: Sequence[str]) -> dict[str, Path]:
 
 
 def leaderboard(folders: Mapping[str, Path]) -> tuple[list[Board], list[str]]:
-    """The boards of all studies, in the order in which texts and targets first come, and sentences on the whole.
+    """The boards of all studies, in the order in which texts and targets first occur, and sentences on all of them.
 
     folders: study -> folder of its tables. Raises InputError where a table cannot be read or mixes two protocols.
     """
@@ -285,7 +286,7 @@ def _ranked(own: Standing, standings: Sequence[Standing]) -> Standing:
 
 
 def _distinguishing(standings: Sequence[Standing]) -> list[dict[str, Any]]:
-    """Of each row the parameters that are not the same in all rows of its label."""
+    """The parameters of each row that differ among the rows of its label."""
     found = []
     for own in standings:
         others = [other.params for other in standings if other.label == own.label]

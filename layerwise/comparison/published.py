@@ -1,6 +1,6 @@
 """Lay the perplexities and accuracies of a study beside the published ones: ours, difference, tolerance, verdict.
 
-The dense model is looked at first: where ours is not the published one, the evaluation is another, and no compressed
+The dense model is compared first: if our value is not the published one, the evaluations differ, and no compressed
 model can be judged. Fields of the protocol that differ are named in every row.
 """
 
@@ -71,7 +71,7 @@ def hub_name(model: ModelSpec) -> str | None:
 
 
 def pairs(study: Plan, row: Row, model: str) -> list[Pair]:
-    """The cells and evaluations of a model (its id) that a published row speaks of, those nearest to its protocol."""
+    """The cells and evaluations of a model (its id) that a published row describes, those nearest to its protocol."""
     method, params = row["our_method"], json.loads(row["our_params"] or "{}")
     try:
         wanted = study.catalogue.complete(method, params, f"{FILE.name}, {row['paper']}")
@@ -136,7 +136,7 @@ def our_protocol(study: Plan, row: Row, cell: Cell, evaluation: EvaluationSpec) 
 
 
 def protocol_differences(row: Row, ours: Row, evaluation: EvaluationSpec) -> dict[str, tuple[Any, Any]]:
-    """Field -> (published, ours) of what the paper says of its protocol and this cell does otherwise."""
+    """Field -> (published, ours) of each field of the paper's protocol that is different in this cell."""
     differs = {name: (row[name], here) for name, here in ours.items() if row[name] is not None and row[name] != here}
     samples = evaluation.get("samples")
     if samples is not None:
@@ -157,8 +157,8 @@ def dense_references(rows: Sequence[Row], row: Row) -> list[Row]:
 
 
 def published_comparisons(study: Plan, rows: Sequence[Row], cells: pd.DataFrame | None) -> list[dict[str, Any]]:
-    """Rows of the table `published`: the published numbers that a cell is compared with, and of papers that have such a
-    method the others of the same model, with the reason why they are not compared.
+    """Rows of the table `published`: the published numbers that a cell is compared with, and the other numbers of these
+    papers for the same model, with the reason why they are not compared.
 
     cells: the table of that name, or None where nothing has been run.
     """
@@ -275,7 +275,7 @@ def _number(result: Row, name: str = "value") -> float | None:
 
 
 def _under_protocol(verdict: str, reason: str | None, pair: Pair) -> tuple[str, str | None]:
-    """The verdict after a look at what differs in the protocols."""
+    """The verdict, given the differences between the protocols."""
     if apart := [name for name in NOT_COMPARABLE if name in pair.differs]:
         return "protocol differs", reason or f"{apart[0]} is another"
     if verdict == "outside" and pair.differs:  # within, a difference of the calibration did no harm
@@ -284,7 +284,7 @@ def _under_protocol(verdict: str, reason: str | None, pair: Pair) -> tuple[str, 
 
 
 def _checked(verdict: str, references: Sequence[Row], result: Row) -> tuple[str, str | None]:
-    """The verdict on a compressed model after a look at the dense one, and what is to be said of that."""
+    """The verdict on a compressed model, given the dense one, and its reason."""
     if not references:
         return "not checked", "no dense value is published with it"
     dense, error = _number(result), _number(result, "stderr")

@@ -14,11 +14,11 @@ from layerwise.storage.frames import column, distinct, groups, groups_by, missin
 VERDICTS = ("within", "outside", "protocol differs", "not checked", "not run")
 COLUMNS = ("as printed", "here", "target", "published", "ours", "difference", "tolerance", "verdict", "remark")
 WHERE = ("calibration", "mode", "cell", "text")  # a cell is itself only in its mode and calibration
-NOTHING = "No published number is of a model of this study: there is nothing to compare."
+NOTHING = "No published number is for a model of this study: there is nothing to compare."
 NOTE = (
     "Difference is ours minus published. Within: not more than the tolerance. Protocol differs: our dense value "
-    "is not the published one, or the windows are others, so that nothing is said of the method. Not checked: there is "
-    "no dense value to tell whether the protocols agree. A value marked secondary is quoted by others."
+    "is not the published one, or the windows differ, so the verdict says nothing about the method. Not checked: "
+    "there is no dense value to tell whether the protocols agree. A value marked secondary is quoted from others."
 )
 
 
@@ -54,7 +54,7 @@ def _line(row: Mapping[str, Any], several: Sequence[str] = ()) -> list[str]:
     several = [name for name in several if not measured or name != "text"]
     shown = [_shown(row[name]) for name in ("published", "ours", "difference", "tolerance")]
     remarks = [", ".join(f"seed {row[name]}" if name == "seed" else str(row[name]) for name in several) or None]
-    remarks += [row["differs"], row["reason"], f"not said: {row['unsaid']}" if not missing(row["unsaid"]) else None]
+    remarks += [row["differs"], row["reason"], f"not stated: {row['unsaid']}" if not missing(row["unsaid"]) else None]
     remarks += [f"assumed: {row['assumed']}" if not missing(row["assumed"]) else None]
     remarks += [f"standard error {row['ours_stderr']:.2g}"] if not missing(row["ours_stderr"]) else []
     remarks += ["secondary"] if row["source_status"] == "secondary" else []

@@ -37,7 +37,7 @@ def folder_of(study: str | Path) -> Path:
 def accepted_folder(study: str | Path) -> Path:
     """Where a study's accepted numbers are: as `folder_of`, or, while nothing is accepted there, those that ship.
 
-    study: its name or its file. Numbers ship for studies that ship alone. Raises InputError where there is no study.
+    study: its name or its file. Numbers ship only for studies that ship. Raises InputError where there is no study.
     """
     folder = folder_of(study)
     ships = study_file(study).resolve().is_relative_to(ROOT / "config") and (ROOT / folder).is_dir()
@@ -73,7 +73,7 @@ def accepted_numbers(folder: Path, table: str) -> pd.DataFrame:
 
 
 def extends(new: Any, old: Any) -> bool:
-    """Whether parameters are older ones with none, or more, added at any depth, and nothing changed."""
+    """Whether parameters are the older ones, apart from keys that were added at any depth."""
     if isinstance(new, dict) and isinstance(old, dict):
         return all(name in new and extends(new[name], value) for name, value in old.items())
     if isinstance(new, list) and isinstance(old, list):
@@ -82,7 +82,7 @@ def extends(new: Any, old: Any) -> bool:
 
 
 def with_new_parameters(accepted: pd.DataFrame, now: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
-    """Accepted numbers under today's parameters where these only add some, and the labels of the methods.
+    """Accepted numbers under today's parameters if these only add some, and the labels of such methods.
 
     A method that gains an option would otherwise lose all its accepted numbers. Whether the option's default changes a
     number is then seen in the number.

@@ -17,7 +17,7 @@ SCORED = 512  # rows of a weight, and columns of its Gram, converted to float64 
 def output_error(layer: Layer, weight: Tensor) -> tuple[float, float]:
     """tr((W - W_hat) G (W - W_hat)^T) and its ratio to tr(W G W^T), in float64 on the undamped Gram.
 
-    Raises Diverged for a Gram with eigenvalues below zero by more than rounding.
+    Raises Diverged for a Gram with negative eigenvalues that rounding does not explain.
     """
     error, whole = losses(layer, weight)
     return error, ratio(error, whole)
@@ -45,7 +45,7 @@ def losses(layer: Layer, weight: Tensor) -> tuple[float, float]:
         size = float(layer.gram.matrix.diagonal().double().sum())
         squares = max(float(part.double().square().sum()) for part in (layer.weight - weight, layer.weight))
         if min(error, whole) < -ROUNDING * squares * size:
-            raise Diverged(f"The Gram of {layer.name} has eigenvalues below zero by more than rounding.")
+            raise Diverged(f"The Gram of {layer.name} has negative eigenvalues that rounding does not explain.")
         error, whole = max(error, 0.0), max(whole, 0.0)
     return error, whole
 

@@ -232,7 +232,7 @@ class Catalogue(Mapping[str, Entry]):
             asked = schema.get("asked")
             part = target if asked is None else getattr(target, asked)
             if asked == "unrounded" and card.get("sparse_factor"):
-                return f"its {key} cannot: {inner} gives a sparse factor"
+                return f"its {key} cannot be used: {inner} gives a sparse factor"
             if asked in ("pruning", "grid") and part.dense:
                 continue
             if "gives" in schema and (lacking := self.needs(inner, inner_params) - set(schema["gives"])):
@@ -242,9 +242,9 @@ class Catalogue(Mapping[str, Entry]):
             if asked != "pruning" and card.get("own_grid"):
                 return f"its {key} cannot quantise: {inner} has a grid of its own"
             if reason := self.refusal(inner, inner_params, part):
-                return f"its {key} cannot: {reason}"
+                return f"its {key} cannot be used: {reason}"
             if asked == "grid" and target.sparsity and not card.get("keeps_zeros"):
-                return f"its {key} cannot: {inner} does not keep zeros"
+                return f"its {key} cannot be used: {inner} does not keep zeros"
         return None
 
     def _chain_refusal(self, steps: list[tuple[str, Mapping[str, Any]]], target: Target) -> str | None:

@@ -1,5 +1,5 @@
-"""The embedded model's tasks, made from its test text: the last word of a passage, the same written by the model, and
-how a docstring goes on.
+"""The embedded model's tasks, made from its test text: the last word of a passage, the same word as an
+answer that the model writes, and the continuation of a docstring.
 
 Writes lm-eval's YAML definitions with their data beside them, one file each, as a folder that lm-eval runs in.
 """
@@ -34,7 +34,7 @@ def docstrings(text: str) -> list[tuple[str, str]]:
 
 
 def last_words(entries: Sequence[tuple[str, str]], draw: random.Random) -> Iterator[dict[str, str]]:
-    """One passage of each docstring that has one: its last word stood in it before, as in most of LAMBADA."""
+    """One passage of each docstring that has one: its last word also occurs earlier in it, as in most of LAMBADA."""
     for _, entry in entries:
         found = []
         for match in LAST.finditer(entry):
@@ -61,10 +61,10 @@ def overlap(context: str, way: str) -> float:
 
 
 def continuations(entries: Sequence[tuple[str, str]], draw: random.Random) -> Iterator[dict[str, object]]:
-    """Beginnings of docstrings, each with how it goes on among others of its package, cut at the same place.
+    """Beginnings of docstrings, each with its continuation among others of its package, cut at the same place.
 
-    The others share as large a part of their words with the beginning as the true one does, as nearly as there are any:
-    who counts common words must not find it.
+    The others share about as large a part of their words with the beginning as the true one does, so that it cannot be
+    found by counting common words.
     """
     cut: dict[str, list[tuple[str, str]]] = {}
     for package, entry in entries:
@@ -89,9 +89,10 @@ MAKERS = {"last_word": last_words, "continuation": continuations, "written_word"
 
 
 def make(text: str, items: Mapping[str, int] = ITEMS, seed: int = SEED) -> dict[str, list[dict]]:
-    """Items of each task that `items` names from the text of a split: the first of all that the rule finds, shuffled.
+    """Items of each task that `items` names from the text of a split: the first ones, after all that the rule
+    finds are shuffled.
 
-    The same for the same text and seed. Raises InputError when a text gives fewer items than asked.
+    The same text and seed give the same items. Raises InputError when a text gives fewer items than requested.
     """
     entries = docstrings(text)
     made = {}

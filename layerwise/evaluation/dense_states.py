@@ -96,7 +96,7 @@ def check_last(stream: Stream, tokens: Tensor, returned: int) -> None:
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="dense-states", description=__doc__)
     parser.add_argument("--model", type=json.loads, required=True, help="the model's config entry, as JSON")
-    parser.add_argument("--fingerprint", type=Path, required=True, help="what fingerprint.py wrote of the model")
+    parser.add_argument("--fingerprint", type=Path, required=True, help="the model's fingerprint, from fingerprint.py")
     parser.add_argument("--tokens", type=Path, required=True, help="evaluation tokens, safetensors")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--device", default="cpu")

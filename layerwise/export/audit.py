@@ -97,9 +97,9 @@ class Tensors:
 def open_folder(
     folder: Path, said: Mapping[str, Any], target: Target, trust_remote_code: bool, targets: Mapping[str, Target]
 ) -> Folder:
-    """The folder, whichever format it has; said: its manifest; targets: of layers that have their own.
+    """The folder, whichever format it has; said: its manifest; targets: those of layers with a target of their own.
 
-    Raises InputError when it is of no format.
+    Raises InputError when it has none of the formats.
     """
     config, linears = None, {}
     if (folder / "config.json").is_file():
@@ -185,9 +185,9 @@ def read_dense(
     else:
         stored = weight = loaded()[linear.name].stored()
     if target.rank:
-        return Found(weight, None, stored.nbytes, note="holds, its parts cannot be seen")
+        return Found(weight, None, stored.nbytes, note="holds, but its parts cannot be seen")
     grid = None if hidden else grid_fault(weight, target)
-    note = "holds, its grid cannot be seen" if hidden and target.bits else "holds"
+    note = "holds, but its grid cannot be seen" if hidden and target.bits else "holds"
     return Found(weight, None, stored.nbytes, grid, note)
 
 
@@ -197,11 +197,11 @@ def grid_fault(weight: Tensor, target: Target) -> str | None:
         return None
     groups = ops.grouped(weight, target.group or weight.shape[1], 0.0).flatten(0, 1)
     off = int((~on_grid(groups, target)).sum())
-    return f"the weights of {off} groups lie on no grid of {target.grid.label}" if off else None
+    return f"{off} groups of weights do not lie on a grid of {target.grid.label}" if off else None
 
 
 def on_grid(groups: Tensor, target: Target) -> Tensor:
-    """[groups] bool: whether some scale makes the weights of each of groups [groups, length] codes less a zero.
+    """[groups] bool: whether some scale makes the weights of each of groups [groups, length] codes minus a zero.
 
     The largest weight is tried as 1, 2, ... 2^bits - 1 scales. Every weight may be off by the rounding of its dtype and
     of the largest one's, so that grids as fine as that, 7 and 8 bits in bfloat16, always pass.
@@ -278,14 +278,14 @@ def pattern_fault(weight: Tensor, mask: Tensor | None, target: Target) -> str | 
     expected = kept_counts(weight.shape, target)
     if target.block:
         if mask is not None and not ((count == 0) | (count == expected)).all():
-            return f"a 1x{target.block} block is kept in part"
+            return f"a 1x{target.block} block is only partly kept"
         wanted, dropped = expected.shape[1] - kept_blocks(target, weight.shape[1]), (count == 0).sum(1)
         wrong = int((dropped < wanted if mask is None else dropped != wanted).sum())
         return f"{wanted} blocks of 1x{target.block} must be zero in every row, {wrong} rows differ" if wrong else None
     wrong = int((count > expected if mask is None else count != expected).sum())
-    where = {"row": "rows", "layer": "layer", "n:m": f"groups of {target.pattern}"}[target.structure]
-    more = "more" if mask is None else "other counts"
-    return f"{target.label} is not kept: {wrong} {where} keep {more}" if wrong else None
+    where = {"row": "rows", "layer": "layers", "n:m": f"groups of {target.pattern}"}[target.structure]
+    more = "more weights" if mask is None else "other numbers of weights"
+    return f"{target.label} does not hold: {wrong} {where} keep {more}" if wrong else None
 
 
 def check(folder: Folder, name: str, target: Target, saved: Mapping[str, Any] | None) -> Line:
@@ -303,7 +303,7 @@ def check(folder: Folder, name: str, target: Target, saved: Mapping[str, Any] | 
     if not torch.isfinite(found.weight).all():
         fault = "a weight is not finite"
     elif fault is None and saved and counted != saved["zeros"]:
-        fault = f"{saved['zeros']} zeros were saved, {counted} are there"
+        fault = f"{saved['zeros']} zeros were saved, but {counted} are there"
     elif fault is None and saved and digest(found.weight) != saved["sha256"]:
         fault = "its weights are not those that were saved"
     return Line(name, *folder.layers[name], counted, found.stored, fault, found.note)
@@ -375,9 +375,9 @@ def summary(form: str, target: Target, lines: list[Line]) -> str:
 
 
 def fault_of(folder: Path, lines: list[Line]) -> str | None:
-    """The first fault of a folder's layers in one sentence, or None where nothing is off."""
+    """The first fault of a folder's layers in one sentence, or None if nothing is wrong."""
     faults = [line for line in lines if line.fault]
     if not faults:
         return None
-    others = f", and {len(faults) - 1} more layers are off" if len(faults) > 1 else ""
+    others = f", and {len(faults) - 1} more layers are wrong" if len(faults) > 1 else ""
     return f"{folder}: {faults[0].layer}: {faults[0].fault}{others}."

@@ -47,7 +47,7 @@ class StoredWeight:
 
 
 def stored_weights(rows: int, inputs: int, threads: int, device: str) -> list[StoredWeight]:
-    """Every storage of one weight with normal entries. x has entries that bfloat16 holds: all multiply the same."""
+    """Every storage of one weight with normal entries. Entries of x are exact in bfloat16: all multiply the same x."""
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(rows, inputs, generator=generator).bfloat16().float()
     x = torch.randn(inputs, generator=generator).bfloat16().float()
@@ -131,7 +131,7 @@ def measure(found: list[StoredWeight], rounds: int, threads: int, device: str) -
 
     Raises InputError for a product that is wrong.
 
-    One thread on a processor is timed by its own clock, which stands still while other programs have their turns.
+    One thread on a processor is timed by its own clock, which stops while other programs run.
     """
     clock = time.thread_time if threads == 1 and device == "cpu" else time.perf_counter
     calls = [(entry, way, call) for entry in found for way, call in entry.ways.items()]
@@ -178,8 +178,8 @@ def time_products(
 ) -> Iterator[str]:
     """Time every storage at every shape (rows, inputs) and write the table `out`, a CSV. Yields a line per product.
 
-    rounds: times that each product is timed. device: cpu or cuda. Raises InputError for what this machine has not, and
-    for a product that is wrong.
+    rounds: times that each product is timed. device: cpu or cuda. Raises InputError for a device or threads that
+    this machine lacks, and for a product that is wrong.
     """
     for name, value in (("threads", threads), ("rounds", rounds)):
         if value < 1:

@@ -23,7 +23,7 @@ def packing(target: Target) -> str:
 
 
 def packed_format(quantised: Quantised, target: Target) -> dict[str, Tensor]:
-    """The tensors of a layer [out, in] whose inputs groups divide: weight_packed [out, in / 2] uint8, the first code
+    """The tensors of a layer [out, in] of whole groups: weight_packed [out, in / 2] uint8, the first code
     of two in the lower half; weight_scale [out, groups]; of nvfp4 weight_global_scale [1]."""
     codes = quantised.codes
     tensors = {

@@ -48,7 +48,7 @@ def save_dense(model: PreTrainedModel, file: PackedFile, folder: Path) -> None:
 
 
 def save_packed(model: PreTrainedModel, file: PackedFile, folder: Path) -> None:
-    """The layers as the cell stores them, and beside them what else `load_packed` needs."""
+    """The layers as the cell stores them, and everything else that `load_packed` needs."""
     model.config.save_pretrained(folder)
     if model.generation_config is not None:
         model.generation_config.save_pretrained(folder)
@@ -84,7 +84,7 @@ def load_packed(folder: Path, trust_remote_code: bool = False) -> PreTrainedMode
 def save_compressed_tensors(model: PreTrainedModel, file: PackedFile, folder: Path) -> None:
     """The pack-quantized format of the compressed-tensors library, or its own of nvfp4 and mxfp4, for from_pretrained.
 
-    Its integer codes and zeros are ours less 2^(bits - 1), their scales in the model's dtype.
+    Its integer codes and zeros are ours minus 2^(bits - 1); its scales are in the model's dtype.
     """
     from compressed_tensors.compressors import ModelCompressor
     from compressed_tensors.config import CompressionFormat
@@ -132,7 +132,7 @@ def save_compressed_tensors(model: PreTrainedModel, file: PackedFile, folder: Pa
 
 
 def refuse_inexpressible(linear: Linear, result: Compressed, target: Target, dtype: torch.dtype) -> None:
-    """Raise InputError, in one sentence, for what the pack-quantized format has no place for."""
+    """Raise InputError, in one sentence, for what the pack-quantized format cannot hold."""
     inputs, quantised, why = linear.shape[1], quantised_of(result), None
     if not isinstance(linear.module, nn.Linear):
         why = f"{type(linear.module).__name__} is not a torch Linear"
@@ -143,7 +143,7 @@ def refuse_inexpressible(linear: Linear, result: Compressed, target: Target, dty
     elif quantised.levels is not None:
         why = "its codes stand for levels of its own"
     elif reordered(result, target):
-        why = "its groups are no runs of consecutive inputs (act-order)"
+        why = "its groups are not runs of consecutive inputs (act-order)"
     elif target.group and inputs % target.group:
         why = f"groups of {target.group} do not divide its {inputs} inputs"
     elif not target.format and not torch.equal(quantised.scales.to(dtype).float(), quantised.scales):

@@ -18,9 +18,9 @@ PLAIN = "PreTrainedTokenizerFast"  # the class that reads tokenizer.json as it i
 def copy_tokenizer(model: Spec, folder: Path) -> None:
     """Copy a model's tokenizer files into a folder, so that AutoTokenizer of it gives the study's ids.
 
-    Where the class that the model's folder names would not, the copy of tokenizer_config.json names the class that
-    reads tokenizer.json as it is. For some model types transformers ignores that name: then a line on stderr says how
-    to load the tokenizer. Raises InputError when it cannot be loaded.
+    If the class that the model's folder names would give other ids, the copy of tokenizer_config.json names the class
+    that reads tokenizer.json as it is. For some model types transformers ignores that name; a line on stderr then says
+    how to load the tokenizer. Raises InputError when it cannot be loaded.
     """
     source = model_folder(model)
     for name in (*TOKENIZER_FILES, "chat_template.jinja"):
@@ -39,7 +39,7 @@ def copy_tokenizer(model: Spec, folder: Path) -> None:
     saved = by_class(model, folder)
     if saved(PROBE)["input_ids"] != tokenizer(PROBE)["input_ids"]:
         print(
-            f"AutoTokenizer gives other ids for this export than the study had, since transformers takes "
-            f"{type(saved).__name__} for the model's type: load its tokenizer by {PLAIN}.from_pretrained.",
+            f"AutoTokenizer gives other ids for this export than the study used, because transformers takes "
+            f"{type(saved).__name__} for this model type: load the tokenizer with {PLAIN}.from_pretrained.",
             file=sys.stderr,
         )

@@ -35,8 +35,9 @@ BOUND = {"color": "black", "linewidth": 0.9, "linestyle": (0, (6, 2))}
 def convergence(traces: pd.DataFrame, layers: pd.DataFrame) -> Figure:
     """The error along the iterations, and along the seconds, of every method whose trace measures it, on one layer.
 
-    Left out are traces of a criterion of the method's own. The layer is the one of the median error, the target that of
-    the other figures. A relaxed error is that of no mask: the marker at the end of a line is the error of the result.
+    Traces of a criterion of the method's own are left out. The layer is the one with the median error, and the target
+    is that of the other figures. A relaxed error belongs to no mask, so the marker at the end of a line is the error
+    of the result.
     """
     traces = select(traces, column(traces, "criterion") != "own")
     if traces.empty:

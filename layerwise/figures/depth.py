@@ -58,7 +58,7 @@ def error_reduction(layers: pd.DataFrame) -> Figure:
     pruned = column(layers, "bits").isna() & (column(layers, "sparsity") > 0) & (column(layers, "comparison") != SUM)
     data = ratios(select(layers, pruned & (column(layers, "comparison") != "control")), "wanda")
     if data.empty:
-        return nothing("No errors to compare with Wanda's: the study has no wanda, or nothing beside it.")
+        return nothing("No errors to compare with Wanda's: the study has no wanda, or no other method.")
     data = matching(data, target=chosen_target(data))
     return _depth(data.assign(value=1 - column(data, "ratio")), "error saved", _share)
 

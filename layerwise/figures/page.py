@@ -48,7 +48,7 @@ def page(
     """An empty figure of full width with one band per height, in inches, above the legend.
 
     shown: (label, method, comparison) of the legend, one column per comparison as far as they fit side by side; extra:
-    handles of a column of their own; note: said above the legend, such as what is not drawn.
+    handles of a column of their own; note: text above the legend, such as what is not drawn.
     """
     columns = _fitting(_legend_columns(shown, extra))
     depth = max(map(len, columns), default=0)
@@ -113,7 +113,7 @@ def _blank(text: str = "") -> LegendItem:
 
 
 def nothing(sentence: str) -> Figure:
-    """A figure that says why there is none: a partial study is still a report."""
+    """A figure with the reason why nothing is drawn, so that a partial study still has a report."""
     figure = Figure(figsize=(WIDTH, 1.0), layout="constrained")
     figure.text(0.5, 0.5, sentence, ha="center", va="center")
     return figure

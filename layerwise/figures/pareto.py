@@ -54,7 +54,7 @@ def perplexity_vs_bits(cells: pd.DataFrame) -> Figure:
 
 
 def kl_vs_bits(cells: pd.DataFrame) -> Figure:
-    """The same of the KL divergence from the dense model, which itself has none."""
+    """The same for the KL divergence from the dense model, which itself has none."""
     return _vs_bits(cells, "kl")
 
 

@@ -36,7 +36,7 @@ def perplexity_vs_sparsity(cells: pd.DataFrame) -> Figure:
 
 
 def kl_vs_sparsity(cells: pd.DataFrame) -> Figure:
-    """The same of the KL divergence from the dense model, which itself has none."""
+    """The same for the KL divergence from the dense model, which itself has none."""
     return _vs_sparsity(cells, "kl")
 
 

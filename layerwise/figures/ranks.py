@@ -37,7 +37,7 @@ def method_ranks(comparisons: pd.DataFrame, layers: pd.DataFrame) -> Figure:
     joins methods between which the `comparisons` table shows no difference."""
     data = matching(comparisons, metric="output_error")
     if data.empty:
-        return nothing("No ranks: on no target are two methods of one group done.")
+        return nothing("No ranks: no target has two finished methods of one group.")
     shown = [entry for entry in entries(layers) if entry[0] in {*data["label"], *data["other"]}]
     style = looks((label, method) for label, method, _ in shown)
     bands = []

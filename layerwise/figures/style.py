@@ -1,8 +1,8 @@
-"""The look of every figure: one colour and marker per method, for good; bytes that depend on the data alone.
+"""The look of every figure: one fixed colour and marker per method, and bytes that depend only on the data.
 
 A method keeps its colour and marker in every figure and study: its card gives them. Filled markers on solid lines leave
 the kept weights as they are, open markers on dashed lines change them. Colours are those of Okabe, Ito and Tol, which
-colour-blind readers tell apart; the marker says the same without colour.
+colour-blind readers can tell apart; the marker says the same without colour.
 """
 
 import zlib
@@ -74,7 +74,7 @@ def looks_of(catalogue: Catalogue) -> dict[str, Look]:
 
 
 def spare(method: str, taken: Collection[Look]) -> Look:
-    """A pair for a method of this name: of a colour that is not taken, or at least another pair, where there is one."""
+    """A pair for a method of this name: with a colour that is not taken, or else any pair that is not taken."""
     colours, looks_taken = {own.colour for own in taken}, set(taken)
     digest = zlib.crc32(method.encode())
     pairs = [Look(colour, marker) for marker in SPARE_MARKERS for colour in SPARE_COLOURS]

@@ -37,7 +37,7 @@ def sweep(cells: pd.DataFrame) -> Figure:
     """Mean output error and perplexity of the `cells` table along the quantity that the study sweeps.
 
     A band per model, mode, text and whatever else of calibration and target is not swept; a line per entry of the
-    config. An entry that does not have the swept parameter is a level line.
+    config. An entry that does not have the swept parameter is a horizontal line.
     """
     swept = list(column(cells, "swept").dropna().unique())
     compressed = select(cells, column(cells, "metric").isin(list(METRICS)) & (column(cells, "target") != "dense"))

@@ -109,7 +109,7 @@ def cell_views(study: Study, data: Mapping[str, pd.DataFrame]) -> tuple[list[dic
 
 
 def _layers_view(rows: pd.DataFrame | None, shapes: list[dict[str, Any]]) -> dict[str, Any] | None:
-    """Columns of a cell's layers; names and sizes, which many cells share, stand once in `shapes`."""
+    """Columns of a cell's layers; names and sizes, which many cells share, are stored once in `shapes`."""
     if rows is None or rows.empty:
         return None
     shape = {name: [plain(value) for value in rows[name]] for name in SHAPE}

@@ -49,7 +49,7 @@ def _rows(section: Section, targets: int, highest: bool) -> Iterator[dict[str, A
 
 
 def _best(entries: Sequence[tuple[str, TableEntry]], highest: bool) -> list[tuple[str, str]]:
-    """(label, value) of the entries in bold, the best first; of a group of one method that method."""
+    """(label, value) of the entries in bold, the best first; for a group of one method, that method."""
     numbers = [(label, entry) for label, entry in entries if NUMBER.match(entry.text)]
     chosen = [own for own in numbers if own[1].best] or (numbers if len(numbers) == 1 else [])
 

@@ -129,7 +129,7 @@ def gaps(views: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def provenance(views: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """A column per distinct origin, named by how many cells it has; a row per thing that is known of any."""
+    """A column per distinct origin, named by how many cells it has; a row per fact that is known of any."""
     origins: dict[tuple[Any, ...], int] = {}
     for view in views:
         own = tuple(view["provenance"].values())
@@ -141,7 +141,7 @@ def provenance(views: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def prose(path: Path) -> str:
-    """A caption of workflow/report, or of one's own, as HTML; formulas as MathML."""
+    """A caption of workflow/report, or another one, as HTML; formulas as MathML."""
     settings = {"math_output": "MathML", "file_insertion_enabled": False, "raw_enabled": False, "report_level": 5}
     parts: Any = publish_parts(path.read_text("utf-8"), writer="html5", settings_overrides=settings)
     return parts["fragment"]
@@ -161,7 +161,7 @@ def figure(path: Path) -> dict[str, str]:
 def other_tables(folder: Path, views: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Every further table of the folder, `published` first, whole up to MOST_ROWS; its cells lead to the drill-down.
 
-    A reader's columns come first, and those with one value in all rows are above the table.
+    Columns for readers come first, and those with one value in all rows are above the table.
     """
     links = {view["spec"]["cell"]: f"#cell-{i}" for i, view in enumerate(views)}
     paths = (path for path in folder.glob("*.parquet") if path.stem not in TABLES)

@@ -41,7 +41,8 @@ def write_partial_results(study: str, drawn: Iterable[str]) -> None:
         svgs += [path for path in files if path.suffix == ".svg" and path.is_file()]
     _worker("report-page", "--study", study, "--tables", tables, "--out", PARTIAL / "report.html", "--figures", *svgs)
     print(
-        f"Some cells failed. {PARTIAL}/ has the finished cells and why others failed. The next run retries those.",
+        f"Some cells failed. {PARTIAL}/ has the finished cells and the reasons of the failed ones. "
+        "The next run retries these.",
         file=sys.stderr,
     )
 

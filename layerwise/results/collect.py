@@ -238,14 +238,16 @@ def write_tables(config: Mapping[str, Any], out: Path, partial: bool = False) ->
     absent = collect(StudyInputs.of(planned), out, partial)
     layers = read_table(out, "layers", main_table.SCOPES)
     main_table.write_main_table(read_table(out, "cells"), read_table(out, "comparisons"), layers, out)
-    print(f"{len(planned.cells)} cells, {absent} not whole, {len(planned.skipped)} skipped -> {out}")
+    print(f"{len(planned.cells)} cells, {absent} incomplete, {len(planned.skipped)} skipped -> {out}")
 
 
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="collect", description=__doc__)
     parser.add_argument("--study", required=True, type=json.loads, help="the whole config as JSON")
     parser.add_argument("--out", type=Path, default=Path("results/tables"), help="folder for the tables")
-    parser.add_argument("--partial", action="store_true", help="gather what exists; the rest are rows with a reason")
+    parser.add_argument(
+        "--partial", action="store_true", help="gather the results that exist; the others are rows with a reason"
+    )
     args = parser.parse_args(argv)
     write_tables(args.study, args.out, args.partial)
 

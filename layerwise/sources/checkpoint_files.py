@@ -197,7 +197,7 @@ def weight_files(name: str, folder: Path) -> list[Path]:
         absent = [shard.name for shard in shards if not shard.is_file()]
         if absent or not shards:
             raise InputError(
-                f"{folder / INDEX} of the model {name!r} names files that are not there: {brief(', '.join(absent))}."
+                f"{folder / INDEX} of the model {name!r} names files that do not exist: {brief(', '.join(absent))}."
                 if absent
                 else f"{folder / INDEX} of the model {name!r} names no files."
             )

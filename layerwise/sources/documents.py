@@ -90,7 +90,9 @@ def read_text(spec: Spec) -> Text:
         print(f"warning: The separator {separator!r} of {where} {told}.", file=sys.stderr)
     chosen = [document for document in found if document.startswith(begins)]
     if found and not chosen:
-        raise InputError(f"None of the {len(found)} documents of {where} begins with {begins!r}, as the text asks.")
+        raise InputError(
+            f"None of the {len(found)} documents of {where} begins with {begins!r}, as the text's `begins` requires."
+        )
     return Text(chosen, ", ".join(step for step in STEPS if step in done))
 
 

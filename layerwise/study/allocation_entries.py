@@ -88,10 +88,10 @@ def refusal(
     probes = [own for own in inner if card["parameters"][own[0]].get("asked", asked) == asked]
     for key, name, params in probes:
         if "fisher" in methods.needs(name, params):
-            return f"its {key} cannot: {name} needs the fisher of the dense model, which no allocation collects"
+            return f"its {key} cannot be used: {name} needs the fisher of the dense model, which no allocation collects"
         for own in [target.at(bits) for bits in WIDTHS] if budget == "bits" else [target]:
             if reason := methods.refusal(name, params, own):
-                return f"its {key} cannot: {reason}"
+                return f"its {key} cannot be used: {reason}"
     return _pairs_refusal(allocators, methods, allocation, entry, target, probes) if target.paired else None
 
 

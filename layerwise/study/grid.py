@@ -350,7 +350,7 @@ class _Grid:
                 for model, calib, mode in itertools.product(self.models, self.calibrations, entry.modes or self.modes):
                     yield self._cell(entry, target, model, calib, mode, allocation)
         if not reached:
-            raise InputError(f"methods.{entry.label}: {entry.method} reaches none of the targets ({reason}).")
+            raise InputError(f"methods.{entry.label}: {entry.method} supports none of the targets ({reason}).")
 
     def _unchanged(self, entry: MethodEntry) -> Iterator[Cell]:
         """A control that changes nothing is one cell per model, for any calibration and mode."""

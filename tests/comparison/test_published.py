@@ -417,8 +417,8 @@ def test_the_page_shows_every_mode_and_says_which():
     cells.loc[(cells["mode"] == "sequential") & (cells["label"] == "wanda"), "value"] = 60.0
     entries = published_comparisons(planned, [row("dense", 27.66), row("wanda", 38.0, mode=None)], cells)
     text = published_page.markdown(to_frame(from_rows(entries, "published", "the test")))
-    assert "| 38.00 | 38.00 | 0 | 0.76 | within | shared; not said: mode |" in text
-    assert "| 38.00 | 60.00 | 22.00 | 0.76 | outside | sequential; not said: mode |" in text
+    assert "| 38.00 | 38.00 | 0 | 0.76 | within | shared; not stated: mode |" in text
+    assert "| 38.00 | 60.00 | 22.00 | 0.76 | outside | sequential; not stated: mode |" in text
 
 
 # ----------------------------------------------------------------------------------------------------------- configs

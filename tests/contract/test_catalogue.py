@@ -373,7 +373,7 @@ def test_a_target_that_the_warm_start_cannot_is_refused(folder: Path):
     params = catalogue.complete("polish", {"warm_start": "first"}, "test")
     assert catalogue.refusal("polish", params, Target(0.5)) is None
     assert catalogue.refusal("polish", params, Target(pattern="2:4")) == (
-        "its warm_start cannot: first prunes by row, not by n:m"
+        "its warm_start cannot be used: first prunes by row, not by n:m"
     )
     assert catalogue.refusal("polish", params, Target(0.5, "1x16")) == "polish prunes by row, n:m, not by 1xb"
 
@@ -386,7 +386,7 @@ def test_a_warm_start_may_be_asked_to_prune_alone():
         assert catalogue.refusal("awp", params, target) is None
     started = catalogue.complete("awp", {"warm_start": "dsnot"}, "test")
     assert catalogue.refusal("awp", started, Target(bits=4)) is None
-    sentence = "its warm_start cannot: dsnot prunes by row, n:m, not by layer"
+    sentence = "its warm_start cannot be used: dsnot prunes by row, n:m, not by layer"
     assert catalogue.refusal("awp", started, Target(0.5, "layer", bits=4)) == sentence
 
 

@@ -128,7 +128,7 @@ def test_factors_are_saved_audited_and_refused_by_compressed_tensors(case, tmp_p
         assert_same_logits(open_saved(tmp_path / form, form), model)
         found, told, lines = audit.audit(tmp_path / form)
         assert (found, told) == (form, target) and not [line for line in lines if line.fault]
-        assert {line.note for line in lines} == {"holds" if form == "packed" else "holds, its parts cannot be seen"}
+        assert {line.note for line in lines} == {"holds" if form == "packed" else "holds, but its parts cannot be seen"}
         if form == "packed" and method != "oats":
             counted = pq.read_table(made / "layers.parquet").column("bits_per_weight").to_pylist()
             assert [8 * line.stored / line.weights for line in lines] == pytest.approx(counted, rel=1e-2)
@@ -268,7 +268,7 @@ def with_act_order(result):
 
 INEXPRESSIBLE = {
     "AWQ": (with_input_scale, r"it has a scale for each input \(AWQ\)"),
-    "act-order": (with_act_order, r"its groups are no runs of consecutive inputs \(act-order\)"),
+    "act-order": (with_act_order, r"its groups are not runs of consecutive inputs \(act-order\)"),
 }
 
 
@@ -286,7 +286,7 @@ def test_layers_beyond_compressed_tensors_are_refused_and_packed_holds_them(case
         assert not [line for line in audit.audit(tmp_path / form)[2] if line.fault]
     change_tensor(tmp_path / "dense", f"{UP}.weight", first_kept_times(1.01))
     assert [line.fault for line in audit.audit(tmp_path / "dense")[2] if line.fault] == [NOT_SAVED]
-    assert {line.note for line in audit.audit(tmp_path / "dense")[2]} == {"holds, its grid cannot be seen"}
+    assert {line.note for line in audit.audit(tmp_path / "dense")[2]} == {"holds, but its grid cannot be seen"}
 
 
 def test_refusals_are_one_sentence(case, tmp_path):
@@ -395,18 +395,24 @@ def flip_a_bit(tensor):
 ONE_MORE = first_zero_to(0.5)
 NOT_SAVED = "its weights are not those that were saved"
 TAMPERED = {  # format, target, tensor of UP, change, what is said
-    "2:4": ("dense", TWO_OF_FOUR, "weight", ONE_MORE, "2:4 is not kept: 1 groups of 2:4 keep more"),
-    "row": ("dense", Target(0.5), "weight", ONE_MORE, "50% row is not kept: 1 rows keep more"),
-    "layer": ("dense", Target(0.5, "layer"), "weight", ONE_MORE, "50% layer is not kept: 1 layer keep more"),
+    "2:4": ("dense", TWO_OF_FOUR, "weight", ONE_MORE, "2:4 does not hold: 1 groups of 2:4 keep more weights"),
+    "row": ("dense", Target(0.5), "weight", ONE_MORE, "50% row does not hold: 1 rows keep more weights"),
+    "layer": ("dense", Target(0.5, "layer"), "weight", ONE_MORE, "50% layer does not hold: 1 layers keep more weights"),
     "block": ("dense", Target(0.5, "1x16"), "weight", ONE_MORE, "1 blocks of 1x16 must be zero in every row, 1 rows"),
-    "zeros": ("dense", TWO_OF_FOUR, "weight", first_kept_to_zero, "768 zeros were saved, 769 are there"),
+    "zeros": ("dense", TWO_OF_FOUR, "weight", first_kept_to_zero, "768 zeros were saved, but 769 are there"),
     "value": ("dense", TWO_OF_FOUR, "weight", first_kept_times(1.5), NOT_SAVED),
-    "off its grid": ("dense", W4, "weight", first_kept_times(1.01), "the weights of 1 groups lie on no grid of 4b g16"),
+    "off its grid": (
+        "dense",
+        W4,
+        "weight",
+        first_kept_times(1.01),
+        "1 groups of weights do not lie on a grid of 4b g16",
+    ),
     "another point of its grid": (CT, W4, "weight_packed", flip_a_bit, NOT_SAVED),
     "another scale": (CT, W4, "weight_scale", set_value((0, 0), 1), NOT_SAVED),
     "NaN": ("dense", W4, "weight", set_value((0, 0), float("nan")), "a weight is not finite"),
-    "codes": (CT, JOINT, "weight_packed", set_value((0, 0), 0x76543210), "2:4 4b g16 is not kept: [12] groups of 2:4"),
-    "zero points": (CT, JOINT, "weight_zero_point", set_value((0, 0), 0), "2:4 4b g16 is not kept: .* groups of 2:4"),
+    "codes": (CT, JOINT, "weight_packed", set_value((0, 0), 0x76543210), "2:4 4b g16 does not hold: [12] groups of"),
+    "zero points": (CT, JOINT, "weight_zero_point", set_value((0, 0), 0), "2:4 4b g16 does not hold: .* groups of 2:4"),
     "scale": (CT, W4, "weight_scale", set_value((0, 0), -1), r"its scales must be \[48, 2\], positive and finite"),
     "shape": (CT, W4, "weight_shape", set_value(0, 47), r"its shape must be \[48, 32\]. Got \[47, 32\] instead"),
 }
@@ -428,7 +434,7 @@ def test_changes_in_the_packed_layout_are_found(case, tmp_path, part):
     folder = save(case, W4S50, "packed", tmp_path / "out")
     change = flip_a_bit if part != "scales" else set_value((0, 0), 1)
     change_tensor(folder, f"{UP}.{part}", change, "weights.safetensors")
-    with pytest.raises(InputError, match=f"{UP}: ({NOT_SAVED}|... zeros were saved, ... are there)"):
+    with pytest.raises(InputError, match=f"{UP}: ({NOT_SAVED}|... zeros were saved, but ... are there)"):
         audited(folder)
 
 
@@ -463,7 +469,7 @@ def test_a_mask_of_other_counts_is_found_in_the_packed_layout(case, tmp_path):
     one, other = int(kept[:32].nonzero()[0]), 32 + int((kept[32:] == 0).nonzero()[0])
     kept[[one, other]] = torch.tensor([0, 1])
     change_tensor(folder, f"{UP}.bitmap", set_value(slice(0, 8), bit_packing.pack(kept, 1)), "weights.safetensors")
-    with pytest.raises(InputError, match=f"{UP}: 50% row is not kept: 2 rows keep other counts"):
+    with pytest.raises(InputError, match=f"{UP}: 50% row does not hold: 2 rows keep other numbers of weights"):
         audited(folder)
 
 
@@ -488,7 +494,9 @@ def test_the_audit_takes_a_cell_and_a_target(case, tmp_path, capsys):
     with pytest.raises(InputError, match="must declare the grid of 50% 1x16 3b g16. Got 4b g16 instead"):
         audited(cell(case, W4S50), "--target", "50% 1x16 3b g16")
     folder = save(case, TWO_OF_FOUR, "dense", tmp_path / "out")
-    with pytest.raises(InputError, match="70% row is not kept: 32 rows keep more, and 13 more layers are off"):
+    with pytest.raises(
+        InputError, match="70% row does not hold: 32 rows keep more weights, and 13 more layers are wrong"
+    ):
         audited(folder, "--target", "70% row")
     (folder / "layerwise.json").unlink()
     audited(folder, "--target", "2:4")
@@ -547,7 +555,9 @@ def test_the_command_prints_a_table_and_returns_its_verdict(case, tmp_path, caps
     change_tensor(folder, f"{UP}.weight", first_zero_to(1.0))
     command = [sys.executable, "-m", "layerwise", "audit", str(folder)]
     bad = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-    assert bad.returncode == 1 and bad.stderr.strip().splitlines()[-1].startswith(f"error: {folder}: {UP}: 2:4 is not")
+    assert bad.returncode == 1 and bad.stderr.strip().splitlines()[-1].startswith(
+        f"error: {folder}: {UP}: 2:4 does not"
+    )
 
 
 @pytest.mark.parametrize("family", ["qwen3", "gpt2", "bloom"])  # tied; biases; weights stored as [in, out]

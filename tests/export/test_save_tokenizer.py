@@ -24,7 +24,7 @@ def test_a_copied_tokenizer_gives_the_same_ids(tmp_path: Path, model_type: str, 
     capsys.readouterr()
     copy_tokenizer(spec, tmp_path / "out")
     saved, plain = (one.from_pretrained(tmp_path / "out") for one in (AutoTokenizer, PreTrainedTokenizerFast))
-    told = "AutoTokenizer gives other ids for this export than the study had" in capsys.readouterr().err
+    told = "AutoTokenizer gives other ids for this export than the study used" in capsys.readouterr().err
     assert told is (ids(saved) != ids(tokenizer)) is (model_type == "qwen2")  # it always takes Qwen2Tokenizer
     assert ids(plain, special=True) == ids(tokenizer, special=True)
     assert plain.special_tokens_map == tokenizer.special_tokens_map

@@ -199,10 +199,10 @@ def test_a_start_with_a_grid_of_its_own_is_refused(start: Method):
         ("gptq", Target(0.5, bits=3), None),
         ("gptq", Target(0.5), None),  # not asked: nothing is rounded
         (None, Target(0.5, bits=3), None),
-        ("wanda", Target(bits=3), "its grid_from cannot: wanda does not quantise"),
+        ("wanda", Target(bits=3), "its grid_from cannot be used: wanda does not quantise"),
         ("turboquant", Target(bits=3), "its grid_from cannot quantise: turboquant has a grid of its own"),
         ("gptaq", Target(bits=3), "its grid_from cannot quantise: gptaq needs cross_gram, which awp does not give"),
-        ("sparsegpt", Target(0.5, bits=3), "its grid_from cannot: sparsegpt does not quantise without pruning"),
+        ("sparsegpt", Target(0.5, bits=3), "its grid_from cannot be used: sparsegpt does not quantise without pruning"),
     ],
 )
 def test_what_the_start_cannot_is_known_before_any_job(start: str | None, target: Target, reason: str | None):
@@ -218,7 +218,8 @@ def test_a_start_that_moves_zeros_is_refused_beside_pruning(tmp_path: Path):
     catalogue = Catalogue([tmp_path])
     params = catalogue.complete("awp", {"grid_from": "shifting"}, "test")
     assert catalogue.refusal("awp", params, Target(bits=3)) is None
-    assert catalogue.refusal("awp", params, Target(0.5, bits=3)) == "its grid_from cannot: shifting does not keep zeros"
+    told = "its grid_from cannot be used: shifting does not keep zeros"
+    assert catalogue.refusal("awp", params, Target(0.5, bits=3)) == told
 
 
 def test_no_other_warm_start_may_be_null():

@@ -240,10 +240,11 @@ def test_unreachable_targets_are_refused_in_a_sentence():
     catalogue, layer = Catalogue(), layers.build("correlated")
     params = catalogue.complete("code_swaps", {"start": "gptq"}, "test")
     assert catalogue.refusal("code_swaps", params, Target(bits=3)) is None
-    assert catalogue.refusal("code_swaps", params, Target(0.5, bits=3)) == "its start cannot: gptq does not prune"
+    told = "its start cannot be used: gptq does not prune"
+    assert catalogue.refusal("code_swaps", params, Target(0.5, bits=3)) == told
     assert catalogue.refusal("code_swaps", params, Target(0.5)) == "code_swaps does not prune without quantising"
     with pytest.raises(
-        UnsupportedTarget, match="code_swaps' start cannot: gptq does not prune. Got the target 50% row 3b"
+        UnsupportedTarget, match="code_swaps' start cannot be used: gptq does not prune. Got the target 50% row 3b"
     ):
         compress(CodeSwaps(GPTQ()), layer, Target(0.5, bits=3))
     with pytest.raises(UnsupportedTarget, match="code_swaps does not prune without quantising"):

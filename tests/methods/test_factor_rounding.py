@@ -205,12 +205,14 @@ def test_who_quantises_factors_and_what_lplr_follows():
     assert refusal("lplr", Target(rank=0.4)) == told
     assert refusal("lplr", Target(0.5)) == "lplr gives low-rank factors, so the target must have a rank"
     beside = replace(ROUNDED, sparsity=0.5)
-    told = "its after cannot: svd_llm gives only low-rank factors, not a sum with them"
+    told = "its after cannot be used: svd_llm gives only low-rank factors, not a sum with them"
     assert refusal("lplr", beside) == told and refusal("lplr", beside, after="oats") is None
-    assert refusal("lplr", ROUNDED, after="rocket") == "its after cannot: rocket gives a sparse factor"
-    told = "its after cannot: lplr gives quantised low-rank factors, so the target must have factor_bits"
+    assert refusal("lplr", ROUNDED, after="rocket") == "its after cannot be used: rocket gives a sparse factor"
+    told = "its after cannot be used: lplr gives quantised low-rank factors, so the target must have factor_bits"
     assert refusal("lplr", ROUNDED, after={"lplr": {}}) == told
-    with pytest.raises(UnsupportedTarget, match=r"lplr's after cannot: svd_llm gives only .* Got the target 50% row"):
+    with pytest.raises(
+        UnsupportedTarget, match=r"lplr's after cannot be used: svd_llm gives only .* Got the target 50% row"
+    ):
         compress(LPLR(SVDLLM()), layers.build("correlated"), beside)
     with pytest.raises(UnsupportedTarget, match=r"lplr's after cannot give a sparse low-rank factor. Got one instead."):
         compress(LPLR(ROCKET()), layers.build("correlated"), ROUNDED)

@@ -149,7 +149,7 @@ def test_what_a_rotation_does_not_carry_is_refused_before_a_study():
     )
     assert refusal("code_swaps", start="rotated") == "its start cannot quantise: rotated has a grid of its own"
     assert refusal("rotated", under="turboquant") == "its under cannot quantise: turboquant has a grid of its own"
-    assert refusal("rotated", under="wanda") == "its under cannot: wanda does not quantise"
+    assert refusal("rotated", under="wanda") == "its under cannot be used: wanda does not quantise"
     for steps in (["wanda", "turboquant"], ["rotated", "wanda"]):
         joint = Target(pattern="2:4", bits=4)
         assert catalogue.refusal("chain", catalogue.complete("chain", {"chain": steps}, "test"), joint)

@@ -137,14 +137,14 @@ def test_slim_only_prunes():
         == "slim gives a sum with low-rank factors, not the factors alone"
     )
     blocks = catalogue.complete("slim", {"mask": "sparsegpt"}, "test")
-    told = "its mask cannot: sparsegpt prunes by row, layer, n:m, not by 1xb"
+    told = "its mask cannot be used: sparsegpt prunes by row, layer, n:m, not by 1xb"
     assert catalogue.refusal("slim", blocks, Target(0.5, "1x16", rank=0.1)) == told
 
 
 def test_eora_is_refused_where_its_part_is():
     catalogue, target = Catalogue(), Target(bits=4, rank=0.1)
     params = catalogue.complete("eora", {"after": "wanda"}, "test")
-    assert catalogue.refusal("eora", params, target) == "its after cannot: wanda does not quantise"
+    assert catalogue.refusal("eora", params, target) == "its after cannot be used: wanda does not quantise"
     assert catalogue.refusal("eora", params, Target(0.5, rank=0.1)) is None
     reason = "eora gives only sums with low-rank factors, so the target must have a rank"
     assert catalogue.refusal("eora", params, Target(0.5)) == reason

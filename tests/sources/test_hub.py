@@ -110,7 +110,7 @@ BROKEN_MODELS = {
         r"a pickle can run code: if you trust its source, convert .* python -c .*use_safetensors=F",
     ),
     "other": (lambda f: (f / "model.safetensors").rename(f / "a.safetensors"), "has a.safetensors, but neither"),
-    "shards": (sharded, r"names files that are not there: model-00002-of-00002.safetensors\."),
+    "shards": (sharded, r"names files that do not exist: model-00002-of-00002.safetensors\."),
     "cut": (cut, r"model.safetensors is cut off: it has \d+ bytes, and its header says \d+"),
     "cut header": (writes("model.safetensors", (100).to_bytes(8, "little") + b"{"), "cut off: it has 9 bytes"),
     "too long": (lengthen, "is too long"),

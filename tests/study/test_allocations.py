@@ -135,7 +135,7 @@ def test_pairs_are_planned_beside_their_budget(target, method, label, params):
 def test_the_method_that_tries_sums_must_reach_them():
     target = {"bits": 4, "rank": 0.1}
     (row,) = plan(spread({"uniform": None, "knapsack": None}, targets=[target], methods={"eora": None})).skipped
-    assert row["reason"] == "its sums cannot: oats does not quantise"
+    assert row["reason"] == "its sums cannot be used: oats does not quantise"
 
 
 def test_what_tries_the_model_is_given_tokens_and_grams():
@@ -184,7 +184,10 @@ def test_tuned_entries_are_not_spread():
         ({"flat": {"allocator": "uniform"}}, "the allocation uniform must use the allocator uniform."),
         ({"knapsack": {"levels": [1.2]}}, "knapsack's levels is wrong: 1.2 is greater than the maximum of 0.99."),
         ({"knapsack": {"probe": "nothing"}}, "there is no method 'nothing'"),
-        ({"knapsack": {"probe": "gptq"}}, "wanda reaches none of the targets (its probe cannot: gptq does not prune)."),
+        (
+            {"knapsack": {"probe": "gptq"}},
+            "wanda supports none of the targets (its probe cannot be used: gptq does not prune).",
+        ),
         ({}, "config: allocations is wrong: "),
     ],
 )

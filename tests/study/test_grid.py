@@ -241,7 +241,7 @@ def test_a_target_with_a_rank_is_for_methods_that_give_factors():
 def test_a_convention_that_the_runner_always_refuses_is_refused_before_a_job():
     reason = "rocket's convention official counts no positions, and exceeds the target's bits"
     asked: dict = {"rocket": {"convention": ["exact", "official"]}, "svd": None}
-    told = f"methods.rocket.convention_official: rocket reaches none of the targets ({reason})."
+    told = f"methods.rocket.convention_official: rocket supports none of the targets ({reason})."
     assert refused(study(targets=[{"rank": 0.4}], methods=asked)) == told
     asked["rocket"] = {"convention": "exact"}
     assert {cell.columns["method"] for cell in plan(study(targets=[{"rank": 0.4}], methods=asked)).cells} == {*asked}
@@ -268,7 +268,7 @@ def test_a_fisher_is_of_the_dense_model_alone(tmp_path):
     (tmp_path / "mine.py").write_text(FISHER)
     spread: dict[str, Any] = {"allocations": {"uniform": None, "neuroal": {"probe": "mine", "windows": 4}}}
     spread |= {"method_paths": [str(tmp_path)], "targets": [{"sparsity": 0.5}], "methods": {"wanda": None}}
-    told = "its probe cannot: mine needs the fisher of the dense model, which no allocation collects"
+    told = "its probe cannot be used: mine needs the fisher of the dense model, which no allocation collects"
     assert plan(study(**spread)).skipped[0]["reason"] == told
     inside = {"warm": {"method": "reconstruct", "mask_from": "mine"}}
     assert "reconstruct must run in shared mode" in refused(
@@ -457,7 +457,7 @@ def test_unsupported_pairs_are_skipped_with_the_reason(warm):
         ("rtn", "2:4 4b"): "rtn does not prune",
         ("rtn", "50% 1x4"): "rtn does not prune",
         ("warm", "4b"): "warm does not quantise without pruning",
-        ("warm", "2:4 4b"): "its warm_start cannot: wanda does not quantise",
+        ("warm", "2:4 4b"): "its warm_start cannot be used: wanda does not quantise",
         ("warm", "50% 1x4"): "warm prunes by row, layer, n:m, not by 1xb",
         ("sparsegpt", "4b"): "sparsegpt does not quantise without pruning",
         ("sparsegpt", "50% 1x4"): "sparsegpt prunes by row, layer, n:m, not by 1xb",
@@ -721,11 +721,11 @@ WRONG = {
     ),
     "chain that loses its grid": (
         study(methods={"a": {"chain": ["rtn", "sparsegpt"]}}, targets=JOINT),
-        "methods.a: chain reaches none of the targets (sparsegpt changes the weights that rtn has quantised).",
+        "methods.a: chain supports none of the targets (sparsegpt changes the weights that rtn has quantised).",
     ),
     "chain whose second does both": (
         study(methods={"a": {"chain": ["gptq", "awp"]}}, targets=JOINT),
-        "methods.a: chain reaches none of the targets (awp changes the weights that gptq has quantised).",
+        "methods.a: chain supports none of the targets (awp changes the weights that gptq has quantised).",
     ),
     "chain without methods": (
         study(methods={"a": {"method": "chain"}}, targets=JOINT),
@@ -733,7 +733,7 @@ WRONG = {
     ),
     "chain that does not quantise": (
         study(methods={"a": {"chain": ["wanda", "sparsegpt"]}}, targets=JOINT),
-        "methods.a: chain reaches none of the targets (none of its methods quantises: wanda does not quantise, ",
+        "methods.a: chain supports none of the targets (none of its methods quantises: wanda does not quantise, ",
     ),
     "empty target": (edited("targets/0", {}), "config: targets.0 is wrong: {} should be non-empty."),
     "no targets": (study(targets=[]), "config: targets is wrong: [] should be non-empty."),
@@ -744,7 +744,7 @@ WRONG = {
     ),
     "unreaching": (
         study(methods={"magnitude": None, "rtn": None}),
-        "methods.rtn: rtn reaches none of the targets (rtn does not prune).",
+        "methods.rtn: rtn supports none of the targets (rtn does not prune).",
     ),
     "no stage": (study(methods={"wanda": {"tune": {}}}), "methods.wanda.tune is wrong: {} should be non-empty."),
     "stage": (
@@ -773,7 +773,7 @@ WRONG = {
     ),
     "end without bits": (
         study(methods={"wanda": {"tune": {"end": {}}}}),
-        "methods.wanda: wanda reaches none of the targets (tune.end trains scales and zeros, which do not exist",
+        "methods.wanda: wanda supports none of the targets (tune.end trains scales and zeros, which do not exist",
     ),
     "tuned control": (
         study(methods={"dense": {"tune": {"blocks": {}}}, "wanda": None}),
@@ -888,7 +888,7 @@ def no_text(folder: Path) -> None:
 
 ABSENT = {
     "folder": (no_folder, "The folder tiny of the model 'tiny' does not exist."),
-    "shard": (one_shard, "names files that are not there: model-00002-of-00002.safetensors."),
+    "shard": (one_shard, "names files that do not exist: model-00002-of-00002.safetensors."),
     "safetensors": (only_pickles, "only safetensors is read"),
     "bytes": (cut_off, "tiny/model.safetensors is cut off"),
     "length": (

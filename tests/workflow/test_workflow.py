@@ -415,7 +415,7 @@ WRONG = {
     "unknown key": ("sead", 1, "the study has no key 'sead'; its keys are"),
     "unknown method": ("methods/wander", None, "methods.wander: there is no method 'wander'; the methods are admm, "),
     "unknown parameter": ("methods/wanda", {"alpha": 1}, "wanda has no parameter 'alpha'; its parameters are: none."),
-    "no such target": ("targets", [{"pattern": "2:4", "bits": 4}], "methods.wanda: wanda reaches none of the targets"),
+    "no such target": ("targets", [{"pattern": "2:4", "bits": 4}], "methods.wanda: wanda supports none of the targets"),
     "no folder": ("models/tiny", {"path": "absent"}, "The folder absent of the model 'tiny' does not exist."),
     "no network": ("models/tiny", {"hub": "a/b", "revision": "c"}, "HF_HUB_OFFLINE forbids fetching"),
     "shell in a name": ("models", {"a b; touch x": {"path": str(MODEL)}}, "the name 'a b; touch x' is wrong"),
