@@ -29,7 +29,7 @@ NAMES = {
     "calibration_seed": "seed of the calibration",
     "group": "inputs per group",
 }
-BROKEN = 30  # times the lowest value: what is worse is beyond the axis
+BROKEN = 100  # times the lowest value: what is worse is beyond the axis
 LOGARITHMIC = 8  # ratio of the largest to the smallest swept value from which the x axis is logarithmic
 
 
