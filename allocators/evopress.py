@@ -41,8 +41,8 @@ CARD = {
         "steps": {
             "type": "integer",
             "minimum": 1,
-            "description": "Steps on each side of a budget of zeros. For a layer of median size they span the share "
-            "`width` of the room on the nearer side. A step is the same number of weights in every layer.",
+            "description": "Number of steps on each side of a budget of zeros. For a layer of median size, all steps "
+            "span the share `width` of the distance to the nearer limit. A step is as many weights in every layer.",
         },
         "width": {"type": "number", "exclusiveMinimum": 0, "maximum": 1, "description": "See steps."},
         "screen": {

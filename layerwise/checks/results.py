@@ -80,7 +80,12 @@ def assert_factor_codes(layer: Layer, target: Target, result: Compressed) -> Non
         ("left", low_rank.left, low_rank.left_codes),
         ("right", low_rank.right, low_rank.right_codes),
     ):
-        demand((codes is None) == (target.factor_bits is None), layer.name, f"{side} must be as asked", "another form")
+        demand(
+            (codes is None) == (target.factor_bits is None),
+            layer.name,
+            f"{side} must have the form that the target asks for",
+            "another form",
+        )
         if codes is None or target.factor_bits is None:
             continue
         rows, length = factor.shape
