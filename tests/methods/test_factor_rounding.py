@@ -1,7 +1,5 @@
 """Quantised low-rank factors: against the published algorithm in numpy, the optimum, and brute force over codes."""
 
-# pyright: reportOptionalMemberAccess=false
-
 import itertools
 import math
 from dataclasses import replace
@@ -66,7 +64,7 @@ def published(layer: Layer, right: np.ndarray, bits: int, group: int, sweeps: in
 def test_lplr_is_the_published_algorithm(name: str, bits: int):
     """The least loss of its first sweeps, as far as no rounding tie is decided by the last bit."""
     layer, target = layers.build(name), Target(rank=0.4, factor_bits=bits, factor_group=16)
-    start = compress(SVDLLM(), layer, target.unrounded).low_rank.right.double().numpy()
+    start = some(compress(SVDLLM(), layer, target.unrounded).low_rank).right.double().numpy()
     start = start * np.sign(start[np.arange(len(start)), np.abs(start).argmax(1)])[:, None]
     losses = published(layer, start, bits, 16, 3)
     for sweeps in (1, 3):
@@ -121,7 +119,7 @@ def test_no_codes_of_the_left_factor_are_better_where_its_gram_is_diagonal():
     codes = found.left.quantised
     losses = []
     for row in range(3):
-        scale, zero = float(codes.scales[row, 0]), float(codes.zeros[row, 0])
+        scale, zero = float(some(codes).scales[row, 0]), float(some(codes).zeros[row, 0])
         tried = [
             float((lost @ gram) @ lost)
             for pair in itertools.product(range(4), repeat=2)
@@ -175,10 +173,10 @@ def test_the_part_beside_the_factors_is_that_of_after(target: Target):
     layer, after = layers.build("correlated"), AFTER[target]
     given, result = compress(after, layer, target.unrounded), compress(LPLR(after), layer, target)
     assert broken_promise(layer, target, result) is None
-    if given.low_rank.rest is None:
-        assert result.low_rank.rest is None and result.quantised is None and result.mask is None
+    if some(given.low_rank).rest is None:
+        assert some(result.low_rank).rest is None and result.quantised is None and result.mask is None
     else:
-        assert torch.equal(some(result.low_rank.rest), given.low_rank.rest)
+        assert torch.equal(some(some(result.low_rank).rest), some(some(given.low_rank).rest))
     exact, rounded = output_error(layer, given.weight), output_error(layer, result.weight)
     assert rounded <= (1.6 if target.factor_bits == 3 else 1.3) * exact
 
@@ -189,7 +187,9 @@ def test_its_bits_are_those_of_its_codes_and_grids():
     rank, out, inputs = 8, 24, 64
     counted = 4 * rank * (out + inputs) + (16 + 4) * (out * 1 + rank * 4)  # rows of B have one group, of A four
     assert told["bits_per_weight"] == counted / (out * inputs) < bits_per_weight(Target(rank=0.5), 1.0, out, inputs)
-    assert torch.equal(result.low_rank.left_codes.scales.half().float(), result.low_rank.left_codes.scales)
+    assert torch.equal(
+        some(some(result.low_rank).left_codes).scales.half().float(), some(some(result.low_rank).left_codes).scales
+    )
 
 
 def test_who_quantises_factors_and_what_lplr_follows():
