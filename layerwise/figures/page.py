@@ -146,7 +146,17 @@ def log_scale(axes: Axes, low: float, high: float) -> None:
         ticks = [tick for tick in MaxNLocator(5).tick_values(low, high) if low <= tick <= high]
         axes.yaxis.set_major_locator(FixedLocator(ticks))
     else:
-        subs = (1, 2, 3, 5) if ratio < 20 else (1, 2, 5) if ratio < 60 else (1, 3) if ratio < 1000 else (1,)
+        subs = (
+            (1, 1.5, 2, 3, 5)
+            if ratio < 10
+            else (1, 2, 3, 5)
+            if ratio < 20
+            else (1, 2, 5)
+            if ratio < 60
+            else (1, 3)
+            if ratio < 1000
+            else (1,)
+        )
         axes.yaxis.set_major_locator(LogLocator(subs=subs, numticks=8))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.yaxis.set_minor_locator(NullLocator())

@@ -142,7 +142,10 @@ def _points(
     for label, _, comparison in shown:
         points = matching(data, label=label, comparison=comparison)
         sizes, values = (column(points, name).to_list() for name in ("size", "value"))
-        axes.plot(sizes, values, **{**strokes(style[label], comparison), "linestyle": "none"})
+        mark = strokes(style[label], comparison)
+        clear = {name: "none" for name in ("markerfacecolor", "markerfacecoloralt") if mark[name] == "white"}
+        # Of cells with equal bits none hides another: open markers are clear, and small ones are above large ones.
+        axes.plot(sizes, values, **{**mark, **clear, "linestyle": "none", "zorder": 3 - mark["markersize"] / 10})
         mark_beyond(axes, sizes, values, style[label])
     axes.plot(dense["size"], dense["value"], **DENSE)
     for row, number in named:  # on either side in turn, so that neighbours do not overlap

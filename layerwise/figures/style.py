@@ -1,8 +1,9 @@
 """The look of every figure: one fixed colour and marker per method, and bytes that depend only on the data.
 
 A method keeps its colour and marker in every figure and study: its card gives them. Filled markers on solid lines leave
-the kept weights as they are, open markers on dashed lines change them. Colours are those of Okabe, Ito and Tol, which
-colour-blind readers can tell apart; the marker says the same without colour.
+the kept weights as they are, open markers on dashed lines change them. Half-filled markers say what else is stored:
+factors (left half), a sum of factors and another part (upper half), codes of kept weights (lower half). Colours are
+those of Okabe, Ito and Tol, which colour-blind readers can tell apart; the marker says the same without colour.
 """
 
 import zlib
@@ -16,6 +17,7 @@ from matplotlib import style
 from matplotlib.figure import Figure
 
 from layerwise.contract.catalogue import Catalogue
+from layerwise.contract.target import JOINT, LOW_RANK, SUM
 
 WIDTH = 7.0  # inches, the text width of a two-column page
 RC = {
@@ -51,6 +53,7 @@ METADATA = {
     ".svg": {"Date": None, "Creator": None},
     ".png": {"Software": None},
 }
+HALVES = {LOW_RANK: "left", "sparse factor": "left", SUM: "top", JOINT: "bottom"}  # filled, of an open marker
 
 
 class Look(NamedTuple):
@@ -111,15 +114,19 @@ def looks(labels: Iterable[tuple[str, str]]) -> dict[str, Look]:
 
 
 def strokes(own: Look, comparison: str) -> dict[str, Any]:
-    """Keyword arguments of `plot` for a method: mask-only filled and solid, weight-updating open and dashed."""
+    """Keyword arguments of `plot` for a method: mask-only filled and solid, weight-updating open and dashed,
+    and those of HALVES half filled."""
     updates = comparison not in ("control", "mask-only")
     return {
         "color": own.colour,
         "marker": own.marker,
         "linestyle": (0, (4, 1.5)) if updates else (0, (1, 1.5)) if comparison == "control" else "-",
-        "markerfacecolor": "white" if updates else own.colour,
+        "fillstyle": HALVES.get(comparison, "full"),
+        "markerfacecolor": "white" if updates and comparison not in HALVES else own.colour,
+        "markerfacecoloralt": "white",
         "markeredgecolor": own.colour,
-        "markeredgewidth": 1.1,
+        "markeredgewidth": 0.8 if comparison in HALVES else 1.1,
+        "markersize": 6.0 if comparison in HALVES else RC["lines.markersize"],  # so that the halves are seen
     }
 
 

@@ -4,7 +4,7 @@
 
 import subprocess
 import sys
-from itertools import pairwise
+from itertools import combinations, pairwise
 from pathlib import Path
 
 import numpy as np
@@ -39,12 +39,14 @@ from tests.support.method_files import UNSOLVED
 from tests.support.paths import ROOT
 from tests.support.synthetic_tables import (
     EVALUATIONS,
+    FAMILIES,
     METHODS,
     STUDY,
     SyntheticCell,
     cell,
     cells_table,
     comparisons_table,
+    families,
     layers_table,
     plan,
     traces_table,
@@ -124,8 +126,19 @@ def notes(figure: Figure) -> str:
         [cell("dense", "dense")],
         [cell(method, "60% row", seed=seed) for method in ("magnitude", "wanda", "ria") for seed in range(3)],
         SPREAD,
+        families(),
     ],
-    ids=["demo", "two-models", "one-target", "one-pattern", "quantised-only", "dense-only", "seeds", "spread"],
+    ids=[
+        "demo",
+        "two-models",
+        "one-target",
+        "one-pattern",
+        "quantised-only",
+        "dense-only",
+        "seeds",
+        "spread",
+        "families",
+    ],
 )
 @pytest.mark.filterwarnings("error")
 def test_every_figure_draws_every_kind_of_study_without_a_warning(name, cells, tmp_path):
@@ -235,6 +248,56 @@ def test_every_cell_is_drawn_at_its_size_and_perplexity():
         for number, (label, target) in enumerate(tuples(front, ["label", "target"]), 1)
     )
     assert f"Front: {named}." in notes(figure).replace("\n", " ") and "wanda 2:4 shared (failed)" in notes(figure)
+
+
+def face(line: Line2D) -> tuple[object, ...]:
+    """The look of a marker; clear and white are the same on a white page."""
+    fills = (line.get_markerfacecolor(), line.get_markerfacecoloralt() if line.get_fillstyle() != "full" else "")
+    return (line.get_color(), line.get_marker(), line.get_fillstyle(), *("white" if f == "none" else f for f in fills))
+
+
+@pytest.mark.parametrize("metric", ["perplexity", "kl"])
+def test_families_at_equal_bits_look_different_and_none_hides_another(metric):
+    cells = cells_table(families())
+    with styled():
+        figure = DRAW[f"{metric}_vs_bits"](cells)
+        canvas = FigureCanvasAgg(figure)
+        canvas.draw()
+    (axes,) = panels(figure)
+    (legend,) = [legend for band in figure.subfigs for legend in band.legends]
+    handles = [line for line in legend.get_lines() if line.get_marker() not in ("None", "")]
+    named = {face(line): line.get_label() for line in handles}
+    shown = {(label, comparison) for label, _, comparison, *_ in FAMILIES}
+    assert len(named) == len(handles) == len(shown) + (metric == "perplexity"), "each entry must have its own look"
+    lines = [line for line in axes.get_lines() if line.get_marker() not in ("None", 6) and np.size(line.get_xdata())]
+    assert {face(line) for line in lines} == named.keys()
+    methods = [line for line in lines if line.get_color() != "black"]
+    order = [line.get_markersize() for line in sorted(methods, key=lambda line: line.get_zorder())]
+    assert order == sorted(order)[::-1] and len(set(order)) > 1, "small markers must be above large ones"
+    clear = {line.get_markerfacecoloralt() for line in methods if line.get_fillstyle() != "full"}
+    clear |= {line.get_markerfacecolor() for line in methods} - {line.get_color() for line in methods}
+    assert clear == {"none"}, "what a marker covers must be seen through it"
+    numbers = [text.get_window_extent(canvas.get_renderer()) for text in axes.texts]
+    assert not any(a.overlaps(b) for a, b in combinations(numbers, 2))
+    front = tuples(pareto_front(sized(cells, metric)), ["label", "target", "value"])
+    names = ["dense" if target == "dense" else f"{label} {target}" for label, target, value in front if value]
+    note = notes(figure).replace("\n", " ")
+    assert len(names) >= 4 and all(f"({number}) {name}" in note for number, name in enumerate(names, 1))
+
+
+def test_the_cells_of_families_are_at_equal_bits():
+    sizes = sized(cells_table(families()))
+    for size in (6.4, 4.16):
+        near = select(sizes, (column(sizes, "size") / size - 1).abs() < 0.02)
+        assert {"low rank", "sparse factor", "sum of parts", "weight-updating"} <= set(near["comparison"])
+
+
+def test_the_lowest_tick_is_near_the_best_cells():
+    with styled():
+        figure = perplexity_vs_bits(cells_table(families()))
+    (axes,) = panels(figure)
+    low, high = axes.get_ylim()
+    assert min(tick for tick in axes.get_yticks() if low <= tick <= high) < 1.4 * low
 
 
 def test_a_failed_cell_is_a_gap_and_is_said():
@@ -484,6 +547,8 @@ def test_weight_updating_methods_are_open_and_dashed():
     updating, masking = strokes(own, "weight-updating"), strokes(own, "mask-only")
     assert updating["markerfacecolor"] == "white" and updating["linestyle"] != "-"
     assert masking["markerfacecolor"] == own.colour and masking["linestyle"] == "-"
+    halves = [strokes(own, group)["fillstyle"] for group in ("low rank", "sum of parts", "pruned and quantised")]
+    assert len({*halves, updating["fillstyle"]}) == 4
 
 
 SEEDS = [cell(method, "60% row", seed=seed) for method in METHODS for seed in range(3) if METHODS[method][2]]

@@ -2,14 +2,16 @@
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
+from layerwise.contract.target import Target
 from layerwise.results.comparisons import ERRORS, Observation, compare_methods
+from layerwise.storage.bits_per_weight import bits_per_weight
 from layerwise.storage.table_schema import from_rows, to_frame
 
 KINDS = {
@@ -44,6 +46,31 @@ TARGETS: dict[str, tuple[float, str, int | None, int | None]] = {
     "4b g128": (0.0, "row", 4, 128),
     "3b g128": (0.0, "row", 3, 128),
 }
+# Of every family, most at about 6.4 or 4.2 stored bits: (label, method, comparison, target, mean error).
+FAMILIES = (
+    ("svd", "svd", "control", "rank 40%", 0.2),
+    ("fwsvd", "fwsvd", "low rank", "rank 40%", 0.095),
+    ("svd_llm", "svd_llm", "low rank", "rank 40%", 0.06),
+    ("svd_llm", "svd_llm", "low rank", "rank 26%", 0.1),
+    ("lplr", "lplr", "low rank", "rank 78% 8b g128", 0.024),
+    ("lplr", "lplr", "low rank", "rank 99% 4b g128", 0.014),
+    ("rocket", "rocket", "sparse factor", "rank 40%", 0.045),
+    ("rocket", "rocket", "sparse factor", "rank 26%", 0.09),
+    ("oats", "oats", "sum of parts", "76.25% row rank 10%", 0.052),
+    ("three_basil", "three_basil", "sum of parts", "76.25% row rank 10%", 0.0111),
+    ("eora-sparsegpt", "eora", "sum of parts", "76.25% row rank 10%", 0.035),
+    ("eora-gptq", "eora", "sum of parts", "3b g128 rank 6.25%", 0.0021),
+    ("wanda", "wanda", "mask-only", "66.25% row", 0.034),
+    ("sparsegpt", "sparsegpt", "weight-updating", "66.25% row", 0.019),
+    ("sparsegpt", "sparsegpt", "weight-updating", "80.25% row", 0.07),
+    ("alps", "alps", "weight-updating", "66.25% row", 0.0115),
+    ("alps", "alps", "weight-updating", "80.25% row", 0.043),
+    ("rtn", "rtn", "quantised", "4b g128", 0.0016),
+    ("gptq", "gptq", "quantised", "4b g128", 0.0004),
+    ("gptq", "gptq", "quantised", "3b g128", 0.0028),
+    ("sparsegpt", "sparsegpt", "pruned and quantised", "50% row 4b g128", 0.0064),
+    ("gqsa", "gqsa", "pruned and quantised", "50% 1x16 4b g16", 0.014),
+)
 JOINT = {"50% row 4b g128": (0.5, "row", 4, 128)}  # of no plan but where it is named
 PROVENANCE = {
     "commit": "a" * 40,
@@ -75,9 +102,12 @@ EVALUATIONS = {
 
 @dataclass(frozen=True)
 class SyntheticCell:
+    """error: mean error of its layers, of the cells of FAMILIES, whose size is that of their target."""
+
     folder: str
     columns: Mapping[str, Any]
     certificate: str | None = None
+    error: float | None = None
 
     def overlap(self, evaluation: str) -> str:
         _, _, model, calib, *_ = self.folder.split("/")
@@ -144,6 +174,16 @@ def plan(
     return cells
 
 
+def families() -> list[SyntheticCell]:
+    """The cells of FAMILIES and the dense one, of one mode."""
+    cells = [cell("dense", "dense")]
+    for label, method, comparison, text, error in FAMILIES:
+        target, base = Target.parse(text), cell(method, text, label=label)
+        own = {name: getattr(target, name) for name in ("sparsity", "pattern", "bits", "group")}
+        cells.append(replace(base, columns=dict(base.columns) | own | {"comparison": comparison}, error=error))
+    return cells
+
+
 def layer_frame(of: SyntheticCell, blocks: int = 8) -> pd.DataFrame:
     """Rows of layers.parquet: the error grows with depth, sparsity and the method's factor."""
     columns = of.columns
@@ -151,6 +191,8 @@ def layer_frame(of: SyntheticCell, blocks: int = 8) -> pd.DataFrame:
     own = np.random.default_rng(sum(map(ord, columns["method"] + columns["target"])) + 1000 * columns["seed"])
     factor = METHODS.get(columns["method"], ("", 0.0))[1]
     strength = {0.5: 0.02, 0.6: 0.05, 0.7: 0.13}.get(columns["sparsity"], 0.01 if columns["bits"] == 4 else 0.05)
+    if of.error is not None:
+        factor, strength = 1.0, of.error
     if ":" in columns["pattern"]:
         strength *= 1.8
     certified = (
@@ -291,6 +333,8 @@ def cells_table(
         broken = (of.columns["method"], of.columns["target"], of.columns["mode"]) in failed
         error = float(np.mean(layer_frame(of)["output_error"].to_list()))
         size = 16 * (1 - of.columns["sparsity"]) * (of.columns["bits"] or 16) / 16 + (of.columns["sparsity"] > 0)
+        if of.error is not None:
+            size = bits_per_weight(Target.parse(of.columns["target"]), 1 - of.columns["sparsity"], 512, 512)
         contamination = "draw from the same data set, docstrings"
         for metric, value in (
             ("perplexity", perplexity_of(of)),
