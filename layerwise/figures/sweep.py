@@ -1,6 +1,7 @@
 """The figure of a sweep: a pure function from the `cells` table to a figure."""
 
 import json
+import re
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
@@ -30,6 +31,8 @@ NAMES = {
     "group": "inputs per group",
 }
 BROKEN = 100  # times the lowest value: what is worse is beyond the axis
+# Parts of a target's label that have no column of their own and are not swept.
+OTHER_FIELDS = re.compile(r"\b(?:sym|nvfp4|mxfp4|rank \S+%(?: \d+b(?: g\d+)?)?)(?=\s|$)")
 LOGARITHMIC = 8  # ratio of the largest to the smallest swept value from which the x axis is logarithmic
 
 
@@ -101,6 +104,7 @@ def _band(row: Mapping[str, Any], swept: str) -> str:
     words += [rest["pattern"]] if row["sparsity"] else []
     words += [f"{rest['bits']} bits"] if "bits" in rest else []
     words += [f"groups of {rest['group']}"] if "group" in rest else []
+    words += OTHER_FIELDS.findall(row["target"])
     return ", ".join([*parts, " ".join(words), *spread])
 
 
