@@ -64,6 +64,7 @@ UNTIMED = {
     "fwsvd": "as svd",
     "svd_llm": "one eigenvalue decomposition of the library, between products in float64",
     "eora": "its first method, then svd_llm of the error",
+    "lplr": "its first method, then least-squares solutions for thin factors, in float64",
     "slim": "its first method, then svd of the error",
     "oats": "80 singular value decompositions of the library",
     "rocket": "svd_llm, a sort, and a least-squares solution per column",
