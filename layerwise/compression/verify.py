@@ -19,6 +19,7 @@ from layerwise.numerics.code_books import expressible
 from layerwise.numerics.low_rank import product
 from layerwise.numerics.patterns import count_kept, finite, kept_counts
 from layerwise.numerics.rotations import block_of
+from layerwise.storage.layer_packing import factors_of
 
 NOT_FINITE = "must be finite"  # part of the sentence about a result that has diverged
 
@@ -133,10 +134,8 @@ def _factors(layer: Layer, target: Target, result: Compressed) -> str | None:
 
 def _factor_codes(layer: Layer, target: Target, low_rank: LowRank) -> str | None:
     """The fault in the codes of factors, each as of a layer of its own, or None."""
-    for name, factor, codes in (
-        ("left", low_rank.left, low_rank.left_codes),
-        ("right", low_rank.right, low_rank.right_codes),
-    ):
+    for name, factor in zip(("left", "right"), factors_of(low_rank), strict=True):
+        codes = factor.quantised
         if (codes is None) != (target.factor_bits is None):
             wanted, came = ("no", "some") if target.factor_bits is None else ("the", "none")
             return f"promise 2: {target.label} must have {wanted} codes of its factor {name}. Got {came} instead"
@@ -147,8 +146,8 @@ def _factor_codes(layer: Layer, target: Target, low_rank: LowRank) -> str | None
         for part in ("group_of", "input_scale", "divisor", "levels", "rotation"):
             if getattr(codes, part) is not None:
                 return f"promise 3: the codes of the factor {name} must have no {part}. Got one instead"
-        own = replace(layer, weight=factor)
-        if factor.numel() and (sentence := _grid(own, target.factors, Compressed(factor, quantised=codes))):
+        own = replace(layer, weight=factor.weight)
+        if factor.weight.numel() and (sentence := _grid(own, target.factors, factor)):
             return sentence.replace(": ", f": of the factor {name}, ", 1)
     return None
 

@@ -1,5 +1,6 @@
 """The frame of all figures: stacked bands over one legend, readable logarithmic axes, words for what is absent."""
 
+import math
 import textwrap
 from collections.abc import Sequence
 
@@ -20,6 +21,8 @@ BEYOND = {"linestyle": "none", "marker": 6, "markersize": 5}  # an arrowhead tha
 WORDS = {"perplexity": "perplexity", "kl": "KL from the dense model"}  # a metric's name in titles
 AXES = {"perplexity": "perplexity", "kl": "KL from dense, nats per token"}
 LINE = 0.15  # inches per line of the legend
+# (below this ratio of the axis' ends, ticks per decade) of a logarithmic axis
+TICKS = ((10, (1, 1.5, 2, 3, 5)), (20, (1, 2, 3, 5)), (60, (1, 2, 5)), (1000, (1, 3)), (math.inf, (1,)))
 LETTER, HANDLE = 0.065, 0.6  # inches in it: of a bold letter, and of a handle with the space beside a column
 
 
@@ -146,17 +149,7 @@ def log_scale(axes: Axes, low: float, high: float) -> None:
         ticks = [tick for tick in MaxNLocator(5).tick_values(low, high) if low <= tick <= high]
         axes.yaxis.set_major_locator(FixedLocator(ticks))
     else:
-        subs = (
-            (1, 1.5, 2, 3, 5)
-            if ratio < 10
-            else (1, 2, 3, 5)
-            if ratio < 20
-            else (1, 2, 5)
-            if ratio < 60
-            else (1, 3)
-            if ratio < 1000
-            else (1,)
-        )
+        subs = next(ticks for below, ticks in TICKS if ratio < below)
         axes.yaxis.set_major_locator(LogLocator(subs=subs, numticks=8))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.yaxis.set_minor_locator(NullLocator())

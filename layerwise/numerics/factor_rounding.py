@@ -1,4 +1,4 @@
-"""Round two low-rank factors to grids, each in turn fitted anew to the other's rounding (Saha et al., LPLRFactorize).
+"""Round two low-rank factors to grids (Saha et al., LPLRFactorize). In turn, each is refitted to the other as rounded.
 
 For M [out, in] and G the loss of B A is tr((M - B A) G (M - B A)^T). With A fixed, the best B is M G A^T (A G A^T)^-1,
 and an error of B costs as in a layer whose inputs are A x, with the Gram A G A^T. With B fixed, the best A is

@@ -12,6 +12,7 @@ import re
 import statistics
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import pandas as pd
@@ -77,6 +78,7 @@ def tables_of_numbers() -> list[Table]:
     return [own for path in DOCUMENTS if path != BENCHMARK for own in tables(path) if own.numbers >= MOST]
 
 
+@cache
 def accepted(folder: Path, calibration: str | None = None) -> Results:
     """The perplexities, divergences and mean output errors that were accepted, of one calibration set or over all."""
     found: dict[tuple[str, str], dict[tuple[str, str], float]] = {}
