@@ -231,11 +231,11 @@ class Tuner:
         size = self.stages["blocks"]["batch"]
         dense = Stream(self.model, self.tokens, sequences_per_batch=size)
         for index, taps in blocks:
-            inputs = dense.inputs
+            inputs: Sequence[Tensor] = () if stream else dense.inputs  # memory for one copy less
             dense.advance(index)
             yield index, taps
-            if stream:  # its model may have another dtype
-                inputs = torch.cat(list(stream.inputs)).to(inputs[0].dtype).split(size)
+            if stream:
+                inputs = gathered(stream.inputs, len(self.tokens), dense.inputs[0].dtype).split(size)
             self._tune_block(dense, index, inputs)
             self.given.clear()
 
@@ -297,6 +297,16 @@ class Tuner:
         self.history.append({"stage": stage, "block": block, "before": before, "after": after, "seconds": seconds})
         what = stage if block is None else f"block {block}"
         tqdm.write(f"{what}: loss {before:.4g}, {after:.4g} after tuning", file=sys.stderr)
+
+
+def gathered(batches: Sequence[Tensor], sequences: int, dtype: torch.dtype) -> Tensor:
+    """All batches in one tensor [sequences, length, hidden] of a dtype; at most one batch is in memory beside it."""
+    whole = torch.empty(sequences, *batches[0].shape[1:], dtype=dtype, device=batches[0].device)
+    start = 0
+    for batch in batches:
+        whole[start : start + len(batch)] = batch
+        start += len(batch)
+    return whole
 
 
 def substituted(module: nn.Module, parameters: dict[str, Tensor]) -> Callable[..., Any]:

@@ -222,7 +222,7 @@ class CostModel:
             work += replace(run.passes((2 + beside) * tokens), grams=(1 + 3 * beside) * run.gram_work(tokens))
             transient += (1 + beside) * run.states(tokens)
         if "tune" in cell.spec:
-            memory = max(memory, model.tuning(calib["length"], cell.spec["tune"]))
+            memory = max(memory, model.tuning(calib["length"], tokens, cell.spec["tune"]))
             epochs = sum(stage["epochs"] for stage in cell.spec["tune"].values())
             work += model.passes(4 * epochs * tokens)
         # The job also evaluates the compressed model.
@@ -431,10 +431,14 @@ class ModelCost:
         minimum = max(self.streamed + outside + running, self.embedding)
         return max(PROCESS + outside + fitting, minimum), minimum
 
-    def tuning(self, length: int, stages: Mapping[str, Any]) -> float:
-        """Peak of the tuning stages, which hold the whole model and the gradients of one block or of all blocks."""
+    def tuning(self, length: int, tokens: int, stages: Mapping[str, Any]) -> float:
+        """Peak of the tuning stages, which hold the whole model and the gradients of one block or of all blocks.
+
+        The stage `blocks` also holds the inputs and the dense outputs of a block for all tokens.
+        """
         batch, depth = max(stage["batch"] for stage in stages.values()), self.shape.depth if "end" in stages else 1
         kept = 4 * batch * length * (ACTIVATIONS * self.shape.widest * depth + 3 * self.shape.vocabulary)
+        kept += self.states(tokens) if "blocks" in stages else 0.0
         return PROCESS + self.whole + TUNED * (self.shape.parameters - self.shape.outside) + kept
 
     def states(self, tokens: int) -> float:

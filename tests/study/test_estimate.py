@@ -231,6 +231,14 @@ def test_a_dense_stream_counts_where_a_method_needs_the_cross_gram(tmp_path):
     assert cost_model.summed(block, beside=True) - cost_model.summed(block) == 24 * block.gram_entries
 
 
+def test_tuning_of_blocks_holds_the_states_of_all_sequences():
+    """2 copies in float32: the inputs of a block, and the outputs that it should give."""
+    model = ModelCost.of({"dtype": "float32"}, some(shapes.shape_of_config(TALL)))
+    for stages, copies in (({"blocks": {"batch": 4}}, 2), ({"end": {"batch": 4}}, 0)):
+        few, many = (model.tuning(512, samples * 512, stages) for samples in (32, 512))
+        assert many - few == copies * 480 * 512 * 4 * TALL["hidden_size"]
+
+
 def test_passes_back_count_once_for_the_methods_that_need_them(tmp_path):
     build("llama").save_pretrained(tmp_path)
     factors: dict = {"modes": ["shared"], "targets": [{"rank": 0.4}, {"rank": 0.6}]}
