@@ -61,6 +61,8 @@ ROW = {  # the columns that name a row of a table
     "allocations": ["model", "calibration", "seed", "allocation", "params", "target", "layer"],
     "skipped": ["label", "method", "target"],
 }
+ALLOCATIONS_COMPARED = "allocation_comparisons"  # by windows and items, which only the cells' files have
+READ = tuple(table for table in TABLES if table != ALLOCATIONS_COMPARED)
 STATUS = {"left_only": "gone", "right_only": "added", "both": "moved"}  # by where pandas finds a number
 TOLERANCE = 0.02
 LEAST = 1e-12  # differences below are rounding, of errors that should be zero
@@ -76,9 +78,9 @@ def folder_of_tables(folder: Path) -> Path:
 
 
 def read_tables(folder: Path) -> dict[str, pd.DataFrame]:
-    """All tables of a result folder, by name. Raises InputError when one is absent or broken."""
+    """The tables of a result folder that can be merged, by name. Raises InputError when one is absent or broken."""
     place = folder_of_tables(folder)
-    return {table: read_table(place, table) for table in TABLES}
+    return {table: read_table(place, table) for table in READ}
 
 
 def read_numbers(folder: Path) -> dict[str, pd.DataFrame]:
@@ -225,9 +227,10 @@ def merge(parts: Mapping[Path, Tables], tolerance: float) -> dict[str, pd.DataFr
     merged, where = dict(parts[first]), str(first)
     for folder in folders:
         _agree(merged, parts[folder], where, str(folder), tolerance)
-        merged = {table: _joined(table, merged, parts[folder]) for table in TABLES}
+        merged = {table: _joined(table, merged, parts[folder]) for table in READ}
         where = "the folders before it"
-    return merged | {"comparisons": compared_errors(merged["layers"])}
+    without = to_frame(from_rows([], ALLOCATIONS_COMPARED, "the merged tables"))
+    return merged | {"comparisons": compared_errors(merged["layers"]), ALLOCATIONS_COMPARED: without}
 
 
 def compared_errors(layers: pd.DataFrame) -> pd.DataFrame:

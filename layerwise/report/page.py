@@ -47,6 +47,10 @@ LEAD = {  # a reader's first columns, before those that locate the row
         *("mode", "target", "metric", "text", "label", "other", "verdict", "median_ratio", "difference", "low", "high"),
         *("effect", "p_holm"),
     ),
+    "allocation_comparisons": (
+        *("mode", "target", "metric", "text", "label", "allocation", "other_allocation", "verdict", "difference"),
+        *("low", "high", "effect", "p_holm"),
+    ),
 }
 PROTOCOL = {  # name on the page -> section of the config
     "model": "models",
@@ -195,7 +199,7 @@ def _summary(name: str, data: pd.DataFrame) -> str:
     """A sentence on what a table says as a whole."""
     if name == "published":
         return published_page.summary(data)
-    if name == "comparisons" and len(data):
+    if name in ("comparisons", "allocation_comparisons") and len(data):
         return f"{int((column(data, 'verdict') == NO_DIFFERENCE).sum())} of {len(data)} comparisons show no difference."
     return ""
 

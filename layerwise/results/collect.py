@@ -1,4 +1,5 @@
-"""Gather the cells of a study into tables: layers, cells, traces, bounds, allocations, comparisons, skipped, main.
+"""Gather the cells of a study into tables: layers, cells, traces, bounds, allocations, comparisons (of methods),
+allocation_comparisons, skipped, main.
 
 Rows are in the order of the plan, columns in the order of workflow/schemas/tables.schema.yaml, so that two CSVs of
 one study can be compared by eye. All tables appear together or, if anything is wrong, none appears.
@@ -36,6 +37,7 @@ from layerwise.results.comparisons import (
     Measure,
     Observation,
     accuracy_measure,
+    compare_allocations,
     compare_methods,
     layer_errors,
     window_measure,
@@ -46,7 +48,7 @@ from layerwise.runtime.files import whole_file
 from layerwise.storage.table_schema import arrow_schema, from_rows, holds, read_table, to_frame
 from layerwise.study.grid import Plan, plan
 
-TABLES = ("layers", "cells", "traces", "bounds", "allocations", "comparisons", "skipped")
+TABLES = ("layers", "cells", "traces", "bounds", "allocations", "comparisons", "allocation_comparisons", "skipped")
 FLOAT_FORMAT = "%.9g"
 ROWS_AT_ONCE = 200_000  # rows held in memory before they are written
 
@@ -167,6 +169,8 @@ def collect(study: StudyInputs, out: Path, partial: bool = False, root: Path = P
             with _unless(partial):
                 writers["allocations"].add(read_levels(root / path))
         writers["comparisons"].add(from_rows(compare_methods(observations), "comparisons", "the comparisons"))
+        spread = from_rows(compare_allocations(observations), "allocation_comparisons", "the allocations' comparisons")
+        writers["allocation_comparisons"].add(spread)
         writers["skipped"].add(from_rows([dict(row) for row in study.skipped], "skipped", "the plan"))
         for writer in writers.values():
             writer.close()

@@ -1,4 +1,7 @@
-"""The `comparisons` table: all pairs of methods in a group on one target, and whether they differ by more than noise.
+"""The tables `comparisons` and `allocation_comparisons`: do two results differ by more than noise?
+
+The first compares all pairs of methods in a group on one target, the second all pairs of allocations of one method and
+budget.
 
 The units are layers for output_error and asymmetric_error, windows of the text for perplexity, kl and top1_agreement,
 and items for accuracy. Seeds repeat the measurement of a unit. They are not units themselves, because a layer that
@@ -7,7 +10,7 @@ a separate test.
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
@@ -16,7 +19,7 @@ import numpy as np
 
 from layerwise.results import significance
 from layerwise.results.significance import Floats
-from layerwise.storage.table_schema import COMPARISONS
+from layerwise.storage.table_schema import COMPARISONS, columns
 
 LEAST = 1e-12  # smaller errors are rounding of errors that should be zero
 PLACE = ("model", "calibration", "mode", "target")
@@ -81,17 +84,60 @@ def compare_methods(observations: Sequence[Observation]) -> list[dict[str, Any]]
     places: dict[tuple[Any, ...], list[Observation]] = {}
     for cell in observations:
         places.setdefault(tuple(cell.columns[name] for name in PLACE), []).append(cell)
-    return [row for cells in places.values() for measure in measures for row in _family(cells, measure)]
+    return [row for cells in places.values() for measure in measures for row in _by_comparison(cells, measure)]
 
 
-def _family(cells: Sequence[Observation], measure: Measure) -> Iterator[dict[str, Any]]:
-    """The rows of a place and a measure; p is adjusted over all of them."""
-    groups = [_by_label(cells, comparison, measure) for comparison in COMPARISONS]
-    pairs = sum(math.comb(len(by_label), 2) for by_label in groups)
-    family = [row for by_label in groups for row in _group(by_label, measure, pairs)]
+def _by_comparison(cells: Sequence[Observation], measure: Measure) -> Iterator[dict[str, Any]]:
+    """The rows of a place and a measure: every group's methods with each other."""
+    return _family((({}, _by_label(cells, comparison, measure)) for comparison in COMPARISONS), measure)
+
+
+def compare_allocations(observations: Sequence[Observation]) -> list[dict[str, Any]]:
+    """Rows of the `allocation_comparisons` table: every two allocations of one budget that a method was run with.
+
+    Layer errors are left out: the layers are not units of one problem if each has another level. p_holm is adjusted
+    over all methods of a place, budget and measure.
+    """
+    measures = list(dict.fromkeys(measure for cell in observations for measure in cell.values if measure.statistic))
+    places: dict[tuple[Any, ...], list[Observation]] = {}
+    for cell in observations:
+        place = (*(cell.columns[name] for name in PLACE if name != "target"), budget_of(cell.columns))
+        places.setdefault(place, []).append(cell)
+    rows = []
+    for (*_, budget), cells in places.items():
+        labels = dict.fromkeys(cell.columns["label"] for cell in cells)
+        for measure in measures:
+            groups = [({"method_label": label}, _by_allocation(cells, label, measure)) for label in labels]
+            for row in _family(groups, measure):
+                allocations = {"allocation": row["label"], "other_allocation": row.pop("other")}
+                rows.append(row | allocations | {"target": budget, "label": row.pop("method_label")})
+    return [{name: row[name] for name in row if name in columns("allocation_comparisons")} for row in rows]
+
+
+def budget_of(spec: Mapping[str, Any]) -> str:
+    """The label of a cell's target without its allocation: "60% row" of "60% row owl"."""
+    return spec["target"].removesuffix(f" {spec['allocation']}")
+
+
+def _family(
+    groups: Iterable[tuple[Mapping[str, Any], Mapping[str, Mapping[int, Observation]]]], measure: Measure
+) -> Iterator[dict[str, Any]]:
+    """The rows of a place and a measure; p is adjusted over all of them. groups: columns of a group, and its cells."""
+    groups = list(groups)
+    pairs = sum(math.comb(len(by_label), 2) for _, by_label in groups)
+    family = [common | row for common, by_label in groups for row in _group(by_label, measure, pairs)]
     adjusted = significance.holm([row["p"] for row in family])
     for row, p in zip(family, adjusted.tolist(), strict=True):
         yield row | {"p_holm": p, "verdict": _verdict(row, p, measure)}
+
+
+def _by_allocation(cells: Sequence[Observation], label: str, measure: Measure) -> dict[str, dict[int, Observation]]:
+    """allocation -> seed -> cell, for a method's cells that have the measure."""
+    found: dict[str, dict[int, Observation]] = {}
+    for cell in cells:
+        if cell.columns["label"] == label and cell.values.get(measure):
+            found.setdefault(cell.columns["allocation"], {})[cell.columns["seed"]] = cell
+    return found
 
 
 def _by_label(cells: Sequence[Observation], comparison: str, measure: Measure) -> dict[str, dict[int, Observation]]:

@@ -16,6 +16,7 @@ from layerwise.results.comparisons import (
     NO_DIFFERENCE,
     Observation,
     accuracy_measure,
+    compare_allocations,
     compare_methods,
     layer_errors,
     window_measure,
@@ -350,3 +351,51 @@ def test_perplexities_are_compared_by_windows_and_accuracies_by_items(better):
 )
 def test_bars_join_the_longest_runs_without_a_difference(different, wanted):
     assert bars(4, lambda one, two: (one, two) in different) == wanted
+
+
+# ---------------------------------------------------------------------------------------------------------- allocations
+
+
+def spread_cells(effects, rng, metric="perplexity", seeds=3, windows=60, label="wanda", budget="60% row"):
+    """Cells of one method: allocation -> the mean by which its losses differ from those of the uniform budget."""
+    measure = window_measure(metric, "docstrings")
+    difficulty = rng.normal(3, 0.5, windows)
+    place = {"model": "demo", "calibration": "docstrings", "mode": "shared", "comparison": "mask-only", "label": label}
+    target = {"sparsity": 0.6, "pattern": "row", "bits": None, "group": None, "symmetric": False}
+    cells = []
+    for allocation, effect in effects.items():
+        named = budget if allocation == "uniform" else f"{budget} {allocation}"
+        for seed in range(seeds):
+            losses = difficulty + effect + rng.normal(0, 0.01, windows)
+            columns = {**place, **target, "target": named, "allocation": allocation, "seed": seed}
+            values = {measure: dict(enumerate(losses)), ERRORS: dict(enumerate(np.exp(-losses)))}
+            cells.append(Observation(columns, values))
+    return cells
+
+
+def test_allocations_of_one_budget_are_compared_method_by_method():
+    rng = np.random.default_rng(20)
+    cells = spread_cells({"uniform": 0.0, "owl": -0.1, "mild": 0.0}, rng)
+    cells += spread_cells({"uniform": 0.0, "owl": 0.1}, rng, label="sparsegpt")
+    cells += spread_cells({"uniform": 0.0}, rng, label="magnitude") + spread_cells({"owl": 0.0}, rng, budget="70% row")
+    rows = compare_allocations(cells)
+    from_rows(rows, "allocation_comparisons", "a test")
+    assert {row["metric"] for row in rows} == {"perplexity"}  # not the errors of layers
+    assert {row["target"] for row in rows} == {"60% row"}
+    verdicts = {(row["label"], row["allocation"], row["other_allocation"]): row["verdict"] for row in rows}
+    assert verdicts == {
+        ("wanda", "uniform", "owl"): "worse",
+        ("wanda", "uniform", "mild"): NO_DIFFERENCE,
+        ("wanda", "owl", "mild"): "better",
+        ("sparsegpt", "uniform", "owl"): "better",
+    }
+    first = rows[0]
+    losses = [np.array([*cell.values[window_measure("perplexity", "docstrings")].values()]) for cell in cells[:6]]
+    perplexities = [np.exp(own.mean()) for own in losses]
+    assert first["difference"] == pytest.approx(np.mean(perplexities[:3]) - np.mean(perplexities[3:]))
+    raw = [row["p"] for row in rows]
+    assert [row["p_holm"] for row in rows] == pytest.approx(holm(raw).tolist())  # over both methods
+
+
+def test_a_study_without_allocations_compares_none():
+    assert compare_allocations(spread_cells({"uniform": 0.0}, np.random.default_rng(21))) == []

@@ -34,7 +34,7 @@ from tests.support.workflow_harness import (
 pytestmark = pytest.mark.xdist_group("workflow")
 
 TABLES_ALONE = ("--until", "tables")
-TABLES = ("layers", "cells", "traces", "bounds", "allocations", "comparisons", "skipped")
+TABLES = ("layers", "cells", "traces", "bounds", "allocations", "comparisons", "allocation_comparisons", "skipped")
 # The study has no iterative method and sweeps nothing.
 DRAWN = [name for name, drawing in FIGURES.items() if drawing.needs not in ("traces", "sweep", "allocations")]
 LAYERS = 7  # linear layers in a block of a Llama

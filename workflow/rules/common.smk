@@ -54,7 +54,10 @@ STUDY = json.dumps(PLAN.config)  # in the order of the config, which is that of 
 TABLES = [
     *(
         f"results/tables/{name}.{kind}"
-        for name in ("layers", "cells", "traces", "bounds", "allocations", "comparisons", "skipped")
+        for name in (
+            *("layers", "cells", "traces", "bounds", "allocations"),
+            *("comparisons", "allocation_comparisons", "skipped"),
+        )
         for kind in ("parquet", "csv")
     ),
     *(f"results/tables/main.{kind}" for kind in ("md", "tex")),
