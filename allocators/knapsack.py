@@ -41,6 +41,7 @@ CARD = {
         },
         "levels": {
             "type": "array",
+            "format": "levels",
             "items": {"type": "number", "minimum": 0, "maximum": 0.99},
             "minItems": 1,
             "uniqueItems": True,

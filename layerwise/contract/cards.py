@@ -133,9 +133,12 @@ ALLOCATOR_SCHEMA = {
             },
         },
         "budgets": {"type": "array", "items": {"enum": LEVELLED}},
+        # The format "levels" marks the parameter whose shares of zeros, with the budget's, are tried in every layer;
+        # "targets" the one whose targets are.
         "parameters": {"type": "object", "additionalProperties": {"type": "object"}},
         # Number of sequences that pass through the model in a search: a sum of products of parameters and "layers". A
-        # list counts as its length. passes_where: {parameter: {value: such a sum}}, for a parameter with this value.
+        # list counts as its length; levels count with the budget. passes_where: {parameter: {value: such a sum}}, for a
+        # parameter with this value.
         "passes": {"$ref": "#/$defs/passes"},
         "passes_where": {
             "type": "object",

@@ -88,9 +88,12 @@ class Entry:
         return found | ({"weight", "gram"} if found & {"errors", "trials"} else set())
 
     def inner(self, params: Mapping[str, Any]) -> list[tuple[str, str, Mapping[str, Any]]]:
-        """(parameter, name, complete parameters) of every method inside this one's complete parameters."""
-        held = [(key, params[key]) for key in self.warm_starts if params[key] is not None]
-        held += [(key, step) for key in self.chains for step in params[key]]
+        """(parameter, name, complete parameters) of every method inside this one's complete parameters.
+
+        An allocation's parameters lack the methods that its target does not ask for.
+        """
+        held = [(key, params[key]) for key in self.warm_starts if params.get(key) is not None]
+        held += [(key, step) for key in self.chains for step in params.get(key, ())]
         return [(key, name, inside) for key, value in held for name, inside in value.items()]
 
     def refusal(self, target: Target, params: Mapping[str, Any] | None = None) -> str | None:
@@ -293,7 +296,8 @@ class Catalogue(Mapping[str, Entry]):
         entry = self[name]
         values = dict(params)
         for key in entry.chains:
-            values[key] = ()
+            if key in values:
+                values[key] = ()
         for key, inner, inner_params in entry.inner(params):
             built = self.methods.build(inner, inner_params)
             values[key] = (*values[key], built) if key in entry.chains else built

@@ -7,7 +7,7 @@ from typing import Any
 
 from layerwise.allocation.pairs import pairs_of
 from layerwise.contract.cards import ALLOCATOR
-from layerwise.contract.catalogue import Catalogue, CatalogueError
+from layerwise.contract.catalogue import Catalogue, CatalogueError, Entry
 from layerwise.contract.target import JOINT, LOW_RANK, SUM, Target
 from layerwise.runtime.errors import InputError
 from layerwise.runtime.sentences import brief
@@ -16,6 +16,13 @@ from layerwise.study.method_entries import LONGEST_SENTENCE, MethodEntry
 UNIFORM = "uniform"  # the default allocation and its allocator
 MOST = 0.99  # largest budget of zeros, the limit per layer in allocation/budget.py
 WIDTHS = range(2, 9)  # possible bits of a layer
+USUALLY_TRIED = 14  # levels at which an allocator solves each layer, if its card does not tell
+ASKED = {
+    "bits": "bits",
+    JOINT: "both",
+    LOW_RANK: "low rank",
+    SUM: "sums",
+}  # budget -> `asked` of its method; or pruning
 TRIED = ("windows", "screen")  # parameters of allocators that try the model, in sequences of calibration text
 
 
@@ -64,6 +71,29 @@ def _entry(catalogue: Catalogue, name: str, raw: Mapping[str, Any]) -> Allocatio
     return AllocationEntry(name, allocator, params)
 
 
+def asked_params(entry: Entry, params: Mapping[str, Any], target: Target) -> dict[str, Any]:
+    """An allocator's complete parameters without the methods that this target does not ask for.
+
+    They decide no level, so they enter neither the identity nor the code nor the cost of an allocation.
+    """
+    asked = ASKED.get(target.budget, "pruning")
+    schemas = entry.card["parameters"]
+    unused = {key for key in (*entry.warm_starts, *entry.chains) if schemas[key].get("asked", asked) != asked}
+    return {key: value for key, value in params.items() if key not in unused}
+
+
+def options_tried(entry: Entry, params: Mapping[str, Any], target: Target) -> int:
+    """Number of targets or levels at which an allocator solves each layer, the budget's included."""
+    formats = {schema.get("format"): key for key, schema in entry.card["parameters"].items()}
+    if target.paired:
+        return len(pairs_of(params[formats["targets"]], target)) if "targets" in formats else USUALLY_TRIED
+    if "levels" not in formats:
+        return USUALLY_TRIED
+    if target.budget == "bits":
+        return len(WIDTHS)
+    return target.n_of_m[1] if target.n_of_m else len({*params[formats["levels"]], target.level})
+
+
 def refusal(
     allocators: Catalogue, methods: Catalogue, allocation: AllocationEntry, entry: MethodEntry, target: Target
 ) -> str | None:
@@ -83,9 +113,8 @@ def refusal(
         reasons = [methods.refusal(entry.method, entry.params, target.at(bits)) for bits in WIDTHS]
         if reason := next(filter(None, reasons), None):
             return f"{allocation.allocator} may ask for any width from 2 to 8: {reason}"
-    asked = {"bits": "bits", JOINT: "both", LOW_RANK: "low rank", SUM: "sums"}.get(budget, "pruning")
-    inner = allocators[allocation.allocator].inner(allocation.params)
-    probes = [own for own in inner if card["parameters"][own[0]].get("asked", asked) == asked]
+    allocator = allocators[allocation.allocator]
+    probes = allocator.inner(asked_params(allocator, allocation.params, target))
     for key, name, params in probes:
         if "fisher" in methods.needs(name, params):
             return f"its {key} cannot be used: {name} needs the fisher of the dense model, which no allocation collects"

@@ -15,6 +15,7 @@ from layerwise.models import compute_dtype
 from layerwise.sources.shapes import BYTES, BlockShape, ModelShape, shape_of
 from layerwise.sources.task_sets import BATCH
 from layerwise.storage.bits_per_weight import stored_bits
+from layerwise.study.allocation_entries import options_tried
 from layerwise.study.cell import Cell, canonical
 from layerwise.study.grid import Plan
 from layerwise.study.method_costs import CERTIFICATE, needs_cross, needs_fisher, of_method
@@ -51,7 +52,6 @@ CELL_FILES = 300e3  # bytes of a cell's tables, logs and results
 UNKNOWN_MB = 8000  # requested for jobs of a model that has not been fetched
 
 BLOCK_COPIES = 3  # float32 copies of a block's weights during an allocator's measurement
-LEVELS_TRIED = 14  # levels tried per layer by a knapsack with default levels
 TRIALS = 500  # passes of an allocator that tries the model, if its card has no `passes`
 TRIED_WINDOWS = 8  # windows of calibration text per pass, if its parameters do not give them
 SPECTRUM = 20.0  # time of singular values, in products of a weight and a Gram
@@ -282,15 +282,15 @@ class CostModel:
             held += kept(block) if self._sees_grams(cell) else 0.0
             solving = [4 * (w * out * size + g * size**2) + SCORING * size for out, size, _ in block.layers]
             peaks.append(held + max(solving, default=0.0))
-        tried = LEVELS_TRIED * (products + 1) if inner else SPECTRUM
-        work = Work(solving=tried * model.products)
+        options = options_tried(entry, spec["params"], Target(**spec["target"]))
+        work = Work(solving=(options * (products + 1) if inner else SPECTRUM) * model.products)
         memory = model.at_rest.streamed + max(peaks, default=0.0)
         if "trials" in entry.needs(spec["params"]):  # the whole model, and a copy of its layers
             length = self.plan.calibrations[cell.calib]["length"]
             tokens = spec["params"].get("windows", TRIED_WINDOWS) * length
             memory = max(memory, PROCESS + 2 * model.whole + model.evaluating(length, tokens))
             layers = sum(len(block.layers) for block in model.shape.blocks)
-            sequences = tried_sequences(entry.card, spec["params"], layers)
+            sequences = tried_sequences(entry.card, spec["params"], layers, options)
             work = model.passes(TRIALS * tokens if sequences is None else sequences * length) + work
         return JobCost(memory, CELL_FILES, work=work)
 
@@ -299,9 +299,9 @@ class CostModel:
         return JobCost(PROCESS + 2 * model.whole, model.whole)
 
 
-def tried_sequences(card: Mapping[str, Any], params: Mapping[str, Any], layers: int) -> int | None:
+def tried_sequences(card: Mapping[str, Any], params: Mapping[str, Any], layers: int, options: int) -> int | None:
     """Number of sequences that pass through the model in an allocator's search, from its card; None if it does not
-    say."""
+    say. options: number of levels at which it tries each layer."""
     terms = card.get("passes")
     for key, values in card.get("passes_where", {}).items():
         terms = values.get(str(params[key]), terms)
@@ -309,8 +309,12 @@ def tried_sequences(card: Mapping[str, Any], params: Mapping[str, Any], layers: 
         return None
 
     def number(name: str) -> int:
-        value = layers if name == "layers" else params[name]
-        return LEVELS_TRIED if value is None else len(value) if isinstance(value, list | tuple) else int(value)
+        if name == "layers":
+            return layers
+        value = params[name]
+        if value is None or card["parameters"][name].get("format") == "levels":
+            return options
+        return len(value) if isinstance(value, list | tuple) else int(value)
 
     return sum(math.prod(map(number, term)) for term in terms)
 

@@ -396,7 +396,9 @@ class _Grid:
             spread = {
                 "name": allocation.name,
                 "allocator": allocation.allocator,
-                "params": allocation.params,
+                "params": allocation_entries.asked_params(
+                    self.allocators[allocation.allocator], allocation.params, target
+                ),
                 "target": asked,
                 "seed": seed,
             }

@@ -6,7 +6,9 @@ import pytest
 
 from layerwise.contract.cards import ALLOCATOR
 from layerwise.contract.catalogue import Catalogue, CatalogueError, read_entry
+from layerwise.contract.target import Target
 from layerwise.runtime.errors import InputError
+from layerwise.study.allocation_entries import options_tried
 from layerwise.study.cost_model import CostModel, Job, tried_sequences
 from layerwise.study.grid import plan
 from layerwise.study.job_inputs import JobInputs
@@ -211,7 +213,7 @@ def test_an_allocator_s_file_is_code_of_its_job_and_of_no_other(tmp_path):
     assert tmp_path / "mine.py" in inputs.allocator_sources(mine)
     assert inputs.allocator_folders(mine)[0] == "--allocator-path" and inputs.allocator_folders(knapsack) == []
     files = {path.name for path in inputs.allocator_sources(knapsack)}
-    assert {"knapsack.py", "wanda.py", "rtn.py"} <= files and "owl.py" not in files
+    assert {"knapsack.py", "wanda.py"} <= files and files.isdisjoint({"owl.py", "rtn.py", "oats.py"})
     assert inputs.allocation_gram(mine) == inputs.allocation_gram(index) == []
     assert inputs.allocation_gram(knapsack) == [f"results/calibration/{knapsack.model}/{knapsack.calib}/gram.json"]
     assert inputs.allocation_columns(mine) == {"model": "tiny", "calibration": "words"}
@@ -242,13 +244,77 @@ def test_the_cost_of_a_budget_s_job_has_its_probe_s():
         ("neuroal", {"windows": 4, "widths": [0.1, 0.2]}, 3 * 4),
         ("neuroal", {"windows": 4}, 15 * 4),
         ("knapsack", {"errors": "divergence", "windows": 2}, 14 * 2),
-        ("knapsack", {"divergences": "levels", "windows": 2, "levels": [0.3, 0.7]}, 14 * 2 * 2),
+        ("knapsack", {"divergences": "levels", "windows": 2, "levels": [0.3, 0.7]}, 14 * 3 * 2),
         ("owl", {}, None),
     ],
 )
 def test_the_passes_of_a_search_are_counted_by_its_card(name, params, sequences):
     catalogue = Catalogue(kind=ALLOCATOR, methods=Catalogue())
-    assert tried_sequences(catalogue[name].card, catalogue.complete(name, params, "here"), 14) == sequences
+    full = catalogue.complete(name, params, "here")
+    options = options_tried(catalogue[name], full, Target(0.5))
+    assert tried_sequences(catalogue[name].card, full, 14, options) == sequences
+
+
+@pytest.mark.parametrize(
+    ("params", "target", "options"),
+    [
+        ({"levels": [0.3, 0.5, 0.7]}, Target(0.5), 3),
+        ({"levels": [0.3, 0.7]}, Target(0.5, "layer"), 3),
+        ({}, Target(pattern="2:4"), 4),
+        ({}, Target(bits=4), 7),
+        ({}, Target(0.5, bits=4), 30),
+        ({"pairs": [{"bits": 3}, {"bits": 8}]}, Target(0.5, bits=4), 3),
+        ({}, Target(rank=0.4), 7),
+    ],
+)
+def test_options_are_counted_as_the_allocator_lists_them(params, target, options):
+    catalogue = Catalogue(kind=ALLOCATOR, methods=Catalogue())
+    full = catalogue.complete("knapsack", params, "here")
+    assert options_tried(catalogue["knapsack"], full, target) == options
+    assert len(catalogue.allocator("knapsack", full).candidates(target)[1]) == options
+
+
+@pytest.mark.parametrize(
+    ("target", "method", "kept"),
+    [
+        ({"sparsity": 0.6}, "wanda", {"probe"}),
+        ({"pattern": "2:4"}, "wanda", {"probe"}),
+        ({"bits": 4}, "rtn", {"quantiser"}),
+        ({"sparsity": 0.5, "bits": 4}, "awp", {"joint"}),
+        ({"rank": 0.4}, "rocket", {"factors"}),
+        ({"sparsity": 0.5, "rank": 0.2}, "oats", {"sums"}),
+    ],
+)
+def test_only_the_method_that_a_target_asks_for_is_part_of_an_allocation(target, method, kept):
+    planned = plan(spread({"knapsack": None}, targets=[target], methods={method: None}))
+    (path, cell), inputs = next(iter(planned.allocations.items())), JobInputs(planned)
+    params = some(cell.spec.get("allocation"))["params"]
+    assert params.keys() & {"probe", "quantiser", "joint", "factors", "sums"} == kept
+    job = _Wildcards(model=cell.model, calib=cell.calib, allocation=path.rpartition("/")[2].removesuffix(".parquet"))
+    files = {file.stem for file in inputs.allocator_sources(job)}
+    assert files & {"oats", "svd_llm", "rtn"} == {
+        "quantiser": {"rtn"},
+        "joint": {"rtn"},
+        "factors": {"svd_llm"},
+        "sums": {"oats"},
+    }.get(*kept, set())
+    again = plan(
+        spread(
+            {"knapsack": {"sums": {"oats": {"iterations": 3}}, "factors": {"svd_llm": {}}}},
+            targets=[target],
+            methods={method: None},
+        )
+    )
+    assert (again.cells[0].folder == cell.folder) == (kept != {"sums"})
+
+
+def test_a_knapsack_of_zeros_costs_as_its_probe_and_not_as_a_sum_of_parts():
+    model = {"demo": {"path": str(ROOT / "resources/demo"), "dtype": "float32"}}
+    rows = spread({"uniform": None, "knapsack": None}, models=model, targets=SPARSE[:1], methods={"wanda": None})
+    costs = CostModel(plan(rows))
+    found = {job.rule: some(costs.cost(job)).work.solving for job in costs.jobs() if job.rule == "allocate"}
+    wanda = next(some(costs.cost(job)).work.operations for job in costs.jobs() if job.rule == "compress")
+    assert 0 < found["allocate"] < 30 * wanda
 
 
 @pytest.mark.parametrize("was", ['["widths", "windows"]', '"passes": '])
