@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pandas as pd
@@ -30,7 +31,6 @@ from layerwise.study.allocation_entries import UNIFORM
 KINDS_PER_ROW = 4
 BUDGET = ["sparsity", "pattern", "bits", "group", "symmetric"]
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#882255", "#999933")
-AT = ", at "  # before the grid of a target that also quantises: its levels are stored bits per weight
 METRICS = ("perplexity", "kl")
 BROKEN = 30  # times the lowest value: what is worse is beyond the axis
 
@@ -51,7 +51,7 @@ def levels_along_depth(layers: pd.DataFrame) -> Figure:
     counts = [-(-len(distinct_values(part, "kind")) // KINDS_PER_ROW) for _, part in bands]
     figure, frames = page([1.45 * count + 0.3 for count in counts], (), handles(style))
     for frame, (place, part), count in zip(frames, bands, counts, strict=True):
-        _depth_band(frame, part, count, style)
+        _depth_band(frame, part, count, style, Target.parse(chosen))
         frame.suptitle(f"{place_title(*place)}, {chosen}", x=0.01, ha="left")
     return figure
 
@@ -79,26 +79,33 @@ def metrics_vs_budget(cells: pd.DataFrame) -> Figure:
 
 def budgets(data: pd.DataFrame) -> pd.DataFrame:
     """The rows at budgets that some allocation spreads, with `budget`, the target's short name without the
-    allocation's, `x`, the level that it asks of all layers together, and `unit`, what that counts."""
+    allocation's, `x`, its share of zeros, its bits or its rank, and `unit`, what that is."""
     names = [
         row["target"] if row["allocation"] == UNIFORM else str(row["target"]).removesuffix(f" {row['allocation']}")
         for row in rows(data)
     ]
-    pruned = column(data, "sparsity") > 0
-    x = column(data, "sparsity").where(pruned, column(data, "bits").astype("Float64"))
-    units = [unit_of(row, name) for row, name in zip(rows(data), names, strict=True)]
-    data = data.assign(budget=pd.Series(names, index=data.index, dtype=object), x=x.astype(float))
+    targets = {name: Target.parse(name) for name in set(names)}
+    x = [float(own.sparsity or own.bits or own.rank) for own in map(targets.__getitem__, names)]
+    units = [unit_of(targets[name]) for name in names]
+    data = data.assign(
+        budget=pd.Series(names, index=data.index, dtype=object), x=pd.Series(x, index=data.index, dtype=float)
+    )
     data = data.assign(unit=pd.Series(units, index=data.index, dtype=object))
     spread = set(column(select(data, column(data, "allocation") != UNIFORM), "budget"))
     return select(data, column(data, "budget").isin(list(spread)))
 
 
-def unit_of(row: Mapping[str, Any], budget: str) -> str:
-    """The unit of a row's budget; budget: its short name."""
-    if not row["sparsity"]:
-        return "bits"
-    zeros = "zeros of n:m patterns" if ":" in row["pattern"] else f"zeros of every {row['pattern']}"
-    return f"{zeros}{AT}{Target.parse(budget).grid.label}" if pd.notna(row["bits"]) else zeros
+def unit_of(target: Target) -> str:
+    """What changes along a figure's axis of budgets, and what all of them have besides."""
+    if target.sparsity:
+        zeros = f"zeros {'of n:m patterns' if target.n_of_m else f'of every {target.pattern}'}"
+        beside = replace(target, sparsity=0.0, pattern="row")
+        return zeros if beside.dense else f"{zeros}, at {beside.label}"
+    if target.bits is not None:
+        return (
+            "bits" if not target.rank else f"bits, at {replace(target, bits=None, group=None, symmetric=False).label}"
+        )
+    return f"rank, factors of {target.factors.label}" if target.factor_bits is not None else "rank"
 
 
 def allocation_strokes(names: Sequence[str]) -> dict[str, dict[str, Any]]:
@@ -117,13 +124,14 @@ def handles(style: Mapping[str, Mapping[str, Any]]) -> list[Line2D]:
     return [Line2D([], [], label=name, **strokes) for name, strokes in style.items()]
 
 
-def _depth_band(band: SubFigure, data: pd.DataFrame, count: int, style: Mapping[str, Mapping[str, Any]]) -> None:
+def _depth_band(
+    band: SubFigure, data: pd.DataFrame, count: int, style: Mapping[str, Mapping[str, Any]], target: Target
+) -> None:
     kinds = distinct_values(data, "kind")
     width = min(KINDS_PER_ROW, len(kinds))
     axes = band.subplots(count, width, sharex=True, sharey=True, squeeze=False)
     blocks = range(int(lowest(column(data, "block"))), int(highest(column(data, "block"))) + 1)
-    unit = distinct_values(data, "unit")[0]
-    zeros, named = "zeros" in unit and AT not in unit, "bits per weight" if AT in unit else "bits"
+    zeros, named = not target.paired and target.sparsity > 0, "bits per weight" if target.paired else "bits"
     for index, axis in enumerate(axes.flat):
         if index >= len(kinds):
             axis.set_axis_off()
@@ -163,7 +171,7 @@ def _budget_band(
                 log_scale(axis, *log_limits(lowest(values), min(highest(values), BROKEN * lowest(values))))
             own = {"metric": metric, "label": label}
             _budget_lines(axis, matching(data, **own), matching(every, **own), places, style)
-            _budget_axis(axis, places, "zeros" in unit)
+            _budget_axis(axis, places, not unit.startswith("bits"))
             if metric == METRICS[0]:
                 axis.set_title(label, loc="left", fontweight="bold")
             else:

@@ -665,6 +665,26 @@ def test_levels_of_pairs_are_bits_per_weight():
     assert metrics[-1].get_xlabel() == "zeros of every row, at 4b g128"
 
 
+@pytest.mark.parametrize(
+    ("targets", "unit", "ticks"),
+    [
+        (("rank 30%", "rank 40%"), "rank", ["30%", "40%"]),
+        (("rank 40% 4b g64",), "rank, factors of 4b g64", ["40%"]),
+        (("50% row rank 20%",), "zeros of every row, at rank 20%", ["50%"]),
+        (("4b rank 10%",), "bits, at rank 10%", ["4"]),
+        (("2:4 rank 10%",), "zeros of n:m patterns, at rank 10%", ["50%"]),
+    ],
+)
+def test_budgets_with_a_rank_are_bits_per_weight_along_depth_and_named_by_what_varies(targets, unit, ticks):
+    spread = [cell("oats", target, allocation=name) for target in targets for name in ("uniform", "knapsack")]
+    with styled():
+        levels, metrics = (panels(drawn(name, spread)) for name in ("levels_along_depth", "metrics_vs_budget"))
+    assert {axes.get_ylabel() for axes in levels} == {"bits per weight", ""}
+    assert not any("%" in text.get_text() for axes in levels for text in axes.get_yticklabels())
+    assert metrics[-1].get_xlabel() == unit
+    assert [text.get_text() for text in metrics[-1].get_xticklabels()] == ticks
+
+
 def test_other_figures_keep_spread_budgets_off_the_lines_of_equal_levels():
     with styled():
         figure = drawn("perplexity_vs_sparsity", SPREAD)

@@ -71,7 +71,6 @@ FAMILIES = (
     ("sparsegpt", "sparsegpt", "pruned and quantised", "50% row 4b g128", 0.0064),
     ("gqsa", "gqsa", "pruned and quantised", "50% 1x16 4b g16", 0.014),
 )
-JOINT = {"50% row 4b g128": (0.5, "row", 4, 128)}  # of no plan but where it is named
 PROVENANCE = {
     "commit": "a" * 40,
     "dirty": False,
@@ -125,7 +124,8 @@ def cell(
     seed: int = 0,
     allocation: str = "uniform",
 ) -> SyntheticCell:
-    sparsity, pattern, bits, group = (TARGETS | JOINT).get(target, (0.0, "row", None, None))
+    own = Target.parse(target)
+    sparsity, pattern, bits, group = own.sparsity, own.pattern, own.bits, own.group
     comparison = METHODS.get(method, ("control",))[0]
     if method == "sparsegpt" and bits:
         comparison = "quantised"
@@ -215,7 +215,7 @@ def layer_frame(of: SyntheticCell, blocks: int = 8) -> pd.DataFrame:
                     "out": out,
                     "in": inputs,
                     "level": level_of(columns, block / blocks),
-                    "pair": columns["target"] if columns["bits"] and columns["sparsity"] else None,
+                    "pair": budget_of(columns).label if budget_of(columns).paired else None,
                     "output_error": error,
                     "absolute_error": 10 * error,
                     "asymmetric_error": (1.0 if columns["mode"] == "shared" else 1.5) * error,
@@ -233,8 +233,17 @@ def layer_frame(of: SyntheticCell, blocks: int = 8) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def budget_of(columns: Mapping[str, Any]) -> Target:
+    """The target of a cell, without the name of its allocation."""
+    return Target.parse(columns["target"].removesuffix(f" {columns['allocation']}"))
+
+
 def level_of(columns: Mapping[str, Any], depth: float) -> float:
-    """What a layer at a depth in [0, 1] gives: more the deeper it is, where an allocation says so."""
+    """What a layer at a depth in [0, 1] gives: more the deeper it is, where an allocation says so; of a paired target
+    its stored bits per weight."""
+    if (target := budget_of(columns)).paired:
+        stored = bits_per_weight(target, 1 - target.sparsity, 512, 512)
+        return stored * (1.0 if columns["allocation"] == "uniform" else 1 + 0.2 * (depth - 0.5))
     if columns["sparsity"]:
         return columns["sparsity"] + (0.0 if columns["allocation"] == "uniform" else 0.2 * (depth - 0.5))
     return float(columns["bits"] or 0)
@@ -334,7 +343,7 @@ def cells_table(
         error = float(np.mean(layer_frame(of)["output_error"].to_list()))
         size = 16 * (1 - of.columns["sparsity"]) * (of.columns["bits"] or 16) / 16 + (of.columns["sparsity"] > 0)
         if of.error is not None:
-            size = bits_per_weight(Target.parse(of.columns["target"]), 1 - of.columns["sparsity"], 512, 512)
+            size = bits_per_weight(budget_of(of.columns), 1 - of.columns["sparsity"], 512, 512)
         contamination = "draw from the same data set, docstrings"
         for metric, value in (
             ("perplexity", perplexity_of(of)),
