@@ -31,6 +31,7 @@ NUMBER = re.compile(r"[-+]?(?:\d[\d,]*)?\.?\d+(?:e[-+]?\d+)?")
 VALUE = re.compile(rf"^{NUMBER.pattern}(?:\s*(?:±|to|of|x|%|,|[(]|[GM]B|m?s\b|copies|{NUMBER.pattern}|[)])\s*)*$")
 MARK = re.compile(r"<!-- (numbers|measured|derived|no source kept): (.+?) -->$")
 GENERATED = re.compile(r"<!-- (\w+): begin -->.*?<!-- \1: end -->", re.DOTALL)  # by a command that the page names
+SEED = r" seed \d+$"  # at the end of a calibration's name in accepted numbers, if there are several
 MOST = 3  # cells that are numbers, from which on a table is one of numbers
 NO_SOURCE = 3  # tables whose command was not kept
 Results = Mapping[tuple[str, str], Mapping[tuple[str, str], float]]  # (label, mode) -> (metric, target) -> number
@@ -79,8 +80,11 @@ def tables_of_numbers() -> list[Table]:
 
 
 @cache
-def accepted(folder: Path, calibration: str | None = None) -> Results:
-    """The perplexities, divergences and mean output errors that were accepted, of one calibration set or over all."""
+def accepted(folder: Path, calibration: str | None = None, deviation: bool = False) -> Results:
+    """The perplexities, divergences and mean output errors that were accepted, of one calibration set or over all.
+
+    Means over seeds, or their standard deviations.
+    """
     found: dict[tuple[str, str], dict[tuple[str, str], float]] = {}
     for name, column, metric in (
         ("cells", "perplexity", "perplexity"),
@@ -91,10 +95,12 @@ def accepted(folder: Path, calibration: str | None = None) -> Results:
             continue
         data = pd.read_csv(folder / f"{name}.csv")
         if calibration:
-            data = frames.matching(data, calibration=calibration)
+            names = frames.column(data, "calibration").str.replace(SEED, "", regex=True)
+            data = frames.select(data, names == calibration)
         for (label, mode, target), part in frames.groups(data, ["label", "mode", "target"]):
-            mean = statistics.fmean(frames.column(part, column).to_list())
-            found.setdefault((label, mode), {})[metric, target] = mean
+            means = [frames.column(own, column).mean() for _, own in frames.groups(part, ["calibration"])]
+            value = statistics.stdev(means) if deviation and len(means) > 1 else statistics.fmean(means)
+            found.setdefault((label, mode), {})[metric, target] = value
     return found
 
 
@@ -166,12 +172,14 @@ def close(one: str, other: str) -> bool:
 def test_the_gallery_has_the_accepted_numbers(study: str):
     """Each table of figures/gallery/STUDY/main.md of a metric that is accepted, entry by entry."""
     results, mode, metric, compared = accepted(ACCEPTED / study), "", "", 0
+    deviations = results
     rows = len(results)
     header: list[str] = []
     for line in (ROOT / "figures/gallery" / study / "main.md").read_text("utf-8").splitlines():
         if line.startswith("## "):
             metric = next((m for m, word in METRICS.items() if word in line), "")
-            results = accepted(ACCEPTED / study, line.partition(", calibrated on ")[2].replace("\\_", "_"))
+            of = ACCEPTED / study, line.partition(", calibrated on ")[2].replace("\\_", "_")
+            results, deviations = accepted(*of), accepted(*of, deviation=True)
         elif line.startswith("### "):
             mode, header = line[4:], []
         elif line.startswith("|") and metric:
@@ -181,7 +189,10 @@ def test_the_gallery_has_the_accepted_numbers(study: str):
                 if VALUE.match(cell) and row != header:
                     known = results[row[0], mode].get((metric, target))
                     if known is not None:
-                        assert printed_like(known, cell), (row[0], mode, metric, target)
+                        mean, _, deviation = cell.partition(" ± ")
+                        assert printed_like(known, mean), (row[0], mode, metric, target)
+                        spread = deviations[row[0], mode][metric, target]
+                        assert not deviation or printed_like(spread, deviation), (row[0], mode, metric, target)
                         compared += 1
     assert compared >= rows
 
