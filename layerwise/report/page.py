@@ -220,7 +220,7 @@ def scripts() -> dict[str, str]:
 
 def page(study: Study, folder: Path, figures: Sequence[Path]) -> str:
     """The HTML of a study whose tables are in a folder. Raises InputError when a table or figure cannot be used."""
-    data = {name: read_table(folder, name) for name in ("layers", "cells", "comparisons", "skipped")}
+    data = {name: read_table(folder, name) for name in ("layers", "cells", "comparisons", "allocations", "skipped")}
     views, shapes = cell_views(study, data)
     skipped, main = data["skipped"], _main_tables(data)
     leading, further = headline.split([figure(path) for path in figures])
@@ -273,11 +273,14 @@ def _counts(views: Sequence[Mapping[str, Any]]) -> dict[str, int]:
     return {name: sum(view["status"] == name for view in views) for name in ("done", "failed", "missing")}
 
 
+NOTED = ("comparisons", "layers", "allocations")  # tables from which the main tables' notes come
+
+
 def _main_tables(data: Mapping[str, pd.DataFrame]) -> list[main_table.Table]:
     return [
         rendered
         for metric in main_table.METRICS
-        for rendered in main_table.tables(data["cells"], metric, data["comparisons"], data["layers"])
+        for rendered in main_table.tables(data["cells"], metric, *(data[name] for name in NOTED))
     ]
 
 

@@ -241,7 +241,8 @@ def write_tables(config: Mapping[str, Any], out: Path, partial: bool = False) ->
     planned = plan(config)
     absent = collect(StudyInputs.of(planned), out, partial)
     layers = read_table(out, "layers", main_table.SCOPES)
-    main_table.write_main_table(read_table(out, "cells"), read_table(out, "comparisons"), layers, out)
+    allocations = read_table(out, "allocations", main_table.BUDGETS)
+    main_table.write_main_table(read_table(out, "cells"), read_table(out, "comparisons"), layers, allocations, out)
     print(f"{len(planned.cells)} cells, {absent} incomplete, {len(planned.skipped)} skipped -> {out}")
 
 

@@ -48,6 +48,9 @@ LATEX = {
     **{character: "\\" + character for character in "&%$#_{}"},
 }
 SCOPES = ("model", "calibration", "mode", "target", "cell", "token_scope")  # columns of `layers` that the notes need
+# columns of `allocations` that the notes need
+BUDGETS = ("model", "calibration", "target", "allocation", "sparsity", "pair", "budget", "mean_level")
+MISSED = 0.001  # smallest distance of the levels' mean from the budget that a note states
 COMPARED = {"mean_output_error": "output_error"}  # a metric's name in `comparisons`
 METRICS = ("perplexity", "kl", *ACCURACIES, "mean_output_error")  # metrics with tables, in order
 MARKDOWN = re.compile(r"([\\`*_{}\[\]<>|#~])")
@@ -145,17 +148,42 @@ def fallback(layers: pd.DataFrame, model: str, calibration: str) -> list[str]:
     return [f"{why}: {', '.join(counts)}."] if counts else []
 
 
+def missed_budgets(allocations: pd.DataFrame, model: str, calibration: str, targets: Collection[str]) -> list[str]:
+    """A sentence for each spread target whose levels have another mean than the budget, such as n:m counts of unequal
+    blocks."""
+    here = matching(allocations, model=model, calibration=calibration)
+    here = select(here, (column(here, "mean_level") - column(here, "budget")).abs() > MISSED)
+    sentences = []
+    for (target, allocation), part in groups(here, ["target", "allocation"]):
+        if f"{target} {allocation}" in targets:
+            first, means = rows(part)[0], distinct_values(part, "mean_level")  # one for each seed
+            means = [_level(mean, first) for mean in (min(means), max(means))]
+            got = " to ".join(dict.fromkeys(means))
+            wanted = _level(first["budget"], first)
+            sentences.append(f"{target} {allocation}: the levels' mean is {got}, not the budget of {wanted}.")
+    return sentences
+
+
+def _level(value: float, row: Mapping[str, Any]) -> str:
+    """A level or budget of `allocations`, with its unit."""
+    if row["sparsity"] > 0 and missing(row["pair"]):
+        return f"{100 * value:.2f}%"
+    return f"{value:.3f} bits{'' if missing(row['pair']) else ' per weight'}"
+
+
 def tables(
     cells: pd.DataFrame,
     metric: str,
     comparisons: pd.DataFrame | None = None,
     layers: pd.DataFrame | None = None,
+    allocations: pd.DataFrame | None = None,
 ) -> Iterator[Table]:
     """One table per model, calibration set and text or task of `cells`, in its order; the modes are its sections.
 
     Cells that differ only in the seed are shown as mean and standard deviation. comparisons: the table that marks the
     best entries and those not shown to differ from them; without it only entries with equal printed values count as
-    equally good. layers: the table for a note about layers that were not calibrated on their own tokens.
+    equally good. layers: the table for a note about layers that were not calibrated on their own tokens. allocations:
+    the table for notes about budgets that the levels miss.
     """
     equal = set() if comparisons is None else undecided(comparisons, metric)
     data = _of_metric(cells, metric)
@@ -169,6 +197,7 @@ def tables(
         notes = [*dense_note, *_notes(part, metric, tested)]
         notes += [] if layers is None else fallback(layers, model, calibration)
         targets = distinct_values(part, "target")
+        notes += [] if allocations is None else missed_budgets(allocations, model, calibration, targets)
         sections = []
         for mode, here in groups_by(part, "mode"):
             key = (model, calibration, text, mode)
@@ -363,16 +392,20 @@ def document(
     render: Callable[[Table], str],
     comparisons: pd.DataFrame | None = None,
     layers: pd.DataFrame | None = None,
+    allocations: pd.DataFrame | None = None,
 ) -> str:
     """The tables of perplexity, of KL from the dense model, of zero-shot tasks, then of the mean output error."""
-    rendered = [render(table) for metric in METRICS for table in tables(cells, metric, comparisons, layers)]
+    notes = (comparisons, layers, allocations)
+    rendered = [render(table) for metric in METRICS for table in tables(cells, metric, *notes)]
     return "\n".join(rendered) or "No results yet.\n"
 
 
-def write_main_table(cells: pd.DataFrame, comparisons: pd.DataFrame, layers: pd.DataFrame, out: Path) -> None:
-    """Write main.md and main.tex to the folder `out`. layers: only the columns SCOPES are read."""
-    write_atomic(out / "main.md", document(cells, markdown, comparisons, layers))
-    write_atomic(out / "main.tex", document(cells, latex, comparisons, layers))
+def write_main_table(
+    cells: pd.DataFrame, comparisons: pd.DataFrame, layers: pd.DataFrame, allocations: pd.DataFrame, out: Path
+) -> None:
+    """Write main.md and main.tex to the folder `out`. Of layers and allocations only SCOPES and BUDGETS are read."""
+    write_atomic(out / "main.md", document(cells, markdown, comparisons, layers, allocations))
+    write_atomic(out / "main.tex", document(cells, latex, comparisons, layers, allocations))
 
 
 def main(argv: list[str]) -> None:
@@ -381,7 +414,8 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--out", type=Path, help="folder for main.md and main.tex (default: that of the tables)")
     args = parser.parse_args(argv)
     cells, comparisons = read_table(args.tables, "cells"), read_table(args.tables, "comparisons")
-    write_main_table(cells, comparisons, read_table(args.tables, "layers", SCOPES), args.out or args.tables)
+    layers, allocations = read_table(args.tables, "layers", SCOPES), read_table(args.tables, "allocations", BUDGETS)
+    write_main_table(cells, comparisons, layers, allocations, args.out or args.tables)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from layerwise.results.collect import StudyInputs, collect
 from layerwise.runtime.errors import InputError
 from layerwise.storage import frames
 from layerwise.storage.frames import matching, tuples
-from layerwise.storage.table_schema import read_table
+from layerwise.storage.table_schema import arrow_schema, from_rows, read_table, write_parquet
 from tests.support.synthetic_tables import EVALUATIONS, STUDY, SyntheticCell, cell, write_cell
 from tests.support.typing_helpers import some
 
@@ -178,6 +178,18 @@ def test_fallback_calibration_is_noted_above_the_main_tables(study, folder, html
     layers.loc[(layers["kind"] == "down_proj") & (layers["block"] == 0), "token_scope"] = "fallback"
     layers.to_parquet(tmp_path / "tables/layers.parquet")
     said = "Calibrated on every token, since fewer were routed to their expert than they have inputs: 1 of 14 layers in"
+    assert said in page(study, tmp_path / "tables", []) and said not in html
+
+
+def test_missed_budgets_are_noted_above_the_main_tables(study, folder, html, tmp_path):
+    """The study has no allocation, so its target 60% row is read as the budget 60% under an allocation called row."""
+    shutil.copytree(folder / "tables", tmp_path / "tables")
+    first = {**study.cells[1].columns, "target": "60%", "allocation": "row", "sparsity": 0.6, "pattern": "row"}
+    first |= {"layer": "l", "kind": "l", "block": 0, "out": 4, "in": 4, "level": 0.5, "official": True}
+    first |= {"budget": 0.6, "mean_level": 0.55, "achieved": 0.55}
+    known = {name: value for name, value in first.items() if name in arrow_schema("allocations").names}
+    write_parquet(from_rows([known], "allocations", "test"), tmp_path / "tables/allocations.parquet")
+    said = "60% row: the levels&#39; mean is 55.00%, not the budget of 60.00%."
     assert said in page(study, tmp_path / "tables", []) and said not in html
 
 

@@ -14,6 +14,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from layerwise.compression.allocate import rows_of, targets_of
+from layerwise.contract.allocator import Part
+from layerwise.contract.cards import ALLOCATOR
+from layerwise.contract.catalogue import Catalogue
+from layerwise.contract.target import Target
 from layerwise.results.cell_results import DIVERGENCES, NEVER_RAN, evaluations
 from layerwise.results.collect import StudyInputs, collect
 from layerwise.results.comparisons import NO_DIFFERENCE
@@ -21,7 +26,7 @@ from layerwise.results.main_table import METRICS, SCOPES, escape_latex, latex, m
 from layerwise.results.main_table import document as rendered
 from layerwise.runtime.errors import InputError
 from layerwise.storage.frames import column, columns_of, distinct_values, groups_by, matching, rows, select, tuples
-from layerwise.storage.table_schema import arrow_schema, document, from_rows, read_table, typed
+from layerwise.storage.table_schema import arrow_schema, document, from_rows, read_table, to_frame, typed
 from tests.support.synthetic_tables import (
     DEMO,
     EVALUATIONS,
@@ -490,6 +495,29 @@ def test_layers_of_experts_that_saw_every_token_are_counted_per_mode():
         "Calibrated on every token, since fewer were routed to their expert than they have inputs: "
         "2 of 14 layers in shared mode, 0 to 1 of 14 layers in sequential mode."
     )
+
+
+def test_budgets_that_the_levels_miss_are_said_below_the_main_table():
+    """OWL's counts of unequal blocks move together: 1:4 for 100 weights and 2:4 for 300, mean 0.5625."""
+    parts = [Part("a", 0, 10, 10, 1.0), Part("b", 1, 10, 30, 9.0)]
+    owl = Catalogue([], ALLOCATOR).allocator("owl", {"counts": 2.0})
+    target = Target(pattern="2:4")
+    proposal = owl.allocate(parts, target)
+    spread = rows_of(parts, proposal, targets_of(parts, proposal, target), target)
+    first = {**cell("wanda", "2:4", allocation="owl").columns, "target": "2:4"}
+    first = {name: value for name, value in first.items() if name in arrow_schema("allocations").names}
+    levels = to_frame(from_rows([{**first, **row} for row in spread], "allocations", "test"))
+    cells = cells_table([cell("wanda", "2:4"), cell("wanda", "2:4", allocation="owl")])
+    told = "2:4 owl: the levels' mean is 56.25%, not the budget of 50.00%."
+    table = next(tables(cells, "perplexity", allocations=levels))
+    assert table.note.endswith(told) and told in markdown(table)
+    close = levels.assign(mean_level=0.5009)
+    assert "the budget" not in next(tables(cells, "perplexity", allocations=close)).note
+    uniform = cells_table([cell("wanda", "2:4")])
+    assert "the budget" not in next(tables(uniform, "perplexity", allocations=levels)).note
+    bits = levels.assign(sparsity=0.0, target="4b g128", budget=4.0, mean_level=[4.25, 4.5])
+    table = next(tables(cells_table([cell("rtn", "4b g128", allocation="owl")]), "perplexity", allocations=bits))
+    assert "4b g128 owl: the levels' mean is 4.250 bits to 4.500 bits, not the budget of 4.000 bits." in table.note
 
 
 REPEATED = [cell(method, "2:4", seed=seed) for method in ("magnitude", "wanda") for seed in range(3)]
