@@ -37,7 +37,8 @@ from layerwise.storage.frames import (
 )
 from layerwise.storage.table_schema import columns, first_line, from_rows, read_table, to_frame, typed
 
-CELL = ["model", "calibration", "seed", "mode", "label", "target", "params"]
+ALLOCATED = ("allocator", "allocation_params")  # what the allocation in a target's name means
+CELL = ["model", "calibration", "seed", "mode", "label", "target", *ALLOCATED, "params"]
 _CELLS = list(columns("cells"))
 SPEC = _CELLS[: _CELLS.index("metric")]  # the request for a cell
 PROVENANCE = _CELLS[_CELLS.index("commit") :]
@@ -51,7 +52,7 @@ PROTOCOL = [
 ]
 MEASURED = ["metric", "text", "task_set", "task"]  # the measure of a number of a cell, and its text or task
 TIMES = ("solve_seconds", "job_seconds")  # metrics that differ from run to run
-TOLD = ("seed", "params")  # columns of a key that tell cells apart only where nothing else does
+TOLD = ("seed", *ALLOCATED, "params")  # columns of a key that tell cells apart only where nothing else does
 Tables = Mapping[str, pd.DataFrame]  # of one result folder, by name
 ROW = {  # the columns that name a row of a table
     "layers": [*SPEC, "layer"],
@@ -63,6 +64,7 @@ ROW = {  # the columns that name a row of a table
 }
 ALLOCATIONS_COMPARED = "allocation_comparisons"  # by windows and items, which only the cells' files have
 READ = tuple(table for table in TABLES if table != ALLOCATIONS_COMPARED)
+MEANT = [("label", ("label", "method", "target"), ("params",)), ("allocation", ("allocation",), ALLOCATED)]
 STATUS = {"left_only": "gone", "right_only": "added", "both": "moved"}  # by where pandas finds a number
 TOLERANCE = 0.02
 LEAST = 1e-12  # differences below are rounding, of errors that should be zero
@@ -85,7 +87,8 @@ def read_tables(folder: Path) -> dict[str, pd.DataFrame]:
 
 def read_numbers(folder: Path) -> dict[str, pd.DataFrame]:
     """The tables by which two folders are compared. Columns that a table of an older version lacks are
-    printed, and are empty. Raises InputError when a table cannot be read, or lacks a column that names a number."""
+    printed, and are empty. Raises InputError when a table cannot be read, or lacks a column that names a number
+    (except `allocator` and `allocation_params`, see `told_by`)."""
     place, data = folder_of_tables(folder), {}
     for table, value in (("layers", "output_error"), ("cells", "value")):
         try:
@@ -93,12 +96,19 @@ def read_numbers(folder: Path) -> dict[str, pd.DataFrame]:
         except (OSError, ValueError, pa.ArrowException) as error:
             raise InputError(f"{place / table}.parquet cannot be read: {first_line(error)}") from None
         lacking = [name for name in columns(table) if name not in frame]
-        if needed := [name for name in (*CELL, value) if name in lacking]:
+        if needed := [name for name in (*CELL, value) if name in lacking and name not in ALLOCATED]:
             raise InputError(f"{place / table}.parquet must have a column {needed[0]}. Got none instead.")
         if lacking:
             print(f"{place / table}.parquet is from a version without {', '.join(lacking)}.")
         data[table] = frame.assign(**dict.fromkeys(lacking))
     return data
+
+
+def told_by(*folders: Tables) -> list[str]:
+    """The columns that tell cells apart in all these tables: CELL without those that a table of an older version
+    lacks."""
+    frames = [frame for data in folders for frame in data.values()]
+    return [name for name in CELL if name not in ALLOCATED or all(column(own, name).notna().all() for own in frames)]
 
 
 def check_tolerance(value: float) -> None:
@@ -284,7 +294,7 @@ def _same_results(first: pd.DataFrame, second: pd.DataFrame, a: str, b: str) -> 
 
 def _same_names(first: pd.DataFrame, second: pd.DataFrame, a: str, b: str) -> None:
     """Raise InputError if a name has different meanings in the two folders, because their cells share tables."""
-    for name, key, meant in [*SAME, ("label", ("label", "method", "target"), ("params",))]:
+    for name, key, meant in [*SAME, *MEANT]:
         for meaning in meant:
             known = [columns_of(cells, [*key, meaning]).dropna().drop_duplicates() for cells in (first, second)]
             both = known[0].merge(known[1], on=list(key), suffixes=("_a", "_b"))
@@ -362,4 +372,5 @@ def compare_folders(a: Path, b: Path, tolerance: float = TOLERANCE) -> bool:
     check_tolerance(tolerance)
     before, after = read_numbers(a), read_numbers(b)
     print("".join(f"{line}\n" for line in provenance_changes(before["cells"], after["cells"])), end="")
-    return hold(numbers(after), numbers(before), tolerance)
+    cell = told_by(before, after)
+    return hold(numbers(after, cell), numbers(before, cell), tolerance)

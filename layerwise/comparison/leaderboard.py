@@ -27,7 +27,8 @@ from layerwise.storage.table_schema import COMPARISONS, read_table
 TABLES = ("cells", "comparisons")
 CONTESTED = "‡"
 GENERIC = ("tables", "results")  # folders that name no study
-SETTING = ["model", "calibration", "mode", "label", "target", "params", "text"]  # its rows differ in the seed alone
+# Rows of a setting differ in the seed alone.
+SETTING = ["model", "calibration", "mode", "label", "target", "allocator", "allocation_params", "params", "text"]
 # Aspect of a protocol -> columns that decide it; the first is a hash, for which the name of the second stands where
 # nothing was hashed. A name decides nothing else: two studies may call one model by two names.
 ASPECTS = {
@@ -50,9 +51,10 @@ Fields = tuple[tuple[str, str], ...]  # (what, value as text) of an aspect
 class Standing:
     """One row of a board.
 
-    protocol: aspect -> its fields. values, ratios: of the seeds; empty where a seed has no number. shown: the
-    perplexity as text, or why there is none. rank: 1 is the smallest mean ratio among the `among` rows of the same
-    group and protocol; None without a ratio. best: first of at least two, or not shown to differ from that one.
+    params: of the method, and those of the allocator, whose names begin with the allocator's. protocol: aspect -> its
+    fields. values, ratios: of the seeds; empty where a seed has no number. shown: the perplexity as text, or why there
+    is none. rank: 1 is the smallest mean ratio among the `among` rows of the same group and protocol; None without a
+    ratio. best: first of at least two, or not shown to differ from that one.
     """
 
     studies: tuple[str, ...]
@@ -162,7 +164,7 @@ def _standings(
     }
     alike = undecided(tables["comparisons"], "perplexity")
     compressed = select(perplexities, column(perplexities, "target") != "dense")
-    for (model, calibration, mode, label, target, _, text), part in groups(compressed, SETTING):
+    for (model, calibration, mode, label, target, _, _, _, text), part in groups(compressed, SETTING):
         seeds, reference = rows(part), dense.get((model, text))
         names = {study + "/" + row["cell"] for row in seeds}
         marked = {(mode, name) for name in names} & strange
@@ -174,7 +176,7 @@ def _standings(
             model=model,
             comparison=seeds[0]["comparison"],
             label=label,
-            params=json.loads(seeds[0]["params"]),
+            params=_parameters(seeds[0]),
             protocol=_protocol(seeds),
             values=values,
             ratios=tuple(value / reference for value in values) if reference else (),
@@ -186,6 +188,12 @@ def _standings(
             marks=(MARK,) if marked else (),
         )
         yield (text, target), standing
+
+
+def _parameters(row: Mapping[str, Any]) -> dict[str, Any]:
+    """The parameters of a row's method, and its allocator with its parameters."""
+    name, own = row["allocator"], json.loads(row["allocation_params"])
+    return {**json.loads(row["params"]), "allocator": name, **{f"{name} {key}": value for key, value in own.items()}}
 
 
 def _mean(of: pd.DataFrame, part: pd.DataFrame) -> float | None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pandas as pd
 
-from layerwise.comparison.folders import TOLERANCE, check_tolerance, hold
+from layerwise.comparison.folders import ALLOCATED, TOLERANCE, check_tolerance, hold
 from layerwise.results.seeds import with_seed_names
 from layerwise.runtime.errors import InputError
 from layerwise.runtime.files import write_atomic
@@ -19,7 +19,8 @@ from layerwise.storage.frames import column, columns_of, matching, renamed, sele
 from layerwise.storage.table_schema import first_line, read_table
 from layerwise.study.config_file import study_file, study_name
 
-CELL = ["model", "calibration", "mode", "label", "target", "params"]
+CELL = ["model", "calibration", "mode", "label", "target", *ALLOCATED, "params"]
+PARAMETERS = {"params": "label", "allocation_params": "allocator"}  # column of parameters -> whose they are
 # file: (columns that name a number, the number)
 NUMBERS = {
     "layers": ([*CELL, "layer"], "output_error"),
@@ -56,7 +57,10 @@ def numbers(tables: Path, table: str) -> pd.DataFrame:
 
 
 def accepted_numbers(folder: Path, table: str) -> pd.DataFrame:
-    """The accepted numbers. Raises InputError when the file is absent or of another layout."""
+    """The accepted numbers; without ALLOCATED if an earlier version, which did not know these columns, wrote them.
+
+    Raises InputError when the file is absent or of another layout.
+    """
     key, value = NUMBERS[table]
     path = folder / f"{table}.csv"
     if not path.is_file():
@@ -66,7 +70,8 @@ def accepted_numbers(folder: Path, table: str) -> pd.DataFrame:
         data = pd.read_csv(path, dtype=types, keep_default_na=False)
     except (ValueError, pd.errors.ParserError) as error:
         raise InputError(f"{path} cannot be read: {first_line(error)}") from None
-    if list(data.columns) != [*key, value]:
+    earlier = [name for name in key if name not in ALLOCATED]
+    if list(data.columns) not in ([*key, value], [*earlier, value]):
         wanted, got = ", ".join([*key, value]), ", ".join(map(str, data.columns))
         raise InputError(f"{path} must have the columns {wanted}. Got {got} instead.")
     return data
@@ -82,20 +87,24 @@ def extends(new: Any, old: Any) -> bool:
 
 
 def with_new_parameters(accepted: pd.DataFrame, now: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
-    """Accepted numbers under today's parameters if these only add some, and the labels of such methods.
+    """Accepted numbers under today's parameters if these only add some, and the names of such methods and allocators.
 
     A method that gains an option would otherwise lose all its accepted numbers. Whether the option's default changes a
     number is then seen in the number.
     """
-    cell = [name for name in CELL if name != "params"]
-    of_today = dict(zip(tuples(now, cell), column(now, "params").astype(str), strict=True))
-    params, labels = [], []
-    for key, old in zip(tuples(accepted, cell), column(accepted, "params").astype(str), strict=True):
+    given = [name for name in PARAMETERS if name in accepted]
+    cell = [name for name in CELL if name in accepted and name not in given]
+    of_today = dict(zip(tuples(now, cell), tuples(now, given), strict=True))
+    params, names = [], []
+    for key, old in zip(tuples(accepted, cell), tuples(accepted, given), strict=True):
         new = of_today.get(key, old)
-        gained = new != old and extends(_parsed(new), _parsed(old))
-        params.append(new if gained else old)
-        labels += [str(key[CELL.index("label")])] if gained else []
-    return accepted.assign(params=params), list(dict.fromkeys(labels))
+        gained = [name for name, a, b in zip(given, new, old, strict=True) if a != b]
+        if not all(extends(_parsed(str(a)), _parsed(str(b))) for a, b in zip(new, old, strict=True)):
+            new, gained = old, []
+        params.append(new)
+        names += [str(key[cell.index(PARAMETERS[name])]) for name in gained]
+    frame = pd.DataFrame(params, columns=given, index=accepted.index, dtype="string")
+    return accepted.assign(**{name: frame[name] for name in given}), list(dict.fromkeys(names))
 
 
 def _parsed(params: str) -> Any:
@@ -122,11 +131,12 @@ def check(tables: Path, accepted: Path, tolerance: float = TOLERANCE) -> bool:
     now = {table: numbers(tables, table) for table in NUMBERS}
     gained: dict[str, None] = {}
     for table, data in known.items():
-        known[table], labels = with_new_parameters(data, now[table])
-        gained |= dict.fromkeys(labels)
+        now[table] = columns_of(now[table], list(data.columns))
+        known[table], names = with_new_parameters(data, now[table])
+        gained |= dict.fromkeys(names)
     agree = hold(now, known, tolerance)
     if gained:
-        print(f"Accepted before these methods had all of today's parameters: {', '.join(gained)}.")
+        print(f"Accepted before these methods or allocators had all of today's parameters: {', '.join(gained)}.")
     for table in absent:
         print(f"{NUMBERS[table][1]} ({table}): none accepted yet; {len(now[table])} not compared.")
     return agree

@@ -133,6 +133,8 @@ def read_compression(folder: Path, columns: Mapping[str, Any]) -> Compression:
 
 def _of_cell(data: pa.Table, table: str, columns: Mapping[str, Any]) -> pa.Table:
     """The rows with the plan's spec columns, after a check that they belong to this cell."""
+    for name in (name for name in columns if name not in data.column_names):  # an earlier version had no such column
+        data = data.append_column(name, pa.repeat(pa.scalar(columns[name]), len(data)))
     data = typed(data, table, "it")
     strangers = set(data.column("cell").unique().to_pylist()) - {columns["cell"]}
     if strangers:

@@ -31,6 +31,8 @@ class CellColumns(TargetSpec):
     comparison: str
     target: str
     allocation: str
+    allocator: str
+    allocation_params: str
     params: str
     seed: int
     cell: str

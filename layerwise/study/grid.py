@@ -415,6 +415,8 @@ class _Grid:
             "comparison": "tuned" if entry.tune and comparison != "control" else comparison,
             "target": _label(target, allocation),
             "allocation": spread["name"] if spread else UNIFORM,
+            "allocator": spread["allocator"] if spread else UNIFORM,
+            "allocation_params": canonical(spread["params"] if spread else {}),
             **_columns_of(target),
             "params": canonical({**entry.params, **({"tune": entry.tune} if entry.tune else {})}),
             "seed": seed,

@@ -9,13 +9,14 @@ import pandas as pd
 import pytest
 
 from layerwise.cli.app import app
+from layerwise.comparison.folders import ALLOCATED
 from layerwise.results.cell_results import evaluations
 from layerwise.results.collect import TABLES, StudyInputs, collect
 from layerwise.results.main_table import document, markdown
 from layerwise.runtime.errors import InputError
 from layerwise.storage.table_schema import read_table
 from tests.support.result_folders import PLAN, SKIPPED, TEXTS, results
-from tests.support.synthetic_tables import EVALUATIONS, STUDY, layer_frame
+from tests.support.synthetic_tables import EVALUATIONS, STUDY, cell, layer_frame
 
 
 def status(*arguments: object) -> int:
@@ -58,6 +59,32 @@ def test_other_versions_and_protocols_are_said(tmp_path, capsys):
         f"provenance: commit: {'a' * 40} -> {'b' * 40}",
         "provenance: torch: 2.13.0 -> 2.14.0",
     ]
+
+
+def spread(root, spread: float, change: float = 1.0):
+    """The folder of a study whose entry owl has the given spread."""
+    own = cell("wanda", "60% row", allocation="owl", allocation_params={"spread": spread})
+    return results(root, {"wanda": change}, plan=[own])
+
+
+def test_an_allocation_with_other_parameters_is_another_cell(tmp_path, capsys):
+    before, after = spread(tmp_path / "a", 0.08), spread(tmp_path / "b", 0.15, 1.5)
+    assert status(before, after) == 1
+    out = capsys.readouterr().out
+    assert "output_error (layers): 0 moved, 14 added, 14 gone" in out and '{"spread": 0.15}' in out
+    with pytest.raises(InputError, match="one meaning of allocation owl.*differ in its allocation_params"):
+        status("merge", before, after, "--out", tmp_path / "merged")
+
+
+def test_tables_that_do_not_name_the_allocator_are_compared_without_it(tmp_path, capsys):
+    before, after = spread(tmp_path / "a", 0.08), spread(tmp_path / "b", 0.08, 1.5)
+    for path in (before / "results/tables").glob("*.parquet"):
+        pd.read_parquet(path).drop(columns=list(ALLOCATED), errors="ignore").to_parquet(path)
+    for folders in ((before, after), (after, before)):
+        assert status(*folders) == 1
+        out = capsys.readouterr().out
+        assert "layers.parquet is from a version without allocator, allocation_params." in out
+        assert "output_error (layers): 14 moved, 0 added, 0 gone" in out
 
 
 def test_no_tables_is_a_sentence(tmp_path):

@@ -9,7 +9,7 @@ import pytest
 
 from layerwise.cli.app import app
 from layerwise.comparison import regression
-from layerwise.comparison.folders import changed_numbers, report
+from layerwise.comparison.folders import ALLOCATED, changed_numbers, report
 from layerwise.results.cell_results import evaluations
 from layerwise.results.collect import StudyInputs, collect
 from layerwise.runtime.errors import InputError
@@ -166,10 +166,35 @@ def test_a_method_that_gained_a_parameter_keeps_its_accepted_numbers(tmp_path, c
     assert run("regression", tables, accepted) == 1
     out = capsys.readouterr().out
     assert "output_error (layers): 2 moved, 0 added, 0 gone; 28 compared" in out
-    assert out.splitlines()[-1] == "Accepted before these methods had all of today's parameters: wanda."
+    assert out.splitlines()[-1] == "Accepted before these methods or allocators had all of today's parameters: wanda."
     data = pd.read_csv(accepted / "layers.csv").assign(params="{")  # edited by hand
     data.to_csv(accepted / "layers.csv", index=False)
     assert run("regression", tables, accepted) == 1 and "28 gone" in capsys.readouterr().out
+
+
+def test_numbers_accepted_without_the_allocator_are_held(tmp_path, capsys):
+    accepted = tmp_path / "accepted"
+    run("accept", study(tmp_path / "a"), accepted)
+    for path in accepted.glob("*.csv"):
+        pd.read_csv(path, dtype=str, keep_default_na=False).drop(columns=list(ALLOCATED)).to_csv(path, index=False)
+    assert run("regression", study(tmp_path / "b"), accepted) == 0
+    capsys.readouterr()
+    assert run("regression", study(tmp_path / "c", 1.05), accepted) == 1
+    assert "output_error (layers): 2 moved, 0 added, 0 gone; 28 compared" in capsys.readouterr().out
+
+
+def test_an_allocator_that_gained_a_parameter_keeps_its_accepted_numbers_and_one_that_changed_does_not(
+    tmp_path, capsys
+):
+    tables, accepted = study(tmp_path / "a"), tmp_path / "accepted"
+    run("accept", tables, accepted)
+    for params, code, told in (('{"gained":1}', 0, "today's parameters: uniform."), ("[]", 1, "28 added, 28 gone")):
+        for name in ("layers", "cells"):
+            path = tables / f"{name}.parquet"
+            pd.read_parquet(path).assign(allocation_params=params).to_parquet(path)
+        capsys.readouterr()
+        assert run("regression", tables, accepted) == code
+        assert told in capsys.readouterr().out
 
 
 def test_nothing_accepted_yet_is_a_sentence(tmp_path):

@@ -4,6 +4,7 @@ import re
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -87,6 +88,18 @@ def test_rows_of_two_protocols_never_have_the_same_marks(folders):
     samples, seeds = lines_of(board)["longer", "wanda"].marks
     assert notes[samples] == "calibration samples 128 instead of 64."
     assert notes[seeds] == "seeds 0, 1, 2 instead of 0."
+
+
+def test_allocations_of_one_name_with_other_parameters_are_rows_of_their_own(tmp_path):
+    folders = []
+    for spread in (0.08, 0.15):
+        spec: dict[str, Any] = {"allocation": "owl", "allocation_params": {"spread": spread, "threshold": 5}}
+        own = [cell("dense", "dense"), *(cell(name, "60% row", **spec) for name in ("wanda", "magnitude"))]
+        folders.append(results(tmp_path / f"spread-{spread}", {**EVERY, "wanda": 1 + spread}, plan=own))
+    board = boards_of(*folders)["docs", "60% row owl"]
+    assert CONTESTED not in dict(board.notes)
+    names = [own.name for _, standings in board.groups for own in standings if own.label == "wanda"]
+    assert sorted(names) == ["wanda (owl spread 0.08)", "wanda (owl spread 0.15)"]
 
 
 @pytest.mark.parametrize(

@@ -280,6 +280,7 @@ def test_columns_of_a_cell():
     cell = plan(study()).cells[1]
     assert list(cell.columns) == [
         *("model", "calibration", "mode", "label", "method", "comparison", "target", "allocation"),
+        *("allocator", "allocation_params"),
         *("sparsity", "pattern", "bits", "group", "symmetric", "params", "seed", "cell"),
     ]
     assert cell.columns["comparison"] == "mask-only" and cell.columns["target"] == "50% row"

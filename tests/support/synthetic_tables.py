@@ -123,6 +123,7 @@ def cell(
     params: Mapping[str, Any] | None = None,
     seed: int = 0,
     allocation: str = "uniform",
+    allocation_params: Mapping[str, Any] | None = None,
 ) -> SyntheticCell:
     own = Target.parse(target)
     sparsity, pattern, bits, group = own.sparsity, own.pattern, own.bits, own.group
@@ -142,6 +143,8 @@ def cell(
         "comparison": comparison,
         "target": target,
         "allocation": allocation,
+        "allocator": allocation,
+        "allocation_params": json.dumps(allocation_params or {}, sort_keys=True),
         "sparsity": sparsity,
         "pattern": pattern,
         "bits": bits,
