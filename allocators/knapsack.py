@@ -8,6 +8,7 @@ from typing import Any, cast
 
 from layerwise.allocation.knapsack import DOWN, NEAREST, UP, choose
 from layerwise.allocation.pairs import pairs_of
+from layerwise.allocation.shares import levels_of
 from layerwise.contract.allocator import Allocator, Candidate, Part, Proposal, Target, Trials
 from layerwise.contract.layer import Method
 from layerwise.contract.target import JOINT, LOW_RANK
@@ -40,13 +41,15 @@ CARD = {
             "description": "The same for a target with factors and another part.",
         },
         "levels": {
-            "type": "array",
+            "type": ["array", "null"],
             "format": "levels",
             "items": {"type": "number", "minimum": 0, "maximum": 0.99},
             "minItems": 1,
+            "maxItems": 200,
             "uniqueItems": True,
-            "description": "Shares of zeros that a layer may get besides the budget; n:m patterns and bits use all "
-            "levels.",
+            "description": "Shares of zeros that a layer may get besides the budget, some below it and some above; n:m "
+            "patterns and bits use all levels. null: 30 to 90% in steps of 5%, also 0 to 25% for budgets below 45%, "
+            "and 95 and 99% for budgets above 80%.",
         },
         "pairs": {
             "type": ["array", "null"],
@@ -114,7 +117,7 @@ class Knapsack(Allocator):
     joint: Method | str = "chain"
     factors: Method | str = "svd_llm"
     sums: Method | str = "oats"
-    levels: tuple[float, ...] = (0.3, 0.35, 0.4, 0.45, 0.5, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9)
+    levels: Any = None
     pairs: Any = None
     errors: str = "absolute"
     divergences: str = "budget"
@@ -126,12 +129,8 @@ class Knapsack(Allocator):
         if target.paired:
             method = {JOINT: self.joint, LOW_RANK: self.factors}.get(target.budget, self.sums)
             return cast(Method, method), pairs_of(self.pairs, target)
-        if target.budget == "bits":
-            return cast(Method, self.quantiser), [float(bits) for bits in range(2, 9)]
-        if target.n_of_m:
-            kept, of = target.n_of_m
-            return cast(Method, self.probe), [target.level if count == of - kept else count / of for count in range(of)]
-        return cast(Method, self.probe), sorted({*map(float, self.levels), target.level})
+        method = self.quantiser if target.budget == "bits" else self.probe
+        return cast(Method, method), levels_of(self.levels, target)
 
     def allocate(self, parts: Sequence[Part], target: Target) -> Proposal:
         which = ("absolute", "relative").index(self.errors)

@@ -6,16 +6,18 @@ from pathlib import Path
 from typing import Any
 
 from layerwise.allocation.pairs import pairs_of
+from layerwise.allocation.shares import WIDTHS, levels_of
 from layerwise.contract.cards import ALLOCATOR
 from layerwise.contract.catalogue import Catalogue, CatalogueError, Entry
 from layerwise.contract.target import JOINT, LOW_RANK, SUM, Target
 from layerwise.runtime.errors import InputError
 from layerwise.runtime.sentences import brief
+from layerwise.storage.bits_per_weight import bits_per_weight
 from layerwise.study.method_entries import LONGEST_SENTENCE, MethodEntry
 
 UNIFORM = "uniform"  # the default allocation and its allocator
 MOST = 0.99  # largest budget of zeros, the limit per layer in allocation/budget.py
-WIDTHS = range(2, 9)  # possible bits of a layer
+NOMINAL = 4096  # rows and inputs of a layer for which the bits of pairs are compared
 USUALLY_TRIED = 14  # levels at which an allocator solves each layer, if its card does not tell
 ASKED = {
     "bits": "bits",
@@ -87,11 +89,7 @@ def options_tried(entry: Entry, params: Mapping[str, Any], target: Target) -> in
     formats = {schema.get("format"): key for key, schema in entry.card["parameters"].items()}
     if target.paired:
         return len(pairs_of(params[formats["targets"]], target)) if "targets" in formats else USUALLY_TRIED
-    if "levels" not in formats:
-        return USUALLY_TRIED
-    if target.budget == "bits":
-        return len(WIDTHS)
-    return target.n_of_m[1] if target.n_of_m else len({*params[formats["levels"]], target.level})
+    return len(levels_of(params[formats["levels"]], target)) if "levels" in formats else USUALLY_TRIED
 
 
 def refusal(
@@ -121,7 +119,20 @@ def refusal(
         for own in [target.at(bits) for bits in WIDTHS] if budget == "bits" else [target]:
             if reason := methods.refusal(name, params, own):
                 return f"its {key} cannot be used: {reason}"
-    return _pairs_refusal(allocators, methods, allocation, entry, target, probes) if target.paired else None
+    if target.paired:
+        return _pairs_refusal(allocators, methods, allocation, entry, target, probes)
+    return _levels_refusal(allocator, allocation, target)
+
+
+def _levels_refusal(allocator: Entry, allocation: AllocationEntry, target: Target) -> str | None:
+    """Why only equal levels would meet the budget, or None: no layer can give what another one gets."""
+    for key, schema in allocator.card["parameters"].items():
+        if schema.get("format") == "levels":
+            levels = levels_of(allocation.params[key], target)
+            if levels[0] == target.level or levels[-1] == target.level:
+                side = "below" if levels[0] == target.level else "above"
+                return f"{allocation.allocator} must try levels below and above {target.label}, and has none {side} it"
+    return None
 
 
 def _pairs_refusal(
@@ -146,4 +157,10 @@ def _pairs_refusal(
             for probe, name, params in probes:
                 if reason := methods.refusal(name, params, pair):
                     return f"its {probe} cannot reach {pair.label}: {reason}"
+        own, *bits = [bits_per_weight(pair, 1 - pair.sparsity, NOMINAL, NOMINAL) for pair in pairs]
+        if not any(one < own for one in bits) or not any(one > own for one in bits):
+            side = "more" if any(one < own for one in bits) else "fewer"
+            return (
+                f"its {key} must have some of fewer bits than {target.label} and some of more, and have none of {side}"
+            )
     return None

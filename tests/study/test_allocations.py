@@ -4,6 +4,7 @@ import time
 
 import pytest
 
+from layerwise.allocation.shares import levels_of
 from layerwise.contract.cards import ALLOCATOR
 from layerwise.contract.catalogue import Catalogue, CatalogueError, read_entry
 from layerwise.contract.target import Target
@@ -132,6 +133,35 @@ def test_pairs_are_planned_beside_their_budget(target, method, label, params):
     planned = plan(spread({"uniform": None, "knapsack": params}, targets=[target], methods={method: None}))
     assert [cell.columns["target"] for cell in planned.cells] == [label, f"{label} knapsack"]
     assert not planned.skipped
+
+
+@pytest.mark.parametrize("budget", [0.02, 0.2, 0.3, 0.44, 0.45, 0.6, 0.8, 0.81, 0.9, 0.95])
+def test_the_usual_levels_lie_on_both_sides_of_the_budget(budget):
+    levels = levels_of(None, Target(budget))
+    assert levels == sorted(levels) and levels[0] < budget < levels[-1] and budget in levels
+    assert 0 <= levels[0] and levels[-1] <= 0.99
+
+
+@pytest.mark.parametrize(
+    ("params", "target", "method", "reason"),
+    [
+        ({"levels": [0.9]}, {"sparsity": 0.6}, "wanda", "levels below and above 60% row, and has none below it"),
+        ({"levels": [0.3, 0.9]}, {"sparsity": 0.9}, "wanda", "levels below and above 90% row, and has none above it"),
+        (None, {"sparsity": 0.99}, "wanda", "has none above it"),
+        (None, {"pattern": "1:4"}, "wanda", "levels below and above 1:4, and has none above it"),
+        (None, {"bits": 8}, "rtn", "levels below and above 8b, and has none above it"),
+        (
+            {"pairs": [{"sparsity": 0.5, "bits": 6}]},
+            {"sparsity": 0.5, "bits": 4},
+            "awp",
+            "of fewer bits than 50% row 4b and some of more",
+        ),
+        (None, {"rank": 0.9}, "rocket", "its pairs must have some of fewer bits than rank 90% and some of more"),
+    ],
+)
+def test_a_knapsack_that_could_only_choose_equal_levels_is_refused(params, target, method, reason):
+    (row,) = plan(spread({"uniform": None, "knapsack": params}, targets=[target], methods={method: None})).skipped
+    assert reason in row["reason"] and row["allocation"] == "knapsack"
 
 
 def test_the_method_that_tries_sums_must_reach_them():
@@ -264,6 +294,8 @@ def test_the_passes_of_a_search_are_counted_by_its_card(name, params, sequences)
         ({}, Target(bits=4), 7),
         ({}, Target(0.5, bits=4), 30),
         ({"pairs": [{"bits": 3}, {"bits": 8}]}, Target(0.5, bits=4), 3),
+        ({}, Target(0.2), 19),
+        ({}, Target(0.95), 15),
         ({}, Target(rank=0.4), 7),
     ],
 )
