@@ -18,6 +18,7 @@ CARD = {
     "needs": ["trials"],
     "budgets": ["row", "layer", "n:m", "bits"],
     "passes": [["windows"], ["generations", "offspring", "screen"], ["generations", "survivors", "windows"]],
+    "at_most": {"survivors": "offspring"},
     "splits_equals": "exchanges are drawn at random",
     "parameters": {
         "probe": {

@@ -93,7 +93,7 @@ CARD = {
             "type": ["object", "null"],
             "additionalProperties": {"type": "number", "minimum": 0},
             "description": "Factor for the errors of layers whose names match a pattern such as '*.down_proj'. The "
-            "longest matching pattern counts; layers without a match have factor 1.",
+            "longest matching pattern counts; layers without a match have factor 1, and a pattern must match a layer.",
         },
         "resolution": {
             "type": "integer",
@@ -154,7 +154,10 @@ class Knapsack(Allocator):
         return self._choose(parts, target, tables)
 
     def _choose(self, parts: Sequence[Part], target: Target, errors: Sequence[Sequence[float]]) -> Proposal:
-        """errors: the errors of each part, in the order of its options."""
+        """errors: the errors of each part, in the order of its options. Raises ValueError for weights of no layer."""
+        for pattern in self.weights or {}:
+            if not any(fnmatchcase(part.name, pattern) for part in parts):
+                raise ValueError(f"weights must match names of layers such as {parts[0].name}. Got {pattern!r} instead")
         options, equal = [list(errors_of(part)) for part in parts], budget_of(target)
         factors = [self.factor(part.name) for part in parts]
         tables = [[factor * error for error in own] for factor, own in zip(factors, errors, strict=True)]

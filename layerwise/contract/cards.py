@@ -144,6 +144,8 @@ ALLOCATOR_SCHEMA = {
             "type": "object",
             "additionalProperties": {"type": "object", "additionalProperties": {"$ref": "#/$defs/passes"}},
         },
+        # {parameter: parameter}: the first one's value must be at most the other's.
+        "at_most": {"type": "object", "additionalProperties": {"type": "string"}},
         "splits_equals": {"type": "string"},  # why two equal layers may get two levels
     },
 }

@@ -358,6 +358,9 @@ def read_entry(path: Path, kind: Kind = METHOD) -> Entry | None:
             raise CatalogueError(f"{path}: CARD['passes'] must name parameters, or layers. Got {name!r} instead.")
     if unknown := sorted(card.get("passes_where", {}).keys() - card["parameters"].keys()):
         raise CatalogueError(f"{path}: CARD['passes_where'] must name parameters. Got {unknown[0]!r} instead.")
+    compared = card.get("at_most", {})
+    if unknown := sorted({*compared, *compared.values()} - card["parameters"].keys()):
+        raise CatalogueError(f"{path}: CARD['at_most'] must name parameters. Got {unknown[0]!r} instead.")
     defaults = _defaults(classes[0], path)
     if set(defaults) != set(card["parameters"]):
         raise CatalogueError(

@@ -70,6 +70,11 @@ def _entry(catalogue: Catalogue, name: str, raw: Mapping[str, Any]) -> Allocatio
     params = catalogue.complete(allocator, {key: own for key, own in raw.items() if key != "allocator"}, where)
     if (allocator == UNIFORM) != (name == UNIFORM):
         raise CatalogueError(f"{where}: the allocation {UNIFORM} must use the allocator {UNIFORM}.")
+    for key, other in catalogue[allocator].card.get("at_most", {}).items():
+        if params[key] > params[other]:
+            raise CatalogueError(
+                f"{where}.{key} must be at most its {other}, {params[other]}. Got {params[key]} instead."
+            )
     return AllocationEntry(name, allocator, params)
 
 

@@ -174,6 +174,13 @@ def test_the_knapsack_reaches_brute_force_and_no_more_than_equal_levels():
     assert proposal.bound is not None and proposal.bound <= some(proposal.error)
 
 
+def test_weights_of_no_layer_are_refused():
+    parts: Any = [Part(name, 0, 4, 4, None, {0.4: (1.0, 0.1), 0.5: (2.0, 0.2), 0.6: (3.5, 0.4)}) for name in "ab"]
+    weights = {"a": 2.0, "*.nothing": 2.0}
+    with pytest.raises(ValueError, match=r"weights must match names of layers such as a\. Got '\*\.nothing' instead"):
+        allocator("knapsack", levels=[0.4, 0.6], weights=weights).allocate(parts, Target(0.5))
+
+
 def test_neuroal_takes_the_width_whose_activations_stay_most_alike():
     parts = [Part("x", block, 8, 8) for block in range(3)]
     found = own("neuroal", widths=[0.02, 0.1, 0.2], windows=3)

@@ -192,7 +192,10 @@ def test_trials_measure_the_divergence_of_what_a_cell_would_store(case):
 
 @pytest.mark.parametrize("name", ["neuroal", "evopress"])
 def test_allocators_that_try_the_model_hold_the_budget_and_leave_nothing(case, name):
-    params = {"neuroal": {"widths": [0.05, 0.2], "windows": 3}, "evopress": {"generations": 3, "offspring": 3}}[name]
+    params = {
+        "neuroal": {"widths": [0.05, 0.2], "windows": 3},
+        "evopress": {"generations": 3, "offspring": 3, "survivors": 3},
+    }[name]
     params |= {"windows": 3} if name == "neuroal" else {"windows": 3, "screen": 1}
     cell = case.run("wanda", Target(0.5), out=name, allocations={name: params})
     found = table(cell)

@@ -139,7 +139,7 @@ def test_pairs_are_planned_beside_their_budget(target, method, label, params):
 def test_the_usual_levels_lie_on_both_sides_of_the_budget(budget):
     levels = levels_of(None, Target(budget))
     assert levels == sorted(levels) and levels[0] < budget < levels[-1] and budget in levels
-    assert 0 <= levels[0] and levels[-1] <= 0.99
+    assert levels[0] >= 0 and levels[-1] <= 0.99
 
 
 @pytest.mark.parametrize(
@@ -215,6 +215,11 @@ def test_tuned_entries_are_not_spread():
         ({"uniform": {"allocator": "owl"}}, "the allocation uniform must use the allocator uniform."),
         ({"flat": {"allocator": "uniform"}}, "the allocation uniform must use the allocator uniform."),
         ({"knapsack": {"levels": [1.2]}}, "knapsack's levels is wrong: 1.2 is greater than the maximum of 0.99."),
+        ({"knapsack": {"levels": [number / 300 for number in range(201)]}}, "knapsack's levels is wrong: "),
+        (
+            {"evopress": {"windows": 4, "offspring": 3}},
+            "allocations.evopress.survivors must be at most its offspring, 3. Got 4 instead.",
+        ),
         ({"knapsack": {"probe": "nothing"}}, "there is no method 'nothing'"),
         (
             {"knapsack": {"probe": "gptq"}},
