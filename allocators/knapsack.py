@@ -1,6 +1,7 @@
 """Knapsack: the levels with the exact minimum of the sum of measured errors."""
 
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -134,33 +135,46 @@ class Knapsack(Allocator):
 
     def allocate(self, parts: Sequence[Part], target: Target) -> Proposal:
         which = ("absolute", "relative").index(self.errors)
-        return self._choose(parts, target, [[own[which] for own in errors_of(part).values()] for part in parts])
+        tables = [{option: own[which] for option, own in errors_of(part).items()} for part in parts]
+        return self._choose(parts, target, tables)
 
     def search(self, parts: Sequence[Part], target: Target, trials: Trials) -> Proposal:
-        """As `allocate`, but a layer's error is the divergence that results when it is compressed alone."""
+        """As `allocate`, but a layer's error is the divergence that results when it is compressed alone.
+
+        Options whose divergence is infinite are left out, and stderr says so. Raises ValueError if it is at the budget.
+        """
         equal = budget_of(target)
 
         def alone(place: int, option: Candidate) -> float:
             return trials.divergence([option if i == place else None for i in range(len(parts))], self.windows)
 
-        tables = []
+        tables = list[Mapping[Candidate, float]]()
         for place, part in enumerate(parts):
             errors = {option: absolute for option, (absolute, _) in errors_of(part).items()}
             caused = 0.0 if self.divergences == "levels" else alone(place, equal)
             if caused > 0 and errors[equal] > 0:
-                tables.append([caused / errors[equal] * error for error in errors.values()])
+                found = {option: caused / errors[equal] * error for option, error in errors.items()}
             else:  # a budget without an error gives no proportion
-                tables.append([alone(place, option) for option in errors])
+                found = {option: alone(place, option) for option in errors}
+            if not math.isfinite(found[equal]):
+                raise ValueError(
+                    f"the divergence of {part.name} at the budget must be finite. Got {found[equal]} instead"
+                )
+            for option in (own for own, error in found.items() if not math.isfinite(error)):
+                print(
+                    f"{part.name} does not get {target_of(option, target).label}: infinite divergence", file=sys.stderr
+                )
+            tables.append({option: error for option, error in found.items() if math.isfinite(error)})
         return self._choose(parts, target, tables)
 
-    def _choose(self, parts: Sequence[Part], target: Target, errors: Sequence[Sequence[float]]) -> Proposal:
-        """errors: the errors of each part, in the order of its options. Raises ValueError for weights of no layer."""
+    def _choose(self, parts: Sequence[Part], target: Target, errors: Sequence[Mapping[Candidate, float]]) -> Proposal:
+        """errors: the error of each part at each of its options. Raises ValueError for weights of no layer."""
         for pattern in self.weights or {}:
             if not any(fnmatchcase(part.name, pattern) for part in parts):
                 raise ValueError(f"weights must match names of layers such as {parts[0].name}. Got {pattern!r} instead")
-        options, equal = [list(errors_of(part)) for part in parts], budget_of(target)
+        options, equal = [list(own) for own in errors], budget_of(target)
         factors = [self.factor(part.name) for part in parts]
-        tables = [[factor * error for error in own] for factor, own in zip(factors, errors, strict=True)]
+        tables = [[factor * error for error in own.values()] for factor, own in zip(factors, errors, strict=True)]
         excess = [excess_of(part, own, target) for part, own in zip(parts, options, strict=True)]
         # With coarse sums, bits and n:m counts never exceed the budget; shares are shifted to it afterwards.
         rounding = UP if target.budget == "bits" else DOWN if target.n_of_m else NEAREST
@@ -191,6 +205,11 @@ def errors_of(part: Part) -> Mapping[Candidate, tuple[float, float]]:
 def budget_of(target: Target) -> Candidate:
     """The option that gives a layer's share of the budget."""
     return target if target.paired else target.level
+
+
+def target_of(option: Candidate, target: Target) -> Target:
+    """The target that a layer gets by an option."""
+    return option if isinstance(option, Target) else target.at(option)
 
 
 def excess_of(part: Part, options: Sequence[Candidate], target: Target) -> list[int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -12,6 +13,7 @@ from layerwise.compression.solver import Solver
 from layerwise.contract.allocator import Candidate
 from layerwise.contract.layer import Layer, Method
 from layerwise.contract.target import Target
+from layerwise.runtime.errors import Diverged
 
 
 @dataclass(frozen=True)
@@ -30,14 +32,24 @@ class Probe:
 
     def errors(self, layer: Layer) -> dict[Candidate, tuple[float, float]]:
         """Candidate -> (absolute, relative) output error of the layer, for candidates that give it factors of rank >=
-        1."""
+        1.
+
+        A candidate at which the method diverges is left out, and stderr says so. Raises Diverged at the budget itself.
+        """
+        budget = self.solver.target if self.solver.target.paired else self.solver.target.level
         found: dict[Candidate, tuple[float, float]] = {}
         out, inputs = layer.weight.shape
         for candidate in self.candidates:
             solver = self._at(candidate)
             if solver.without_factors({layer.name: (out, inputs)}):  # the rank is 0 in a small layer
                 continue
-            _, row = solver.solve(layer)
+            try:
+                _, row = solver.solve(layer)
+            except Diverged as error:
+                if candidate == budget:
+                    raise
+                print(f"{layer.name} does not get {solver.target.label}: {error}", file=sys.stderr)
+                continue
             found[candidate] = (row["absolute_error"], row["output_error"])
         return found
 

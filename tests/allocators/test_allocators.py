@@ -174,6 +174,26 @@ def test_the_knapsack_reaches_brute_force_and_no_more_than_equal_levels():
     assert proposal.bound is not None and proposal.bound <= some(proposal.error)
 
 
+@pytest.mark.parametrize("lost", [0.6, 0.5])
+def test_an_option_of_infinite_divergence_is_left_out_but_not_the_budget(lost, capsys):
+    target = Target(0.5)
+    found = own("knapsack", levels=[0.3, 0.4, 0.6, 0.7], errors="divergence", divergences="levels")
+    parts = with_errors(found, target, "ab", lambda level, place: level)
+
+    class Overflowing(MadeTrials):
+        def divergence(self, levels, windows):
+            return float("inf") if levels[0] == lost else super().divergence(levels, windows)
+
+    if lost == 0.5:
+        with pytest.raises(ValueError, match="divergence of a at the budget must be finite"):
+            found.search(parts, target, Overflowing(parts))
+        return
+    whole = found.search(parts, target, MadeTrials(parts))
+    assert whole.levels == (0.6, 0.4) and capsys.readouterr().err == ""
+    assert found.search(parts, target, Overflowing(parts)).levels == (0.7, 0.3)
+    assert capsys.readouterr().err == "a does not get 60% row: infinite divergence\n"
+
+
 def test_weights_of_no_layer_are_refused():
     parts: Any = [Part(name, 0, 4, 4, None, {0.4: (1.0, 0.1), 0.5: (2.0, 0.2), 0.6: (3.5, 0.4)}) for name in "ab"]
     weights = {"a": 2.0, "*.nothing": 2.0}

@@ -334,7 +334,7 @@ def test_only_the_method_that_a_target_asks_for_is_part_of_an_allocation(target,
         "joint": {"rtn"},
         "factors": {"svd_llm"},
         "sums": {"oats"},
-    }.get(*kept, set())
+    }.get(next(iter(kept)), set())
     again = plan(
         spread(
             {"knapsack": {"sums": {"oats": {"iterations": 3}}, "factors": {"svd_llm": {}}}},
