@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from layerwise.contract.allocator import Allocator, DenseLayer, Part, Proposal, Target
 
@@ -77,6 +78,17 @@ class Owl(Allocator):
         levels = target.level - more
         if self.official and not target.n_of_m:
             levels = np.where(levels <= 0, LEAST, levels)
+        if self.official:
+            self._check(levels, "counts" if target.n_of_m else "spread")
         of_block = dict(zip(shares, levels.tolist(), strict=True))
         scores = tuple(shares[part.block] for part in parts)
         return Proposal(tuple(of_block[part.block] for part in parts), scores, official=self.official)
+
+    def _check(self, levels: NDArray[np.float64], width: str) -> None:
+        """Raise ValueError for levels of the released code that prune all of a layer, or less than nothing."""
+        for level in levels.tolist():
+            if not 0 <= level < 1:
+                raise ValueError(
+                    "levels of owl with official must be below 1 and at least 0. "
+                    f"Got {level:.4g} instead; a smaller {width} brings them nearer to the budget"
+                )
