@@ -167,6 +167,25 @@ def test_levels_of_alphapruning_are_clipped_and_the_other_layers_take_the_rest()
     assert {(less, more) for _, less, more in apart.values()} == {(0, 0)}
 
 
+@pytest.mark.parametrize(
+    ("name", "params", "alike"),
+    [
+        ("owl", {}, True),
+        ("alphapruning", {}, True),
+        ("alphapruning", {"mapping": "layer"}, False),
+        ("pq_index", {}, False),
+        ("knapsack", {"levels": [0.4, 0.6]}, False),
+    ],
+)
+def test_one_block_gets_the_budget_only_where_a_block_has_one_level(name, params, alike):
+    """As docs/allocation.md says; OWL measures a share of the block, the others a number of each layer."""
+    measured = (2.0, 2.0) if name == "owl" else (0.3, 0.6)
+    errors: list[Any] = [{0.4: (1, 1), 0.5: (2, 1), 0.6: (3, 1)}, {0.4: (1, 1), 0.5: (4, 1), 0.6: (9, 1)}]
+    parts = [Part(str(i), 0, 4, 4, measured[i], errors[i]) for i in range(2)]
+    levels = held(allocator(name, **params).allocate(parts, Target(0.5)).levels, [16, 16], Target(0.5))
+    assert (levels == pytest.approx([0.5, 0.5])) == alike and sum(levels) == pytest.approx(1.0)
+
+
 def test_alphapruning_fits_the_exponents_of_the_released_code():
     for values, alpha in zip(OFFICIAL["eigenvalues"], OFFICIAL["alphas"], strict=False):
         found = own("alphapruning").exponent(np.array(values, dtype=np.float32))
