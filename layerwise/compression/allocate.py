@@ -17,9 +17,9 @@ import torch
 from tqdm import tqdm
 
 from layerwise.allocation.budget import held
-from layerwise.calibration.gram_store import store_of, unless_damaged
+from layerwise.calibration.gram_store import read_index, store_of, unless_damaged
 from layerwise.calibration.modes import shared_blocks
-from layerwise.calibration.taps import tapped_linears
+from layerwise.calibration.taps import Tap, tapped_linears
 from layerwise.compression.probe import Probe
 from layerwise.compression.trials import ModelTrials
 from layerwise.contract.allocator import Allocator, DenseLayer, Part, Proposal, Trials
@@ -151,36 +151,60 @@ def sizes(parts: Sequence[Part]) -> list[int]:
     return [part.size for part in parts]
 
 
-def block_layers(blocks: LazyBlocks, gram: Path | None) -> Iterator[tuple[int, Iterator[Layer | DenseLayer]]]:
-    """The layers of each block of a model, with the Grams and statistics of its calibration if `gram` is given."""
+Seen = tuple[Layer | DenseLayer, float]  # a layer, and the share of the calibration tokens that it sees
+
+
+def block_layers(blocks: LazyBlocks, gram: Path | None) -> Iterator[tuple[int, Iterator[Seen]]]:
+    """The layers of each block of a model, with the Grams and statistics of its calibration if `gram` is given, and the
+    share of the tokens that each sees (1 without Grams)."""
     if gram is None:
         for index in range(len(blocks)):
             with blocks.open(index) as block:
                 found = structure.linears(block, f"{blocks.name}.{index}")
-                yield index, (DenseLayer(linear.name, linear.weight()) for linear in found)
+                yield index, ((DenseLayer(linear.name, linear.weight()), 1.0) for linear in found)
         return
+    most = max(tap["tokens"] for block in read_index(store_of(gram))["blocks"] for tap in block.values())
     for index, taps in shared_blocks(store_of(gram), blocks):
         tapped = tapped_linears(blocks.model, [(index, taps)])
-        yield index, (Layer(linear.name, linear.weight(), tap.gram, tap.statistics) for _, tap, linear in tapped)
+        seen = (
+            (Layer(linear.name, linear.weight(), tap.gram, tap.statistics), share_of(tap, most))
+            for _, tap, linear in tapped
+        )
+        yield index, seen
+
+
+def share_of(tap: Tap, tokens: int) -> float:
+    """The share of all tokens that a tap's layers see when the model runs.
+
+    A fallback expert was calibrated on every token. It was routed fewer than its layers have inputs, which counts here:
+    the store does not keep the number.
+    """
+    return min(tap.gram.tokens, len(tap.gram.matrix)) / tokens if tap.scope == "fallback" else tap.gram.tokens / tokens
 
 
 def measured(
     allocator: Allocator,
     name: str,
     index: int,
-    layers: Iterable[Layer | DenseLayer],
+    layers: Iterable[Seen],
     probe: Probe | None,
     progress: tqdm[Any],
 ) -> list[Part]:
-    """The parts of a block. Raises InputError if the allocator fails or does not measure every layer exactly once."""
+    """The parts of a block.
+
+    Absolute errors, which are means over the tokens that a layer sees, are multiplied by the share of these among all
+    tokens, so that an expert counts by what it adds to the error of the model. Raises InputError if the allocator fails
+    or does not measure every layer exactly once.
+    """
     seen: list[Part] = []
 
     def watched() -> Iterator[DenseLayer]:
-        for layer in layers:
+        for layer, share in layers:
             out, inputs = layer.weight.shape
             errors = None
             if probe is not None and probe.candidates and isinstance(layer, Layer):
-                errors = probe.errors(layer)
+                found = probe.errors(layer)
+                errors = {candidate: (share * error, relative) for candidate, (error, relative) in found.items()}
             seen.append(Part(layer.name, index, out, inputs, None, errors))
             gram: Gram | None = layer.gram
             yield DenseLayer(layer.name, layer.weight, gram)

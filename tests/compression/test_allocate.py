@@ -10,7 +10,10 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from layerwise.calibration.taps import Tap
+from layerwise.compression.allocate import share_of
 from layerwise.compression.levels import targets_at
+from layerwise.contract.gram import Gram
 from layerwise.contract.target import Target
 from layerwise.evaluation.divergence import kl
 from layerwise.export.audit import audit
@@ -102,6 +105,25 @@ def test_the_knapsack_s_errors_are_those_of_its_probe(case):
     assert table(cell)[0]["allocated_error"] == pytest.approx(sum(scores.values()))
     equal = case.run("wanda", Target(0.5), out="equal")
     assert table(cell)[0]["uniform_error"] == pytest.approx(sum(row["absolute_error"] for row in rows(equal)))
+
+
+def test_the_knapsack_counts_an_expert_s_error_by_the_tokens_routed_to_it(tmp_path):
+    """An error is a mean over the layer's own tokens; times their number it is a sum, as in layers that see all."""
+    case, every = Case(tmp_path, "mixtral").prepare(), SAMPLES * LENGTH
+    cell = case.run("wanda", Target(0.5), allocations={"knapsack": {"levels": [0.3, 0.75], "errors": "absolute"}})
+    scores, found = {row["layer"]: row["score"] for row in table(cell)}, rows(cell)
+    shares = {row["layer"]: row["calibration_tokens"] / every for row in found}
+    assert scores == pytest.approx({row["layer"]: shares[row["layer"]] * row["absolute_error"] for row in found})
+    routed = [shares[row["layer"]] for row in found if row["token_scope"] == "routed"]
+    assert routed and max(routed) < 1 and {row["token_scope"] for row in found} == {"all", "routed"}
+
+
+def test_an_expert_calibrated_on_every_token_counts_as_few():
+    unused: Any = None
+    for scope, share in (("all", 1.0), ("routed", 1.0), ("fallback", 0.04)):
+        tap = Tap("x", (), (), Gram(torch.eye(4), 100), unused, scope)
+        assert share_of(tap, 100) == share
+    assert share_of(Tap("x", (), (), Gram(torch.eye(4), 5), unused, "routed"), 100) == 0.05
 
 
 @pytest.mark.parametrize(
