@@ -73,6 +73,15 @@ def test_rows_stand_in_the_order_of_the_plan_and_columns_in_that_of_the_schema(t
     assert {path.name: path.read_bytes() for path in (tmp_path / "tables").iterdir()} == before
 
 
+def test_cells_computed_before_a_column_existed_get_it_from_the_plan(tmp_path, pair):
+    whole = gather(tmp_path, pair)
+    for one, name in ((one, name) for one in pair for name in ("layers", "trace")):
+        path = tmp_path / one.folder / f"{name}.parquet"
+        pd.read_parquet(path).drop(columns=["allocator", "allocation_params"]).to_parquet(path)
+    again = gather(tmp_path, pair)
+    assert all(again[name].equals(whole[name]) for name in whole)
+
+
 def test_batches_leave_no_trace_in_the_tables(tmp_path, pair, monkeypatch):
     whole = gather(tmp_path, pair)
     csv = (tmp_path / "tables" / "layers.csv").read_bytes()
