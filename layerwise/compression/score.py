@@ -55,6 +55,9 @@ def asymmetric_error(layer: Layer, weight: Tensor, symmetric: float | None = Non
 
     This equals tr(W G0 W^T - 2 W C W_hat^T + W_hat G W_hat^T) / tr(W G0 W^T), with G0 the Gram of X0. If X is X0, it is
     the output error. symmetric: the output error, if it is known. None if X0 is not known, or if W X0 is zero.
+
+    Raises Diverged for a cross-Gram and a Gram of X0 that no inputs can have, if the square is below zero by more than
+    rounding explains.
     """
     gram = layer.gram
     if not gram.knows_dense:
@@ -71,6 +74,15 @@ def asymmetric_error(layer: Layer, weight: Tensor, symmetric: float | None = Non
             whole += size
             # (W C)_j is the inner product of W X0 with input j of X.
             error += size + float(((compressed @ moved - 2 * (dense @ cross)) * compressed[:, columns]).sum())
+    if min(error, whole) < 0:
+        # As in `losses`: rounding is a share of the terms, which may be far larger than W X0.
+        sizes = [float(own.diagonal().double().sum()) for own in (gram.dense, gram.matrix)]
+        squares = max(float(part.double().square().sum()) for part in (layer.weight, weight))
+        if min(error, whole) < -ROUNDING * squares * max(sizes):
+            raise Diverged(
+                f"The cross-Gram of {layer.name} must be of the same inputs as its two Grams. Got a pair that gives a "
+                f"squared error of {error:.3g} for outputs of {whole:.3g} instead."
+            )
     return max(error, 0.0) / whole if whole > 0 else None
 
 

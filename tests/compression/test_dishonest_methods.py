@@ -20,6 +20,7 @@ from layerwise.compression.score import output_error
 from layerwise.compression.solver import Solver
 from layerwise.contract.catalogue import Catalogue
 from layerwise.contract.layer import Compressed, Gram, Layer, Method, Target
+from layerwise.methods.rtn import RTN
 from layerwise.numerics import dispatch, ops
 from layerwise.runtime.errors import Diverged, InputError
 from layerwise.storage.layer_packing import parts_of
@@ -425,6 +426,18 @@ def test_a_gram_that_is_no_second_moment_is_named():
     gram = layer.gram.matrix - 0.1 * float(layer.gram.largest_eigenvalue) * torch.eye(64)
     with pytest.raises(Diverged, match="The Gram of correlated has negative eigenvalues that rounding does not"):
         Solver("liar", Liar(after(lambda _: None)), ROW, 0).solve(replace(layer, gram=Gram(gram, 100)))
+
+
+@pytest.mark.parametrize("fault", ["dense of half the inputs", "cross 100 times as large"])
+def test_a_cross_gram_that_no_inputs_have_is_named(fault: str):
+    """Of such a pair the squared asymmetric error is below zero; it was shown as a perfect 0."""
+    layer = layers.make(layers.Recipe(out=12, inputs=64, drift=0.1), "drifted")
+    gram = layer.gram
+    rounded = Solver("rtn", RTN(), Target(bits=4, group=16), 0)
+    assert 0 < rounded.solve(layer)[1]["asymmetric_error"] < 0.1
+    cross, dense = (gram.cross, gram.dense / 4) if "half" in fault else (100 * gram.matrix, gram.dense)
+    with pytest.raises(Diverged, match="The cross-Gram of drifted must be of the same inputs as its two Grams"):
+        rounded.solve(replace(layer, gram=Gram(gram.matrix, gram.tokens, cross, dense)))
 
 
 def test_a_reference_to_an_earlier_result_changes_nothing_that_is_stored():
