@@ -1,7 +1,8 @@
 """Rotated: any quantiser on the layer in rotated coordinates, W X = (W Q)(Q^T X), Q random signs and block Hadamard.
 
-The quantiser sees W Q and Q^T G Q, in which outlier inputs are spread over a block (QuaRot; QuIP; MR-GPTQ). The stored
-form is its codes, with the seed and block of Q. The error refers to the layer in its own coordinates.
+The quantiser sees W Q, Q^T G Q and, if it needs the cross-Gram, Q^T C Q. Outlier inputs are spread over a block
+(QuaRot; QuIP; MR-GPTQ). The stored form is its codes, with the seed and block of Q. The error refers to the layer in
+its own coordinates.
 """
 
 from dataclasses import dataclass, replace
@@ -25,8 +26,9 @@ CARD = {
     "parameters": {
         "under": {
             "format": "method",
-            "gives": ["gram"],
-            "description": "Quantiser that sees the rotated layer; it may need only the Gram of the inputs.",
+            "gives": ["gram", "cross_gram"],
+            "description": "Quantiser that sees the rotated layer; it may need only the Gram of the inputs and, for "
+            "drift, the cross-Gram.",
         },
         "block": {
             "type": ["integer", "null"],

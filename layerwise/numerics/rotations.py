@@ -57,12 +57,20 @@ def rotate_back(x: Tensor, rotation: Rotation) -> Tensor:
 
 
 def rotated_gram(gram: Gram, rotation: Rotation) -> Gram:
-    """The Gram of the rotated inputs, Q^T G Q; computed once for all layers that share the inputs."""
+    """The Gram of the rotated inputs, Q^T G Q; computed once for all layers that share the inputs.
+
+    If the dense model's inputs are known, they are rotated too: the cross-Gram is Q^T C Q.
+    """
+
+    def turned(matrix: Tensor) -> Tensor:
+        half = rotate(matrix, rotation)  # G Q
+        return rotate(half.T, rotation).T
 
     def compute() -> Gram:
-        half = rotate(gram.matrix, rotation)  # G Q
-        matrix = rotate(half.T, rotation)  # Q^T G Q, transposed
-        drifted = gram.apart or not gram.knows_dense  # the dense model's inputs are not rotated
-        return Gram(((matrix + matrix.T) / 2).float(), gram.tokens, drifted=drifted)
+        matrix, *dense = map(turned, (gram.matrix, *((gram.dense,) if gram.apart else ())))
+        symmetric = [((own + own.T) / 2).float() for own in (matrix, *dense)]
+        if not gram.apart:
+            return Gram(symmetric[0], gram.tokens, drifted=not gram.knows_dense)
+        return Gram(symmetric[0], gram.tokens, turned(gram.cross).float().contiguous(), symmetric[1])
 
     return gram.once(("rotated", rotation), compute)

@@ -10,6 +10,7 @@ import torch
 from scipy.linalg import hadamard as sylvester
 
 from layerwise.checks.layer_cases import build, grid_of
+from layerwise.compression.score import asymmetric_error
 from layerwise.compression.verify import broken_promise
 from layerwise.contract.catalogue import Catalogue
 from layerwise.contract.layer import Gram, Layer, Rotation, Target, UnsupportedTarget
@@ -66,6 +67,25 @@ def test_the_quantiser_sees_the_rotated_layer(under: str):
     expected = alone.weight.double().numpy() @ matrix.T
     assert np.isclose(result.weight.numpy(), expected, rtol=1e-4, atol=1e-6).mean() > 0.98
     assert broken_promise(layer, W3, result) is None
+
+
+@pytest.mark.parametrize("under", ["gptaq", "qronos"])
+def test_the_quantiser_sees_the_rotated_inputs_of_both_models(under: str):
+    layer = build("drifted inputs")
+    result = compress("rotated", layer, W3, under=under, rotation_seed=5)
+    rotation = some(grid_of(result).rotation)
+    matrix = matrix_of(rotation, 64)
+    weight = torch.from_numpy(layer.weight.double().numpy() @ matrix).float()
+    known = (layer.gram.matrix, layer.gram.cross, layer.gram.dense)
+    moved, cross, dense = (torch.from_numpy(matrix.T @ own.double().numpy() @ matrix).float() for own in known)
+    turned = rotations.rotated_gram(layer.gram, rotation)
+    for found, product in ((turned.matrix, moved), (turned.cross, cross), (turned.dense, dense)):
+        np.testing.assert_allclose(found.numpy(), product.numpy(), rtol=0, atol=1e-5)
+    alone = compress(under, Layer("turned", weight, Gram(moved, layer.gram.tokens, cross, dense)), W3)
+    expected = alone.weight.double().numpy() @ matrix.T
+    assert np.isclose(result.weight.numpy(), expected, rtol=1e-4, atol=1e-6).mean() > 0.95
+    plain = compress("rotated", layer, W3, rotation_seed=5)
+    assert some(asymmetric_error(layer, result.weight)) < some(asymmetric_error(layer, plain.weight))
 
 
 @pytest.mark.parametrize(("name", "case"), cases("gptq_hadamard"))
@@ -137,7 +157,8 @@ def test_what_a_rotation_does_not_carry_is_refused_before_a_study():
     def refusal(method: str, **params: object) -> str | None:
         return catalogue.refusal(method, catalogue.complete(method, params, "test"), Target(bits=4))
 
-    assert refusal("rotated", under="gptq") is None
+    for under in ("gptq", "gptaq", "qronos"):
+        assert refusal("rotated", under=under) is None
     assert refusal("rotated", under="awq") == (
         "its under cannot quantise: awq needs absmean, sample, which rotated does not give"
     )
@@ -166,6 +187,6 @@ def test_what_a_rotation_does_not_carry_is_refused_of_an_instance_too():
     for method in (rotated, swaps, replace(swaps, start=replace(rotated, under=gptq))):
         with pytest.raises(UnsupportedTarget, match="has a grid of its own"):
             method.compress(layer, target, rng)
-    apart = replace(layer, gram=Gram(layer.gram.matrix, 1, layer.gram.matrix, layer.gram.matrix))
+    unknown = replace(layer, gram=Gram(layer.gram.matrix, 1, drifted=True))
     with pytest.raises(ValueError, match="cross-Gram"):
-        replace(rotated, under=gptaq).compress(apart, target, rng)
+        replace(rotated, under=gptaq).compress(unknown, target, rng)
