@@ -578,6 +578,19 @@ def state(model: Any) -> dict[str, Any]:
     }
 
 
+def test_a_model_s_asymmetric_errors_are_known_where_they_are_asked_for():
+    asked = {"target": "3b", "method": "gptq", "mode": "sequential", "progress": False}
+    alone, scored = (
+        layerwise.compress_model(build("llama"), tokens(SAMPLES, LENGTH), asymmetric=value, **asked)
+        for value in (False, True)
+    )
+    assert list(alone["asymmetric_error"].notna()) == list(alone["block"] == 0)
+    assert scored["asymmetric_error"].notna().all()
+    assert list(scored["output_error"]) == list(alone["output_error"])
+    later = scored["block"] > 0
+    assert (scored["asymmetric_error"] != scored["output_error"])[later].all()
+
+
 @pytest.mark.parametrize("mode", ["shared", "sequential"])
 def test_a_model_is_left_as_it_was_but_for_its_weights(tmp_path: Path, mode: str):
     (tmp_path / "faulty.py").write_text(FAULTY, "utf-8")

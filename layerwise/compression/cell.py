@@ -168,8 +168,8 @@ class CellJob:
 
     @property
     def needs_cross(self) -> bool:
-        """Whether the method needs the inputs in the dense model as well as those in the compressed one."""
-        return "cross_gram" in self.needs
+        """Whether the method, or the score, needs the inputs in the dense model beside those in the compressed one."""
+        return self.spec.get("asymmetric", False) or "cross_gram" in self.needs
 
     @cached_property
     def fishers(self) -> Mapping[str, Tensor] | None:

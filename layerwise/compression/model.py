@@ -56,6 +56,7 @@ def compress_model(
     seed: int = 0,
     layers: str | Sequence[str] | Callable[[str], bool] | None = None,
     progress: bool = True,
+    asymmetric: bool = False,
     **parameters: Any,
 ) -> pd.DataFrame:
     """Compress the linear layers of a causal language model's blocks in place; returns one row per layer.
@@ -76,6 +77,8 @@ def compress_model(
     seed: seed of the draw, and of the random numbers of a method that draws any.
     layers: the layers to compress: patterns such as "*.mlp.*", or a function of a layer's name; None means all.
     progress: whether to show a bar on stderr.
+    asymmetric: whether to pass the tokens through the dense model too in sequential mode, so that `asymmetric_error` is
+        known for any method. Methods that need the cross-Gram do so in any case.
 
     The table has the columns of a study's `layers` table that apply; output_error is the share of the layer's output
     that is lost, in float64 on the Gram of its mode.
@@ -106,7 +109,7 @@ def compress_model(
     rows = []
     with as_it_was(model), saying(done, len(chosen)):
         check_walk(Blocks(model), Blocks(model), tokens)
-        stream = Stream(model, tokens, beside=mode == "sequential" and "cross_gram" in asked)
+        stream = Stream(model, tokens, beside=mode == "sequential" and (asymmetric or "cross_gram" in asked))
         fishers = fisher.of_model(in_float32(model), tokens) if "fisher" in asked else None
         walked = enumerate(map(in_turn, shared(stream))) if mode == "shared" else sequential_blocks(stream)
         title = f"{resolved.name} {goal.label} {mode}"

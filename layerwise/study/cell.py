@@ -57,13 +57,15 @@ class AllocationSpec(TypedDict):
 
 class CellSpec(TypedDict):
     """The input of the job that computes a cell. tune: stage -> its settings, absent without tuning. allocation: absent
-    if all layers have the target's level."""
+    if all layers have the target's level. asymmetric: True if the dense model's inputs are collected for the score
+    alone, otherwise absent."""
 
     columns: CellColumns
     method: MethodSpec
     target: TargetSpec
     tune: NotRequired[Mapping[str, Mapping[str, Any]]]
     allocation: NotRequired[AllocationSpec]
+    asymmetric: NotRequired[bool]
 
 
 def canonical(value: Any) -> str:

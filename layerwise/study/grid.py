@@ -232,6 +232,11 @@ def _check_experts(cells: Sequence[Cell], catalogue: Catalogue, models: Mapping[
     for model, cell in asking.items():
         shape = shape_of(models[model])
         if shape and shape.has_experts:
+            if cell.spec.get("asymmetric"):
+                raise InputError(
+                    "config: asymmetric must be false for a model with experts: the dense and the compressed model may "
+                    f"route different tokens to an expert. Got true for {cell.columns['model']!r} instead."
+                )
             raise InputError(
                 f"methods.{cell.columns['label']}: {cell.columns['method']} must have a model without experts in "
                 "sequential mode: it needs the cross-Gram of the same tokens in the dense and in the compressed model, "
@@ -293,7 +298,10 @@ def _check_sweep(sweep: str | None, entries: Sequence[MethodEntry]) -> None:
 
 @dataclass(frozen=True)
 class _Grid:
-    """The places of cells: models x calibrations x modes. seeds: identity of a calibration -> seed of the methods."""
+    """The places of cells: models x calibrations x modes. seeds: identity of a calibration -> seed of the methods.
+
+    asymmetric: whether every cell in sequential mode collects the dense model's inputs.
+    """
 
     catalogue: Catalogue
     models: Mapping[str, ModelSpec]
@@ -302,6 +310,7 @@ class _Grid:
     seeds: Mapping[str, int]
     allocators: Catalogue
     allocations: Sequence[AllocationEntry]
+    asymmetric: bool
 
     @classmethod
     def of(
@@ -319,7 +328,8 @@ class _Grid:
             calib: spec["seed"] if "seeds" in full["calibration"][name_of(spec)] else full["seed"]
             for calib, spec in calibrations.items()
         }
-        return cls(catalogue, models, calibrations, full["modes"], seeds, allocators, allocations)
+        asymmetric = full["asymmetric"]
+        return cls(catalogue, models, calibrations, full["modes"], seeds, allocators, allocations, asymmetric)
 
     def expand(self, entry: MethodEntry, targets: Sequence[Target], skipped: list[SkippedRow]) -> Iterator[Cell]:
         """The cells of an entry; unreachable targets are added to `skipped`.
@@ -404,7 +414,9 @@ class _Grid:
             }
         # Equal levels do not enter the identity: a study without allocations keeps its cells when some are added.
         decided = {**entry.settings(), "seed": seed, "target": asked}
-        name = identity(entry.label, decided | ({"allocation": spread} if spread else {}))
+        # Nor does what a method collects for itself.
+        scored = {"asymmetric": True} if self._scored_apart(entry, mode) else {}
+        name = identity(entry.label, decided | ({"allocation": spread} if spread else {}) | scored)
         comparison = self.catalogue[entry.method].comparison(target)
         columns: CellColumns = {
             "model": name_of(self.models[model]),
@@ -431,7 +443,15 @@ class _Grid:
             spec["tune"] = entry.tune
         if spread:
             spec["allocation"] = spread
+        if scored:
+            spec["asymmetric"] = True
         return Cell(model, calib, mode, name, spec)
+
+    def _scored_apart(self, entry: MethodEntry, mode: str) -> bool:
+        """Whether a cell collects the dense model's inputs for the score alone."""
+        changes = bool(self.catalogue[entry.method].card["patterns"])
+        needs = self.catalogue.needs(entry.method, entry.params)
+        return self.asymmetric and mode != "shared" and changes and "cross_gram" not in needs
 
 
 def _columns_of(target: Target) -> TargetSpec:

@@ -51,7 +51,8 @@ def most_demanding(catalogue: Catalogue) -> tuple[float, float, float]:
 def needs_cross(catalogue: Catalogue, cell: Cell) -> bool:
     """Whether a cell's job carries the dense model's activations along with the compressed model's."""
     method = cell.spec["method"]
-    return cell.mode != "shared" and "cross_gram" in catalogue.needs(method["name"], method["params"])
+    scored = cell.spec.get("asymmetric", False)
+    return cell.mode != "shared" and (scored or "cross_gram" in catalogue.needs(method["name"], method["params"]))
 
 
 def needs_fisher(catalogue: Catalogue, cell: Cell) -> bool:

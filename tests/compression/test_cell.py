@@ -116,6 +116,7 @@ class Case:
         dtype: str | None = None,
         allocations: dict[str, Any] | None = None,
         fisher: Path | None = None,
+        asymmetric: bool = False,
     ) -> Path:
         """Compress as the workflow does and return the cell's folder.
 
@@ -129,6 +130,7 @@ class Case:
             "calibration": {"words": {"text": "words", "samples": SAMPLES, "length": LENGTH, "seed": 0}},
             "evaluation": {"words": {"text": "words", "length": LENGTH}},
             "modes": [mode],
+            "asymmetric": asymmetric,
             "targets": [{key: value for key, value in target.as_dict().items() if value is not None}],
             "methods": {method: entry} if method != "dense" else {"dense": None, "magnitude": None},
             "method_paths": [str(own)] if own and not allocations else [],
@@ -400,10 +402,14 @@ def test_sequential_scores_on_what_the_compressed_blocks_pass_on(case):
             linear.replace(saved[linear.name])
 
 
-@pytest.mark.parametrize("method", ["gptaq", "qronos"])
+@pytest.mark.parametrize("method", ["gptaq", "qronos", "gptq"])
 def test_the_asymmetric_error_is_that_of_the_outputs_of_both_models(case, method):
-    """Of what the saved weights make of the compressed model's inputs, against the dense weights on the dense ones."""
-    cell = case.run(method, Target(bits=3), "sequential")
+    """Of what the saved weights make of the compressed model's inputs, against the dense weights on the dense ones.
+
+    GPTQ does not need the dense model's inputs: the config asks for them.
+    """
+    asked = {"asymmetric": True, "out": "scored"} if method == "gptq" else {}
+    cell = case.run(method, Target(bits=3), "sequential", **asked)
     errors, saved = by_layer(cell, "asymmetric_error"), weights(cell)
     model = load(case.spec)
     dense, batch = dense_weights(model), tokens(SAMPLES, LENGTH)
@@ -426,8 +432,12 @@ def test_the_asymmetric_error_is_the_output_error_or_not_known_where_no_method_a
     assert by_layer(cell, "asymmetric_error") == by_layer(cell, "output_error")
     gptq = case.run("gptq", Target(bits=3))
     assert all(torch.equal(weight, weights(gptq)[name]) for name, weight in weights(cell).items())
-    unknown = by_layer(case.run("gptq", Target(bits=3), "sequential"), "asymmetric_error")
+    alone = case.run("gptq", Target(bits=3), "sequential")
+    unknown = by_layer(alone, "asymmetric_error")
     assert all((error is not None) == (".0." in name) for name, error in unknown.items())
+    scored = case.run("gptq", Target(bits=3), "sequential", "scored apart", asymmetric=True)
+    assert all(torch.equal(weight, weights(alone)[name]) for name, weight in weights(scored).items())
+    assert by_layer(scored, "output_error") == by_layer(alone, "output_error")
 
 
 def test_a_cell_is_given_the_fisher_of_each_of_its_layers(case, tmp_path):

@@ -103,16 +103,20 @@ def test_a_killed_cell_goes_on(case: Case, whole, cell: tuple[str, str], place: 
     assert_same(case.folder / out, whole[cell])
 
 
-@pytest.mark.parametrize("place", [*IN_A_STREAM, "before a block counts as finished"])
-def test_a_killed_cell_with_a_dense_stream_goes_on(case: Case, place: str):
-    """The dense model's hidden states are kept beside the compressed one's."""
-    run = lambda out: case.run("gptaq", Target(bits=3), "sequential", f"beside/{out}")  # noqa: E731
+STREAMS = [("gptaq", place) for place in (*IN_A_STREAM, "before a block counts as finished")]
+
+
+@pytest.mark.parametrize(("method", "place"), [*STREAMS, ("gptq", STREAMS[0][1])])
+def test_a_killed_cell_with_a_dense_stream_goes_on(case: Case, method: str, place: str):
+    """The dense model's hidden states are kept beside the compressed one's, for the method or for the score."""
+    scored = {"asymmetric": method == "gptq"}
+    run = lambda out: case.run(method, Target(bits=3), "sequential", f"beside/{method} {out}", **scored)  # noqa: E731
     expected, deaths, call = run("whole"), 0, 0
     while killed(lambda: run(place), *PLACES[place], call):
         deaths, call = deaths + 1, call + (3 if place in IN_A_STREAM else 1)
         assert deaths < 60
     assert deaths > 1
-    assert_same(case.folder / f"beside/{place}", expected)
+    assert_same(case.folder / f"beside/{method} {place}", expected)
 
 
 def test_finished_blocks_are_not_computed_again(case: Case, whole, monkeypatch, capfd):

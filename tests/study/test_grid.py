@@ -951,8 +951,24 @@ def test_the_cross_gram_of_experts_is_refused_before_a_job(sources):
     assert "foem must have a model without experts" in refused(asking(method="foem", alpha=0.25), check_sources=True)
     chained = {"chain": ["wanda", "qronos"], "targets": [{"sparsity": 0.5, "bits": 4}]}
     assert "chain must have a model without experts" in refused(asking(**chained), check_sources=True)
+    assert refused(asking(method="gptq") | {"asymmetric": True}, check_sources=True) == (
+        "config: asymmetric must be false for a model with experts: the dense and the compressed model may route "
+        "different tokens to an expert. Got true for 'tiny' instead."
+    )
     (sources / "tiny/config.json").write_text("{}")  # as far as it says, all tokens pass all experts
     plan(asking(method="gptaq"), check_sources=True)
+
+
+def test_asymmetric_asks_for_the_dense_inputs_where_the_method_does_not():
+    methods = {"dense": None, "gptq": None, "gptaq": None}
+    asked = {"methods": methods, "targets": [{"bits": 4}], "modes": ["sequential", "shared"]}
+    alone, scored = (plan(study(**asked, asymmetric=value)) for value in (False, True))
+    changed = [cell.columns | {"cell": None} for cell in scored.cells if cell.folder not in alone.by_folder]
+    assert [(own["label"], own["mode"]) for own in changed] == [("gptq", "sequential")]
+    assert [cell.spec.get("asymmetric") for cell in scored.cells] == [
+        True if (cell.columns["label"], cell.mode) == ("gptq", "sequential") else None for cell in scored.cells
+    ]
+    assert not any("asymmetric" in cell.spec for cell in alone.cells)
 
 
 def with_tensors(folder: Path, **shapes: list[int]) -> None:

@@ -228,6 +228,7 @@ def studies(draw: st.DrawFn) -> dict[str, Any]:
             seed=SEEDS,
             keep_weights=st.booleans(),
             certificates=st.booleans(),
+            asymmetric=st.booleans(),
             sweep=st.sampled_from(SWEPT),
             modes=MODES,
             tasks=st.dictionaries(NAMES, tasks, max_size=1),
