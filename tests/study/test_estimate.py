@@ -239,6 +239,34 @@ def test_tuning_of_blocks_holds_the_states_of_all_sequences():
         assert many - few == copies * 480 * 512 * 4 * TALL["hidden_size"]
 
 
+@pytest.mark.parametrize("mode", ["sequential", "shared"])
+def test_methods_that_see_both_models_need_more_than_gptq_in_sequential_mode_alone(mode, monkeypatch):
+    """So does GPTQ where the config asks for asymmetric errors."""
+    config = dict(TALL, hidden_size=1024, head_dim=256, intermediate_size=4096, vocab_size=VOCABULARY)
+    shape = some(shapes.shape_of_config(config))
+    monkeypatch.setattr(cost_model, "shape_of", lambda spec: shape)
+    study = {"methods": {"gptq": None, "gptaq": None, "qronos": None}, "targets": [{"bits": 4}], "modes": [mode]}
+    found = {}
+    for asked in (False, True):
+        own = CostModel(plan(tiny_study() | study | {"asymmetric": asked}))
+        for job in own.jobs():
+            if job.rule == "compress":
+                found[own.cell(job).columns["label"], asked] = some(own.cost(job))
+    (calib,) = own.plan.calibrations.values()
+    states = cost_model.HIDDEN_FILES * 4 * shape.hidden * calib["samples"] * calib["length"]
+    gptq = found["gptq", False]
+    for name, asked in (("gptaq", False), ("qronos", False), ("gptq", True)):
+        other = found[name, asked]
+        if mode == "shared":
+            assert (other.disk, other.transient) == (gptq.disk, gptq.transient)
+            assert (other.work.passes, other.work.grams) == (gptq.work.passes, gptq.work.grams)
+            assert other == gptq or name != "gptq"
+        else:
+            assert other.memory - gptq.memory >= 4 * 2 * shape.largest_gram**2
+            assert other.transient - gptq.transient == states
+            assert other.work.grams == 4 * gptq.work.grams and other.work.passes > gptq.work.passes
+
+
 def test_passes_back_count_once_for_the_methods_that_need_them(tmp_path):
     build("llama").save_pretrained(tmp_path)
     factors: dict = {"modes": ["shared"], "targets": [{"rank": 0.4}, {"rank": 0.6}]}
