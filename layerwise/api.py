@@ -124,7 +124,8 @@ def compress_layer(
     weight: [out, in] of any float dtype, or a torch Linear; neither is modified. The computation is in float32.
     gram: Gram of the layer's inputs, from `Gram.from_inputs` or `calibrate`, on the weight's device. For gptaq, foem
         and qronos use `Gram.from_inputs(x, dense_inputs=x0)`, where x are the inputs in the partly compressed model and
-        x0 those in the dense model.
+        x0 those in the dense model. Without dense_inputs x counts as the dense model's inputs, which have not drifted:
+        gptaq and qronos then round as gptq does.
     target: a Target or its label, such as "2:4", "60% row", "50% 1x16", "4b g128" or "2:4 4b g128".
     method: a name of `layerwise.methods()`, {name: {parameters}}, the path of a method's file, or an instance.
     statistics: from `calibrate`, for methods that need more than the Gram.

@@ -63,6 +63,7 @@ CARD = {
 class GPTAQ(Method):
     """One-shot rounding with weight update for inputs that have drifted; the weight of a dead input becomes zero.
 
+    In shared mode, and on a Gram without `dense_inputs`, nothing has drifted: the result is GPTQ's.
     Preconditions: a finite Gram with its cross-Gram; a Gram that is not positive definite is damped until it is
     (`info["damping"]`).
     """

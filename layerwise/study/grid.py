@@ -89,7 +89,7 @@ class Plan:
         return {name for name, present in given.items() if present}
 
     def warnings(self) -> list[str]:
-        """Sentences about choices that make results look better than they are."""
+        """Sentences about choices that make results look better than they are, or methods equal."""
         texts = self.config["texts"]
         once: dict[str, tuple[str, CalibrationSpec]] = {}  # the first repeat of each calibration set
         for calib_id, calib in self.calibrations.items():
@@ -100,7 +100,16 @@ class Plan:
             "than on unseen text."
             for (calib_id, calib), (eval_id, evaluation) in pairs
             if (origin := text_files.shared_origin(texts[calib["text"]], texts[evaluation["text"]]))
+        ] + [
+            f"methods.{label}: in shared mode the inputs have not drifted, so what compensates for their drift does "
+            "nothing: gptaq and qronos are gptq there."
+            for label in dict.fromkeys(cell.columns["label"] for cell in self.cells if self._without_drift(cell))
         ]
+
+    def _without_drift(self, cell: Cell) -> bool:
+        """Whether a cell's method compensates for drift, in shared mode, where there is none."""
+        method = cell.spec["method"]
+        return cell.mode == "shared" and "cross_gram" in self.catalogue.needs(method["name"], method["params"])
 
 
 def validate(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -959,6 +959,23 @@ def test_the_cross_gram_of_experts_is_refused_before_a_job(sources):
     plan(asking(method="gptaq"), check_sources=True)
 
 
+def test_methods_that_compensate_for_drift_are_warned_about_in_shared_mode():
+    methods = {
+        "gptq": None,
+        "gptaq": None,
+        "none": {"method": "gptaq", "alpha": 0},
+        "turned": {"method": "rotated", "under": "qronos"},
+    }
+    asked = {"methods": methods, "targets": [{"bits": 4}, {"bits": 3}]}
+    sentences = plan(study(**asked, modes=["shared", "sequential"])).warnings()
+    assert [text.partition(":")[0] for text in sentences] == ["methods.gptaq", "methods.turned"]
+    assert sentences[0] == (
+        "methods.gptaq: in shared mode the inputs have not drifted, so what compensates for their drift does nothing: "
+        "gptaq and qronos are gptq there."
+    )
+    assert not plan(study(**asked, modes=["sequential"])).warnings()
+
+
 def test_asymmetric_asks_for_the_dense_inputs_where_the_method_does_not():
     methods = {"dense": None, "gptq": None, "gptaq": None}
     asked = {"methods": methods, "targets": [{"bits": 4}], "modes": ["sequential", "shared"]}
