@@ -32,7 +32,7 @@ CARD = {
         },
         "block": {
             "type": ["integer", "null"],
-            "minimum": 1,
+            "minimum": 2,
             "description": "Longest block: the block is the largest power of two up to this that divides the number of "
             "inputs. null: no limit.",
         },

@@ -29,7 +29,7 @@ CARD = {
     "parameters": {
         "block": {
             "type": ["integer", "null"],
-            "minimum": 1,
+            "minimum": 2,
             "description": "Longest block of the rotation, as in `rotated`.",
         },
         "rotation_seed": {

@@ -189,6 +189,7 @@ def plan(config: Mapping[str, Any], check_sources: bool = False) -> Plan:
     if check_sources:
         _check_experts(cells, catalogue, grid.models)
         _check_ranks(cells, grid.models)
+        _check_rotations(cells, catalogue, grid.models)
     _check_targets(targets, entries, catalogue, cells, skipped)
     _check_sweep(full.get("sweep"), entries)
     tasks = {name: task_sets.expanded(spec) for name, spec in full["tasks"].items()}
@@ -275,6 +276,30 @@ def _check_ranks(cells: Sequence[Cell], models: Mapping[str, ModelSpec]) -> None
         for out, inputs in [layer[:2] for block in shape.blocks for layer in block.layers] if shape else ():
             if target.rank_of(out, inputs) < 1:
                 raise InputError(f"targets: {target.without_factors((out, inputs), name)}")
+
+
+def _check_rotations(cells: Sequence[Cell], catalogue: Catalogue, models: Mapping[str, ModelSpec]) -> None:
+    """Raise InputError if a method rotates a layer with an odd number of inputs, of a model whose shape is known."""
+    rotating = {
+        cell.model: cell
+        for cell in reversed(cells)
+        if _rotates(catalogue, cell.spec["method"]["name"], cell.spec["method"]["params"])
+    }
+    for model, cell in rotating.items():
+        shape = shape_of(models[model])
+        odd = [size for block in shape.blocks for _, size, _ in block.layers if size % 2] if shape else []
+        if odd:
+            raise InputError(
+                f"methods.{cell.columns['label']}: {cell.columns['method']} must have layers with an even number of "
+                f"inputs: with an odd one it only changes signs. Got {odd[0]} inputs in a layer of the model "
+                f"{cell.columns['model']!r} instead."
+            )
+
+
+def _rotates(catalogue: Catalogue, name: str, params: Mapping[str, Any]) -> bool:
+    """Whether a method, or a method inside it, rotates the inputs of a layer."""
+    inner = catalogue[name].inner(params)
+    return "rotation_seed" in params or any(_rotates(catalogue, inside, own) for _, inside, own in inner)
 
 
 def _check_targets(

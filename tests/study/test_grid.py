@@ -1016,6 +1016,20 @@ def test_a_rank_of_zero_is_refused_before_a_job(sources, target):
     plan(asked)  # which no source has told
 
 
+@pytest.mark.parametrize("entry", [{"method": "rotated"}, {"method": "turboquant"}])
+def test_a_rotation_of_an_odd_number_of_inputs_is_refused_before_a_job(sources, entry):
+    asked = study(methods={"mine": entry}, targets=[{"bits": 4}])
+    with_tensors(sources, up_proj__weight=[24, 16], down_proj__weight=[16, 24], odd__weight=[33])
+    plan(asked, check_sources=True)
+    with_tensors(sources, up_proj__weight=[25, 16], down_proj__weight=[16, 25])
+    assert refused(asked, check_sources=True) == (
+        f"methods.mine: {entry['method']} must have layers with an even number of inputs: with an odd one it only "
+        "changes signs. Got 25 inputs in a layer of the model 'tiny' instead."
+    )
+    plan(study(methods={"gptq": None}, targets=[{"bits": 4}]), check_sources=True)
+    plan(asked)  # which no source has told
+
+
 def test_sources_are_looked_at_only_when_asked(sources):
     plan(study(), check_sources=True)
     no_folder(sources)
