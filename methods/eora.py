@@ -26,7 +26,13 @@ CARD = {
     "look": {"colour": "#56B4E9", "marker": "D"},
     "checks": {"variants": [{"after": "wanda"}, {"after": {"sparsegpt": {}}}, {"after": "rtn"}]},
     "parameters": {
-        "after": {"format": "method", "asked": "rest", "description": "Method that prunes or quantises: the part S."},
+        "after": {
+            "format": "method",
+            "asked": "rest",
+            "gives": ["gram", "mean", "absmean", "sequence_variance", "sample", "first_tokens"],
+            "description": "Method that prunes or quantises: the part S; not one that needs the cross-Gram, because "
+            "the factors would undo its correction.",
+        },
     },
 }
 

@@ -152,6 +152,10 @@ def test_eora_is_refused_where_its_part_is():
         catalogue.refusal("eora", params, Target(rank=0.5))
         == "eora gives a sum with low-rank factors, not the factors alone"
     )
+    drifted = catalogue.complete("eora", {"after": "gptaq"}, "test")
+    told = "its after cannot quantise: gptaq needs cross_gram, which eora does not give"
+    assert catalogue.refusal("eora", drifted, target) == told
+    assert catalogue.refusal("eora", catalogue.complete("eora", {"after": "awq"}, "test"), target) is None
     with pytest.raises(UnsupportedTarget, match="wanda does not quantise"):
         compress(EoRA(Wanda()), layers.build("correlated"), target)
 
