@@ -579,7 +579,7 @@ def state(model: Any) -> dict[str, Any]:
 
 
 def test_a_model_s_asymmetric_errors_are_known_where_they_are_asked_for():
-    asked = {"target": "3b", "method": "gptq", "mode": "sequential", "progress": False}
+    asked: dict[str, Any] = {"target": "3b", "method": "gptq", "mode": "sequential", "progress": False}
     alone, scored = (
         layerwise.compress_model(build("llama"), tokens(SAMPLES, LENGTH), asymmetric=value, **asked)
         for value in (False, True)

@@ -408,7 +408,7 @@ def test_the_asymmetric_error_is_that_of_the_outputs_of_both_models(case, method
 
     GPTQ does not need the dense model's inputs: the config asks for them.
     """
-    asked = {"asymmetric": True, "out": "scored"} if method == "gptq" else {}
+    asked: dict[str, Any] = {"asymmetric": True, "out": "scored"} if method == "gptq" else {}
     cell = case.run(method, Target(bits=3), "sequential", **asked)
     errors, saved = by_layer(cell, "asymmetric_error"), weights(cell)
     model = load(case.spec)

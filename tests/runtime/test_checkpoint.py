@@ -109,8 +109,8 @@ STREAMS = [("gptaq", place) for place in (*IN_A_STREAM, "before a block counts a
 @pytest.mark.parametrize(("method", "place"), [*STREAMS, ("gptq", STREAMS[0][1])])
 def test_a_killed_cell_with_a_dense_stream_goes_on(case: Case, method: str, place: str):
     """The dense model's hidden states are kept beside the compressed one's, for the method or for the score."""
-    scored = {"asymmetric": method == "gptq"}
-    run = lambda out: case.run(method, Target(bits=3), "sequential", f"beside/{method} {out}", **scored)  # noqa: E731
+    scored, target = method == "gptq", Target(bits=3)
+    run = lambda out: case.run(method, target, "sequential", f"beside/{method} {out}", asymmetric=scored)  # noqa: E731
     expected, deaths, call = run("whole"), 0, 0
     while killed(lambda: run(place), *PLACES[place], call):
         deaths, call = deaths + 1, call + (3 if place in IN_A_STREAM else 1)
