@@ -338,7 +338,8 @@ def write_merged(merged: Tables, out: Path) -> None:
             data = typed(pa.Table.from_pandas(rows, preserve_index=False), table, f"the merged {table} table")
             pq.write_table(data, stack.enter_context(whole_file(out / f"{table}.parquet")))
             write_csv(data, stack.enter_context(whole_file(out / f"{table}.csv")))
-    main_table.write_main_table(*(merged[name] for name in ("cells", "comparisons", "layers", "allocations")), out)
+    cells, compared, layers = merged["cells"], merged["comparisons"], merged["layers"]
+    main_table.write_main_table(cells, compared, layers, merged["allocations"], out)
 
 
 def merge_folders(folders: Sequence[Path], out: Path, tolerance: float = TOLERANCE) -> str:

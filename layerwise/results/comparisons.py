@@ -125,7 +125,7 @@ def _family(
     """The rows of a place and a measure; p is adjusted over all of them. groups: columns of a group, and its cells."""
     groups = list(groups)
     pairs = sum(math.comb(len(by_label), 2) for _, by_label in groups)
-    family = [common | row for common, by_label in groups for row in _group(by_label, measure, pairs)]
+    family = [{**common, **row} for common, by_label in groups for row in _group(by_label, measure, pairs)]
     adjusted = significance.holm([row["p"] for row in family])
     for row, p in zip(family, adjusted.tolist(), strict=True):
         yield row | {"p_holm": p, "verdict": _verdict(row, p, measure)}
