@@ -37,4 +37,5 @@ onsuccess:
 
 
 onerror:
+    interruption.end_if_interrupted()
     write_partial_results(STUDY, DRAWN)

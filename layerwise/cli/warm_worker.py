@@ -161,7 +161,9 @@ def _connect(folder: Path) -> socket.socket:
 
 def _end_as(child: int, server: socket.socket) -> None:
     """End this process with the fork's status, sent by the server; signals that end this process end the fork."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal also sends it to the fork
+    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+        # A terminal also sends it to the fork. A second one ends this process, and the server then kills the fork.
+        signal.signal(signal.SIGINT, lambda *_: signal.signal(signal.SIGINT, signal.SIG_DFL))
     signal.signal(signal.SIGTERM, lambda *_: os.kill(child, signal.SIGTERM))
     answer = server.recv(32)
     if not answer:

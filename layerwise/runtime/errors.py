@@ -56,8 +56,11 @@ def report_errors(main: Callable[[list[str]], object], argv: list[str]) -> None:
 
     An InputError ends with its class's status. Refusals of a disk and a lack of memory end with status 1. SIGTERM and
     Ctrl-C also end the process with a sentence, remove unfinished files, and give the usual exit status of a shell.
+    A second Ctrl-C kills the process at once.
     """
     before = signal.signal(signal.SIGTERM, _stop)
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _interrupt)
     try:
         main(argv)
     except InputError as error:
@@ -72,11 +75,18 @@ def report_errors(main: Callable[[list[str]], object], argv: list[str]) -> None:
         raise  # a bug: the traceback shows its place
     finally:
         signal.signal(signal.SIGTERM, before)
+        if signal.getsignal(signal.SIGINT) is _interrupt:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _stop(*_: object) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # ignore further signals
     raise Stopped
+
+
+def _interrupt(*_: object) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second one would give a traceback of the end of this process
+    raise KeyboardInterrupt
 
 
 def causes(error: BaseException | None) -> Iterator[BaseException]:

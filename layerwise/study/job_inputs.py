@@ -5,6 +5,7 @@ Wildcards are Snakemake's, with attributes `model`, `calib`, `mode`, `cell`, `ev
 """
 
 import json
+import os
 from collections.abc import Callable, Mapping
 from functools import cache, cached_property
 from pathlib import Path
@@ -69,6 +70,18 @@ class JobInputs:
         if folder not in self.plan.by_folder:  # a job on a cluster reads the config again
             raise InputError(f"{folder} must be a cell of this study: its config was edited during a run. Run again.")
         return self.plan.by_folder[folder]
+
+    def results(self, cell: Cell) -> list[str]:
+        """The files of a cell that the tables read."""
+        names = ["layers.parquet", "trace.parquet", "cell.json"]
+        names += [f"perplexity-{text}.json" for text in self.plan.evaluations]
+        names += [f"tasks-{tasks}.json" for tasks in self.plan.tasks]
+        return [f"{cell.folder}/{name}" for name in names]
+
+    def progress(self) -> tuple[int, int]:
+        """The number of cells that have all their results on the disk, and the number of all cells."""
+        cells = self.plan.cells
+        return sum(all(map(os.path.exists, self.results(cell))) for cell in cells), len(cells)
 
     def certified(self, wildcards: Wildcards) -> Cell:
         """A cell to whose layers the bound applies."""

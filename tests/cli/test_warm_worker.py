@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -18,6 +19,7 @@ import pytest
 from layerwise.cli import warm_worker
 from layerwise.cli.warm_worker import FOLDER, LAUNCHER, Launcher
 from layerwise.runtime.errors import STOPPED
+from tests.support.kill_study import heed
 from tests.support.paths import ROOT
 from tests.support.typing_helpers import some
 
@@ -53,7 +55,9 @@ def began(
     *arguments: str, environment: dict[str, str] | None = None, before: Sequence[str] = ()
 ) -> subprocess.Popen[str]:
     pipe, command = subprocess.PIPE, [*before, *WORKER, *arguments]
-    return subprocess.Popen(command, env=environment or ENVIRONMENT, stdout=pipe, stderr=pipe, text=True)
+    return subprocess.Popen(
+        command, env=environment or ENVIRONMENT, stdout=pipe, stderr=pipe, text=True, preexec_fn=heed
+    )
 
 
 def waiting(*before: str) -> tuple[subprocess.Popen[str], psutil.Process]:
@@ -135,6 +139,23 @@ def test_a_stopped_job_says_so(launcher):
     _, error = job.communicate(timeout=LONGEST)
     assert job.returncode == 128 + signal.SIGTERM
     assert error == f"error: {STOPPED}.\n"
+
+
+def test_a_second_interruption_kills_a_job_and_its_fork(launcher):
+    """The fork may be in a compiled loop, which notices the first one only at its end."""
+    job, fork = waiting()
+    job.send_signal(signal.SIGINT)
+    until(lambda: not catches(job.pid, signal.SIGINT))
+    assert job.poll() is None and not gone(fork)
+    job.send_signal(signal.SIGINT)
+    assert job.wait(LONGEST) == -signal.SIGINT
+    until(lambda: gone(fork))
+
+
+def catches(pid: int, number: signal.Signals) -> bool:
+    """Whether a process has a handler for a signal."""
+    (mask,) = re.findall(r"^SigCgt:\s*(\w+)$", Path(f"/proc/{pid}/status").read_text(), re.MULTILINE)
+    return bool(int(mask, 16) >> (number - 1) & 1)
 
 
 def test_a_job_killed_with_its_fork_leaves_the_server_to_others(launcher):

@@ -1,9 +1,7 @@
 rule tables:
     """All cells in tidy tables, and the main table for reading."""
     input:
-        [f"{cell.folder}/{name}" for cell in PLAN.cells for name in ("layers.parquet", "trace.parquet", "cell.json")],
-        [f"{cell.folder}/perplexity-{text}.json" for cell in PLAN.cells for text in PLAN.evaluations],
-        [f"{cell.folder}/tasks-{tasks}.json" for cell in PLAN.cells for tasks in PLAN.tasks],
+        [path for cell in PLAN.cells for path in JOBS.results(cell)],
         list(dict.fromkeys(cell.overlap(text) for cell in PLAN.cells for text in PLAN.evaluations)),
         list(PLAN.certificates),
         list(PLAN.allocations),

@@ -14,6 +14,7 @@ from layerwise.report.run_end import FORMATS, remove_stale_outputs, write_partia
 from layerwise.runtime.errors import InputError
 from layerwise.runtime.files import unlock_after_death, write_atomic
 from layerwise.runtime.project import ROOT, from_here
+from layerwise.cli.interruption import Interruption
 from layerwise.cli.warm_worker import Launcher
 from layerwise.sources.task_sets import DOCSTRING_TASKS
 from layerwise.study import config_file
@@ -28,6 +29,10 @@ WORKER = f"{shlex.quote(sys.executable)} -m layerwise worker"
 CHECKED = "results/checks/{model}/{calib}.json"
 TASKS_CHECKED = "results/checks/{model}/tasks.json"
 REQUESTED = "results/requested.json"  # the evaluations of every cell
+
+interruption = Interruption(logger)
+if workflow.is_main_process:
+    interruption.watch()
 
 # Held until the end of a run, so that the next knows whether it was killed.
 ALIVE = unlock_after_death(Path(".snakemake")) if workflow.is_main_process else None
@@ -44,6 +49,7 @@ except InputError as error:
 GIVEN = {name: own["device"] for name, own in workflow.resource_settings.overwrite_resources.items() if "device" in own}
 DEVICES = {name: device.value for name, device in GIVEN.items() if not device.is_evaluable()}
 JOBS = JobInputs(PLAN)
+interruption.progress = JOBS.progress
 CODE = Code()
 for sentence in PLAN.warnings():
     logger.warning(f"warning: {sentence}")
