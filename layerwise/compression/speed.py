@@ -73,8 +73,8 @@ def answers(request: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 def rates() -> dict[str, float]:
-    """Rates in seconds. `start`: one job's start. `word`: one vocabulary entry compared for one token. Each dtype: one
-    operation of the linear layers in a forward pass, with all other work of the pass included."""
+    """Rates in seconds. `start`: the import of what a job imports. `word`: one vocabulary entry compared for one token.
+    Each dtype: one operation of the linear layers in a forward pass, with all other work of the pass included."""
     one = forward_pass()
     wide = shortest(one[0]) / one[1]
     halves = {dtype: wide * slowdown(dtype) for dtype in HALVES}

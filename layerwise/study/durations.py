@@ -12,7 +12,9 @@ from layerwise.study.speeds import Rates, Speeds, Trial, trial_key
 from layerwise.study.work import JobCost
 
 READING = ("perplexity", "zero_shot")  # rules that mostly read results of a cell's first job (evaluation/cache.py)
-READ = 0.1  # in units of a job's start: such a job does not import torch
+# In units of the start of a process that imports torch:
+READ = 0.1  # a job that does not import it
+FORK = 0.06  # a job in a fork of a process that has imported it (cli/warm_worker.py): 0.3 s where the import took 5 s
 # Time of a product on a method's card, relative to the same operations in a forward pass: measured with Frank-Wolfe and
 # SparseSwaps on SmolLM2's layers, on an AMD EPYC with AVX2.
 SOLVING = 1.6
@@ -32,10 +34,11 @@ def study_seconds(
 ) -> tuple[float, int]:
     """Seconds of jobs on this many cores, and the number of cells with times taken from finished cells of their kind.
 
-    The cores share all work, but no job is faster than on its own threads, and cells wait for Grams.
+    The cores share all work, but no job is faster than on its own threads, and cells wait for Grams. Jobs are forks of
+    one process per number of threads, which starts with the first of them.
     """
     finished = finished_seconds(model.plan)
-    total, measured = 0.0, 0
+    total, measured, threads = 0.0, 0, set[int]()
     longest = {True: 0.0, False: 0.0}  # longest job among those that cells wait for, and among the rest
     for job, cost in costs:
         seconds = finished.get(kind_of(model.cell(job))) if job.rule == "compress" else None
@@ -43,9 +46,12 @@ def study_seconds(
         if seconds is None:
             seconds = job_seconds(model, job, cost, speeds)
         total += seconds
-        alone = seconds / min(THREADS.get(job.rule, 1), cores)
-        longest[job.rule in FIRST] = max(longest[job.rule in FIRST], alone)
-    return max(total / cores, sum(longest.values())), measured
+        used = min(THREADS.get(job.rule, 1), cores)
+        if job.rule not in READING:
+            threads.add(used)
+        longest[job.rule in FIRST] = max(longest[job.rule in FIRST], seconds / used)
+    started = speeds.rates.start * len(threads)
+    return max((total + started) / cores, sum(longest.values())), measured
 
 
 def job_seconds(model: CostModel, job: Job, cost: JobCost, speeds: Speeds) -> float:
@@ -55,7 +61,7 @@ def job_seconds(model: CostModel, job: Job, cost: JobCost, speeds: Speeds) -> fl
         return READ * rates.start
     trial = speeds.trials.get(trial_key(model.plan, model.cell(job))) if job.rule == "compress" else None
     computed = work.passes * rates.passes(work.dtype) + work.grams * rates.float32 + work.words * rates.word
-    return rates.start + computed + solving_seconds(cost, rates, trial)
+    return FORK * rates.start + computed + solving_seconds(cost, rates, trial)
 
 
 def solving_seconds(cost: JobCost, rates: Rates, trial: Trial | None) -> float:

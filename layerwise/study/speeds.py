@@ -35,16 +35,18 @@ WORKER = "layerwise.compression.speed"
 LIBRARIES = ("torch", "transformers", "numpy", "numba")  # libraries whose versions affect the speed
 SECONDS = 90.0  # no further trial begins after this time
 PATIENCE = 120.0  # further seconds allowed for the running trial
-# Rates of an unmeasured processor, in units of an operation in a product of large float32 matrices. They are those of
-# an AMD EPYC with AVX2 (12 ps per operation), where a forward pass took 23 ps per operation, a word 18 ns and a job's
-# start 9 s.
+# Rates of an unmeasured processor, in units of an operation in a product of float32 matrices. They are those of an AMD
+# EPYC with AVX2 (12 ps per operation), where a forward pass took 23 ps per operation, a word 18 ns and the start of a
+# process that imports torch 9 s.
 PASSES, WORD, START = 1.9, 1500.0, 9.0
+SIDE, PRODUCTS = 64, 200  # of the square matrices; BLAS multiplies larger ones on several threads
 
 
 @dataclass(frozen=True)
 class Rates:
-    """Seconds of one thread. start: start of a job. word: one vocabulary entry for one evaluated token. float32,
-    bfloat16, float16: one operation of a forward pass's linear layers in that dtype, including all other work."""
+    """Seconds of one thread. start: start of a process that imports what a job imports. word: one vocabulary entry for
+    one evaluated token. float32, bfloat16, float16: one operation of a forward pass's linear layers in that dtype,
+    including all other work."""
 
     start: float
     word: float
@@ -199,15 +201,20 @@ def typical(one: float) -> Rates:
 
 
 def operation(rounds: int = 5) -> float:
-    """Seconds per operation in a product of float32 matrices, on one thread of this machine."""
+    """Seconds per operation in a product of float32 matrices, on one thread of this machine.
+
+    Other programs do not count: a thread of BLAS that waits for another one, to which they leave no processor, would
+    take CPU time without an operation.
+    """
     import numpy as np
 
-    matrix, seconds = np.ones((768, 768), np.float32), math.inf
+    matrix, seconds = np.ones((SIDE, SIDE), np.float32), math.inf
     for _ in range(rounds):
-        start = time.process_time()  # CPU time of all threads
-        np.matmul(matrix, matrix)
-        seconds = min(seconds, time.process_time() - start)
-    return seconds / (2 * len(matrix) ** 3)
+        start = time.thread_time()
+        for _ in range(PRODUCTS):
+            np.matmul(matrix, matrix)
+        seconds = min(seconds, time.thread_time() - start)
+    return seconds / (2 * SIDE**3 * PRODUCTS)
 
 
 def measured(plan: Plan) -> Speeds:

@@ -12,7 +12,7 @@ import pytest
 from layerwise.models import structure
 from layerwise.study import durations
 from layerwise.study.cost_model import CostModel, Job
-from layerwise.study.durations import READ, SCORED, SOLVING, job_seconds, study_seconds
+from layerwise.study.durations import FORK, READ, SCORED, SOLVING, job_seconds, study_seconds
 from layerwise.study.grid import plan
 from layerwise.study.speeds import Rates, Speeds, Trial, trial_key
 from layerwise.study.work import JobCost, Work
@@ -61,7 +61,7 @@ def test_a_cell_takes_its_start_its_evaluation_and_its_layers_by_the_trial(tmp_p
     for out, size in layers:
         once, row = (1.5, 1.5) if size < 64 else (3, 2)  # the powers that a larger layer's inputs count with
         solved += 0.25 * (size / 64) ** once + 0.01 * out * (size / 64) ** row
-    assert seconds(own, job, speeds) == pytest.approx(7 + evaluated(layers, width) + solved)
+    assert seconds(own, job, speeds) == pytest.approx(FORK * 7 + evaluated(layers, width) + solved)
 
 
 def test_a_method_that_was_not_tried_takes_what_its_card_says(tmp_path):
@@ -71,18 +71,18 @@ def test_a_method_that_was_not_tried_takes_what_its_card_says(tmp_path):
     speeds = Speeds(RATES, {trial_key(own.plan, own.cell(other)): TRIAL})  # says nothing of wanda
     products = some(own.plan.catalogue["wanda"].cost)["products"] + SCORED
     solved = SOLVING * products * sum(2 * out * size**2 for out, size in layers) * RATES.float32
-    assert seconds(own, job, speeds) == pytest.approx(7 + evaluated(layers, width) + solved)
+    assert seconds(own, job, speeds) == pytest.approx(FORK * 7 + evaluated(layers, width) + solved)
 
 
 def test_passes_take_what_the_dtype_takes_that_they_are_computed_in(tmp_path):
     own, layers, width = tiny_llama(tmp_path, dtype="bfloat16", compute_dtype="native")
     job = job_of(own, "dense_states")
     tokens, weights = 4 * 16, sum(out * size for out, size in layers)
-    assert seconds(own, job, Speeds(RATES)) == pytest.approx(7 + 2 * tokens * weights * RATES.bfloat16)
+    assert seconds(own, job, Speeds(RATES)) == pytest.approx(FORK * 7 + 2 * tokens * weights * RATES.bfloat16)
     job = job_of(own, "gram")  # whose products are in float32
     taps = own.shape(next(iter(own.plan.models)))
     grams = tokens * some(taps).total(lambda block: sum(share * size**2 for size, share in block.taps))
-    expected = 7 + 2 * tokens * weights * RATES.bfloat16 + grams * RATES.float32
+    expected = FORK * 7 + 2 * tokens * weights * RATES.bfloat16 + grams * RATES.float32
     assert seconds(own, job, Speeds(RATES)) == pytest.approx(expected)
 
 
@@ -120,11 +120,12 @@ class Alone:
         monkeypatch.setattr(durations, "kind_of", lambda cell: cell)
         monkeypatch.setattr(durations, "job_seconds", lambda model, job, cost, speeds: cost.work.words)
         self.plan, self.cell = None, lambda job: None
+        self.start = 0.0  # seconds of a process that imports torch
 
     def seconds(self, jobs: list[tuple[str, float]], cores: int) -> float:
         costs = [(Job(rule, {}), JobCost(1, work=Work(words=taken))) for rule, taken in jobs]
         model: Any = self
-        return study_seconds(model, costs, cores, Speeds(RATES))[0]
+        return study_seconds(model, costs, cores, Speeds(replace(RATES, start=self.start)))[0]
 
 
 def test_cores_share_the_jobs(monkeypatch):
@@ -141,6 +142,15 @@ def test_no_job_is_faster_than_on_its_own_threads_and_cells_wait_for_grams(monke
     assert alone.seconds([("gram", 40.0), ("dense_states", 20.0), *cells], 64) == 40 / 4 + 30  # both at a time
     assert alone.seconds([("gram", 40.0), *cells], 2) == 40 / 2 + 30
     assert alone.seconds([("gram", 40.0), *cells, *cells], 2) == 120 / 2
+
+
+def test_torch_is_imported_once_for_each_number_of_threads(monkeypatch):
+    alone, cells = Alone(monkeypatch), [("compress", 10.0)] * 12
+    alone.start = 6.0
+    assert alone.seconds(cells, 2) == (120 + 6) / 2
+    assert alone.seconds([("gram", 40.0), *cells, ("perplexity", 1.0)], 2) == (161 + 2 * 6) / 2
+    assert alone.seconds([("gram", 40.0), *cells], 1) == 160 + 6
+    assert alone.seconds([("perplexity", 1.0)] * 2, 1) == 2 and alone.seconds([], 1) == 0
 
 
 def test_threads_are_those_of_the_rules():
