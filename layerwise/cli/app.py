@@ -184,10 +184,15 @@ def check_study(
 ) -> None:
     """Validate studies and count their cells. Nothing in them is run.
 
-    Models and texts are not checked; `layerwise estimate` checks them.
+    Local texts must exist, unless the workflow writes them. `layerwise estimate` also checks models and texts of the
+    hub.
     """
+    from layerwise.study.grid import check_text_files
+
     for study in studies:
-        print(f"{study}: {len(_plan(study).cells)} cells")
+        planned = _plan(study)
+        check_text_files(planned.config)
+        print(f"{study}: {len(planned.cells)} cells")
 
 
 # -------------------------------------------------------------------------------------------------------------- methods

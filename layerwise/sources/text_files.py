@@ -42,15 +42,17 @@ def check_text(name: str, spec: Spec) -> None:
     if "path" not in spec:
         check_hub(f"The text {name!r}", spec, files, repo_type="dataset")
         return
+    check_file(name, spec)
+
+
+def check_file(name: str, spec: Spec) -> None:
+    """Raise InputError when a local text does not exist, unless a rule of the workflow writes it."""
+    if "path" not in spec:
+        return
     path = Path(spec["path"])
     with readable(f"The text {name!r}"):
-        _check_file(name, path)
-
-
-def _check_file(name: str, path: Path) -> None:
-    made = os.path.normpath(path) in MADE_TEXTS
-    if not made and not path.is_file():
-        raise InputError(f"The file {path} of the text {name!r} does not exist.")
+        if os.path.normpath(path) not in MADE_TEXTS and not path.is_file():
+            raise InputError(f"The file {path} of the text {name!r} does not exist.")
 
 
 def text_files(spec: Spec) -> list[Path]:

@@ -206,10 +206,22 @@ def _check_sources(full: Mapping[str, Any], targets: Sequence[Target]) -> None:
         checkpoint_files.check_checkpoint(name, spec)
         _check_groups(name, spec, targets)
         _check_lengths(name, spec, full)
-    for name in sorted({entry["text"] for kind in TEXT_USERS for entry in full[kind].values()}):
+    for name in _used_texts(full):
         text_files.check_text(name, full["texts"][name])
     for name, spec in full["tasks"].items():
         task_sets.check_tasks(name, spec)
+
+
+def _used_texts(full: Mapping[str, Any]) -> list[str]:
+    """Names of the texts that the study reads."""
+    return sorted({entry["text"] for kind in TEXT_USERS for entry in full[kind].values()})
+
+
+def check_text_files(config: Mapping[str, Any]) -> None:
+    """Raise InputError if a local text that a plan's config reads does not exist and no rule of the workflow writes
+    it."""
+    for name in _used_texts(config):
+        text_files.check_file(name, config["texts"][name])
 
 
 def _check_groups(name: str, spec: ModelSpec, targets: Sequence[Target]) -> None:

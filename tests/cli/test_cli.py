@@ -105,6 +105,7 @@ BAD = {
     "estimate embedded --cores many": "Invalid value for '--cores'",
     "check-study file": "file is not valid YAML",
     "check-study embedded wrong-key.yaml": "config: targets.0",
+    "check-study absent-text.yaml": "The file nowhere.txt of the text 'docstrings-train' does not exist.",
     "methods no-such-method": "The method must be one of admm,",
     "methods --method-path absent": "method_paths names absent, which is not a folder.",
     "check-method absent.py": "The method must be a file. Got 'absent.py' instead.",
@@ -144,6 +145,7 @@ def test_bad_input_is_one_sentence_and_exit_status_two(tmp_path, monkeypatch, wo
     Path("file").write_text("a: [")
     study = (ROOT / "config/config.yaml").read_text("utf-8")
     Path("absent-model.yaml").write_text(study.replace("demo: {path: resources/demo,", "absent: {path: nowhere,"))
+    Path("absent-text.yaml").write_text(study.replace("path: results/text/train.txt", "path: nowhere.txt"))
     Path("wrong-key.yaml").write_text(study.replace("sparsity: 0.6", "sparsty: 0.6", 1))
     told = call(*words.split())
     assert told.exit_code == 2 and told.stdout in ("", "embedded: 29 cells\n")
