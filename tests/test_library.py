@@ -445,7 +445,7 @@ def test_wrong_arguments_of_a_layer_are_one_sentence(tmp_path: Path):
         "weight must be finite in float32. Got NaN or Inf instead.": {"weight": weight / 0},
         "weight must be a tensor [out, in] or a torch Linear. Got list instead.": {"weight": weight.tolist()},
         "A target's label must be like": {"target": "2-4"},
-        "method: there is no method 'wand'": {"method": "wand"},
+        "method: the method must be one of admm, ": {"method": "wand"},
         "method: sparsegpt has no parameter 'dampin'": {"method": "sparsegpt", "dampin": 1},
         "method must be a name, {name: {parameters}}, the path": {"method": {"a": 1, "b": 2}},
         f"{tmp_path}/none.py cannot be read": {"method": tmp_path / "none.py"},

@@ -11,7 +11,7 @@ import importlib
 import importlib.util
 import math
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,6 +32,23 @@ SHARED_SOURCES = tuple(closure(["layerwise.compression.verify"]))
 
 class CatalogueError(ValueError):
     """A method's file or an entry that uses it is wrong; the text is one sentence for the user."""
+
+
+class UnknownName(CatalogueError):
+    """An entry names a method or an allocator that no file of the catalogue defines."""
+
+    def __init__(self, where: str, kind: Kind, name: str, known: Iterable[str]) -> None:
+        self.where, self.kind, self.name, self.known = where, kind, name, sorted(known)
+        super().__init__(self.sentence())
+
+    def sentence(self, more: str = "") -> str:
+        """The refusal. more: another possibility than the known names."""
+        known = ", ".join(self.known)
+        return f"{self.where}: the {self.kind.word} must be one of {known}{more}. Got {self.name!r} instead."
+
+    def of_config(self) -> str:
+        """The refusal of an entry in a config, which may list folders of files."""
+        return self.sentence(f", or a file in a folder of {self.kind.paths}")
 
 
 @dataclass(frozen=True)
@@ -172,10 +189,9 @@ class Catalogue(Mapping[str, Entry]):
         return len(self._entries)
 
     def find(self, name: str, where: str) -> Entry:
-        """The entry, or a CatalogueError that lists the known ones."""
+        """The entry, or an UnknownName that lists the known ones."""
         if name not in self._entries:
-            known = ", ".join(sorted(self))
-            raise CatalogueError(f"{where}: there is no {self.kind.word} {name!r}; the {self.kind.word}s are {known}.")
+            raise UnknownName(where, self.kind, name, self)
         return self._entries[name]
 
     def complete(self, name: str, params: Mapping[str, Any], where: str) -> dict[str, Any]:

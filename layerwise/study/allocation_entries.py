@@ -11,9 +11,8 @@ from layerwise.contract.cards import ALLOCATOR
 from layerwise.contract.catalogue import Catalogue, CatalogueError, Entry
 from layerwise.contract.target import JOINT, LOW_RANK, SUM, Target
 from layerwise.runtime.errors import InputError
-from layerwise.runtime.sentences import brief
 from layerwise.storage.bits_per_weight import bits_per_weight
-from layerwise.study.method_entries import LONGEST_SENTENCE, MethodEntry
+from layerwise.study.method_entries import MethodEntry, in_config
 
 UNIFORM = "uniform"  # the default allocation and its allocator
 MOST = 0.99  # largest budget of zeros, the limit per layer in allocation/budget.py
@@ -47,7 +46,7 @@ def read_allocations(full: Mapping[str, Any], methods: Catalogue) -> tuple[Catal
         catalogue = Catalogue([Path(folder) for folder in full.get("allocator_paths", [])], ALLOCATOR, methods)
         entries = [_entry(catalogue, name, raw or {}) for name, raw in given.items()]
     except CatalogueError as error:
-        raise InputError(brief(str(error), LONGEST_SENTENCE)) from None
+        raise in_config(error) from None
     for entry in entries:
         if "trials" in catalogue[entry.allocator].needs(entry.params):
             _check_windows(entry, full["calibration"])

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from layerwise.contract.catalogue import Catalogue, CatalogueError
+from layerwise.contract.catalogue import Catalogue, CatalogueError, UnknownName
 from layerwise.contract.target import Target
 from layerwise.runtime.errors import InputError
 from layerwise.runtime.sentences import brief
@@ -46,13 +46,19 @@ def read_methods(full: Mapping[str, Any]) -> tuple[Catalogue, list[MethodEntry]]
         catalogue = Catalogue([Path(folder) for folder in full["method_paths"]])
         entries = [entry for label, raw in full["methods"].items() for entry in _entries(catalogue, label, raw or {})]
     except CatalogueError as error:
-        raise InputError(brief(str(error), LONGEST_SENTENCE)) from None
+        raise in_config(error) from None
     label, times = Counter(entry.label for entry in entries).most_common(1)[0]
     if times > 1:
         raise InputError(
             f"methods: entries and values of a sweep must have different names. Got two called {label} instead."
         )
     return catalogue, entries
+
+
+def in_config(error: CatalogueError) -> InputError:
+    """The error for the author of a config."""
+    text = error.of_config() if isinstance(error, UnknownName) else str(error)
+    return InputError(brief(text, LONGEST_SENTENCE))
 
 
 def _entries(catalogue: Catalogue, label: str, raw: Mapping[str, Any]) -> Iterator[MethodEntry]:

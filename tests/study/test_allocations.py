@@ -209,7 +209,7 @@ def test_tuned_entries_are_not_spread():
 @pytest.mark.parametrize(
     ("allocations", "sentence"),
     [
-        ({"owll": None}, "allocations.owll: there is no allocator 'owll'; the allocators are alphapruning, evopress,"),
+        ({"owll": None}, "allocations.owll: the allocator must be one of alphapruning, evopress,"),
         ({"owl": {"treshold": 3}}, "allocations.owl: owl has no parameter 'treshold'; its parameters are: threshold,"),
         ({"owl": {"threshold": "a"}}, "allocations.owl: owl's threshold is wrong: 'a' is not of type 'number'."),
         ({"uniform": {"allocator": "owl"}}, "the allocation uniform must use the allocator uniform."),
@@ -220,7 +220,8 @@ def test_tuned_entries_are_not_spread():
             {"evopress": {"windows": 4, "offspring": 3}},
             "allocations.evopress.survivors must be at most its offspring, 3. Got 4 instead.",
         ),
-        ({"knapsack": {"probe": "nothing"}}, "there is no method 'nothing'"),
+        ({"owll": None}, "uniform, or a file in a folder of allocator_paths. Got 'owll' instead."),
+        ({"knapsack": {"probe": "nothing"}}, "or a file in a folder of method_paths. Got 'nothing' instead."),
         (
             {"knapsack": {"probe": "gptq"}},
             "wanda supports none of the targets (its probe cannot be used: gptq does not prune).",

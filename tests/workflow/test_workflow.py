@@ -413,7 +413,7 @@ WRONG = {
     # A config of one's own is not filled up with the embedded study's entries.
     "missing key": ("models", ..., "config: the study is wrong: 'models' is a required property."),
     "unknown key": ("sead", 1, "the study has no key 'sead'; its keys are"),
-    "unknown method": ("methods/wander", None, "methods.wander: there is no method 'wander'; the methods are admm, "),
+    "unknown method": ("methods/wander", None, "methods.wander: the method must be one of admm, "),
     "unknown parameter": ("methods/wanda", {"alpha": 1}, "wanda has no parameter 'alpha'; its parameters are: none."),
     "no such target": ("targets", [{"pattern": "2:4", "bits": 4}], "methods.wanda: wanda supports none of the targets"),
     "no folder": ("models/tiny", {"path": "absent"}, "The folder absent of the model 'tiny' does not exist."),
