@@ -6,6 +6,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from layerwise.runtime.errors import InputError
 from layerwise.runtime.project import ROOT, locate
@@ -54,8 +55,8 @@ def run(study: str, cores: str | None, passed_on: Sequence[str], targets: Sequen
     """Run Snakemake on a study in this process, and end it with Snakemake's exit status.
 
     study: a file, or the name of a shipped study. Raises InputError, before Snakemake starts, for a wrong study (such
-    as one with an absent model), for a folder that cannot be written (including Snakemake's cache under HOME), and for
-    an invalid number of cores.
+    as one with an absent model), for a folder that cannot be written (including Snakemake's cache under HOME), for an
+    invalid number of cores, and for an unknown option or a wrong value of one.
     """
     check_cores(cores)
     check_cores(_value(passed_on, *CORES[:2]))
@@ -71,6 +72,7 @@ def run(study: str, cores: str | None, passed_on: Sequence[str], targets: Sequen
 
     check_writable(Path(get_appdirs().user_cache_dir), " (set HOME or XDG_CACHE_HOME to move it)")
     given = arguments(path, cores, passed_on, targets)
+    check_options(given)
     sys.argv = ["snakemake", *given]  # Snakemake prints them
     main(given)
 
@@ -82,6 +84,30 @@ def check_cores(cores: str | None) -> None:
         return
     if not cores.isdecimal() or int(cores) < 1:
         raise InputError(f"--cores must be a number of at least 1, or `all`. Got {cores!r} instead.")
+
+
+def check_options(given: Sequence[str]) -> None:
+    """Raise InputError for arguments that Snakemake's parser refuses. Snakemake itself would print all its options."""
+    from snakemake.cli import get_argument_parser
+
+    parser = get_argument_parser()
+    parser.error = _refuse
+    try:
+        parser.parse_args(given)
+    except InputError:
+        raise
+    except Exception:  # from the function that reads a value; Snakemake reports it without its usage
+        return
+
+
+def _refuse(message: str) -> NoReturn:
+    """Raise InputError with the message of an argument parser."""
+    _, unknown, words = message.partition("unrecognized arguments: ")
+    if unknown:
+        raise InputError(
+            f"An option must be one that `layerwise run --help` or `snakemake --help` lists. Got {words} instead."
+        )
+    raise InputError(f"Snakemake's arguments are wrong: {message} (`snakemake --help` lists its options).")
 
 
 def check_writable(folder: Path, told: str = "") -> None:
