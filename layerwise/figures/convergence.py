@@ -20,6 +20,7 @@ from layerwise.figures.style import Look, looks, strokes
 from layerwise.storage.frames import (
     column,
     columns_of,
+    distinct_values,
     entry,
     groups,
     groups_by,
@@ -37,7 +38,7 @@ def convergence(traces: pd.DataFrame, layers: pd.DataFrame) -> Figure:
 
     Traces of a criterion of the method's own are left out. The layer is the one with the median error, and the target
     is that of the other figures. A relaxed error belongs to no mask, so the marker at the end of a line is the error
-    of the result.
+    of the result, and a note above the legend says so.
     """
     traces = select(traces, column(traces, "criterion") != "own")
     if traces.empty:
@@ -51,7 +52,7 @@ def convergence(traces: pd.DataFrame, layers: pd.DataFrame) -> Figure:
     chosen = {place: typical_layer(part) for place, part in groups(results, PLACE)}
     bounded = true_of_any(column(layers, "lower_bound").notna())
     certified = [Line2D([], [], label="no mask is better", **BOUND)] if bounded else []
-    figure, frames = page([2.2] * len(bands), shown, certified)
+    figure, frames = page([2.2] * len(bands), shown, certified, _relaxed(traces))
     for frame, ((*place, comparison), part) in zip(frames, bands, strict=True):
         layer = chosen[tuple(place)]
         here = matching(layers, **dict(zip(PLACE, place, strict=True)), layer=layer).set_index("label")
@@ -65,6 +66,17 @@ def convergence(traces: pd.DataFrame, layers: pd.DataFrame) -> Figure:
                 axes.set_ylabel("output error")
         frame.suptitle(f"{place_title(*place)}, {target}, {layer}, {comparison}", x=0.01, ha="left")
     return figure
+
+
+def _relaxed(traces: pd.DataFrame) -> str:
+    """A note on the lines that are not errors of masks."""
+    names = distinct_values(matching(traces, criterion="relaxed error"), "label")
+    if not names:
+        return ""
+    return (
+        f"A line of {' or '.join(names)} is the error of a relaxed mask; the marker at its end is the error of the "
+        "result."
+    )
 
 
 def typical_layer(layers: pd.DataFrame) -> str:

@@ -60,7 +60,7 @@ def error_reduction(layers: pd.DataFrame) -> Figure:
     if data.empty:
         return nothing("No errors to compare with Wanda's: the study has no wanda, or no other method.")
     data = matching(data, target=chosen_target(data))
-    return _depth(data.assign(value=1 - column(data, "ratio")), "error saved", _share)
+    return _depth(data.assign(value=1 - column(data, "ratio")), "error saved\nover Wanda", _share)
 
 
 def _log(axes: Axes, values: pd.Series) -> None:

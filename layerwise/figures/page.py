@@ -2,7 +2,7 @@
 
 import math
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import pandas as pd
 from matplotlib.axes import Axes
@@ -11,7 +11,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 
 from layerwise.figures.style import WIDTH, Look, looks, strokes
-from layerwise.storage.frames import column, distinct, distinct_tuples, rows, select, sorted_by
+from layerwise.storage.frames import column, distinct, distinct_tuples, rows, select, sorted_by, true_of_any
 from layerwise.storage.table_schema import COMPARISONS
 
 LegendEntry = tuple[str, str, str]  # label, method, comparison
@@ -159,6 +159,16 @@ def log_scale(axes: Axes, low: float, high: float) -> None:
 def dodge(position: int, count: int, width: float) -> float:
     """Offset of the position-th of `count` marks that share a place `width` wide."""
     return 0.0 if count < 2 else width * (position / (count - 1) - 0.5)
+
+
+def beyond(axes: Iterable[tuple[pd.Series, float]]) -> list[Line2D]:
+    """A handle for the legend that explains `mark_beyond`; none if no value is above its axis.
+
+    axes: for each axis the values and its upper end.
+    """
+    if not any(true_of_any(values > top) for values, top in axes):
+        return []
+    return [Line2D([], [], label="beyond the axis", color="#8c8c8c", **BEYOND)]
 
 
 def mark_beyond(axes: Axes, x: Sequence[float], values: Sequence[float], own: Look) -> None:

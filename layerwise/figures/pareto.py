@@ -14,6 +14,7 @@ from layerwise.figures.page import (
     AXES,
     WORDS,
     LegendEntry,
+    beyond,
     entries,
     log_limits,
     log_scale,
@@ -81,13 +82,17 @@ def _vs_bits(cells: pd.DataFrame, metric: str) -> Figure:
     named = [[(row, next(numbers)) for row in rows(front)] for _, _, front in panels]
     names = [f"({number}) {_name(row)}" for front in named for row, number in front]
     note = " ".join(filter(None, [f"Front: {', '.join(names)}." if names else "", not_drawn(compressed)]))
+    wholes = [panels[start : start + len(modes)] for start in range(0, len(panels), len(modes))]
+    drawn = [pd.concat([frame for panel in whole for frame in panel[:2]]) for whole in wholes]
+    limits = [_limits(part, BROKEN[metric]) for part in drawn]
+    extra += beyond((column(part, "value"), high) for part, (_, high) in zip(drawn, limits, strict=True))
     figure, subfigures = page([3.2] * len(bands), shown, extra, note)
     for index, (band, (model, calibration, text)) in enumerate(zip(subfigures, bands, strict=True)):
         axes = band.subplots(1, len(modes), sharey=True, squeeze=False)[0]
         for place, (axis, mode) in enumerate(zip(axes, modes, strict=True), index * len(modes)):
             here, level, front = panels[place]
-            whole = panels[index * len(modes) : (index + 1) * len(modes)]
-            _scales(axis, pd.concat([frame for panel in whole for frame in panel[:2]]), BROKEN[metric])
+            log_scale(axis, *limits[index])
+            _sizes(axis, column(drawn[index], "size"))
             _points(axis, here, level, front, named[place], shown, style)
             axis.set_title(mode, loc="left", fontweight="bold")
         axes[0].set_ylabel(AXES[metric])
@@ -113,12 +118,17 @@ def _name(row: Mapping[str, Any]) -> str:
     return "dense" if row["target"] == "dense" else f"{row['label']} {row['target']}"
 
 
-def _scales(axes: Axes, data: pd.DataFrame, broken: float) -> None:
+def _limits(data: pd.DataFrame, broken: float) -> tuple[float, float]:
+    """Range of the axis. Controls, and values more than `broken` times the lowest, do not count."""
     contest = select(data, column(data, "comparison") != "control")
     values = column(pd.concat([contest if len(contest) else data, matching(data, target="dense")]), "value")
-    log_scale(axes, *log_limits(lowest(values), min(highest(values), broken * lowest(values))))
+    return log_limits(lowest(values), min(highest(values), broken * lowest(values)))
+
+
+def _sizes(axes: Axes, sizes: pd.Series) -> None:
+    """The axis of bits per weight, up to at least the dense model's 16."""
     axes.set_xscale("log")
-    low, high = log_limits(lowest(column(data, "size")), max(highest(column(data, "size")), 16.0), 0.05)
+    low, high = log_limits(lowest(sizes), max(highest(sizes), 16.0), 0.05)
     axes.set_xlim(low, high)
     axes.xaxis.set_major_locator(FixedLocator([size for size in SIZES if low <= size <= high]))
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")

@@ -10,9 +10,9 @@ from matplotlib.lines import Line2D
 from layerwise.contract.target import SUM
 from layerwise.figures.page import (
     AXES,
-    BEYOND,
     WORDS,
     LegendEntry,
+    beyond,
     dodge,
     entries,
     log_limits,
@@ -23,7 +23,7 @@ from layerwise.figures.page import (
     page,
 )
 from layerwise.figures.style import Look, looks, strokes
-from layerwise.storage.frames import column, distinct_tuples, distinct_values, highest, matching, select, sorted_by
+from layerwise.storage.frames import column, distinct_tuples, distinct_values, matching, select, sorted_by
 from layerwise.study.allocation_entries import UNIFORM
 
 DENSE = {"color": "black", "linestyle": (0, (6, 2)), "linewidth": 0.9}
@@ -59,8 +59,7 @@ def _vs_sparsity(cells: pd.DataFrame, metric: str) -> Figure:
         parts.append((part, level))
         limits.append(_limits(part, level))
     extra = [Line2D([], [], label="dense", **DENSE)] if len(dense) else []
-    if any(highest(column(part, "value")) > high for (part, _), (_, high) in zip(parts, limits, strict=True)):
-        extra.append(Line2D([], [], label="beyond the axis", color="#8c8c8c", **BEYOND))
+    extra += beyond((column(part, "value"), high) for (part, _), (_, high) in zip(parts, limits, strict=True))
     figure, subfigures = page([2.5] * len(bands), shown, extra, not_drawn(pruned))
     for band, (part, level), limit, names in zip(subfigures, parts, limits, bands, strict=True):
         _band(band, part, level, limit, modes, shown, style)

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, NullLocator
 
-from layerwise.figures.page import entries, log_limits, log_scale, mark_beyond, not_drawn, nothing, page
+from layerwise.figures.page import beyond, entries, log_limits, log_scale, mark_beyond, not_drawn, nothing, page
 from layerwise.figures.style import Look, looks, strokes
 from layerwise.storage.frames import column, distinct_values, groups, highest, lowest, matching, missing, select
 from layerwise.storage.frames import rows as rows_of
@@ -56,17 +56,33 @@ def sweep(cells: pd.DataFrame) -> Figure:
     bands = groups(matching(done, metric="perplexity"), ["band", "text"])
     swept_values = list(dict.fromkeys(column(done, "x").dropna()))
     extra = [Line2D([], [], label="dense", **DENSE)] if len(dense) else []
-    figure, subfigures = page([2.5] * len(bands), shown, extra, not_drawn(data))
-    for band, ((name, text), perplexities) in zip(subfigures, bands, strict=True):
+    panels = []
+    for (name, text), perplexities in bands:
         errors = matching(done, metric="mean_output_error", band=name)
         model = distinct_values(perplexities, "model")[0]
         level = column(matching(dense, model=model, text=text), "value").to_list()[:1]
+        panels.append([(part, levels, _limits(part, levels)) for part, levels in ((errors, []), (perplexities, level))])
+    points = ((select(part, column(part, "x").notna()), limits) for pair in panels for part, _, limits in pair)
+    extra += beyond((column(part, "value"), limits[1]) for part, limits in points if limits)
+    figure, subfigures = page([2.5] * len(bands), shown, extra, not_drawn(data))
+    for band, ((name, text), _), pair in zip(subfigures, bands, panels, strict=True):
         both = band.subplots(1, 2, squeeze=False)[0]
-        for axes, part, levels, metric in zip(both, (errors, perplexities), ([], level), METRICS, strict=True):
+        for axes, (part, levels, limits), metric in zip(both, pair, METRICS, strict=True):
+            if limits:
+                log_scale(axes, *limits)
             _panel(axes, part, levels, swept[0], swept_values, shown, style)
             axes.set_ylabel(METRICS[metric])
         band.suptitle(f"{name}, perplexity on {text}", x=0.01, ha="left")
     return figure
+
+
+def _limits(data: pd.DataFrame, levels: Sequence[float]) -> tuple[float, float] | None:
+    """Range of a panel's axis, on which there is no zero; None without a value. levels: of the dense model."""
+    positive = column(select(data, column(data, "value") > 0), "value")
+    if positive.empty:
+        return None
+    least = min([lowest(positive), *levels])
+    return log_limits(least, min(highest(positive), BROKEN * least))
 
 
 def along(cells: pd.DataFrame, swept: str) -> pd.DataFrame:
@@ -119,10 +135,6 @@ def _panel(
 ) -> None:
     numeric = not any(isinstance(value, str) for value in values)
     places = {value: value if numeric else place for place, value in enumerate(sorted(values) if numeric else values)}
-    positive = column(select(data, column(data, "value") > 0), "value")
-    if len(positive):
-        least = min([lowest(positive), *levels])
-        log_scale(axes, *log_limits(least, min(highest(positive), BROKEN * least)))
     for level in levels:
         axes.axhline(level, **DENSE)
     for label, _, comparison in shown:

@@ -265,7 +265,7 @@ def test_families_at_equal_bits_look_different_and_none_hides_another(metric):
         canvas.draw()
     (axes,) = panels(figure)
     (legend,) = [legend for band in figure.subfigs for legend in band.legends]
-    handles = [line for line in legend.get_lines() if line.get_marker() not in ("None", "")]
+    handles = [line for line in legend.get_lines() if line.get_marker() not in ("None", "", 6)]
     named = {face(line): line.get_label() for line in handles}
     shown = {(label, comparison) for label, _, comparison, *_ in FAMILIES}
     assert len(named) == len(handles) == len(shown) + (metric == "perplexity"), "each entry must have its own look"
@@ -318,6 +318,23 @@ def test_the_control_does_not_squeeze_the_methods():
         axes = panels(perplexity_vs_sparsity(cells))[0]
     assert axes.get_ylim()[1] < 1000
     assert any(line.get_marker() == 6 for line in axes.get_lines())
+
+
+@pytest.mark.parametrize(
+    "name", ["perplexity_vs_sparsity", "kl_vs_sparsity", "perplexity_vs_bits", "kl_vs_bits", "sweep"]
+)
+@pytest.mark.parametrize("worse", [False, True])
+def test_the_legend_explains_the_mark_of_what_is_beyond_the_axis(name, worse):
+    targets = ("50% row", "60% row", "70% row")
+    cells = cells_table(plan(("random", "wanda", "sparsegpt"), targets, ("shared",))).assign(swept="sparsity")
+    measured = cells["metric"].isin(["perplexity", "kl"])
+    cells.loc[measured, "value"] = 3.0
+    outlier = "random" if "vs_sparsity" in name else "wanda"  # only a control may leave the axis of sparsities
+    cells.loc[measured & (cells["label"] == outlier) & (cells["target"] == "70% row") & worse, "value"] = 1e9
+    with styled():
+        figure = DRAW[name](cells)
+    marked = any(line.get_marker() == 6 for axes in panels(figure) for line in axes.get_lines())
+    assert marked is worse and ("beyond the axis" in legend_texts(figure)) is worse
 
 
 def test_errors_are_those_of_the_table_at_60_percent():
@@ -389,6 +406,7 @@ def test_error_saved_over_wanda_has_a_band_per_comparison():
     own, base = (layers.query(f"label == '{label}' and kind == 'o_proj'")["output_error"] for label in ("ria", "wanda"))
     assert values(masks[3], LOOKS["ria"].colour) == pytest.approx(list(1 - own.to_numpy() / base.to_numpy()))
     assert "wanda" not in legend_texts(figure)
+    assert {axes.get_ylabel() for axes in panels(figure)} == {"", "error saved\nover Wanda"}
 
 
 def test_gaps_are_those_of_the_table():
@@ -421,6 +439,10 @@ def test_convergence_shows_one_layer_in_units_of_output_error():
         assert list(np.asarray(end.get_ydata())) == [pytest.approx(chosen["output_error"])]
         height = np.asarray(bound.get_ydata())[0]
         assert height == pytest.approx(chosen["lower_bound"]) and bound.get_color() == BOUND["color"]
+    assert notes(both) == ""
+    relaxed = traces["criterion"].where(traces["label"] != "sparse_swaps", "relaxed error")
+    note = "A line of sparse_swaps is the error of a relaxed mask; the marker at its end is the error of the result."
+    assert notes(convergence(traces.assign(criterion=relaxed), layers)).replace("\n", " ") == note
     assert len(panels(both)[2].get_lines()) == 2  # a bound on masks says nothing of methods that update weights
 
 
