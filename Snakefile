@@ -37,5 +37,4 @@ onsuccess:
 
 
 onerror:
-    interruption.end_if_interrupted()
-    write_partial_results(STUDY, DRAWN)
+    end_unfinished_run()

@@ -133,6 +133,12 @@ def cell_of(wildcards):
     return cell_input(JOBS.cell, wildcards)
 
 
+def end_unfinished_run():
+    """End a run that Ctrl-C interrupted in one sentence; collect what one with failed jobs has."""
+    interruption.end_if_interrupted()
+    write_partial_results(STUDY, DRAWN)
+
+
 tasks_json = as_json(JOBS.task_set)
 model_json = as_json(lambda wildcards: PLAN.models[wildcards.model])
 
