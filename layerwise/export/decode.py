@@ -15,7 +15,9 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from layerwise.contract.target import Target
-from layerwise.kernels.packed_matvec import BLOCK, Sparse24, W4BlockSparse, W4Grouped
+from layerwise.kernels.packed_matvec import Sparse24, W4BlockSparse, W4Grouped
+from layerwise.kernels.packed_parts import Dense16, RowSparse, SumOfParts
+from layerwise.kernels.packing import BLOCK
 from layerwise.numerics import ops
 from layerwise.numerics.patterns import kept_counts
 from layerwise.runtime.errors import InputError
@@ -28,6 +30,9 @@ BASE = "dense bfloat16"
 W4 = Target(bits=4, group=128)
 W4_BLOCKS = Target(0.5, f"1x{BLOCK}", bits=4, group=BLOCK)
 TWO_OF_FOUR = Target(pattern="2:4")
+BITMAP = "60% row"
+WITH_FACTORS = ("rank 40%", "rank 40% 4b g64", "60% row rank 10%", "4b g128 rank 6%")  # labels of targets
+Storage = W4Grouped | W4BlockSparse | Sparse24 | RowSparse | Dense16 | SumOfParts
 DEVICES = ("cpu", "cuda")
 WARM_UP = 5  # rounds that are not counted
 
@@ -47,11 +52,18 @@ class StoredWeight:
 
 
 def stored_weights(rows: int, inputs: int, threads: int, device: str) -> list[StoredWeight]:
-    """Every storage of one weight with normal entries. Entries of x are exact in bfloat16: all multiply the same x."""
+    """Every storage of one weight with normal entries. Entries of x are exact in bfloat16: all multiply the same x.
+
+    Factors have normal entries too, as the time of a product does not depend on values: B A is no fit of the weight.
+    Raises InputError for a shape in which a target's factors would have rank 0.
+    """
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(rows, inputs, generator=generator).bfloat16().float()
     x = torch.randn(inputs, generator=generator).bfloat16().float()
     moved = x.nbytes + 4 * rows
+    halves = _dense(weight.bfloat16().to(device), x.bfloat16().to(device))
+    if device == "cpu":  # the loop of dense factors, which is faster than torch on processors without bfloat16
+        halves |= _kernel(Dense16.pack(weight), x, threads, device)
 
     def bits(target: Target) -> float:
         kept = 1.0
@@ -66,15 +78,18 @@ def stored_weights(rows: int, inputs: int, threads: int, device: str) -> list[St
         StoredWeight("dense float32", _dense(weight.to(device), x.to(device)), exact, 32.0, weight.nbytes + moved),
         StoredWeight(
             BASE,
-            _dense(weight.bfloat16().to(device), x.bfloat16().to(device)),
+            halves,
             exact,
             bits(Target()),
             (weight.nbytes + moved) // 2,
         ),
     ]
-    packed = {"W4 g128": (W4, _grouped(weight)), "W4 50% 1x16": (W4_BLOCKS, _blocks(weight))}
+    packed = {"W4 g128": (W4, _grouped(weight, W4)), "W4 50% 1x16": (W4_BLOCKS, _blocks(weight))}
     if device == "cpu":
         packed = {"2:4 bfloat16": (TWO_OF_FOUR, _two_of_four(weight)), **packed}
+        packed[BITMAP] = (Target.parse(BITMAP), _bitmap(weight, Target.parse(BITMAP)))
+        for label in WITH_FACTORS:
+            packed[label] = (Target.parse(label), _sum(weight, Target.parse(label), generator))
     for name, (target, storage) in packed.items():
         exact = torch.from_numpy(storage.dequantised()) @ x.double()
         way = _kernel(storage, x, threads, device)
@@ -94,8 +109,8 @@ def _dense(weight: Tensor, x: Tensor) -> dict[str, Callable[[], Tensor]]:
     }
 
 
-def _kernel(storage: W4Grouped | W4BlockSparse | Sparse24, x: Tensor, threads: int, device: str) -> dict:
-    if device == "cpu" or isinstance(storage, Sparse24):  # for which there is no kernel on a device
+def _kernel(storage: Storage, x: Tensor, threads: int, device: str) -> dict:
+    if device == "cpu" or not isinstance(storage, W4Grouped | W4BlockSparse):  # others have no kernel on a device
         vector = x.numpy()
         return {"numba": lambda: torch.from_numpy(storage.product(vector, threads))}
     from layerwise.kernels.cuda import OnDevice  # needs Triton
@@ -109,9 +124,28 @@ def _two_of_four(weight: Tensor) -> Sparse24:
     return Sparse24.pack(weight, mask)
 
 
-def _grouped(weight: Tensor) -> W4Grouped:
-    codes, scales, zeros = _quantised(weight, W4)
-    return W4Grouped.pack(codes, scales, zeros, W4.group or weight.shape[1])
+def _bitmap(weight: Tensor, target: Target) -> RowSparse:
+    return RowSparse.pack(weight, ops.prune_mask(weight.abs(), target))
+
+
+def _sum(weight: Tensor, target: Target, generator: torch.Generator) -> SumOfParts:
+    """Factors, in bfloat16 or codes, beside the weight pruned by a bitmap or quantised, if the target says so."""
+    rows, inputs = weight.shape
+    rank, part = target.rank_of(rows, inputs), target.rest
+    if rank < 1:
+        raise InputError(target.without_factors((rows, inputs), "--shape"))
+
+    def factor(*shape: int) -> Dense16 | W4Grouped:
+        values = torch.randn(shape, generator=generator).bfloat16().float()
+        return _grouped(values, target.factors) if target.factor_bits else Dense16.pack(values)
+
+    rest = None if part.dense else _grouped(weight, part) if part.bits else _bitmap(weight, part)
+    return SumOfParts(factor(rows, rank), factor(rank, inputs), rest)
+
+
+def _grouped(weight: Tensor, target: Target) -> W4Grouped:
+    codes, scales, zeros = _quantised(weight, target)
+    return W4Grouped.pack(codes, scales, zeros, target.group or weight.shape[1])
 
 
 def _blocks(weight: Tensor) -> W4BlockSparse:
@@ -203,7 +237,7 @@ def time_products(
         for row in measured:
             place = {"rows": rows, "inputs": inputs, "threads": threads, "device": device, "machine": machine}
             table.append({**row, **place, "torch": torch.__version__, "numba": numba.__version__})
-            yield "{rows} x {inputs}  {storage:15} {microseconds:9} us  x{times_as_fast}".format(**table[-1])
+            yield "{rows} x {inputs}  {storage:16} {microseconds:9} us  x{times_as_fast}".format(**table[-1])
     with whole_file(out) as part, part.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, table[0].keys(), lineterminator="\n")
         writer.writeheader()

@@ -14,7 +14,8 @@ import triton  # pyright: ignore[reportMissingImports]
 import triton.language as tl  # pyright: ignore[reportMissingImports]
 from torch import Tensor
 
-from layerwise.kernels.packed_matvec import BLOCK, W4BlockSparse, W4Grouped
+from layerwise.kernels.packed_matvec import W4BlockSparse, W4Grouped
+from layerwise.kernels.packing import BLOCK
 
 
 def jit(function: Callable[..., Any]) -> Any:

@@ -6,8 +6,6 @@ unquantised values are bfloat16. Vectors and all sums are float32; x is not quan
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,10 +13,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from layerwise.kernels import simd
+from layerwise.kernels import packing, simd
+from layerwise.kernels.packing import BLOCK
 from layerwise.kernels.rows import compiled
 
-BLOCK = 16  # inputs per block, and per 64 bits of codes
 # factors that simd.load_nibbles leaves in the lanes
 POWERS = np.array([16.0 ** (lane // 2) for lane in range(BLOCK)], np.float32)
 
@@ -46,12 +44,18 @@ class W4Grouped:
 
         Raises ValueError for other shapes or values, in one sentence.
         """
-        rows, inputs = _matrix(codes)
+        rows, inputs = packing.shape_of(codes)
         if group < 1 or group % BLOCK:
             raise ValueError(f"A group must be a multiple of {BLOCK} inputs. Got {group} instead.")
-        _check_grid(codes, scales, zeros, (rows, -(-inputs // group)))
-        packed = _words(_padded(codes.numpy(), BLOCK)).reshape(rows, -1, 2)
-        return cls(packed, _bfloat16(scales), _nibbles(_padded(zeros.numpy(), 2)), group, (rows, inputs))
+        packing.check_grid(codes, scales, zeros, (rows, -(-inputs // group)))
+        packed = packing.words(packing.padded(codes.numpy(), BLOCK)).reshape(rows, -1, 2)
+        return cls(
+            packed,
+            packing.bfloat16_bits(scales),
+            packing.nibbles(packing.padded(zeros.numpy(), 2)),
+            group,
+            (rows, inputs),
+        )
 
     @property
     def nbytes(self) -> int:
@@ -61,16 +65,18 @@ class W4Grouped:
         """The weights [rows, inputs] that it represents."""
         rows, inputs = self.shape
         group_of = np.arange(inputs) // self.group
-        codes = _unpacked(self.codes).reshape(rows, -1)[:, :inputs]
-        zeros = _unpacked(self.zeros).reshape(rows, -1)
-        return _float64(self.scales)[:, group_of] * (codes - zeros[:, group_of])
+        codes = packing.unpacked(self.codes).reshape(rows, -1)[:, :inputs]
+        zeros = packing.unpacked(self.zeros).reshape(rows, -1)
+        return packing.from_bfloat16(self.scales)[:, group_of] * (codes - zeros[:, group_of])
 
     def product(self, x: NDArray[np.float32], threads: int = 1) -> NDArray[np.float32]:
         """[rows], W x for x [inputs]."""
-        entries = _in_lanes(_vector(x, self.shape), self.codes.shape[1])
-        sums = _sums(x, self.group)
+        entries = packing.in_lanes(packing.checked_vector(x, self.shape), self.codes.shape[1])
+        sums = packing.group_sums(x, self.group)
         arrays = (self.codes, self.scales, self.zeros)
-        return _on_threads(_w4_grouped_product, arrays, (self.group // BLOCK, entries, sums), self.shape[0], threads)
+        return packing.on_threads(
+            _w4_grouped_product, arrays, (self.group // BLOCK, entries, sums), self.shape[0], threads
+        )
 
 
 @compiled(fastmath=True)
@@ -122,16 +128,16 @@ class W4BlockSparse:
 
         Raises ValueError for other shapes or values, in one sentence.
         """
-        rows, inputs = _matrix(codes)
+        rows, inputs = packing.shape_of(codes)
         blocks = -(-inputs // BLOCK)
-        _check_grid(codes, scales, zeros, (rows, blocks))
+        packing.check_grid(codes, scales, zeros, (rows, blocks))
         if kept.dtype != torch.bool or kept.shape != (rows, blocks):
-            raise ValueError(f"Kept must be bool [{rows}, {blocks}]. Got {_kind(kept)} instead.")
+            raise ValueError(f"Kept must be bool [{rows}, {blocks}]. Got {packing.kind(kept)} instead.")
         if blocks > 2**16:
             raise ValueError(f"The column of a block must fit in 16 bits. Got {blocks} blocks in a row instead.")
         where = kept.numpy()
         order = np.argsort(~where, axis=1, kind="stable")  # kept blocks first, in their order
-        order = _padded(order[:, : where.sum(1).max()], BLOCK)
+        order = packing.padded(order[:, : where.sum(1).max()], BLOCK)
         real = np.arange(order.shape[1]) < where.sum(1, keepdims=True)
         order = np.where(real, order, 0)
 
@@ -139,12 +145,12 @@ class W4BlockSparse:
             chosen = np.take_along_axis(values, order, 1)
             return np.where(real, chosen, np.zeros((), chosen.dtype))
 
-        runs = _words(_padded(codes.numpy(), BLOCK)).reshape(rows, blocks, 2)
+        runs = packing.words(packing.padded(codes.numpy(), BLOCK)).reshape(rows, blocks, 2)
         return cls(
             order.astype(np.uint16),
             np.stack([of_kept(runs[:, :, word]) for word in range(2)], 2),
-            of_kept(_bfloat16(scales)),
-            _words(of_kept(zeros.numpy())).reshape(rows, -1),
+            of_kept(packing.bfloat16_bits(scales)),
+            packing.words(of_kept(zeros.numpy())).reshape(rows, -1),
             (rows, inputs),
         )
 
@@ -155,18 +161,18 @@ class W4BlockSparse:
     def dequantised(self) -> NDArray[np.float64]:
         """The weights [rows, inputs] that it represents, zero in dropped blocks."""
         rows, inputs = self.shape
-        codes = _unpacked(self.codes).reshape(*self.columns.shape, BLOCK)
-        zeros = _unpacked(self.zeros).reshape(self.columns.shape)
-        values = _float64(self.scales)[..., None] * (codes - zeros[..., None])
+        codes = packing.unpacked(self.codes).reshape(*self.columns.shape, BLOCK)
+        zeros = packing.unpacked(self.zeros).reshape(self.columns.shape)
+        values = packing.from_bfloat16(self.scales)[..., None] * (codes - zeros[..., None])
         weight = np.zeros((rows, -(-inputs // BLOCK), BLOCK))
         np.add.at(weight, (np.arange(rows)[:, None], self.columns), values)  # padding adds zeros
         return weight.reshape(rows, -1)[:, :inputs]
 
     def product(self, x: NDArray[np.float32], threads: int = 1) -> NDArray[np.float32]:
         """[rows], W x for x [inputs]."""
-        entries = _in_lanes(_vector(x, self.shape), -(-self.shape[1] // BLOCK))
+        entries = packing.in_lanes(packing.checked_vector(x, self.shape), -(-self.shape[1] // BLOCK))
         arrays = (self.columns, self.codes, self.scales, self.zeros)
-        return _on_threads(_w4_block_sparse_product, arrays, (entries, POWERS), self.shape[0], threads)
+        return packing.on_threads(_w4_block_sparse_product, arrays, (entries, POWERS), self.shape[0], threads)
 
 
 @compiled(fastmath=True)
@@ -174,7 +180,7 @@ def _w4_block_sparse_product(columns, codes, scales, zeros, x, powers, y):
     """Unpacks sixteen scales and zeros at once; then each of the sixteen blocks takes five vector instructions."""
     kept = columns.shape[1]
     words, all_scales, all_zeros = codes.reshape(-1), scales.reshape(-1), zeros.reshape(-1)
-    grid = _aligned(2 * BLOCK)
+    grid = packing.aligned(2 * BLOCK)
     power = simd.load(powers, 0)
     inverse = simd.load(np.float32(1) / powers, 0)
     for row in range(len(y)):
@@ -219,13 +225,15 @@ class Sparse24:
 
         Raises ValueError for other shapes or values, in one sentence.
         """
-        rows, inputs = _matrix(weight)
+        rows, inputs = packing.shape_of(weight)
         if mask.dtype != torch.bool or mask.shape != weight.shape:
-            raise ValueError(f"The mask must be bool [{rows}, {inputs}]. Got {_kind(mask)} instead.")
-        kept = _padded(mask.numpy(), 2 * BLOCK).reshape(rows, -1, 4)
+            raise ValueError(f"The mask must be bool [{rows}, {inputs}]. Got {packing.kind(mask)} instead.")
+        kept = packing.padded(mask.numpy(), 2 * BLOCK).reshape(rows, -1, 4)
         if (kept.sum(2) > 2).any():
             raise ValueError("The mask must keep at most two of every four inputs. Got more instead.")
-        values = np.where(kept, _padded(_bfloat16(weight), 2 * BLOCK).reshape(kept.shape), np.uint16(0))
+        values = np.where(
+            kept, packing.padded(packing.bfloat16_bits(weight), 2 * BLOCK).reshape(kept.shape), np.uint16(0)
+        )
         places = np.sort(np.argsort(~kept, axis=2, kind="stable")[:, :, :2], axis=2)
         stored = np.take_along_axis(values, places, 2).reshape(rows, -1)
         bits = places.reshape(rows, -1, 1, BLOCK) >> np.array([0, 1])[:, None] & 1  # [rows, sixteens, 2, 16]
@@ -242,19 +250,19 @@ class Sparse24:
         bits = (self.positions[..., None] >> np.arange(BLOCK, dtype=np.uint16) & 1).astype(np.int64)
         places = (bits[:, :, 0] + 2 * bits[:, :, 1]).reshape(rows, -1, 2)  # [rows, fours, 2]
         weight = np.zeros((rows, places.shape[1], 4))
-        np.put_along_axis(weight, places, _float64(self.values).reshape(places.shape), 2)
+        np.put_along_axis(weight, places, packing.from_bfloat16(self.values).reshape(places.shape), 2)
         return weight.reshape(rows, -1)[:, :inputs]
 
     def product(self, x: NDArray[np.float32], threads: int = 1) -> NDArray[np.float32]:
         """[rows], W x for x [inputs]."""
-        entries = _candidates(_vector(x, self.shape), self.positions.shape[1])
-        return _on_threads(_sparse24_product, (self.values, self.positions), (entries,), self.shape[0], threads)
+        entries = _candidates(packing.checked_vector(x, self.shape), self.positions.shape[1])
+        return packing.on_threads(_sparse24_product, (self.values, self.positions), (entries,), self.shape[0], threads)
 
 
 @compiled(fastmath=True)
 def _candidates(x, sixteens):
     """For each run of sixteen values, the four entries of x to which each could belong, [sixteens, 4, 16] flat."""
-    entries = _aligned(64 * sixteens)
+    entries = packing.aligned(64 * sixteens)
     entries[:] = 0
     for column in range(len(x)):
         place = 64 * (column // 32) + 16 * (column % 4) + 2 * (column % 32 // 4)
@@ -276,109 +284,3 @@ def _sparse24_product(values, positions, x, y):
             value = simd.load_bfloat16(all_values, BLOCK * (row * sixteens + part))
             one = simd.add(one, simd.mul(value, entry))
         y[row] = simd.reduce_add(one)
-
-
-# ----------------------------------------------------------------------------------------------------- shared helpers
-
-
-@compiled()
-def _aligned(count):
-    """Memory for `count` float32, aligned to a cache line: loads across two lines take twice as long."""
-    room = np.empty(count + 16, np.float32)
-    first = -room.ctypes.data % 64 // 4
-    return room[first : first + count]
-
-
-@compiled()
-def _in_lanes(x, blocks):
-    """x [inputs] padded to blocks of 16, each in the order of simd.load_nibbles and divided by its powers."""
-    entries = _aligned(BLOCK * blocks)
-    entries[:] = 0
-    for column in range(len(x)):
-        code = column % BLOCK
-        power = code % 8
-        entries[column - code + 2 * power + code // 8] = x[column] * np.float32(1.0 / 16.0**power)
-    return entries
-
-
-@compiled(fastmath=True)
-def _sums(x, length):
-    """[groups], the sum of x over each run of `length` entries."""
-    sums = np.empty(-(-len(x) // length), np.float32)
-    for group in range(len(sums)):
-        sums[group] = x[group * length : (group + 1) * length].sum()
-    return sums
-
-
-def _on_threads(kernel: Callable, arrays: tuple, others: tuple, rows: int, threads: int) -> NDArray[np.float32]:
-    """Run the kernel on one run of rows per thread; each thread writes its part of y [rows]."""
-    y = np.empty(rows, np.float32)
-    if threads == 1:
-        kernel(*arrays, *others, y)
-        return y
-    bounds = np.linspace(0, rows, threads + 1).astype(int)
-    with ThreadPoolExecutor(threads) as pool:
-        runs = [slice(*pair) for pair in zip(bounds, bounds[1:], strict=False)]
-        list(pool.map(lambda run: kernel(*(array[run] for array in arrays), *others, y[run]), runs))
-    return y
-
-
-def _matrix(values: Tensor) -> tuple[int, int]:
-    if values.dim() != 2 or not values.numel():
-        raise ValueError(f"A weight must be [rows, inputs], with at least one of each. Got {_kind(values)} instead.")
-    return values.shape[0], values.shape[1]
-
-
-def _check_grid(codes: Tensor, scales: Tensor, zeros: Tensor, shape: tuple[int, int]) -> None:
-    for name, values in (("Scales", scales), ("Zeros", zeros)):
-        if values.shape != shape:
-            raise ValueError(f"{name} must be [{shape[0]}, {shape[1]}]. Got {_kind(values)} instead.")
-    for name, values in (("Codes", codes), ("Zeros", zeros)):
-        if not ((values >= 0) & (values <= 15) & (values == values.round())).all():
-            raise ValueError(f"{name} must be whole numbers from 0 to 15. Got other values instead.")
-
-
-def _vector(x: NDArray[np.float32], shape: tuple[int, int]) -> NDArray[np.float32]:
-    if x.dtype != np.float32 or x.shape != shape[1:]:
-        raise ValueError(f"The vector must be float32 [{shape[1]}]. Got {x.dtype} {list(x.shape)} instead.")
-    return x
-
-
-def _kind(values: Tensor) -> str:
-    return f"{str(values.dtype).removeprefix('torch.')} {list(values.shape)}"
-
-
-def _bfloat16(values: Tensor) -> NDArray[np.uint16]:
-    """The bits of values that are exact in bfloat16."""
-    rounded = values.to(torch.bfloat16)
-    if not torch.equal(rounded.to(values.dtype), values):
-        raise ValueError("Scales and values must be exact in bfloat16, as they are stored. Got other values instead.")
-    return rounded.contiguous().view(torch.int16).numpy().view(np.uint16)
-
-
-def _float64(bits: NDArray[np.uint16]) -> NDArray[np.float64]:
-    return (bits.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
-
-
-def _padded(values: np.ndarray, length: int) -> np.ndarray:
-    """[rows, columns] padded with zeros to a multiple of `length` columns."""
-    return np.pad(values, ((0, 0), (0, -values.shape[1] % length)))
-
-
-def _nibbles(numbers: np.ndarray) -> NDArray[np.uint8]:
-    """Pack numbers [rows, columns] in [0, 15] into [rows, columns / 2] bytes; the first of each pair is in the low
-    bits."""
-    low, high = numbers[:, ::2].astype(np.uint8), numbers[:, 1::2].astype(np.uint8)
-    return np.ascontiguousarray(low | high << 4, np.uint8)
-
-
-def _words(numbers: np.ndarray) -> NDArray[np.uint32]:
-    """Pack numbers [rows, columns] in [0, 15] into [rows, columns / 8] words; the first number is in the lowest
-    bits."""
-    return _nibbles(numbers).view("<u4")
-
-
-def _unpacked(packed: np.ndarray) -> NDArray[np.int64]:
-    """The numbers that `_nibbles` or `_words` packed, flat, row by row."""
-    octets = np.ascontiguousarray(packed).reshape(-1).view(np.uint8)
-    return np.stack([octets & 15, octets >> 4], 1).reshape(-1).astype(np.int64)

@@ -6,6 +6,7 @@ Each function is a line or two of LLVM IR on vectors. LLVM splits them if the pr
 from collections.abc import Callable
 from typing import Any, Concatenate, ParamSpec, cast
 
+import numpy as np
 from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic as numba_intrinsic
@@ -16,6 +17,11 @@ P = ParamSpec("P")
 LANES = 16
 FLOAT, INT, HALF = ir.FloatType(), ir.IntType(32), ir.IntType(16)
 FLOATS, INTS = ir.VectorType(FLOAT, LANES), ir.VectorType(INT, LANES)
+# [256 * 8]: for each byte and each of its bits, how many lower ones are set, or -1 if the bit is not
+EXPANSION = np.array(
+    [bin(byte & (1 << bit) - 1).count("1") if byte >> bit & 1 else -1 for byte in range(256) for bit in range(8)],
+    np.int32,
+)
 FAST = ("fast",)  # sums in any order, fused multiply-add; all entries are finite
 
 
@@ -79,6 +85,46 @@ def load_bfloat16(typing_context, array, index):
         return builder.bitcast(builder.shl(builder.zext(halves, INTS), _constant(INT, [16] * LANES)), FLOATS)
 
     return LANES_TYPE(array, types.intp), build
+
+
+@intrinsic
+def expand_bfloat16(typing_context, array, index, bits, places):
+    """The bfloat16, given as uint16, from array[index] on, in the lanes whose bit of `bits` (uint16) is set; else 0.
+
+    places: EXPANSION. Sixteen entries from array[index] on must exist, however few are used.
+    """
+
+    def build(context, builder, signature, args):
+        array, index, bits, places = args
+        arrays, halves = signature.args, []
+        few = [ir.VectorType(kind, LANES // 2) for kind in (HALF, INT, FLOAT)]
+        for half in range(2):
+            byte = builder.zext(builder.and_(builder.lshr(bits, HALF(8 * half)), HALF(255)), index.type)
+            values = builder.load(_pointer(context, builder, arrays[0], array, index, few[0]), align=2)
+            values = builder.bitcast(builder.shl(builder.zext(values, few[1]), _constant(INT, [16] * 8)), few[2])
+            start = builder.mul(byte, ir.Constant(byte.type, LANES // 2))
+            order = builder.load(_pointer(context, builder, arrays[3], places, start, few[1]), align=4)
+            inside = builder.and_(order, _constant(INT, [7] * 8))
+            moved = ir.Constant(few[2], ir.Undefined)
+            for lane in range(LANES // 2):  # LLVM makes one permutation of it where the processor has one
+                entry = builder.extract_element(values, builder.extract_element(inside, INT(lane)))
+                moved = builder.insert_element(moved, entry, INT(lane))
+            dropped = builder.icmp_signed("<", order, _constant(INT, [0] * 8))
+            halves.append(builder.select(dropped, _constant(FLOAT, [0.0] * 8), moved))
+            index = builder.add(index, builder.ctpop(byte))
+        return builder.shuffle_vector(*halves, _constant(INT, list(range(LANES))))
+
+    return LANES_TYPE(array, types.intp, types.uint16, places), build
+
+
+@intrinsic
+def count_bits(typing_context, bits):
+    """Number of the bits of a uint16 that are set."""
+
+    def build(context, builder, signature, args):
+        return builder.zext(builder.ctpop(args[0]), ir.IntType(64))
+
+    return types.intp(types.uint16), build
 
 
 @intrinsic
