@@ -17,6 +17,7 @@ from torch import Tensor
 from layerwise.contract.layer import Compressed, Layer, Target
 from layerwise.numerics import gradient_projection as gp
 from layerwise.numerics import ops
+from layerwise.numerics.adam import Adam
 
 RATE = 0.1  # Adam's, of the logarithms of steps and thresholds, and of momentum
 LENGTHS = (1, 2, 3, 4, 6, 12)  # of cycles of steps
@@ -167,23 +168,6 @@ def value(rows: Rows, steps: Steps, loss: Loss) -> float:
     """The loss after all steps, infinite where it is not a number."""
     found = float(loss(last(rows, steps)))
     return found if math.isfinite(found) else math.inf
-
-
-class Adam:
-    """Kingma and Ba's updates, as torch.optim.Adam's: the first use of that one in a process imports for a second."""
-
-    def __init__(self, parts: list[Tensor]) -> None:
-        self.parts, self.number = parts, 0
-        self.means, self.squares = ([torch.zeros_like(part) for part in parts] for _ in range(2))
-
-    def update(self, gradients: tuple[Tensor, ...], rate: float) -> None:
-        """Move the parts, in place, against their gradients."""
-        self.number += 1
-        for part, gradient, mean, square in zip(self.parts, gradients, self.means, self.squares, strict=True):
-            mean.mul_(0.9).add_(gradient, alpha=0.1)
-            square.mul_(0.999).addcmul_(gradient, gradient, value=0.001)
-            root = (square / (1 - 0.999**self.number)).sqrt() + 1e-8
-            part.data.addcdiv_(mean, root, value=-rate / (1 - 0.9**self.number))
 
 
 def trained(rows: Rows, steps: Steps, loss: Loss, updates: int) -> tuple[Steps, float]:
