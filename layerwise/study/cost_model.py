@@ -404,13 +404,15 @@ class ModelCost:
     def passing_back(self, length: int) -> float:
         """Peak of a sequence's forward and backward pass: the whole model, each block's inputs, one block's gradients.
 
-        Weights that are not stored in float32 exist twice during conversion.
+        Before it the model is read whole, and weights that are not in float32 exist twice during conversion.
         """
+        stored = self.width * self.shape.parameters
+        reading = stored + OUTSIDE_HELD * self.width * self.shape.outside  # at once, which takes a third copy of these
+        converting = self.whole + (stored if self.width != self.size else 0)
         kept = self.size * length * self.shape.hidden * (self.shape.depth + 1)
         inside = WORKING_BACK * ACTIVATIONS * self.size * length * self.shape.widest + self.size * self.block
         head = LOGITS_BACK * self.size * length * self.shape.vocabulary
-        loading = self.width / self.size * self.whole
-        return PROCESS + self.whole + max(loading, kept + max(inside, head))
+        return PROCESS + max(reading, converting, self.whole + kept + max(inside, head))
 
     def evaluating(self, length: int, tokens: int) -> float:
         """Peak of the perplexity of `tokens` tokens in windows of `length`."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -293,6 +294,21 @@ def test_memory_to_pass_back_grows_with_the_model_and_the_sequence():
     )
     assert many.passing_back(512) - few.passing_back(512) >= many.whole - few.whole
     assert few.passing_back(1024) - few.passing_back(512) >= 4 * 512 * (4 * VOCABULARY + 9 * TALL["hidden_size"])
+
+
+def test_only_weights_of_another_dtype_exist_twice_before_a_pass_back():
+    """Peaks of the job beside one process's own memory: 1.2 times the parameters in float32, 1.5 in bfloat16."""
+    config = dict(TALL, hidden_size=1024, intermediate_size=4096, vocab_size=1000, num_hidden_layers=48)
+    shape = some(shapes.shape_of_config(config))
+    asked = {
+        dtype: replace(ModelCost.of({"dtype": dtype}, shape), size=4).passing_back(8) - cost_model.PROCESS
+        for dtype in ("float32", "bfloat16")
+    }
+    whole = 4 * shape.parameters
+    assert whole < asked["float32"] < 1.1 * whole and asked["bfloat16"] == 1.5 * whole
+    wide = some(shapes.shape_of_config(config | {"num_hidden_layers": 1, "vocab_size": 1_000_000}))
+    read = ModelCost.of({"dtype": "float32"}, wide).passing_back(1) - cost_model.PROCESS
+    assert read == 4 * (wide.parameters + 2 * wide.outside)  # the embedding, its file and a copy
 
 
 def test_a_model_that_is_not_here_is_unknown(tmp_path, monkeypatch):
