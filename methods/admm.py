@@ -22,7 +22,7 @@ CARD = {
     "updates_weights": True,
     "needs": ["gram"],
     "criterion": "error",
-    "cost": {"weights": 31.2, "grams": 14.6, "products": 140.0},
+    "cost": {"weights": 31.2, "grams": 14.6, "products": 140.0, "products_per": {"iterations": 7.0}},
     "look": {"colour": "#882255", "marker": "^"},
     "checks": {"variants": [{"iterations": 3, "refresh": 0}]},
     "parameters": {

@@ -21,7 +21,7 @@ CARD = {
     "updates_weights": True,
     "needs": ["gram"],
     "sums": True,
-    "cost": {"weights": 16.0, "grams": 0.0, "products": 1100.0},
+    "cost": {"weights": 16.0, "grams": 0.0, "products": 1100.0, "products_per": {"iterations": 13.7}},
     "look": {"colour": "#009E73", "marker": "D"},
     "checks": {"defaults": {"iterations": 8}, "variants": [{"iterations": 80}]},
     "parameters": {

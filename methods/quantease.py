@@ -23,7 +23,7 @@ CARD = {
     "updates_weights": True,
     "needs": ["gram"],
     "keeps_zeros": True,
-    "cost": {"weights": 9.8, "grams": 5.6, "products": 71.0},
+    "cost": {"weights": 9.8, "grams": 5.6, "products": 71.0, "products_per": {"passes": 2.3}},
     "look": {"colour": "#882255", "marker": "d"},
     "checks": {
         "reference": True,

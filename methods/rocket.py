@@ -25,7 +25,7 @@ CARD = {
     "refused_where": {
         "convention": {"official": "rocket's convention official counts no positions, and exceeds the target's bits"}
     },
-    "cost": {"weights": 14.0, "grams": 9.0, "products": 50.0, "products_where": {"adam_steps": {"100": 210.0}}},
+    "cost": {"weights": 14.0, "grams": 9.0, "products": 50.0, "products_per": {"adam_steps": 1.6}},
     "look": {"colour": "#D55E00", "marker": "D"},
     "checks": {"variants": [{"share": 1.5, "choice": "output", "adam_steps": 3}]},
     "parameters": {

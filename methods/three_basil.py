@@ -22,7 +22,7 @@ CARD = {
     "updates_weights": True,
     "needs": ["gram"],
     "sums": True,
-    "cost": {"weights": 24.0, "grams": 9.5, "products": 7000.0},
+    "cost": {"weights": 24.0, "grams": 9.5, "products": 7000.0, "products_per": {"iterations": 3.5}},
     "look": {"colour": "#CC79A7", "marker": "D"},
     "checks": {"defaults": {"iterations": 60}, "variants": [{"iterations": 10, "rho": 1.0}]},
     "parameters": {

@@ -73,6 +73,8 @@ CARD_SCHEMA = {
                         "additionalProperties": {"type": "number", "minimum": 0},
                     },
                 },
+                # {parameter: products}: of each iteration, sweep or step, by which the number differs from its default.
+                "products_per": {"type": "object", "additionalProperties": {"type": "number", "minimum": 0}},
             },
         },
         "look": {

@@ -369,6 +369,9 @@ def read_entry(path: Path, kind: Kind = METHOD) -> Entry | None:
     _check_methods(classes[0], path, kind)
     if "named_by" in card and card["named_by"] not in card["parameters"]:
         raise CatalogueError(f"{path}: CARD['named_by'] must be a parameter. Got {card['named_by']!r} instead.")
+    for key in ("products_where", "products_per"):
+        for name in card.get("cost", {}).get(key, {}).keys() - card["parameters"].keys():
+            raise CatalogueError(f"{path}: CARD['cost'][{key!r}] must name parameters. Got {name!r} instead.")
     for terms in [card.get("passes", []), *(t for own in card.get("passes_where", {}).values() for t in own.values())]:
         for name in {name for term in terms for name in term} - {"layers", *card["parameters"]}:
             raise CatalogueError(f"{path}: CARD['passes'] must name parameters, or layers. Got {name!r} instead.")

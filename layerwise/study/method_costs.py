@@ -10,7 +10,8 @@ from layerwise.study.cell import Cell
 
 # A method's card gives its `cost`. A layer's peak memory is `weights` times its weight plus `grams` times its Gram, in
 # float32, including weight and Gram themselves. A solution takes as long as `products` products of the two, with the
-# default parameters or those of `products_where`. The products come from docs/benchmark.md at 2048 x 2048; those of
+# default parameters or those of `products_where`; `products_per` are added for each iteration or step above the default
+# number, and taken away for each below. The products come from docs/benchmark.md at 2048 x 2048; those of
 # alps and of Frank-Wolfe's pairwise step come from whole solutions of SmolLM2's layers, 576 x 576 to 576 x 1536. Warm
 # starts and steps of a chain are added. Weights and Grams come from python -m tests.benchmarks.bench_memory at 4096 x
 # 1024, 2048 x 2048 and 1024 x 2560, with 4 iterations; awq's without the first shape, the certificate's and
@@ -36,9 +37,14 @@ def stated(entry: Entry, params: Mapping[str, Any] | None = None) -> tuple[float
     """(weights, grams, products) as the card gives them for complete parameters (default: its own), or None."""
     if entry.cost is None:
         return None
+    params = params or entry.defaults
     given = entry.cost.get("products_where", {}).items()
-    found = [of[value] for name, of in given if params and (value := str(params.get(name))) in of]
-    return entry.cost["weights"], entry.cost["grams"], found[0] if found else entry.cost["products"]
+    found = [of[value] for name, of in given if (value := str(params.get(name))) in of]
+    if found:
+        return entry.cost["weights"], entry.cost["grams"], found[0]
+    each = entry.cost.get("products_per", {}).items()
+    more = sum(per * (params[name] - entry.defaults[name]) for name, per in each if params.get(name) is not None)
+    return entry.cost["weights"], entry.cost["grams"], max(0.0, entry.cost["products"] + more)
 
 
 def most_demanding(catalogue: Catalogue) -> tuple[float, float, float]:

@@ -211,6 +211,13 @@ WRONG_FILES = {
         edited('"needs": []', '"needs": [], "named_by": "chain"'),
         r"CARD\['named_by'\] must be a parameter. Got 'chain' instead",
     ),
+    "a cost of iterations it has not": (
+        edited(
+            '"needs": []',
+            '"needs": [], "cost": {"weights": 1, "grams": 1, "products": 1, "products_per": {"steps": 1}}',
+        ),
+        r"CARD\['cost'\]\['products_per'\] must name parameters. Got 'a' instead",
+    ),
     "a parameter that names another method": (
         GOOD.replace('"share"', '"chain"').replace("share: float", "chain: float"),
         "the parameter chain must have another name: in a config it names the method chain",

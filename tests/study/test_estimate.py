@@ -156,6 +156,20 @@ def test_a_parameter_may_change_what_a_method_costs():
     assert products["pairwise"] == 60 + inside
 
 
+def test_iterations_change_what_a_method_costs():
+    """By as much for each, down to 0."""
+    catalogue = Catalogue()
+
+    def products(name: str, **params) -> float:
+        return some(method_costs.stated(catalogue[name], catalogue.complete(name, params, "test")))[2]
+
+    assert products("rocket") == 50
+    steps = [products("rocket", adam_steps=steps) for steps in (50, 100, 1000)]
+    assert steps == pytest.approx([130, 210, 1650])
+    assert products("three_basil", iterations=200) == pytest.approx(700)
+    assert products("three_basil", iterations=1) < 10
+
+
 def test_what_is_inside_a_method_counts():
     catalogue = Catalogue()
     costs = {name: some(method_costs.stated(entry)) for name, entry in catalogue.items()}
