@@ -1,5 +1,6 @@
 """The target that a compressed layer must satisfy. Does not import torch, so that the grid is planned without it."""
 
+import numbers
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -60,6 +61,10 @@ class Target:
 
     def __post_init__(self) -> None:
         self._fill_in_format()
+        for name in ("sparsity", "rank", *WHOLE):
+            value = getattr(self, name)
+            if not isinstance(value, numbers.Real) and not (value is None and name in WHOLE):
+                raise ValueError(f"Target.{name} must be a number. Got {value!r} instead.")
         if not PATTERN.fullmatch(self.pattern):
             raise ValueError(f"Target.pattern must be 'row', 'layer', 'n:m' or '1xb'. Got {self.pattern!r} instead.")
         if self.n_of_m:
