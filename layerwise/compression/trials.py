@@ -48,6 +48,7 @@ class ModelTrials(Trials):
         self._now: dict[str, Candidate | None] = dict.fromkeys(self._order)
         self._solved: set[tuple[str, Candidate]] = set()
         self._states: dict[int, DenseStates] = {}
+        self._reached: dict[int, tuple[int, Sequence[Tensor]]] = {}  # windows -> a block, and what enters it if dense
 
     @torch.no_grad()
     def divergence(self, levels: Sequence[Candidate | None], windows: int) -> float:
@@ -61,7 +62,8 @@ class ModelTrials(Trials):
         batch = batch_size(tokens.shape[1], vocabulary(self._blocks.model))
         stream = Stream(self._blocks, tokens, batch)
         divergence = Divergence(self._states[windows], stream, tokens)
-        for _ in to_last_block(stream):
+        compressed = (self._block[name] for name, level in zip(self._order, levels, strict=True) if level is not None)
+        for _ in to_last_block(stream, self._advance_dense(stream, windows, min(compressed, default=0))):
             pass
         for number, chunk in enumerate(tokens.split(batch)):
             divergence.add(number, chunk, stream.logits(number, chunk))
@@ -77,6 +79,22 @@ class ModelTrials(Trials):
             for _, tap, linear in tapped_linears(self._blocks.model, [(index, taps)]):
                 found[linear.name] = tap.gram.diagonal.double().clamp(min=0).sqrt().cpu().numpy()
         return [found[name] for name in self._order]
+
+    def _advance_dense(self, stream: Stream, windows: int, first: int) -> int:
+        """Let the stream skip blocks before `first`, which are dense, as far as an earlier trial's states allow.
+
+        Returns the block that the stream has reached. An allocator that compresses one layer after another needs every
+        dense block once.
+        """
+        reached, states = self._reached.get(windows, (0, stream.inputs))
+        if reached > first:
+            return 0
+        stream.inputs = states
+        for index in range(reached, first):
+            with self._blocks.open(index):
+                stream.advance(index)
+        self._reached[windows] = first, stream.inputs
+        return first
 
     def _first(self, windows: int) -> Tensor:
         if windows > len(self._tokens):

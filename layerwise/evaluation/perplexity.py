@@ -75,9 +75,9 @@ def losses_of(stream: Stream, tokens: Tensor, batch: int, label: str, divergence
     return losses
 
 
-def to_last_block(stream: Stream) -> Iterator[int]:
-    """Advance a stream from the first block to the last one; yields the index of each block passed."""
-    for index in range(len(stream.blocks) - 1):
+def to_last_block(stream: Stream, first: int = 0) -> Iterator[int]:
+    """Advance a stream from block `first` to the last one; yields the index of each block passed."""
+    for index in range(first, len(stream.blocks) - 1):
         with stream.source.open(index):
             stream.advance(index)
         yield index

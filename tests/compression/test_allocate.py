@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +10,11 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from layerwise.calibration.block_stream import Stream
 from layerwise.calibration.taps import Tap
 from layerwise.compression.allocate import share_of
 from layerwise.compression.levels import targets_at
+from layerwise.compression.trials import ModelTrials
 from layerwise.contract.gram import Gram
 from layerwise.contract.target import Target
 from layerwise.evaluation.divergence import kl
@@ -210,6 +212,30 @@ def test_trials_measure_the_divergence_of_what_a_cell_would_store(case):
             score = {row["layer"]: row["score"] for row in table(cell)}[name]
             assert score == pytest.approx(float(kl(before, after).mean()), rel=1e-4, abs=2e-8)
     assert [path.name for path in cell.iterdir() if path.name.startswith(".trials")] == []
+
+
+def test_dense_blocks_before_the_first_compressed_layer_run_once(case, monkeypatch):
+    """Two blocks of seven layers; then the same trials from the last to the first give the same divergences."""
+    advanced, found = list[int](), dict[tuple[float | None, ...], float]()
+    plain, divergence = Stream.advance, ModelTrials.divergence
+
+    def advance(stream: Stream, index: int) -> None:
+        advanced.append(index)
+        plain(stream, index)
+
+    def tried(trials: ModelTrials, levels: Sequence[float | None], windows: int) -> float:
+        found[tuple(levels)] = divergence(trials, levels, windows)
+        if len(found) == 14:
+            assert advanced == [0] * (1 + 7 + 1)  # of the dense model, of trials of block 0, before those of block 1
+            again = [divergence(trials, levels, windows) for levels in reversed(found)]
+            assert again[::-1] == list(found.values()) and min(again) > 0
+        return found[tuple(levels)]
+
+    monkeypatch.setattr(Stream, "advance", advance)
+    monkeypatch.setattr(ModelTrials, "divergence", tried)
+    params = {"errors": "divergence", "windows": 2}
+    case.run("wanda", Target(0.5), out="dense once", allocations={"knapsack": params})
+    assert len(found) == 14
 
 
 @pytest.mark.parametrize("name", ["neuroal", "evopress"])
