@@ -216,7 +216,7 @@ WRONG_FILES = {
             '"needs": []',
             '"needs": [], "cost": {"weights": 1, "grams": 1, "products": 1, "products_per": {"steps": 1}}',
         ),
-        r"CARD\['cost'\]\['products_per'\] must name parameters. Got 'a' instead",
+        r"CARD\['cost'\]\['products_per'\] must name parameters. Got 'steps' instead",
     ),
     "a parameter that names another method": (
         GOOD.replace('"share"', '"chain"').replace("share: float", "chain: float"),
