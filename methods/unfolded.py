@@ -75,8 +75,8 @@ class Unfolded(Method):
     """Each row's best iterate of the warm start and learned steps; with a layer's pattern the best whole iterate.
 
     Steps are in units of 1 / lambda_max(G), learned on rows that `rng` draws among those with an error, and are in
-    `info`. The seconds of the trace count the training. Chosen here: Adam's rate, .1 on logarithms, falling as a
-    cosine; the best cycles by their loss on the rows. Precondition: a finite Gram.
+    `info["learned"]`. The seconds of the trace count the training. Chosen here: Adam's rate, .1 on logarithms, falling
+    as a cosine; the best cycles by their loss on the rows. Precondition: a finite Gram.
     """
 
     warm_start: Any = "wanda"
@@ -101,7 +101,7 @@ class Unfolded(Method):
         result = problem.result(best, start, True, trace)
         parts = {"steps": steps.sizes, "momentum": steps.momentum, "thresholds": steps.thresholds}
         told = {name: part.tolist() for name, part in parts.items() if part is not None}
-        return replace(result, info={**result.info, **told})
+        return replace(result, info={**result.info, "learned": told})
 
     def learned(self, layer: Layer, rows: Rows, unit: float, rng: torch.Generator) -> Steps:
         """Steps for rows that are the layer's in that unit; none where no row has an error, or no better weights."""

@@ -336,14 +336,27 @@ def record_of(job: CellJob, checkpoint: Checkpoint, text: Mapping[str, Any], mod
     peaks = {name: checkpoint.most(name, value) for name, value in peaks.items()}
     seconds = checkpoint.total_seconds()
     record = {"columns": job.columns, "provenance": facts, "seconds": seconds, **peaks, "model": job.model}
-    return record | ({"tuning": json.loads((checkpoint.folder / TUNING).read_text("utf-8"))} if job.stages else {})
+    if job.stages:
+        record["tuning"] = json.loads((checkpoint.folder / TUNING).read_text("utf-8"))
+    if layers := learned_of(checkpoint, len(Blocks(model))):
+        grams = store_of(job.gram).name if job.gram and job.columns["mode"] == "shared" else None
+        record["learned"] = {"grams": grams, "layers": layers}
+    return record
+
+
+def learned_of(checkpoint: Checkpoint, count: int) -> dict[str, dict[str, Any]]:
+    """What the method learned on each layer of the finished blocks: layer -> block, tap and lists of numbers."""
+    found: dict[str, dict[str, Any]] = {}
+    for index in range(count):
+        found |= json.loads(checkpoint.file(index, "json").read_text("utf-8"))["learned"]
+    return found
 
 
 def write_block(
     checkpoint: Checkpoint, index: int, block: Iterable[tuple[dict[str, Any], Compressed]], solver: Solver
 ) -> None:
-    """Save a block's rows, traces and weights in the checkpoint."""
-    rows, traces, stored, targets = [], [], {}, {}
+    """Save a block's rows, traces, weights, and what the method learned on its layers, in the checkpoint."""
+    rows, traces, stored, targets, learned = [], [], {}, {}, {}
     for row, result in block:
         target = solver.at(row["layer"]).target
         if solver.target.paired:
@@ -353,13 +366,16 @@ def write_block(
         for name in ("peak_mb", "peak_gpu_mb"):
             checkpoint.most(name, row[name])
         traces += [{"layer": row["layer"], **point} for point in trace_rows(result)]
+        if "learned" in result.info:
+            numbers = {name: list(map(float, values)) for name, values in result.info["learned"].items()}
+            learned[row["layer"]] = {"block": row["block"], "tap": row["tap"], **numbers}
         stored[row["layer"]] = layer_packing.parts_of(result, target, solver.dtype)
         targets[row["layer"]] = target
         del result
     with whole_file(checkpoint.file(index, "safetensors")) as part:
         shapes = {row["layer"]: (row["out"], row["in"]) for row in rows}
         packed_file.write(part, stored, shapes, solver.target, targets if solver.targets else {})
-    write_atomic(checkpoint.file(index, "json"), json.dumps({"rows": rows, "traces": traces}))
+    write_atomic(checkpoint.file(index, "json"), json.dumps({"rows": rows, "traces": traces, "learned": learned}))
 
 
 def join_blocks(checkpoint: Checkpoint, count: int, out: Path, columns: Mapping[str, Any], title: str) -> None:

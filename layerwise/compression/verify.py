@@ -306,6 +306,16 @@ def _told(layer: Layer, target: Target, result: Compressed) -> str | None:
         return "promise 10: info['duality_gaps'] must be a number for each row of the trace"
     if gaps is not None and not all(map(math.isfinite, gaps)):
         return f"promise 10: the duality gaps {NOT_FINITE}"
+    learned = result.info.get("learned", {})
+    if not isinstance(learned, Mapping):
+        return f"promise 10: info['learned'] must be a dict. Got {type(learned).__name__} instead"
+    for name, values in learned.items():
+        if not isinstance(values, Sequence) or not all(isinstance(x, numbers.Real) for x in values):
+            return (
+                f"promise 10: info['learned'][{name!r}] must be a list of numbers. Got {type(values).__name__} instead"
+            )
+        if not all(map(math.isfinite, values)):
+            return f"promise 10: info['learned'][{name!r}] {NOT_FINITE}"
     return None
 
 

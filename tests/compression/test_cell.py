@@ -31,10 +31,12 @@ from layerwise.contract.layer import Gram, Layer
 from layerwise.contract.target import Target
 from layerwise.methods.random import Random
 from layerwise.methods.sparsegpt import SparseGPT
+from layerwise.methods.wanda import Wanda
 from layerwise.models.loading import load
 from layerwise.models.streaming import LazyBlocks
 from layerwise.models.structure import find_blocks, linears
-from layerwise.numerics import ops
+from layerwise.numerics import learned_steps, ops
+from layerwise.numerics.gradient_projection import Problem
 from layerwise.runtime.errors import InputError
 from layerwise.sources import fingerprint
 from layerwise.storage.packed_file import PackedFile
@@ -292,6 +294,29 @@ def test_rows_of_a_cell(case, capsys):
     assert facts["model_sha256"] == hashlib.sha256(weights_file.read_bytes()).hexdigest()
     assert (facts["calibration_text"], facts["calibration_samples"], facts["calibration_length"]) == ("words", 6, 24)
     assert "wanda 2:4 shared" in capsys.readouterr().err  # the progress bar
+
+
+def test_learned_steps_are_kept_with_their_layer_and_grams(case):
+    """The kept steps give the saved weights again, from the Grams that the record names."""
+    cell = case.run("unfolded", ROW)
+    kept, saved, dense = learned(cell), weights(cell), dense_weights(load(case.spec))
+    assert kept["grams"] == "gram" and list(kept["layers"]) == [row["layer"] for row in rows(cell)]
+    for name, own in kept["layers"].items():
+        tap = {tap.name: tap for tap in read_block(case.folder / kept["grams"], own["block"])}[own["tap"]]
+        layer = Layer(name, dense[name], tap.gram)
+        problem, start = Problem.of(layer, ROW), Wanda().compress(layer, ROW, torch.Generator())
+        of_layer = learned_steps.Rows.of_layer(layer, problem, start, ROW)
+        *_, (_, best, _) = learned_steps.best_iterates(of_layer, learned_steps.Steps(torch.tensor(own["steps"])))
+        torch.testing.assert_close((best.weight.double() * problem.unit).float(), saved[name], rtol=0, atol=0)
+    alone = learned(case.run("unfolded", ROW, "sequential"))
+    first, second = (f"model.layers.{block}.self_attn.q_proj" for block in (0, 1))
+    assert alone["grams"] is None and alone["layers"][first] == kept["layers"][first]
+    assert alone["layers"][second]["steps"] != kept["layers"][second]["steps"]
+    assert learned(case.run("magnitude", ROW)) is None
+
+
+def learned(cell: Path) -> Any:
+    return json.loads((cell / "cell.json").read_text("utf-8")).get("learned")
 
 
 @pytest.mark.parametrize("mode", ["shared", "sequential"])

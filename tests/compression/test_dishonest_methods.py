@@ -269,6 +269,19 @@ LIES: dict[str, Lies] = {
         TOLD + "the duality gaps must be finite",
         diverged=True,
     ),
+    "steps in words": Lies(
+        ROW, informed(learned={"steps": "1.0"}), TOLD + "info['learned']['steps'] must be a list of numbers. Got str"
+    ),
+    "steps of a tensor": Lies(
+        ROW, informed(learned={"steps": torch.ones(2)}), TOLD + "info['learned']['steps'] must be a list of numbers"
+    ),
+    "steps without a name": Lies(ROW, informed(learned=[1.0]), TOLD + "info['learned'] must be a dict. Got list"),
+    "a learned step that is NaN": Lies(
+        ROW,
+        informed(learned={"steps": [1.0, math.nan]}),
+        TOLD + "info['learned']['steps'] must be finite",
+        diverged=True,
+    ),
     # the process
     "seeds torch": Lies(
         ROW,

@@ -51,7 +51,9 @@ def test_twelve_learned_steps_reach_two_hundred_of_awp(target: Target):
     plain = output_error(layer, AWP(Wanda()).compress(layer, target, torch.Generator()).weight)
     result = solved(layer, target)
     assert output_error(layer, result.weight) <= plain
-    assert [iteration for iteration, _, _ in result.trace] == list(range(13)) and len(result.info["steps"]) == 12
+    assert [iteration for iteration, _, _ in result.trace] == list(range(13)) and len(
+        result.info["learned"]["steps"]
+    ) == 12
 
 
 @pytest.mark.parametrize("target", [Target(0.6), Target(pattern="2:4")], ids=lambda target: target.label)
@@ -118,17 +120,17 @@ def test_the_same_seed_gives_the_same_steps_and_another_one_others():
     layer = falling()
     first, again, other = (solved(layer, Target(0.6), seed, rows=8, **BRIEFLY) for seed in (0, 0, 1))
     assert torch.equal(first.weight, again.weight) and first.info == again.info
-    assert first.info["steps"] != other.info["steps"]
+    assert first.info["learned"]["steps"] != other.info["steps"]
 
 
 def test_steps_depend_on_the_drawn_rows_alone():
     """Of eight rows seven are drawn; the other one may be anything, and each of the seven matters."""
     layer, form = falling(out=8), {"rows": 7, **BRIEFLY}
-    steps, same = solved(layer, Target(0.6), **form).info["steps"], 0
+    steps, same = solved(layer, Target(0.6), **form).info["learned"]["steps"], 0
     for row in range(8):
         weight = layer.weight.clone()
         weight[row] = weight[row].flip(0)
-        same += solved(replace(layer, weight=weight), Target(0.6), **form).info["steps"] == steps
+        same += solved(replace(layer, weight=weight), Target(0.6), **form).info["learned"]["steps"] == steps
     assert same == 1
 
 
@@ -138,7 +140,10 @@ def test_steps_are_in_units_of_the_largest_eigenvalue():
     assert solved(layer, Target(0.6), **BRIEFLY).info == solved(scaled, Target(0.6), **BRIEFLY).info
     one = Unfolded(Wanda(), iterations=1, updates=0, starts=1).compress(layer, Target(0.6), torch.Generator())
     start = Wanda().compress(layer, Target(0.6), torch.Generator()).weight
-    moved = start + one.info["steps"][0] / layer.gram.largest_eigenvalue * (layer.weight - start) @ layer.gram.matrix
+    moved = (
+        start
+        + one.info["learned"]["steps"][0] / layer.gram.largest_eigenvalue * (layer.weight - start) @ layer.gram.matrix
+    )
     expected = torch.where(prune_mask(moved.abs(), Target(0.6)), moved, 0.0)
     rows = row_errors(layer, expected) < row_errors(layer, start)
     assert rows.sum() > 40
@@ -156,7 +161,7 @@ def test_steps_toward_other_weights_lead_to_them(monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr(learned_steps, "distance_to", spy)
     supervised, own = (solved(layer, target, rows=16, toward=toward) for toward in (ALPS(), None))
-    assert supervised.info["steps"] != own.info["steps"]
+    assert supervised.info["learned"]["steps"] != own.info["steps"]
     ((rows, aim),) = aims
     chosen = (layer.weight @ rows.weight.T).argmax(0)
     unit = float(layer.weight[chosen[0], 0] / rows.weight[0, 0])
@@ -170,7 +175,7 @@ def test_steps_toward_other_weights_lead_to_them(monkeypatch: pytest.MonkeyPatch
 def test_a_start_that_is_where_the_steps_lead_is_returned():
     layer, target = falling(), Target(0.6)
     result, start = solved(layer, target, toward=Wanda()), Wanda().compress(layer, target, torch.Generator())
-    assert torch.equal(result.weight, start.weight) and result.info["steps"] == [] and len(result.trace) == 1
+    assert torch.equal(result.weight, start.weight) and result.info["learned"]["steps"] == [] and len(result.trace) == 1
     sparse = torch.where(prune_mask(layer.weight.abs(), target), layer.weight, 0.0)
     alone = solved(replace(layer, weight=sparse, gram=Gram(torch.eye(96), 1000)), target)
     assert torch.equal(alone.weight, sparse) and alone.trace[0][2] == 0
