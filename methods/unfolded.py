@@ -25,7 +25,7 @@ CARD = {
     "needs": ["gram"],
     "random": True,
     "criterion": "error",
-    "cost": {"weights": 29.2, "grams": 3.8, "products": 300.0},
+    "cost": {"weights": 29.2, "grams": 3.8, "products": 300.0, "products_per": {"iterations": 25.0, "updates": 10.4}},
     "look": {"colour": "#AA4499", "marker": "P"},
     "checks": {
         "defaults": {"iterations": 4, "updates": 3, "starts": 1},

@@ -6,12 +6,14 @@ MODEL is a local folder, GRAMS its Gram store of a study (results/grams/HASH). T
 forms.csv has the layers of the block, solved in each way; seconds are the processor's, of the whole call on one thread,
 training included. transfer.csv has steps that are learned on 64 rows of each layer of the block and used where nothing
 is trained: on the layer's other rows, on layers of other blocks and of another model, of the same kind (`alike`) or
-not. There `ratio` is the error over that of AWP with 200 iterations, on the same rows.
+not. There `ratio` is the error over that of AWP with 200 iterations, on the same rows. With --updates only
+training.csv is written: the layers, solved with twelve steps after each number of updates, for both losses.
 """
 
 import argparse
+import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +59,17 @@ FORMS: dict[str, Method] = {
 }
 
 
+def trainings(updates: Sequence[int]) -> dict[str, Method]:
+    """Twelve steps, trained by each number of updates, incrementally and from cycles; and what they compare with."""
+    ways: dict[str, Method] = {name: FORMS[name] for name in ("awp 200", "alps")}
+    for begin in ("incremental", "cycles"):
+        for toward in (None, ALPS()):
+            for count in updates:
+                name = f"{begin}, {'toward alps' if toward else 'own error'}, {count}"
+                ways[name] = Unfolded(Wanda(), begin=begin, updates=count, toward=toward)
+    return ways
+
+
 def block_layers(model: str, grams: str, block: int, kinds: Sequence[str]) -> list[Layer]:
     """The layers of a block with their Grams; of these kinds, if there are any."""
     found = model_linears(load({"path": model}))
@@ -70,14 +83,15 @@ def kind_of(layer: Layer) -> str:
     return layer.name.split(".")[-1]
 
 
-def forms(layers: Sequence[Layer], target: Target) -> Iterator[Row]:
+def forms(layers: Sequence[Layer], target: Target, ways: Mapping[str, Method] = FORMS) -> Iterator[Row]:
     """A row for each layer and way to solve it."""
     for layer in layers:
-        for name, method in FORMS.items():
+        for name, method in ways.items():
             began = time.process_time()
             result = method.compress(layer, target, torch.Generator().manual_seed(0))
             seconds = time.process_time() - began
             error = output_error(layer, result.weight)[1]
+            print(f"{layer.name} {target.label} {name}: {error:.6f} in {seconds:.3f} s", file=sys.stderr, flush=True)
             yield {"target": target.label, "layer": layer.name, "form": name, "error": error, "seconds": seconds}
 
 
@@ -144,6 +158,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--model", dest="other", nargs=3, metavar=("MODEL", "GRAMS", "BLOCK"), help="another model")
     parser.add_argument("--layers", nargs="*", default=[], help="kinds of layers, such as q_proj; all by default")
     parser.add_argument("--targets", nargs="+", default=["60% row", "2:4"])
+    parser.add_argument("--updates", type=int, nargs="+", help="numbers of updates that are compared")
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
@@ -153,17 +168,20 @@ def main(argv: list[str] | None = None) -> None:
     if args.other:
         others["another model"] = block_layers(args.other[0], args.other[1], int(args.other[2]), args.layers)
     args.out.mkdir(parents=True, exist_ok=True)
-    for name, rows in (
-        ("transfer", lambda target: transfer(layers, others, target)),
-        ("forms", lambda target: forms(layers, target)),
-    ):
+    tables: dict[str, Callable[[Target], Iterator[Row]]] = {
+        "transfer": lambda target: transfer(layers, others, target),
+        "forms": lambda target: forms(layers, target),
+    }
+    if args.updates:
+        tables = {"training": lambda target: forms(layers, target, trainings(args.updates))}
+    for name, rows in tables.items():
         table = pd.DataFrame([row for label in args.targets for row in rows(Target.parse(label))])
         table.to_csv(args.out / f"{name}.csv", index=False)
         print(summary(table, name).to_string(), flush=True)
 
 
 def summary(table: pd.DataFrame, name: str) -> pd.DataFrame:
-    """Means over layers; of `forms` also the largest ratio of a layer's error to that of AWP's 200 iterations."""
+    """Means over layers; of the others also the largest ratio of a layer's error to that of AWP's 200 iterations."""
     if name == "transfer":
         rows = table.groupby(["target", "loss", "used on", "alike"], sort=False)
         return pd.DataFrame({"count": rows.size(), "mean": rows["ratio"].mean(), "max": rows["ratio"].max()}).round(4)

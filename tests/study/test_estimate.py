@@ -168,6 +168,7 @@ def test_iterations_change_what_a_method_costs():
     assert steps == pytest.approx([130, 210, 1650])
     assert products("three_basil", iterations=200) == pytest.approx(700)
     assert products("three_basil", iterations=1) < 10
+    assert products("unfolded", updates=300, iterations=10) == pytest.approx(300 + 280 * 10.4 - 2 * 25)
 
 
 def test_what_is_inside_a_method_counts():
