@@ -120,7 +120,7 @@ def test_the_same_seed_gives_the_same_steps_and_another_one_others():
     layer = falling()
     first, again, other = (solved(layer, Target(0.6), seed, rows=8, **BRIEFLY) for seed in (0, 0, 1))
     assert torch.equal(first.weight, again.weight) and first.info == again.info
-    assert first.info["learned"]["steps"] != other.info["steps"]
+    assert first.info["learned"]["steps"] != other.info["learned"]["steps"]
 
 
 def test_steps_depend_on_the_drawn_rows_alone():
@@ -161,7 +161,7 @@ def test_steps_toward_other_weights_lead_to_them(monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr(learned_steps, "distance_to", spy)
     supervised, own = (solved(layer, target, rows=16, toward=toward) for toward in (ALPS(), None))
-    assert supervised.info["learned"]["steps"] != own.info["steps"]
+    assert supervised.info["learned"]["steps"] != own.info["learned"]["steps"]
     ((rows, aim),) = aims
     chosen = (layer.weight @ rows.weight.T).argmax(0)
     unit = float(layer.weight[chosen[0], 0] / rows.weight[0, 0])
