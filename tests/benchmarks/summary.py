@@ -103,7 +103,7 @@ def markdown(table: pd.DataFrame, run: dict[str, Any], command: str) -> str:
     notes += [f"- {name}: not timed, it {reason}." for name, reason in UNTIMED.items()]
     grown = f"""## Growth
 
-Slope of log seconds over log size, {min(SIDES)} to {max(SIDES)}, the other size {FIXED}.
+The slope of log seconds over log size, from {min(SIDES)} to {max(SIDES)}, where the other size is {FIXED}.
 
 {markdown_table(["", "`in`", "floor", "`out`", "floor"], rows)}
 """
