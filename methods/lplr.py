@@ -63,7 +63,7 @@ class LPLR(Method):
         except UnsupportedTarget as error:
             raise UnsupportedTarget(f"lplr's after cannot be used: {error}") from None
         if given.low_rank.kept is not None:
-            raise UnsupportedTarget("lplr's after cannot give a sparse low-rank factor. Got one instead.")
+            raise UnsupportedTarget("lplr's after must not give a sparse low-rank factor. Got one instead.")
         weight, _ = ops.in_float64(layer)
         rest = given.rest
         missing = weight if rest is None else weight - rest.weight.double()

@@ -66,7 +66,7 @@ class Rotated(Method):
         result = self.under.compress(turned, target, rng)
         if result.quantised.own_grid:
             raise UnsupportedTarget(
-                "rotated stores one rotation of integer codes, and its quantiser has a grid of its own"
+                "rotated stores one rotation of integer codes, but its quantiser has a grid of its own"
             )
         quantised = replace(result.quantised, rotation=rotation)
         values = ops.quantised_values(quantised, target)

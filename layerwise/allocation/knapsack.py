@@ -47,7 +47,7 @@ def choose(
     """
     tables = [np.array(own, dtype=np.float64) for own in errors]
     if not all(np.isfinite(own).all() for own in tables):
-        raise ValueError("errors must be finite numbers")
+        raise ValueError("errors must be finite numbers. Got NaN or infinity instead")
     divisor = math.gcd(*(value for own in excess for value in own)) or 1
     exact = [np.array([value // divisor for value in own], dtype=np.int64) for own in excess]
     if any(0 not in own for own in exact):

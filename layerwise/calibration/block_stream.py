@@ -260,7 +260,9 @@ class Stream:
         # A block's extra results may be arguments of the next block.
         run, another = calls(()) if extra else (one, other)
         if not (same(one, other) and same(run, another)):
-            raise InputError(f"{type(self.model).__name__} passes more than {HIDDEN} from block to block.")
+            raise InputError(
+                f"{type(self.model).__name__} must pass only {HIDDEN} from block to block. Got further outputs instead."
+            )
         return skip if same(one, run) else []
 
     def _embed(self, tokens: Tensor) -> Tensor:

@@ -135,8 +135,9 @@ class ExpertRecorder(TorchFunctionMode):
         if wrong:
             tokens = self.seen[wrong[0]]
             raise InputError(
-                "Every layer of an expert must see each token routed to it exactly once, in transformers' eager "
-                f"experts, but {wrong[0]} saw {abs(tokens)} {'more' if tokens > 0 else 'fewer'} in a batch."
+                "Every layer of an expert must see each token routed to it exactly once, as in transformers' eager "
+                f"experts. Got {abs(tokens)} tokens too {'many' if tokens > 0 else 'few'} of a batch in {wrong[0]} "
+                "instead."
             )
         self.seen.clear()
 

@@ -143,7 +143,7 @@ class TapRecorder:
             seen = " + ".join(map(str, self.calls[sorted(wrong)[0]]))
             raise InputError(
                 "Every linear layer of a block must see every token once, unless it is an expert's in transformers' "
-                f"layout, but {few(wrong)} saw {seen} of the {tokens} tokens of a batch."
+                f"layout. Got {seen} of the {tokens} tokens of a batch in {few(wrong)} instead."
             )
         uncalled = [layer.name for layer in self.layers if not self.calls[layer.name]]
         if uncalled:

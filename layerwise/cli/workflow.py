@@ -47,7 +47,7 @@ def study_and_rest(words: Sequence[str], default: str | None = None) -> tuple[st
     if not first.startswith("-"):
         return first, rest
     if default is None or any(word in config_file.shipped_studies() or Path(word).is_file() for word in rest):
-        raise InputError(f"STUDY must come before Snakemake's own arguments. Got {first!r} in its place instead.")
+        raise InputError(f"STUDY must come before Snakemake's own arguments. Got {first!r} first instead.")
     return default, [first, *rest]
 
 

@@ -136,7 +136,7 @@ def check(tables: Path, accepted: Path, tolerance: float = TOLERANCE) -> bool:
         gained |= dict.fromkeys(names)
     agree = hold(now, known, tolerance)
     if gained:
-        print(f"Accepted before these methods or allocators had all of today's parameters: {', '.join(gained)}.")
+        print(f"Methods or allocators with more parameters than when they were accepted: {', '.join(gained)}.")
     for table in absent:
         print(f"{NUMBERS[table][1]} ({table}): none accepted yet; {len(now[table])} not compared.")
     return agree

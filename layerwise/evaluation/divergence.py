@@ -74,11 +74,11 @@ class DenseStates:
     def check(self, tokens: str, model: Mapping[str, str]) -> None:
         """Raise InputError unless the states belong to these tokens (a hash) and to these model files (name ->
         hash)."""
-        for what, own in (("tokens", tokens), ("model", dict(model))):
+        for what, other, own in (("tokens", "other tokens", tokens), ("model", "another model", dict(model))):
             if self.record[what] != own:
                 raise InputError(
-                    f"{self.path} must be of the {what} that the cell is evaluated with. It belongs to others: "
-                    "delete it, and run again."
+                    f"{self.path} must be of the {what} that the cell is evaluated with. Got states of {other} "
+                    "instead: delete it, and run again."
                 )
 
     def batches(self, stream: Stream, tokens: Tensor) -> StoredStates:
@@ -88,7 +88,7 @@ class DenseStates:
         """
         wanted, found = list(tokens.shape), [self.record["windows"], self.record["shape"][0]]
         if found != wanted:
-            raise InputError(f"{self.path} must hold {wanted} windows and tokens of each. Got {found} instead.")
+            raise InputError(f"{self.path} must hold [windows, tokens] = {wanted}. Got {found} instead.")
         own = computed_dtype(stream.model)
         if self.record["dtype"] != own:
             raise InputError(

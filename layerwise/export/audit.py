@@ -162,7 +162,7 @@ def structure(folder: Path, trust_remote_code: bool) -> tuple[Any, dict[str, Lin
 def read_packed(file: PackedFile, dtype: torch.dtype, name: str) -> Found:
     """A layer of our own layout. Raises ValueError when the file has none of that name."""
     if name not in file.shapes:
-        raise ValueError(f"{file.path.name} does not hold it")
+        raise ValueError(f"{file.path.name} does not hold the layer")
     result = file.read(name)
     return Found(result.weight.to(dtype), result.mask, file.stored_bytes(name))
 

@@ -46,7 +46,7 @@ def origin(cell: PlannedCell, row: Mapping[str, Any], study: Study) -> tuple[str
     found = [identity for identity, spec in specs.items() if spec["name"] == name]
     if not found:
         raise InputError(
-            f"The tables must be those of the study in --study. Got a {kind} on {name} instead, which it lacks."
+            f"The tables must be those of the study in --study. Got a {kind} on {name} instead, which the study lacks."
         )
     identity = found[0]
     return f"{cell.folder}/{kind}-{identity}.json", f"{logs}/{kind}-{identity}.log"
@@ -84,7 +84,8 @@ def cell_views(study: Study, data: Mapping[str, pd.DataFrame]) -> tuple[list[dic
         if own not in planned:
             asked = " ".join(str(value) for value in own)
             raise InputError(
-                f"The tables must be those of the study in --study. Got the cell {asked} instead, which it lacks."
+                "The tables must be those of the study in --study. "
+                f"Got the cell {asked} instead, which the study lacks."
             )
         cell = planned[own]
         rows = rows_of(part)

@@ -34,7 +34,7 @@ def check_unchanged(model: hub.Spec, fingerprint: Path) -> None:
     Only files that have changed since, according to the file system, are hashed.
     """
     if not fingerprint.is_file():
-        raise InputError(f"{fingerprint}, of the model that this job computes with, is gone: run again to make it.")
+        raise InputError(f"{fingerprint}, the fingerprint of this job's model, no longer exists: run again to make it.")
     told = read_made(fingerprint)
     if "gguf" in model and gguf_files.content(model) != told["model_sha256"]:  # before it is converted again
         raise InputError(edited(gguf_files.named(model), fingerprint))
@@ -55,7 +55,6 @@ def edited(path: Path | str, fingerprint: Path) -> str:
     """The message about a model's file that has changed."""
     return (
         f"{path} is no longer the file from which {fingerprint} was made; it may have been edited or damaged: restore "
-        f""
         f"it, or delete {fingerprint} to study the changed file, and run again."
     )
 

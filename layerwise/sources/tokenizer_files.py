@@ -108,7 +108,7 @@ def check_vocabulary_is_taken(tokenizer: PreTrainedTokenizerBase, folder: Path) 
     if other is not None:
         raise InputError(
             f"The tokenizer of {folder} must have the tokens of its {name}. Got {own.get(other)} instead of "
-            f"{wanted[other]} for {brief(repr(other))}, of {type(tokenizer).__name__}: add the publisher's {PIPELINE}."
+            f"{wanted[other]} for {brief(repr(other))} from {type(tokenizer).__name__}: add the publisher's {PIPELINE}."
         )
 
 

@@ -229,8 +229,8 @@ def _check_groups(name: str, spec: ModelSpec, targets: Sequence[Target]) -> None
     for target, size in itertools.product(targets, checkpoint_files.layer_inputs(spec)):
         if target.group and size % target.group:
             raise InputError(
-                f"targets: groups of {target.group} do not divide the {size} inputs that layers of the model {name!r} "
-                "have."
+                "targets: a group must divide the inputs of every layer. "
+                f"Got groups of {target.group} instead, and layers of {size} inputs in the model {name!r}."
             )
 
 

@@ -66,7 +66,9 @@ def _entries(catalogue: Catalogue, label: str, raw: Mapping[str, Any]) -> Iterat
     where = f"methods.{label}"
     named = [key for key in raw if key in catalogue.named_by]  # parameters that name the method
     if named and "method" in raw:
-        raise CatalogueError(f"{where}: {named[0]} names the method already. Got method: {raw['method']} as well.")
+        raise CatalogueError(
+            f"{where}: method must be left out, because {named[0]} already names it. Got {raw['method']} instead."
+        )
     method = catalogue.named_by[named[0]] if named else raw.get("method", label)
     entry = catalogue.find(method, where)
     if not named and "named_by" in entry.card:

@@ -147,7 +147,7 @@ def test_states_passed_beside_the_hidden_ones_are_refused():
     model.model.layers[1].register_forward_pre_hook(
         lambda _, args, kwargs: (args, {**kwargs, "first": args[0]}), with_kwargs=True
     )
-    with pytest.raises(InputError, match="passes more than hidden_states from block to block"):
+    with pytest.raises(InputError, match="must pass only hidden_states from block to block"):
         Stream(model, tokens(4), 2)
 
 
@@ -183,7 +183,7 @@ class Residuals(nn.Module):
 
 
 def test_states_that_blocks_return_beside_the_hidden_ones_are_refused():
-    with pytest.raises(InputError, match="passes more than hidden_states from block to block"):
+    with pytest.raises(InputError, match="must pass only hidden_states from block to block"):
         Stream(cast(PreTrainedModel, Residuals(build("llama"))), tokens(4), 2)
 
 

@@ -185,7 +185,7 @@ def test_states_of_other_tokens_or_another_model_are_refused(tmp_path, tokens):
         dense.check("2", MADE_OF["model"])
     with pytest.raises(InputError, match="dense.json must be of the model that the cell is evaluated with"):
         dense.check("0", {"config.json": "2"})
-    with pytest.raises(InputError, match=r"must hold \[5, 16\] windows and tokens of each. Got \[7, 16\] instead"):
+    with pytest.raises(InputError, match=r"must hold \[windows, tokens\] = \[5, 16\]. Got \[7, 16\] instead"):
         found(llama(), tokens[:5], dense)
     with pytest.raises(InputError, match="must hold hidden states in bfloat16, .* Got float32 instead: run the rule"):
         found(llama().bfloat16(), tokens, dense)

@@ -216,7 +216,7 @@ def test_equal_input_gives_equal_bytes(study, folder, html):
 def test_bad_input_is_a_sentence(study, folder):
     with pytest.raises(InputError, match=r"The figure .*absent.svg cannot be read: No such file"):
         page(study, folder / "tables", [folder / "absent.svg"])
-    with pytest.raises(InputError, match="Got the cell .* instead, which it lacks"):
+    with pytest.raises(InputError, match="Got the cell .* instead, which the study lacks"):
         page(Study(study.cells[1:]), folder / "tables", [])
 
 

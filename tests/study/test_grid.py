@@ -694,7 +694,7 @@ WRONG = {
     ),
     "chain with a method": (
         study(methods={"a": {"method": "rtn", "chain": ["wanda", "rtn"]}}, targets=JOINT),
-        "methods.a: chain names the method already. Got method: rtn as well.",
+        "methods.a: method must be left out, because chain already names it. Got rtn instead.",
     ),
     "chain with a parameter": (
         study(methods={"a": {"chain": ["wanda", "rtn"], "mse": True}}, targets=JOINT),
@@ -927,7 +927,10 @@ def test_a_group_that_does_not_divide_is_one_sentence_before_any_job(sources, ki
     plan(asking(divides), check_sources=True)
     with pytest.raises(InputError) as error:
         plan(asking(group), check_sources=True)
-    told = f"targets: groups of {group} do not divide the {inputs} inputs that layers of the model 'tiny' have."
+    told = (
+        f"targets: a group must divide the inputs of every layer. Got groups of {group} instead, and layers "
+        f"of {inputs} inputs in the model 'tiny'."
+    )
     assert str(error.value) == told
 
 

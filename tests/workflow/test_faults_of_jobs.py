@@ -445,7 +445,7 @@ def test_a_model_that_is_edited_during_a_calibration(case: Case, monkeypatch):
 
 
 def test_a_fingerprint_that_is_gone_is_one_sentence(case: Case, tmp_path):
-    with pytest.raises(InputError, match=r"gone\.json, of the model that this job computes with, is gone: run again"):
+    with pytest.raises(InputError, match=r"gone\.json, the fingerprint of this job's model, no longer exists"):
         check_unchanged(json.loads(case.model), tmp_path / "gone.json")
 
 
