@@ -13,7 +13,7 @@ from pathlib import Path
 
 
 class InputError(Exception):
-    """An error that the user can fix. Its message has one form: "X must be Y. Got Z instead."""
+    """An error that the user can fix. The form of its message is "X must be Y. Got Z instead", where it fits."""
 
     status = 2  # exit status of the command or worker that it ends
 

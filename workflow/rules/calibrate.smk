@@ -1,5 +1,5 @@
 rule code:
-    """Stands for the content of the files of code that a job depends on; see Code in study/job_inputs.py."""
+    """A file named after the content of the code that a job depends on; see Code in study/job_inputs.py."""
     output:
         "results/code/{code}",
     localrule: True
@@ -79,7 +79,7 @@ rule evaluation_tokens:
 
 
 rule check_model:
-    """That the walk through the model's blocks is the model, on a window of its text, before anything is calibrated."""
+    """Check, before any calibration, that the model run block by block equals the model itself on a window of text."""
 
     # Jobs that calibrate wait for it. It has no inputs and parameters but theirs, so that it never makes them run again;
     # by other code they check the model themselves (evaluation/checked.py).
@@ -104,7 +104,7 @@ rule check_model:
 
 
 rule check_tasks:
-    """That the model's tokenizer has the tokens that the study's tasks need."""
+    """Check that the model's tokenizer has the tokens that the study's tasks need."""
     input:
         model="results/models/{model}.json",
         tokens=f"results/tokens/{{model}}/calibration-{next(iter(PLAN.calibrations))}.safetensors",

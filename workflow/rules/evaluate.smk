@@ -1,5 +1,5 @@
 rule dense_states:
-    """What the dense model has after its last block, for the divergence of every cell from it."""
+    """The dense model's hidden states after its last block, for the divergence of every cell from it."""
     input:
         model="results/models/{model}.json",
         tokens="results/tokens/{model}/evaluation-{evaluation}.safetensors",
@@ -24,8 +24,8 @@ rule dense_states:
 
 
 rule perplexity:
-    """Perplexity of one cell on one text, and its divergence from the dense model; read where the job that compressed
-    the cell has left them (evaluation/cache.py)."""
+    """Perplexity of one cell on one text, and its divergence from the dense model. Both are read if the job that
+    compressed the cell has left them (evaluation/cache.py)."""
     input:
         model="results/models/{model}.json",
         tokens="results/tokens/{model}/evaluation-{evaluation}.safetensors",
@@ -87,7 +87,7 @@ rule task_data:
 
 
 rule zero_shot:
-    """One cell on one set of zero-shot tasks, by lm-eval; read where it is there already."""
+    """One cell on one set of zero-shot tasks, by lm-eval. A result that exists already is read."""
     input:
         JOBS.task_files,
         model="results/models/{model}.json",
