@@ -474,6 +474,32 @@ def test_numbers_that_are_not_finite_name_their_layer(study):
     assert reasons["huge"].removeprefix("compress: ") in done.output
 
 
+# --------------------------------------------------------------------------------------------------------- allocations
+
+
+@pytest.mark.long
+def test_an_edited_allocator_concerns_its_own_job_and_cells(study):
+    config = tiny_study() | {"modes": ["shared"], "targets": [{"sparsity": 0.5}], "methods": {"wanda": None}}
+    config["allocations"] = {"uniform": None, "owl": {"threshold": 2}, "pq_index": None}
+    path = write_config(study.folder, config, Path("config/spread.yaml"))
+    done = study.run(*TABLES_ALONE, config=path)
+    assert done.status == 0 and done.jobs["allocate"] == 2, done.output
+    levels = study.table("allocations")
+    assert set(levels["allocation"]) == {"owl", "pq_index"} and len(levels) == 2 * 2 * LAYERS
+    assert set(study.table("cells")["allocation"]) == {"uniform", "owl", "pq_index"}
+    edited = {}
+    for name in ("owl", "uniform"):
+        file = study.folder / f"allocators/{name}.py"
+        before = file.read_text("utf-8")
+        try:
+            file.write_text(before + "# edited\n", "utf-8")
+            edited[name] = study.run("-n", *TABLES_ALONE, config=path)
+        finally:
+            file.write_text(before, "utf-8")
+    assert edited["owl"].jobs["allocate"] == 1 and of_cells(edited["owl"]) == (1, 1)
+    assert NOTHING in edited["uniform"].output
+
+
 # -------------------------------------------------------------------------------------------------------------- export
 
 
