@@ -132,8 +132,7 @@ class Compressed:
     mask:   [out, in] bool, True where kept. None when the target prunes nothing.
     quantised, low_rank: codes and grid; factors and S. None when the target has no bits, or no rank.
     trace:  (iteration, seconds, objective) rows of an iterative method.
-    info:   further facts. `damping`, the damping used, has a column in the layers table; `learned`, lists of numbers
-            that the method learned on the layer, by name, is kept in cell.json.
+    info:   further facts: `damping`, which has a column in the layers table; `learned`, lists of numbers for cell.json.
     """
 
     weight: Tensor

@@ -188,7 +188,10 @@ def test_an_allocator_that_gained_a_parameter_keeps_its_accepted_numbers_and_one
 ):
     tables, accepted = study(tmp_path / "a"), tmp_path / "accepted"
     run("accept", tables, accepted)
-    for params, code, told in (('{"gained":1}', 0, "today's parameters: uniform."), ("[]", 1, "28 added, 28 gone")):
+    for params, code, told in (
+        ('{"gained":1}', 0, "were accepted: uniform."),
+        ("[]", 1, "28 added, 28 gone"),
+    ):
         for name in ("layers", "cells"):
             path = tables / f"{name}.parquet"
             pd.read_parquet(path).assign(allocation_params=params).to_parquet(path)
