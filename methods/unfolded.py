@@ -31,7 +31,7 @@ CARD = {
         "defaults": {"iterations": 4, "updates": 3, "starts": 1},
         "variants": [
             {"begin": "incremental", "momentum": "learned"},
-            {"begin": "line_search", "toward": "alps"},
+            {"begin": "line_search", "toward": "magnitude"},
             {"threshold": "soft"},
         ],
     },

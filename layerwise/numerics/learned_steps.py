@@ -250,7 +250,7 @@ class Training:
         """For one iteration after the other the size with the least loss, if it were the last iteration."""
         sizes = rows.weight.new_empty(0)
         for _ in range(self.count):
-            tried = [torch.cat([sizes, sizes.new_tensor([size])]) for size in TRIED]
+            tried = [torch.cat([sizes, sizes.new_full((1,), size)]) for size in TRIED]
             sizes = min(tried, key=lambda candidate: value(rows, self.untrained(candidate), loss))
         return self.untrained(sizes)
 
