@@ -9,7 +9,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -131,8 +130,7 @@ class W4BlockSparse:
         rows, inputs = packing.shape_of(codes)
         blocks = -(-inputs // BLOCK)
         packing.check_grid(codes, scales, zeros, (rows, blocks))
-        if kept.dtype != torch.bool or kept.shape != (rows, blocks):
-            raise ValueError(f"Kept must be bool [{rows}, {blocks}]. Got {packing.kind(kept)} instead.")
+        packing.check_bools("Kept", kept, (rows, blocks))
         if blocks > 2**16:
             raise ValueError(f"The column of a block must fit in 16 bits. Got {blocks} blocks in a row instead.")
         where = kept.numpy()
@@ -226,8 +224,7 @@ class Sparse24:
         Raises ValueError for other shapes or values, in one sentence.
         """
         rows, inputs = packing.shape_of(weight)
-        if mask.dtype != torch.bool or mask.shape != weight.shape:
-            raise ValueError(f"The mask must be bool [{rows}, {inputs}]. Got {packing.kind(mask)} instead.")
+        packing.check_bools("The mask", mask, (rows, inputs))
         kept = packing.padded(mask.numpy(), 2 * BLOCK).reshape(rows, -1, 4)
         if (kept.sum(2) > 2).any():
             raise ValueError("The mask must keep at most two of every four inputs. Got more instead.")

@@ -8,7 +8,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -83,8 +82,7 @@ class RowSparse:
         Raises ValueError for other shapes or values, in one sentence.
         """
         rows, inputs = packing.shape_of(weight)
-        if mask.dtype != torch.bool or mask.shape != weight.shape:
-            raise ValueError(f"The mask must be bool [{rows}, {inputs}]. Got {packing.kind(mask)} instead.")
+        packing.check_bools("The mask", mask, (rows, inputs))
         kept = mask.sum(1)
         if (kept != kept[0]).any():
             raise ValueError(

@@ -86,6 +86,12 @@ def check_grid(codes: Tensor, scales: Tensor, zeros: Tensor, shape: tuple[int, i
             raise ValueError(f"{name} must be whole numbers from 0 to 15. Got other values instead.")
 
 
+def check_bools(name: str, values: Tensor, shape: tuple[int, int]) -> None:
+    """Raise ValueError unless the values are bool [shape]."""
+    if values.dtype != torch.bool or values.shape != shape:
+        raise ValueError(f"{name} must be bool [{shape[0]}, {shape[1]}]. Got {kind(values)} instead.")
+
+
 def checked_vector(x: NDArray[np.float32], shape: tuple[int, int]) -> NDArray[np.float32]:
     """x, if it is float32 [inputs] for a weight of this shape; otherwise raises ValueError."""
     if x.dtype != np.float32 or x.shape != shape[1:]:
