@@ -264,8 +264,12 @@ def compress(job: CellJob, checkpoint: Checkpoint) -> dict[str, Any]:
                 block = visit(blocks.model, [(index, taps)], solve, progress, job.fishers)
                 write_block(checkpoint, index, block, solver)
     columns = {**job.columns, "criterion": job.entry.criterion or "own"}
-    join_blocks(checkpoint, len(blocks), job.out, columns, job.title)
-    return record_of(job, checkpoint, text, blocks.model)
+    learned = join_blocks(checkpoint, len(blocks), job.out, columns, job.title)
+    record = record_of(job, checkpoint, text, blocks.model)
+    if learned:
+        grams = store_of(job.gram).name if job.gram and job.columns["mode"] == "shared" else None
+        record["learned"] = {"grams": grams, "layers": learned}
+    return record
 
 
 def each(solver: Solver) -> Callable[[Layer], tuple[Compressed, dict[str, Any]]]:
@@ -336,20 +340,7 @@ def record_of(job: CellJob, checkpoint: Checkpoint, text: Mapping[str, Any], mod
     peaks = {name: checkpoint.most(name, value) for name, value in peaks.items()}
     seconds = checkpoint.total_seconds()
     record = {"columns": job.columns, "provenance": facts, "seconds": seconds, **peaks, "model": job.model}
-    if job.stages:
-        record["tuning"] = json.loads((checkpoint.folder / TUNING).read_text("utf-8"))
-    if layers := learned_of(checkpoint, len(Blocks(model))):
-        grams = store_of(job.gram).name if job.gram and job.columns["mode"] == "shared" else None
-        record["learned"] = {"grams": grams, "layers": layers}
-    return record
-
-
-def learned_of(checkpoint: Checkpoint, count: int) -> dict[str, dict[str, Any]]:
-    """What the method learned on each layer of the finished blocks: layer -> block, tap and lists of numbers."""
-    found: dict[str, dict[str, Any]] = {}
-    for index in range(count):
-        found |= json.loads(checkpoint.file(index, "json").read_text("utf-8"))["learned"]
-    return found
+    return record | ({"tuning": json.loads((checkpoint.folder / TUNING).read_text("utf-8"))} if job.stages else {})
 
 
 def write_block(
@@ -378,10 +369,13 @@ def write_block(
     write_atomic(checkpoint.file(index, "json"), json.dumps({"rows": rows, "traces": traces, "learned": learned}))
 
 
-def join_blocks(checkpoint: Checkpoint, count: int, out: Path, columns: Mapping[str, Any], title: str) -> None:
+def join_blocks(
+    checkpoint: Checkpoint, count: int, out: Path, columns: Mapping[str, Any], title: str
+) -> dict[str, dict[str, Any]]:
     """Join the blocks of a checkpoint into the cell's tables and weights.
 
-    columns: the columns of the spec, and the criterion of the trace.
+    columns: the columns of the spec, and the criterion of the trace. Returns what the method learned on each layer:
+    layer -> block, tap and lists of numbers.
     """
     found = [json.loads(checkpoint.file(index, "json").read_text("utf-8")) for index in range(count)]
     own = {key: value for key, value in columns.items() if key != "criterion"}
@@ -392,3 +386,4 @@ def join_blocks(checkpoint: Checkpoint, count: int, out: Path, columns: Mapping[
             write_parquet(from_rows(content, {"trace": "traces"}.get(table, table), title), part)
     with whole_file(out / "weights.safetensors") as part:
         packed_file.join(part, [checkpoint.file(index, "safetensors") for index in range(count)])
+    return {layer: numbers for block in found for layer, numbers in block["learned"].items()}
