@@ -57,7 +57,7 @@ JITTER = 1e-9  # least eigenvalue of a singular Gram, as a share of its mean dia
 
 @dataclass(frozen=True)
 class ROCKET(Method):
-    """B = V^T, sparse, and A = U^T C^-1, dense. Its allocation over layers is the allocator knapsack.
+    """B = V^T, sparse, and A = U^T C^-1, dense. The allocator knapsack is close to its allocation.
 
     The importance of an entry is |V| sqrt(||C^-T u||), the geometric mean of |V| and |V| ||C^-T u||; by the latter
     dropped entries come back. Precondition: a finite Gram.
