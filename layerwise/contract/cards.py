@@ -1,7 +1,7 @@
 """The schema of a method's card, and the parameters that cards share. Only literals; torch is not imported."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from layerwise.contract.target import FORMATS
@@ -165,7 +165,7 @@ class Kind:
     signature: str
     of_the_base: tuple[str, ...]
     paths: str
-    schema: Mapping[str, Any]
+    schema: Mapping[str, Any] = field(hash=False)
     instead: tuple[str, ...] = ()
 
 

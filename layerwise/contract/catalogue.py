@@ -13,6 +13,7 @@ import math
 import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -332,15 +333,25 @@ def kind_of(path: Path) -> Kind:
 def read_entry(path: Path, kind: Kind = METHOD) -> Entry | None:
     """The entry of a file of this kind, or None for a file without a CARD; raises CatalogueError for a wrong file."""
     try:
-        tree = ast.parse(path.read_text("utf-8"), filename=str(path))
+        text = path.read_text("utf-8")
     except OSError as error:
         raise CatalogueError(f"{path} cannot be read: {error.strerror}.") from None
+    except UnicodeDecodeError as error:
+        raise CatalogueError(f"{path} is not valid Python: {error}.") from None
+    return _entry(path, text, kind)
+
+
+@cache  # a process reads the same files for each of its catalogues, .2 s for all of them
+def _entry(path: Path, text: str, kind: Kind) -> Entry | None:
+    """The same for the text of a file."""
+    try:
+        tree = ast.parse(text, filename=str(path))
     except RecursionError:
         raise CatalogueError(f"{path} is not valid Python: it is nested too deeply.") from None
     except SyntaxError as error:
         at = f" in line {error.lineno}" if error.lineno else ""
         raise CatalogueError(f"{path} is not valid Python: {error.msg}{at}.") from None
-    except ValueError as error:  # bytes that are not text
+    except ValueError as error:  # a null byte
         raise CatalogueError(f"{path} is not valid Python: {error}.") from None
     cards = [
         node.value
