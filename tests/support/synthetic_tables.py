@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -190,50 +191,65 @@ def families() -> list[SyntheticCell]:
 def layer_frame(of: SyntheticCell, blocks: int = 8) -> pd.DataFrame:
     """Rows of layers.parquet: the error grows with depth, sparsity and the method's factor."""
     columns = of.columns
-    rng = np.random.default_rng(len(columns["mode"]) + 100 * len(columns["target"]))  # the layer's
-    own = np.random.default_rng(sum(map(ord, columns["method"] + columns["target"])) + 1000 * columns["seed"])
+    strength = _strength(of)[1]
+    certified = (
+        columns["comparison"] == "mask-only" and columns["mode"] == "shared" and strength > 0 and not columns["bits"]
+    )
+    budget, rows = budget_of(columns), []
+    for (block, (kind, (parent, tap, out, inputs))), (layers_own, error) in zip(
+        product(range(blocks), KINDS.items()), _errors(of, blocks), strict=True
+    ):
+        rows.append(
+            dict(columns)
+            | {
+                "layer": f"model.layers.{block}.{parent}.{kind}",
+                "kind": kind,
+                "block": block,
+                "tap": tap,
+                "calibration_tokens": 16384,
+                "token_scope": "all",
+                "out": out,
+                "in": inputs,
+                "level": level_of(columns, budget, block / blocks),
+                "pair": budget.label if budget.paired else None,
+                "output_error": error,
+                "absolute_error": 10 * error,
+                "asymmetric_error": (1.0 if columns["mode"] == "shared" else 1.5) * error,
+                "first_token_error": 2 * error,
+                "lower_bound": 0.1 * layers_own if certified else None,
+                "gap_to_bound": 1 - 0.1 * layers_own / error if certified else None,
+                "achieved_sparsity": columns["sparsity"],
+                "bits_per_weight": float(columns["bits"] or 16) * (1 - columns["sparsity"]),
+                "damping": None,
+                "seconds": 0.25,
+                "peak_mb": None,
+                "peak_gpu_mb": None,
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def _strength(of: SyntheticCell) -> tuple[float, float]:
+    """The method's factor of the error, and the error of the target."""
+    columns = of.columns
     factor = METHODS.get(columns["method"], ("", 0.0))[1]
     strength = {0.5: 0.02, 0.6: 0.05, 0.7: 0.13}.get(columns["sparsity"], 0.01 if columns["bits"] == 4 else 0.05)
     if of.error is not None:
         factor, strength = 1.0, of.error
-    if ":" in columns["pattern"]:
-        strength *= 1.8
-    certified = (
-        columns["comparison"] == "mask-only" and columns["mode"] == "shared" and strength > 0 and not columns["bits"]
-    )
-    rows = []
+    return factor, strength * (1.8 if ":" in columns["pattern"] else 1.0)
+
+
+def _errors(of: SyntheticCell, blocks: int) -> list[tuple[float, float]]:
+    """Of every layer in order: what it gives to its error, and its error."""
+    columns = of.columns
+    rng = np.random.default_rng(len(columns["mode"]) + 100 * len(columns["target"]))  # the layer's
+    own = np.random.default_rng(sum(map(ord, columns["method"] + columns["target"])) + 1000 * columns["seed"])
+    (factor, strength), found = _strength(of), []
     for block in range(blocks):
-        for kind, (parent, tap, out, inputs) in KINDS.items():
+        for _ in KINDS:
             layers_own = strength * (0.4 + block / blocks) * float(np.exp(rng.normal(0, 0.15)))
-            error = min(factor * layers_own * float(np.exp(own.normal(0, 0.2))), 1.0)
-            rows.append(
-                dict(columns)
-                | {
-                    "layer": f"model.layers.{block}.{parent}.{kind}",
-                    "kind": kind,
-                    "block": block,
-                    "tap": tap,
-                    "calibration_tokens": 16384,
-                    "token_scope": "all",
-                    "out": out,
-                    "in": inputs,
-                    "level": level_of(columns, block / blocks),
-                    "pair": budget_of(columns).label if budget_of(columns).paired else None,
-                    "output_error": error,
-                    "absolute_error": 10 * error,
-                    "asymmetric_error": (1.0 if columns["mode"] == "shared" else 1.5) * error,
-                    "first_token_error": 2 * error,
-                    "lower_bound": 0.1 * layers_own if certified else None,
-                    "gap_to_bound": 1 - 0.1 * layers_own / error if certified else None,
-                    "achieved_sparsity": columns["sparsity"],
-                    "bits_per_weight": float(columns["bits"] or 16) * (1 - columns["sparsity"]),
-                    "damping": None,
-                    "seconds": 0.25,
-                    "peak_mb": None,
-                    "peak_gpu_mb": None,
-                }
-            )
-    return pd.DataFrame(rows)
+            found.append((layers_own, min(factor * layers_own * float(np.exp(own.normal(0, 0.2))), 1.0)))
+    return found
 
 
 def budget_of(columns: Mapping[str, Any]) -> Target:
@@ -241,10 +257,10 @@ def budget_of(columns: Mapping[str, Any]) -> Target:
     return Target.parse(columns["target"].removesuffix(f" {columns['allocation']}"))
 
 
-def level_of(columns: Mapping[str, Any], depth: float) -> float:
+def level_of(columns: Mapping[str, Any], target: Target, depth: float) -> float:
     """What a layer at a depth in [0, 1] gives: more the deeper it is, where an allocation says so; of a paired target
     its stored bits per weight."""
-    if (target := budget_of(columns)).paired:
+    if target.paired:
         stored = bits_per_weight(target, 1 - target.sparsity, 512, 512)
         return stored * (1.0 if columns["allocation"] == "uniform" else 1 + 0.2 * (depth - 0.5))
     if columns["sparsity"]:
@@ -265,7 +281,7 @@ def trace_frame(of: SyntheticCell, iterations: int = 3) -> pd.DataFrame:
 
 
 def perplexity_of(of: SyntheticCell) -> float:
-    error = float(np.mean(layer_frame(of, blocks=2)["output_error"].to_list()))
+    error = float(np.mean([error for _, error in _errors(of, blocks=2)]))
     return 12.5 * float(np.exp(22 * error)) * (0.97 if of.columns["mode"] == "sequential" else 1.0)
 
 
