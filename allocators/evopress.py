@@ -1,6 +1,7 @@
 """EvoPress: random exchanges of levels between layers; those that reduce the divergence are kept (Sieberling et
 al.)."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from random import Random
@@ -104,6 +105,8 @@ class EvoPress(Allocator):
 
         best = (0,) * len(parts)
         least = divergence(best, self.windows)
+        if not math.isfinite(least):
+            raise ValueError(f"the divergence at equal levels must be finite. Got {least} instead")
         for _ in range(self.generations):
             found = {self.mutated(best, steps, rng) for _ in range(self.offspring)} - {best}
             ranked = sorted((divergence(own, self.screen), own) for own in found)

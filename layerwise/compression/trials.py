@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import sys
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -24,7 +26,7 @@ from layerwise.evaluation.divergence import DenseStates, Divergence
 from layerwise.evaluation.perplexity import batch_size, to_last_block
 from layerwise.models.loading import vocabulary
 from layerwise.models.structure import Blocks, model_linears
-from layerwise.runtime.errors import InputError
+from layerwise.runtime.errors import Diverged, InputError
 
 
 class ModelTrials(Trials):
@@ -58,7 +60,8 @@ class ModelTrials(Trials):
             record = self._folder / f"dense-{windows}.json"
             write_dense_states(self._blocks, tokens, record, {})
             self._states[windows] = DenseStates.read(record)
-        self._set(levels)
+        if not self._succeeds(levels):
+            return math.inf
         batch = batch_size(tokens.shape[1], vocabulary(self._blocks.model))
         stream = Stream(self._blocks, tokens, batch)
         divergence = Divergence(self._states[windows], stream, tokens)
@@ -68,11 +71,12 @@ class ModelTrials(Trials):
         for number, chunk in enumerate(tokens.split(batch)):
             divergence.add(number, chunk, stream.logits(number, chunk))
         found = divergence.result()["kl"]
-        return float("inf") if found is None else found
+        return math.inf if found is None else found
 
     @torch.no_grad()
     def profiles(self, levels: Sequence[Candidate | None], windows: int) -> Sequence[NDArray[np.float64]]:
-        self._set(levels)
+        if not self._succeeds(levels):
+            return [np.full(self._dense[name].shape[1], np.nan) for name in self._order]
         stream, found = Stream(self._blocks, self._first(windows)), dict[str, NDArray[np.float64]]()
         for index in range(len(self._blocks)):
             taps = stream.collect(index, advance=index + 1 < len(self._blocks))
@@ -103,6 +107,15 @@ class ModelTrials(Trials):
                 f"Got {windows} instead."
             )
         return self._tokens[:windows]
+
+    def _succeeds(self, levels: Sequence[Candidate | None]) -> bool:
+        """Set the levels. Returns False, and stderr says so, if the probe diverges."""
+        try:
+            self._set(levels)
+        except Diverged as error:
+            print(f"A trial is left out: {error}", file=sys.stderr)
+            return False
+        return True
 
     def _set(self, levels: Sequence[Candidate | None]) -> None:
         """Set the layers' weights to those at these levels."""

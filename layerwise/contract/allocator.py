@@ -86,11 +86,13 @@ class Trials(ABC):
 
     @abstractmethod
     def divergence(self, levels: Sequence[Candidate | None], windows: int) -> float:
-        """Mean KL from the dense model in nats per token, on this many windows; infinite if it is not finite."""
+        """Mean KL from the dense model in nats per token, on this many windows; infinite if it is not finite, or if
+        the probe diverges at a level."""
 
     @abstractmethod
     def profiles(self, levels: Sequence[Candidate | None], windows: int) -> Sequence[NDArray[np.float64]]:
-        """Root mean square [in] of each layer's inputs, on this many windows, in the order of the parts."""
+        """Root mean square [in] of each layer's inputs, on this many windows, in the order of the parts; NaN if
+        the probe diverges at a level."""
 
 
 @dataclass(frozen=True)

@@ -9,19 +9,22 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 import torch
+from torch import Tensor
 
 from layerwise.calibration.block_stream import Stream
 from layerwise.calibration.taps import Tap
 from layerwise.compression.allocate import share_of
 from layerwise.compression.levels import targets_at
+from layerwise.compression.probe import Probe
 from layerwise.compression.trials import ModelTrials
 from layerwise.contract.gram import Gram
+from layerwise.contract.layer import Layer
 from layerwise.contract.target import Target
 from layerwise.evaluation.divergence import kl
 from layerwise.export.audit import audit
 from layerwise.models.loading import load
 from layerwise.models.structure import model_linears
-from layerwise.runtime.errors import InputError
+from layerwise.runtime.errors import Diverged, InputError
 from layerwise.storage.bits_per_weight import bits_per_weight
 from layerwise.storage.packed_file import PackedFile
 from layerwise.storage.target_bits import bits_of
@@ -251,6 +254,27 @@ def test_allocators_that_try_the_model_hold_the_budget_and_leave_nothing(case, n
     assert sorted(path.name for path in cell.iterdir()) == sorted(["levels.parquet", *OUTPUTS])
     again = case.run("wanda", Target(0.5), out=f"{name} again", allocations={name: params})
     assert table(again) == found
+
+
+@pytest.mark.parametrize("name", ["neuroal", "evopress"])
+def test_a_trial_at_which_the_probe_diverges_is_left_out(case, name, monkeypatch, capsys):
+    plain = Probe.weight
+
+    def weight(probe: Probe, layer: Layer, level: float) -> Tensor:
+        if level > limit:
+            raise Diverged(f"Wanda has diverged on {layer.name}.")
+        return plain(probe, layer, level)
+
+    monkeypatch.setattr(Probe, "weight", weight)
+    params = {"neuroal": {"widths": [0.05, 0.2]}, "evopress": {"generations": 3, "offspring": 6, "screen": 1}}[name]
+    params |= {"windows": 2}
+    limit = 0.55
+    found = table(case.run("wanda", Target(0.5), out=f"{name} left out", allocations={name: params}))
+    assert max(row["level"] for row in found) <= limit and len({row["level"] for row in found}) > 1
+    assert "A trial is left out: Wanda has diverged on model.layers." in capsys.readouterr().err
+    limit = 0.4
+    with pytest.raises(InputError, match=r"equal levels must be finite\. Got inf|no width gives finite activations"):
+        case.run("wanda", Target(0.5), out=f"{name} all", allocations={name: params})
 
 
 def test_evopress_ends_below_equal_levels(case):

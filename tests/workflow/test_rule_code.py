@@ -35,8 +35,12 @@ for entry in sys.argv[1:]:
 # In a copy of the package: edit each module in turn, and name the code of every rule before and after.
 EDITED = """
 import json, sys
+from functools import cache
 from pathlib import Path
+from layerwise.runtime import files
+from layerwise.study import job_inputs
 from layerwise.study.job_inputs import Code
+job_inputs.portable, files.located = cache(job_inputs.portable), cache(files.located)  # no file is moved
 rules, alone = map(json.loads, sys.argv[1:3])
 def names():
     code = Code()  # a comment changes no import, of which nothing is read again
