@@ -7,13 +7,16 @@ from layerwise.checks.promises import CHECKS, rows
 from layerwise.checks.settings import ONE_OF_EACH, known_failure
 from layerwise.contract.catalogue import Catalogue
 
+SLOW = ("6 hard layers",)  # half the time of all promises; at every change without variants
+
 
 def marked(name: str, case: Case):
     """The pair as a pytest parameter with its id."""
     reason = known_failure(name, case.entry, case.params, case.target)
     marks = [pytest.mark.xfail(reason=reason, strict=True)] if reason else []
     if case.variant:
-        marks.append(pytest.mark.battery if case.target.label in ONE_OF_EACH else pytest.mark.long)
+        rare = name in SLOW or case.target.label not in ONE_OF_EACH
+        marks.append(pytest.mark.long if rare else pytest.mark.battery)
     return pytest.param(name, case, id=f"{name}-{case.label}-{case.target.label}", marks=marks)
 
 

@@ -21,7 +21,7 @@ AT_EVERY_CHANGE = (
     "mamba2",
     "bart",
     "glm_moe_dsa",
-)  # others: battery
+)
 
 
 def check(family, folder) -> None:
@@ -38,7 +38,12 @@ def test_a_common_family_is_right_or_refused(family, tmp_path):
     check(family, tmp_path)
 
 
-@pytest.mark.parametrize("family", [family for family in FAMILIES if family not in AT_EVERY_CHANGE])
+OTHERS = [family for family in FAMILIES if family not in AT_EVERY_CHANGE]  # in the battery one in three
+
+
+@pytest.mark.parametrize(
+    "family", [pytest.param(family, marks=[pytest.mark.long] if i % 3 else []) for i, family in enumerate(OTHERS)]
+)
 def test_a_family_is_right_or_refused(family, tmp_path):
     check(family, tmp_path)
 

@@ -5,7 +5,7 @@ import sys
 
 from tests.support.paths import ROOT
 
-LOOPS = (
+LOOPS = (  # about equal halves in turn
     "obs",
     "gradient_projection",
     "relaxation_exchanges",
@@ -15,6 +15,10 @@ LOOPS = (
     "selection",
     "tap_statistics",
     "swap_search",
+    "code_search",
+    "coordinate_descent",
+    "packed_matvec",
+    "packed_parts",
 )
 
 

@@ -105,6 +105,7 @@ def test_a_cell_of_it_is_exported(study: Study):
     assert torch.equal(exported["model.norm.weight"], dense["model.norm.weight"])
 
 
+@pytest.mark.long
 def test_another_file_is_another_model(study: Study):
     before = {name: values(study.rows(name)) for name in ("file", "folder")}
     write(study.folder / FILE, "Q8_0")
