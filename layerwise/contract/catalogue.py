@@ -397,6 +397,12 @@ def _entry(path: Path, text: str, kind: Kind) -> Entry | None:
             f"{path}: CARD['parameters'] and the fields of {classes[0].name} must be the same. "
             f"Got {sorted(card['parameters'])} and {sorted(defaults)} instead."
         )
+    for name in card.get("cost", {}).get("products_per", {}):
+        if isinstance(defaults[name], bool) or not isinstance(defaults[name], int | float):
+            raise CatalogueError(
+                f"{path}: CARD['cost']['products_per'] must name parameters whose default is a number. "
+                f"Got {name!r} instead, whose default is {defaults[name]!r}."
+            )
     needed = tuple(own for own in closure(imports_of(tree)) if own not in SHARED_SOURCES)
     return Entry(path.stem, path, classes[0].name, card, defaults, needed, kind)
 

@@ -218,6 +218,13 @@ WRONG_FILES = {
         ),
         r"CARD\['cost'\]\['products_per'\] must name parameters. Got 'steps' instead",
     ),
+    "a cost of a text": (
+        edited(
+            '"needs": []',
+            '"needs": [], "cost": {"weights": 1, "grams": 1, "products": 1, "products_per": {"share": 1}}',
+        ).replace("share: float = 0.5", 'share: str = "half"'),
+        "must name parameters whose default is a number. Got 'share' instead, whose default is 'half'",
+    ),
     "a parameter that names another method": (
         GOOD.replace('"share"', '"chain"').replace("share: float", "chain: float"),
         "the parameter chain must have another name: in a config it names the method chain",
