@@ -107,6 +107,8 @@ def refusal(
         return f"{allocation.allocator} spreads a budget of {', '.join(card['budgets'])}, not of {budget}"
     if target.sparsity > MOST:
         return f"a budget of zeros must be at most {MOST:.0%}"
+    if _at_limit(target):
+        return f"only equal levels meet {target.label}, the limit of every layer"
     if target.format and target.sparsity:
         return f"{allocation.allocator} spreads pairs of sparsity and bits, not those of {target.format}"
     if entry.tune:
@@ -126,6 +128,15 @@ def refusal(
     if target.paired:
         return _pairs_refusal(allocators, methods, allocation, entry, target, probes)
     return _levels_refusal(allocator, allocation, target)
+
+
+def _at_limit(target: Target) -> bool:
+    """Whether no layer can give what another one gets: the budget is the least or the most that any layer may have."""
+    if target.paired:
+        return False
+    if target.budget == "bits":
+        return target.bits in (WIDTHS[0], WIDTHS[-1])
+    return target.n_of_m[0] == 1 if target.n_of_m else target.sparsity == MOST
 
 
 def _levels_refusal(allocator: Entry, allocation: AllocationEntry, target: Target) -> str | None:

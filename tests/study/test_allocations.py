@@ -147,9 +147,6 @@ def test_the_usual_levels_lie_on_both_sides_of_the_budget(budget):
     [
         ({"levels": [0.9]}, {"sparsity": 0.6}, "wanda", "levels below and above 60% row, and has none below it"),
         ({"levels": [0.3, 0.9]}, {"sparsity": 0.9}, "wanda", "levels below and above 90% row, and has none above it"),
-        (None, {"sparsity": 0.99}, "wanda", "has none above it"),
-        (None, {"pattern": "1:4"}, "wanda", "levels below and above 1:4, and has none above it"),
-        (None, {"bits": 8}, "rtn", "levels below and above 8b, and has none above it"),
         (
             {"pairs": [{"sparsity": 0.5, "bits": 6}]},
             {"sparsity": 0.5, "bits": 4},
@@ -162,6 +159,24 @@ def test_the_usual_levels_lie_on_both_sides_of_the_budget(budget):
 def test_a_knapsack_that_could_only_choose_equal_levels_is_refused(params, target, method, reason):
     (row,) = plan(spread({"uniform": None, "knapsack": params}, targets=[target], methods={method: None})).skipped
     assert reason in row["reason"] and row["allocation"] == "knapsack"
+
+
+@pytest.mark.parametrize(
+    ("target", "method", "allocations"),
+    [
+        ({"sparsity": 0.99}, "wanda", ["owl", "alphapruning", "pq_index", "neuroal", "knapsack", "evopress"]),
+        ({"pattern": "1:4"}, "wanda", ["owl", "knapsack", "evopress"]),
+        ({"bits": 2}, "rtn", ["knapsack", "evopress"]),
+        ({"bits": 8}, "rtn", ["knapsack", "evopress"]),
+    ],
+)
+def test_a_budget_at_the_limit_of_every_layer_is_not_spread(target, method, allocations):
+    params = {"neuroal": {"windows": 4}, "evopress": {"windows": 4}}
+    given = {"uniform": None} | {name: params.get(name) for name in allocations}
+    planned = plan(spread(given, targets=[target], methods={method: None}))
+    reason = f"only equal levels meet {planned.cells[0].columns['target']}, the limit of every layer"
+    assert [(row["allocation"], row["reason"]) for row in planned.skipped] == [(name, reason) for name in allocations]
+    assert not planned.allocations
 
 
 def test_the_method_that_tries_sums_must_reach_them():
