@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from layerwise.calibration.tap_statistics import TapStatistics
 from layerwise.compression import lower_bound as bounds
 from layerwise.compression import score
-from layerwise.compression.resolve import as_target, needed_statistics, needs, resolve, solve
+from layerwise.compression.resolve import as_target, needed_statistics, needs, resolve, solve, whole_number
 from layerwise.contract.layer import Compressed, Gram, Layer, Method, Quantised, Statistics, UnsupportedTarget
 from layerwise.contract.target import Target
 
@@ -139,7 +139,7 @@ def compress_layer(
     the method fails or breaks a promise, and its subclass Diverged when its numbers are not finite.
     """
     original = weight_of(weight)
-    goal = as_target(target)
+    goal, seed = as_target(target), whole_number(seed, "seed", 0)
     layer = checked(
         Layer("the layer", original.to(torch.float32, copy=True).contiguous(), gram, statistics, fisher=fisher)
     )

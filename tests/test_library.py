@@ -445,6 +445,7 @@ def test_wrong_arguments_of_a_layer_are_one_sentence(tmp_path: Path):
         "weight must be finite in float32. Got NaN or Inf instead.": {"weight": weight / 0},
         "weight must be a tensor [out, in] or a torch Linear. Got list instead.": {"weight": weight.tolist()},
         "A target's label must be like": {"target": "2-4"},
+        "seed must be a whole number, at least 0. Got -1 instead.": {"seed": -1},
         "method: the method must be one of admm, ": {"method": "wand"},
         "method: sparsegpt has no parameter 'dampin'": {"method": "sparsegpt", "dampin": 1},
         "method must be a name, {name: {parameters}}, the path": {"method": {"a": 1, "b": 2}},
@@ -651,6 +652,9 @@ def test_wrong_arguments_of_a_model_are_one_sentence():
         },
         "sampling must be 'stream' or 'documents'. Got 'windows' instead.": {"sampling": "windows"},
         "model must be a loaded transformers model. Got str instead.": {"model": "gpt2"},
+        "LlamaModel must give logits, as a model of AutoModelForCausalLM does. Got BaseModelOutputWithPast instead.": {
+            "model": build("llama").model
+        },
         "text must be given with a tokenizer. Got it with tokens instead.": {"text": "words"},
         "text must be given with a tokenizer: a text, documents or a file. Got None instead.": {
             "tokenizer_or_tokens": print
@@ -671,8 +675,18 @@ def test_wrong_arguments_of_a_model_are_one_sentence():
         },
         "layers must fit names such as model.layers.0.self_attn.q_proj. Got '*.fc1' instead.": {"layers": "*.fc1"},
         "layers must choose at least one of the 14 linear layers. Got none instead.": {"layers": lambda name: False},
-        "Tokens must be integers [sequences, length], of at least one sequence and two tokens. Got torch.float32 "
+        "Tokens must be int32 or int64 [sequences, length], of at least one sequence and two tokens. Got torch.float32 "
         "[2, 24] instead.": {"tokenizer_or_tokens": batch.float()},
+        "Tokens must be int32 or int64 [sequences, length], of at least one sequence and two tokens. Got torch.uint8 "
+        "[2, 24] instead.": {"tokenizer_or_tokens": batch.to(torch.uint8)},
+        "seed must be a whole number, at least 0. Got 'one' instead.": {"seed": "one"},
+        "seed must be a whole number, at least 0. Got 1.5 instead.": {"seed": 1.5},
+        "layers must be patterns, or a function of a layer's name. Got 3 instead.": {"layers": 3},
+        "layers must be patterns, or a function of a layer's name. Got 4 instead.": {"layers": [4]},
+        "text must be a text, a list of documents or a file's path. Got 3 instead.": {
+            "tokenizer_or_tokens": print,
+            "text": 3,
+        },
         "The tokens must be 0 to 95, which the model embeds. Got 3 to 200 instead": {
             "tokenizer_or_tokens": batch.clone().fill_(3).index_fill_(1, torch.tensor([0]), 200)
         },
@@ -688,6 +702,16 @@ def test_wrong_arguments_of_a_model_are_one_sentence():
         assert str(caught.value).startswith(sentence), sentence
     assert all(torch.equal(own, dense[name]) for name, own in model.state_dict().items())
     assert isinstance(layerwise.compress_model(**good), pd.DataFrame)
+
+
+def test_numbers_of_numpy_and_torch_are_python_s():
+    batch = tokens(SAMPLES, LENGTH)
+    plain = layerwise.compress_model(build("llama"), batch, "2:4", "sparsegpt", damping=0.5, blocksize=8, seed=1)
+    same = layerwise.compress_model(
+        *(build("llama"), batch, "2:4", "sparsegpt"),
+        **{"damping": np.float32(0.5), "blocksize": np.int64(8), "seed": torch.tensor(1)},
+    )
+    pd.testing.assert_frame_equal(plain.drop(columns="seconds"), same.drop(columns="seconds"))
 
 
 def test_in_shared_mode_a_layer_does_not_depend_on_the_others():

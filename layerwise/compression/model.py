@@ -22,7 +22,7 @@ from layerwise.calibration.calibrate import shared
 from layerwise.calibration.modes import in_turn, sequential_blocks
 from layerwise.calibration.taps import Tap
 from layerwise.compression.cell import bar, visit
-from layerwise.compression.resolve import MethodLike, Resolved, as_target, needs, resolve, solve
+from layerwise.compression.resolve import MethodLike, Resolved, as_target, needs, resolve, solve, whole_number
 from layerwise.contract.layer import Layer, UnsupportedTarget
 from layerwise.contract.target import Target
 from layerwise.evaluation.model_check import check_walk
@@ -92,6 +92,7 @@ def compress_model(
         if value not in known:
             raise ValueError(f"{name} must be {' or '.join(map(repr, known))}. Got {value!r} instead.")
     check(model)
+    seed = whole_number(seed, "seed", 0)
     chosen = chosen_layers(model, layers)
     resolved = resolve(method, parameters, goal)
     tokens = calibration_tokens(model, tokenizer_or_tokens, text, samples, length, sampling, seed)
@@ -157,8 +158,11 @@ def chosen_layers(model: PreTrainedModel, layers: str | Sequence[str] | Callable
         if not found:
             raise ValueError(f"layers must choose at least one of the {len(names)} linear layers. Got none instead.")
         return found
+    patterns = [layers] if isinstance(layers, str) else list(layers) if isinstance(layers, Iterable) else [layers]
     found = set()
-    for pattern in [layers] if isinstance(layers, str) else layers:
+    for pattern in patterns:
+        if not isinstance(pattern, str):
+            raise ValueError(f"layers must be patterns, or a function of a layer's name. Got {pattern!r} instead.")
         fitting = {name for name in names if fnmatchcase(name, pattern)}
         if not fitting:
             raise ValueError(f"layers must fit names such as {names[0]}. Got {pattern!r} instead.")
@@ -205,10 +209,7 @@ def calibration_tokens(
     if length is None:
         positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         length = min(LONGEST, positions) if isinstance(positions, int) else LONGEST
-    for name, value in (("samples", samples), ("length", length)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name} must be a whole number, at least 1. Got {value!r} instead.")
-    cut = {"samples": samples, "length": length, "seed": seed}
+    cut = {"samples": whole_number(samples, "samples"), "length": whole_number(length, "length"), "seed": seed}
     found = documents_of(text)
     check_loaded(tokenizer_or_tokens, found[0])
     drawn, _ = sequences(tokenizer_or_tokens, found, cut, sampling)
@@ -219,6 +220,8 @@ def documents_of(text: str | Path | Sequence[str]) -> list[str]:
     """The documents of a file or a list; a single text is one document."""
     if isinstance(text, Path) or (isinstance(text, str) and text.endswith(TEXT_SUFFIXES) and "\n" not in text):
         return documents({"path": str(text)})
+    if not isinstance(text, Iterable):
+        raise ValueError(f"text must be a text, a list of documents or a file's path. Got {text!r} instead.")
     found = [text] if isinstance(text, str) else list(text)
     if not found or not all(isinstance(document, str) for document in found):
         came = next((type(document).__name__ for document in found if not isinstance(document, str)), "none")

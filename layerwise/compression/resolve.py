@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import operator
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from layerwise.compression.solver import Solver
@@ -39,6 +41,17 @@ class Resolved:
 def as_target(target: Target | str) -> Target:
     """The target itself, or the target of a label. Raises ValueError for anything else."""
     return target if isinstance(target, Target) else Target.parse(target)
+
+
+def whole_number(value: Any, name: str, least: int = 1) -> int:
+    """The value as an int, also from NumPy or torch. Raises ValueError if it is not a whole number >= least."""
+    try:
+        number = None if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        number = None
+    if number is None or number < least:
+        raise ValueError(f"{name} must be a whole number, at least {least}. Got {value!r} instead.")
+    return number
 
 
 def resolve(method: MethodLike, parameters: Mapping[str, Any], target: Target) -> Resolved:
@@ -112,6 +125,9 @@ def params_of(method: Method) -> dict[str, Any]:
 
 
 def as_json(value: Any) -> Any:
+    """A value as a config spells it: numbers of NumPy and torch as Python's, a method as {name: {parameters}}."""
+    if isinstance(value, np.generic | torch.Tensor) and value.ndim == 0:
+        return value.item()
     if isinstance(value, Method):
         entry = entry_of(value)
         return {entry.name if entry else type(value).__name__: params_of(value)}

@@ -162,7 +162,13 @@ def own_logits(blocks: Blocks, tokens: Tensor) -> Tensor:
             hook = module.register_forward_pre_hook(lambda *_, layer=(other, module): beside.update([layer]))
             stack.callback(hook.remove)
         with blocks.outside():
-            logits = blocks.model(input_ids=tokens.to(blocks.device), use_cache=False).logits.to("cpu")
+            output = blocks.model(input_ids=tokens.to(blocks.device), use_cache=False)
+            if not isinstance(getattr(output, "logits", None), Tensor):
+                came = type(output).__name__
+                raise InputError(
+                    f"{name} must give logits, as a model of AutoModelForCausalLM does. Got {came} instead."
+                )
+            logits = output.logits.to("cpu")
     if not calls:
         raise InputError(f"{name} does not call {blocks.name}, the largest of its lists of blocks.")
     if calls != list(range(len(blocks))):

@@ -233,9 +233,10 @@ def vocabulary(model: PreTrainedModel) -> int:
 
 def check_tokens(model: PreTrainedModel, tokens: Tensor) -> None:
     """Raise InputError when the tokens [sequences, length] cannot belong to the model."""
-    if tokens.ndim != 2 or not len(tokens) or tokens.shape[1] < 2 or tokens.is_floating_point():
+    whole = tokens.dtype in (torch.int32, torch.int64)  # an embedding takes no others
+    if not whole or tokens.ndim != 2 or not len(tokens) or tokens.shape[1] < 2:
         raise InputError(
-            "Tokens must be integers [sequences, length], of at least one sequence and two tokens. "
+            "Tokens must be int32 or int64 [sequences, length], of at least one sequence and two tokens. "
             f"Got {tokens.dtype} {list(tokens.shape)} instead."
         )
     words, low, high = vocabulary(model), int(tokens.min()), int(tokens.max())
