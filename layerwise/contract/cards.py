@@ -126,7 +126,7 @@ ALLOCATOR_SCHEMA = {
         "arxiv": {"type": "string", "pattern": r"^\d{4}\.\d{4,5}$"},
         "code": {"type": "string"},
         "needs": {"type": "array", "items": {"enum": SEEN}},
-        # {parameter: {value: needs}}: additional needs if a parameter has this value.
+        # {parameter: {value: needs}}: additional needs if a parameter has this value, which is written as text.
         "needs_where": {
             "type": "object",
             "additionalProperties": {
@@ -134,7 +134,7 @@ ALLOCATOR_SCHEMA = {
                 "additionalProperties": {"type": "array", "items": {"enum": SEEN}},
             },
         },
-        "budgets": {"type": "array", "items": {"enum": LEVELLED}},
+        "budgets": {"type": "array", "items": {"enum": LEVELLED}, "minItems": 1, "uniqueItems": True},
         # The format "levels" marks the parameter whose shares of zeros, with the budget's, are tried in every layer;
         # "targets" the one whose targets are.
         "parameters": {"type": "object", "additionalProperties": {"type": "object"}},
@@ -231,7 +231,9 @@ def needed(card: Mapping[str, Any], params: Mapping[str, Any]) -> list[str]:
     """The needs of a method or an allocator with these complete parameters, from its card."""
     spared = card.get("unneeded", {})
     without = {name for name, where in spared.items() if all(params.get(key) == value for key, value in where.items())}
-    added = [name for key, values in card.get("needs_where", {}).items() for name in values.get(params.get(key), ())]
+    added = [
+        name for key, values in card.get("needs_where", {}).items() for name in values.get(str(params.get(key)), ())
+    ]
     return [*(name for name in card["needs"] if name not in without), *added]
 
 

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import jsonschema
 
+from layerwise.contract.allocator_card import card_fault
 from layerwise.contract.cards import ALLOCATOR, METHOD, Kind, merged, needed
 from layerwise.contract.import_closure import FOLDERS, closure, imports_of
 from layerwise.contract.target import LOW_RANK, SUM, Target, refusal
@@ -383,14 +384,10 @@ def _entry(path: Path, text: str, kind: Kind) -> Entry | None:
     for key in ("products_where", "products_per"):
         for name in card.get("cost", {}).get(key, {}).keys() - card["parameters"].keys():
             raise CatalogueError(f"{path}: CARD['cost'][{key!r}] must name parameters. Got {name!r} instead.")
-    for terms in [card.get("passes", []), *(t for own in card.get("passes_where", {}).values() for t in own.values())]:
-        for name in {name for term in terms for name in term} - {"layers", *card["parameters"]}:
-            raise CatalogueError(f"{path}: CARD['passes'] must name parameters, or layers. Got {name!r} instead.")
-    if unknown := sorted(card.get("passes_where", {}).keys() - card["parameters"].keys()):
-        raise CatalogueError(f"{path}: CARD['passes_where'] must name parameters. Got {unknown[0]!r} instead.")
-    compared = card.get("at_most", {})
-    if unknown := sorted({*compared, *compared.values()} - card["parameters"].keys()):
-        raise CatalogueError(f"{path}: CARD['at_most'] must name parameters. Got {unknown[0]!r} instead.")
+    if kind is ALLOCATOR and (
+        fault := card_fault(card, classes[0].name, _defined(classes[0]), len(classes[0].bases) > 1)
+    ):
+        raise CatalogueError(f"{path}: {fault}")
     defaults = _defaults(classes[0], path)
     if set(defaults) != set(card["parameters"]):
         raise CatalogueError(
@@ -418,10 +415,7 @@ def _derived(tree: ast.Module, kind: Kind) -> list[ast.ClassDef]:
 
 def _check_methods(node: ast.ClassDef, path: Path, kind: Kind) -> None:
     """Raise CatalogueError unless the class implements its call and does not override the base class's methods."""
-    defined = {statement.name for statement in node.body if isinstance(statement, ast.FunctionDef)}
-    names = [target for statement in node.body if isinstance(statement, ast.Assign) for target in statement.targets]
-    names += [statement.target for statement in node.body if isinstance(statement, ast.AnnAssign)]
-    defined |= {name.id for name in names if isinstance(name, ast.Name)}
+    defined = _defined(node)
     for name in kind.of_the_base:
         if name in defined:
             raise CatalogueError(
@@ -430,6 +424,14 @@ def _check_methods(node: ast.ClassDef, path: Path, kind: Kind) -> None:
             )
     if defined.isdisjoint({kind.signature.partition("(")[0], *kind.instead}) and len(node.bases) == 1:
         raise CatalogueError(f"{path}: {node.name} must define {kind.signature}.")
+
+
+def _defined(node: ast.ClassDef) -> set[str]:
+    """The names that a class defines itself."""
+    names = [target for statement in node.body if isinstance(statement, ast.Assign) for target in statement.targets]
+    names += [statement.target for statement in node.body if isinstance(statement, ast.AnnAssign)]
+    functions = {statement.name for statement in node.body if isinstance(statement, ast.FunctionDef)}
+    return functions | {name.id for name in names if isinstance(name, ast.Name)}
 
 
 def _defaults(node: ast.ClassDef, path: Path) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from typing import Any
 
 from layerwise.allocation.pairs import pairs_of
 from layerwise.allocation.shares import WIDTHS, levels_of
+from layerwise.contract.allocator_card import MOST, TRIED
 from layerwise.contract.cards import ALLOCATOR
 from layerwise.contract.catalogue import Catalogue, CatalogueError, Entry
 from layerwise.contract.target import JOINT, LOW_RANK, SUM, Target
@@ -15,7 +16,6 @@ from layerwise.storage.bits_per_weight import bits_per_weight
 from layerwise.study.method_entries import MethodEntry, in_config
 
 UNIFORM = "uniform"  # the default allocation and its allocator
-MOST = 0.99  # largest budget of zeros, the limit per layer in allocation/budget.py
 NOMINAL = 4096  # rows and inputs of a layer for which the bits of pairs are compared
 USUALLY_TRIED = 14  # levels at which an allocator solves each layer, if its card does not tell
 ASKED = {
@@ -24,7 +24,6 @@ ASKED = {
     LOW_RANK: "low rank",
     SUM: "sums",
 }  # budget -> `asked` of its method; or pruning
-TRIED = ("windows", "screen")  # parameters of allocators that try the model, in sequences of calibration text
 
 
 @dataclass(frozen=True)

@@ -25,11 +25,12 @@ from hypothesis import HealthCheck, Phase, given, note, seed, settings
 from hypothesis import strategies as st
 
 import layerwise.contract.catalogue as catalogue_module
+from layerwise.contract.allocator_card import TRIED
 from layerwise.contract.cards import ALLOCATOR
 from layerwise.contract.catalogue import Catalogue
 from layerwise.contract.target import Target
 from layerwise.runtime.errors import InputError
-from layerwise.study.allocation_entries import TRIED, UNIFORM
+from layerwise.study.allocation_entries import UNIFORM
 from layerwise.study.grid import SCHEMA, SWEPT, Plan, plan
 from layerwise.study.method_entries import RESERVED
 from tests.support.typing_helpers import some
