@@ -14,10 +14,12 @@ from layerwise.calibration.tap_statistics import TapStatistics
 from layerwise.compression import lower_bound as bounds
 from layerwise.compression import score
 from layerwise.compression.resolve import as_target, needed_statistics, needs, resolve, solve, whole_number
+from layerwise.contract.gram import check_dense
 from layerwise.contract.layer import Compressed, Gram, Layer, Method, Quantised, Statistics, UnsupportedTarget
 from layerwise.contract.target import Target
 
 SCORES = ("output_error", "absolute_error", "asymmetric_error", "achieved_sparsity", "bits_per_weight")
+ASYMMETRY = 1e-3  # largest rounding difference between G and its transpose, as a share of the largest entry
 __all__ = ["LayerResult", "LowerBound", "calibrate", "compress_layer", "lower_bound", "output_error"]
 
 
@@ -216,6 +218,7 @@ def weight_of(weight: Tensor | nn.Linear, name: str = "weight") -> Tensor:
         raise ValueError(f"{name} must be [out, in] and not empty. Got {list(tensor.shape)} instead.")
     if not tensor.is_floating_point():
         raise ValueError(f"{name} must be floating point. Got {tensor.dtype} instead.")
+    check_dense(tensor, name)
     if not torch.isfinite(tensor.float()).all():
         raise ValueError(f"{name} must be finite in float32. Got NaN or Inf instead.")
     return tensor.detach()
@@ -248,17 +251,31 @@ def checked(layer: Layer) -> Layer:
             if rows is not None:
                 tensors[f"statistics.{name}"] = (rows, (len(rows), inputs), "[rows, in]")
     for name, (tensor, shape, meaning) in tensors.items():
+        if not isinstance(tensor, Tensor):
+            raise ValueError(f"{name} must be a tensor {meaning}. Got {type(tensor).__name__} instead.")
         if tuple(tensor.shape) != shape:
             raise ValueError(f"{name} must be {meaning} = {list(shape)}. Got {list(tensor.shape)} instead.")
         if tensor.device != device:
             raise ValueError(f"{name} must be on the weight's device, {device}. Got {tensor.device} instead.")
         if tensor.dtype != torch.float32:
             raise ValueError(f"{name} must be torch.float32. Got {tensor.dtype} instead.")
+        check_dense(tensor, name)
         if not torch.isfinite(tensor).all():
             raise ValueError(f"{name} must be finite. Got NaN or Inf instead.")
+    for name in ("gram", "gram.dense") if layer.gram.apart else ("gram",):
+        check_moment(tensors[name][0], name)
     if layer.fisher is not None and (least := float(layer.fisher.min())) < 0:
         raise ValueError(f"fisher must be at least 0, because it is a sum of squares. Got {least:g} instead.")
     return layer
+
+
+def check_moment(matrix: Tensor, name: str) -> None:
+    """Raise ValueError for a matrix [in, in] that cannot be a mean of x xt."""
+    least, largest = float(matrix.diagonal().min()), float(matrix.diagonal().max())
+    if least < 0:
+        raise ValueError(f"{name} must have a diagonal of at least 0, means of squares. Got {least:g} instead.")
+    if (apart := float((matrix - matrix.T).abs().max())) > ASYMMETRY * largest:
+        raise ValueError(f"{name} must be symmetric. Got two entries that differ by {apart:g} instead.")
 
 
 def kept_dtype(weight: Tensor) -> torch.dtype:

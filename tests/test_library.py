@@ -10,7 +10,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pandas as pd
@@ -94,6 +94,12 @@ def test_methods_are_a_function_beside_their_folder():
     code += "from layerwise.methods import rtn; assert layerwise.methods.random is random; "
     code += "assert repr(layerwise.methods()) == first; print(len(layerwise.methods()))"
     assert int(run(code)) == len(list((ROOT / "methods").glob("*.py")))
+
+
+def test_methods_of_further_folders(tmp_path: Path):
+    source = (ROOT / "methods/magnitude.py").read_text("utf-8")
+    (tmp_path / "smallest.py").write_text(source, "utf-8")
+    assert all("smallest" in [card.name for card in layerwise.methods(own)] for own in (str(tmp_path), [tmp_path]))
 
 
 def test_a_card_of_the_table():
@@ -238,6 +244,8 @@ WRONG_INPUTS = {
     "x must be a tensor [tokens, in] or [..., in] that is not empty. Got [0, 3] instead.": X[:0],
     "x must be a tensor [tokens, in] or [..., in] that is not empty. Got ndarray instead.": X.numpy(),
     "x must be finite, and so must its squares in float32. Got NaN or Inf instead.": X / 0,
+    "x must be a dense tensor that holds values. Got torch.sparse_coo instead.": X.to_sparse(),
+    "x must be a dense tensor that holds values. Got a tensor on the meta device instead.": X.to("meta"),
     "x must be finite, and so must its squares in float32. Got squares beyond float32 instead.": X * 1e30,
 }
 
@@ -438,6 +446,13 @@ def test_wrong_arguments_of_a_layer_are_one_sentence(tmp_path: Path):
         "gram must be [in, in] = [64, 64]. Got [32, 32] instead.": {"gram": other},
         "gram must be a layerwise.Gram, such as Gram.from_inputs(x). Got Tensor instead.": {"gram": gram.matrix},
         "gram must be finite. Got NaN or Inf instead.": {"gram": Gram(gram.matrix / 0, 8)},
+        "gram must be a tensor [in, in]. Got NoneType instead.": {"gram": Gram(cast(Any, None), 8)},
+        "gram must be a dense tensor that holds values. Got torch.sparse_coo": {
+            "gram": Gram(gram.matrix.to_sparse(), 8)
+        },
+        "gram must have a diagonal of at least 0, means of squares. Got -1 instead.": {"gram": Gram(-torch.eye(64), 8)},
+        "gram must be symmetric. Got two entries that differ by ": {"gram": Gram(gram.matrix.triu(), 8)},
+        "weight must be a dense tensor that holds values. Got a tensor on the meta": {"weight": weight.to("meta")},
         "gram must be torch.float32. Got torch.float64 instead.": {"gram": Gram(gram.matrix.double(), 8)},
         "statistics.mean must be [in] = [64]. Got [32] instead.": {"statistics": narrow},
         "weight must be [out, in] and not empty. Got [64] instead.": {"weight": weight[0]},

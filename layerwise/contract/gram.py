@@ -189,6 +189,14 @@ def _check_inputs(x: Tensor, name: str) -> None:
         raise ValueError(f"{name} must be a tensor [tokens, in] or [..., in] that is not empty. Got {came} instead.")
     if not x.is_floating_point():
         raise ValueError(f"{name} must be floating point. Got {x.dtype} instead.")
+    check_dense(x, name)
+
+
+def check_dense(tensor: Tensor, name: str) -> None:
+    """Raise ValueError for a sparse tensor, and for one on the meta device."""
+    if tensor.is_meta or tensor.layout != torch.strided:
+        came = "a tensor on the meta device" if tensor.is_meta else str(tensor.layout)
+        raise ValueError(f"{name} must be a dense tensor that holds values. Got {came} instead.")
 
 
 def _checked_moment(matrix: Tensor, x: Tensor, name: str) -> Tensor:

@@ -28,7 +28,6 @@ class MethodCard:
     bits: widths and formats of its quantisation grids; empty if it does not quantise.
     updates_weights: whether it changes kept weights.
     needs: the statistics that it reads: "gram" and "cross_gram" of a `Gram`, "fisher" of a `Layer`, the rest fields of
-        a
         `Statistics`.
     control: whether it is only a baseline for comparison and not a good compression method.
     """
@@ -103,13 +102,15 @@ class MethodTable(Sequence[MethodCard]):
         return "\n".join(aligned(rows))
 
 
-def methods(folders: Iterable[Path | str] = ()) -> MethodTable:
+def methods(folders: Path | str | Iterable[Path | str] = ()) -> MethodTable:
     """The cards of all shipped methods, and of those in further folders, by name in alphabetical order.
 
+    folders: one folder, or several.
     Reads the files as text; torch is not imported. Raises CatalogueError (a ValueError) for a folder that is absent and
     for a file whose card is wrong.
     """
-    catalogue = Catalogue([Path(folder) for folder in folders])
+    listed = [folders] if isinstance(folders, Path | str) else folders
+    catalogue = Catalogue([Path(folder) for folder in listed])
     return MethodTable(card_of(catalogue[name]) for name in sorted(catalogue))
 
 

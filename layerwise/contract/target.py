@@ -65,8 +65,10 @@ class Target:
             value = getattr(self, name)
             if not isinstance(value, numbers.Real) and not (value is None and name in WHOLE):
                 raise ValueError(f"Target.{name} must be a number. Got {value!r} instead.")
-        if not PATTERN.fullmatch(self.pattern):
+        if not isinstance(self.pattern, str) or not PATTERN.fullmatch(self.pattern):
             raise ValueError(f"Target.pattern must be 'row', 'layer', 'n:m' or '1xb'. Got {self.pattern!r} instead.")
+        if self.symmetric not in (True, False):
+            raise ValueError(f"Target.symmetric must be True or False. Got {self.symmetric!r} instead.")
         if self.n_of_m:
             n, m = self.n_of_m
             if n >= m:

@@ -90,6 +90,8 @@ def test_a_target_is_frozen():
 WRONG = [
     ({"pattern": "column"}, "Target.pattern must be 'row', 'layer', 'n:m' or '1xb'. Got 'column' instead."),
     ({"pattern": "2x4"}, "Target.pattern must be"),
+    ({"pattern": 124}, "Target.pattern must be 'row', 'layer', 'n:m' or '1xb'. Got 124 instead."),
+    ({"bits": 4, "symmetric": "yes"}, "Target.symmetric must be True or False. Got 'yes' instead."),
     ({"pattern": "0:4"}, "Target.pattern must be"),
     ({"pattern": "row\n"}, "Target.pattern must be"),
     ({"pattern": "4:4"}, "Target.pattern n:m must keep n of m, n < m. Got '4:4' instead."),
