@@ -113,12 +113,16 @@ def trials_of(job: AllocateJob, parts: Sequence[Part], probe: Probe | None) -> I
         yield ModelTrials(blocks, parts, store_of(job.gram), tokens, probe, folder)
 
 
-def targets_of(parts: Sequence[Part], proposal: Proposal, target: Target) -> list[Target]:
-    """The target of each layer. Raises ValueError for a proposal that lacks layers or misses the budget."""
+def targets_of(parts: Sequence[Part], proposal: object, target: Target) -> list[Target]:
+    """The target of each layer. Raises ValueError for what is no proposal, lacks layers or misses the budget."""
+    if not isinstance(proposal, Proposal):
+        raise ValueError(f"an allocator must return a Proposal. Got {type(proposal).__name__} instead")
     if len(proposal.scores) != len(parts):
         raise ValueError(f"scores must be {len(parts)}, one for each layer. Got {len(proposal.scores)} instead")
     if target.paired:
         return held_pairs(parts, proposal.pairs or (), target)
+    if proposal.official and len(proposal.levels) != len(parts):
+        raise ValueError(f"levels must be {len(parts)}, one for each layer. Got {len(proposal.levels)} instead")
     levels = list(proposal.levels) if proposal.official else held(proposal.levels, sizes(parts), target)
     return [target.at(level) for level in levels]
 

@@ -310,7 +310,17 @@ def test_cells_of_equal_levels_are_stored_as_before(case):
         (
             "return [0] * len(list(layers))",
             "return None",
-            "own failed at 50% row: AttributeError",
+            "own failed at 50% row: ValueError: an allocator must return a Proposal. Got NoneType instead.",
+        ),
+        (
+            "return [0] * len(list(layers))",
+            "return Proposal((0.5,), (None,) * len(parts), official=True)",
+            "own failed at 50% row: ValueError: levels must be 14, one for each layer. Got 1 instead.",
+        ),
+        (
+            "return [0] * len(list(layers))",
+            "return Proposal((float('nan'),) * len(parts), (None,) * len(parts), official=True)",
+            "own failed at 50% row: ValueError: Target.sparsity must be in [0, 1). Got nan instead.",
         ),
         (
             "return [0] * len(list(layers))",
