@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import keyword
 import re
+import sys
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 from layerwise.contract.catalogue import Catalogue
@@ -52,7 +54,8 @@ class CLASS(Method):
 def write(name: str, folder: str | Path = ".") -> Path:
     """Write the file of a new method, which passes the contract, into a folder; returns its path.
 
-    name: the name of the method and the file: a Python identifier in lower case that no shipped method has.
+    name: the name of the method and the file: a Python identifier in lower case that no shipped method has, and no
+        package of Python's library or installed, which the file would hide from Python run in its folder.
     Raises InputError if the name is not free, the file exists, or the folder cannot be written.
     """
     if not NAME.fullmatch(name) or keyword.iskeyword(name):
@@ -62,6 +65,8 @@ def write(name: str, folder: str | Path = ".") -> Path:
         )
     if name in Catalogue():
         raise InputError(f"The name of a new method must be free. Got {name!r} instead, which is a shipped method.")
+    if name in sys.stdlib_module_names or name in packages_distributions():
+        raise InputError(f"The name of a new method must be free. Got {name!r} instead, which is a Python package.")
     path = Path(folder) / f"{name}.py"
     title = name.replace("_", " ").capitalize()
     class_name = "".join(part.capitalize() for part in name.split("_") if part)

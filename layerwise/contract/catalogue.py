@@ -149,7 +149,7 @@ class Catalogue(Mapping[str, Entry]):
             except OSError:  # for example, a name that is too long
                 files = None
             if files is None:
-                raise CatalogueError(f"{kind.paths} names {folder}, which is not a folder.")
+                raise CatalogueError(f"{kind.paths} must be folders. Got {str(folder)!r} instead.")
             for path in files:
                 self.add(path)
 

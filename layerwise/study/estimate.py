@@ -7,6 +7,7 @@ The Snakefile prints the short form before its first job, and refuses jobs that 
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -266,10 +267,12 @@ def estimate(study: Plan, cores: int, memory: float | None = None, quick: bool =
 
     cores: jobs at a time. memory: bytes of the machine that will run it (default: this one's). quick: measure only a
     matrix product. Otherwise unknown speeds of this machine and of the study's methods are measured and stored. Raises
-    InputError for fewer than one core.
+    InputError for fewer than one core, and for a memory that is not a number above 0.
     """
     if cores < 1:
         raise InputError(f"--cores must be at least 1. Got {cores} instead.")
+    if memory is not None and not 0 < memory < math.inf:
+        raise InputError(f"--mem-mb must be a number above 0. Got {memory / 1e6:g} instead.")
     model = CostModel(study)
     jobs = list(model.jobs())
     limit, whose = (memory, "--mem-mb gives") if memory is not None else (machine_memory(), "this machine has")

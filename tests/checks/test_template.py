@@ -48,6 +48,13 @@ def test_the_name_of_a_shipped_method(tmp_path: Path):
         template.write("wanda", tmp_path)
 
 
+@pytest.mark.parametrize("name", ["torch", "json"])
+def test_the_name_of_a_package(name: str, tmp_path: Path):
+    with pytest.raises(InputError, match=f"Got '{name}' instead, which is a Python package"):
+        template.write(name, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_name_of_what_the_file_imports(tmp_path: Path):
     path = template.write("layer", tmp_path)
     assert "class MyLayer(Method):" in path.read_text()

@@ -333,7 +333,7 @@ def test_whole_numbers_are_integers(folder: Path):
 
 
 def test_a_folder_that_is_not_there_is_one_sentence(tmp_path: Path):
-    with pytest.raises(CatalogueError, match="method_paths names .*absent, which is not a folder"):
+    with pytest.raises(CatalogueError, match="method_paths must be folders. Got '.*absent' instead"):
         Catalogue([tmp_path / "absent"])
 
 

@@ -815,7 +815,7 @@ WRONG = {
     "folder": (study(models={"../a": {"path": "a"}}), "config: models: the name '../a' is wrong; names are"),
     "label": (study(methods={"a/b": {"method": "wanda"}}), "config: methods: the name 'a/b' is wrong; names are"),
     "number as name": (study(models={1: {"path": "a"}}), "config: models: the name 1 is wrong; names are"),
-    "method folder": (study(method_paths=["absent"]), "method_paths names absent, which is not a folder."),
+    "method folder": (study(method_paths=["absent"]), "method_paths must be folders. Got 'absent' instead."),
 }
 
 
