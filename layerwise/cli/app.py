@@ -180,7 +180,9 @@ def estimate(
 
 @app.command("check-study", epilog="Example: layerwise check-study strangers-study.yaml")
 def check_study(
-    studies: Annotated[list[str], typer.Argument(help="Files of studies, or names of shipped studies.")],
+    studies: Annotated[
+        list[str], typer.Argument(help="Files of studies, or names of shipped studies.", autocompletion=studies)
+    ],
 ) -> None:
     """Validate studies and count their cells. Nothing in them is run.
 

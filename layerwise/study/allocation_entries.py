@@ -95,7 +95,7 @@ def options_tried(entry: Entry, params: Mapping[str, Any], target: Target) -> in
     return len(levels_of(params[formats["levels"]], target)) if "levels" in formats else USUALLY_TRIED
 
 
-def refusal(
+def spread_refusal(
     allocators: Catalogue, methods: Catalogue, allocation: AllocationEntry, entry: MethodEntry, target: Target
 ) -> str | None:
     """Why an allocation's levels cannot be used for a method's layers at a target, or None."""

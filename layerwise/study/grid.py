@@ -421,7 +421,10 @@ class _Grid:
             yield None, reason
             return
         for allocation in self.allocations:
-            yield allocation, allocation_entries.refusal(self.allocators, self.catalogue, allocation, entry, target)
+            yield (
+                allocation,
+                allocation_entries.spread_refusal(self.allocators, self.catalogue, allocation, entry, target),
+            )
 
     def _refusal(self, entry: MethodEntry, target: Target) -> str | None:
         """Why an entry cannot reach a target, or None."""

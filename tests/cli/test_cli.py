@@ -78,10 +78,11 @@ def test_studies_are_checked_without_their_models(tmp_path):
     assert told.exit_code == 0 and told.stdout == f"embedded: 29 cells\n{path}: 29 cells\n"
 
 
-def test_a_shell_completes_names_of_studies():
-    words = {"_LAYERWISE_COMPLETE": "complete_bash", "COMP_WORDS": "layerwise run qua", "COMP_CWORD": "2"}
-    command = [sys.executable, "-m", "layerwise"]
-    done = subprocess.run(command, env={**ENVIRONMENT, **words}, capture_output=True, text=True)
+@pytest.mark.parametrize("command", ["run", "check-study"])
+def test_a_shell_completes_names_of_studies(command):
+    words = {"_LAYERWISE_COMPLETE": "complete_bash", "COMP_WORDS": f"layerwise {command} qua", "COMP_CWORD": "2"}
+    python = [sys.executable, "-m", "layerwise"]
+    done = subprocess.run(python, env={**ENVIRONMENT, **words}, capture_output=True, text=True)
     assert done.stdout.split() == ["quantisation", "quantisers", "quantisers-smollm2"]
 
 
