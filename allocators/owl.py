@@ -15,6 +15,7 @@ CARD = {
     "code": "https://github.com/luuyin/OWL",
     "needs": ["weight", "gram"],
     "budgets": ["row", "layer", "n:m"],
+    "checks": {"variants": [{"official": True, "spread": 0.02, "counts": 0}]},  # wider ones may reach 1
     "parameters": {
         "threshold": {
             "type": "number",

@@ -149,6 +149,12 @@ ALLOCATOR_SCHEMA = {
         # {parameter: parameter}: the first one's value must be at most the other's.
         "at_most": {"type": "object", "additionalProperties": {"type": "string"}},
         "splits_equals": {"type": "string"},  # why two equal layers may get two levels
+        "checks": {  # the parameters with which its promises are checked, besides the defaults
+            "type": "object",
+            "required": ["variants"],
+            "additionalProperties": False,
+            "properties": {"variants": {"type": "array", "items": {"type": "object"}}},
+        },
     },
 }
 

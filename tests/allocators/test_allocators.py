@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from layerwise.allocation.budget import MOST, excess, held
 from layerwise.checks import allocator_cases, allocator_promises, battery
+from layerwise.checks import settings as check_settings
 from layerwise.checks.allocator_cases import MadeTrials, Model
 from layerwise.checks.case import NothingToCheck
 from layerwise.contract.allocator import DenseLayer, Part
@@ -33,6 +34,12 @@ CASES = [
     pytest.param(case, id=f"{name} {case.target.label}")
     for name in CATALOGUE
     for case in allocator_cases.cases_of(CATALOGUE, name, [{}], TARGETS)
+]
+
+VARIANTS = [
+    pytest.param(case, id=f"{case.label} {case.target.label}")
+    for name in CATALOGUE
+    for case in allocator_cases.cases_of(CATALOGUE, name, check_settings.parameter_sets(CATALOGUE[name])[1:], TARGETS)
 ]
 
 
@@ -78,6 +85,16 @@ def test_a_shipped_allocator_keeps_the_promise(case, check):
     for name in one.names[:7]:
         with contextlib.suppress(NothingToCheck):
             one.on(case, name)
+
+
+@pytest.mark.parametrize("case", VARIANTS)
+def test_variants_of_shipped_allocators_keep_the_promise(case):
+    """Those that `layerwise check-method` tries."""
+    for name in ("3 budget", "5 equal layers", "6 one layer"):
+        one = allocator_promises.CHECKS[name]
+        for model in one.names[:7]:
+            with contextlib.suppress(NothingToCheck):
+                one.on(case, model)
 
 
 def test_owl_has_the_levels_of_the_released_code():
