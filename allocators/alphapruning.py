@@ -1,5 +1,6 @@
 """AlphaPruning: blocks whose weights have heavier-tailed spectra keep more (Lu et al.)."""
 
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -53,8 +54,13 @@ class AlphaPruning(Allocator):
     window: str = "official"
 
     def measure(self, layers: Iterator[DenseLayer]) -> Sequence[float]:
-        """The exponent of each layer."""
-        return [self.exponent(torch.linalg.svdvals(layer.weight).square().cpu().numpy()) for layer in layers]
+        """The exponent of each layer. A layer that gets 0, and so is pruned least, is named on stderr."""
+        found = list[float]()
+        for layer in layers:
+            found.append(self.exponent(torch.linalg.svdvals(layer.weight).square().cpu().numpy()))
+            if not found[-1]:
+                print(f"{layer.name} has the exponent 0: no power law fits its singular values", file=sys.stderr)
+        return found
 
     def exponent(self, eigenvalues: NDArray[np.float32]) -> float:
         """The exponent of the power law that best fits the tail of eigenvalues [n], by the Kolmogorov-Smirnov distance.

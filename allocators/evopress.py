@@ -2,6 +2,7 @@
 al.)."""
 
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from random import Random
@@ -99,6 +100,8 @@ class EvoPress(Allocator):
     def search(self, parts: Sequence[Part], target: Target, trials: Trials) -> Proposal:
         """scores: the divergence of the model at all chosen levels, in nats per token, repeated for every layer."""
         steps, rng = self.steps_of(parts, target), Random(trials.seed)  # noqa: S311 (no secret)
+        if len({step.group for step in steps}) == len(parts):
+            print(f"The levels of {target.label} stay equal: no two layers have the same size", file=sys.stderr)
 
         def divergence(places: Sequence[int], windows: int) -> float:
             return trials.divergence(levels_of(places, steps, target), windows)

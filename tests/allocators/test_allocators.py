@@ -312,6 +312,22 @@ def test_evopress_lowers_the_divergence_by_exchanges_that_hold_the_budget():
     assert other.asked != trials.asked[: len(other.asked)]  # other draws
 
 
+def test_evopress_says_that_no_exchange_is_possible(capsys):
+    parts = [Part("x", 0, 8, 8), Part("x", 1, 8, 16)]
+    found = own("evopress", generations=2, offspring=2)
+    assert found.search(parts, Target(bits=4), MadeTrials(parts)).levels == (4.0, 4.0)
+    assert capsys.readouterr().err == "The levels of 4b stay equal: no two layers have the same size\n"
+    found.search(parts, Target(0.5), MadeTrials(parts))
+    assert capsys.readouterr().err == ""
+
+
+def test_alphapruning_names_a_layer_that_no_power_law_fits(capsys):
+    layers = [DenseLayer("plain", torch.randn(16, 16, generator=torch.Generator().manual_seed(0)))]
+    plain, none = allocator("alphapruning").measure(iter([*layers, DenseLayer("zeros", torch.zeros(16, 16))]))
+    assert plain > 1 and none == 0
+    assert capsys.readouterr().err == "zeros has the exponent 0: no power law fits its singular values\n"
+
+
 def test_evopress_exchanges_whole_numbers_between_layers_of_one_size():
     parts = [Part("x", 0, 8, 8), Part("x", 1, 8, 8), Part("x", 2, 8, 16)]
     for target in (Target(bits=4), Target(pattern="2:4")):
