@@ -23,6 +23,7 @@ from layerwise.contract.allocator_card import card_fault
 from layerwise.contract.cards import ALLOCATOR, METHOD, Kind, merged, needed
 from layerwise.contract.import_closure import FOLDERS, closure, imports_of
 from layerwise.contract.target import LOW_RANK, SUM, Target, refusal
+from layerwise.runtime.sentences import schema_fault
 
 if TYPE_CHECKING:
     from layerwise.contract.allocator import Allocator
@@ -223,9 +224,9 @@ class Catalogue(Mapping[str, Entry]):
             errors = list(jsonschema.Draft202012Validator(schema).iter_errors(full[key]))
             if errors:
                 advice = _advice(full[key], schema)
-                raise CatalogueError(
-                    f"{where}: {name}'s {key} is wrong: {errors[0].message}{advice}.{_meaning(schema)}"
-                )
+                first: Any = errors[0]
+                fault = schema_fault(first.validator, first.validator_value, first.instance, first.message)
+                raise CatalogueError(f"{where}: {name}'s {key} {fault}{advice}.{_meaning(schema)}")
             if schema.get("type") == "integer":  # JSON Schema accepts 128.0 as an integer, range() does not
                 full[key] = int(full[key])
         return full

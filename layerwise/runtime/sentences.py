@@ -7,6 +7,9 @@ from typing import Any
 LONGEST = 200  # largest number of quoted characters of a value
 # two lines of huggingface_hub's messages
 VALIDATION = re.compile(r"Class validation error for validator '\w+':\s+\w+: ")
+KINDS = {"number": "a number", "integer": "a whole number", "boolean": "true or false", "string": "a text"}
+KINDS |= {"array": "a list", "object": "a mapping", "null": "null"}
+LIMITS = {"minimum": "at least", "maximum": "at most", "exclusiveMinimum": "above", "exclusiveMaximum": "below"}
 PLAIN_KEY = re.compile(r"[\w.:-]{1,100}")
 
 
@@ -22,6 +25,17 @@ def reason(error: Exception) -> str:
     text = str(error.args[0]) if isinstance(error, KeyError) and " " in str(error) else str(error)
     lines = [line.strip() for line in VALIDATION.sub("", text).splitlines() if line.strip()]
     return brief((lines[0].split(". ")[0] if lines else type(error).__name__).rstrip(".:!"))
+
+
+def schema_fault(validator: str, expected: Any, instance: Any, message: str) -> str:
+    """The rest of a sentence that begins with a place, for an error of JSON Schema; message: the library's own."""
+    if validator == "type":
+        wanted = " or ".join(KINDS[kind] for kind in ([expected] if isinstance(expected, str) else expected))
+    elif validator in LIMITS:
+        wanted = f"{LIMITS[validator]} {expected}"
+    else:
+        return f"is wrong: {brief(message)}"
+    return f"must be {wanted}. Got {brief(repr(instance))} instead"
 
 
 def place(path: Iterable[Any]) -> str:

@@ -13,7 +13,7 @@ from layerwise.contract.catalogue import Catalogue
 from layerwise.contract.target import Target
 from layerwise.runtime.errors import InputError
 from layerwise.runtime.project import ROOT
-from layerwise.runtime.sentences import brief, place
+from layerwise.runtime.sentences import brief, place, schema_fault
 from layerwise.sources import checkpoint_files, task_sets, text_files
 from layerwise.sources.shapes import shape_of
 from layerwise.sources.specs import CalibrationSpec, EvaluationSpec, ModelSpec, TaskSetSpec
@@ -147,7 +147,7 @@ def _sentence(error: jsonschema.ValidationError) -> str:
         advice = '; YAML reads 2:4 without quotes as a number: write "2:4"'
     else:
         advice = ""
-    return f"config: {where} is wrong: {brief(error.message)}{advice}."
+    return f"config: {where} {schema_fault(str(error.validator), expected, instance, error.message)}{advice}."
 
 
 def _is_number(text: str) -> bool:

@@ -260,10 +260,10 @@ WRONG_ENTRIES = {
     "unknown method": ("wnada", {}, r"here: the method must be one of .*, wanda\. Got 'wnada' instead\."),
     "unknown parameter": ("sparsegpt", {"damp": 1}, "sparsegpt has no parameter 'damp'; its parameters are: .*damping"),
     "no parameters at all": ("wanda", {"alpha": 1}, "wanda has no parameter 'alpha'; its parameters are: none"),
-    "out of range": ("sparsegpt", {"damping": 0}, "sparsegpt's damping is wrong: 0 is less than or equal to"),
-    "a string": ("sparsegpt", {"damping": "1e-3"}, "sparsegpt's damping is wrong: '1e-3' is not of type 'number'"),
-    "a float": ("sparsegpt", {"blocksize": 128.5}, "sparsegpt's blocksize is wrong: 128.5 is not of type 'integer'"),
-    "a truth value": ("sparsegpt", {"blocksize": True}, "blocksize is wrong: True is not of type 'integer'"),
+    "out of range": ("sparsegpt", {"damping": 0}, "sparsegpt's damping must be above 0. Got 0 instead"),
+    "a string": ("sparsegpt", {"damping": "1e-3"}, "sparsegpt's damping must be a number. Got '1e-3' instead"),
+    "a float": ("sparsegpt", {"blocksize": 128.5}, "sparsegpt's blocksize must be a whole number. Got 128.5 instead"),
+    "a truth value": ("sparsegpt", {"blocksize": True}, "blocksize must be a whole number. Got True instead"),
     "not a number": ("sparsegpt", {"damping": float("nan")}, "sparsegpt's damping is wrong: nan"),
     "infinite": ("sparsegpt", {"damping": float("inf")}, "sparsegpt's damping is wrong: inf"),
     "not among the choices": ("magnitude", {"convention": "mine"}, "convention is wrong: 'mine' is not one of"),
@@ -275,7 +275,7 @@ WRONG_ENTRIES = {
     "warm start with a wrong parameter": (
         "polish",
         {"warm_start": {"sparsegpt": {"damping": -1}}},
-        "here.warm_start: sparsegpt's damping is wrong",
+        "here.warm_start: sparsegpt's damping must be above 0",
     ),
     "two warm starts": ("polish", {"warm_start": {"wanda": {}, "magnitude": {}}}, "must be a method's name"),
     "empty warm start": ("polish", {"warm_start": {}}, "here.warm_start must be a method's name"),
@@ -288,18 +288,18 @@ WRONG_ENTRIES = {
     "wrong parameter in a chain": (
         "chain",
         {"chain": ["wanda", {"rtn": {"mse": 3}}]},
-        "here.chain.1: rtn's mse is wrong: 3 is not of type 'boolean'",
+        "here.chain.1: rtn's mse must be true or false. Got 3 instead",
     ),
     "sweep in a chain": (
         "chain",
         {"chain": [{"sparsegpt": {"damping": [0.01, 0.1]}}, "rtn"]},
-        "here.chain.0: sparsegpt's damping is wrong",
+        "here.chain.0: sparsegpt's damping must be a number",
     ),
     "number in a chain": ("chain", {"chain": ["wanda", 3]}, "here.chain.1 must be a method's name .* Got 3 instead"),
     "two methods in a step": ("chain", {"chain": ["rtn", {"ria": {}, "rtn": {}}]}, "here.chain.1 must be a method"),
     "chain of one": ("chain", {"chain": ["wanda"]}, r"chain's chain is wrong: .* is too short"),
     "chain of three": ("chain", {"chain": ["wanda", "ria", "rtn"]}, r"chain's chain is wrong: .* is too long"),
-    "chain that is a name": ("chain", {"chain": "wanda"}, "chain's chain is wrong: 'wanda' is not of type 'array'"),
+    "chain that is a name": ("chain", {"chain": "wanda"}, "chain's chain must be a list. Got 'wanda' instead"),
 }
 
 

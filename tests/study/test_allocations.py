@@ -226,10 +226,10 @@ def test_tuned_entries_are_not_spread():
     [
         ({"owll": None}, "allocations.owll: the allocator must be one of alphapruning, evopress,"),
         ({"owl": {"treshold": 3}}, "allocations.owl: owl has no parameter 'treshold'; its parameters are: threshold,"),
-        ({"owl": {"threshold": "a"}}, "allocations.owl: owl's threshold is wrong: 'a' is not of type 'number'."),
+        ({"owl": {"threshold": "a"}}, "allocations.owl: owl's threshold must be a number. Got 'a' instead."),
         ({"uniform": {"allocator": "owl"}}, "the allocation uniform must use the allocator uniform."),
         ({"flat": {"allocator": "uniform"}}, "the allocation uniform must use the allocator uniform."),
-        ({"knapsack": {"levels": [1.2]}}, "knapsack's levels is wrong: 1.2 is greater than the maximum of 0.99."),
+        ({"knapsack": {"levels": [1.2]}}, "knapsack's levels must be at most 0.99. Got 1.2 instead."),
         ({"knapsack": {"levels": [number / 300 for number in range(201)]}}, "knapsack's levels is wrong: "),
         (
             {"evopress": {"windows": 4, "offspring": 3}},
