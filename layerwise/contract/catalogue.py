@@ -355,6 +355,30 @@ def _entry(path: Path, text: str, kind: Kind) -> Entry | None:
         raise CatalogueError(f"{path} is not valid Python: {error.msg}{at}.") from None
     except ValueError as error:  # a null byte
         raise CatalogueError(f"{path} is not valid Python: {error}.") from None
+    card = _card(tree, path, kind)
+    if card is None:
+        return None
+    classes = _derived(tree, kind)
+    if len(classes) != 1:
+        raise CatalogueError(f"{path} must define one class derived from {kind.base}. Got {len(classes)} instead.")
+    _check_methods(classes[0], path, kind)
+    if kind is ALLOCATOR and (
+        fault := card_fault(card, classes[0].name, _defined(classes[0]), len(classes[0].bases) > 1)
+    ):
+        raise CatalogueError(f"{path}: {fault}")
+    defaults = _defaults(classes[0], path)
+    if set(defaults) != set(card["parameters"]):
+        raise CatalogueError(
+            f"{path}: CARD['parameters'] and the fields of {classes[0].name} must be the same. "
+            f"Got {sorted(card['parameters'])} and {sorted(defaults)} instead."
+        )
+    _check_names_of(card, defaults, path)
+    needed = tuple(own for own in closure(imports_of(tree)) if own not in SHARED_SOURCES)
+    return Entry(path.stem, path, classes[0].name, card, defaults, needed, kind)
+
+
+def _card(tree: ast.Module, path: Path, kind: Kind) -> dict[str, Any] | None:
+    """The card of a file, with the schemas of its parameters complete; None for a file without one."""
     cards = [
         node.value
         for node in tree.body
@@ -376,33 +400,23 @@ def _entry(path: Path, text: str, kind: Kind) -> Entry | None:
             raise CatalogueError(f"{path}: {at} is wrong: {error.args[0]}.") from None
         except jsonschema.SchemaError as error:
             raise CatalogueError(f"{path}: {at} is wrong: {error.message.splitlines()[0]}.") from None
-    classes = _derived(tree, kind)
-    if len(classes) != 1:
-        raise CatalogueError(f"{path} must define one class derived from {kind.base}. Got {len(classes)} instead.")
-    _check_methods(classes[0], path, kind)
+    return card
+
+
+def _check_names_of(card: Mapping[str, Any], defaults: Mapping[str, Any], path: Path) -> None:
+    """Raise CatalogueError for an entry of the card that must name a parameter and does not."""
     if "named_by" in card and card["named_by"] not in card["parameters"]:
         raise CatalogueError(f"{path}: CARD['named_by'] must be a parameter. Got {card['named_by']!r} instead.")
+    cost = card.get("cost", {})
     for key in ("products_where", "products_per"):
-        for name in card.get("cost", {}).get(key, {}).keys() - card["parameters"].keys():
+        for name in cost.get(key, {}).keys() - card["parameters"].keys():
             raise CatalogueError(f"{path}: CARD['cost'][{key!r}] must name parameters. Got {name!r} instead.")
-    if kind is ALLOCATOR and (
-        fault := card_fault(card, classes[0].name, _defined(classes[0]), len(classes[0].bases) > 1)
-    ):
-        raise CatalogueError(f"{path}: {fault}")
-    defaults = _defaults(classes[0], path)
-    if set(defaults) != set(card["parameters"]):
-        raise CatalogueError(
-            f"{path}: CARD['parameters'] and the fields of {classes[0].name} must be the same. "
-            f"Got {sorted(card['parameters'])} and {sorted(defaults)} instead."
-        )
-    for name in card.get("cost", {}).get("products_per", {}):
+    for name in cost.get("products_per", {}):
         if isinstance(defaults[name], bool) or not isinstance(defaults[name], int | float):
             raise CatalogueError(
                 f"{path}: CARD['cost']['products_per'] must name parameters whose default is a number. "
                 f"Got {name!r} instead, whose default is {defaults[name]!r}."
             )
-    needed = tuple(own for own in closure(imports_of(tree)) if own not in SHARED_SOURCES)
-    return Entry(path.stem, path, classes[0].name, card, defaults, needed, kind)
 
 
 def _derived(tree: ast.Module, kind: Kind) -> list[ast.ClassDef]:
