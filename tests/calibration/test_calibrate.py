@@ -407,8 +407,8 @@ def test_a_layer_that_is_never_called_is_named():
         ),
         (torch.full((2, 4), -1), "Got -1 to -1 instead"),
         (torch.zeros(2, 65, dtype=torch.int64), "sequences must have at most 64 tokens for this model. Got 65 instead"),
-        (torch.zeros(0, 4, dtype=torch.int64), "must be integers"),
-        (torch.zeros(2, 4), "must be integers"),
+        (torch.zeros(0, 4, dtype=torch.int64), "must be int32 or int64"),
+        (torch.zeros(2, 4), "must be int32 or int64"),
     ],
 )
 def test_tokens_that_are_not_the_models_are_refused(wrong, sentence):
