@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from random import Random
 from typing import cast
 
-from layerwise.allocation.budget import BITS, MOST
+from layerwise.allocation.budget import BITS
 from layerwise.contract.allocator import Allocator, Candidate, Part, Proposal, Target, Trials
+from layerwise.contract.allocator_card import MOST
 from layerwise.contract.layer import Method
 
 CARD = {

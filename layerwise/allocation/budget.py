@@ -12,9 +12,9 @@ from fractions import Fraction
 import numpy as np
 from numpy.typing import NDArray
 
+from layerwise.contract.allocator_card import MOST
 from layerwise.contract.target import Target
 
-MOST = 0.99  # largest share of zeros in a layer
 BITS = (2, 8)
 FARTHEST = 1000.0  # proposals are clipped to this size, which is beyond every limit
 Floats = NDArray[np.float64]

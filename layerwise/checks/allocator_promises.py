@@ -11,11 +11,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from layerwise.allocation.budget import BITS, MOST, excess
+from layerwise.allocation.budget import BITS, excess
 from layerwise.checks.allocator_cases import BLOCK, MODELS, ONE_LAYER, AllocatorCase, Model
 from layerwise.checks.case import Finding, NothingToCheck, demand
 from layerwise.compression.allocate import held_pairs, targets_of
 from layerwise.contract.allocator import DenseLayer, Part, Proposal
+from layerwise.contract.allocator_card import MOST
 from layerwise.contract.layer import Method
 from layerwise.contract.target import Target
 

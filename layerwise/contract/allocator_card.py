@@ -4,12 +4,12 @@ from collections.abc import Mapping, Set
 from typing import Any
 
 TRIED = ("windows", "screen")  # parameters of allocators that try the model, in sequences of calibration text
-MOST = 0.99  # largest share of zeros in a layer, as in allocation/budget.py
+MOST = 0.99  # largest share of zeros in a layer
 NUMBERS = {"number", "integer"}
 
 
 def card_fault(card: Mapping[str, Any], class_name: str, defined: Set[str], inherits: bool) -> str | None:
-    """What is wrong with an allocator's card and class, in a sentence that begins with the part; or None.
+    """The first fault of an allocator's card and class, as a sentence that begins with the part; None if there is none.
 
     defined: names that the class defines. inherits: whether it has another base, which may define the rest.
     """

@@ -5,7 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from layerwise.allocation.budget import BITS, MOST, excess, held
+from layerwise.allocation.budget import BITS, excess, held
+from layerwise.contract.allocator_card import MOST
 from layerwise.contract.target import Target
 
 LAYERS = st.lists(st.tuples(st.floats(-3, 3), st.integers(1, 5_000_000)), min_size=1, max_size=40)

@@ -12,12 +12,13 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from layerwise.allocation.budget import MOST, excess, held
+from layerwise.allocation.budget import excess, held
 from layerwise.checks import allocator_cases, allocator_promises, battery
 from layerwise.checks import settings as check_settings
 from layerwise.checks.allocator_cases import MadeTrials, Model
 from layerwise.checks.case import NothingToCheck
 from layerwise.contract.allocator import DenseLayer, Part
+from layerwise.contract.allocator_card import MOST
 from layerwise.contract.cards import ALLOCATOR
 from layerwise.contract.catalogue import Catalogue
 from layerwise.contract.gram import Gram
