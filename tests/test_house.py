@@ -33,6 +33,7 @@ HEAVY = ("torch", "transformers", "pandas", "matplotlib")
 LIGHT = (
     "contract.target",
     "contract.catalogue",
+    "contract.method_file",
     "contract.cards",
     "contract.method_table",
     "runtime",

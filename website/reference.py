@@ -10,7 +10,8 @@ from typer.core import TyperGroup
 from layerwise.cli import cards
 from layerwise.cli.app import app
 from layerwise.contract.cards import ALLOCATOR
-from layerwise.contract.catalogue import Catalogue, Entry
+from layerwise.contract.catalogue import Catalogue
+from layerwise.contract.method_file import Entry
 from layerwise.contract.method_table import widths
 from layerwise.runtime.project import ROOT
 from layerwise.storage import table_schema
@@ -76,7 +77,7 @@ def _kind(schema: Schema, whole: Schema) -> str:
         return f"list of {_kind(_resolved(schema.get('items', {}), whole), whole)}"
     if "properties" in schema:
         return "keys of its own"
-    return cards.kind_of(schema)
+    return cards.type_of(schema)
 
 
 def methods() -> str:
@@ -129,7 +130,7 @@ def _card(entry: Entry) -> str:
     source += [f"<{card['code']}>" if card["code"].startswith("http") else card["code"]] if "code" in card else []
     lines = [f"## {entry.name}\n", f"{card['title']}. " + ", ".join(filter(None, source)) + "\n"]
     rows = [
-        [code(name), cards.kind_of(schema), code(cards.as_text(entry.defaults[name])), schema.get("description", "")]
+        [code(name), cards.type_of(schema), code(cards.as_text(entry.defaults[name])), schema.get("description", "")]
         for name, schema in card["parameters"].items()
     ]
     return "\n".join([*lines, table(["parameter", *KEYS[1:]], rows) if rows else "It has no parameters.\n"])

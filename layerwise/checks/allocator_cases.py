@@ -11,8 +11,9 @@ import torch
 from numpy.typing import NDArray
 
 from layerwise.contract.allocator import Allocator, Candidate, DenseLayer, Part, Proposal, Trials
-from layerwise.contract.catalogue import Catalogue, Entry
+from layerwise.contract.catalogue import Catalogue
 from layerwise.contract.gram import Gram
+from layerwise.contract.method_file import Entry
 from layerwise.contract.target import JOINT, LOW_RANK, SUM, Target
 
 TARGETS = {  # by the kinds of budget that a card lists

@@ -22,8 +22,9 @@ from layerwise.checks.promises import CHECKS, checks_of
 from layerwise.checks.report import BROKEN, KEPT, KNOWN, NOTE, NOTHING, Report, Row
 from layerwise.checks.settings import ONE_OF_EACH, TARGETS, more_targets
 from layerwise.contract.cards import ALLOCATOR, Kind
-from layerwise.contract.catalogue import Catalogue, CatalogueError, Entry, forget, kind_of
+from layerwise.contract.catalogue import Catalogue, forget
 from layerwise.contract.import_closure import FOLDERS
+from layerwise.contract.method_file import CatalogueError, Entry, card_kind
 from layerwise.contract.target import Target
 from layerwise.runtime.errors import InputError
 
@@ -76,7 +77,7 @@ def case_at(
 def _loaded(path: Path) -> tuple[Catalogue, Entry]:
     """The shipped methods (or allocators) together with this file's, and the file's entry."""
     path = path.resolve()
-    kind = kind_of(path)
+    kind = card_kind(path)
     try:
         catalogue = Catalogue() if kind is not ALLOCATOR else Catalogue(kind=kind, methods=Catalogue())
         if path.parent == FOLDERS[kind.folder] and path.stem in catalogue:

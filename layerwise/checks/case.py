@@ -10,8 +10,9 @@ from typing import Any
 import torch
 
 from layerwise.checks import settings
-from layerwise.contract.catalogue import Catalogue, Entry
+from layerwise.contract.catalogue import Catalogue
 from layerwise.contract.layer import Compressed, Layer, Method, Target
+from layerwise.contract.method_file import Entry
 from layerwise.numerics import dispatch
 
 

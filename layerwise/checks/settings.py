@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from layerwise.contract.catalogue import Entry
+from layerwise.contract.method_file import Entry
 from layerwise.contract.target import Target
 
 TARGETS = [

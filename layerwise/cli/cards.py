@@ -6,7 +6,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from layerwise.contract.catalogue import Catalogue, CatalogueError, Entry
+from layerwise.contract.catalogue import Catalogue
+from layerwise.contract.method_file import CatalogueError, Entry
 from layerwise.contract.method_table import widths
 from layerwise.runtime.errors import InputError
 from layerwise.runtime.text_table import aligned
@@ -48,12 +49,12 @@ def card(entry: Entry) -> str:
     parameters = entry.card["parameters"]
     lines += ["", "parameters:" if parameters else "It has no parameters."]
     for name, schema in parameters.items():
-        lines.append(f"  {name}: {kind_of(schema)}, default {as_text(entry.defaults[name])}")
+        lines.append(f"  {name}: {type_of(schema)}, default {as_text(entry.defaults[name])}")
         lines += textwrap.wrap(schema.get("description", ""), WIDTH, initial_indent="    ", subsequent_indent="    ")
     return "\n".join(lines)
 
 
-def kind_of(schema: Mapping[str, Any]) -> str:
+def type_of(schema: Mapping[str, Any]) -> str:
     """The allowed values of a parameter as text."""
     if "enum" in schema:
         return "one of " + ", ".join(map(as_text, schema["enum"]))

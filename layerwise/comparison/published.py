@@ -16,7 +16,7 @@ import pandas as pd
 
 from layerwise.comparison import published_page
 from layerwise.comparison.published_rows import DENSE, ERRORS, FILE, Row, read_published, target_of, tolerance
-from layerwise.contract.catalogue import CatalogueError
+from layerwise.contract.method_file import CatalogueError
 from layerwise.results.cell_results import ACCURACIES
 from layerwise.results.collect import write_csv
 from layerwise.results.main_table import task_title

@@ -26,8 +26,9 @@ from layerwise.calibration.taps import Tap, tapped_linears
 from layerwise.compression.levels import targets_at
 from layerwise.compression.solver import Solver
 from layerwise.compression.tune import Tuner
-from layerwise.contract.catalogue import Catalogue, Entry
+from layerwise.contract.catalogue import Catalogue
 from layerwise.contract.layer import Compressed, Layer
+from layerwise.contract.method_file import Entry
 from layerwise.contract.target import Target
 from layerwise.models import compute_dtype, loading, structure
 from layerwise.models.stored_dtypes import stored_dtype

@@ -14,8 +14,9 @@ import torch
 
 from layerwise.compression.solver import Solver
 from layerwise.contract.cards import needed
-from layerwise.contract.catalogue import Catalogue, CatalogueError, Entry, read_entry
+from layerwise.contract.catalogue import Catalogue
 from layerwise.contract.layer import Compressed, Layer, Method, UnsupportedTarget
+from layerwise.contract.method_file import CatalogueError, Entry, read_entry
 from layerwise.contract.target import Target
 from layerwise.runtime.errors import InputError
 

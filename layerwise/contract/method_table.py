@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, overload
 
-from layerwise.contract.catalogue import Catalogue, Entry
+from layerwise.contract.catalogue import Catalogue
+from layerwise.contract.method_file import Entry
 from layerwise.runtime.text_table import aligned
 
 

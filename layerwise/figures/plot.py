@@ -45,7 +45,7 @@ def draw(name: str, tables: Path, out: list[Path], method_paths: Sequence[Path] 
 
     method_paths: the study's folders of methods besides the shipped ones. Raises InputError for a wrong card there.
     """
-    from layerwise.contract.catalogue import CatalogueError
+    from layerwise.contract.method_file import CatalogueError
     from layerwise.figures import style
     from layerwise.results import seeds
     from layerwise.storage.table_schema import read_table

@@ -25,7 +25,7 @@ def unpack(packed: Tensor, bits: int, count: int) -> Tensor:
     """[count] uint8, or int32 if bits > 8: the inverse of `pack`. Raises ValueError for a wrong number of bytes."""
     size = -(-count * bits // 8)
     if packed.dtype != torch.uint8 or packed.shape != (size,):
-        raise ValueError(f"{count} numbers of {bits} bits must take {size} bytes. Got {kind_of(packed)} instead")
+        raise ValueError(f"{count} numbers of {bits} bits must take {size} bytes. Got {described(packed)} instead")
     digits = np.unpackbits(packed.numpy(), count=count * bits, bitorder="little")
     if bits == 1:
         return torch.from_numpy(digits)
@@ -78,6 +78,6 @@ def narrowest(values: Tensor) -> Tensor:
     return values
 
 
-def kind_of(tensor: Tensor) -> str:
+def described(tensor: Tensor) -> str:
     """A tensor's dtype and shape, for a message."""
     return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"

@@ -13,7 +13,7 @@ from layerwise.numerics import ops
 from layerwise.numerics.low_rank import of_parts
 from layerwise.numerics.patterns import finite, kept_counts
 from layerwise.numerics.rotations import block_of
-from layerwise.storage.bit_packing import HALVES, kind_of, unpack
+from layerwise.storage.bit_packing import HALVES, described, unpack
 from layerwise.storage.bits_per_weight import grids_of_blocks, group_length, kept_blocks, position_bits
 from layerwise.storage.layer_packing import EXPONENT_OFFSET, dequantised
 
@@ -33,7 +33,7 @@ def restored(parts: Mapping[str, Tensor], target: Target, shape: tuple[int, int]
     inputs = shape[1]
     if "" in parts:
         if parts[""].shape != shape:
-            raise ValueError(f"the weight must be {list(shape)}, as announced. Got {kind_of(parts[''])} instead")
+            raise ValueError(f"the weight must be {list(shape)}, as announced. Got {described(parts[''])} instead")
         return Compressed(parts[""].float())
     mask = _restored_mask(parts, target, shape)
     kept = torch.ones(shape, dtype=torch.bool) if mask is None else mask
@@ -41,7 +41,7 @@ def restored(parts: Mapping[str, Tensor], target: Target, shape: tuple[int, int]
     if target.bits is None:
         values = _part(parts, "values")
         if values.shape != (count,):
-            raise ValueError(f"there must be {count} values, one for each kept weight. Got {kind_of(values)} instead")
+            raise ValueError(f"there must be {count} values, one for each kept weight. Got {described(values)} instead")
         weight = torch.zeros(shape)
         weight[kept] = values.float()
         return Compressed(weight, mask)
@@ -88,7 +88,7 @@ def _restored_factors(
     for name, factor, wanted in (("left", left, entries), ("right", right, (rank, shape[1]))):
         if factor.shape != wanted or factor.dtype not in HALVES or not finite(factor.float()):
             raise ValueError(
-                f"the factor {name} must be {list(wanted)} in 16 bits and finite. Got {kind_of(factor)} instead"
+                f"the factor {name} must be {list(wanted)} in 16 bits and finite. Got {described(factor)} instead"
             )
     if kept is not None:
         values, left = left.float(), torch.zeros(shape[0], rank)
@@ -109,7 +109,7 @@ def _restored_grid(parts: Mapping[str, Tensor], target: Target, kept: Tensor) ->
     count, scales = int(stored.sum()), _part(parts, "scales")
     if scales.numel() != count or (scales.dtype not in HALVES and not target.format):
         wide = 8 if target.format else 16
-        raise ValueError(f"there must be {count} scales of {wide} bits. Got {kind_of(scales)} instead")
+        raise ValueError(f"there must be {count} scales of {wide} bits. Got {described(scales)} instead")
     scales = scales_of_format(scales, target) if target.format else scales
     if not (((scales >= 0) if "levels" in parts else (scales > 0)) & torch.isfinite(scales)).all():
         raise ValueError("a scale is not a positive finite number")
@@ -129,7 +129,7 @@ def scales_of_format(stored: Tensor, target: Target) -> Tensor:
     expected = torch.float8_e4m3fn if target.format == "nvfp4" else torch.uint8
     if stored.dtype != expected:
         raise ValueError(
-            f"scales of {target.format} must be {str(expected).removeprefix('torch.')}. Got {kind_of(stored)} instead"
+            f"scales of {target.format} must be {str(expected).removeprefix('torch.')}. Got {described(stored)} instead"
         )
     if target.format == "nvfp4":
         return stored.float()
@@ -154,7 +154,7 @@ def _restored_levels(parts: Mapping[str, Tensor], target: Target) -> Tensor | No
         and torch.isfinite(levels).all()
         and not target.format
     ):
-        raise ValueError(f"levels must be [{count}] float32, finite. Got {kind_of(levels)} instead")
+        raise ValueError(f"levels must be [{count}] float32, finite. Got {described(levels)} instead")
     return levels
 
 
@@ -179,7 +179,7 @@ def _restored_mask(parts: Mapping[str, Tensor], target: Target, shape: tuple[int
         blocks, kept = _part(parts, "blocks"), kept_blocks(target, inputs)
         columns, last, length = blocks.to(torch.int64), -(-inputs // target.block), target.block
         if blocks.dtype != torch.uint16 or blocks.shape != (rows, kept):
-            raise ValueError(f"blocks must be [{rows}, {kept}] uint16. Got {kind_of(blocks)} instead")
+            raise ValueError(f"blocks must be [{rows}, {kept}] uint16. Got {described(blocks)} instead")
     else:
         assert target.n_of_m
         counts = kept_counts(torch.Size(shape), target)  # [out, groups]

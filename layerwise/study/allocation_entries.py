@@ -9,7 +9,8 @@ from layerwise.allocation.pairs import pairs_of
 from layerwise.allocation.shares import WIDTHS, levels_of
 from layerwise.contract.allocator_card import MOST, TRIED
 from layerwise.contract.cards import ALLOCATOR
-from layerwise.contract.catalogue import Catalogue, CatalogueError, Entry
+from layerwise.contract.catalogue import Catalogue
+from layerwise.contract.method_file import CatalogueError, Entry
 from layerwise.contract.target import JOINT, LOW_RANK, SUM, Target
 from layerwise.runtime.errors import InputError
 from layerwise.storage.bits_per_weight import bits_per_weight

@@ -41,7 +41,7 @@ def study_seconds(
     total, measured, threads = 0.0, 0, set[int]()
     longest = {True: 0.0, False: 0.0}  # longest job among those that cells wait for, and among the rest
     for job, cost in costs:
-        seconds = finished.get(kind_of(model.cell(job))) if job.rule == "compress" else None
+        seconds = finished.get(cell_kind(model.cell(job))) if job.rule == "compress" else None
         measured += seconds is not None
         if seconds is None:
             seconds = job_seconds(model, job, cost, speeds)
@@ -73,7 +73,7 @@ def solving_seconds(cost: JobCost, rates: Rates, trial: Trial | None) -> float:
     return SOLVING * (work.solving + scored) * rates.float32
 
 
-def kind_of(cell: Cell) -> tuple[str, str, str]:
+def cell_kind(cell: Cell) -> tuple[str, str, str]:
     return cell.model, cell.spec["columns"]["label"], cell.mode
 
 
@@ -81,7 +81,7 @@ def finished_seconds(study: Plan) -> dict[tuple[str, str, str], float]:
     """(model, label, mode) -> mean seconds of the first finished cells of this kind in this folder."""
     by_kind: dict[tuple[str, str, str], list[float]] = {}
     for cell in study.cells:
-        seconds, folder = by_kind.setdefault(kind_of(cell), []), Path(cell.folder)
+        seconds, folder = by_kind.setdefault(cell_kind(cell), []), Path(cell.folder)
         if len(seconds) < FINISHED and (folder / "cell.json").is_file() and (folder / "benchmark.tsv").is_file():
             seconds.append(float((folder / "benchmark.tsv").read_text().splitlines()[1].split()[0]))
     return {kind: sum(seconds) / len(seconds) for kind, seconds in by_kind.items() if seconds}

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from layerwise.contract.catalogue import Catalogue, Entry
+from layerwise.contract.catalogue import Catalogue
+from layerwise.contract.method_file import Entry
 from layerwise.study.cell import Cell
 
 # A method's card gives its `cost`. A layer's peak memory is `weights` times its weight plus `grams` times its Gram, in

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from layerwise.contract.catalogue import Catalogue, CatalogueError, UnknownName
+from layerwise.contract.catalogue import Catalogue, UnknownName
+from layerwise.contract.method_file import CatalogueError
 from layerwise.contract.target import Target
 from layerwise.runtime.errors import InputError
 from layerwise.runtime.sentences import brief

@@ -75,10 +75,10 @@ def block_layers(model: str, grams: str, block: int, kinds: Sequence[str]) -> li
     found = model_linears(load({"path": model}))
     taps = read_block(Path(grams), block)
     layers = [Layer(name, found[name].weight().float(), tap.gram) for tap in taps for name in tap.layers]
-    return [layer for layer in layers if not kinds or kind_of(layer) in kinds]
+    return [layer for layer in layers if not kinds or layer_kind(layer) in kinds]
 
 
-def kind_of(layer: Layer) -> str:
+def layer_kind(layer: Layer) -> str:
     """Such as q_proj."""
     return layer.name.split(".")[-1]
 
@@ -101,7 +101,7 @@ class Prepared:
     def __init__(self, layer: Layer, target: Target) -> None:
         problem = gp.Problem.of(layer, target)
         start = Wanda().compress(layer, target, torch.Generator())
-        self.kind = kind_of(layer)
+        self.kind = layer_kind(layer)
         self.rows = Rows.of_layer(layer, problem, start, target)
         plain = AWP(Wanda()).compress(layer, target, torch.Generator()).weight
         missing = self.rows.weight - (plain.double() / problem.unit).float()

@@ -14,8 +14,8 @@ from layerwise.checks.layer_cases import grid_of, regridded
 from layerwise.checks.promises import CHECKS
 from layerwise.checks.settings import TARGETS
 from layerwise.compression.verify import broken_promise
-from layerwise.contract.catalogue import Entry
 from layerwise.contract.layer import Compressed, Layer, LowRank, Method, Target, UnsupportedTarget
+from layerwise.contract.method_file import Entry
 from layerwise.numerics import low_rank, ops
 from layerwise.numerics.patterns import count_kept, kept_counts
 from tests.support import factors

@@ -3,7 +3,7 @@
 import pytest
 
 from layerwise.contract.cards import ALLOCATOR
-from layerwise.contract.catalogue import CatalogueError, read_entry
+from layerwise.contract.method_file import CatalogueError, read_entry
 
 FILE = """
 from dataclasses import dataclass

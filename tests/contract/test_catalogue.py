@@ -14,9 +14,10 @@ from layerwise.checks import layer_cases as layers
 from layerwise.checks import promises
 from layerwise.compression.resolve import needs as needed
 from layerwise.contract.cards import PARAMETERS, merged
-from layerwise.contract.catalogue import SHARED_SOURCES, Catalogue, CatalogueError, read_entry
+from layerwise.contract.catalogue import Catalogue
 from layerwise.contract.import_closure import METHODS
 from layerwise.contract.layer import Target
+from layerwise.contract.method_file import SHARED_SOURCES, CatalogueError, read_entry
 from layerwise.runtime.project import PACKAGE
 from tests.support.paths import ROOT
 

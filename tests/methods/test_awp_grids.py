@@ -14,9 +14,10 @@ import torch
 from layerwise.checks import layer_cases as layers
 from layerwise.checks.brute_force import output_error
 from layerwise.checks.layer_cases import Recipe, grid_of
-from layerwise.contract.catalogue import Catalogue, CatalogueError
+from layerwise.contract.catalogue import Catalogue
 from layerwise.contract.import_closure import METHODS
 from layerwise.contract.layer import Compressed, Layer, Method, Quantised, Target, UnsupportedTarget
+from layerwise.contract.method_file import CatalogueError
 from layerwise.methods.awp import AWP
 from layerwise.methods.awq import AWQ
 from layerwise.methods.chain import Chain

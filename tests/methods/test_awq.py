@@ -11,8 +11,9 @@ from layerwise.checks import layer_cases as layers
 from layerwise.checks.brute_force import output_error
 from layerwise.checks.layer_cases import Recipe, grid_of
 from layerwise.compression.verify import broken_promise
-from layerwise.contract.catalogue import Catalogue, CatalogueError
+from layerwise.contract.catalogue import Catalogue
 from layerwise.contract.layer import Compressed, Gram, Layer, Target
+from layerwise.contract.method_file import CatalogueError
 from layerwise.methods.awq import AWQ, input_scale
 from layerwise.methods.chain import Chain
 from layerwise.methods.rtn import RTN

@@ -14,8 +14,9 @@ from layerwise.checks.case import Case
 from layerwise.checks.layer_cases import Recipe
 from layerwise.compression.score import output_error
 from layerwise.compression.solver import Solver
-from layerwise.contract.catalogue import Catalogue, Entry
+from layerwise.contract.catalogue import Catalogue
 from layerwise.contract.layer import Gram, Layer, Statistics, Target
+from layerwise.contract.method_file import Entry
 from layerwise.numerics import ops
 from tests.support.typing_helpers import some
 

@@ -6,7 +6,8 @@ import pytest
 
 from layerwise.allocation.shares import levels_of
 from layerwise.contract.cards import ALLOCATOR
-from layerwise.contract.catalogue import Catalogue, CatalogueError, read_entry
+from layerwise.contract.catalogue import Catalogue
+from layerwise.contract.method_file import CatalogueError, read_entry
 from layerwise.contract.target import Target
 from layerwise.runtime.errors import InputError
 from layerwise.study.allocation_entries import options_tried

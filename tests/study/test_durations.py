@@ -117,7 +117,7 @@ class Alone:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(durations, "finished_seconds", lambda plan: {})
-        monkeypatch.setattr(durations, "kind_of", lambda cell: cell)
+        monkeypatch.setattr(durations, "cell_kind", lambda cell: cell)
         monkeypatch.setattr(durations, "job_seconds", lambda model, job, cost, speeds: cost.work.words)
         self.plan, self.cell = None, lambda job: None
         self.start = 0.0  # seconds of a process that imports torch

@@ -20,7 +20,7 @@ from layerwise.runtime import memory
 from layerwise.sources import shapes
 from layerwise.study import cost_model, estimate, method_costs
 from layerwise.study.cost_model import CostModel, Job, ModelCost
-from layerwise.study.durations import finished_seconds, kind_of
+from layerwise.study.durations import cell_kind, finished_seconds
 from layerwise.study.estimate import Limits, computed_wider, estimate_jobs, limit_errors
 from layerwise.study.grid import plan
 from layerwise.study.speeds import Speeds, typical
@@ -403,7 +403,7 @@ def test_times_of_finished_cells_are_used(tmp_path, monkeypatch):
     (Path(cell.folder) / "cell.json").write_text("{}")
     (Path(cell.folder) / "benchmark.tsv").write_text("s\th:m:s\n12.5\t0:00:12\n")
     jobs = [job for job in own.jobs() if job.rule == "compress" and own.cell(job).spec["columns"]["label"] == "wanda"]
-    assert finished_seconds(own.plan) == {kind_of(cell): 12.5}
+    assert finished_seconds(own.plan) == {cell_kind(cell): 12.5}
     shared = [job for job in jobs if job.wildcards["mode"] == "shared"]
     found = estimate_jobs(own, shared, 1, SPEEDS)
     assert found.seconds == 25.0 + SPEEDS.rates.start and found.measured == 2  # the jobs are forks of one process
