@@ -189,7 +189,7 @@ def check_study(
     Local texts must exist, unless the workflow writes them. `layerwise estimate` also checks models and texts of the
     hub.
     """
-    from layerwise.study.grid import check_text_files
+    from layerwise.study.plan_checks import check_text_files
 
     for study in studies:
         planned = _plan(study)

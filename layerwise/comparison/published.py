@@ -29,8 +29,8 @@ from layerwise.storage.frames import missing
 from layerwise.storage.frames import rows as rows_of
 from layerwise.storage.table_schema import from_rows, read_table, to_frame, write_parquet
 from layerwise.study.allocation_entries import UNIFORM
-from layerwise.study.cell import Cell
-from layerwise.study.grid import Plan, name_of, plan
+from layerwise.study.cell import Cell, name_of
+from layerwise.study.grid import Plan, plan
 from layerwise.study.method_entries import LONGEST_SENTENCE
 
 # Perplexities at other lengths, and accuracies after other numbers of examples, are other numbers.

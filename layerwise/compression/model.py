@@ -34,7 +34,7 @@ from layerwise.sources.text_files import TEXT_SUFFIXES
 from layerwise.sources.tokenizer_files import check_loaded
 from layerwise.sources.tokens import sequences
 from layerwise.storage.table_schema import columns, to_frame, typed
-from layerwise.study.grid import canonical
+from layerwise.study.cell import canonical
 
 ATTRIBUTE = "_experts_implementation"  # attribute of a config: how transformers multiplies by experts
 MODES = ("shared", "sequential")

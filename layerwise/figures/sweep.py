@@ -18,7 +18,7 @@ from layerwise.storage.frames import column, distinct_values, groups, highest, l
 from layerwise.storage.frames import rows as rows_of
 from layerwise.study.allocation_entries import UNIFORM
 from layerwise.study.cell import canonical
-from layerwise.study.grid import SWEPT_TARGET
+from layerwise.study.plan_checks import SWEPT_TARGET
 
 DENSE = {"color": "black", "linestyle": (0, (6, 2)), "linewidth": 0.9, "zorder": 1}
 METRICS = {"mean_output_error": "mean output error", "perplexity": "perplexity"}

@@ -8,6 +8,7 @@ from functools import cached_property
 from typing import Any, NotRequired, TypedDict
 
 from layerwise.contract.target import CERTIFIED, LOW_RANK, Target
+from layerwise.sources.specs import CalibrationSpec, EvaluationSpec, ModelSpec, TaskSetSpec
 
 
 class TargetSpec(TypedDict):
@@ -144,3 +145,18 @@ class Cell:
     def params(self) -> str:
         """The spec as the one string that Snakemake tracks."""
         return canonical(self.spec)
+
+
+class SkippedRow(TypedDict):
+    """A row of the table `skipped`: an entry, a target that it cannot reach, and the reason."""
+
+    label: str
+    method: str
+    target: str
+    allocation: str
+    reason: str
+
+
+def name_of(spec: ModelSpec | CalibrationSpec | EvaluationSpec | TaskSetSpec) -> str:
+    """The config's name of a spec that a plan identifies by hash."""
+    return spec["name"]  # pyright: ignore[reportTypedDictNotRequiredAccess]: a plan's specs have a name

@@ -1,44 +1,31 @@
-"""Turn a config into the grid of cells: validate it, fill in defaults, expand sweeps. Does not import torch."""
+"""Expand a config into the grid of cells. Does not import torch."""
 
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, TypedDict, cast
-
-import jsonschema
-import yaml
+from typing import Any, cast
 
 from layerwise.contract.catalogue import Catalogue
 from layerwise.contract.target import Target
 from layerwise.runtime.errors import InputError
-from layerwise.runtime.project import ROOT
-from layerwise.runtime.sentences import brief, place, schema_fault
-from layerwise.sources import checkpoint_files, task_sets, text_files
-from layerwise.sources.shapes import shape_of
+from layerwise.sources import task_sets, text_files
 from layerwise.sources.specs import CalibrationSpec, EvaluationSpec, ModelSpec, TaskSetSpec
-from layerwise.study import allocation_entries, config_file
+from layerwise.study import allocation_entries, plan_checks
 from layerwise.study.allocation_entries import UNIFORM, AllocationEntry, read_allocations
-from layerwise.study.cell import AllocationSpec, Cell, CellColumns, CellSpec, TargetSpec, canonical, identity, plain
-from layerwise.study.method_costs import needs_cross, needs_fisher
+from layerwise.study.cell import (
+    AllocationSpec,
+    Cell,
+    CellColumns,
+    CellSpec,
+    SkippedRow,
+    TargetSpec,
+    canonical,
+    identity,
+    name_of,
+)
+from layerwise.study.config_validation import validate
 from layerwise.study.method_entries import MethodEntry, read_methods, target_of
-
-SCHEMA = yaml.safe_load((ROOT / "workflow/schemas/config.schema.yaml").read_text("utf-8"))
-TEXT_USERS = ("calibration", "evaluation")  # sections of the config whose entries name a text
-
-# Columns of the table `cells` that a study may sweep, besides parameters of its methods.
-SWEPT_TARGET = ("sparsity", "bits", "group")
-SWEPT = (*SWEPT_TARGET, "calibration", "calibration_samples", "calibration_length", "calibration_seed")
-
-
-class SkippedRow(TypedDict):
-    """A row of the table `skipped`: an entry, a target that it cannot reach, and the reason."""
-
-    label: str
-    method: str
-    target: str
-    allocation: str
-    reason: str
 
 
 @dataclass(frozen=True)
@@ -112,63 +99,6 @@ class Plan:
         return cell.mode == "shared" and "cross_gram" in self.catalogue.needs(method["name"], method["params"])
 
 
-def validate(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The config with defaults filled in; raises InputError with one sentence that names the place and the expected
-    value."""
-    config_file.check(config)
-    errors = sorted(jsonschema.Draft202012Validator(SCHEMA).iter_errors(config), key=lambda e: list(map(str, e.path)))
-    if errors:
-        raise InputError(_sentence(errors[0]))
-    full = _with_defaults(plain(config), SCHEMA)  # JSON Schema accepts 4.0 as an integer, labels do not
-    for kind in TEXT_USERS:
-        for name, entry in full[kind].items():
-            if entry["text"] not in full["texts"]:
-                known = ", ".join(full["texts"])
-                raise InputError(f"config: {kind}.{name}.text names {entry['text']!r}; the texts are {known}.")
-    return full
-
-
-def _sentence(error: jsonschema.ValidationError) -> str:
-    where, instance = place(error.absolute_path), cast(Any, error.instance)
-    schema, expected = cast(Mapping[str, Any], error.schema), cast(Any, error.validator_value)
-    if "propertyNames" in error.absolute_schema_path:
-        name = brief(repr(instance))
-        return f"config: {where}: the name {name} is wrong; names are letters, digits, '.', '_', '-'."
-    if error.validator == "additionalProperties":
-        known = ", ".join(schema["properties"])
-        unknown = [key for key in instance if key not in schema["properties"]]
-        return f"config: {where} has no key {brief(repr(unknown[0]))}; its keys are {known}."
-    if error.validator == "oneOf" and "required" in canonical(expected):
-        choices = " or ".join("+".join(choice["required"]) for choice in expected)
-        return f"config: {where} must have either {choices}. Got {brief(', '.join(instance)) or 'nothing'} instead."
-    if error.validator == "type" and isinstance(instance, str) and _is_number(instance):
-        advice = f"; YAML reads {instance} as text: write {float(instance)!r}"
-    elif error.validator == "type" and where.endswith(".pattern") and isinstance(instance, int):
-        advice = '; YAML reads 2:4 without quotes as a number: write "2:4"'
-    else:
-        advice = ""
-    return f"config: {where} {schema_fault(str(error.validator), expected, instance, error.message)}{advice}."
-
-
-def _is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True
-
-
-def _with_defaults(value: Any, schema: Mapping[str, Any]) -> Any:
-    if "$ref" in schema:
-        return _with_defaults(value, SCHEMA["$defs"][schema["$ref"].rsplit("/", 1)[1]])
-    if not isinstance(value, Mapping):
-        return value
-    properties = schema.get("properties", {})
-    others = schema.get("additionalProperties") or {}
-    full = {key: _with_defaults(item, properties.get(key, others)) for key, item in value.items()}
-    return {**{key: sub["default"] for key, sub in properties.items() if "default" in sub and key not in full}, **full}
-
-
 def plan(config: Mapping[str, Any], check_sources: bool = False) -> Plan:
     """Expand a config into its cells; with check_sources, also check models and texts on disk.
 
@@ -179,167 +109,25 @@ def plan(config: Mapping[str, Any], check_sources: bool = False) -> Plan:
     allocators, allocations = read_allocations(full, catalogue)
     targets = [target_of(entry, f"targets.{i}") for i, entry in enumerate(full["targets"])]
     if check_sources:
-        _check_sources(full, [*targets, *(target for entry in entries for target in entry.targets or ())])
+        plan_checks.check_sources(full, [*targets, *(target for entry in entries for target in entry.targets or ())])
     grid = _Grid.of(full, catalogue, allocators, allocations)
     cells: list[Cell] = []
     skipped: list[SkippedRow] = []
     for entry in entries:
         cells += grid.expand(entry, targets, skipped)
-    _check_modes(cells, catalogue)
+    plan_checks.check_modes(cells, catalogue)
     if check_sources:
-        _check_experts(cells, catalogue, grid.models)
-        _check_ranks(cells, grid.models)
-        _check_rotations(cells, catalogue, grid.models)
-    _check_targets(targets, entries, catalogue, cells, skipped)
-    _check_sweep(full.get("sweep"), entries)
+        plan_checks.check_experts(cells, catalogue, grid.models)
+        plan_checks.check_ranks(cells, grid.models)
+        plan_checks.check_rotations(cells, catalogue, grid.models)
+    plan_checks.check_targets(targets, entries, catalogue, cells, skipped)
+    plan_checks.check_sweep(full.get("sweep"), entries)
     tasks = {name: task_sets.expanded(spec) for name, spec in full["tasks"].items()}
     named = {identity(name, spec): cast(TaskSetSpec, {"name": name, **spec}) for name, spec in tasks.items()}
     unique = {cell.folder: cell for cell in cells}
     evaluations = cast(dict[str, EvaluationSpec], _repeated(full, "evaluation"))
     places = (grid.models, grid.calibrations, evaluations, named)
     return Plan(full, catalogue, *places, list(unique.values()), skipped, allocators)
-
-
-def _check_sources(full: Mapping[str, Any], targets: Sequence[Target]) -> None:
-    """Raise InputError if models, texts or tasks are absent, damaged or unsuitable for the study."""
-    for name, spec in full["models"].items():
-        checkpoint_files.check_checkpoint(name, spec)
-        _check_groups(name, spec, targets)
-        _check_lengths(name, spec, full)
-    for name in _used_texts(full):
-        text_files.check_text(name, full["texts"][name])
-    for name, spec in full["tasks"].items():
-        task_sets.check_tasks(name, spec)
-
-
-def _used_texts(full: Mapping[str, Any]) -> list[str]:
-    """Names of the texts that the study reads."""
-    return sorted({entry["text"] for kind in TEXT_USERS for entry in full[kind].values()})
-
-
-def check_text_files(config: Mapping[str, Any]) -> None:
-    """Raise InputError if a local text that a plan's config reads does not exist and no rule of the workflow writes
-    it."""
-    for name in _used_texts(config):
-        text_files.check_file(name, config["texts"][name])
-
-
-def _check_groups(name: str, spec: ModelSpec, targets: Sequence[Target]) -> None:
-    """Raise InputError if the groups of a target do not divide the inputs of a model's layers."""
-    for target, size in itertools.product(targets, checkpoint_files.layer_inputs(spec)):
-        if target.group and size % target.group:
-            raise InputError(
-                "targets: a group must divide the inputs of every layer. "
-                f"Got groups of {target.group} instead, and layers of {size} inputs in the model {name!r}."
-            )
-
-
-def _check_lengths(name: str, spec: ModelSpec, full: Mapping[str, Any]) -> None:
-    """Raise InputError if sequences are longer than a model allows."""
-    longest = checkpoint_files.longest_sequence(spec)
-    if longest is None:
-        return
-    for kind in TEXT_USERS:
-        for set_name, entry in full[kind].items():
-            if entry["length"] > longest:
-                raise InputError(
-                    f"{kind}.{set_name}: its length must be at most {longest} tokens for the model {name!r}. Got "
-                    f"{entry['length']} instead."
-                )
-
-
-def _check_experts(cells: Sequence[Cell], catalogue: Catalogue, models: Mapping[str, ModelSpec]) -> None:
-    """Raise InputError if a method needs the cross-Gram of a model that is known to have experts."""
-    asking = {cell.model: cell for cell in reversed(cells) if needs_cross(catalogue, cell)}
-    for model, cell in asking.items():
-        shape = shape_of(models[model])
-        if shape and shape.has_experts:
-            if cell.spec.get("asymmetric"):
-                raise InputError(
-                    "config: asymmetric must be false for a model with experts: the dense and the compressed model may "
-                    f"route different tokens to an expert. Got true for {cell.columns['model']!r} instead."
-                )
-            raise InputError(
-                f"methods.{cell.columns['label']}: {cell.columns['method']} must have a model without experts in "
-                "sequential mode: it needs the cross-Gram of the same tokens in the dense and in the compressed model, "
-                f"which may route different tokens to an expert. Got {cell.columns['model']!r} instead: give the "
-                "method modes: [shared]."
-            )
-
-
-def _check_modes(cells: Sequence[Cell], catalogue: Catalogue) -> None:
-    """Raise InputError if a method needs the dense model's loss in a mode that runs compressed blocks."""
-    for cell in cells:
-        if cell.mode != "shared" and needs_fisher(catalogue, cell):
-            raise InputError(
-                f"methods.{cell.columns['label']}: {cell.columns['method']} must run in shared mode: its fisher is of "
-                f"the dense model's loss. Got {cell.mode} mode instead: give the method modes: [shared]."
-            )
-
-
-def _check_ranks(cells: Sequence[Cell], models: Mapping[str, ModelSpec]) -> None:
-    """Raise InputError if the rank of a target is 0 in a layer of a model whose shape is known."""
-    asked = dict.fromkeys(
-        (cell.model, Target(**cell.spec["target"])) for cell in cells if "rank" in cell.spec["target"]
-    )
-    shapes = {model: shape_of(models[model]) for model, _ in asked}
-    for model, target in asked:
-        shape, name = shapes[model], f"a layer of the model {name_of(models[model])!r}"
-        for out, inputs in [layer[:2] for block in shape.blocks for layer in block.layers] if shape else ():
-            if target.rank_of(out, inputs) < 1:
-                raise InputError(f"targets: {target.without_factors((out, inputs), name)}")
-
-
-def _check_rotations(cells: Sequence[Cell], catalogue: Catalogue, models: Mapping[str, ModelSpec]) -> None:
-    """Raise InputError if a method rotates a layer with an odd number of inputs, of a model whose shape is known."""
-    rotating = {
-        cell.model: cell
-        for cell in reversed(cells)
-        if _rotates(catalogue, cell.spec["method"]["name"], cell.spec["method"]["params"])
-    }
-    for model, cell in rotating.items():
-        shape = shape_of(models[model])
-        odd = [size for block in shape.blocks for _, size, _ in block.layers if size % 2] if shape else []
-        if odd:
-            raise InputError(
-                f"methods.{cell.columns['label']}: {cell.columns['method']} must have layers with an even number of "
-                f"inputs: with an odd one it only changes signs. Got {odd[0]} inputs in a layer of the model "
-                f"{cell.columns['model']!r} instead."
-            )
-
-
-def _rotates(catalogue: Catalogue, name: str, params: Mapping[str, Any]) -> bool:
-    """Whether a method, or a method inside it, rotates the inputs of a layer."""
-    inner = catalogue[name].inner(params)
-    return "rotation_seed" in params or any(_rotates(catalogue, inside, own) for _, inside, own in inner)
-
-
-def _check_targets(
-    targets: Sequence[Target],
-    entries: Sequence[MethodEntry],
-    catalogue: Catalogue,
-    cells: Sequence[Cell],
-    skipped: Sequence[SkippedRow],
-) -> None:
-    """Raise InputError for a target that no method reaches, unless the study has only controls."""
-    supported = {canonical(cell.spec["target"]) for cell in cells}
-    unreached = [target.label for target in targets if canonical(target.as_dict()) not in supported]
-    if unreached and not all(catalogue[entry.method].control for entry in entries):
-        reasons = [
-            f" ({row['label']}: {row['reason']})"
-            for row in skipped
-            if f"{row['target']} ".startswith(f"{unreached[0]} ")
-        ]
-        raise InputError(f"targets: no method of the study supports {unreached[0]}{''.join(reasons[:1])}.")
-
-
-def _check_sweep(sweep: str | None, entries: Sequence[MethodEntry]) -> None:
-    """Raise InputError if the study's swept quantity belongs to none of its entries."""
-    if sweep is not None and sweep not in SWEPT and not any(sweep in entry.params for entry in entries):
-        known = ", ".join(SWEPT)
-        raise InputError(
-            f"config: sweep must be {known} or a parameter of a method of the study. Got {sweep!r} instead."
-        )
 
 
 @dataclass(frozen=True)
@@ -517,11 +305,6 @@ def _columns_of(target: Target) -> TargetSpec:
 def _label(target: Target, allocation: AllocationEntry | None) -> str:
     """The target's short name, with the allocation's if layers differ: 60% row, 60% row owl."""
     return target.label if allocation is None or allocation.name == UNIFORM else f"{target.label} {allocation.name}"
-
-
-def name_of(spec: ModelSpec | CalibrationSpec | EvaluationSpec | TaskSetSpec) -> str:
-    """The config's name of a spec that a plan identifies by hash."""
-    return spec["name"]  # pyright: ignore[reportTypedDictNotRequiredAccess]: a plan's specs have a name
 
 
 def _repeated(full: Mapping[str, Any], kind: str) -> dict[str, dict[str, Any]]:

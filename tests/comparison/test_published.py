@@ -28,7 +28,8 @@ from layerwise.comparison.published import (
 from layerwise.runtime.errors import InputError
 from layerwise.sources.specs import TextSpec
 from layerwise.storage.table_schema import from_rows, read_table, to_frame
-from layerwise.study.grid import Plan, name_of, plan
+from layerwise.study.cell import name_of
+from layerwise.study.grid import Plan, plan
 from tests.support.paths import ROOT
 from tests.support.workflow_harness import copy_project, snakemake
 

@@ -29,7 +29,7 @@ from layerwise.sources.checkpoint_files import (
 from layerwise.sources.gguf_header import TYPES, read_header
 from layerwise.sources.shapes import shape_of
 from layerwise.sources.tokenizer_files import load_tokenizer
-from layerwise.study.grid import validate
+from layerwise.study.config_validation import validate
 from tests.support import gguf_files as made
 from tests.support.gguf_files import TOKENS, dequantised, entry, expected, write
 from tests.support.typing_helpers import some

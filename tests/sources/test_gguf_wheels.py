@@ -21,7 +21,7 @@ from layerwise.sources import fingerprint, gguf_files, gguf_wheels
 from layerwise.sources.checkpoint_files import check_checkpoint, layer_inputs, model_files, model_folder
 from layerwise.sources.gguf_conversion import RECORD
 from layerwise.sources.shapes import shape_of
-from layerwise.study.grid import validate
+from layerwise.study.config_validation import validate
 from tests.sources.test_gguf import STUDY
 from tests.support.gguf_files import entry, expected, write
 

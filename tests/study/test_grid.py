@@ -19,7 +19,8 @@ from hypothesis import strategies as st
 from layerwise.runtime.errors import InputError
 from layerwise.study import config_file
 from layerwise.study.cell import canonical, identity
-from layerwise.study.grid import Plan, plan, validate
+from layerwise.study.config_validation import validate
+from layerwise.study.grid import Plan, plan
 from layerwise.study.job_inputs import JobInputs
 from layerwise.study.method_entries import MethodEntry
 from tests.support.paths import ROOT

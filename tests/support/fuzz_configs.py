@@ -31,8 +31,10 @@ from layerwise.contract.catalogue import Catalogue
 from layerwise.contract.target import Target
 from layerwise.runtime.errors import InputError
 from layerwise.study.allocation_entries import UNIFORM
-from layerwise.study.grid import SCHEMA, SWEPT, Plan, plan
+from layerwise.study.config_validation import SCHEMA
+from layerwise.study.grid import Plan, plan
 from layerwise.study.method_entries import RESERVED
+from layerwise.study.plan_checks import SWEPT
 from tests.support.typing_helpers import some
 
 LONGEST_SENTENCE = 600
