@@ -23,6 +23,7 @@ from torch import Tensor
 from layerwise.contract.layer import Layer, Target
 from layerwise.contract.target import CERTIFIED, LOW_RANK
 from layerwise.numerics import low_rank, ops
+from layerwise.numerics.comparison_groups import Groups, groups_of
 
 ITERATIONS = 100  # at most, in each of two relaxations
 EVERY = 10  # iterations between two evaluations of the bound
@@ -66,7 +67,7 @@ def lower_bound(layer: Layer, target: Target) -> Bound:
     scale = gram.double().diagonal().clamp(min=0).sqrt()
     correlation = gram.double() / scale.where(scale > 0, 1.0) / scale.where(scale > 0, 1.0)[:, None]
     correlation.diagonal().fill_(1.0)  # a dead input, whose scale is 0, has no other entry
-    problem = Relaxation(weight.double() * scale, Groups(target, layer.weight.shape))
+    problem = Relaxation(weight.double() * scale, groups_of(target, layer.weight))
     # In float32 a singular Gram can have an eigenvalue just below zero. D need not go lower than that.
     shift = min(0.0, float(torch.linalg.eigvalsh(correlation)[0])) - rounding(correlation)
     shrink = torch.full_like(scale, shift)
@@ -95,62 +96,6 @@ def low_rank_bound(layer: Layer, target: Target) -> Bound:
     return Bound(max(bound, 0.0), max(bound, 0.0), 0.0)
 
 
-class Groups:
-    """The comparison groups of a pattern: `pruned` entries are removed in each group along one axis."""
-
-    def __init__(self, target: Target, shape: torch.Size) -> None:
-        self.target, self.shape = target, shape
-        if target.n_of_m:
-            kept, of = target.n_of_m
-            starts = torch.arange(0, shape[1], of)
-            self.pruned = ((shape[1] - starts).clamp(max=of) - kept).clamp(min=0)  # the last group may be incomplete
-            self.axis = 0  # sums over an axis of length four are many times faster if it is not the last axis
-        else:
-            size = shape.numel() if target.pattern == "layer" else shape[1]
-            self.pruned, self.axis = torch.tensor([int(target.sparsity * size)]), -1
-
-    def split(self, entries: Tensor, filling: float) -> Tensor:
-        """[out, in] as [m, out, groups], [out, in] or [out * in]; `filling` pads the last group of m."""
-        if self.target.n_of_m:
-            return ops.grouped(entries, self.target.n_of_m[1], filling).movedim(2, 0).contiguous()
-        return entries.flatten() if self.target.pattern == "layer" else entries
-
-    def join(self, entries: Tensor) -> Tensor:
-        """[out, in], the inverse of `split`."""
-        if self.target.n_of_m:
-            return entries.movedim(0, 2).flatten(1)[:, : self.shape[1]]
-        return entries.view(self.shape)
-
-    def smallest(self, cost: Tensor) -> Tensor:
-        """Scalar: the sum over the groups of the `pruned` smallest entries of cost [out, in]."""
-        ordered = self.split(cost, float("inf")).movedim(self.axis, -1).sort(-1).values
-        counted = torch.arange(ordered.shape[-1]) < self.pruned[:, None]
-        return ordered.where(counted, 0.0).sum()
-
-    def project(self, point: Tensor, curvature: Tensor, price: Tensor) -> tuple[Tensor, Tensor]:
-        """Project a point: p in [0, 1] [out, in] whose groups sum to their counts, nearest to the point in the metric
-        of curvature > 0. Also returns the prices of the groups: p = clip(point - price / curvature), by Newton's
-        method.
-
-        curvature: in the shape of `split`, 1 in the padding. price: starting value, such as the price of a similar
-        point.
-        """
-        point, wanted = self.split(point, -1.0), self.pruned.to(point)  # -1: padding is never pruned
-        low = ((point - 1) * curvature).amin(self.axis, keepdim=True)  # everything is pruned at this price ...
-        high = (point * curvature).amax(self.axis, keepdim=True)  # ... and nothing at this
-        price, inverse = price.clamp(low, high), 1 / curvature
-        for _ in range(60):
-            free = point - price * inverse
-            excess = free.clamp(0, 1).sum(self.axis, keepdim=True) - wanted
-            if float(excess.abs().mean()) < 1e-4:
-                break
-            low, high = torch.where(excess > 0, price, low), torch.where(excess > 0, high, price)
-            slope = (inverse * ((free > 0) & (free < 1))).sum(self.axis, keepdim=True)
-            newton = price + excess / slope
-            price = torch.where((newton > low) & (newton < high), newton, (low + high) / 2)
-        return self.join((point - price * inverse).clamp(0, 1)), price
-
-
 class Relaxation:
     """min over p of f(p) for lengths a = w sqrt(diag G) [out, in] float64 and the correlations of the inputs."""
 
@@ -164,15 +109,16 @@ class Relaxation:
         """
         convex = correlation - torch.diag(shrink)
         linear = shrink * self.lengths.square()
-        inverse = torch.linalg.inv(2 * convex + torch.eye(len(convex), dtype=convex.dtype))
+        identity = torch.eye(len(convex), dtype=convex.dtype)
+        inverse = torch.cholesky_inverse(torch.linalg.cholesky(2 * convex + identity))
         lengths, force = self.lengths, shrink * self.lengths
         curvature = lengths.square()
         # If inputs cancel, the error is far smaller than the products in its sum, and their rounding matters.
         margin = CANCELLATION * float(curvature.sum())
         # For a weight of almost zero length any p will do, as long as it does not drown the others in rounding.
         curvature = curvature.clamp(min=max(1e-13 * float(curvature.max()), 1e-200))
-        reciprocal, curvature = lengths / curvature, self.groups.split(curvature, 1.0)
-        relaxed, price = self.groups.project(torch.zeros_like(lengths), curvature, torch.zeros(()))
+        reciprocal, metric = lengths / curvature, self.groups.metric(curvature)
+        relaxed, price = self.groups.project(torch.zeros_like(lengths), metric, lengths.new_zeros(()))
         if start is not None:
             relaxed = start
         point, dual = lengths * relaxed, torch.zeros_like(lengths)
@@ -190,7 +136,7 @@ class Relaxation:
                     break
             free = (point - dual - force) @ inverse
             free = RELAXATION * free + (1 - RELAXATION) * point
-            relaxed, price = self.groups.project((free + dual) * reciprocal, curvature, price)
+            relaxed, price = self.groups.project((free + dual) * reciprocal, metric, price)
             point = lengths * relaxed
             dual += free - point
         return best, gap, answer
@@ -209,7 +155,7 @@ def strengthened(correlation: Tensor, gain: Tensor, start: Tensor, steps: int = 
     gain = gain / gain.mean() + 1e-3  # without a gain, D of an input would decrease without limit
     barrier, shrink, margin = 0.1, start - INTERIOR, rounding(correlation)
     for _ in range(steps):
-        inverse = torch.linalg.inv(correlation - torch.diag(shrink))
+        inverse = torch.cholesky_inverse(torch.linalg.cholesky(correlation - torch.diag(shrink)))
         ascent = gain - barrier * inverse.diagonal()
         step = torch.linalg.solve(barrier * inverse.square(), ascent)
         size = 1.0

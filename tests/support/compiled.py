@@ -19,6 +19,7 @@ LOOPS = (  # about equal halves in turn
     "coordinate_descent",
     "packed_matvec",
     "packed_parts",
+    "capped_simplex",
 )
 
 
