@@ -63,6 +63,7 @@ def visit(
         del tap  # before the next block's Grams are computed
         progress(row)
         yield row, result
+        del result  # before the next layer is solved
 
 
 def trace_rows(result: Compressed) -> list[dict[str, Any]]:

@@ -33,13 +33,10 @@ def losses(layer: Layer, weight: Tensor) -> tuple[float, float]:
     """tr((W - W_hat) G (W - W_hat)^T) and tr(W G W^T), as in output_error."""
     error = whole = 0.0
     for own, other in zip(layer.weight.split(SCORED), weight.split(SCORED), strict=True):
-        dense = own.double()
-        lost = dense - other.double()
-        for start in range(0, dense.shape[1], SCORED):
-            columns = slice(start, start + SCORED)
-            gram = layer.gram.matrix[:, columns].double()
-            error += float(((lost @ gram) * lost[:, columns]).sum())
-            whole += float(((dense @ gram) * dense[:, columns]).sum())
+        # one after the other, so that only one of the two is in memory in float64
+        rows = own.double()
+        whole = add_squares(whole, rows, layer.gram.matrix)
+        error = add_squares(error, rows.sub_(other), layer.gram.matrix)
     if min(error, whole) < 0:
         # In a singular Gram rounding can push a zero trace below zero, by a small share of the trace's terms.
         size = float(layer.gram.matrix.diagonal().double().sum())
@@ -48,6 +45,15 @@ def losses(layer: Layer, weight: Tensor) -> tuple[float, float]:
             raise Diverged(f"The Gram of {layer.name} has negative eigenvalues that rounding does not explain.")
         error, whole = max(error, 0.0), max(whole, 0.0)
     return error, whole
+
+
+def add_squares(total: float, rows: Tensor, gram: Tensor) -> float:
+    """total + tr(R G R^T) for rows R [rows, in] float64 and G [in, in], of which SCORED columns are converted at a
+    time."""
+    for start in range(0, rows.shape[1], SCORED):
+        columns = slice(start, start + SCORED)
+        total += float(((rows @ gram[:, columns].double()) * rows[:, columns]).sum())
+    return total
 
 
 def asymmetric_error(layer: Layer, weight: Tensor, symmetric: float | None = None) -> float | None:

@@ -78,13 +78,13 @@ class Solver:
         before, around = inputs_state(layer), process_state()
         start = time.perf_counter()
         try:
-            result = self.method.compress(layer, self.target, rng)
+            found = [self.method.compress(layer, self.target, rng)]
         except Exception as error:  # the message names the method and the layer
             raise InputError(f"{self.name} failed on {layer.name}: {type(error).__name__}: {error}") from error
         seconds = time.perf_counter() - start
-        if not isinstance(result, Compressed):
+        if not isinstance(found[0], Compressed):
             raise InputError(
-                f"{self.name} must return a Compressed on {layer.name}. Got {type(result).__name__} instead."
+                f"{self.name} must return a Compressed on {layer.name}. Got {type(found[0]).__name__} instead."
             )
         written = [name for name, state in inputs_state(layer).items() if state != before[name]]
         if written:  # otherwise the score would compare the result with itself
@@ -94,7 +94,7 @@ class Solver:
             raise self.breach(
                 layer, f"promise 4: global state must be left alone. Got a change of {changed[0]} instead"
             )
-        return self.judged(layer, result, seconds)
+        return self.judged(layer, found.pop(), seconds)  # not held here, so that it can be freed once it is stored
 
     def breach(self, layer: Layer, broken: str) -> InputError:
         """The error that reports a promise broken on a layer."""
@@ -109,7 +109,9 @@ class Solver:
         broken = broken_promise(layer, self.target, result, self.mask_only)
         if broken:
             raise self.breach(layer, broken)
-        given, result = result, layer_packing.as_stored(result, self.target, self.dtype)
+        # the weight before rounding, if it must be scored; otherwise it is freed
+        given = result if self.criterion == "error" and result.trace else None
+        result = layer_packing.as_stored(result, self.target, self.dtype)
         if self.dtype == torch.float16 and not finite(result.weight.half()):
             raise Diverged(
                 f"{self.name} gives {layer.name} weights beyond float16: use dtype: bfloat16 or float32 for the model."
@@ -119,11 +121,12 @@ class Solver:
         relative = ratio(absolute, whole)
         if not relative <= LARGEST_ERROR:
             raise Diverged(f"{self.name} has diverged on {layer.name}: its output_error is {relative:.3g}.")
-        if self.criterion == "error" and given.trace:
+        if given is not None:
             reached = absolute if given is result else losses(layer, given.weight)[0]
             if broken := untrue(given, reached, whole):
                 raise self.breach(layer, broken)
-        kept = 1.0 if result.mask is None or not self.target.sparsity else int(result.mask.sum()) / result.mask.numel()
+        size = result.weight.numel()
+        kept = 1.0 if result.mask is None or not self.target.sparsity else int(result.mask.count_nonzero()) / size
         return result, {
             "layer": layer.name,
             "kind": layer.name.rpartition(".")[2],
@@ -133,7 +136,7 @@ class Solver:
             "absolute_error": absolute,
             "asymmetric_error": asymmetric_error(layer, result.weight, relative),
             "first_token_error": first_token_error(layer, result.weight),
-            "achieved_sparsity": int((result.weight == 0).sum()) / result.weight.numel(),
+            "achieved_sparsity": (size - int(result.weight.count_nonzero())) / size,
             "bits_per_weight": bits_per_weight(
                 self.target,
                 kept,

@@ -124,7 +124,7 @@ def _factors(layer: Layer, target: Target, result: Compressed) -> str | None:
         return f"promise 1: left must be zero where kept is False. Got {left} nonzero entries instead"
     if sentence := _factor_codes(layer, target, low_rank):
         return sentence
-    wrong = int((product(low_rank) != result.weight).sum())
+    wrong = int((product(low_rank) != result.weight).count_nonzero())
     return (
         f"promise 2: the weight must be the sum of its parts. Got {wrong} entries that differ instead"
         if wrong
@@ -179,7 +179,7 @@ def _pattern(layer: Layer, target: Target, result: Compressed) -> str | None:
         return (
             f"promise 2: every row must lose {wanted} blocks. Got {wrong} rows that do not instead" if wrong else None
         )
-    wrong = int((came != expected).sum())
+    wrong = int((came != expected).count_nonzero())
     where = {"row": "rows", "layer": "layer", "n:m": f"groups of {target.pattern}"}[target.structure]
     return (
         f"promise 2: the kept entries of {target.label} must be exact. Got {wrong} {where} that differ instead"
@@ -220,8 +220,8 @@ def _grid(layer: Layer, target: Target, result: Compressed) -> str | None:
     if sentence := _book(quantised, target) or _zeros(zeros, target, quantised.levels is not None):
         return sentence
     values = ops.quantised_values(quantised, target)
-    kept = values if result.mask is None else torch.where(result.mask, values, 0.0)
-    wrong = int((kept != result.weight).sum())
+    kept = values if result.mask is None else values.masked_fill_(~result.mask, 0.0)
+    wrong = int((kept != result.weight).count_nonzero())
     by = "" if input_scale is None else " / input_scale"
     value = "scales * (codes - zeros)" if ops.book_of(quantised, target) is None else "scales * levels"
     return f"promise 3: {value}{by} must equal the weight. Got {wrong} entries that differ instead" if wrong else None
@@ -277,7 +277,7 @@ def _moved(layer: Layer, target: Target, result: Compressed) -> str | None:
     """The fault of a mask-only method that changed a kept weight, or None. Such methods are compared by their masks."""
     if result.mask is None or target.bits is not None:
         return None
-    moved = int((layer.weight != result.weight).masked_fill_(~result.mask, False).sum())
+    moved = int((layer.weight != result.weight).masked_fill_(~result.mask, False).count_nonzero())
     return (
         f"promise 7: a mask-only method must leave what it keeps unchanged. Got {moved} weights that differ instead"
         if moved

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -12,6 +12,8 @@ from layerwise.kernels import grids as kernel
 from layerwise.numerics import dispatch
 from layerwise.numerics.code_books import E2M1, CodeBook, fit_scales, steps_of
 from layerwise.numerics.rotations import rotate_back
+
+ROWS = 128  # rows of codes whose values are computed at once
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,16 @@ def dequantise(
 
 def quantised_values(quantised: Quantised, target: Target) -> Tensor:
     """[out, in] float32 values of a layer's codes, including those of pruned weights."""
+    codes = quantised.codes
+    values = torch.empty(codes.shape, dtype=torch.float32, device=codes.device)
+    for start in range(0, len(values), ROWS):  # a row's values do not depend on other rows
+        rows = slice(start, start + ROWS)
+        part = {name: getattr(quantised, name)[rows] for name in ("codes", "scales", "zeros")}
+        values[rows] = _values(replace(quantised, **part), target)
+    return values
+
+
+def _values(quantised: Quantised, target: Target) -> Tensor:
     groups = grouping(quantised, target)
     book = book_of(quantised, target)
     if book is None:

@@ -9,6 +9,8 @@ from torch import Tensor
 
 from layerwise.contract.layer import Target
 
+ROWS = 128  # rows of a mask that are counted at once; torch sums a mask as 8 bytes per entry
+
 
 def finite(tensor: Tensor) -> bool:
     """Whether all entries are finite, in one read: NaN becomes both minimum and maximum."""
@@ -19,9 +21,15 @@ def count_kept(mask: Tensor, target: Target) -> Tensor:
     """Number of kept entries in each comparison group: [1] per layer, [out] per row, [out, groups] for n:m or
     blocks."""
     length = target.n_of_m[1] if target.n_of_m else target.block
-    if length:
-        return torch.nn.functional.pad(mask, (0, -mask.shape[1] % length)).unflatten(1, (-1, length)).sum(2)
-    return mask.sum().view(1) if target.pattern == "layer" else mask.sum(1)
+    if not length and target.pattern == "layer":
+        return mask.count_nonzero().view(1)
+
+    def counted(part: Tensor) -> Tensor:
+        if not length:
+            return part.sum(1)
+        return torch.nn.functional.pad(part, (0, -part.shape[1] % length)).unflatten(1, (-1, length)).sum(2)
+
+    return torch.cat([counted(part) for part in mask.split(ROWS)])
 
 
 def kept_counts(shape: torch.Size, target: Target) -> Tensor:

@@ -9,16 +9,23 @@ import torch
 from torch import Tensor
 
 HALVES = (torch.float16, torch.bfloat16)
+PACKED = 2**18  # numbers that are packed at once, each as one byte per bit; they fill whole bytes
 
 
 def pack(numbers: Tensor, bits: int) -> Tensor:
     """[bytes] uint8: whole numbers in [0, 2^bits - 1], bits <= 16, consecutive, lowest bits first."""
+    flat = numbers.flatten().numpy()
     if bits == 1:
-        return torch.from_numpy(np.packbits(numbers.flatten().numpy().astype(bool), bitorder="little"))
+        return torch.from_numpy(np.packbits(flat.astype(bool, copy=False), bitorder="little"))
     width = 1 if bits <= 8 else 2
-    octets = numbers.flatten().numpy().astype(f"<u{width}").view(np.uint8).reshape(-1, width)
-    digits = np.unpackbits(octets, axis=1, count=bits, bitorder="little")  # [numbers, bits]
-    return torch.from_numpy(np.packbits(digits.reshape(-1), bitorder="little"))
+    packed = np.empty(-(-len(flat) * bits // 8), np.uint8)
+    for start in range(0, len(flat), PACKED):
+        part = flat[start : start + PACKED].astype(f"<u{width}", copy=False)
+        octets = part.view(np.uint8).reshape(-1, width)
+        digits = np.unpackbits(octets, axis=1, count=bits, bitorder="little")  # [numbers, bits]
+        done, size = start * bits // 8, -(-len(part) * bits // 8)
+        packed[done : done + size] = np.packbits(digits.reshape(-1), bitorder="little")
+    return torch.from_numpy(packed)
 
 
 def unpack(packed: Tensor, bits: int, count: int) -> Tensor:

@@ -18,6 +18,7 @@ from layerwise.numerics.low_rank import of_parts
 from layerwise.storage.bit_packing import half, half_factor, narrowest, pack
 from layerwise.storage.bits_per_weight import grids_of_blocks, group_length, position_bits
 
+ROWS = 128  # rows whose kept entries are found at once
 EXPONENT_OFFSET = 127  # offset of mxfp4's scales
 
 
@@ -37,7 +38,7 @@ def as_stored(result: Compressed, target: Target, dtype: torch.dtype) -> Compres
         left, right = (half_factor(factor, dtype).float() for factor in (low_rank.left, low_rank.right))
         return replace(of_parts(left, right, stored, result.info, low_rank.kept), trace=result.trace)
     if target.bits is None:
-        return result if dtype == torch.float32 else replace(result, weight=result.weight.to(dtype).float())
+        return result if dtype == torch.float32 else replace(result, weight=rounded_to(result.weight, dtype))
     quantised = quantised_of(result)
     scales, input_scale = quantised.scales, quantised.input_scale
     if not target.format:  # a format's scales have eight bits
@@ -46,6 +47,14 @@ def as_stored(result: Compressed, target: Target, dtype: torch.dtype) -> Compres
         input_scale = None if bool((input_scale == 1).all()) else half(input_scale, dtype).float()
     quantised = replace(quantised, scales=scales, input_scale=input_scale)
     return replace(result, weight=dequantised(quantised, result.mask, target), quantised=quantised)
+
+
+def rounded_to(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """A new weight [out, in] float32 with the values that it has in another dtype."""
+    rounded = torch.empty(weight.shape, dtype=torch.float32, device=weight.device)
+    for own, part in zip(rounded.split(ROWS), weight.split(ROWS), strict=True):
+        own.copy_(part.to(dtype))
+    return rounded
 
 
 def low_rank_of(result: Compressed) -> LowRank:
@@ -73,7 +82,7 @@ def quantised_of(result: Compressed) -> Quantised:
 def dequantised(quantised: Quantised, mask: Tensor | None, target: Target) -> Tensor:
     """[out, in] float32 weight that codes and grid represent, zero where the mask [out, in] is False."""
     values = ops.quantised_values(quantised, target)
-    return values if mask is None else torch.where(mask, values, 0.0)
+    return values if mask is None else values.masked_fill_(~mask, 0.0)
 
 
 def reordered(result: Compressed, target: Target) -> bool:
@@ -115,12 +124,14 @@ def parts_of(result: Compressed, target: Target, dtype: torch.dtype) -> dict[str
     parts = mask_parts(mask, target)
     if target.bits is None:
         weight = narrowest(result.weight.cpu().to(dtype))
-        return {"values": weight[mask], **parts} if parts else {"": weight.clone(memory_format=torch.contiguous_format)}
+        if parts:
+            return {"values": kept_entries(weight, mask), **parts}
+        return {"": weight.clone(memory_format=torch.contiguous_format)}
     quantised = on_processor(quantised_of(result))
     codes, scales, zeros = quantised.codes, quantised.scales, quantised.zeros
-    if not parts:  # a target without sparsity may still have zeros
-        codes = torch.where(mask, codes, zeros[:, ops.grouping(quantised, target)].to(torch.uint8))
-    parts["codes"] = pack(codes[mask] if target.sparsity else codes, target.bits)
+    if not parts and result.mask is not None:  # a target without sparsity may still have zeros
+        codes = torch.where(mask, codes, zeros.to(torch.uint8)[:, ops.grouping(quantised, target)])
+    parts["codes"] = pack(kept_entries(codes, mask) if target.sparsity else codes, target.bits)
     moved = reordered(result, target)
     if grids_of_blocks(target, inputs) and not moved:
         kept = mask[:, :: group_length(target, inputs)]  # [out, groups]
@@ -147,10 +158,17 @@ def on_processor(quantised: Quantised) -> Quantised:
     return replace(quantised, **{name: part.cpu() for name, part in tensors.items()})
 
 
+def kept_entries(values: Tensor, mask: Tensor) -> Tensor:
+    """[kept] values[mask] for values and mask [out, in]; torch's index has 16 bytes for each entry."""
+    parts = zip(values.split(ROWS), mask.split(ROWS), strict=True)
+    return torch.cat([own[kept] for own, kept in parts])
+
+
 def mask_parts(mask: Tensor, target: Target) -> dict[str, Tensor]:
     """The tensors that store which weights of a mask [out, in] are kept; empty if the target prunes nothing."""
     if target.n_of_m:
-        return {"positions": pack(mask.nonzero()[:, 1] % target.n_of_m[1], position_bits(target))}
+        places = [part.nonzero()[:, 1].remainder_(target.n_of_m[1]).int() for part in mask.split(ROWS)]
+        return {"positions": pack(torch.cat(places), position_bits(target))}
     if target.block:
         kept = mask[:, :: target.block]  # [out, blocks]
         if kept.shape[1] > 2**16:

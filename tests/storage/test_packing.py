@@ -19,7 +19,7 @@ from layerwise.compression.score import output_error
 from layerwise.compression.verify import broken_promise
 from layerwise.contract.layer import Compressed, Layer
 from layerwise.contract.target import Target
-from layerwise.numerics import ops
+from layerwise.numerics import grids, ops, patterns
 from layerwise.runtime.errors import InputError
 from layerwise.runtime.files import sha256
 from layerwise.storage import bit_packing, layer_packing, layer_unpacking, packed_file
@@ -117,6 +117,20 @@ def assert_same(found: Compressed, result: Compressed, target: Target) -> None:
 
 
 @pytest.mark.parametrize("target", TARGETS, ids=lambda target: target.label)
+def test_rows_are_stored_alike_however_many_at_once(target, monkeypatch):
+    layer = layers.build("correlated")
+    result, judged = stored(layer, target, torch.bfloat16), broken_promise(layer, target, compressed(layer, target))
+    whole = parts(result, target, torch.bfloat16)
+    for module in (grids, layer_packing, patterns):
+        monkeypatch.setattr(module, "ROWS", 5)
+    assert broken_promise(layer, target, compressed(layer, target)) is judged is None
+    found = stored(layer, target, torch.bfloat16)
+    assert_same(found, result, target)
+    own = parts(found, target, torch.bfloat16)
+    assert own.keys() == whole.keys() and all(torch.equal(own[name], whole[name]) for name in whole)
+
+
+@pytest.mark.parametrize("target", TARGETS, ids=lambda target: target.label)
 @pytest.mark.parametrize("name", layers.LAYERS)
 def test_stored_tensors_are_read_back_unchanged(name, target):
     layer = layers.build(name)
@@ -171,8 +185,10 @@ def test_runs_of_inputs_are_not_stored_as_reordered():
     assert not layer_packing.reordered(result, target) and "group_of" not in parts(result, target)
 
 
+@pytest.mark.parametrize("at_once", [8, bit_packing.PACKED])
 @pytest.mark.parametrize("bits", [1, 2, 3, 5, 8, 9, 16])
-def test_bits_are_packed_from_the_lowest(bits):
+def test_bits_are_packed_from_the_lowest(bits, at_once, monkeypatch):
+    monkeypatch.setattr(bit_packing, "PACKED", at_once)
     numbers = torch.randint(2**bits, (37,), generator=torch.Generator().manual_seed(bits))
     octets = bit_packing.pack(numbers, bits)
     whole = sum(int(number) << (i * bits) for i, number in enumerate(numbers))
