@@ -318,36 +318,44 @@ class Stream:
         own = hidden.to(self.device, copy=True)  # a block may write into its input
         return self._calls[batch][index].replay(block, own)
 
-    def collect(self, index: int, advance: bool = False) -> list[Tap]:
+    def collect(self, index: int, advance: bool = False, drifted: bool | None = None) -> list[Tap]:
         """Taps of a block, with the statistics of the current inputs.
 
         advance: whether the block's outputs become the inputs of the next block. Otherwise the inputs stay, because the
-        block's weights will change, and only the dense states advance. Raises Diverged, which names the module, for an
-        output that is not finite. Raises InputError, which names block, tap and layers, for Grams that are not finite
-        and for layers that do not see every token once.
+        block's weights will change, and only the dense states advance. An output that is not needed is computed for the
+        first batch alone. drifted: whether a block before this one may be compressed (default: in all blocks but the
+        first, unless they advance). Raises Diverged, which names the module, for an output that is not finite. Raises
+        InputError, which names block, tap and layers, for Grams that are not finite and for layers that do not see
+        every token once.
         """
         self._refuse()  # checks the output of a compressed block
         name = f"{self.name}.{index}"
-        drifted = index > 0 and not advance  # nothing is compressed before the first block
+        if drifted is None:
+            drifted = index > 0 and not advance  # nothing is compressed before the first block
         recorder = TapRecorder(name, linears(self.blocks[index], name), self.samples, self.length, drifted)
         before, dense = self.inputs, self.dense if drifted else None
+        carried = self.dense is not None and index + 1 < len(self.blocks)  # the dense model's states
 
         def outputs() -> Iterator[Tensor]:
-            """Outputs of the block in the dense model, if its states are carried along."""
+            """Outputs of the block, in the dense model if its states are carried along; its inputs if no output is
+            needed."""
             for batch, inputs in enumerate(before):
-                if dense is None:
-                    yield self._forward(index, batch, inputs)
-                else:
+                output = inputs
+                if dense is not None:
                     with recorder.of_dense():
                         output = self._forward(index, batch, dense[batch])
-                    self._forward(index, batch, inputs)
-                    yield output
+                elif advance or carried:
+                    output = self._forward(index, batch, inputs)
+                if output is inputs or dense is not None:
+                    with recorder.until_last():
+                        self._forward(index, batch, inputs)
+                yield output
                 recorder.end_batch(len(inputs))
 
         with recorder:
             if advance:
                 self._keep(index + 1, outputs())
-            elif self.dense is not None and index + 1 < len(self.blocks):
+            elif carried:
                 self.dense = store(self.folder, index + 1, outputs(), DENSE) if self.folder else list(outputs())
             else:
                 deque(outputs(), maxlen=0)

@@ -30,17 +30,21 @@ def sequential_blocks(
     blocks: Blocks | None = None,
     start: int = 0,
     finished: Callable[[int], None] = lambda index: None,
+    stays: Callable[[int], bool] = lambda index: False,
 ) -> Iterator[tuple[int, Iterable[Tap]]]:
     """The taps of each block; after a block is compressed, it is run again to give the inputs of the next.
 
     blocks: the blocks to compress, if the stream passes through a copy of them in another dtype. finished: called
-    when a block is no longer needed.
+    when a block is no longer needed. stays: whether a block's weights stay as they are; it is then run only once,
+    unless there are dense states or a copy.
     """
     blocks = blocks or stream.source
     for index in range(start, len(blocks)):
         with blocks.open(index) as block, stream.source.open(index) as other:
-            yield index, in_turn(stream.collect(index))
-            if index + 1 < len(blocks):
+            last = index + 1 == len(blocks)
+            once = stays(index) and not last and stream.dense is None and block is other
+            yield index, in_turn(stream.collect(index, advance=once, drifted=index > 0))
+            if not (last or once):
                 if block is not other:
                     other.load_state_dict(block.state_dict())  # rounded to the copy's dtype
                     round_as_stored(other)  # if the copy computes in a wider dtype

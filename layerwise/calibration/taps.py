@@ -18,7 +18,12 @@ from layerwise.calibration.experts import ExpertRecorder, TapParts
 from layerwise.calibration.tap_statistics import TapStatistics
 from layerwise.contract.layer import Gram, Statistics
 from layerwise.models.structure import Linear, few, find_blocks, linears
+from layerwise.numerics.patterns import finite
 from layerwise.runtime.errors import InputError
+
+
+class Ended(Exception):
+    """Ends a forward pass of a block when its last linear layer has seen its inputs."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +75,8 @@ class TapRecorder:
         self.members: list[list[Linear]] = []  # layers of each tap, found on the first batch
         self.statistics: list[TapStatistics] = []
         self.leaders: dict[str, TapStatistics] | None = None  # first layer of each tap, once they are known
+        self.last: str | None = None  # the layer that is called last, once it is known; None also if there are experts
+        self.ends = False  # whether the current pass ends there
         self.held: dict[tuple[Any, ...], tuple[int, Tensor]] = {}  # inputs kept alive, so that no memory is reused
         self.shows_dense = False  # whether the current pass is the dense model's
         self.copied: dict[tuple[Any, ...], tuple[Tensor, Tensor]] = {}  # dense inputs kept alive, and copies of them
@@ -105,6 +112,20 @@ class TapRecorder:
         finally:
             self.shows_dense = False
 
+    @contextmanager
+    def until_last(self) -> Iterator[None]:
+        """Context for a pass whose output is not needed: from the second batch on it ends at the last layer.
+
+        It does not if that layer's inputs are not finite, so that the module which overflows is found.
+        """
+        self.ends = True
+        try:
+            yield
+        except Ended:
+            pass
+        finally:
+            self.ends = False
+
     def _see_dense(self, layer: Linear, inputs: Tensor) -> None:
         key = identity(inputs)
         if key not in self.copied:
@@ -114,9 +135,12 @@ class TapRecorder:
     def _see(self, layer: Linear, inputs: Tensor) -> None:
         if self.shows_dense:
             self._see_dense(layer, inputs)
-            return
-        if not self.first:
-            return
+        elif self.first:
+            self._add(layer, inputs)
+        if self.ends and layer.name == self.last and finite(inputs):
+            raise Ended
+
+    def _add(self, layer: Linear, inputs: Tensor) -> None:
         features = inputs.shape[-1]
         tokens = inputs.numel() // features
         self.calls[layer.name].append(tokens)
@@ -154,6 +178,7 @@ class TapRecorder:
         if self.leaders is None:
             taps = zip(self.members, self.statistics, strict=True)
             self.leaders = {members[0].name: statistics for members, statistics in taps}
+            self.last = None if self.experts.layers else next(reversed(self.calls), None)
         self.calls.clear()
         self.held.clear()
         self.copied.clear()

@@ -261,7 +261,10 @@ def compress(job: CellJob, checkpoint: Checkpoint) -> dict[str, Any]:
     if checkpoint.done < len(blocks):
         solve = tuned(job, solver, sequences, checkpoint) if job.stages else each(solver)
         with bar(blocks.model, job.title, skipped=checkpoint.done) as progress:
-            taps_of_blocks, _ = walk(job, blocks, sequences, checkpoint.folder, checkpoint.done, checkpoint.finish)
+            stays = partial(all_dense, solver, blocks)
+            taps_of_blocks, _ = walk(
+                job, blocks, sequences, checkpoint.folder, checkpoint.done, checkpoint.finish, stays
+            )
             for index, taps in taps_of_blocks:
                 block = visit(blocks.model, [(index, taps)], solve, progress, job.fishers)
                 write_block(checkpoint, index, block, solver)
@@ -286,11 +289,12 @@ def walk(
     folder: Path | None = None,
     start: int = 0,
     finished: Callable[[int], None] = lambda index: None,
+    stays: Callable[[int], bool] = lambda index: False,
 ) -> tuple[Iterator[tuple[int, Iterable[Tap]]], Stream | None]:
     """The taps of each block from `start` on, and in sequential mode the stream that yields them.
 
     sequences: [samples, length] tokens. folder: holds the stream's hidden states (default: in memory). finished: called
-    when a block is no longer needed.
+    when a block is no longer needed. stays: as in `sequential_blocks`.
     """
     if job.columns["mode"] == "shared":
         assert job.gram is not None
@@ -300,7 +304,13 @@ def walk(
         compute_dtype.tell(job.calibrated, job.calibration_computed, job.device)
     source = blocks if same else LazyBlocks(job.calibrated, job.device, job.calibration_computed)
     stream = Stream(source, sequences, folder=folder, start=start, beside=job.needs_cross)
-    return sequential_blocks(stream, blocks, start, finished), stream
+    return sequential_blocks(stream, blocks, start, finished, stays), stream
+
+
+def all_dense(solver: Solver, blocks: Blocks, index: int) -> bool:
+    """Whether all layers of a block have the dense target."""
+    layers = structure.linears(blocks.modules[index], f"{blocks.name}.{index}")
+    return all(solver.at(layer.name).target.dense for layer in layers)
 
 
 def tuned(

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from fnmatch import fnmatchcase
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from layerwise.contract.layer import Layer, UnsupportedTarget
 from layerwise.contract.target import Target
 from layerwise.evaluation.model_check import check_walk
 from layerwise.models.loading import EXPERTS
-from layerwise.models.structure import Blocks, model_linears
+from layerwise.models.structure import Blocks, find_blocks, linears, model_linears
 from layerwise.runtime.errors import InputError, status_of
 from layerwise.sources.documents import documents, lone_surrogate
 from layerwise.sources.text_files import TEXT_SUFFIXES
@@ -112,7 +113,11 @@ def compress_model(
         check_walk(Blocks(model), Blocks(model), tokens)
         stream = Stream(model, tokens, beside=mode == "sequential" and (asymmetric or "cross_gram" in asked))
         fishers = fisher.of_model(in_float32(model), tokens) if "fisher" in asked else None
-        walked = enumerate(map(in_turn, shared(stream))) if mode == "shared" else sequential_blocks(stream)
+        walked = (
+            enumerate(map(in_turn, shared(stream)))
+            if mode == "shared"
+            else sequential_blocks(stream, stays=partial(outside, chosen, model))
+        )
         title = f"{resolved.name} {goal.label} {mode}"
         with bar(model, title, total=len(chosen)) if progress else nullcontext(ignore) as shown:
 
@@ -170,6 +175,12 @@ def chosen_layers(model: PreTrainedModel, layers: str | Sequence[str] | Callable
     if not found:
         raise ValueError(f"layers must choose at least one of the {len(names)} linear layers. Got none instead.")
     return found
+
+
+def outside(chosen: set[str], model: PreTrainedModel, index: int) -> bool:
+    """Whether none of a block's layers is chosen."""
+    name, blocks = find_blocks(model)
+    return chosen.isdisjoint(layer.name for layer in linears(blocks[index], f"{name}.{index}"))
 
 
 def only(blocks: Iterable[tuple[int, Iterable[Tap]]], chosen: set[str]) -> Iterator[tuple[int, Iterator[Tap]]]:

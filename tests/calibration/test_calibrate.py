@@ -257,6 +257,22 @@ def test_statistics_are_those_of_hooks_on_each_layer(family):
                 close(some(tap.statistics.first_tokens), x[:, 0])
 
 
+@every_family
+def test_an_output_that_is_not_needed_is_not_computed(family):
+    """In sequential mode, from the second batch on: the taps are the other."""
+    whole, cut = (Stream(build(family), tokens(SEQUENCES), 2) for _ in range(2))
+    experts = any(layer.expert is not None for layer in linears(cut.blocks[0], ""))
+    ended: list[int] = []
+    cut.blocks[0].register_forward_hook(lambda *_: ended.append(0))
+    for tap, other in zip(whole.collect(0, advance=True), cut.collect(0), strict=True):
+        assert tap.layers == other.layers and torch.equal(tap.gram.matrix, other.gram.matrix)
+        for field in FIELDS if tap.scope == "all" else FIELDS[:-1]:
+            assert torch.equal(getattr(tap.statistics, field), getattr(other.statistics, field))
+    assert len(ended) >= 3 if experts else len(ended) == 1
+    cut.advance(0)
+    assert all(map(torch.equal, cut.inputs, whole.inputs))
+
+
 @pytest.mark.parametrize("family", ["llama", "gemma3", "bloom", "falcon_alibi", "opt"])
 @pytest.mark.parametrize("batch", [1, 3])
 def test_batches_do_not_change_the_statistics(family, batch):

@@ -25,6 +25,7 @@ from layerwise.checks import layer_cases as layers
 from layerwise.cli import compress as compress_worker
 from layerwise.cli import fisher as fisher_worker
 from layerwise.compression import allocate
+from layerwise.compression import cell as cell_module
 from layerwise.compression import solver as solver_module
 from layerwise.compression.cell import CellJob
 from layerwise.contract.layer import Gram, Layer
@@ -425,6 +426,22 @@ def test_sequential_scores_on_what_the_compressed_blocks_pass_on(case):
             x, difference = seen[linear.name], (dense[linear.name] - saved[linear.name]).double()
             assert errors[linear.name] == pytest.approx(float(((x @ difference.T) ** 2).sum() / len(x)), rel=1e-5)
             linear.replace(saved[linear.name])
+
+
+def test_only_blocks_of_dense_targets_stay_as_they_are(case, monkeypatch):
+    asked: list[bool] = []
+    blocks = cell_module.sequential_blocks
+
+    def seen(*arguments):
+        asked.extend(map(arguments[-1], range(2)))
+        return blocks(*arguments)
+
+    monkeypatch.setattr(cell_module, "sequential_blocks", seen)
+    dense = case.run("dense", Target(), "sequential", "stays")
+    case.run("magnitude", ROW, "sequential", "changes")
+    assert asked == [True, True, False, False]
+    unknown = {row["asymmetric_error"] for row in rows(dense) if row["block"]}
+    assert unknown == {None} and set(by_layer(dense, "output_error").values()) == {0.0}
 
 
 @pytest.mark.parametrize("method", ["gptaq", "qronos", "gptq"])
