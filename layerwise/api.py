@@ -19,6 +19,7 @@ from layerwise.contract.layer import Compressed, Gram, Layer, Method, Quantised,
 from layerwise.contract.target import Target
 
 SCORES = ("output_error", "absolute_error", "asymmetric_error", "achieved_sparsity", "bits_per_weight")
+CORRELATION = 1 + 1e-3  # largest C_ij / sqrt(dense_ii G_jj), which is at most 1 but for rounding
 ASYMMETRY = 1e-3  # largest rounding difference between G and its transpose, as a share of the largest entry
 __all__ = ["LayerResult", "LowerBound", "calibrate", "compress_layer", "lower_bound", "output_error"]
 
@@ -146,6 +147,7 @@ def compress_layer(
         Layer("the layer", original.to(torch.float32, copy=True).contiguous(), gram, statistics, fisher=fisher)
     )
     resolved = resolve(method, parameters, goal)
+    resolved.check_inputs(goal, {layer.name: original.shape[1]})
     needed = needed_statistics(resolved.method)
     if needed and statistics is None:
         raise ValueError(
@@ -264,6 +266,8 @@ def checked(layer: Layer) -> Layer:
             raise ValueError(f"{name} must be finite. Got NaN or Inf instead.")
     for name in ("gram", "gram.dense") if layer.gram.apart else ("gram",):
         check_moment(tensors[name][0], name)
+    if layer.gram.apart:
+        check_cross(layer.gram)
     if layer.fisher is not None and (least := float(layer.fisher.min())) < 0:
         raise ValueError(f"fisher must be at least 0, because it is a sum of squares. Got {least:g} instead.")
     return layer
@@ -276,6 +280,18 @@ def check_moment(matrix: Tensor, name: str) -> None:
         raise ValueError(f"{name} must have a diagonal of at least 0, means of squares. Got {least:g} instead.")
     if (apart := float((matrix - matrix.T).abs().max())) > ASYMMETRY * largest:
         raise ValueError(f"{name} must be symmetric. Got two entries that differ by {apart:g} instead.")
+
+
+def check_cross(gram: Gram) -> None:
+    """Raise ValueError for a cross-Gram that cannot be a mean of x0 xt (by the Cauchy-Schwarz inequality)."""
+    tiny = torch.finfo(torch.float32).tiny  # what squares may lose below it
+    dense, own = ((matrix.diagonal() + tiny).sqrt() for matrix in (gram.dense, gram.matrix))
+    largest = float((gram.cross.abs() / dense[:, None] / own).max())
+    if largest > CORRELATION:
+        raise ValueError(
+            "gram.cross must be a mean of x0 xt, so that C_ij^2 is at most dense_ii G_jj. "
+            f"Got a C_ij of {largest:.3g} times the root of that instead."
+        )
 
 
 def kept_dtype(weight: Tensor) -> torch.dtype:

@@ -9,6 +9,7 @@ import math
 import re
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Any, cast
 
@@ -26,9 +27,19 @@ from layerwise.checks import layer_cases
 from layerwise.checks.brute_force import best_error
 from layerwise.compression.model import calibration_tokens
 from layerwise.contract.catalogue import Catalogue
+from layerwise.methods.awp import AWP
+from layerwise.methods.awq import AWQ
+from layerwise.methods.chain import Chain
+from layerwise.methods.code_swaps import CodeSwaps
 from layerwise.methods.fwsvd import FWSVD
+from layerwise.methods.gptaq import GPTAQ
+from layerwise.methods.gptq import GPTQ
+from layerwise.methods.qronos import Qronos
 from layerwise.methods.rocket import ROCKET
+from layerwise.methods.rotated import Rotated
+from layerwise.methods.rtn import RTN
 from layerwise.methods.sparsegpt import SparseGPT
+from layerwise.methods.turboquant import TurboQuant
 from layerwise.models.structure import model_linears
 from layerwise.sources.tokens import tokens as drawn_tokens
 from tests.compression.test_cell import LENGTH, SAMPLES, Case, rows, weights
@@ -419,6 +430,92 @@ def test_a_method_is_a_name_an_entry_a_file_or_an_instance(tmp_path: Path):
     assert torch.equal(compress("random", seed=1), compress("random", seed=1))
 
 
+def test_an_instance_may_name_the_methods_inside_it():
+    """And is then the same as the name with its parameters."""
+    weight, x = torch.randn(8, 32, generator=torch.Generator().manual_seed(0)), layer_inputs(32)
+    gram, statistics = layerwise.calibrate(x[None])
+    pairs: list[tuple[str, Any, Any]] = [
+        ("3b g16", CodeSwaps(), "code_swaps"),
+        ("3b g16", Rotated("rtn", block=8), {"rotated": {"under": "rtn", "block": 8}}),
+        ("3b g16", Rotated(CodeSwaps("rtn")), {"rotated": {"under": {"code_swaps": {"start": "rtn"}}}}),
+        ("50% row", AWP(iterations=3), {"awp": {"iterations": 3}}),
+        ("50% row 3b", AWP({"sparsegpt": {"damping": 0.1}}, iterations=cast(Any, 3.0)), {"awp": {
+            "warm_start": {"sparsegpt": {"damping": 0.1}}, "iterations": 3}}),
+        ("2:4 3b", Chain(("sparsegpt", RTN(mse=True))), {"chain": {"chain": ["sparsegpt", {"rtn": {"mse": True}}]}}),
+    ]  # fmt: skip
+    for target, instance, named in pairs:
+        results = [
+            layerwise.compress_layer(weight, gram, target, own, statistics=statistics) for own in (instance, named)
+        ]
+        assert torch.equal(results[0].weight, results[1].weight) and results[0].method == results[1].method
+
+
+def layer_inputs(inputs: int) -> torch.Tensor:
+    return torch.randn(99, inputs, generator=torch.Generator().manual_seed(1))
+
+
+class Uncarded(layerwise.Method):
+    def solve(self, layer: Layer, target: Target, rng: torch.Generator) -> layerwise.Compressed:
+        return RTN().solve(layer, target, rng)
+
+
+def test_an_instance_is_checked_as_its_name_is():
+    weight, gram = torch.randn(8, 32), Gram.from_inputs(layer_inputs(32))
+    cases: dict[str, Any] = {
+        "its start cannot quantise: gptaq needs cross_gram, which code_swaps does not give. Got the target 3b": (
+            CodeSwaps(GPTAQ())
+        ),
+        "its grid_from cannot quantise: qronos needs cross_gram, which awp does not give. Got": AWP(grid_from=Qronos()),
+        "its under cannot quantise: awq needs absmean, sample, which rotated does not give. Got": Rotated(AWQ()),
+        "method: rotated's block must be at least 2. Got 0 instead. It means": Rotated(GPTQ(), block=0),
+        "method: turboquant's block must be at least 2. Got -4 instead. It means": TurboQuant(block=-4),
+        "method.under: gptq's damping must be above 0. Got 0 instead. It means": Rotated(GPTQ(damping=0)),
+        "method.start: the method must be one of admm, ": CodeSwaps("gptk"),
+        "method: code_swaps's max_changes must be at least 0. Got -1 instead.": CodeSwaps(Uncarded(), max_changes=-1),
+    }
+    for sentence, instance in cases.items():
+        with pytest.raises(ValueError) as caught:
+            layerwise.compress_layer(weight, gram, "3b", instance)
+        assert str(caught.value).startswith(sentence), sentence
+    result = layerwise.compress_layer(weight, gram, "3b", CodeSwaps(Uncarded()))
+    assert torch.equal(result.weight, layerwise.compress_layer(weight, gram, "3b", "code_swaps", start="rtn").weight)
+    chained = layerwise.compress_layer(weight, gram, "2:4 3b", Chain(("magnitude", Uncarded())))
+    assert chained.mask is not None
+
+
+@pytest.mark.parametrize("method", ["rotated", "turboquant", Rotated(), {"awp": {"grid_from": "rtn"}}])
+def test_a_rotation_of_an_odd_number_of_inputs_is_refused(method: Any):
+    weight, gram = torch.randn(4, 33), Gram.from_inputs(layer_inputs(33))
+    if isinstance(method, dict):  # which rotates nothing
+        assert layerwise.compress_layer(weight, gram, "3b", method).output_error < 1
+        return
+    name = method if isinstance(method, str) else "rotated"
+    with pytest.raises(ValueError) as caught:
+        layerwise.compress_layer(weight, gram, "3b", method)
+    assert str(caught.value) == (
+        f"{name} must have layers with an even number of inputs: with an odd one it only changes signs. Got 33 inputs "
+        "in the layer instead."
+    )
+    assert torch.equal(layerwise.compress_layer(weight, gram, "dense", method).weight, weight)
+
+
+def test_a_cross_gram_that_no_inputs_have_is_refused():
+    weight, x = torch.randn(4, 32), layer_inputs(32)
+    x[:, 0], x[:, 1], tiny = 0, x[:, 1] * 1e-25, torch.linspace(0.5, 2, 32)
+    for dense_inputs in (x, -3 * x, x * tiny, x.flip(0), x.flip(1), x.bfloat16().float(), x * 1e-20, x * 1e15):
+        both = Gram.from_inputs(x, dense_inputs=dense_inputs)
+        layerwise.output_error(weight, weight, both)
+    given = Gram.from_inputs(x, dense_inputs=x.flip(1))
+    for cross in (torch.randn(32, 32, generator=torch.Generator().manual_seed(2)) * 4, 1.01 * given.dense):
+        with pytest.raises(ValueError) as caught:
+            layerwise.compress_layer(weight, Gram(given.matrix, 99, cross, given.dense), "3b", "gptaq")
+        assert re.fullmatch(
+            r"gram\.cross must be a mean of x0 xt, so that C_ij\^2 is at most dense_ii G_jj\. Got a C_ij of \S+ times "
+            r"the root of that instead\.",
+            str(caught.value),
+        )
+
+
 def test_statistics_are_asked_for_where_a_method_needs_them():
     x = torch.randn(4, 16, 32, generator=torch.Generator().manual_seed(0))
     weight = torch.randn(8, 32, generator=torch.Generator().manual_seed(1))
@@ -727,6 +824,29 @@ def test_numbers_of_numpy_and_torch_are_python_s():
         **{"damping": np.float32(0.5), "blocksize": np.int64(8), "seed": torch.tensor(1)},
     )
     pd.testing.assert_frame_equal(plain.drop(columns="seconds"), same.drop(columns="seconds"))
+
+
+def test_a_model_of_odd_inputs_is_not_rotated(monkeypatch):
+    model, batch = build("llama"), tokens(2, LENGTH)
+    shapes = {name: own.shape for name, own in model_linears(model).items()}
+    monkeypatch.setattr("layerwise.models.structure.Linear.shape", property(lambda own: (32, 31)))
+    with pytest.raises(
+        ValueError, match=r"^rotated must have layers with an even .* Got 31 inputs in model\.layers\.0"
+    ):
+        layerwise.compress_model(model, batch, "3b", "rotated", progress=False)
+    assert not any(own[1] % 2 for own in shapes.values())
+
+
+def test_a_model_in_shared_mode_says_that_nothing_has_drifted():
+    batch, told = tokens(2, LENGTH), r"^gptaq: in shared mode the inputs have not drifted, .* are gptq there\.$"
+    with pytest.warns(UserWarning, match=told):
+        layerwise.compress_model(build("llama"), batch, "3b", "gptaq", layers="*.0.*.q_proj", progress=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for mode, own in (("sequential", {}), ("shared", {"alpha": 0})):
+            layerwise.compress_model(
+                build("llama"), batch, "3b", "gptaq", mode=mode, layers="*.0.*.q_proj", progress=False, **own
+            )
 
 
 def test_in_shared_mode_a_layer_does_not_depend_on_the_others():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
@@ -24,6 +25,7 @@ from layerwise.calibration.modes import in_turn, sequential_blocks
 from layerwise.calibration.taps import Tap
 from layerwise.compression.cell import bar, visit
 from layerwise.compression.resolve import MethodLike, Resolved, as_target, needs, resolve, solve, whole_number
+from layerwise.contract.cards import NO_DRIFT
 from layerwise.contract.layer import Layer, UnsupportedTarget
 from layerwise.contract.target import Target
 from layerwise.evaluation.model_check import check_walk
@@ -70,7 +72,8 @@ def compress_model(
     A method that needs the fisher of the loss (fwsvd) passes the tokens back through the model, or, where it is not in
     float32, through a copy that is.
     mode: "shared": every layer sees the inputs that it has in the dense model. "sequential": every layer sees inputs
-        that passed through the compressed blocks before it, as in the published code.
+        that passed through the compressed blocks before it, as in the published code. In shared mode nothing has
+        drifted: a method that needs the cross-Gram (gptaq, foem, qronos) then gives a UserWarning that says so.
     text: the source of the tokens: a text, a list of documents, or the path of a .txt, .jsonl, .json or .parquet file.
     samples, length: number and length of the drawn sequences. length None: the model's maximum, but at most 2048.
     sampling: "stream": crops of the joined text, as published for WikiText-2; "documents": crops of documents, as for
@@ -99,6 +102,7 @@ def compress_model(
     tokens = calibration_tokens(model, tokenizer_or_tokens, text, samples, length, sampling, seed)
     solver = resolved.solver(goal, seed, model.dtype)
     shapes = {name: own.shape for name, own in model_linears(model).items() if name in chosen}
+    resolved.check_inputs(goal, {name: inputs for name, (_, inputs) in shapes.items()})
     if sentence := solver.without_factors(shapes):
         raise UnsupportedTarget(sentence)
     asked = needs(resolved.method)
@@ -107,6 +111,8 @@ def compress_model(
             f"mode must be 'shared' for {resolved.name}, whose fisher is of the dense model's loss. Got 'sequential' "
             "instead."
         )
+    if "cross_gram" in asked and mode == "shared":
+        warnings.warn(f"{resolved.name}: {NO_DRIFT}", stacklevel=2)
     done: list[str] = []
     rows = []
     with as_it_was(model), saying(done, len(chosen)):

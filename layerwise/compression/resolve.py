@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ import torch
 
 from layerwise.compression.solver import Solver
 from layerwise.contract.cards import needed
-from layerwise.contract.catalogue import Catalogue
+from layerwise.contract.catalogue import Catalogue, odd_inputs
 from layerwise.contract.layer import Compressed, Layer, Method, UnsupportedTarget
 from layerwise.contract.method_file import CatalogueError, Entry, read_entry
 from layerwise.contract.target import Target
@@ -26,12 +26,22 @@ MethodLike = str | Path | Mapping[str, Any] | Method
 
 @dataclass(frozen=True)
 class Resolved:
-    """A method that can be run. entry: its catalogue entry, or None for a class without a card."""
+    """A method that can be run. entry: its catalogue entry, or None for a class without a card. catalogue: holds the
+    methods inside it."""
 
     name: str
     method: Method
     params: Mapping[str, Any]
     entry: Entry | None
+    catalogue: Catalogue
+
+    def check_inputs(self, target: Target, sizes: Mapping[str, int]) -> None:
+        """Raise ValueError if the method would rotate a layer with an odd number of inputs. sizes: name -> in."""
+        if self.entry is None or target.dense or not self.catalogue.rotates(self.name, self.params):
+            return
+        for layer, size in sizes.items():
+            if size % 2:
+                raise ValueError(odd_inputs(self.name, size, layer))
 
     def solver(self, target: Target, seed: int, dtype: torch.dtype) -> Solver:
         """The method as the runner calls it. dtype: dtype of the weights that it replaces."""
@@ -65,14 +75,73 @@ def resolve(method: MethodLike, parameters: Mapping[str, Any], target: Target) -
         if parameters:
             came = ", ".join(parameters)
             raise ValueError(f"Parameters must be given with a method's name. Got {came} beside an instance instead.")
-        entry = entry_of(method)
-        params = params_of(method)
-        refuse(entry.refusal(target, params) if entry else None, target)
-        return Resolved(entry.name if entry else type(method).__name__, method, params, entry)
+        return of_instance(method, target)
     name, given, catalogue = named(method)
     params = catalogue.complete(name, {**given, **as_json(parameters)}, "method")
     refuse(catalogue.refusal(name, params, target), target)
-    return Resolved(name, built(catalogue, name, params), params, catalogue[name])
+    return Resolved(name, built(catalogue, name, params), params, catalogue[name], catalogue)
+
+
+def of_instance(method: Method, target: Target) -> Resolved:
+    """The instance, checked as its name and parameters would be, with the methods that it names built.
+
+    A class without a card is not checked, nor is a parameter that holds an instance of one.
+    """
+    entry, catalogue = entry_of(method), Catalogue()
+    if entry is None:
+        return Resolved(type(method).__name__, method, params_of(method), None, catalogue)
+    for known in filter(None, map(entry_of, held(method))):
+        if known.path.resolve() not in [shipped.path for shipped in catalogue.values()]:
+            catalogue.add(known.path)
+    own = {field.name: getattr(method, field.name) for field in fields(method)}
+    unknown = {key: value for key, value in own.items() if None in map(entry_of, inside(value))}
+    method = replace(method, **{key: whole(value) for key, value in unknown.items()})
+    given = params_of(method)
+    full = catalogue.complete(entry.name, {key: given[key] for key in given if key not in unknown}, "method")
+    checked = {key: value for key, value in full.items() if key not in unknown}
+    unsure = unknown.keys() & {*entry.chains}
+    refuse(entry.refusal(target, checked) if unsure else catalogue.refusal(entry.name, checked, target), target)
+    params = {**full, **{key: given[key] for key in unknown}}
+    return Resolved(entry.name, completed(method, checked, catalogue), params, catalogue[entry.name], catalogue)
+
+
+def whole(value: Any) -> Any:
+    """A parameter's method, or its list of methods, as instances, each checked apart from any target."""
+    if isinstance(value, list | tuple):
+        return tuple(resolve(step, {}, Target()).method for step in value)
+    return resolve(value, {}, Target()).method
+
+
+def held(method: Method) -> list[Method]:
+    """The method and all methods inside it."""
+    return [method, *(own for field in fields(method) for own in inside(getattr(method, field.name)))]
+
+
+def inside(value: Any) -> list[Method]:
+    """All methods inside the value of a parameter."""
+    steps = value if isinstance(value, list | tuple) else [value]
+    return [own for step in steps if isinstance(step, Method) for own in held(step)]
+
+
+def completed(method: Method, params: Mapping[str, Any], catalogue: Catalogue) -> Method:
+    """The instance with these complete parameters; the methods in it remain instances of their own classes."""
+    entry = entry_of(method)
+    assert entry is not None  # the caller leaves out instances of classes without a card
+
+    def part(own: Any, spelled: Mapping[str, Any]) -> Method:
+        [(name, inner)] = spelled.items()
+        return completed(own, inner, catalogue) if isinstance(own, Method) else built(catalogue, name, inner)
+
+    values = dict(params)
+    for key in params:
+        own = getattr(method, key)
+        if key in entry.warm_starts and own is not None:
+            values[key] = part(own, params[key])
+        elif key in entry.chains:
+            values[key] = tuple(part(step, spelled) for step, spelled in zip(own, params[key], strict=True))
+        elif isinstance(own, list | tuple):
+            values[key] = own
+    return replace(method, **values)
 
 
 def refuse(reason: str | None, target: Target) -> None:

@@ -11,6 +11,11 @@ STRUCTURES = ["dense", "row", "layer", "n:m", "1xb", "low rank"]
 CRITERIA = ["error", "relaxed error", "own"]
 # "gram" and "cross_gram" are matrices of a Gram, "fisher" is a field of Layer, the others are fields of Statistics.
 STATISTICS = ["gram", "cross_gram", "fisher", "mean", "absmean", "sequence_variance", "sample", "first_tokens"]
+# Told of a method that needs the cross-Gram, where it is the Gram itself.
+NO_DRIFT = (
+    "in shared mode the inputs have not drifted, so what compensates for their drift does nothing: gptaq and qronos "
+    "are gptq there."
+)
 # matplotlib's markers
 MARKERS = ["o", "s", "^", "v", "<", ">", "D", "d", "P", "p", "X", "x", "H", "h", "8", "*", "+", "_"]
 CARD_SCHEMA = {

@@ -135,7 +135,8 @@ class Catalogue(Mapping[str, Entry]):
                 first: Any = errors[0]
                 fault = schema_fault(first.validator, first.validator_value, first.instance, first.message)
                 raise CatalogueError(f"{where}: {name}'s {key} {fault}{advice}.{_meaning(schema)}")
-            if schema.get("type") == "integer":  # JSON Schema accepts 128.0 as an integer, range() does not
+            if isinstance(full[key], float) and schema.get("type") in ("integer", ["integer", "null"]):
+                # JSON Schema accepts 128.0 as an integer, range() does not.
                 full[key] = int(full[key])
         return full
 
@@ -203,6 +204,11 @@ class Catalogue(Mapping[str, Entry]):
         own = set() if self[name].chains else set(needed(self[name].card, params))
         return own.union(*(self.methods.needs(inner, own_params) for _, inner, own_params in self[name].inner(params)))
 
+    def rotates(self, name: str, params: Mapping[str, Any]) -> bool:
+        """Whether the method with these complete parameters, or a method inside it, rotates the inputs of a layer."""
+        inner = self[name].inner(params)
+        return "rotation_seed" in params or any(self.rotates(held, own) for _, held, own in inner if held in self)
+
     def sources(self, name: str, params: Mapping[str, Any]) -> list[Path]:
         """Files of the code that decides the method's results: its own and their imports, its warm starts', the shared
         ones."""
@@ -229,6 +235,14 @@ class Catalogue(Mapping[str, Entry]):
             built = self.methods.build(inner, inner_params)
             values[key] = (*values[key], built) if key in entry.chains else built
         return getattr(_import(entry), entry.class_name)(**values)
+
+
+def odd_inputs(method: str, size: int, layer: str) -> str:
+    """The error sentence for a method that rotates and a layer with an odd number of inputs."""
+    return (
+        f"{method} must have layers with an even number of inputs: with an odd one it only changes signs. "
+        f"Got {size} inputs in {layer} instead."
+    )
 
 
 def _meaning(schema: Mapping[str, Any]) -> str:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, cast
 
+from layerwise.contract.cards import NO_DRIFT
 from layerwise.contract.catalogue import Catalogue
 from layerwise.contract.target import Target
 from layerwise.runtime.errors import InputError
@@ -88,8 +89,7 @@ class Plan:
             for (calib_id, calib), (eval_id, evaluation) in pairs
             if (origin := text_files.shared_origin(texts[calib["text"]], texts[evaluation["text"]]))
         ] + [
-            f"methods.{label}: in shared mode the inputs have not drifted, so what compensates for their drift does "
-            "nothing: gptaq and qronos are gptq there."
+            f"methods.{label}: {NO_DRIFT}"
             for label in dict.fromkeys(cell.columns["label"] for cell in self.cells if self._without_drift(cell))
         ]
 

@@ -4,7 +4,7 @@ import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from layerwise.contract.catalogue import Catalogue
+from layerwise.contract.catalogue import Catalogue, odd_inputs
 from layerwise.contract.target import Target
 from layerwise.runtime.errors import InputError
 from layerwise.sources import checkpoint_files, task_sets, text_files
@@ -115,23 +115,15 @@ def check_rotations(cells: Sequence[Cell], catalogue: Catalogue, models: Mapping
     rotating = {
         cell.model: cell
         for cell in reversed(cells)
-        if _rotates(catalogue, cell.spec["method"]["name"], cell.spec["method"]["params"])
+        if catalogue.rotates(cell.spec["method"]["name"], cell.spec["method"]["params"])
     }
     for model, cell in rotating.items():
         shape = shape_of(models[model])
         odd = [size for block in shape.blocks for _, size, _ in block.layers if size % 2] if shape else []
         if odd:
-            raise InputError(
-                f"methods.{cell.columns['label']}: {cell.columns['method']} must have layers with an even number of "
-                f"inputs: with an odd one it only changes signs. Got {odd[0]} inputs in a layer of the model "
-                f"{cell.columns['model']!r} instead."
-            )
-
-
-def _rotates(catalogue: Catalogue, name: str, params: Mapping[str, Any]) -> bool:
-    """Whether a method, or a method inside it, rotates the inputs of a layer."""
-    inner = catalogue[name].inner(params)
-    return "rotation_seed" in params or any(_rotates(catalogue, inside, own) for _, inside, own in inner)
+            place = f"a layer of the model {cell.columns['model']!r}"
+            told = odd_inputs(cell.columns["method"], odd[0], place)
+            raise InputError(f"methods.{cell.columns['label']}: {told}")
 
 
 def check_targets(

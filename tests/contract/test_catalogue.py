@@ -331,6 +331,8 @@ def test_whole_numbers_are_integers(folder: Path):
     """128.0 is an integer to JSON Schema but no length to range(); it must not reach a method, nor be another cell."""
     complete = Catalogue().complete("sparsegpt", {"blocksize": 128.0}, "here")
     assert isinstance(complete["blocksize"], int)
+    awp = Catalogue().complete("awp", {"iterations": 3.0}, "here")  # which may also be null
+    assert isinstance(awp["iterations"], int)
 
 
 def test_a_folder_that_is_not_there_is_one_sentence(tmp_path: Path):
