@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -139,7 +140,8 @@ def compress_layer(
 
     Raises ValueError, in one sentence, for arguments that do not fit: its subclass CatalogueError for an unknown method
     or parameter, and its subclass UnsupportedTarget for a method that cannot reach the target. Raises InputError when
-    the method fails or breaks a promise, and its subclass Diverged when its numbers are not finite.
+    the method fails or breaks a promise, and its subclass Diverged when its numbers are not finite. Gives a UserWarning
+    for a parameter that does nothing at the target.
     """
     original = weight_of(weight)
     goal, seed = as_target(target), whole_number(seed, "seed", 0)
@@ -148,6 +150,8 @@ def compress_layer(
     )
     resolved = resolve(method, parameters, goal)
     resolved.check_inputs(goal, {layer.name: original.shape[1]})
+    for sentence in resolved.idle(goal):
+        warnings.warn(sentence, stacklevel=2)
     needed = needed_statistics(resolved.method)
     if needed and statistics is None:
         raise ValueError(

@@ -39,6 +39,7 @@ CARD = {
         "warm_start": {"format": "method", "asked": "pruning", "description": "Method that prunes the first iterate."},
         "step": {
             "enum": ["frobenius", "spectral", "diagonal"],
+            "acts": {"diagonal": "grid"},
             "description": "frobenius: 2 / ||G||_F, and 1.5 / ||G||_F in iterations that round. spectral: 1 / "
             "lambda_max(G), with which pruning never ascends. diagonal (not in the paper): in iterations that round "
             "1 / (lambda G_jj), lambda the largest eigenvalue of G scaled to ones on its diagonal.",
@@ -50,28 +51,30 @@ CARD = {
         },
         "tolerance": {
             "type": "number",
+            "acts": "pruning alone",
             "minimum": 0,
-            "description": "Pruning stops when ||(W - Theta) G||_F / ||W||_F is below this, G in units of its mean "
-            "diagonal.",
+            "description": "Stops when ||(W - Theta) G||_F / ||W||_F is below this, G in units of its mean diagonal.",
         },
         "rounding": {
             "enum": ["full", "gradual"],
+            "acts": "grid",
             "description": "full: all weights in every iteration that rounds. gradual (not in the paper): a rising "
             "share, nearest to the grid first, so that the others make up for them; it needs 200 iterations.",
         },
         "acceleration": {
             "enum": ["none", "momentum"],
+            "acts": "pruning alone",
             "description": "momentum (not in the paper): Nesterov's, restarted where the error rises; not with bits.",
         },
         "grid_from": {
             "$ref": "quantised_start",
             "optional": True,
             "asked": "grid",
-            "description": "Not in the paper: quantiser at whose result the descent starts and whose grid it keeps. "
-            "Null: it starts at the weight, and grids are fitted in every iteration that rounds.",
+            "description": "Not in the paper: quantiser with whose result and grid the descent starts. Null: none.",
         },
         "iterate": {
             "enum": ["rounded", "accumulated"],
+            "acts": "grid",
             "description": "What steps are added to in iterations that round. rounded: the rounded iterate. accumulated"
             " (not in the paper): their sum, never rounded itself, so that steps too short to change a code add up.",
         },
@@ -85,12 +88,10 @@ class AWP(Method):
 
     To prune, Theta starts from the warm start. With bits it starts from W, whose first projection is RTN's; grids are
     min-max and fitted in every projection, and the result is no worse than RTN or the warm start rounded; or from
-    what `grid_from` gives, and is no worse. `Projection` has the schedule of both together, which begins at W.
-
+    what `grid_from` gives, whose grid stays, and is no worse. `Projection` has the schedule of both, which begins at W.
     No official code is known, and of the quantised part step, iterations and schedule are as reported, not checked
-    against the paper. Chosen here: the linear ramp, the step by phase, min-max grids, best iterates; quantised errors
-    jump, so that the trace has the best so far, as with momentum; and the stopping rule, which would depend on the
-    scale of the activations, has G in units of its mean diagonal. Precondition: a finite Gram.
+    against the paper. Chosen here: the linear ramp, the step by phase, min-max grids, best iterates; the trace has the
+    best so far, as with momentum, because quantised errors jump; the stopping rule's unit. Precondition: a finite Gram.
     """
 
     warm_start: Any = "wanda"
@@ -111,9 +112,8 @@ class AWP(Method):
         held = start.quantised if self.grid_from else None
         projection = gp.Projection(target, layer.keep, iterations, self.rounding == "gradual", held)
         steps = gp.Steps(layer.gram, problem, projection, self.step, self.iterate == "accumulated")
-        theta, found, best = (start.weight.double() / problem.unit).float(), None, None
+        theta, found, best, least, trace = (start.weight.double() / problem.unit).float(), None, None, float("inf"), []
         missing, momentum = problem.weight - theta, gp.Momentum(self.acceleration == "momentum" and not bits)
-        least, trace = float("inf"), []
         for iteration in range(iterations + 1):
             gradient = missing @ problem.gram  # [out, in], minus half the gradient
             objective, norm = gp.objective_and_norm(gradient, missing)

@@ -516,6 +516,18 @@ def test_a_cross_gram_that_no_inputs_have_is_refused():
         )
 
 
+def test_a_parameter_that_does_nothing_at_the_target_is_told():
+    weight, gram = torch.randn(4, 32), Gram.from_inputs(layer_inputs(32))
+    told = r"^awp's warm_start acts only at targets that prune, so it does nothing at 3b g16\.$"
+    for method, own in (("awp", {"warm_start": "ria"}), (AWP("ria"), {})):
+        with pytest.warns(UserWarning, match=told):
+            layerwise.compress_layer(weight, gram, "3b g16", method, **own)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        layerwise.compress_layer(weight, gram, "50% row 3b", "awp", warm_start="ria")
+        layerwise.compress_layer(weight, gram, "dense", "awp", warm_start="ria")
+
+
 def test_statistics_are_asked_for_where_a_method_needs_them():
     x = torch.randn(4, 16, 32, generator=torch.Generator().manual_seed(0))
     weight = torch.randn(8, 32, generator=torch.Generator().manual_seed(1))

@@ -111,6 +111,8 @@ def compress_model(
             f"mode must be 'shared' for {resolved.name}, whose fisher is of the dense model's loss. Got 'sequential' "
             "instead."
         )
+    for sentence in resolved.idle(goal):
+        warnings.warn(sentence, stacklevel=2)
     if "cross_gram" in asked and mode == "shared":
         warnings.warn(f"{resolved.name}: {NO_DRIFT}", stacklevel=2)
     done: list[str] = []

@@ -35,6 +35,13 @@ class Resolved:
     entry: Entry | None
     catalogue: Catalogue
 
+    def idle(self, target: Target) -> list[str]:
+        """Sentences about parameters that do nothing at the target."""
+        if self.entry is None or target.dense:
+            return []
+        found = self.catalogue.idle(self.name, self.params, target).values()
+        return [f"{sentence}, so it does nothing at {target.label}." for sentence in found]
+
     def check_inputs(self, target: Target, sizes: Mapping[str, int]) -> None:
         """Raise ValueError if the method would rotate a layer with an odd number of inputs. sizes: name -> in."""
         if self.entry is None or target.dense or not self.catalogue.rotates(self.name, self.params):

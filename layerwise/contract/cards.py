@@ -1,10 +1,10 @@
 """The schema of a method's card, and the parameters that cards share. Only literals; torch is not imported."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from layerwise.contract.target import FORMATS
+from layerwise.contract.target import FORMATS, Target
 
 STRUCTURES = ["dense", "row", "layer", "n:m", "1xb", "low rank"]
 # The objective in a method's trace: the layer's error, the error of a relaxed mask, or the method's own measure.
@@ -16,6 +16,13 @@ NO_DRIFT = (
     "in shared mode the inputs have not drifted, so what compensates for their drift does nothing: gptaq and qronos "
     "are gptq there."
 )
+# Words of `acts` in a parameter's schema -> the targets at which it, or a value of it, acts, and their test.
+ACTS: dict[str, tuple[str, Callable[[Target], bool]]] = {
+    "pruning": ("that prune", lambda target: target.sparsity > 0),
+    "grid": ("with bits", lambda target: target.bits is not None),
+    "pruning alone": ("that prune and have no bits", lambda target: target.sparsity > 0 and target.bits is None),
+    "layer": ("of the pattern layer", lambda target: target.structure == "layer"),
+}
 # matplotlib's markers
 MARKERS = ["o", "s", "^", "v", "<", ">", "D", "d", "P", "p", "X", "x", "H", "h", "8", "*", "+", "_"]
 CARD_SCHEMA = {
@@ -227,6 +234,7 @@ PARAMETERS: dict[str, dict[str, Any]] = {
     },
     "layer_convention": {
         "enum": ["exact", "official"],
+        "acts": "layer",
         "description": "exact: floor(n p) zeros. official: the layer-wide threshold of the released code, which prunes "
         "floor(n p) + 1 entries and ties (layer pattern; breaks promise 2).",
     },
@@ -246,6 +254,13 @@ def needed(card: Mapping[str, Any], params: Mapping[str, Any]) -> list[str]:
         name for key, values in card.get("needs_where", {}).items() for name in values.get(str(params.get(key)), ())
     ]
     return [*(name for name in card["needs"] if name not in without), *added]
+
+
+def acts(schema: Mapping[str, Any], value: Any) -> str | None:
+    """The key of ACTS for the targets at which a parameter with this schema and value acts; None for every target."""
+    told = schema.get("acts", schema.get("asked"))
+    told = told.get(value) if isinstance(told, Mapping) and isinstance(value, str) else told
+    return told if isinstance(told, str) and told in ACTS else None
 
 
 def merged(schema: Mapping[str, Any]) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import jsonschema
 
-from layerwise.contract.cards import METHOD, Kind, needed
+from layerwise.contract.cards import ACTS, METHOD, Kind, acts, needed
 from layerwise.contract.import_closure import FOLDERS
 from layerwise.contract.method_file import SHARED_SOURCES, CatalogueError, Entry, read_entry
 from layerwise.contract.target import Target
@@ -203,6 +203,30 @@ class Catalogue(Mapping[str, Entry]):
         """
         own = set() if self[name].chains else set(needed(self[name].card, params))
         return own.union(*(self.methods.needs(inner, own_params) for _, inner, own_params in self[name].inner(params)))
+
+    def idle(self, name: str, params: Mapping[str, Any], target: Target) -> dict[str, str]:
+        """Parameters of the method, or of a method inside it, that are not the defaults and do nothing at the target.
+
+        Place of the parameter, such as start.acceleration -> the sentence's beginning, which says where it acts.
+        """
+        entry, found = self[name], {}
+        defaults = self.complete(name, {}, name)
+        changed = [key for key in params if params[key] != defaults[key]]
+        for key in changed:
+            word = acts(entry.card["parameters"][key], params[key])
+            if word and not ACTS[word][1](target):
+                found[key] = f"{name}'s {key} acts only at targets {ACTS[word][0]}"
+        for key, inner, own in entry.inner(params):
+            if key not in changed or key in found or inner not in self:
+                continue
+            asked = entry.card["parameters"][key].get("asked")
+            parts = (
+                [target.pruning, target.grid] if key in entry.chains else [getattr(target, asked) if asked else target]
+            )
+            seen = [self.idle(inner, own, part) for part in parts if not (part.dense or self.refusal(inner, own, part))]
+            common = [place for place in seen[0] if all(place in other for other in seen)] if seen else []
+            found |= {f"{key}.{place}": seen[0][place] for place in common}
+        return found
 
     def rotates(self, name: str, params: Mapping[str, Any]) -> bool:
         """Whether the method with these complete parameters, or a method inside it, rotates the inputs of a layer."""

@@ -14,7 +14,7 @@ from typing import Any
 import jsonschema
 
 from layerwise.contract.allocator_card import card_fault
-from layerwise.contract.cards import ALLOCATOR, METHOD, Kind, merged, needed
+from layerwise.contract.cards import ACTS, ALLOCATOR, METHOD, Kind, merged, needed
 from layerwise.contract.import_closure import FOLDERS, closure, imports_of
 from layerwise.contract.target import LOW_RANK, SUM, Target, refusal
 
@@ -184,6 +184,10 @@ def _card(tree: ast.Module, path: Path, kind: Kind) -> dict[str, Any] | None:
             raise CatalogueError(f"{path}: {at} is wrong: {error.args[0]}.") from None
         except jsonschema.SchemaError as error:
             raise CatalogueError(f"{path}: {at} is wrong: {error.message.splitlines()[0]}.") from None
+        told = schema.get("acts", {})
+        for word in told.values() if isinstance(told, Mapping) else [told]:
+            if word not in [*ACTS]:
+                raise CatalogueError(f"{path}: {at}['acts'] must be one of {', '.join(ACTS)}. Got {word!r} instead.")
     return card
 
 

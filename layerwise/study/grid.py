@@ -77,21 +77,38 @@ class Plan:
         return {name for name, present in given.items() if present}
 
     def warnings(self) -> list[str]:
-        """Sentences about choices that make results look better than they are, or methods equal."""
+        """Sentences about choices that make results look better than they are, methods equal, or do nothing."""
         texts = self.config["texts"]
         once: dict[str, tuple[str, CalibrationSpec]] = {}  # the first repeat of each calibration set
         for calib_id, calib in self.calibrations.items():
             once.setdefault(name_of(calib), (calib_id, calib))
         pairs = itertools.product(once.values(), self.evaluations.items())
-        return [
+        same = [
             f"calibration {calib_id} and evaluation {eval_id} draw from {origin}: data-aware methods may look better "
             "than on unseen text."
             for (calib_id, calib), (eval_id, evaluation) in pairs
             if (origin := text_files.shared_origin(texts[calib["text"]], texts[evaluation["text"]]))
-        ] + [
-            f"methods.{label}: {NO_DRIFT}"
-            for label in dict.fromkeys(cell.columns["label"] for cell in self.cells if self._without_drift(cell))
         ]
+        still = dict.fromkeys(cell.columns["label"] for cell in self.cells if self._without_drift(cell))
+        return [*same, *(f"methods.{label}: {NO_DRIFT}" for label in still), *self._idle()]
+
+    def _idle(self) -> Iterator[str]:
+        """Sentences about parameters that act at none of their entry's targets."""
+        cells: dict[str, dict[tuple[str, bool], Cell]] = {}
+        for cell in self.cells:
+            key = canonical(cell.spec["target"]), "allocation" in cell.spec
+            cells.setdefault(cell.columns["label"], {}).setdefault(key, cell)
+        for label, own in cells.items():
+            seen = [self._idle_of(cell) for cell in own.values()]
+            places = [place for place in seen[0] if all(place in other for other in seen)]
+            targets = ", ".join(dict.fromkeys(Target(**cell.spec["target"]).label for cell in own.values()))
+            yield from (f"methods.{label}: {seen[0][place]}, so it does nothing at {targets}." for place in places)
+
+    def _idle_of(self, cell: Cell) -> dict[str, str]:
+        target, method = Target(**cell.spec["target"]), cell.spec["method"]
+        if target.dense or (target.paired and "allocation" in cell.spec):  # a layer's own target may be of another kind
+            return {}
+        return self.catalogue.idle(method["name"], method["params"], target)
 
     def _without_drift(self, cell: Cell) -> bool:
         """Whether a cell's method compensates for drift, in shared mode, where there is none."""

@@ -200,6 +200,10 @@ WRONG_FILES = {
         edited('{"type": "number", "minimum": 0}', '{"$ref": "dampening"}'),
         r"CARD\['parameters'\]\['share'\] is wrong: \$ref must be one of damping, .* Got 'dampening' instead",
     ),
+    "acts at unknown targets": (
+        edited('"minimum": 0', '"minimum": 0, "acts": {"0.5": "bits"}'),
+        r"\['share'\]\['acts'\] must be one of pruning, grid, pruning alone, layer. Got 'bits' instead",
+    ),
     "a cost without products": (
         edited('"needs": []', '"needs": [], "cost": {"weights": 1, "grams": 1}'),
         r"CARD\['cost'\] is wrong: 'products' is a required property",
@@ -508,6 +512,32 @@ def test_sources_hold_what_a_method_imports(name: str):
             _, room, *module = (node.module or "").split(".")
             found |= set(module) or {alias.name for alias in node.names}
     assert found <= {path.stem for path in catalogue.sources(name, catalogue.complete(name, {}, name))}
+
+
+PRUNED, ROUNDED, BOTH = Target(0.5), Target(bits=3, group=16), Target(0.5, bits=3)
+IDLE: list[tuple[str, dict[str, Any], dict[Target, set[str]]]] = [
+    ("awp", {}, {PRUNED: set(), ROUNDED: set(), BOTH: set()}),
+    ("awp", {"warm_start": "wanda"}, {ROUNDED: set()}),  # the default
+    ("awp", {"warm_start": "ria"}, {PRUNED: set(), ROUNDED: {"warm_start"}, BOTH: set()}),
+    ("awp", {"grid_from": "gptq"}, {PRUNED: {"grid_from"}, ROUNDED: set(), BOTH: set()}),
+    ("awp", {"acceleration": "momentum"}, {PRUNED: set(), ROUNDED: {"acceleration"}, BOTH: {"acceleration"}}),
+    ("awp", {"tolerance": 0.1}, {PRUNED: set(), ROUNDED: {"tolerance"}, BOTH: {"tolerance"}}),
+    ("awp", {"step": "diagonal", "iterate": "accumulated"}, {PRUNED: {"step", "iterate"}, ROUNDED: set(), BOTH: set()}),
+    ("awp", {"step": "spectral", "rounding": "gradual"}, {PRUNED: {"rounding"}, ROUNDED: set()}),
+    ("magnitude", {"convention": "official"}, {PRUNED: {"convention"}, Target(0.5, "layer"): set()}),
+    ("code_swaps", {"start": {"awp": {"acceleration": "momentum"}}}, {ROUNDED: {"start.acceleration"}}),
+    ("chain", {"chain": ["wanda", {"awp": {"acceleration": "momentum"}}]}, {BOTH: set()}),  # it can prune too
+    ("chain", {"chain": [{"sparse_swaps": {"warm_start": {"magnitude": {"convention": "official"}}}}, "rtn"]}, {
+        BOTH: {"chain.warm_start.convention"}}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "params", "expected"), IDLE)
+def test_which_parameters_do_nothing_at_a_target(name: str, params: dict[str, Any], expected: dict[Target, set[str]]):
+    catalogue = Catalogue()
+    full = catalogue.complete(name, params, "test")
+    for target, places in expected.items():
+        assert set(catalogue.idle(name, full, target)) == places, target.label
 
 
 def test_refusals_and_comparisons():

@@ -984,6 +984,22 @@ def test_methods_that_compensate_for_drift_are_warned_about_in_shared_mode():
     assert not plan(study(**asked, modes=["sequential"])).warnings()
 
 
+def test_parameters_that_act_at_no_target_of_their_entry_are_warned_about():
+    targets = [{"bits": 3}, {"sparsity": 0.5}]
+    methods = {
+        "a": {"method": "awp", "warm_start": "ria", "acceleration": "momentum"},  # both act at 50% row
+        "b": {"method": "awp", "warm_start": "ria", "targets": targets[:1]},
+        "c": {"method": "awp", "iterate": ["rounded", "accumulated"], "targets": [*targets[1:], {"pattern": "2:4"}]},
+        "d": {"method": "code_swaps", "start": {"awp": {"acceleration": "momentum"}}},  # does not reach 50% row
+    }
+    assert plan(study(methods=methods, targets=targets)).warnings() == [
+        "methods.b: awp's warm_start acts only at targets that prune, so it does nothing at 3b.",
+        "methods.c.iterate_accumulated: awp's iterate acts only at targets with bits, so it does nothing at 50% row, "
+        "2:4.",
+        "methods.d: awp's acceleration acts only at targets that prune and have no bits, so it does nothing at 3b.",
+    ]
+
+
 def test_asymmetric_asks_for_the_dense_inputs_where_the_method_does_not():
     methods = {"dense": None, "gptq": None, "gptaq": None}
     asked = {"methods": methods, "targets": [{"bits": 4}], "modes": ["sequential", "shared"]}
