@@ -155,13 +155,19 @@ def compress_layer(
     needed = needed_statistics(resolved.method)
     if needed and statistics is None:
         raise ValueError(
-            f"statistics must be given: {resolved.name} needs {' and '.join(needed)}, which layerwise.calibrate(x) "
-            "returns with the Gram. Got None instead."
+            f"statistics must be given: {resolved.asker(needed)} needs {' and '.join(needed)}, which "
+            "layerwise.calibrate(x) returns with the Gram. Got None instead."
         )
-    if "fisher" in needs(resolved.method) and fisher is None:
+    asked = needs(resolved.method)
+    if "cross_gram" in asked and not gram.knows_dense:
         raise ValueError(
-            f"fisher must be given: {resolved.name} needs the mean squared gradients of the model's loss, summed over "
-            "each row of the weight. Got None instead."
+            "gram must have the cross-Gram, from Gram.from_inputs(x, dense_inputs=x0): "
+            f"{resolved.asker(['cross_gram'])} needs it. Got drifted inputs alone instead."
+        )
+    if "fisher" in asked and fisher is None:
+        raise ValueError(
+            f"fisher must be given: {resolved.asker(['fisher'])} needs the mean squared gradients of the model's loss, "
+            "summed over each row of the weight. Got None instead."
         )
     solver = resolved.solver(goal, seed, kept_dtype(original))
     if sentence := solver.without_factors({layer.name: (original.shape[0], original.shape[1])}):

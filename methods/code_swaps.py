@@ -84,7 +84,7 @@ def state_of(layer: Layer, start: Compressed, target: Target) -> tuple[CodeState
     quantised = start.quantised
     assert isinstance(quantised, Quantised) and target.bits is not None
     if quantised.own_grid or quantised.divisor is not None:
-        raise UnsupportedTarget("code_swaps changes integer codes, but its start has a grid of its own")
+        raise UnsupportedTarget("code_swaps' start must give integer codes. Got a grid of its own instead.")
     weight, unit = ops.normalised(layer.weight)
     gram, gram_unit = ops.normalised(layer.gram.matrix.contiguous())
     missing = start.weight.double() / unit - weight.double()

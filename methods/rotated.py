@@ -65,9 +65,7 @@ class Rotated(Method):
         turned = Layer(layer.name, weight, rotations.rotated_gram(layer.gram, rotation), statistics)
         result = self.under.compress(turned, target, rng)
         if result.quantised.own_grid:
-            raise UnsupportedTarget(
-                "rotated stores one rotation of integer codes, but its quantiser has a grid of its own"
-            )
+            raise UnsupportedTarget("rotated's under must give integer codes. Got a grid of its own instead.")
         quantised = replace(result.quantised, rotation=rotation)
         values = ops.quantised_values(quantised, target)
         return replace(result, weight=values, quantised=quantised, trace=(), info=ops.damping_of(result))

@@ -183,6 +183,7 @@ def test_a_third_is_read_digit_by_digit():
     assert Target(1 / 3).label == "33.3333% row"
     assert Target.parse("33.3333% row").sparsity == 0.333333
     assert Target.parse(" 2:4  4b   g128 ") == Target(pattern="2:4", bits=4, group=128)
+    assert Target.parse("nvfp4 g16") == Target(format="nvfp4")  # its own group
 
 
 LABELS = [
@@ -207,7 +208,7 @@ def test_an_invalid_label_is_one_sentence(label: Any):
         Target.parse(label)
 
 
-@pytest.mark.parametrize("label", ["100% row", "9b", "4:4", "4b g0"])
+@pytest.mark.parametrize("label", ["100% row", "9b", "4:4", "4b g0", "nvfp4 g32", "nvfp4 sym", "mxfp4 g32 sym"])
 def test_an_impossible_target_has_no_label(label: str):
     with pytest.raises(ValueError, match=r"^Target\..* Got .* instead\.$"):
         Target.parse(label)
@@ -528,16 +529,29 @@ def test_a_parameter_that_does_nothing_at_the_target_is_told():
         layerwise.compress_layer(weight, gram, "dense", "awp", warm_start="ria")
 
 
+def test_a_gram_of_drifted_inputs_alone_is_refused_where_the_dense_ones_are_needed():
+    weight, x = torch.randn(4, 32), layer_inputs(32)
+    gram = Gram(Gram.from_inputs(x).matrix, 99, drifted=True)
+    for method, name in (("gptaq", "gptaq"), (Rotated("qronos"), "qronos, inside rotated,")):
+        with pytest.raises(ValueError) as caught:
+            layerwise.compress_layer(weight, gram, "3b", method)
+        assert str(caught.value) == (
+            f"gram must have the cross-Gram, from Gram.from_inputs(x, dense_inputs=x0): {name} needs it. Got drifted "
+            "inputs alone instead."
+        )
+    assert layerwise.compress_layer(weight, gram, "3b", "gptaq", alpha=0).output_error < 1
+
+
 def test_statistics_are_asked_for_where_a_method_needs_them():
     x = torch.randn(4, 16, 32, generator=torch.Generator().manual_seed(0))
     weight = torch.randn(8, 32, generator=torch.Generator().manual_seed(1))
     gram, statistics = layerwise.calibrate(x)
-    cases = [("awq", "4b g16", {}, "absmean and sample"), ("dsnot", "2:4", {}, "mean and sequence_variance")]
-    cases += [("chain", "2:4 4b g16", {"chain": ["wanda", "awq"]}, "absmean and sample")]
+    cases = [("awq", "4b g16", {}, "awq needs absmean and sample")]
+    cases += [("dsnot", "2:4", {}, "dsnot needs mean and sequence_variance")]
+    cases += [("chain", "2:4 4b g16", {"chain": ["wanda", "awq"]}, "awq, inside chain, needs absmean and sample")]
+    cases += [("code_swaps", "4b g16", {"start": "awq"}, "awq, inside code_swaps, needs absmean and sample")]
     for method, target, own, names in cases:
-        with pytest.raises(
-            ValueError, match=rf"^statistics must be given: {method} needs {names}, .* Got None instead"
-        ):
+        with pytest.raises(ValueError, match=rf"^statistics must be given: {names}, .* Got None instead"):
             layerwise.compress_layer(weight, gram, target, method, **own)
         result = layerwise.compress_layer(weight, gram, target, method, statistics=statistics, **own)
         assert 0 < result.output_error < 1

@@ -35,6 +35,13 @@ class Resolved:
     entry: Entry | None
     catalogue: Catalogue
 
+    def asker(self, asked: Sequence[str]) -> str:
+        """The innermost method that needs all of these, in words: awq, or awq, inside code_swaps,."""
+        own = next(own for own in reversed(held(self.method)) if {*asked} <= {*needs(own)})
+        entry = entry_of(own)
+        name = entry.name if entry else type(own).__name__
+        return self.name if own is self.method else f"{name}, inside {self.name},"
+
     def idle(self, target: Target) -> list[str]:
         """Sentences about parameters that do nothing at the target."""
         if self.entry is None or target.dense:

@@ -143,7 +143,12 @@ class Catalogue(Mapping[str, Entry]):
     def _complete_warm_start(self, value: Any, where: str, outer: tuple[str, ...]) -> dict[str, Any]:
         name, params = next(iter(value.items())) if isinstance(value, dict) and len(value) == 1 else (value, {})
         if not isinstance(name, str) or not isinstance(params or {}, dict):
-            raise CatalogueError(f"{where} must be a method's name or {{name: {{parameters}}}}. Got {value!r} instead.")
+            # In a config's entry the parameter may stand for the method; inside another method it may not.
+            key = self[name].card.get("named_by") if isinstance(name, str) and name in self else None
+            advice = f": write {{{name}: {{{key}: [...]}}}}" if key and isinstance(params, list) else ""
+            raise CatalogueError(
+                f"{where} must be a method's name or {{name: {{parameters}}}}. Got {value!r} instead{advice}."
+            )
         if name in outer:
             raise CatalogueError(
                 f"{where}: warm starts must not form a cycle. Got {' -> '.join([*outer, name])} instead."

@@ -12,7 +12,7 @@ PATTERN = re.compile(r"row|layer|[1-9]\d*:[1-9]\d*|1x[1-9]\d*")
 LABEL = re.compile(
     r"(?:(?P<n_of_m>[1-9][0-9]*:[1-9][0-9]*) |"
     r"(?P<percent>[0-9]+(?:\.[0-9]+)?(?:e[+-]?[0-9]+)?)% (?P<pattern>row|layer|1x[1-9][0-9]*) )?"
-    r"(?:(?P<format>nvfp4|mxfp4) |(?P<bits>[0-9]+)b (?:g(?P<group>[0-9]+) )?(?P<symmetric>sym )?)?"
+    r"(?:(?:(?P<format>nvfp4|mxfp4)|(?P<bits>[0-9]+)b) (?:g(?P<group>[0-9]+) )?(?P<symmetric>sym )?)?"
     r"(?:rank (?P<rank>[0-9]+(?:\.[0-9]+)?(?:e[+-]?[0-9]+)?)% "
     r"(?:(?P<factor_bits>[0-9]+)b (?:g(?P<factor_group>[0-9]+) )?)?)?"
 )

@@ -184,7 +184,7 @@ def warm_started(
     else:
         rounded = grid_from.compress(left, target.grid, rng)
         if rounded.quantised is None or rounded.quantised.own_grid:
-            raise UnsupportedTarget("awp rounds to integer codes, but its grid_from has a grid of its own")
+            raise UnsupportedTarget("awp's grid_from must give integer codes. Got a grid of its own instead.")
     mask = pruned.mask if pruned else None
     weight = rounded.weight if mask is None else torch.where(mask, rounded.weight, 0.0)
     info = ops.damping_of(*filter(None, (pruned, rounded)))

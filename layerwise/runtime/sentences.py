@@ -33,6 +33,8 @@ def schema_fault(validator: str, expected: Any, instance: Any, message: str) -> 
         wanted = " or ".join(KINDS[kind] for kind in ([expected] if isinstance(expected, str) else expected))
     elif validator in LIMITS:
         wanted = f"{LIMITS[validator]} {expected}"
+    elif validator == "enum":
+        wanted = f"{'one of ' if len(expected) > 1 else ''}{', '.join(map(str, expected))}"
     else:
         return f"is wrong: {brief(message)}"
     return f"must be {wanted}. Got {brief(repr(instance))} instead"

@@ -271,7 +271,11 @@ WRONG_ENTRIES = {
     "a truth value": ("sparsegpt", {"blocksize": True}, "blocksize must be a whole number. Got True instead"),
     "not a number": ("sparsegpt", {"damping": float("nan")}, "sparsegpt's damping is wrong: nan"),
     "infinite": ("sparsegpt", {"damping": float("inf")}, "sparsegpt's damping is wrong: inf"),
-    "not among the choices": ("magnitude", {"convention": "mine"}, "convention is wrong: 'mine' is not one of"),
+    "not among the choices": (
+        "magnitude",
+        {"convention": "mine"},
+        "convention must be one of exact, official. Got 'mine' instead",
+    ),
     "unknown warm start": (
         "polish",
         {"warm_start": "wnada"},
@@ -284,6 +288,11 @@ WRONG_ENTRIES = {
     ),
     "two warm starts": ("polish", {"warm_start": {"wanda": {}, "magnitude": {}}}, "must be a method's name"),
     "empty warm start": ("polish", {"warm_start": {}}, "here.warm_start must be a method's name"),
+    "a method named as in a config": (
+        "polish",
+        {"warm_start": {"chain": ["wanda", "rtn"]}},
+        r"here.warm_start must be .* Got {'chain': \['wanda', 'rtn'\]} instead: write {chain: {chain: \[\.\.\.\]}}\.",
+    ),
     "warm start is a number": ("polish", {"warm_start": 3}, "here.warm_start must be a method's name"),
     "unknown method in a chain": (
         "chain",
