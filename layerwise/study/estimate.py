@@ -8,6 +8,7 @@ The Snakefile prints the short form before its first job, and refuses jobs that 
 from __future__ import annotations
 
 import math
+import shlex
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -234,15 +235,22 @@ def about(spec: ModelSpec, shape: ModelShape | None) -> str:
     )
 
 
+def fetching(named: str) -> str:
+    """The command that fetches the models of a study and runs no other job. named: the study's name or file."""
+    return f"`{shlex.join(['layerwise', 'run', named, '--until', 'model'])}`"
+
+
 def table(model: CostModel, jobs: Iterable[Job]) -> list[str]:
     """A line per kind of job: the number of jobs, and the largest requested memory, least memory, lasting disk space
-    and transient disk space of one job."""
+    and transient disk space of one job. No lines if no job's cost is known."""
     kinds: dict[tuple[str, str], list[JobCost]] = {}
     for job in jobs:
         if cost := model.cost(job):
             name = name_of(model.plan.models[job.wildcards["model"]])
             detail = ": {label}, {mode}".format(**model.cell(job).columns) if job.rule == "compress" else ""
             kinds.setdefault((name, f"{job.rule}{detail}"), []).append(cost)
+    if not kinds:
+        return []
     lines = [["model", "job", "jobs", "memory", "at least", "disk", "meanwhile"]]
     for (name, kind), costs in kinds.items():
         columns = (
@@ -263,12 +271,15 @@ class Estimate:
     exceeded: list[str]
 
 
-def estimate(study: Plan, cores: int, memory: float | None = None, quick: bool = False) -> Estimate:
+def estimate(
+    study: Plan, cores: int, memory: float | None = None, quick: bool = False, named: str = "STUDY"
+) -> Estimate:
     """The cost of the study on this machine.
 
-    cores: jobs at a time. memory: bytes of the machine that will run it (default: this one's). quick: measure only a
-    matrix product. Otherwise unknown speeds of this machine and of the study's methods are measured and stored. Raises
-    InputError for fewer than one core, and for a memory that is not a number above 0.
+    named: the study's name or file, for the command that fetches its models. cores: jobs at a time. memory: bytes of
+    the machine that will run it (default: this one's). quick: measure only a matrix product. Otherwise unknown speeds
+    of this machine and of the study's methods are measured and stored. Raises InputError for fewer than one core, and
+    for a memory that is not a number above 0.
     """
     if cores < 1:
         raise InputError(f"--cores must be at least 1. Got {cores} instead.")
@@ -282,7 +293,11 @@ def estimate(study: Plan, cores: int, memory: float | None = None, quick: bool =
     speeds = measured(study) if timed and not quick else at_hand()
     totals = estimate_jobs(model, jobs, cores, speeds)
     lines = [about(spec, model.shape(name)) for name, spec in study.models.items()]
-    lines += ["", *table(model, jobs), "", short(model, totals, limits)]
+    if costs := table(model, jobs):
+        lines += ["", *costs]
+    lines += ["", short(model, totals, limits)]
+    if totals.unknown:
+        lines.append(f"{fetching(named)} fetches {' and '.join(totals.unknown)}; then estimate again.")
     lines += [*speeds.said, *computed_wider(model, jobs)]
     if totals.measured:
         lines.append(f"The time of {totals.measured} cells is taken from finished cells of their kind in this folder.")

