@@ -6,12 +6,14 @@ support (section 3.3).
 """
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from layerwise.contract.layer import Compressed, Layer, Method, Target
 from layerwise.numerics import ops
+from layerwise.numerics.splitting import Splitting, resolvent_of
 
 CARD = {
     "title": "ALPS",
@@ -23,7 +25,7 @@ CARD = {
     "updates_weights": True,
     "needs": ["gram"],
     "criterion": "error",
-    "cost": {"weights": 36.0, "grams": 9.5, "products": 200.0},
+    "cost": {"weights": 36.0, "grams": 9.5, "products": 110.0},
     "look": {"colour": "#009E73", "marker": "s"},
     "checks": {"variants": [{"iterations": 4, "refinements": 0}]},
     "parameters": {
@@ -37,6 +39,7 @@ LOOK = 3  # iterations between two checks of the support
 PATIENCE = 30  # number of iterations after which a support that changes by less than SETTLED counts as settled
 SETTLED = 0.0003
 LARGEST_RHO = 1e6
+SHORT = 20  # number of conjugate gradient steps up to which float32 keeps directions conjugate
 
 
 @dataclass(frozen=True)
@@ -65,23 +68,19 @@ class ALPS(Method):
 
         weight, unit = ops.normalised(layer.weight)
         dense = weight.double() * norm  # [out, in]
-        best = ops.Best(dense, gram, norm, unit, mean)
-        aim, weight, dual = dense @ damped, dense, torch.zeros_like(dense)
-        seen = mask = ops.prune_mask(dense.abs(), target)
-        start = split = dense * mask
-        best.offer(0, start, mask)
-        inverse = shifted_inverse(eigenvalues, vectors, self.rho)
-        kept, rho, moved, iteration = int(mask.sum()), self.rho, False, 0
+        best = ops.Best(dense.float(), gram, norm, unit, mean)
+        seen = first = ops.prune_mask(dense.abs(), target)
+        start = best.dense * first
+        best.offer(0, start, first)
+        split = Splitting(dense, start, first, self.rho, partial(resolvent_of, eigenvalues, vectors))
+        kept, rho, moved, iteration = int(first.sum()), self.rho, False, 0
         for iteration in range(1, self.iterations + 1):
-            weight = (aim - dual + rho * split) @ inverse
-            split = weight + dual / rho
-            mask = ops.prune_mask(split.abs(), target)
-            split = split * mask
-            dual = dual + rho * (weight - split)
+            split.step()
+            split.mask = ops.prune_mask(split.both.abs(), target)
             if iteration % LOOK:
                 continue
-            best.offer(iteration, split, mask)
-            changed, seen = int((mask != seen).sum()), mask
+            best.offer(iteration, split.sparse, split.mask)
+            changed, seen = int((split.mask != seen).sum()), split.mask
             if changed > 0.005 * kept:
                 moved, rho = True, rho * (1.3 if changed > 0.1 * kept else 1.2)
             elif moved and not changed:
@@ -91,30 +90,30 @@ class ALPS(Method):
             else:  # the penalty freezes the initial support: restart with a smaller penalty
                 rho /= 5
                 if changed:
-                    split, dual = start, torch.zeros_like(dense)
+                    split.restart(start, first)
             if iteration > PATIENCE and changed < SETTLED * kept:
                 break
             rho = min(rho, LARGEST_RHO)
-            inverse = shifted_inverse(eigenvalues, vectors, rho)
-        mask = ops.prune_mask(weight.abs(), target)
-        best.offer(iteration + 1, refine(weight * mask, mask, damped, aim, self.refinements), mask)
+            split.set_penalty(rho)
+        mask = ops.prune_mask(split.weight.abs(), target)
+        best.offer(iteration + 1, refine(split.weight * mask, mask, damped, dense, self.refinements), mask)
         return best.compressed(layer, damping)
 
 
-def shifted_inverse(eigenvalues: Tensor, vectors: Tensor, shift: float) -> Tensor:
-    """[in, in] inverse of (A + shift I) from the eigendecomposition of A."""
-    return vectors / (eigenvalues + shift) @ vectors.T
+def refine(weight: Tensor, mask: Tensor, gram: Tensor, dense: Tensor, steps: int) -> Tensor:
+    """Weight [out, in] float64 after conjugate gradient steps on (dense - weight) @ gram = 0, each row on its support.
 
-
-def refine(weight: Tensor, mask: Tensor, gram: Tensor, aim: Tensor, steps: int) -> Tensor:
-    """Weight [out, in] after conjugate gradient steps on weight @ gram = aim, with each row on its own support."""
-    residual = (aim - weight @ gram) * mask
-    direction, size = residual, residual.square().sum(1, keepdim=True)
+    gram, dense: float64, as is the first residual. A few steps of a correction are in float32, more are in float64.
+    """
+    dtype = torch.float32 if steps <= SHORT else torch.float64
+    residual = ((dense - weight) @ gram).mul_(mask).to(dtype)
+    direction, size, gram = residual, residual.square().sum(1, keepdim=True), gram.to(dtype)
+    correction, least = torch.zeros_like(residual), size * torch.finfo(dtype).eps ** 2
     for _ in range(steps):
         image = direction @ gram
         curvature = (direction * image).sum(1, keepdim=True)
-        length = torch.where(curvature > 0, size / curvature, 0.0)
-        weight, residual = weight + length * direction, (residual - length * image) * mask
+        length = torch.where((curvature > 0) & (size > least), size / curvature, 0.0)
+        correction, residual = correction + length * direction, (residual - length * image) * mask
         before, size = size, residual.square().sum(1, keepdim=True)
-        direction = residual + torch.where(before > 0, size / before, 0.0) * direction
-    return weight
+        direction = residual + torch.where(before > least, size / before, 0.0) * direction
+    return weight.double() + correction

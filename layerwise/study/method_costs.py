@@ -13,7 +13,7 @@ from layerwise.study.cell import Cell
 # float32, including weight and Gram themselves. A solution takes as long as `products` products of the two, with the
 # default parameters or those of `products_where`; `products_per` are added for each iteration or step above the default
 # number, and taken away for each below. The products come from docs/benchmark.md at 2048 x 2048; those of
-# alps and of Frank-Wolfe's pairwise step come from whole solutions of SmolLM2's layers, 576 x 576 to 576 x 1536. Warm
+# alps, admm and of Frank-Wolfe's pairwise step from whole solutions of layers of 576 x 576 to 576 x 1536. Warm
 # starts and steps of a chain are added. Weights and Grams come from python -m tests.benchmarks.bench_memory at 4096 x
 # 1024, 2048 x 2048 and 1024 x 2560, with 4 iterations; awq's without the first shape, the certificate's and
 # Frank-Wolfe's pairwise 2:4 from the first alone. The values of chain and dense are estimates. Comparison with whole

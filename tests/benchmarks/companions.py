@@ -126,20 +126,24 @@ def floor_awq(layer: Layer, target: Target) -> None:
         torch.matmul(weight, tokens.mT)
 
 
-def baseline_admm(layer: Layer, target: Target, iterations: int) -> Tensor:
-    """The released iterations over a layer at the full sparsity, the mask chosen again in the first three quarters."""
+def baseline_admm(layer: Layer, target: Target, iterations: int = 20) -> Tensor:
+    """The released iterations in float32 over a layer at the full sparsity, the mask chosen in the first three
+    quarters."""
     norm = layer.gram.diagonal.sqrt() + 1e-8
     gram = damped(layer.gram.matrix / norm / norm[:, None], ADMM_DAMPING)
     inverse = torch.inverse(gram + ADMM_RHO * torch.eye(len(gram)))
     weight = layer.weight * norm
-    aim, dual, gone = weight @ gram, torch.zeros_like(weight), torch.zeros_like(weight, dtype=torch.bool)
+    aim, dual, kept = weight @ gram, torch.zeros_like(weight), torch.ones_like(weight, dtype=torch.bool)
     for iteration in range(iterations):
         if iteration < 3 * iterations // 4:
-            gone = lowest((weight + dual).abs(), int(target.sparsity * weight.numel()))
-        split = (weight + dual).masked_fill(gone, 0.0)
-        dual = dual + weight - split
+            lowest = (weight + dual).abs().flatten().topk(int(target.sparsity * weight.numel()), largest=False)
+            kept = torch.ones(weight.numel(), dtype=torch.bool)
+            kept[lowest.indices] = False
+            kept = kept.view_as(weight)
+        split = (weight + dual) * kept
+        dual = dual + (weight - split)
         weight = (aim + ADMM_RHO * (split - dual)) @ inverse
-    return (weight + dual).masked_fill(gone, 0.0) / norm
+    return (weight + dual) * kept / norm
 
 
 def floor_admm(layer: Layer, iterations: int) -> None:
@@ -149,29 +153,50 @@ def floor_admm(layer: Layer, iterations: int) -> None:
         floor_product(layer)
 
 
-def baseline_alps(layer: Layer, target: Target, iterations: int) -> Tensor:
-    """The released iterations over a layer, the penalty by the change of the support, and conjugate gradients on it."""
+def baseline_alps(layer: Layer, target: Target, iterations: int = 300) -> Tensor:
+    """The released iterations over a layer, and conjugate gradients on the support.
+
+    As there: eigenvalues and inverses in float64, the other products in float32, the penalty by the change of the
+    support, and every third iteration the error of the projected B, which is printed and not used.
+    """
     gram = damped(layer.gram.matrix, DAMPING)
     norm = gram.diagonal().sqrt()
     gram, dense = gram / norm / norm[:, None], layer.weight * norm
-    values, vectors = torch.linalg.eigh(gram)
-    aim, weight, dual, rho = dense @ gram, dense, torch.zeros_like(dense), ALPS_RHO
-    kept = dense.numel() - int(target.sparsity * dense.numel())
+    values, vectors = torch.linalg.eigh(gram.double())
+    aim, weight, dual, rho, moved = dense @ gram, dense, torch.zeros_like(dense), ALPS_RHO, False
+    gone = int(target.sparsity * dense.numel())
+    kept = dense.numel() - gone
 
     def projected(matrix: Tensor) -> Tensor:
-        chosen = matrix.abs().flatten().topk(kept).indices
-        return torch.zeros(matrix.numel()).index_put_((chosen,), matrix.flatten()[chosen]).view_as(matrix)
+        flat = matrix.flatten()
+        flat[(-(flat**2)).topk(gone).indices] = 0
+        return flat.view_as(matrix)
 
-    split = projected(dense)
-    seen, inverse = split != 0, (vectors / (values + rho)) @ vectors.T
+    def inverse() -> Tensor:
+        return (vectors / (values + rho) @ vectors.T).float()
+
+    start = split = projected(dense)
+    seen, inverted = split != 0, inverse()
     for iteration in range(1, iterations + 1):
-        weight = (aim - dual + rho * split) @ inverse
-        split = projected(weight + dual / rho)
+        weight = (aim - dual + rho * split) @ inverted
+        split = projected((dual + rho * weight) / rho)
         dual = dual + rho * (weight - split)
-        if iteration % 3 == 0:
-            changed, seen = int(((split != 0) != seen).sum()), split != 0
-            rho *= 1.3 if changed > 0.1 * kept else 1.2 if changed > 0.005 * kept else 1.1
-            inverse = (vectors / (values + rho)) @ vectors.T
+        if iteration % 3:
+            continue
+        changed, seen = int(((split != 0) != seen).sum()), split != 0
+        if changed > 0.005 * kept:
+            moved, rho = True, rho * (1.3 if changed > 0.1 * kept else 1.2)
+        elif changed:
+            rho = rho * 1.1 if moved else rho / 5
+            split, dual = (split, dual) if moved else (start, torch.zeros_like(dual))
+        elif moved:
+            break
+        else:
+            rho = rho / 5
+        inverted, tried = inverse(), projected(weight)
+        ((tried @ gram - aim) @ (tried - dense).T).diagonal().sum()
+        if iteration > 30 and changed < 0.0003 * kept:
+            break
     weight = projected(weight)
     support = weight != 0
     residual = (aim - weight @ gram) * support

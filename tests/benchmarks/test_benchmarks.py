@@ -11,7 +11,7 @@ from layerwise.calibration.calibrate import shared
 from layerwise.checks.brute_force import output_error
 from layerwise.contract.catalogue import Catalogue
 from layerwise.storage import frames
-from tests.benchmarks import bench_first_tokens, bench_memory, bench_model, suite, summary
+from tests.benchmarks import bench_first_tokens, bench_memory, bench_model, bench_penalty, suite, summary
 from tests.benchmarks.suite import CASES, Case
 from tests.support.model_families import build, tokens
 from tests.support.typing_helpers import some
@@ -123,6 +123,15 @@ def test_minutes_of_a_model_from_some_of_its_blocks(capsys):
     assert measured.minutes(40) == (40 * 9 / 60, 40 * 6 / 60)
     with pytest.raises(SystemExit):
         bench_model.main([*few, "--blocks", "1"])
+
+
+def test_whole_runs_of_alps_and_admm_end_where_the_released_loops_do(capsys):
+    bench_penalty.main(["96x160", "--rounds", "1", "--threads", "1"])
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[3] for line in lines] == ["admm:", "alps:"]
+    for line in lines:
+        ours, released = (float(error) for error in line.split("errors ")[1].split(", "))
+        assert 0 < ours == pytest.approx(released, rel=0.01)
 
 
 def test_a_peak_is_fitted_from_above():
