@@ -42,10 +42,11 @@ def stored_bits(
 ) -> dict[str, float]:
     """Bits of each part of a layer [rows, inputs], of which a share `kept` in [0, 1] is kept.
 
-    values or codes: 16 bits, or `target.bits`, per kept weight. bitmap: one bit per weight (row, layer). positions:
-    ceil(log2 m) bits per kept weight, its place in its group of m (n:m; 2 for 2:4). blocks: 16 bits, the column, per
-    kept block (1xb). scales: 16 bits per group of a row, 8 in a format. zeros: `target.bits` per group, none if
-    symmetric or in a format. If `grids_of_blocks`, only kept blocks count. divisor: 32 bits per layer in nvfp4.
+    values or codes: 16 bits, or `target.bits`, per kept weight. bitmap: one bit per weight (row, layer, and n:m
+    where positions would take more, such as 4:8). positions: ceil(log2 m) bits per kept weight, its place in its group
+    of m (other n:m; 2 for 2:4). blocks: 16 bits, the column, per kept block (1xb). scales: 16 bits per group of a row,
+    8 in a format. zeros: `target.bits` per group, none if symmetric or in a format. If `grids_of_blocks`, only kept
+    blocks count. divisor: 32 bits per layer in nvfp4.
     input_scale: 16 bits per input (AWQ). group_of: 16 bits per input if groups are `reordered` and so not runs of
     inputs (GPTQ's act-order). levels: 32 bits for each of 2^bits levels, for a method with its own code book, which has
     no zeros. rotation: 32 bits each for seed and block. left and right: 16 bits per entry of the factors of a target
@@ -68,7 +69,7 @@ def stored_bits(
         if target.rest.dense:
             return parts
     parts["codes" if target.bits else "values"] = count * (target.bits or FLOAT_BITS)
-    if target.structure in ("row", "layer"):
+    if has_bitmap(target):
         parts["bitmap"] = rows * inputs
     elif target.n_of_m:
         parts["positions"] = count * position_bits(target)
@@ -93,6 +94,17 @@ def stored_bits(
     if reordered:
         parts["group_of"] = inputs * INDEX_BITS
     return parts
+
+
+def has_bitmap(target: Target) -> bool:
+    """Whether one bit per weight records which are kept: for rows and layers, and for n:m if positions take more.
+
+    n positions take n ceil(log2 m) bits in each group of m. For 2:4 that is m, and positions are stored.
+    """
+    if target.n_of_m:
+        n, m = target.n_of_m
+        return n * position_bits(target) > m
+    return target.structure in ("row", "layer")
 
 
 def position_bits(target: Target) -> int:

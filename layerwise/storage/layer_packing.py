@@ -16,7 +16,7 @@ from layerwise.contract.target import Target
 from layerwise.numerics import ops
 from layerwise.numerics.low_rank import of_parts
 from layerwise.storage.bit_packing import half, half_factor, narrowest, pack
-from layerwise.storage.bits_per_weight import grids_of_blocks, group_length, position_bits
+from layerwise.storage.bits_per_weight import grids_of_blocks, group_length, has_bitmap, position_bits
 
 ROWS = 128  # rows whose kept entries are found at once
 EXPONENT_OFFSET = 127  # offset of mxfp4's scales
@@ -166,6 +166,8 @@ def kept_entries(values: Tensor, mask: Tensor) -> Tensor:
 
 def mask_parts(mask: Tensor, target: Target) -> dict[str, Tensor]:
     """The tensors that store which weights of a mask [out, in] are kept; empty if the target prunes nothing."""
+    if has_bitmap(target):
+        return {"bitmap": pack(mask, 1)}
     if target.n_of_m:
         places = [part.nonzero()[:, 1].remainder_(target.n_of_m[1]).int() for part in mask.split(ROWS)]
         return {"positions": pack(torch.cat(places), position_bits(target))}
@@ -174,7 +176,7 @@ def mask_parts(mask: Tensor, target: Target) -> dict[str, Tensor]:
         if kept.shape[1] > 2**16:
             raise ValueError(f"a block's column must fit in 16 bits. Got {kept.shape[1]} blocks in a row instead")
         return {"blocks": kept.nonzero()[:, 1].view(len(mask), -1).to(torch.uint16)}
-    return {"bitmap": pack(mask, 1)} if target.sparsity else {}
+    return {}
 
 
 def _as_half(values: Tensor, dtype: torch.dtype) -> Tensor:

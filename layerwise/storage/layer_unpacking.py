@@ -11,10 +11,10 @@ from layerwise.contract.layer import Compressed, Quantised, Rotation
 from layerwise.contract.target import Target
 from layerwise.numerics import ops
 from layerwise.numerics.low_rank import of_parts
-from layerwise.numerics.patterns import finite, kept_counts
+from layerwise.numerics.patterns import count_kept, finite, kept_counts
 from layerwise.numerics.rotations import block_of
 from layerwise.storage.bit_packing import HALVES, described, unpack
-from layerwise.storage.bits_per_weight import grids_of_blocks, group_length, kept_blocks, position_bits
+from layerwise.storage.bits_per_weight import grids_of_blocks, group_length, has_bitmap, kept_blocks, position_bits
 from layerwise.storage.layer_packing import EXPONENT_OFFSET, dequantised
 
 
@@ -170,11 +170,15 @@ def _restored_rotation(parts: Mapping[str, Tensor], inputs: int) -> Rotation | N
 
 
 def _restored_mask(parts: Mapping[str, Tensor], target: Target, shape: tuple[int, int]) -> Tensor | None:
+    """The mask [out, in], or None if the target prunes nothing. Older files have positions for every n:m."""
     rows, inputs = shape
     if target.sparsity == 0:
         return None
-    if not (target.n_of_m or target.block):
-        return unpack(_part(parts, "bitmap"), 1, rows * inputs).bool().view(shape)
+    if has_bitmap(target) and "positions" not in parts:
+        mask = unpack(_part(parts, "bitmap"), 1, rows * inputs).bool().view(shape)
+        if target.n_of_m and (wrong := int((count_kept(mask, target) != kept_counts(mask.shape, target)).sum())):
+            raise ValueError(f"the bitmap must be {target.pattern}. Got other numbers in {wrong} groups instead")
+        return mask
     if target.block:
         blocks, kept = _part(parts, "blocks"), kept_blocks(target, inputs)
         columns, last, length = blocks.to(torch.int64), -(-inputs // target.block), target.block

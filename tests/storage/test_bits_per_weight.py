@@ -15,9 +15,14 @@ CASES = {
     "60% row": (Target(0.6), 103 / INPUTS, 16 * 103 / INPUTS + 1),  # floor(153.6) go
     "50% layer": (Target(0.5, "layer"), 0.5, 8 + 1),
     "2:4": (Target(pattern="2:4"), 0.5, 8 + 2 * 2 / 4),  # two kept of four, each with 2 bits of position
-    "4:8": (Target(pattern="4:8"), 0.5, 8 + 4 * 3 / 8),
+    "4:8": (Target(pattern="4:8"), 0.5, 8 + 1),  # positions would take 4 * 3 / 8
+    "8:16": (Target(pattern="8:16"), 0.5, 8 + 1),  # instead of 8 * 4 / 16
+    "3:4": (Target(pattern="3:4"), 0.75, 12 + 1),
+    "6:8": (Target(pattern="6:8"), 0.75, 12 + 1),
+    "2:8": (Target(pattern="2:8"), 0.25, 4 + 2 * 3 / 8),
     "1:4": (Target(pattern="1:4"), 0.25, 4 + 1 * 2 / 4),
-    "2:5": (Target(pattern="2:5"), 0.4, 6.4 + 2 * 3 / 5),  # a position in five needs 3 bits
+    "2:5": (Target(pattern="2:5"), 0.4, 6.4 + 1),  # a position in five needs 3 bits, and two more than a bitmap
+    "1:5": (Target(pattern="1:5"), 0.2, 3.2 + 3 / 5),
     "50% 1x16": (Target(0.5, "1x16"), 0.5, 8 + 16 / 32),  # 16 bits for each kept block of 16
     "4b": (Target(bits=4), 1.0, 4 + (16 + 4) / INPUTS),  # one grid per row
     "4b g128": (Target(bits=4, group=128), 1.0, 4 + (16 + 4) / 128),
@@ -26,6 +31,8 @@ CASES = {
     "4b, groups longer than a row": (Target(bits=4, group=1024), 1.0, 4 + (16 + 4) / INPUTS),
     "4b g100": (Target(bits=4, group=100), 1.0, 4 + 3 * (16 + 4) / INPUTS),  # 100, 100 and 56 inputs
     "2:4 4b g128": (Target(pattern="2:4", bits=4, group=128), 0.5, 2 + 1 + (16 + 4) / 128),
+    "6:8 4b g128": (Target(pattern="6:8", bits=4, group=128), 0.75, 3 + 1 + (16 + 4) / 128),
+    "4:8 nvfp4": (Target(pattern="4:8", format="nvfp4"), 0.5, 2 + 1 + 8 / 16),
     "nvfp4": (Target(format="nvfp4"), 1.0, 4 + 8 / 16),  # and 32 bits of the layer
     "mxfp4": (Target(format="mxfp4"), 1.0, 4 + 8 / 32),
     "2:4 mxfp4": (Target(pattern="2:4", format="mxfp4"), 0.5, 2 + 1 + 8 / 32),

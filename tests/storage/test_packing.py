@@ -38,7 +38,9 @@ TARGETS = [
     Target(0.5),
     Target(0.6, "layer"),
     Target(pattern="2:4"),
-    Target(pattern="3:5"),
+    Target(pattern="3:5"),  # a bitmap
+    Target(pattern="2:6"),
+    Target(pattern="4:8"),
     Target(pattern="1:300"),  # places of 9 bits
     Target(0.5, "1x16"),
     Target(0.3, "1x7"),
@@ -47,6 +49,7 @@ TARGETS = [
     Target(bits=4),
     Target(0.5, bits=4, group=16),
     Target(pattern="2:4", bits=3, group=24, symmetric=True),
+    Target(pattern="6:8", bits=4, group=16),
     Target(0.5, "1x16", bits=4, group=16),
     Target(0.5, "1x16", bits=4, group=8),
     Target(0.5, "1x16", bits=4, group=128),
@@ -218,6 +221,16 @@ FILES = {
     "dense": (Target(), 16),
     "50% with a bitmap": (Target(0.5), 8 + 1),
     "2:4": (Target(pattern="2:4"), 8 + 1),
+    "4:8": (Target(pattern="4:8"), 8 + 1),
+    "8:16": (Target(pattern="8:16"), 8 + 1),
+    "3:4": (Target(pattern="3:4"), 12 + 1),
+    "6:8": (Target(pattern="6:8"), 12 + 1),
+    "2:8": (Target(pattern="2:8"), 4 + 0.75),
+    "2:4 W4 g128": (Target(pattern="2:4", bits=4, group=128), 2 + 1 + 20 / 128),
+    "4:8 W4 g128": (Target(pattern="4:8", bits=4, group=128), 2 + 1 + 20 / 128),
+    "8:16 W4 g128": (Target(pattern="8:16", bits=4, group=128), 2 + 1 + 20 / 128),
+    "3:4 W4 g128": (Target(pattern="3:4", bits=4, group=128), 3 + 1 + 20 / 128),
+    "6:8 W4 g128": (Target(pattern="6:8", bits=4, group=128), 3 + 1 + 20 / 128),
     "W4 g128": (Target(bits=4, group=128), 4 + 20 / 128),
     "W4 g128 symmetric": (Target(bits=4, group=128, symmetric=True), 4 + 16 / 128),
     "W4S50": (W4S50, 3.125),
@@ -369,6 +382,33 @@ def test_a_scale_of_inputs_must_be_positive_and_finite(value):
     )
     with pytest.raises(ValueError, match="positive and finite"):
         layer_unpacking.restored(parts, target, shape_of(layer))
+
+
+N_OF_M = [Target(pattern=pattern, bits=bits) for pattern in ("4:8", "3:4", "2:5") for bits in (None, 4)]
+
+
+@pytest.mark.parametrize("target", N_OF_M, ids=lambda target: target.label)
+def test_positions_of_an_older_file_are_read(target):
+    """Older files have them for every n:m, with ceil(log2 m) bits for each kept weight."""
+    layer = layers.build("correlated")
+    result = stored(layer, target)
+    tensors, of = parts(result, target), some(target.n_of_m)[1]
+    places, bits = mask_of(result).nonzero()[:, 1] % of, math.ceil(math.log2(of))
+    older = {name: tensor for name, tensor in tensors.items() if name != "bitmap"}
+    older["positions"] = bit_packing.pack(places, bits)
+    assert older.keys() != tensors.keys() and older["positions"].nbytes > tensors["bitmap"].nbytes
+    assert_same(layer_unpacking.restored(older, target, shape_of(layer)), result, target)
+
+
+def test_a_bitmap_must_have_the_pattern():
+    layer, target = layers.build("correlated"), Target(pattern="4:8")
+    tensors = parts(stored(layer, target), target)
+    mask = mask_of(stored(layer, target)).clone()
+    mask[2, 16:32] = torch.arange(16) < 8  # as many weights in the row, none of them in the second group
+    with pytest.raises(ValueError, match="^the bitmap must be 4:8. Got other numbers in 2 groups instead$"):
+        layer_unpacking.restored({**tensors, "bitmap": bit_packing.pack(mask, 1)}, target, shape_of(layer))
+    with pytest.raises(ValueError, match="^the tensor 'positions' is absent$"):
+        layer_unpacking.restored(tensors, Target(pattern="2:4"), shape_of(layer))
 
 
 def test_a_file_that_is_no_such_file(path):
