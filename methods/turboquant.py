@@ -24,7 +24,7 @@ CARD = {
     "needs": [],
     "own_grid": True,
     "cost": {"weights": 16.0, "grams": 0.8, "products": 6.4},
-    "look": {"colour": "#117733", "marker": "h"},
+    "look": {"colour": "#332288", "marker": "^"},
     "checks": {"variants": [{"block": 16, "norm_correction": False}]},
     "parameters": {
         "block": {

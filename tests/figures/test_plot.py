@@ -520,6 +520,7 @@ def test_known_methods_differ_in_look_and_unknown_ones_are_stable():
         ("magnitude", "wanda", "ria", "dsnot", "sparse_swaps", "frank_wolfe"),
         ("sparsegpt", "alps", "admm", "awp", "reconstruct"),
         ("rtn", "gptq", "awq", "gqsa"),
+        ("rtn", "awq", "gptq", "gptaq", "foem", "qronos", "code_swaps", "turboquant"),
     )
     for family in families:
         assert len({LOOKS[method].colour for method in family}) == len(family)
