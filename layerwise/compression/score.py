@@ -2,6 +2,7 @@
 
 import math
 
+import torch
 from torch import Tensor
 
 from layerwise.contract.layer import Compressed, Layer
@@ -34,7 +35,7 @@ def losses(layer: Layer, weight: Tensor) -> tuple[float, float]:
     error = whole = 0.0
     for own, other in zip(layer.weight.split(SCORED), weight.split(SCORED), strict=True):
         # one after the other, so that only one of the two is in memory in float64
-        rows = own.double()
+        rows = own.to(torch.float64, copy=True)
         whole = add_squares(whole, rows, layer.gram.matrix)
         error = add_squares(error, rows.sub_(other), layer.gram.matrix)
     if min(error, whole) < 0:
