@@ -118,12 +118,18 @@ def column_of(header: str) -> tuple[str, str]:
     return (metric, target) if comma else ("perplexity", header)
 
 
-def fits(row: list[str], header: list[str], numbers: Mapping[tuple[str, str], float]) -> bool:
-    """Whether all numbers of a row are those of one method in one mode."""
+def fits(
+    row: list[str],
+    header: list[str],
+    numbers: Mapping[tuple[str, str], float],
+    deviations: Mapping[tuple[str, str], float],
+) -> bool:
+    """Whether all numbers of a row, and the deviations behind ±, are those of one method in one mode."""
     for heading, cell in zip(header[1:], row[1:], strict=True):
         metric, target = column_of(heading)
+        mean, _, deviation = cell.partition(" ± ")
         if VALUE.match(cell) and not any(
-            printed_like(value, cell)
+            printed_like(value, mean) and (not deviation or printed_like(deviations[measure, label], deviation))
             for (measure, label), value in numbers.items()
             if measure == metric and (label == target or label.startswith(f"{target} "))
         ):
@@ -136,9 +142,9 @@ def test_a_table_of_numbers_has_a_source(own: Table):
     kind, content = own.mark
     assert kind, f"{own.page}: the table {own.rows[0]} needs a comment above it, such as <!-- numbers: PATH -->"
     if kind == "numbers":
-        results = accepted(ROOT / content)
+        results, deviations = accepted(ROOT / content), accepted(ROOT / content, deviation=True)
         for row in own.rows[1:]:
-            assert any(fits(row, own.rows[0], numbers) for numbers in results.values()), row
+            assert any(fits(row, own.rows[0], numbers, deviations[key]) for key, numbers in results.items()), row
     if kind == "measured":
         command, _, processor = content.rpartition("; ")
         assert re.search(r"`[^`]+`", command) and processor
