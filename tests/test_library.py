@@ -520,7 +520,8 @@ def test_a_cross_gram_that_no_inputs_have_is_refused():
 def test_a_parameter_that_does_nothing_at_the_target_is_told():
     weight, gram = torch.randn(4, 32), Gram.from_inputs(layer_inputs(32))
     told = r"^awp's warm_start acts only at targets that prune, so it does nothing at 3b g16\.$"
-    for method, own in (("awp", {"warm_start": "ria"}), (AWP("ria"), {})):
+    cases: list[tuple[Any, dict[str, Any]]] = [("awp", {"warm_start": "ria"}), (AWP("ria"), {})]
+    for method, own in cases:
         with pytest.warns(UserWarning, match=told):
             layerwise.compress_layer(weight, gram, "3b g16", method, **own)
     with warnings.catch_warnings():
@@ -869,7 +870,8 @@ def test_a_model_in_shared_mode_says_that_nothing_has_drifted():
         layerwise.compress_model(build("llama"), batch, "3b", "gptaq", layers="*.0.*.q_proj", progress=False)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        for mode, own in (("sequential", {}), ("shared", {"alpha": 0})):
+        cases: list[tuple[Any, dict[str, Any]]] = [("sequential", {}), ("shared", {"alpha": 0})]
+        for mode, own in cases:
             layerwise.compress_model(
                 build("llama"), batch, "3b", "gptaq", mode=mode, layers="*.0.*.q_proj", progress=False, **own
             )

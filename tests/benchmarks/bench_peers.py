@@ -203,7 +203,7 @@ def rows_of_model(model_folder: Path, tokens: Tensor, windows: Tensor, args: arg
 @contextlib.contextmanager
 def imported(folder: Path, name: str) -> Iterator[Any]:
     """A module of a released code, in which CUDA's device is the processor, its clock stands and nothing is printed."""
-    to = Tensor.to
+    to: Callable[..., Tensor] = Tensor.to
 
     def to_processor(tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         return to(tensor, *("cpu" if own == "cuda:0" else own for own in args), **kwargs)
