@@ -437,7 +437,7 @@ def test_only_blocks_of_dense_targets_stay_as_they_are(case, monkeypatch):
         return blocks(*arguments)
 
     monkeypatch.setattr(cell_module, "sequential_blocks", seen)
-    dense = case.run("dense", Target(), "sequential", "stays")
+    dense = case.run("dense", ROW, "sequential", "stays")
     case.run("magnitude", ROW, "sequential", "changes")
     assert asked == [True, True, False, False]
     unknown = {row["asymmetric_error"] for row in rows(dense) if row["block"]}
