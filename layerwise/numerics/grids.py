@@ -11,9 +11,8 @@ from layerwise.contract.layer import Quantised, Target
 from layerwise.kernels import grids as kernel
 from layerwise.numerics import dispatch
 from layerwise.numerics.code_books import E2M1, CodeBook, fit_scales, steps_of
+from layerwise.numerics.patterns import ROWS
 from layerwise.numerics.rotations import rotate_back
-
-ROWS = 128  # rows of codes whose values are computed at once
 
 
 @dataclass(frozen=True)

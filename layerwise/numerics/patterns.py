@@ -9,7 +9,8 @@ from torch import Tensor
 
 from layerwise.contract.layer import Target
 
-ROWS = 128  # rows of a mask that are counted at once; torch sums a mask as 8 bytes per entry
+# Rows of a layer that are counted, rounded or packed at once: torch's temporaries take 8 or 16 bytes per entry.
+ROWS = 128
 
 
 def finite(tensor: Tensor) -> bool:

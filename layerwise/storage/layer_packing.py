@@ -15,10 +15,10 @@ from layerwise.contract.layer import Compressed, LowRank, Quantised
 from layerwise.contract.target import Target
 from layerwise.numerics import ops
 from layerwise.numerics.low_rank import of_parts
+from layerwise.numerics.patterns import ROWS
 from layerwise.storage.bit_packing import half, half_factor, narrowest, pack
 from layerwise.storage.bits_per_weight import grids_of_blocks, group_length, has_bitmap, position_bits
 
-ROWS = 128  # rows whose kept entries are found at once
 EXPONENT_OFFSET = 127  # offset of mxfp4's scales
 
 

@@ -1,4 +1,4 @@
-"""The comparison with other codes, which are absent here: what stands in for them is compared as they would be."""
+"""The comparison with other codes. They are not installed, so small substitutes take their place."""
 
 from __future__ import annotations
 
