@@ -151,7 +151,7 @@ def completed(method: Method, params: Mapping[str, Any], catalogue: Catalogue) -
         own = getattr(method, key)
         if key in entry.warm_starts and own is not None:
             values[key] = part(own, params[key])
-        elif key in entry.chains:
+        elif key in entry.chains and own is not None:
             values[key] = tuple(part(step, spelled) for step, spelled in zip(own, params[key], strict=True))
         elif isinstance(own, list | tuple):
             values[key] = own
