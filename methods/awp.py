@@ -11,6 +11,7 @@ import torch
 
 from layerwise.contract.layer import Compressed, Layer, Method, Target
 from layerwise.numerics import gradient_projection as gp
+from layerwise.numerics import ops
 
 CARD = {
     "title": "AWP",
@@ -111,9 +112,10 @@ class AWP(Method):
         start = gp.warm_started(self.warm_start, self.grid_from, layer, target, rng)
         held = start.quantised if self.grid_from else None
         projection = gp.Projection(target, layer.keep, iterations, self.rounding == "gradual", held)
-        steps = gp.Steps(layer.gram, problem, projection, self.step, self.iterate == "accumulated")
-        theta, found, best, least, trace = (start.weight.double() / problem.unit).float(), None, None, float("inf"), []
-        missing, momentum = problem.weight - theta, gp.Momentum(self.acceleration == "momentum" and not bits)
+        momentum = gp.Momentum(self.acceleration == "momentum" and not bits)
+        steps = gp.Steps(layer.gram, problem, projection, self.step, self.iterate == "accumulated", momentum.used)
+        theta, found, best, least, trace = ops.scaled(start.weight, 1 / problem.unit), None, None, float("inf"), []
+        missing = problem.weight - theta
         for iteration in range(iterations + 1):
             gradient = missing @ problem.gram  # [out, in], minus half the gradient
             objective, norm = gp.objective_and_norm(gradient, missing)

@@ -63,7 +63,7 @@ class AWQ(Method):
         gram, _ = ops.normalised(layer.gram.matrix)
 
         def loss(result: Compressed) -> float:
-            lost = weight - (result.weight.double() / unit).float()
+            lost = weight - ops.scaled(result.weight, 1 / unit)
             return float(ops.inner(lost @ gram, lost).sum())
 
         scales = [input_scale(layer.statistics.absmean, step / self.grid, official) for step in range(self.grid)]
@@ -111,7 +111,7 @@ def clip_limits(weight: Tensor, sample: Tensor, unit: float, target: Target, off
     limits, least = largest, torch.full_like(largest, float("inf"), dtype=torch.float64)
     for share in SHRUNK:
         clipped = quantise_scaled(weight, torch.ones_like(weight[0]), target, official, share * largest)
-        lost = ((weight - clipped.weight).double() / unit).float()
+        lost = ops.scaled(weight - clipped.weight, 1 / unit)
         errors = []
         for piece, inputs in zip(lost.split(length, 1), sample.split(length, 1), strict=True):
             missing = piece.contiguous() @ inputs.T  # [out, rows]

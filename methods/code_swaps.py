@@ -97,7 +97,7 @@ def state_of(layer: Layer, start: Compressed, target: Target) -> tuple[CodeState
     rows = CodeState(
         gram,
         codes,
-        (scales.double() / unit).float(),
+        ops.scaled(scales, 1 / unit),
         zeros,
         ops.grouping(quantised, target),
         input_scale,

@@ -76,7 +76,7 @@ class QuantEase(Method):
         normal, unit = ops.normalised(weight)  # the grid is scaled with it
         matrix, _ = ops.normalised(gram.matrix)
         codes = torch.zeros_like(keep, dtype=torch.uint8, memory_format=torch.contiguous_format)
-        scaled = ops.Grid((grid.scales.double() / unit).float(), grid.zeros, target.bits)
+        scaled = ops.Grid(ops.scaled(grid.scales, 1 / unit), grid.zeros, target.bits)
         descent = Descent(normal.contiguous(), ratios_of(matrix), keep, ColumnGrid(scaled, group_of, codes))
         descent.run([self._rounds(number) for number in range(self.passes)])
 

@@ -48,7 +48,9 @@ class RIA(Method):
     def solve(self, layer: Layer, target: Target, rng: torch.Generator) -> Compressed:
         # In float64, sums of float32 weights do not depend on their order, so ties stay ties.
         magnitude = layer.weight.abs().double()
-        score = relative(magnitude, 0) + relative(magnitude, 1)
+        score = relative(magnitude, 0)
+        score += relative(magnitude, 1)
+        del magnitude
         score *= layer.gram.diagonal.double() ** (self.a / 2)
         if self.convention == "official" and target.structure == "layer":
             return ops.masked(layer, ops.official_layer_mask(score, target.sparsity), target)

@@ -56,7 +56,8 @@ class SparseSwaps(Method):
     def solve(self, layer: Layer, target: Target, rng: torch.Generator) -> Compressed:
         start = time.perf_counter()
         warm = self.warm_start.compress(layer, target, rng)
-        mask = warm.mask.clone(memory_format=torch.contiguous_format)
+        mask, damping = warm.mask.clone(memory_format=torch.contiguous_format), ops.damping_of(warm)
+        del warm  # its weight
         (weight, unit), (gram, gram_unit) = (ops.normalised(x.contiguous()) for x in (layer.weight, layer.gram.matrix))
         coupling, loss = coupled(torch.where(mask, 0.0, weight).double(), gram.double())
         rows = SwapState(weight, gram, mask, coupling, loss, target.n_of_m[1] if target.n_of_m else None)
@@ -67,12 +68,10 @@ class SparseSwaps(Method):
         for seconds, left, swapped in swap_search.swap_rounds(rows, self.swaps):
             trace.append((len(trace), began + seconds, left * scale))
             made += swapped
-        return replace(
-            ops.masked(layer, mask, target), trace=tuple(trace), info={"swaps": made, **ops.damping_of(warm)}
-        )
+        return replace(ops.masked(layer, mask, target), trace=tuple(trace), info={"swaps": made, **damping})
 
 
 def coupled(pruned: Tensor, gram: Tensor) -> tuple[Tensor, Tensor]:
-    """c = G q [out, in] and q^T G q [out] for the pruned parts q [out, in]."""
+    """c = G q [out, in] and q^T G q [out] for the pruned parts q [out, in], which are overwritten."""
     coupling = pruned @ gram
-    return coupling, (coupling * pruned).sum(1)
+    return coupling, pruned.mul_(coupling).sum(1)

@@ -113,7 +113,7 @@ class Unfolded(Method):
         aim = sample.weight
         if self.toward is not None and len(chosen):
             given = replace(layer, weight=layer.weight[chosen])
-            aim = (self.toward.compress(given, rows.target, rng).weight.double() / unit).float()
+            aim = ops.scaled(self.toward.compress(given, rows.target, rng).weight, 1 / unit)
         if torch.equal(aim, sample.start):
             return Steps(rows.weight.new_empty(0))
         loss = learned_steps.own_error(sample) if self.toward is None else learned_steps.distance_to(sample, aim)

@@ -28,12 +28,14 @@ from layerwise.contract.target import Target
 from layerwise.numerics.patterns import finite
 from layerwise.runtime.devices import peak_gpu_mb
 from layerwise.runtime.errors import Diverged, InputError
+from layerwise.runtime.memory import give_back_memory
 from layerwise.runtime.provenance import peak_mb
 from layerwise.storage import bit_packing, layer_packing, layer_unpacking, packed_file
 from layerwise.storage.bits_per_weight import bits_per_weight
 
 PACKING = (bit_packing, layer_packing, layer_unpacking, packed_file)
 REGISTRY = "__warningregistry__"
+LARGE = 2**20  # weights of a layer from which freed memory is returned to the system before the layer is judged
 
 
 @dataclass(frozen=True)
@@ -94,6 +96,8 @@ class Solver:
             raise self.breach(
                 layer, f"promise 4: global state must be left alone. Got a change of {changed[0]} instead"
             )
+        if layer.weight.numel() >= LARGE:
+            give_back_memory()  # what the method has freed
         return self.judged(layer, found.pop(), seconds)  # not held here, so that it can be freed once it is stored
 
     def breach(self, layer: Layer, broken: str) -> InputError:

@@ -43,7 +43,7 @@ class Problem:
         info, rows = ops.damping_of(start), tuple(trace)
         if best is None:
             return replace(start, trace=rows, info=info)
-        weight = (best.weight.double() * self.unit).float()
+        weight = ops.scaled(best.weight, self.unit)
         return replace(best, weight=weight, mask=best.mask if pruned else None, trace=rows, info=info)
 
 
@@ -146,14 +146,17 @@ class Projection:
 class Steps:
     """The steps of a run: the starting point of each step, its length, and its projection.
 
-    accumulates: whether a rounded step begins at the unrounded end of the step before it.
+    accumulates: whether a rounded step begins at the unrounded end of the step before it. remembers: whether each step
+    is given the iterate and gradient before its own, which momentum needs.
     """
 
-    def __init__(self, gram: Gram, problem: Problem, projection: Projection, step: str, accumulates: bool) -> None:
+    def __init__(
+        self, gram: Gram, problem: Problem, projection: Projection, step: str, accumulates: bool, remembers: bool
+    ) -> None:
         bits = projection.target.bits is not None
         sizes = (step_size(gram, problem.gram, problem.gram_unit, step, rounds) for rounds in (False, bits))
         self.weight, self.projection, self.sizes = problem.weight, projection, list(sizes)
-        self.accumulates, self.total, self.before = accumulates and bits, None, None
+        self.accumulates, self.remembers, self.total, self.before = accumulates and bits, remembers, None, None
 
     def take(self, iteration: int, theta: Tensor, gradient: Tensor, beta: float) -> tuple[Compressed, Tensor]:
         """The projection after step number `iteration` (from 0) at an iterate; as `Projection.descend`."""
@@ -164,7 +167,7 @@ class Steps:
         if self.accumulates and rounds:
             now = now if self.total is None else (self.total, gradient)
             self.total = now[0] + step * now[1]  # in float64
-        before, self.before = self.before or now, now
+        before, self.before = self.before or now, now if self.remembers else None
         return self.projection.descend(self.weight, now, before, beta, step, iteration + 1)
 
 

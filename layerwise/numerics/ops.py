@@ -26,6 +26,7 @@ from layerwise.numerics.grids import (
     official_awq_grid,
     quantised_values,
 )
+from layerwise.numerics.patterns import ROWS
 from layerwise.numerics.selection import grouped, keep_largest, keep_top_per_group
 
 __all__ = [
@@ -55,6 +56,7 @@ __all__ = [
     "pruned",
     "pruned_by_norm",
     "round_to_nearest",
+    "scaled",
 ]
 
 
@@ -64,11 +66,22 @@ def normalised(tensor: Tensor) -> tuple[Tensor, float]:
     Products of normalised weights and Grams neither overflow nor underflow, for any scale of the layer.
     Raises ValueError when an entry is not finite.
     """
-    largest = float(tensor.abs().max())
+    largest = max(abs(float(end)) for end in tensor.aminmax())
     if not math.isfinite(largest):
         raise ValueError("A layer's weight and Gram must be finite. Got NaN or infinity instead.")
     unit = 2.0 ** math.frexp(largest)[1]
-    return (tensor.double() / unit).float(), unit
+    return scaled(tensor, 1 / unit), unit
+
+
+def scaled(tensor: Tensor, factor: float) -> Tensor:
+    """The tensor [n, ...] times a factor, in float32, by products in float64 whose factors float32 may not hold.
+
+    No more than ROWS rows are in float64 at once.
+    """
+    product = torch.empty_like(tensor, dtype=torch.float32)
+    for own, part in zip(product.split(ROWS), tensor.split(ROWS), strict=True):
+        own.copy_(part.double() * factor)
+    return product
 
 
 def in_float64(layer: Layer) -> tuple[Tensor, Tensor]:

@@ -1,16 +1,19 @@
 """What a method takes besides the process: weights and grams of the `cost` on its card.
 
-    python -m tests.benchmarks.bench_memory [method ...]
+    python -m tests.benchmarks.bench_memory [--table] [method ...]
 
 Each case of the suite solves layers of several shapes as a cell's job does: solved, judged, written into a bfloat16
 module, packed. The peak above what the process had before is fitted from above by w times the weight and g times the
-Gram, both in float32. Needs Linux, which can reset a process's peak.
+Gram, both in float32. --table: instead the peak of each case at one shape, as a multiple of weight and Gram in the
+dtype that the method needs, without the model's own weight. Needs Linux, which can reset a process's peak.
 """
 
 import argparse
 import ctypes
 import gc
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +29,8 @@ from tests.benchmarks.suite import CASES
 SHAPES = ((4096, 1024), (2048, 2048), (1024, 2560))  # the weight is 4 times the Gram, as large, two fifths
 CERTIFICATE = "certificate"  # the bound on a layer's masks, which is no method
 FEW = {"swaps": 3, "iterations": 4}  # of parameters that say how long a method goes on, in as much memory
+SIDE = 2048  # of the layer in the table
+SINGLE = {"random", "magnitude", "wanda", "dsnot", "rtn", "chain", "awp", "awq"}  # methods that need no float64
 BOUNDED = {"row": Target(0.5), "layer": Target(0.5, "layer"), "2:4": Target(pattern="2:4")}
 
 
@@ -81,11 +86,28 @@ def fitted(peaks: list[tuple[int, int, float]]) -> tuple[float, float]:
     return float(w[best]), float(g[best])
 
 
+def line(case: str) -> str:
+    """The case's line in the table of docs/performance.md."""
+    single = CASES[case].method in SINGLE
+    size, taken = 2 * (4 if single else 8) * SIDE**2, peak(case, SIDE, SIDE) - 2 * SIDE**2
+    dtype = "float32" if single else "float64"
+    return f"| {case} | {dtype} | {size / 1e6:.0f} | {taken / 1e6:.0f} | {taken / size:.1f} |"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--table", action="store_true", help="print the table of docs/performance.md")
     parser.add_argument("methods", nargs="*")
     args = parser.parse_args()
     torch.set_num_threads(1)
+    if args.table:
+        print("| case | dtype | Gram and weight, MB | peak, MB | ratio |\n|:--|:--|--:|--:|--:|", flush=True)
+        cases = [name for name, case in CASES.items() if not args.methods or case.method in args.methods]
+        # Each in a process of its own: the allocator keeps what earlier cases have freed in pieces.
+        with ProcessPoolExecutor(1, get_context("spawn"), torch.set_num_threads, (1,), max_tasks_per_child=1) as pool:
+            for row in pool.map(line, cases):
+                print(row, flush=True)
+        return
     for method in args.methods or [*dict.fromkeys(case.method for case in CASES.values()), CERTIFICATE]:
         cases = [name for name, case in CASES.items() if case.method == method]
         cases = cases or [f"{CERTIFICATE} {pattern}" for pattern in BOUNDED]

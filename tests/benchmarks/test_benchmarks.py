@@ -135,6 +135,7 @@ def test_whole_runs_of_alps_and_admm_end_where_the_released_loops_do(capsys):
 
 
 def test_a_peak_is_fitted_from_above():
+    assert {case.method for case in suite.CASES.values()} > bench_memory.SINGLE
     fitted = bench_memory.fitted
     assert fitted([(400, 100, 900.0), (100, 400, 600.0)]) == (2.0, 1.0)
     w, g = fitted([(400, 100, 900.0), (100, 400, 600.0), (200, 200, 640.0)])
