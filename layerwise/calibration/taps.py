@@ -65,9 +65,17 @@ class TapRecorder:
     """
 
     def __init__(
-        self, block: str, layers: Sequence[Linear], sequences: int, length: int, drifted: bool = False
+        self,
+        block: str,
+        layers: Sequence[Linear],
+        sequences: int,
+        length: int,
+        drifted: bool = False,
+        only: int | None = None,
     ) -> None:
-        """drifted: whether inputs may differ from the dense model's, which are recorded in passes within `of_dense`."""
+        """drifted: whether inputs may differ from the dense model's, which are recorded in passes within `of_dense`.
+        only: number of the one tap that is wanted; None for all.
+        """
         self.block, self.sequences, self.length, self.drifted = block, sequences, length, drifted
         self.layers = [layer for layer in layers if layer.expert is None]
         self.experts = ExpertRecorder(block, [layer for layer in layers if layer.expert is not None], sequences, length)
@@ -75,7 +83,10 @@ class TapRecorder:
         self.members: list[list[Linear]] = []  # layers of each tap, found on the first batch
         self.statistics: list[TapStatistics] = []
         self.leaders: dict[str, TapStatistics] | None = None  # first layer of each tap, once they are known
-        self.last: str | None = None  # the layer that is called last, once it is known; None also if there are experts
+        self.only = only
+        self.wanted: str | None = None  # the first layer of the one tap that is wanted, once it is known
+        # The layer at whose inputs a pass may end, once it is known: the last of all, or `wanted`; None with experts.
+        self.last: str | None = None
         self.ends = False  # whether the current pass ends there
         self.held: dict[tuple[Any, ...], tuple[int, Tensor]] = {}  # inputs kept alive, so that no memory is reused
         self.shows_dense = False  # whether the current pass is the dense model's
@@ -114,7 +125,7 @@ class TapRecorder:
 
     @contextmanager
     def until_last(self) -> Iterator[None]:
-        """Context for a pass whose output is not needed: from the second batch on it ends at the last layer.
+        """Context for a pass whose output is not needed: from the second batch on it ends at the last layer wanted.
 
         It does not if that layer's inputs are not finite, so that the module which overflows is found.
         """
@@ -127,6 +138,8 @@ class TapRecorder:
             self.ends = False
 
     def _see_dense(self, layer: Linear, inputs: Tensor) -> None:
+        if self.wanted not in (None, layer.name):
+            return
         key = identity(inputs)
         if key not in self.copied:
             self.copied[key] = inputs, inputs.detach().clone()  # the block may write into it
@@ -147,7 +160,7 @@ class TapRecorder:
         if tokens == 0 or tokens % self.length:  # not whole sequences: end_batch refuses them
             return
         if self.leaders is not None:
-            if layer.name in self.leaders:
+            if layer.name in self.leaders and self.wanted in (None, layer.name):
                 self.leaders[layer.name].update(inputs, self.dense.get(layer.name))
             return
         key = identity(inputs)
@@ -170,7 +183,7 @@ class TapRecorder:
                 f"layout. Got {seen} of the {tokens} tokens of a batch in {few(wrong)} instead."
             )
         uncalled = [layer.name for layer in self.layers if not self.calls[layer.name]]
-        if uncalled:
+        if uncalled and self.wanted is None:  # otherwise the pass may have ended before them
             raise InputError(
                 f"Models of this family are not supported: {few(uncalled)} {'were' if len(uncalled) > 1 else 'was'} "
                 "never called as a module (the weight is used directly, if at all), so that its inputs cannot be seen."
@@ -179,6 +192,8 @@ class TapRecorder:
             taps = zip(self.members, self.statistics, strict=True)
             self.leaders = {members[0].name: statistics for members, statistics in taps}
             self.last = None if self.experts.layers else next(reversed(self.calls), None)
+            if self.only is not None:
+                self.last = self.wanted = list(self.leaders)[self.only]
         self.calls.clear()
         self.held.clear()
         self.copied.clear()
@@ -209,7 +224,8 @@ class TapRecorder:
 
     def _ordinary(self) -> Iterator[TapParts]:
         """The taps of layers that are not experts, in the order of their inputs."""
-        for name, members, statistics in zip(tap_names(self.members), self.members, self.statistics, strict=True):
+        found = list(zip(tap_names(self.members), self.members, self.statistics, strict=True))
+        for name, members, statistics in found if self.only is None else [found[self.only]]:
             yield name, "all", members, statistics
 
 

@@ -169,9 +169,14 @@ class CellJob:
         return self.catalogue.needs(method["name"], method["params"])
 
     @property
+    def corrects_drift(self) -> bool:
+        """Whether the method needs the inputs in the dense model beside those in the compressed one."""
+        return "cross_gram" in self.needs
+
+    @property
     def needs_cross(self) -> bool:
-        """Whether the method, or the score, needs the inputs in the dense model beside those in the compressed one."""
-        return self.spec.get("asymmetric", False) or "cross_gram" in self.needs
+        """Whether the method or the score needs them."""
+        return self.spec.get("asymmetric", False) or self.corrects_drift
 
     @cached_property
     def fishers(self) -> Mapping[str, Tensor] | None:
@@ -304,7 +309,7 @@ def walk(
         compute_dtype.tell(job.calibrated, job.calibration_computed, job.device)
     source = blocks if same else LazyBlocks(job.calibrated, job.device, job.calibration_computed)
     stream = Stream(source, sequences, folder=folder, start=start, beside=job.needs_cross)
-    return sequential_blocks(stream, blocks, start, finished, stays), stream
+    return sequential_blocks(stream, blocks, start, finished, stays, job.corrects_drift), stream
 
 
 def all_dense(solver: Solver, blocks: Blocks, index: int) -> bool:

@@ -124,7 +124,7 @@ def compress_model(
         walked = (
             enumerate(map(in_turn, shared(stream)))
             if mode == "shared"
-            else sequential_blocks(stream, stays=partial(outside, chosen, model))
+            else sequential_blocks(stream, stays=partial(outside, chosen, model), renewed="cross_gram" in asked)
         )
         title = f"{resolved.name} {goal.label} {mode}"
         with bar(model, title, total=len(chosen)) if progress else nullcontext(ignore) as shown:

@@ -18,7 +18,7 @@ from layerwise.storage.bits_per_weight import stored_bits
 from layerwise.study.allocation_entries import options_tried
 from layerwise.study.cell import Cell, canonical
 from layerwise.study.grid import Plan
-from layerwise.study.method_costs import CERTIFICATE, needs_cross, needs_fisher, of_method
+from layerwise.study.method_costs import CERTIFICATE, corrects_drift, needs_cross, needs_fisher, of_method
 from layerwise.study.work import JobCost, Work
 
 # ------------------------------------------------------------------------------ what the jobs' code holds, in one place
@@ -218,8 +218,14 @@ class CostModel:
             run = model.at(calib.get("dtype"))
             another = run.streamed - PROCESS if run.entry["dtype"] != model.entry["dtype"] else 0  # a copy of the model
             memory = max(memory, run.calibrating(calib["length"], beside)) + another
+            passes = 2 + beside
+            if corrects_drift(self.plan.catalogue, cell):
+                # For each tap a dense and a compressed pass that end there, on average half of the block; the first
+                # dense pass is whole. The block's dense weights are kept.
+                passes = 1 + max(len(block.taps) for block in model.shape.blocks)
+                memory += run.size * run.block
             # The cross-Gram is not a symmetric product, so it takes twice as long.
-            work += replace(run.passes((2 + beside) * tokens), grams=(1 + 3 * beside) * run.gram_work(tokens))
+            work += replace(run.passes(passes * tokens), grams=(1 + 3 * beside) * run.gram_work(tokens))
             transient += (1 + beside) * run.states(tokens)
         if "tune" in cell.spec:
             memory = max(memory, model.tuning(calib["length"], tokens, cell.spec["tune"]))

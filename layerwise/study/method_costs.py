@@ -55,11 +55,16 @@ def most_demanding(catalogue: Catalogue) -> tuple[float, float, float]:
     return weights, grams, products
 
 
+def corrects_drift(catalogue: Catalogue, cell: Cell) -> bool:
+    """Whether a cell's method uses the dense model's inputs, so that a block is run again for each of its taps."""
+    method = cell.spec["method"]
+    return cell.mode != "shared" and "cross_gram" in catalogue.needs(method["name"], method["params"])
+
+
 def needs_cross(catalogue: Catalogue, cell: Cell) -> bool:
     """Whether a cell's job carries the dense model's activations along with the compressed model's."""
-    method = cell.spec["method"]
-    scored = cell.spec.get("asymmetric", False)
-    return cell.mode != "shared" and (scored or "cross_gram" in catalogue.needs(method["name"], method["params"]))
+    scored = cell.mode != "shared" and cell.spec.get("asymmetric", False)
+    return scored or corrects_drift(catalogue, cell)
 
 
 def needs_fisher(catalogue: Catalogue, cell: Cell) -> bool:

@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from layerwise.calibration.block_stream import Stream, capture
+from layerwise.calibration.block_calls import capture
+from layerwise.calibration.block_stream import Stream
 from layerwise.calibration.modes import sequential_blocks
 from layerwise.models.structure import linears
 from layerwise.runtime.errors import InputError

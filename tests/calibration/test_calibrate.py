@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from transformers import Cache, DynamicCache, PreTrainedModel
 
 from layerwise.calibration import block_stream, calibrate, gram_store
-from layerwise.calibration.block_stream import PROBE, Stream, capture, same, without_cache
+from layerwise.calibration.block_calls import capture, same, without_cache
+from layerwise.calibration.block_stream import PROBE, Stream
 from layerwise.calibration.calibrate import shared, write_gram
 from layerwise.calibration.gram_store import read_block, read_index
 from layerwise.calibration.tap_statistics import TapStatistics

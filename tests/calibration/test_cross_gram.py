@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from copy import deepcopy
 from pathlib import Path
 
@@ -23,19 +24,20 @@ from tests.support.model_families import build, tokens
 FAMILIES = ("llama", "gpt2", "gemma3", "bloom")
 
 
-def compress(block: torch.nn.Module, name: str) -> None:
-    """Change a block's weights by what few bits would."""
+def compress(block: torch.nn.Module, name: str, only: Sequence[str] | None = None) -> None:
+    """Change the weights of a block, or of some of its layers, by what few bits would."""
     for layer in linears(block, name):
-        weight = layer.weight()
-        step = weight.abs().max() / 3
-        layer.replace(step * torch.round(weight / step))
+        if only is None or layer.name in only:
+            weight = layer.weight()
+            step = weight.abs().max() / 3
+            layer.replace(step * torch.round(weight / step))
 
 
-def walk(model, **settings) -> list[list[Tap]]:
+def walk(model, renewed: bool = False, **settings) -> list[list[Tap]]:
     """The taps of each block, which is compressed before the next."""
     stream = Stream(model, tokens(SEQUENCES), **settings)
     found = []
-    for index, taps in sequential_blocks(stream):
+    for index, taps in sequential_blocks(stream, renewed=renewed):
         found.append(list(taps))
         compress(stream.blocks[index], stream.name)
     return found
@@ -63,6 +65,41 @@ def test_the_cross_gram_is_that_of_both_models(family: str, kept: str, tmp_path:
                 assert not torch.equal(tap.gram.cross, tap.gram.cross.T)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("kept", ["in memory", "in files"])
+def test_each_tap_sees_what_compressed_layers_before_it_pass_on(family: str, kept: str, tmp_path: Path):
+    dense = build(family)
+    model, at_work = deepcopy(dense), deepcopy(dense)
+    _, originals, _ = forward(dense.double())
+    name, blocks = find_blocks(at_work.double())
+    folder = tmp_path / "states" if kept == "in files" else None
+    stream = Stream(model, tokens(SEQUENCES), sequences_per_batch=2, folder=folder, beside=True)
+    layers = set()
+    for index, taps in sequential_blocks(stream, renewed=True):
+        for number, tap in enumerate(taps):
+            _, seen, _ = forward(at_work)  # whose layers before this tap are compressed
+            x0, x = (inputs[tap.layers[0]].flatten(0, -2) for inputs in (originals, seen))
+            close(tap.gram.matrix, x.T @ x / len(x))
+            close(tap.gram.cross, x0.T @ x / len(x))
+            close(tap.gram.dense, x0.T @ x0 / len(x))
+            assert tap.gram.apart == (index + number > 0)
+            if index + number:
+                assert float((x0 - x).norm() / x0.norm()) > 0.01
+            compress(stream.blocks[index], f"{name}.{index}", tap.layers)
+            compress(blocks[index], f"{name}.{index}", tap.layers)
+            layers |= set(tap.layers)
+    assert layers == {layer.name for index, block in enumerate(blocks) for layer in linears(block, f"{name}.{index}")}
+
+
+def test_without_changes_inside_a_block_each_tap_is_as_all_at_once():
+    for one, other in zip(*(walk(build("llama"), renewed, beside=True) for renewed in (False, True)), strict=True):
+        assert [tap.name for tap in one] == [tap.name for tap in other]
+        for tap, same in zip(one, other, strict=True):
+            assert torch.equal(tap.gram.matrix, same.gram.matrix)
+            close(tap.gram.cross, same.gram.cross)
+            assert torch.equal(tap.statistics.sample, same.statistics.sample)
+
+
 def test_a_dense_stream_changes_nothing_else():
     alone, beside = (walk(build("llama"), sequences_per_batch=2, beside=own) for own in (False, True))
     for one, other in zip(alone, beside, strict=True):
@@ -82,17 +119,19 @@ def test_only_grams_of_the_dense_model_know_the_dense_inputs_without_it():
         assert all(tap.gram.cross is tap.gram.matrix and tap.gram.dense is tap.gram.matrix for tap in taps)
 
 
-def test_it_goes_on_from_a_folder(tmp_path: Path):
+@pytest.mark.parametrize("renewed", [False, True])
+def test_it_goes_on_from_a_folder(renewed: bool, tmp_path: Path):
     """As after a death: the blocks before are done, and their weights are asked for no more."""
     model = build("gemma3")  # three blocks
-    whole = walk(deepcopy(model), beside=True)
+    whole = walk(deepcopy(model), renewed, beside=True)
     stream = Stream(deepcopy(model), tokens(SEQUENCES), folder=tmp_path, beside=True)
-    for index, _ in sequential_blocks(stream):
+    for index, taps in sequential_blocks(stream, renewed=renewed):
+        list(taps)
         if index == 1:
             break
         compress(stream.blocks[index], stream.name)
     again = Stream(model, tokens(SEQUENCES), folder=tmp_path, start=1, beside=True)
-    for index, taps in sequential_blocks(again, start=1):
+    for index, taps in sequential_blocks(again, start=1, renewed=renewed):
         for tap, expected in zip(list(taps), whole[index], strict=True):
             assert torch.equal(tap.gram.matrix, expected.gram.matrix)
             assert torch.equal(tap.gram.cross, expected.gram.cross)

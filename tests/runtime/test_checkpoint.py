@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from layerwise.calibration import block_stream, hidden_states
+from layerwise.calibration import block_calls, hidden_states
 from layerwise.cli import compress as compress_worker
 from layerwise.compression import cell as cell_module
 from layerwise.compression import solver
@@ -32,7 +32,7 @@ CELLS = [("sparsegpt", "sequential"), ("sparse_swaps", "shared"), ("sparse_swaps
 # Where a job may be killed: a function of the project, at one of its calls.
 PLACES: dict[str, tuple[object, str]] = {
     "within a block": (solver.Solver, "solve"),
-    "while a block is run": (block_stream.Call, "replay"),
+    "while a block is run": (block_calls.Call, "replay"),
     "before the states are known to be whole": (hidden_states, "write_atomic"),
     "while a block is written": (packed_file, "save_file"),
     "before a block counts as finished": (Checkpoint, "finish"),
