@@ -11,7 +11,6 @@ import torch
 
 from layerwise.contract.layer import Compressed, Layer, Method, Target
 from layerwise.numerics import gradient_projection as gp
-from layerwise.numerics import ops
 
 CARD = {
     "title": "AWP",
@@ -90,9 +89,8 @@ class AWP(Method):
     To prune, Theta starts from the warm start. With bits it starts from W, whose first projection is RTN's; grids are
     min-max and fitted in every projection, and the result is no worse than RTN or the warm start rounded; or from
     what `grid_from` gives, whose grid stays, and is no worse. `Projection` has the schedule of both, which begins at W.
-    No official code is known, and of the quantised part step, iterations and schedule are as reported, not checked
-    against the paper. Chosen here: the linear ramp, the step by phase, min-max grids, best iterates; the trace has the
-    best so far, as with momentum, because quantised errors jump; the stopping rule's unit. Precondition: a finite Gram.
+    No official code is known; the quantised part is as reported, not checked against the paper. Chosen here: the ramp,
+    the step by phase, min-max grids, best iterates (also in traces with bits or momentum), the stopping rule's unit.
     """
 
     warm_start: Any = "wanda"
@@ -114,7 +112,7 @@ class AWP(Method):
         projection = gp.Projection(target, layer.keep, iterations, self.rounding == "gradual", held)
         momentum = gp.Momentum(self.acceleration == "momentum" and not bits)
         steps = gp.Steps(layer.gram, problem, projection, self.step, self.iterate == "accumulated", momentum.used)
-        theta, found, best, least, trace = ops.scaled(start.weight, 1 / problem.unit), None, None, float("inf"), []
+        theta, found, best, least, trace = problem.in_units(start.weight), None, None, float("inf"), []
         missing = problem.weight - theta
         for iteration in range(iterations + 1):
             gradient = missing @ problem.gram  # [out, in], minus half the gradient

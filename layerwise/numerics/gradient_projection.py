@@ -36,6 +36,10 @@ class Problem:
         gram, gram_unit = ops.normalised(layer.gram.matrix)
         return Problem(weight, gram, unit, gram_unit)
 
+    def in_units(self, weight: Tensor) -> Tensor:
+        """A weight [out, in] of the layer in the problem's unit, in float32."""
+        return ops.scaled(weight, 1 / self.unit)
+
     def result(
         self, best: Compressed | None, start: Compressed, pruned: bool, trace: list[tuple[int, float, float]]
     ) -> Compressed:

@@ -44,7 +44,7 @@ class Rows:
         """All rows of a layer, in the units of its problem; a start of theirs in the layer's own."""
         largest = layer.gram.largest_eigenvalue / problem.gram_unit or 1.0
         mask = torch.ones_like(start.weight, dtype=torch.bool) if start.mask is None else start.mask
-        theta = ops.scaled(start.weight, 1 / problem.unit)
+        theta = problem.in_units(start.weight)
         return Rows(problem.weight, problem.gram / largest, theta, mask, target)
 
     def of(self, rows: Tensor) -> Rows:
