@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import astuple, replace
+
 import numpy as np
 import pytest
 import torch
@@ -10,6 +12,7 @@ from layerwise.calibration.block_stream import Stream
 from layerwise.calibration.calibrate import shared
 from layerwise.checks.brute_force import output_error
 from layerwise.contract.catalogue import Catalogue
+from layerwise.contract.layer import Gram
 from layerwise.storage import frames
 from tests.benchmarks import bench_first_tokens, bench_memory, bench_model, bench_penalty, suite, summary
 from tests.benchmarks.suite import CASES, Case
@@ -151,15 +154,50 @@ def test_first_tokens_weigh_in_a_gram_what_they_are_given():
         np.testing.assert_allclose(alone, np.einsum("si,sj->ij", first, first) / 3, atol=1e-5)
 
 
+def test_grams_without_first_tokens_and_with_them_make_up_the_whole():
+    model, text = build("llama"), tokens(3)
+    taps = [tap for block in shared(Stream(model, text)) for tap in block]
+    others = bench_first_tokens.without_first(model, taps, text)
+    for tap in taps:
+        rest, first = others[tap.layers[0]], some(tap.statistics.first_tokens)
+        assert rest.tokens == tap.gram.tokens - 3
+        whole = (rest.tokens * rest.matrix + first.T @ first) / tap.gram.tokens
+        np.testing.assert_allclose(whole, tap.gram.matrix, rtol=1e-4, atol=1e-5)
+
+
+def test_errors_leave_out_what_they_say():
+    """Against products with the inputs themselves."""
+    [tap] = [tap for block in shared(Stream(build("llama"), tokens(3))) for tap in block][:1]
+    generator = torch.Generator().manual_seed(0)
+    inputs = torch.randn(6, 10, 16, generator=generator) + 2  # [sequences, length, in]
+    flat = inputs.flatten(0, 1)
+    own = replace(tap.statistics, length=10, first_tokens=inputs[:, 0])
+    tap = replace(tap, gram=Gram(flat.T @ flat / len(flat), len(flat)), statistics=own)
+    later = inputs[:, 1:].flatten(0, 1)
+    others = Gram(later.T @ later / len(later), len(later))
+    dense, weight = torch.randn(2, 8, 16, generator=generator)
+    without, share = bench_first_tokens.without_direction(tap.gram)
+    errors = bench_first_tokens.errors_of(tap, (others, without), "layer", dense, weight)
+    u, s, v = torch.linalg.svd(flat, full_matrices=False)
+    rest = flat - s[0] * u[:, :1] @ v[:1]
+
+    def error(x: torch.Tensor) -> float:
+        return float((x @ (dense - weight).T).square().sum() / (x @ dense.T).square().sum())
+
+    true = [error(x) for x in (flat, inputs[:, 0], later, rest)]
+    assert list(astuple(errors)) == pytest.approx(true, rel=1e-4)
+    assert share == pytest.approx(float(s[0] ** 2 / s.square().sum()))
+
+
 def test_the_dense_first_token_repairs_what_only_the_first_token_lost():
     """Keys and values that are wrong at first tokens alone: with the dense model's in their place nothing is lost."""
     model = build("llama")
     windows = bench_first_tokens.Windows(model, tokens(2))
-    assert windows.divergence(dense_first=False) == pytest.approx(0, abs=1e-12)
+    assert windows.measure(dense_first=False)[1] == pytest.approx(0, abs=1e-12)
 
     def wrong(name: str, output: torch.Tensor) -> torch.Tensor:
         return torch.cat([output[:, :1] + 1, output[:, 1:]], 1)
 
     with bench_first_tokens.hooked(model, wrong):
-        assert windows.divergence(dense_first=False) > 1e-6
-        assert windows.divergence(dense_first=True) == pytest.approx(0, abs=1e-12)
+        assert windows.measure(dense_first=False)[1] > 1e-6
+        assert windows.measure(dense_first=True)[1] == pytest.approx(0, abs=1e-12)
