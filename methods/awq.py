@@ -83,7 +83,7 @@ class AWQ(Method):
 def input_scale(absmean: Tensor, ratio: float, official: bool) -> Tensor:
     """s [in] float32 of a ratio; exact: mean |x| [in] in units of its mean over the inputs, which leaves s as it is."""
     unit = 1.0 if official else float(absmean.double().mean()) or 1.0
-    scale = (absmean.double() / unit).float().pow(ratio).clamp(min=FLOOR)
+    scale = ops.scaled(absmean, 1 / unit).pow(ratio).clamp(min=FLOOR)
     return scale / (scale.max() * scale.min()).sqrt()
 
 

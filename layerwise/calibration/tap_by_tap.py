@@ -9,8 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
-import torch
-
 from layerwise.calibration.block_stream import Stream
 from layerwise.calibration.taps import Tap
 from layerwise.models.structure import Linear, linears
@@ -51,5 +49,4 @@ def tap_by_tap(stream: Stream, index: int, update: Callable[[], None]) -> Iterat
     yield from stream.collect(index, drifted=index > 0, only=0)
     for number in range(1, stream.tap_count):
         update()
-        with torch.no_grad():
-            yield stream.collect_again(index, number, dense, weights.in_place)
+        yield stream.collect_again(index, number, dense, weights.in_place)

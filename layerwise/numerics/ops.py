@@ -195,7 +195,7 @@ class Best:
 
     def compressed(self, layer: Layer, damping: float) -> Compressed:
         """The best iterate in the layer's units; unchanged weights, and those of dead inputs, are taken from W."""
-        weight = ((self.iterate / self.norm).double() * self.unit).float()
+        weight = scaled(self.iterate / self.norm, self.unit)
         own = layer.gram.dead | (self.iterate == self.dense)
         weight = torch.where(self.mask, torch.where(own, layer.weight, weight), 0.0)
         return Compressed(weight, self.mask, trace=tuple(self.trace), info={"damping": damping})

@@ -48,7 +48,8 @@ def weighted(tap: Tap, weight: float) -> Gram:
 def without_first(model: PreTrainedModel, taps: Sequence[Tap], tokens: Tensor) -> dict[str, Gram]:
     """Grams of all tokens but the first of each sequence [sequences, length], by the name of a tap's first layer.
 
-    They are summed anew: where a first token is 1e4 times as large as the others, float32 has lost the others.
+    The Grams are summed again from the inputs. A first token may be 1e4 times as large as the others, and then a Gram
+    in float32 no longer holds the others' share.
     """
     sums = {tap.layers[0]: torch.zeros_like(tap.gram.matrix, dtype=torch.float64) for tap in taps}
 

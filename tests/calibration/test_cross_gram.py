@@ -77,6 +77,7 @@ def test_each_tap_sees_what_compressed_layers_before_it_pass_on(family: str, kep
     layers = set()
     for index, taps in sequential_blocks(stream, renewed=True):
         for number, tap in enumerate(taps):
+            assert torch.is_grad_enabled()  # a method or its tuning may need gradients
             _, seen, _ = forward(at_work)  # whose layers before this tap are compressed
             x0, x = (inputs[tap.layers[0]].flatten(0, -2) for inputs in (originals, seen))
             close(tap.gram.matrix, x.T @ x / len(x))
