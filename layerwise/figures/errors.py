@@ -47,16 +47,26 @@ def error_relative(layers: pd.DataFrame) -> Figure:
     places = groups(data, PLACE)
     shown = entries(data)
     style = looks((label, method) for label, method, _ in shown)
-    figure, bands = page([1.6 * len(REFERENCES) + 0.4] * len(places), shown)
-    for band, (place, part) in zip(bands, places, strict=True):
-        axes = band.subplots(len(REFERENCES), 1, sharex=True)
+    compared = [_compared(part) for _, part in places]
+    figure, bands = page([1.6 * max(len(panels), 1) + 0.4 for panels in compared], shown)
+    for band, (place, part), panels in zip(bands, places, compared, strict=True):
         targets = distinct_values(part, "target")
-        for axis, reference in zip(axes, REFERENCES, strict=True):
-            _ratio_panel(axis, ratios(part, reference), targets, reference, shown, style)
+        axes = band.subplots(max(len(panels), 1), 1, sharex=True, squeeze=False)[:, 0]
+        for axis, (reference, data) in zip(axes, panels.items(), strict=False):
+            _ratio_panel(axis, data, targets, reference, shown, style)
         axes[-1].set_xticks(range(len(targets)), targets)
         axes[-1].set_xlim(-0.5, len(targets) - 0.5)
-        band.suptitle(place_title(*place), x=0.01, ha="left")
+        absent = [reference for reference in REFERENCES if reference not in panels]
+        without = f" (no errors of {' and '.join(absent)} to compare with)" if absent else ""
+        band.suptitle(place_title(*place) + without, x=0.01, ha="left")
     return figure
+
+
+def _compared(layers: pd.DataFrame) -> dict[str, pd.DataFrame]:
+    """reference -> the positive ratios to it, for the references that have any."""
+    found = {reference: ratios(layers, reference) for reference in REFERENCES}
+    positive = {reference: select(data, column(data, "ratio") > 0) for reference, data in found.items()}
+    return {reference: data for reference, data in positive.items() if len(data)}
 
 
 def ratios(layers: pd.DataFrame, reference: str) -> pd.DataFrame:
@@ -84,11 +94,6 @@ def _ratio_panel(
     style: dict[str, Look],
 ) -> None:
     axes.set_ylabel(f"error /\n{reference}'s")
-    data = select(data, column(data, "ratio") > 0)
-    if data.empty:
-        axes.text(0.5, 0.5, f"{reference} has no errors to compare with", transform=axes.transAxes, ha="center")
-        axes.set_yticks([])
-        return
     log_scale(axes, *log_limits(min(lowest(column(data, "ratio")), 1.0), max(highest(column(data, "ratio")), 1.0)))
     axes.axhline(1.0, color="black", linewidth=0.8, zorder=1)
     _boxes(axes, data, "ratio", targets, shown, style)
