@@ -25,7 +25,7 @@ CARD = {
     "updates_weights": True,
     "needs": ["gram"],
     "criterion": "error",
-    "cost": {"weights": 36.0, "grams": 9.5, "products": 110.0},
+    "cost": {"weights": 22.8, "grams": 8.8, "products": 110.0},
     "look": {"colour": "#009E73", "marker": "s"},
     "checks": {"variants": [{"iterations": 4, "refinements": 0}]},
     "parameters": {
@@ -59,20 +59,28 @@ class ALPS(Method):
 
     def solve(self, layer: Layer, target: Target, rng: torch.Generator) -> Compressed:
         mean = float(layer.gram.diagonal.double().mean()) or 1.0
-        gram = layer.gram.matrix.double() / mean  # [in, in]
+        gram = layer.gram.matrix.to(torch.float64, copy=True).div_(mean)  # [in, in]
         damping = self.damping if gram.any() else 1.0
         norm = (gram.diagonal() + damping).sqrt()  # [in]
-        gram = gram / norm / norm[:, None]
-        damped = gram + torch.diag(damping / norm.square())
-        eigenvalues, vectors = layer.gram.once(("alps", self.damping), lambda: torch.linalg.eigh(damped))
-
+        gram.div_(norm).div_(norm[:, None])
         weight, unit = ops.normalised(layer.weight)
-        dense = weight.double() * norm  # [out, in]
+        dense = weight.double().mul_(norm)  # [out, in]
+        del weight
         best = ops.Best(dense.float(), gram, norm, unit, mean)
+        gram.diagonal().add_(damping / norm.square())
+        iteration, weight, mask = self._search(layer, target, dense, gram, best)
+        best.offer(iteration, refine(weight * mask, mask, gram, dense, self.refinements), mask)
+        del gram, dense, weight
+        return best.compressed(layer, damping)
+
+    def _search(
+        self, layer: Layer, target: Target, dense: Tensor, damped: Tensor, best: ops.Best
+    ) -> tuple[int, Tensor, Tensor]:
+        """The number of the next iterate, B [out, in] and its mask after the last update; `best` gets every third D."""
+        eigenvalues, vectors = layer.gram.once(("alps", self.damping), lambda: torch.linalg.eigh(damped))
         seen = first = ops.prune_mask(dense.abs(), target)
-        start = best.dense * first
-        best.offer(0, start, first)
-        split = Splitting(dense, start, first, self.rho, partial(resolvent_of, eigenvalues, vectors))
+        best.offer(0, best.dense * first, first)
+        split = Splitting(dense, best.dense * first, first, self.rho, partial(resolvent_of, eigenvalues, vectors))
         kept, rho, moved, iteration = int(first.sum()), self.rho, False, 0
         for iteration in range(1, self.iterations + 1):
             split.step()
@@ -90,14 +98,12 @@ class ALPS(Method):
             else:  # the penalty freezes the initial support: restart with a smaller penalty
                 rho /= 5
                 if changed:
-                    split.restart(start, first)
+                    split.restart(best.dense * first, first)
             if iteration > PATIENCE and changed < SETTLED * kept:
                 break
             rho = min(rho, LARGEST_RHO)
             split.set_penalty(rho)
-        mask = ops.prune_mask(split.weight.abs(), target)
-        best.offer(iteration + 1, refine(split.weight * mask, mask, damped, dense, self.refinements), mask)
-        return best.compressed(layer, damping)
+        return iteration + 1, split.weight, ops.prune_mask(split.weight.abs(), target)
 
 
 def refine(weight: Tensor, mask: Tensor, gram: Tensor, dense: Tensor, steps: int) -> Tensor:
@@ -107,13 +113,14 @@ def refine(weight: Tensor, mask: Tensor, gram: Tensor, dense: Tensor, steps: int
     """
     dtype = torch.float32 if steps <= SHORT else torch.float64
     residual = ((dense - weight) @ gram).mul_(mask).to(dtype)
-    direction, size, gram = residual, residual.square().sum(1, keepdim=True), gram.to(dtype)
+    direction, size, gram = residual.clone(), residual.square().sum(1, keepdim=True), gram.to(dtype)
     correction, least = torch.zeros_like(residual), size * torch.finfo(dtype).eps ** 2
     for _ in range(steps):
         image = direction @ gram
         curvature = (direction * image).sum(1, keepdim=True)
         length = torch.where((curvature > 0) & (size > least), size / curvature, 0.0)
-        correction, residual = correction + length * direction, (residual - length * image) * mask
+        residual.sub_(image.mul_(length)).mul_(mask)
+        correction.add_(torch.mul(direction, length, out=image))
         before, size = size, residual.square().sum(1, keepdim=True)
-        direction = residual + torch.where(before > least, size / before, 0.0) * direction
-    return weight.double() + correction
+        direction.mul_(torch.where(before > least, size / before, 0.0)).add_(residual)
+    return correction.double().add_(weight)

@@ -94,8 +94,9 @@ def in_float64(layer: Layer) -> tuple[Tensor, Tensor]:
 
 
 def inner(a: Tensor, b: Tensor) -> Tensor:
-    """Sum of a * b along each row, [out] float64."""
-    return (a.double() * b.double()).sum(-1)
+    """Sum of a * b along each row, [out] float64. No more than ROWS rows are in float64 at once."""
+    parts = zip(a.split(ROWS), b.split(ROWS), strict=True)
+    return torch.cat([(one.double() * other.double()).sum(-1) for one, other in parts])
 
 
 def prune_mask(score: Tensor, target: Target) -> Tensor:
