@@ -5,6 +5,7 @@ and U accumulates B - Z. The mask is recomputed in each of the first `refresh` i
 """
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -66,7 +67,7 @@ class ADMM(Method):
         norm = torch.where(layer.gram.dead, DEAD_NORM if norm.any() else 1.0, norm / mean)
         gram = layer.gram.matrix.to(torch.float64, copy=True)
         gram.div_(mean).div_(mean).div_(norm).div_(norm[:, None])
-        matrix = layer.gram.once(("admm", self.damping, self.rho), lambda: resolvent(gram, self.damping, self.rho))
+        matrix = layer.gram.once(("admm", self.damping, self.rho), partial(resolvent, gram, self.damping, self.rho))
         weight, unit = ops.normalised(layer.weight)
         dense = weight.double().mul_(norm)  # [out, in]
         best = ops.Best(dense.float(), gram, norm, unit, mean**2)
