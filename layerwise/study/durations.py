@@ -6,8 +6,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from layerwise.study.cell import Cell
-from layerwise.study.cost_model import CostModel, Job
 from layerwise.study.grid import Plan
+from layerwise.study.job_costs import CostModel, Job
 from layerwise.study.speeds import Rates, Speeds, Trial, trial_key
 from layerwise.study.work import JobCost
 

@@ -23,9 +23,10 @@ from layerwise.runtime.text_table import aligned
 from layerwise.sources.shapes import ModelShape
 from layerwise.sources.specs import ModelSpec
 from layerwise.study.cell import name_of
-from layerwise.study.cost_model import CELL_FILES, UNKNOWN_MB, CostModel, Job, ModelCost
 from layerwise.study.durations import READING, study_seconds
 from layerwise.study.grid import Plan
+from layerwise.study.job_costs import CELL_FILES, UNKNOWN_MB, CostModel, Job
+from layerwise.study.model_costs import ModelCost
 from layerwise.study.speeds import Speeds, at_hand, measured
 from layerwise.study.work import JobCost
 

@@ -11,8 +11,8 @@ from layerwise.contract.method_file import CatalogueError, read_entry
 from layerwise.contract.target import Target
 from layerwise.runtime.errors import InputError
 from layerwise.study.allocation_entries import options_tried
-from layerwise.study.cost_model import CostModel, Job, tried_sequences
 from layerwise.study.grid import plan
+from layerwise.study.job_costs import CostModel, Job, tried_sequences
 from layerwise.study.job_inputs import JobInputs
 from tests.study.test_grid import study
 from tests.support.paths import ROOT

@@ -11,9 +11,9 @@ import pytest
 
 from layerwise.models import structure
 from layerwise.study import durations
-from layerwise.study.cost_model import CostModel, Job
 from layerwise.study.durations import FORK, READ, SCORED, SOLVING, job_seconds, study_seconds
 from layerwise.study.grid import plan
+from layerwise.study.job_costs import CostModel, Job
 from layerwise.study.speeds import Rates, Speeds, Trial, trial_key
 from layerwise.study.work import JobCost, Work
 from tests.support.model_families import VOCABULARY, build

@@ -18,11 +18,12 @@ from layerwise.evaluation import perplexity
 from layerwise.models import compute_dtype, loading, streaming, structure
 from layerwise.runtime import memory
 from layerwise.sources import shapes
-from layerwise.study import cost_model, estimate, method_costs
-from layerwise.study.cost_model import CostModel, Job, ModelCost
+from layerwise.study import estimate, job_costs, method_costs, model_costs
 from layerwise.study.durations import cell_kind, finished_seconds
 from layerwise.study.estimate import Limits, computed_wider, estimate_jobs, limit_errors
 from layerwise.study.grid import plan
+from layerwise.study.job_costs import CostModel, Job
+from layerwise.study.model_costs import ModelCost
 from layerwise.study.speeds import Speeds, typical
 from layerwise.study.work import JobCost
 from tests.support.method_files import UNSOLVED
@@ -85,7 +86,7 @@ def test_memory_does_not_grow_with_the_number_of_blocks():
     assert few.calibrating(512) == many.calibrating(512) and few.evaluating(512, 4096) == many.evaluating(512, 4096)
     (few_blocks, least), (all_blocks, same) = few.answering(1), many.answering(1)
     assert many.whole > 2 * few.whole and all_blocks > few_blocks > least == same
-    assert cost_model.FITS == streaming.SHARE and cost_model.ROWS == perplexity.ROWS
+    assert model_costs.FITS == streaming.SHARE and model_costs.ROWS == perplexity.ROWS
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -131,7 +132,7 @@ def test_a_gpu_is_counted_in_the_dtype_of_the_model(tmp_path):
 
 def test_tasks_ask_for_the_whole_model_and_are_not_refused_without(tmp_path, monkeypatch):
     config = dict(TALL, hidden_size=256, intermediate_size=1024, num_hidden_layers=2000, vocab_size=VOCABULARY)
-    monkeypatch.setattr(cost_model, "shape_of", lambda spec: shapes.shape_of_config(config))
+    monkeypatch.setattr(job_costs, "shape_of", lambda spec: shapes.shape_of_config(config))
     build("llama").save_pretrained(tmp_path)
     own = study_of(tmp_path, tasks={"own": {"tasks": ["piqa"]}})
     jobs = [job for job in own.jobs() if job.rule in ("compress", "zero_shot")]
@@ -201,7 +202,7 @@ def test_costs_of_a_study(tmp_path):
     found = {}
     for job in own.jobs():
         cost = some(own.cost(job))
-        assert cost.memory > cost_model.PROCESS
+        assert cost.memory > model_costs.PROCESS
         if job.rule == "compress":
             columns = own.cell(job).columns
             found[columns["label"], columns["target"], columns["mode"]] = cost
@@ -235,7 +236,7 @@ def test_a_dense_stream_counts_where_a_method_needs_the_cross_gram(tmp_path):
             found[columns["label"], columns["mode"]] = some(own.cost(job))
     shape = some(own.shape(own.plan.cells[0].model))
     (calib,) = own.plan.calibrations.values()
-    states = cost_model.HIDDEN_FILES * 4 * shape.hidden * calib["samples"] * calib["length"]
+    states = model_costs.HIDDEN_FILES * 4 * shape.hidden * calib["samples"] * calib["length"]
     for one, other in (("gptq", "foem"), ("pruned_gptq", "pruned")):
         without, beside = found[one, "sequential"], found[other, "sequential"]
         assert beside.transient - without.transient == states
@@ -244,7 +245,7 @@ def test_a_dense_stream_counts_where_a_method_needs_the_cross_gram(tmp_path):
         )
         assert walked > 1.5 * alone
     (block,) = {block for block in shape.blocks}
-    assert cost_model.summed(block, beside=True) - cost_model.summed(block) == 24 * block.gram_entries
+    assert model_costs.summed(block, beside=True) - model_costs.summed(block) == 24 * block.gram_entries
 
 
 def test_tuning_of_blocks_holds_the_states_of_all_sequences():
@@ -261,7 +262,7 @@ def test_methods_that_see_both_models_need_more_than_gptq_in_sequential_mode_alo
     """So does GPTQ where the config asks for asymmetric errors."""
     config = dict(TALL, hidden_size=1024, head_dim=256, intermediate_size=4096, vocab_size=VOCABULARY)
     shape = some(shapes.shape_of_config(config))
-    monkeypatch.setattr(cost_model, "shape_of", lambda spec: shape)
+    monkeypatch.setattr(job_costs, "shape_of", lambda spec: shape)
     study = {"methods": {"gptq": None, "gptaq": None, "qronos": None}, "targets": [{"bits": 4}], "modes": [mode]}
     found = {}
     for asked in (False, True):
@@ -270,7 +271,7 @@ def test_methods_that_see_both_models_need_more_than_gptq_in_sequential_mode_alo
             if job.rule == "compress":
                 found[own.cell(job).columns["label"], asked] = some(own.cost(job))
     (calib,) = own.plan.calibrations.values()
-    states = cost_model.HIDDEN_FILES * 4 * shape.hidden * calib["samples"] * calib["length"]
+    states = model_costs.HIDDEN_FILES * 4 * shape.hidden * calib["samples"] * calib["length"]
     gptq = found["gptq", False]
     for name, asked in (("gptaq", False), ("qronos", False), ("gptq", True)):
         other = found[name, asked]
@@ -297,8 +298,8 @@ def test_passes_back_count_once_for_the_methods_that_need_them(tmp_path):
     assert cost.work.passes == 4 * gram.work.passes
     (calib,) = own.plan.calibrations.values()
     weights, logits = 4 * shape.parameters, 4 * 4 * calib["length"] * shape.vocabulary
-    assert weights + logits < cost.memory - cost_model.PROCESS < 2 * (weights + logits) + 8e6
-    assert cost_model.FISHER_PART == fisher.PART
+    assert weights + logits < cost.memory - model_costs.PROCESS < 2 * (weights + logits) + 8e6
+    assert job_costs.FISHER_PART == fisher.PART
 
 
 def test_memory_to_pass_back_grows_with_the_model_and_the_sequence():
@@ -316,20 +317,20 @@ def test_only_weights_of_another_dtype_exist_twice_before_a_pass_back():
     config = dict(TALL, hidden_size=1024, intermediate_size=4096, vocab_size=1000, num_hidden_layers=48)
     shape = some(shapes.shape_of_config(config))
     asked = {
-        dtype: replace(ModelCost.of({"dtype": dtype}, shape), size=4).passing_back(8) - cost_model.PROCESS
+        dtype: replace(ModelCost.of({"dtype": dtype}, shape), size=4).passing_back(8) - model_costs.PROCESS
         for dtype in ("float32", "bfloat16")
     }
     whole = 4 * shape.parameters
     assert whole < asked["float32"] < 1.1 * whole and asked["bfloat16"] == 1.5 * whole
     wide = some(shapes.shape_of_config(config | {"num_hidden_layers": 1, "vocab_size": 1_000_000}))
-    read = ModelCost.of({"dtype": "float32"}, wide).passing_back(1) - cost_model.PROCESS
+    read = ModelCost.of({"dtype": "float32"}, wide).passing_back(1) - model_costs.PROCESS
     assert read == 4 * (wide.parameters + 2 * wide.outside)  # the embedding, its file and a copy
 
 
 def test_a_model_that_is_not_here_is_unknown(tmp_path, monkeypatch):
     monkeypatch.setattr(shapes, "_folder", lambda spec: None)
     own = study_of(tmp_path)
-    assert {own.mem_mb(job) for job in own.jobs()} == {cost_model.UNKNOWN_MB}
+    assert {own.mem_mb(job) for job in own.jobs()} == {job_costs.UNKNOWN_MB}
     found = estimate_jobs(own, own.jobs(), 2, SPEEDS)
     assert found.unknown == ("tiny",) and "unknown until fetched: tiny" in estimate.short(own, found, ENOUGH)
     assert list(limit_errors(own, own.jobs(), found, Limits(1, "nobody has", 1e15))) == []

@@ -18,7 +18,7 @@ from layerwise.cli.interruption import Interruption
 from layerwise.cli.warm_worker import Launcher
 from layerwise.sources.task_sets import DOCSTRING_TASKS
 from layerwise.study import config_file
-from layerwise.study.cost_model import CostModel, Job
+from layerwise.study.job_costs import CostModel, Job
 from layerwise.study.grid import plan
 from layerwise.study.job_inputs import Code, JobInputs, as_json
 
