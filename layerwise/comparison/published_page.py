@@ -7,7 +7,8 @@ from typing import Any
 
 import pandas as pd
 
-from layerwise.results.main_table import escape_latex, escape_markdown, latex_number, number
+from layerwise.results.main_table import number
+from layerwise.results.table_text import escape_latex, escape_markdown, latex_number
 from layerwise.runtime.files import write_atomic
 from layerwise.storage.frames import column, distinct, groups, groups_by, missing, rows, select
 

@@ -5,7 +5,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from layerwise.results.cell_results import ACCURACIES
-from layerwise.results.main_table import METRICS, Section, Table, TableEntry
+from layerwise.results.main_table import METRICS
+from layerwise.results.table_text import Section, Table, TableEntry
 
 FIRST = ("perplexity_vs_bits", "perplexity_vs_sparsity", "kl_vs_bits", "kl_vs_sparsity")  # of what is drawn, one leads
 MOST = 3  # methods that are named of those not shown to differ from the best

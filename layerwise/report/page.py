@@ -27,6 +27,7 @@ from layerwise.report.chart import chart
 from layerwise.report.fields import Field, entries, plain, shown, table
 from layerwise.results import main_table
 from layerwise.results.comparisons import NO_DIFFERENCE
+from layerwise.results.table_text import Table
 from layerwise.runtime.errors import InputError, report_errors
 from layerwise.runtime.files import write_atomic
 from layerwise.runtime.project import ROOT
@@ -276,7 +277,7 @@ def _counts(views: Sequence[Mapping[str, Any]]) -> dict[str, int]:
 NOTED = ("comparisons", "layers", "allocations")  # tables from which the main tables' notes come
 
 
-def _main_tables(data: Mapping[str, pd.DataFrame]) -> list[main_table.Table]:
+def _main_tables(data: Mapping[str, pd.DataFrame]) -> list[Table]:
     return [
         rendered
         for metric in main_table.METRICS

@@ -12,7 +12,8 @@ from layerwise.cli.app import app
 from layerwise.comparison.folders import ALLOCATED
 from layerwise.results.cell_results import evaluations
 from layerwise.results.collect import TABLES, StudyInputs, collect
-from layerwise.results.main_table import document, markdown
+from layerwise.results.main_table import document
+from layerwise.results.table_text import markdown
 from layerwise.runtime.errors import InputError
 from layerwise.storage.table_schema import read_table
 from tests.support.result_folders import PLAN, SKIPPED, TEXTS, results

@@ -25,7 +25,8 @@ from layerwise.models.structure import find_blocks, linears
 from layerwise.results import main_table
 from layerwise.results.cell_results import TaskSet, gather_cell, without_filter
 from layerwise.results.collect import observe
-from layerwise.results.main_table import document, markdown
+from layerwise.results.main_table import document
+from layerwise.results.table_text import markdown
 from layerwise.runtime.errors import InputError
 from layerwise.storage.frames import distinct, matching
 from tests.support import synthetic_tables as synthetic

@@ -24,7 +24,8 @@ from layerwise.evaluation import zero_shot
 from layerwise.evaluation.perplexity import apply_weights
 from layerwise.models.structure import find_blocks, linears
 from layerwise.results.cell_results import TaskSet, gather_cell
-from layerwise.results.main_table import document, markdown
+from layerwise.results.main_table import document
+from layerwise.results.table_text import markdown
 from layerwise.runtime.errors import InputError
 from layerwise.sources import task_sets
 from layerwise.study.grid import plan

@@ -13,7 +13,7 @@ from playwright.sync_api import sync_playwright
 
 from layerwise.report.headline import headline
 from layerwise.report.page import other_tables, page
-from layerwise.results import main_table
+from layerwise.results import main_table, table_text
 from layerwise.results.cell_results import ACCURACIES, evaluations
 from layerwise.results.collect import StudyInputs, collect
 from layerwise.runtime.errors import InputError
@@ -155,13 +155,13 @@ def test_the_headline_names_the_best_and_counts_what_it_leaves_out():
         ("e", "9.6", True),
     ]
     alone = [
-        ("a", [main_table.TableEntry("diverged"), main_table.TableEntry("3.1")]),
-        ("b", [main_table.TableEntry("–")] * 2),
+        ("a", [table_text.TableEntry("diverged"), table_text.TableEntry("3.1")]),
+        ("b", [table_text.TableEntry("–")] * 2),
     ]
-    lines = [(label, [main_table.TableEntry(text, best)] * 2) for label, text, best in entries]
-    section = main_table.Section("shared", [("mask-only", lines), ("quantised", alone)])
+    lines = [(label, [table_text.TableEntry(text, best)] * 2) for label, text, best in entries]
+    section = table_text.Section("shared", [("mask-only", lines), ("quantised", alone)])
     tables = [
-        main_table.Table(name, "T", "", ["x", "y"], [section], dense="Dense: 9.")
+        table_text.Table(name, "T", "", ["x", "y"], [section], dense="Dense: 9.")
         for name in ("kl-m-c-t", "perplexity-m-c-t", "perplexity-m-c-u", f"{ACCURACIES[0]}-m-c-t")
     ]
     found = headline(tables)

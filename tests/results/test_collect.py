@@ -22,8 +22,9 @@ from layerwise.contract.target import Target
 from layerwise.results.cell_results import DIVERGENCES, NEVER_RAN, evaluations
 from layerwise.results.collect import StudyInputs, collect
 from layerwise.results.comparisons import NO_DIFFERENCE
-from layerwise.results.main_table import METRICS, SCOPES, escape_latex, latex, markdown, number, spread, tables
+from layerwise.results.main_table import METRICS, SCOPES, number, spread, tables
 from layerwise.results.main_table import document as rendered
+from layerwise.results.table_text import escape_latex, latex, markdown
 from layerwise.runtime.errors import InputError
 from layerwise.storage.frames import column, columns_of, distinct_values, groups_by, matching, rows, select, tuples
 from layerwise.storage.table_schema import arrow_schema, document, from_rows, read_table, to_frame, typed

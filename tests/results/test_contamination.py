@@ -16,7 +16,8 @@ import pytest
 from layerwise.results.cell_results import evaluations
 from layerwise.results.collect import StudyInputs, collect
 from layerwise.results.contamination import contamination
-from layerwise.results.main_table import markdown, tables
+from layerwise.results.main_table import tables
+from layerwise.results.table_text import markdown
 from layerwise.runtime.errors import InputError
 from layerwise.sources import overlap, tokens
 from layerwise.sources.ngrams import NGRAM

@@ -12,8 +12,9 @@ import pytest
 from layerwise.comparison import folders
 from layerwise.results.cell_results import DIVERGENCES, TaskSet, evaluations
 from layerwise.results.collect import TABLES, StudyInputs, collect
-from layerwise.results.main_table import document, latex, markdown, tables
+from layerwise.results.main_table import document, tables
 from layerwise.results.protocol import MARK, SAME
+from layerwise.results.table_text import latex, markdown
 from layerwise.runtime.errors import Diverged, InputError, record_failure
 from layerwise.storage import frames
 from layerwise.storage.frames import matching, select, tuples

@@ -27,7 +27,7 @@ from layerwise.models.streaming import LazyBlocks
 from layerwise.report.page import Study, page
 from layerwise.results.cell_results import evaluations
 from layerwise.results.collect import StudyInputs, collect
-from layerwise.results.main_table import escape_latex, escape_markdown
+from layerwise.results.table_text import escape_latex, escape_markdown
 from layerwise.runtime.errors import InputError
 from layerwise.sources import checkpoint_files, task_sets
 from layerwise.sources.tokenizer_files import load_tokenizer
