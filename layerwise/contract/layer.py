@@ -177,7 +177,7 @@ class Method(ABC):
         return refusal(cls._name, cls._card, target) if cls._card is not None else None
 
     def compress(self, layer: Layer, target: Target, rng: torch.Generator) -> Compressed:
-        """Compress one layer; the dense target (no sparsity, no bits) gives a copy of the weight.
+        """Compress one layer; the dense target (no sparsity, bits or rank) gives a copy of the weight.
 
         Raises UnsupportedTarget, with the card's sentence, when the card does not list the target.
         """

@@ -44,9 +44,9 @@ class LazyBlocks(Blocks):
     def __init__(
         self, spec: Mapping[str, Any], device: str | torch.device = "cpu", compute_dtype: str | None = None
     ) -> None:
-        """spec, compute_dtype: a config entry and its compute dtype, as in `models.load`.
+        """spec, compute_dtype: a config entry and its compute dtype, as in `models.loading.load`.
 
-        Raises InputError as `models.load` does, but for weights that are not finite only when their block is read.
+        Raises InputError as `models.loading.load` does, but for weights that are not finite only when their block is read.
         """
         self._spec, self._device_map = spec, {"": str(device)}
         folder, config, options = read_config(spec)
