@@ -60,9 +60,8 @@ class Qronos(Method):
     """Refits to the dense output, then rounds with weight update on a grid fitted to the original weight.
 
     In shared mode, and on a Gram without `dense_inputs`, there is nothing to refit: it is GPTQ with this damping, order
-    and grid.
-    Preconditions: a finite Gram with its cross-Gram; a Gram that does not factorise is damped ten times as much,
-    repeatedly, until it does (`info["damping"]`, a share of the mean of the diagonal).
+    and grid. Preconditions: a finite Gram with its cross-Gram. A Gram that does not factorise is damped ten times as
+    much, repeatedly, until it does (`info["damping"]`, a share of the mean of the diagonal).
     """
 
     damping: float = 1e-6

@@ -121,10 +121,10 @@ class CellJob:
     spec: of the cell, as the grid has it: columns, method, target and, if it is tuned, tune. model: the config's entry.
     fingerprint: what sources/fingerprint.py wrote of the model. tokens: the calibration sequences. out: folder of the
     cell. gram: where the Grams are, as calibration/calibrate.py says; None in sequential mode. fisher: file of the
-    fisher of each layer, where the method needs it. levels: the table of the
-    layers' levels, where the target's budget is spread over them. code: the file that is
-    named after the hash of the code that decides the result. dtype: of the forward passes that give the Grams, None for
-    the model's. method_paths: folders of methods besides the shipped ones.
+    `fisher` of each layer, where the method needs it. levels: the table of the layers' levels, where the target's
+    budget is spread over them. code: the file that is named after the hash of the code that decides the result. dtype:
+    of the forward passes that give the Grams, None for the model's. method_paths: folders of methods besides the
+    shipped ones.
     """
 
     spec: Mapping[str, Any]
