@@ -55,8 +55,8 @@ CODE = hashes()  # at the start of this process
 class Evaluation:
     """kind: perplexity or tasks. model: config entry. fingerprint: its fingerprint, from fingerprint.py. digest:
     SHA-256 of the weights' file. data: file of the tokens, or the tasks' description from `zero_shot data`. spec: spec
-    of a task set. computed: dtype of the forward passes, as in models.loading.load. dense: record of the dense model's hidden
-    states on the tokens, for the divergence."""
+    of a task set. computed: dtype of the forward passes, as in models.loading.load. dense: record of the dense model's
+    hidden states on the tokens, for the divergence."""
 
     kind: str
     model: Mapping[str, Any]

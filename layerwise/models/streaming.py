@@ -46,7 +46,8 @@ class LazyBlocks(Blocks):
     ) -> None:
         """spec, compute_dtype: a config entry and its compute dtype, as in `models.loading.load`.
 
-        Raises InputError as `models.loading.load` does, but for weights that are not finite only when their block is read.
+        Raises InputError as `models.loading.load` does, but for weights that are not finite only when their block is
+        read.
         """
         self._spec, self._device_map = spec, {"": str(device)}
         folder, config, options = read_config(spec)
