@@ -105,6 +105,7 @@ class FrankWolfe(Method):
                 if not run.active.any():
                     break
         rounded = ops.prune_mask(torch.where(fixed, 2.0, run.rounding(started)), target)
+        del run
         reached = [ops.mask_objective(layer.weight, layer.gram.matrix, mask) for mask in (started, rounded)]
         best = rounded if reached[1] < reached[0] * (1 - 1e-9) else started
         info = {

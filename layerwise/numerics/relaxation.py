@@ -19,6 +19,7 @@ from layerwise.kernels.relaxation_exchanges import ExchangeState
 from layerwise.kernels.relaxation_steps import MaskState, PruneCount, VertexState
 from layerwise.kernels.rows import array, by_rows
 from layerwise.numerics import dispatch, ops
+from layerwise.numerics.patterns import ROWS
 
 
 def relaxed_masks(layer: Layer, started: Tensor, fixed: Tensor, target: Target, step: str) -> RelaxedMasks:
@@ -91,8 +92,17 @@ def spared(weight: Tensor, gram: Tensor, relaxed: Tensor, product: Tensor) -> Te
 
     At the exact optimum all entries with m = 0 are tied; after steps of 2 / (t + 2) the better ones are above 0.
     """
-    saved = weight * (2 * product - weight * gram.diagonal())
-    return relaxed.round(decimals=10) + 1e-11 * saved / saved.abs().max().clamp(min=1e-300)
+    parts = [slice(start, start + ROWS) for start in range(0, len(weight), ROWS)]
+
+    def saved(part: slice) -> Tensor:
+        own = weight[part].double()
+        return own * (2 * product[part] - own * gram.diagonal())
+
+    largest = max(1e-300, *(float(saved(part).abs().max()) for part in parts))
+    scores = relaxed.round(decimals=10)
+    for part in parts:
+        scores[part] += 1e-11 * saved(part) / largest
+    return scores
 
 
 class CompiledSteps(RelaxedMasks):
@@ -176,7 +186,7 @@ class Exchanges(RelaxedMasks):
             self.apply(exchange, self.sizes(exchange))
 
     def rounding(self, started: Tensor) -> Tensor:
-        return spared(self.weight.double(), self.gram, self.relaxed, self.product)
+        return spared(self.weight, self.gram, self.relaxed, self.product)
 
     def choose(self) -> Exchange:
         """The exchange of each line with the largest gain."""
@@ -252,21 +262,26 @@ class CompiledExchanges(RelaxedMasks):
     """As Exchanges, row by row; for the pattern layer, one exchange after another."""
 
     def prepare(self, layer: Layer) -> None:
+        self.weight, self.gram = layer.weight, layer.gram.matrix  # the loops convert float32 to float64 on reading
         (out, inputs), n_of_m = self.fixed.shape, self.target.n_of_m
         group_size = n_of_m[1] if n_of_m and inputs > n_of_m[1] else 1  # 1: rows are single groups
         grouped = group_size > 1
         missing = -inputs % (group_size if grouped else relaxation_exchanges.STRIPES)
         order = torch.arange(inputs + missing)
         order = order.view(-1, group_size).T.flatten() if grouped else order
-        self.order, self.inverse = order, order.argsort()[:inputs]
-        gram = pad(layer.gram.matrix, (0, missing, 0, missing))[order][:, order]
-        weight, product = (pad(x, (0, missing))[:, order] for x in (layer.weight, self.product))
-        masks = torch.where(self.fixed, relaxation_exchanges.FIXED, self.relaxed)
-        masks = pad(masks, (0, missing), value=relaxation_exchanges.FIXED)[:, order]
-        self.state = ExchangeState(*map(array, (weight, gram, masks, product)))
+        self.inverse = order.argsort()[:inputs]  # place of each input
+
+        def placed(matrix: Tensor, padding: float = 0.0) -> Tensor:
+            """The columns [n, in] of a matrix in their places."""
+            result = matrix.new_full((len(matrix), len(order)), padding)
+            result[:, self.inverse] = matrix
+            return result
+
+        gram = placed(placed(self.gram).T.contiguous()).T.contiguous()
+        masks = placed(torch.where(self.fixed, relaxation_exchanges.FIXED, self.relaxed), relaxation_exchanges.FIXED)
+        self.state = ExchangeState(*map(array, (placed(self.weight), gram, masks, placed(self.product))))
         self.spare = np.zeros((out, len(order) // group_size if grouped else 1))
         self.spare_of_layer = 0.0
-        self.weight, self.gram = layer.weight, layer.gram.matrix
         self.count = prune_count(self.target, inputs)
 
     def advance(self, begin: int, end: int) -> None:
@@ -285,7 +300,7 @@ class CompiledExchanges(RelaxedMasks):
         return measured(MaskState(*map(array, (self.weight, self.fixed, self.relaxed, self.product))), self.count)
 
     def rounding(self, started: Tensor) -> Tensor:
-        return spared(self.weight.double(), self.gram, self.relaxed, self.product)
+        return spared(self.weight, self.gram, self.relaxed, self.product)
 
 
 def linear_minimiser(descent: Tensor, fixed: Tensor, target: Target) -> Tensor:
