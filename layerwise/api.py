@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from layerwise.calibration.tap_statistics import TapStatistics
 from layerwise.compression import lower_bound as bounds
 from layerwise.compression import score
-from layerwise.compression.resolve import as_target, needed_statistics, needs, resolve, solve, whole_number
-from layerwise.contract.gram import check_dense
+from layerwise.compression.resolve import as_target, needed_statistics, needs, resolve, solve
+from layerwise.contract.gram import check_dense, whole_number
 from layerwise.contract.layer import Compressed, Gram, Layer, Method, Quantised, Statistics, UnsupportedTarget
 from layerwise.contract.target import Target
 

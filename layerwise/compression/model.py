@@ -24,8 +24,9 @@ from layerwise.calibration.calibrate import shared
 from layerwise.calibration.modes import in_turn, sequential_blocks
 from layerwise.calibration.taps import Tap
 from layerwise.compression.cell import bar, visit
-from layerwise.compression.resolve import MethodLike, Resolved, as_target, needs, resolve, solve, whole_number
+from layerwise.compression.resolve import MethodLike, Resolved, as_target, needs, resolve, solve
 from layerwise.contract.cards import NO_DRIFT
+from layerwise.contract.gram import whole_number
 from layerwise.contract.layer import Layer, UnsupportedTarget
 from layerwise.contract.target import Target
 from layerwise.evaluation.model_check import check_walk

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
@@ -66,17 +65,6 @@ class Resolved:
 def as_target(target: Target | str) -> Target:
     """The target itself, or the target of a label. Raises ValueError for anything else."""
     return target if isinstance(target, Target) else Target.parse(target)
-
-
-def whole_number(value: Any, name: str, least: int = 1) -> int:
-    """The value as an int, also from NumPy or torch. Raises ValueError if it is not a whole number >= least."""
-    try:
-        number = None if isinstance(value, bool) else operator.index(value)
-    except TypeError:
-        number = None
-    if number is None or number < least:
-        raise ValueError(f"{name} must be a whole number, at least {least}. Got {value!r} instead.")
-    return number
 
 
 def resolve(method: MethodLike, parameters: Mapping[str, Any], target: Target) -> Resolved:

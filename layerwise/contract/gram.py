@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Hashable
 from functools import cached_property
 from typing import Any
@@ -38,17 +39,23 @@ class Gram:
         *,
         drifted: bool = False,
     ) -> None:
-        """Raises ValueError if only one of cross and dense is given."""
+        """Raises ValueError if only one of cross and dense is given, and if tokens is not a whole number >= 1."""
         if (cross is None) != (dense is None):
             given = "cross" if dense is None else "dense"
             raise ValueError(f"cross and dense must be given together. Got {given} alone instead.")
         self.matrix = matrix
-        self.tokens = tokens
+        self.tokens = whole_number(tokens, "tokens")
         self.apart = cross is not None  # whether x0 and x were distinguished
         self.knows_dense = self.apart or not drifted
         self._cross = cross if self.apart or drifted else matrix
         self._dense = dense if self.apart or drifted else matrix
         self._kept: dict[Hashable, Any] = {}
+
+    def __repr__(self) -> str:
+        shape, dtype = getattr(self.matrix, "shape", ()), str(getattr(self.matrix, "dtype", "no dtype"))
+        known = ", with cross and dense" if self.apart else "" if self.knows_dense else ", drifted"
+        size = shape[-1] if shape else "no"
+        return f"Gram({size} inputs, {self.tokens} tokens, {dtype.removeprefix('torch.')}{known})"
 
     @classmethod
     def from_inputs(cls, x: Tensor, dense_inputs: Tensor | None = None) -> Gram:
@@ -190,6 +197,17 @@ def _check_inputs(x: Tensor, name: str) -> None:
     if not x.is_floating_point():
         raise ValueError(f"{name} must be floating point. Got {x.dtype} instead.")
     check_dense(x, name)
+
+
+def whole_number(value: Any, name: str, least: int = 1) -> int:
+    """The value as an int, also from NumPy or torch. Raises ValueError if it is not a whole number >= least."""
+    try:
+        number = None if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        number = None
+    if number is None or number < least:
+        raise ValueError(f"{name} must be a whole number, at least {least}. Got {value!r} instead.")
+    return number
 
 
 def check_dense(tensor: Tensor, name: str) -> None:

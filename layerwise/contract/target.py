@@ -88,6 +88,8 @@ class Target:
                 raise ValueError(f"Target.{name} must be a whole number. Got {value} instead.")
             if value is not None and name.endswith("bits") and not 2 <= value <= 8:
                 raise ValueError(f"Target.{name} must be 2 to 8. Got {value} instead.")
+            if value is not None:  # 16.0 is the group 16, in a label and a file too
+                object.__setattr__(self, name, int(value))
         if self.group is not None and self.group < 1:
             raise ValueError(f"Target.group must be a number of inputs, at least 1. Got {self.group} instead.")
         if not 0 <= self.rank < 1:

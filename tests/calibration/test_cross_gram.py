@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from copy import deepcopy
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -194,6 +195,21 @@ def test_bad_dense_inputs_are_one_sentence(given: object, sentence: str):
     with pytest.raises(ValueError) as refused:
         Gram.from_inputs(X, dense_inputs=given)  # pyright: ignore[reportArgumentType]
     assert str(refused.value).startswith(sentence)
+
+
+@pytest.mark.parametrize("tokens", [0, -3, "a", 2.5, True, None])
+def test_tokens_of_a_gram_are_a_number_of_at_least_one(tokens: Any):
+    with pytest.raises(ValueError) as refused:
+        Gram(torch.eye(3), tokens)
+    assert str(refused.value) == f"tokens must be a whole number, at least 1. Got {tokens!r} instead."
+
+
+def test_a_gram_is_printed_as_its_size():
+    eye: Any = torch.eye(3)
+    assert repr(Gram(eye, torch.tensor(5))) == "Gram(3 inputs, 5 tokens, float32)"  # pyright: ignore[reportArgumentType]
+    assert repr(Gram(eye, 5, drifted=True)) == "Gram(3 inputs, 5 tokens, float32, drifted)"
+    assert repr(Gram(eye, 5, eye, eye)) == "Gram(3 inputs, 5 tokens, float32, with cross and dense)"
+    assert repr(Gram(None, 5)) == "Gram(no inputs, 5 tokens, no dtype)"  # pyright: ignore[reportArgumentType]
 
 
 def test_one_of_the_two_matrices_is_refused():

@@ -82,6 +82,14 @@ def test_a_config_names_a_format_under_bits():
     assert Target(format="mxfp4").budget == "mxfp4"
 
 
+@pytest.mark.parametrize("label", ["4b g16", "rank 40% 3b g64"])
+def test_whole_numbers_may_be_floats(label: str):
+    plain = LABELS.get(label) or Target(bits=4, group=16)
+    fields: dict = {name: float(value) if type(value) is int else value for name, value in vars(plain).items()}
+    target = Target(**fields)
+    assert target.label == label and repr(target) == repr(plain) and str(target.as_dict()) == str(plain.as_dict())
+
+
 def test_a_target_is_frozen():
     with pytest.raises(dataclasses.FrozenInstanceError):
         Target().sparsity = 0.5  # type: ignore[misc]
