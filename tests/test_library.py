@@ -121,7 +121,7 @@ def test_a_card_of_the_table():
     defaults = {own.name: own.default for own in gptq.parameters}
     assert defaults["blocksize"] == 128 and "damping = 0.01: Added to the Gram" in repr(gptq)
     assert re.search(r"^gptq +GPTQ +dense +2-8, nvfp4, mxfp4 +yes +gram +blocksize=128", repr(table), re.MULTILINE)
-    with pytest.raises(KeyError, match="A method must be one of admm, .*Got 'gptk' instead"):
+    with pytest.raises(KeyError, match="A method must be one of admm, .*Got 'gptk' instead .did you mean 'gptq'"):
         table["gptk"]
 
 
@@ -204,7 +204,21 @@ LABELS = [
 
 @pytest.mark.parametrize("label", [*LABELS, 4, None])
 def test_an_invalid_label_is_one_sentence(label: Any):
-    with pytest.raises(ValueError, match=r"^A target's label must be like '60% row'.* Got .* instead\.$"):
+    with pytest.raises(ValueError, match=r"^A target's label must be like '60% row'.* Got .* instead\."):
+        Target.parse(label)
+
+
+@pytest.mark.parametrize("label", ["60%", "60 % row", "60% rows", " 60%  4b", "60%row"])
+def test_a_share_without_a_pattern_is_told_of_patterns(label: str):
+    with pytest.raises(ValueError) as caught:
+        Target.parse(label)
+    told = f"Got {label!r} instead. A sparsity needs a pattern, such as '60% row' or '60% layer'."
+    assert str(caught.value).endswith(told)
+
+
+@pytest.mark.parametrize("label", ["60% row 4 bits", "60% 1x16 1x16", "4 bits"])
+def test_other_faults_of_a_label_are_not_told_of_patterns(label: str):
+    with pytest.raises(ValueError, match=r"^A target's label must be .* Got '[^']+' instead\.$"):
         Target.parse(label)
 
 
@@ -584,8 +598,9 @@ def test_wrong_arguments_of_a_layer_are_one_sentence(tmp_path: Path):
         "weight must be finite in float32. Got NaN or Inf instead.": {"weight": weight / 0},
         "weight must be a tensor [out, in] or a torch Linear. Got list instead.": {"weight": weight.tolist()},
         "A target's label must be like": {"target": "2-4"},
+        "owl is an allocator, not a method: a study names it": {"method": "owl"},
         "seed must be a whole number, at least 0. Got -1 instead.": {"seed": -1},
-        "method: the method must be one of admm, ": {"method": "wand"},
+        "The method must be one of admm, ": {"method": "wand"},
         "method: sparsegpt has no parameter 'dampin'": {"method": "sparsegpt", "dampin": 1},
         "method must be a name, {name: {parameters}}, the path": {"method": {"a": 1, "b": 2}},
         f"{tmp_path}/none.py cannot be read": {"method": tmp_path / "none.py"},

@@ -16,7 +16,7 @@ from layerwise.contract.target import Target
 from layerwise.results.cell_results import ACCURACIES
 from layerwise.runtime.errors import InputError
 from layerwise.runtime.project import ROOT
-from layerwise.runtime.sentences import brief
+from layerwise.runtime.sentences import brief, schema_fault
 
 FILE = ROOT / "resources/published.csv"
 SCHEMA = ROOT / "workflow/schemas/published.schema.yaml"
@@ -49,7 +49,7 @@ def read_published(path: Path = FILE) -> list[dict[str, Any]]:
         row = {str(name): _typed(value, kinds.get(name, "string")) for name, value in record.items()}
         for error in validator.iter_errors(row):
             column = ".".join(map(str, error.path))
-            raise InputError(f"{path}, row {number}: {column or 'the row'} is wrong: {brief(error.message)}.")
+            raise InputError(f"{path}, row {number}: {column or 'the row'} {schema_fault(error)}.")
         if fault := _fault(row):
             raise InputError(f"{path}, row {number}: {fault}.")
         rows.append(row)

@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Any
 
 import jsonschema
 
-from layerwise.contract.cards import ACTS, METHOD, Kind, acts, needed
+from layerwise.contract.cards import ACTS, ALLOCATOR, METHOD, Kind, acts, needed
 from layerwise.contract.import_closure import FOLDERS
 from layerwise.contract.method_file import SHARED_SOURCES, CatalogueError, Entry, read_entry
 from layerwise.contract.target import Target
-from layerwise.runtime.sentences import schema_fault
+from layerwise.runtime.sentences import did_you_mean, schema_fault
 
 if TYPE_CHECKING:
     from layerwise.contract.allocator import Allocator
@@ -35,8 +35,12 @@ class UnknownName(CatalogueError):
 
     def sentence(self, more: str = "") -> str:
         """The refusal. more: another possibility than the known names."""
-        known = ", ".join(self.known)
-        return f"{self.where}: the {self.kind.word} must be one of {known}{more}. Got {self.name!r} instead."
+        if self.kind is METHOD and self.name in Catalogue(kind=ALLOCATOR):
+            told = "is an allocator, not a method: a study names it under `allocations` (docs/allocation.md)."
+            return f"{self.name} {told}" if self.where == METHOD.word else f"{self.where}: {self.name} {told}"
+        subject = f"{self.where}: the {self.kind.word}" if self.where != self.kind.word else f"The {self.where}"
+        near, known = did_you_mean(self.name, self.known), ", ".join(self.known)
+        return f"{subject} must be one of {known}{more}. Got {self.name!r} instead{near}."
 
     def of_config(self) -> str:
         """The refusal of an entry in a config, which may list folders of files."""
@@ -132,9 +136,7 @@ class Catalogue(Mapping[str, Entry]):
             errors = list(jsonschema.Draft202012Validator(schema).iter_errors(full[key]))
             if errors:
                 advice = _advice(full[key], schema)
-                first: Any = errors[0]
-                fault = schema_fault(first.validator, first.validator_value, first.instance, first.message)
-                raise CatalogueError(f"{where}: {name}'s {key} {fault}{advice}.{_meaning(schema)}")
+                raise CatalogueError(f"{where}: {name}'s {key} {schema_fault(errors[0])}{advice}.{_meaning(schema)}")
             if isinstance(full[key], float) and schema.get("type") in ("integer", ["integer", "null"]):
                 # JSON Schema accepts 128.0 as an integer, range() does not.
                 full[key] = int(full[key])

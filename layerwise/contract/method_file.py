@@ -17,6 +17,7 @@ from layerwise.contract.allocator_card import card_fault
 from layerwise.contract.cards import ACTS, ALLOCATOR, METHOD, Kind, merged, needed
 from layerwise.contract.import_closure import FOLDERS, closure, imports_of
 from layerwise.contract.target import LOW_RANK, SUM, Target, refusal
+from layerwise.runtime.sentences import schema_fault
 
 # Code on which a result depends besides the method's own file. An edit to one of these files re-runs every cell.
 SHARED_SOURCES = tuple(closure(["layerwise.compression.verify"]))
@@ -123,7 +124,7 @@ def read_entry(path: Path, kind: Kind = METHOD) -> Entry | None:
     except OSError as error:
         raise CatalogueError(f"{path} cannot be read: {error.strerror}.") from None
     except UnicodeDecodeError as error:
-        raise CatalogueError(f"{path} is not valid Python: {error}.") from None
+        raise CatalogueError(f"{path} is not text in UTF-8: byte {error.start} cannot be decoded.") from None
     return _entry(path, text, kind)
 
 
@@ -174,7 +175,7 @@ def _card(tree: ast.Module, path: Path, kind: Kind) -> dict[str, Any] | None:
     errors = list(jsonschema.Draft202012Validator(kind.schema).iter_errors(card))
     if errors:
         at = "".join(f"[{part!r}]" for part in errors[0].absolute_path)
-        raise CatalogueError(f"{path}: CARD{at} is wrong: {errors[0].message}.")
+        raise CatalogueError(f"{path}: CARD{at} {schema_fault(errors[0])}.")
     for parameter, schema in card["parameters"].items():
         at = f"CARD['parameters'][{parameter!r}]"
         try:
@@ -183,7 +184,8 @@ def _card(tree: ast.Module, path: Path, kind: Kind) -> dict[str, Any] | None:
         except KeyError as error:
             raise CatalogueError(f"{path}: {at} is wrong: {error.args[0]}.") from None
         except jsonschema.SchemaError as error:
-            raise CatalogueError(f"{path}: {at} is wrong: {error.message.splitlines()[0]}.") from None
+            at += "".join(f"[{part!r}]" for part in error.absolute_path)
+            raise CatalogueError(f"{path}: {at} {schema_fault(error)}.") from None
         told = schema.get("acts", {})
         for word in told.values() if isinstance(told, Mapping) else [told]:
             if word not in [*ACTS]:

@@ -7,6 +7,7 @@ from typing import Any, overload
 
 from layerwise.contract.catalogue import Catalogue
 from layerwise.contract.method_file import Entry
+from layerwise.runtime.sentences import did_you_mean
 from layerwise.runtime.text_table import aligned
 
 
@@ -77,7 +78,8 @@ class MethodTable(Sequence[MethodCard]):
             return self._cards[key]
         found = {card.name: card for card in self._cards}
         if key not in found:
-            raise KeyError(f"A method must be one of {', '.join(found)}. Got {key!r} instead.")
+            near = did_you_mean(key, found)
+            raise KeyError(f"A method must be one of {', '.join(found)}. Got {key!r} instead{near}.")
         return found[key]
 
     def __len__(self) -> int:

@@ -143,6 +143,7 @@ class Target:
             raise ValueError(
                 "A target's label must be like '60% row', '50% layer', '2:4', '50% 1x16', '4b g128', '4b sym', "
                 f"'2:4 4b g128', 'nvfp4', 'mxfp4', 'rank 40%', 'rank 40% 4b g64' or 'dense'. Got {label!r} instead."
+                + _sparsity_advice(" ".join(words))
             )
         percent = found["percent"]
         whole = {name: int(found[name]) if found[name] else None for name in WHOLE}
@@ -291,6 +292,14 @@ class Target:
         fields = asdict(self)
         own = {name: value for name in OF_FACTORS if (value := fields.pop(name))}
         return fields | {"bits": fields.pop("format") or self.bits} | own
+
+
+def _sparsity_advice(label: str) -> str:
+    """Advice on a wrong label that begins with a percentage and lacks its pattern: '60%', '50 % row'."""
+    share = re.match(r"([0-9]+(?:\.[0-9]+)?) ?%", label)
+    if not share or re.match(r"\S+% (row|layer|1x[1-9][0-9]*)\b", label):
+        return ""
+    return f" A sparsity needs a pattern, such as '{share[1]}% row' or '{share[1]}% layer'."
 
 
 def refusal(name: str, card: Mapping[str, Any], target: Target) -> str | None:

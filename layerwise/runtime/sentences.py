@@ -1,5 +1,6 @@
 """Quote values and name places of a config in error sentences."""
 
+import difflib
 import re
 from collections.abc import Iterable
 from typing import Any
@@ -10,6 +11,8 @@ VALIDATION = re.compile(r"Class validation error for validator '\w+':\s+\w+: ")
 KINDS = {"number": "a number", "integer": "a whole number", "boolean": "true or false", "string": "a text"}
 KINDS |= {"array": "a list", "object": "a mapping", "null": "null"}
 LIMITS = {"minimum": "at least", "maximum": "at most", "exclusiveMinimum": "above", "exclusiveMaximum": "below"}
+COUNTS = {"minItems": "at least", "minProperties": "at least", "maxItems": "at most", "maxProperties": "at most"}
+KEYS = {"properties", "patternProperties"}  # what in a schema names keys
 PLAIN_KEY = re.compile(r"[\w.:-]{1,100}")
 
 
@@ -27,17 +30,34 @@ def reason(error: Exception) -> str:
     return brief((lines[0].split(". ")[0] if lines else type(error).__name__).rstrip(".:!"))
 
 
-def schema_fault(validator: str, expected: Any, instance: Any, message: str) -> str:
-    """The rest of a sentence that begins with a place, for an error of JSON Schema; message: the library's own."""
+def schema_fault(error: Any) -> str:
+    """The rest of a sentence that begins with a place, for an error of jsonschema."""
+    validator, expected, instance = error.validator, error.validator_value, error.instance
     if validator == "type":
-        wanted = " or ".join(KINDS[kind] for kind in ([expected] if isinstance(expected, str) else expected))
+        wanted = f"be {' or '.join(KINDS[kind] for kind in ([expected] if isinstance(expected, str) else expected))}"
     elif validator in LIMITS:
-        wanted = f"{LIMITS[validator]} {expected}"
+        wanted = f"be {LIMITS[validator]} {expected}"
     elif validator == "enum":
-        wanted = f"{'one of ' if len(expected) > 1 else ''}{', '.join(map(str, expected))}"
+        wanted = f"be {'one of ' if len(expected) > 1 else ''}{', '.join(map(str, expected))}"
+    elif validator in COUNTS:
+        wanted = f"have {COUNTS[validator]} {expected} {'entry' if expected == 1 else 'entries'}"
+    elif validator == "uniqueItems":
+        wanted = "have no entry twice"
+    elif validator == "required":
+        lacking = next(key for key in expected if key not in instance)
+        return f"must have the key {lacking}. Got {brief(', '.join(map(str, instance))) or 'nothing'} instead"
+    elif validator == "additionalProperties" and expected is False and set(error.schema) & KEYS == {"properties"}:
+        unknown = next(key for key in instance if key not in error.schema["properties"])
+        return f"has no key {brief(repr(unknown))}; its keys are {', '.join(error.schema['properties'])}"
     else:
-        return f"is wrong: {brief(message)}"
-    return f"must be {wanted}. Got {brief(repr(instance))} instead"
+        return f"is wrong: {brief(error.message.splitlines()[0])}"
+    return f"must {wanted}. Got {brief(repr(instance))} instead"
+
+
+def did_you_mean(name: Any, known: Iterable[str]) -> str:
+    """Words behind a wrong name: the known name that is most like it, if one is."""
+    near = difflib.get_close_matches(str(name), list(known), 1)
+    return f" (did you mean {near[0]!r}?)" if near else ""
 
 
 def place(path: Iterable[Any]) -> str:

@@ -34,14 +34,10 @@ def validate(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def _sentence(error: jsonschema.ValidationError) -> str:
     where, instance = place(error.absolute_path), cast(Any, error.instance)
-    schema, expected = cast(Mapping[str, Any], error.schema), cast(Any, error.validator_value)
+    expected = cast(Any, error.validator_value)
     if "propertyNames" in error.absolute_schema_path:
         name = brief(repr(instance))
         return f"config: {where}: the name {name} is wrong; names are letters, digits, '.', '_', '-'."
-    if error.validator == "additionalProperties":
-        known = ", ".join(schema["properties"])
-        unknown = [key for key in instance if key not in schema["properties"]]
-        return f"config: {where} has no key {brief(repr(unknown[0]))}; its keys are {known}."
     if error.validator == "oneOf" and "required" in canonical(expected):
         choices = " or ".join("+".join(choice["required"]) for choice in expected)
         return f"config: {where} must have either {choices}. Got {brief(', '.join(instance)) or 'nothing'} instead."
@@ -51,7 +47,7 @@ def _sentence(error: jsonschema.ValidationError) -> str:
         advice = '; YAML reads 2:4 without quotes as a number: write "2:4"'
     else:
         advice = ""
-    return f"config: {where} {schema_fault(str(error.validator), expected, instance, error.message)}{advice}."
+    return f"config: {where} {schema_fault(error)}{advice}."
 
 
 def _is_number(text: str) -> bool:

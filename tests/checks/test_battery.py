@@ -212,7 +212,7 @@ NO_METHODS = {
     "absent": (None, r"cannot be read: No such file"),
     "no Python": ("def", "is not valid Python"),
     "no card": ("x = 1", "must hold a method, with a literal CARD. Got a file without one instead"),
-    "a card without a title": ("CARD = {}", "CARD is wrong: 'title' is a required property"),
+    "a card without a title": ("CARD = {}", "CARD must have the key title. Got nothing instead"),
 }
 
 

@@ -161,10 +161,10 @@ def test_a_mean_over_seeds_has_its_deviation():
 @pytest.mark.parametrize(
     ("column", "value", "sentence"),
     [
-        ("status", "rumour", "row 2: status is wrong"),
-        ("sparsity", "half", "row 2: sparsity is wrong: 'half' is not of type"),
-        ("hub", "", "row 2: hub is wrong: None is not of type"),
-        ("verdict", "x", "Additional properties are not allowed"),
+        ("status", "rumour", "row 2: status must be one of "),
+        ("sparsity", "half", "row 2: sparsity must be a number"),
+        ("hub", "", "row 2: hub must be a text. Got None instead."),
+        ("verdict", "x", "row 2: the row has no key 'verdict'; its keys are "),
     ],
 )
 def test_a_wrong_row_is_one_sentence(tmp_path, column, value, sentence):

@@ -31,8 +31,8 @@ def with_key(key):
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({'["row"]': "[]"}, "CARD['budgets'] is wrong: [] should be non-empty."),
-        ({'["row"]': '["row", "row"]'}, "CARD['budgets'] is wrong: ['row', 'row'] has non-unique elements."),
+        ({'["row"]': "[]"}, "CARD['budgets'] must have at least 1 entry. Got [] instead."),
+        ({'["row"]': '["row", "row"]'}, "CARD['budgets'] must have no entry twice. Got ['row', 'row'] instead."),
         (
             with_key('"needs_where": {"slop": {"1": ["gram"]}}'),
             "CARD['needs_where'] must name parameters. Got 'slop' instead.",

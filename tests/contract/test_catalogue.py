@@ -183,15 +183,19 @@ WRONG_FILES = {
     "CARD not literal": (edited('"title": "Mine"', '"title": str(1)'), "CARD must be a literal"),
     "CARD unpacks": (edited('"title": "Mine"', "**{}, 'title': 'Mine'"), "CARD must be a literal"),
     "CARD with a list as key": (edited('"title": "Mine"', '[1]: "Mine"'), "CARD must be a literal"),
-    "CARD no dict": (GOOD.replace("CARD = {", "CARD = 3\n_ = {"), "CARD is wrong: 3 is not of type 'object'"),
-    "CARD lacks a key": (edited('    "needs": [],\n', ""), "CARD is wrong: 'needs' is a required property"),
-    "CARD with an unknown key": (edited('"needs": []', '"needs": [], "speed": 1'), "CARD is wrong: .*'speed'"),
-    "unknown pattern": (edited('["row"]', '["rows"]'), r"CARD\['patterns'\]\[0\] is wrong: 'rows' is not one of"),
-    "unknown bits": (edited('"bits": []', '"bits": [1]'), r"CARD\['bits'\]\[0\] is wrong: 1 is less than"),
-    "unknown statistic": (edited('"needs": []', '"needs": ["hessian"]'), r"CARD\['needs'\]\[0\] is wrong"),
+    "CARD no dict": (GOOD.replace("CARD = {", "CARD = 3\n_ = {"), r"CARD must be a mapping\. Got 3 instead\."),
+    "no UTF-8": (b"x = '\xe9'", r"mine\.py is not text in UTF-8: byte 5 cannot be decoded\."),
+    "CARD lacks a key": (edited('    "needs": [],\n', ""), r"CARD must have the key needs\. Got title, .* instead\."),
+    "CARD with an unknown key": (edited('"needs": []', '"needs": [], "speed": 1'), "CARD has no key 'speed'; its keys"),
+    "unknown pattern": (edited('["row"]', '["rows"]'), r"CARD\['patterns'\]\[0\] must be one of dense, .* Got 'rows'"),
+    "unknown bits": (edited('"bits": []', '"bits": [1]'), r"CARD\['bits'\]\[0\] must be at least 2\. Got 1 instead"),
+    "unknown statistic": (edited('"needs": []', '"needs": ["hessian"]'), r"CARD\['needs'\]\[0\] must be one of gram, "),
     "no arXiv id": (edited('"needs": []', '"needs": [], "arxiv": "23"'), r"CARD\['arxiv'\] is wrong"),
     "a parameter's schema of an unknown type": (edited('"type": "number"', '"type": "numbre"'), "share.* is wrong"),
-    "a parameter's schema with a wrong limit": (edited('"minimum": 0', '"minimum": "0"'), "share.* is wrong"),
+    "a parameter's schema with a wrong limit": (
+        edited('"minimum": 0', '"minimum": "0"'),
+        r"'minimum'\] must be a number",
+    ),
     "a parameter without a field": (edited("    share: float = 0.5\n\n", ""), "must be the same. Got .*share.* and "),
     "a field without a parameter": (edited("0.5\n", "0.5\n    more: int = 1\n"), "must be the same. Got .* and .*more"),
     "a field without a default": (edited(" = 0.5", ""), "the field share of Mine needs a literal default"),
@@ -206,7 +210,7 @@ WRONG_FILES = {
     ),
     "a cost without products": (
         edited('"needs": []', '"needs": [], "cost": {"weights": 1, "grams": 1}'),
-        r"CARD\['cost'\] is wrong: 'products' is a required property",
+        r"CARD\['cost'\] must have the key products\. Got weights, grams instead\.",
     ),
     "a colour without a number": (
         edited('"needs": []', '"needs": [], "look": {"colour": "red", "marker": "o"}'),
@@ -262,7 +266,9 @@ def test_a_wrong_file_is_one_sentence(wrong: str, tmp_path: Path):
 
 
 WRONG_ENTRIES = {
-    "unknown method": ("wnada", {}, r"here: the method must be one of .*, wanda\. Got 'wnada' instead\."),
+    "unknown method": ("wnada", {}, r"one of .*, wanda\. Got 'wnada' instead \(did you mean 'wanda'\?\)\.$"),
+    "a name like no method's": ("zzzz", {}, r"here: the method must be one of .*, wanda\. Got 'zzzz' instead\.$"),
+    "an allocator": ("owl", {}, "^here: owl is an allocator, not a method: a study names it under `allocations` "),
     "unknown parameter": ("sparsegpt", {"damp": 1}, "sparsegpt has no parameter 'damp'; its parameters are: .*damping"),
     "no parameters at all": ("wanda", {"alpha": 1}, "wanda has no parameter 'alpha'; its parameters are: none"),
     "out of range": ("sparsegpt", {"damping": 0}, "sparsegpt's damping must be above 0. Got 0 instead"),
@@ -311,8 +317,16 @@ WRONG_ENTRIES = {
     ),
     "number in a chain": ("chain", {"chain": ["wanda", 3]}, "here.chain.1 must be a method's name .* Got 3 instead"),
     "two methods in a step": ("chain", {"chain": ["rtn", {"ria": {}, "rtn": {}}]}, "here.chain.1 must be a method"),
-    "chain of one": ("chain", {"chain": ["wanda"]}, r"chain's chain is wrong: .* is too short"),
-    "chain of three": ("chain", {"chain": ["wanda", "ria", "rtn"]}, r"chain's chain is wrong: .* is too long"),
+    "chain of one": (
+        "chain",
+        {"chain": ["wanda"]},
+        r"chain's chain must have at least 2 entries\. Got .*wanda.* instead",
+    ),
+    "chain of three": (
+        "chain",
+        {"chain": ["wanda", "ria", "rtn"]},
+        r"chain's chain must have at most 2 entries\. Got ",
+    ),
     "chain that is a name": ("chain", {"chain": "wanda"}, "chain's chain must be a list. Got 'wanda' instead"),
 }
 

@@ -231,18 +231,24 @@ def test_tuned_entries_are_not_spread():
         ({"uniform": {"allocator": "owl"}}, "the allocation uniform must use the allocator uniform."),
         ({"flat": {"allocator": "uniform"}}, "the allocation uniform must use the allocator uniform."),
         ({"knapsack": {"levels": [1.2]}}, "knapsack's levels must be at most 0.99. Got 1.2 instead."),
-        ({"knapsack": {"levels": [number / 300 for number in range(201)]}}, "knapsack's levels is wrong: "),
+        (
+            {"knapsack": {"levels": [number / 300 for number in range(201)]}},
+            "knapsack's levels must have at most 200 entries. Got [",
+        ),
         (
             {"evopress": {"windows": 4, "offspring": 3}},
             "allocations.evopress.survivors must be at most its offspring, 3. Got 4 instead.",
         ),
-        ({"owll": None}, "uniform, or a file in a folder of allocator_paths. Got 'owll' instead."),
+        (
+            {"owll": None},
+            "uniform, or a file in a folder of allocator_paths. Got 'owll' instead (did you mean 'owl'?).",
+        ),
         ({"knapsack": {"probe": "nothing"}}, "or a file in a folder of method_paths. Got 'nothing' instead."),
         (
             {"knapsack": {"probe": "gptq"}},
             "wanda supports none of the targets (its probe cannot be used: gptq does not prune).",
         ),
-        ({}, "config: allocations is wrong: "),
+        ({}, "config: allocations must have at least 1 entry. Got {} instead."),
     ],
 )
 def test_a_wrong_allocation_is_one_sentence(allocations, sentence):

@@ -602,10 +602,10 @@ def test_a_text_by_another_path_is_warned_about(tmp_path, monkeypatch):
 
 # ---------------------------------------------------------------------------------------------------------- bad input
 
-OWN_FILE = "wanda, or a file in a folder of method_paths. Got 'wander' instead."
+OWN_FILE = "wanda, or a file in a folder of method_paths. Got 'wander' instead (did you mean 'wanda'?)."
 WRONG = {
     "config": (["models"], "config: the study must be a mapping. Got ['models'] instead."),
-    "nothing": ({}, "'models' is a required property."),
+    "nothing": ({}, "config: the study must have the key models. Got nothing instead."),
     "key": (
         study(sead=1),
         "config: the study has no key 'sead'; its keys are study, seed, keep_weights, certificates, sweep,",
@@ -620,7 +620,7 @@ WRONG = {
     ),
     "a seed twice": (
         study(calibration={"words": dict(text="train", samples=4, length=16, seeds=[1, 1])}),
-        "config: calibration.words.seeds is wrong: [1, 1] has non-unique elements.",
+        "config: calibration.words.seeds must have no entry twice. Got [1, 1] instead.",
     ),
     "model key": (edited("models/tiny/dtyp", "float32"), "models.tiny has no key 'dtyp'; its keys are path, gguf"),
     "text key": (edited("texts/test/colum", "a"), "texts.test has no key 'colum'; its keys are path"),
@@ -706,9 +706,12 @@ WRONG = {
     ),
     "chain of one": (
         study(methods={"a": {"chain": ["rtn"]}}),
-        "methods.a: chain's chain is wrong: [{'rtn': {'mse': False}}] is too short.",
+        "methods.a: chain's chain must have at least 2 entries. Got [{'rtn': {'mse': False}}] instead.",
     ),
-    "chain of three": (study(methods={"a": {"chain": ["ria", "ria", "rtn"]}}), "methods.a: chain's chain is wrong: ["),
+    "chain of three": (
+        study(methods={"a": {"chain": ["ria", "ria", "rtn"]}}),
+        "chain must have at most 2 entries. Got [",
+    ),
     "chain that is a name": (
         study(methods={"a": {"chain": "wanda"}}),
         "methods.a: chain's chain must be a list. Got 'wanda' instead.",
@@ -741,8 +744,8 @@ WRONG = {
         study(methods={"a": {"chain": ["wanda", "sparsegpt"]}}, targets=JOINT),
         "methods.a: chain supports none of the targets (none of its methods quantises: wanda does not quantise, ",
     ),
-    "empty target": (edited("targets/0", {}), "config: targets.0 is wrong: {} should be non-empty."),
-    "no targets": (study(targets=[]), "config: targets is wrong: [] should be non-empty."),
+    "empty target": (edited("targets/0", {}), "config: targets.0 must have at least 1 entry. Got {} instead."),
+    "no targets": (study(targets=[]), "config: targets must have at least 1 entry. Got [] instead."),
     "mode": (study(modes=["parallel"]), "modes.0 must be one of shared, sequential. Got 'parallel' instead."),
     "unreached": (
         study(methods={"wanda": None}, targets=[{"sparsity": 0.5}, {"bits": 4}]),
@@ -752,7 +755,7 @@ WRONG = {
         study(methods={"magnitude": None, "rtn": None}),
         "methods.rtn: rtn supports none of the targets (rtn does not prune).",
     ),
-    "no stage": (study(methods={"wanda": {"tune": {}}}), "methods.wanda.tune is wrong: {} should be non-empty."),
+    "no stage": (study(methods={"wanda": {"tune": {}}}), "wanda.tune must have at least 1 entry. Got {} instead."),
     "stage": (
         study(methods={"wanda": {"tune": {"block": {}}}}),
         "methods.wanda.tune has no key 'block'; its keys are blocks, end.",

@@ -411,7 +411,7 @@ def changed(study: dict, path: str, value) -> dict:
 
 WRONG = {
     # A config of one's own is not filled up with the embedded study's entries.
-    "missing key": ("models", ..., "config: the study is wrong: 'models' is a required property."),
+    "missing key": ("models", ..., "config: the study must have the key models. Got "),
     "unknown key": ("sead", 1, "the study has no key 'sead'; its keys are"),
     "unknown method": ("methods/wander", None, "methods.wander: the method must be one of admm, "),
     "unknown parameter": ("methods/wanda", {"alpha": 1}, "wanda has no parameter 'alpha'; its parameters are: none."),
