@@ -147,15 +147,16 @@ def run(context: typer.Context, study: Study, cores: Cores = None) -> None:
 
 
 @app.command(context_settings=FORWARD, epilog="Example: layerwise report embedded, then open results/report.html.")
-def report(context: typer.Context, study: Study = config_file.EMBEDDED, cores: Cores = None) -> None:
+def report(context: typer.Context, study: Study = "", cores: Cores = None) -> None:
     """Write a study as one HTML page, results/report.html. Cells without results are run first.
 
-    Arguments that begin with a dash are passed to Snakemake and must follow STUDY.
+    STUDY may be left out where the results are of the embedded study. Arguments that begin with a dash are passed to
+    Snakemake and must follow STUDY.
     """
     from layerwise.cli import workflow
 
-    study, passed_on = workflow.study_and_rest([study, *context.args], default=config_file.EMBEDDED)
-    workflow.run(study, cores, passed_on, targets=["report_page"])
+    study, passed_on = workflow.study_and_rest([*filter(None, [study]), *context.args], default="")
+    workflow.run(study or workflow.study_of_results(passed_on), cores, passed_on, targets=["report_page"])
 
 
 @app.command(epilog="Example: layerwise estimate my-study.yaml --cores 8 --mem-mb 64000")
@@ -210,9 +211,7 @@ def methods(
     from layerwise.cli import cards
 
     known = cards.catalogue(method_path)
-    if name is not None and name not in known:
-        raise InputError(f"The method must be one of {', '.join(sorted(known))}. Got {name!r} instead.")
-    print(cards.card(known[name]) if name is not None else cards.table(known))
+    print(cards.card(cards.find(known, name)) if name is not None else cards.table(known))
 
 
 @app.command("new-method", epilog="Example: layerwise new-method shrink --folder my-methods")
@@ -417,11 +416,15 @@ def clean_cache(
     from layerwise.runtime.files import gram_stores
     from layerwise.sources import gguf_cleaning, gguf_files
 
-    freed = module.clean(gram_stores(), Path.cwd(), dry_run)
-    print(f"{freed / 1e6:.1f} MB in all, of {gram_stores()}.")
+    _print_freed(module.clean(gram_stores(), Path.cwd(), dry_run), gram_stores(), dry_run)
     if gguf_files.store().is_dir():
-        freed = gguf_cleaning.clean(gguf_files.store(), Path.cwd(), dry_run)
-        print(f"{freed / 1e6:.1f} MB in all, of {gguf_files.store()}.")
+        _print_freed(gguf_cleaning.clean(gguf_files.store(), Path.cwd(), dry_run), gguf_files.store(), dry_run)
+
+
+def _print_freed(size: int, store: Path, dry: bool) -> None:
+    """Print the number of bytes freed in a store."""
+    said = f"{'Would free' if dry else 'Freed'} {size / 1e6:.1f} MB" if size else "There is nothing to free"
+    print(f"{said} in {store}.")
 
 
 @app.command(context_settings=FORWARD, add_help_option=False, epilog="Example: layerwise worker fingerprint --help")

@@ -24,6 +24,14 @@ def catalogue(folders: Iterable[Path] = ()) -> Catalogue:
         raise InputError(str(error)) from None
 
 
+def find(known: Catalogue, name: str) -> Entry:
+    """The entry of a method. Raises InputError for a name that no method has."""
+    try:
+        return known.find(name, known.kind.word)
+    except CatalogueError as error:
+        raise InputError(str(error)) from None
+
+
 def table(entries: Mapping[str, Entry]) -> str:
     """A line per method: its title, its targets and the statistics that it needs."""
     rows = [HEADER, *(_row(entry) for entry in entries.values())]

@@ -11,6 +11,7 @@ from typing import NoReturn
 from layerwise.runtime.errors import InputError
 from layerwise.runtime.project import ROOT, locate
 from layerwise.study import config_file
+from layerwise.study.config_file import EMBEDDED
 from layerwise.study.grid import plan
 
 CORES = ("--cores", "-c", "--jobs", "-j")  # Snakemake's options for the number of concurrent jobs
@@ -40,15 +41,31 @@ def arguments(study: Path, cores: str | None, passed_on: Sequence[str], targets:
 def study_and_rest(words: Sequence[str], default: str | None = None) -> tuple[str, list[str]]:
     """The study, which is the first word, and Snakemake's own arguments, which follow it.
 
-    default: the study if none is given. Raises InputError if an argument of Snakemake precedes the study, because it
-    might take the next word as its value.
+    default: the study if none is given, with or without such arguments. Raises InputError if an argument of Snakemake
+    precedes the study, because it might take the next word as its value.
     """
+    if not words and default is not None:
+        return default, []
     first, *rest = words
     if not first.startswith("-"):
         return first, rest
     if default is None or any(word in config_file.shipped_studies() or Path(word).is_file() for word in rest):
         raise InputError(f"STUDY must come before Snakemake's own arguments. Got {first!r} first instead.")
     return default, [first, *rest]
+
+
+def study_of_results(passed_on: Sequence[str]) -> str:
+    """The embedded study, if the folder has results of it. Raises InputError for a folder without any, because to
+    report a study means to run what it lacks."""
+    folder = Path(_value(passed_on, *FOLDER) or ".")
+    if not (folder / "results/cells").is_dir():
+        lacking = f"There are no results in {folder.absolute()}"
+    else:
+        embedded = plan(config_file.read(config_file.study_file(EMBEDDED)))
+        if any((folder / cell.folder).is_dir() for cell in embedded.cells):
+            return EMBEDDED
+        lacking = f"The results in {folder.absolute()} are not of the embedded study"
+    raise InputError(f"{lacking}: name a study, such as layerwise report my-study.yaml or layerwise report {EMBEDDED}.")
 
 
 def run(study: str, cores: str | None, passed_on: Sequence[str], targets: Sequence[str] = ()) -> None:

@@ -72,6 +72,8 @@ LEAST = 1e-12  # differences below are rounding, of errors that should be zero
 
 def folder_of_tables(folder: Path) -> Path:
     """The folder that holds cells.parquet: the one given, or tables or results/tables in it."""
+    if not folder.exists():
+        raise InputError(f"The folder {str(folder)!r} does not exist.")
     places = [folder, folder / "tables", folder / "results/tables"]
     for place in places:
         if (place / "cells.parquet").is_file():

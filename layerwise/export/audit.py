@@ -31,6 +31,8 @@ from layerwise.sources.config_faults import config_fault
 from layerwise.storage.bits_per_weight import kept_blocks
 from layerwise.storage.packed_file import PackedFile
 
+INDEX = "model.safetensors.index.json"
+HOLDERS = (WEIGHTS, "model.safetensors", INDEX)  # files of which a folder with weights has one
 MARKS = {"zeros", "sha256", "input_scale", "reordered"}  # a manifest's entries for a layer
 
 
@@ -79,7 +81,7 @@ class Tensors:
     """The tensors of a Hugging Face folder by name, whichever file they lie in. Raises InputError when it has none."""
 
     def __init__(self, folder: Path) -> None:
-        index = folder / "model.safetensors.index.json"
+        index = folder / INDEX
         names = sorted(set(read_record(index)["weight_map"].values())) if index.is_file() else ["model.safetensors"]
         try:
             files = [safe_open(folder / name, "pt") for name in names]
@@ -319,6 +321,8 @@ def audit(
     """
     if not folder.is_dir():
         raise InputError(f"The folder {folder} does not exist.")
+    if not any((folder / name).is_file() for name in HOLDERS):
+        raise InputError(f"{folder} must hold weights: {', '.join(HOLDERS[:-1])} or {HOLDERS[-1]}. Got none instead.")
     try:
         said = read_record(folder / MANIFEST) if (folder / MANIFEST).is_file() else {}
         targets: dict[str, Target] = {}

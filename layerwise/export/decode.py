@@ -220,7 +220,7 @@ def time_products(
             raise InputError(f"--{name} must be at least 1. Got {value} instead.")
     for shape in shapes:
         if min(shape) < 1:
-            raise InputError(f"--shape must have at least one row and one input. Got {shape[0]} {shape[1]} instead.")
+            raise InputError(f"--shape must have at least one row and one input. Got {shape[0]}x{shape[1]} instead.")
     if device not in DEVICES:
         raise InputError(f"--device must be {' or '.join(DEVICES)}. Got {device!r} instead.")
     if device == "cuda" and not torch.cuda.is_available():

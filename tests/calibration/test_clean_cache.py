@@ -42,19 +42,24 @@ def test_unused_stores_are_freed(stores, capsys):
     assert f"freed 3.0 MB: {stores}/grams/.{LEFT}.part" in said and f"freed 2.0 MB: {stores}/grams/{OWN}" in said
     assert f"kept 2.0 MB: {stores}/grams/{BOTH} (1 other studies use it, such as {stores}/other/results" in said
     assert f".{RUNNING}.part (a calibration is running there)" in said and said.endswith(
-        f"5.0 MB in all, of {stores}/grams.\n"
+        f"\nFreed 5.0 MB in {stores}/grams.\n"
     )
     assert not (stores / f"here/results/{OWN}.json").exists() and (stores / f"here/results/{BOTH}.json").exists()
     for name in (THEIRS, BOTH):  # once their study is gone
         (stores / f"other/results/{name}.json").unlink()
     app(["clean-cache"], standalone_mode=False)
     assert left(stores) == []
+    capsys.readouterr()
+    app(["clean-cache"], standalone_mode=False)
+    assert capsys.readouterr().out == f"There is nothing to free in {stores}/grams.\n"
 
 
 def test_a_dry_run_leaves_all(stores, capsys):
     before = left(stores)
     app(["clean-cache", "--dry-run"], standalone_mode=False)
-    assert left(stores) == before and f"would free 2.0 MB: {stores}/grams/{OWN}" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert left(stores) == before and f"would free 2.0 MB: {stores}/grams/{OWN}" in said
+    assert "\nWould free " in said and said.endswith(f" MB in {stores}/grams.\n")
     assert (stores / f"here/results/{OWN}.json").exists()
 
 

@@ -98,10 +98,10 @@ BAD = {
     "run --cores two embedded": "--cores must be a number of at least 1, or `all`. Got 'two' instead.",
     "run embedded --cores two -n": "--cores must be a number of at least 1, or `all`. Got 'two' instead.",
     "run embedded -c0": "--cores must be a number of at least 1, or `all`. Got '0' instead.",
-    "report -n --cores=2.5": "--cores must be a number of at least 1, or `all`. Got '2.5' instead.",
+    "report embedded -n --cores=2.5": "--cores must be a number of at least 1, or `all`. Got '2.5' instead.",
     "run embedded --directory file/inside": "must be a writable folder",
     "run embedded -n --no-such-option": "`snakemake --help` lists. Got --no-such-option instead.",
-    "report -n --no-such-option=3": "`snakemake --help` lists. Got --no-such-option=3 instead.",
+    "report embedded -n --no-such-option=3": "`snakemake --help` lists. Got --no-such-option=3 instead.",
     "run embedded -n --retries many": "invalid int value: 'many' (`snakemake --help` lists its options).",
     "run absent-model.yaml": "The folder nowhere of the model 'absent' does not exist.",
     "estimate absent-model.yaml": "The folder nowhere of the model 'absent' does not exist.",
@@ -113,6 +113,8 @@ BAD = {
     "check-study embedded wrong-key.yaml": "config: targets.0",
     "check-study absent-text.yaml": "The file nowhere.txt of the text 'docstrings-train' does not exist.",
     "methods no-such-method": "The method must be one of admm,",
+    "methods sparsgpt": "Got 'sparsgpt' instead (did you mean 'sparsegpt'?).",
+    "methods owl": "owl is an allocator, not a method: a study names it under `allocations` (docs/allocation.md).",
     "methods --method-path absent": "method_paths must be folders. Got 'absent' instead.",
     "new-method torch": "The name of a new method must be free. Got 'torch' instead, which is a Python package.",
     "check-method absent.py": "The method must be a file. Got 'absent.py' instead.",
@@ -121,7 +123,10 @@ BAD = {
     "report -n pruning": "STUDY must come before Snakemake's own arguments. Got '-n' first instead.",
     "report -n absent-model.yaml": "STUDY must come before Snakemake's own arguments.",
     "report absent-model.yaml": "The folder nowhere of the model 'absent' does not exist.",
-    "report -n --directory file/inside": "must be a writable folder",
+    "report embedded -n --directory file/inside": "must be a writable folder",
+    "report": "name a study, such as layerwise report my-study.yaml or layerwise report embedded.",
+    "report -n": "There are no results in ",
+    "report --cores 2": "There are no results in ",
     "estimate -n": "No such option: -n",
     "published -n": "No such option: -n",
     "published absent-model.yaml --tables absent": "The cells table absent/cells.parquet does not exist",
@@ -130,15 +135,17 @@ BAD = {
     "regression embedded": "The layers table results/tables/layers.parquet does not exist",
     "accept no-such-study": "A study must be a file or the name of one that ships",
     "accept embedded": "The layers table results/tables/layers.parquet does not exist",
-    "compare absent absent": "absent must hold cells.parquet",
+    "compare absent absent": "The folder 'absent' does not exist.",
     "compare absent absent --tolerance -1": "A tolerance must be at least 0, such as 0.02. Got -1 instead.",
     "merge absent": "Missing option '--out'",
-    "merge absent --out merged": "absent must hold cells.parquet",
+    "merge absent --out merged": "The folder 'absent' does not exist.",
     "published no-such-study": "A study must be a file",
     "export absent --format dense --out saved": "The cell must be a folder. Got 'absent' instead.",
     "export . --format nope --out saved": "--format must be one of dense, packed, compressed-tensors. Got 'nope'",
     "audit absent": "The folder absent does not exist.",
+    "audit .": ". must hold weights: weights.safetensors, model.safetensors or model.safetensors.index.json. Got none",
     "decode --shape 16 --out decode.csv": "--shape must be ROWSxINPUTS, such as 4096x4096. Got '16' instead.",
+    "decode --shape 0x0 --out decode.csv": "--shape must have at least one row and one input. Got 0x0 instead.",
     "decode --shape 16x16 --out file/inside/decode.csv": "file/inside must be a writable folder",
     "new-method shrink --folder file/inside": "must be a writable folder",
     "--no-such-option": "No such option",
@@ -251,12 +258,20 @@ def test_arguments_of_snakemake():
     assert given[: len(own)] == own and given[-3:] == [given[-3], "--resources", "gpu=4"]
 
 
-def test_a_report_without_a_study_is_of_the_embedded_one(monkeypatch):
+def test_a_report_without_a_study_is_of_the_embedded_one_where_its_results_are(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     given: list[tuple[object, ...]] = []
     monkeypatch.setattr(workflow, "run", lambda *arguments, targets=(): given.append((*arguments, targets)))
-    for words in (["-n"], ["--cores", "2", "-n"], ["seeds", "-n"], ["-n", "--directory", "elsewhere"]):
+    cell = plan(config_file.read(ROOT / "config/config.yaml")).cells[0]
+    for folder in (".", "elsewhere"):
+        Path(folder, "results/cells/mine").mkdir(parents=True)  # of another study
+        told = call("report", "-n", "--directory", folder)
+        assert told.exit_code == 2 and " are not of the embedded study: name a study, such as " in told.stderr
+        Path(folder, cell.folder).mkdir(parents=True)
+    for words in ([], ["-n"], ["--cores", "2", "-n"], ["seeds", "-n"], ["-n", "--directory", "elsewhere"]):
         assert call("report", *words).exit_code == 0
     assert given == [
+        ("embedded", None, [], ["report_page"]),
         ("embedded", None, ["-n"], ["report_page"]),
         ("embedded", "2", ["-n"], ["report_page"]),
         ("seeds", None, ["-n"], ["report_page"]),

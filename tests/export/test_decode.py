@@ -155,7 +155,7 @@ def run(*arguments: str) -> int:
 
 
 def test_a_bad_shape_is_one_sentence(tmp_path):
-    with pytest.raises(InputError, match="at least one row and one input. Got 0 16 instead."):
+    with pytest.raises(InputError, match="at least one row and one input. Got 0x16 instead."):
         run("--shape", "0x16", "--out", str(tmp_path / "decode.csv"))
 
 

@@ -503,12 +503,15 @@ def test_the_audit_takes_a_cell_and_a_target(case, tmp_path, capsys):
     for arguments, sentence in (
         ([folder], "names no target for its layers: give --target"),
         ([tmp_path / "absent"], "absent does not exist"),
-        ([tmp_path, "--target", "dense"], "is not a saved model: it has neither config.json nor weights.safetensors"),
+        ([tmp_path], "must hold weights: weights.safetensors, model.safetensors or .*index.json. Got none instead"),
         ([folder, "--target", "9b"], "--target is wrong: .*bits must be 2 to 8"),
         ([folder, "--target", "4 bits"], "--target is wrong: .*Got '4 bits' instead"),
     ):
         with pytest.raises(InputError, match=sentence):
             audited(*arguments)
+    (folder / "config.json").unlink()
+    with pytest.raises(InputError, match="not a saved model: it has neither config.json nor weights.safetensors"):
+        audited(folder, "--target", "dense")
 
 
 @pytest.mark.parametrize(

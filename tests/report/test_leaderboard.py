@@ -235,7 +235,7 @@ def test_the_command_writes_the_page(tmp_path, capsys):
 
 def test_bad_folders_are_sentences(tmp_path):
     first = results(tmp_path / "a", EVERY, plan=plan())
-    with pytest.raises(InputError, match=r"absent must hold cells\.parquet"):
+    with pytest.raises(InputError, match=r"The folder '.*/absent' does not exist\."):
         write_leaderboard([str(tmp_path / "absent")], tmp_path / "x.html")
     with pytest.raises(InputError, match=r"must have a name of its own. Got two called a: write NAME="):
         write_leaderboard([str(first), str(first / "results")], tmp_path / "x.html")
