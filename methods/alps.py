@@ -1,8 +1,7 @@
 """ALPS: ADMM whose penalty rises until the support settles, then conjugate gradients on it (Meng et al., NeurIPS 2024).
 
-In coordinates in which every input has norm one: B solves the damped least squares pulled towards D, D is its
-projection on the pattern, and V is the multiplier (section 3.2). Afterwards the kept weights are refined on the fixed
-support (section 3.3).
+In coordinates in which inputs have norm one, B solves the damped least squares pulled towards D, D is its projection on
+the pattern, and V the multiplier (section 3.2). Then the kept weights are refined on their support (section 3.3).
 """
 
 from dataclasses import dataclass
@@ -44,12 +43,10 @@ SHORT = 20  # number of conjugate gradient steps up to which float32 keeps direc
 
 @dataclass(frozen=True)
 class ALPS(Method):
-    """Prunes and updates weights together; returns the best sparse iterate, where W on its largest |W_ij| norm_j counts
-    too.
+    """Prunes and updates weights together; returns the best sparse iterate, W on its largest |W_ij| norm_j included.
 
-    layer: the published choice; the whole layer competes. The constants of the penalty's schedule are the released
-    code's. No preconditions: the damping makes any finite Gram positive definite. trace: loss of the best iterate so
-    far.
+    layer: the published choice; the whole layer competes. The penalty's schedule has the released code's constants. No
+    preconditions: the damping makes any finite Gram positive definite. trace: loss of the best iterate so far.
     """
 
     rho: float = 0.1
@@ -63,20 +60,16 @@ class ALPS(Method):
         damping = self.damping if gram.any() else 1.0
         norm = (gram.diagonal() + damping).sqrt()  # [in]
         gram.div_(norm).div_(norm[:, None])
-        weight, unit = ops.normalised(layer.weight)
-        dense = weight.double().mul_(norm)  # [out, in]
-        del weight
+        dense, unit = ops.normalised(layer.weight)
+        dense = dense.double().mul_(norm)  # [out, in]
         best = ops.Best(dense.float(), gram, norm, unit, mean)
         gram.diagonal().add_(damping / norm.square())
-        iteration, weight, mask = self._search(layer, target, dense, gram, best)
-        best.offer(iteration, refine(weight * mask, mask, gram, dense, self.refinements), mask)
-        del gram, dense, weight
+        self._search(layer, target, dense, gram, best)
+        del gram, dense
         return best.compressed(layer, damping)
 
-    def _search(
-        self, layer: Layer, target: Target, dense: Tensor, damped: Tensor, best: ops.Best
-    ) -> tuple[int, Tensor, Tensor]:
-        """The number of the next iterate, B [out, in] and its mask after the last update; `best` gets every third D."""
+    def _search(self, layer: Layer, target: Target, dense: Tensor, damped: Tensor, best: ops.Best) -> None:
+        """Offer every third D, and then the refined B, to `best`."""
         eigenvalues, vectors = layer.gram.once(("alps", self.damping), lambda: torch.linalg.eigh(damped))
         seen = first = ops.prune_mask(dense.abs(), target)
         best.offer(0, best.dense * first, first)
@@ -103,7 +96,9 @@ class ALPS(Method):
                 break
             rho = min(rho, LARGEST_RHO)
             split.set_penalty(rho)
-        return iteration + 1, split.weight, ops.prune_mask(split.weight.abs(), target)
+        weight, mask = split.weight, ops.prune_mask(split.weight.abs(), target)
+        del split, vectors
+        best.offer(iteration + 1, refine(weight * mask, mask, damped, dense, self.refinements), mask)
 
 
 def refine(weight: Tensor, mask: Tensor, gram: Tensor, dense: Tensor, steps: int) -> Tensor:
