@@ -265,7 +265,7 @@ class Target:
         if self.structure == LOW_RANK:
             return replace(self, rank=level)
         if self.budget == "bits":
-            return replace(self, bits=int(level) if float(level).is_integer() else level)
+            return replace(self, bits=level)
         return replace(self, sparsity=level)
 
     @property
