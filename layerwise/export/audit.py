@@ -27,12 +27,12 @@ from layerwise.numerics.patterns import count_kept, kept_counts
 from layerwise.results.cell_results import read_record
 from layerwise.runtime.errors import InputError, out_of_memory
 from layerwise.runtime.sentences import reason
+from layerwise.sources import checkpoint_files
 from layerwise.sources.config_faults import config_fault
 from layerwise.storage.bits_per_weight import kept_blocks
 from layerwise.storage.packed_file import PackedFile
 
-INDEX = "model.safetensors.index.json"
-HOLDERS = (WEIGHTS, "model.safetensors", INDEX)  # files of which a folder with weights has one
+HOLDERS = (WEIGHTS, checkpoint_files.WEIGHTS, checkpoint_files.INDEX)  # files of which a folder with weights has one
 MARKS = {"zeros", "sha256", "input_scale", "reordered"}  # a manifest's entries for a layer
 
 
@@ -81,8 +81,10 @@ class Tensors:
     """The tensors of a Hugging Face folder by name, whichever file they lie in. Raises InputError when it has none."""
 
     def __init__(self, folder: Path) -> None:
-        index = folder / INDEX
-        names = sorted(set(read_record(index)["weight_map"].values())) if index.is_file() else ["model.safetensors"]
+        index = folder / checkpoint_files.INDEX
+        names = (
+            sorted(set(read_record(index)["weight_map"].values())) if index.is_file() else [checkpoint_files.WEIGHTS]
+        )
         try:
             files = [safe_open(folder / name, "pt") for name in names]
         except (OSError, SafetensorError) as error:
