@@ -83,7 +83,13 @@ def test_a_shell_completes_names_of_studies(command):
     words = {"_LAYERWISE_COMPLETE": "complete_bash", "COMP_WORDS": f"layerwise {command} qua", "COMP_CWORD": "2"}
     python = [sys.executable, "-m", "layerwise"]
     done = subprocess.run(python, env={**ENVIRONMENT, **words}, capture_output=True, text=True)
-    assert done.stdout.split() == ["quantisation", "quantisers", "quantisers-draws", "quantisers-smollm2"]
+    assert done.stdout.split() == [
+        "quantisation",
+        "quantisers",
+        "quantisers-draws",
+        "quantisers-smollm2",
+        "quantisers-smollm2-bits",
+    ]
 
 
 # ------------------------------------------------------------------------------------------------------------ bad input
