@@ -309,6 +309,15 @@ def test_a_study_that_ships_runs_from_an_empty_folder(tmp_path):
     assert re.search(r"^compress +29$", told, re.MULTILINE) and "dry-run" in told
 
 
+@pytest.mark.parametrize(("cores", "threads"), [(2, 1), (6, 3), (16, 4)])
+def test_jobs_that_run_the_dense_model_have_half_of_the_cores(cores: int, threads: int, tmp_path: Path):
+    """Cells have one thread. A job of two would wait on two cores until no cell runs, while one of them is idle."""
+    done = layerwise(tmp_path, "run", "embedded", "-n", "--cores", str(cores))
+    jobs = re.findall(r"^rule (\w+):\n((?: {4}.*\n)+)", done.stdout + done.stderr, re.MULTILINE)
+    of = {rule: int(found[1]) if (found := re.search("    threads: (.*)", body)) else 1 for rule, body in jobs}
+    assert of["gram"] == of["dense_states"] == of["check_model"] == threads and of["compress"] == 1
+
+
 # -------------------------------------------------------------------------------------------------------------- workers
 
 

@@ -111,15 +111,6 @@ def test_no_input_is_ancient():
     assert rules and not any("ancient(" in rule for rule in rules)
 
 
-def test_jobs_with_several_threads_go_before_the_cells():
-    """Cells have one thread: while one runs, another starts as soon as a core is free, and so two are never free."""
-    files = (file.read_text("utf-8") for file in (ROOT / "workflow/rules").glob("*.smk"))
-    rules = {name: body for text in files for name, body in RULE.findall(text) if "    threads:" in body}
-    rules.pop("demo_model")  # not part of a study
-    assert {"gram", "fisher", "check_model", "dense_states"} <= rules.keys()
-    assert all("    priority: 1" in body for body in rules.values())
-
-
 def test_every_rule_names_the_code_of_its_worker():
     """The module that the job runs is its code: an edit of how it reads its arguments can change the result, too."""
     workers = workers_of_rules()

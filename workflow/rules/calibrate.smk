@@ -90,8 +90,7 @@ rule check_model:
         CHECKED,
     log:
         "logs/models/{model}-check-{calib}.log",
-    priority: 1
-    threads: 4
+    threads: MODEL_THREADS
     resources:
         mem_mb=model_mb,
         runtime=runtime_min,
@@ -154,8 +153,7 @@ rule gram:
         "logs/calibration/{model}/{calib}.log",
     benchmark:
         "results/calibration/{model}/{calib}/benchmark.tsv"
-    priority: 1  # before sequential cells, between which two cores are never free at once
-    threads: 4
+    threads: MODEL_THREADS
     resources:
         mem_mb=model_mb,
         runtime=runtime_min,
@@ -180,8 +178,7 @@ rule fisher:
         "results/calibration/{model}/{calib}/fisher.safetensors",
     log:
         "logs/calibration/{model}/{calib}-fisher.log",
-    priority: 1
-    threads: 4
+    threads: MODEL_THREADS
     resources:
         mem_mb=model_mb,
         runtime=runtime_min,

@@ -10,7 +10,7 @@ rule dense_states:
     log:
         "logs/dense/{model}/{evaluation}.log",
     priority: 1  # before the cells, which evaluate what they have in memory
-    threads: 4
+    threads: MODEL_THREADS
     resources:
         mem_mb=model_mb,
         runtime=runtime_min,
