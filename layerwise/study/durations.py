@@ -19,14 +19,19 @@ FORK = 0.06  # a job in a fork of a process that has imported it (cli/warm_worke
 # SparseSwaps on SmolLM2's layers, on an AMD EPYC with AVX2.
 SOLVING = 1.6
 SCORED = 1.5  # further products with which the runner verifies, scores and stores a result
-THREADS = {
-    "gram": 4,
-    "fisher": 4,
-    "dense_states": 4,
-    "check_model": 4,
-}  # for rules that take more than one
-FIRST = ("check_model", "dense_states", "gram", "fisher", "allocate")  # rules that cells wait for
+MODEL_RULES = ("check_model", "dense_states", "gram", "fisher")  # run the dense model; all others have one thread
+MOST_THREADS = 4
+FIRST = (*MODEL_RULES, "allocate")  # rules that cells wait for
 FINISHED = 3  # number of finished cells per model, method and mode whose seconds are averaged
+
+
+def model_threads(cores: int) -> int:
+    """Threads of a job that runs the dense model.
+
+    Half of the cores: a job that needs all of them at once waits while cells, of one thread each, keep one busy, and
+    the others are idle.
+    """
+    return min(max(cores // 2, 1), MOST_THREADS)
 
 
 def study_seconds(
@@ -46,7 +51,7 @@ def study_seconds(
         if seconds is None:
             seconds = job_seconds(model, job, cost, speeds)
         total += seconds
-        used = min(THREADS.get(job.rule, 1), cores)
+        used = model_threads(cores) if job.rule in MODEL_RULES else 1
         if job.rule not in READING:
             threads.add(used)
         longest[job.rule in FIRST] = max(longest[job.rule in FIRST], seconds / used)

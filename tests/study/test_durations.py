@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -140,26 +139,30 @@ def test_no_job_is_faster_than_on_its_own_threads_and_cells_wait_for_grams(monke
     assert alone.seconds(cells, 64) == 30
     assert alone.seconds([("gram", 40.0), *cells], 64) == 40 / 4 + 30
     assert alone.seconds([("gram", 40.0), ("dense_states", 20.0), *cells], 64) == 40 / 4 + 30  # both at a time
-    assert alone.seconds([("gram", 40.0), *cells], 2) == 40 / 2 + 30
-    assert alone.seconds([("gram", 40.0), *cells, *cells], 2) == 120 / 2
+    assert alone.seconds([("gram", 40.0), *cells], 4) == 40 / 2 + 30
+    assert alone.seconds([("gram", 40.0), *cells], 2) == 40 + 30
+    assert alone.seconds([("gram", 40.0), *cells, *cells, *cells], 2) == 160 / 2
+
+
+RULE = re.compile(r"^rule ", re.MULTILINE)
 
 
 def test_torch_is_imported_once_for_each_number_of_threads(monkeypatch):
     alone, cells = Alone(monkeypatch), [("compress", 10.0)] * 12
     alone.start = 6.0
     assert alone.seconds(cells, 2) == (120 + 6) / 2
-    assert alone.seconds([("gram", 40.0), *cells, ("perplexity", 1.0)], 2) == (161 + 2 * 6) / 2
+    assert alone.seconds([("gram", 40.0), *cells, ("perplexity", 1.0)], 2) == (161 + 6) / 2
+    assert alone.seconds([("gram", 40.0), *cells, ("perplexity", 1.0)], 4) == (161 + 2 * 6) / 4
     assert alone.seconds([("gram", 40.0), *cells], 1) == 160 + 6
     assert alone.seconds([("perplexity", 1.0)] * 2, 1) == 2 and alone.seconds([], 1) == 0
 
 
-def test_threads_are_those_of_the_rules():
-    found: Mapping[str, int] = {}
-    for path in sorted((ROOT / "workflow/rules").glob("*.smk")):
-        for rule in re.split(r"^rule ", path.read_text("utf-8"), flags=re.M)[1:]:
-            if threads := re.search(r"^    threads: (\d+)$", rule, flags=re.M):
-                found[rule.split(":")[0]] = int(threads[1])
-    assert found == durations.THREADS
+def test_rules_of_several_threads_are_those_of_the_workflow():
+    rules = [
+        rule for path in (ROOT / "workflow/rules").glob("*.smk") for rule in RULE.split(path.read_text("utf-8"))[1:]
+    ]
+    assert {rule.split(":")[0] for rule in rules if "    threads: MODEL_THREADS\n" in rule} == {*durations.MODEL_RULES}
+    assert sum("    threads:" in rule for rule in rules) == len(durations.MODEL_RULES) + 1  # demo_model, in no study
 
 
 def test_work_adds_up():

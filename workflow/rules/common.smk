@@ -18,6 +18,7 @@ from layerwise.cli.interruption import Interruption
 from layerwise.cli.warm_worker import Launcher
 from layerwise.sources.task_sets import DOCSTRING_TASKS
 from layerwise.study import config_file
+from layerwise.study.durations import MOST_THREADS, model_threads
 from layerwise.study.job_costs import CostModel, Job
 from layerwise.study.grid import plan
 from layerwise.study.job_inputs import Code, JobInputs, as_json
@@ -37,10 +38,9 @@ if workflow.is_main_process:
 # Held until the end of a run, so that the next knows whether it was killed.
 ALIVE = unlock_after_death(Path(".snakemake")) if workflow.is_main_process else None
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # torch's threads that wait leave their cores to compiled loops
-# Threads of jobs that run the dense model. Half of the cores: a job that needs all of them at once waits while cells,
-# of one thread each, keep one busy, and the others are idle. A job on a cluster has cores of its own.
+# A job on a cluster has cores of its own.
 CORES = workflow.resource_settings.cores if workflow.is_main_process else None
-MODEL_THREADS = min(max((CORES or 8) // 2, 1), 4)
+MODEL_THREADS = model_threads(CORES) if CORES else MOST_THREADS
 
 warm_workers = Launcher()  # that jobs on this machine run in; started with the first of them
 
