@@ -123,7 +123,9 @@ class Target:
         if self.bits not in (None, 4):
             raise ValueError(f"Target.bits of {self.format} must be 4. Got {self.bits} instead.")
         if self.symmetric:
-            raise ValueError(f"Target.symmetric must be False for {self.format}, which has no zero. Got True instead.")
+            raise ValueError(
+                f"Target.symmetric must be False for {self.format}, whose groups have no zero point. Got True instead."
+            )
         object.__setattr__(self, "bits", 4)
         object.__setattr__(self, "group", length)
 

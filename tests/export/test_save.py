@@ -34,6 +34,7 @@ from tests.support.workflow_harness import write_tokenizer
 TWO_OF_FOUR, W4, W4S50 = Target(pattern="2:4"), Target(bits=4, group=16), Target(0.5, "1x16", bits=4, group=16)
 JOINT = Target(pattern="2:4", bits=4, group=16)
 NV4, MX4 = Target(format="nvfp4"), Target(format="mxfp4")
+W3 = Target(bits=3, group=16)
 CT = "compressed-tensors"
 Q, UP = "model.layers.0.self_attn.q_proj", "model.layers.1.mlp.up_proj"
 
@@ -92,10 +93,14 @@ def test_a_saved_cell_loads_as_what_was_evaluated(case, tmp_path, form, target):
     assert audit.audit(folder)[:2] == (form, target) and not [line for line in audit.audit(folder)[2] if line.fault]
 
 
-@pytest.mark.parametrize("method", ["rotated", "turboquant"])
-def test_a_grid_of_a_methods_own_is_saved_too(case, tmp_path, method):
-    made = case.folder / f"cells/{method}"
-    case.run(method, Target(bits=3, group=16), out=str(made))
+@pytest.mark.parametrize(
+    ("method", "target"),
+    [("rotated", W3), ("rotated", NV4), ("rotated", MX4), ("turboquant", W3)],
+    ids=lambda part: part if isinstance(part, str) else part.label,
+)
+def test_a_grid_of_a_methods_own_is_saved_too(case, tmp_path, method, target):
+    made = case.folder / f"cells/{method} {target.label}"
+    case.run(method, target, out=str(made))
     model = load(case.spec)
     apply_weights(model, made / "weights.safetensors")
     for form in ("dense", "packed"):
