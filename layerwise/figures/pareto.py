@@ -146,7 +146,7 @@ def _points(
     style: Mapping[str, Look],
 ) -> None:
     """A panel: the methods' points, the front as a line, and its points' numbers."""
-    right = axes.get_xlim()[1]
+    right, top = axes.get_xlim()[1], axes.get_ylim()[1]
     if len(front):
         axes.plot([*front["size"], right], [*front["value"], *front["value"].tail(1)], **FRONT)
     for label, _, comparison in shown:
@@ -158,9 +158,15 @@ def _points(
         axes.plot(sizes, values, **{**mark, **clear, "linestyle": "none", "zorder": 3 - mark["markersize"] / 10})
         mark_beyond(axes, sizes, values, style[label])
     axes.plot(dense["size"], dense["value"], **DENSE)
-    for row, number in named:  # on either side in turn, so that neighbours do not overlap
+    for row, number in named:  # on either side in turn, so that neighbours do not overlap; none is beyond the axis
         side = "left" if number % 2 == 0 else "right"
         shift = (4 if number % 2 == 0 else -4, -3)
         axes.annotate(
-            str(number), (row["size"], row["value"]), shift, textcoords="offset points", ha=side, va="top", size=7
+            str(number),
+            (row["size"], min(row["value"], top)),
+            shift,
+            textcoords="offset points",
+            ha=side,
+            va="top",
+            size=7,
         )

@@ -234,6 +234,16 @@ def test_a_panel_of_controls_alone_has_no_front():
     assert [len(axes.texts) for axes in panels(figure)] == [0, 1]
 
 
+def test_a_point_of_the_front_beyond_the_axis_has_its_number_at_the_edge():
+    cells = cells_table(plan(("wanda", "rtn"), ("50% row", "4b g128"), ("shared",)))
+    cells.loc[(cells["label"] == "rtn") & (cells["metric"] == "perplexity"), "value"] = 1e6  # with the fewest bits
+    with styled():
+        (axes,) = panels(perplexity_vs_bits(cells))
+    size = pareto_front(sized(cells))["size"].iloc[0]
+    assert [text.get_text() for text in axes.texts][0] == "1"
+    assert axes.texts[0].xy == (size, axes.get_ylim()[1])  # type: ignore[attr-defined]
+
+
 def test_every_cell_is_drawn_at_its_size_and_perplexity():
     cells = cells_table(plan(("wanda", "rtn"), modes=("shared",)), failed=[("wanda", "2:4", "shared")])
     with styled():
