@@ -15,7 +15,7 @@ from layerwise.storage.frames import column, distinct, groups, groups_by, missin
 VERDICTS = ("within", "outside", "protocol differs", "not checked", "not run")
 COLUMNS = ("as printed", "here", "target", "published", "ours", "difference", "tolerance", "verdict", "remark")
 WHERE = ("calibration", "mode", "cell", "text")  # a cell is itself only in its mode and calibration
-NOTHING = "No published number is for a model of this study: there is nothing to compare."
+NOTHING = "No published number is for a model of this study and one of its texts or tasks: there is nothing to compare."
 NOTE = (
     "Difference is ours minus published. Within: not more than the tolerance. Protocol differs: our dense value "
     "is not the published one, or the windows differ, so the verdict says nothing about the method. Not checked: "
