@@ -144,9 +144,6 @@ def test_no_job_is_faster_than_on_its_own_threads_and_cells_wait_for_grams(monke
     assert alone.seconds([("gram", 40.0), *cells, *cells, *cells], 2) == 160 / 2
 
 
-RULE = re.compile(r"^rule ", re.MULTILINE)
-
-
 def test_torch_is_imported_once_for_each_number_of_threads(monkeypatch):
     alone, cells = Alone(monkeypatch), [("compress", 10.0)] * 12
     alone.start = 6.0
@@ -158,9 +155,8 @@ def test_torch_is_imported_once_for_each_number_of_threads(monkeypatch):
 
 
 def test_rules_of_several_threads_are_those_of_the_workflow():
-    rules = [
-        rule for path in (ROOT / "workflow/rules").glob("*.smk") for rule in RULE.split(path.read_text("utf-8"))[1:]
-    ]
+    files = (path.read_text("utf-8") for path in (ROOT / "workflow/rules").glob("*.smk"))
+    rules = [rule for text in files for rule in re.split(r"^rule ", text, flags=re.M)[1:]]
     assert {rule.split(":")[0] for rule in rules if "    threads: MODEL_THREADS\n" in rule} == {*durations.MODEL_RULES}
     assert sum("    threads:" in rule for rule in rules) == len(durations.MODEL_RULES) + 1  # demo_model, in no study
 
