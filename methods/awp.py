@@ -114,10 +114,10 @@ class AWP(Method):
         steps = gp.Steps(layer.gram, problem, projection, self.step, self.iterate == "accumulated", momentum.used)
         theta, found, best, least, trace = problem.in_units(start.weight), None, None, float("inf"), []
         missing = problem.weight - theta
+        memory = None if momentum.used else torch.empty_like(missing)  # momentum needs the gradient before
         for iteration in range(iterations + 1):
-            gradient = missing @ problem.gram  # [out, in], minus half the gradient
+            gradient = torch.mm(missing, problem.gram, out=memory)  # [out, in], minus half the gradient
             objective, norm = gp.objective_and_norm(gradient, missing)
-            beta = momentum.next(objective)
             if iteration == 0 or projection.reaches(iteration):
                 scaled = objective * problem.unit**2 * problem.gram_unit
                 if scaled < least:
@@ -126,6 +126,6 @@ class AWP(Method):
                 trace.append((iteration, time.perf_counter() - began, told))
             if iteration == iterations or (not bits and norm <= small):
                 break
-            found, missing = steps.take(iteration, theta, gradient, beta)
+            found, missing = steps.take(iteration, theta, gradient, momentum.next(objective))
             theta = found.weight
         return problem.result(best, start, prunes, trace)

@@ -12,7 +12,7 @@ LARGEST_ERROR = 1e6  # output_error above which a result has diverged
 TRACE_ERROR = 1e-3  # largest relative difference between a trace's objective and the result's error
 # the same in units of the dense output; also how far eigenvalues may lie below zero, as a share of the trace
 ROUNDING = 1e-6
-SCORED = 512  # rows of a weight, and columns of its Gram, converted to float64 at a time
+SCORED = 256  # rows of a weight, and columns of its Gram, converted to float64 at a time
 
 
 def output_error(layer: Layer, weight: Tensor) -> tuple[float, float]:
@@ -32,12 +32,11 @@ def ratio(error: float, whole: float) -> float:
 
 def losses(layer: Layer, weight: Tensor) -> tuple[float, float]:
     """tr((W - W_hat) G (W - W_hat)^T) and tr(W G W^T), as in output_error."""
+    squares = Squares(layer.gram.matrix, len(weight))
     error = whole = 0.0
     for own, other in zip(layer.weight.split(SCORED), weight.split(SCORED), strict=True):
-        # one after the other, so that only one of the two is in memory in float64
-        rows = own.to(torch.float64, copy=True)
-        whole = add_squares(whole, rows, layer.gram.matrix)
-        error = add_squares(error, rows.sub_(other), layer.gram.matrix)
+        whole += squares.of(own)
+        error += squares.of(own, other)
     if min(error, whole) < 0:
         # In a singular Gram rounding can push a zero trace below zero, by a small share of the trace's terms.
         size = float(layer.gram.matrix.diagonal().double().sum())
@@ -48,13 +47,30 @@ def losses(layer: Layer, weight: Tensor) -> tuple[float, float]:
     return error, whole
 
 
-def add_squares(total: float, rows: Tensor, gram: Tensor) -> float:
-    """total + tr(R G R^T) for rows R [rows, in] float64 and G [in, in], of which SCORED columns are converted at a
-    time."""
-    for start in range(0, rows.shape[1], SCORED):
-        columns = slice(start, start + SCORED)
-        total += float(((rows @ gram[:, columns].double()) * rows[:, columns]).sum())
-    return total
+class Squares:
+    """tr(R G R^T) in float64 for SCORED rows R at a time and G [in, in], of which SCORED columns are converted at a
+    time.
+
+    The memory for the conversions is allocated once: new memory for each part would leave gaps that the allocator fills
+    with nothing as large.
+    """
+
+    def __init__(self, gram: Tensor, rows: int) -> None:
+        self.gram = gram
+        sizes = (min(SCORED, rows), len(gram)), (len(gram), min(SCORED, len(gram))), (min(SCORED, rows), SCORED)
+        self.rows, self.columns, self.products = (gram.new_empty(size, dtype=torch.float64) for size in sizes)
+
+    def of(self, rows: Tensor, other: Tensor | None = None) -> float:
+        """The sum for rows [n, in], or for their difference from others; n is at most SCORED."""
+        own = self.rows[: len(rows)].copy_(rows)
+        own = own if other is None else own.sub_(other)
+        total = 0.0
+        for some, gram in zip(own.split(SCORED, 1), self.gram.split(SCORED, 1), strict=True):
+            width = gram.shape[1]
+            product = self.products.view(-1)[: len(own) * width].view(len(own), width)
+            torch.mm(own, self.columns[:, :width].copy_(gram), out=product)
+            total += float(product.mul_(some).sum())
+        return total
 
 
 def asymmetric_error(layer: Layer, weight: Tensor, symmetric: float | None = None) -> float | None:

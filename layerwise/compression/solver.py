@@ -113,8 +113,10 @@ class Solver:
         broken = broken_promise(layer, self.target, result, self.mask_only)
         if broken:
             raise self.breach(layer, broken)
-        # the weight before rounding, if it must be scored; otherwise it is freed
-        given = result if self.criterion == "error" and result.trace else None
+        traced = self.criterion == "error" and bool(result.trace)
+        rounds = layer_packing.rounds(self.target, self.dtype)
+        # before the stored weight overwrites the weight that the trace is about
+        given = losses(layer, result.weight)[0] if traced and rounds else None
         result = layer_packing.as_stored(result, self.target, self.dtype)
         if self.dtype == torch.float16 and not finite(result.weight.half()):
             raise Diverged(
@@ -125,10 +127,8 @@ class Solver:
         relative = ratio(absolute, whole)
         if not relative <= LARGEST_ERROR:
             raise Diverged(f"{self.name} has diverged on {layer.name}: its output_error is {relative:.3g}.")
-        if given is not None:
-            reached = absolute if given is result else losses(layer, given.weight)[0]
-            if broken := untrue(given, reached, whole):
-                raise self.breach(layer, broken)
+        if traced and (broken := untrue(result, absolute if given is None else given, whole)):
+            raise self.breach(layer, broken)
         size = result.weight.numel()
         kept = 1.0 if result.mask is None or not self.target.sparsity else int(result.mask.count_nonzero()) / size
         return result, {
@@ -193,7 +193,10 @@ def placed_sum(tensor: Tensor) -> float:
     """Weighted sum in float64 with a different weight for each place, so that swapped entries show too."""
     rows = tensor.reshape(-1, tensor.shape[-1])
     across, down = (torch.linspace(1, 2, n, dtype=torch.float64, device=tensor.device) for n in rows.shape[::-1])
-    return float(torch.cat([part.double() @ across for part in rows.split(SCORED)]) @ down)
+    sums, memory = torch.empty_like(down), down.new_empty(min(SCORED, len(rows)), rows.shape[-1])
+    for part, total in zip(rows.split(SCORED), sums.split(SCORED), strict=True):
+        torch.mv(memory[: len(part)].copy_(part), across, out=total)
+    return float(sums @ down)
 
 
 def layer_seed(seed: int, name: str) -> int:

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from layerwise.models.stored_dtypes import rounded_as_stored
+from layerwise.numerics.patterns import ROWS
 from layerwise.runtime.errors import InputError
 
 ROUTERS = ("gate", "router")  # names of a linear layer that chooses experts, or of the module around it
@@ -160,7 +161,8 @@ class Linear:
         if tuple(weight.shape) != self.shape:  # copy_ would broadcast
             raise ValueError(f"The new weight of {self.name} must be {self.shape}. Got {tuple(weight.shape)} instead.")
         with torch.no_grad():
-            self._view.copy_(self.as_stored(weight))
+            for own, part in zip(self._view.split(ROWS), weight.split(ROWS), strict=True):
+                own.copy_(self.as_stored(part))
 
 
 def linears(block: nn.Module, prefix: str) -> list[Linear]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -67,15 +68,22 @@ def dequantise(
     return values if input_scale is None else values / input_scale
 
 
-def quantised_values(quantised: Quantised, target: Target) -> Tensor:
-    """[out, in] float32 values of a layer's codes, including those of pruned weights."""
+def quantised_values(quantised: Quantised, target: Target, values: Tensor | None = None) -> Tensor:
+    """[out, in] float32 values of a layer's codes, including those of pruned weights. values: memory for them."""
     codes = quantised.codes
-    values = torch.empty(codes.shape, dtype=torch.float32, device=codes.device)
-    for start in range(0, len(values), ROWS):  # a row's values do not depend on other rows
+    if values is None:
+        values = torch.empty(codes.shape, dtype=torch.float32, device=codes.device)
+    for rows, part in values_by_rows(quantised, target):
+        values[rows] = part
+    return values
+
+
+def values_by_rows(quantised: Quantised, target: Target) -> Iterator[tuple[slice, Tensor]]:
+    """The same, ROWS rows at a time, with their indices. A row's values do not depend on other rows."""
+    for start in range(0, len(quantised.codes), ROWS):
         rows = slice(start, start + ROWS)
         part = {name: getattr(quantised, name)[rows] for name in ("codes", "scales", "zeros")}
-        values[rows] = _values(replace(quantised, **part), target)
-    return values
+        yield rows, _values(replace(quantised, **part), target)
 
 
 def _values(quantised: Quantised, target: Target) -> Tensor:

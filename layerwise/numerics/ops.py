@@ -25,6 +25,7 @@ from layerwise.numerics.grids import (
     groups_of,
     official_awq_grid,
     quantised_values,
+    values_by_rows,
 )
 from layerwise.numerics.patterns import ROWS
 from layerwise.numerics.selection import grouped, keep_largest, keep_top_per_group
@@ -57,6 +58,7 @@ __all__ = [
     "pruned_by_norm",
     "round_to_nearest",
     "scaled",
+    "values_by_rows",
 ]
 
 

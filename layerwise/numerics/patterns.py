@@ -18,6 +18,12 @@ def finite(tensor: Tensor) -> bool:
     return all(math.isfinite(end) for end in tensor.aminmax()) if tensor.numel() else True
 
 
+def nonzero_outside(values: Tensor, mask: Tensor) -> int:
+    """Number of nonzero values [out, in] where the mask [out, in] is False."""
+    parts = zip(values.split(ROWS), mask.split(ROWS), strict=True)
+    return sum(int(own.masked_fill(kept, 0).count_nonzero()) for own, kept in parts)
+
+
 def count_kept(mask: Tensor, target: Target) -> Tensor:
     """Number of kept entries in each comparison group: [1] per layer, [out] per row, [out, groups] for n:m or
     blocks."""
@@ -30,7 +36,11 @@ def count_kept(mask: Tensor, target: Target) -> Tensor:
             return part.sum(1)
         return torch.nn.functional.pad(part, (0, -part.shape[1] % length)).unflatten(1, (-1, length)).sum(2)
 
-    return torch.cat([counted(part) for part in mask.split(ROWS)])
+    groups = (-(-mask.shape[1] // length),) if length else ()
+    counts = torch.empty((len(mask), *groups), dtype=torch.int64, device=mask.device)
+    for own, part in zip(counts.split(ROWS), mask.split(ROWS), strict=True):
+        own.copy_(counted(part))
+    return counts
 
 
 def kept_counts(shape: torch.Size, target: Target) -> Tensor:

@@ -25,8 +25,9 @@ EXPONENT_OFFSET = 127  # offset of mxfp4's scales
 def as_stored(result: Compressed, target: Target, dtype: torch.dtype) -> Compressed:
     """The result as stored: scales in 16 bits and the weight that they give, or the weight in the model's dtype.
 
-    dtype: dtype of the model to which the weight is written; the weight is returned in float32. Input scales that are
-    all one are omitted. Factors are in 16 bits for any model dtype, and the weight is the sum of the stored parts.
+    dtype: dtype of the model to which the weight is written; the weight is returned in float32, in the memory of the
+    result's own weight, which is overwritten. Input scales that are all one are omitted. Factors are in 16 bits for any
+    model dtype, and the weight is the sum of the stored parts.
     """
     if target.rank:
         low_rank, rest = low_rank_of(result), result.rest
@@ -38,7 +39,7 @@ def as_stored(result: Compressed, target: Target, dtype: torch.dtype) -> Compres
         left, right = (half_factor(factor, dtype).float() for factor in (low_rank.left, low_rank.right))
         return replace(of_parts(left, right, stored, result.info, low_rank.kept), trace=result.trace)
     if target.bits is None:
-        return result if dtype == torch.float32 else replace(result, weight=rounded_to(result.weight, dtype))
+        return replace(result, weight=rounded_to(result.weight, dtype)) if rounds(target, dtype) else result
     quantised = quantised_of(result)
     scales, input_scale = quantised.scales, quantised.input_scale
     if not target.format:  # a format's scales have eight bits
@@ -46,14 +47,25 @@ def as_stored(result: Compressed, target: Target, dtype: torch.dtype) -> Compres
     if input_scale is not None:
         input_scale = None if bool((input_scale == 1).all()) else half(input_scale, dtype).float()
     quantised = replace(quantised, scales=scales, input_scale=input_scale)
-    return replace(result, weight=dequantised(quantised, result.mask, target), quantised=quantised)
+    weight = dequantised(quantised, result.mask, target, writable(result.weight))
+    return replace(result, weight=weight, quantised=quantised)
+
+
+def rounds(target: Target, dtype: torch.dtype) -> bool:
+    """Whether the stored weight may differ from a method's own."""
+    return dtype != torch.float32 or target.bits is not None or target.rank > 0
+
+
+def writable(weight: Tensor) -> Tensor:
+    """The weight [out, in] itself, or a copy if several entries may be in one place of its memory."""
+    return weight if weight.is_contiguous() else weight.contiguous()
 
 
 def rounded_to(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """A new weight [out, in] float32 with the values that it has in another dtype."""
-    rounded = torch.empty(weight.shape, dtype=torch.float32, device=weight.device)
-    for own, part in zip(rounded.split(ROWS), weight.split(ROWS), strict=True):
-        own.copy_(part.to(dtype))
+    """The weight [out, in] float32, overwritten with the values that it has in another dtype."""
+    rounded = writable(weight)
+    for part in rounded.split(ROWS):
+        part.copy_(part.to(dtype))
     return rounded
 
 
@@ -79,9 +91,10 @@ def quantised_of(result: Compressed) -> Quantised:
     return result.quantised
 
 
-def dequantised(quantised: Quantised, mask: Tensor | None, target: Target) -> Tensor:
-    """[out, in] float32 weight that codes and grid represent, zero where the mask [out, in] is False."""
-    values = ops.quantised_values(quantised, target)
+def dequantised(quantised: Quantised, mask: Tensor | None, target: Target, memory: Tensor | None = None) -> Tensor:
+    """[out, in] float32 weight that codes and grid represent, zero where the mask [out, in] is False; in `memory`, if
+    it is given."""
+    values = ops.quantised_values(quantised, target, memory)
     return values if mask is None else values.masked_fill_(~mask, 0.0)
 
 
@@ -123,10 +136,10 @@ def parts_of(result: Compressed, target: Target, dtype: torch.dtype) -> dict[str
     mask = torch.ones(rows, inputs, dtype=torch.bool) if result.mask is None else result.mask.cpu()
     parts = mask_parts(mask, target)
     if target.bits is None:
-        weight = narrowest(result.weight.cpu().to(dtype))
+        weight = result.weight.cpu()
         if parts:
-            return {"values": kept_entries(weight, mask), **parts}
-        return {"": weight.clone(memory_format=torch.contiguous_format)}
+            return {"values": narrowest(kept_entries(weight, mask, dtype)), **parts}
+        return {"": narrowest(weight.to(dtype)).clone(memory_format=torch.contiguous_format)}
     quantised = on_processor(quantised_of(result))
     codes, scales, zeros = quantised.codes, quantised.scales, quantised.zeros
     if not parts and result.mask is not None:  # a target without sparsity may still have zeros
@@ -158,10 +171,15 @@ def on_processor(quantised: Quantised) -> Quantised:
     return replace(quantised, **{name: part.cpu() for name, part in tensors.items()})
 
 
-def kept_entries(values: Tensor, mask: Tensor) -> Tensor:
-    """[kept] values[mask] for values and mask [out, in]; torch's index has 16 bytes for each entry."""
-    parts = zip(values.split(ROWS), mask.split(ROWS), strict=True)
-    return torch.cat([own[kept] for own, kept in parts])
+def kept_entries(values: Tensor, mask: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """[kept] values[mask] for values and mask [out, in], in a dtype or in their own; torch's index has 16 bytes for
+    each entry."""
+    found, done = values.new_empty(int(mask.count_nonzero()), dtype=dtype or values.dtype), 0
+    for own, kept in zip(values.split(ROWS), mask.split(ROWS), strict=True):
+        part = own[kept]
+        found[done : done + len(part)] = part
+        done += len(part)
+    return found
 
 
 def mask_parts(mask: Tensor, target: Target) -> dict[str, Tensor]:
@@ -169,8 +187,9 @@ def mask_parts(mask: Tensor, target: Target) -> dict[str, Tensor]:
     if has_bitmap(target):
         return {"bitmap": pack(mask, 1)}
     if target.n_of_m:
-        places = [part.nonzero()[:, 1].remainder_(target.n_of_m[1]).int() for part in mask.split(ROWS)]
-        return {"positions": pack(torch.cat(places), position_bits(target))}
+        places = torch.arange(mask.shape[1], dtype=torch.int32).remainder_(target.n_of_m[1])
+        narrow = places.to(torch.uint8) if target.n_of_m[1] <= 2**8 else places
+        return {"positions": pack(kept_entries(narrow.expand_as(mask), mask), position_bits(target))}
     if target.block:
         kept = mask[:, :: target.block]  # [out, blocks]
         if kept.shape[1] > 2**16:

@@ -33,7 +33,7 @@ from layerwise.study.work import JobCost, Work
 PASSES_BACK = 4  # cost of a sequence in forward passes: one, one recomputation in the blocks, and two for gradients
 FISHER_PART = 8  # sequences after which sums are saved (fisher.PART)
 CHECKED_WINDOW = 64  # tokens (model_check.WINDOW)
-SCORING = 8 * 6 * 512  # bytes per input of a layer for float64 rows during scoring (score.SCORED)
+SCORING = 8 * 6 * 256  # bytes per input of a layer for float64 rows during scoring (score.SCORED)
 CELL_FILES = 300e3  # bytes of a cell's tables, logs and results
 UNKNOWN_MB = 8000  # requested for jobs of a model that has not been fetched
 BLOCK_COPIES = 3  # float32 copies of a block's weights during an allocator's measurement

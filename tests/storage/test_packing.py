@@ -100,6 +100,24 @@ def parts(result: Compressed, target: Target, dtype: torch.dtype = torch.float32
     return layer_packing.parts_of(result, target, dtype)
 
 
+@pytest.mark.parametrize("target", [Target(0.5), Target(bits=4, group=16)], ids=str)
+def test_the_stored_weight_takes_the_memory_of_the_weight(target: Target):
+    layer = layers.build("correlated")
+    result = compressed(layer, target)
+    expected = stored(layer, target, torch.bfloat16).weight
+    found = layer_packing.as_stored(result, target, torch.bfloat16).weight
+    assert found.data_ptr() == result.weight.data_ptr()
+    assert torch.equal(found, expected) and not torch.equal(compressed(layer, target).weight, expected)
+
+
+def test_a_weight_with_shared_entries_is_copied_before_it_is_stored():
+    row = torch.randn(1, 48, generator=torch.Generator().manual_seed(0))
+    kept, mask = row.clone(), torch.ones(8, 48, dtype=torch.bool)
+    found = layer_packing.as_stored(Compressed(row.expand(8, 48), mask), Target(0.5), torch.bfloat16).weight
+    assert torch.equal(row, kept)
+    assert torch.equal(found, kept.bfloat16().float().expand(8, 48))
+
+
 def assert_same(found: Compressed, result: Compressed, target: Target) -> None:
     assert torch.equal(found.weight, result.weight)
     assert (found.mask is None) == (target.sparsity == 0) and (found.quantised is None) == (target.bits is None)
