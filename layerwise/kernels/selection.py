@@ -3,6 +3,7 @@
 Floats are compared as integers: after the bits of negative floats are reflected, bits are ordered like floats.
 """
 
+import math
 from collections.abc import Callable
 
 import numpy as np
@@ -214,6 +215,15 @@ def _prune_at(weight, norm, key, values, mask, first, last):
             values[row, i] = weight[row, i] if mask[row, i] else np.float32(0)
 
 
+def _sampled_every(size: int) -> int:
+    """Distance between entries of a sample of a matrix of that size. It has no common factor with the size, so that the
+    sample has entries of every column: columns differ in scale."""
+    distance = size // SAMPLE + 1
+    while math.gcd(distance, size) > 1:
+        distance += 1
+    return distance
+
+
 def _cut_in_parts(
     sample: np.ndarray, n_pruned: int, n_keys: int, tally: Callable, found: np.ndarray
 ) -> tuple[int, int]:
@@ -252,7 +262,7 @@ def keep_largest(score: Tensor, n_pruned: int) -> Tensor:
 
 
 def _keep_of_line(bits: np.ndarray, n_pruned: int, mask: np.ndarray) -> None:
-    sample, found = bits[:: len(bits) // SAMPLE | 1].copy(), empty(bits.shape, bits.dtype)
+    sample, found = bits[:: _sampled_every(len(bits))].copy(), empty(bits.shape, bits.dtype)
     _to_order(sample)
     sample.sort()
     shape = (len(bits), 1)
@@ -294,7 +304,7 @@ def prune_layer(weight: Tensor, norm: Tensor, n_pruned: int) -> tuple[Tensor, Te
     """The same for all entries of the layer."""
     entries, by_input, inputs = array(weight), array(norm), weight.shape[1]
     values, mask = empty(weight.shape, np.float32), empty(weight.shape, np.bool_)
-    places = np.arange(0, weight.numel(), weight.numel() // SAMPLE | 1)
+    places = np.arange(0, weight.numel(), _sampled_every(weight.numel()))
     sample = np.sort(abs(entries.reshape(-1)[places] * by_input[places % inputs]).view(np.int32))
     found = values.reshape(-1).view(np.int32)
 

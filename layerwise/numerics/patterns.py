@@ -21,7 +21,7 @@ def finite(tensor: Tensor) -> bool:
 def nonzero_outside(values: Tensor, mask: Tensor) -> int:
     """Number of nonzero values [out, in] where the mask [out, in] is False."""
     parts = zip(values.split(ROWS), mask.split(ROWS), strict=True)
-    return sum(int(own.masked_fill(kept, 0).count_nonzero()) for own, kept in parts)
+    return sum(int(((own != 0) & ~kept).count_nonzero()) for own, kept in parts)
 
 
 def count_kept(mask: Tensor, target: Target) -> Tensor:

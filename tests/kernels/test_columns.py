@@ -8,6 +8,7 @@ import torch
 from layerwise.checks import layer_cases as layers
 from layerwise.checks.brute_force import output_error
 from layerwise.contract.layer import Layer, Target
+from layerwise.kernels import selection
 from layerwise.methods.gptq import GPTQ
 from layerwise.methods.magnitude import Magnitude
 from layerwise.methods.rtn import RTN
@@ -85,6 +86,18 @@ def test_of_a_long_line_the_plain_ones_are_kept(values: int, dtype: torch.dtype)
             compiled = ops.keep_largest(line, pruned)
             with dispatch.reference():
                 assert torch.equal(compiled, ops.keep_largest(line, pruned))
+
+
+@pytest.mark.parametrize("inputs", [576, 600])
+def test_a_sample_shows_the_cut_of_a_layer_whose_columns_differ_in_scale(inputs: int, monkeypatch: pytest.MonkeyPatch):
+    """A distance between sampled entries that divides a multiple of the width would leave columns out: 21 does at
+    576."""
+    rng, passes, tally = torch.Generator().manual_seed(7), [], selection._tally
+    score = torch.randn(576, inputs, generator=rng).abs() * torch.where(torch.arange(inputs) % 3 == 0, 8.0, 1.0)
+    monkeypatch.setattr(selection, "_tally", lambda *args: (passes.append(args), tally(*args))[1])
+    torch.set_num_threads(1)
+    ops.keep_largest(score.flatten(), score.numel() // 2)
+    assert len(passes) == 1
 
 
 @pytest.mark.parametrize("values", [10**9, 200, 1])
