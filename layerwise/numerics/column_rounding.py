@@ -81,7 +81,8 @@ class ColumnRounding:
                 until = min(-(-end // refitted) * refitted, inputs)
                 columns, groups = slice(first * refitted, until), slice(first, -(-end // refitted))
                 block = now(until)[:, first * refitted - start :]
-                fitted = self.fitted(torch.where(keep[:, columns], block, 0.0), target)
+                kept = block if layer.keep is None else torch.where(keep[:, columns], block, 0.0)
+                fitted = self.fitted(kept, target)
                 grid.scales[:, groups], grid.zeros[:, groups] = fitted.scales, fitted.zeros
 
         column_grid = ColumnGrid(grid, group_of, codes)
