@@ -57,8 +57,10 @@ def rounds(target: Target, dtype: torch.dtype) -> bool:
 
 
 def writable(weight: Tensor) -> Tensor:
-    """The weight [out, in] itself, or a copy if several entries may be in one place of its memory."""
-    return weight if weight.is_contiguous() else weight.contiguous()
+    """The weight [out, in] itself, or a copy if several entries may be in one place of its memory, or if it was made in
+    torch's inference mode, which forbids changes outside."""
+    free = weight.is_contiguous() and not weight.is_inference()
+    return weight if free else weight.clone(memory_format=torch.contiguous_format)
 
 
 def rounded_to(weight: Tensor, dtype: torch.dtype) -> Tensor:

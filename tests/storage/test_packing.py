@@ -100,7 +100,7 @@ def parts(result: Compressed, target: Target, dtype: torch.dtype = torch.float32
     return layer_packing.parts_of(result, target, dtype)
 
 
-@pytest.mark.parametrize("target", [Target(0.5), Target(bits=4, group=16)], ids=str)
+@pytest.mark.parametrize("target", [Target(0.5), Target(bits=4, group=16)], ids=lambda target: target.label)
 def test_the_stored_weight_takes_the_memory_of_the_weight(target: Target):
     layer = layers.build("correlated")
     result = compressed(layer, target)
@@ -108,6 +108,15 @@ def test_the_stored_weight_takes_the_memory_of_the_weight(target: Target):
     found = layer_packing.as_stored(result, target, torch.bfloat16).weight
     assert found.data_ptr() == result.weight.data_ptr()
     assert torch.equal(found, expected) and not torch.equal(compressed(layer, target).weight, expected)
+
+
+@pytest.mark.parametrize("target", [Target(0.5), Target(bits=4, group=16)], ids=lambda target: target.label)
+def test_a_weight_of_inference_mode_is_stored_like_any_other(target: Target):
+    layer = layers.build("correlated")
+    with torch.inference_mode():
+        result = compressed(layer, target)
+    found = layer_packing.as_stored(result, target, torch.bfloat16).weight
+    assert torch.equal(found, stored(layer, target, torch.bfloat16).weight)
 
 
 def test_a_weight_with_shared_entries_is_copied_before_it_is_stored():
