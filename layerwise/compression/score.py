@@ -32,11 +32,11 @@ def ratio(error: float, whole: float) -> float:
 
 def losses(layer: Layer, weight: Tensor) -> tuple[float, float]:
     """tr((W - W_hat) G (W - W_hat)^T) and tr(W G W^T), as in output_error."""
-    squares = Squares(layer.gram.matrix, len(weight))
+    traces = Squares(layer.gram.matrix, len(weight))
     error = whole = 0.0
     for own, other in zip(layer.weight.split(SCORED), weight.split(SCORED), strict=True):
-        whole += squares.of(own)
-        error += squares.of(own, other)
+        whole += traces.of(own)
+        error += traces.of(own, other)
     if min(error, whole) < 0:
         # In a singular Gram rounding can push a zero trace below zero, by a small share of the trace's terms.
         size = float(layer.gram.matrix.diagonal().double().sum())
