@@ -67,8 +67,7 @@ class Squares:
         total = 0.0
         for some, gram in zip(own.split(SCORED, 1), self.gram.split(SCORED, 1), strict=True):
             width = gram.shape[1]
-            product = self.products.view(-1)[: len(own) * width].view(len(own), width)
-            torch.mm(own, self.columns[:, :width].copy_(gram), out=product)
+            product = torch.mm(own, self.columns[:, :width].copy_(gram), out=self.products[: len(own), :width])
             total += float(product.mul_(some).sum())
         return total
 

@@ -46,7 +46,12 @@ class Splitting:
     @property
     def sparse(self) -> Tensor:
         """D [out, in]."""
-        return self.both * self.mask
+        return self.both * self.mask  # a fifth of the time of torch.where and masked_fill
+
+    @property
+    def multiplier(self) -> Tensor:
+        """U [out, in]."""
+        return self.both * ~self.mask
 
     def restart(self, both: Tensor, mask: Tensor) -> None:
         """Begin again at another Y and mask [out, in]."""
@@ -55,14 +60,14 @@ class Splitting:
     def set_penalty(self, rho: float) -> None:
         """Go on with another penalty; the multiplier, rho U, stays."""
         if rho != self.rho:
-            self.both = (self.both * self.mask).add_(self.both * ~self.mask, alpha=self.rho / rho)
+            self.both = self.sparse.add_(self.multiplier, alpha=self.rho / rho)
             self.rho = rho
             self._begin()
 
     def step(self) -> None:
         """Update B and Y. B is W + (D - U - W) rho (A + rho I)^-1: one product, in which W A, the largest part of the
         right-hand side, has cancelled."""
-        multiplier = self.both * ~self.mask  # a fifth of the time of torch.where and masked_fill
+        multiplier = self.multiplier
         pull = (self.both - self.near).sub_(multiplier, alpha=2)
         self.weight = torch.addmm(self.near, pull, self.matrix)
         self.both = multiplier.add_(self.weight)

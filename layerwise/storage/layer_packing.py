@@ -29,6 +29,8 @@ def as_stored(result: Compressed, target: Target, dtype: torch.dtype) -> Compres
     result's own weight, which is overwritten. Input scales that are all one are omitted. Factors are in 16 bits for any
     model dtype, and the weight is the sum of the stored parts.
     """
+    if not rounds(target, dtype):
+        return result
     if target.rank:
         low_rank, rest = low_rank_of(result), result.rest
         stored = None if rest is None else as_stored(rest, target.rest, dtype)
@@ -39,7 +41,7 @@ def as_stored(result: Compressed, target: Target, dtype: torch.dtype) -> Compres
         left, right = (half_factor(factor, dtype).float() for factor in (low_rank.left, low_rank.right))
         return replace(of_parts(left, right, stored, result.info, low_rank.kept), trace=result.trace)
     if target.bits is None:
-        return replace(result, weight=rounded_to(result.weight, dtype)) if rounds(target, dtype) else result
+        return replace(result, weight=rounded_to(result.weight, dtype))
     quantised = quantised_of(result)
     scales, input_scale = quantised.scales, quantised.input_scale
     if not target.format:  # a format's scales have eight bits

@@ -95,7 +95,6 @@ def test_a_sample_shows_the_cut_of_a_layer_whose_columns_differ_in_scale(inputs:
     rng, passes, tally = torch.Generator().manual_seed(7), [], selection._tally
     score = torch.randn(576, inputs, generator=rng).abs() * torch.where(torch.arange(inputs) % 3 == 0, 8.0, 1.0)
     monkeypatch.setattr(selection, "_tally", lambda *args: (passes.append(args), tally(*args))[1])
-    torch.set_num_threads(1)
     ops.keep_largest(score.flatten(), score.numel() // 2)
     assert len(passes) == 1
 
