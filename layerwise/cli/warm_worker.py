@@ -41,10 +41,12 @@ MODELS = (
     "transformers.modeling_utils",
     "numba",
 )
-WITH_TORCH = ("allocate", "calibrate", "certificate", "check-model", "compress", "dense-states", "export", "fisher")
+TASKS = ("lm_eval.tasks", "lm_eval.evaluator", "lm_eval.models.huggingface")
+WITH_TORCH = ("allocate", "calibrate", "certificate", "check-model", "dense-states", "export", "fisher")
 # Job -> packages that a server imports before its fork. Other jobs run in their own process.
 PACKAGES = {
     **dict.fromkeys(WITH_TORCH, (*MODELS, *TABLES)),
+    "compress": (*MODELS, *TABLES, *TASKS),  # this job also evaluates
     "figure": (*TABLES, "matplotlib.figure", "matplotlib.backends.backend_agg"),
 }
 

@@ -87,6 +87,7 @@ def test_memory_does_not_grow_with_the_number_of_blocks():
     (few_blocks, least), (all_blocks, same) = few.answering(1), many.answering(1)
     assert many.whole > 2 * few.whole and all_blocks > few_blocks > least == same
     assert model_costs.FITS == streaming.SHARE and model_costs.ROWS == perplexity.ROWS
+    assert model_costs.LOGITS_AT_ONCE == perplexity.LOGITS_AT_ONCE
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
